@@ -1,0 +1,430 @@
+"""Every setting of a run: load, override, validate, fingerprint.
+
+A config is TOML (one level of `extends`, then `--set` overrides) read into frozen, strict models. Unknown keys are
+refused, all problems are reported at once, and a setting that would have no effect is a problem.
+Zero means "off" for numbers that can be off, since TOML has no null.
+"""
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from trainer.errors import ConfigError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Data(Section):
+    source: str = "python-stdlib"
+    """"python-stdlib", a path or glob (.jsonl, .parquet, anything else is text), or "hub:OWNER/NAME"."""
+    revision: str = ""
+    """Commit of a hub dataset (40 hex digits); required for hub sources, so that a run stays a function of its config."""
+    subset: str = ""
+    """Configuration name of a hub dataset."""
+    hub_split: str = "train"
+    """Split of a hub dataset that documents are read from."""
+    streaming: bool = False
+    """Read a hub dataset as a stream instead of downloading it first."""
+    text_column: str = "text"
+    """Column that holds the text in jsonl, parquet and hub datasets."""
+    unit: Literal["document", "paragraph", "line"] = "document"
+    """What one document of a plain text file is: the whole file, a paragraph, or a line."""
+    max_megabytes: float = Field(default=0.0, ge=0)
+    """Stop reading the corpus after this many megabytes of text; 0 reads all of it."""
+    heldout: Literal["hash", "tail"] = "hash"
+    """"hash" holds out whole documents by a hash of their content; "tail" the last part of every document."""
+    heldout_fraction: float = Field(default=0.05, gt=0, lt=1)
+    tokenizer: str = "bpe"
+    """"bpe" (byte-level, trained on the training split), "bytes", "chars", or the path of a tokenizer.json."""
+    vocab_size: int = Field(default=4096, ge=257)
+    """Tokens of a trained BPE; has no meaning for other tokenizers."""
+    micro_batches: int = Field(default=8, ge=1)
+    """M: micro-batches in a step. The unit of work; any number of ranks up to M may share them."""
+    micro_batch_sequences: int = Field(default=4, ge=1)
+    """B: sequences in a micro-batch."""
+    cache_dir: str = ""
+    """Where tokenizers and token stores live; empty means $TOPROPE_CACHE, else ~/.cache/toprope."""
+
+
+class Model(Section):
+    n_layers: int = Field(default=4, ge=1)
+    n_heads: int = Field(default=4, ge=1)
+    n_kv_heads: int = Field(default=0, ge=0)
+    """Key/value heads shared by groups of query heads; 0 means as many as n_heads."""
+    width: int = Field(default=128, ge=1)
+    context: int = Field(default=64, ge=1)
+    """Tokens in a sequence."""
+    vocab_size: int = Field(default=0, ge=0)
+    """Rows of the embedding table; 0 takes the tokenizer's size, rounded up to a multiple of 64."""
+    norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
+    positions: Literal["learned", "rope"] = "rope"
+    rope_base: float = Field(default=10_000.0, gt=0)
+    mlp: Literal["gelu", "swiglu", "relu2"] = "relu2"
+    mlp_ratio: float = Field(default=4.0, gt=0)
+    """Hidden width of the MLP divided by `width`."""
+    qk_norm: bool = True
+    tied_embeddings: bool = False
+    biases: bool = False
+    logit_softcap: float = Field(default=0.0, ge=0)
+    """Logits are squashed into ±this by tanh; 0 is off."""
+    z_loss: float = Field(default=0.0, ge=0)
+    """Weight of the squared log-partition penalty in the training loss; 0 is off."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    value_embeddings: bool = False
+    """Token-indexed embeddings added to the values of every second layer's attention."""
+    bigram_buckets: int = Field(default=0, ge=0)
+    """Rows of a hashed table of (previous token, token) embeddings added to the input; 0 is off."""
+    init: Literal["gpt2", "zero_proj"] = "zero_proj"
+
+
+class Optim(Section):
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Peak rate of AdamW's parameters."""
+    muon_learning_rate: float = Field(default=0.02, gt=0)
+    """Peak rate of Muon's parameters: the hidden matrices."""
+    muon_momentum: float = Field(default=0.95, ge=0, lt=1)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled; applies to matrices, not to norms, biases and embeddings."""
+    clip_norm: float = Field(default=1.0, ge=0)
+    """Largest global gradient norm; 0 is off."""
+    schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
+    warmup_steps: int = Field(default=0, ge=0)
+    decay_fraction: float = Field(default=0.2, gt=0, le=1)
+    """Share of the steps in which a wsd schedule decays."""
+    final_fraction: float = Field(default=0.1, ge=0, le=1)
+    """Learning rate at the last step as a fraction of the peak."""
+    mup_base_width: int = Field(default=0, ge=0)
+    """Width at which the rates were tuned; matrices with a wide input get rate × base / width. 0 is off."""
+
+
+class Budget(Section):
+    steps: int = Field(default=100, ge=1)
+
+
+class Parallel(Section):
+    strategy: Literal["replicate", "fsdp", "hybrid"] = "replicate"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    shard_ranks: int = Field(default=2, ge=2)
+    """Hybrid only: ranks that share one copy of the weights; the world is a multiple of it."""
+    reshard_after_forward: bool = True
+    """FSDP: free gathered weights between forward and backward; less memory, one more all-gather."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass instead of keeping its activations. Changes no bit of the result."""
+
+
+class Numerics(Section):
+    exact: bool = True
+    """Round every micro-batch's gradient onto a grid, so that sums are exact in any order (trainer/exact.py)."""
+    headroom_bits: int = Field(default=4, ge=1, le=10)
+    """A gradient may grow by 2^this over its recent maximum before the step is redone on a coarser grid."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """"bf16" runs the model under autocast; master weights and optimizer stay float32."""
+    threads: int = Field(default=1, ge=1)
+    """CPU threads per rank. Some CPU kernels sum in an order that depends on it, so it is part of the fingerprint."""
+    compile: bool = False
+    """torch.compile each block."""
+
+
+class Checkpoint(Section):
+    every_steps: int = Field(default=50, ge=0)
+    """Save after every so many steps; 0 saves only at the end."""
+    keep_last: int = Field(default=2, ge=1)
+
+
+class Eval(Section):
+    every_steps: int = Field(default=50, ge=0)
+    """Evaluate after every so many steps and at the end; 0 evaluates only at the end."""
+    max_tokens: int = Field(default=65_536, ge=1)
+    """Tokens scored per set, spread evenly over it."""
+    sets: tuple[str, ...] = ("val", "repo")
+    """"val" (documents kept from training), "repo" (this repository's own source), or names from `eval.sources`."""
+    sources: dict[str, str] = {}
+    """Further held-out sets: name = path, glob or hub id, read like `data.source`."""
+
+
+class Elastic(Section):
+    step_timeout_seconds: float = Field(default=300.0, gt=0)
+    """A collective that waits longer than this ends the process, so that a lost peer is not waited for forever."""
+
+
+class Wandb(Section):
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """"auto": online if a key is in the environment or netrc, else offline. WANDB_MODE overrides."""
+    project: str = "toprope"
+    entity: str = ""
+    group: str = ""
+    tags: tuple[str, ...] = ()
+
+
+class Config(Section):
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    data: Data = Data()
+    model: Model = Model()
+    optim: Optim = Optim()
+    budget: Budget = Budget()
+    parallel: Parallel = Parallel()
+    numerics: Numerics = Numerics()
+    checkpoint: Checkpoint = Checkpoint()
+    eval: Eval = Eval()
+    elastic: Elastic = Elastic()
+    wandb: Wandb = Wandb()
+
+
+# What decides the weights. All else may change between attempts of one run.
+MATHEMATICS = ("seed", "data", "model", "optim", "budget", "numerics")
+NOT_MATHEMATICS = {"data": ("cache_dir", "streaming")}
+
+
+def load(path: Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a TOML config, its `extends` base, then `key=value` overrides; raise ConfigError naming every problem."""
+    tree = _with_base(path)
+    problems: list[str] = []
+    for override in overrides:
+        problems += _override(tree, override)
+    if problems:
+        raise ConfigError(problems)
+    return parse(tree)
+
+
+def parse(tree: Mapping[str, Any]) -> Config:
+    """Validate a tree of settings. Raises ConfigError with all problems at once."""
+    try:
+        config = Config.model_validate(_tuples(tree))
+    except ValidationError as error:
+        raise ConfigError([_explain(detail) for detail in error.errors()]) from None
+    problems = _contradictions(config) + _without_effect(config)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def fingerprint(config: Config) -> str:
+    """SHA-256 (hex) of the settings that decide the weights, and of nothing else."""
+    return hashlib.sha256(json.dumps(mathematics(config), sort_keys=True).encode()).hexdigest()
+
+
+def mathematics(config: Config) -> dict[str, Any]:
+    """The settings that decide the weights, flat: {"optim.learning_rate": 0.001, ...}."""
+    tree = config.model_dump(mode="json", include=set(MATHEMATICS))
+    for section, names in NOT_MATHEMATICS.items():
+        for name in names:
+            del tree[section][name]
+    return flatten(tree)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} → {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """One line per setting that two flat trees disagree on."""
+    missing = "(absent)"
+    return [
+        f"{key}: {json.dumps(old.get(key, missing))} → {json.dumps(new.get(key, missing))}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, missing) != new.get(key, missing)
+    ]
+
+
+def check_world(config: Config, world_size: int) -> None:
+    """Refuse a world that the config cannot use. Raises ConfigError."""
+    problems: list[str] = []
+    m = config.data.micro_batches
+    if world_size > m:
+        problems.append(
+            f"data.micro_batches = {m} leaves {world_size - m} of {world_size} ranks without work.\n"
+            f"  A micro-batch is the smallest unit of work. Start at most {m} ranks, or set data.micro_batches to "
+            f"{world_size} or more."
+        )
+    shard = config.parallel.shard_ranks
+    if config.parallel.strategy == "hybrid" and world_size % shard:
+        problems.append(
+            f"parallel.shard_ranks = {shard} does not divide the world of {world_size} ranks.\n"
+            f"  A hybrid mesh is replicas × shards. Start a multiple of {shard} ranks, or change parallel.shard_ranks."
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _with_base(path: Path) -> dict[str, Any]:
+    tree = _read(path)
+    base_name = tree.pop("extends", None)
+    if base_name is None:
+        return tree
+    if not isinstance(base_name, str):
+        raise ConfigError([f"{path}: extends = {base_name!r} is no path.\n  Write extends = \"other.toml\"."])
+    base = _read(path.parent / base_name)
+    if "extends" in base:
+        raise ConfigError(
+            [
+                f"{path} extends {base_name}, which extends {base['extends']}.\n"
+                "  One level is allowed, so that a config can be read at a glance. "
+                f"Extend {base['extends']} directly and repeat what {base_name} sets."
+            ]
+        )
+    return _merge(base, tree)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
+        hint = f" Did you mean {path.parent / near[0]}?" if near else " configs/ holds ready ones."
+        raise ConfigError([f"{path} does not exist.{hint}"]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{path} cannot be read: {error}."]) from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError([f"{path} is not valid TOML: {error}."]) from None
+
+
+def _merge(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        below = merged.get(key)
+        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _override(tree: dict[str, Any], text: str) -> list[str]:
+    key, equals, value = text.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        return [f"--set {text!r} has no value.\n  Write --set key=value, e.g. --set optim.learning_rate=3e-4."]
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        quoted = f"'{key}=\"{value.strip()}\"'"
+        return [f"--set {text}: the right side is not TOML.\n  Text needs quotes that the shell keeps: --set {quoted}."]
+    *sections, name = key.split(".")
+    node = tree
+    for section in sections:
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            return [f"--set {text}: {section} is a value, not a section."]
+    node[name] = parsed
+    return []
+
+
+def _tuples(value: Any) -> Any:
+    """TOML arrays as tuples: strict models take no lists for them."""
+    if isinstance(value, Mapping):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def _explain(detail: Any) -> str:
+    """One pydantic error as fact, rule and remedy."""
+    path = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return f"{path} is no setting.{_nearest(path)}"
+    message = detail["msg"][0].lower() + detail["msg"][1:]
+    return f"{path} = {json.dumps(detail['input'], default=str)}: {message}."
+
+
+def known_keys() -> list[str]:
+    """Every setting's full name."""
+    return list(flatten(Config().model_dump()))
+
+
+def _nearest(path: str) -> str:
+    sections = set(Config.model_fields)
+    known = known_keys() + sorted(sections)
+    same_name = [key for key in known if key.split(".")[-1] == path.split(".")[-1]]
+    near = same_name or difflib.get_close_matches(path, known, n=1, cutoff=0.5)
+    return f" Did you mean {near[0]}?" if near else f" The sections are {', '.join(sorted(sections))}."
+
+
+def _contradictions(config: Config) -> list[str]:
+    m, o, problems = config.model, config.optim, []
+    if m.width % m.n_heads:
+        problems.append(
+            f"model.n_heads = {m.n_heads} does not divide model.width = {m.width}.\n"
+            "  Every head takes an equal part of the width. Change one so that it divides."
+        )
+    elif m.positions == "rope" and (m.width // m.n_heads) % 2:
+        problems.append(
+            f'model.positions = "rope" rotates pairs, but a head is {m.width // m.n_heads} wide.\n'
+            "  model.width / model.n_heads must be even."
+        )
+    if m.n_kv_heads and m.n_heads % m.n_kv_heads:
+        problems.append(
+            f"model.n_kv_heads = {m.n_kv_heads} does not divide model.n_heads = {m.n_heads}.\n"
+            "  Each key/value head serves an equal group of query heads."
+        )
+    if o.optimizer == "muon" and config.parallel.strategy != "replicate":
+        problems.append(
+            f'optim.optimizer = "muon" cannot run with parallel.strategy = "{config.parallel.strategy}".\n'
+            '  Muon orthogonalises whole matrices and shards hold rows. Use strategy "replicate", or "adamw".'
+        )
+    if o.warmup_steps > config.budget.steps:
+        problems.append(
+            f"optim.warmup_steps = {o.warmup_steps} is longer than budget.steps = {config.budget.steps}.\n"
+            "  The rate would never reach its peak. Shorten the warmup."
+        )
+    if config.data.source.startswith("hub:") and not _is_commit(config.data.revision):
+        problems.append(
+            f"data.revision = {config.data.revision!r} does not pin {config.data.source}.\n"
+            "  A branch moves, and the run with it. Give the dataset's commit: 40 hex digits."
+        )
+    for name in config.eval.sets:
+        if name not in ("val", "repo") and name not in config.eval.sources:
+            problems.append(
+                f"eval.sets names {name!r}, which is neither \"val\" nor \"repo\" nor in eval.sources.\n"
+                f'  Add it: --set \'eval.sources.{name}="PATH"\'.'
+            )
+    if len(set(config.eval.sets)) < len(config.eval.sets):
+        problems.append(f"eval.sets = {list(config.eval.sets)} names a set twice.")
+    return problems
+
+
+def _is_commit(revision: str) -> bool:
+    return len(revision) == 40 and all(digit in "0123456789abcdef" for digit in revision)
+
+
+def _without_effect(config: Config) -> list[str]:
+    """Settings that were changed from their default but that another setting makes meaningless."""
+    c, hub = config, config.data.source.startswith("hub:")
+    needs = [
+        ("data.revision", hub, 'data.source = "hub:…"'),
+        ("data.subset", hub, 'data.source = "hub:…"'),
+        ("data.hub_split", hub, 'data.source = "hub:…"'),
+        ("data.streaming", hub, 'data.source = "hub:…"'),
+        ("data.vocab_size", c.data.tokenizer == "bpe", 'data.tokenizer = "bpe"'),
+        ("model.rope_base", c.model.positions == "rope", 'model.positions = "rope"'),
+        ("optim.muon_learning_rate", c.optim.optimizer == "muon", 'optim.optimizer = "muon"'),
+        ("optim.muon_momentum", c.optim.optimizer == "muon", 'optim.optimizer = "muon"'),
+        ("optim.decay_fraction", c.optim.schedule == "wsd", 'optim.schedule = "wsd"'),
+        ("optim.final_fraction", c.optim.schedule != "constant", "a schedule that decays"),
+        ("parallel.shard_ranks", c.parallel.strategy == "hybrid", 'parallel.strategy = "hybrid"'),
+        ("parallel.reshard_after_forward", c.parallel.strategy != "replicate", 'parallel.strategy "fsdp" or "hybrid"'),
+        ("numerics.headroom_bits", c.numerics.exact, "numerics.exact = true"),
+    ]
+    changed = differences(flatten(Config().model_dump()), flatten(config.model_dump()))
+    changed_keys = {line.split(":", 1)[0] for line in changed}
+    problems = [
+        f"{key} has no effect here: it needs {condition}.\n  Remove it, or change the other setting."
+        for key, has_effect, condition in needs
+        if key in changed_keys and not has_effect
+    ]
+    unused = sorted(set(config.eval.sources) - set(config.eval.sets))
+    return problems + [f"eval.sources.{name} has no effect: eval.sets does not name {name!r}." for name in unused]

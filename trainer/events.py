@@ -1,0 +1,183 @@
+"""The event log: what happened in a run, as typed records, one JSONL file per attempt and rank.
+
+It is the one source of truth: console, W&B, plots, `inspect` and later the fault checker read nothing else.
+Files are append-only. A process may die in the middle of a line, so a torn last line is dropped on reading;
+damage anywhere else is an error.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from trainer.errors import RunDirectoryError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    kind: ClassVar[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptStarted(Event):
+    """A rank is about to train. One per rank and attempt."""
+
+    kind = "attempt_started"
+    world_size: int
+    from_step: int
+    steps: int
+    fingerprint: str
+    host: str
+    pid: int
+    device: str
+    strategy: str
+    parameters: int
+    tokens_per_step: int
+    startup_seconds: dict[str, float]
+    """Seconds from the process's start, by cause."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepDone(Event):
+    """The weights of `step` are final. Written by rank 0."""
+
+    kind = "step"
+    step: int
+    """Steps completed: the first update makes step 1."""
+    loss: float
+    """Mean over the step's tokens, nats per token, of the weights before the update."""
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    """Tokens trained on in this step."""
+    seconds: float
+    samples: str
+    """Digest of the sample ids that the ranks really computed, in micro-batch order."""
+    redone: int
+    """Times the step was computed again on a coarser grid."""
+    flushed: float | None
+    """Share of non-zero gradient entries rounded to zero; None where it was not measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalDone(Event):
+    kind = "eval"
+    step: int
+    set: str
+    loss: float
+    """Nats per token."""
+    bits_per_byte: float
+    tokens: int
+    seconds: float
+    digest: str
+    """Of the tokens that were scored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSaved(Event):
+    kind = "checkpoint"
+    step: int
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Warned(Event):
+    """Something a person should know that does not stop the run."""
+
+    kind = "warning"
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptEnded(Event):
+    """A rank left the loop in order. A rank that was killed leaves no such record."""
+
+    kind = "attempt_ended"
+    status: str
+    """finished, preempted or failed."""
+    step: int
+    reason: str
+    weights_sha256: str | None
+    state_sha256: str | None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One event with where and when it was written."""
+
+    attempt: int
+    rank: int
+    time: float
+    """Unix time in seconds."""
+    event: Event
+
+
+_KINDS: dict[str, type[Event]] = {cls.kind: cls for cls in Event.__subclasses__()}
+
+
+class EventLog:
+    """Appends one rank's events and hands each to the subscribers (console, W&B) in this process."""
+
+    def __init__(self, path: Path, attempt: int, rank: int, clock: Callable[[], float] = time.time) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._attempt, self._rank, self._clock = attempt, rank, clock
+        self._subscribers: list[Callable[[Entry], None]] = []
+
+    @classmethod
+    def open(cls, run: Path, attempt: int, rank: int) -> Self:
+        return cls(events_directory(run) / f"attempt-{attempt:04d}-rank-{rank:05d}.jsonl", attempt, rank)
+
+    def subscribe(self, subscriber: Callable[[Entry], None]) -> None:
+        self._subscribers.append(subscriber)
+
+    def append(self, event: Event) -> None:
+        entry = Entry(self._attempt, self._rank, self._clock(), event)
+        record = {"event": event.kind, "attempt": entry.attempt, "rank": entry.rank, "time": entry.time}
+        # NaN and Infinity are legal here: a loss that is not finite must not be written as something else.
+        self._file.write(json.dumps(record | dataclasses.asdict(event)) + "\n")
+        for subscriber in self._subscribers:
+            subscriber(entry)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def events_directory(run: Path) -> Path:
+    return run / "events"
+
+
+def next_attempt(run: Path) -> int:
+    """Attempts are counted from the log: 0 for a new run."""
+    names = [path.name for path in events_directory(run).glob("attempt-*-rank-*.jsonl")]
+    return max((int(name.split("-")[1]) for name in names), default=-1) + 1
+
+
+def read(run: Path) -> list[Entry]:
+    """All events of a run in order of attempt, then time. Raises RunDirectoryError on a damaged log."""
+    paths = sorted(events_directory(run).glob("*.jsonl"))
+    return sorted((entry for path in paths for entry in _read_file(path)), key=lambda e: (e.attempt, e.time, e.rank))
+
+
+def _read_file(path: Path) -> Iterator[Entry]:
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    *whole, _torn = lines
+    for number, line in enumerate(whole, start=1):
+        try:
+            yield _decode(json.loads(line))
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunDirectoryError(
+                f"{path}:{number} is no event: {error}.\n"
+                "  The log is append-only; only its last line may be torn. Restore the file, or move it away to "
+                "read the rest of the run."
+            ) from None
+
+
+def _decode(record: dict[str, Any]) -> Entry:
+    cls = _KINDS[record.pop("event")]
+    where = [record.pop(name) for name in ("attempt", "rank", "time")]
+    return Entry(*where, cls(**record))
