@@ -26,7 +26,7 @@ class Data(Section):
     source: str = "python-stdlib"
     """"python-stdlib", a path or glob (.jsonl, .parquet, anything else is text), or "hub:OWNER/NAME"."""
     revision: str = ""
-    """Commit of a hub dataset (40 hex digits); required for hub sources, so that a run stays a function of its config."""
+    """Commit of a hub dataset (40 hex digits); required, since a branch moves and a run must not."""
     subset: str = ""
     """Configuration name of a hub dataset."""
     hub_split: str = "train"
@@ -271,7 +271,7 @@ def _with_base(path: Path) -> dict[str, Any]:
     if base_name is None:
         return tree
     if not isinstance(base_name, str):
-        raise ConfigError([f"{path}: extends = {base_name!r} is no path.\n  Write extends = \"other.toml\"."])
+        raise ConfigError([f'{path}: extends = {base_name!r} is no path.\n  Write extends = "other.toml".'])
     base = _read(path.parent / base_name)
     if "extends" in base:
         raise ConfigError(
@@ -349,7 +349,7 @@ def known_keys() -> list[str]:
 def _nearest(path: str) -> str:
     sections = set(Config.model_fields)
     known = known_keys() + sorted(sections)
-    same_name = [key for key in known if key.split(".")[-1] == path.split(".")[-1]]
+    same_name = [key for key in known if key.split(".")[-1] == path.rsplit(".", maxsplit=1)[-1]]
     near = same_name or difflib.get_close_matches(path, known, n=1, cutoff=0.5)
     return f" Did you mean {near[0]}?" if near else f" The sections are {', '.join(sorted(sections))}."
 
@@ -389,8 +389,8 @@ def _contradictions(config: Config) -> list[str]:
     for name in config.eval.sets:
         if name not in ("val", "repo") and name not in config.eval.sources:
             problems.append(
-                f"eval.sets names {name!r}, which is neither \"val\" nor \"repo\" nor in eval.sources.\n"
-                f'  Add it: --set \'eval.sources.{name}="PATH"\'.'
+                f'eval.sets names {name!r}, which is neither "val" nor "repo" nor in eval.sources.\n'
+                f"  Add it: --set 'eval.sources.{name}=\"PATH\"'."
             )
     if len(set(config.eval.sets)) < len(config.eval.sets):
         problems.append(f"eval.sets = {list(config.eval.sets)} names a set twice.")

@@ -179,5 +179,5 @@ def _read_file(path: Path) -> Iterator[Entry]:
 
 def _decode(record: dict[str, Any]) -> Entry:
     cls = _KINDS[record.pop("event")]
-    where = [record.pop(name) for name in ("attempt", "rank", "time")]
-    return Entry(*where, cls(**record))
+    attempt, rank, at = (record.pop(name) for name in ("attempt", "rank", "time"))
+    return Entry(attempt, rank, at, cls(**record))

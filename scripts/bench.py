@@ -1,0 +1,385 @@
+"""The figures this project claims, each a ratio measured in one run; see scripts/bench.
+
+Two things to compare alternate in the same process, so that a drifting machine hurts both alike; medians are quoted
+with the quartiles of the round-by-round ratios.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import platform
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer import config as configs
+from trainer import events, job, loop, watch, world
+from trainer import model as models
+from trainer.config import Config
+from trainer.data import Prepared, prepare
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "BENCHMARKS.json"
+TABLES = ROOT / "BENCHMARKS.md"
+
+BIG = ("configs/modern.toml", ["data.micro_batches=2", 'optim.schedule="constant"', "checkpoint.every_steps=0"])
+SMALL = (
+    "configs/shakespeare_char.toml",
+    ["data.source=\"python-stdlib\"", "data.tokenizer=\"bytes\"", "data.max_megabytes=1.0", "data.heldout=\"hash\"",
+     "data.micro_batches=1", "data.micro_batch_sequences=12", "optim.schedule=\"constant\""],
+)  # fmt: skip
+QUIET = ['wandb.mode="disabled"', 'eval.sets=["val"]']
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A / B over the rounds of one run."""
+
+    median: float
+    low: float
+    """First quartile."""
+    high: float
+    """Third quartile."""
+    rounds: int
+
+    @classmethod
+    def of(cls, ratios: list[float]) -> "Ratio":
+        low, median, high = statistics.quantiles(ratios, n=4)
+        return cls(median, low, high, len(ratios))
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} ({self.low:.3f}–{self.high:.3f}, {self.rounds} rounds)"
+
+
+def load(base: tuple[str, list[str]], *more: str) -> Config:
+    return configs.load(ROOT / base[0], [*base[1], *QUIET, *more])
+
+
+class Ours:
+    """toprope's own loop in this process: events, console and all, without evaluation and checkpoints."""
+
+    def __init__(self, config: Config, ranks: world.World, directory: Path) -> None:
+        job.set_numerics(config, ranks.device)
+        self.prepared = prepare(config.data, config.eval, config.model.context)
+        self.state = job.build(config, vocabulary(config, self.prepared), ranks)
+        log = events.EventLog.open(directory, events.next_attempt(directory), ranks.rank)
+        if ranks.is_main:
+            log.subscribe(watch.Console(config, is_terminal=False, file=Path(os.devnull).open("w")))  # noqa: SIM115
+        self.config = config
+        self.parts = job.parts(config, self.prepared, ranks, log, save=lambda state: None)
+        self.parts = replace(self.parts, evaluate=lambda model: ())
+
+    def __call__(self, steps: int) -> None:
+        budget = self.config.budget.model_copy(update={"steps": self.state.step + steps})
+        loop.train(self.state, replace(self.parts, config=self.config.model_copy(update={"budget": budget})))
+
+
+class Plain:
+    """The loop a PyTorch user would write: same model, same micro-batches, fused AdamW, nothing else."""
+
+    def __init__(self, config: Config) -> None:
+        torch.set_num_threads(config.numerics.threads)
+        prepared = prepare(config.data, config.eval, config.model.context)
+        self.model = models.GPT(config.model, vocabulary(config, prepared))
+        models.initialise(self.model, config.seed)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.optim.learning_rate, fused=True)
+        self.batches = job.batches_of(config, prepared)
+        self.micro_batches = config.data.micro_batches
+        self.step = 0
+
+    def __call__(self, steps: int) -> None:
+        for _ in range(steps):
+            total = 0.0
+            for index in range(self.micro_batches):
+                batch = self.batches.micro_batch(self.step, index)
+                result = self.model(torch.from_numpy(batch.inputs), torch.from_numpy(batch.targets))
+                (result.objective / self.micro_batches).backward()
+                total += result.cross_entropy.item()
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.step += 1
+
+
+def vocabulary(config: Config, prepared: Prepared) -> int:
+    return models.padded_vocab(prepared.tokenizer.vocab_size, config.model.vocab_size)
+
+
+def alternate(
+    a: Callable[[int], None], b: Callable[[int], None], steps: int, rounds: int
+) -> tuple[Ratio, float, float]:
+    """Speed of A over speed of B round by round, and both median seconds per step."""
+    for warm in (a, b):
+        warm(max(2, steps))
+    seconds: list[tuple[float, float]] = []
+    for number in range(rounds):
+        pair = {}
+        for name in "ab" if number % 2 else "ba":
+            started = time.perf_counter()
+            (a if name == "a" else b)(steps)
+            pair[name] = (time.perf_counter() - started) / steps
+        seconds.append((pair["a"], pair["b"]))
+    ratio = Ratio.of([second / first for first, second in seconds])
+    return ratio, statistics.median(s[0] for s in seconds), statistics.median(s[1] for s in seconds)
+
+
+def throughput(
+    base: tuple[str, list[str]], ours: list[str], plain: list[str], steps: int, rounds: int
+) -> dict[str, Any]:
+    """Throughput of our loop over the plain loop's, in one process."""
+    ranks = world.connect(torch.device("cpu"), 60)
+    with tempfile.TemporaryDirectory() as directory:
+        ours_config = load(base, *ours)
+        mine = Ours(ours_config, ranks, Path(directory))
+        theirs = Plain(load(base, *plain))
+        ratio, a, b = alternate(mine, theirs, steps, rounds)
+    world.disconnect()
+    tokens = ours_config.data.micro_batches * ours_config.data.micro_batch_sequences * ours_config.model.context
+    count = models.parameter_count(mine.state.model)
+    return {
+        "ratio": vars(ratio),
+        "parameters": count.total,
+        "ours_tokens_per_second": tokens / a,
+        "plain_tokens_per_second": tokens / b,
+        "threads": ours_config.numerics.threads,
+    }
+
+
+def exact_against_plain_worker() -> None:
+    """One of two ranks: exact and plain sums alternate in the same processes."""
+    ranks = world.connect(torch.device("cpu"), 120)
+    with tempfile.TemporaryDirectory() as directory:
+        exact = Ours(load(BIG, "numerics.threads=1"), ranks, Path(directory))
+        plain = Ours(load(BIG, "numerics.threads=1", "numerics.exact=false"), ranks, Path(directory))
+        ratio, a, b = alternate(exact, plain, steps=1, rounds=15)
+    if ranks.is_main:
+        print("RESULT " + json.dumps({"ratio": vars(ratio), "exact_seconds": a, "plain_seconds": b}))
+    world.disconnect()
+
+
+def memory_worker(strategy: str) -> None:
+    """One of two ranks: peak resident memory after three steps, and what the libraries alone take."""
+    baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    ranks = world.connect(torch.device("cpu"), 120)
+    with tempfile.TemporaryDirectory() as directory:
+        config = load(BIG, f'parallel.strategy="{strategy}"', "model.width=768", "data.micro_batch_sequences=1")
+        mine = Ours(config, ranks, Path(directory))
+        mine(3)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    if ranks.is_main:
+        count = models.parameter_count(mine.state.model) if strategy == "replicate" else None
+        print(
+            "RESULT " + json.dumps({"peak_mib": peak, "libraries_mib": baseline, "parameters": count and count.total})
+        )
+    world.disconnect()
+
+
+def torchrun(*arguments: str) -> str:
+    command = [sys.executable, "-c", "from trainer.launch import torchrun; torchrun()", "--standalone"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, "--nproc-per-node", "2", *arguments],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stdout}\n{done.stderr}")
+    return done.stdout
+
+
+def worker(*arguments: str) -> dict[str, Any]:
+    output = torchrun("scripts/bench.py", "--worker", *arguments)
+    return json.loads(output.split("RESULT ", 1)[1].splitlines()[0])
+
+
+def first_step(repeats: int = 7) -> dict[str, Any]:
+    """Seconds from the command to the first step done, 2 ranks, warm caches, and where they go."""
+    laps: list[dict[str, float]] = []
+    with tempfile.TemporaryDirectory() as directory:
+        for number in range(repeats + 1):
+            run = Path(directory) / str(number)
+            launched = time.time()
+            arguments = ["--run", str(run), "--set", "budget.steps=1", "--set", 'eval.sets=["val"]']
+            torchrun("-m", "trainer", "train", "configs/gpt_tiny.toml", *arguments)
+            entries = [entry for entry in events.read(run) if entry.rank == 0]
+            start = next(entry for entry in entries if isinstance(entry.event, events.AttemptStarted))
+            step = next(entry for entry in entries if isinstance(entry.event, events.StepDone))
+            assert isinstance(start.event, events.AttemptStarted)
+            inside = start.event.startup_seconds
+            launcher = start.time - launched - sum(inside.values())
+            laps.append(
+                {"torchrun": launcher, **inside, "first step": step.time - start.time, "all": step.time - launched}
+            )
+    laps = laps[1:]  # the first warms caches
+    return {
+        "breakdown": {name: statistics.median(lap[name] for lap in laps) for name in laps[0]},
+        "low": min(lap["all"] for lap in laps),
+        "high": max(lap["all"] for lap in laps),
+        "repeats": repeats,
+    }
+
+
+NANOGPT_RECIPE = [
+    'model.norm="layernorm"', 'model.positions="learned"', 'model.mlp="gelu"', "model.qk_norm=false",
+    "model.tied_embeddings=true", 'model.init="gpt2"', "data.micro_batches=1", "data.micro_batch_sequences=12",
+    "numerics.threads=2",
+]  # fmt: skip
+
+
+def shakespeare(repeats: int = 3) -> dict[str, Any]:
+    """configs/shakespeare_char.toml as a command, against a plain loop of nanoGPT's CPU recipe as a command."""
+    path = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
+    source = json.dumps(os.environ.get("TINYSHAKESPEARE", str(path)))
+    ours, plain, losses = [], [], []
+    with tempfile.TemporaryDirectory() as directory:
+        for number in range(repeats + 1):
+            run = Path(directory) / str(number)
+            started = time.perf_counter()
+            torchrun(
+                "-m", "trainer", "train", "configs/shakespeare_char.toml", "--run", str(run),
+                "--set", f"data.source={source}", "--set", 'wandb.mode="disabled"',
+            )  # fmt: skip
+            ours.append(time.perf_counter() - started)
+            last = [e.event for e in events.read(run) if isinstance(e.event, events.EvalDone) and e.event.set == "val"][
+                -1
+            ]
+            losses.append(last.loss)
+            started = time.perf_counter()
+            output = subprocess.run(
+                [sys.executable, "scripts/bench.py", "--worker", "nanogpt", source],
+                cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
+            ).stdout  # fmt: skip
+            plain.append(time.perf_counter() - started)
+    return {
+        "ratio": vars(Ratio.of([b / a for a, b in zip(ours[1:], plain[1:], strict=True)])),
+        "validation_loss": losses[-1],
+        "validation_loss_plain": json.loads(output.split("RESULT ", 1)[1])["loss"],
+        "ours_seconds": statistics.median(ours[1:]),
+        "plain_seconds": statistics.median(plain[1:]),
+    }
+
+
+def nanogpt_worker(source: str) -> None:
+    """nanoGPT's published CPU recipe, as a plain loop: AdamW 1e-3, β2 0.99, clip 1, cosine to 1e-4, warmup 100."""
+    base = ("configs/shakespeare_char.toml", [f"data.source={source}", *NANOGPT_RECIPE])
+    config = load(base, 'optim.optimizer="adamw"', 'numerics.precision="fp32"', "optim.learning_rate=1e-3")
+    plain = Plain(config)
+    decay = [p for p in plain.model.parameters() if p.dim() >= 2]
+    rest = [p for p in plain.model.parameters() if p.dim() < 2]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    plain.optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99), fused=True)
+    for step in range(2000):
+        share = (step - 100) / 1900
+        rate = 1e-3 * (step + 1) / 101 if step < 100 else 1e-4 + 0.5 * (1 + math.cos(math.pi * share)) * 9e-4
+        for group in plain.optimizer.param_groups:
+            group["lr"] = rate
+        batch = plain.batches.micro_batch(step, 0)
+        plain.model(torch.from_numpy(batch.inputs), torch.from_numpy(batch.targets)).objective.backward()
+        torch.nn.utils.clip_grad_norm_(plain.model.parameters(), 1.0)
+        plain.optimizer.step()
+        plain.optimizer.zero_grad(set_to_none=True)
+    prepared = prepare(config.data, config.eval, config.model.context)
+    ranks = world.connect(torch.device("cpu"), 60)
+    ((_, _, score, _),) = job.scorer(config, prepared, ranks)(plain.model)
+    print("RESULT " + json.dumps({"loss": score.loss}))
+    world.disconnect()
+
+
+def seeds() -> dict[str, Any]:
+    """Final validation loss with exact and with plain sums, three seeds each, and what the grid did."""
+    rows = []
+    with tempfile.TemporaryDirectory() as directory:
+        for seed in range(3):
+            row: dict[str, Any] = {"seed": seed}
+            for exact in (True, False):
+                run = Path(directory) / f"{seed}{exact}"
+                sets = [
+                    "budget.steps=500",
+                    f"seed={seed}",
+                    f"numerics.exact={str(exact).lower()}",
+                    'wandb.mode="disabled"',
+                ]
+                arguments = [part for one in [*SMALL[1], *sets] for part in ("--set", one)]
+                torchrun("-m", "trainer", "train", SMALL[0], "--run", str(run), *arguments, "--set", "data.micro_batches=4",
+                         "--set", "data.micro_batch_sequences=3")  # fmt: skip
+                log = [entry.event for entry in events.read(run)]
+                last = [e for e in log if isinstance(e, events.EvalDone) and e.set == "val"][-1]
+                row["exact" if exact else "plain"] = last.loss
+                if exact:
+                    steps = [e for e in log if isinstance(e, events.StepDone)]
+                    counted = [e.flushed for e in steps if e.flushed is not None]
+                    row |= {"redone": sum(e.redone for e in steps), "flushed": statistics.mean(counted)}
+            rows.append(row)
+    return {"rows": rows, "steps": 500}
+
+
+def measure(name: str) -> dict[str, Any]:
+    """One figure by name, in this process or in ones it starts."""
+    match name:
+        case "throughput_12m":
+            return throughput(BIG, ["numerics.threads=2"], ["numerics.threads=2"], steps=1, rounds=15)
+        case "throughput_0.8m":
+            return throughput(SMALL, [], [], steps=40, rounds=31)
+        case "exact_against_plain_sums":
+            return worker("exact")
+        case "bf16_compile":
+            ours = ["numerics.threads=2", 'numerics.precision="bf16"', "numerics.compile=true"]
+            return throughput(BIG, ours, ["numerics.threads=2"], steps=1, rounds=15)
+        case "first_step":
+            return first_step()
+        case "memory":
+            return {strategy: worker("memory", strategy) for strategy in ("replicate", "fsdp")}
+        case "shakespeare":
+            return shakespeare()
+        case "seeds":
+            return seeds()
+    raise SystemExit(f"no figure is called {name!r}; there are {', '.join(FIGURES)}")
+
+
+FIGURES = (
+    "throughput_12m", "throughput_0.8m", "exact_against_plain_sums", "bf16_compile", "first_step", "memory",
+    "shakespeare", "seeds",
+)  # fmt: skip
+
+
+def machine() -> str:
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text()
+        name = re.search(r"model name\s*: (.*)", text)[1]  # pyright: ignore[reportOptionalSubscript]
+        wanted = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag}" in text]
+        name += f" ({', '.join(wanted)})"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{name}, {os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}, torch {torch.__version__}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("names", nargs="*", help=f"what to measure; default all of {', '.join(FIGURES)}")
+    arguments = parser.parse_args()
+    if arguments.worker:
+        {"exact": exact_against_plain_worker, "memory": memory_worker, "nanogpt": nanogpt_worker}[arguments.names[0]](
+            *arguments.names[1:]
+        )
+        return
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for name in arguments.names or FIGURES:
+        print(f"{name} …", flush=True)
+        results[name] = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), **measure(name)}
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        print(json.dumps(results[name]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""One rank of tests/test_equality.py: trains many small cases in one process, because importing torch is the slow part.
+
+Usage: torchrun … -m tests.equality_worker CASES.json RESULTS.json. Rank 0 writes {case: what must be equal}.
+"""
+
+import itertools
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer import config as configs
+from trainer import job, loop, world
+from trainer import model as models
+from trainer.data import prepare
+from trainer.events import EventLog, StepDone
+
+
+def train(case: dict[str, Any], ranks: world.World, directory: Path) -> dict[str, Any]:
+    config = configs.load(Path(case["config"]), case["set"])
+    job.set_numerics(config, ranks.device)
+    prepared = prepare(config.data, config.eval, config.model.context)
+    state = job.build(config, models.padded_vocab(prepared.tokenizer.vocab_size, config.model.vocab_size), ranks)
+    log = EventLog.open(directory, next(attempts), ranks.rank)
+    steps: list[StepDone] = []
+    log.subscribe(lambda entry: steps.append(entry.event) if isinstance(entry.event, StepDone) else None)
+    parts = job.parts(config, prepared, ranks, log, save=lambda state: None)
+    loop.train(state, parts)
+    scores = [(name, score.loss, score.bits_per_byte) for name, _, score, _ in parts.evaluate(state.model)]
+    log.close()
+    return {
+        "weights": state.weights_sha256(),
+        "state": state.state_sha256(),
+        "losses": [step.loss.hex() for step in steps],
+        "norms": [step.grad_norm.hex() for step in steps],
+        "samples": [step.samples for step in steps],
+        "redone": [step.redone for step in steps],
+        "flushed": [step.flushed for step in steps],
+        "scores": scores,
+    }
+
+
+attempts = itertools.count()
+
+
+def main() -> None:
+    cases, results = Path(sys.argv[1]), Path(sys.argv[2])
+    ranks = world.connect(torch.device("cpu"), timeout_seconds=60)
+    with tempfile.TemporaryDirectory() as directory:
+        outcome = {name: train(case, ranks, Path(directory)) for name, case in json.loads(cases.read_text()).items()}
+    if ranks.is_main:
+        results.write_text(json.dumps(outcome))
+    world.disconnect()
+
+
+if __name__ == "__main__":
+    main()

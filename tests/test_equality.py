@@ -1,0 +1,103 @@
+"""The promise everything rests on: the same bits at every world size and under every sharding.
+
+Each world size trains all cases once on real gloo ranks; the tests hold the results against the single process.
+"""
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.support import SMOKE, torchrun
+
+BASE = {"budget.steps": 6, "eval.max_tokens": 2048, "optim.learning_rate": 0.01}
+FEATURES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "unclipped": {"optim.clip_norm": 0.0},
+    "bf16": {"numerics.precision": "bf16"},
+    "dropout": {"model.dropout": 0.1},
+    "recomputed": {"model.dropout": 0.1, "parallel.activation_checkpointing": True},
+    "seven micro-batches of one": {"data.micro_batches": 7, "data.micro_batch_sequences": 1},
+    # Odd widths: rows that fill no whole vector of the optimizer's kernels.
+    "everything": {
+        "model.width": 36, "model.n_heads": 6, "model.n_kv_heads": 2, "model.mlp": "swiglu", "model.norm": "layernorm",
+        "model.biases": True, "model.tied_embeddings": True, "model.value_embeddings": True,
+        "model.bigram_buckets": 101, "model.logit_softcap": 15.0, "model.z_loss": 1e-4, "model.init": "gpt2",
+        "optim.schedule": "wsd", "optim.warmup_steps": 2, "optim.mup_base_width": 18,
+    },
+    "gpt-2": {
+        "model.norm": "layernorm", "model.positions": "learned", "model.mlp": "gelu", "model.qk_norm": False,
+        "model.biases": True, "model.tied_embeddings": True, "model.init": "gpt2", "model.dropout": 0.1,
+    },
+}  # fmt: skip
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "replicate": {},
+    "fsdp": {"parallel.strategy": "fsdp"},
+    "hybrid": {"parallel.strategy": "hybrid"},
+}
+MUON = {"optim.optimizer": "muon"}
+PLAIN_SUMS = {"numerics.exact": False}
+
+
+def cases_for(world_size: int) -> dict[str, dict[str, Any]]:
+    strategies = [name for name in STRATEGIES if name != "hybrid" or world_size % 2 == 0]
+    cases = {
+        f"{feature} / {strategy}": BASE | FEATURES[feature] | STRATEGIES[strategy]
+        for feature in FEATURES
+        for strategy in strategies
+    }
+    cases["muon / replicate"] = BASE | MUON
+    cases["plain sums / replicate"] = BASE | PLAIN_SUMS
+    return {
+        name: {"config": str(SMOKE), "set": [f"{key}={json.dumps(value)}" for key, value in case.items()]}
+        for name, case in cases.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+    directory = tmp_path_factory.mktemp("equality")
+    outcome = {}
+    for world_size in (1, 2, 3, 4):
+        cases, result = directory / f"cases{world_size}.json", directory / f"results{world_size}.json"
+        cases.write_text(json.dumps(cases_for(world_size)))
+        torchrun(world_size, cases, result, module="tests.equality_worker", timeout=300)
+        outcome[world_size] = json.loads(result.read_text())
+    return outcome
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("feature", [*FEATURES, "muon"])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_every_world_size_and_sharding_gives_the_bits_of_one_unsharded_process(results, world_size, feature):
+    calm = results[1][f"{feature} / replicate"]
+    compared = 0
+    for strategy in STRATEGIES:
+        other = results[world_size].get(f"{feature} / {strategy}")
+        if other is not None:
+            assert other == calm, f"{strategy} on {world_size} ranks"
+            compared += 1
+    assert compared == (1 if feature == "muon" else 2 + (world_size % 2 == 0))
+
+
+@pytest.mark.timeout(600)
+def test_without_exact_sums_world_sizes_disagree(results):
+    """The equality above is no accident of the kernels."""
+    hashes = {results[world_size]["plain sums / replicate"]["weights"] for world_size in (1, 2, 3, 4)}
+    assert len(hashes) == 4
+
+
+@pytest.mark.timeout(600)
+def test_features_change_the_weights(results):
+    """Guards the matrix itself: a switch that reaches nothing would make its row worthless."""
+    weights = {feature: results[1][f"{feature} / replicate"]["weights"] for feature in FEATURES}
+    assert weights.pop("recomputed") == weights["dropout"], "recomputing must not change a bit"
+    assert len(set(weights.values())) == len(weights)
+
+
+@pytest.mark.timeout(600)
+def test_the_first_step_is_redone_once_and_counted(results):
+    assert results[1]["plain / replicate"]["redone"][0] == 1
+    flushed = results[1]["plain / replicate"]["flushed"][0]
+    assert flushed is not None
+    assert 0 <= flushed < 1e-2

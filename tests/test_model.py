@@ -1,0 +1,346 @@
+"""What the model promises, each against a formula written out or an independent count."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils.flop_counter import FlopCounterMode
+
+from trainer import config, model
+from trainer.errors import TokenizerError
+
+VOCAB = 64
+SMALL: dict[str, Any] = {"n_layers": 2, "n_heads": 4, "width": 32, "context": 16}
+SWITCHES: dict[str, tuple[Any, ...]] = {
+    "norm": ("rmsnorm", "layernorm"),
+    "positions": ("rope", "learned"),
+    "mlp": ("relu2", "gelu", "swiglu"),
+    "n_kv_heads": (0, 1, 2),
+    "qk_norm": (True, False),
+    "tied_embeddings": (False, True),
+    "biases": (False, True),
+    "logit_softcap": (0.0, 5.0),
+    "z_loss": (0.0, 1e-2),
+    "dropout": (0.0, 0.3),
+    "value_embeddings": (False, True),
+    "bigram_buckets": (0, 37),
+    "init": ("zero_proj", "gpt2"),
+}
+SINGLE = [(name, value) for name, values in SWITCHES.items() for value in values[1:]]
+switch_sets = st.fixed_dictionaries({name: st.sampled_from(values) for name, values in SWITCHES.items()})
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def build(seed: int = 0, vocab: int = VOCAB, **switches: Any) -> model.GPT:
+    gpt = model.GPT(config.Model(**(SMALL | switches)), vocab)
+    model.initialise(gpt, seed)
+    return gpt
+
+
+def awake(gpt: model.GPT) -> model.GPT:
+    """Every parameter away from its starting value, so that no path is silent because of a zero."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in gpt.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return gpt
+
+
+def blocks_of(gpt: model.GPT) -> list[model.Block]:
+    return [block for block in gpt.blocks if isinstance(block, model.Block)]
+
+
+def tokens(*shape: int, seed: int = 0, vocab: int = VOCAB) -> Tensor:
+    return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(gpt: model.GPT, seed: int = 0) -> dict[str, Tensor]:
+    gpt.zero_grad(set_to_none=True)
+    gpt(tokens(2, 16), tokens(2, 16, seed=1)).objective.backward()
+    return {name: p.grad.clone() for name, p in gpt.named_parameters() if p.grad is not None}
+
+
+@settings(max_examples=30, deadline=None)
+@given(switch_sets, st.integers(1, 15))
+def test_a_future_token_changes_no_earlier_logit(switches: dict[str, Any], position: int) -> None:
+    gpt = awake(build(**switches)).eval()
+    inputs_BT = tokens(1, 16)
+    changed_BT = inputs_BT.clone()
+    changed_BT[0, position] = (changed_BT[0, position] + 1) % VOCAB
+    before_BTV, after_BTV = gpt(inputs_BT), gpt(changed_BT)
+    assert before_BTV.dtype == torch.float32
+    assert before_BTV.shape == (1, 16, VOCAB)
+    torch.testing.assert_close(before_BTV[:, :position], after_BTV[:, :position], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(before_BTV[:, position:], after_BTV[:, position:], rtol=1e-3, atol=1e-3)
+
+
+@settings(max_examples=15, deadline=None)
+@given(switch_sets)
+def test_no_parameter_is_dead(switches: dict[str, Any]) -> None:
+    gpt = build(**switches)
+    optimizer = torch.optim.AdamW(gpt.parameters(), lr=1e-2)
+    torch.manual_seed(0)
+    alive: set[str] = set()
+    for _ in range(3):  # zero projections open in the first step, what lies behind them moves in the next
+        found = gradients(gpt)
+        alive |= {name for name, gradient in found.items() if gradient.any()}
+        optimizer.step()
+    assert alive == {name for name, _ in gpt.named_parameters()}
+
+
+@settings(max_examples=15, deadline=None)
+@given(switch_sets)
+def test_the_same_inputs_give_the_same_bits(switches: dict[str, Any]) -> None:
+    gpt = awake(build(**switches))
+    torch.manual_seed(3)
+    first = gradients(gpt)
+    torch.manual_seed(3)
+    second = gradients(gpt)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@settings(max_examples=15, deadline=None)
+@given(switch_sets)
+def test_recomputing_blocks_changes_no_bit(switches: dict[str, Any]) -> None:
+    gpt = awake(build(**switches))
+    torch.manual_seed(3)
+    kept = gradients(gpt)
+    for block in blocks_of(gpt):
+        block.recompute = True
+    torch.manual_seed(3)
+    recomputed = gradients(gpt)
+    assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
+
+
+@pytest.mark.parametrize(("switch", "value"), SINGLE)
+def test_every_switch_changes_the_objective(switch: str, value: Any) -> None:
+    torch.manual_seed(0)
+    base, changed = (awake(build(**s)) for s in ({}, {switch: value}))
+    inputs_BT, targets_BT = tokens(2, 16), tokens(2, 16, seed=1)
+    if switch == "init":
+        base, changed = build(), build(init=value)
+        assert base(inputs_BT, targets_BT).objective != changed(inputs_BT, targets_BT).objective
+        return
+    in_base = {name for name, _ in base.named_parameters()}
+    with torch.no_grad():  # tensors that both have are equal, so that only the switch differs
+        for name, parameter in changed.named_parameters():
+            if name in in_base and base.get_parameter(name).shape == parameter.shape:
+                parameter.copy_(base.get_parameter(name))
+    assert base(inputs_BT, targets_BT).objective != changed(inputs_BT, targets_BT).objective
+
+
+def test_switches_have_the_shapes_they_say() -> None:
+    shapes = {name: tuple(p.shape) for name, p in build(n_kv_heads=2, mlp="swiglu", biases=True).named_parameters()}
+    assert shapes["blocks.0.attention.qkv.weight"] == (32 + 2 * 16, 32)
+    assert shapes["blocks.0.mlp.up.weight"] == (256, 32)
+    assert shapes["blocks.0.mlp.out.bias"] == (32,)
+    extras = dict(build(value_embeddings=True, bigram_buckets=37, n_kv_heads=1).named_parameters())
+    assert extras["embed_bigrams.weight"].shape == (37, 32)
+    assert extras["blocks.1.attention.embed_values.table.weight"].shape == (VOCAB, 8)
+    assert extras["blocks.1.attention.embed_values.gate"].shape == (1,)
+    assert not any(name.startswith("blocks.0.attention.embed_values") for name in extras)
+
+
+def test_a_tied_head_is_the_embedding_table() -> None:
+    tied, untied = build(tied_embeddings=True), build()
+    assert model.parameter_count(untied).total - model.parameter_count(tied).total == VOCAB * 32
+    assert "head.weight" not in dict(tied.named_parameters())
+    x_BTD = torch.zeros(1, 16, 32)
+    tied.final_norm.register_forward_hook(lambda _module, _inputs, output: x_BTD.copy_(output))
+    logits_BTV = tied(tokens(1, 16))
+    torch.testing.assert_close(logits_BTV, x_BTD @ tied.embed.weight.T)
+
+
+def test_zero_projections_start_at_the_uniform_distribution() -> None:
+    found = build(vocab=320)(tokens(2, 16), tokens(2, 16, seed=1))
+    assert found.cross_entropy.item() == pytest.approx(math.log(320), abs=1e-6)
+
+
+def test_objective_is_cross_entropy_plus_z_loss_of_capped_logits() -> None:
+    plain, capped = awake(build()), awake(build(logit_softcap=2.0, z_loss=0.01))
+    inputs_BT, targets_BT = tokens(2, 16), tokens(2, 16, seed=1)
+    logits_BTV = (2.0 * torch.tanh(plain(inputs_BT) / 2.0)).double()
+    torch.testing.assert_close(capped(inputs_BT).double(), logits_BTV, rtol=1e-5, atol=1e-6)
+    log_z_BT = logits_BTV.exp().sum(-1).log()
+    cross_entropy = (log_z_BT - logits_BTV.gather(-1, targets_BT[..., None])[..., 0]).mean()
+    found = capped(inputs_BT, targets_BT)
+    assert found.cross_entropy.item() == pytest.approx(cross_entropy.item(), rel=1e-5)
+    assert found.objective.item() == pytest.approx((cross_entropy + 0.01 * log_z_BT.square().mean()).item(), rel=1e-5)
+    assert found.objective.dtype == found.cross_entropy.dtype == torch.float32
+
+
+def test_losses_are_float32_under_autocast_and_near_the_full_precision_ones() -> None:
+    gpt = awake(build(value_embeddings=True, n_kv_heads=2))
+    inputs_BT, targets_BT = tokens(2, 16), tokens(2, 16, seed=1)
+    exact = gpt(inputs_BT, targets_BT)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = gpt(inputs_BT, targets_BT)
+        assert gpt(inputs_BT).dtype == torch.float32
+    assert rough.objective.dtype == rough.cross_entropy.dtype == torch.float32
+    assert rough.cross_entropy.item() == pytest.approx(exact.cross_entropy.item(), rel=0.02)
+
+
+def test_rope_depends_on_distance_alone() -> None:
+    rotation_TP2 = model._rotations(config.Model(**SMALL))
+    q_C, k_C = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+    q_TC, k_TC = (model._rotate(x_C.expand(1, 16, 1, 8), rotation_TP2)[0, :, 0] for x_C in (q_C, k_C))
+    scores_TT = q_TC @ k_TC.T
+    for distance in range(8):
+        along = scores_TT.diagonal(-distance)
+        torch.testing.assert_close(along, along[:1].expand_as(along), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(scores_TT[0, 0], q_C @ k_C)
+    assert scores_TT.diagonal(-3)[0] != scores_TT.diagonal(-4)[0]
+
+
+@pytest.mark.parametrize("switches", [{}, {"norm": "layernorm", "positions": "learned", "qk_norm": False}])
+def test_without_positions_attention_would_not_see_order_and_with_them_it_does(switches: dict[str, Any]) -> None:
+    gpt = awake(build(**switches)).eval()
+    straight_BT = tokens(1, 16)
+    swapped_BT = straight_BT.clone()
+    swapped_BT[0, :2] = straight_BT[0, :2].flip(0)
+    assert not torch.allclose(gpt(straight_BT)[0, -1], gpt(swapped_BT)[0, -1], atol=1e-4)
+
+
+@pytest.mark.parametrize("function", ["rms", "relu2"])
+def test_hand_written_gradients_match_finite_differences(function: str) -> None:
+    x = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    if function == "relu2":
+        assert torch.autograd.gradcheck(model._SquaredReLU.apply, (x,))
+        torch.testing.assert_close(model._SquaredReLU.apply(x), F.relu(x).square())
+        return
+    y = model._RMSNormalise.apply(x)
+    torch.testing.assert_close(y, F.rms_norm(x, (6,), eps=model.NORM_EPSILON), rtol=1e-6, atol=1e-6)
+    (ours,) = torch.autograd.grad(y.pow(3).sum(), x)
+    (theirs,) = torch.autograd.grad(F.rms_norm(x, (6,), eps=model.NORM_EPSILON).pow(3).sum(), x)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_initial_weights_depend_on_seed_and_name_alone() -> None:
+    first = build(seed=7, n_layers=2)
+    torch.manual_seed(99)
+    longer = build(seed=7, n_layers=3, value_embeddings=True, bigram_buckets=37)
+    shared = dict(longer.named_parameters())
+    assert all(torch.equal(p, shared[name]) for name, p in first.named_parameters())
+    other = dict(build(seed=8).named_parameters())
+    assert not torch.equal(first.embed.weight, other["embed.weight"])
+    qkv = [first.get_parameter(f"blocks.{layer}.attention.qkv.weight") for layer in (0, 1)]
+    assert not torch.equal(qkv[0], qkv[1])
+
+
+def test_a_model_built_on_the_meta_device_ends_up_the_same() -> None:
+    direct = build(seed=7)
+    with torch.device("meta"):
+        gpt = model.GPT(config.Model(**SMALL), VOCAB)
+    gpt.to_empty(device="cpu")
+    gpt.reset_buffers()
+    model.initialise(gpt, 7)
+    assert torch.equal(awake(gpt)(tokens(2, 16)), awake(direct)(tokens(2, 16)))
+
+
+def test_gpt2_initialisation_has_the_published_deviations() -> None:
+    parameters = dict(build(init="gpt2", width=128, biases=True).named_parameters())
+    assert parameters["blocks.0.mlp.up.weight"].std().item() == pytest.approx(0.02, rel=0.05)
+    assert parameters["blocks.0.mlp.out.weight"].std().item() == pytest.approx(0.02 / math.sqrt(4), rel=0.05)
+    assert parameters["embed.weight"].std().item() == pytest.approx(0.02, rel=0.05)
+    assert not parameters["blocks.1.mlp.up.bias"].any()
+
+
+@pytest.fixture
+def one_rank_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank_group")
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_sharded_model_initialises_and_computes_like_the_plain_one(recompute: bool, tied: bool) -> None:
+    switches: dict[str, Any] = {"tied_embeddings": tied, "value_embeddings": True, "bigram_buckets": 37}
+    plain, sharded = build(**switches), model.GPT(config.Model(**(SMALL | switches)), VOCAB)
+    mesh = init_device_mesh("cpu", (1,))
+    for block in blocks_of(sharded):
+        block.recompute = recompute
+        fully_shard(block, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    model.initialise(sharded, 0)
+    found = gradients(sharded)
+    assert found.keys() == dict(plain.named_parameters()).keys()
+    for name, expected in gradients(plain).items():
+        assert torch.equal(found[name].full_tensor(), expected), name  # pyright: ignore[reportAttributeAccessIssue]
+
+
+# Dynamo looks at .grad of what it traces, and hides the warning by a way that an "error" filter overtakes.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("switches", [{}, {"value_embeddings": True, "n_kv_heads": 2, "mlp": "swiglu", "dropout": 0.0}])
+def test_blocks_compile_without_graph_breaks_and_agree(switches: dict[str, Any]) -> None:
+    gpt = awake(build(**switches))
+    eager = gradients(gpt)
+    for block in gpt.blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    compiled = gradients(gpt)
+    for name, expected in eager.items():
+        torch.testing.assert_close(compiled[name], expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("switches", [{}, {"mlp": "swiglu", "n_kv_heads": 2}, {"mlp": "gelu", "tied_embeddings": True}])
+def test_flops_agree_with_what_torch_counts(switches: dict[str, Any]) -> None:
+    with torch.device("meta"):
+        gpt = model.GPT(config.Model(**(SMALL | switches)), VOCAB)
+        inputs_BT = torch.zeros(2, 16, dtype=torch.int64)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        gpt(inputs_BT)
+    ours = model.flops_per_token(gpt.settings, VOCAB) * inputs_BT.numel() / 3
+    assert ours == pytest.approx(counter.get_total_flops(), rel=1e-6)
+
+
+def test_padding_of_the_vocabulary() -> None:
+    assert model.padded_vocab(65, 0) == 128
+    assert model.padded_vocab(64, 0) == 64
+    assert model.padded_vocab(65, 65) == 65
+    assert model.padded_vocab(65, 100) == 100
+    with pytest.raises(TokenizerError, match=r"model\.vocab_size = 64 is smaller than the tokenizer's 65"):
+        model.padded_vocab(65, 64)
+
+
+def test_parameter_count_of_gpt2_small_is_the_known_one() -> None:
+    gpt2 = config.Model(
+        n_layers=12, n_heads=12, width=768, context=1024, norm="layernorm", positions="learned", mlp="gelu",
+        qk_norm=False, tied_embeddings=True, biases=True, init="gpt2",
+    )  # fmt: skip
+    with torch.device("meta"):
+        counts = model.parameter_count(model.GPT(gpt2, 50257))
+    assert counts.total == 124_439_808
+    assert counts.non_embedding == 124_439_808 - (50257 + 1024) * 768
+
+
+def settings_for(**sections: dict[str, Any]) -> config.Config:
+    return config.parse({"model": SMALL, "data": {"micro_batch_sequences": 2}} | sections)
+
+
+def test_memory_is_divided_by_sharding_and_activations_by_recomputing() -> None:
+    plain = model.memory_per_rank(settings_for(), VOCAB, 2)
+    assert plain["master_weights"] == 4 * model.parameter_count(build()).total
+    assert plain["optimizer"] == 2 * plain["master_weights"]
+    sharded = model.memory_per_rank(settings_for(parallel={"strategy": "fsdp"}), VOCAB, 2)
+    assert sharded["master_weights"] * 2 == plain["master_weights"]
+    assert 0 == plain["gathered"] < sharded["gathered"] <= plain["master_weights"]
+    recomputed = model.memory_per_rank(settings_for(parallel={"activation_checkpointing": True}), VOCAB, 2)
+    assert recomputed["activations"] < plain["activations"] / 2
+    muon = model.memory_per_rank(settings_for(optim={"optimizer": "muon"}), VOCAB, 2)
+    assert muon["optimizer"] < plain["optimizer"]
+    for parts in (plain, sharded, recomputed, muon):
+        assert parts["total"] == sum(parts.values()) - parts["total"]

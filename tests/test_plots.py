@@ -1,0 +1,56 @@
+"""Promises about the picture of a run's losses."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.plots import draw_curves, smooth
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def summary(steps: int = 40, sets: tuple[str, ...] = ("val", "repo"), restarts: tuple[int, ...] = ()) -> dict[str, Any]:
+    losses = [[n, 5.0 / math.sqrt(n)] for n in range(1, steps + 1)]
+    return {
+        "train": losses,
+        "eval": {name: [[n, loss + 0.1, loss / 2] for n, loss in losses[9::10]] for name in sets},
+        "attempts": [{"from_step": step} for step in (0, *restarts)],
+    }
+
+
+def test_a_run_with_restarts_becomes_a_png_and_nothing_else_is_left(tmp_path: Path):
+    draw_curves({"smoke": summary(restarts=(20, 30))}, tmp_path / "plots" / "curves.png")
+    assert [path.name for path in (tmp_path / "plots").iterdir()] == ["curves.png"]
+    assert (tmp_path / "plots" / "curves.png").read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize("log_steps", [False, True])
+def test_several_runs_share_one_picture(tmp_path: Path, log_steps: bool):
+    path = tmp_path / "curves.png"
+    draw_curves({"calm": summary(), "under fire": summary(restarts=(20,))}, path, log_steps)
+    assert path.read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize(
+    "poor",
+    [
+        {"train": [], "eval": {}, "attempts": []},
+        summary(sets=()),
+        summary() | {"train": []},
+        summary() | {"train": [[1, 5.0], [2, math.nan], [3, math.inf]], "attempts": [{"from_step": None}] * 2},
+    ],
+)
+def test_a_run_without_some_of_its_curves_is_drawn_too(tmp_path: Path, poor: dict[str, Any]):
+    draw_curves({"poor": poor}, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(PNG)
+
+
+def test_smoothing_neither_lags_nor_spreads_what_is_not_finite():
+    assert smooth([3.0] * 500) == pytest.approx([3.0] * 500, rel=1e-12)
+    falling = [float(-n) for n in range(1000)]
+    assert smooth(falling)[:980] == pytest.approx(falling[:980], abs=1e-9)
+    means = smooth([1.0] * 50 + [math.nan] + [1.0] * 50)
+    assert [n for n, mean in enumerate(means) if mean != 1.0] == [50]
+    assert smooth([]) == []

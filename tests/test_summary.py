@@ -1,0 +1,307 @@
+"""Promises about telling what happened in a run from its event log."""
+
+import io
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from trainer import rundir
+from trainer.config import Config, parse
+from trainer.errors import RunDirectoryError
+from trainer.events import (
+    AttemptEnded,
+    AttemptStarted,
+    CheckpointSaved,
+    EvalDone,
+    Event,
+    EventLog,
+    StepDone,
+    Warned,
+    events_directory,
+)
+from trainer.summary import render, summarise
+
+CONFIG: Config = parse({"budget": {"steps": 60}, "elastic": {"step_timeout_seconds": 10.0}})
+NOBODY = "a-host-that-is-not-this-one"
+
+
+class Clock:
+    def __init__(self, now: float = 1_000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        self.now += 1.0
+        return self.now
+
+
+def new_run(path: Path) -> Path:
+    path.mkdir(exist_ok=True)
+    rundir.record(path, CONFIG, {"data_sha256": "d" * 64})
+    return path
+
+
+def write(run: Path, attempt: int, *events: Event, rank: int = 0, clock: Any = None) -> None:
+    path = events_directory(run) / f"attempt-{attempt:04d}-rank-{rank:05d}.jsonl"
+    log = EventLog(path, attempt, rank, clock or Clock(1_000.0 * (attempt + 1)))
+    for event in events:
+        log.append(event)
+    log.close()
+
+
+def started(from_step: int = 0, world_size: int = 2, host: str = NOBODY, pid: int = 1) -> AttemptStarted:
+    return AttemptStarted(
+        world_size=world_size,
+        from_step=from_step,
+        steps=60,
+        fingerprint="f" * 64,
+        host=host,
+        pid=pid,
+        device="cpu",
+        strategy="fsdp",
+        parameters=1_234_567,
+        tokens_per_step=2_048,
+        startup_seconds={"imports": 1.5, "data": 0.5},
+    )
+
+
+def step(number: int, loss: float | None = None, **changes: Any) -> StepDone:
+    values: dict[str, Any] = {
+        "step": number,
+        "loss": 5.0 - number / 100 if loss is None else loss,
+        "grad_norm": 1.0,
+        "learning_rate": 1e-3,
+        "tokens": 2_048,
+        "seconds": 0.5,
+        "samples": f"digest-{number}",
+        "redone": 0,
+        "flushed": None,
+    }
+    return StepDone(**(values | changes))
+
+
+def evaluated(number: int, loss: float, name: str = "val") -> EvalDone:
+    return EvalDone(step=number, set=name, loss=loss, bits_per_byte=loss / 2, tokens=10, seconds=0.1, digest="e" * 64)
+
+
+def ended(status: str, number: int, weights: str | None = None, state: str | None = None) -> AttemptEnded:
+    return AttemptEnded(status=status, step=number, reason="because", weights_sha256=weights, state_sha256=state)
+
+
+@pytest.fixture(scope="module")
+def dead_pid() -> int:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    return child.pid
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return new_run(tmp_path / "run")
+
+
+def test_a_finished_run_says_all_that_inspect_promises(run: Path):
+    write(
+        run,
+        0,
+        started(),
+        *[step(n, redone=int(n == 3), flushed=2e-5) for n in range(1, 61)],
+        evaluated(30, 3.0),
+        evaluated(60, 2.0),
+        CheckpointSaved(step=60, bytes=10, seconds=0.1),
+        ended("finished", 60, "w" * 64, "s" * 64),
+    )
+    saved = [{"step": 60, "intact": True, "bytes": 10}]
+    summary = summarise(run, saved)
+    assert summary["status"] == "finished"
+    assert (summary["step"], summary["steps"], summary["tokens"]) == (60, 60, 60 * 2_048)
+    assert (summary["weights_sha256"], summary["state_sha256"]) == ("w" * 64, "s" * 64)
+    assert summary["train"][0] == [1, 4.99]
+    assert [n for n, _ in summary["train"]] == list(range(1, 61))
+    assert summary["eval"] == {"val": [[30, 3.0, 1.5], [60, 2.0, 1.0]]}
+    assert summary["checkpoints"] == saved
+    assert summary["faults"] == []
+    assert summary["tokens_per_second"] == 2_048 / 0.5
+    assert summary["redone"] == 1
+    assert summary["flushed"] == pytest.approx(2e-5, rel=1e-12)
+    (attempt,) = summary["attempts"]
+    expected = {"attempt": 0, "world_size": 2, "from_step": 0, "to_step": 60, "ended": "finished", "seconds": 64.0}
+    assert {key: attempt[key] for key in expected} == expected
+    assert json.loads(json.dumps(summary)) == summary
+
+
+def test_a_replayed_step_counts_once_and_shows_the_last_attempts_value(run: Path, dead_pid: int):
+    here = socket.gethostname()
+    write(run, 0, started(host=here, pid=dead_pid), *[step(n, flushed=0.5) for n in range(1, 48)])
+    replay = [step(n, loss=1.0, redone=1, flushed=0.25) for n in range(41, 44)]
+    write(run, 1, started(from_step=40, world_size=1, host=here, pid=dead_pid), *replay)
+    summary = summarise(run)
+    train = dict(summary["train"])
+    assert sorted(train) == list(range(1, 48))
+    assert [train[n] for n in (40, 41, 43, 44)] == [4.6, 1.0, 1.0, 4.56]
+    assert summary["step"] == 43
+    assert summary["tokens"] == 43 * 2_048
+    assert summary["redone"] == 3
+    assert summary["flushed"] == pytest.approx((44 * 0.5 + 3 * 0.25) / 47, rel=1e-12)
+    assert summary["replayed"] == 3
+    assert summary["replayed_differently"] == [41, 42, 43]
+    assert [(a["from_step"], a["to_step"], a["world_size"]) for a in summary["attempts"]] == [(0, 47, 2), (40, 43, 1)]
+
+
+def test_replays_that_agree_to_the_bit_are_not_called_different_even_where_they_are_nan(run: Path):
+    write(run, 0, started(), step(1, loss=math.nan), step(2))
+    write(run, 1, started(), step(1, loss=math.nan), step(2))
+    summary = summarise(run)
+    assert (summary["replayed"], summary["replayed_differently"]) == (2, [])
+
+
+def test_a_run_whose_process_lives_is_running_and_has_not_ended(run: Path):
+    write(run, 0, started(host=socket.gethostname(), pid=os.getpid()), step(1), clock=time.time)
+    summary = summarise(run)
+    assert summary["status"] == "running"
+    assert summary["attempts"][0]["ended"] is None
+    assert summary["ended"] is None
+
+
+def test_a_run_whose_process_is_gone_has_died(run: Path, dead_pid: int):
+    write(run, 0, started(host=socket.gethostname(), pid=dead_pid), step(1), clock=time.time)
+    summary = summarise(run)
+    assert summary["status"] == "failed"
+    assert summary["attempts"][0]["ended"] == "died"
+    assert summary["weights_sha256"] is None
+    assert summary["state_sha256"] is None
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to see zombies and start times")
+def test_a_zombie_and_a_reused_process_id_are_not_taken_for_the_run(run: Path):
+    child = subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    child.stdout.read()
+    while "Z" not in Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2]:
+        time.sleep(0.01)
+    try:
+        write(run, 0, started(host=socket.gethostname(), pid=child.pid), clock=time.time)
+        assert summarise(run)["status"] == "failed"
+    finally:
+        child.stdout.close()
+        child.wait()
+    long_ago = Clock(1_000.0)  # this process began after that
+    write(run, 1, started(host=socket.gethostname(), pid=os.getpid()), clock=long_ago)
+    assert summarise(run)["status"] == "failed"
+
+
+def test_one_living_rank_keeps_the_attempt_alive(run: Path, dead_pid: int):
+    here = socket.gethostname()
+    write(run, 0, started(host=here, pid=dead_pid), rank=0, clock=time.time)
+    write(run, 0, started(host=here, pid=os.getpid()), rank=1, clock=time.time)
+    assert summarise(run)["status"] == "running"
+
+
+@pytest.mark.parametrize(("age", "status"), [(1.0, "running"), (60.0, "failed")])
+def test_on_another_host_silence_longer_than_any_step_may_take_is_failure(run: Path, age: float, status: str):
+    write(run, 0, started(host=NOBODY), clock=lambda: time.time() - age)
+    summary = summarise(run)
+    assert summary["status"] == status
+    assert summary["attempts"][0]["ended"] == "unknown"
+
+
+def test_a_preempted_run_is_preempted_until_it_is_started_again(run: Path):
+    write(run, 0, started(), step(1), ended("preempted", 1, None, "s" * 64))
+    summary = summarise(run)
+    assert (summary["status"], summary["state_sha256"]) == ("preempted", "s" * 64)
+    write(run, 1, started(from_step=1, host=socket.gethostname(), pid=os.getpid()), clock=time.time)
+    summary = summarise(run)
+    assert (summary["status"], summary["state_sha256"]) == ("running", None)
+    assert summary["step"] == 1
+
+
+def test_an_attempt_that_any_rank_calls_failed_has_failed(run: Path):
+    write(run, 0, started(), step(1), ended("preempted", 1), rank=0)
+    write(run, 0, started(), ended("failed", 1), rank=1)
+    summary = summarise(run)
+    assert (summary["status"], summary["attempts"][0]["reason"]) == ("failed", "because")
+
+
+def test_a_finished_run_stays_finished_when_it_is_started_again(run: Path, dead_pid: int):
+    write(run, 0, started(), step(60), ended("finished", 60, "w" * 64, "s" * 64))
+    write(run, 1, started(from_step=60, host=socket.gethostname(), pid=dead_pid))
+    summary = summarise(run)
+    assert (summary["status"], summary["weights_sha256"], summary["step"]) == ("finished", "w" * 64, 60)
+    assert [a["ended"] for a in summary["attempts"]] == ["finished", "died"]
+
+
+def test_what_nobody_measured_is_none_and_never_zero(run: Path):
+    write(run, 0, Warned(message="the disk is slow"))
+    summary = summarise(run)
+    unknown = ("step", "steps", "tokens", "weights_sha256", "state_sha256", "tokens_per_second", "redone", "flushed")
+    assert {name: summary[name] for name in unknown} == dict.fromkeys(unknown)
+    assert summary["attempts"][0]["world_size"] is None
+    write(run, 1, started(), step(1))
+    assert summarise(run)["flushed"] is None
+
+
+def test_a_torn_last_line_is_read_past_but_damage_before_it_is_refused(run: Path):
+    write(run, 0, started(), step(1), step(2))
+    path = next(events_directory(run).iterdir())
+    whole = path.read_text()
+    path.write_text(whole[:-20])
+    assert summarise(run)["step"] == 1
+    path.write_text(whole.replace('"loss": 4.99', '"loss": 4.'))
+    with pytest.raises(RunDirectoryError, match=r"rank-00000.jsonl:2 is no event"):
+        summarise(run)
+
+
+def test_what_is_no_run_or_has_no_events_is_refused_with_a_remedy(tmp_path: Path):
+    for path in (tmp_path / "missing", tmp_path):
+        with pytest.raises(RunDirectoryError, match=r"config\.json"):
+            summarise(path)
+    with pytest.raises(RunDirectoryError, match=r"no events[\s\S]*trainer train"):
+        summarise(new_run(tmp_path / "fresh"))
+
+
+def test_ranks_that_disagree_about_the_weights_are_warned_of(run: Path):
+    write(run, 0, started(), step(60), ended("finished", 60, "a" * 64, "s" * 64), rank=0)
+    write(run, 0, started(), ended("finished", 60, "b" * 64, "s" * 64), rank=1)
+    (warning,) = summarise(run)["warnings"]
+    assert "weights_sha256 at step 60 has 2 values" in warning["message"]
+
+
+def test_the_page_for_a_person_shows_status_losses_attempts_and_warnings(run: Path, dead_pid: int):
+    here = socket.gethostname()
+    write(
+        run, 0, started(host=here, pid=dead_pid), step(1), Warned(message="[slow] disk"), Warned(message="[slow] disk")
+    )
+    write(run, 1, started(), step(1), step(60, loss=2.0), evaluated(60, 2.5), ended("finished", 60, "w" * 64, "s" * 64))
+    out = io.StringIO()
+    checkpoints = [{"step": 60, "intact": False, "bytes": 2_500_000}]
+    Console(file=out, width=110).print(render(summarise(run, checkpoints)))
+    page = out.getvalue()
+    for part in (
+        "finished",
+        "step 60/60 (100%)",
+        "4.9900 → 2.0000 nats",
+        "1.2500 bits per byte",
+        "4,096 tok/s",
+        "died",
+        "2.5 MB",
+        "damaged",
+        "1 replayed, all equal",
+        "w" * 64,
+        "warning: [slow] disk (2 times)",
+    ):
+        assert part in page
+
+
+def test_a_page_can_be_shown_of_a_run_that_knows_nothing_yet(run: Path):
+    write(run, 0, Warned(message="starting"))
+    out = io.StringIO()
+    Console(file=out, width=110).print(render(summarise(run)))
+    assert "step ?/?" in out.getvalue()

@@ -1,0 +1,519 @@
+"""Promises about what a person sees while a run trains: the console and Weights & Biases."""
+
+import io
+import json
+import os
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer import rundir
+from trainer.config import Config, parse
+from trainer.errors import ConfigError
+from trainer.events import (
+    AttemptEnded,
+    AttemptStarted,
+    CheckpointSaved,
+    Entry,
+    EvalDone,
+    Event,
+    EventLog,
+    StepDone,
+    Warned,
+    read,
+)
+from trainer.watch import Console, WandbSink, preparation, wandb_mode, watching
+
+CONFIG: Config = parse({"budget": {"steps": 60}, "wandb": {"mode": "offline"}})
+AUTO: Config = parse({"budget": {"steps": 60}})
+ABOUT = {"run_id": "0123456789abcdef", "fingerprint": "f" * 64, "versions": {"wandb": "0"}}
+REPO = Path(__file__).resolve().parent.parent
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to list processes")
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home without anybody's netrc, and no W&B settings in the environment."""
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.delenv("NETRC", raising=False)
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    return home
+
+
+def step(number: int, **changes: Any) -> StepDone:
+    values: dict[str, Any] = {
+        "step": number,
+        "loss": 5.0 - number / 100,
+        "grad_norm": 1.25,
+        "learning_rate": 1e-3,
+        "tokens": 2_048,
+        "seconds": 0.5,
+        "samples": f"digest-{number}",
+        "redone": 0,
+        "flushed": None,
+    }
+    return StepDone(**(values | changes))
+
+
+def started(from_step: int = 0) -> AttemptStarted:
+    return AttemptStarted(
+        world_size=2,
+        from_step=from_step,
+        steps=60,
+        fingerprint="f" * 64,
+        host="host",
+        pid=1,
+        device="cpu",
+        strategy="fsdp",
+        parameters=1_234_567,
+        tokens_per_step=2_048,
+        startup_seconds={"imports": 1.5, "data": 0.5},
+    )
+
+
+def evaluated(number: int, loss: float = 2.5) -> EvalDone:
+    return EvalDone(step=number, set="val", loss=loss, bits_per_byte=1.7, tokens=9, seconds=0.1, digest="d")
+
+
+def ended(status: str = "finished", number: int = 60, weights: str | None = "a" * 64) -> AttemptEnded:
+    return AttemptEnded(status=status, step=number, reason="SIGTERM", weights_sha256=weights, state_sha256=None)
+
+
+def entry(event: Event, seconds: float) -> Entry:
+    return Entry(0, 0, 1_000.0 + seconds, event)
+
+
+def lines_of(*events: tuple[float, Event]) -> list[str]:
+    out = io.StringIO()
+    with Console(CONFIG, is_terminal=False, file=out) as console:
+        for seconds, event in events:
+            console(entry(event, seconds))
+    return out.getvalue().splitlines()
+
+
+def test_off_a_terminal_steps_are_printed_first_last_and_every_five_seconds_between():
+    lines = lines_of((0, started()), *[(n * 0.5, step(n)) for n in range(1, 61)])
+    assert lines[0] == "attempt 0 · 2 ranks (fsdp) on cpu · 1,234,567 parameters · steps 0 → 60 · ready in 2.0 s"
+    assert [int(line.split("/")[0].split()[1]) for line in lines[1:]] == [1, 11, 21, 31, 41, 51, 60]
+    assert lines[2] == "step 11/60  loss 4.8900  grad 1.250  lr 1.00e-03  4,096 tok/s  left 0:24"
+
+
+def test_off_a_terminal_evals_checkpoints_and_warnings_are_always_printed():
+    lines = lines_of(
+        (0, step(1)),
+        (0, evaluated(1)),
+        (0, CheckpointSaved(step=1, bytes=1_500_000, seconds=0.25)),
+        (0, Warned(message="the disk is slow [really]")),
+    )
+    assert lines[1:] == [
+        "eval  1/60  val 2.5000 nats 1.7000 bpb",
+        "save  1/60  checkpoint  1.5 MB in 0.25 s",
+        "warning: the disk is slow [really]",
+    ]
+
+
+def test_the_last_line_of_a_finished_run_names_its_weights():
+    lines = lines_of((0, step(60)), (0, evaluated(60)), (0, ended()))
+    assert lines[-1] == f"finished step 60/60  val 2.5000 nats 1.7000 bpb  4,096 tok/s  weights_sha256 {'a' * 64}"
+
+
+def test_what_is_unknown_at_the_end_is_left_out():
+    assert lines_of((0, started(60)), (0, ended()))[-1] == f"finished step 60/60  weights_sha256 {'a' * 64}"
+    assert lines_of((0, ended("preempted", 7, None)))[-1] == "preempted step 7/60  SIGTERM"
+
+
+def test_every_line_is_flushed():
+    class Watched(io.StringIO):
+        flushed = ""
+
+        def flush(self) -> None:
+            self.flushed = self.getvalue()
+
+    out = Watched()
+    console = Console(CONFIG, is_terminal=False, file=out)
+    console(entry(step(1), 0))
+    assert out.flushed == out.getvalue() != ""
+
+
+def test_an_output_that_nobody_reads_any_more_does_not_stop_the_run():
+    reading, writing = os.pipe()
+    os.close(reading)
+    file = os.fdopen(writing, "w")
+    with Console(CONFIG, is_terminal=False, file=file) as console:
+        console(entry(step(1), 0))
+        console(entry(step(60), 9))
+    with pytest.raises(BrokenPipeError):
+        file.close()
+
+
+def test_on_a_terminal_permanent_lines_stay_and_the_cursor_comes_back_even_after_an_exception():
+    out = io.StringIO()
+
+    def interrupted() -> None:
+        with Console(CONFIG, is_terminal=True, file=out) as console:
+            console(entry(started(), 0))
+            console(entry(step(1), 1))
+            console(entry(evaluated(1), 1))
+            console(entry(Warned(message="[red]not markup"), 1))
+            console(entry(step(30), 2))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    shown = out.getvalue()
+    assert "step 30/60" in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
+    assert "[red]not markup" in shown
+    assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l"), "the cursor stays hidden"
+
+
+def test_on_a_terminal_redrawing_is_throttled_and_the_end_is_one_uncut_line():
+    out = io.StringIO()
+    with Console(CONFIG, is_terminal=True, file=out) as console:
+        console(entry(step(1), 0))
+        drawn = len(out.getvalue())
+        for n in range(2, 31):
+            console(entry(step(n), 0.005 * n))
+        assert len(out.getvalue()) == drawn
+        console(entry(ended(), 1))
+    assert f"weights_sha256 {'a' * 64}" in out.getvalue()
+
+
+def test_the_live_line_leaves_standard_output_as_it_was():
+    before = sys.stdout, sys.stderr
+    with Console(CONFIG, is_terminal=True, file=sys.stdout) as console:
+        console(entry(step(1), 0))
+        console(entry(step(2), 9))
+    assert (sys.stdout, sys.stderr) == before
+
+
+def test_a_quiet_step_costs_far_less_than_fifty_microseconds():
+    for is_terminal in (False, True):
+        with Console(CONFIG, is_terminal=is_terminal, file=io.StringIO()) as console:
+            console(entry(step(1), 0))
+            quiet = entry(step(2), 0.001)
+            seconds = []
+            for _ in range(2_000):
+                before = time.perf_counter()
+                console(quiet)
+                seconds.append(time.perf_counter() - before)
+        assert sorted(seconds)[1_000] < 20e-6  # measured: 0.3
+
+
+def test_preparation_says_each_phase_once_and_nothing_when_disabled():
+    out = io.StringIO()
+    with preparation(file=out) as progress:
+        for done in (0, 1_000_000, 2_000_000):
+            progress("encoding", done, None)
+        progress("training a tokenizer", 3_000_000, 6_000_000)
+    with preparation(enabled=False, file=out) as progress:
+        progress("encoding", 0, None)
+    assert out.getvalue().splitlines() == ["encoding", "training a tokenizer  3.0 MB of 6.0 MB"]
+
+
+# --- Weights & Biases -------------------------------------------------------------------------------------------------
+
+
+def test_auto_is_online_only_with_a_key_in_the_environment_or_in_netrc_for_that_host(home: Path, tmp_path: Path):
+    assert wandb_mode(AUTO, {}) == "offline"
+    assert wandb_mode(AUTO, {"WANDB_API_KEY": "secret"}) == "online"
+    (home / ".netrc").write_text("machine example.org login user password secret\ndefault login u password p\n")
+    (home / ".netrc").chmod(0o600)
+    assert wandb_mode(AUTO, {}) == "offline", "netrc's default entry is some other service's password"
+    assert wandb_mode(AUTO, {"WANDB_BASE_URL": "https://example.org"}) == "online"
+    other = tmp_path / "netrc"
+    other.write_text("machine api.wandb.ai login user password secret\n")
+    assert wandb_mode(AUTO, {"NETRC": str(other)}) == "online"
+    other.write_text("machine api.wandb.ai nonsense\n")
+    assert wandb_mode(AUTO, {"NETRC": str(other)}) == "offline"
+
+
+def test_the_environments_mode_wins_and_a_misspelt_one_is_refused():
+    assert wandb_mode(CONFIG, {"WANDB_API_KEY": "secret"}) == "offline"
+    assert wandb_mode(CONFIG, {"WANDB_MODE": "disabled", "WANDB_API_KEY": "secret"}) == "disabled"
+    assert wandb_mode(CONFIG, {"WANDB_MODE": "dryrun"}) == "offline"
+    with pytest.raises(ConfigError, match="ofline"):
+        wandb_mode(CONFIG, {"WANDB_MODE": "ofline"})
+
+
+def test_disabled_starts_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    with WandbSink(tmp_path, CONFIG, ABOUT, on_problem=pytest.fail) as sink:
+        sink(entry(step(1), 0))
+        assert sink.pid is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def read_offline(run_directory: Path) -> list[dict[str, Any]]:
+    """All metric records of a run's offline W&B files, in the order of the files' names."""
+    return [row for _, rows in sorted(offline_records(run_directory, "history").items()) for row in rows]
+
+
+def offline_records(run_directory: Path, kind: str) -> dict[str, list[dict[str, Any]]]:
+    from wandb.proto import wandb_internal_pb2
+
+    messages: Any = wandb_internal_pb2
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in run_directory.glob("wandb/offline-run-*/*.wandb"):
+        for blob in leveldb_records(path.read_bytes()):
+            record = messages.Record.FromString(blob)
+            if record.WhichOneof("record_type") == kind:
+                part = getattr(record, kind)
+                items = part.item if kind == "history" else part.config.update if kind == "run" else part.update
+                row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+                if kind == "run":
+                    row["id"] = part.run_id
+                found.setdefault(path.parent.name, []).append(row)
+    return found
+
+
+def leveldb_records(data: bytes) -> Iterator[bytes]:
+    """W&B's file is a LevelDB log: 32 KiB blocks of (crc, length, type) records behind seven bytes of header."""
+    assert data[:4] == b":W&B"
+    position, parts = 7, b""
+    while position + 7 <= len(data):
+        if 2**15 - position % 2**15 < 7:
+            position += 2**15 - position % 2**15
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, position)
+        parts += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield parts
+            parts = b""
+
+
+def test_metrics_are_readable_back_from_the_offline_file(tmp_path: Path):
+    with WandbSink(tmp_path, CONFIG, ABOUT, on_problem=pytest.fail) as sink:
+        sink(entry(started(), 0))
+        for n in range(1, 61):
+            sink(entry(step(n, redone=int(n in (3, 5)), flushed=1e-5 if n == 60 else None), n))
+        sink(entry(evaluated(60), 61))
+        sink(entry(ended(), 62))
+    rows = read_offline(tmp_path)
+    train = [row for row in rows if "train/loss" in row]
+    assert [(row["step"], row["train/loss"]) for row in train] == [(n, 5.0 - n / 100) for n in range(1, 61)]
+    assert [row["exact/redone"] for row in train[:6]] == [0, 0, 1, 1, 2, 2]
+    last = {key: value for key, value in train[-1].items() if not key.startswith("_")}
+    assert last == {
+        "step": 60,
+        "train/loss": 4.4,
+        "train/grad_norm": 1.25,
+        "train/learning_rate": 1e-3,
+        "train/tokens_per_second": 4_096,
+        "train/tokens": 60 * 2_048,
+        "exact/redone": 2,
+        "exact/flushed": 1e-5,
+    }
+    assert "exact/flushed" not in train[0], "unknown is not zero"
+    (scores,) = [row for row in rows if "eval/val/loss" in row]
+    assert (scores["step"], scores["eval/val/loss"], scores["eval/val/bits_per_byte"]) == (60, 2.5, 1.7)
+    ((shown,),) = offline_records(tmp_path, "run").values()
+    assert shown["id"] == ABOUT["run_id"]
+    assert shown["fingerprint"] == "f" * 64
+    assert shown["budget"] == {"steps": 60}
+    assert any(
+        row.get("weights_sha256") == "a" * 64 for rows in offline_records(tmp_path, "summary").values() for row in rows
+    )
+
+
+def test_a_resumed_run_keeps_its_id_and_shows_the_replayed_steps_too(tmp_path: Path):
+    for first, last in ((1, 6), (5, 9)):
+        with WandbSink(tmp_path, CONFIG, ABOUT, on_problem=pytest.fail) as sink:
+            for n in range(first, last):
+                sink(entry(step(n), n))
+    runs = offline_records(tmp_path, "run")
+    assert len(runs) == 2
+    assert {rows[0]["id"] for rows in runs.values()} == {ABOUT["run_id"]}
+    steps = sorted([row["step"] for row in rows] for rows in offline_records(tmp_path, "history").values())
+    assert steps == [[1, 2, 3, 4, 5], [5, 6, 7, 8]]
+
+
+def processes_of_session(leader: int) -> list[int]:
+    """The helper and everything that descends from it; wandb-core opens a session of its own."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent, *_ = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if state != "Z":
+            parents[int(path.parent.name)] = int(parent)
+    found = [leader] if leader in parents else []
+    for pid in found:
+        found += [child for child, parent in parents.items() if parent == pid]
+    return found
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return condition()
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@needs_proc
+def test_no_process_of_wandb_outlives_the_sink(tmp_path: Path):
+    with WandbSink(tmp_path, CONFIG, ABOUT, on_problem=pytest.fail) as sink:
+        assert sink.pid is not None
+        leader = sink.pid
+        sink(entry(step(1), 0))
+        assert eventually(lambda: len(processes_of_session(leader)) >= 2)
+        started_by_us = processes_of_session(leader)
+    assert eventually(lambda: not any(alive(pid) for pid in started_by_us), seconds=5)
+
+
+@needs_proc
+def test_a_killed_trainer_loses_no_checkpointed_metric_and_leaves_no_process(tmp_path: Path):
+    code = f"""if True:
+        import sys, time
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from test_watch import *
+        sink = WandbSink(Path({str(tmp_path)!r}), CONFIG, ABOUT, on_problem=print)
+        for n in range(1, 41):
+            sink(entry(step(n), n / 1000))
+        sink(entry(CheckpointSaved(step=40, bytes=1, seconds=0.1), 0.041))
+        print(sink.pid, flush=True)
+        time.sleep(600)
+    """
+    environ = os.environ | {"PYTHONPATH": str(REPO)}
+    trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environ, text=True)
+    assert trainer.stdout is not None
+    helper = int(trainer.stdout.readline())
+    trainer.kill()
+    trainer.wait()
+    assert trainer.stdout.read() == ""  # the helper does not hold our output open: this would wait for it
+    trainer.stdout.close()
+    assert eventually(lambda: not processes_of_session(helper))
+    assert [row["step"] for row in read_offline(tmp_path)] == list(range(1, 41))
+
+
+def test_offline_nothing_is_sent_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0.2)
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        for name in ("WANDB_BASE_URL", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, address)
+        with WandbSink(tmp_path, CONFIG, ABOUT, on_problem=pytest.fail) as sink:
+            sink(entry(step(1), 0))
+        with pytest.raises(TimeoutError):
+            listener.accept()
+    assert read_offline(tmp_path)
+
+
+def test_no_key_is_written_into_the_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+    with WandbSink(tmp_path, CONFIG, ABOUT, on_problem=pytest.fail) as sink:
+        sink(entry(step(1), 0))
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert files
+    assert not [path for path in files if b"0123456789" * 4 in path.read_bytes()]
+
+
+def train_with(run: Path, config: Config = CONFIG, steps: int = 60) -> list[str]:
+    """A pretended run with a real event log; returns the warnings in it."""
+    rundir.record(run, config, {"data_sha256": "d" * 64})
+    log = EventLog.open(run, 0, 0)
+    with watching(log, run, config, rundir.read(run)):
+        log.append(started())
+        for n in range(1, steps + 1):
+            log.append(step(n))
+        log.append(ended())
+    log.close()
+    events = [entry.event for entry in read(run)]
+    assert sum(isinstance(event, StepDone) for event in events) == steps
+    return [event.message for event in events if isinstance(event, Warned)]
+
+
+def test_a_wandb_that_cannot_be_imported_costs_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "wandb.py").write_text("raise ImportError('no such thing here')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"))
+    (warning,) = train_with(tmp_path)
+    assert "W&B stopped: ImportError: no such thing here. Training goes on" in warning
+    assert f"warning: {warning}" in capsys.readouterr().out
+
+
+def test_a_directory_that_wandb_cannot_use_costs_one_warning(tmp_path: Path):
+    (tmp_path / "wandb").write_text("a file")
+    (warning,) = train_with(tmp_path)
+    assert "File exists" in warning
+
+
+@needs_proc
+def test_an_online_wandb_that_never_answers_is_given_up_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+    problems: list[str] = []
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        sink = WandbSink(tmp_path, AUTO, ABOUT, on_problem=problems.append, close_timeout_seconds=2.0)
+        assert sink.mode == "online"
+        sink(entry(step(1), 0))
+        assert sink.pid is not None
+        helper = sink.pid
+        assert eventually(lambda: len(processes_of_session(helper)) >= 2)
+        started_by_us = processes_of_session(helper)
+        before = time.monotonic()
+        sink.close()
+        assert time.monotonic() - before < 4.0
+    assert eventually(lambda: not any(alive(pid) for pid in started_by_us), seconds=5)
+    (problem,) = problems
+    assert "not done after 2 s" in problem
+    sink.close()
+    assert len(problems) == 1
+
+
+def test_a_helper_killed_in_the_middle_costs_one_warning_and_no_exception(tmp_path: Path):
+    problems: list[str] = []
+    with WandbSink(tmp_path, CONFIG, ABOUT, on_problem=problems.append) as sink:
+        assert sink.pid is not None
+        os.kill(sink.pid, signal.SIGKILL)
+        for n in range(1, 10):
+            sink(entry(step(n), n))
+            time.sleep(0.02)
+    (problem,) = problems
+    assert "ended without a word" in problem
+
+
+def test_a_helper_that_stands_still_does_not_slow_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("trainer.watch.PENDING_BYTES", 2**18)
+    problems: list[str] = []
+    sink = WandbSink(tmp_path, CONFIG, ABOUT, on_problem=problems.append)
+    assert sink.pid is not None
+    os.kill(sink.pid, signal.SIGSTOP)
+    before = time.monotonic()
+    for n in range(1, 4_000):
+        sink(entry(step(n), n))
+    assert time.monotonic() - before < 4.0
+    assert problems
+    assert "takes no more" in problems[0]
+    sink.close()
+    assert len(problems) == 1
+
+
+def test_the_sink_starts_no_thread_and_leaves_the_environment_alone(tmp_path: Path):
+    environ, threads = dict(os.environ), threading.active_count()
+    with WandbSink(tmp_path, CONFIG, ABOUT, on_problem=pytest.fail) as sink:
+        sink(entry(step(1), 0))
+        assert (dict(os.environ), threading.active_count()) == (environ, threads)
+        assert "wandb" not in sys.modules or sys.modules["wandb"].run is None

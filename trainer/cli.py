@@ -1,0 +1,137 @@
+"""The verbs: `python -m trainer train | inspect | verify | sample`.
+
+Heavy imports wait inside the verbs, so that `--help` and a mistyped config answer at once.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trainer.errors import EXIT_FAILED, EXIT_FINISHED, TopropeError
+
+PROCESS_STARTED = time.time()
+
+app = typer.Typer(
+    name="trainer",
+    help="toprope: small GPT pretraining that ends with the same bits whatever happens on the way.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML config, e.g. configs/gpt_tiny.toml.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, e.g. runs/gpt_tiny.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+@app.command()
+def train(
+    config_path: ConfigPath,
+    run: Annotated[
+        Path | None, typer.Option(help="Run directory; default runs/CONFIG's name. Resumes what is there.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; the value is TOML.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Build on the meta device, print sizes and costs, train nothing.")
+    ] = False,
+    ranks: Annotated[int, typer.Option(help="World size that --dry-run divides memory by.")] = 1,
+) -> None:
+    """Train a config, or resume the run where it stopped. Under torchrun: on all its ranks."""
+    from trainer import config as configs
+
+    config = configs.load(config_path, overrides or ())
+    if dry_run:
+        from trainer import dryrun
+
+        configs.check_world(config, ranks)
+        dryrun.show(config, ranks)
+        return
+    from trainer import job
+
+    raise typer.Exit(job.train(config, run or Path("runs") / config_path.stem, PROCESS_STARTED))
+
+
+@app.command()
+def inspect(run: RunPath, as_json: AsJson = False) -> None:
+    """Show what happened in a run: status, attempts, losses, throughput, checkpoints."""
+    from trainer import checkpoint, rundir, summary
+
+    rundir.read(run)
+    found = [
+        {"step": saved.step, "intact": not checkpoint.verify(saved), "bytes": saved.bytes}
+        for saved in reversed(checkpoint.committed(run))
+    ]
+    result = summary.summarise(run, found)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        from rich.console import Console
+
+        Console().print(summary.render(result))
+
+
+@app.command()
+def verify(path: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT")]) -> None:
+    """Check checkpoints against their manifests: exit 0 if all are intact, 1 otherwise."""
+    from trainer import checkpoint, rundir
+
+    if path.name.startswith("step-"):
+        saved = [checkpoint.at(path)]
+    else:
+        rundir.read(path)
+        saved = checkpoint.committed(path)
+    if not saved:
+        print(f"{path} has no checkpoints")
+    all_intact = True
+    for one in saved:
+        problems = checkpoint.verify(one)
+        all_intact = all_intact and not problems
+        print(f"{one.path.name}  {'DAMAGED: ' + '; '.join(problems) if problems else 'intact'}", flush=True)
+    raise typer.Exit(EXIT_FINISHED if all_intact else EXIT_FAILED)
+
+
+@app.command()
+def sample(
+    run: RunPath,
+    prompt: Annotated[str, typer.Option(help="Text to go on from.")] = "",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="Draw from the k likeliest tokens; 0 from all.")] = 50,
+    seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
+) -> None:
+    """Generate text from a run's newest checkpoint."""
+    from trainer import sampling
+
+    for piece in sampling.generate(run, prompt, tokens, temperature, top_k, seed):
+        print(piece, end="", flush=True)
+    print()
+
+
+@app.command()
+def plot(
+    run: RunPath, output: Annotated[Path | None, typer.Option(help="PNG to write; default RUN/curves.png.")] = None
+) -> None:
+    """Draw a run's loss curves as a PNG and print its path."""
+    from trainer import plots, rundir, summary
+
+    rundir.read(run)
+    path = output or run / "curves.png"
+    plots.draw_curves({run.name: summary.summarise(run)}, path)
+    print(path)
+
+
+def main() -> None:
+    """Run a verb; errors meant for the user end as one message on stderr and an exit status, never as a traceback."""
+    try:
+        app()
+    except TopropeError as error:
+        if os.environ.get("RANK", "0") == "0":  # every rank raises the same error; one message is enough
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_status) from None

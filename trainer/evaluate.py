@@ -1,0 +1,54 @@
+"""Held-out loss in nats per token, and bits per byte, which compares across tokenizers.
+
+The windows of a set are dealt out over the ranks; each batch's sum has one owner and a slot of its own, so the result
+is the same bits at every world size.
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from trainer.data import EvalWindows
+from trainer.world import World
+
+
+@dataclass(frozen=True)
+class Score:
+    loss: float
+    """Nats per token."""
+    bits_per_byte: float
+    tokens: int
+
+
+def evaluate(
+    model: nn.Module,
+    windows: EvalWindows,
+    token_bytes: np.ndarray,
+    world: World,
+    autocast: Callable[[], AbstractContextManager],
+) -> Score:
+    """Score `model` on all `windows`. `token_bytes[id]` is the number of UTF-8 bytes token `id` stands for.
+
+    A collective: every rank calls it with the same arguments.
+    """
+    sums = torch.zeros(len(windows), 3, dtype=torch.float64)  # nats, tokens, bytes of each batch
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), autocast():
+        for index in world.rounds(len(windows)):
+            # A rank without work repeats the first batch: a sharded forward needs every rank.
+            inputs, targets = windows.batch(index or 0)
+            losses = model(torch.from_numpy(inputs).to(world.device), torch.from_numpy(targets).to(world.device))
+            if index is not None:
+                nats = losses.cross_entropy.double().item() * targets.size
+                sums[index] = torch.tensor([nats, targets.size, token_bytes[targets].sum()], dtype=torch.float64)
+    model.train(was_training)
+    on_device = sums.to(world.device)
+    world.sum(on_device)  # exact: every slot has one owner
+    nats, tokens, count = (math.fsum(column) for column in on_device.T.tolist())
+    return Score(nats / tokens, nats / count / math.log(2), int(tokens))

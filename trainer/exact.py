@@ -1,0 +1,143 @@
+"""Exact sums: gradients whose sum does not depend on order, on who added what, or on how they are sharded.
+
+Float addition rounds, so its result depends on the order of the addends. It does not round, and is associative, when
+every addend is a multiple of one spacing δ = 2^e and no partial sum exceeds 2^24·δ (float32 has 24 significant bits).
+So each micro-batch's gradient is rounded *once*, by itself, onto a grid of spacing δ; after that ordinary float32
+accumulation, all-reduce and reduce-scatter give the same bits in every order.
+
+The bound. With M micro-batches of magnitude at most B each, every partial sum is at most M·B, so
+
+    δ = B · max(M', 4) / 2^24,      M' = M rounded up to a power of two.
+
+Rounding is two float32 additions, (g + C) − C with C = 1.5·2^23·δ: for |g| ≤ 2^22·δ the sum lies in [2^23·δ, 2^24·δ],
+where floats are exactly δ apart, so the first addition rounds to nearest-even and the second is exact. That is why M'
+counts as at least 4. The error of each entry is at most δ/2. B is a power of two, 2^headroom times the recent largest
+magnitude, so relative to that magnitude 24 − log2(M') − headroom bits are kept, give or take one.
+
+The delayed choice. B must be known before the gradient is: it comes from the largest magnitudes of the committed
+steps, decaying slowly, one bound per matrix row (a small row next to a large one keeps its digits) and one per vector.
+If any entry of any micro-batch exceeds its bound, the step is computed again on a grid made from what was seen, which
+then fits. That is a property of the micro-batches alone, so it happens alike at every world size.
+
+Sources: pre-rounding is Demmel & Nguyen, Fast Reproducible Floating-Point Summation (2013); the delayed choice of scale
+is that of FP8 training (Micikevicius et al. 2022, arXiv:2209.05433).
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+SIGNIFICAND_BITS = 24  # float32
+DOUBLE_BITS = 53  # float64
+DECAY = 0.98  # per step; untested beyond a few thousand steps
+# Rows of rare tokens wake suddenly: a row quieter than 2^-6 of its tensor's loudest is bounded as if it were that loud.
+QUIET_ROW_BITS = 6
+# The finest spacing. Far above denormals, so that flush-to-zero modes cannot make two machines disagree.
+FINEST_EXPONENT = -100
+COARSEST_EXPONENT = 96  # sums stay below 2^120
+
+
+class Grids:
+    """The bounds of every parameter's gradient, one per matrix row or vector ("segment"), all in one flat tensor.
+
+    `magnitude` is the only state; the rest is derived from it. Shapes are those of the full parameters: rounding
+    happens before anything is sharded.
+    """
+
+    def __init__(
+        self, shapes: Mapping[str, torch.Size], micro_batches: int, headroom_bits: int, device: torch.device
+    ) -> None:
+        self._shapes = dict(shapes)
+        self._sum_bits = max(2, math.ceil(math.log2(micro_batches)))
+        self._headroom_bits = headroom_bits
+        counts = [shape[0] if len(shape) == 2 else 1 for shape in self._shapes.values()]
+        self._starts = dict(zip(self._shapes, itertools.accumulate(counts, initial=0), strict=False))
+        self.magnitude = torch.zeros(sum(counts), device=device)
+        """Decaying largest magnitude of a micro-batch's gradient, per segment."""
+        self.seen = torch.zeros_like(self.magnitude)
+        """Largest magnitude in the pass under way, per segment."""
+        self.nonzero = torch.zeros(2, dtype=torch.float64, device=device)
+        """Non-zero gradient entries before and after rounding, in the pass under way, where they are counted."""
+        self._counting = False
+        self._bound = torch.zeros_like(self.magnitude)
+        self._shift = torch.zeros_like(self.magnitude)
+        repeats = torch.tensor(counts, device=device)
+        self._owner = torch.repeat_interleave(torch.arange(len(counts), device=device), repeats)
+        self._loudest = torch.zeros(len(counts), device=device)
+        parts = zip(self._shapes.values(), self._shift.split(counts), strict=True)
+        views = [part.unsqueeze(1) if len(shape) == 2 else part for shape, part in parts]
+        self._shifts = dict(zip(self._shapes, views, strict=True))
+        self._seen_parts = dict(zip(self._shapes, self.seen.split(counts), strict=True))
+        self.derive()
+
+    def rounder(self, name: str) -> Callable[[Tensor], Tensor]:
+        """What rounds one parameter's micro-batch gradient (full shape) onto its grid and notes how large it was."""
+        shift, seen, rows = self._shifts[name], self._seen_parts[name], len(self._shapes[name]) == 2
+
+        def round_gradient(grad: Tensor) -> Tensor:
+            magnitude = grad.abs()
+            torch.maximum(seen, magnitude.amax(1) if rows else magnitude.amax(), out=seen)
+            rounded = torch.add(grad, shift, out=magnitude).sub_(shift)
+            if self._counting:
+                self.nonzero += torch.stack([grad.count_nonzero(), rounded.count_nonzero()])
+            return rounded
+
+        return round_gradient
+
+    def begin(self, counting: bool) -> None:
+        """A pass over a step's micro-batches begins: forget what was seen."""
+        self.seen.zero_()
+        self.nonzero.zero_()
+        self._counting = counting
+
+    def overflowed(self, maximise: Callable[[Tensor], None]) -> bool:
+        """Whether any rank saw a magnitude above its bound (or a NaN), so that the sums of this pass are not exact.
+
+        `maximise` takes the elementwise maximum over ranks, in place.
+        """
+        self.seen.nan_to_num_(nan=math.inf)  # a maximum over ranks may drop a NaN
+        maximise(self.seen)
+        return not bool((self.seen <= self._bound).all())
+
+    def widen(self) -> None:
+        """Make the grid from what was seen in this pass, so that computing the step again fits."""
+        torch.maximum(self.magnitude, self.seen, out=self.magnitude)
+        self.derive()
+
+    def commit(self) -> None:
+        """The step was applied: let the bounds follow what was seen."""
+        torch.maximum(self.magnitude * DECAY, self.seen, out=self.magnitude)
+        self.derive()
+
+    def derive(self) -> None:
+        """Bounds and rounding constants from `magnitude`; all powers of two (times 1.5), hence exact."""
+        self._loudest.zero_().scatter_reduce_(0, self._owner, self.magnitude, "amax")
+        floor = self._loudest[self._owner].mul_(2.0**-QUIET_ROW_BITS)
+        expected = torch.maximum(self.magnitude, floor)
+        _, exponent = torch.frexp(expected)  # expected < 2^exponent
+        # Of a tensor that never had a gradient nothing is known: the finest grid makes the first one be measured.
+        exponent[expected == 0] = FINEST_EXPONENT
+        spacing = exponent + (self._headroom_bits + self._sum_bits - SIGNIFICAND_BITS)
+        spacing.clamp_(FINEST_EXPONENT, COARSEST_EXPONENT)
+        one = torch.ones_like(self.magnitude)
+        torch.ldexp(one, spacing + (SIGNIFICAND_BITS - self._sum_bits), out=self._bound)
+        torch.ldexp(one.mul_(1.5), spacing + (SIGNIFICAND_BITS - 1), out=self._shift)
+
+    def square_sums(self, name: str, grad: Tensor, rows: slice) -> tuple[slice, Tensor]:
+        """Exact sums of squares of a shard of a reduced gradient, float64, and the segments they belong to.
+
+        `grad` holds `rows` of the full parameter (elements, for a vector). A sum of n squares is exact in float64 when
+        every value keeps k bits with 2k + log2(n) ≤ 53, so values are first rounded onto a grid 2^(24−k) coarser. Then
+        no kernel, shape or sharding can change the sums; a vector's parts on several ranks may simply be added.
+        """
+        shape, start = self._shapes[name], self._starts[name]
+        matrix = len(shape) == 2
+        coarser = max(2, math.ceil((2 * SIGNIFICAND_BITS + math.log2(shape[-1]) - DOUBLE_BITS) / 2))
+        shift = (self._shifts[name][rows] if matrix else self._shifts[name]) * 2.0**coarser
+        squares = torch.add(grad, shift).sub_(shift).double().square_()
+        if matrix:
+            return slice(start + rows.start, start + rows.stop), squares.sum(1)
+        return slice(start, start + 1), squares.sum().reshape(1)

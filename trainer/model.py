@@ -1,0 +1,420 @@
+"""One GPT. Every element of it is a switch of `config.Model`; each class names the paper its element comes from.
+
+Axes: B batch, T sequence, D width, H query heads, K key/value heads, N = H + K, G = H + 2K, C channels of a head,
+P pairs of channels (C = 2P), F hidden width of the MLP, V vocabulary.
+
+Parameters are touched only inside `forward`, so that FSDP2 may gather them just before and free them just after.
+"""
+
+import hashlib
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
+
+from trainer import config
+from trainer.errors import TokenizerError
+
+NORM_EPSILON = 1e-6
+EMBEDDING_STD = 0.02
+VALUE_GATE_START = 0.5  # as modded-nanogpt
+BIGRAM_MULTIPLIERS = (2_654_435_769, 2_246_822_519)  # odd, near 2^31; × a token id below 2^20 stays in int64
+
+
+class Losses(NamedTuple):
+    objective: Tensor
+    """What is differentiated: cross-entropy plus penalties. Scalar, float32."""
+    cross_entropy: Tensor
+    """Mean nats per token. Scalar, float32."""
+
+
+class GPT(nn.Module):
+    """Decoder-only transformer with pre-norm residual blocks (Radford et al. 2019, GPT-2).
+
+    Without targets `forward` returns logits_BTV in float32, with targets `Losses`. Rows of the vocabulary beyond the
+    tokenizer's are not masked: no target names them, so training drives their probability to zero.
+    After `to_empty` on a model built on the meta device, call `reset_buffers` and `initialise`.
+    """
+
+    def __init__(self, model: config.Model, vocab_size: int) -> None:
+        super().__init__()
+        self.settings = model
+        self.embed = nn.Embedding(vocab_size, model.width)
+        self.embed_positions = nn.Embedding(model.context, model.width) if model.positions == "learned" else None
+        self.embed_bigrams = Bigrams(model.bigram_buckets, model.width) if model.bigram_buckets else None
+        self.blocks = nn.ModuleList(Block(model, layer, vocab_size) for layer in range(model.n_layers))
+        self.final_norm = _norm(model)
+        # A tied head has no module of its own: one name per tensor for checkpoints, hashes and shards.
+        self.head = None if model.tied_embeddings else nn.Linear(model.width, vocab_size, bias=False)
+        if model.positions == "rope":
+            self.register_buffer("rotation_TP2", torch.empty(model.context, _channels(model) // 2, 2), persistent=False)
+        self.reset_buffers()
+
+    def reset_buffers(self) -> None:
+        """Fill what is neither parameter nor state: the table of rotations."""
+        if self.settings.positions == "rope":
+            table = _rotations(self.settings)
+            self.rotation_TP2 = table.to(self.rotation_TP2.device)
+
+    def forward(self, inputs_BT: Tensor, targets_BT: Tensor | None = None) -> Any:
+        """Token ids to float32 logits_BTV, or to `Losses` if targets are given. T may be shorter than the context."""
+        x_BTD = self._embed(inputs_BT)
+        rotation_TP2 = self.rotation_TP2[: inputs_BT.shape[1]] if self.settings.positions == "rope" else None
+        for block in self.blocks:
+            x_BTD = block(x_BTD, inputs_BT, rotation_TP2)
+        head_VD = self.embed.weight if self.head is None else self.head.weight
+        logits_BTV = F.linear(self.final_norm(x_BTD), head_VD).float()
+        if self.settings.logit_softcap:
+            logits_BTV = self.settings.logit_softcap * torch.tanh(logits_BTV / self.settings.logit_softcap)
+        if targets_BT is None:
+            return logits_BTV
+        return losses(logits_BTV, targets_BT, self.settings.z_loss)
+
+    def _embed(self, inputs_BT: Tensor) -> Tensor:
+        x_BTD = self.embed(inputs_BT)
+        if self.embed_positions is not None:
+            x_BTD = x_BTD + self.embed_positions(torch.arange(inputs_BT.shape[1], device=inputs_BT.device))
+        if self.embed_bigrams is not None:
+            x_BTD = x_BTD + self.embed_bigrams(inputs_BT)
+        return F.dropout(x_BTD, self.settings.dropout, self.training)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)) (pre-norm: Xiong et al. 2020)."""
+
+    def __init__(self, model: config.Model, layer: int, vocab_size: int) -> None:
+        super().__init__()
+        self.attention_norm = _norm(model)
+        self.attention = Attention(model, layer, vocab_size)
+        self.mlp_norm = _norm(model)
+        self.mlp = MLP(model)
+        self.dropout = model.dropout
+        self.recompute = False
+        """Keep only the block's input for the backward pass and compute the rest again. Changes no bit."""
+
+    def forward(self, x_BTD: Tensor, inputs_BT: Tensor, rotation_TP2: Tensor | None) -> Tensor:
+        if not (self.recompute and torch.is_grad_enabled()):
+            return self._forward(x_BTD, inputs_BT, rotation_TP2)
+        keep_rng = self.dropout > 0
+        arguments = (x_BTD, inputs_BT, rotation_TP2)
+        return checkpoint(self._forward, *arguments, use_reentrant=False, preserve_rng_state=keep_rng)
+
+    def _forward(self, x_BTD: Tensor, inputs_BT: Tensor, rotation_TP2: Tensor | None) -> Tensor:
+        mixed_BTD = self.attention(self.attention_norm(x_BTD), inputs_BT, rotation_TP2)
+        x_BTD = x_BTD + F.dropout(mixed_BTD, self.dropout, self.training)
+        return x_BTD + F.dropout(self.mlp(self.mlp_norm(x_BTD)), self.dropout, self.training)
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention (Vaswani et al. 2017).
+
+    Grouped key/value heads: Ainslie et al. 2023. qk_norm: queries and keys are RMS-normalised per head, after
+    Henry et al. 2020 and Dehghani et al. 2023; without a learned gain, as nanochat and modded-nanogpt.
+    """
+
+    def __init__(self, model: config.Model, layer: int, vocab_size: int) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.channels = model.n_heads, _kv_heads(model), _channels(model)
+        self.qk_norm, self.dropout = model.qk_norm, model.dropout
+        self.qkv = nn.Linear(model.width, (self.heads + 2 * self.kv_heads) * self.channels, bias=model.biases)
+        self.out = nn.Linear(model.width, model.width, bias=model.biases)
+        has_values = model.value_embeddings and layer % 2 == 1
+        self.embed_values = ValueEmbedding(vocab_size, self.kv_heads * self.channels) if has_values else None
+
+    def forward(self, x_BTD: Tensor, inputs_BT: Tensor, rotation_TP2: Tensor | None) -> Tensor:
+        b, t, _ = x_BTD.shape
+        qkv_BTGC = self.qkv(x_BTD).view(b, t, self.heads + 2 * self.kv_heads, self.channels)
+        qk_BTNC, v_BTKC = qkv_BTGC.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
+        if self.embed_values is not None:
+            v_BTKC = v_BTKC + self.embed_values(inputs_BT).view(b, t, self.kv_heads, self.channels).to(v_BTKC.dtype)
+        if self.qk_norm:
+            qk_BTNC = _RMSNormalise.apply(qk_BTNC)
+        if rotation_TP2 is not None:
+            qk_BTNC = _rotate(qk_BTNC, rotation_TP2)
+        q_BTHC, k_BTKC = qk_BTNC.split((self.heads, self.kv_heads), dim=2)
+        y_BHTC = F.scaled_dot_product_attention(
+            q_BTHC.transpose(1, 2),
+            k_BTKC.transpose(1, 2),
+            v_BTKC.transpose(1, 2),
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=True,
+            enable_gqa=self.kv_heads != self.heads,
+        )
+        return self.out(y_BHTC.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """gelu (Hendrycks & Gimpel 2016), relu2 = relu(x)² (So et al. 2021) or swiglu = silu(a)·b (Shazeer 2020).
+
+    swiglu has three matrices; set mlp_ratio = 8/3 for the parameters of the others at 4.
+    """
+
+    def __init__(self, model: config.Model) -> None:
+        super().__init__()
+        self.kind = model.mlp
+        up_width = _mlp_width(model) * (2 if model.mlp == "swiglu" else 1)
+        self.up = nn.Linear(model.width, up_width, bias=model.biases)
+        self.out = nn.Linear(_mlp_width(model), model.width, bias=model.biases)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        h_BTF = self.up(x_BTD)
+        if self.kind == "gelu":
+            return self.out(F.gelu(h_BTF))
+        if self.kind == "relu2":
+            return self.out(_SquaredReLU.apply(h_BTF))
+        gate_BTF, value_BTF = h_BTF.chunk(2, dim=-1)
+        return self.out(F.silu(gate_BTF) * value_BTF)
+
+
+class Bigrams(nn.Embedding):
+    """Embedding of hash(previous token, token); the first position sees token 0 before it (modded-nanogpt, 2025)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        previous_BT = F.pad(input[:, :-1], (1, 0))
+        a, b = BIGRAM_MULTIPLIERS
+        return super().forward((previous_BT * a ^ input * b) % self.num_embeddings)
+
+
+class ValueEmbedding(nn.Module):
+    """A table of values by token, times one learned gate (modded-nanogpt; after Zhou et al. 2024, value residuals)."""
+
+    def __init__(self, vocab_size: int, width: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(vocab_size, width)
+        self.gate = nn.Parameter(torch.empty(1))  # not a 0-d tensor: FSDP2 shards axis 0
+
+    def forward(self, inputs_BT: Tensor) -> Tensor:
+        return self.gate * self.table(inputs_BT)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) (Zhang & Sennrich 2019), without a gain: the matrix that follows can hold it (nanochat does so)."""
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return _RMSNormalise.apply(x_BTD)
+
+
+class _RMSNormalise(torch.autograd.Function):
+    """x / sqrt(mean x² + ε) over the last axis: half the time of F.rms_norm on CPU, whose backward is many kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        precise = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=precise)
+        scale = (norm.square() / x.shape[-1] + NORM_EPSILON).rsqrt()
+        y = (x * scale).to(x.dtype)
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        y, scale = ctx.saved_tensors
+        along = (grad * y).mean(-1, keepdim=True)
+        return torch.addcmul(grad, y, along, value=-1).mul_(scale)
+
+
+class _SquaredReLU(torch.autograd.Function):
+    """relu(x)²: autograd would keep and read the input too, which costs as much as a gelu; this costs less."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        positive = x.relu()
+        ctx.save_for_backward(positive)
+        return positive * positive
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (positive,) = ctx.saved_tensors
+        return (grad * positive).mul_(2)
+
+
+def losses(logits_BTV: Tensor, targets_BT: Tensor, z_loss: float) -> Losses:
+    """Mean cross-entropy, and the objective: plus z_loss · mean(log Z)² penalty (Chowdhery et al. 2022, PaLM)."""
+    logits_NV = logits_BTV.flatten(0, 1)
+    cross_entropy = F.cross_entropy(logits_NV, targets_BT.flatten())
+    if not z_loss:
+        return Losses(cross_entropy, cross_entropy)
+    penalty = torch.logsumexp(logits_NV, dim=-1).square().mean()
+    return Losses(cross_entropy + z_loss * penalty, cross_entropy)
+
+
+def initialise(model: nn.Module, seed: int) -> None:
+    """Fill every parameter from (seed, its name, its full shape) alone: device, order and sharding do not matter.
+
+    "gpt2": normal, sd 0.02, residual output projections divided by sqrt(2·n_layers) (Radford et al. 2019).
+    "zero_proj": matrices normal with sd 1/sqrt(input width), residual output projections, an untied head and bigrams
+    zero, so that every block starts as the identity (Zhang et al. 2019, Fixup; Yang et al. 2022, table 8).
+    Drawn on the CPU in float32. Each rank draws whole tensors and keeps its shard, without communication.
+    """
+    settings = model.settings
+    assert isinstance(settings, config.Model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(_like(_initial(name, parameter.shape, settings, seed), parameter))
+
+
+def _initial(name: str, shape: torch.Size, settings: config.Model, seed: int) -> Tensor:
+    if name.endswith(".gate"):
+        return torch.full(shape, VALUE_GATE_START)
+    if len(shape) < 2:
+        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+    key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little"))
+    return torch.randn(shape, generator=generator) * _deviation(name, shape, settings)
+
+
+def _deviation(name: str, shape: torch.Size, settings: config.Model) -> float:
+    is_output = name.endswith(".out.weight")
+    if settings.init == "gpt2":
+        return EMBEDDING_STD / math.sqrt(2 * settings.n_layers) if is_output else EMBEDDING_STD
+    if is_output or name.startswith(("head.", "embed_bigrams.")):
+        return 0.0
+    return EMBEDDING_STD if "embed" in name else shape[1] ** -0.5
+
+
+def _like(full: Tensor, parameter: Tensor) -> Tensor:
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        return distribute_tensor(full.to(parameter.device), mesh, parameter.placements, src_data_rank=None)
+    return full.to(parameter.device)
+
+
+class ParameterCount(NamedTuple):
+    total: int
+    non_embedding: int
+    """Without tables that are looked up: tokens, positions, bigrams, values. An untied head counts, a tied does not."""
+
+
+def parameter_count(model: nn.Module) -> ParameterCount:
+    """Number of parameters of the full model, sharded or not."""
+    tables = [m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)]
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return ParameterCount(total, total - sum(tables))
+
+
+def flops_per_token(model: config.Model, vocab_size: int) -> int:
+    """Training FLOPs per token: 3 × the forward pass, multiply and add counted apart.
+
+    Matrices: 2 per weight, the head included (Kaplan et al. 2020, with the correction of Porian et al. 2024).
+    Attention: 4·T·D per layer for scores and mixing over all T positions, as if not causal (Chowdhery et al. 2022,
+    PaLM, appendix B), though kernels skip the masked half. Look-ups, norms and activations are not counted.
+    """
+    d, f = model.width, _mlp_width(model)
+    qkv = d * (model.n_heads + 2 * _kv_heads(model)) * _channels(model)
+    mlp = (3 if model.mlp == "swiglu" else 2) * d * f
+    weights = model.n_layers * (qkv + d * d + mlp) + d * vocab_size
+    return 3 * (2 * weights + model.n_layers * 4 * model.context * d)
+
+
+def padded_vocab(tokenizer_size: int, vocab_size: int) -> int:
+    """Rows of the embedding table: `vocab_size` (model.vocab_size) if set, else the next multiple of 64.
+
+    Raises TokenizerError if the tokenizer has more tokens than rows.
+    """
+    if not vocab_size:
+        return -(-tokenizer_size // 64) * 64
+    if vocab_size < tokenizer_size:
+        raise TokenizerError(
+            f"model.vocab_size = {vocab_size} is smaller than the tokenizer's {tokenizer_size} tokens.\n"
+            "  Every token needs a row in the embedding table. "
+            f"Set model.vocab_size to {tokenizer_size} or more, or to 0 for the next multiple of 64."
+        )
+    return vocab_size
+
+
+def memory_per_rank(config: config.Config, vocab_size: int, world_size: int) -> dict[str, int]:
+    """Bytes on the rank that holds most, by purpose and in "total"; nothing is allocated.
+
+    "gathered" are the full weights in use under FSDP. "activations" is what autograd keeps of one micro-batch, an
+    estimate: temporaries come on top.
+    """
+    with torch.device("meta"):
+        model = GPT(config.model, vocab_size)
+    shards = {"replicate": 1, "fsdp": world_size, "hybrid": config.parallel.shard_ranks}[config.parallel.strategy]
+    held = {name: 4 * -(-p.shape[0] // shards) * p[0].numel() for name, p in model.named_parameters()}
+    weights = sum(held.values())
+    # Muon keeps one moment of each hidden matrix, AdamW two of everything.
+    muon = {name for name in held if config.optim.optimizer == "muon" and name.startswith("blocks.")}
+    one_moment = sum(held[name] for name in muon if name.endswith((".qkv.weight", ".up.weight", ".out.weight")))
+    parts = {
+        "master_weights": weights,
+        "gradients": weights,
+        "optimizer": 2 * weights - one_moment,
+        "gathered": _gathered_bytes(model, config.parallel) if shards > 1 else 0,
+        "activations": _activation_bytes(config, vocab_size),
+    }
+    return parts | {"total": sum(parts.values())}
+
+
+def _gathered_bytes(model: GPT, parallel: config.Parallel) -> int:
+    """Full weights in use at a time: all of them, or the root's and two blocks' (one computes, the next gathers)."""
+    total, blocks = (sum(4 * p.numel() for p in m.parameters()) for m in (model, model.blocks))
+    if not parallel.reshard_after_forward:
+        return total
+    largest = sorted(sum(4 * p.numel() for p in block.parameters()) for block in model.blocks)[-2:]
+    return total - blocks + sum(largest)
+
+
+def _activation_bytes(config: config.Config, vocab_size: int) -> int:
+    """What autograd keeps for the backward pass of one micro-batch, counted in a forward pass without data."""
+    kept: dict[int, int] = {}
+    bf16 = config.numerics.precision == "bf16"
+    with FakeTensorMode():
+        gpt = GPT(config.model, vocab_size)
+        for block in gpt.blocks:
+            block.recompute = config.parallel.activation_checkpointing  # pyright: ignore[reportArgumentType]
+        weights = {p.untyped_storage()._cdata for p in gpt.parameters()}
+        tokens_BT = torch.zeros(config.data.micro_batch_sequences, config.model.context, dtype=torch.int64)
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage._cdata] = 0 if storage._cdata in weights else storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), torch.autocast("cpu", torch.bfloat16, bf16):
+            gpt(tokens_BT, tokens_BT)
+    return sum(kept.values())
+
+
+def _norm(model: config.Model) -> nn.Module:
+    if model.norm == "rmsnorm":
+        return RMSNorm()
+    return nn.LayerNorm(model.width, bias=model.biases)  # Ba et al. 2016
+
+
+def _kv_heads(model: config.Model) -> int:
+    return model.n_kv_heads or model.n_heads
+
+
+def _channels(model: config.Model) -> int:
+    return model.width // model.n_heads
+
+
+def _mlp_width(model: config.Model) -> int:
+    return round(model.mlp_ratio * model.width)
+
+
+def _rotations(model: config.Model) -> Tensor:
+    """cos and sin of position × frequency, float32, computed in float64: axes T, P, 2. Su et al. 2021 (RoPE)."""
+    pairs = _channels(model) // 2
+    frequency_P = model.rope_base ** -(torch.arange(pairs, dtype=torch.float64, device="cpu") / pairs)
+    angle_TP = torch.arange(model.context, dtype=torch.float64, device="cpu")[:, None] * frequency_P
+    return torch.stack((angle_TP.cos(), angle_TP.sin()), dim=-1).float()
+
+
+def _rotate(x_BTNC: Tensor, rotation_TP2: Tensor) -> Tensor:
+    """Turn each pair of neighbouring channels by its angle: a complex product, one kernel where real ones are four."""
+    pairs_BTNP2 = x_BTNC.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # inductor has no complex numbers, and fuses the real product itself
+        a, b = pairs_BTNP2.unbind(-1)
+        cos, sin = rotation_TP2[:, None].unbind(-1)
+        turned_BTNP2 = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
+    else:
+        turns_TP = torch.view_as_complex(rotation_TP2)[:, None]
+        turned_BTNP2 = torch.view_as_real(torch.view_as_complex(pairs_BTNP2) * turns_TP)
+    return turned_BTNP2.flatten(-2).to(x_BTNC.dtype)

@@ -1,0 +1,159 @@
+"""Parameter groups, optimizers, and schedules as pure functions of the step.
+
+Bitwise promise: an element's update does not depend on the shard or buffer it lies in. torch's fused AdamW breaks it on
+CPUs: its vector body computes in float32, its scalar tail (the last size mod 16 elements) in double, and a shard ends
+elsewhere than the whole. Row shards of matrices with a multiple of 16 elements per row have no tail; only those are
+fused. All others take the foreach path, which is elementwise throughout.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Muon, Optimizer
+
+from trainer import config
+
+VECTOR_ELEMENTS = 16  # float32 per AVX-512 register; a multiple of every narrower vector
+
+Kind = Literal["hidden", "head", "embedding", "vector"]
+
+
+def build(model: nn.Module, optim: config.Optim) -> list[Optimizer]:
+    """[AdamW], or [AdamW, Muon] with the hidden matrices in Muon. May be called after `fully_shard`.
+
+    Weight decay is decoupled (Loshchilov & Hutter 2019) and applies to matrices, not to embeddings, norms, biases and
+    gates; a tied table counts as an embedding. Each group carries "name" and "peak_learning_rate".
+    With mup_base_width, AdamW's rate for hidden matrices and an untied head is divided by width / base: Yang et al.
+    2022 (Tensor Programs V, arXiv:2203.03466), table 8. Doubt: a tied head gets no multiplier, so it is not full µP.
+    """
+    kinds = classify(model)
+    parameters = dict(model.named_parameters())
+    muon_names = [name for name, kind in kinds.items() if kind == "hidden" and optim.optimizer == "muon"]
+    groups: dict[str, dict[str, Any]] = {}
+    for name, kind in kinds.items():
+        if name not in muon_names:
+            settings = _adamw_group(kind, parameters[name], model, optim)
+            groups.setdefault(settings["name"], settings | {"params": []})["params"].append(parameters[name])
+    adamw = AdamW(
+        list(groups.values()), lr=optim.learning_rate, betas=(optim.beta1, optim.beta2), eps=optim.eps, weight_decay=0.0
+    )
+    return [adamw, _muon([parameters[name] for name in muon_names], optim)] if muon_names else [adamw]
+
+
+def classify(model: nn.Module) -> dict[str, Kind]:
+    """Each parameter's name and what it is to an optimizer."""
+    tables = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+
+    def kind(name: str, parameter: Tensor) -> Kind:
+        if name in tables:
+            return "embedding"
+        if parameter.ndim < 2:
+            return "vector"
+        return "hidden" if name.startswith("blocks.") else "head"
+
+    return {name: kind(name, parameter) for name, parameter in model.named_parameters()}
+
+
+def _adamw_group(kind: Kind, parameter: Tensor, model: nn.Module, optim: config.Optim) -> dict[str, Any]:
+    is_matrix = kind in ("hidden", "head")
+    scale = 1.0
+    if is_matrix and optim.mup_base_width:
+        scale = optim.mup_base_width / _width(model)
+    fused = is_fused(parameter.shape)
+    return {
+        "name": f"{kind}/{'fused' if fused else 'foreach'}",
+        "weight_decay": optim.weight_decay if is_matrix else 0.0,
+        "peak_learning_rate": optim.learning_rate * scale,
+        "lr": optim.learning_rate * scale,
+        "fused": fused,
+        "foreach": not fused,
+    }
+
+
+def is_fused(shape: Sequence[int]) -> bool:
+    """Whether any run of whole rows fills whole vectors, by the full shape: the same answer at every world size."""
+    return len(shape) >= 2 and math.prod(shape[1:]) % VECTOR_ELEMENTS == 0
+
+
+def _width(model: nn.Module) -> int:
+    settings = model.settings
+    assert isinstance(settings, config.Model)
+    return settings.width
+
+
+def _muon(parameters: list[Tensor], optim: config.Optim) -> Muon:
+    """Jordan et al. 2024 (kellerjordan.github.io/posts/muon).
+
+    "original" multiplies the rate by sqrt(max(1, rows / columns)), the scaling that muon_learning_rate = 0.02 was tuned
+    with and that needs no µP; "match_rms_adamw" would serve a rate shared with AdamW, and ours is separate.
+    Decay is rate × weight_decay, with Muon's own rate. Doubt: the fused qkv is orthogonalised as one matrix.
+    """
+    rate = optim.muon_learning_rate
+    muon = Muon(
+        parameters,
+        lr=rate,
+        weight_decay=optim.weight_decay,
+        momentum=optim.muon_momentum,
+        nesterov=True,
+        adjust_lr_fn="original",
+    )
+    for group in muon.param_groups:
+        group |= {"name": "hidden/muon", "peak_learning_rate": rate}
+    return muon
+
+
+def learning_rate_factor(step: int, optim: config.Optim, steps: int) -> float:
+    """The rate of update `step` (from 0) as a fraction of the peak.
+
+    Warmup rises linearly from 1/warmup_steps and reaches 1 at update warmup_steps − 1; the decay ends in
+    final_fraction at update steps − 1. cosine: Loshchilov & Hutter 2017. wsd: Hu et al. 2024 (MiniCPM), with a
+    linear decay over the last decay_fraction of the steps (Hägele et al. 2024).
+    """
+    if not 0 <= step < steps:
+        raise ValueError(f"step = {step} is outside a schedule of {steps} steps.\n  Steps count from 0 to steps - 1.")
+    if step < optim.warmup_steps:
+        return (step + 1) / optim.warmup_steps
+    peak, last = max(optim.warmup_steps - 1, 0), steps - 1
+    if optim.schedule == "wsd":
+        peak = max(peak, last - round(optim.decay_fraction * steps))
+    if optim.schedule == "constant" or step <= peak:
+        return 1.0
+    done = (step - peak) / (last - peak)
+    left = (1 + math.cos(math.pi * done)) / 2 if optim.schedule == "cosine" else 1 - done
+    return optim.final_fraction + (1 - optim.final_fraction) * left
+
+
+def set_learning_rates(optimizers: Sequence[Optimizer], step: int, optim: config.Optim, steps: int) -> float:
+    """Give every group the rate of update `step`; returns that of AdamW's groups without µP scaling."""
+    factor = learning_rate_factor(step, optim, steps)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_learning_rate"] * factor
+    return optim.learning_rate * factor
+
+
+def materialise_state(optimizers: Sequence[Optimizer]) -> None:
+    """Create the zero state that each optimizer would create in its first step.
+
+    A checkpoint written before that step would otherwise hold no moments, and one loaded before it would drop them.
+    """
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if not optimizer.state[parameter]:
+                    optimizer.state[parameter] = _zero_state(optimizer, group, parameter)
+
+
+def _zero_state(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> dict[str, Tensor]:
+    def zeros() -> Tensor:
+        return torch.zeros_like(parameter, memory_format=torch.preserve_format, requires_grad=False)
+
+    if isinstance(optimizer, Muon):
+        return {"momentum_buffer": zeros()}
+    assert isinstance(optimizer, AdamW)
+    step_device = parameter.device if group["fused"] else torch.device("cpu")
+    step = torch.zeros((), dtype=torch.float32, device=step_device)
+    return {"step": step, "exp_avg": zeros(), "exp_avg_sq": zeros()}

@@ -1,0 +1,551 @@
+"""Watching a run: subscribers to the event log that a person looks at while it trains.
+
+`Console` draws a live line on a terminal and prints plain, rate-limited lines anywhere else. `WandbSink` hands metrics
+to Weights & Biases. Both only read events, neither may slow training or stop it.
+
+W&B runs in a helper process, not in a thread. In-process it costs the trainer 0.2–0.3 ms of the interpreter's time per
+step and hooks into its exit; and when the trainer is SIGKILLed, W&B loses what it had buffered (up to 15 s, measured
+with 0.31). The helper sees its pipe end, writes everything down, marks the run crashed and leaves.
+"""
+
+import contextlib
+import json
+import netrc
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, Literal, Self, TextIO
+from urllib.parse import urlsplit
+
+from trainer import errors
+from trainer.config import Config
+from trainer.events import AttemptEnded, AttemptStarted, CheckpointSaved, Entry, EvalDone, EventLog, StepDone, Warned
+from trainer.summary import clock, megabytes, tokens_per_second
+
+TERMINAL_SECONDS = 0.2  # a redraw costs about 1 ms of the training thread
+PLAIN_SECONDS = 5.0
+
+WandbMode = Literal["online", "offline", "disabled"]
+WANDB_HOST = "https://api.wandb.ai"
+WANDB_SECONDS = 0.25  # waking the helper for every step costs the trainer 0.1 ms each time
+PENDING_BYTES = 64 * 2**20  # about 200,000 steps; W&B has then been stuck for long
+NOT_FOR_WANDB = ("run_id", "format", "config", "mathematics")  # of config.json: said otherwise, or said twice
+STATUS_EXIT = {"finished": errors.EXIT_FINISHED, "preempted": errors.EXIT_PREEMPTED, "failed": errors.EXIT_FAILED}
+
+
+@contextlib.contextmanager
+def watching(log: EventLog, run: Path, config: Config, run_info: Mapping[str, Any]) -> Iterator[None]:
+    """Subscribe the console and W&B to `log` while the context lasts; `run_info` is what config.json says.
+
+    Leave the context before closing the log: what went wrong with W&B becomes a warning in it.
+    """
+    with Console(config) as console:
+        log.subscribe(console)
+        with WandbSink(run, config, run_info, on_problem=lambda message: log.append(Warned(message=message))) as sink:
+            log.subscribe(sink)
+            yield
+        if sink.url is not None:
+            print(f"W&B: {sink.url}", flush=True)
+
+
+@contextlib.contextmanager
+def preparation(enabled: bool = True, file: TextIO | None = None) -> Iterator[Callable[[str, int, int | None], None]]:
+    """Yields the `progress(phase, done_bytes, total_bytes)` that data preparation reports to: a line per phase.
+
+    A phase that takes longer says at most every 5 seconds how far it is. Prints nothing where nothing is prepared.
+    """
+    out = file or sys.stdout
+    last_phase, said_at = "", 0.0
+
+    def progress(phase: str, done: int, total: int | None) -> None:
+        nonlocal last_phase, said_at
+        now = time.monotonic()
+        if not enabled or (phase == last_phase and now - said_at < PLAIN_SECONDS):
+            return
+        last_phase, said_at = phase, now
+        amount = f"  {megabytes(done)}" if done else ""
+        print(f"{phase}{amount}{f' of {megabytes(total)}' if done and total else ''}", file=out, flush=True)
+
+    yield progress
+
+
+class Console:
+    """Prints one process's events for a person. Use as a context manager, or call close(): it frees the terminal.
+
+    `is_terminal` None asks `file` (default: standard output). Plain lines are flushed one by one; steps are printed at
+    the first, at the last, and at most every 5 seconds between. A file that cannot be written any more (a closed pipe
+    or terminal) ends the printing, not the run.
+    """
+
+    def __init__(self, config: Config, is_terminal: bool | None = None, file: TextIO | None = None) -> None:
+        self._file = file or sys.stdout
+        self._steps = config.budget.steps
+        terminal = self._file.isatty() if is_terminal is None else is_terminal
+        self._live = _LiveLine(self._file, self._steps) if terminal else None
+        self._interval = TERMINAL_SECONDS if terminal else PLAIN_SECONDS
+        self._from_step = 0
+        self._first_step_at: tuple[int, float] | None = None
+        self._printed_at = float("-inf")
+        self._recent = _Rate()
+        self._whole = _Rate()
+        self._evals: dict[str, EvalDone] = {}
+        self._broken = False
+
+    def __call__(self, entry: Entry) -> None:
+        event = entry.event
+        if isinstance(event, StepDone):
+            self._step(event, entry.time)
+        else:
+            self._other(entry)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Erase the live line and give the cursor back. Harmless when called twice."""
+        if self._live is not None:
+            with contextlib.suppress(OSError, ValueError):
+                self._live.close()
+
+    def _step(self, event: StepDone, now: float) -> None:
+        self._recent.add(event)
+        self._whole.add(event)
+        if self._first_step_at is None:
+            self._first_step_at = (event.step, now)
+        elif 0 <= now - self._printed_at < self._interval and event.step != self._steps:
+            return
+        self._printed_at = now
+        rate = tokens_per_second(self._recent.per_second)
+        self._recent = _Rate()
+        left = self._seconds_left(event.step, now)
+        if self._live is not None:
+            self._attempt_to(self._live.show, event, rate, left)
+        else:
+            self._print(
+                f"step {_of(event.step, self._steps)}  loss {event.loss:.4f}  grad {event.grad_norm:.3f}  "
+                f"lr {event.learning_rate:.2e}  {rate}  left {clock(left)}"
+            )
+
+    def _other(self, entry: Entry) -> None:
+        match entry.event:
+            case AttemptStarted() as event:
+                self._from_step = event.from_step
+                self._print(_started(entry.attempt, event), "bold")
+            case EvalDone() as event:
+                self._evals[event.set] = event
+                self._print(f"eval {_of(event.step, self._steps)}  {_scores([event])}", "cyan")
+            case CheckpointSaved() as event:
+                size = f"{megabytes(event.bytes)} in {event.seconds:.2f} s"
+                self._print(f"save {_of(event.step, self._steps)}  checkpoint  {size}", "dim")
+            case Warned() as event:
+                where = f"rank {entry.rank}: " if entry.rank else ""
+                self._print(f"warning: {where}{event.message}", "yellow")
+            case AttemptEnded() as event:
+                if self._live is not None:
+                    self.close()
+                good = {"finished": "bold green", "preempted": "bold yellow"}
+                self._print(self._ended(event), good.get(event.status, "bold red"))
+
+    def _ended(self, event: AttemptEnded) -> str:
+        parts = [f"{event.status} step {event.step}/{self._steps}"]
+        if event.status != "finished":
+            parts.append(event.reason)
+        if self._evals:
+            parts.append(_scores(self._evals.values()))
+        if self._whole.per_second is not None:
+            parts.append(tokens_per_second(self._whole.per_second))
+        if event.weights_sha256:
+            parts.append(f"weights_sha256 {event.weights_sha256}")
+        return "  ".join(parts)
+
+    def _seconds_left(self, step: int, now: float) -> float | None:
+        """By the wall clock since this attempt's first step, so evaluations and checkpoints count."""
+        assert self._first_step_at is not None
+        first_step, first_time = self._first_step_at
+        return (now - first_time) / (step - first_step) * (self._steps - step) if step > first_step else None
+
+    def _print(self, line: str, style: str = "") -> None:
+        if self._live is not None:
+            self._attempt_to(self._live.print, line, style)
+        else:
+            self._attempt_to(print, line, file=self._file, flush=True)
+
+    def _attempt_to(self, write: Callable[..., None], *args: Any, **options: Any) -> None:
+        if self._broken:
+            return
+        try:
+            write(*args, **options)
+        except (OSError, ValueError):  # ValueError: the file was closed
+            self._broken = True
+
+
+class _Rate:
+    """Tokens over the seconds spent in steps."""
+
+    def __init__(self) -> None:
+        self.tokens, self.seconds = 0, 0.0
+
+    def add(self, event: StepDone) -> None:
+        self.tokens += event.tokens
+        self.seconds += event.seconds
+
+    @property
+    def per_second(self) -> float | None:
+        return self.tokens / self.seconds if self.seconds > 0 else None
+
+
+class _LiveLine:
+    """One redrawn progress line with permanent lines above it. Drawn by the caller: no thread of its own."""
+
+    def __init__(self, file: TextIO, steps: int) -> None:
+        from rich import console, progress
+
+        self._console = console.Console(file=file, force_terminal=True, highlight=False)
+        ours = file in (sys.stdout, sys.stderr)  # others' prints then appear above the line
+        self._progress = progress.Progress(
+            progress.TextColumn("step {task.completed}/{task.total}"),
+            progress.BarColumn(bar_width=24),
+            progress.TextColumn("{task.fields[figures]}"),
+            console=self._console,
+            auto_refresh=False,
+            transient=True,
+            redirect_stdout=ours,
+            redirect_stderr=ours,
+        )
+        self._task = self._progress.add_task("", total=steps, figures="starting")
+
+    def show(self, event: StepDone, rate: str, left: float | None) -> None:
+        if not self._progress.live.is_started:
+            self._progress.start()
+        figures = f"loss [bold]{event.loss:.4f}[/]  {rate}  left {clock(left)}"
+        self._progress.update(self._task, completed=event.step, figures=figures)
+        self._progress.refresh()
+
+    def print(self, line: str, style: str) -> None:
+        from rich.text import Text
+
+        # soft_wrap: a hash cut over two lines cannot be copied.
+        self._console.print(Text(line, style), soft_wrap=True)
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+def _started(attempt: int, event: AttemptStarted) -> str:
+    ranks = f"{event.world_size} rank{'s' if event.world_size > 1 else ''}"
+    ready = f"ready in {sum(event.startup_seconds.values()):.1f} s" if event.startup_seconds else ""
+    steps = f"steps {event.from_step} → {event.steps}"
+    where = f"{ranks} ({event.strategy}) on {event.device}"
+    parts = [f"attempt {attempt}", where, f"{event.parameters:,} parameters", steps, ready]
+    return " · ".join(part for part in parts if part)
+
+
+def _scores(evals: Iterable[EvalDone]) -> str:
+    return "  ".join(f"{e.set} {e.loss:.4f} nats {e.bits_per_byte:.4f} bpb" for e in evals)
+
+
+def _of(step: int, steps: int) -> str:
+    return f"{step:>{len(str(steps))}}/{steps}"
+
+
+def wandb_mode(config: Config, environ: Mapping[str, str] = os.environ) -> WandbMode:
+    """How to reach W&B. WANDB_MODE wins; "auto" is online where a key is known, else offline.
+
+    A key is only ever looked for in WANDB_API_KEY and in netrc's entry for the host (WANDB_BASE_URL, NETRC honoured);
+    it is neither read nor kept here. Raises ConfigError on a WANDB_MODE that is none of ours.
+    """
+    chosen = environ.get("WANDB_MODE") or config.wandb.mode
+    chosen = {"dryrun": "offline", "run": "online"}.get(chosen, chosen)
+    match chosen:
+        case "online" | "offline" | "disabled":
+            return chosen
+        case "auto":
+            return "online" if environ.get("WANDB_API_KEY") or _in_netrc(environ) else "offline"
+        case _:
+            raise errors.ConfigError(
+                [
+                    f"WANDB_MODE = {chosen!r} is no mode.\n"
+                    "  Set it to online, offline or disabled, or unset it to let wandb.mode decide."
+                ]
+            )
+
+
+def _in_netrc(environ: Mapping[str, str]) -> bool:
+    host = urlsplit(environ.get("WANDB_BASE_URL") or WANDB_HOST).netloc
+    names = [environ["NETRC"]] if environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
+    for name in names:
+        # Not authenticators(): it would take the "default" entry, some other service's password, for a W&B key.
+        with contextlib.suppress(OSError, netrc.NetrcParseError):
+            if netrc.netrc(Path(name).expanduser()).hosts.get(host, ("", "", ""))[2]:
+                return True
+    return False
+
+
+class WandbSink:
+    """Sends one process's events to W&B through a helper process. Subscribe it on rank 0 only.
+
+    A call never waits: it writes to a pipe that does not block and keeps what does not fit. Whatever goes wrong is said
+    once, through `on_problem`, on the thread that calls the sink or closes it; training goes on. `run_info` needs
+    "run_id", stable over the run's attempts; the rest of it (fingerprint, versions) joins the config that W&B shows.
+    Offline, each attempt leaves its own folder in RUN/wandb, all with one id: `wandb sync` joins them later.
+    """
+
+    def __init__(
+        self,
+        run_directory: Path,
+        config: Config,
+        run_info: Mapping[str, Any],
+        on_problem: Callable[[str], None],
+        close_timeout_seconds: float = 30.0,
+    ) -> None:
+        self.mode: WandbMode = wandb_mode(config)
+        self._directory = run_directory
+        self._on_problem = on_problem
+        self._close_timeout_seconds = close_timeout_seconds
+        self._pending = bytearray()
+        self._written_at = float("-inf")
+        self._redone = 0
+        self._helper: subprocess.Popen[bytes] | None = None
+        self._said: IO[bytes] | None = None
+        self._url: str | None = None
+        if self.mode != "disabled":
+            self._start({"init": self._init_arguments(config, run_info), "finish_timeout": close_timeout_seconds})
+
+    def __call__(self, entry: Entry) -> None:
+        if self._helper is None:
+            return
+        message = self._message(entry.event)
+        if message is not None:
+            self._pending += json.dumps(message).encode() + b"\n"
+        # A checkpoint is an event too: steps lost here by a kill come after it, and are replayed.
+        if not isinstance(entry.event, StepDone) or not 0 <= entry.time - self._written_at < WANDB_SECONDS:
+            self._written_at = entry.time
+            self._write()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @property
+    def pid(self) -> int | None:
+        """The helper's process id while it runs for us."""
+        return self._helper.pid if self._helper is not None else None
+
+    @property
+    def url(self) -> str | None:
+        """The run's page once W&B has named it; None offline or before that."""
+        if self._url is None:
+            first_line, newline, _ = self._output(4096).partition("\n")
+            self._url = first_line.removeprefix("url ") if newline and first_line.startswith("url ") else None
+        return self._url
+
+    def close(self) -> None:
+        """Let W&B write what it has, for at most `close_timeout_seconds`. Call it before the event log is closed."""
+        if self._helper is None:
+            return
+        deadline = time.monotonic() + self._close_timeout_seconds
+        self._drain(deadline)
+        if (helper := self._helper) is None:
+            return
+        assert helper.stdin is not None
+        helper.stdin.close()
+        try:
+            status = helper.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            self._give_up(f"it was not done after {self._close_timeout_seconds:g} s and was ended")
+            return
+        self._helper = None
+        if status:
+            self._report(self._reason())
+        self._forget()
+
+    def _init_arguments(self, config: Config, run_info: Mapping[str, Any]) -> dict[str, Any]:
+        shown = {key: value for key, value in run_info.items() if key not in NOT_FOR_WANDB}
+        wandb = config.wandb
+        return {
+            "id": run_info["run_id"],
+            "name": os.environ.get("WANDB_NAME") or self._directory.resolve().name,
+            "mode": self.mode,
+            "dir": str(self._directory.resolve()),
+            "project": wandb.project,
+            "entity": wandb.entity or None,
+            "group": wandb.group or None,
+            "tags": list(wandb.tags) or None,
+            "config": config.model_dump(mode="json") | shown,
+        }
+
+    def _start(self, first: dict[str, Any]) -> None:
+        package_root = Path(__file__).resolve().parent.parent
+        environ = {key: value for key, value in os.environ.items() if key != "WANDB_SERVICE"}
+        environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(package_root), environ.get("PYTHONPATH")]))
+        environ["WANDB_SILENT"] = "true"
+        environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        try:
+            (self._directory / "wandb").mkdir(parents=True, exist_ok=True)  # else W&B would move to /tmp unasked
+            self._said = tempfile.TemporaryFile()  # noqa: SIM115 - read until the end; closed with the sink
+            self._helper = subprocess.Popen(
+                # -P: a wandb.py in the working directory is not W&B.
+                [sys.executable, "-P", "-c", "from trainer.watch import relay; relay()"],
+                stdin=subprocess.PIPE,
+                stdout=self._said,  # not ours: whoever reads the trainer's output would wait for the helper too
+                stderr=subprocess.STDOUT,
+                env=environ,
+                start_new_session=True,  # Ctrl-C and a launcher's kill are for the trainer
+            )
+            assert self._helper.stdin is not None
+            os.set_blocking(self._helper.stdin.fileno(), False)
+        except OSError as error:
+            self._report(str(error))
+            self._forget()
+        else:
+            self._pending += json.dumps(first).encode() + b"\n"
+            self._write()
+
+    def _message(self, event: Any) -> dict[str, Any] | None:
+        match event:
+            case StepDone():
+                self._redone += event.redone
+                return {"log": _step_metrics(event, self._redone)}
+            case EvalDone(step=step, set=name):
+                scores = {f"eval/{name}/loss": event.loss, f"eval/{name}/bits_per_byte": event.bits_per_byte}
+                return {"log": {"step": step, **scores}}
+            case AttemptEnded():
+                hashes = {"weights_sha256": event.weights_sha256, "state_sha256": event.state_sha256}
+                return {"end": STATUS_EXIT.get(event.status, errors.EXIT_FAILED), "summary": hashes}
+            case _:
+                return None
+
+    def _write(self) -> None:
+        assert self._helper is not None
+        assert self._helper.stdin is not None
+        if not self._pending:
+            return
+        try:
+            with memoryview(self._pending) as pending:
+                written = os.write(self._helper.stdin.fileno(), pending[: 2**16])
+            del self._pending[:written]
+        except BlockingIOError:
+            if len(self._pending) > PENDING_BYTES:
+                self._give_up("it takes no more metrics")
+        except OSError:  # the helper is gone
+            self._give_up(self._reason())
+
+    def _drain(self, deadline: float) -> None:
+        while self._pending and self._helper is not None:
+            assert self._helper.stdin is not None
+            wait = deadline - time.monotonic()
+            if wait <= 0 or not select.select([], [self._helper.stdin], [], wait)[1]:
+                return  # the wait for the helper's end finds the same deadline passed
+            self._write()
+
+    def _give_up(self, why: str) -> None:
+        helper, self._helper = self._helper, None
+        assert helper is not None
+        assert helper.stdin is not None
+        self._pending.clear()
+        helper.kill()  # wandb-core watches its parent and follows within 0.1 s
+        helper.stdin.close()
+        helper.wait()
+        self._report(why)
+        self._forget()
+
+    def _report(self, why: str) -> None:
+        self._on_problem(
+            f"W&B stopped: {why.rstrip('.')}. Training goes on and the event log keeps every metric; "
+            f"what reached {self._directory / 'wandb'} can be uploaded with `wandb sync`."
+        )
+
+    def _forget(self) -> None:
+        _ = self.url  # remembered for who asks later
+        if self._said is not None:
+            self._said.close()
+            self._said = None
+
+    def _reason(self) -> str:
+        lines = [line for line in self._output(2**20).splitlines() if line.strip()]
+        return lines[-1].strip()[:500] if lines else "its helper process ended without a word"
+
+    def _output(self, size: int) -> str:
+        # pread: the helper shares the file's offset.
+        return "" if self._said is None else os.pread(self._said.fileno(), size, 0).decode(errors="replace")
+
+
+def _step_metrics(event: StepDone, redone: int) -> dict[str, Any]:
+    metrics = {
+        "step": event.step,
+        "train/loss": event.loss,
+        "train/grad_norm": event.grad_norm,
+        "train/learning_rate": event.learning_rate,
+        "train/tokens": event.step * event.tokens,  # the config fixes a step's tokens, so replays count once
+        "exact/redone": redone,
+    }
+    if event.seconds > 0:
+        metrics["train/tokens_per_second"] = event.tokens / event.seconds
+    if event.flushed is not None:
+        metrics["exact/flushed"] = event.flushed
+    return metrics
+
+
+def relay() -> None:
+    """The helper process: JSON lines from standard input to W&B, until `end` or until the trainer is gone."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)  # the trainer decides when it is over: its pipe ends
+    first = json.loads(sys.stdin.readline())
+    run = _open_run(first["init"], first["finish_timeout"])
+    os.nice(10)  # only now: on a busy machine a start at low priority takes longer than a short run
+    exit_code = errors.EXIT_FAILED  # no `end`: the trainer was killed
+    for line in sys.stdin:
+        try:
+            message = json.loads(line)
+        except ValueError:  # killed in the middle of a line
+            break
+        if "log" in message:
+            run.log(message["log"])
+        else:
+            run.summary.update(message["summary"])
+            exit_code = message["end"]
+    if exit_code == errors.EXIT_PREEMPTED:
+        run.mark_preempting()
+    run.finish(exit_code)
+
+
+def _open_run(arguments: dict[str, Any], finish_timeout_seconds: float) -> Any:
+    import wandb
+
+    settings = wandb.Settings(
+        console="off",
+        disable_git=True,
+        disable_code=True,
+        save_code=False,
+        finish_timeout=finish_timeout_seconds,
+        x_disable_machine_info=True,
+        x_disable_meta=True,
+        x_disable_stats=True,
+        x_save_requirements=False,
+        x_sync_dir_suffix=str(os.getpid()),  # folders are named by the second; two attempts may share one
+        x_transaction_log_flush_interval=1.0,
+    )
+    # allow_val_change: another attempt may use other ranks, devices, intervals.
+    run = wandb.init(**arguments, resume="allow", allow_val_change=True, settings=settings)
+    if run.url:
+        print(f"url {run.url}", flush=True)
+    # Our own axis: W&B's step must rise, and after a restart steps are replayed.
+    run.define_metric("step", hidden=True)
+    run.define_metric("*", step_metric="step")
+    return run
+
+
+@contextlib.contextmanager
+def preparing(enabled: bool) -> Iterator[Any]:
+    yield lambda *a: None
