@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from trainer import config as configs
-from trainer import events, job, loop, watch, world
+from trainer import console, events, job, loop, world
 from trainer import model as models
 from trainer.config import Config
 from trainer.data import Prepared, prepare
@@ -76,7 +76,7 @@ class Ours:
         self.state = job.build(config, vocabulary(config, self.prepared), ranks)
         log = events.EventLog.open(directory, events.next_attempt(directory), ranks.rank)
         if ranks.is_main:
-            log.subscribe(watch.Console(config, is_terminal=False, file=Path(os.devnull).open("w")))  # noqa: SIM115
+            log.subscribe(console.Console(config, is_terminal=False, file=Path(os.devnull).open("w")))  # noqa: SIM115
         self.config = config
         self.parts = job.parts(config, self.prepared, ranks, log, save=lambda state: None)
         self.parts = replace(self.parts, evaluate=lambda model: ())
@@ -303,15 +303,10 @@ def seeds() -> dict[str, Any]:
             row: dict[str, Any] = {"seed": seed}
             for exact in (True, False):
                 run = Path(directory) / f"{seed}{exact}"
-                sets = [
-                    "budget.steps=500",
-                    f"seed={seed}",
-                    f"numerics.exact={str(exact).lower()}",
-                    'wandb.mode="disabled"',
-                ]
-                arguments = [part for one in [*SMALL[1], *sets] for part in ("--set", one)]
-                torchrun("-m", "trainer", "train", SMALL[0], "--run", str(run), *arguments, "--set", "data.micro_batches=4",
-                         "--set", "data.micro_batch_sequences=3")  # fmt: skip
+                sets = [*SMALL[1], "data.micro_batches=4", "data.micro_batch_sequences=3", "budget.steps=500"]
+                sets += [f"seed={seed}", f"numerics.exact={str(exact).lower()}", 'wandb.mode="disabled"']
+                arguments = [part for one in sets for part in ("--set", one)]
+                torchrun("-m", "trainer", "train", SMALL[0], "--run", str(run), *arguments)
                 log = [entry.event for entry in events.read(run)]
                 last = [e for e in log if isinstance(e, events.EvalDone) and e.set == "val"][-1]
                 row["exact" if exact else "plain"] = last.loss

@@ -19,6 +19,7 @@ import pytest
 
 from trainer import rundir
 from trainer.config import Config, parse
+from trainer.console import Console, preparation
 from trainer.errors import ConfigError
 from trainer.events import (
     AttemptEnded,
@@ -32,7 +33,8 @@ from trainer.events import (
     Warned,
     read,
 )
-from trainer.watch import Console, WandbSink, preparation, wandb_mode, watching
+from trainer.job import watching
+from trainer.wandb_sink import WandbSink, wandb_mode
 
 CONFIG: Config = parse({"budget": {"steps": 60}, "wandb": {"mode": "offline"}})
 AUTO: Config = parse({"budget": {"steps": 60}})
@@ -386,7 +388,7 @@ def test_a_killed_trainer_loses_no_checkpointed_metric_and_leaves_no_process(tmp
     code = f"""if True:
         import sys, time
         sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from test_watch import *
+        from tests.test_watch import *
         sink = WandbSink(Path({str(tmp_path)!r}), CONFIG, ABOUT, on_problem=print)
         for n in range(1, 41):
             sink(entry(step(n), n / 1000))
@@ -496,7 +498,7 @@ def test_a_helper_killed_in_the_middle_costs_one_warning_and_no_exception(tmp_pa
 
 
 def test_a_helper_that_stands_still_does_not_slow_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("trainer.watch.PENDING_BYTES", 2**18)
+    monkeypatch.setattr("trainer.wandb_sink.PENDING_BYTES", 2**18)
     problems: list[str] = []
     sink = WandbSink(tmp_path, CONFIG, ABOUT, on_problem=problems.append)
     assert sink.pid is not None

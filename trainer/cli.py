@@ -134,4 +134,6 @@ def main() -> None:
     except TopropeError as error:
         if os.environ.get("RANK", "0") == "0":  # every rank raises the same error; one message is enough
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        else:
+            time.sleep(3)  # leaving first, we would have torchrun end rank 0 before it has spoken
         raise SystemExit(error.exit_status) from None

@@ -24,7 +24,7 @@ class Section(BaseModel):
 
 class Data(Section):
     source: str = "python-stdlib"
-    """"python-stdlib", a path or glob (.jsonl, .parquet, anything else is text), or "hub:OWNER/NAME"."""
+    """"python-stdlib", "repo" (this source tree), a path or glob (.jsonl, .parquet, else text), or "hub:OWNER/NAME"."""
     revision: str = ""
     """Commit of a hub dataset (40 hex digits); required, since a branch moves and a run must not."""
     subset: str = ""
@@ -151,7 +151,7 @@ class Eval(Section):
     sets: tuple[str, ...] = ("val", "repo")
     """"val" (documents kept from training), "repo" (this repository's own source), or names from `eval.sources`."""
     sources: dict[str, str] = {}
-    """Further held-out sets: name = path, glob or hub id, read like `data.source`."""
+    """Further held-out sets: name = path, glob, or "hub:OWNER/NAME@COMMIT[:SPLIT]"."""
 
 
 class Elastic(Section):
@@ -392,6 +392,8 @@ def _contradictions(config: Config) -> list[str]:
                 f'eval.sets names {name!r}, which is neither "val" nor "repo" nor in eval.sources.\n'
                 f"  Add it: --set 'eval.sources.{name}=\"PATH\"'."
             )
+    for name in sorted({"val", "repo"} & config.eval.sources.keys()):
+        problems.append(f"eval.sources.{name} would hide the built-in set of that name.\n  Give it another name.")
     if len(set(config.eval.sets)) < len(config.eval.sets):
         problems.append(f"eval.sets = {list(config.eval.sets)} names a set twice.")
     return problems
@@ -404,11 +406,14 @@ def _is_commit(revision: str) -> bool:
 def _without_effect(config: Config) -> list[str]:
     """Settings that were changed from their default but that another setting makes meaningless."""
     c, hub = config, config.data.source.startswith("hub:")
+    table = hub or config.data.source.endswith((".jsonl", ".parquet"))
     needs = [
         ("data.revision", hub, 'data.source = "hub:…"'),
         ("data.subset", hub, 'data.source = "hub:…"'),
         ("data.hub_split", hub, 'data.source = "hub:…"'),
         ("data.streaming", hub, 'data.source = "hub:…"'),
+        ("data.text_column", table, "a jsonl, parquet or hub source"),
+        ("data.unit", not table, "a source of plain text files"),
         ("data.vocab_size", c.data.tokenizer == "bpe", 'data.tokenizer = "bpe"'),
         ("model.rope_base", c.model.positions == "rope", 'model.positions = "rope"'),
         ("optim.muon_learning_rate", c.optim.optimizer == "muon", 'optim.optimizer = "muon"'),

@@ -5,7 +5,6 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer import model as models
-from trainer import optim
 from trainer.config import Config
 
 
@@ -26,7 +25,7 @@ def facts(config: Config, vocab_size: int, ranks: int) -> dict[str, str]:
     flops = models.flops_per_token(config.model, vocab_size)
     step_tokens = config.data.micro_batches * config.data.micro_batch_sequences * config.model.context
     total_tokens = step_tokens * config.budget.steps
-    memory = optim.memory_per_rank(config, vocab_size, ranks)
+    memory = models.memory_per_rank(config, vocab_size, ranks)
     return {
         "parameters": f"{counts.total:,} ({counts.non_embedding:,} without embeddings)",
         "FLOPs per token": f"{flops:,} (forward and backward)",

@@ -5,20 +5,21 @@ import functools
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from trainer import checkpoint, evaluate, events, loop, optim, rundir, watch, world
+from trainer import checkpoint, console, evaluate, events, loop, optim, rundir, world
 from trainer import model as models
 from trainer.config import Config, check_world
 from trainer.data import Batches, EvalWindows, Prepared, prepare
 from trainer.errors import EXIT_FINISHED
 from trainer.exact import Grids
 from trainer.loop import Parts, TrainState
+from trainer.wandb_sink import WandbSink
 from trainer.world import World
 
 
@@ -50,7 +51,7 @@ def train(config: Config, run: Path, process_started: float) -> int:
         stack.callback(world.disconnect)
         ranks.from_main(lambda: stack.enter_context(rundir.claim(run, config)) and None)
         stopwatch.lap("connect")
-        with watch.preparing(ranks.is_main) as progress:
+        with console.preparation(enabled=ranks.is_main) as progress:
             prepared = prepare(config.data, config.eval, config.model.context, progress=progress)
         vocab_size = models.padded_vocab(prepared.tokenizer.vocab_size, config.model.vocab_size)
         about = ranks.from_main(lambda: _record(run, config, prepared, vocab_size))
@@ -60,9 +61,7 @@ def train(config: Config, run: Path, process_started: float) -> int:
         attempt = ranks.from_main(lambda: events.next_attempt(run))
         log = stack.enter_context(contextlib.closing(events.EventLog.open(run, attempt, ranks.rank)))
         if ranks.is_main:
-            warn = functools.partial(_warn, log)
-            for watcher in (watch.Console(config), watch.WandbSink(run, config, about, on_problem=warn)):
-                log.subscribe(stack.enter_context(watcher))
+            stack.enter_context(watching(log, run, config, about))
         _attempt(config, run, prepared, about, state, ranks, log, stopwatch)
     return EXIT_FINISHED
 
@@ -96,6 +95,21 @@ def build(config: Config, vocab_size: int, ranks: World) -> TrainState:
         grids = Grids(shapes, config.data.micro_batches, config.numerics.headroom_bits, ranks.device)
         sharding.round_with(grids.rounder)
     return TrainState(0, gpt, sharding, optimizers, grids)
+
+
+@contextlib.contextmanager
+def watching(log: events.EventLog, run: Path, config: Config, about: Mapping[str, Any]) -> Iterator[None]:
+    """Subscribe the console and W&B to `log` while the context lasts; `about` is what config.json says.
+
+    Leave the context before closing the log: what went wrong with W&B becomes a warning in it.
+    """
+    with console.Console(config) as screen:
+        log.subscribe(screen)
+        with WandbSink(run, config, about, on_problem=functools.partial(_warn, log)) as sink:
+            log.subscribe(sink)
+            yield
+        if sink.url is not None:
+            print(f"W&B: {sink.url}", flush=True)
 
 
 def _attempt(

@@ -1,0 +1,257 @@
+"""What a user types: the verbs, and one clear message with exit status 2 for whatever is wrong, before any work."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT, SMOKE, inspect, settings, torchrun, trainer
+from trainer import config as configs
+
+TINY = settings(budget__steps=4, checkpoint__every_steps=2, eval__every_steps=2)
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str | Path, config: Path = SMOKE, run: Path) -> str:
+    """What `trainer train` says and that it leaves with 2 and without a traceback, in this process for speed."""
+    from trainer import cli
+
+    before = sys.argv
+    sys.argv = ["trainer", "train", str(config), "--run", str(run), *map(str, arguments)]
+    try:
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+    finally:
+        sys.argv = before
+    captured = capsys.readouterr()
+    assert left.value.code == 2, captured
+    assert not (run / "events").exists(), "there was work"
+    return captured.err
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+def test_a_mistyped_key_is_refused_with_the_nearest_one_named(capsys, run):
+    assert "model.widht is no setting. Did you mean model.width?" in refusal(capsys, "--set", "model.widht=3", run=run)
+
+
+def test_all_wrong_settings_are_reported_at_once(capsys, run):
+    message = refusal(capsys, "--set", "model.n_heads=3", "--set", "budget.steps=0", run=run)
+    assert "budget.steps = 0" in message
+    message = refusal(capsys, "--set", "model.n_heads=3", "--set", "optim.warmup_steps=1000", run=run)
+    assert "model.n_heads = 3 does not divide model.width = 32" in message
+    assert "optim.warmup_steps = 1000 is longer than budget.steps" in message
+
+
+def test_a_value_of_the_wrong_type_is_refused(capsys, run):
+    assert 'model.width = "wide"' in refusal(capsys, "--set", 'model.width="wide"', run=run)
+    assert "quotes" in refusal(capsys, "--set", "data.source=some/path", run=run)
+
+
+def test_a_config_that_is_not_there_is_refused(capsys, run, tmp_path):
+    assert "does not exist" in refusal(capsys, config=tmp_path / "none.toml", run=run)
+
+
+def test_a_setting_without_effect_is_refused(capsys, run):
+    assert "has no effect" in refusal(capsys, "--set", "optim.muon_learning_rate=0.1", run=run)
+
+
+def test_a_corpus_that_is_not_there_or_empty_is_refused(capsys, run, tmp_path):
+    assert "nowhere.txt" in refusal(capsys, "--set", f'data.source="{tmp_path}/nowhere.txt"', run=run)
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    assert "empty" in refusal(capsys, "--set", f'data.source="{empty}"', run=run)
+
+
+def test_a_file_that_is_no_text_is_refused_by_name(capsys, run, tmp_path):
+    (tmp_path / "picture.txt").write_bytes(os.urandom(4096))
+    assert "picture.txt" in refusal(capsys, "--set", f'data.source="{tmp_path}/picture.txt"', run=run)
+
+
+def test_half_a_parquet_file_is_refused_by_name(capsys, run, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "half.parquet"
+    pq.write_table(pa.table({"text": ["some text"] * 1000}), path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert "half.parquet" in refusal(capsys, "--set", f'data.source="{path}"', run=run)
+
+
+def test_a_held_out_set_that_overlaps_training_is_refused(capsys, run, tmp_path):
+    for number in range(40):
+        (tmp_path / f"{number:02}.txt").write_text(f"document {number} says something\n" * 20)
+    sets = settings(eval__sets=["val", "mine"])
+    source = f'data.source="{tmp_path}/*.txt"'
+    message = refusal(capsys, *sets, "--set", source, "--set", f'eval.sources.mine="{tmp_path}/*.txt"', run=run)
+    assert "mine" in message
+
+
+def test_a_sequence_longer_than_the_corpus_is_refused(capsys, run, tmp_path):
+    for number in range(40):
+        (tmp_path / f"{number:02}.txt").write_text(f"document {number}\n")
+    message = refusal(capsys, "--set", f'data.source="{tmp_path}/*.txt"', "--set", "model.context=100000", run=run)
+    assert "model.context = 100000" in message
+
+
+def test_a_vocabulary_too_large_for_the_model_is_refused(capsys, run):
+    message = refusal(capsys, "--set", "model.vocab_size=100", run=run)
+    assert "100" in message and "257" in message
+
+
+def test_cuda_where_there_is_none_is_refused(capsys, run, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "sees no CUDA device" in refusal(capsys, "--set", 'parallel.device="cuda"', run=run)
+
+
+def test_a_run_directory_that_cannot_be_written_is_refused(capsys, tmp_path):
+    (tmp_path / "file").touch()
+    assert "cannot be written" in refusal(capsys, run=tmp_path / "file" / "run")
+    assert "is a file" in refusal(capsys, run=tmp_path / "file")
+
+
+def test_a_directory_that_is_no_run_is_refused_and_left_alone(capsys, tmp_path):
+    (tmp_path / "thesis.txt").write_text("dear to somebody")
+    assert "holds files but no config.json" in refusal(capsys, run=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_more_ranks_than_micro_batches_and_meshes_that_do_not_fit_are_refused_by_all_ranks(run):
+    many = torchrun(3, "train", SMOKE, "--run", run, "--set", "data.micro_batches=2", check=False)
+    assert many.returncode == 2
+    assert many.stderr.count("leaves 1 of 3 ranks without work") == 1, many.stderr
+    assert "Traceback" not in many.stderr
+    mesh = torchrun(3, "train", SMOKE, "--run", run, "--set", 'parallel.strategy="hybrid"', check=False)
+    assert mesh.returncode == 2
+    assert "does not divide the world of 3 ranks" in mesh.stderr
+    assert not run.exists()
+
+
+def test_a_run_goes_on_where_it_stopped_and_another_config_is_refused_with_a_diff(run, capsys):
+    """Train 2 of 4 steps by budget, see the refusal, then finish; equal to an uninterrupted run, twice over."""
+    trainer("train", SMOKE, "--run", run, *TINY)
+    first = inspect(run)
+    assert first["status"] == "finished" and first["step"] == first["steps"] == 4
+    assert [step for step, _ in first["train"]] == [1, 2, 3, 4]
+    assert [step for step, _, _ in first["eval"]["val"]] == [2, 4]
+    assert [saved["step"] for saved in first["checkpoints"]] == [2, 4]
+    assert all(saved["intact"] for saved in first["checkpoints"])
+
+    other = trainer("train", SMOKE, "--run", run, *TINY, "--set", "optim.learning_rate=0.5", check=False)
+    assert other.returncode == 2
+    assert "optim.learning_rate: 0.003 → 0.5" in other.stderr
+
+    resumed = trainer("train", SMOKE, "--run", run, *TINY, "--set", 'parallel.strategy="fsdp"')
+    assert first["weights_sha256"] in resumed.stdout
+    again = inspect(run)
+    assert again["weights_sha256"] == first["weights_sha256"] and again["state_sha256"] == first["state_sha256"]
+    assert len(again["attempts"]) == 2 and again["train"] == first["train"]
+
+
+def test_a_run_resumed_from_its_middle_ends_with_the_same_bits_on_other_ranks_and_sharding(run, tmp_path):
+    import shutil
+
+    trainer("train", SMOKE, "--run", run, *TINY)
+    shutil.copytree(run, tmp_path / "half")
+    shutil.rmtree(tmp_path / "half" / "checkpoints" / "step-00000004")
+    torchrun(3, "train", SMOKE, "--run", tmp_path / "half", *TINY, "--set", 'parallel.strategy="fsdp"')
+    calm, resumed = inspect(run), inspect(tmp_path / "half")
+    assert resumed["attempts"][-1]["from_step"] == 2 and resumed["attempts"][-1]["world_size"] == 3
+    assert (resumed["weights_sha256"], resumed["state_sha256"]) == (calm["weights_sha256"], calm["state_sha256"])
+
+
+def test_two_jobs_on_one_run_directory_are_kept_apart(run):
+    from trainer import rundir
+
+    config = configs.load(SMOKE)
+    with rundir.claim(run, config):
+        second = trainer("train", SMOKE, "--run", run, check=False)
+    assert second.returncode == 2
+    assert f"in use by process {os.getpid()}" in second.stderr
+
+
+def test_sample_writes_text_verify_checks_and_plot_draws(run):
+    trainer("train", SMOKE, "--run", run, *TINY)
+    one = trainer("sample", run, "--prompt", "def ", "--tokens", "20").stdout
+    assert one.startswith("def ") and len(one) > 5
+    assert one == trainer("sample", run, "--prompt", "def ", "--tokens", "20").stdout
+
+    picture = Path(trainer("plot", run).stdout.strip())
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+    assert trainer("verify", run).stdout.count("intact") == 2
+    shard = next((run / "checkpoints" / "step-00000004").glob("*.distcp"))
+    damaged = bytearray(shard.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    shard.write_bytes(damaged)
+    verdict = trainer("verify", run, check=False)
+    assert verdict.returncode == 1
+    assert "DAMAGED" in verdict.stdout and shard.name in verdict.stdout
+    resumed = trainer("train", SMOKE, "--run", run, *TINY)
+    assert "is damaged and passed over" in resumed.stdout
+
+
+def test_inspect_and_sample_of_what_is_no_run_say_so(tmp_path):
+    for verb in ("inspect", "sample", "verify", "plot"):
+        done = trainer(verb, tmp_path, check=False)
+        assert done.returncode == 2 and "is no run" in done.stderr, verb
+
+
+def test_the_124m_config_passes_a_dry_run_that_shows_its_size():
+    shown = trainer("train", ROOT / "configs" / "gpt2_124m.toml", "--dry-run", "--ranks", "8").stdout
+    assert "124," in shown.replace(" ", "") and "FLOPs per token" in shown and "memory per rank" in shown
+
+
+def test_every_config_loads():
+    found = sorted((ROOT / "configs").glob("*.toml"))
+    assert len(found) >= 6
+    for path in found:
+        config = configs.load(path)
+        assert path.read_text().startswith("#"), f"{path.name} does not say what it asks"
+        assert configs.fingerprint(config) != configs.fingerprint(configs.Config()) or path.name == "smoke.toml"
+
+
+def test_the_fingerprint_sees_mathematics_and_nothing_else():
+    base = configs.fingerprint(configs.load(SMOKE))
+    same = ['parallel.strategy="fsdp"', "checkpoint.every_steps=7", "eval.every_steps=3", 'wandb.group="x"',
+            "elastic.step_timeout_seconds=9.0", 'data.cache_dir="/tmp/elsewhere"']  # fmt: skip
+    other = ["seed=1", "optim.learning_rate=0.1", "data.micro_batches=4", "numerics.threads=2", "budget.steps=61"]
+    assert all(configs.fingerprint(configs.load(SMOKE, [override])) == base for override in same)
+    assert len({base, *(configs.fingerprint(configs.load(SMOKE, [override])) for override in other)}) == 6
+
+
+def test_extends_goes_one_level_deep(tmp_path):
+    (tmp_path / "a.toml").write_text("seed = 1\n[model]\nwidth = 64\n")
+    (tmp_path / "b.toml").write_text('extends = "a.toml"\n[model]\nn_layers = 3\n')
+    (tmp_path / "c.toml").write_text('extends = "b.toml"\n')
+    config = configs.load(tmp_path / "b.toml")
+    assert (config.seed, config.model.width, config.model.n_layers) == (1, 64, 3)
+    with pytest.raises(configs.ConfigError, match="One level is allowed"):
+        configs.load(tmp_path / "c.toml")
+
+
+def test_json_is_one_object_and_nothing_else(run):
+    trainer("train", SMOKE, "--run", run, *TINY)
+    record = json.loads(trainer("inspect", run, "--json").stdout)
+    wanted = {
+        "status", "step", "steps", "tokens", "weights_sha256", "state_sha256", "attempts", "checkpoints", "train",
+        "eval", "faults", "tokens_per_second",
+    }  # fmt: skip
+    assert wanted <= record.keys()
+    assert len(record["weights_sha256"]) == 64
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_resumed_run_ends_with_the_bits_of_a_calm_one(run, tmp_path):
+    import shutil
+
+    cuda = [*TINY, "--set", 'parallel.device="cuda"']
+    trainer("train", SMOKE, "--run", run, *cuda)
+    shutil.copytree(run, tmp_path / "half")
+    shutil.rmtree(tmp_path / "half" / "checkpoints" / "step-00000004")
+    trainer("train", SMOKE, "--run", tmp_path / "half", *cuda, "--set", 'parallel.strategy="fsdp"')
+    assert inspect(run)["state_sha256"] == inspect(tmp_path / "half")["state_sha256"]

@@ -1,0 +1,296 @@
+"""Text to tokens and back: a byte-level BPE trained on the training split, bytes, characters, or a given one."""
+
+import hashlib
+import heapq
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.errors import TokenizerError
+
+END = "<|end|>"
+UNKNOWN = "<|unk|>"
+# Names that tokenizers made elsewhere give the token between documents, most specific first.
+_KNOWN_ENDS = (END, "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "</s>", "<eos>", "[SEP]")
+# BPE merges stop changing long before this much text; 8 MB train in seconds and bound the memory.
+BPE_TRAINING_CHARACTERS = 8_000_000
+_PIECE = 1 << 16
+_parallelism_is_ours: set[bool] = set()  # not empty once _threads has set the library's environment variable
+
+
+class Tokenizer(ABC):
+    """What training, evaluation and sampling need of a tokenizer. One JSON text is its whole identity."""
+
+    vocab_size: int
+    end_of_document: int
+    """Id of the token that follows every document."""
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids (int64) of each text, without any end-of-document token."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text that the ids stand for; special tokens vanish, torn characters become U+FFFD."""
+
+    @abstractmethod
+    def to_json(self) -> str: ...
+
+    @abstractmethod
+    def _token_bytes(self) -> np.ndarray: ...
+
+    @cached_property
+    def token_bytes(self) -> np.ndarray:
+        """int64[vocab]: UTF-8 bytes that each token stands for, 0 for special ones; for bits per byte."""
+        return self._token_bytes()
+
+    @cached_property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def save(self, path: Path) -> None:
+        path.write_text(self.to_json(), encoding="utf-8")
+
+    @staticmethod
+    def load(path: Path) -> "Tokenizer":
+        """Read what `save` wrote, or any tokenizer.json of the `tokenizers` library. Raises TokenizerError."""
+        return from_json(read_json(path), str(path))
+
+
+class ByteTokenizer(Tokenizer):
+    """UTF-8 bytes are the tokens; 256 ends a document."""
+
+    vocab_size = 257
+    end_of_document = 256
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64) for text in texts]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return bytes(int(i) for i in ids if i != self.end_of_document).decode(errors="replace")
+
+    def to_json(self) -> str:
+        return json.dumps({"toprope": "bytes"})
+
+    def _token_bytes(self) -> np.ndarray:
+        return np.array([1] * 256 + [0])
+
+
+class CharTokenizer(Tokenizer):
+    """The characters of the training split, sorted, then <|end|> and <|unk|>.
+
+    An unknown character stands for 0 bytes, so text with unknown characters scores more bits per byte, never fewer.
+    """
+
+    def __init__(self, characters: str) -> None:
+        self._characters = characters
+        self._codes = np.array([ord(c) for c in characters], dtype=np.uint32)
+        self.end_of_document = len(characters)
+        self.unknown = len(characters) + 1
+        self.vocab_size = len(characters) + 2
+
+    @classmethod
+    def train(cls, texts: Iterable[str]) -> "CharTokenizer":
+        characters: set[str] = set()
+        for text in texts:
+            characters.update(text)
+        return cls("".join(sorted(characters)))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self._encode(text) for text in texts]
+
+    def _encode(self, text: str) -> np.ndarray:
+        codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+        ids = np.searchsorted(self._codes, codes)
+        known = self._codes[np.minimum(ids, len(self._codes) - 1)] == codes
+        return np.where(known, ids, self.unknown)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        shown = [*self._characters, "", "\ufffd"]
+        return "".join(shown[int(i)] for i in ids)
+
+    def to_json(self) -> str:
+        return json.dumps({"toprope": "chars", "characters": self._characters})
+
+    def _token_bytes(self) -> np.ndarray:
+        return np.array([len(c.encode()) for c in self._characters] + [0, 0])
+
+
+class LibraryTokenizer(Tokenizer):
+    """A tokenizer.json of the `tokenizers` library: our own BPE or one made elsewhere.
+
+    Text that looks like a special token is encoded as plain text: a document cannot end itself.
+    `token_bytes` is exact for byte-level BPE without a normalizer. Otherwise a token's bytes are those it adds when
+    decoded after a letter, which is right for "▁word" and "##ing" and approximate for what a normalizer changed.
+    """
+
+    def __init__(self, text: str, name: str) -> None:
+        from tokenizers import Tokenizer as Library  # late: byte and character runs do without
+
+        self._text = text
+        try:
+            self._library: Any = Library.from_str(text)
+        except Exception as error:  # the library raises plain Exception
+            raise TokenizerError(_broken(name, str(error))) from None
+        # Settings of whoever published it: our documents are neither cut nor filled up.
+        self._library.no_truncation()
+        self._library.no_padding()
+        self._library.encode_special_tokens = True
+        self._special = {i for i, token in self._library.get_added_tokens_decoder().items() if token.special}
+        self.vocab_size = 1 + max(self._library.get_vocab(with_added_tokens=True).values(), default=-1)
+        self.end_of_document = self._find_end(name)
+
+    def _find_end(self, name: str) -> int:
+        for token in _KNOWN_ENDS:
+            found = self._library.token_to_id(token)
+            if found is not None and found in self._special:
+                return found
+        raise TokenizerError(
+            f"{name} has no token that ends a document.\n"
+            f"  One of {', '.join(_KNOWN_ENDS)} must be among its special tokens. Add {END} to its added_tokens."
+        )
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        with _threads():
+            encodings = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self._library.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def to_json(self) -> str:
+        return self._text
+
+    def _token_bytes(self) -> np.ndarray:
+        lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        is_byte_level = '"ByteLevel"' in json.dumps(json.loads(self._text).get("decoder"))
+        added = self._library.get_added_tokens_decoder()
+        anchor = None if is_byte_level else self._anchor()
+        for token, i in self._library.get_vocab(with_added_tokens=True).items():
+            if i in self._special:
+                continue
+            if i in added:
+                lengths[i] = len(token.encode())
+            elif anchor is None:
+                lengths[i] = len(token)  # byte-level BPE writes each byte as one character
+            else:
+                lengths[i] = self._bytes_after(anchor, token, i)
+        return lengths
+
+    def _anchor(self) -> int:
+        plain = {t: i for t, i in self._library.get_vocab().items() if t.isascii() and t.isalnum()}
+        return plain[min(plain)] if plain else 0
+
+    def _bytes_after(self, anchor: int, token: str, i: int) -> int:
+        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            return 1  # byte fallback
+        with_token, without = self._library.decode([anchor, i]), self._library.decode([anchor])
+        return max(len(with_token.encode()) - len(without.encode()), 0)
+
+
+def train(kind: str, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A tokenizer of `kind` ("bpe", "chars" or "bytes") for these training texts; the same texts give the same one.
+
+    A BPE has fewer than `vocab_size` tokens where the text has no more pairs to merge. Of more than 8 million
+    characters, BPE sees pieces picked by hash, evenly spread over the whole.
+    """
+    if kind == "bytes":
+        return ByteTokenizer()
+    return CharTokenizer.train(texts) if kind == "chars" else _train_bpe(texts, vocab_size)
+
+
+def from_json(text: str, name: str) -> Tokenizer:
+    """The tokenizer that `text` describes; `name` is for errors. Raises TokenizerError."""
+    try:
+        tree = json.loads(text)
+    except ValueError as error:
+        raise TokenizerError(_broken(name, str(error))) from None
+    if not isinstance(tree, dict):
+        raise TokenizerError(_broken(name, "it is no JSON object"))
+    own = tree.get("toprope")
+    if own == "bytes":
+        return ByteTokenizer()
+    if own == "chars" and isinstance(tree.get("characters"), str) and tree["characters"]:
+        return CharTokenizer(tree["characters"])
+    return LibraryTokenizer(text, name)
+
+
+def read_json(path: Path) -> str:
+    """Content of a tokenizer.json. Raises TokenizerError if there is none."""
+    try:
+        return path.expanduser().read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise TokenizerError(
+            f"{path} does not exist (from {Path.cwd()}).\n"
+            '  data.tokenizer is "bpe", "bytes", "chars", or the path of a tokenizer.json. Check the spelling.'
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise TokenizerError(_broken(str(path), str(error))) from None
+
+
+def _broken(name: str, why: str) -> str:
+    return (
+        f"{name} is no usable tokenizer: {why}.\n"
+        "  It must be a whole tokenizer.json as the tokenizers library saves it. Save or copy it again."
+    )
+
+
+def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    library: Any = Library(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    with _threads():
+        library.train_from_iterator(_sample(texts), trainer)
+    return LibraryTokenizer(library.to_str(), "the trained tokenizer")
+
+
+def _sample(texts: Iterable[str]) -> list[str]:
+    """Pieces of the texts in order, at most BPE_TRAINING_CHARACTERS together, chosen by their hash."""
+    kept: list[tuple[int, int, str]] = []
+    total = 0
+    for order, piece in enumerate(_pieces(texts)):
+        rank = int.from_bytes(hashlib.blake2b(piece.encode(), digest_size=8).digest(), "big")
+        heapq.heappush(kept, (-rank, order, piece))
+        total += len(piece)
+        while total > BPE_TRAINING_CHARACTERS and len(kept) > 1:
+            total -= len(heapq.heappop(kept)[2])
+    return [piece for _, _, piece in sorted(kept, key=lambda entry: entry[1])]
+
+
+def _pieces(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        yield from (text[start : start + _PIECE] for start in range(0, len(text), _PIECE))
+
+
+@contextmanager
+def _threads() -> Iterator[None]:
+    """Let the library use all cores now, and leave it silent and single-threaded for processes forked later.
+
+    A forked child has lost the thread pool and would hang on it. A value the user has set is respected.
+    """
+    name = "TOKENIZERS_PARALLELISM"
+    if name in os.environ and not _parallelism_is_ours:
+        yield
+        return
+    _parallelism_is_ours.add(True)
+    os.environ[name] = "true"
+    try:
+        yield
+    finally:
+        os.environ[name] = "false"
