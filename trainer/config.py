@@ -141,6 +141,11 @@ class Checkpoint(Section):
     every_steps: int = Field(default=50, ge=0)
     """Save after every so many steps; 0 saves only at the end."""
     keep_last: int = Field(default=2, ge=1)
+    """Newest checkpoints that are kept."""
+    keep_every_steps: int = Field(default=0, ge=0)
+    """Checkpoints of steps that this divides are kept for good; 0 keeps none of them."""
+    max_failures: int = Field(default=3, ge=1)
+    """The run stops after so many failed saves in a row; until then it trains on and tries again at the next."""
 
 
 class Eval(Section):
@@ -156,7 +161,9 @@ class Eval(Section):
 
 class Elastic(Section):
     step_timeout_seconds: float = Field(default=300.0, gt=0)
-    """A collective that waits longer than this ends the process, so that a lost peer is not waited for forever."""
+    """A rank that makes no progress for so long is taken for hung: stacks are dumped and the process ends."""
+    startup_timeout_seconds: float = Field(default=1800.0, gt=0)
+    """The same until an attempt's first step is done: data may have to be built and kernels compiled."""
 
 
 class Wandb(Section):

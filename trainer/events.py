@@ -78,10 +78,84 @@ class EvalDone(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSaved(Event):
+    """Committed and verified as written. Rank 0 writes it when the loop next looks, so its time is a little late."""
+
     kind = "checkpoint"
     step: int
     bytes: int
     seconds: float
+    """From the beginning of the save to its commit, most of it beside the next steps."""
+    stall_seconds: float
+    """How long the loop waited: for the copy in memory, and for an earlier save still under way."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointFailed(Event):
+    """A save did not become a checkpoint; training goes on and earlier checkpoints are intact."""
+
+    kind = "checkpoint_failed"
+    step: int
+    reason: str
+    in_a_row: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointRejected(Event):
+    """A committed checkpoint is damaged and was passed over on loading."""
+
+    kind = "checkpoint_rejected"
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotFinite(Event):
+    """A step's loss or gradient was not finite. It was not applied, and is computed again once."""
+
+    kind = "not_finite"
+    step: int
+    loss: float
+    grad_norm: float
+    trial: int
+    """0 for the first computation, 1 for the second: then the run stops."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hung(Event):
+    """A rank saw no progress for too long and ends its process. Written by the rank that noticed."""
+
+    kind = "hung"
+    step: int
+    point: str
+    """Where in the step this rank is; the points are those of loop.py."""
+    seconds: float
+    """Without progress."""
+    culprits: list[dict[str, Any]]
+    """Ranks that hold up the others, each {rank, point, step, why}."""
+    collective: str | None
+    """The pending collective, from torch's Flight Recorder."""
+    stacks: str
+    """File with the stacks of this rank's threads, relative to the run directory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkersLost(Event):
+    """What ended the attempt before this one, as the launcher saw it. Written by rank 0 of the next attempt."""
+
+    kind = "workers_lost"
+    failures: list[dict[str, Any]]
+    """{rank, pid, exitcode, signal} of the workers that failed first."""
+    reason: str
+    """One line for people."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopRequested(Event):
+    """A signal asked this rank to save and leave."""
+
+    kind = "stop_requested"
+    signal: str
+    step: int
 
 
 @dataclass(frozen=True, kw_only=True)

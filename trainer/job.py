@@ -201,7 +201,7 @@ def _save(
     if ranks.is_main:
         checkpoint.prune(run, config.checkpoint.keep_last)
         seconds = time.perf_counter() - started
-        log.append(events.CheckpointSaved(step=state.step, bytes=saved.bytes, seconds=seconds))
+        log.append(events.CheckpointSaved(step=state.step, bytes=saved.bytes, seconds=seconds, stall_seconds=seconds))
 
 
 def _record(run: Path, config: Config, prepared: Prepared, vocab_size: int) -> dict[str, Any]:
