@@ -29,6 +29,7 @@ from trainer import console, events, job, loop, world
 from trainer import model as models
 from trainer.config import Config
 from trainer.data import Prepared, prepare
+from trainer.step import TrainState, Work
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "BENCHMARKS.json"
@@ -78,12 +79,21 @@ class Ours:
         if ranks.is_main:
             log.subscribe(console.Console(config, is_terminal=False, file=Path(os.devnull).open("w")))  # noqa: SIM115
         self.config = config
-        self.parts = job.parts(config, self.prepared, ranks, log, save=lambda state: None)
-        self.parts = replace(self.parts, evaluate=lambda model: ())
+        self.work = Work(config, ranks, job.batches_of(config, self.prepared))
+        self.parts = loop.Parts(self.work, log, lambda model: (), NoCheckpoints())
 
     def __call__(self, steps: int) -> None:
         budget = self.config.budget.model_copy(update={"steps": self.state.step + steps})
-        loop.train(self.state, replace(self.parts, config=self.config.model_copy(update={"budget": budget})))
+        work = replace(self.work, config=self.config.model_copy(update={"budget": budget}))
+        loop.train(self.state, replace(self.parts, work=work))
+
+
+class NoCheckpoints:
+    """Saving has figures of its own."""
+
+    def save(self, state: TrainState) -> None: ...
+    def look(self) -> None: ...
+    def finish(self, state: TrainState) -> None: ...
 
 
 class Plain:

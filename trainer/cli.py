@@ -4,7 +4,6 @@ Heavy imports wait inside the verbs, so that `--help` and a mistyped config answ
 """
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from trainer import elastic
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, TopropeError
 
 PROCESS_STARTED = time.time()
@@ -132,7 +132,7 @@ def main() -> None:
     try:
         app()
     except TopropeError as error:
-        if os.environ.get("RANK", "0") == "0":  # every rank raises the same error; one message is enough
+        if elastic.expected_rank() == 0:  # every rank raises the same error; one message is enough
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
         else:
             time.sleep(3)  # leaving first, we would have torchrun end rank 0 before it has spoken

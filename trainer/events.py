@@ -97,6 +97,8 @@ class CheckpointFailed(Event):
     step: int
     reason: str
     in_a_row: int
+    stall_seconds: float | None = None
+    """How long the loop waited for it; None where it was not measured."""
 
 
 @dataclass(frozen=True, kw_only=True)

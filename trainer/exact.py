@@ -94,21 +94,35 @@ class Grids:
         self._counting = counting
 
     def overflowed(self, maximise: Callable[[Tensor], None]) -> bool:
-        """Whether any rank saw a magnitude above its bound (or a NaN), so that the sums of this pass are not exact.
+        """Whether any rank saw a finite magnitude above its bound, so that the sums of this pass are not exact.
 
-        `maximise` takes the elementwise maximum over ranks, in place.
+        `maximise` takes the elementwise maximum over ranks, in place. What is not finite fits no grid and is no
+        overflow: the norm of the sums will show it.
         """
         self.seen.nan_to_num_(nan=math.inf)  # a maximum over ranks may drop a NaN
         maximise(self.seen)
-        return not bool((self.seen <= self._bound).all())
+        return bool(((self.seen > self._bound) & self.seen.isfinite()).any())
 
-    def widen(self) -> None:
-        """Make the grid from what was seen in this pass, so that computing the step again fits."""
-        torch.maximum(self.magnitude, self.seen, out=self.magnitude)
+    def first_not_finite(self) -> str:
+        """The first parameter whose gradient in this pass was not finite on this rank."""
+        return next(name for name, seen in self._seen_parts.items() if not bool(seen.isfinite().all()))
+
+    def widen(self) -> tuple[Tensor, Tensor]:
+        """Make the grid from what was seen in this pass, so that computing the step again fits.
+
+        Returns what was seen, and the magnitudes before, for `restore`.
+        """
+        seen, before = self.seen.clone(), self.magnitude.clone()
+        torch.maximum(before, torch.where(seen.isfinite(), seen, 0), out=self.magnitude)
+        self.derive()
+        return seen, before
+
+    def restore(self, magnitude: Tensor) -> None:
+        self.magnitude.copy_(magnitude)
         self.derive()
 
     def commit(self) -> None:
-        """The step was applied: let the bounds follow what was seen."""
+        """The step was applied (so all that was seen is finite): let the bounds follow what was seen."""
         torch.maximum(self.magnitude * DECAY, self.seen, out=self.magnitude)
         self.derive()
 

@@ -3,24 +3,31 @@
 import contextlib
 import functools
 import os
+import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from trainer import checkpoint, console, evaluate, events, loop, optim, rundir, world
+from trainer import checkpoint, console, elastic, evaluate, events, loop, optim, rundir, step, world
 from trainer import model as models
 from trainer.config import Config, check_world
 from trainer.data import Batches, EvalWindows, Prepared, prepare
-from trainer.errors import EXIT_FINISHED
+from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, CheckpointError
 from trainer.exact import Grids
-from trainer.loop import Parts, TrainState
+from trainer.step import TrainState, Work
 from trainer.wandb_sink import WandbSink
+from trainer.watchdog import Watchdog
 from trainer.world import World
+
+Point = Callable[[str, int], None]
+"""Called with (name of a point, step) when a rank passes it."""
 
 
 class Stopwatch:
@@ -36,17 +43,34 @@ class Stopwatch:
         self._last = now
 
 
-def train(config: Config, run: Path, process_started: float) -> int:
+class StopSignals:
+    """SIGTERM (a scheduler's notice) and SIGUSR1 (Slurm's --signal) ask the run to save and leave."""
+
+    def __init__(self) -> None:
+        self.received = ""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _frame: Any) -> None:
+        self.received = signal.Signals(number).name
+
+    def requested(self) -> bool:
+        return bool(self.received)
+
+
+def train(config: Config, run: Path, process_started: float, inject: Point = lambda point, step: None) -> int:
     """Train or resume the run in directory `run`; returns the exit status. `process_started` is a Unix time.
 
+    `inject` is called at every named point of the run, on every rank: the door for faults on purpose.
     Raises a TopropeError for everything a user can mend: on all ranks alike, and before any work where possible.
     """
     stopwatch = Stopwatch(process_started)
-    check_world(config, world.expected_size())
+    check_world(config, elastic.expected_size())
     device = world.pick_device(config.parallel)
     set_numerics(config, device)
+    stop = StopSignals()
     stopwatch.lap("imports")
-    ranks = world.connect(device, config.elastic.step_timeout_seconds)
+    ranks = world.connect(device, _collective_timeout(config))
     with contextlib.ExitStack() as stack:
         stack.callback(world.disconnect)
         ranks.from_main(lambda: stack.enter_context(rundir.claim(run, config)) and None)
@@ -58,12 +82,166 @@ def train(config: Config, run: Path, process_started: float) -> int:
         stopwatch.lap("data")
         state = build(config, vocab_size, ranks)
         stopwatch.lap("model")
-        attempt = ranks.from_main(lambda: events.next_attempt(run))
-        log = stack.enter_context(contextlib.closing(events.EventLog.open(run, attempt, ranks.rank)))
-        if ranks.is_main:
-            stack.enter_context(watching(log, run, config, about))
-        _attempt(config, run, prepared, about, state, ranks, log, stopwatch)
-    return EXIT_FINISHED
+        number = ranks.from_main(lambda: events.next_attempt(run))
+        log = stack.enter_context(contextlib.closing(events.EventLog.open(run, number, ranks.rank)))
+        attempt = Attempt(config, run, number, prepared, about, ranks, log, stop, inject)
+        screen = stack.enter_context(console.Console(config)) if ranks.is_main else None
+        if screen is not None:
+            log.subscribe(screen)
+            stack.enter_context(_in_wandb(attempt))
+        try:
+            return attempt.train(state, stopwatch)
+        except Exception as error:
+            if not world.lost_peer(error):
+                raise
+            # Taking leave of dead peers can take minutes; torchrun is waiting to start us again.
+            if screen is not None:
+                screen.close()
+                print(f"lost a peer in step {state.step + 1}: {error}".splitlines()[0], file=sys.stderr, flush=True)
+            os._exit(EXIT_FAILED)
+
+
+def _collective_timeout(config: Config) -> float:
+    """The watchdog is there first, and knows more than a timeout can say."""
+    return 2 * max(config.elastic.step_timeout_seconds, config.elastic.startup_timeout_seconds) + 60
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One attempt at a run, in one worker: everything but the state."""
+
+    config: Config
+    run: Path
+    number: int
+    prepared: Prepared
+    about: Mapping[str, Any]
+    ranks: World
+    log: events.EventLog
+    stop: StopSignals
+    inject: Point
+
+    def train(self, state: TrainState, stopwatch: Stopwatch) -> int:
+        """Restore, train, and record how it ended. Returns the exit status."""
+        watchdog = Watchdog(
+            self.run,
+            self.ranks.rank,
+            self.ranks.size,
+            self.number,
+            self.config.elastic.step_timeout_seconds,
+            self.config.elastic.startup_timeout_seconds,
+            report=self.log.append,
+        )
+
+        def at(point: str, step: int) -> None:
+            watchdog.at(point, step)
+            self.inject(point, step)
+
+        watchdog.start()
+        try:
+            with contextlib.closing(Checkpoints(self, at)) as checkpoints:
+                checkpoints.restore(state)
+                stopwatch.lap("restore")
+                self._announce(state, stopwatch)
+                finished = loop.train(state, self._parts(checkpoints, at))
+            return self._finished(state) if finished else self._preempted(state)
+        except BaseException as error:
+            self._end("failed", state.step, f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            watchdog.stop()
+
+    def _parts(self, checkpoints: "Checkpoints", at: Point) -> loop.Parts:
+        work = Work(self.config, self.ranks, batches_of(self.config, self.prepared), at, self.stop.requested)
+        score = scorer(self.config, self.prepared, self.ranks, at=lambda: at("in_eval", 0))
+        return loop.Parts(work, self.log, score, checkpoints)
+
+    def _announce(self, state: TrainState, stopwatch: Stopwatch) -> None:
+        self.log.append(
+            events.AttemptStarted(
+                world_size=self.ranks.size,
+                from_step=state.step,
+                steps=self.config.budget.steps,
+                fingerprint=self.about["fingerprint"],
+                host=socket.gethostname(),
+                pid=os.getpid(),
+                device=str(self.ranks.device),
+                strategy=self.config.parallel.strategy,
+                parameters=self.about["parameters"],
+                tokens_per_step=self.about["tokens_per_step"],
+                startup_seconds=stopwatch.seconds,
+            )
+        )
+        lost = elastic.workers_lost() if self.ranks.is_main else None
+        if lost is not None:
+            self.log.append(events.WorkersLost(failures=lost["failures"], reason=lost["reason"]))
+        if self.ranks.is_main and elastic.shares_rendezvous_store():
+            self.log.append(events.Warned(message=elastic.SHARED_STORE_WARNING))
+
+    def _finished(self, state: TrainState) -> int:
+        self._end("finished", state.step, "", state.weights_sha256(), state.state_sha256())
+        return EXIT_FINISHED
+
+    def _preempted(self, state: TrainState) -> int:
+        if self.stop.received:
+            self.log.append(events.StopRequested(signal=self.stop.received, step=state.step))
+        self._end("preempted", state.step, self.stop.received or "another rank was asked to stop")
+        return EXIT_PREEMPTED
+
+    def _end(self, status: str, step: int, reason: str, weights: str | None = None, state: str | None = None) -> None:
+        self.log.append(
+            events.AttemptEnded(status=status, step=step, reason=reason, weights_sha256=weights, state_sha256=state)
+        )
+
+
+class Checkpoints:
+    """Saves beside training, as the loop asks for it, and tells the log what became of it."""
+
+    def __init__(self, attempt: Attempt, at: Point) -> None:
+        self._attempt, self._at = attempt, at
+        self._limit = attempt.config.checkpoint.max_failures
+        self._durable = -1
+        identity = {"fingerprint": attempt.about["fingerprint"], "run_id": attempt.about["run_id"]}
+        self._saver = checkpoint.Saver(attempt.run, attempt.ranks, identity, attempt.config.checkpoint, at)
+
+    def restore(self, state: TrainState) -> None:
+        a = self._attempt
+        found = checkpoint.restore(a.run, state.tensors(), a.ranks, a.about["fingerprint"], a.log.append)
+        if found is not None:
+            state.restored(found)
+            self._durable = found
+
+    def save(self, state: TrainState) -> None:
+        self._saver.begin(state.step, state.tensors())
+        self.look()
+        self._stop_if_hopeless()
+
+    def look(self) -> None:
+        self._log(self._saver.poll())
+
+    def finish(self, state: TrainState) -> None:
+        self._log(self._saver.finish())
+        while self._durable != state.step:  # the last save is the result: it has no next one to make up for it
+            self._stop_if_hopeless()
+            self._saver.begin(state.step, state.tensors())
+            self._log(self._saver.finish())
+
+    def close(self) -> None:
+        self._saver.close()
+
+    def _log(self, ended: list[events.Event]) -> None:
+        for event in ended:
+            if isinstance(event, events.CheckpointSaved):
+                self._durable = event.step
+            if self._attempt.ranks.is_main:
+                self._attempt.log.append(event)
+
+    def _stop_if_hopeless(self) -> None:
+        if self._saver.failures_in_a_row >= self._limit:
+            raise CheckpointError(
+                f"saving failed {self._limit} times in a row; the log has the reasons.\n"
+                "  More work would only be lost. Make room or mend the disk; the same command then goes on from the "
+                "newest checkpoint."
+            )
 
 
 def set_numerics(config: Config, device: torch.device) -> None:
@@ -97,68 +275,6 @@ def build(config: Config, vocab_size: int, ranks: World) -> TrainState:
     return TrainState(0, gpt, sharding, optimizers, grids)
 
 
-@contextlib.contextmanager
-def watching(log: events.EventLog, run: Path, config: Config, about: Mapping[str, Any]) -> Iterator[None]:
-    """Subscribe the console and W&B to `log` while the context lasts; `about` is what config.json says.
-
-    Leave the context before closing the log: what went wrong with W&B becomes a warning in it.
-    """
-    with console.Console(config) as screen:
-        log.subscribe(screen)
-        with WandbSink(run, config, about, on_problem=functools.partial(_warn, log)) as sink:
-            log.subscribe(sink)
-            yield
-        if sink.url is not None:
-            print(f"W&B: {sink.url}", flush=True)
-
-
-def _attempt(
-    config: Config,
-    run: Path,
-    prepared: Prepared,
-    about: dict[str, Any],
-    state: TrainState,
-    ranks: World,
-    log: events.EventLog,
-    stopwatch: Stopwatch,
-) -> None:
-    warn = functools.partial(_warn, log)
-    found = ranks.from_main(lambda: checkpoint.newest_intact(run, report=warn))
-    if found is not None:
-        checkpoint.load(found, state.tensors())
-        state.restored(found.step)
-    stopwatch.lap("restore")
-    log.append(
-        events.AttemptStarted(
-            world_size=ranks.size,
-            from_step=state.step,
-            steps=config.budget.steps,
-            fingerprint=about["fingerprint"],
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            device=str(ranks.device),
-            strategy=config.parallel.strategy,
-            parameters=about["parameters"],
-            tokens_per_step=about["tokens_per_step"],
-            startup_seconds=stopwatch.seconds,
-        )
-    )
-    try:
-        save = functools.partial(_save, config, run, {"fingerprint": about["fingerprint"]}, ranks, log)
-        loop.train(state, parts(config, prepared, ranks, log, save))
-    except BaseException as error:
-        log.append(_ended("failed", state.step, f"{type(error).__name__}: {error}"))
-        raise
-    log.append(_ended("finished", state.step, "", state.weights_sha256(), state.state_sha256()))
-
-
-def parts(
-    config: Config, prepared: Prepared, ranks: World, log: events.EventLog, save: Callable[[TrainState], None]
-) -> Parts:
-    """What the loop works with, from prepared data."""
-    return Parts(config, ranks, batches_of(config, prepared), log, scorer(config, prepared, ranks), save)
-
-
 def batches_of(config: Config, prepared: Prepared) -> Batches:
     return Batches(
         prepared.train.tokens,
@@ -170,7 +286,7 @@ def batches_of(config: Config, prepared: Prepared) -> Batches:
 
 
 def scorer(
-    config: Config, prepared: Prepared, ranks: World
+    config: Config, prepared: Prepared, ranks: World, at: Callable[[], None] = lambda: None
 ) -> Callable[[nn.Module], Iterator[tuple[str, str, evaluate.Score, float]]]:
     """What scores a model on every held-out set in turn: (name, digest of its tokens, score, seconds)."""
     windows = {
@@ -182,26 +298,29 @@ def scorer(
         )
         for name, held_out in prepared.eval_sets.items()
     }
-    with_precision = functools.partial(loop.autocast, config, ranks.device)
+    with_precision = functools.partial(step.autocast, config, ranks.device)
 
     def score(model: nn.Module) -> Iterator[tuple[str, str, evaluate.Score, float]]:
         for name, of_set in windows.items():
             started = time.perf_counter()
-            result = evaluate.evaluate(model, of_set, prepared.tokenizer.token_bytes, ranks, with_precision)
+            result = evaluate.evaluate(model, of_set, prepared.tokenizer.token_bytes, ranks, with_precision, at)
             yield name, of_set.digest, result, time.perf_counter() - started
 
     return score
 
 
-def _save(
-    config: Config, run: Path, identity: dict[str, Any], ranks: World, log: events.EventLog, state: TrainState
-) -> None:
-    started = time.perf_counter()
-    saved = checkpoint.save(run, state.step, state.tensors(), identity, ranks)
-    if ranks.is_main:
-        checkpoint.prune(run, config.checkpoint.keep_last)
-        seconds = time.perf_counter() - started
-        log.append(events.CheckpointSaved(step=state.step, bytes=saved.bytes, seconds=seconds, stall_seconds=seconds))
+@contextlib.contextmanager
+def _in_wandb(attempt: Attempt) -> Iterator[None]:
+    """Show the attempt in W&B while the context lasts. What goes wrong with it becomes a warning in the log."""
+
+    def warn(message: str) -> None:
+        attempt.log.append(events.Warned(message=message))
+
+    with WandbSink(attempt.run, attempt.config, attempt.about, on_problem=warn) as sink:
+        attempt.log.subscribe(sink)
+        yield
+    if sink.url is not None:
+        print(f"W&B: {sink.url}", flush=True)
 
 
 def _record(run: Path, config: Config, prepared: Prepared, vocab_size: int) -> dict[str, Any]:
@@ -220,13 +339,3 @@ def _record(run: Path, config: Config, prepared: Prepared, vocab_size: int) -> d
             "flops_per_token": models.flops_per_token(config.model, vocab_size),
         },
     )
-
-
-def _ended(
-    status: str, step: int, reason: str, weights: str | None = None, state: str | None = None
-) -> events.AttemptEnded:
-    return events.AttemptEnded(status=status, step=step, reason=reason, weights_sha256=weights, state_sha256=state)
-
-
-def _warn(log: events.EventLog, message: str) -> None:
-    log.append(events.Warned(message=message))

@@ -1,6 +1,6 @@
 """Starting torchrun so that what toprope promises holds.
 
-Installed as the command `torchrun` of the environment: torch's own, with three of its traps (torch 2.13) disarmed.
+Installed as the command `torchrun` of the environment: torch's own, with four of its traps (torch 2.13) disarmed.
 
 1. With the rendezvous store shared between agents and workers, a node that joins a running job hangs, and restarts
    under --standalone are unreliable. The variable that turns sharing off is read by the agent, so it is set here.
@@ -8,12 +8,16 @@ Installed as the command `torchrun` of the environment: torch's own, with three 
    (argparse before Python 3.12.8). Abbreviated torchrun options are therefore not understood.
 3. It restarts workers that left on purpose, and answers 1 and a traceback whatever their exit status was. Here wrong
    usage (2) and preemption (75) are neither restarted nor dressed up: they are the exit status of the job.
+4. Before a restart it asks the surviving workers to end and waits up to 30 s for one that is stopped. They hold nothing
+   that a checkpoint does not, so here they are killed.
 """
 
 import os
+import signal
 import sys
 from typing import Any
 
+from trainer import elastic
 from trainer.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USAGE
 
 ON_PURPOSE = (EXIT_USAGE, EXIT_PREEMPTED)
@@ -21,15 +25,18 @@ ON_PURPOSE = (EXIT_USAGE, EXIT_PREEMPTED)
 
 def torchrun() -> None:
     """Run torch.distributed.run on the command line's arguments and leave with the job's exit status."""
-    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    os.environ.setdefault(elastic.SHARED_STORE, "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun would too, with a warning; numerics.threads decides anyway
     from torch.distributed import run
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    _spare_workers_that_left_on_purpose(LocalElasticAgent)
+    _mend(LocalElasticAgent)
+    failures_file = elastic.make_failures_file()
     parser = run.get_args_parser()
     parser.allow_abbrev = False
+    parser.set_defaults(signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")  # Slurm's notice is SIGUSR1
     try:
         run.run(parser.parse_args(sys.argv[1:]))
     except ChildFailedError as error:
@@ -38,15 +45,44 @@ def torchrun() -> None:
         if not on_purpose:
             print(error, file=sys.stderr)
         raise SystemExit(on_purpose[0] if on_purpose else EXIT_FAILED) from None
+    except SignalException as error:
+        # The workers were sent the signal too, and have saved; the same command goes on.
+        preempted = error.sigval in (signal.SIGTERM, signal.SIGUSR1)
+        raise SystemExit(EXIT_PREEMPTED if preempted else 128 + error.sigval) from None
+    finally:
+        failures_file.unlink(missing_ok=True)
 
 
-def _spare_workers_that_left_on_purpose(agent_class: Any) -> None:
-    monitor = agent_class._monitor_workers
+def _mend(agent_class: Any) -> None:
+    monitor, restart = agent_class._monitor_workers, agent_class._restart_workers
 
     def monitor_workers(agent: Any, worker_group: Any) -> Any:
         result = monitor(agent, worker_group)
         if any(failure.exitcode in ON_PURPOSE for failure in result.failures.values()):
             agent._remaining_restarts = 0
+        agent.latest_failures = [_record(rank, failure) for rank, failure in result.failures.items()]
         return result
 
+    def restart_workers(agent: Any, worker_group: Any) -> None:
+        lost = agent.latest_failures
+        reason = ", ".join(f"rank {f['rank']} {_how(f)}" for f in lost) if lost else "a node is joining"
+        elastic.note_failures(lost, reason)
+        restart(agent, worker_group)
+
+    def stop_workers(agent: Any, worker_group: Any) -> None:
+        agent._shutdown(signal.SIGKILL)
+
     agent_class._monitor_workers = monitor_workers
+    agent_class._restart_workers = restart_workers
+    agent_class._stop_workers = stop_workers
+
+
+def _record(rank: int, failure: Any) -> dict[str, Any]:
+    name = signal.Signals(-failure.exitcode).name if failure.exitcode < 0 else None
+    return {"rank": rank, "pid": failure.pid, "exitcode": failure.exitcode, "signal": name}
+
+
+def _how(failure: dict[str, Any]) -> str:
+    if failure["signal"] is not None:
+        return f"was ended by {failure['signal']}"
+    return f"left with exit status {failure['exitcode']}"

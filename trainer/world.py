@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from trainer import elastic
 from trainer.config import Parallel
 from trainer.errors import TopropeError, WorldError
 
@@ -57,6 +58,13 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, by rank, on every rank."""
+        values: list[Any] = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def from_main(self, compute: Callable[[], T]) -> T:
         """Rank 0 computes, all ranks return its value, or raise its error: no rank is left waiting for a dead one."""
         outcome: list[Any] = [None]
@@ -76,7 +84,7 @@ def connect(device: torch.device, timeout_seconds: float) -> World:
     """Join the process group that torchrun describes in the environment; without torchrun, a group of one."""
     timeout = datetime.timedelta(seconds=timeout_seconds)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if elastic.started_by_torchrun():
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -85,18 +93,17 @@ def connect(device: torch.device, timeout_seconds: float) -> World:
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 
+def lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone, which is that rank's fault and not this one's."""
+    if isinstance(error, dist.DistNetworkError | dist.DistBackendError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(sign in text for sign in ("gloo", "Connection closed", "NCCL"))
+
+
 def disconnect() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def expected_size() -> int:
-    """The number of ranks that torchrun says it started; 1 without it. Known before anything connects."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
-
-
-def expected_rank() -> int:
-    return int(os.environ.get("RANK", "0")) if "TORCHELASTIC_RUN_ID" in os.environ else 0
 
 
 def pick_device(parallel: Parallel) -> torch.device:

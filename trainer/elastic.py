@@ -1,0 +1,55 @@
+"""What worker and launcher tell each other through the environment. No torch: the command line asks first."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+FAILURES_FILE = "TOPROPE_FAILURES"
+"""Environment: the file in which our launcher notes why it starts the workers again."""
+SHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+SHARED_STORE_WARNING = (
+    f"torchrun was started without {SHARED_STORE}=1. With torch 2.13 a node that joins then hangs the job, and "
+    "restarts are unreliable. Export it before torchrun, or use the torchrun that toprope installs."
+)
+
+
+def started_by_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def expected_size() -> int:
+    """The number of ranks that torchrun says it started; 1 without it. Known before anything connects."""
+    return int(os.environ["WORLD_SIZE"]) if started_by_torchrun() else 1
+
+
+def expected_rank() -> int:
+    return int(os.environ["RANK"]) if started_by_torchrun() else 0
+
+
+def shares_rendezvous_store() -> bool:
+    """Whether torchrun started us in the mode in which joining nodes hang."""
+    return started_by_torchrun() and os.environ.get(SHARED_STORE) != "1"
+
+
+def make_failures_file() -> Path:
+    """Launcher: make the file that `note_failures` fills; workers find it through the environment."""
+    descriptor, name = tempfile.mkstemp(prefix="toprope-failures-", suffix=".json")
+    os.close(descriptor)
+    os.environ[FAILURES_FILE] = name
+    return Path(name)
+
+
+def note_failures(failures: list[dict[str, Any]], reason: str) -> None:
+    """Launcher: say why workers are about to be started again; each failure is {rank, pid, exitcode, signal}."""
+    Path(os.environ[FAILURES_FILE]).write_text(json.dumps({"failures": failures, "reason": reason}), encoding="utf-8")
+
+
+def workers_lost() -> dict[str, Any] | None:
+    """Worker: why it was started again, {failures, reason}; None for a first start or under another launcher."""
+    path = os.environ.get(FAILURES_FILE)
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8")) if path else None
+    except (OSError, ValueError):
+        return None
