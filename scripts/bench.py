@@ -35,11 +35,11 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "BENCHMARKS.json"
 TABLES = ROOT / "BENCHMARKS.md"
 
-BIG = ("configs/modern.toml", ["data.micro_batches=2", 'optim.schedule="constant"', "checkpoint.every_steps=0"])
+BIG = ("configs/modern.toml", ["data.micro_batches=2", "checkpoint.every_steps=0"])
 SMALL = (
     "configs/shakespeare_char.toml",
     ["data.source=\"python-stdlib\"", "data.tokenizer=\"bytes\"", "data.max_megabytes=1.0", "data.heldout=\"hash\"",
-     "data.micro_batches=1", "data.micro_batch_sequences=12", "optim.schedule=\"constant\""],
+     "data.micro_batches=1", "data.micro_batch_sequences=12"],
 )  # fmt: skip
 QUIET = ['wandb.mode="disabled"', 'eval.sets=["val"]']
 
@@ -80,7 +80,7 @@ class Ours:
             log.subscribe(console.Console(config, is_terminal=False, file=Path(os.devnull).open("w")))  # noqa: SIM115
         self.config = config
         self.work = Work(config, ranks, job.batches_of(config, self.prepared))
-        self.parts = loop.Parts(self.work, log, lambda model: (), NoCheckpoints())
+        self.parts = loop.Parts(self.work, log, lambda model, step: (), NoCheckpoints())
 
     def __call__(self, steps: int) -> None:
         budget = self.config.budget.model_copy(update={"steps": self.state.step + steps})
@@ -300,7 +300,7 @@ def nanogpt_worker(source: str) -> None:
         plain.optimizer.zero_grad(set_to_none=True)
     prepared = prepare(config.data, config.eval, config.model.context)
     ranks = world.connect(torch.device("cpu"), 60)
-    ((_, _, score, _),) = job.scorer(config, prepared, ranks)(plain.model)
+    ((_, _, score, _),) = job.scorer(config, prepared, ranks)(plain.model, 2000)
     print("RESULT " + json.dumps({"loss": score.loss}))
     world.disconnect()
 

@@ -31,7 +31,7 @@ def train(case: dict[str, Any], ranks: world.World, directory: Path) -> dict[str
     work = Work(config, ranks, job.batches_of(config, prepared))
     parts = loop.Parts(work, log, job.scorer(config, prepared, ranks), NoCheckpoints())
     loop.train(state, parts)
-    scores = [(name, score.loss, score.bits_per_byte) for name, _, score, _ in parts.evaluate(state.model)]
+    scores = [(name, score.loss, score.bits_per_byte) for name, _, score, _ in parts.evaluate(state.model, state.step)]
     log.close()
     return {
         "weights": state.weights_sha256(),

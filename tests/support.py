@@ -1,12 +1,19 @@
 """Starting real processes from tests: the command line, and torchrun with real gloo ranks."""
 
+import contextlib
+import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterable
+import time
+import uuid
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+from trainer import checkpoint, events, summary
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOKE = ROOT / "configs" / "smoke.toml"
@@ -49,3 +56,179 @@ def inspect(run_directory: Path) -> dict[str, Any]:
 
 def without_words(lines: Iterable[str], *words: str) -> list[str]:
     return [line for line in lines if not any(word in line for word in words)]
+
+
+LAUNCH = [sys.executable, "-c", "from trainer.launch import torchrun; torchrun()"]
+MARK = "TOPROPE_TEST_JOB"
+NO_FAULTS: list[dict[str, Any]] = []
+
+
+def write_plan(directory: Path, faults: list[dict[str, Any]]) -> Path:
+    """A plan for tests.survival_worker in a directory of its own."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"plan-{uuid.uuid4().hex[:8]}.json"
+    path.write_text(json.dumps(faults), encoding="utf-8")
+    return path
+
+
+def fired(plan: Path) -> dict[int, dict[str, Any]]:
+    """The faults of a plan that fired, by index: {rank, point, step, time}."""
+    return {int(mark.name): json.loads(mark.read_text()) for mark in plan.with_suffix(".fired").glob("*")}
+
+
+class Job:
+    """A torchrun in the background whose processes and files can be found again, whatever became of it.
+
+    It has a temporary directory of its own, and a mark in its environment that every process it starts inherits.
+    """
+
+    def __init__(
+        self,
+        plan: Path,
+        config: Path,
+        run: Path,
+        overrides: Sequence[str],
+        options: Sequence[str],
+        launch: Sequence[str] = LAUNCH,
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        self.mark = uuid.uuid4().hex
+        self._output = plan.with_name(f"output-{self.mark[:8]}.txt")
+        self.temporary = plan.with_name(f"tmp-{self.mark[:8]}")
+        self.temporary.mkdir()
+        self.shared_memory = _shared_memory()
+        own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", MARK: self.mark, "TMPDIR": str(self.temporary)}
+        worker = ["-m", "tests.survival_worker", str(plan), str(config), "--run", str(run)]
+        with self._output.open("w") as output:
+            self.process = subprocess.Popen(
+                [*launch, *options, *worker, *overrides],
+                stdout=output, stderr=output, cwd=ROOT, env=os.environ | own | (environment or {}),
+                start_new_session=True,
+            )  # fmt: skip
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    @property
+    def output(self) -> str:
+        return self._output.read_text(errors="replace")
+
+    def wait(self, timeout: float = 90) -> int:
+        """Its exit status. A job that takes longer is ended and an AssertionError."""
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"still running after {timeout} s\n{self.output[-6000:]}") from None
+
+    def processes(self) -> list[int]:
+        """All living processes of this job, the launcher first. Linux only: elsewhere nobody can ask."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):  # gone meanwhile, or not ours
+                if f"{MARK}={self.mark}".encode() in path.read_bytes():
+                    found.append(int(path.parent.name))
+        return sorted(found, key=lambda pid: (pid != self.process.pid, pid))
+
+    def workers(self) -> list[int]:
+        return [pid for pid in self.processes() if b"survival_worker" in _command_line(pid) and _is_worker(pid)]
+
+    def kill(self) -> None:
+        """End every process of this job, at once and for good."""
+        for _ in range(3):
+            for pid in self.processes() or ([self.process.pid] if self.process.poll() is None else []):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            if not wait_until(lambda: not self.processes(), seconds=2):
+                continue
+            break
+        self.process.wait(10)
+
+    def leftovers(self) -> list[str]:
+        """What an ended job left behind: processes, temporary files, sockets, shared memory."""
+        wait_until(lambda: not self.processes(), seconds=3)
+        orphans = [f"process {pid}: {_command_line(pid)!r}" for pid in self.processes()]
+        # torch makes a directory for its compiler as it is imported, one for all jobs of a user
+        found = [path for path in sorted(self.temporary.rglob("*")) if not path.name.startswith("torchinductor_")]
+        files = [f"file {path}" for path in found]
+        return orphans + files + [f"segment {path}" for path in sorted(_shared_memory() - self.shared_memory)]
+
+
+def wait_until(condition: Callable[[], Any], seconds: float) -> Any:
+    """The condition's first true value, or its last false one when time is up."""
+    deadline = time.monotonic() + seconds
+    while True:
+        value = condition()
+        if value or time.monotonic() > deadline:
+            return value
+        time.sleep(0.05)
+
+
+def _command_line(pid: int) -> bytes:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").strip()
+    return b""
+
+
+def _is_worker(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return b"TORCHELASTIC_RUN_ID=" in Path(f"/proc/{pid}/environ").read_bytes()
+    return False
+
+
+def _shared_memory() -> set[str]:
+    """Segments that no living process has mapped: the machine is shared, and others' are theirs."""
+    segments = {str(path) for path in Path("/dev/shm").glob("*")}
+    if not segments:
+        return segments
+    mapped = ""
+    for path in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            mapped += "\n".join(line for line in path.read_text().splitlines() if "/dev/shm/" in line)
+    return {segment for segment in segments if segment not in mapped}
+
+
+def write_corpus(directory: Path) -> str:
+    """Forty documents of nonsense, 255 bytes each; returns a `data.source` for them."""
+    directory.mkdir(exist_ok=True)
+    for number in range(40):
+        words = " ".join(hashlib.sha256(f"{number} {word}".encode()).hexdigest()[:5] for word in range(40))
+        (directory / f"{number:02}.txt").write_text(f"document {number}: {words}\n")
+    return f"{directory}/*.txt"
+
+
+def look(run: Path) -> dict[str, Any]:
+    """What `inspect --json` says, without the second that a process costs."""
+    found = [
+        {"step": saved.step, "intact": not checkpoint.verify(saved), "bytes": saved.bytes}
+        for saved in reversed(checkpoint.committed(run))
+    ]
+    return summary.summarise(run, found)
+
+
+def committed_samples(run: Path) -> dict[int, str]:
+    """{step: digest of the sample ids}, by the last attempt that computed the step."""
+    done = (entry.event for entry in events.read(run))
+    return {event.step: event.samples for event in done if isinstance(event, events.StepDone)}
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """What a run came to: all of it must be equal to the calm run's, to the bit."""
+    seen = look(run)
+    same = (
+        "status", "step", "tokens", "weights_sha256", "state_sha256", "train", "eval", "grad_norm", "learning_rate",
+        "replayed_differently",
+    )  # fmt: skip
+    return {key: seen[key] for key in same} | {"samples": committed_samples(run)}
+
+
+def strays(run: Path) -> list[str]:
+    """Files in a run directory that no later reader has a use for."""
+    known = {"config.json", "tokenizer.json", "lock", "events", "checkpoints", "stacks"}
+    odd = [path for path in run.iterdir() if path.name not in known]
+    odd += [path for path in (run / "checkpoints").iterdir() if not path.name.startswith("step-")]
+    odd += [path for path in run.rglob("*") if path.name.endswith((".partial", ".tmp"))]
+    return sorted({str(path.relative_to(run)) for path in odd})

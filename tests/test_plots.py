@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from trainer.plots import draw_curves, smooth
+from trainer.plots import draw_curves, labels, smooth
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -24,6 +24,33 @@ def test_a_run_with_restarts_becomes_a_png_and_nothing_else_is_left(tmp_path: Pa
     draw_curves({"smoke": summary(restarts=(20, 30))}, tmp_path / "plots" / "curves.png")
     assert [path.name for path in (tmp_path / "plots").iterdir()] == ["curves.png"]
     assert (tmp_path / "plots" / "curves.png").read_bytes().startswith(PNG)
+
+
+def incident(kind: str, step: int | None, lost_steps: int | None = 0, rank: int | None = None) -> dict[str, Any]:
+    return {"kind": kind, "step": step, "lost_steps": lost_steps, "rank": rank}
+
+
+MANY_INCIDENTS = [
+    incident("worker_lost", 27, 7, rank=1),
+    incident("hung", 33, 3, rank=0),
+    incident("not_finite", 35),
+    incident("save_failed", 36),
+    incident("checkpoint_rejected", 36),
+    incident("preempted", 38),
+    incident("worker_lost", 39, None),
+    incident("worker_lost", None),
+]
+
+
+def test_incidents_are_marked_where_they_happened_and_labelled_while_labels_can_be_read(tmp_path: Path):
+    told = summary(restarts=(20, 30)) | {"incidents": MANY_INCIDENTS}
+    draw_curves({"smoke": told}, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(PNG)
+    texts = [label["text"] for label in labels(MANY_INCIDENTS[:-1])]
+    assert texts == [
+        "rank 1 lost", "rank 0 hung", "not finite", "save failed, damaged checkpoint", "preempted", "workers lost",
+    ]  # fmt: skip
+    assert labels([incident("hung", step, rank=0) for step in range(100)]) == []
 
 
 @pytest.mark.parametrize("log_steps", [False, True])

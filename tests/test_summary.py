@@ -26,6 +26,7 @@ from trainer.events import (
     EventLog,
     StepDone,
     Warned,
+    WorkersLost,
     events_directory,
 )
 from trainer.summary import render, summarise
@@ -116,7 +117,7 @@ def test_a_finished_run_says_all_that_inspect_promises(run: Path):
         *[step(n, redone=int(n == 3), flushed=2e-5) for n in range(1, 61)],
         evaluated(30, 3.0),
         evaluated(60, 2.0),
-        CheckpointSaved(step=60, bytes=10, seconds=0.1),
+        CheckpointSaved(step=60, bytes=10, seconds=0.1, stall_seconds=0.1),
         ended("finished", 60, "w" * 64, "s" * 64),
     )
     saved = [{"step": 60, "intact": True, "bytes": 10}]
@@ -154,6 +155,14 @@ def test_a_replayed_step_counts_once_and_shows_the_last_attempts_value(run: Path
     assert summary["replayed"] == 3
     assert summary["replayed_differently"] == [41, 42, 43]
     assert [(a["from_step"], a["to_step"], a["world_size"]) for a in summary["attempts"]] == [(0, 47, 2), (40, 43, 1)]
+
+
+def test_a_step_that_every_rank_writes_down_is_no_replay(run: Path):
+    for rank in (0, 1):
+        write(run, 0, started(), step(1), step(2), rank=rank)
+    summary = summarise(run)
+    assert (summary["replayed"], summary["train"]) == (0, [[1, 4.99], [2, 4.98]])
+    assert (summary["tokens_per_second"], summary["incidents"][0]["lost_steps"]) == (2_048 / 0.5, None)
 
 
 def test_replays_that_agree_to_the_bit_are_not_called_different_even_where_they_are_nan(run: Path):
@@ -268,10 +277,46 @@ def test_what_is_no_run_or_has_no_events_is_refused_with_a_remedy(tmp_path: Path
 
 
 def test_ranks_that_disagree_about_the_weights_are_warned_of(run: Path):
-    write(run, 0, started(), step(60), ended("finished", 60, "a" * 64, "s" * 64), rank=0)
-    write(run, 0, started(), ended("finished", 60, "b" * 64, "s" * 64), rank=1)
+    write(run, 0, started(), step(1), ended("finished", 1, "a" * 64, "s" * 64), rank=0)
+    write(run, 0, started(), ended("finished", 1, "b" * 64, "s" * 64), rank=1)
     (warning,) = summarise(run)["warnings"]
-    assert "weights_sha256 at step 60 has 2 values" in warning["message"]
+    assert "weights_sha256 at step 1 has 2 values" in warning["message"]
+
+
+def test_steps_that_nobody_computed_are_warned_of(run: Path):
+    write(run, 0, started(from_step=40), step(41))
+    (warning,) = summarise(run)["warnings"]
+    assert "40 steps are missing in the log, the first is 1" in warning["message"]
+
+
+def test_a_kill_is_an_incident_and_its_time_is_accounted_for(run: Path):
+    write(run, 0, started(), *[step(n) for n in range(1, 48)])
+    killed = WorkersLost(failures=[{"rank": 1, "pid": 1, "exitcode": -9, "signal": "SIGKILL"}], reason="")
+    write(run, 1, started(40), killed, *[step(n) for n in range(41, 61)], ended("finished", 60), clock=Clock(1_050.0))
+    summary = summarise(run)
+    (incident,) = summary["incidents"]
+    told = {name: incident[name] for name in ("attempt", "kind", "rank", "step", "lost_steps", "detected_as")}
+    assert told == {
+        "attempt": 0, "kind": "worker_lost", "rank": 1, "step": 47, "lost_steps": 7, "detected_as": "workers_lost",
+    }  # fmt: skip
+    goodput = summary["goodput"]
+    assert sum(goodput["parts"].values()) == pytest.approx(goodput["wall_seconds"], abs=1e-6)
+    assert goodput["productive_seconds"] == goodput["parts"]["productive"] == pytest.approx(60 * 0.5)
+    assert goodput["parts"]["lost_steps"] == pytest.approx(7 * 0.5)
+    assert json.loads(json.dumps(summary)) == summary
+    out = io.StringIO()
+    Console(file=out, width=130).print(render(summary))
+    for part in ("goodput 40.5%", "■ productive", "■ lost steps", "3.5", "rank 1 was killed (SIGKILL) after step 47"):
+        assert part in out.getvalue()
+
+
+def test_a_running_runs_time_is_accounted_for_until_now(run: Path):
+    start, noted = started(host=socket.gethostname(), pid=os.getpid()), time.time() - 1.0
+    write(run, 0, start, clock=lambda: noted)
+    summary = summarise(run)
+    assert (summary["status"], summary["incidents"]) == ("running", [])
+    assert summary["goodput"]["wall_seconds"] >= sum(start.startup_seconds.values()) + 1.0
+    assert summary["goodput"]["ratio"] == 0.0
 
 
 def test_the_page_for_a_person_shows_status_losses_attempts_and_warnings(run: Path, dead_pid: int):

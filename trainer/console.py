@@ -10,7 +10,21 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self, TextIO
 
 from trainer.config import Config
-from trainer.events import AttemptEnded, AttemptStarted, CheckpointSaved, Entry, EvalDone, StepDone, Warned
+from trainer.events import (
+    AttemptEnded,
+    AttemptStarted,
+    CheckpointFailed,
+    CheckpointRejected,
+    CheckpointSaved,
+    Entry,
+    EvalDone,
+    Hung,
+    NotFinite,
+    StepDone,
+    StopRequested,
+    Warned,
+)
+from trainer.goodput import Incident, Story, describe
 from trainer.summary import clock, megabytes, tokens_per_second
 
 TERMINAL_SECONDS = 0.2  # a redraw costs about 1 ms of the training thread
@@ -43,16 +57,24 @@ class Console:
 
     `is_terminal` None asks `file` (default: standard output). Plain lines are flushed one by one; steps are printed at
     the first, at the last, and at most every 5 seconds between. A file that cannot be written any more (a closed pipe
-    or terminal) ends the printing, not the run.
+    or terminal) ends the printing, not the run. `earlier` is the log of the attempts before: how the last of them ended
+    and what that cost is told in one line.
     """
 
-    def __init__(self, config: Config, is_terminal: bool | None = None, file: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        is_terminal: bool | None = None,
+        file: TextIO | None = None,
+        earlier: Iterable[Entry] = (),
+    ) -> None:
         self._file = file or sys.stdout
         self._steps = config.budget.steps
+        self._max_failures = config.checkpoint.max_failures
+        self._story = Story(earlier)
         terminal = self._file.isatty() if is_terminal is None else is_terminal
         self._live = _LiveLine(self._file, self._steps) if terminal else None
         self._interval = TERMINAL_SECONDS if terminal else PLAIN_SECONDS
-        self._from_step = 0
         self._first_step_at: tuple[int, float] | None = None
         self._printed_at = float("-inf")
         self._recent = _Rate()
@@ -62,6 +84,9 @@ class Console:
 
     def __call__(self, entry: Entry) -> None:
         event = entry.event
+        for incident in self._story.tell(entry):
+            if incident.ends_attempt:
+                self._print(_restart(entry.attempt, incident), "bold yellow")
         if isinstance(event, StepDone):
             self._step(event, entry.time)
         else:
@@ -101,7 +126,6 @@ class Console:
     def _other(self, entry: Entry) -> None:
         match entry.event:
             case AttemptStarted() as event:
-                self._from_step = event.from_step
                 self._print(_started(entry.attempt, event), "bold")
             case EvalDone() as event:
                 self._evals[event.set] = event
@@ -109,6 +133,19 @@ class Console:
             case CheckpointSaved() as event:
                 size = f"{megabytes(event.bytes)} in {event.seconds:.2f} s"
                 self._print(f"save {_of(event.step, self._steps)}  checkpoint  {size}", "dim")
+            case CheckpointFailed() as event:
+                self._print(self._save_failed(event), "bold red")
+            case CheckpointRejected() as event:
+                self._print(f"checkpoint  {describe(event)}", "bold red")
+            case NotFinite() as event:
+                then = "" if event.trial == 0 else ": the run stops"
+                self._print(f"not finite  {describe(event)}{then}", "bold yellow" if event.trial == 0 else "bold red")
+            case Hung() as event:
+                pending = f"; pending: {event.collective}" if event.collective else ""
+                stacks = f"; stacks in {event.stacks}" if event.stacks else ""
+                self._print(f"hung  {describe(event, entry.rank)}{pending}{stacks}; this process ends", "bold red")
+            case StopRequested() as event:
+                self._print(f"stop  {event.signal} asked to stop: leaving at step {event.step}", "bold yellow")
             case Warned() as event:
                 where = f"rank {entry.rank}: " if entry.rank else ""
                 self._print(f"warning: {where}{event.message}", "yellow")
@@ -117,6 +154,11 @@ class Console:
                     self.close()
                 good = {"finished": "bold green", "preempted": "bold yellow"}
                 self._print(self._ended(event), good.get(event.status, "bold red"))
+
+    def _save_failed(self, event: CheckpointFailed) -> str:
+        left = self._max_failures - event.in_a_row
+        then = f"training goes on, {left} more in a row would stop it" if left > 0 else "the run stops"
+        return f"SAVE FAILED  {describe(event)}; {then}"
 
     def _ended(self, event: AttemptEnded) -> str:
         parts = [f"{event.status} step {event.step}/{self._steps}"]
@@ -210,6 +252,11 @@ def _started(attempt: int, event: AttemptStarted) -> str:
     where = f"{ranks} ({event.strategy}) on {event.device}"
     parts = [f"attempt {attempt}", where, f"{event.parameters:,} parameters", steps, ready]
     return " · ".join(part for part in parts if part)
+
+
+def _restart(attempt: int, incident: Incident) -> str:
+    """How an earlier attempt ended, told as this one goes on."""
+    return f"{'resume' if incident.kind == 'preempted' else 'restart'}  attempt {attempt}: {incident.text}"
 
 
 def _scores(evals: Iterable[EvalDone]) -> str:

@@ -3,8 +3,12 @@
 import json
 import os
 import tempfile
+import threading
+import time
 from pathlib import Path
 from typing import Any
+
+from trainer.errors import EXIT_FAILED
 
 FAILURES_FILE = "TOPROPE_FAILURES"
 """Environment: the file in which our launcher notes why it starts the workers again."""
@@ -31,6 +35,23 @@ def expected_rank() -> int:
 def shares_rendezvous_store() -> bool:
     """Whether torchrun started us in the mode in which joining nodes hang."""
     return started_by_torchrun() and os.environ.get(SHARED_STORE) != "1"
+
+
+def end_with_agent() -> None:
+    """Worker: end this process when the agent that started it is gone.
+
+    It would train on unsupervised, and keep the run directory from whoever starts the job again.
+    """
+    if not started_by_torchrun():
+        return
+    agent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == agent:
+            time.sleep(0.2)
+        os._exit(EXIT_FAILED)
+
+    threading.Thread(target=watch, name="toprope-agent", daemon=True).start()
 
 
 def make_failures_file() -> Path:

@@ -17,7 +17,8 @@ never negative and sum to the wall time.
 - `down`: from the last progress of an attempt that died or failed (its last step, evaluation or save) to the start of
   the next process: the step in progress, noticing, rendezvous, or a person who starts it again.
 - `preempted`: the same after an attempt that was asked to stop, from its end.
-- `shutdown`: from the last progress of an attempt that ended in order to its end: the last save, hashing.
+- `shutdown`: from the last step or evaluation of an attempt that ended in order to its end, but for the stall: the last
+  save, hashing.
 - `other`: what is left between events: batches, logging, a save whose stall nobody recorded.
 
 Goodput is `productive` over wall time.
@@ -44,6 +45,7 @@ from trainer.events import (
     CheckpointSaved,
     Entry,
     EvalDone,
+    Event,
     Hung,
     NotFinite,
     StepDone,
@@ -65,8 +67,7 @@ def account(entries: Iterable[Entry], now: float | None = None) -> dict[str, Any
     """
     attempts = _attempts_of_rank_0(entries)
     starts = [_start(attempt) for attempt in attempts]
-    known = [(entry, event) for entry, event in filter(None, starts)]
-    if not known:
+    if not any(starts):
         return {"wall_seconds": None, "productive_seconds": None, "ratio": None, "parts": {}, "startup": {}}
     ledger = _Ledger(_process_start(*starts[0]) if starts[0] else attempts[0][0].time)
     gap, hung = "down", 0.0
@@ -76,14 +77,15 @@ def account(entries: Iterable[Entry], now: float | None = None) -> dict[str, Any
         ledger.advance(_process_start(*start), gap, hung=hung)
         ledger.start_up(*start)
         resumed = (later[1].from_step for later in starts[number + 1 :] if later is not None)
-        in_order = _end(attempt) in ("finished", "preempted")
-        _spend(ledger, attempt, start[1], min(resumed, default=None), in_order)
+        _spend(ledger, attempt, start[1], min(resumed, default=None))
         gap = "preempted" if _end(attempt) == "preempted" else "down"
         hung = max((entry.event.seconds for entry in attempt if isinstance(entry.event, Hung)), default=0.0)
-    last, in_order = attempts[-1], _end(attempts[-1]) in ("finished", "preempted")
-    ledger.advance(last[-1].time, "shutdown" if in_order else "other" if now else "down", hung=hung)
     if now is not None:
         ledger.advance(now, "other")
+    elif starts[-1] is not None and _in_order(attempts[-1]):
+        ledger.advance(attempts[-1][-1].time, "shutdown")
+    else:
+        ledger.advance(attempts[-1][-1].time, gap, hung=hung)
     return ledger.totals()
 
 
@@ -114,41 +116,53 @@ def _end(attempt: Sequence[Entry]) -> str | None:
     return next((e.event.status for e in reversed(attempt) if isinstance(e.event, AttemptEnded) and e.rank == 0), None)
 
 
+def _in_order(attempt: Sequence[Entry]) -> bool:
+    return _end(attempt) in ("finished", "preempted")
+
+
 def _process_start(entry: Entry, event: AttemptStarted) -> float:
     return entry.time - math.fsum(event.startup_seconds.values())
 
 
-def _spend(
-    ledger: "_Ledger", attempt: Sequence[Entry], start: AttemptStarted, resumed: int | None, in_order: bool
-) -> None:
+def _spend(ledger: "_Ledger", attempt: Sequence[Entry], start: AttemptStarted, resumed: int | None) -> None:
     """Share out an attempt's time from its start to its end, or to its last progress if it did not end in order.
 
     `resumed` is the earliest step from which a later attempt went on: what this one did after it is lost.
     """
+    in_order, stalls = _in_order(attempt), _stalls(attempt)
+    last_work = max((n for n, entry in enumerate(attempt) if isinstance(entry.event, StepDone | EvalDone)), default=-1)
+    stall = stalls.get(start.from_step, 0.0)
+    for number, entry in enumerate(attempt):
+        event = entry.event
+        if not isinstance(event, PROGRESS) and not (in_order and isinstance(event, AttemptEnded)):
+            continue
+        lost = resumed is not None and isinstance(event, StepDone | EvalDone) and event.step > resumed
+        rest = "shutdown" if in_order and number > last_work else "redone" if isinstance(event, NotFinite) else "other"
+        taken = ledger.advance(entry.time, rest, **_claims(event, lost), save_stall=stall)
+        # A save is reported some steps later; the loop waited for it right after the step that was saved.
+        stall = stalls.get(event.step, 0.0) if isinstance(event, StepDone) else stall - taken["save_stall"]
+
+
+def _claims(event: Event, lost: bool) -> dict[str, float]:
+    """The parts that an event states its duration for."""
+    match event:
+        case StepDone(seconds=seconds) | EvalDone(seconds=seconds) if lost:
+            return {"lost_steps": seconds}
+        case StepDone(seconds=seconds, redone=redone):
+            return {"productive": seconds / (1 + redone), "redone": seconds * redone / (1 + redone)}
+        case EvalDone(seconds=seconds):
+            return {"evaluation": seconds}
+        case _:
+            return {}
+
+
+def _stalls(attempt: Sequence[Entry]) -> dict[int, float]:
+    """How long the loop waited for the save of each step, where the log says."""
     stalls: dict[int, float] = {}
     for event in (entry.event for entry in attempt):
         if isinstance(event, CheckpointSaved | CheckpointFailed):
             stalls[event.step] = stalls.get(event.step, 0.0) + (event.stall_seconds or 0.0)
-    # A save is reported some steps later; the loop waited right after the step that was saved.
-    stall = stalls.get(start.from_step, 0.0)
-    for entry in attempt:
-        event = entry.event
-        lost = resumed is not None and isinstance(event, StepDone | EvalDone) and event.step > resumed
-        rest, claims = "other", {}
-        if isinstance(event, StepDone):
-            kept = 1 / (1 + event.redone)
-            done = {"productive": event.seconds * kept, "redone": event.seconds * (1 - kept)}
-            claims = {"lost_steps": event.seconds} if lost else done
-        elif isinstance(event, EvalDone):
-            claims = {"lost_steps" if lost else "evaluation": event.seconds}
-        elif isinstance(event, NotFinite):
-            rest = "redone"
-        elif isinstance(event, AttemptEnded) and in_order:
-            rest = "shutdown"
-        elif not isinstance(event, PROGRESS):
-            continue
-        taken = ledger.advance(entry.time, rest, **claims, save_stall=stall)
-        stall = stalls.get(event.step, 0.0) if isinstance(event, StepDone) else stall - taken["save_stall"]
+    return stalls
 
 
 class _Ledger:
@@ -200,7 +214,7 @@ def committed(entries: Iterable[Entry]) -> dict[int, StepDone]:
             case AttemptStarted() as event if entry.rank == 0:
                 while steps and (newest := next(reversed(steps))) > event.from_step:
                     del steps[newest]
-            case StepDone() as event:
+            case StepDone() as event if entry.rank == 0:
                 steps[event.step] = event
     return steps
 
@@ -218,21 +232,22 @@ class Incident:
     """In which it happened."""
     kind: str
     """worker_lost, hung, preempted, not_finite, save_failed or checkpoint_rejected."""
+    ends_attempt: bool
     rank: int | None
     point: str | None
-    """Where in the step, by the names of step.py."""
+    """Where in the step, by the names of the points in step.py."""
     step: int | None
-    """Of what failed; for an attempt's end the last step it completed."""
+    """Of what failed; where an attempt ended, the last step it completed."""
     lost_steps: int | None
-    """Steps whose result was lost. None before the run was resumed."""
+    """Steps whose result was lost. None until the run goes on."""
     seconds: float | None
-    """Without training: from the last progress to the next attempt's readiness, or of computation thrown away."""
+    """Without training, to the next attempt's readiness; or waiting for a save, or computing what was thrown away."""
     detected_as: str
     """The kind of event that told of it; "silence" where none did."""
     text: str
     """One line for people."""
-    time: float
-    """Unix time of its first trace in the log."""
+    time: float | None
+    """Unix time when it was noted; where an attempt ended, of its last progress."""
 
 
 @dataclass
@@ -240,137 +255,243 @@ class _Attempt:
     """What is known of an attempt while its events come in."""
 
     number: int
+    pids: set[int] = field(default_factory=set)
+    world_size: int | None = None
     start: Entry | None = None
+    """Rank 0's, as are `last` and `end`."""
     last: Entry | None = None
-    """Rank 0's last progress."""
+    """Its last progress."""
     reached: int | None = None
     end: AttemptEnded | None = None
-    """Rank 0's."""
-    failed: list[Entry] = field(default_factory=list)
+    failed: dict[int, str] = field(default_factory=dict)
+    """Reasons by rank, the first to fail first."""
     hung: list[Entry] = field(default_factory=list)
     not_finite: NotFinite | None = None
     signal: str | None = None
-    world_size: int | None = None
-    pids: set[int] = field(default_factory=set)
-    told: set[tuple[Any, ...]] = field(default_factory=set)
-    """Incidents that several ranks tell of count once."""
+    asides: set[tuple[Any, ...]] = field(default_factory=set)
+    """Incidents told already: several ranks may tell of one."""
 
 
 class Story:
     """Turns a run's events into incidents as they come: those of earlier attempts first, then one by one.
 
-    How an attempt ended is known once the next one has started, and told at its WorkersLost or at its first progress.
+    How an attempt ended is told once the next one has started: at its WorkersLost, or else at its first progress.
     """
 
     def __init__(self, earlier: Iterable[Entry] = ()) -> None:
-        self._now: _Attempt | None = None
-        self._ended: list[_Attempt] = []  # and not gone on with yet
-        self._losses: list[WorkersLost] = []
-        self._reached = 0
         self.incidents: list[Incident] = []
         """All so far."""
+        self._now: _Attempt | None = None
+        self._ended: list[_Attempt] = []
+        """Attempts that nothing has gone on from yet: at most the first of them has trained."""
+        self._losses: list[WorkersLost] = []
+        self._reached = 0
+        self._finished = False
         for entry in earlier:
             self.tell(entry)
 
     def tell(self, entry: Entry) -> list[Incident]:
-        """Take in the next entry; returns the incidents that it completes."""
+        """Take in the next entry; returns the incidents that are complete with it."""
         before = len(self.incidents)
         if self._now is None or entry.attempt != self._now.number:
             self._settle()
-            if self._now is not None and not _is_finished(self._now):
+            if self._now is not None and not self._finished:
                 self._ended.append(self._now)
             self._now = _Attempt(entry.attempt)
+        if entry.rank == 0 and isinstance(entry.event, (*PROGRESS, AttemptEnded)):
+            self._settle()
         self._note(entry, self._now)
         return self.incidents[before:]
 
-    def close(self) -> list[Incident]:
-        """There is no next attempt: returns the incidents that were waiting for one."""
+    def close(self, running: bool = False) -> list[Incident]:
+        """The log ends here; `running` says that its last attempt is still at work. Returns what that completes."""
         before = len(self.incidents)
         self._settle()
-        unresumed = [*self._ended, *([self._now] if self._now and not _is_finished(self._now) else [])]
-        self.incidents += [_ending(attempt, None, None, None) for attempt in unresumed]
+        if self._now is not None and not running and not self._finished:
+            self._ended.append(self._now)
+        self.incidents += [_ending(attempt, None, None, None) for attempt in self._ended]
+        self._ended = []
         return self.incidents[before:]
 
     def _note(self, entry: Entry, now: _Attempt) -> None:
-        event = entry.event
-        if entry.rank == 0 and isinstance(event, (*PROGRESS, AttemptEnded)):
-            self._settle()
+        event, main = entry.event, entry.rank == 0
         match event:
             case AttemptStarted():
                 now.pids.add(event.pid)
-                if entry.rank == 0:
+                if main:
                     now.start, now.last, now.reached, now.world_size = entry, entry, event.from_step, event.world_size
-            case StepDone():
+            case StepDone() if main:
                 now.reached = self._reached = event.step
             case AttemptEnded():
                 if event.status == "failed":
-                    now.failed.append(entry)
-                if entry.rank == 0:
+                    now.failed.setdefault(entry.rank, event.reason)
+                if main:
                     now.end = event
+                    self._finished = self._finished or event.status == "finished"
             case Hung():
                 now.hung.append(entry)
             case WorkersLost():
                 self._losses.append(event)
-                if now.start is not None:
-                    self._settle()
+                self._settle()
             case StopRequested():
                 now.signal = event.signal
             case NotFinite() | CheckpointFailed() | CheckpointRejected():
                 self._aside(entry, now)
-        if entry.rank == 0 and (isinstance(event, PROGRESS) or _left_in_order(event)):
+        if main and (isinstance(event, PROGRESS) or _left(now)):
             now.last = entry
 
     def _aside(self, entry: Entry, now: _Attempt) -> None:
         """An incident that does not end the attempt."""
-        event = entry.event
-        last = now.last.time if now.last is not None else None
+        event, seconds = entry.event, None
+        assert isinstance(event, NotFinite | CheckpointFailed | CheckpointRejected)
+        key: tuple[Any, ...] = (event.kind, event.step)
         match event:
-            case NotFinite(step=step, trial=trial):
-                if trial > 0:
+            case NotFinite(trial=trial):
+                if trial > 0:  # the second in a row ends the attempt
                     now.not_finite = event
                     return
-                kind, key, seconds = "not_finite", (step, trial), None if last is None else max(0.0, entry.time - last)
-            case CheckpointFailed(step=step):
-                kind, key, seconds = "save_failed", (step, event.in_a_row), event.stall_seconds
-            case CheckpointRejected(step=step):
-                kind, key, seconds = "checkpoint_rejected", (step,), None
-            case _:
-                raise AssertionError(event)
-        if (event.kind, *key) not in now.told:
-            now.told.add((event.kind, *key))
+                kind = "not_finite"
+                seconds = max(0.0, entry.time - now.last.time) if now.last is not None else None
+            case CheckpointFailed(in_a_row=in_a_row):
+                kind, key, seconds = "save_failed", (*key, in_a_row), event.stall_seconds
+            case CheckpointRejected():
+                kind = "checkpoint_rejected"
+        if key not in now.asides:
+            now.asides.add(key)
+            text, step = describe(event), event.step
             self.incidents.append(
-                Incident(now.number, kind, entry.rank, None, step, 0, seconds, event.kind, tell(event), entry.time)
+                Incident(now.number, kind, False, entry.rank, None, step, 0, seconds, event.kind, text, entry.time)
             )
 
     def _settle(self) -> None:
-        """Tell how the attempts before this one ended, now that it has started."""
+        """Tell how the attempts before this one ended, if this one has started."""
         if self._now is None or self._now.start is None or not (self._ended or self._losses):
             return
-        ended, losses = self._ended, self._losses
+        ended, losses, start = self._ended, self._losses, self._now.start
         self._ended, self._losses = [], []
-        start = self._now.start
         assert isinstance(start.event, AttemptStarted)
         lost = max(0, self._reached - start.event.from_step)
+        self._reached = start.event.from_step
         for number, attempt in enumerate(ended):
             loss = next((one for one in losses if _is_of(one, attempt)), None)
             losses = [one for one in losses if one is not loss]
             # Work and time are lost once, however many starts it took to go on.
-            self.incidents.append(_ending(attempt, loss, start if number == 0 else None, lost if number == 0 else 0))
-        self.incidents += [self._lost_while_starting(loss, start) for loss in losses]
-        self._reached = start.event.from_step
-
-    def _lost_while_starting(self, loss: WorkersLost, start: Entry) -> Incident:
-        text = f"{_who_died(loss)} while attempt {start.attempt} was starting"
-        rank = _first_failure(loss).get("rank")
-        step = self._reached or None
-        return Incident(start.attempt, "worker_lost", rank, None, step, 0, None, loss.kind, text, start.time)
+            self.incidents.append(_ending(attempt, loss, *((start, lost) if number == 0 else (None, 0))))
+        self.incidents += [_before(start, loss) for loss in losses]
 
 
 def incidents(entries: Iterable[Entry], running: bool = False) -> list[Incident]:
-    """All incidents of a log; `running` says that its last attempt is still at work."""
+    """All incidents of a log in order; `running` says that its last attempt is still at work."""
     story = Story(entries)
-    if not running:
-        story.close()
-    else:
-        story.settle()
+    story.close(running)
     return story.incidents
+
+
+def _left(attempt: _Attempt) -> bool:
+    return attempt.end is not None and attempt.end.status in ("finished", "preempted")
+
+
+def _is_of(loss: WorkersLost, attempt: _Attempt) -> bool:
+    """Whether the launcher speaks of this attempt, and not of workers that died before they wrote anything."""
+    pids = {failure.get("pid") for failure in loss.failures} - {None}
+    return not pids or not attempt.pids or not pids.isdisjoint(attempt.pids)
+
+
+def _ending(attempt: _Attempt, loss: WorkersLost | None, next_start: Entry | None, lost: int | None) -> Incident:
+    kind, rank, point, detected_as, what = _cause(attempt, loss)
+    step, last = attempt.reached, attempt.last
+    seconds = max(0.0, next_start.time - last.time) if next_start is not None and last is not None else None
+    when = " while it was starting" if step is None else f" after step {step}"
+    text = (what if kind == "not_finite" else what + when) + _resumption(attempt, next_start, lost, seconds)
+    time = last.time if last is not None else None
+    return Incident(attempt.number, kind, True, rank, point, step, lost, seconds, detected_as, text, time)
+
+
+def _before(start: Entry, loss: WorkersLost) -> Incident:
+    """Workers that died on the way to `start` and left no trace of their own."""
+    rank, text = _rank(loss), f"{_who(loss, {})} before attempt {start.attempt} started"
+    return Incident(start.attempt, "worker_lost", True, rank, None, None, 0, None, loss.kind, text, start.time)
+
+
+def _cause(attempt: _Attempt, loss: WorkersLost | None) -> tuple[str, int | None, str | None, str, str]:
+    """(kind, rank, point, detected_as, what happened)."""
+    if attempt.hung:
+        first = attempt.hung[0]
+        assert isinstance(first.event, Hung)
+        culprit = _culprit(first.event, first.rank)
+        return "hung", culprit.get("rank"), culprit.get("point"), "hung", describe(first.event, first.rank)
+    if attempt.not_finite is not None:
+        return "not_finite", None, None, "not_finite", describe(attempt.not_finite)
+    if attempt.end is not None and attempt.end.status == "preempted":
+        by = attempt.signal or _first_line(attempt.end.reason)
+        return "preempted", None, None, "stop_requested" if attempt.signal else "attempt_ended", f"preempted ({by})"
+    if loss is not None:
+        return "worker_lost", _rank(loss), None, "workers_lost", _who(loss, attempt.failed)
+    for rank, reason in attempt.failed.items():
+        return "worker_lost", rank, None, "attempt_ended", f"rank {rank} failed ({_first_line(reason)})"
+    return "worker_lost", None, None, "silence", "ended without a word"
+
+
+def _resumption(attempt: _Attempt, next_start: Entry | None, lost: int | None, seconds: float | None) -> str:
+    if next_start is None:
+        return "" if lost is not None else "; nothing has resumed it"
+    assert isinstance(next_start.event, AttemptStarted)
+    step, size = next_start.event.from_step, next_start.event.world_size
+    text = f"; resumed from step {step}" if step else "; started again from step 0"
+    if attempt.world_size not in (None, size):
+        text += f" on {size} rank{'s' if size > 1 else ''} instead of {attempt.world_size}"
+    text += f", {lost or 'no'} step{'' if lost == 1 else 's'} to replay"
+    return text if seconds is None else f"{text}; {seconds:.1f} s without training"
+
+
+def _culprit(event: Hung, noticed_by: int) -> dict[str, Any]:
+    return event.culprits[0] if event.culprits else {"rank": noticed_by, "point": event.point}
+
+
+def _rank(loss: WorkersLost) -> int | None:
+    failures = _first_to_fail(loss)
+    return failures[0].get("rank") if failures else None
+
+
+def _first_to_fail(loss: WorkersLost) -> list[dict[str, Any]]:
+    """Those that a signal ended, if any: the others left because these were gone."""
+    return [failure for failure in loss.failures if failure.get("signal")] or loss.failures
+
+
+def _who(loss: WorkersLost, reasons: dict[int, str]) -> str:
+    """ "rank 1 was killed (SIGKILL)"; `reasons` is what ranks wrote before they left."""
+    said = []
+    for failure in _first_to_fail(loss):
+        rank, signal = failure.get("rank"), failure.get("signal")
+        if signal:
+            said.append(f"rank {rank} {'was killed' if signal == 'SIGKILL' else 'died'} ({signal})")
+        elif rank in reasons:
+            said.append(f"rank {rank} failed ({_first_line(reasons[rank])})")
+        else:
+            said.append(f"rank {rank} left with exit status {failure.get('exitcode')}")
+    return ", ".join(said[:3]) + (f" and {len(said) - 3} more" if len(said) > 3 else "") or _first_line(loss.reason)
+
+
+def describe(event: Event, rank: int = 0) -> str:
+    """What one of the events below says, in one line; `rank` wrote it."""
+    match event:
+        case NotFinite(step=step, trial=trial):
+            then = "computed again" if trial == 0 else "and not when computed again"
+            values = f"loss {event.loss:.4g}, gradient norm {event.grad_norm:.4g}"
+            return f"step {step} was not finite ({values}), {then}"
+        case CheckpointFailed(step=step):
+            times = f", {event.in_a_row} in a row" if event.in_a_row > 1 else ""
+            return f"the save of step {step} failed ({_first_line(event.reason)}){times}"
+        case CheckpointRejected(step=step):
+            return f"the checkpoint of step {step} is damaged and was passed over ({_first_line(event.reason)})"
+        case Hung():
+            who = _culprit(event, rank)
+            why = f"; it {_first_line(str(who['why']))}" if who.get("why") else ""
+            return f"rank {who.get('rank')} hung at {who.get('point')} (no progress for {event.seconds:.1f} s{why})"
+        case _:
+            raise TypeError(f"no incident: {event!r}")
+
+
+def _first_line(text: str) -> str:
+    line = (text.strip().splitlines() or [""])[0]
+    return line if len(line) <= 200 else f"{line[:199]}…"

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer import checkpoint, console, elastic, evaluate, events, loop, optim, rundir, step, world
+from trainer import checkpoint, console, elastic, evaluate, events, loop, optim, rundir, world
 from trainer import model as models
+from trainer import step as steps
 from trainer.config import Config, check_world
 from trainer.data import Batches, EvalWindows, Prepared, prepare
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, CheckpointError
@@ -65,6 +66,7 @@ def train(config: Config, run: Path, process_started: float, inject: Point = lam
     Raises a TopropeError for everything a user can mend: on all ranks alike, and before any work where possible.
     """
     stopwatch = Stopwatch(process_started)
+    elastic.end_with_agent()
     check_world(config, elastic.expected_size())
     device = world.pick_device(config.parallel)
     set_numerics(config, device)
@@ -152,8 +154,7 @@ class Attempt:
 
     def _parts(self, checkpoints: "Checkpoints", at: Point) -> loop.Parts:
         work = Work(self.config, self.ranks, batches_of(self.config, self.prepared), at, self.stop.requested)
-        score = scorer(self.config, self.prepared, self.ranks, at=lambda: at("in_eval", 0))
-        return loop.Parts(work, self.log, score, checkpoints)
+        return loop.Parts(work, self.log, scorer(self.config, self.prepared, self.ranks, at), checkpoints)
 
     def _announce(self, state: TrainState, stopwatch: Stopwatch) -> None:
         self.log.append(
@@ -205,7 +206,9 @@ class Checkpoints:
 
     def restore(self, state: TrainState) -> None:
         a = self._attempt
-        found = checkpoint.restore(a.run, state.tensors(), a.ranks, a.about["fingerprint"], a.log.append)
+        found = checkpoint.restore(
+            a.run, state.tensors(), a.ranks, a.about["fingerprint"], a.log.append, self._at, a.about["run_id"]
+        )
         if found is not None:
             state.restored(found)
             self._durable = found
@@ -286,9 +289,9 @@ def batches_of(config: Config, prepared: Prepared) -> Batches:
 
 
 def scorer(
-    config: Config, prepared: Prepared, ranks: World, at: Callable[[], None] = lambda: None
-) -> Callable[[nn.Module], Iterator[tuple[str, str, evaluate.Score, float]]]:
-    """What scores a model on every held-out set in turn: (name, digest of its tokens, score, seconds)."""
+    config: Config, prepared: Prepared, ranks: World, at: Point = lambda point, step: None
+) -> Callable[[nn.Module, int], Iterator[tuple[str, str, evaluate.Score, float]]]:
+    """What scores a step's model on every held-out set in turn: (name, digest of its tokens, score, seconds)."""
     windows = {
         name: EvalWindows(
             held_out.tokens,
@@ -298,12 +301,13 @@ def scorer(
         )
         for name, held_out in prepared.eval_sets.items()
     }
-    with_precision = functools.partial(step.autocast, config, ranks.device)
+    with_precision = functools.partial(steps.autocast, config, ranks.device)
 
-    def score(model: nn.Module) -> Iterator[tuple[str, str, evaluate.Score, float]]:
+    def score(model: nn.Module, step: int) -> Iterator[tuple[str, str, evaluate.Score, float]]:
+        progress = functools.partial(at, "in_eval", step)
         for name, of_set in windows.items():
             started = time.perf_counter()
-            result = evaluate.evaluate(model, of_set, prepared.tokenizer.token_bytes, ranks, with_precision, at)
+            result = evaluate.evaluate(model, of_set, prepared.tokenizer.token_bytes, ranks, with_precision, progress)
             yield name, of_set.digest, result, time.perf_counter() - started
 
     return score

@@ -8,8 +8,9 @@ Installed as the command `torchrun` of the environment: torch's own, with four o
    (argparse before Python 3.12.8). Abbreviated torchrun options are therefore not understood.
 3. It restarts workers that left on purpose, and answers 1 and a traceback whatever their exit status was. Here wrong
    usage (2) and preemption (75) are neither restarted nor dressed up: they are the exit status of the job.
-4. Before a restart it asks the surviving workers to end and waits up to 30 s for one that is stopped. They hold nothing
-   that a checkpoint does not, so here they are killed.
+4. Before a restart it asks the surviving workers to end and waits up to 30 s for one that is stopped or hangs. They
+   hold nothing that a checkpoint does not, so here they are killed: at once after a crash, and after some seconds for
+   last words where another worker left with an exit status.
 """
 
 import os
@@ -21,6 +22,7 @@ from trainer import elastic
 from trainer.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USAGE
 
 ON_PURPOSE = (EXIT_USAGE, EXIT_PREEMPTED)
+LAST_WORDS_SECONDS = 3
 
 
 def torchrun() -> None:
@@ -29,16 +31,20 @@ def torchrun() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun would too, with a warning; numerics.threads decides anyway
     from torch.distributed import run
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.api import SignalException, SubprocessContext
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     _mend(LocalElasticAgent)
+    _mend_waiting(SubprocessContext)
     failures_file = elastic.make_failures_file()
     parser = run.get_args_parser()
     parser.allow_abbrev = False
     parser.set_defaults(signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")  # Slurm's notice is SIGUSR1
+    arguments = parser.parse_args(sys.argv[1:])
+    if arguments.log_dir is None and arguments.redirects == arguments.tee == "0":
+        arguments.log_dir = os.devnull  # nothing would be logged there, and torch leaves the directories behind in /tmp
     try:
-        run.run(parser.parse_args(sys.argv[1:]))
+        run.run(arguments)
     except ChildFailedError as error:
         statuses = {failure.exitcode for failure in error.failures.values()}
         on_purpose = [status for status in ON_PURPOSE if status in statuses]
@@ -75,6 +81,19 @@ def _mend(agent_class: Any) -> None:
     agent_class._monitor_workers = monitor_workers
     agent_class._restart_workers = restart_workers
     agent_class._stop_workers = stop_workers
+
+
+def _mend_waiting(context_class: Any) -> None:
+    close = context_class.close
+
+    def close_soon(context: Any, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
+        statuses = {failure.exitcode for failure in context._failures.values()}
+        if death_sig is None and statuses and not statuses & set(ON_PURPOSE):  # not a signal that we pass on
+            crashed = min(statuses) < 0
+            death_sig, timeout = (signal.SIGKILL, timeout) if crashed else (signal.SIGTERM, LAST_WORDS_SECONDS)
+        close(context, death_sig, timeout)
+
+    context_class.close = close_soon
 
 
 def _record(rank: int, failure: Any) -> dict[str, Any]:

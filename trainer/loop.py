@@ -41,8 +41,8 @@ class Parts:
 
     work: Work
     log: EventLog
-    evaluate: Callable[[nn.Module], Iterable[tuple[str, str, Score, float]]]
-    """Scores the model on every held-out set: (name, digest of its tokens, score, seconds)."""
+    evaluate: Callable[[nn.Module, int], Iterable[tuple[str, str, Score, float]]]
+    """Scores a step's model on every held-out set: (name, digest of its tokens, score, seconds)."""
     checkpoints: Checkpoints
 
 
@@ -111,7 +111,7 @@ def finite_gradients(state: TrainState, parts: Parts) -> tuple[Sums, float]:
 
 
 def score(state: TrainState, parts: Parts) -> None:
-    for name, tokens_digest, result, seconds in parts.evaluate(state.model):
+    for name, tokens_digest, result, seconds in parts.evaluate(state.model, state.step):
         parts.log.append(
             EvalDone(
                 step=state.step,

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 RUN_COLOURS = ("#2f6690", "#c8553d", "#3a7d44", "#7b5ea7", "#b8860b", "#3f3f46")
 SET_MARKS = ("o", "s", "^", "D", "v", "P")
 GREY = "#8a8f98"
+INCIDENT_COLOURS = {"preempted": "#b8860b", "not_finite": "#7b5ea7", "save_failed": "#b8860b"}
+INCIDENT_COLOUR = "#b3261e"
+LABELS = 24  # more would cover each other
 SMOOTHING = 0.02  # of the run's steps: the width of the moving average
 
 
@@ -19,7 +22,8 @@ def draw_curves(summaries: Mapping[str, Mapping[str, Any]], path: Path, log_step
 
     Above: training loss (faint: each step; solid: moving average) and every evaluation set, in nats per token. Below:
     bits per byte of the evaluation sets, which compares runs across tokenizers. One colour a run, one mark a set; thin
-    vertical lines are restarts, at the step they resumed from. The file appears whole or not at all.
+    vertical lines are restarts, at the step they resumed from. One run alone also shows its incidents: what happened
+    where, as labelled ticks, and the steps lost by it as a shaded stretch. The file appears whole or not at all.
     """
     import matplotlib
 
@@ -36,6 +40,9 @@ def draw_curves(summaries: Mapping[str, Mapping[str, Any]], path: Path, log_step
         for number, (name, summary) in enumerate(summaries.items()):
             colour = RUN_COLOURS[number % len(RUN_COLOURS)]
             _draw_run(panels, name, summary, colour, many=len(summaries) > 1)
+        if len(summaries) == 1:
+            for summary in summaries.values():
+                _draw_incidents(panels, summary.get("incidents", []))
         _dress(panels, log_steps, columns=min(3, len(summaries)))
         panels[0].set_title(_title(summaries), loc="left", fontsize=12, fontweight="bold", pad=12)
         figure.tight_layout()
@@ -84,6 +91,50 @@ def _draw_run(panels: Sequence["Axes"], name: str, summary: Mapping[str, Any], c
         if attempt["from_step"] is not None:
             for panel in panels:
                 panel.axvline(attempt["from_step"], color=colour if many else GREY, linewidth=0.8, linestyle=":")
+
+
+def _draw_incidents(panels: Sequence["Axes"], incidents: Sequence[Mapping[str, Any]]) -> None:
+    known = [incident for incident in incidents if incident["step"] is not None]
+    for incident in known:
+        colour = INCIDENT_COLOURS.get(incident["kind"], INCIDENT_COLOUR)
+        step, lost = incident["step"], incident["lost_steps"] or 0
+        if lost:
+            for panel in panels:
+                panel.axvspan(step - lost, step, color=colour, alpha=0.07, linewidth=0)
+        # Of ticks, not lines: restarts have those.
+        panels[-1].plot([step], [0], marker="^", color=colour, markersize=5, clip_on=False, zorder=5,
+                        transform=panels[-1].get_xaxis_transform())  # fmt: skip
+    for label in labels(known):
+        panels[-1].annotate(
+            label["text"],
+            (label["step"], 0.04),
+            xycoords=panels[-1].get_xaxis_transform(),
+            rotation=90,
+            fontsize=7,
+            ha="center",
+            va="bottom",
+            color=INCIDENT_COLOURS.get(label["kind"], INCIDENT_COLOUR),
+        )
+
+
+def labels(incidents: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One label for the incidents of a step; none at all where there would be too many to read."""
+    by_step: dict[int, list[Mapping[str, Any]]] = {}
+    for incident in incidents:
+        by_step.setdefault(incident["step"], []).append(incident)
+    if len(by_step) > LABELS:
+        return []
+    return [
+        {"step": step, "kind": here[0]["kind"], "text": ", ".join(dict.fromkeys(_label(incident) for incident in here))}
+        for step, here in by_step.items()
+    ]
+
+
+def _label(incident: Mapping[str, Any]) -> str:
+    words = {"worker_lost": "lost", "save_failed": "save failed", "checkpoint_rejected": "damaged checkpoint"}
+    what: str = words.get(incident["kind"]) or incident["kind"].replace("_", " ")
+    of_rank = incident["rank"] is not None and incident["kind"] in ("worker_lost", "hung")
+    return f"rank {incident['rank']} {what}" if of_rank else f"workers {what}" if what == "lost" else what
 
 
 def _dress(panels: Sequence["Axes"], log_steps: bool, columns: int) -> None:

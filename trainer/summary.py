@@ -12,10 +12,12 @@ How the log is read:
 - `status` is "finished" if any attempt finished (starting a finished run again changes nothing), else the last
   attempt's end. An attempt without one is "running" while it lives, "failed" when it died. On another host silence
   decides: a live rank leaves a hung collective after elastic.step_timeout_seconds, so twice that is "failed".
+- `incidents` and `goodput` are defined in goodput.py: what went wrong and what it cost, and where the wall time went.
 
 A value nobody measured is None, never 0.
 """
 
+import dataclasses
 import math
 import os
 import socket
@@ -25,7 +27,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer import events, rundir
+from trainer import events, goodput, rundir
 from trainer.errors import RunDirectoryError
 from trainer.events import AttemptEnded, AttemptStarted, Entry, EvalDone, StepDone, Warned
 
@@ -51,9 +53,10 @@ def summarise(run: Path, checkpoints: Sequence[dict[str, Any]] = ()) -> dict[str
     for earlier in attempts[:-1]:
         earlier["ended"] = earlier["ended"] or "died"
     status = _status(attempts, entries, 2 * identity["config"]["elastic"]["step_timeout_seconds"])
-    steps = [entry for entry in entries if isinstance(entry.event, StepDone)]
+    steps = [entry for entry in entries if isinstance(entry.event, StepDone) and entry.rank == 0]
     ends = [entry.event for entry in entries if isinstance(entry.event, AttemptEnded)]
     start = next((e.event for e in reversed(entries) if isinstance(e.event, AttemptStarted)), None)
+    running = status == "running"
     step = next((a["to_step"] for a in reversed(attempts) if a["to_step"] is not None), None)
     return {
         "status": status,
@@ -69,6 +72,8 @@ def summarise(run: Path, checkpoints: Sequence[dict[str, Any]] = ()) -> dict[str
         "train": _series(steps, "loss"),
         "eval": _evals(entries),
         "faults": [],
+        "incidents": [dataclasses.asdict(incident) for incident in goodput.incidents(entries, running)],
+        "goodput": goodput.account(entries, now=time.time() if running else None),
         "tokens_per_second": _rate(steps),
         "learning_rate": _series(steps, "learning_rate"),
         "grad_norm": _series(steps, "grad_norm"),
@@ -78,8 +83,8 @@ def summarise(run: Path, checkpoints: Sequence[dict[str, Any]] = ()) -> dict[str
         "device": start.device if start else None,
         "strategy": start.strategy if start else None,
         "started": entries[0].time,
-        "ended": None if status == "running" else max(entry.time for entry in entries),
-        "warnings": _warnings(entries, ends),
+        "ended": None if running else max(entry.time for entry in entries),
+        "warnings": _warnings(entries, ends) + _gaps(entries),
     }
 
 
@@ -230,6 +235,16 @@ def _warnings(entries: list[Entry], ends: list[AttemptEnded]) -> list[dict[str, 
     return said
 
 
+def _gaps(entries: list[Entry]) -> list[dict[str, Any]]:
+    """Steps that the run stands on and that no attempt has computed: a log is missing, or a checkpoint is not ours."""
+    steps = goodput.committed(entries)
+    missing = sorted(set(range(1, max(steps, default=0) + 1)) - set(steps))
+    if not missing:
+        return []
+    message = f"{len(missing)} steps are missing in the log, the first is {missing[0]}; their samples cannot be checked"
+    return [{"attempt": None, "rank": None, "message": message}]
+
+
 def render(summary: dict[str, Any]) -> "RenderableType":
     """A page for a person: one rich renderable for `rich.print`."""
     from rich.console import Group
@@ -239,6 +254,10 @@ def render(summary: dict[str, Any]) -> "RenderableType":
     tables = [_figures(summary), _attempts_table(summary)]
     if summary["checkpoints"]:
         tables.append(_checkpoints_table(summary))
+    if summary["goodput"]["wall_seconds"]:
+        tables.append(_goodput_table(summary["goodput"]))
+    if summary["incidents"]:
+        tables.append(_incidents_table(summary["incidents"]))
     warnings = [Text(f"warning: {line}", style="yellow") for line in _warning_lines(summary)]
     body = [Padding(item, (1, 0, 0, 2), expand=False) for item in tables]
     return Group(_headline(summary), *body, *([Text()] if warnings else []), *warnings)
@@ -302,6 +321,49 @@ def _attempts_table(summary: dict[str, Any]) -> Any:
     return table
 
 
+PART_COLOURS = {
+    "productive": "green", "redone": "magenta", "lost_steps": "red", "evaluation": "blue", "save_stall": "yellow",
+    "startup": "cyan", "hung": "bright_red", "down": "bright_magenta", "preempted": "bright_yellow",
+    "shutdown": "bright_blue", "other": "bright_black",
+}  # fmt: skip
+
+
+def _goodput_table(goodput: dict[str, Any]) -> Any:
+    """A bar of the wall time, and a line for each part of it that took any."""
+    from rich.console import Group
+    from rich.text import Text
+
+    wall, parts = goodput["wall_seconds"], goodput["parts"]
+    title = Text.assemble(("goodput ", "dim"), (f"{goodput['ratio']:.1%}", "bold"), f" of {clock(wall)}")
+    table = _table("time", "seconds", "share", "")
+    for name, seconds in parts.items():
+        if seconds > 0:
+            causes = goodput["startup"].items() if name == "startup" else ()
+            detail = ", ".join(f"{cause} {part:.1f}" for cause, part in causes)
+            label = Text.assemble(("■ ", PART_COLOURS[name]), name.replace("_", " "))
+            table.add_row(label, f"{seconds:,.1f}", f"{seconds / wall:.1%}", detail)
+    return Group(title, _bar(parts, wall, width=60), Text(), table)
+
+
+def _bar(parts: dict[str, float], wall: float, width: int) -> Any:
+    from rich.text import Text
+
+    bar, passed, drawn = Text(), 0.0, 0
+    for name, seconds in parts.items():
+        passed += seconds
+        upto = round(width * passed / wall)
+        bar.append("━" * (upto - drawn), PART_COLOURS[name])
+        drawn = upto
+    return bar
+
+
+def _incidents_table(incidents: list[dict[str, Any]]) -> Any:
+    table = _table("attempt", "incident")
+    for incident in incidents:
+        table.add_row(str(incident["attempt"]), _plain(incident["text"]))
+    return table
+
+
 def _checkpoints_table(summary: dict[str, Any]) -> Any:
     table = _table("checkpoint", "size", "state")
     states = {True: "[green]intact[/]", False: "[red]damaged[/]", None: "not checked"}
@@ -317,7 +379,7 @@ def _table(*columns: str) -> Any:
 
     table = Table(box=SIMPLE_HEAD, header_style="dim", pad_edge=False, show_edge=False)
     for name in columns:
-        left = name in ("attempt", "ended", "checkpoint", "state")
+        left = name in ("attempt", "ended", "checkpoint", "state", "time", "incident", "")
         table.add_column(name, justify="left" if left else "right", overflow="fold")
     return table
 

@@ -6,6 +6,7 @@ pipe end, writes everything down, marks the run crashed and leaves.
 """
 
 import contextlib
+import fcntl
 import json
 import netrc
 import os
@@ -15,14 +16,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from trainer import errors
 from trainer.config import Config
-from trainer.events import AttemptEnded, Entry, EvalDone, StepDone
+from trainer.events import (
+    AttemptEnded,
+    AttemptStarted,
+    CheckpointFailed,
+    CheckpointSaved,
+    Entry,
+    EvalDone,
+    Event,
+    StepDone,
+)
+from trainer.goodput import Incident, Story, committed
 
 WandbMode = Literal["online", "offline", "disabled"]
 WANDB_HOST = "https://api.wandb.ai"
@@ -72,6 +83,11 @@ class WandbSink:
     once, through `on_problem`, on the thread that calls the sink or closes it; training goes on. `run_info` needs
     "run_id", stable over the run's attempts; the rest of it (fingerprint, versions) joins the config that W&B shows.
     Offline, each attempt leaves its own folder in RUN/wandb, all with one id: `wandb sync` joins them later.
+
+    `earlier` is the log of the attempts before. With it the counts below go on over restarts: `run/attempt` beside
+    every step (where it changes, the run was restarted; steps shown twice were replayed); `run/incidents`,
+    `run/restarts`, `run/lost_steps`, `run/seconds_without_training` and the line `run/incident` at each incident's
+    step, which raises an alert too; `checkpoint/failures` beside `checkpoint/stall_seconds` and `checkpoint/seconds`.
     """
 
     def __init__(
@@ -81,6 +97,7 @@ class WandbSink:
         run_info: Mapping[str, Any],
         on_problem: Callable[[str], None],
         close_timeout_seconds: float = 30.0,
+        earlier: Sequence[Entry] = (),
     ) -> None:
         self.mode: WandbMode = wandb_mode(config)
         self._directory = run_directory
@@ -88,7 +105,7 @@ class WandbSink:
         self._close_timeout_seconds = close_timeout_seconds
         self._pending = bytearray()
         self._written_at = float("-inf")
-        self._redone = 0
+        self._marks = _Marks(earlier)
         self._helper: subprocess.Popen[bytes] | None = None
         self._said: IO[bytes] | None = None
         self._url: str | None = None
@@ -98,8 +115,7 @@ class WandbSink:
     def __call__(self, entry: Entry) -> None:
         if self._helper is None:
             return
-        message = self._message(entry.event)
-        if message is not None:
+        for message in self._marks.messages(entry):
             self._pending += json.dumps(message).encode() + b"\n"
         # A checkpoint is an event too: steps lost here by a kill come after it, and are replayed.
         if not isinstance(entry.event, StepDone) or not 0 <= entry.time - self._written_at < WANDB_SECONDS:
@@ -187,20 +203,6 @@ class WandbSink:
             self._pending += json.dumps(first).encode() + b"\n"
             self._write()
 
-    def _message(self, event: Any) -> dict[str, Any] | None:
-        match event:
-            case StepDone():
-                self._redone += event.redone
-                return {"log": _step_metrics(event, self._redone)}
-            case EvalDone(step=step, set=name):
-                scores = {f"eval/{name}/loss": event.loss, f"eval/{name}/bits_per_byte": event.bits_per_byte}
-                return {"log": {"step": step, **scores}}
-            case AttemptEnded():
-                hashes = {"weights_sha256": event.weights_sha256, "state_sha256": event.state_sha256}
-                return {"end": STATUS_EXIT.get(event.status, errors.EXIT_FAILED), "summary": hashes}
-            case _:
-                return None
-
     def _write(self) -> None:
         assert self._helper is not None
         assert self._helper.stdin is not None
@@ -256,9 +258,76 @@ class WandbSink:
         return "" if self._said is None else os.pread(self._said.fileno(), size, 0).decode(errors="replace")
 
 
-def _step_metrics(event: StepDone, redone: int) -> dict[str, Any]:
+class _Marks:
+    """Turns entries into messages for the helper. Its counts are the run's, not the attempt's."""
+
+    def __init__(self, earlier: Sequence[Entry]) -> None:
+        self._story = Story(earlier)
+        self._earlier = earlier
+        self._redone = 0
+        self._checkpoint_failures = sum(
+            isinstance(entry.event, CheckpointFailed) and entry.rank == 0 for entry in earlier
+        )
+
+    def messages(self, entry: Entry) -> Iterator[dict[str, Any]]:
+        for incident in self._story.tell(entry):
+            yield from self._incident(incident)
+        event = entry.event
+        if isinstance(event, StepDone):
+            self._redone += event.redone
+            yield {"log": _step_metrics(event, entry.attempt, self._redone)}
+        else:
+            yield from self._rare(entry.attempt, event)
+
+    def _rare(self, attempt: int, event: Event) -> Iterator[dict[str, Any]]:
+        match event:
+            case AttemptStarted(from_step=step):
+                self._redone = sum(done.redone for n, done in committed(self._earlier).items() if n <= step)
+                self._earlier = ()
+                yield {"log": {"step": step, "run/attempt": attempt, "run/world_size": event.world_size}}
+                if not attempt:  # the curves begin at 0, not at the first incident
+                    yield {"log": {"step": step, **self._counts()}}
+            case EvalDone(step=step, set=name):
+                scores = {f"eval/{name}/loss": event.loss, f"eval/{name}/bits_per_byte": event.bits_per_byte}
+                yield {"log": {"step": step, **scores}}
+            case CheckpointSaved(step=step):
+                times = {"checkpoint/stall_seconds": event.stall_seconds, "checkpoint/seconds": event.seconds}
+                yield {"log": {"step": step, "checkpoint/failures": self._checkpoint_failures, **times}}
+            case CheckpointFailed(step=step):
+                self._checkpoint_failures += 1
+                yield {"log": {"step": step, "checkpoint/failures": self._checkpoint_failures}}
+            case AttemptEnded():
+                hashes = {"weights_sha256": event.weights_sha256, "state_sha256": event.state_sha256}
+                if event.status not in ("finished", "preempted"):
+                    yield _alert(f"attempt {attempt} failed", event.reason, "ERROR")
+                yield {"end": STATUS_EXIT.get(event.status, errors.EXIT_FAILED), "summary": hashes}
+
+    def _incident(self, incident: Incident) -> Iterator[dict[str, Any]]:
+        where = {} if incident.step is None else {"step": incident.step}
+        line = f"attempt {incident.attempt}: {incident.text}"
+        yield {"log": {**where, **self._counts(), "run/incident": line}}
+        level = "INFO" if incident.kind == "preempted" else "WARN"
+        yield _alert(f"{incident.kind.replace('_', ' ')} in attempt {incident.attempt}", incident.text, level)
+
+    def _counts(self) -> dict[str, float]:
+        told = self._story.incidents
+        ends = [incident for incident in told if incident.ends_attempt]
+        return {
+            "run/incidents": len(told),
+            "run/restarts": len(ends),
+            "run/lost_steps": sum(incident.lost_steps or 0 for incident in ends),
+            "run/seconds_without_training": sum(incident.seconds or 0.0 for incident in ends),
+        }
+
+
+def _alert(title: str, text: str, level: str) -> dict[str, Any]:
+    return {"alert": {"title": title, "text": text, "level": level}}
+
+
+def _step_metrics(event: StepDone, attempt: int, redone: int) -> dict[str, Any]:
     metrics = {
         "step": event.step,
+        "run/attempt": attempt,
         "train/loss": event.loss,
         "train/grad_norm": event.grad_norm,
         "train/learning_rate": event.learning_rate,
@@ -277,6 +346,7 @@ def relay() -> None:
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)  # the trainer decides when it is over: its pipe ends
     first = json.loads(sys.stdin.readline())
+    turn = _take_turn(Path(first["init"]["dir"]) / "wandb" / "helper.lock", first["finish_timeout"])
     run = _open_run(first["init"], first["finish_timeout"])
     os.nice(10)  # only now: on a busy machine a start at low priority takes longer than a short run
     exit_code = errors.EXIT_FAILED  # no `end`: the trainer was killed
@@ -287,12 +357,33 @@ def relay() -> None:
             break
         if "log" in message:
             run.log(message["log"])
+        elif "alert" in message:
+            run.alert(**message["alert"], wait_duration=0)
         else:
             run.summary.update(message["summary"])
             exit_code = message["end"]
     if exit_code == errors.EXIT_PREEMPTED:
         run.mark_preempting()
     run.finish(exit_code)
+    turn.close()
+
+
+def _take_turn(path: Path, timeout_seconds: float) -> contextlib.ExitStack:
+    """Wait, a bounded time, until the helper of the attempt before has written all it has; hold the run until closed.
+
+    A killed trainer may be back before its old helper is done, and two writers of one run number their rows alike.
+    """
+    held = contextlib.ExitStack()
+    deadline = time.monotonic() + timeout_seconds
+    with contextlib.suppress(OSError):  # a file system without locks: no worse than before
+        lock = held.enter_context(path.open("a"))
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
+                break
+            except BlockingIOError:
+                time.sleep(0.05)
+    return held
 
 
 def _open_run(arguments: dict[str, Any], finish_timeout_seconds: float) -> Any:

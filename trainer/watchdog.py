@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -31,7 +32,7 @@ POINTS = (
 )  # fmt: skip
 ANSWER_SECONDS = 1.2  # how long the first to notice waits for the others' stacks
 SECOND_SECONDS = 0.4  # how much longer the others leave it the report
-LAST_RESORT_SECONDS = 2.2  # then the process ends, even if a dead file system holds up the diagnosis
+LAST_RESORT_SECONDS = 1.9  # then the process ends, even if a dead file system holds up the diagnosis
 POLL_SECONDS = 0.03
 
 
@@ -73,7 +74,7 @@ def diagnose(views: Sequence[View], limit_seconds: float) -> list[dict[str, Any]
     """
     silent, living = [v for v in views if not v.alive], [v for v in views if v.alive]
     waiting, outside = [v for v in living if v.pending], [v for v in living if not v.pending]
-    culprits = [_culprit(view, "does not answer: its process is stopped or gone") for view in silent]
+    culprits = [_silent(view, waiting) for view in silent]
     stuck = [view for view in outside if view.idle >= limit_seconds / 2]
     if any(not view.recorded for view in outside):
         return culprits or _behind(living)
@@ -88,10 +89,24 @@ def _culprit(view: View, why: str) -> dict[str, Any]:
     return {"rank": view.rank, "point": view.point, "step": view.step, "why": why}
 
 
+def _silent(view: View, waiting: Sequence[View]) -> dict[str, Any]:
+    """A rank that cannot say where it is. What it last published may be some short steps old; but it has done all
+    collectives before the one that the others wait in, so it is at their step, or still at the end of the one before.
+    """
+    why = "does not answer: its process is stopped or gone"
+    if not waiting:
+        return _culprit(view, why)
+    first = min(waiting, key=lambda view: view.step)
+    if view.step < first.step - 1:
+        why += f"; last seen at {view.point} of step {view.step}"
+        view = replace(view, point="unknown", step=first.step)
+    return _culprit(view, f"{why}, while rank {first.rank} waits in {first.pending} at {first.point}")
+
+
 def _behind(living: Sequence[View]) -> list[dict[str, Any]]:
     """Without a Flight Recorder: the ranks at the earliest place, if not all are there."""
     places = {v.rank: (v.step, POINTS.index(v.point)) for v in living if v.point in POINTS}
-    if len(places) < len(living) or not places or (len(set(places.values())) == 1 and len(places) > 1):
+    if len(places) < len(living) or len(set(places.values())) < 2:
         return []
     first = min(places.values())
     return [_culprit(v, "is behind the other ranks") for v in living if places[v.rank] == first]
@@ -147,12 +162,12 @@ class Watchdog:
         leave: Callable[[int], None] = os._exit,
     ) -> None:
         self._files = _Files(run, rank, world_size, attempt)
-        self._rank = rank
+        self._rank, self._alone = rank, world_size == 1
         self._step_timeout, self._startup_timeout = step_timeout_seconds, startup_timeout_seconds
         self._report, self._leave = report, leave
-        self._interval = min(0.25, step_timeout_seconds / 8, startup_timeout_seconds / 8)
+        self._interval = min(0.5, step_timeout_seconds / 8, startup_timeout_seconds / 8)
         self._main = get_ident()
-        self._last = ("startup", 0, monotonic())
+        self._last: tuple[str, int, float] = ("startup", 0, monotonic())
         self._stepped = False
         self._idle = 0.0
         self._answers = -1
@@ -169,8 +184,9 @@ class Watchdog:
 
     def start(self) -> None:
         self._main = get_ident()
-        self._last = (*self._last[:2], monotonic())
+        self._last = (self._last[0], self._last[1], monotonic())
         self._files.open()
+        self._files.publish(self._view())
         for target in (self._beat, self._watch):
             thread = threading.Thread(target=target, name=f"toprope-watchdog{target.__name__}", daemon=True)
             self._threads.append(thread)
@@ -207,43 +223,52 @@ class Watchdog:
         seen, woke = self._last, monotonic()
         while not self._stopping.wait(self._interval):
             now, last = monotonic(), self._last
-            ran = min(now - woke, 4 * self._interval)  # if more, this process did not run: that is not held against it
+            # After a long gap this process did not run (stopped, suspended): that is not held against it.
+            ran = now - woke if now - woke < 4 * self._interval else self._interval
             self._idle = min(now - last[2], ran if last is not seen else self._idle + ran)
             seen, woke = last, now
             if self._idle >= self._limit:
-                if self._gives_up():
+                if self._gives_up(last):
                     return
                 woke = monotonic()
 
-    def _gives_up(self) -> bool:
-        """Collect stacks, find the culprits, report, leave. False if the main thread went on meanwhile."""
-        last, limit, noticed = self._last, self._limit, monotonic()
+    def _gives_up(self, last: tuple[str, int, float]) -> bool:
+        """Find out why, report, leave. False if the main thread went on meanwhile: slow, but not hung."""
         last_resort = threading.Timer(LAST_RESORT_SECONDS, self._leave_without_report)
         last_resort.daemon = True
-        last_resort.start()
         try:
-            mine = self._files.request()
-            with self._answering:
-                own = self._answer(mine)
-            views = self._ask(mine, last, noticed)
-            if self._stopping.is_set() or self._last is not last:
-                return False  # slow, but not hung
-            self._files.collect_forced_dumps()
-            event = Hung(
-                step=last[1],
-                point=last[0],
-                seconds=round(self._idle + monotonic() - noticed, 3),
-                culprits=diagnose([replace(v, alive=v.rank == self._rank or v.answers >= mine) for v in views], limit),
-                collective=str(own.pending) if own.pending else None,
-                stacks=self._files.stacks_name if self._files.stacks.exists() else "",
-            )
-            with contextlib.suppress(Exception):  # a log that cannot be written must not keep a hung process
-                self._report(event)
-            self._files.remove_own()
-        finally:
-            last_resort.cancel()
+            last_resort.start()
+            event = self._investigate(last)
+            if event is None:
+                last_resort.cancel()
+                return False
+            self._report(event)
+        except Exception:  # whatever goes wrong here, a log that cannot be written say, the hung process must end
+            traceback.print_exc()
+        self._files.remove_own()
+        last_resort.cancel()
         self._leave(1)
         return True
+
+    def _investigate(self, last: tuple[str, int, float]) -> Hung | None:
+        """Gather all ranks' stacks and find the culprits. None once the main thread has gone on from `last`."""
+        noticed, limit = monotonic(), self._limit
+        mine = self._files.request()
+        with self._answering:
+            own, published = self._answer(mine)
+        # Where this rank cannot ask or answer, a full disk say, silence of the others means nothing.
+        views = self._ask(mine, last, noticed) if mine and published else [own]
+        if self._stopping.is_set() or self._last is not last:
+            return None
+        self._files.collect_forced_dumps()
+        return Hung(
+            step=last[1],
+            point=last[0],
+            seconds=round(self._idle + monotonic() - noticed, 3),
+            culprits=diagnose([replace(v, alive=v.rank == self._rank or v.answers >= mine) for v in views], limit),
+            collective=str(own.pending) if own.pending else None,
+            stacks=self._files.stacks_name if self._files.stacks.exists() else "",
+        )
 
     def _leave_without_report(self) -> None:
         with contextlib.suppress(OSError, ValueError):
@@ -256,7 +281,7 @@ class Watchdog:
         is_first = self._files.asked_first()
         deadline = noticed + (ANSWER_SECONDS if is_first else ANSWER_SECONDS + SECOND_SECONDS)
         while True:
-            views = self._files.views() or [self._view()]
+            views = self._files.views()
             answered = all(view.answers >= mine or view.rank == self._rank for view in views)
             if (answered and is_first) or monotonic() > deadline or self._last is not last:
                 return views
@@ -265,12 +290,11 @@ class Watchdog:
 
     def _view(self) -> View:
         point, step, at = self._last
-        return View(
-            self._rank, point, step, round(min(self._idle + self._interval, monotonic() - at), 3), self._answers
-        )
+        idle = min(self._idle + self._interval, monotonic() - at)
+        return View(self._rank, point, step, round(idle, 3), self._answers, recorded=self._alone)
 
-    def _answer(self, requests: int) -> View:
-        """Dump stacks and Flight Recorder, then publish what they say."""
+    def _answer(self, requests: int) -> tuple[View, bool]:
+        """Dump stacks and Flight Recorder and publish what they say: returns that, and whether it could be written."""
         view = self._view()
         self._files.dump_stacks(
             f"rank {self._rank} at {view.point} of step {view.step}, {view.idle} s without progress"
@@ -278,12 +302,12 @@ class Watchdog:
         text = flight_recorder_trace()
         if text is not None:
             self._files.dump_trace(text)
-            trace = json.loads(text)
-            view = replace(view, recorded="entries" in trace, pending=pending_collective(trace))
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # another torch's format: then we do not know
+                trace = json.loads(text)
+                view = replace(view, recorded="entries" in trace or self._alone, pending=pending_collective(trace))
         self._answers = max(self._answers, requests)
         view = replace(view, answers=self._answers)
-        self._files.publish(view)
-        return view
+        return view, self._files.publish(view)
 
 
 def flight_recorder_trace() -> bytes | None:
@@ -333,10 +357,10 @@ class _Files:
                 self._live.rmdir()
 
     def remove_own(self) -> None:
-        _remove([self._own, self._forced])
+        _remove(self._own.with_suffix(suffix) for suffix in (".json", ".forced", ".partial", ".stacks"))
 
     def arm(self, seconds: float) -> None:
-        """Should this process hold the GIL for so long that no Python thread runs, have C dump its stacks for a peer."""
+        """Have C write the stacks, for a peer to find, should no Python thread get the GIL for so long."""
         if self._forced_file is not None:
             with contextlib.suppress(OSError, RuntimeError):
                 self._forced_file.truncate(0)
@@ -371,8 +395,8 @@ class _Files:
         except OSError:
             return True
 
-    def publish(self, view: View) -> None:
-        self._write(self._own, json.dumps(asdict(view)).encode())
+    def publish(self, view: View) -> bool:
+        return self._write(self._own, json.dumps(asdict(view)).encode())
 
     def views(self) -> list[View]:
         """Of all ranks that can be seen: none of another machine, unless they share the run directory."""
@@ -399,13 +423,15 @@ class _Files:
             with contextlib.suppress(OSError, ValueError):
                 _write_stacks(about, sys.stderr)
 
-    def _write(self, path: Path, content: bytes) -> None:
+    def _write(self, path: Path, content: bytes) -> bool:
         partial = self._own.with_suffix(".partial")
         try:
             partial.write_bytes(content)
             partial.replace(path)
         except OSError:
             _remove([partial])
+            return False
+        return True
 
 
 def _write_stacks(about: str, file: Any) -> None:

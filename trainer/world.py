@@ -82,6 +82,8 @@ class World:
 
 def connect(device: torch.device, timeout_seconds: float) -> World:
     """Join the process group that torchrun describes in the environment; without torchrun, a group of one."""
+    # The Flight Recorder names a hung collective; the last few are enough and quick to dump.
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "256")
     timeout = datetime.timedelta(seconds=timeout_seconds)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if elastic.started_by_torchrun():

@@ -1,9 +1,8 @@
-"""Promises about what a person sees while a run trains: the console and Weights & Biases."""
+"""Promises about a run in Weights & Biases: what is shown, and that it costs training nothing."""
 
-import io
+import fcntl
 import json
 import os
-import re
 import signal
 import socket
 import struct
@@ -19,11 +18,12 @@ import pytest
 
 from trainer import rundir
 from trainer.config import Config, parse
-from trainer.console import Console, preparation
+from trainer.console import Console
 from trainer.errors import ConfigError
 from trainer.events import (
     AttemptEnded,
     AttemptStarted,
+    CheckpointFailed,
     CheckpointSaved,
     Entry,
     EvalDone,
@@ -31,9 +31,9 @@ from trainer.events import (
     EventLog,
     StepDone,
     Warned,
+    WorkersLost,
     read,
 )
-from trainer.job import watching
 from trainer.wandb_sink import WandbSink, wandb_mode
 
 CONFIG: Config = parse({"budget": {"steps": 60}, "wandb": {"mode": "offline"}})
@@ -93,138 +93,8 @@ def ended(status: str = "finished", number: int = 60, weights: str | None = "a" 
     return AttemptEnded(status=status, step=number, reason="SIGTERM", weights_sha256=weights, state_sha256=None)
 
 
-def entry(event: Event, seconds: float) -> Entry:
-    return Entry(0, 0, 1_000.0 + seconds, event)
-
-
-def lines_of(*events: tuple[float, Event]) -> list[str]:
-    out = io.StringIO()
-    with Console(CONFIG, is_terminal=False, file=out) as console:
-        for seconds, event in events:
-            console(entry(event, seconds))
-    return out.getvalue().splitlines()
-
-
-def test_off_a_terminal_steps_are_printed_first_last_and_every_five_seconds_between():
-    lines = lines_of((0, started()), *[(n * 0.5, step(n)) for n in range(1, 61)])
-    assert lines[0] == "attempt 0 · 2 ranks (fsdp) on cpu · 1,234,567 parameters · steps 0 → 60 · ready in 2.0 s"
-    assert [int(line.split("/")[0].split()[1]) for line in lines[1:]] == [1, 11, 21, 31, 41, 51, 60]
-    assert lines[2] == "step 11/60  loss 4.8900  grad 1.250  lr 1.00e-03  4,096 tok/s  left 0:24"
-
-
-def test_off_a_terminal_evals_checkpoints_and_warnings_are_always_printed():
-    lines = lines_of(
-        (0, step(1)),
-        (0, evaluated(1)),
-        (0, CheckpointSaved(step=1, bytes=1_500_000, seconds=0.25)),
-        (0, Warned(message="the disk is slow [really]")),
-    )
-    assert lines[1:] == [
-        "eval  1/60  val 2.5000 nats 1.7000 bpb",
-        "save  1/60  checkpoint  1.5 MB in 0.25 s",
-        "warning: the disk is slow [really]",
-    ]
-
-
-def test_the_last_line_of_a_finished_run_names_its_weights():
-    lines = lines_of((0, step(60)), (0, evaluated(60)), (0, ended()))
-    assert lines[-1] == f"finished step 60/60  val 2.5000 nats 1.7000 bpb  4,096 tok/s  weights_sha256 {'a' * 64}"
-
-
-def test_what_is_unknown_at_the_end_is_left_out():
-    assert lines_of((0, started(60)), (0, ended()))[-1] == f"finished step 60/60  weights_sha256 {'a' * 64}"
-    assert lines_of((0, ended("preempted", 7, None)))[-1] == "preempted step 7/60  SIGTERM"
-
-
-def test_every_line_is_flushed():
-    class Watched(io.StringIO):
-        flushed = ""
-
-        def flush(self) -> None:
-            self.flushed = self.getvalue()
-
-    out = Watched()
-    console = Console(CONFIG, is_terminal=False, file=out)
-    console(entry(step(1), 0))
-    assert out.flushed == out.getvalue() != ""
-
-
-def test_an_output_that_nobody_reads_any_more_does_not_stop_the_run():
-    reading, writing = os.pipe()
-    os.close(reading)
-    file = os.fdopen(writing, "w")
-    with Console(CONFIG, is_terminal=False, file=file) as console:
-        console(entry(step(1), 0))
-        console(entry(step(60), 9))
-    with pytest.raises(BrokenPipeError):
-        file.close()
-
-
-def test_on_a_terminal_permanent_lines_stay_and_the_cursor_comes_back_even_after_an_exception():
-    out = io.StringIO()
-
-    def interrupted() -> None:
-        with Console(CONFIG, is_terminal=True, file=out) as console:
-            console(entry(started(), 0))
-            console(entry(step(1), 1))
-            console(entry(evaluated(1), 1))
-            console(entry(Warned(message="[red]not markup"), 1))
-            console(entry(step(30), 2))
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    shown = out.getvalue()
-    assert "step 30/60" in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
-    assert "[red]not markup" in shown
-    assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l"), "the cursor stays hidden"
-
-
-def test_on_a_terminal_redrawing_is_throttled_and_the_end_is_one_uncut_line():
-    out = io.StringIO()
-    with Console(CONFIG, is_terminal=True, file=out) as console:
-        console(entry(step(1), 0))
-        drawn = len(out.getvalue())
-        for n in range(2, 31):
-            console(entry(step(n), 0.005 * n))
-        assert len(out.getvalue()) == drawn
-        console(entry(ended(), 1))
-    assert f"weights_sha256 {'a' * 64}" in out.getvalue()
-
-
-def test_the_live_line_leaves_standard_output_as_it_was():
-    before = sys.stdout, sys.stderr
-    with Console(CONFIG, is_terminal=True, file=sys.stdout) as console:
-        console(entry(step(1), 0))
-        console(entry(step(2), 9))
-    assert (sys.stdout, sys.stderr) == before
-
-
-def test_a_quiet_step_costs_far_less_than_fifty_microseconds():
-    for is_terminal in (False, True):
-        with Console(CONFIG, is_terminal=is_terminal, file=io.StringIO()) as console:
-            console(entry(step(1), 0))
-            quiet = entry(step(2), 0.001)
-            seconds = []
-            for _ in range(2_000):
-                before = time.perf_counter()
-                console(quiet)
-                seconds.append(time.perf_counter() - before)
-        assert sorted(seconds)[1_000] < 20e-6  # measured: 0.3
-
-
-def test_preparation_says_each_phase_once_and_nothing_when_disabled():
-    out = io.StringIO()
-    with preparation(file=out) as progress:
-        for done in (0, 1_000_000, 2_000_000):
-            progress("encoding", done, None)
-        progress("training a tokenizer", 3_000_000, 6_000_000)
-    with preparation(enabled=False, file=out) as progress:
-        progress("encoding", 0, None)
-    assert out.getvalue().splitlines() == ["encoding", "training a tokenizer  3.0 MB of 6.0 MB"]
-
-
-# --- Weights & Biases -------------------------------------------------------------------------------------------------
+def entry(event: Event, seconds: float, attempt: int = 0) -> Entry:
+    return Entry(attempt, 0, 1_000.0 + seconds, event)
 
 
 def test_auto_is_online_only_with_a_key_in_the_environment_or_in_netrc_for_that_host(home: Path, tmp_path: Path):
@@ -272,6 +142,9 @@ def offline_records(run_directory: Path, kind: str) -> dict[str, list[dict[str, 
             record = messages.Record.FromString(blob)
             if record.WhichOneof("record_type") == kind:
                 part = getattr(record, kind)
+                if kind == "alert":
+                    found.setdefault(path.parent.name, []).append({"title": part.title, "text": part.text})
+                    continue
                 items = part.item if kind == "history" else part.config.update if kind == "run" else part.update
                 row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
                 if kind == "run":
@@ -310,6 +183,7 @@ def test_metrics_are_readable_back_from_the_offline_file(tmp_path: Path):
     last = {key: value for key, value in train[-1].items() if not key.startswith("_")}
     assert last == {
         "step": 60,
+        "run/attempt": 0,
         "train/loss": 4.4,
         "train/grad_norm": 1.25,
         "train/learning_rate": 1e-3,
@@ -340,6 +214,56 @@ def test_a_resumed_run_keeps_its_id_and_shows_the_replayed_steps_too(tmp_path: P
     assert {rows[0]["id"] for rows in runs.values()} == {ABOUT["run_id"]}
     steps = sorted([row["step"] for row in rows] for rows in offline_records(tmp_path, "history").values())
     assert steps == [[1, 2, 3, 4, 5], [5, 6, 7, 8]]
+
+
+def figures(rows: list[dict[str, Any]], name: str) -> list[Any]:
+    """What a chart of `name` over the step shows."""
+    return [(row["step"], row[name]) for row in rows if name in row]
+
+
+def test_a_run_shows_its_restarts_what_they_cost_and_saves_that_failed(tmp_path: Path):
+    before = [entry(started(), 0), *[entry(step(n, redone=int(n in (3, 45))), n) for n in range(1, 48)]]
+    before.append(entry(CheckpointFailed(step=20, reason="EIO", in_a_row=1), 47))
+    failures = [{"rank": 1, "pid": 1, "exitcode": -9, "signal": "SIGKILL"}]
+    with WandbSink(tmp_path, CONFIG, ABOUT, on_problem=pytest.fail, earlier=before) as sink:
+        sink(entry(started(40), 50, attempt=1))
+        sink(entry(WorkersLost(failures=failures, reason=""), 50, attempt=1))
+        for n in range(41, 46):
+            sink(entry(step(n, redone=int(n == 45)), 10 + n, attempt=1))
+        sink(entry(CheckpointSaved(step=44, bytes=1, seconds=0.75, stall_seconds=0.25), 56, attempt=1))
+        sink(entry(CheckpointFailed(step=45, reason="No space left on device", in_a_row=1), 57, attempt=1))
+    rows = read_offline(tmp_path)
+    said = "rank 1 was killed (SIGKILL) after step 47; resumed from step 40, 7 steps to replay; 3.0 s without training"
+    failed = "the save of step 45 failed (No space left on device)"
+    assert figures(rows, "run/attempt") == [(40, 1), *[(n, 1) for n in range(41, 46)]]
+    assert figures(rows, "run/restarts") == [(47, 1), (45, 1)]
+    assert figures(rows, "run/incidents") == [(47, 2), (45, 3)]
+    assert figures(rows, "run/lost_steps") == [(47, 7), (45, 7)]
+    assert figures(rows, "run/seconds_without_training") == [(47, 3.0), (45, 3.0)]
+    assert figures(rows, "run/incident") == [(47, f"attempt 0: {said}"), (45, f"attempt 1: {failed}")]
+    assert figures(rows, "checkpoint/failures") == [(44, 1), (45, 2)]
+    assert figures(rows, "checkpoint/stall_seconds") == [(44, 0.25)]
+    assert figures(rows, "exact/redone")[-2:] == [(44, 1), (45, 2)], "counts go on where the run was resumed"
+    ((first, second),) = offline_records(tmp_path, "alert").values()
+    assert first == {"title": "worker lost in attempt 0", "text": said}
+    assert second == {"title": "save failed in attempt 1", "text": failed}
+
+
+def test_a_run_without_incidents_shows_that_there_were_none(tmp_path: Path):
+    with WandbSink(tmp_path, CONFIG, ABOUT, on_problem=pytest.fail) as sink:
+        sink(entry(started(), 0))
+        sink(entry(step(1), 1))
+        sink(entry(ended(), 2))
+    rows = read_offline(tmp_path)
+    for name in ("run/incidents", "run/restarts", "run/lost_steps", "run/seconds_without_training"):
+        assert figures(rows, name) == [(0, 0)]
+    assert offline_records(tmp_path, "alert") == {}
+
+
+def test_a_run_that_fails_raises_an_alert_with_the_reason(tmp_path: Path):
+    with WandbSink(tmp_path, CONFIG, ABOUT, on_problem=pytest.fail) as sink:
+        sink(entry(ended("failed", 7), 2))
+    assert offline_records(tmp_path, "alert").popitem()[1] == [{"title": "attempt 0 failed", "text": "SIGTERM"}]
 
 
 def processes_of_session(leader: int) -> list[int]:
@@ -388,11 +312,11 @@ def test_a_killed_trainer_loses_no_checkpointed_metric_and_leaves_no_process(tmp
     code = f"""if True:
         import sys, time
         sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from tests.test_watch import *
+        from tests.test_wandb_sink import *
         sink = WandbSink(Path({str(tmp_path)!r}), CONFIG, ABOUT, on_problem=print)
         for n in range(1, 41):
             sink(entry(step(n), n / 1000))
-        sink(entry(CheckpointSaved(step=40, bytes=1, seconds=0.1), 0.041))
+        sink(entry(CheckpointSaved(step=40, bytes=1, seconds=0.1, stall_seconds=0.1), 0.041))
         print(sink.pid, flush=True)
         time.sleep(600)
     """
@@ -405,7 +329,60 @@ def test_a_killed_trainer_loses_no_checkpointed_metric_and_leaves_no_process(tmp
     assert trainer.stdout.read() == ""  # the helper does not hold our output open: this would wait for it
     trainer.stdout.close()
     assert eventually(lambda: not processes_of_session(helper))
-    assert [row["step"] for row in read_offline(tmp_path)] == list(range(1, 41))
+    rows = read_offline(tmp_path)
+    assert [step for step, _ in figures(rows, "train/loss")] == list(range(1, 41))
+    assert figures(rows, "checkpoint/seconds") == [(40, 0.1)]
+
+
+@needs_proc
+def test_the_run_goes_on_under_one_id_after_rank_0_was_killed(tmp_path: Path):
+    code = f"""if True:
+        from tests.test_wandb_sink import *
+        log = EventLog.open(Path({str(tmp_path)!r}), 0, 0)
+        sink = WandbSink(Path({str(tmp_path)!r}), CONFIG, ABOUT, on_problem=print)
+        log.subscribe(sink)
+        log.append(started())
+        for n in range(1, 8):
+            log.append(step(n))
+        log.append(CheckpointSaved(step=5, bytes=1, seconds=0.1, stall_seconds=0.1))
+        print(sink.pid, flush=True)
+        time.sleep(600)
+    """
+    environ = os.environ | {"PYTHONPATH": str(REPO)}
+    trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environ, text=True)
+    assert trainer.stdout is not None
+    helper = int(trainer.stdout.readline())
+    assert eventually(lambda: bool(list(tmp_path.glob("wandb/offline-run-*"))))
+    trainer.kill()
+    trainer.wait()
+    trainer.stdout.close()
+    log = EventLog.open(tmp_path, 1, 0)
+    with WandbSink(tmp_path, CONFIG, ABOUT, on_problem=pytest.fail, earlier=read(tmp_path)) as sink:
+        log.subscribe(sink)
+        log.append(started(5))
+        for n in range(6, 9):
+            log.append(step(n))
+    log.close()
+    assert not alive(helper), "two helpers would have written one run at once"
+    runs = offline_records(tmp_path, "run")
+    assert {row["id"] for rows in runs.values() for row in rows} == {ABOUT["run_id"]}
+    assert len(runs) == 2
+    rows = read_offline(tmp_path)
+    assert figures(rows, "train/loss") == [(n, 5.0 - n / 100) for n in (*range(1, 8), *range(6, 9))]
+    assert figures(rows, "run/attempt")[-1] == (8, 1)
+    assert figures(rows, "run/lost_steps") == [(0, 0), (7, 2)]
+
+
+def test_a_helper_of_the_attempt_before_that_never_ends_is_not_waited_for_for_ever(tmp_path: Path):
+    (tmp_path / "wandb").mkdir()
+    with (tmp_path / "wandb" / "helper.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        problems: list[str] = []
+        with WandbSink(tmp_path, CONFIG, ABOUT, on_problem=problems.append, close_timeout_seconds=1.0) as sink:
+            sink(entry(step(1), 0))
+            assert sink.pid is not None
+        assert problems
+        assert "not done after 1 s" in problems[0]
 
 
 def test_offline_nothing_is_sent_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -434,7 +411,13 @@ def train_with(run: Path, config: Config = CONFIG, steps: int = 60) -> list[str]
     """A pretended run with a real event log; returns the warnings in it."""
     rundir.record(run, config, {"data_sha256": "d" * 64})
     log = EventLog.open(run, 0, 0)
-    with watching(log, run, config, rundir.read(run)):
+
+    def warn(message: str) -> None:
+        log.append(Warned(message=message))
+
+    with Console(config) as screen, WandbSink(run, config, rundir.read(run), on_problem=warn) as sink:
+        log.subscribe(screen)
+        log.subscribe(sink)
         log.append(started())
         for n in range(1, steps + 1):
             log.append(step(n))

@@ -1,0 +1,602 @@
+"""Promises about checkpoints. Real files throughout, and real ranks and kills where more than one process matters."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.checkpoint_worker import IDENTITY, LAYOUTS, flip, holds, names, small_state
+from tests.support import ROOT
+from trainer import checkpoint, config, events
+from trainer.errors import CheckpointError
+from trainer.events import CheckpointFailed, CheckpointRejected, CheckpointSaved
+from trainer.world import World
+
+ALONE = World(0, 1, torch.device("cpu"))
+FINGERPRINT = IDENTITY["fingerprint"]
+
+
+def saver(run: Path, **options: Any) -> checkpoint.Saver:
+    settings = config.Checkpoint(**{key: options.pop(key) for key in list(options) if key.startswith("keep")})
+    return checkpoint.Saver(run, ALONE, options.pop("identity", IDENTITY), settings, **options)
+
+
+def save(run: Path, *steps: int, **options: Any) -> list[events.Event]:
+    run.mkdir(exist_ok=True)
+    one, ended = saver(run, **options), []
+    for step in steps:
+        one.begin(step, small_state(step))
+        ended += one.finish()
+    one.close()
+    return ended
+
+
+def restore(run: Path, **options: Any) -> tuple[int | None, list[CheckpointRejected], dict[str, torch.Tensor]]:
+    tensors, reports = small_state(None), []
+    step = checkpoint.restore(run, tensors, ALONE, FINGERPRINT, reports.append, **options)
+    return step, reports, tensors
+
+
+def steps_of(run: Path) -> list[int]:
+    return [saved.step for saved in checkpoint.committed(run)]
+
+
+def path_of(run: Path, step: int) -> Path:
+    return checkpoint.directory(run) / f"step-{step:08d}"
+
+
+def shard_of(run: Path, step: int) -> Path:
+    return next(path_of(run, step).glob("*.distcp"))
+
+
+def ranks(command: str, count: int, directory: Path, *, timeout: float = 90) -> list[Any]:
+    """The results of `count` processes of checkpoint_worker; None for one that wrote none."""
+    with processes(command, count, directory) as running:
+        for process in running:
+            process.wait(timeout)
+    results = [directory / f"result-{rank}.json" for rank in range(count)]
+    return [json.loads(path.read_text()) if path.exists() else None for path in results]
+
+
+@contextlib.contextmanager
+def processes(command: str, count: int, directory: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
+    (directory / "run").mkdir()
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    arguments = [sys.executable, "-m", "tests.checkpoint_worker", command]
+    running = [
+        subprocess.Popen([*arguments, str(rank), str(count), str(directory)], cwd=ROOT, env=environment)
+        for rank in range(count)
+    ]
+    try:
+        yield running
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
+# Saving and loading
+
+
+def test_what_was_saved_in_any_sharding_on_any_number_of_ranks_loads_in_any_other_bitwise(tmp_path: Path):
+    results = ranks("reshard", 4, tmp_path)
+    for rank, result in enumerate(results):
+        sizes = [size for _, size in LAYOUTS if size > rank]
+        assert len(result) == len(sizes) * (1 + len(LAYOUTS)), "cases are missing"
+        wrong = [case for case, right in result.items() if right not in (True, ["CheckpointSaved"])]
+        assert not wrong
+    manifest = checkpoint.read_manifest(checkpoint.committed(tmp_path / "replicate-3")[0])
+    shards = [file["bytes"] for name, file in manifest["files"].items() if name.endswith(".distcp")]
+    assert len(shards) == 3 and max(shards) < 0.5 * sum(shards), "replicas share the writing"
+
+
+def test_a_save_returns_before_it_is_written_and_holds_the_state_of_its_own_step(tmp_path: Path):
+    go_on: list[bool] = []
+
+    def slow(point: str, step: int) -> None:
+        while not go_on:
+            time.sleep(0.001)
+
+    one, state = saver(tmp_path, at=slow), small_state(1)
+    one.begin(1, state)
+    for tensor in state.values():
+        tensor.zero_()  # training goes on
+    assert one.poll() == [] and steps_of(tmp_path) == []
+    go_on.append(True)
+    assert names(one.finish()) == ["CheckpointSaved"]
+    step, _, tensors = restore(tmp_path)
+    assert step == 1 and holds(tensors, 1)
+
+
+def test_the_next_save_waits_for_the_one_under_way_and_none_is_lost(tmp_path: Path):
+    one = saver(tmp_path, keep_last=5, at=lambda point, step: time.sleep(0.02))
+    for step in range(1, 5):
+        one.begin(step, small_state(step))
+    ended = [event for event in one.finish() if isinstance(event, CheckpointSaved)]
+    assert [event.step for event in ended] == [1, 2, 3, 4]
+    assert all(event.stall_seconds > 0.02 for event in ended[1:]), "the waiting is told"
+    assert steps_of(tmp_path) == [4, 3, 2, 1]
+    assert ended[0].bytes == checkpoint.committed(tmp_path)[-1].bytes
+
+
+def test_saving_again_copies_into_the_same_buffers(tmp_path: Path):
+    one = saver(tmp_path)
+    one.begin(1, small_state(1))
+    one.finish()
+    assert one._layout is not None
+    before = [buffer.data_ptr() for buffer in one._layout._buffers.values()]
+    one.begin(2, small_state(2))
+    one.finish()
+    assert [buffer.data_ptr() for buffer in one._layout._buffers.values()] == before
+
+
+def test_the_manifest_lists_every_file_with_step_run_size_and_checksum(tmp_path: Path):
+    save(tmp_path, 3)
+    manifest = checkpoint.read_manifest(checkpoint.at(path_of(tmp_path, 3)))
+    assert (manifest["step"], manifest["fingerprint"], manifest["run_id"]) == (3, FINGERPRINT, IDENTITY["run_id"])
+    on_disk = {path.name: path.read_bytes() for path in path_of(tmp_path, 3).iterdir() if path.name != "manifest.json"}
+    assert manifest["files"] == {
+        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in on_disk.items()
+    }
+
+
+def test_a_run_that_never_saved_starts_from_zero(tmp_path: Path):
+    assert restore(tmp_path)[0] is None
+
+
+def test_looking_at_checkpoints_does_not_load_torch():
+    code = "import sys; from trainer import checkpoint; checkpoint.verify; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+# Dying
+
+
+def test_killed_anywhere_in_a_save_only_that_save_is_lost_and_the_next_cleans_up(tmp_path: Path):
+    ranks("killed", 1, tmp_path)
+    for point in ("in_save_shard", "before_commit", "after_commit"):
+        run = tmp_path / f"{point}-2"
+        survivor = 2 if point == "after_commit" else 1
+        step, reports, tensors = restore(run)
+        assert (step, reports) == (survivor, []) and holds(tensors, survivor), point
+        again = tmp_path / f"{point}-1"  # died while it replaced the only checkpoint by another of the same step
+        step, reports, tensors = restore(again)
+        assert (step, reports) == (1, []) and holds(tensors, 1), point
+        for one in (run, again):
+            save(one, 5, keep_last=1)
+            assert [path.name for path in checkpoint.directory(one).iterdir()] == ["step-00000005"], point
+
+
+def test_killed_between_the_two_renames_of_a_replacement_the_old_checkpoint_still_counts(tmp_path: Path):
+    save(tmp_path, 1)
+    path_of(tmp_path, 1).rename(checkpoint.directory(tmp_path) / ".step-00000001.replaced")
+    step, _, tensors = restore(tmp_path)
+    assert step == 1 and holds(tensors, 1)
+    flip(next(checkpoint.directory(tmp_path).glob(".step-00000001.replaced/*.distcp")))
+    save(tmp_path, 1)
+    assert [path.name for path in checkpoint.directory(tmp_path).iterdir()] == ["step-00000001"]
+
+
+def test_a_peer_that_dies_in_a_save_fails_it_for_the_others_at_once(tmp_path: Path):
+    survivor, dead = ranks("dying_peer", 2, tmp_path)
+    assert dead is None
+    assert survivor["ended"] == ["CheckpointSaved", "CheckpointFailed", "CheckpointFailed"]
+    assert "another rank was lost" in survivor["reason"] and "\n" not in survivor["reason"]
+    assert max(survivor["took"].values()) < 5
+    assert steps_of(tmp_path / "run") == [1]
+
+
+def test_a_peer_that_stopped_in_a_save_does_not_keep_the_others_from_leaving(tmp_path: Path):
+    with processes("stopped_peer", 2, tmp_path) as (survivor, stopped):
+        assert survivor.wait(60) == 0
+        assert stopped.poll() is None
+    took = json.loads((tmp_path / "result-0.json").read_text())["took"]
+    assert took["close"] < 5 and steps_of(tmp_path / "run") == [1]
+
+
+# Saving may fail
+
+
+def test_a_rank_that_cannot_write_fails_the_save_on_all_ranks_and_the_next_save_works(tmp_path: Path):
+    results = ranks("failing_rank", 2, tmp_path)
+    for result in results:
+        assert result["ended"] == ["CheckpointFailed", "CheckpointSaved", "CheckpointSaved"]
+        assert result["reason"] == "rank 1: No space left on device"
+        assert result["counts"] == [0, 1, 1, 0, 0, 0]
+        assert (result["found"], result["intact"]) == (2, True), "all ranks pass over what one of them finds damaged"
+    assert [len(result["reports"]) for result in results] == [1, 0], "told once"
+    assert results[0]["reports"][0] == {"step": 3, "reason": "__1_0.distcp does not match its checksum"}
+
+
+@contextlib.contextmanager
+def small_files(run: Path) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextlib.contextmanager
+def vanished(run: Path) -> Iterator[None]:
+    run.rename(run.with_name("elsewhere"))
+    yield
+    assert not run.exists(), "nothing is made up in place of a disk that went away"
+    run.with_name("elsewhere").rename(run)
+
+
+@contextlib.contextmanager
+def a_file_in_the_way(run: Path) -> Iterator[None]:
+    checkpoint.directory(run).rename(run / "aside")
+    checkpoint.directory(run).write_text("")
+    yield
+    checkpoint.directory(run).unlink()
+    (run / "aside").rename(checkpoint.directory(run))
+
+
+@contextlib.contextmanager
+def full_disk(run: Path) -> Iterator[None]:
+    with mounted(checkpoint.directory(run), "size=256k"):
+        (checkpoint.directory(run) / "ballast").write_bytes(bytes(200 * 1024))
+        yield
+
+
+@contextlib.contextmanager
+def read_only(run: Path) -> Iterator[None]:
+    with mounted(checkpoint.directory(run), "size=1m,ro"):
+        yield
+
+
+@contextlib.contextmanager
+def mounted(path: Path, options: str) -> Iterator[None]:
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", path], capture_output=True, check=False)
+    if made.returncode:
+        pytest.skip(f"no tmpfs can be mounted: {made.stderr.decode().strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", path], check=True)
+
+
+TROUBLE = {
+    small_files: "File too large",
+    vanished: "No such file or directory",
+    a_file_in_the_way: "Not a directory",
+    full_disk: "No space left on device",
+    read_only: "Read-only file system",
+}
+
+
+@pytest.mark.parametrize(("trouble", "reason"), TROUBLE.items(), ids=[trouble.__name__ for trouble in TROUBLE])
+def test_a_save_that_the_disk_refuses_is_told_and_the_next_one_works(
+    tmp_path: Path, trouble: Callable[[Path], contextlib.AbstractContextManager[None]], reason: str
+):
+    run = tmp_path / "run"
+    save(run, 1)
+    one = saver(run)
+    with trouble(run):
+        for count in (1, 2):
+            one.begin(2, small_state(2, tensors=100))
+            (failed,) = one.finish()
+            assert isinstance(failed, CheckpointFailed)
+            assert reason in failed.reason and "\n" not in failed.reason
+            assert failed.in_a_row == one.failures_in_a_row == count
+    assert steps_of(run) == [1] and restore(run)[0] == 1
+    one.begin(3, small_state(3, tensors=100))
+    assert names(one.finish()) == ["CheckpointSaved"] and one.failures_in_a_row == 0
+    assert sorted(path.name for path in checkpoint.directory(run).iterdir()) == ["step-00000001", "step-00000003"]
+
+
+@pytest.mark.parametrize("point", ["in_save_shard", "before_commit"])
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.EIO, os.strerror(errno.EIO)), "Input/output error"),
+        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), "Disk quota exceeded"),
+        (SystemExit(3), "SystemExit: 3"),
+    ],
+    ids=["EIO", "quota", "exit"],
+)
+def test_no_error_ends_the_writing_thread_without_a_word(tmp_path: Path, point: str, error: BaseException, reason: str):
+    def at(here: str, step: int) -> None:
+        if (here, step) == (point, 2):
+            raise error
+
+    ended = save(tmp_path, 1, 2, 3, at=at)
+    assert names(ended) == ["CheckpointSaved", "CheckpointFailed", "CheckpointSaved"]
+    assert isinstance(ended[1], CheckpointFailed) and ended[1].reason == reason
+    assert steps_of(tmp_path) == [3, 1]
+
+
+def test_a_write_that_silently_went_wrong_is_noticed_before_anything_older_is_removed(tmp_path: Path):
+    def at(point: str, step: int) -> None:
+        if (point, step) == ("after_commit", 2):
+            flip(shard_of(tmp_path, 2))
+
+    ended = save(tmp_path, 1, 2, keep_last=1, at=at)
+    assert isinstance(ended[1], CheckpointFailed)
+    assert ended[1].reason == "it was written, but reads back differently: __0_0.distcp does not match its checksum"
+    assert steps_of(tmp_path) == [1] and restore(tmp_path)[0] == 1
+
+
+# Retention
+
+
+def test_the_newest_and_every_nth_are_kept(tmp_path: Path):
+    save(tmp_path, 1, 2, 3, 4, 5, 6, 7, 8, keep_last=2, keep_every_steps=3)
+    assert steps_of(tmp_path) == [8, 7, 6, 3]
+
+
+def test_the_last_intact_checkpoint_is_never_removed(tmp_path: Path):
+    save(tmp_path, 1, 2, 3, 4, keep_last=4)
+    for step in (2, 3, 4):
+        flip(shard_of(tmp_path, step))
+    checkpoint.prune(tmp_path, keep_last=1)
+    assert 1 in steps_of(tmp_path)
+    flip(shard_of(tmp_path, 1))
+    before = steps_of(tmp_path)
+    checkpoint.prune(tmp_path, keep_last=1)
+    assert steps_of(tmp_path) == before, "with none intact, nothing is thrown away"
+
+
+def test_a_damaged_newer_checkpoint_does_not_push_out_the_one_just_written_and_is_replaced_in_time(tmp_path: Path):
+    save(tmp_path, 2, 4, keep_last=2)
+    flip(shard_of(tmp_path, 4))
+    assert restore(tmp_path)[0] == 2
+    save(tmp_path, 3, keep_last=1)
+    assert steps_of(tmp_path) == [4, 3] and restore(tmp_path)[0] == 3
+    save(tmp_path, 4, keep_last=1)
+    assert steps_of(tmp_path) == [4] and restore(tmp_path)[0] == 4
+
+
+# Damage
+
+
+def rewrite_manifest(path: Path, **changes: Any) -> None:
+    """As one would who knows how the checksum is made."""
+    body = json.loads((path / "manifest.json").read_text())["body"] | changes
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    (path / "manifest.json").write_text(json.dumps({"sha256": digest, "body": body}))
+
+
+def list_anew(path: Path) -> None:
+    present = {file.name: file.read_bytes() for file in path.iterdir() if file.name != "manifest.json"}
+    files = {n: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for n, data in present.items()}
+    rewrite_manifest(path, files=files)
+
+
+def replace_by_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def replace_by_fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def other_run(run: Path) -> Path:
+    save(run.with_name("other"), 4, identity=IDENTITY | {"fingerprint": "e" * 64})
+    return path_of(run.with_name("other"), 4)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path, Path], object], str]] = {
+    "truncated": (lambda run, p: os.truncate(shard_of(run, 4), 100), "__0_0.distcp has 100 bytes instead of"),
+    "flipped": (lambda run, p: flip(shard_of(run, 4)), "__0_0.distcp does not match its checksum"),
+    "missing": (lambda run, p: shard_of(run, 4).unlink(), "__0_0.distcp is missing"),
+    "zero length": (lambda run, p: os.truncate(shard_of(run, 4), 0), "__0_0.distcp is empty"),
+    "extra": (lambda run, p: (p / "__9_0.distcp").write_bytes(b"x"), "__9_0.distcp is not in the manifest"),
+    "shard of another step": (
+        lambda run, p: shutil.copy(shard_of(run, 2), p),
+        "__0_0.distcp does not match its checksum: it is a file of step 2",
+    ),
+    "shard of another run": (
+        lambda run, p: shutil.copy(shutil.copy(other_run(run) / "__0_0.distcp", run), p / "__0_0.distcp")
+        and flip(p / "__0_0.distcp"),
+        "__0_0.distcp does not match its checksum",
+    ),
+    "whole checkpoint of another run": (
+        lambda run, p: (shutil.rmtree(p), shutil.copytree(other_run(run), p)),
+        "it is of a run with other settings (fingerprint eeeeeeeeeeeeeeee…)",
+    ),
+    "whole checkpoint of another step": (
+        lambda run, p: (shutil.rmtree(p), shutil.copytree(path_of(run, 2), p)),
+        "manifest.json is that of step 2",
+    ),
+    "stale metadata": (
+        lambda run, p: (p / ".metadata").write_bytes((p / ".metadata").read_bytes()[:-50] + bytes(50)),
+        ".metadata does not match its checksum",
+    ),
+    "missing metadata": (lambda run, p: (p / ".metadata").unlink(), ".metadata is missing"),
+    "directory for a file": (lambda run, p: replace_by_directory(shard_of(run, 4)), "is no regular file"),
+    "pipe for a file": (lambda run, p: replace_by_fifo(shard_of(run, 4)), "is no regular file"),
+    "missing manifest": (lambda run, p: (p / "manifest.json").unlink(), "manifest.json is missing"),
+    "empty manifest": (lambda run, p: (p / "manifest.json").write_text(""), "manifest.json is damaged"),
+    "flipped manifest": (
+        lambda run, p: (p / "manifest.json").write_text(
+            (p / "manifest.json").read_text().replace('"step": 4', '"step": 5')
+        ),
+        "manifest.json does not match its own checksum",
+    ),
+    "deep manifest": (lambda run, p: (p / "manifest.json").write_text("[" * 100_000), "manifest.json is damaged"),
+    "manifest of numbers": (lambda run, p: rewrite_manifest(p, files=[1]), "manifest.json is damaged"),
+    "newer format": (lambda run, p: rewrite_manifest(p, format=2), "manifest.json has format 2; this toprope reads"),
+    "damage that fits its manifest": (
+        lambda run, p: ((p / ".metadata").write_bytes(b"no pickle"), list_anew(p)),
+        "",
+    ),
+    "a shard of other shapes that fits its manifest": (
+        lambda run, p: (shard_of(run, 4).write_bytes(b"no zip" * 1000), list_anew(p)),
+        "",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_named_in_one_line_and_the_newest_intact_checkpoint_is_used(tmp_path: Path, kind: str):
+    run = tmp_path / "run"
+    save(run, 2, 4)
+    damage, expected = DAMAGE[kind]
+    damage(run, path_of(run, 4))
+    step, reports, tensors = restore(run)
+    assert step == 2 and holds(tensors, 2)
+    assert [report.step for report in reports] == [4]
+    assert expected in reports[0].reason and "\n" not in reports[0].reason and len(reports[0].reason) < 400
+    problems = checkpoint.verify(checkpoint.at(path_of(run, 4)))
+    if expected.partition(" ")[0] not in ("", "it"):  # those are found by loading, or by whoever knows the run
+        assert len(problems) == 1 and expected in problems[0]
+
+
+def test_a_checkpoint_of_another_run_of_the_same_settings_is_told_by_its_run_id(tmp_path: Path):
+    save(tmp_path, 2)
+    with pytest.raises(CheckpointError, match="none of its checkpoints is intact"):
+        restore(tmp_path, run_id="another")
+    assert restore(tmp_path, run_id=IDENTITY["run_id"])[0] == 2
+
+
+def test_a_run_refuses_to_start_from_zero_over_lost_progress(tmp_path: Path):
+    save(tmp_path, 2)
+    flip(shard_of(tmp_path, 2))
+    with pytest.raises(CheckpointError, match=r"none of its checkpoints is intact\.\n.*give a new --run"):
+        restore(tmp_path)
+    shutil.rmtree(checkpoint.directory(tmp_path))
+    assert restore(tmp_path)[0] is None, "for all it can know, it never saved"
+    log = events.EventLog.open(tmp_path, 0, 0)
+    log.append(CheckpointSaved(step=2, bytes=1, seconds=1.0, stall_seconds=1.0))
+    log.close()
+    with pytest.raises(CheckpointError, match="holds no checkpoint any more"):
+        restore(tmp_path)
+
+
+def test_a_checkpoint_of_another_model_is_not_loaded(tmp_path: Path):
+    save(tmp_path, 2)
+    saved = checkpoint.committed(tmp_path)[0]
+    for wrong, why in [
+        ({"w0": torch.zeros(3, 8)}, r"\(40, 8\) in it, but torch.float32 \(3, 8\)"),
+        ({"w0": torch.zeros(40, 8, dtype=torch.bfloat16)}, "torch.bfloat16"),
+        ({"unheard of": torch.zeros(1)}, "it holds no tensor unheard of"),
+    ]:
+        with pytest.raises(CheckpointError, match=why):
+            checkpoint.load(saved, wrong)
+
+
+def test_verify_tells_how_far_it_is(tmp_path: Path):
+    save(tmp_path, 2)
+    saved, told = checkpoint.committed(tmp_path)[0], []
+    assert checkpoint.verify(saved, progress=lambda done, total: told.append((done, total))) == []
+    contents = saved.bytes - (saved.path / "manifest.json").stat().st_size
+    assert told == sorted(told) and told[-1] == (contents, contents)
+
+
+# Hostility
+
+
+class Bomb:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self._path,))
+
+
+def hostile_metadata(run: Path, bomb: Bomb) -> None:
+    (path_of(run, 4) / ".metadata").write_bytes(pickle.dumps(bomb))
+
+
+def hostile_metadata_field(run: Path, bomb: Bomb) -> None:
+    metadata = pickle.loads((path_of(run, 4) / ".metadata").read_bytes())
+    metadata.planner_data = bomb
+    (path_of(run, 4) / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def hostile_shard(run: Path, bomb: Bomb) -> None:
+    shard_of(run, 4).write_bytes(pickle.dumps(bomb) + bytes(100_000))
+
+
+def hostile_torch_shard(run: Path, bomb: Bomb) -> None:
+    """Every place where the metadata expects a tensor holds a torch.save of the bomb."""
+    metadata = pickle.loads((path_of(run, 4) / ".metadata").read_bytes())
+    torch.save(bomb, shard_of(run, 4))
+    for info in metadata.storage_data.values():
+        info.offset, info.length = 0, shard_of(run, 4).stat().st_size
+    (path_of(run, 4) / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def hostile_bytes_item(run: Path, bomb: Bomb) -> None:
+    """DCP unpickles what its metadata calls bytes without any restriction."""
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+    hostile_torch_shard(run, bomb)
+    metadata = pickle.loads((path_of(run, 4) / ".metadata").read_bytes())
+    for name in metadata.state_dict_metadata:
+        metadata.state_dict_metadata[name] = BytesStorageMetadata()
+    (path_of(run, 4) / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def hostile_path(run: Path, bomb: Bomb) -> None:
+    metadata = pickle.loads((path_of(run, 4) / ".metadata").read_bytes())
+    for info in metadata.storage_data.values():
+        info.relative_path = "../step-00000002/__0_0.distcp"
+    (path_of(run, 4) / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def hostile_manifest(run: Path, bomb: Bomb) -> None:
+    (path_of(run, 4) / "manifest.json").write_bytes(pickle.dumps(bomb))
+
+
+HOSTILE = (
+    hostile_metadata, hostile_metadata_field, hostile_shard, hostile_torch_shard, hostile_bytes_item, hostile_path,
+    hostile_manifest,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("attack", HOSTILE, ids=lambda attack: attack.__name__)
+@pytest.mark.parametrize("manifest_fits", [False, True])
+def test_a_hostile_pickle_in_any_file_runs_nothing(
+    tmp_path: Path, attack: Callable[[Path, Bomb], None], manifest_fits: bool
+):
+    run, crater = tmp_path / "run", tmp_path / "crater"
+    pickle.loads(pickle.dumps(Bomb(crater)))
+    assert crater.exists(), "the bomb works"
+    crater.unlink()
+    save(run, 2, 4)
+    attack(run, Bomb(crater))
+    if manifest_fits and attack is not hostile_manifest:
+        list_anew(path_of(run, 4))
+    step, reports, tensors = restore(run)
+    assert not crater.exists()
+    assert step == 2 and holds(tensors, 2) and [report.step for report in reports] == [4]
+    assert "\n" not in reports[0].reason and len(reports[0].reason) < 400
+    with pytest.raises(CheckpointError):
+        checkpoint.load(checkpoint.at(path_of(run, 4)), small_state(None))
+    assert not crater.exists()
+
+
+def test_no_process_thread_or_temporary_file_is_left(tmp_path: Path):
+    import threading
+
+    one = saver(tmp_path)
+    one.begin(1, small_state(1))
+    one.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "checkpoint"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(
+        ["checkpoints", "step-00000001", "manifest.json", ".metadata", "__0_0.distcp"]
+    )
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -1,0 +1,287 @@
+"""Promises about what a person sees on the console while a run trains."""
+
+import io
+import os
+import re
+import sys
+import time
+from typing import Any
+
+import pytest
+
+from trainer.config import Config, parse
+from trainer.console import Console, preparation
+from trainer.events import (
+    AttemptEnded,
+    AttemptStarted,
+    CheckpointFailed,
+    CheckpointRejected,
+    CheckpointSaved,
+    Entry,
+    EvalDone,
+    Event,
+    Hung,
+    NotFinite,
+    StepDone,
+    StopRequested,
+    Warned,
+    WorkersLost,
+)
+
+CONFIG: Config = parse({"budget": {"steps": 60}, "checkpoint": {"max_failures": 3}})
+
+
+def step(number: int, **changes: Any) -> StepDone:
+    values: dict[str, Any] = {
+        "step": number,
+        "loss": 5.0 - number / 100,
+        "grad_norm": 1.25,
+        "learning_rate": 1e-3,
+        "tokens": 2_048,
+        "seconds": 0.5,
+        "samples": f"digest-{number}",
+        "redone": 0,
+        "flushed": None,
+    }
+    return StepDone(**(values | changes))
+
+
+def started(from_step: int = 0) -> AttemptStarted:
+    return AttemptStarted(
+        world_size=2,
+        from_step=from_step,
+        steps=60,
+        fingerprint="f" * 64,
+        host="host",
+        pid=1,
+        device="cpu",
+        strategy="fsdp",
+        parameters=1_234_567,
+        tokens_per_step=2_048,
+        startup_seconds={"imports": 1.5, "data": 0.5},
+    )
+
+
+def evaluated(number: int, loss: float = 2.5) -> EvalDone:
+    return EvalDone(step=number, set="val", loss=loss, bits_per_byte=1.7, tokens=9, seconds=0.1, digest="d")
+
+
+def ended(status: str = "finished", number: int = 60, weights: str | None = "a" * 64) -> AttemptEnded:
+    return AttemptEnded(status=status, step=number, reason="SIGTERM", weights_sha256=weights, state_sha256=None)
+
+
+def entry(event: Event, seconds: float, attempt: int = 0) -> Entry:
+    return Entry(attempt, 0, 1_000.0 + seconds, event)
+
+
+def lines_of(*events: tuple[float, Event], earlier: list[Entry] | None = None) -> list[str]:
+    """What is printed of the events of an attempt, the second if there were `earlier` ones."""
+    out = io.StringIO()
+    with Console(CONFIG, is_terminal=False, file=out, earlier=earlier or ()) as console:
+        for seconds, event in events:
+            console(entry(event, seconds, attempt=int(earlier is not None)))
+    return out.getvalue().splitlines()
+
+
+def test_off_a_terminal_steps_are_printed_first_last_and_every_five_seconds_between():
+    lines = lines_of((0, started()), *[(n * 0.5, step(n)) for n in range(1, 61)])
+    assert lines[0] == "attempt 0 · 2 ranks (fsdp) on cpu · 1,234,567 parameters · steps 0 → 60 · ready in 2.0 s"
+    assert [int(line.split("/")[0].split()[1]) for line in lines[1:]] == [1, 11, 21, 31, 41, 51, 60]
+    assert lines[2] == "step 11/60  loss 4.8900  grad 1.250  lr 1.00e-03  4,096 tok/s  left 0:24"
+
+
+def test_off_a_terminal_evals_checkpoints_and_warnings_are_always_printed():
+    lines = lines_of(
+        (0, step(1)),
+        (0, evaluated(1)),
+        (0, CheckpointSaved(step=1, bytes=1_500_000, seconds=0.25, stall_seconds=0.1)),
+        (0, Warned(message="the disk is slow [really]")),
+    )
+    assert lines[1:] == [
+        "eval  1/60  val 2.5000 nats 1.7000 bpb",
+        "save  1/60  checkpoint  1.5 MB in 0.25 s",
+        "warning: the disk is slow [really]",
+    ]
+
+
+KILLED = WorkersLost(failures=[{"rank": 1, "pid": 1, "exitcode": -9, "signal": "SIGKILL"}], reason="")
+KILLED_AT_47 = [entry(started(), 0), *[entry(step(n), n) for n in range(1, 48)]]
+
+
+@pytest.mark.parametrize("killed_first", [False, True])
+def test_a_restart_is_one_line_with_what_where_lost_steps_and_seconds(killed_first: bool):
+    start = [(50.0, started(40)), (50.0, KILLED)]
+    lines = lines_of(*(start[::-1] if killed_first else start), (51, step(41)), earlier=KILLED_AT_47)
+    assert len(lines) == 3
+    assert (
+        "restart  attempt 1: rank 1 was killed (SIGKILL) after step 47; resumed from step 40, 7 steps to replay; "
+        "3.0 s without training"
+    ) in lines
+
+
+def test_a_restart_that_no_launcher_explains_is_told_at_the_next_progress():
+    lines = lines_of((50, started(40)), (51, step(41)), earlier=KILLED_AT_47)
+    assert lines[1].startswith("restart  attempt 1: ended without a word after step 47; resumed from step 40, 7 steps")
+    assert lines[2].startswith("step 41/60")
+
+
+def test_a_first_start_tells_of_no_restart():
+    assert len(lines_of((0, started()), (1, step(1)))) == 2
+    assert "resumed" not in "".join(lines_of((0, started(40)), (0, KILLED), (1, step(41))))
+
+
+def test_a_preempted_run_tells_the_signal_and_later_how_it_went_on():
+    stop, end = StopRequested(signal="SIGTERM", step=47), ended("preempted", 47, None)
+    before = [*KILLED_AT_47, entry(stop, 48), entry(end, 49)]
+    assert lines_of((48, stop), (49, end)) == [
+        "stop  SIGTERM asked to stop: leaving at step 47",
+        "preempted step 47/60  SIGTERM",
+    ]
+    assert lines_of((60, started(47)), (61, step(48)), earlier=before)[1] == (
+        "resume  attempt 1: preempted (SIGTERM) after step 47; resumed from step 47, no steps to replay; "
+        "11.0 s without training"
+    )
+
+
+def test_a_save_that_failed_is_loud_and_says_what_follows():
+    reason = "[Errno 28] No space left on device\n  somewhere"
+    assert lines_of(
+        (0, CheckpointFailed(step=40, reason=reason, in_a_row=1)),
+        (9, CheckpointFailed(step=50, reason="EIO", in_a_row=3)),
+    ) == [
+        "SAVE FAILED  the save of step 40 failed ([Errno 28] No space left on device); "
+        "training goes on, 2 more in a row would stop it",
+        "SAVE FAILED  the save of step 50 failed (EIO), 3 in a row; the run stops",
+    ]
+
+
+def test_damage_hangs_and_values_that_are_not_finite_are_a_line_each():
+    culprit = {"rank": 1, "point": "before_reduce", "step": 47, "why": "does not answer"}
+    nan = float("nan")
+    assert lines_of(
+        (0, CheckpointRejected(step=40, reason="rank-0.safetensors: checksum differs")),
+        (1, NotFinite(step=48, loss=nan, grad_norm=nan, trial=0)),
+        (2, NotFinite(step=48, loss=nan, grad_norm=nan, trial=1)),
+        (
+            3,
+            Hung(step=47, point="in_eval", seconds=10.0, culprits=[culprit], collective="allreduce", stacks="stacks/a"),
+        ),
+        (4, Hung(step=47, point="in_eval", seconds=10.0, culprits=[], collective=None, stacks="")),
+    ) == [
+        "checkpoint  the checkpoint of step 40 is damaged and was passed over (rank-0.safetensors: checksum differs)",
+        "not finite  step 48 was not finite (loss nan, gradient norm nan), computed again",
+        "not finite  step 48 was not finite (loss nan, gradient norm nan), and not when computed again: the run stops",
+        "hung  rank 1 hung at before_reduce (no progress for 10.0 s; it does not answer); pending: allreduce; "
+        "stacks in stacks/a; this process ends",
+        "hung  rank 0 hung at in_eval (no progress for 10.0 s); this process ends",
+    ]
+
+
+def test_on_a_terminal_incidents_stay_above_the_live_line():
+    out = io.StringIO()
+    with Console(CONFIG, is_terminal=True, file=out, earlier=KILLED_AT_47) as console:
+        console(entry(started(40), 50, attempt=1))
+        console(entry(KILLED, 50, attempt=1))
+        console(entry(step(41), 51, attempt=1))
+        console(entry(CheckpointFailed(step=41, reason="EIO", in_a_row=1), 51, attempt=1))
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
+    assert "restart  attempt 1: rank 1 was killed (SIGKILL) after step 47; resumed from step 40" in shown
+    assert "SAVE FAILED  the save of step 41 failed (EIO)" in shown
+
+
+def test_the_last_line_of_a_finished_run_names_its_weights():
+    lines = lines_of((0, step(60)), (0, evaluated(60)), (0, ended()))
+    assert lines[-1] == f"finished step 60/60  val 2.5000 nats 1.7000 bpb  4,096 tok/s  weights_sha256 {'a' * 64}"
+
+
+def test_what_is_unknown_at_the_end_is_left_out():
+    assert lines_of((0, started(60)), (0, ended()))[-1] == f"finished step 60/60  weights_sha256 {'a' * 64}"
+    assert lines_of((0, ended("preempted", 7, None)))[-1] == "preempted step 7/60  SIGTERM"
+
+
+def test_every_line_is_flushed():
+    class Watched(io.StringIO):
+        flushed = ""
+
+        def flush(self) -> None:
+            self.flushed = self.getvalue()
+
+    out = Watched()
+    console = Console(CONFIG, is_terminal=False, file=out)
+    console(entry(step(1), 0))
+    assert out.flushed == out.getvalue() != ""
+
+
+def test_an_output_that_nobody_reads_any_more_does_not_stop_the_run():
+    reading, writing = os.pipe()
+    os.close(reading)
+    file = os.fdopen(writing, "w")
+    with Console(CONFIG, is_terminal=False, file=file) as console:
+        console(entry(step(1), 0))
+        console(entry(step(60), 9))
+    with pytest.raises(BrokenPipeError):
+        file.close()
+
+
+def test_on_a_terminal_permanent_lines_stay_and_the_cursor_comes_back_even_after_an_exception():
+    out = io.StringIO()
+
+    def interrupted() -> None:
+        with Console(CONFIG, is_terminal=True, file=out) as console:
+            console(entry(started(), 0))
+            console(entry(step(1), 1))
+            console(entry(evaluated(1), 1))
+            console(entry(Warned(message="[red]not markup"), 1))
+            console(entry(step(30), 2))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    shown = out.getvalue()
+    assert "step 30/60" in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
+    assert "[red]not markup" in shown
+    assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l"), "the cursor stays hidden"
+
+
+def test_on_a_terminal_redrawing_is_throttled_and_the_end_is_one_uncut_line():
+    out = io.StringIO()
+    with Console(CONFIG, is_terminal=True, file=out) as console:
+        console(entry(step(1), 0))
+        drawn = len(out.getvalue())
+        for n in range(2, 31):
+            console(entry(step(n), 0.005 * n))
+        assert len(out.getvalue()) == drawn
+        console(entry(ended(), 1))
+    assert f"weights_sha256 {'a' * 64}" in out.getvalue()
+
+
+def test_the_live_line_leaves_standard_output_as_it_was():
+    before = sys.stdout, sys.stderr
+    with Console(CONFIG, is_terminal=True, file=sys.stdout) as console:
+        console(entry(step(1), 0))
+        console(entry(step(2), 9))
+    assert (sys.stdout, sys.stderr) == before
+
+
+def test_a_quiet_step_costs_far_less_than_fifty_microseconds():
+    for is_terminal in (False, True):
+        with Console(CONFIG, is_terminal=is_terminal, file=io.StringIO()) as console:
+            console(entry(step(1), 0))
+            quiet = entry(step(2), 0.001)
+            seconds = []
+            for _ in range(2_000):
+                before = time.perf_counter()
+                console(quiet)
+                seconds.append(time.perf_counter() - before)
+        assert sorted(seconds)[1_000] < 20e-6  # measured: 0.3
+
+
+def test_preparation_says_each_phase_once_and_nothing_when_disabled():
+    out = io.StringIO()
+    with preparation(file=out) as progress:
+        for done in (0, 1_000_000, 2_000_000):
+            progress("encoding", done, None)
+        progress("training a tokenizer", 3_000_000, 6_000_000)
+    with preparation(enabled=False, file=out) as progress:
+        progress("encoding", 0, None)
+    assert out.getvalue().splitlines() == ["encoding", "training a tokenizer  3.0 MB of 6.0 MB"]

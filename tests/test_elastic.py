@@ -1,0 +1,155 @@
+"""Nodes that leave and nodes that join: several torchrun agents on this machine, each with one worker."""
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import SMOKE, Job, settings, trainer, wait_until, write_plan
+from trainer import elastic, events, summary
+
+pytestmark = pytest.mark.slow
+
+STEPS = 60
+SETTINGS = settings(budget__steps=STEPS, checkpoint__every_steps=5, eval__every_steps=0)
+# A node that is gone is known to be after 3 s; a round is closed 1 s after the last call.
+RENDEZVOUS = "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=1,join_timeout=60,read_timeout=30"
+TARGET_SECONDS = 8
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    run = tmp_path_factory.mktemp("calm") / "run"
+    trainer("train", SMOKE, "--run", run, *SETTINGS)
+    return summary.summarise(run)
+
+
+class Nodes:
+    """Agents of one job. The first hosts the rendezvous store and must live."""
+
+    def __init__(self, directory: Path, jobs: ExitStack, seconds_a_step: float) -> None:
+        self._jobs, self.run = jobs, directory / "run"
+        self._directory = directory / "jobs"
+        self._faults = [{"point": "before_update", "action": "sleep", "lasting": True, "seconds": seconds_a_step}]
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._port = probe.getsockname()[1]
+
+    def join(self, **more: Any) -> Job:
+        options = [
+            "--nnodes=1:3", "--nproc-per-node=1", "--max-restarts=5", "--monitor-interval=0.1",
+            "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{self._port}", f"--rdzv-id={self._port}",
+            f"--rdzv-conf={RENDEZVOUS}", "--local-addr=127.0.0.1",
+        ]  # fmt: skip
+        plan = write_plan(self._directory, self._faults)
+        return self._jobs.enter_context(Job(plan, SMOKE, self.run, SETTINGS, options, **more))
+
+    def host(self) -> Job:
+        """Start the first agent and wait until its store can be reached."""
+        first = self.join()
+        assert wait_until(self._listens, seconds=30), first.output
+        return first
+
+    def _listens(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self._port)) == 0
+
+    def await_steps(self, world_size: int, count: int, *jobs: Job) -> None:
+        """Wait until an attempt of so many ranks has done `count` steps that no attempt before it did."""
+
+        def reached() -> bool:
+            return any(
+                attempt["world_size"] == world_size and len(new_steps(self.run, attempt["attempt"])) >= count
+                for attempt in attempts(self.run)
+            )
+
+        assert wait_until(reached, seconds=45), "\n".join(job.output[-5000:] for job in jobs)
+
+
+def attempts(run: Path) -> list[dict[str, Any]]:
+    return summary.summarise(run)["attempts"] if (run / "events").exists() and events.read(run) else []
+
+
+def new_steps(run: Path, attempt: int) -> list[events.Entry]:
+    done = [entry for entry in events.read(run) if isinstance(entry.event, events.StepDone)]
+    before = max((entry.event.step for entry in done if entry.attempt < attempt), default=0)  # pyright: ignore
+    return [entry for entry in done if entry.attempt == attempt and entry.event.step > before]  # pyright: ignore
+
+
+def seconds_to_new_step(run: Path, since: float) -> float:
+    """From the moment of a change to the first step that no attempt begun before it had done."""
+    later = [a["attempt"] for a in attempts(run) if a["started"] > since]
+    return min(entry.time for attempt in later for entry in new_steps(run, attempt)) - since
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[Callable[[float], Nodes]]:
+    with ExitStack() as jobs:
+        yield lambda seconds_a_step: Nodes(tmp_path, jobs, seconds_a_step)
+
+
+def ends_as_calm(run: Path, calm: dict[str, Any]) -> dict[str, Any]:
+    seen = summary.summarise(run)
+    wanted = ("status", "step", "weights_sha256", "state_sha256", "train")
+    assert {key: seen[key] for key in wanted} == {key: calm[key] for key in wanted}
+    assert seen["replayed_differently"] == []
+    return seen
+
+
+def test_a_node_joins_another_joins_and_one_dies_and_the_run_ends_as_the_calm_one(nodes, calm, record_property):
+    """1 → 2 → 3 (8 micro-batches over 3 ranks) → 2 ranks; the last by SIGKILL of an agent and its worker at once."""
+    team = nodes(0.12)
+    first = team.host()
+    team.await_steps(1, 2, first)
+    gains = []
+    for size in (2, 3):
+        joined = time.time()
+        last = team.join()
+        team.await_steps(size, 1, first, last)
+        gains.append(round(seconds_to_new_step(team.run, joined), 2))
+    killed = time.time()
+    last.kill()
+    team.await_steps(2, 1, first)
+    loss = round(seconds_to_new_step(team.run, killed), 2)
+    assert first.wait(60) == 0, first.output[-6000:]
+    seen = ends_as_calm(team.run, calm)
+    assert [attempt["world_size"] for attempt in seen["attempts"]] == [1, 2, 3, 2]
+    record_property("seconds", {"gain": gains, "loss": loss})
+    print(f"node gained → next new step {gains} s, node lost → next new step {loss} s")
+    assert first.leftovers() == []
+
+
+def test_an_agent_dies_alone_and_its_worker_does_not_outlive_the_job(nodes, calm):
+    """The worker of a dead agent goes on until its peers start again without it; then it must end by itself."""
+    team = nodes(0.1)
+    first = team.host()
+    second = team.join()
+    team.await_steps(2, 2, first, second)
+    os.kill(second.process.pid, signal.SIGKILL)
+    team.await_steps(1, 1, first, second)
+    assert first.wait(60) == 0, first.output[-6000:]
+    ends_as_calm(team.run, calm)
+    assert second.process.wait(5) == -signal.SIGKILL
+    assert wait_until(lambda: not second.processes(), seconds=5), second.leftovers()
+
+
+def test_a_worker_under_torchs_own_torchrun_says_which_variable_is_missing(tmp_path):
+    run = tmp_path / "run"
+    plan = write_plan(tmp_path / "jobs", [])
+    few = settings(budget__steps=2, checkpoint__every_steps=0, eval__every_steps=0)
+    options = ["--standalone", "--nproc-per-node=1"]
+    plain = [sys.executable, "-m", "torch.distributed.run"]
+    with Job(plan, SMOKE, run, few, options, launch=plain, environment={elastic.SHARED_STORE: "0"}) as job:
+        assert job.wait(60) == 0, job.output
+    assert elastic.SHARED_STORE in job.output
+    warned = [entry.event.message for entry in events.read(run) if isinstance(entry.event, events.Warned)]
+    assert warned == [elastic.SHARED_STORE_WARNING]
+    assert json.loads(trainer("inspect", run, "--json").stdout)["warnings"]

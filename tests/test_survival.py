@@ -1,0 +1,398 @@
+"""Whatever kills, stops or cheats a run, it ends with the bits of a calm one: real processes, real signals.
+
+Several faults share one torchrun job where that keeps its meaning: each starts an attempt of its own. A start costs
+about 4 s, a restart about 3 s.
+"""
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.support import (
+    NO_FAULTS,
+    SMOKE,
+    Job,
+    committed_samples,
+    fired,
+    look,
+    outcome,
+    settings,
+    strays,
+    trainer,
+    wait_until,
+    write_corpus,
+    write_plan,
+)
+from trainer import checkpoint, events
+from trainer import config as configs
+from trainer.data import Batches, digest, prepare
+from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED
+
+pytestmark = pytest.mark.slow
+
+STEPS, EVERY = 24, 6
+RESTARTS = 5
+
+
+def fault(
+    point: str, action: str = "kill", step: int | None = None, rank: int | None = 1, **more: Any
+) -> dict[str, Any]:
+    return {"point": point, "action": action, "step": step, "rank": rank, **more}
+
+
+def slow(seconds: float = 0.1) -> dict[str, Any]:
+    """Steps long enough to be met from outside."""
+    return fault("before_update", "sleep", rank=None, lasting=True, seconds=seconds)
+
+
+@dataclass
+class Place:
+    """Where a test's runs live, and what a calm run of the same config came to."""
+
+    directory: Path
+    settings: list[str]
+    calm: dict[str, Any] = field(default_factory=dict)
+    calm_run: Path = Path()
+
+    @property
+    def run(self) -> Path:
+        return self.directory / "run"
+
+    def start(self, ranks: int, faults: list[dict[str, Any]], *overrides: str, restarts: int = RESTARTS) -> Job:
+        self.plan = write_plan(self.directory / "jobs", faults)
+        options = ["--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", "--monitor-interval=0.1"]
+        return Job(self.plan, SMOKE, self.run, [*self.settings, *overrides], options)
+
+    def survive(self, ranks: int, faults: list[dict[str, Any]], *overrides: str, status: int = EXIT_FINISHED) -> str:
+        """Run a job to its end: this status, every fault fired, nothing left behind. Returns its output."""
+        with self.start(ranks, faults, *overrides) as job:
+            assert job.wait() == status, job.output[-8000:]
+            assert job.leftovers() == []
+        missing = [fault for n, fault in enumerate(faults) if n not in fired(self.plan) and not fault.get("lasting")]
+        assert not missing, (missing, job.output[-8000:])
+        return job.output
+
+    def look(self) -> dict[str, Any]:
+        return look(self.run)
+
+    def ends_as_calm(self, attempts: int) -> None:
+        """The promise: same bits, same losses, same samples in every step, and no trace on disk."""
+        assert outcome(self.run) == self.calm
+        seen = self.look()
+        assert len(seen["attempts"]) == attempts, [attempt["reason"] for attempt in seen["attempts"]]
+        assert seen["checkpoints"][-1]["step"] == STEPS and all(saved["intact"] for saved in seen["checkpoints"])
+        assert strays(self.run) == []
+
+
+def of_kind(run: Path, kind: type[events.Event]) -> list[Any]:
+    return [entry.event for entry in events.read(run) if isinstance(entry.event, kind)]
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """One rank, no faults, a corpus of less than two epochs: what every other run is held against."""
+    directory = tmp_path_factory.mktemp("calm")
+    chosen = settings(
+        data__source=write_corpus(directory / "corpus"), data__heldout_fraction=0.2, budget__steps=STEPS,
+        checkpoint__every_steps=EVERY, eval__every_steps=12, eval__max_tokens=1024,
+    )  # fmt: skip
+    place = Place(directory, chosen)
+    trainer("train", SMOKE, "--run", place.run, *chosen)
+    place.calm, place.calm_run = outcome(place.run), place.run
+    assert place.calm["status"] == "finished" and sorted(place.calm["samples"]) == list(range(1, STEPS + 1))
+    return place
+
+
+@pytest.fixture
+def place(calm: Place, tmp_path: Path) -> Place:
+    return Place(tmp_path, calm.settings, calm.calm, calm.calm_run)
+
+
+# One list is one job: each fault ends an attempt, in this order. Every way to die, every phase, either rank.
+DEATHS = {
+    "before and in the gradient": [
+        fault("before_forward", "kill", 0),
+        fault("in_forward", "segv", 3, rank=0),
+        fault("before_backward", "abort", 8, nth=1),
+        fault("in_backward", "exception", 9, rank=0, nth=2),
+        fault("before_reduce", "kill", 13, pause=0.3),  # rank 0 is in the collective by then, waiting
+    ],
+    "from the reduction to the next step": [
+        fault("after_reduce", "exit", 6, rank=0),
+        fault("before_update", "kill", 7),
+        fault("in_update", "segv", 8, rank=0),
+        fault("after_update", "kill", 9),
+        fault("in_eval", "kill", rank=0, nth=1),
+    ],
+    "in each part of a save": [
+        fault("in_save_shard", "kill", 6),
+        fault("in_save_shard", "abort", 6, rank=0),
+        fault("before_commit", "kill", 6, rank=0),
+        fault("after_commit", "kill", 12, rank=0),
+        fault("in_save_shard", "kill", 18, rank=0, pause=0.2),  # rank 1 is ahead, in later steps
+    ],
+    "at the end": [
+        fault("before_update", "kill", STEPS - 1, rank=0),
+        fault("before_commit", "kill", STEPS, rank=0),
+        fault("after_commit", "segv", STEPS, rank=0),
+        fault("before_end", "kill", STEPS),
+        fault("before_end", "kill", STEPS, rank=0),
+    ],
+    "during recovery, and again at once": [
+        fault("before_forward", "kill", 8),
+        fault("START", "kill"),
+        fault("in_load", "kill", rank=0),
+        fault("in_load", "segv"),
+        fault("before_forward", "kill", 6),
+    ],
+}
+
+
+@pytest.mark.parametrize("when", DEATHS)
+def test_killed_at_every_phase_boundary_a_run_ends_as_the_calm_one(place: Place, when: str):
+    sharding = "fsdp" if when in ("in each part of a save", "from the reduction to the next step") else "replicate"
+    place.survive(2, DEATHS[when], *settings(parallel__strategy=sharding))
+    lost = sum(one["point"] in ("START", "in_load") for one in DEATHS[when])  # no attempt: they never began to train
+    place.ends_as_calm(attempts=len(DEATHS[when]) + 1 - lost)
+    causes = of_kind(place.run, events.WorkersLost)
+    assert len(causes) == len(DEATHS[when]) - lost
+    assert all(len(cause.failures) >= 1 and cause.reason for cause in causes)
+
+
+def test_killed_after_it_has_said_that_it_is_finished_a_run_stays_finished(place: Place):
+    place.survive(2, [fault("leaving", "kill", rank=0)])
+    place.ends_as_calm(attempts=2)
+    assert [attempt["ended"] for attempt in place.look()["attempts"]] == ["finished", "finished"]
+
+
+def test_stopped_by_signals_and_gone_on_with_at_other_world_sizes_and_shardings(place: Place):
+    """2 ranks replicated → 3 FSDP2 → 4 hybrid → 1 → 2 FSDP2, each left with status 75; then a no-op on 3."""
+
+    def go(ranks: int, strategy: str, *faults: dict[str, Any], status: int = EXIT_PREEMPTED) -> dict[str, Any]:
+        place.survive(ranks, list(faults), *settings(parallel__strategy=strategy), status=status)
+        return place.look()
+
+    first = go(2, "replicate", fault("before_forward", "term", 4))
+    assert first["status"] == "preempted" and first["step"] == 5 and first["checkpoints"][-1]["step"] == 5
+    asked = of_kind(place.run, events.StopRequested)
+    assert [(stop.signal, stop.step) for stop in asked] == [("SIGTERM", 5)]
+    go(3, "fsdp", fault("before_backward", "usr1", 9, rank=2), fault("after_update", "kill", 7))
+    assert of_kind(place.run, events.StopRequested)[-1].signal == "SIGUSR1"
+    go(4, "hybrid", fault("before_update", "term", 13, rank=3))
+    go(1, "replicate", fault("before_forward", "term", 17, rank=0))
+    finished = go(2, "fsdp", status=EXIT_FINISHED)
+    sizes = [(attempt["world_size"], attempt["from_step"]) for attempt in finished["attempts"]]
+    assert [size for size, _ in sizes] == [2, 3, 3, 4, 1, 2]
+    place.ends_as_calm(attempts=6)
+
+
+def test_an_agent_that_is_killed_takes_its_workers_along_and_the_same_command_goes_on(place: Place):
+    """Else they would train on unsupervised, and keep the run directory from whoever starts the job again."""
+    with place.start(2, [slow()]) as job:
+        assert wait_until(lambda: begun(place.run, step=7), seconds=40), job.output
+        job.process.kill()
+        job.process.wait()
+        assert wait_until(lambda: not job.processes(), seconds=5), job.leftovers()
+    place.survive(2, NO_FAULTS)
+    place.ends_as_calm(attempts=2)
+
+
+def test_sigterm_to_the_agent_is_answered_with_75_and_the_same_command_goes_on(place: Place):
+    """Meanwhile a second job on the directory is refused, and the first is not harmed."""
+    with place.start(2, [slow()]) as job:
+        assert wait_until(lambda: begun(place.run, step=2), seconds=40), job.output
+        second = trainer("train", SMOKE, "--run", place.run, *place.settings, check=False)
+        assert second.returncode == 2 and "is in use by process" in second.stderr
+        asked = time.monotonic()
+        job.process.send_signal(signal.SIGTERM)
+        assert job.wait(20) == EXIT_PREEMPTED, job.output
+        assert time.monotonic() - asked < 10
+        assert job.leftovers() == []
+    stopped = place.look()
+    assert stopped["status"] == "preempted" and 2 < stopped["step"] < STEPS
+    assert stopped["checkpoints"][-1]["step"] == stopped["step"]
+    assert trainer("inspect", place.run).stdout.count("preempted") >= 1
+    place.survive(2, NO_FAULTS)
+    place.ends_as_calm(attempts=2)
+
+
+def test_a_stopped_rank_is_noticed_named_and_replaced(place: Place):
+    limits = settings(elastic__step_timeout_seconds=2.0, elastic__startup_timeout_seconds=30.0)
+    place.survive(2, [fault("before_backward", "stop", 8), fault("after_reduce", "stop", 14, rank=0)], *limits)
+    place.ends_as_calm(attempts=3)
+    first, second = of_kind(place.run, events.Hung)
+    assert [c["rank"] for c in first.culprits] == [1] and [c["rank"] for c in second.culprits] == [0]
+    assert (first.step, second.step) == (8, 14 if second.point != "before_forward" else 15)
+    assert 2 <= first.seconds < 6 and first.collective
+    assert (place.run / first.stacks).read_text().count("Thread") >= 2
+
+
+def test_slow_is_not_hung(place: Place):
+    """A first step, an evaluation and a save, each longer than the limit of a step in all."""
+    limits = settings(elastic__step_timeout_seconds=1.5, elastic__startup_timeout_seconds=30.0)
+    place.survive(
+        2,
+        [
+            fault("before_backward", "sleep", 0, seconds=3),
+            fault("in_eval", "sleep", rank=None, lasting=True, seconds=0.2),
+            fault("in_save_shard", "sleep", 6, seconds=3),
+        ],
+        *limits,
+    )
+    place.ends_as_calm(attempts=1)
+    assert of_kind(place.run, events.Hung) == []
+
+
+def test_a_full_disk_fails_saves_and_not_the_run(place: Place):
+    """From step 5 no file may exceed 20 kB; at step 14 there is room again."""
+    place.survive(
+        2,
+        [
+            fault("before_forward", "limit_files", 5, bytes=20_000, rank=0),
+            fault("before_forward", "unlimit_files", 14, rank=0),
+        ],
+    )
+    place.ends_as_calm(attempts=1)
+    failed = of_kind(place.run, events.CheckpointFailed)
+    assert [(one.step, one.in_a_row) for one in failed] == [(6, 1), (12, 2)]
+    assert all(one.reason for one in failed)
+    assert [saved["step"] for saved in place.look()["checkpoints"]] == [18, 24]
+
+
+def test_a_disk_that_stays_full_stops_the_run_with_its_reason(place: Place):
+    full = [fault("before_forward", "limit_files", rank=1, lasting=True, bytes=20_000)]
+    with place.start(2, full, *settings(checkpoint__max_failures=2), restarts=0) as job:
+        assert job.wait() == EXIT_FAILED, job.output
+        assert job.leftovers() == []
+    assert "saving failed 2 times in a row" in job.output and "Traceback" not in job.output
+    stopped = place.look()
+    assert stopped["status"] == "failed" and stopped["checkpoints"] == []
+    assert [one.in_a_row for one in of_kind(place.run, events.CheckpointFailed)] == [1, 2]
+    place.survive(2, NO_FAULTS)
+    place.ends_as_calm(attempts=2)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A tmpfs of 1 MB to be mounted over the checkpoints of a run."""
+    disk = tmp_path / "run" / "checkpoints"
+    disk.mkdir(parents=True)
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True, text=True, check=False
+    )
+    if mount.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {mount.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=False)
+
+
+def test_a_disk_without_room_for_one_more_checkpoint_keeps_the_ones_it_has(
+    calm: Place, tmp_path: Path, small_disk: Path
+):
+    """ENOSPC for real. The run begins at a calm run's step 6, on a disk that something else has filled."""
+    place = Place(tmp_path, calm.settings, calm.calm)
+    trainer("train", SMOKE, "--run", tmp_path / "start", *calm.settings, *settings(checkpoint__keep_last=9))
+    shutil.copytree(
+        tmp_path / "start", place.run, dirs_exist_ok=True, ignore=shutil.ignore_patterns("step-*[12348]", "events")
+    )
+    assert [saved.step for saved in checkpoint.committed(place.run)] == [EVERY]
+    filler = small_disk / "step-somebody-elses"
+    with filler.open("wb") as file:
+        space = os.statvfs(small_disk)
+        file.write(b"x" * (space.f_bavail * space.f_frsize - 30_000))
+    with place.start(2, [slow(0.2)], *settings(checkpoint__max_failures=9)) as job:
+        assert wait_until(lambda: begun(place.run, step=15), seconds=40), job.output
+        assert [saved.step for saved in checkpoint.committed(place.run)] == [EVERY]
+        filler.unlink()
+        assert job.wait() == EXIT_FINISHED, job.output
+    failed = of_kind(place.run, events.CheckpointFailed)
+    assert [one.step for one in failed][:1] == [12] and "No space left" in failed[0].reason
+    assert outcome(place.run) == calm.calm
+
+
+def test_a_passing_nan_or_spike_leaves_no_trace(place: Place):
+    place.survive(
+        2,
+        [
+            fault("before_forward", "nan", 8, nth=2),
+            fault("before_forward", "nan", 14, rank=0, where="gradient"),
+            fault("before_forward", "nan", 16, where="spike"),
+        ],
+    )
+    place.ends_as_calm(attempts=1)
+    seen = of_kind(place.run, events.NotFinite)
+    assert sorted({(one.step, one.trial) for one in seen}) == [(9, 0), (15, 0)]
+
+
+def test_a_nan_that_stays_stops_the_run_and_is_named(place: Place):
+    """Rank 1's third micro-batch of four is number 5 of eight."""
+    lasting = [fault("before_forward", "nan", 8, nth=3, every=4, lasting=True)]
+    with place.start(2, lasting, restarts=0) as job:
+        assert job.wait() == EXIT_FAILED, job.output
+        assert job.leftovers() == []
+    ids = batches(place).micro_batch(8, 5).sample_ids
+    for named in ("step 9:", "micro-batch 5 (samples " + ", ".join(map(str, ids)), "module blocks.0.mlp"):
+        assert named in job.output, job.output
+    assert {one.trial for one in of_kind(place.run, events.NotFinite)} == {0, 1}
+    assert max(committed_samples(place.run)) == 8, "the step was applied"
+    place.survive(3, NO_FAULTS)
+    place.ends_as_calm(attempts=2)
+
+
+def test_asked_to_stop_before_the_first_step_it_saves_with_moments_and_goes_on(place: Place):
+    place.survive(2, [fault("before_forward", "term", 0)], status=EXIT_PREEMPTED)
+    assert [saved["step"] for saved in place.look()["checkpoints"]] == [1]
+    place.survive(1, NO_FAULTS)
+    place.ends_as_calm(attempts=2)
+
+
+def test_resuming_a_finished_run_changes_nothing(place: Place):
+    shutil.copytree(place.calm_run, place.run)
+    before = contents(place.run / "checkpoints")
+    place.survive(3, NO_FAULTS, *settings(parallel__strategy="fsdp"))
+    assert contents(place.run / "checkpoints") == before
+    place.ends_as_calm(attempts=2)
+    assert place.look()["attempts"][-1]["from_step"] == STEPS
+
+
+def contents(directory: Path) -> dict[str, tuple[int, bytes]]:
+    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in directory.rglob("*") if path.is_file()}
+
+
+def test_the_committed_history_holds_every_sample_once_per_epoch(calm: Place):
+    """By the ids themselves: all other runs here have the digests of this one."""
+    source = batches(calm)
+    ids = np.concatenate([batch.sample_ids for step in range(STEPS) for batch in source.at(step)])
+    assert source.n_windows < len(ids) < 2 * source.n_windows, "more than one epoch, less than two"
+    assert sorted(ids[: source.n_windows]) == list(range(source.n_windows))
+    assert len(set(ids[source.n_windows :])) == len(ids) - source.n_windows
+    for step in range(STEPS):
+        of_step = repr([digest(batch.sample_ids) for batch in source.at(step)])
+        assert calm.calm["samples"][step + 1] == hashlib.sha256(of_step.encode()).hexdigest()[:16]
+
+
+def batches(place: Place) -> Batches:
+    config = configs.load(SMOKE, place.settings[1::2])
+    tokens = prepare(config.data, config.eval, config.model.context).train.tokens
+    return Batches(
+        tokens,
+        seed=config.seed,
+        context=config.model.context,
+        micro_batches=config.data.micro_batches,
+        sequences=config.data.micro_batch_sequences,
+    )
+
+
+def begun(run: Path, step: int) -> bool:
+    """Whether the log of a living run has reached this step."""
+    return run.is_dir() and max(committed_samples(run), default=0) >= step

@@ -1,0 +1,418 @@
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import watchdog_worker
+from tests.watchdog_worker import FAULTY_RANK, FAULTY_STEP
+from trainer import events
+from trainer.watchdog import Collective, View, Watchdog, diagnose, pending_collective
+
+TIMEOUT = 1.0
+PROMISED_SECONDS = 2.5  # after the timeout, until the process has ended
+
+
+def view(rank: int, point: str = "before_reduce", step: int = 5, idle: float = 10.0, **rest: Any) -> View:
+    return View(**({"rank": rank, "point": point, "step": step, "idle": idle, "answers": 2, "recorded": True} | rest))
+
+
+def collective(
+    sequence: int = 9, name: str = "gloo:all_reduce", group: str = "0", sizes: str = "[[7, 3]]"
+) -> Collective:
+    return Collective(name, sequence, group, sizes)
+
+
+def named(views: list[View], limit: float = 10.0) -> list[int]:
+    return [culprit["rank"] for culprit in diagnose(views, limit)]
+
+
+WAITING = [view(0, pending=collective()), view(2, pending=collective())]
+
+
+def test_a_rank_that_does_not_answer_is_named_with_where_it_was_last_seen() -> None:
+    (culprit,) = diagnose([*WAITING, view(1, "before_update", 4, alive=False)], 10.0)
+    assert (culprit["rank"], culprit["point"], culprit["step"]) == (1, "before_update", 4)
+    assert "stopped" in culprit["why"]
+
+
+def test_a_silent_rank_whose_last_position_is_old_is_placed_at_the_step_of_those_who_wait() -> None:
+    (culprit,) = diagnose([*WAITING, view(1, "in_eval", 3, alive=False)], 10.0)
+    assert (culprit["rank"], culprit["point"], culprit["step"]) == (1, "unknown", 5)
+    assert "last seen at in_eval of step 3" in culprit["why"]
+
+
+def test_a_rank_outside_any_collective_is_named_while_others_wait() -> None:
+    (culprit,) = diagnose([*WAITING, view(1, "before_forward")], 10.0)
+    assert (culprit["rank"], culprit["point"], culprit["step"]) == (1, "before_forward", 5)
+    assert "in no collective, while rank 0 waits in gloo:all_reduce #9" in culprit["why"]
+
+
+def test_a_slow_rank_is_named_only_if_no_rank_is_stuck() -> None:
+    slow, stuck = view(1, "in_eval", idle=0.1), view(3, "before_forward")
+    assert named([*WAITING, slow]) == [1]
+    assert named([*WAITING, slow, stuck]) == [3]
+    assert named([*WAITING, slow, view(3, alive=False)]) == [3]
+    assert named([*WAITING, stuck, view(4, alive=False)]) == [4, 3]
+
+
+def test_among_waiting_ranks_the_minority_is_named_and_among_equals_none() -> None:
+    ahead = view(1, step=6, pending=collective())
+    assert named([*WAITING, ahead]) == [1]
+    assert named([*WAITING, view(1, pending=collective(name="gloo:barrier"))]) == [1]
+    assert named([*WAITING, view(1, pending=collective(sizes="[[1]]"))]) == [1]
+    assert named([WAITING[0], ahead]) == []
+    assert named([*WAITING, ahead, view(3, step=6, pending=collective())]) == []
+    assert named(WAITING) == []  # a cut network: nobody can tell
+
+
+def test_healthy_ranks_of_a_hybrid_mesh_wait_in_different_groups() -> None:
+    views = [view(0, pending=collective(group="3")), view(1, pending=collective(group="4"))]
+    assert named(views) == []
+    assert named([*views, view(2, pending=collective(group="3")), view(3, "before_forward")]) == [3]
+
+
+def test_without_flight_recorder_the_rank_that_is_behind_is_named() -> None:
+    off: dict[str, Any] = {"recorded": False}
+    assert named([view(0, **off), view(1, "before_forward", **off), view(2, **off)]) == [1]
+    assert named([view(0, **off), view(1, "before_update", 4, **off)]) == [1]
+    assert named([view(0, **off), view(1, **off)]) == []
+    assert named([view(0, **off)]) == []
+    assert named([view(0, **off), view(1, "a point of tomorrow", **off)]) == []
+
+
+def test_a_rank_alone_can_only_blame_itself() -> None:
+    assert named([view(0)]) == [0]
+
+
+def test_the_oldest_unfinished_collective_is_the_pending_one() -> None:
+    def entry(number: int, retired: bool, state: str = "scheduled") -> dict[str, Any]:
+        return {
+            "record_id": number, "collective_seq_id": number + 1, "retired": retired, "state": state,
+            "profiling_name": "gloo:all_reduce", "process_group": ["0", "default_pg"],
+            "input_dtypes": ["Float"], "input_sizes": [[7, 3]],
+        }  # fmt: skip
+
+    found = pending_collective(
+        {"entries": [entry(0, True), entry(3, False), entry(2, False), entry(1, False, "completed")]}
+    )
+    assert str(found) == 'gloo:all_reduce #3 of group "0 default_pg", Float [[7, 3]]'
+    assert pending_collective({"entries": [entry(0, True)]}) is None
+    assert pending_collective({}) is None
+
+
+class Kennel:
+    """A watchdog of this process whose reports and exits are only noted."""
+
+    def __init__(self, run: Path, step_timeout: float = 0.4, startup_timeout: float = 0.4, attempt: int = 3) -> None:
+        self.reports: list[events.Hung] = []
+        self.exits: list[int] = []
+        self.left = threading.Event()
+        self.dog = Watchdog(run, 0, 1, attempt, step_timeout, startup_timeout, self.report, self.leave)
+
+    def report(self, event: events.Hung) -> None:
+        self.reports.append(event)
+
+    def leave(self, status: int) -> None:
+        self.exits.append(status)
+        self.left.set()
+
+    def __enter__(self) -> "Kennel":
+        self.dog.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.dog.stop()
+
+
+def files(run: Path) -> list[str]:
+    return sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.is_file())
+
+
+def test_no_progress_is_reported_with_stacks_and_ends_the_process(tmp_path: Path) -> None:
+    with Kennel(tmp_path) as kennel:
+        kennel.dog.at("before_forward", 7)
+        assert kennel.left.wait(5)
+    (event,) = kennel.reports
+    assert (event.step, event.point, event.stacks) == (7, "before_forward", "stacks/attempt-0003-rank-00000.txt")
+    assert 0.4 <= event.seconds < 0.4 + PROMISED_SECONDS
+    assert [culprit["rank"] for culprit in event.culprits] == [0]
+    assert event.collective is None
+    assert kennel.exits == [1]
+    stacks = (tmp_path / event.stacks).read_text()
+    assert "is MainThread" in stacks
+    assert "test_no_progress_is_reported_with_stacks" in stacks
+
+
+def test_slow_is_not_hung(tmp_path: Path) -> None:
+    with Kennel(tmp_path, startup_timeout=30.0) as kennel:
+        kennel.dog.at("startup", 0)
+        time.sleep(0.8)  # kernels are compiled, say
+        kennel.dog.at("after_update", 1)
+        for _ in range(8):
+            kennel.dog.at("in_eval", 1)
+            time.sleep(0.15)
+        assert not kennel.exits
+        assert not (tmp_path / "stacks").exists()
+
+
+def test_the_step_timeout_begins_after_the_first_step(tmp_path: Path) -> None:
+    with Kennel(tmp_path, startup_timeout=30.0) as kennel:
+        kennel.dog.at("after_update", 1)
+        assert kennel.left.wait(5)
+
+
+def test_other_threads_do_not_hide_that_the_main_thread_is_stuck(tmp_path: Path) -> None:
+    with Kennel(tmp_path) as kennel:
+
+        def save() -> None:
+            while not kennel.left.wait(0.05):
+                kennel.dog.at("in_save_shard", 1)
+
+        thread = threading.Thread(target=save)
+        thread.start()
+        assert kennel.left.wait(5)
+        thread.join()
+    assert kennel.reports[0].point == "startup"
+
+
+def test_progress_during_the_diagnosis_calls_it_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Kennel(tmp_path) as kennel:
+        asked = threading.Event()
+
+        def slow_request() -> int:
+            asked.set()
+            time.sleep(0.2)
+            return 0
+
+        monkeypatch.setattr(kennel.dog._files, "request", slow_request)
+        assert asked.wait(5)
+        kennel.dog.at("before_forward", 1)
+        time.sleep(0.3)
+        assert not kennel.exits
+        assert kennel.left.wait(5), "it watches on"
+
+
+def test_a_report_that_fails_or_blocks_does_not_keep_the_process(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    def fail(event: events.Hung) -> None:
+        raise OSError("no space left")
+
+    kennel = Kennel(tmp_path)
+    kennel.dog._report = fail
+    with kennel:
+        assert kennel.left.wait(5)
+    never = threading.Event()
+    kennel = Kennel(tmp_path)
+    kennel.dog._report = lambda event: print(event, never.wait(10))
+    started = time.monotonic()
+    with kennel:
+        assert kennel.left.wait(5)
+        assert time.monotonic() - started < 0.4 + PROMISED_SECONDS
+        never.set()
+    assert "no space left" in capsys.readouterr().err
+
+
+def test_a_vanished_run_directory_harms_nothing(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    with Kennel(run, step_timeout=0.8, startup_timeout=0.8) as kennel:
+        kennel.dog.at("before_forward", 1)
+        time.sleep(0.15)
+        shutil.rmtree(run)
+        for step in range(6):
+            kennel.dog.at("before_forward", step)
+            time.sleep(0.15)
+        assert not kennel.exits
+        assert not run.exists(), "nothing brings it back"
+        assert kennel.left.wait(5)
+    assert kennel.reports[0].stacks == ""
+    assert "test_a_vanished_run_directory" in capfd.readouterr().err, "stacks go to stderr instead"
+
+
+def test_it_leaves_no_files_and_removes_those_of_dead_attempts(tmp_path: Path) -> None:
+    live = tmp_path / "live"
+    live.mkdir()
+    (live / "attempt-0002-rank-00001.json").write_text("{}")
+    (live / "attempt-0002-requests").write_text("1\n")
+    with Kennel(tmp_path, step_timeout=30.0, startup_timeout=1.0) as kennel:
+        time.sleep(0.3)
+        assert files(tmp_path) == [
+            "live/attempt-0003-rank-00000.forced", "live/attempt-0003-rank-00000.json", "live/attempt-0003-requests"
+        ]  # fmt: skip
+        assert not kennel.exits
+    assert not live.exists()
+
+
+def test_a_sign_of_progress_costs_less_than_two_microseconds(tmp_path: Path) -> None:
+    with Kennel(tmp_path, 60.0, 60.0) as kennel:
+        fastest = float("inf")
+        for _ in range(20):
+            started = time.perf_counter()
+            for step in range(1000):
+                kennel.dog.at("before_forward", step)
+            fastest = min(fastest, (time.perf_counter() - started) / 1000)
+    assert fastest < 2e-6
+
+
+# Real ranks. A fork server has imported torch, so a rank starts in milliseconds.
+
+
+@pytest.fixture(scope="module")
+def context() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "tests.watchdog_worker"])
+    return context
+
+
+class Ranks:
+    def __init__(self, context: Any, run: Path) -> None:
+        self._context, self._run = context, run
+        self.processes: list[ForkServerProcess] = []
+
+    def start(self, ranks: int, fault: str) -> None:
+        for rank in range(ranks):
+            process = self._context.Process(
+                target=watchdog_worker.main, args=(self._run, rank, ranks, TIMEOUT, fault), daemon=True
+            )
+            process.start()
+            self.processes.append(process)
+
+    def wait_until_struck(self) -> float:
+        """Monotonic time of the fault."""
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            if (self._run / "struck").exists() and (text := (self._run / "struck").read_text()):
+                return float(text)
+            time.sleep(0.01)
+        raise AssertionError(self.output())
+
+    def wait_until_one_left(self) -> float:
+        """Monotonic time of the first exit."""
+        ended = multiprocessing.connection.wait([process.sentinel for process in self.processes], timeout=20)
+        assert ended, self.output()
+        return time.monotonic()
+
+    def exits(self, *ranks: int) -> list[int | None]:
+        for rank in ranks:
+            self.processes[rank].join(10)
+        return [self.processes[rank].exitcode for rank in ranks]
+
+    def output(self) -> str:
+        return "\n".join(path.read_text() for path in sorted(self._run.glob("output-*.txt")))
+
+    def hung(self) -> list[tuple[int, events.Hung]]:
+        return [(e.rank, e.event) for e in events.read(self._run) if isinstance(e.event, events.Hung)]
+
+    def stacks(self, rank: int) -> str:
+        return (self._run / f"stacks/attempt-0000-rank-{rank:05d}.txt").read_text()
+
+
+@pytest.fixture
+def ranks(context: Any, tmp_path: Path) -> Iterator[Ranks]:
+    ranks = Ranks(context, tmp_path)
+    yield ranks
+    for process in ranks.processes:
+        process.kill()
+        process.join()
+
+
+def hangs(ranks: Ranks, fault: str, size: int = 3) -> events.Hung:
+    """The first report of a hang by a rank that waited for FAULTY_RANK."""
+    ranks.start(size, fault)
+    struck = ranks.wait_until_struck()
+    seconds = ranks.wait_until_one_left() - struck
+    print(f"{fault}: first exit after {seconds:.2f} s")
+    assert seconds < TIMEOUT + PROMISED_SECONDS
+    reports = ranks.hung()
+    assert reports, ranks.output()
+    for rank, report in reports:
+        print(rank, report)
+        assert TIMEOUT <= report.seconds < TIMEOUT + PROMISED_SECONDS
+        assert [(c["rank"], c["step"]) for c in report.culprits] == [(FAULTY_RANK, FAULTY_STEP)], report
+    return reports[0][1]
+
+
+def test_a_stopped_rank_is_named_by_those_who_wait_for_it(ranks: Ranks) -> None:
+    ranks.start(3, "stop")
+    struck = ranks.wait_until_struck()
+    assert ranks.wait_until_one_left() - struck < TIMEOUT + PROMISED_SECONDS
+    assert 1 in ranks.exits(0, 2)
+    reports = ranks.hung()
+    assert reports, ranks.output()
+    for _, report in reports:
+        assert (report.point, report.step) == ("before_reduce", FAULTY_STEP)
+        assert report.collective is not None
+        assert report.collective.startswith("gloo:all_reduce")
+        assert "[[7, 3]]" in report.collective
+        (culprit,) = report.culprits
+        assert culprit["rank"] == FAULTY_RANK
+        assert "does not answer" in culprit["why"]
+    for rank in (0, 2):
+        assert "all_reduce" in ranks.stacks(rank)
+
+
+def test_a_deadlocked_rank_is_named_and_its_stack_names_the_function(ranks: Ranks) -> None:
+    report = hangs(ranks, "lock")
+    assert report.culprits[0]["point"] == "before_backward"
+    assert "waits_for_a_lock" in ranks.stacks(FAULTY_RANK)
+    for rank in (0, 2):
+        assert "all_reduce" in ranks.stacks(rank)
+
+
+def test_a_rank_asleep_in_its_data_is_named(ranks: Ranks) -> None:
+    report = hangs(ranks, "data")
+    assert report.culprits[0]["point"] == "before_forward"
+    assert "reads_data_for_ever" in ranks.stacks(FAULTY_RANK)
+
+
+def test_a_rank_that_keeps_the_gil_is_named_and_its_stack_is_there(ranks: Ranks) -> None:
+    report = hangs(ranks, "gil")
+    assert "does not answer" in report.culprits[0]["why"]
+    assert "keeps_the_gil" in ranks.stacks(FAULTY_RANK)
+
+
+def test_a_rank_stuck_in_an_fsdp_forward_is_named(ranks: Ranks) -> None:
+    report = hangs(ranks, "fsdp")
+    assert report.culprits[0]["point"] == "before_forward"
+    assert "in no collective" in report.culprits[0]["why"]
+
+
+def test_a_rank_that_skipped_a_collective_is_named(ranks: Ranks) -> None:
+    ranks.start(3, "skip")
+    ranks.wait_until_struck()
+    ranks.wait_until_one_left()
+    reports = ranks.hung()
+    assert reports, ranks.output()
+    assert [culprit["rank"] for culprit in reports[0][1].culprits] == [FAULTY_RANK], reports
+
+
+def test_the_flight_recorder_lies_beside_the_stacks(ranks: Ranks, tmp_path: Path) -> None:
+    hangs(ranks, "data", size=2)
+    trace = json.loads((tmp_path / "stacks/attempt-0000-rank-00000.collectives.json").read_text())
+    assert trace["entries"][-1]["profiling_name"] == "gloo:all_reduce"
+
+
+def test_ranks_stopped_for_long_go_on_when_they_are_continued(ranks: Ranks, tmp_path: Path) -> None:
+    ranks.start(2, "slow")
+    ranks.wait_until_struck()
+    time.sleep(0.1)
+    pids = [process.pid for process in ranks.processes if process.pid is not None]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(2.5 * TIMEOUT)
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(0.1)
+    assert ranks.exits(0, 1) == [0, 0], ranks.output()
+    assert ranks.hung() == []
+    assert not (tmp_path / "live").exists()
+    assert not (tmp_path / "stacks").exists()

@@ -1,0 +1,319 @@
+"""Checkpoints as files: names, manifest, commit, verification, retention. No torch here, so that looking is fast.
+
+A checkpoint is written into a hidden directory that nobody else uses, made durable, described by a manifest, and
+committed by one rename. What has no committed name does not exist for anyone, with one exception: where a checkpoint
+replaces one of the same step, the old one steps aside as `.step-N.replaced` and counts until the new one has been
+read back, so that there is never a moment without it.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+import re
+import secrets
+import shutil
+import stat
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import CheckpointError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_CHUNK = 4 * 2**20
+_COMMITTED = re.compile(r"(?:step-([0-9]+)|\.step-([0-9]+)\.replaced)")
+_LEFTOVER = re.compile(r"\.step-[0-9]+\.[0-9a-f]+\.(?:partial|pruned)")
+
+Progress = Callable[[int, int], None]
+"""Told how many bytes of how many are done."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A committed checkpoint, by its name; not necessarily intact."""
+
+    path: Path
+    step: int
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.stat().st_size for file in self.path.iterdir() if file.is_file())
+
+
+def directory(run: Path) -> Path:
+    return run / "checkpoints"
+
+
+def final_path(run: Path, step: int) -> Path:
+    return directory(run) / f"step-{step:08d}"
+
+
+def committed(run: Path) -> list[Saved]:
+    """All committed checkpoints of a run, newest first. Raises CheckpointError if they cannot be listed."""
+    found = []
+    for path in _entries(directory(run)):
+        match = _COMMITTED.fullmatch(path.name)
+        if match and path.is_dir():
+            found.append(Saved(path, int(match[1] or match[2])))
+    return sorted(found, key=lambda saved: (-saved.step, _is_hidden(saved.path)))
+
+
+def at(path: Path) -> Saved:
+    """The checkpoint in this directory. Raises CheckpointError if its name is none."""
+    match = _COMMITTED.fullmatch(path.name)
+    if not (match and path.is_dir()):
+        raise CheckpointError(f"{path} is no checkpoint.\n  They are directories: RUN/checkpoints/step-00000040.")
+    return Saved(path, int(match[1] or match[2]))
+
+
+def newest_intact(run: Path, report: Callable[[str], None] = lambda message: None) -> Saved | None:
+    """The newest checkpoint that passes `verify`; every one that does not is reported and passed over."""
+    for saved in committed(run):
+        problems = verify(saved)
+        if not problems:
+            return saved
+        report(f"{saved.path.name} is damaged and passed over: {'; '.join(problems)}")
+    return None
+
+
+def verify(
+    saved: Saved, progress: Progress = lambda done, total: None, names: Collection[str] | None = None
+) -> list[str]:
+    """What is wrong with a checkpoint, a line each; empty if it is intact. Nothing in it is executed.
+
+    `names` limits the reading of contents to these files. The step and the list of files are always checked.
+    """
+    try:
+        manifest = read_manifest(saved)
+        present = {path.name for path in _entries(saved.path)} - {MANIFEST}
+    except CheckpointError as error:
+        return [one_line(error)]
+    problems = []
+    if manifest["step"] != saved.step:
+        problems.append(f"{MANIFEST} is that of step {manifest['step']}")
+    files: dict[str, dict[str, Any]] = manifest["files"]
+    problems += [f"{name} is not in the manifest" for name in sorted(present - files.keys())]
+    chosen = sorted(files if names is None else files.keys() & set(names))
+    total, before = sum(files[name]["bytes"] for name in chosen), 0
+    for name in chosen:
+        start = before
+        problem = _damage(saved, name, files[name], lambda done, start=start: progress(start + done, total))
+        before += files[name]["bytes"]
+        progress(before, total)
+        if problem:
+            problems.append(problem)
+    return problems
+
+
+def read_manifest(saved: Saved) -> dict[str, Any]:
+    """The manifest of a checkpoint. Raises CheckpointError, one line, if it is missing, damaged or too new."""
+    try:
+        manifest = json.loads((saved.path / MANIFEST).read_text(encoding="utf-8"))
+        body = manifest["body"]
+        if _digest(body) != manifest["sha256"]:
+            raise CheckpointError(f"{MANIFEST} does not match its own checksum")
+        if body["format"] > FORMAT:
+            raise CheckpointError(
+                f"{MANIFEST} has format {body['format']}; this toprope reads up to {FORMAT}. Use a newer toprope"
+            )
+        if not _well_formed(body):
+            raise CheckpointError(f"{MANIFEST} is not what a manifest looks like")
+        return body
+    except FileNotFoundError:
+        raise CheckpointError(f"{MANIFEST} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{MANIFEST} is damaged ({type(error).__name__})") from None
+
+
+def stage(run: Path, step: int) -> Path:
+    """A new hidden directory to write the checkpoint of `step` into. Raises OSError.
+
+    The run directory itself must be there: where it has vanished (a disk that went away), nothing is made up for it.
+    """
+    directory(run).mkdir(exist_ok=True)
+    staging = directory(run) / f".step-{step:08d}.{secrets.token_hex(4)}.partial"
+    staging.mkdir()
+    sync_directory(run)
+    return staging
+
+
+def clean(run: Path) -> None:
+    """Remove what saves of dead attempts left behind. Only for the job that holds the run's lock."""
+    for path in _entries(directory(run)):
+        if _LEFTOVER.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+        elif _COMMITTED.fullmatch(path.name) and _is_hidden(path):
+            successor = final_path(run, at(path).step)
+            if successor.is_dir() and not verify(at(successor)):  # else this one may be the last that is intact
+                _remove(path)
+
+
+def write_manifest(staging: Path, body: Mapping[str, Any]) -> int:
+    """Write `body` (step, identity, files) as the manifest of a checkpoint; its size in bytes. Raises OSError."""
+    body = {"format": FORMAT, **body, "written": time.time()}
+    content = json.dumps({"sha256": _digest(body), "body": body}, indent=1).encode()
+    with (staging / MANIFEST).open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return len(content)
+
+
+def commit(staging: Path, final: Path) -> None:
+    """Give a complete checkpoint its name, durably. One of the same name steps aside. Raises OSError."""
+    sync_directory(staging)
+    if final.exists():
+        aside = _aside(final)
+        if aside.exists():
+            _remove(aside)
+        final.rename(aside)
+    staging.rename(final)
+    sync_directory(final.parent)
+
+
+def forget_replaced(final: Path) -> None:
+    """The checkpoint at `final` has been read back: the one that stepped aside for it may go."""
+    if _aside(final).exists():
+        _remove(_aside(final))
+
+
+def discard(path: Path) -> None:
+    """Remove a checkpoint or what should have become one, as far as the disk lets us."""
+    with contextlib.suppress(OSError):
+        _remove(path)
+
+
+def prune(run: Path, keep_last: int, keep_every_steps: int = 0, verified: Saved | None = None) -> list[str]:
+    """Remove old checkpoints: keep the newest `keep_last` and those whose step `keep_every_steps` divides.
+
+    Nothing goes before something newer is known to be intact: `verified`, or else the newest that `verify` passes.
+    Checkpoints after that one were damaged or refused; they are replaced when the run gets there again. Returns what
+    could not be removed, a line each.
+    """
+    newest = verified or newest_intact(run)
+    if newest is None:
+        return []
+    problems, kept = [], 0
+    for saved in committed(run):
+        if saved.step > newest.step or _is_hidden(saved.path):
+            continue
+        if kept < keep_last:
+            kept += saved == newest or not verify(saved, names=())  # one that is visibly damaged is no fallback
+        elif not (keep_every_steps and saved.step % keep_every_steps == 0):
+            try:
+                _remove(saved.path)
+            except OSError as error:
+                problems.append(f"{saved.path.name} cannot be removed: {error.strerror}")
+    return problems
+
+
+def forget_cached(path: Path) -> None:
+    """Ask the system to drop its copy of a durable file, so that the next read comes from the disk. Best effort."""
+    if hasattr(os, "posix_fadvise"):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+def sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def one_line(error: BaseException) -> str:
+    """An error as a reason inside another message: as the system calls it, where it is the system's."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror} ({Path(os.fsdecode(error.filename)).name})" if error.filename else error.strerror
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    said_for_people = isinstance(error, CheckpointError | pickle.UnpicklingError)
+    return lines[0][:300] if said_for_people else f"{type(error).__name__}: {lines[0][:300]}"
+
+
+def _entries(path: Path) -> list[Path]:
+    """Of a directory that may not exist; one that cannot be read must never look like an empty one."""
+    try:
+        return sorted(path.iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be listed: {error.strerror}.\n  Make it readable.") from None
+
+
+def _is_hidden(path: Path) -> bool:
+    return path.name.startswith(".")
+
+
+def _aside(final: Path) -> Path:
+    return final.with_name(f".{final.name}.replaced")
+
+
+def _remove(path: Path) -> None:
+    """First invisible, then gone: a half-removed checkpoint is never seen. Raises OSError if it cannot be hidden."""
+    step = re.search("step-[0-9]+", path.name)
+    assert step is not None
+    doomed = path.with_name(f".{step[0]}.{secrets.token_hex(4)}.pruned")
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _damage(saved: Saved, name: str, expected: Mapping[str, Any], progress: Callable[[int], None]) -> str | None:
+    path = saved.path / name
+    try:
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode):
+            return f"{name} is no regular file"
+        if status.st_size == 0 < expected["bytes"]:
+            return f"{name} is empty"
+        if status.st_size != expected["bytes"]:
+            return f"{name} has {status.st_size} bytes instead of {expected['bytes']}{_origin(saved, path)}"
+        if _sha256(path, progress) != expected["sha256"]:
+            return f"{name} does not match its checksum{_origin(saved, path)}"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def _origin(saved: Saved, path: Path) -> str:
+    """Whose file it is instead, if it belongs to another checkpoint beside this one."""
+    actual = _sha256(path)
+    for sibling in sorted(saved.path.parent.glob("step-*")):
+        with contextlib.suppress(CheckpointError):
+            other = at(sibling)
+            if other != saved and any(file["sha256"] == actual for file in read_manifest(other)["files"].values()):
+                return f": it is a file of step {other.step}"
+    return ""
+
+
+def _well_formed(body: Mapping[str, Any]) -> bool:
+    return isinstance(body["step"], int) and all(
+        "/" not in name and isinstance(file["bytes"], int) and isinstance(file["sha256"], str)
+        for name, file in dict(body["files"]).items()
+    )
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path, progress: Callable[[int], None] = lambda done: None) -> str:
+    sha, done = hashlib.sha256(), 0
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK):
+            sha.update(chunk)
+            done += len(chunk)
+            progress(done)
+    return sha.hexdigest()

@@ -1,0 +1,441 @@
+"""Writing checkpoints beside training: the loop waits for a copy in memory, and a thread does the rest.
+
+A save goes in rounds. In each, every rank does its part and then all learn what became of everyone's (`_together`), on
+a process group of their own. So an error anywhere is an error everywhere, with one reason, and nobody waits for a rank
+that has given up. The rounds: make the directory; write the shards; commit; read back. Then rank 0 prunes.
+
+DCP plans who writes what and lays out the bytes. Its `save` is not used: it would plan anew each time, and its own
+collectives know nothing of the rounds.
+"""
+
+import contextlib
+import datetime
+import hashlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+from torch.distributed.tensor import DTensor
+
+from trainer import config
+from trainer.checkpoint import files
+from trainer.errors import CheckpointError
+from trainer.events import CheckpointFailed, CheckpointSaved, Event, Warned
+from trainer.world import World
+
+T = TypeVar("T")
+At = Callable[[str, int], None]
+
+PEER_TIMEOUT_SECONDS = 1800.0  # a rank with a slow disk keeps the others' writing threads waiting, not their training
+NICENESS = 10  # of the writing thread; on full cores it gets about a tenth of one
+
+
+class Saver:
+    """Saves a run's state beside its training, one save at a time. Made, and called, on all ranks alike.
+
+    A save that fails never raises: it becomes a CheckpointFailed event, and earlier checkpoints stay as they are.
+    """
+
+    failures_in_a_row: int
+    """Of the saves that `begin` and `finish` have waited for: alike on all ranks after either, unless one has died."""
+    last_sign_of_life: float
+    """time.monotonic() when this rank's writing last got on: tells a slow disk from a hang."""
+
+    def __init__(
+        self,
+        run: Path,
+        world: World,
+        identity: Mapping[str, Any],
+        settings: config.Checkpoint,
+        at: At = lambda point, step: None,
+        peer_timeout_seconds: float = PEER_TIMEOUT_SECONDS,
+    ) -> None:
+        """`identity` goes into the manifest: what a loader must agree with. `at` is called from the writing thread."""
+        self._run, self._world, self._identity, self._settings, self._at = run, world, dict(identity), settings, at
+        self._group = None
+        if world.size > 1:  # never the one that training uses: collectives of two threads would mix there
+            timeout = datetime.timedelta(seconds=peer_timeout_seconds)
+            self._group = dist.new_group(backend="gloo", timeout=timeout, group_desc="checkpoint")
+        self._lost: str | None = None
+        """Why the ranks cannot agree on anything any more."""
+        self._layout: _Layout | None = None
+        self._save: _Save | None = None
+        self._ended: list[Event] = []
+        self._failures = 0
+        self.failures_in_a_row = 0
+        self.last_sign_of_life = time.monotonic()
+
+    def begin(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Save `tensors` (plain ones alike on all ranks, or DTensors) as the checkpoint of `step`.
+
+        Waits for an earlier save still under way, copies what this rank will write, and returns.
+        """
+        started = time.perf_counter()
+        self._wait()
+        trouble = None
+        try:
+            if self._layout is None:
+                self._layout = self._lay_out(tensors)
+            self._layout.copy(tensors)
+        except Exception as error:  # out of memory, a dead peer: the first round tells all ranks
+            trouble = error
+        self._save = save = _Save(step, started, trouble)
+        self.last_sign_of_life = time.monotonic()
+        save.thread = threading.Thread(target=self._write, args=(save,), name="checkpoint", daemon=True)
+        save.thread.start()
+        save.stall = time.perf_counter() - started
+
+    def poll(self) -> list[Event]:
+        """What became of saves that ended since the last call. Cheap; alike on all ranks, but not at the same step."""
+        if self._save is not None and self._save.outcome is not None:
+            self._collect()
+        ended, self._ended = self._ended, []
+        return ended
+
+    def finish(self) -> list[Event]:
+        """Wait for the save under way; then as `poll`."""
+        started = time.perf_counter()
+        if self._save is not None:
+            self._save.thread.join()
+            self._save.stall += time.perf_counter() - started
+        self._wait()
+        return self.poll()
+
+    def close(self, grace_seconds: float = 5.0) -> None:
+        """Give a save under way a little time to end, then leave it. Never raises."""
+        if self._save is not None:
+            self._save.thread.join(grace_seconds)
+            if self._save.thread.is_alive():
+                return  # it may be inside a collective: its group is left to the end of the process
+        if self._group is not None:
+            with contextlib.suppress(Exception):
+                dist.destroy_process_group(cast(dist.ProcessGroup, self._group))
+            self._group, self._lost = None, "the saver is closed"
+
+    def _wait(self) -> None:
+        if self._save is not None:
+            self._save.thread.join()
+            self._collect()
+        self.failures_in_a_row = self._failures
+
+    def _collect(self) -> None:
+        save, self._save = self._save, None
+        assert save is not None and save.outcome is not None
+        size, reason = save.outcome
+        if reason is not None:
+            self._failures += 1
+            self._ended.append(CheckpointFailed(step=save.step, reason=reason, in_a_row=self._failures))
+        else:
+            self._failures = 0
+            self._ended.append(
+                CheckpointSaved(step=save.step, bytes=size, seconds=save.seconds, stall_seconds=save.stall)
+            )
+        self._ended += [Warned(message=message) for message in save.warnings]
+
+    def _lay_out(self, tensors: Mapping[str, Tensor]) -> "_Layout":
+        """Who writes what: planned once, the state keeps its shapes. Replicas share the writing."""
+        plans = self._together(lambda: _local_plan(tensors))
+        planner = dcp.DefaultSavePlanner(flatten_state_dict=False, dedup_save_to_lowest_rank=False)
+        plans, metadata = planner.create_global_plan(plans)  # the same input and so the same plan on all ranks
+        plans = _Writer(self._run, lambda: None).prepare_global_plan(plans)  # gives each rank the names of its files
+        return _Layout(plans[self._world.rank], metadata, tensors)
+
+    def _write(self, save: "_Save") -> None:
+        """The writing thread."""
+        _lower_priority()
+        try:
+            save.outcome = self._rounds(save), None
+        except _SaveError as error:
+            save.outcome = 0, str(error)
+        except BaseException as error:  # no thread dies silently
+            self._lost = self._lost or f"the writing thread failed: {files.one_line(error)}"
+            save.outcome = 0, self._lost
+
+    def _rounds(self, save: "_Save") -> int:
+        """Write, commit, read back, prune; the checkpoint's size in bytes. Raises _SaveError, alike on all ranks."""
+        staging = self._together(lambda: self._prepare(save))[0]
+        assert staging is not None
+        try:
+            shards = self._together(lambda: self._write_shard(save, staging))
+            final, size = self._together(lambda: self._commit(save, staging, shards))[0]
+        except BaseException:
+            if self._world.is_main:
+                files.discard(staging)
+            raise
+        save.seconds = time.perf_counter() - save.started
+        own = shards[self._world.rank].digests
+        damage = [line for lines in self._together(lambda: self._read_back(save, final, own)) for line in lines]
+        if damage:
+            if self._world.is_main:
+                files.discard(final)
+            raise _SaveError(f"it was written, but reads back differently: {'; '.join(dict.fromkeys(damage))}")
+        if self._world.is_main:
+            self._prune(save, final)
+        return size
+
+    def _prepare(self, save: "_Save") -> Path | None:
+        if save.trouble is not None:
+            raise save.trouble
+        if not self._world.is_main:
+            return None
+        files.clean(self._run)
+        return files.stage(self._run, save.step)
+
+    def _write_shard(self, save: "_Save", staging: Path) -> "_Shard":
+        layout = self._layout
+        assert layout is not None
+        writer = _Writer(staging, self._progress(save, "in_save_shard"))
+        results: list[Any] = []
+        if layout.plan.items:
+            results = writer.write_data(layout.plan, layout).value()  # pyright: ignore[reportArgumentType]
+            files.sync_directory(staging)
+        else:  # nothing left for this rank: there are more ranks than tensors
+            self._at("in_save_shard", save.step)
+        if not self._world.is_main:
+            self._at("before_commit", save.step)
+        return _Shard(writer.files.digests, results)
+
+    def _commit(self, save: "_Save", staging: Path, shards: "list[_Shard]") -> tuple[Path, int]:
+        final = files.final_path(self._run, save.step)
+        if not self._world.is_main:
+            return final, 0
+        assert self._layout is not None
+        writer = _Writer(staging, lambda: None)
+        writer.finish(self._layout.metadata, [shard.results for shard in shards])
+        for shard in shards:
+            writer.files.digests.update(shard.digests)
+        described = dict(sorted(writer.files.digests.items()))
+        body = {**self._identity, "step": save.step, "world_size": self._world.size, "files": described}
+        size = files.write_manifest(staging, body) + sum(file["bytes"] for file in described.values())
+        self._at("before_commit", save.step)
+        files.commit(staging, final)
+        return final, size
+
+    def _read_back(self, save: "_Save", final: Path, own: Mapping[str, Any]) -> list[str]:
+        """What is wrong with what this rank wrote, from the disk and not from the system's copy in memory."""
+        self._at("after_commit", save.step)
+        names = {*own, ".metadata"} if self._world.is_main else {*own}
+        for name in names:
+            with contextlib.suppress(OSError):
+                files.forget_cached(final / name)
+        return files.verify(files.at(final), self._progress(save), names)
+
+    def _prune(self, save: "_Save", final: Path) -> None:
+        settings = self._settings
+        try:
+            files.forget_replaced(final)
+            save.warnings += files.prune(
+                self._run, settings.keep_last, settings.keep_every_steps, verified=files.at(final)
+            )
+        except (OSError, CheckpointError) as error:
+            save.warnings.append(f"old checkpoints could not be removed: {files.one_line(error)}")
+
+    def _progress(self, save: "_Save", point: str | None = None) -> Callable[..., None]:
+        """A callback for progress: a sign of life, and the first time `point`."""
+        points = [point] if point else []
+
+        def progress(*amount: int) -> None:
+            self.last_sign_of_life = time.monotonic()
+            if points:
+                self._at(points.pop(), save.step)
+
+        return progress
+
+    def _together(self, work: Callable[[], T]) -> list[T]:
+        """Every rank works; returns what each has to show. Raises _SaveError on all if it failed on any."""
+        if self._lost is not None:
+            raise _SaveError(self._lost)
+        try:
+            mine: Any = work(), None
+        except BaseException as error:  # whatever it is, the others must hear of it
+            mine = None, files.one_line(error)
+        all_of_us: list[Any] = [mine] * self._world.size
+        if self._group is not None:
+            try:
+                dist.all_gather_object(all_of_us, mine, group=self._group)
+            except Exception as error:  # gloo raises RuntimeError, pickle anything
+                detail = files.one_line(error).partition(". This is typically")[0]  # gloo's advice for programmers
+                self._lost = f"another rank was lost while saving ({detail})"
+                raise _SaveError(self._lost) from None
+        self.last_sign_of_life = time.monotonic()
+        failed = [(rank, reason) for rank, (_, reason) in enumerate(all_of_us) if reason is not None]
+        if failed:
+            by_rank = [f"rank {rank}: {why}" if self._group else why for rank, why in failed]
+            raise _SaveError(failed[0][1] if len({why for _, why in failed}) == 1 < len(failed) else "; ".join(by_rank))
+        return [result for result, _ in all_of_us]
+
+
+class _SaveError(CheckpointError):
+    """A save failed, with the same message on all ranks. Becomes a CheckpointFailed event."""
+
+
+class _Save:
+    """One save under way."""
+
+    thread: threading.Thread
+
+    def __init__(self, step: int, started: float, trouble: Exception | None) -> None:
+        self.step, self.started, self.trouble = step, started, trouble
+        self.stall = 0.0
+        self.seconds = 0.0
+        self.warnings: list[str] = []
+        self.outcome: tuple[int, str | None] | None = None
+        """(bytes, None) or (0, why it failed); set last, by the writing thread."""
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """What a rank has written: digest and size by file name, and DCP's record of what lies where."""
+
+    digests: dict[str, dict[str, Any]]
+    results: list[Any]
+
+
+class _Layout:
+    """What this rank writes, and the buffers that hold it while it is written; they are used again by every save."""
+
+    def __init__(self, plan: SavePlan, metadata: Metadata, tensors: Mapping[str, Tensor]) -> None:
+        self.plan = SavePlan(
+            [item for item in plan.items if item.tensor_storage_size()], storage_data=plan.storage_data
+        )
+        self.metadata = metadata
+        self._buffers = {item.index.fqn: _buffer(tensors[item.index.fqn]) for item in self.plan.items}
+
+    def copy(self, tensors: Mapping[str, Tensor]) -> None:
+        if not self._buffers:
+            return
+        with torch.no_grad():
+            sources = [_local(tensors[name]) for name in self._buffers]
+            torch._foreach_copy_(list(self._buffers.values()), sources, non_blocking=True)
+            if sources[0].is_cuda:
+                torch.cuda.current_stream().synchronize()
+
+    def resolve_data(self, item: WriteItem) -> Tensor:
+        """What DCP's writer asks its planner: the bytes of an item of the plan."""
+        return self._buffers[item.index.fqn]
+
+
+def _local_plan(tensors: Mapping[str, Tensor]) -> SavePlan:
+    return dcp.default_planner.create_default_local_save_plan(dict(tensors), is_coordinator=True)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _buffer(tensor: Tensor) -> Tensor:
+    local = _local(tensor)
+    return torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
+
+
+class _Writer(dcp.FileSystemWriter):
+    """DCP's writer of files, with streams that hash what they are given and report the disk's errors as they are."""
+
+    def __init__(self, staging: Path, progress: Callable[[], None]) -> None:
+        # Our streams flush to disk themselves. Copying ahead is for tensors on a GPU, and waits for training's stream.
+        super().__init__(staging, sync_files=False, thread_count=1, per_thread_copy_ahead=0)
+        self.files = self.fs = _HashingFiles(progress)
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta()  # no paths: a checkpoint may be moved
+
+
+class _HashingFiles(FileSystem):
+    def __init__(self, progress: Callable[[], None]) -> None:
+        self.digests: dict[str, dict[str, Any]] = {}
+        """Of what was meant to be written, by file name; a disk that does something else is found out."""
+        self._progress = progress
+
+    @contextlib.contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
+        assert mode == "wb"
+        with Path(path).open("xb", buffering=0) as raw:
+            stream = _HashingStream(raw, self._progress)
+            yield stream
+            stream.end()
+        self.digests[Path(path).name] = {"bytes": stream.tell(), "sha256": stream.sha256.hexdigest()}
+
+    def rename(self, path: Any, new_path: Any) -> None:
+        super().rename(path, new_path)
+        self.digests[Path(new_path).name] = self.digests.pop(Path(path).name)
+
+
+class _HashingStream:
+    """A file to write to, once and in order. Small pieces are gathered; large ones go in chunks, without the GIL."""
+
+    _GATHERED = 2**20
+    _CHUNK = 4 * 2**20
+
+    def __init__(self, raw: IO[bytes], progress: Callable[[], None]) -> None:
+        self._raw, self._progress = raw, progress
+        self._gathered = bytearray()
+        self._written = 0
+        self._error: BaseException | None = None
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self._written += len(view)
+        if self._error is None:  # raised at the end: torch's zip writer would lose the reason on the way
+            try:
+                self._put(view)
+            except BaseException as error:
+                self._error = error
+        return len(view)
+
+    def tell(self) -> int:
+        return self._written
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def end(self) -> None:
+        """Make everything durable. Raises what went wrong since the beginning."""
+        if self._error is None:
+            self._flush()
+        if self._error is not None:
+            raise self._error
+        os.fsync(self._raw.fileno())
+
+    def _put(self, view: memoryview) -> None:
+        if len(view) < self._GATHERED:
+            self._gathered += view
+            if len(self._gathered) < self._GATHERED:
+                return
+            view = memoryview(b"")
+        self._flush()
+        for start in range(0, len(view), self._CHUNK):
+            self._write_out(view[start : start + self._CHUNK])
+
+    def _flush(self) -> None:
+        gathered, self._gathered = self._gathered, bytearray()
+        self._write_out(memoryview(gathered))
+
+    def _write_out(self, view: memoryview) -> None:
+        self.sha256.update(view)
+        while view:
+            view = view[self._raw.write(view) :]
+            self._progress()
+
+
+def _lower_priority() -> None:
+    """Let training go first. Only Linux gives single threads a niceness."""
+    if sys.platform == "linux":
+        thread = threading.get_native_id()
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS))
