@@ -1,10 +1,10 @@
 """One rank of a run with faults on purpose: -m tests.survival_worker PLAN.json CONFIG --run RUN [--set KEY=VALUE …]
 
 The plan is a list of faults, each {point, action} and, as wanted: rank (any), step (any), nth (which time this rank
-passes there in its process, from 0), pause (seconds before the action), seconds, bytes, where, lasting. Points are
-those of the run itself (trainer/step.py, checkpoint.py) and, seen from outside, START, in_forward, in_backward,
-in_update, before_end and leaving. A fault that is not lasting fires once in the life of its plan, so a rank that is
-started again passes it by; `fired` tells which did.
+passes there in its process, from 0), pause (seconds before the action), turn (so many faults must have fired before
+this process began), seconds, bytes, where, lasting. Points are those of the run itself (trainer/step.py, checkpoint)
+and, seen from outside, START, in_forward, in_backward, in_update, before_end and leaving. A fault that is not lasting
+fires once in the life of its plan, so a rank that is started again passes it by; `fired` tells which did.
 """
 
 import functools
@@ -46,6 +46,7 @@ class Faults:
         self._poison: str | None = None
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # nobody wants 200 core dumps
         self._marks.mkdir(exist_ok=True)
+        self._turn = len(list(self._marks.iterdir()))
         self._wrap()
 
     def __call__(self, point: str, step: int) -> None:
@@ -54,7 +55,7 @@ class Faults:
         for index, fault in enumerate(self._faults):
             if fault["point"] != point or fault.get("rank") not in (None, self._rank):
                 continue
-            if fault.get("step") not in (None, step):
+            if fault.get("step") not in (None, step) or fault.get("turn", 0) > self._turn:
                 continue
             self._passed[index] += 1
             if fault.get("lasting"):

@@ -104,6 +104,13 @@ def test_off_a_terminal_evals_checkpoints_and_warnings_are_always_printed():
     ]
 
 
+def test_an_attempt_that_failed_says_why_in_one_line():
+    end = AttemptEnded(
+        status="failed", step=7, reason="RuntimeError: gone\n  at x", weights_sha256=None, state_sha256=None
+    )
+    assert lines_of((0, end)) == ["failed step 7/60  RuntimeError: gone"]
+
+
 KILLED = WorkersLost(failures=[{"rank": 1, "pid": 1, "exitcode": -9, "signal": "SIGKILL"}], reason="")
 KILLED_AT_47 = [entry(started(), 0), *[entry(step(n), n) for n in range(1, 48)]]
 

@@ -161,7 +161,8 @@ DEATHS = {
 @pytest.mark.parametrize("when", DEATHS)
 def test_killed_at_every_phase_boundary_a_run_ends_as_the_calm_one(place: Place, when: str):
     sharding = "fsdp" if when in ("in each part of a save", "from the reduction to the next step") else "replicate"
-    place.survive(2, DEATHS[when], *settings(parallel__strategy=sharding))
+    in_turn = [{**one, "turn": turn} for turn, one in enumerate(DEATHS[when])]
+    place.survive(2, in_turn, *settings(parallel__strategy=sharding))
     lost = sum(one["point"] in ("START", "in_load") for one in DEATHS[when])  # no attempt: they never began to train
     place.ends_as_calm(attempts=len(DEATHS[when]) + 1 - lost)
     causes = of_kind(place.run, events.WorkersLost)
@@ -209,7 +210,7 @@ def test_an_agent_that_is_killed_takes_its_workers_along_and_the_same_command_go
 
 def test_sigterm_to_the_agent_is_answered_with_75_and_the_same_command_goes_on(place: Place):
     """Meanwhile a second job on the directory is refused, and the first is not harmed."""
-    with place.start(2, [slow()]) as job:
+    with place.start(2, [slow(0.6)]) as job:
         assert wait_until(lambda: begun(place.run, step=2), seconds=40), job.output
         second = trainer("train", SMOKE, "--run", place.run, *place.settings, check=False)
         assert second.returncode == 2 and "is in use by process" in second.stderr
@@ -284,11 +285,11 @@ def test_a_disk_that_stays_full_stops_the_run_with_its_reason(place: Place):
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A tmpfs of 1 MB to be mounted over the checkpoints of a run."""
+    """A tmpfs of 4 MB to be mounted over the checkpoints of a run."""
     disk = tmp_path / "run" / "checkpoints"
     disk.mkdir(parents=True)
     mount = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True, text=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True, text=True, check=False
     )
     if mount.returncode:
         pytest.skip(f"no tmpfs can be mounted here: {mount.stderr.strip()}")

@@ -127,7 +127,7 @@ class Parallel(Section):
 class Numerics(Section):
     exact: bool = True
     """Round every micro-batch's gradient onto a grid, so that sums are exact in any order (trainer/exact.py)."""
-    headroom_bits: int = Field(default=4, ge=1, le=10)
+    headroom_bits: int = Field(default=5, ge=1, le=10)
     """A gradient may grow by 2^this over its recent maximum before the step is redone on a coarser grid."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """"bf16" runs the model under autocast; master weights and optimizer stay float32."""

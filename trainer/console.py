@@ -24,7 +24,7 @@ from trainer.events import (
     StopRequested,
     Warned,
 )
-from trainer.goodput import Incident, Story, describe
+from trainer.goodput import Incident, Story, describe, first_line
 from trainer.summary import clock, megabytes, tokens_per_second
 
 TERMINAL_SECONDS = 0.2  # a redraw costs about 1 ms of the training thread
@@ -163,7 +163,7 @@ class Console:
     def _ended(self, event: AttemptEnded) -> str:
         parts = [f"{event.status} step {event.step}/{self._steps}"]
         if event.status != "finished":
-            parts.append(event.reason)
+            parts.append(first_line(event.reason))
         if self._evals:
             parts.append(_scores(self._evals.values()))
         if self._whole.per_second is not None:

@@ -423,12 +423,12 @@ def _cause(attempt: _Attempt, loss: WorkersLost | None) -> tuple[str, int | None
     if attempt.not_finite is not None:
         return "not_finite", None, None, "not_finite", describe(attempt.not_finite)
     if attempt.end is not None and attempt.end.status == "preempted":
-        by = attempt.signal or _first_line(attempt.end.reason)
+        by = attempt.signal or first_line(attempt.end.reason)
         return "preempted", None, None, "stop_requested" if attempt.signal else "attempt_ended", f"preempted ({by})"
     if loss is not None:
         return "worker_lost", _rank(loss), None, "workers_lost", _who(loss, attempt.failed)
     for rank, reason in attempt.failed.items():
-        return "worker_lost", rank, None, "attempt_ended", f"rank {rank} failed ({_first_line(reason)})"
+        return "worker_lost", rank, None, "attempt_ended", f"rank {rank} failed ({first_line(reason)})"
     return "worker_lost", None, None, "silence", "ended without a word"
 
 
@@ -466,10 +466,10 @@ def _who(loss: WorkersLost, reasons: dict[int, str]) -> str:
         if signal:
             said.append(f"rank {rank} {'was killed' if signal == 'SIGKILL' else 'died'} ({signal})")
         elif rank in reasons:
-            said.append(f"rank {rank} failed ({_first_line(reasons[rank])})")
+            said.append(f"rank {rank} failed ({first_line(reasons[rank])})")
         else:
             said.append(f"rank {rank} left with exit status {failure.get('exitcode')}")
-    return ", ".join(said[:3]) + (f" and {len(said) - 3} more" if len(said) > 3 else "") or _first_line(loss.reason)
+    return ", ".join(said[:3]) + (f" and {len(said) - 3} more" if len(said) > 3 else "") or first_line(loss.reason)
 
 
 def describe(event: Event, rank: int = 0) -> str:
@@ -481,17 +481,18 @@ def describe(event: Event, rank: int = 0) -> str:
             return f"step {step} was not finite ({values}), {then}"
         case CheckpointFailed(step=step):
             times = f", {event.in_a_row} in a row" if event.in_a_row > 1 else ""
-            return f"the save of step {step} failed ({_first_line(event.reason)}){times}"
+            return f"the save of step {step} failed ({first_line(event.reason)}){times}"
         case CheckpointRejected(step=step):
-            return f"the checkpoint of step {step} is damaged and was passed over ({_first_line(event.reason)})"
+            return f"the checkpoint of step {step} is damaged and was passed over ({first_line(event.reason)})"
         case Hung():
             who = _culprit(event, rank)
-            why = f"; it {_first_line(str(who['why']))}" if who.get("why") else ""
+            why = f"; it {first_line(str(who['why']))}" if who.get("why") else ""
             return f"rank {who.get('rank')} hung at {who.get('point')} (no progress for {event.seconds:.1f} s{why})"
         case _:
             raise TypeError(f"no incident: {event!r}")
 
 
-def _first_line(text: str) -> str:
+def first_line(text: str) -> str:
+    """What an error says before it goes into detail."""
     line = (text.strip().splitlines() or [""])[0]
     return line if len(line) <= 200 else f"{line[:199]}…"

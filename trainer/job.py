@@ -5,9 +5,8 @@ import functools
 import os
 import signal
 import socket
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,10 +86,12 @@ def train(config: Config, run: Path, process_started: float, inject: Point = lam
         number = ranks.from_main(lambda: events.next_attempt(run))
         log = stack.enter_context(contextlib.closing(events.EventLog.open(run, number, ranks.rank)))
         attempt = Attempt(config, run, number, prepared, about, ranks, log, stop, inject)
-        screen = stack.enter_context(console.Console(config)) if ranks.is_main else None
-        if screen is not None:
+        screen = None
+        if ranks.is_main:
+            earlier = [entry for entry in events.read(run) if entry.attempt < number]
+            screen = stack.enter_context(console.Console(config, earlier=earlier))
             log.subscribe(screen)
-            stack.enter_context(_in_wandb(attempt))
+            stack.enter_context(_in_wandb(attempt, earlier))
         try:
             return attempt.train(state, stopwatch)
         except Exception as error:
@@ -99,7 +100,6 @@ def train(config: Config, run: Path, process_started: float, inject: Point = lam
             # Taking leave of dead peers can take minutes; torchrun is waiting to start us again.
             if screen is not None:
                 screen.close()
-                print(f"lost a peer in step {state.step + 1}: {error}".splitlines()[0], file=sys.stderr, flush=True)
             os._exit(EXIT_FAILED)
 
 
@@ -147,7 +147,9 @@ class Attempt:
                 finished = loop.train(state, self._parts(checkpoints, at))
             return self._finished(state) if finished else self._preempted(state)
         except BaseException as error:
-            self._end("failed", state.step, f"{type(error).__name__}: {error}")
+            # A peer's death is told by the next attempt, which knows more than the broken connection does.
+            reason = "lost a peer" if world.lost_peer(error) else f"{type(error).__name__}: {error}"
+            self._end("failed", state.step, reason)
             raise
         finally:
             watchdog.stop()
@@ -314,13 +316,13 @@ def scorer(
 
 
 @contextlib.contextmanager
-def _in_wandb(attempt: Attempt) -> Iterator[None]:
+def _in_wandb(attempt: Attempt, earlier: Sequence[events.Entry]) -> Iterator[None]:
     """Show the attempt in W&B while the context lasts. What goes wrong with it becomes a warning in the log."""
 
     def warn(message: str) -> None:
         attempt.log.append(events.Warned(message=message))
 
-    with WandbSink(attempt.run, attempt.config, attempt.about, on_problem=warn) as sink:
+    with WandbSink(attempt.run, attempt.config, attempt.about, on_problem=warn, earlier=earlier) as sink:
         attempt.log.subscribe(sink)
         yield
     if sink.url is not None:

@@ -15,7 +15,7 @@ from torch import nn
 from trainer import optim
 from trainer.errors import NumericsError
 from trainer.evaluate import Score
-from trainer.events import EvalDone, EventLog, NotFinite, StepDone
+from trainer.events import EvalDone, Event, EventLog, NotFinite, StepDone
 from trainer.step import Sums, TrainState, Work, apply, clip_gradients, compute_gradients, find_not_finite
 
 
@@ -44,6 +44,11 @@ class Parts:
     evaluate: Callable[[nn.Module, int], Iterable[tuple[str, str, Score, float]]]
     """Scores a step's model on every held-out set: (name, digest of its tokens, score, seconds)."""
     checkpoints: Checkpoints
+
+    def record(self, event: Event) -> None:
+        """All ranks know what a step came to; rank 0 writes it down."""
+        if self.work.world.is_main:
+            self.log.append(event)
 
 
 def train(state: TrainState, parts: Parts) -> bool:
@@ -79,7 +84,7 @@ def take_step(state: TrainState, parts: Parts) -> bool:
     work.at("before_update", state.step)
     apply(state)
     work.at("after_update", state.step)
-    parts.log.append(
+    parts.record(
         StepDone(
             step=state.step,
             loss=sums.loss,
@@ -102,7 +107,7 @@ def finite_gradients(state: TrainState, parts: Parts) -> tuple[Sums, float]:
         norm = clip_gradients(state, parts.work.config.optim.clip_norm)
         if math.isfinite(sums.loss) and math.isfinite(norm):
             return sums, norm
-        parts.log.append(NotFinite(step=state.step + 1, loss=sums.loss, grad_norm=norm, trial=trial))
+        parts.record(NotFinite(step=state.step + 1, loss=sums.loss, grad_norm=norm, trial=trial))
     raise NumericsError(
         f"step {state.step + 1}: loss or gradient is not finite, also when computed again. It was not applied.\n"
         f"  First not finite: {find_not_finite(state, parts.work)}.\n"
@@ -112,7 +117,7 @@ def finite_gradients(state: TrainState, parts: Parts) -> tuple[Sums, float]:
 
 def score(state: TrainState, parts: Parts) -> None:
     for name, tokens_digest, result, seconds in parts.evaluate(state.model, state.step):
-        parts.log.append(
+        parts.record(
             EvalDone(
                 step=state.step,
                 set=name,

@@ -315,7 +315,7 @@ def _attempts_table(summary: dict[str, Any]) -> Any:
     for attempt in summary["attempts"]:
         steps = f"{_known(attempt['from_step'])} → {_known(attempt['to_step'])}"
         ended = attempt["ended"] or "running"
-        reason = f": {attempt['reason']}" if attempt["reason"] and ended != "finished" else ""
+        reason = f": {goodput.first_line(attempt['reason'])}" if attempt["reason"] and ended != "finished" else ""
         number, ranks = str(attempt["attempt"]), _known(attempt["world_size"])
         table.add_row(number, ranks, steps, _plain(ended + reason), clock(attempt["seconds"]))
     return table
@@ -328,17 +328,17 @@ PART_COLOURS = {
 }  # fmt: skip
 
 
-def _goodput_table(goodput: dict[str, Any]) -> Any:
+def _goodput_table(account: dict[str, Any]) -> Any:
     """A bar of the wall time, and a line for each part of it that took any."""
     from rich.console import Group
     from rich.text import Text
 
-    wall, parts = goodput["wall_seconds"], goodput["parts"]
-    title = Text.assemble(("goodput ", "dim"), (f"{goodput['ratio']:.1%}", "bold"), f" of {clock(wall)}")
+    wall, parts = account["wall_seconds"], account["parts"]
+    title = Text.assemble(("goodput ", "dim"), (f"{account['ratio']:.1%}", "bold"), f" of {clock(wall)}")
     table = _table("time", "seconds", "share", "")
     for name, seconds in parts.items():
         if seconds > 0:
-            causes = goodput["startup"].items() if name == "startup" else ()
+            causes = account["startup"].items() if name == "startup" else ()
             detail = ", ".join(f"{cause} {part:.1f}" for cause, part in causes)
             label = Text.assemble(("■ ", PART_COLOURS[name]), name.replace("_", " "))
             table.add_row(label, f"{seconds:,.1f}", f"{seconds / wall:.1%}", detail)

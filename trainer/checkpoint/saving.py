@@ -136,7 +136,9 @@ class Saver:
         size, reason = save.outcome
         if reason is not None:
             self._failures += 1
-            self._ended.append(CheckpointFailed(step=save.step, reason=reason, in_a_row=self._failures))
+            self._ended.append(
+                CheckpointFailed(step=save.step, reason=reason, in_a_row=self._failures, stall_seconds=save.stall)
+            )
         else:
             self._failures = 0
             self._ended.append(
