@@ -45,7 +45,7 @@ def draw(seed: str) -> list[dict[str, Any]]:
     for until in cuts:
         ranks = rng.choices((1, 2, 3, 4), (1, 4, 2, 1))[0]
         strategy = rng.choice(("replicate", "fsdp", "hybrid") if ranks % 2 == 0 else ("replicate", "fsdp"))
-        inside = sorted((_inside(rng, ranks, begin, until) for _ in range(rng.randint(1, 4))), key=_moment)
+        inside = sorted((_inside(rng, ranks, begin, until) for _ in range(rng.randint(2, 5))), key=_moment)
         outside = [_outside(rng, ranks) for _ in range(rng.choice((0, 0, 1, 1, 2)))]
         if until < STEPS:
             inside.append(
