@@ -5,10 +5,12 @@ about 4 s, a restart about 3 s.
 """
 
 import hashlib
+import json
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,6 +28,7 @@ from tests.support import (
     fired,
     look,
     outcome,
+    run,
     settings,
     strays,
     trainer,
@@ -41,7 +44,7 @@ from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED
 pytestmark = pytest.mark.slow
 
 STEPS, EVERY = 24, 6
-RESTARTS = 5
+RESTARTS = 6
 
 
 def fault(
@@ -147,13 +150,14 @@ DEATHS = {
         fault("after_commit", "segv", STEPS, rank=0),
         fault("before_end", "kill", STEPS),
         fault("before_end", "kill", STEPS, rank=0),
+        fault("leaving", "kill", rank=0),  # it has said that it is finished
     ],
     "during recovery, and again at once": [
-        fault("before_forward", "kill", 8),
+        fault("before_forward", "kill", 13),  # the save of step 6 is over by then: that of step 12 waited for it
         fault("START", "kill"),
         fault("in_load", "kill", rank=0),
         fault("in_load", "segv"),
-        fault("before_forward", "kill", 6),
+        fault("before_forward", "kill", 14),
     ],
 }
 
@@ -170,23 +174,21 @@ def test_killed_at_every_phase_boundary_a_run_ends_as_the_calm_one(place: Place,
     assert all(len(cause.failures) >= 1 and cause.reason for cause in causes)
 
 
-def test_killed_after_it_has_said_that_it_is_finished_a_run_stays_finished(place: Place):
-    place.survive(2, [fault("leaving", "kill", rank=0)])
-    place.ends_as_calm(attempts=2)
-    assert [attempt["ended"] for attempt in place.look()["attempts"]] == ["finished", "finished"]
-
-
 def test_stopped_by_signals_and_gone_on_with_at_other_world_sizes_and_shardings(place: Place):
-    """2 ranks replicated → 3 FSDP2 → 4 hybrid → 1 → 2 FSDP2, each left with status 75; then a no-op on 3."""
+    """2 ranks replicated → 3 FSDP2 → 4 hybrid → 1 → 2 FSDP2, each but the last left with status 75.
+
+    The first is asked before its first step: it does one and saves it, moments and all.
+    """
 
     def go(ranks: int, strategy: str, *faults: dict[str, Any], status: int = EXIT_PREEMPTED) -> dict[str, Any]:
         place.survive(ranks, list(faults), *settings(parallel__strategy=strategy), status=status)
         return place.look()
 
-    first = go(2, "replicate", fault("before_forward", "term", 4))
-    assert first["status"] == "preempted" and first["step"] == 5 and first["checkpoints"][-1]["step"] == 5
+    first = go(2, "replicate", fault("before_forward", "term", 0))
+    assert first["status"] == "preempted" and first["step"] == 1
+    assert [saved["step"] for saved in first["checkpoints"]] == [1]
     asked = of_kind(place.run, events.StopRequested)
-    assert [(stop.signal, stop.step) for stop in asked] == [("SIGTERM", 5)]
+    assert [(stop.signal, stop.step) for stop in asked] == [("SIGTERM", 1)]
     go(3, "fsdp", fault("before_backward", "usr1", 9, rank=2), fault("after_update", "kill", 7))
     assert of_kind(place.run, events.StopRequested)[-1].signal == "SIGUSR1"
     go(4, "hybrid", fault("before_update", "term", 13, rank=3))
@@ -279,7 +281,7 @@ def test_a_disk_that_stays_full_stops_the_run_with_its_reason(place: Place):
     stopped = place.look()
     assert stopped["status"] == "failed" and stopped["checkpoints"] == []
     assert [one.in_a_row for one in of_kind(place.run, events.CheckpointFailed)] == [1, 2]
-    place.survive(2, NO_FAULTS)
+    place.survive(1, NO_FAULTS)
     place.ends_as_calm(attempts=2)
 
 
@@ -318,7 +320,9 @@ def test_a_disk_without_room_for_one_more_checkpoint_keeps_the_ones_it_has(
         assert job.wait() == EXIT_FINISHED, job.output
     failed = of_kind(place.run, events.CheckpointFailed)
     assert [one.step for one in failed][:1] == [12] and "No space left" in failed[0].reason
-    assert outcome(place.run) == calm.calm
+    seen = outcome(place.run)
+    same = ("status", "step", "weights_sha256", "state_sha256")
+    assert {key: seen[key] for key in same} == {key: calm.calm[key] for key in same}
 
 
 def test_a_passing_nan_or_spike_leaves_no_trace(place: Place):
@@ -346,13 +350,6 @@ def test_a_nan_that_stays_stops_the_run_and_is_named(place: Place):
         assert named in job.output, job.output
     assert {one.trial for one in of_kind(place.run, events.NotFinite)} == {0, 1}
     assert max(committed_samples(place.run)) == 8, "the step was applied"
-    place.survive(3, NO_FAULTS)
-    place.ends_as_calm(attempts=2)
-
-
-def test_asked_to_stop_before_the_first_step_it_saves_with_moments_and_goes_on(place: Place):
-    place.survive(2, [fault("before_forward", "term", 0)], status=EXIT_PREEMPTED)
-    assert [saved["step"] for saved in place.look()["checkpoints"]] == [1]
     place.survive(1, NO_FAULTS)
     place.ends_as_calm(attempts=2)
 
@@ -360,7 +357,7 @@ def test_asked_to_stop_before_the_first_step_it_saves_with_moments_and_goes_on(p
 def test_resuming_a_finished_run_changes_nothing(place: Place):
     shutil.copytree(place.calm_run, place.run)
     before = contents(place.run / "checkpoints")
-    place.survive(3, NO_FAULTS, *settings(parallel__strategy="fsdp"))
+    place.survive(1, NO_FAULTS, *settings(parallel__strategy="fsdp"))
     assert contents(place.run / "checkpoints") == before
     place.ends_as_calm(attempts=2)
     assert place.look()["attempts"][-1]["from_step"] == STEPS
@@ -397,3 +394,15 @@ def batches(place: Place) -> Batches:
 def begun(run: Path, step: int) -> bool:
     """Whether the log of a living run has reached this step."""
     return run.is_dir() and max(committed_samples(run), default=0) >= step
+
+
+@pytest.mark.timeout(300)
+def test_random_kills_of_random_worlds_end_as_the_calm_run(tmp_path: Path):
+    """The first few of a campaign; scripts/soak goes on for hundreds. To see one again, give it the printed seed."""
+    seed = 0 if os.environ.get("CI") else int.from_bytes(os.urandom(3), "big")
+    command = [sys.executable, "scripts/soak.py", "--kills", "6", "--seed", str(seed), "--out", str(tmp_path / "soak")]
+    print("seed", seed)
+    done = run(command, check=False, timeout=280)
+    assert done.returncode == 0, f"seed {seed}\n{done.stdout}\n{done.stderr}"
+    summary = json.loads((tmp_path / "soak" / "summary.json").read_text())
+    assert summary["kills"] >= 6 and summary["equal"] == summary["runs"], summary
