@@ -368,6 +368,106 @@ def machine() -> str:
     return f"{name}, {os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}, torch {torch.__version__}"
 
 
+def tables(results: dict[str, Any]) -> str:
+    """BENCHMARKS.md from what was measured; a figure that was not is left out."""
+    machines = sorted({f"{one['machine']}, {one['date']}" for one in results.values()})
+    lines = [
+        "# Benchmarks",
+        "",
+        "Written by `scripts/bench` from `BENCHMARKS.json`. Each ratio comes from one run in which the two sides alternate; "
+        "medians, with the quartiles of the round-by-round ratios in brackets. Measured on:",
+        "",
+        *[f"- {machine}" for machine in machines],
+        "",
+        "| figure | measured | target |",
+        "|---|---|---|",
+    ]
+    for name, row in ROWS.items():
+        if name in results:
+            lines += [f"| {title} | {text} | {target} |" for title, text, target in row(results[name])]
+    if "seeds" in results:
+        lines += ["", *seeds_table(results["seeds"])]
+    if "first_step" in results:
+        parts = results["first_step"]["breakdown"]
+        lines += ["", "From the command to the first step, seconds (median of each part):", ""]
+        lines += ["| " + " | ".join(parts) + " |", "|" + "---|" * len(parts)]
+        lines += ["| " + " | ".join(f"{value:.2f}" for value in parts.values()) + " |"]
+    return "\n".join(lines) + "\n"
+
+
+Row = tuple[str, str, str]
+
+
+def ratio_text(figure: dict[str, Any]) -> str:
+    return str(Ratio(**figure["ratio"]))
+
+
+def throughput_rows(title: str, target: str) -> Callable[[dict[str, Any]], list[Row]]:
+    def rows(figure: dict[str, Any]) -> list[Row]:
+        rates = f"{figure['ours_tokens_per_second']:,.0f} against {figure['plain_tokens_per_second']:,.0f} tokens/s"
+        size = f"{figure['parameters'] / 1e6:.1f} M parameters, {figure['threads']} threads"
+        return [(f"{title}, {size}", f"{ratio_text(figure)}; {rates}", target)]
+
+    return rows
+
+
+def first_step_rows(figure: dict[str, Any]) -> list[Row]:
+    text = f"{figure['breakdown']['all']:.2f} s ({figure['low']:.2f}–{figure['high']:.2f}, {figure['repeats']} starts)"
+    return [("command to first step, caches warm, 2 ranks", text, "≤ 5 s")]
+
+
+def exact_rows(figure: dict[str, Any]) -> list[Row]:
+    text = f"{ratio_text(figure)}; {figure['exact_seconds']:.2f} against {figure['plain_seconds']:.2f} s a step"
+    return [("speed of exact over plain sums, 12 M, 2 ranks", text, "≥ 0.97")]
+
+
+def memory_rows(figure: dict[str, Any]) -> list[Row]:
+    one, other = figure["replicate"], figure["fsdp"]
+    text = (
+        f"{one['peak_mib']:,.0f} against {other['peak_mib']:,.0f} MiB "
+        f"(of which the libraries alone {one['libraries_mib']:,.0f})"
+    )
+    size = f"{one['parameters'] / 1e6:.0f} M parameters"
+    return [(f"peak memory per rank, replicated against FSDP2, 2 ranks, {size}", text, "")]
+
+
+def shakespeare_rows(figure: dict[str, Any]) -> list[Row]:
+    seconds = f"{figure['ours_seconds']:.1f} against {figure['plain_seconds']:.1f} s"
+    return [
+        ("shakespeare_char: validation loss", f"{figure['validation_loss']:.4f} nats "
+         f"(plain loop of nanoGPT's recipe: {figure['validation_loss_plain']:.4f})", "≤ 1.886"),
+        ("shakespeare_char: wall time of the whole command, plain loop's over ours", f"{ratio_text(figure)}; {seconds}", "> 1"),
+    ]  # fmt: skip
+
+
+def seeds_table(figure: dict[str, Any]) -> list[str]:
+    rows = figure["rows"]
+    differences = [row["exact"] - row["plain"] for row in rows]
+    return [
+        f"Final validation loss (nats) after {figure['steps']} steps of a 0.9 M byte model, 4 micro-batches, 2 ranks. Exact "
+        f"minus plain: {statistics.mean(differences):+.4f} ± {statistics.stdev(differences):.4f} (mean, sd over seeds); "
+        f"between seeds, plain: sd {statistics.stdev(row['plain'] for row in rows):.4f}.",
+        "",
+        "| seed | exact sums | plain sums | steps redone | non-zero entries flushed |",
+        "|---|---|---|---|---|",
+        *[
+            f"| {row['seed']} | {row['exact']:.4f} | {row['plain']:.4f} | {row['redone']} | {row['flushed']:.1e} |"
+            for row in rows
+        ],
+    ]
+
+
+ROWS: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
+    "throughput_12m": throughput_rows("throughput over a plain loop, exact sums on", "≥ 0.97"),
+    "throughput_0.8m": throughput_rows("throughput over a plain loop, exact sums on", "≥ 0.92"),
+    "exact_against_plain_sums": exact_rows,
+    "bf16_compile": throughput_rows("bf16 and compile over the plain float32 loop", "≥ 2"),
+    "first_step": first_step_rows,
+    "memory": memory_rows,
+    "shakespeare": shakespeare_rows,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -383,6 +483,7 @@ def main() -> None:
         print(f"{name} …", flush=True)
         results[name] = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), **measure(name)}
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        TABLES.write_text(tables(results), encoding="utf-8")
         print(json.dumps(results[name]), flush=True)
 
 

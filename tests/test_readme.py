@@ -1,4 +1,4 @@
-"""The README tells the truth: its commands run as written (only shorter), its files exist, its table names real tests."""
+"""The README tells the truth: its commands run as written (only shorter), and what it points at exists."""
 
 import re
 import shlex

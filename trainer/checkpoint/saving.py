@@ -38,7 +38,7 @@ T = TypeVar("T")
 At = Callable[[str, int], None]
 
 PEER_TIMEOUT_SECONDS = 1800.0  # a rank with a slow disk keeps the others' writing threads waiting, not their training
-# Of the writing thread. With two ranks on two full cores, steps took 1.02 times as long beside a save of 74 MB per rank,
+# Of the writing thread. With two ranks on two full cores, steps took 1.02 times as long beside a save of 74 MB a rank,
 # and 1.17 times at niceness 10. The price: the save took 1.3 s instead of 0.6 s.
 NICENESS = 19
 
