@@ -40,13 +40,13 @@ SECONDS_A_JOB = 150
 def draw(seed: str) -> list[dict[str, Any]]:
     """The jobs of one run: {ranks, strategy, faults, outside: [{after, action, rank}], until}."""
     rng = random.Random(seed)
-    cuts = [*sorted(rng.sample(range(4, STEPS - 2), rng.choice((0, 1, 1, 2)))), STEPS]
+    cuts = [*sorted(rng.sample(range(4, STEPS - 2), rng.choice((0, 0, 1, 1, 2)))), STEPS]
     jobs, begin = [], 0
     for until in cuts:
-        ranks = rng.choices((1, 2, 3, 4), (1, 4, 2, 1))[0]
+        ranks = rng.choices((1, 2, 3, 4), (1, 3, 2, 1))[0]
         strategy = rng.choice(("replicate", "fsdp", "hybrid") if ranks % 2 == 0 else ("replicate", "fsdp"))
-        inside = sorted((_inside(rng, ranks, begin, until) for _ in range(rng.randint(2, 5))), key=_moment)
-        outside = [_outside(rng, ranks) for _ in range(rng.choice((0, 0, 1, 1, 2)))]
+        inside = sorted((_inside(rng, ranks, begin, until) for _ in range(rng.randint(1, 3))), key=_moment)
+        outside = [_outside(rng, ranks) for _ in range(rng.choice((0, 0, 1, 1)))]
         if until < STEPS:
             inside.append(
                 {"point": "before_forward", "step": until, "action": "term", "rank": rng.randrange(ranks), "nth": 0}

@@ -117,7 +117,7 @@ class Job:
     def output(self) -> str:
         return self._output.read_text(errors="replace")
 
-    def wait(self, timeout: float = 90) -> int:
+    def wait(self, timeout: float = 300) -> int:
         """Its exit status. A job that takes longer is ended and an AssertionError."""
         try:
             return self.process.wait(timeout)

@@ -192,7 +192,7 @@ def test_sample_writes_text_verify_checks_and_plot_draws(run):
     assert verdict.returncode == 1
     assert "DAMAGED" in verdict.stdout and shard.name in verdict.stdout
     resumed = trainer("train", SMOKE, "--run", run, *TINY)
-    assert "is damaged and passed over" in resumed.stdout
+    assert "is damaged and was passed over" in resumed.stdout
 
 
 def test_inspect_and_sample_of_what_is_no_run_say_so(tmp_path):

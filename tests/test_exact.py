@@ -127,16 +127,21 @@ def test_a_gradient_beyond_the_bound_is_noticed_and_fits_when_computed_again():
     assert not grids.overflowed(lambda seen: None)
 
 
-def test_a_value_that_is_not_finite_never_fits():
+def test_a_value_that_is_not_finite_shows_in_the_norm_and_leaves_the_grid_alone():
     for bad in (math.nan, math.inf, -math.inf):
         grids = make(4)
-        for _ in range(3):
-            grids.begin(counting=False)
-            gradient = torch.ones(ROWS, COLUMNS)
-            gradient[1, 2] = bad
-            grids.rounder("matrix")(gradient)
-            assert grids.overflowed(lambda seen: None)
-            grids.widen()
+        rounded(grids, [torch.ones(ROWS, COLUMNS)] * 4)
+        before = grids.magnitude.clone()
+        grids.begin(counting=False)
+        gradient = torch.ones(ROWS, COLUMNS)
+        gradient[1, 2] = bad
+        total = grids.rounder("matrix")(gradient)
+        assert not grids.overflowed(lambda seen: None), "a coarser grid would not help"
+        assert grids.first_not_finite() == "matrix"
+        _, sums = grids.square_sums("matrix", total, slice(0, ROWS))
+        assert not math.isfinite(sums.sum().item())
+        grids.widen()
+        assert torch.equal(grids.magnitude, before)
 
 
 def test_bounds_follow_the_gradient_down_and_spare_quiet_rows():

@@ -91,10 +91,14 @@ def verify(path: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT")]) -
         print(f"{path} has no checkpoints")
     all_intact = True
     for one in saved:
-        problems = checkpoint.verify(one)
+        problems = checkpoint.verify(one, _percent if sys.stderr.isatty() else lambda done, total: None)
         all_intact = all_intact and not problems
         print(f"{one.path.name}  {'DAMAGED: ' + '; '.join(problems) if problems else 'intact'}", flush=True)
     raise typer.Exit(EXIT_FINISHED if all_intact else EXIT_FAILED)
+
+
+def _percent(done: int, total: int) -> None:
+    print(f"\r{100 * done // max(total, 1)} %\r", end="", file=sys.stderr, flush=True)
 
 
 @app.command()

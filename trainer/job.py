@@ -216,7 +216,9 @@ class Checkpoints:
             self._durable = found
 
     def save(self, state: TrainState) -> None:
+        self._at("waiting_for_save", state.step)  # a slow disk is no hang
         self._saver.begin(state.step, state.tensors())
+        self._at("after_save", state.step)
         self.look()
         self._stop_if_hopeless()
 
@@ -224,6 +226,7 @@ class Checkpoints:
         self._log(self._saver.poll())
 
     def finish(self, state: TrainState) -> None:
+        self._at("waiting_for_save", state.step)
         self._log(self._saver.finish())
         while self._durable != state.step:  # the last save is the result: it has no next one to make up for it
             self._stop_if_hopeless()
