@@ -101,7 +101,7 @@ class Grids:
         `maximise` takes the elementwise maximum over ranks, in place. What is not finite fits no grid and is no
         overflow: the norm of the sums will show it.
         """
-        self.seen.nan_to_num_(nan=math.inf)  # a maximum over ranks may drop a NaN
+        self.seen.nan_to_num_(nan=math.inf, posinf=math.inf)  # a maximum over ranks may drop a NaN
         maximise(self.seen)
         return bool(((self.seen > self._bound) & self.seen.isfinite()).any())
 
