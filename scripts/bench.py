@@ -219,7 +219,16 @@ def first_step(repeats: int = 7) -> dict[str, Any]:
         for number in range(repeats + 1):
             run = Path(directory) / str(number)
             launched = time.time()
-            arguments = ["--run", str(run), "--set", "budget.steps=1", "--set", 'eval.sets=["val"]']
+            arguments = [
+                "--run",
+                str(run),
+                "--set",
+                "budget.steps=1",
+                "--set",
+                "optim.warmup_steps=1",
+                "--set",
+                'eval.sets=["val"]',
+            ]
             torchrun("-m", "trainer", "train", "configs/gpt_tiny.toml", *arguments)
             entries = [entry for entry in events.read(run) if entry.rank == 0]
             start = next(entry for entry in entries if isinstance(entry.event, events.AttemptStarted))

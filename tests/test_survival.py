@@ -71,9 +71,9 @@ class Place:
     def run(self) -> Path:
         return self.directory / "run"
 
-    def start(self, ranks: int, faults: list[dict[str, Any]], *overrides: str, restarts: int = RESTARTS) -> Job:
+    def start(self, ranks: int, faults: list[dict[str, Any]], *overrides: str) -> Job:
         self.plan = write_plan(self.directory / "jobs", faults)
-        options = ["--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", "--monitor-interval=0.1"]
+        options = ["--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={RESTARTS}", "--monitor-interval=0.1"]
         return Job(self.plan, SMOKE, self.run, [*self.settings, *overrides], options)
 
     def survive(self, ranks: int, faults: list[dict[str, Any]], *overrides: str, status: int = EXIT_FINISHED) -> str:
@@ -275,7 +275,7 @@ def test_a_full_disk_fails_saves_and_not_the_run(place: Place):
 
 def test_a_disk_that_stays_full_stops_the_run_with_its_reason(place: Place):
     full = [fault("before_forward", "limit_files", rank=1, lasting=True, bytes=20_000)]
-    with place.start(2, full, *settings(checkpoint__max_failures=2), restarts=0) as job:
+    with place.start(2, full, *settings(checkpoint__max_failures=2)) as job:
         assert job.wait() == EXIT_FAILED, job.output
         assert job.leftovers() == []
     assert "saving failed 2 times in a row" in job.output and "Traceback" not in job.output
@@ -341,9 +341,9 @@ def test_a_passing_nan_or_spike_leaves_no_trace(place: Place):
 
 
 def test_a_nan_that_stays_stops_the_run_and_is_named(place: Place):
-    """Rank 1's third micro-batch of four is number 5 of eight."""
+    """Rank 1's third micro-batch of four is number 5 of eight. It would only come again, so torchrun does not restart."""
     lasting = [fault("before_forward", "nan", 8, nth=3, every=4, lasting=True)]
-    with place.start(2, lasting, restarts=0) as job:
+    with place.start(2, lasting) as job:
         assert job.wait() == EXIT_FAILED, job.output
         assert job.leftovers() == []
     ids = batches(place).micro_batch(8, 5).sample_ids

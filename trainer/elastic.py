@@ -67,6 +67,18 @@ def note_failures(failures: list[dict[str, Any]], reason: str) -> None:
     Path(os.environ[FAILURES_FILE]).write_text(json.dumps({"failures": failures, "reason": reason}), encoding="utf-8")
 
 
+def give_up() -> None:
+    """Worker: tell our launcher that starting again would end in the same error."""
+    path = os.environ.get(FAILURES_FILE)
+    if path is not None:
+        Path(path).with_suffix(".final").touch()
+
+
+def gave_up() -> bool:
+    """Launcher: whether a worker of this node said so."""
+    return Path(os.environ[FAILURES_FILE]).with_suffix(".final").exists()
+
+
 def workers_lost() -> dict[str, Any] | None:
     """Worker: why it was started again, {failures, reason}; None for a first start or under another launcher."""
     path = os.environ.get(FAILURES_FILE)

@@ -20,7 +20,7 @@ from trainer import model as models
 from trainer import step as steps
 from trainer.config import Config, check_world
 from trainer.data import Batches, EvalWindows, Prepared, prepare
-from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, CheckpointError
+from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, CheckpointError, TopropeError
 from trainer.exact import Grids
 from trainer.step import TrainState, Work
 from trainer.wandb_sink import WandbSink
@@ -151,6 +151,8 @@ class Attempt:
             # A peer's death is told by the next attempt, which knows more than the broken connection does.
             reason = "lost a peer" if world.lost_peer(error) else f"{type(error).__name__}: {error}"
             self._end("failed", state.step, reason)
+            if isinstance(error, TopropeError):
+                elastic.give_up()
             raise
         finally:
             watchdog.stop()

@@ -7,7 +7,8 @@ Installed as the command `torchrun` of the environment: torch's own, with four o
 2. It takes the `--run` of `-m trainer train CONFIG --run DIR` for an abbreviation of its own --run-path and refuses it
    (argparse before Python 3.12.8). Abbreviated torchrun options are therefore not understood.
 3. It restarts workers that left on purpose, and answers 1 and a traceback whatever their exit status was. Here wrong
-   usage (2) and preemption (75) are neither restarted nor dressed up: they are the exit status of the job.
+   usage (2) and preemption (75) are neither restarted nor dressed up: they are the exit status of the job. Nor is an
+   error restarted that would only come again: a loss that is not finite twice, a disk that takes no checkpoint.
 4. Before a restart it asks the surviving workers to end and waits up to 30 s for one that is stopped or hangs. They
    hold nothing that a checkpoint does not, so here they are killed: at once after a crash, and after some seconds for
    last words where another worker left with an exit status.
@@ -57,6 +58,7 @@ def torchrun() -> None:
         raise SystemExit(EXIT_PREEMPTED if preempted else 128 + error.sigval) from None
     finally:
         failures_file.unlink(missing_ok=True)
+        failures_file.with_suffix(".final").unlink(missing_ok=True)
 
 
 def _mend(agent_class: Any) -> None:
@@ -64,7 +66,7 @@ def _mend(agent_class: Any) -> None:
 
     def monitor_workers(agent: Any, worker_group: Any) -> Any:
         result = monitor(agent, worker_group)
-        if any(failure.exitcode in ON_PURPOSE for failure in result.failures.values()):
+        if elastic.gave_up() or any(failure.exitcode in ON_PURPOSE for failure in result.failures.values()):
             agent._remaining_restarts = 0
         agent.latest_failures = [_record(rank, failure) for rank, failure in result.failures.items()]
         return result
