@@ -39,7 +39,8 @@ BIG = ("configs/modern.toml", ["data.micro_batches=2", "checkpoint.every_steps=0
 SMALL = (
     "configs/shakespeare_char.toml",
     ["data.source=\"python-stdlib\"", "data.tokenizer=\"bytes\"", "data.max_megabytes=1.0", "data.heldout=\"hash\"",
-     "data.micro_batches=1", "data.micro_batch_sequences=12"],
+     "data.micro_batches=1", "data.micro_batch_sequences=12",
+     "numerics.precision=\"fp32\"", "numerics.compile=false", "numerics.threads=1"],
 )  # fmt: skip
 QUIET = ['wandb.mode="disabled"', 'eval.sets=["val"]']
 
@@ -251,7 +252,7 @@ def first_step(repeats: int = 7) -> dict[str, Any]:
 NANOGPT_RECIPE = [
     'model.norm="layernorm"', 'model.positions="learned"', 'model.mlp="gelu"', "model.qk_norm=false",
     "model.tied_embeddings=true", 'model.init="gpt2"', "data.micro_batches=1", "data.micro_batch_sequences=12",
-    "numerics.threads=2",
+    "numerics.threads=2", "numerics.compile=false",
 ]  # fmt: skip
 
 
@@ -264,9 +265,10 @@ def shakespeare(repeats: int = 3) -> dict[str, Any]:
         for number in range(repeats):
             run = Path(directory) / str(number)
             started = time.perf_counter()
-            torchrun(
-                "-m", "trainer", "train", "configs/shakespeare_char.toml", "--run", str(run),
-                "--set", f"data.source={source}", "--set", 'wandb.mode="disabled"',
+            arguments = ["train", "configs/shakespeare_char.toml", "--run", str(run), "--set", f"data.source={source}"]
+            subprocess.run(
+                [sys.executable, "-m", "trainer", *arguments, "--set", 'wandb.mode="disabled"'],
+                cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, check=True,
             )  # fmt: skip
             ours.append(time.perf_counter() - started)
             last = [e.event for e in events.read(run) if isinstance(e.event, events.EvalDone) and e.event.set == "val"][

@@ -341,7 +341,7 @@ def test_a_passing_nan_or_spike_leaves_no_trace(place: Place):
 
 
 def test_a_nan_that_stays_stops_the_run_and_is_named(place: Place):
-    """Rank 1's third micro-batch of four is number 5 of eight. It would only come again, so torchrun does not restart."""
+    """Rank 1's third micro-batch of four is number 5 of eight. It would only come again: torchrun does not restart."""
     lasting = [fault("before_forward", "nan", 8, nth=3, every=4, lasting=True)]
     with place.start(2, lasting) as job:
         assert job.wait() == EXIT_FAILED, job.output
