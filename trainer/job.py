@@ -78,7 +78,13 @@ def train(config: Config, run: Path, process_started: float, inject: Point = lam
         ranks.from_main(lambda: stack.enter_context(rundir.claim(run, config)) and None)
         stopwatch.lap("connect")
         with console.preparation(enabled=ranks.is_main) as progress:
-            prepared = prepare(config.data, config.eval, config.model.context, progress=progress)
+            prepared_data = functools.partial(
+                prepare, config.data, config.eval, config.model.context, progress=progress
+            )
+            ranks.from_main(
+                lambda: prepared_data() and None
+            )  # rank 0 builds what is missing, because it can show progress
+            prepared = prepared_data()
         vocab_size = models.padded_vocab(prepared.tokenizer.vocab_size, config.model.vocab_size)
         about = ranks.from_main(lambda: _record(run, config, prepared, vocab_size))
         stopwatch.lap("data")

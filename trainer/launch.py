@@ -68,7 +68,11 @@ def _mend(agent_class: Any) -> None:
         result = monitor(agent, worker_group)
         if elastic.gave_up() or any(failure.exitcode in ON_PURPOSE for failure in result.failures.values()):
             agent._remaining_restarts = 0
-        agent.latest_failures = [_record(rank, failure) for rank, failure in result.failures.items()]
+        first = getattr(agent._pcontext, "failed_first", set())
+        failed = [(rank, failure) for rank, failure in result.failures.items() if failure.local_rank in first]
+        crashed = [(rank, failure) for rank, failure in failed if failure.exitcode < 0]
+        # Who left with a status beside one that crashed has lost a peer: it is no cause.
+        agent.latest_failures = [_record(rank, failure) for rank, failure in crashed or failed]
         return result
 
     def restart_workers(agent: Any, worker_group: Any) -> None:
@@ -89,6 +93,7 @@ def _mend_waiting(context_class: Any) -> None:
     close = context_class.close
 
     def close_soon(context: Any, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
+        context.failed_first = set(context._failures)  # torch then adds those that it ends itself
         statuses = {failure.exitcode for failure in context._failures.values()}
         if death_sig is None and statuses and not statuses & set(ON_PURPOSE):  # not a signal that we pass on
             crashed = min(statuses) < 0
