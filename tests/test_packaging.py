@@ -25,7 +25,8 @@ LOCK: dict[str, Requirement] = {
     for requirement in [Requirement(line)]
 }
 VERSIONS = {name: str(requirement.specifier).removeprefix("==") for name, requirement in LOCK.items()}
-SCRIPTS = sorted(path for path in [*(ROOT / "scripts").iterdir(), ROOT / ".ci" / "run"] if path.is_file())
+VERBS = [path for path in (ROOT / "scripts").iterdir() if path.is_file() and not path.suffix]  # .py: what they start
+SCRIPTS = sorted([*VERBS, ROOT / ".ci" / "run"])
 
 # Some builds of torch bring these, and pin them; others do not have them.
 CUDA_COMPANIONS = ("nvidia-", "cuda-", "triton")
