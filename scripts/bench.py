@@ -39,8 +39,8 @@ BIG = ("configs/modern.toml", ["data.micro_batches=2", "checkpoint.every_steps=0
 SMALL = (
     "configs/shakespeare_char.toml",
     ["data.source=\"python-stdlib\"", "data.tokenizer=\"bytes\"", "data.max_megabytes=1.0", "data.heldout=\"hash\"",
-     "data.micro_batches=1", "data.micro_batch_sequences=12",
-     "numerics.precision=\"fp32\"", "numerics.compile=false", "numerics.threads=1"],
+     "data.micro_batches=2", "data.micro_batch_sequences=6",  # with one there would be no sum
+     "numerics.compile=false", "numerics.threads=1"],
 )  # fmt: skip
 QUIET = ['wandb.mode="disabled"', 'eval.sets=["val"]']
 
@@ -251,7 +251,7 @@ def first_step(repeats: int = 7) -> dict[str, Any]:
 
 NANOGPT_RECIPE = [
     'model.norm="layernorm"', 'model.positions="learned"', 'model.mlp="gelu"', "model.qk_norm=false",
-    "model.tied_embeddings=true", 'model.init="gpt2"', "data.micro_batches=1", "data.micro_batch_sequences=12",
+    "model.n_kv_heads=0", "model.tied_embeddings=true", 'model.init="gpt2"', "data.micro_batches=1", "data.micro_batch_sequences=12",
     "numerics.threads=2", "numerics.compile=false",
 ]  # fmt: skip
 

@@ -258,19 +258,22 @@ def test_slow_is_not_hung(place: Place):
 
 
 def test_a_full_disk_fails_saves_and_not_the_run(place: Place):
-    """From step 5 no file may exceed 20 kB; at step 14 there is room again."""
+    """From step 5 no file may exceed 20 kB, until the last save is due: by then the saves of 6 and 12 are over."""
     place.survive(
         2,
         [
             fault("before_forward", "limit_files", 5, bytes=20_000, rank=0),
-            fault("before_forward", "unlimit_files", 14, rank=0),
+            fault("waiting_for_save", "unlimit_files", STEPS, rank=0),
         ],
+        *settings(checkpoint__max_failures=9),
     )
     place.ends_as_calm(attempts=1)
     failed = of_kind(place.run, events.CheckpointFailed)
-    assert [(one.step, one.in_a_row) for one in failed] == [(6, 1), (12, 2)]
+    # That of step 18 goes on beside the next steps, and may see the room that comes back.
+    assert [(one.step, one.in_a_row) for one in failed][:2] == [(6, 1), (12, 2)] and len(failed) <= 3
     assert all(one.reason for one in failed)
-    assert [saved["step"] for saved in place.look()["checkpoints"]] == [18, 24]
+    saved = {one["step"] for one in place.look()["checkpoints"]}
+    assert saved | {one.step for one in failed} == {6, 12, 18, 24} and 24 in saved
 
 
 def test_a_disk_that_stays_full_stops_the_run_with_its_reason(place: Place):

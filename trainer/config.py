@@ -429,7 +429,7 @@ def _without_effect(config: Config) -> list[str]:
         ("optim.final_fraction", c.optim.schedule != "constant", "a schedule that decays"),
         ("parallel.shard_ranks", c.parallel.strategy == "hybrid", 'parallel.strategy = "hybrid"'),
         ("parallel.reshard_after_forward", c.parallel.strategy != "replicate", 'parallel.strategy "fsdp" or "hybrid"'),
-        ("numerics.headroom_bits", c.numerics.exact, "numerics.exact = true"),
+        ("numerics.headroom_bits", c.numerics.exact and c.data.micro_batches > 1, "exact sums of several micro-batches"),
     ]
     changed = differences(flatten(Config().model_dump()), flatten(config.model_dump()))
     changed_keys = {line.split(":", 1)[0] for line in changed}

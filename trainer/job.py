@@ -286,7 +286,7 @@ def build(config: Config, vocab_size: int, ranks: World) -> TrainState:
     optimizers = optim.build(gpt, config.optim)
     optim.materialise_state(optimizers)
     grids = None
-    if config.numerics.exact:
+    if config.numerics.exact and config.data.micro_batches > 1:  # one micro-batch, one rank: no sum, no order
         grids = Grids(shapes, config.data.micro_batches, config.numerics.headroom_bits, ranks.device)
         sharding.round_with(grids.rounder)
     return TrainState(0, gpt, sharding, optimizers, grids)

@@ -1,0 +1,357 @@
+"""The figures of scripts/bench about saving, loading, dying and coming back."""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from trainer import checkpoint, events, job, optim, world
+from trainer import config as configs
+from trainer import model as models
+from trainer.data import prepare
+
+ROOT = Path(__file__).resolve().parent.parent
+LAUNCH = [sys.executable, "-c", "from trainer.launch import torchrun; torchrun()"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+TINY = ROOT / "configs" / "gpt_tiny.toml"
+EVERY = 20
+ENDLESS = [
+    "budget.steps=100000", f"checkpoint.every_steps={EVERY}", "checkpoint.keep_last=2", "eval.every_steps=0",
+    'wandb.mode="disabled"', 'eval.sets=["val"]',
+]  # fmt: skip
+
+
+def saving_worker(make: Callable[[world.World, Path], Any]) -> None:
+    """One of two ranks: saves beside steps, against a plain copy and a plain write of the same bytes.
+
+    `make` gives a trainer of steps: called with a number of steps, and its `state` and `config`.
+    """
+    ranks = world.connect(torch.device("cpu"), 120)
+    directory = Path(ranks.from_main(tempfile.mkdtemp))
+    mine = make(ranks, directory)
+    mine(2)
+    identity = {"fingerprint": "bench", "run_id": "bench"}
+    saver = checkpoint.Saver(directory, ranks, identity, configs.Checkpoint(keep_last=1))
+    rows: list[dict[str, Any]] = []
+    for round_ in range(12):
+        saver.begin(mine.state.step, mine.state.tensors())
+        if round_ == 0:
+            saver.finish()  # makes the buffers and the plan
+            layout = saver._layout  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+            assert layout is not None
+            names = list(layout._buffers)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+            tensors = mine.state.tensors()
+            sources = [getattr(tensors[name], "to_local", lambda name=name: tensors[name])() for name in names]
+            copies = [torch.empty_like(source).zero_() for source in sources]
+            continue
+        beside = _seconds(lambda: mine(1))
+        (saved,) = [event for event in saver.finish() if isinstance(event, events.CheckpointSaved)]
+        usual = _seconds(lambda: mine(1))
+        with torch.no_grad():
+            plain_copy = _seconds(lambda: torch._foreach_copy_(copies, sources))  # noqa: B023
+        started = time.perf_counter()
+        saver.begin(mine.state.step, mine.state.tensors())
+        stall = time.perf_counter() - started
+        (alone,) = [event for event in saver.finish() if isinstance(event, events.CheckpointSaved)]
+        ranks.gather(None)
+        blob = b"".join(copy.numpy().tobytes() for copy in copies)  # noqa: B023
+        plain_write = _seconds(lambda: _write(directory / f"plain-{ranks.rank}", blob))  # noqa: B023
+        rows.append(
+            {
+                "stall": stall, "plain_copy": plain_copy, "beside": beside, "usual": usual,
+                "bytes": saved.bytes, "own_bytes": len(blob), "save_beside": saved.seconds, "save_alone": alone.seconds,
+                "plain_write": plain_write,
+            }
+        )  # fmt: skip
+    loads = [
+        _seconds(lambda: checkpoint.restore(directory, mine.state.tensors(), ranks, "bench", lambda event: None))
+        for _ in range(5)
+    ]
+    slowest = [{key: max(row[key] for row in of_ranks) for key in of_ranks[0]} for of_ranks in zip(*ranks.gather(rows))]
+    saver.close()
+    if ranks.is_main:
+        print("RESULT " + json.dumps({"rows": slowest, "loads": loads}))
+        subprocess.run(["rm", "-r", str(directory)], check=True)
+    world.disconnect()
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def _write(path: Path, blob: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(blob)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def saving(result: dict[str, Any]) -> dict[str, Any]:
+    """From the worker's rows, the slower rank of each, to the figures."""
+    rows = result["rows"]
+    of = lambda top, bottom: [row[top] / row[bottom] for row in rows]  # noqa: E731
+    return {
+        "stall_over_copy": of("stall", "plain_copy"),
+        "step_beside_over_usual": of("beside", "usual"),
+        "write_over_save_alone": of("plain_write", "save_alone"),
+        **{f"{key}_seconds": statistics.median(row[key] for row in rows)
+           for key in ("stall", "plain_copy", "beside", "usual", "save_beside", "save_alone", "plain_write")},
+        "load_seconds": statistics.median(result["loads"]),
+        "bytes": rows[0]["bytes"],
+        "bytes_a_rank": rows[0]["own_bytes"],
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def in_background(command: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """A job that is ended with the context, its workers too (they end with their agent)."""
+    job_ = subprocess.Popen(
+        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        yield job_
+    finally:
+        if job_.poll() is None:
+            job_.send_signal(signal.SIGTERM)
+        try:
+            job_.wait(20)
+        except subprocess.TimeoutExpired:
+            job_.kill()
+            job_.wait()
+
+
+def _train(run: Path, ranks: int = 2, options: list[str] | None = None) -> list[str]:
+    sets = [part for one in ENDLESS for part in ("--set", one)]
+    chosen = options or ["--standalone", "--max-restarts", "100"]
+    return [*LAUNCH, *chosen, f"--nproc-per-node={ranks}", "-m", "trainer", "train", str(TINY), "--run", str(run), *sets]
+
+
+def _log(run: Path) -> list[events.Entry]:
+    return events.read(run) if (run / "events").exists() else []
+
+
+def _await(run: Path, found: Callable[[list[events.Entry]], Any], what: str, patience: float = 90) -> Any:
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        if (value := found(_log(run))) is not None:
+            return value
+        time.sleep(0.05)
+    raise SystemExit(f"{what}: not within {patience:.0f} s")
+
+
+def _first_new_step(log: list[events.Entry], since: float) -> tuple[events.Entry, int, list[events.Entry]] | None:
+    """(AttemptStarted of rank 0, steps replayed, its StepDone entries up to the first new one)."""
+    done = [entry for entry in log if isinstance(entry.event, events.StepDone)]
+    for start in log:
+        if isinstance(start.event, events.AttemptStarted) and start.rank == 0 and start.time > since:
+            before = max((e.event.step for e in done if e.attempt < start.attempt), default=0)  # pyright: ignore
+            own = [entry for entry in done if entry.attempt == start.attempt]
+            new = next((n for n, entry in enumerate(own) if entry.event.step > before), None)  # pyright: ignore
+            if new is not None:
+                return start, new, own[: new + 1]
+    return None
+
+
+def killed(repeats: int = 9) -> dict[str, Any]:
+    """SIGKILL of one of two workers to the next step that is new: seconds, by part."""
+    rows = []
+    with tempfile.TemporaryDirectory() as directory:
+        run = Path(directory) / "run"
+        with in_background(_train(run)):
+            reached = 0
+            for _ in range(repeats + 1):
+                reached = _await(run, lambda log, past=reached + 7: _steps_past(log, past), "training")
+                pid = max((e for e in _log(run) if isinstance(e.event, events.AttemptStarted) and e.rank == 1),
+                          key=lambda entry: entry.attempt).event.pid  # fmt: skip  # pyright: ignore
+                at = time.time()
+                os.kill(pid, signal.SIGKILL)
+                start, replayed, steps = _await(run, lambda log, at=at: _first_new_step(log, at), "coming back")
+                assert isinstance(start.event, events.AttemptStarted)
+                inside = start.event.startup_seconds
+                usual = statistics.median(e.event.seconds for e in _log(run) if isinstance(e.event, events.StepDone))
+                rows.append(
+                    {
+                        "noticing and restart": start.time - sum(inside.values()) - at,
+                        **inside,
+                        "steps": steps[-1].time - start.time - replayed * usual,
+                        "all": steps[-1].time - at - replayed * usual,
+                        "replayed": replayed,
+                        "replay seconds": replayed * usual,
+                    }
+                )
+    rows = rows[1:]
+    return {
+        "median": {key: statistics.median(row[key] for row in rows) for key in rows[0]},
+        "low": min(row["all"] for row in rows),
+        "high": max(row["all"] for row in rows),
+        "repeats": repeats,
+    }
+
+
+def _steps_past(log: list[events.Entry], past: int) -> int | None:
+    done = max((entry.event.step for entry in log if isinstance(entry.event, events.StepDone)), default=0)
+    return done if done >= past else None
+
+
+RENDEZVOUS = "keep_alive_interval=1,keep_alive_max_attempt=2,last_call_timeout=1,join_timeout=60,read_timeout=30"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def nodes(repeats: int = 5) -> dict[str, Any]:
+    """A second node joins, and is killed, worker and all: seconds to the next new step."""
+    gains, losses = [], []
+    with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
+        run, port = Path(directory) / "run", _free_port()
+        options = [
+            "--nnodes=1:2", "--max-restarts=100", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}",
+            f"--rdzv-id={port}", f"--rdzv-conf={RENDEZVOUS}", "--local-addr=127.0.0.1",
+        ]  # fmt: skip
+        stack.enter_context(in_background(_train(run, 1, options)))
+        _await(run, lambda log: _steps_past(log, 5), "training")
+        for _ in range(repeats):
+            joined = time.time()
+            second = subprocess.Popen(
+                _train(run, 1, options), cwd=ROOT, env=ENVIRONMENT, start_new_session=True,
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+            gains.append(_await(run, lambda log, at=joined: _of_size(log, at, 2), "gaining a node") - joined)
+            time.sleep(2)
+            worker = max((e for e in _log(run) if isinstance(e.event, events.AttemptStarted) and e.rank == 1),
+                         key=lambda entry: entry.attempt).event.pid  # fmt: skip  # pyright: ignore
+            lost = time.time()
+            for pid in (second.pid, worker):
+                os.kill(pid, signal.SIGKILL)
+            second.wait()
+            losses.append(_await(run, lambda log, at=lost: _of_size(log, at, 1), "losing a node") - lost)
+            time.sleep(2)
+    return {"gain": gains, "loss": losses}
+
+
+def _of_size(log: list[events.Entry], since: float, size: int) -> float | None:
+    found = _first_new_step(log, since)
+    return found[2][-1].time if found and found[0].event.world_size == size else None  # pyright: ignore
+
+
+SECONDS, PERIOD = 180, 30
+
+
+def goodput() -> dict[str, Any]:
+    """Three minutes with a worker killed every 30 s: ours, and a plain job with a plain torch.save."""
+    with tempfile.TemporaryDirectory() as directory:
+        run, plain = Path(directory) / "run", Path(directory) / "plain"
+        plain.mkdir()
+        ours = _harassed(_train(run), lambda: _pids(run))
+        log = [entry for entry in _log(run) if isinstance(entry.event, events.StepDone)]
+        ours |= _useful([(entry.event.step, entry.time, entry.attempt) for entry in log], ours["started"])  # pyright: ignore
+        stock = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=100"]
+        command = [*stock, "--nproc-per-node=2", "scripts/bench_survival.py", "--worker", "plain", str(plain)]
+        theirs = _harassed(command, lambda: [int((plain / "pid-1").read_text())])
+        lines = [json.loads(line) for line in (plain / "steps.jsonl").read_text().splitlines()]
+        theirs |= _useful([tuple(line) for line in lines], theirs["started"])
+    return {"ours": ours, "plain": theirs, "seconds": SECONDS, "period": PERIOD, "every": EVERY}
+
+
+def _pids(run: Path) -> list[int]:
+    started = [entry for entry in _log(run) if isinstance(entry.event, events.AttemptStarted) and entry.rank == 1]
+    return [max(started, key=lambda entry: entry.attempt).event.pid]  # pyright: ignore
+
+
+def _harassed(command: list[str], victims: Callable[[], list[int]]) -> dict[str, Any]:
+    started, kills = time.time(), 0
+    with in_background(command):
+        for number in range(1, SECONDS // PERIOD):
+            time.sleep(max(0, started + number * PERIOD - time.time()))
+            for pid in victims():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                    kills += 1
+        time.sleep(max(0, started + SECONDS - time.time()))
+    return {"started": started, "kills": kills}
+
+
+def _useful(steps: list[tuple[int, float, int]], started: float) -> dict[str, Any]:
+    """From (step, time, attempt): the furthest step in the time, what a step takes in peace, and their product's share."""
+    inside = [one for one in steps if one[1] <= started + SECONDS]
+    furthest = max(step for step, _, _ in inside)
+    between = [
+        b[1] - a[1] for a, b in zip(inside, inside[1:], strict=False) if a[2] == b[2] and b[0] == a[0] + 1
+    ]  # fmt: skip
+    usual = statistics.median(between)
+    return {"steps": furthest, "step_seconds": usual, "goodput": furthest * usual / SECONDS, "computed": len(inside)}
+
+
+def plain_worker(directory: str) -> None:
+    """One of two ranks of the job a PyTorch user would write: DDP, fused AdamW, torch.save every n steps."""
+    config = configs.load(TINY, ENDLESS)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    place = Path(directory)
+    (place / f"pid-{rank}").write_text(str(os.getpid()))
+    prepared = prepare(config.data, config.eval, config.model.context)
+    batches = job.batches_of(config, prepared)
+    gpt = models.GPT(config.model, models.padded_vocab(prepared.tokenizer.vocab_size, config.model.vocab_size))
+    models.initialise(gpt, config.seed)
+    adamw = torch.optim.AdamW(gpt.parameters(), lr=config.optim.learning_rate, fused=True)
+    step, saved = 0, place / "checkpoint.pt"
+    if saved.exists():
+        state = torch.load(saved)
+        gpt.load_state_dict(state["model"])
+        adamw.load_state_dict(state["optimizer"])
+        step = state["step"]
+    ddp = DistributedDataParallel(gpt)
+    own = range(rank, config.data.micro_batches, size)
+    with (place / "steps.jsonl").open("a") as log:
+        while True:
+            for group in adamw.param_groups:
+                factor = optim.learning_rate_factor(step, config.optim, config.budget.steps)
+                group["lr"] = config.optim.learning_rate * factor
+            for index in own:
+                batch = batches.micro_batch(step, index)
+                with contextlib.nullcontext() if index == own[-1] else ddp.no_sync():
+                    result = ddp(torch.from_numpy(batch.inputs), torch.from_numpy(batch.targets))
+                    (result.objective / len(own)).backward()
+            torch.nn.utils.clip_grad_norm_(gpt.parameters(), config.optim.clip_norm)
+            adamw.step()
+            adamw.zero_grad(set_to_none=True)
+            step += 1
+            if rank == 0:
+                log.write(json.dumps([step, time.time(), os.getpid()]) + "\n")
+                log.flush()
+                if step % EVERY == 0:
+                    state = {"model": gpt.state_dict(), "optimizer": adamw.state_dict(), "step": step}
+                    torch.save(state, saved.with_suffix(".new"))
+                    saved.with_suffix(".new").replace(saved)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--worker", choices=["plain"], required=True)
+    parser.add_argument("directory")
+    plain_worker(parser.parse_args().directory)
+
+
+if __name__ == "__main__":
+    main()
