@@ -18,12 +18,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from scripts import bench_survival as survival
+from scripts.bench_tables import Ratio, tables
 from trainer import config as configs
 from trainer import console, events, job, loop, world
 from trainer import model as models
@@ -42,27 +44,8 @@ SMALL = (
      "data.micro_batches=2", "data.micro_batch_sequences=6",  # with one there would be no sum
      "numerics.compile=false", "numerics.threads=1"],
 )  # fmt: skip
+LIGHT = ["numerics.threads=1", "data.micro_batch_sequences=8"]
 QUIET = ['wandb.mode="disabled"', 'eval.sets=["val"]']
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """A / B over the rounds of one run."""
-
-    median: float
-    low: float
-    """First quartile."""
-    high: float
-    """Third quartile."""
-    rounds: int
-
-    @classmethod
-    def of(cls, ratios: list[float]) -> "Ratio":
-        low, median, high = statistics.quantiles(ratios, n=4)
-        return cls(median, low, high, len(ratios))
-
-    def __str__(self) -> str:
-        return f"{self.median:.3f} ({self.low:.3f}–{self.high:.3f}, {self.rounds} rounds)"
 
 
 def load(base: tuple[str, list[str]], *more: str) -> Config:
@@ -196,6 +179,11 @@ def memory_worker(strategy: str) -> None:
     world.disconnect()
 
 
+def saving_worker() -> None:
+    """One of two ranks of survival's figures of saving."""
+    survival.saving_worker(lambda ranks, directory: Ours(load(BIG, *LIGHT), ranks, directory))
+
+
 def torchrun(*arguments: str) -> str:
     command = [sys.executable, "-c", "from trainer.launch import torchrun; torchrun()", "--standalone"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -251,8 +239,8 @@ def first_step(repeats: int = 7) -> dict[str, Any]:
 
 NANOGPT_RECIPE = [
     'model.norm="layernorm"', 'model.positions="learned"', 'model.mlp="gelu"', "model.qk_norm=false",
-    "model.n_kv_heads=0", "model.tied_embeddings=true", 'model.init="gpt2"', "data.micro_batches=1", "data.micro_batch_sequences=12",
-    "numerics.threads=2", "numerics.compile=false",
+    "model.n_kv_heads=0", "model.tied_embeddings=true", 'model.init="gpt2"', "data.micro_batches=1",
+    "data.micro_batch_sequences=12", "numerics.threads=2", "numerics.compile=false",
 ]  # fmt: skip
 
 
@@ -359,12 +347,20 @@ def measure(name: str) -> dict[str, Any]:
             return shakespeare()
         case "seeds":
             return seeds()
+        case "saving":
+            return survival.saving(worker("saving"))
+        case "killed":
+            return survival.killed()
+        case "nodes":
+            return survival.nodes()
+        case "goodput":
+            return survival.goodput()
     raise SystemExit(f"no figure is called {name!r}; there are {', '.join(FIGURES)}")
 
 
 FIGURES = (
     "throughput_12m", "throughput_0.8m", "exact_against_plain_sums", "bf16_compile", "first_step", "memory",
-    "shakespeare", "seeds",
+    "shakespeare", "seeds", "saving", "killed", "nodes", "goodput",
 )  # fmt: skip
 
 
@@ -379,120 +375,19 @@ def machine() -> str:
     return f"{name}, {os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}, torch {torch.__version__}"
 
 
-def tables(results: dict[str, Any]) -> str:
-    """BENCHMARKS.md from what was measured; a figure that was not is left out."""
-    machines = sorted({f"{one['machine']}, {one['date']}" for one in results.values()})
-    lines = [
-        "# Benchmarks",
-        "",
-        "Written by `scripts/bench` from `BENCHMARKS.json`. Each ratio comes from one run in which the two sides",
-        "alternate; medians, with the quartiles of the round-by-round ratios in brackets. Measured on:",
-        "",
-        *[f"- {machine}" for machine in machines],
-        "",
-        "| figure | measured | target |",
-        "|---|---|---|",
-    ]
-    for name, row in ROWS.items():
-        if name in results:
-            lines += [f"| {title} | {text} | {target} |" for title, text, target in row(results[name])]
-    if "seeds" in results:
-        lines += ["", *seeds_table(results["seeds"])]
-    if "first_step" in results:
-        parts = results["first_step"]["breakdown"]
-        lines += ["", "From the command to the first step, seconds (median of each part):", ""]
-        lines += ["| " + " | ".join(parts) + " |", "|" + "---|" * len(parts)]
-        lines += ["| " + " | ".join(f"{value:.2f}" for value in parts.values()) + " |"]
-    return "\n".join(lines) + "\n"
-
-
-Row = tuple[str, str, str]
-
-
-def ratio_text(figure: dict[str, Any]) -> str:
-    return str(Ratio(**figure["ratio"]))
-
-
-def throughput_rows(title: str, target: str) -> Callable[[dict[str, Any]], list[Row]]:
-    def rows(figure: dict[str, Any]) -> list[Row]:
-        rates = f"{figure['ours_tokens_per_second']:,.0f} against {figure['plain_tokens_per_second']:,.0f} tokens/s"
-        size = f"{figure['parameters'] / 1e6:.1f} M parameters, {figure['threads']} threads"
-        return [(f"{title}, {size}", f"{ratio_text(figure)}; {rates}", target)]
-
-    return rows
-
-
-def first_step_rows(figure: dict[str, Any]) -> list[Row]:
-    text = f"{figure['breakdown']['all']:.2f} s ({figure['low']:.2f}–{figure['high']:.2f}, {figure['repeats']} starts)"
-    return [("command to first step, caches warm, 2 ranks", text, "≤ 5 s")]
-
-
-def exact_rows(figure: dict[str, Any]) -> list[Row]:
-    text = f"{ratio_text(figure)}; {figure['exact_seconds']:.2f} against {figure['plain_seconds']:.2f} s a step"
-    return [("speed of exact over plain sums, 12 M, 2 ranks", text, "≥ 0.97")]
-
-
-def memory_rows(figure: dict[str, Any]) -> list[Row]:
-    one, other = figure["replicate"], figure["fsdp"]
-    text = (
-        f"{one['peak_mib']:,.0f} against {other['peak_mib']:,.0f} MiB "
-        f"(of which the libraries alone {one['libraries_mib']:,.0f})"
-    )
-    size = f"{one['parameters'] / 1e6:.0f} M parameters"
-    return [(f"peak memory per rank, replicated against FSDP2, 2 ranks, {size}", text, "")]
-
-
-def shakespeare_rows(figure: dict[str, Any]) -> list[Row]:
-    loss, plain = figure["validation_loss"], figure["validation_loss_plain"]
-    seconds = f"{figure['ours_seconds']:.1f} against {figure['plain_seconds']:.1f} s"
-    wall = "shakespeare_char: wall time, the plain loop's over the whole command's"
-    return [
-        (
-            "shakespeare_char: validation loss, nats",
-            f"{loss:.4f} (plain loop of nanoGPT's recipe: {plain:.4f})",
-            "≤ 1.886",
-        ),
-        (wall, f"{ratio_text(figure)}; {seconds}", "> 1"),
-    ]
-
-
-def seeds_table(figure: dict[str, Any]) -> list[str]:
-    rows = figure["rows"]
-    differences = [row["exact"] - row["plain"] for row in rows]
-    return [
-        f"Final validation loss (nats) after {figure['steps']} steps of a 0.9 M byte model, 4 micro-batches, 2 ranks.",
-        f"Exact minus plain: {statistics.mean(differences):+.4f} ± {statistics.stdev(differences):.4f} (mean, sd over",
-        f"seeds); between seeds, plain: sd {statistics.stdev(row['plain'] for row in rows):.4f}.",
-        "",
-        "| seed | exact sums | plain sums | steps redone | non-zero entries flushed |",
-        "|---|---|---|---|---|",
-        *[
-            f"| {row['seed']} | {row['exact']:.4f} | {row['plain']:.4f} | {row['redone']} | {row['flushed']:.1e} |"
-            for row in rows
-        ],
-    ]
-
-
-ROWS: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
-    "throughput_12m": throughput_rows("throughput over a plain loop, exact sums on", "≥ 0.97"),
-    "throughput_0.8m": throughput_rows("throughput over a plain loop, exact sums on", "≥ 0.92"),
-    "exact_against_plain_sums": exact_rows,
-    "bf16_compile": throughput_rows("bf16 and compile over the plain float32 loop", "≥ 2"),
-    "first_step": first_step_rows,
-    "memory": memory_rows,
-    "shakespeare": shakespeare_rows,
-}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("names", nargs="*", help=f"what to measure; default all of {', '.join(FIGURES)}")
     arguments = parser.parse_args()
     if arguments.worker:
-        {"exact": exact_against_plain_worker, "memory": memory_worker, "nanogpt": nanogpt_worker}[arguments.names[0]](
-            *arguments.names[1:]
-        )
+        name, *rest = arguments.names
+        {
+            "exact": exact_against_plain_worker,
+            "memory": memory_worker,
+            "nanogpt": nanogpt_worker,
+            "saving": saving_worker,
+        }[name](*rest)
         return
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name in arguments.names or FIGURES:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from trainer import checkpoint, events, job, optim, world
@@ -48,20 +50,21 @@ def saving_worker(make: Callable[[world.World, Path], Any]) -> None:
     identity = {"fingerprint": "bench", "run_id": "bench"}
     saver = checkpoint.Saver(directory, ranks, identity, configs.Checkpoint(keep_last=1))
     rows: list[dict[str, Any]] = []
-    for round_ in range(12):
+    for round_ in range(21):
+        before = _seconds(lambda: mine(1))
         saver.begin(mine.state.step, mine.state.tensors())
         if round_ == 0:
             saver.finish()  # makes the buffers and the plan
-            layout = saver._layout  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+            layout = saver._layout  # pyright: ignore[reportPrivateUsage]
             assert layout is not None
-            names = list(layout._buffers)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+            names = list(layout._buffers)  # pyright: ignore[reportPrivateUsage]
             tensors = mine.state.tensors()
-            sources = [getattr(tensors[name], "to_local", lambda name=name: tensors[name])() for name in names]
+            sources = [t.to_local() if isinstance(t := tensors[name], DTensor) else t for name in names]
             copies = [torch.empty_like(source).zero_() for source in sources]
             continue
         beside = _seconds(lambda: mine(1))
         (saved,) = [event for event in saver.finish() if isinstance(event, events.CheckpointSaved)]
-        usual = _seconds(lambda: mine(1))
+        usual = (before + _seconds(lambda: mine(1))) / 2  # just before and just after, as the machine drifts
         with torch.no_grad():
             plain_copy = _seconds(lambda: torch._foreach_copy_(copies, sources))  # noqa: B023
         started = time.perf_counter()
@@ -69,7 +72,7 @@ def saving_worker(make: Callable[[world.World, Path], Any]) -> None:
         stall = time.perf_counter() - started
         (alone,) = [event for event in saver.finish() if isinstance(event, events.CheckpointSaved)]
         ranks.gather(None)
-        blob = b"".join(copy.numpy().tobytes() for copy in copies)  # noqa: B023
+        blob = b"".join(copy.numpy().tobytes() for copy in copies)
         plain_write = _seconds(lambda: _write(directory / f"plain-{ranks.rank}", blob))  # noqa: B023
         rows.append(
             {
@@ -82,7 +85,8 @@ def saving_worker(make: Callable[[world.World, Path], Any]) -> None:
         _seconds(lambda: checkpoint.restore(directory, mine.state.tensors(), ranks, "bench", lambda event: None))
         for _ in range(5)
     ]
-    slowest = [{key: max(row[key] for row in of_ranks) for key in of_ranks[0]} for of_ranks in zip(*ranks.gather(rows))]
+    every_rank = zip(*ranks.gather(rows), strict=True)
+    slowest = [{key: max(row[key] for row in of_ranks) for key in of_ranks[0]} for of_ranks in every_rank]
     saver.close()
     if ranks.is_main:
         print("RESULT " + json.dumps({"rows": slowest, "loads": loads}))
@@ -140,7 +144,18 @@ def in_background(command: list[str]) -> Iterator[subprocess.Popen[str]]:
 def _train(run: Path, ranks: int = 2, options: list[str] | None = None) -> list[str]:
     sets = [part for one in ENDLESS for part in ("--set", one)]
     chosen = options or ["--standalone", "--max-restarts", "100"]
-    return [*LAUNCH, *chosen, f"--nproc-per-node={ranks}", "-m", "trainer", "train", str(TINY), "--run", str(run), *sets]
+    return [
+        *LAUNCH,
+        *chosen,
+        f"--nproc-per-node={ranks}",
+        "-m",
+        "trainer",
+        "train",
+        str(TINY),
+        "--run",
+        str(run),
+        *sets,
+    ]
 
 
 def _log(run: Path) -> list[events.Entry]:
@@ -292,11 +307,11 @@ def _harassed(command: list[str], victims: Callable[[], list[int]]) -> dict[str,
 
 
 def _useful(steps: list[tuple[int, float, int]], started: float) -> dict[str, Any]:
-    """From (step, time, attempt): the furthest step in the time, what a step takes in peace, and their product's share."""
+    """From (step, time, attempt): the furthest step, what a step takes in peace, and the share of the time it explains."""
     inside = [one for one in steps if one[1] <= started + SECONDS]
     furthest = max(step for step, _, _ in inside)
     between = [
-        b[1] - a[1] for a, b in zip(inside, inside[1:], strict=False) if a[2] == b[2] and b[0] == a[0] + 1
+        b[1] - a[1] for a, b in itertools.pairwise(inside) if a[2] == b[2] and b[0] == a[0] + 1
     ]  # fmt: skip
     usual = statistics.median(between)
     return {"steps": furthest, "step_seconds": usual, "goodput": furthest * usual / SECONDS, "computed": len(inside)}

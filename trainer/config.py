@@ -175,6 +175,24 @@ class Wandb(Section):
     tags: tuple[str, ...] = ()
 
 
+class Fault(BaseModel):
+    """One fault on purpose. Which kinds there are, and what settings each has of its own: faults/kinds.py."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow", use_attribute_docstrings=True)
+
+    kind: str
+    rank: int | str = "any"
+    """A number, "any" (one drawn by `seed`), "all", "rank0", or "writer" (who commits checkpoints)."""
+    at_step: int | None = Field(default=None, ge=1)
+    """While this step is being computed, saved or evaluated: the first is 1."""
+    at_seconds: float | None = Field(default=None, ge=0)
+    """Or so many seconds after the job began; made from outside."""
+    phase: str = ""
+    """A named point of a rank's work; default the kind's usual one."""
+    attempt: int | None = Field(default=None, ge=0)
+    """Only in this attempt; default the first that comes by. No fault fires twice on a rank."""
+
+
 class Config(Section):
     seed: int = Field(default=0, ge=0, lt=2**63)
     data: Data = Data()
@@ -187,6 +205,8 @@ class Config(Section):
     eval: Eval = Eval()
     elastic: Elastic = Elastic()
     wandb: Wandb = Wandb()
+    faults: tuple[Fault, ...] = ()
+    """Faults on purpose, as [[faults]] tables. None, unless given."""
 
 
 # What decides the weights. All else may change between attempts of one run.
@@ -414,6 +434,7 @@ def _without_effect(config: Config) -> list[str]:
     """Settings that were changed from their default but that another setting makes meaningless."""
     c, hub = config, config.data.source.startswith("hub:")
     table = hub or config.data.source.endswith((".jsonl", ".parquet"))
+    sums = c.numerics.exact and c.data.micro_batches > 1
     needs = [
         ("data.revision", hub, 'data.source = "hub:…"'),
         ("data.subset", hub, 'data.source = "hub:…"'),
@@ -429,7 +450,7 @@ def _without_effect(config: Config) -> list[str]:
         ("optim.final_fraction", c.optim.schedule != "constant", "a schedule that decays"),
         ("parallel.shard_ranks", c.parallel.strategy == "hybrid", 'parallel.strategy = "hybrid"'),
         ("parallel.reshard_after_forward", c.parallel.strategy != "replicate", 'parallel.strategy "fsdp" or "hybrid"'),
-        ("numerics.headroom_bits", c.numerics.exact and c.data.micro_batches > 1, "exact sums of several micro-batches"),
+        ("numerics.headroom_bits", sums, "numerics.exact = true and several micro-batches"),
     ]
     changed = differences(flatten(Config().model_dump()), flatten(config.model_dump()))
     changed_keys = {line.split(":", 1)[0] for line in changed}

@@ -152,6 +152,23 @@ class WorkersLost(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FaultFired(Event):
+    """A fault on purpose is about to act. In events/faults.jsonl, written by whoever makes it."""
+
+    kind = "fault_fired"
+    index: int
+    """In the plan."""
+    fault: str
+    """Its kind."""
+    victim: int | None
+    """The rank it hits; None where it hits none in particular."""
+    step: int | None
+    phase: str | None
+    pid: int
+    """Of whoever made it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class StopRequested(Event):
     """A signal asked this rank to save and leave."""
 
@@ -236,10 +253,13 @@ def next_attempt(run: Path) -> int:
 def read(run: Path) -> list[Entry]:
     """All events of a run in order of attempt, then time. Raises RunDirectoryError on a damaged log."""
     paths = sorted(events_directory(run).glob("*.jsonl"))
-    return sorted((entry for path in paths for entry in _read_file(path)), key=lambda e: (e.attempt, e.time, e.rank))
+    return sorted((entry for path in paths for entry in read_file(path)), key=lambda e: (e.attempt, e.time, e.rank))
 
 
-def _read_file(path: Path) -> Iterator[Entry]:
+def read_file(path: Path) -> Iterator[Entry]:
+    """The events of one file in the order they were written; none where there is no file."""
+    if not path.exists():
+        return
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     *whole, _torn = lines
     for number, line in enumerate(whole, start=1):

@@ -1,0 +1,198 @@
+"""BENCHMARKS.md from what scripts/bench measured; a figure that was not measured is left out."""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A / B over the rounds of one run."""
+
+    median: float
+    low: float
+    """First quartile."""
+    high: float
+    """Third quartile."""
+    rounds: int
+
+    @classmethod
+    def of(cls, ratios: list[float]) -> "Ratio":
+        low, median, high = statistics.quantiles(ratios, n=4)
+        return cls(median, low, high, len(ratios))
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} ({self.low:.3f}–{self.high:.3f}, {self.rounds} rounds)"
+
+
+def tables(results: dict[str, Any]) -> str:
+    """BENCHMARKS.md from what was measured; a figure that was not is left out."""
+    machines = sorted({f"{one['machine']}, {one['date']}" for one in results.values()})
+    lines = [
+        "# Benchmarks",
+        "",
+        "Written by `scripts/bench` from `BENCHMARKS.json`. Each ratio comes from one run in which the two sides",
+        "alternate; medians, with the quartiles of the round-by-round ratios in brackets. Measured on:",
+        "",
+        *[f"- {machine}" for machine in machines],
+        "",
+        "| figure | measured | target |",
+        "|---|---|---|",
+    ]
+    for name, row in ROWS.items():
+        if name in results:
+            lines += [f"| {title} | {text} | {target} |" for title, text, target in row(results[name])]
+    if "seeds" in results:
+        lines += ["", *seeds_table(results["seeds"])]
+    if "first_step" in results:
+        lines += breakdown("From the command to the first step", results["first_step"]["breakdown"])
+    if "killed" in results:
+        lines += breakdown("From a SIGKILL to the next new step", results["killed"]["median"])
+    return "\n".join(lines) + "\n"
+
+
+Row = tuple[str, str, str]
+
+
+def ratio_text(figure: dict[str, Any]) -> str:
+    return str(Ratio(**figure["ratio"]))
+
+
+def throughput_rows(title: str, target: str) -> Callable[[dict[str, Any]], list[Row]]:
+    def rows(figure: dict[str, Any]) -> list[Row]:
+        rates = f"{figure['ours_tokens_per_second']:,.0f} against {figure['plain_tokens_per_second']:,.0f} tokens/s"
+        size = f"{figure['parameters'] / 1e6:.1f} M parameters, {figure['threads']} threads"
+        return [(f"{title}, {size}", f"{ratio_text(figure)}; {rates}", target)]
+
+    return rows
+
+
+def first_step_rows(figure: dict[str, Any]) -> list[Row]:
+    text = f"{figure['breakdown']['all']:.2f} s ({figure['low']:.2f}–{figure['high']:.2f}, {figure['repeats']} starts)"
+    return [("command to first step, caches warm, 2 ranks", text, "≤ 5 s")]
+
+
+def exact_rows(figure: dict[str, Any]) -> list[Row]:
+    text = f"{ratio_text(figure)}; {figure['exact_seconds']:.2f} against {figure['plain_seconds']:.2f} s a step"
+    return [("speed of exact over plain sums, 12 M, 2 ranks", text, "≥ 0.97")]
+
+
+def memory_rows(figure: dict[str, Any]) -> list[Row]:
+    one, other = figure["replicate"], figure["fsdp"]
+    text = (
+        f"{one['peak_mib']:,.0f} against {other['peak_mib']:,.0f} MiB "
+        f"(of which the libraries alone {one['libraries_mib']:,.0f})"
+    )
+    size = f"{one['parameters'] / 1e6:.0f} M parameters"
+    return [(f"peak memory per rank, replicated against FSDP2, 2 ranks, {size}", text, "")]
+
+
+def shakespeare_rows(figure: dict[str, Any]) -> list[Row]:
+    loss, plain = figure["validation_loss"], figure["validation_loss_plain"]
+    seconds = f"{figure['ours_seconds']:.1f} against {figure['plain_seconds']:.1f} s"
+    wall = "shakespeare_char: wall time, the plain loop's over the whole command's"
+    return [
+        (
+            "shakespeare_char: validation loss, nats",
+            f"{loss:.4f} (plain loop of nanoGPT's recipe: {plain:.4f})",
+            "≤ 1.886",
+        ),
+        (wall, f"{ratio_text(figure)}; {seconds}", "> 1"),
+    ]
+
+
+def seeds_table(figure: dict[str, Any]) -> list[str]:
+    rows = figure["rows"]
+    differences = [row["exact"] - row["plain"] for row in rows]
+    return [
+        f"Final validation loss (nats) after {figure['steps']} steps of a 0.9 M byte model, 4 micro-batches, 2 ranks.",
+        f"Exact minus plain: {statistics.mean(differences):+.4f} ± {statistics.stdev(differences):.4f} (mean, sd over",
+        f"seeds); between seeds, plain: sd {statistics.stdev(row['plain'] for row in rows):.4f}.",
+        "",
+        "| seed | exact sums | plain sums | steps redone | non-zero entries flushed |",
+        "|---|---|---|---|---|",
+        *[
+            f"| {row['seed']} | {row['exact']:.4f} | {row['plain']:.4f} | {row['redone']} | {row['flushed']:.1e} |"
+            for row in rows
+        ],
+    ]
+
+
+def saving_rows(figure: dict[str, Any]) -> list[Row]:
+    mib = figure["bytes_a_rank"] / 2**20
+    ms = {key: 1e3 * figure[f"{key}_seconds"] for key in ("stall", "plain_copy", "beside", "usual")}
+    bandwidth = {key: mib / figure[f"{key}_seconds"] for key in ("save_alone", "save_beside", "plain_write")}
+    return [
+        (
+            f"save stall over a plain memory copy of the same {mib:.0f} MiB a rank, 13.8 M, 2 ranks",
+            f"{Ratio.of(figure['stall_over_copy'])}; {ms['stall']:.1f} against {ms['plain_copy']:.1f} ms",
+            "≤ 2",
+        ),
+        (
+            "step time beside the background write over the usual",
+            f"{Ratio.of(figure['step_beside_over_usual'])}; {ms['beside']:.0f} against {ms['usual']:.0f} ms",
+            "≤ 1.10",
+        ),
+        (
+            "save bandwidth a rank, hashed and committed, over a plain write with fsync",
+            f"{Ratio.of(figure['write_over_save_alone'])}; {bandwidth['save_alone']:.0f} against "
+            f"{bandwidth['plain_write']:.0f} MiB/s, {bandwidth['save_beside']:.0f} MiB/s beside training",
+            "",
+        ),
+        (f"load, verified, {figure['bytes'] / 2**20:.0f} MiB, 2 ranks", f"{figure['load_seconds']:.2f} s", ""),
+    ]
+
+
+def killed_rows(figure: dict[str, Any]) -> list[Row]:
+    text = f"{figure['median']['all']:.2f} s ({figure['low']:.2f}–{figure['high']:.2f}, {figure['repeats']} kills)"
+    title = "SIGKILL of one of two workers to the next new step, without the replayed steps"
+    return [(title, text, "≤ 4 s")]
+
+
+def nodes_rows(figure: dict[str, Any]) -> list[Row]:
+    def text(seconds: list[float]) -> str:
+        return f"{statistics.median(seconds):.1f} s ({min(seconds):.1f}–{max(seconds):.1f}, {len(seconds)} times)"
+
+    return [
+        ("a node killed, to the survivor's next new step", text(figure["loss"]), "≤ 8 s"),
+        ("a node joins, to the next new step of both", text(figure["gain"]), "≤ 8 s"),
+    ]
+
+
+def goodput_rows(figure: dict[str, Any]) -> list[Row]:
+    ours, plain = figure["ours"], figure["plain"]
+    title = (
+        f"goodput of {figure['seconds']} s with a kill every {figure['period']} s and a save every "
+        f"{figure['every']} steps: toprope, and the same job with plain DDP, torch.save and torchrun"
+    )
+
+    def side(one: dict[str, Any]) -> str:
+        return (
+            f"{one['goodput']:.2f} ({one['steps']} steps of {1e3 * one['step_seconds']:.0f} ms, {one['kills']} kills)"
+        )
+
+    return [(title, f"{side(ours)}; {side(plain)}", "")]
+
+
+def breakdown(title: str, parts: dict[str, float]) -> list[str]:
+    return [
+        "", f"{title}, seconds (median of each part):", "",
+        "| " + " | ".join(parts) + " |", "|" + "---|" * len(parts),
+        "| " + " | ".join(f"{value:.2f}" for value in parts.values()) + " |",
+    ]  # fmt: skip
+
+
+ROWS: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
+    "throughput_12m": throughput_rows("throughput over a plain loop, exact sums on", "≥ 0.97"),
+    "throughput_0.8m": throughput_rows("throughput over a plain loop, exact sums on", "≥ 0.92"),
+    "exact_against_plain_sums": exact_rows,
+    "bf16_compile": throughput_rows("bf16 and compile over the plain float32 loop", "≥ 2"),
+    "first_step": first_step_rows,
+    "memory": memory_rows,
+    "shakespeare": shakespeare_rows,
+    "saving": saving_rows,
+    "killed": killed_rows,
+    "nodes": nodes_rows,
+    "goodput": goodput_rows,
+}

@@ -1,0 +1,237 @@
+"""From `[[faults]]` to what fires when: checked as a whole before anything starts, and kept to one firing each.
+
+Steps are counted as everywhere: `at_step = 9` is while step 9 is computed, saved or scored. A fault that names no step
+fires at its phase when it first comes by. What has fired stands in RUN/events/faults.jsonl, so that no fault fires
+twice on a rank, however often it is started again.
+"""
+
+import difflib
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer import config as configs
+from trainer import events
+from trainer.config import Config, Fault
+from trainer.errors import ConfigError
+from trainer.events import Entry, FaultFired
+from trainer.faults.kinds import KINDS, PHASES_WITHOUT_STEP, SAVE, Kind
+
+ROLES = ("any", "all", "rank0", "writer")
+BY_SIGNAL = ("sigkill", "sigsegv", "sigabrt", "sigterm", "stopped")
+"""What can hit a rank from outside, at a wall time."""
+AFTER_THE_UPDATE = ("after_update", "in_eval", *SAVE)
+"""Phases at which a rank's own count of completed steps is already that of the step."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One fault, with nothing left to chance."""
+
+    index: int
+    kind: Kind
+    ranks: tuple[int, ...] | None
+    """None: all."""
+    at_step: int | None
+    at_seconds: float | None
+    phase: str
+    """Empty for the nemesis."""
+    attempt: int | None
+    settings: dict[str, Any]
+
+    @property
+    def by_nemesis(self) -> bool:
+        return self.kind.hand == "nemesis" or self.at_seconds is not None
+
+    @property
+    def point_step(self) -> int | None:
+        """`at_step` as the points of a rank count: completed steps."""
+        late = self.at_step is None or self.phase in AFTER_THE_UPDATE
+        return self.at_step if late else self.at_step - 1  # pyright: ignore[reportOptionalOperand]
+
+    def victims(self, world_size: int) -> tuple[int, ...]:
+        """The ranks it hits in a world of this size, which may have changed since it was planned."""
+        return tuple(range(world_size)) if self.ranks is None else tuple(sorted({r % world_size for r in self.ranks}))
+
+    def __str__(self) -> str:
+        who = "" if not self.phase and self.kind.hand == "nemesis" else " on " + (
+            "all ranks" if self.ranks is None else ", ".join(f"rank {rank}" for rank in self.ranks)
+        )  # fmt: skip
+        when = f" at step {self.at_step}" if self.at_step is not None else ""
+        when += f" after {self.at_seconds:g} s" if self.at_seconds is not None else ""
+        return f"{self.kind.name}{who}{when}" + (f", {self.phase}" if self.phase else "")
+
+
+def make(config: Config, world_size: int) -> list[Planned]:
+    """The plan of a config's faults in a world of this size. Raises ConfigError naming every problem."""
+    problems: list[str] = []
+    planned = []
+    for index, fault in enumerate(config.faults):
+        found = _problems(index, fault, config, world_size)
+        problems += found
+        if not found:
+            planned.append(_resolve(index, fault, config.seed, world_size))
+    problems += _contradictions(planned)
+    if problems:
+        raise ConfigError(problems)
+    return planned
+
+
+def _resolve(index: int, fault: Fault, seed: int, world_size: int) -> Planned:
+    kind = KINDS[fault.kind]
+    if fault.rank == "any":
+        ranks: tuple[int, ...] | None = (random.Random(f"{seed}-{index}").randrange(world_size),)
+    else:
+        ranks = None if fault.rank == "all" else (fault.rank if isinstance(fault.rank, int) else 0,)
+    by_nemesis = kind.hand == "nemesis" or fault.at_seconds is not None
+    phase = "" if by_nemesis else fault.phase or kind.phases[0]
+    settings = {name: setting.default for name, setting in kind.settings.items()} | _own(fault)
+    return Planned(index, kind, ranks, fault.at_step, fault.at_seconds, phase, fault.attempt, settings)
+
+
+def _own(fault: Fault) -> dict[str, Any]:
+    return fault.model_extra or {}
+
+
+def _problems(index: int, fault: Fault, config: Config, world_size: int) -> list[str]:
+    where = f"faults[{index}]"
+    kind = KINDS.get(fault.kind)
+    if kind is None:
+        near = difflib.get_close_matches(fault.kind, KINDS, n=1, cutoff=0.5)
+        hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(KINDS)}."
+        return [f"{where}.kind = {fault.kind!r} is no kind of fault.\n  {hint}"]
+    where += f" ({kind.name})"
+    return [
+        *_about_rank(where, fault, world_size),
+        *_about_time(where, fault, kind, config),
+        *_about_settings(where, fault, kind),
+    ]
+
+
+def _about_rank(where: str, fault: Fault, world_size: int) -> list[str]:
+    if isinstance(fault.rank, str):
+        known = fault.rank in ROLES
+        return [] if known else [f"{where}: rank = {fault.rank!r} is no rank.\n  Give a number or {', '.join(ROLES)}."]
+    if not 0 <= fault.rank < world_size:
+        return [f"{where}: rank = {fault.rank}, but the job has ranks 0 to {world_size - 1}.\n  Name one of them."]
+    return []
+
+
+def _about_time(where: str, fault: Fault, kind: Kind, config: Config) -> list[str]:
+    problems = []
+    if fault.at_step is not None and fault.at_seconds is not None:
+        problems.append(f"{where} has both at_step and at_seconds.\n  Give one of them.")
+    if fault.at_step is not None and fault.at_step > config.budget.steps:
+        problems.append(
+            f"{where}: at_step = {fault.at_step} is beyond the run's {config.budget.steps} steps.\n"
+            "  It would never fire. Give an earlier step."
+        )
+    if kind.hand == "nemesis":
+        if fault.phase:
+            problems.append(f"{where}: phase = {fault.phase!r}, but it is made from outside.\n  Remove phase.")
+        if fault.at_step is None and fault.at_seconds is None:
+            problems.append(f"{where} says not when.\n  Give at_step or at_seconds.")
+        return problems
+    phase = fault.phase or kind.phases[0]
+    if fault.at_seconds is not None:
+        if kind.name not in BY_SIGNAL:
+            problems.append(
+                f"{where}: at_seconds is for what can be made from outside: {', '.join(BY_SIGNAL)}.\n  Give at_step."
+            )
+        if fault.phase:
+            problems.append(f"{where}: at_seconds hits at any phase.\n  Remove phase, or give at_step.")
+    elif phase not in kind.phases:
+        problems.append(f"{where}: phase = {phase!r} is not among {', '.join(kind.phases)}.\n  Name one of them.")
+    elif fault.at_step is not None and phase in PHASES_WITHOUT_STEP:
+        problems.append(
+            f"{where}: {phase} belongs to no step.\n  Remove at_step; `attempt` tells which start is meant."
+        )
+    elif fault.at_step is None and phase not in PHASES_WITHOUT_STEP:
+        problems.append(f"{where} says not when.\n  Give at_step.")
+    else:
+        problems += _never_comes_by(where, fault, phase, config)
+    return problems
+
+
+def _never_comes_by(where: str, fault: Fault, phase: str, config: Config) -> list[str]:
+    step, last = fault.at_step, config.budget.steps
+    if step is None:
+        return []
+    for phases, every, name in (
+        (SAVE, config.checkpoint.every_steps, "checkpoint.every_steps"),
+        (("in_eval",), config.eval.every_steps, "eval.every_steps"),
+    ):
+        if phase in phases and step != last and (every == 0 or step % every):
+            return [
+                f"{where}: {phase} does not come by at step {step}: {name} = {every}.\n"
+                f"  Give a step that it divides, or {last}, the last."
+            ]
+    return []
+
+
+def _about_settings(where: str, fault: Fault, kind: Kind) -> list[str]:
+    problems = []
+    for name, value in _own(fault).items():
+        setting = kind.settings.get(name)
+        if setting is None:
+            there = f"It has {', '.join(kind.settings)}." if kind.settings else "It has none of its own."
+            near = difflib.get_close_matches(name, [*Fault.model_fields, *kind.settings], n=1)
+            problems.append(f"{where}: {name} is no setting of it.\n  {f'Did you mean {near[0]}?' if near else there}")
+        elif isinstance(setting.default, str):
+            if value not in setting.choices:
+                problems.append(f"{where}: {name} = {value!r}.\n  Give one of {', '.join(setting.choices)}.")
+        elif isinstance(value, bool) or not isinstance(value, int if isinstance(setting.default, int) else int | float):
+            problems.append(f"{where}: {name} = {value!r} is no number.\n  It is {setting.what}.")
+        elif value < setting.least:
+            problems.append(f"{where}: {name} = {value} is below {setting.least:g}.\n  It is {setting.what}.")
+    return problems
+
+
+def _contradictions(planned: Sequence[Planned]) -> list[str]:
+    """Two faults that want the same rank at the same moment: only the first could ever be seen to act."""
+    problems = []
+    inside = [fault for fault in planned if not fault.by_nemesis]
+    for number, fault in enumerate(inside):
+        for other in inside[:number]:
+            same = (fault.at_step, fault.phase, fault.attempt) == (other.at_step, other.phase, other.attempt)
+            shared = fault.ranks is None or other.ranks is None or set(fault.ranks) & set(other.ranks)
+            if same and shared:
+                problems.append(
+                    f"faults[{other.index}] ({other.kind.name}) and faults[{fault.index}] ({fault.kind.name}) hit the "
+                    f"same rank at the same moment.\n  Give one of them another step, phase, rank or attempt."
+                )
+    return problems
+
+
+def log_path(run: Path) -> Path:
+    return events.events_directory(run) / "faults.jsonl"
+
+
+def fired(run: Path) -> list[Entry]:
+    """What has fired so far, in order."""
+    return [entry for entry in events.read_file(log_path(run)) if isinstance(entry.event, FaultFired)]
+
+
+def not_fired(planned: Iterable[Planned], entries: Iterable[Entry]) -> list[Planned]:
+    """Of a plan, what nobody has made yet."""
+    seen = {entry.event.index for entry in entries if isinstance(entry.event, FaultFired)}
+    return [fault for fault in planned if fault.index not in seen]
+
+
+def tree(planned: Planned) -> dict[str, Any]:
+    """A plain form for JSON and TOML, from which the same fault can be made again."""
+    rank: int | str = "all" if planned.ranks is None else planned.ranks[0]
+    out: dict[str, Any] = {"kind": planned.kind.name, "rank": rank}
+    for key in ("at_step", "at_seconds", "attempt"):
+        if getattr(planned, key) is not None:
+            out[key] = getattr(planned, key)
+    if planned.phase:
+        out["phase"] = planned.phase
+    return out | planned.settings
+
+
+def parse(tree_: dict[str, Any]) -> Fault:
+    """A Fault from a table. Raises ConfigError."""
+    return configs.parse({"faults": (tree_,)}).faults[0]
