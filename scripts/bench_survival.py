@@ -307,7 +307,7 @@ def _harassed(command: list[str], victims: Callable[[], list[int]]) -> dict[str,
 
 
 def _useful(steps: list[tuple[int, float, int]], started: float) -> dict[str, Any]:
-    """From (step, time, attempt): the furthest step, what a step takes in peace, and the share of the time it explains."""
+    """From (step, time, attempt): the furthest step, what a step takes in peace, and the share of time they make."""
     inside = [one for one in steps if one[1] <= started + SECONDS]
     furthest = max(step for step, _, _ in inside)
     between = [
