@@ -5,12 +5,9 @@ with the quartiles of the round-by-round ratios.
 """
 
 import argparse
-import contextlib
 import json
 import math
 import os
-import platform
-import re
 import resource
 import statistics
 import subprocess
@@ -25,7 +22,7 @@ from typing import Any
 import torch
 
 from scripts import bench_survival as survival
-from scripts.bench_tables import Ratio, tables
+from scripts.bench_tables import Ratio, record
 from trainer import config as configs
 from trainer import console, events, job, loop, world
 from trainer import model as models
@@ -34,8 +31,6 @@ from trainer.data import Prepared, prepare
 from trainer.step import TrainState, Work
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "BENCHMARKS.json"
-TABLES = ROOT / "BENCHMARKS.md"
 
 BIG = ("configs/modern.toml", ["data.micro_batches=2", "checkpoint.every_steps=0"])
 SMALL = (
@@ -364,17 +359,6 @@ FIGURES = (
 )  # fmt: skip
 
 
-def machine() -> str:
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        text = Path("/proc/cpuinfo").read_text()
-        name = re.search(r"model name\s*: (.*)", text)[1]  # pyright: ignore[reportOptionalSubscript]
-        wanted = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag}" in text]
-        name += f" ({', '.join(wanted)})"
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{name}, {os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}, torch {torch.__version__}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -389,13 +373,11 @@ def main() -> None:
             "saving": saving_worker,
         }[name](*rest)
         return
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name in arguments.names or FIGURES:
         print(f"{name} …", flush=True)
-        results[name] = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), **measure(name)}
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-        TABLES.write_text(tables(results), encoding="utf-8")
-        print(json.dumps(results[name]), flush=True)
+        figure = measure(name)
+        record(name, figure)
+        print(json.dumps(figure), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,41 @@
-"""BENCHMARKS.md from what scripts/bench measured; a figure that was not measured is left out."""
+"""Keeping what was measured in BENCHMARKS.json, and BENCHMARKS.md from it; a figure nobody measured is left out."""
 
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "BENCHMARKS.json"
+TABLES = ROOT / "BENCHMARKS.md"
+
+
+def record(name: str, figure: dict[str, Any]) -> None:
+    """Keep a figure measured here and now, and write the tables anew."""
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results[name] = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), **figure}
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    TABLES.write_text(tables(results), encoding="utf-8")
+
+
+def machine() -> str:
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text()
+        name = re.search(r"model name\s*: (.*)", text)[1]  # pyright: ignore[reportOptionalSubscript]
+        wanted = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag}" in text]
+        name += f" ({', '.join(wanted)})"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    torch = importlib.metadata.version("torch")
+    return f"{name}, {os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}, torch {torch}"
 
 
 @dataclass(frozen=True)
@@ -28,23 +60,27 @@ class Ratio:
 
 def tables(results: dict[str, Any]) -> str:
     """BENCHMARKS.md from what was measured; a figure that was not is left out."""
-    machines = sorted({f"{one['machine']}, {one['date']}" for one in results.values()})
+    machines = sorted({one["machine"] for one in results.values()})
+    letter = {machine: chr(ord("A") + number) for number, machine in enumerate(machines)}
     lines = [
         "# Benchmarks",
         "",
         "Written by `scripts/bench` from `BENCHMARKS.json`. Each ratio comes from one run in which the two sides",
         "alternate; medians, with the quartiles of the round-by-round ratios in brackets. Measured on:",
         "",
-        *[f"- {machine}" for machine in machines],
+        *[f"- {letter[machine]}: {machine}" for machine in machines],
         "",
-        "| figure | measured | target |",
-        "|---|---|---|",
+        "| figure | measured | target | where, when |",
+        "|---|---|---|---|",
     ]
     for name, row in ROWS.items():
         if name in results:
-            lines += [f"| {title} | {text} | {target} |" for title, text, target in row(results[name])]
+            where = f"{letter[results[name]['machine']]}, {results[name]['date']}"
+            lines += [f"| {title} | {text} | {target} | {where} |" for title, text, target in row(results[name])]
     if "seeds" in results:
         lines += ["", *seeds_table(results["seeds"])]
+    if "soak" in results:
+        lines += soak_table(results["soak"])
     if "first_step" in results:
         lines += breakdown("From the command to the first step", results["first_step"]["breakdown"])
     if "killed" in results:
@@ -181,6 +217,27 @@ def breakdown(title: str, parts: dict[str, float]) -> list[str]:
         "| " + " | ".join(parts) + " |", "|" + "---|" * len(parts),
         "| " + " | ".join(f"{value:.2f}" for value in parts.values()) + " |",
     ]  # fmt: skip
+
+
+def soak_table(figure: dict[str, Any]) -> list[str]:
+    """What scripts/soak came to."""
+
+    def counts(name: str) -> str:
+        return ", ".join(f"{key} {count}" for key, count in figure[name].items())
+
+    return [
+        "",
+        f"Random kills (`scripts/soak --kills {figure['wanted']} --seed {figure['seed']}`): {figure['kills']} kills in "
+        f"{figure['jobs']} jobs of {figure['runs']} runs; {figure['equal']} of {figure['runs']} runs ended with the "
+        "calm run's weights, moments, losses and samples, and left nothing behind.",
+        "",
+        "| drawn | how often |",
+        "|---|---|",
+        f"| how | {counts('kills_by_action')} |",
+        f"| where | {counts('kills_by_point')} |",
+        f"| world size of the job | {counts('jobs_by_world_size')} |",
+        f"| sharding of the job | {counts('jobs_by_strategy')} |",
+    ]
 
 
 ROWS: dict[str, Callable[[dict[str, Any]], list[Row]]] = {

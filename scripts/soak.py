@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import random
 import shutil
 import signal
@@ -23,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from scripts.bench_tables import record
 from tests.support import SMOKE, Job, fired, outcome, settings, strays, trainer, write_corpus, write_plan
 from trainer.errors import EXIT_FINISHED, EXIT_PREEMPTED
 
@@ -199,11 +199,12 @@ def _line(record: dict[str, Any]) -> str:
     )
 
 
-def summarise(records: list[dict[str, Any]], seed: int) -> dict[str, Any]:
+def summarise(records: list[dict[str, Any]], seed: int, wanted: int) -> dict[str, Any]:
     kills = [kill for record in records for kill in record["kills"]]
     jobs = [job for record in records for job in record["drawn"]]
     return {
         "seed": seed,
+        "wanted": wanted,
         "runs": len(records),
         "jobs": len(jobs),
         "kills": len(kills),
@@ -214,7 +215,6 @@ def summarise(records: list[dict[str, Any]], seed: int) -> dict[str, Any]:
         "jobs_by_world_size": {str(k): v for k, v in sorted(Counter(job["ranks"] for job in jobs).items())},
         "jobs_by_strategy": dict(Counter(job["strategy"] for job in jobs).most_common()),
         "seconds": round(sum(record["seconds"] for record in records), 1),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
     }
 
 
@@ -239,7 +239,7 @@ def campaign(directory: Path, seed: int, wanted_kills: int, at_once: int) -> dic
     with ThreadPoolExecutor(at_once) as workers:
         for ended in [workers.submit(work) for _ in range(at_once)]:
             ended.result()
-    summary = summarise(records, seed)
+    summary = summarise(records, seed, wanted_kills)
     (directory / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary
 
@@ -250,10 +250,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--out", type=Path, default=None, help="default: runs/soak-SEED")
+    parser.add_argument("--record", action="store_true", help="keep the summary in BENCHMARKS.json and BENCHMARKS.md")
     arguments = parser.parse_args()
     out = (arguments.out or Path("runs") / f"soak-{arguments.seed}").absolute()
     summary = campaign(out, arguments.seed, arguments.kills, arguments.jobs)
     print(json.dumps(summary, indent=1))
+    if arguments.record:
+        record("soak", summary)
     if summary["failed"]:
         sys.exit(f"{len(summary['failed'])} runs did not end as the calm one; they are kept in {out}")
 
