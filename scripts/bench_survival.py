@@ -29,7 +29,7 @@ from trainer.data import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = [sys.executable, "-c", "from trainer.launch import torchrun; torchrun()"]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 TINY = ROOT / "configs" / "gpt_tiny.toml"
 EVERY = 20
 ENDLESS = [

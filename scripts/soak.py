@@ -99,12 +99,12 @@ class Nemesis(threading.Thread):
     def run(self) -> None:
         known: set[int] = set()
         for kill in self._kills:
-            while not (fresh := set(self._job.workers()) - known):
+            while not (fresh := set(self._job.workers().values()) - known):
                 if self._job.process.poll() is not None:
                     return
                 time.sleep(0.05)
             time.sleep(kill["after"])
-            living = self._job.workers()
+            living = [pid for _, pid in sorted(self._job.workers().items())]
             known |= fresh | set(living)
             if not living:
                 continue

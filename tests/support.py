@@ -1,19 +1,18 @@
 """Starting real processes from tests: the command line, and torchrun with real gloo ranks."""
 
-import contextlib
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-from trainer import checkpoint, events, summary
+from trainer import checkpoint, events, launch, summary
+from trainer.launch import LAUNCH
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOKE = ROOT / "configs" / "smoke.toml"
@@ -35,9 +34,8 @@ def torchrun(
     ranks: int, *arguments: str | Path, check: bool = True, timeout: float = 100, module: str = "trainer"
 ) -> subprocess.CompletedProcess[str]:
     """`torchrun --standalone --nproc-per-node RANKS -m MODULE …` to its end."""
-    command = [sys.executable, "-c", "from trainer.launch import torchrun; torchrun()"]
     options = ["--standalone", "--nproc-per-node", str(ranks), "-m", module]
-    return run([*command, *options, *map(str, arguments)], check, timeout)
+    return run([*LAUNCH, *options, *map(str, arguments)], check, timeout)
 
 
 def run(command: list[str], check: bool, timeout: float) -> subprocess.CompletedProcess[str]:
@@ -58,8 +56,6 @@ def without_words(lines: Iterable[str], *words: str) -> list[str]:
     return [line for line in lines if not any(word in line for word in words)]
 
 
-LAUNCH = [sys.executable, "-c", "from trainer.launch import torchrun; torchrun()"]
-MARK = "TOPROPE_TEST_JOB"
 NO_FAULTS: list[dict[str, Any]] = []
 
 
@@ -76,11 +72,8 @@ def fired(plan: Path) -> dict[int, dict[str, Any]]:
     return {int(mark.name): json.loads(mark.read_text()) for mark in plan.with_suffix(".fired").glob("*")}
 
 
-class Job:
-    """A torchrun in the background whose processes and files can be found again, whatever became of it.
-
-    It has a temporary directory of its own, and a mark in its environment that every process it starts inherits.
-    """
+class Job(launch.Job):
+    """A job of tests.survival_worker, with its plan of faults, its logs and temporary files beside the plan."""
 
     def __init__(
         self,
@@ -92,30 +85,15 @@ class Job:
         launch: Sequence[str] = LAUNCH,
         environment: dict[str, str] | None = None,
     ) -> None:
-        self.mark = uuid.uuid4().hex
-        self._output = plan.with_name(f"output-{self.mark[:8]}.txt")
-        self.temporary = plan.with_name(f"tmp-{self.mark[:8]}")
-        self.temporary.mkdir()
-        self.shared_memory = _shared_memory()
-        own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", MARK: self.mark, "TMPDIR": str(self.temporary)}
         worker = [] if "tests.survival_worker" in launch else ["-m", "tests.survival_worker"]
         worker += [str(plan), str(config), "--run", str(run)]
-        with self._output.open("w") as output:
-            self.process = subprocess.Popen(
-                [*launch, *options, *worker, *overrides],
-                stdout=output, stderr=output, cwd=ROOT, env=os.environ | own | (environment or {}),
-                start_new_session=True,
-            )  # fmt: skip
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.kill()
-
-    @property
-    def output(self) -> str:
-        return self._output.read_text(errors="replace")
+        super().__init__(
+            [*options, *worker, *overrides],
+            plan.with_name(f"output-{uuid.uuid4().hex[:8]}.txt"),
+            launch=launch,
+            environment={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(environment or {})},
+            directory=ROOT,
+        )
 
     def wait(self, timeout: float = 300) -> int:
         """Its exit status. A job that takes longer is ended and an AssertionError."""
@@ -124,38 +102,6 @@ class Job:
         except subprocess.TimeoutExpired:
             self.kill()
             raise AssertionError(f"still running after {timeout} s\n{self.output[-6000:]}") from None
-
-    def processes(self) -> list[int]:
-        """All living processes of this job, the launcher first. Linux only: elsewhere nobody can ask."""
-        found = []
-        for path in Path("/proc").glob("[0-9]*/environ"):
-            with contextlib.suppress(OSError):  # gone meanwhile, or not ours
-                if f"{MARK}={self.mark}".encode() in path.read_bytes():
-                    found.append(int(path.parent.name))
-        return sorted(found, key=lambda pid: (pid != self.process.pid, pid))
-
-    def workers(self) -> list[int]:
-        return [pid for pid in self.processes() if b"survival_worker" in _command_line(pid) and _is_worker(pid)]
-
-    def kill(self) -> None:
-        """End every process of this job, at once and for good."""
-        for _ in range(3):
-            for pid in self.processes() or ([self.process.pid] if self.process.poll() is None else []):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            if not wait_until(lambda: not self.processes(), seconds=2):
-                continue
-            break
-        self.process.wait(10)
-
-    def leftovers(self) -> list[str]:
-        """What an ended job left behind: processes, temporary files, sockets, shared memory."""
-        wait_until(lambda: not self.processes(), seconds=3)
-        orphans = [f"process {pid}: {_command_line(pid)!r}" for pid in self.processes()]
-        # torch makes a directory for its compiler as it is imported, one for all jobs of a user
-        found = [path for path in sorted(self.temporary.rglob("*")) if not path.name.startswith("torchinductor_")]
-        files = [f"file {path}" for path in found]
-        return orphans + files + [f"segment {path}" for path in sorted(_shared_memory() - self.shared_memory)]
 
 
 def wait_until(condition: Callable[[], Any], seconds: float) -> Any:
@@ -166,30 +112,6 @@ def wait_until(condition: Callable[[], Any], seconds: float) -> Any:
         if value or time.monotonic() > deadline:
             return value
         time.sleep(0.05)
-
-
-def _command_line(pid: int) -> bytes:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").strip()
-    return b""
-
-
-def _is_worker(pid: int) -> bool:
-    with contextlib.suppress(OSError):
-        return b"TORCHELASTIC_RUN_ID=" in Path(f"/proc/{pid}/environ").read_bytes()
-    return False
-
-
-def _shared_memory() -> set[str]:
-    """Segments that no living process has mapped: the machine is shared, and others' are theirs."""
-    segments = {str(path) for path in Path("/dev/shm").glob("*")}
-    if not segments:
-        return segments
-    mapped = ""
-    for path in Path("/proc").glob("[0-9]*/maps"):
-        with contextlib.suppress(OSError):
-            mapped += "\n".join(line for line in path.read_text().splitlines() if "/dev/shm/" in line)
-    return {segment for segment in segments if segment not in mapped}
 
 
 def write_corpus(directory: Path) -> str:

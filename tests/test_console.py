@@ -5,73 +5,27 @@ import os
 import re
 import sys
 import time
-from typing import Any
 
 import pytest
 
+from tests.logs import ended, entry, evaluated, started, step
 from trainer.config import Config, parse
 from trainer.console import Console, preparation
 from trainer.events import (
     AttemptEnded,
-    AttemptStarted,
     CheckpointFailed,
     CheckpointRejected,
     CheckpointSaved,
     Entry,
-    EvalDone,
     Event,
     Hung,
     NotFinite,
-    StepDone,
     StopRequested,
     Warned,
     WorkersLost,
 )
 
 CONFIG: Config = parse({"budget": {"steps": 60}, "checkpoint": {"max_failures": 3}})
-
-
-def step(number: int, **changes: Any) -> StepDone:
-    values: dict[str, Any] = {
-        "step": number,
-        "loss": 5.0 - number / 100,
-        "grad_norm": 1.25,
-        "learning_rate": 1e-3,
-        "tokens": 2_048,
-        "seconds": 0.5,
-        "samples": f"digest-{number}",
-        "redone": 0,
-        "flushed": None,
-    }
-    return StepDone(**(values | changes))
-
-
-def started(from_step: int = 0) -> AttemptStarted:
-    return AttemptStarted(
-        world_size=2,
-        from_step=from_step,
-        steps=60,
-        fingerprint="f" * 64,
-        host="host",
-        pid=1,
-        device="cpu",
-        strategy="fsdp",
-        parameters=1_234_567,
-        tokens_per_step=2_048,
-        startup_seconds={"imports": 1.5, "data": 0.5},
-    )
-
-
-def evaluated(number: int, loss: float = 2.5) -> EvalDone:
-    return EvalDone(step=number, set="val", loss=loss, bits_per_byte=1.7, tokens=9, seconds=0.1, digest="d")
-
-
-def ended(status: str = "finished", number: int = 60, weights: str | None = "a" * 64) -> AttemptEnded:
-    return AttemptEnded(status=status, step=number, reason="SIGTERM", weights_sha256=weights, state_sha256=None)
-
-
-def entry(event: Event, seconds: float, attempt: int = 0) -> Entry:
-    return Entry(attempt, 0, 1_000.0 + seconds, event)
 
 
 def lines_of(*events: tuple[float, Event], earlier: list[Entry] | None = None) -> list[str]:

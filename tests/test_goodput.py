@@ -1,10 +1,7 @@
 """Promises about where a run's time went and what went wrong, told from its event log."""
 
-import contextlib
 import math
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,114 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.events import (
-    AttemptEnded,
-    AttemptStarted,
-    CheckpointFailed,
-    CheckpointRejected,
-    CheckpointSaved,
-    Entry,
-    EvalDone,
-    Event,
-    EventLog,
-    Hung,
-    NotFinite,
-    StepDone,
-    StopRequested,
-    Warned,
-    WorkersLost,
-    read,
-)
-from trainer.goodput import PARTS, Story, account, committed, committed_samples, incidents
-
-STARTUP = {"imports": 1.5, "connect": 0.25, "restore": 0.25}
-KILLED = [{"rank": 1, "pid": 101, "exitcode": -9, "signal": "SIGKILL"}]
-SURVIVOR = {"rank": 0, "pid": 100, "exitcode": 1, "signal": None}
-
-
-class Run:
-    """A pretended run: a clock that is moved by hand, and a log per attempt and rank."""
-
-    def __init__(self, path: Path, now: float = 1_000_000.0) -> None:
-        self.path, self.now, self.attempt, self.world_size = path, now, -1, 2
-
-    def start(self, from_step: int = 0, after: float = 0.0, world_size: int = 2, record: bool = True) -> None:
-        """A process starts `after` seconds from now and is ready when its start-up is over."""
-        self.now += after + sum(STARTUP.values())
-        self.attempt, self.world_size = self.attempt + 1, world_size
-        for rank in range(world_size if record else 0):
-            self.write(started(from_step, world_size, pid=100 + 10 * self.attempt + rank), rank=rank)
-
-    def write(self, event: Event, after: float = 0.0, rank: int = 0) -> None:
-        self.now += after
-        path = self.path / "events" / f"attempt-{self.attempt:04d}-rank-{rank:05d}.jsonl"
-        with contextlib.closing(EventLog(path, self.attempt, rank, lambda: self.now)) as log:
-            log.append(event)
-
-    def steps(self, first: int, last: int, seconds: float = 1.0, idle: float = 0.0, **changes: Any) -> None:
-        for number in range(first, last + 1):
-            self.write(step(number, seconds=seconds, **changes), after=idle + seconds)
-
-    def end(self, status: str, at: int, after: float = 0.0, reason: str = "", rank: int = 0) -> None:
-        ended = AttemptEnded(status=status, step=at, reason=reason, weights_sha256=None, state_sha256=None)
-        self.write(ended, after, rank)
-
-    @property
-    def entries(self) -> list[Entry]:
-        return read(self.path)
-
-
-def started(from_step: int, world_size: int, pid: int) -> AttemptStarted:
-    return AttemptStarted(
-        world_size=world_size,
-        from_step=from_step,
-        steps=60,
-        fingerprint="f" * 64,
-        host="host",
-        pid=pid,
-        device="cpu",
-        strategy="fsdp",
-        parameters=1_234_567,
-        tokens_per_step=2_048,
-        startup_seconds=STARTUP,
-    )
-
-
-def step(number: int, **changes: Any) -> StepDone:
-    values: dict[str, Any] = {
-        "step": number,
-        "loss": 5.0 - number / 100,
-        "grad_norm": 1.0,
-        "learning_rate": 1e-3,
-        "tokens": 2_048,
-        "seconds": 1.0,
-        "samples": f"digest-{number}",
-        "redone": 0,
-        "flushed": None,
-    }
-    return StepDone(**(values | changes))
-
-
-def evaluated(number: int, seconds: float) -> EvalDone:
-    return EvalDone(step=number, set="val", loss=2.0, bits_per_byte=1.0, tokens=9, seconds=seconds, digest="d")
-
-
-def saved(number: int, stall: float) -> CheckpointSaved:
-    return CheckpointSaved(step=number, bytes=1, seconds=stall, stall_seconds=stall)
-
-
-def not_finite(number: int, trial: int = 0) -> NotFinite:
-    return NotFinite(step=number, loss=math.nan, grad_norm=math.inf, trial=trial)
-
-
-def lost(*failures: dict[str, Any], reason: str = "") -> WorkersLost:
-    return WorkersLost(failures=list(failures), reason=reason)
-
-
-def hung(seconds: float, *culprits: dict[str, Any]) -> Hung:
-    return Hung(
-        step=47, point="before_reduce", seconds=seconds, culprits=list(culprits), collective=None, stacks="stacks/x"
-    )
+from tests.logs import STARTUP, Run, evaluated, hung, not_finite, saved, step
+from trainer.events import CheckpointFailed, StopRequested, Warned
+from trainer.goodput import PARTS, account, committed, committed_samples
+from trainer.incidents import incidents_of
 
 
 @pytest.fixture
@@ -138,7 +31,7 @@ def parts(run: Run, now: float | None = None) -> dict[str, float]:
 def test_a_calm_runs_time_is_told_apart_by_what_it_was_spent_on(run: Run):
     run.start()
     run.steps(1, 10, idle=0.1)
-    run.write(evaluated(10, 3.0), after=3.0)
+    run.write(evaluated(10, seconds=3.0), after=3.0)
     run.now += 0.5  # the copy of the save
     run.steps(11, 20, idle=0.1)
     run.write(saved(10, 0.5))
@@ -190,14 +83,14 @@ def test_steps_lost_but_not_yet_computed_again_are_lost_all_the_same(run: Run):
 def test_a_rejected_checkpoint_makes_work_of_two_attempts_lost(run: Run):
     run.start()
     run.steps(1, 47)
-    run.write(evaluated(47, 0.5), after=0.5)
+    run.write(evaluated(47, seconds=0.5), after=0.5)
     run.start(from_step=40)
     run.steps(41, 43)
     run.start(from_step=20)
     run.steps(21, 60)
     run.end("finished", 60)
     assert parts(run) == {"productive": 60.0, "lost_steps": 47 + 3 - 20 + 0.5, "startup": 6.0}
-    assert sum(incident.lost_steps or 0 for incident in incidents(run.entries)) == 47 + 3 - 20
+    assert sum(incident.lost_steps or 0 for incident in incidents_of(run.entries)) == 47 + 3 - 20
 
 
 def test_time_in_the_queue_after_a_preemption_is_not_down(run: Run):
@@ -257,7 +150,7 @@ def test_starting_a_finished_run_again_costs_no_goodput(run: Run):
     run.start(from_step=10, after=86_400.0)
     run.end("finished", 10)
     assert account(run.entries) == before
-    assert incidents(run.entries) == []
+    assert incidents_of(run.entries) == []
 
 
 def test_a_run_that_goes_on_is_accounted_for_until_now(run: Run):
@@ -316,7 +209,7 @@ def live(run: Run, reached: int, happenings: list[Any]) -> int:
                     reached += 1
                     run.write(step(reached, seconds=seconds, redone=count % 3), after=seconds + idle)
             case "eval":
-                run.write(evaluated(reached, seconds), after=seconds)
+                run.write(evaluated(reached, seconds=seconds), after=seconds)
             case "save":
                 run.write(saved(max(0, reached - count % 2), seconds), after=idle)
             case "save_failed":
@@ -359,7 +252,7 @@ def test_the_parts_of_any_history_are_never_negative_and_sum_to_its_wall_time(
         computed += reached - before
         if finishes:
             run.end("finished", reached, after=0.5)
-        goodput, happened = account(run.entries), incidents(run.entries, running=not finishes)
+        goodput, happened = account(run.entries), incidents_of(run.entries, running=not finishes)
         assert min(goodput["parts"].values()) >= 0
         assert abs(math.fsum(goodput["parts"].values()) - goodput["wall_seconds"]) < 1e-6
         if all(gap >= 0 for _, _, gap, _ in histories):  # else the clock went back at times
@@ -381,7 +274,7 @@ def test_incidents_and_accounting_agree_on_the_time_without_training(run: Run):
     run.steps(13, 20)
     run.end("finished", 20)
     of = account(run.entries)["parts"]
-    without = sum(incident.seconds or 0 for incident in incidents(run.entries))
+    without = sum(incident.seconds or 0 for incident in incidents_of(run.entries))
     assert without == pytest.approx(of["hung"] + of["down"] + of["preempted"] + of["startup"] * 2 / 3, abs=1e-5)
 
 
@@ -395,180 +288,3 @@ def test_the_committed_samples_are_those_that_the_last_computation_of_each_step_
     run.write(step(41, samples="other"))
     run.steps(42, 60)
     assert committed_samples(run.path) == {n: f"digest-{n}" for n in range(1, 61)} | {41: "other"}
-
-
-# --- incidents --------------------------------------------------------------------------------------------------------
-
-
-def killed_and_resumed(run: Run, tell: Callable[[], None] = lambda: None, **changes: Any) -> None:
-    run.start()
-    run.steps(1, 47)
-    run.start(**({"from_step": 40, "after": 0.9} | changes))
-    tell()
-
-
-@pytest.mark.parametrize("order", ["before", "after"])
-def test_a_killed_worker_is_one_line_with_what_where_lost_steps_and_seconds(run: Run, order: str):
-    if order == "after":
-        killed_and_resumed(run, lambda: run.write(lost(SURVIVOR, *KILLED)))
-    else:
-        killed_and_resumed(run, record=False)
-        run.write(lost(SURVIVOR, *KILLED))
-        run.write(started(40, 2, pid=1))
-    (incident,) = incidents(run.entries, running=True)
-    assert asdict(incident) | {"seconds": None} == {
-        "attempt": 0,
-        "kind": "worker_lost",
-        "ends_attempt": True,
-        "rank": 1,
-        "point": None,
-        "step": 47,
-        "lost_steps": 7,
-        "seconds": None,
-        "detected_as": "workers_lost",
-        "text": "rank 1 was killed (SIGKILL) after step 47; resumed from step 40, 7 steps to replay; "
-        "2.9 s without training",
-        "time": 1_000_049.0,
-    }
-    assert incident.seconds == pytest.approx(2.9, abs=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("failures", "said"),
-    [
-        ([{"rank": 1, "pid": 101, "exitcode": -11, "signal": "SIGSEGV"}], "rank 1 died (SIGSEGV) after step 47"),
-        ([{"rank": 1, "pid": 101, "exitcode": 9, "signal": None}], "rank 1 left with exit status 9 after step 47"),
-        ([], "a node is joining after step 47"),
-        (
-            [{"rank": r, "pid": 100 + r, "exitcode": -9, "signal": "SIGKILL"} for r in range(5)],
-            "rank 0 was killed (SIGKILL), rank 1 was killed (SIGKILL), rank 2 was killed (SIGKILL) and 2 more after",
-        ),
-    ],
-)
-def test_the_launchers_word_says_how_workers_were_lost(run: Run, failures: list[dict[str, Any]], said: str):
-    killed_and_resumed(run, lambda: run.write(lost(*failures, reason="a node is joining")))
-    (incident,) = incidents(run.entries, running=True)
-    assert incident.text.startswith(said)
-
-
-def test_a_change_of_world_size_and_a_start_from_zero_are_said(run: Run):
-    killed_and_resumed(run, from_step=0, world_size=1)
-    (incident,) = incidents(run.entries, running=True)
-    assert incident.text == (
-        "ended without a word after step 47; started again from step 0 on 1 rank instead of 2, 47 steps to replay; "
-        "2.9 s without training"
-    )
-    assert incident.detected_as == "silence"
-
-
-def test_an_exception_is_named_by_the_rank_that_raised_it_first(run: Run):
-    run.start()
-    run.steps(1, 3)
-    run.end("failed", 3, after=0.1, reason="CheckpointError: saving failed 3 times.\n  Make room.", rank=1)
-    run.end("failed", 3, after=0.1, reason="RuntimeError: Connection closed by peer")
-    (incident,) = incidents(run.entries)
-    assert (incident.rank, incident.detected_as, incident.lost_steps) == (1, "attempt_ended", None)
-    assert (
-        incident.text == "rank 1 failed (CheckpointError: saving failed 3 times.) after step 3; nothing has resumed it"
-    )
-
-
-def test_workers_killed_on_the_way_to_the_next_attempt_are_told_apart_from_those_of_the_last(run: Run):
-    run.start()
-    run.steps(1, 47)
-    run.start(from_step=40)
-    run.write(lost({"rank": 0, "pid": 999, "exitcode": -9, "signal": "SIGKILL"}))
-    first, second = incidents(run.entries, running=True)
-    assert (first.text.split(";")[0], first.lost_steps) == ("ended without a word after step 47", 7)
-    assert (second.text, second.lost_steps) == ("rank 0 was killed (SIGKILL) before attempt 1 started", 0)
-    assert second.seconds is None
-
-
-def test_an_attempt_killed_while_it_was_starting_loses_no_steps_twice(run: Run):
-    run.start()
-    run.steps(1, 47)
-    run.start(record=False)
-    run.write(CheckpointRejected(step=40, reason="truncated"))
-    run.start(from_step=20)
-    run.steps(21, 22)
-    told = incidents(run.entries, running=True)
-    assert [(i.kind, i.attempt, i.lost_steps) for i in told] == [
-        ("checkpoint_rejected", 1, 0),
-        ("worker_lost", 0, 27),
-        ("worker_lost", 1, 0),
-    ]
-    assert told[2].text == "ended without a word while it was starting"
-
-
-def test_a_hang_names_the_rank_that_held_up_the_others(run: Run):
-    run.start()
-    run.steps(1, 47)
-    culprit = {"rank": 1, "point": "before_reduce", "step": 47, "why": "does not answer"}
-    run.write(hung(10.0, culprit), after=10.0)
-    run.start(from_step=40, after=0.5)
-    run.write(lost({"rank": 0, "pid": 100, "exitcode": 1, "signal": None}))
-    (incident,) = incidents(run.entries, running=True)
-    assert (incident.kind, incident.rank, incident.point) == ("hung", 1, "before_reduce")
-    assert incident.text == (
-        "rank 1 hung at before_reduce (no progress for 10.0 s; it does not answer) after step 47; "
-        "resumed from step 40, 7 steps to replay; 12.5 s without training"
-    )
-
-
-def test_a_preempted_attempt_says_by_which_signal_and_loses_nothing(run: Run):
-    run.start()
-    run.steps(1, 10)
-    run.write(StopRequested(signal="SIGUSR1", step=10), rank=1)
-    run.end("preempted", 10)
-    run.start(from_step=10, after=60.0)
-    run.steps(11, 11)
-    (incident,) = incidents(run.entries, running=True)
-    assert (incident.kind, incident.lost_steps, incident.detected_as) == ("preempted", 0, "stop_requested")
-    assert incident.text == (
-        "preempted (SIGUSR1) after step 10; resumed from step 10, no steps to replay; 62.0 s without training"
-    )
-
-
-def test_a_step_that_is_not_finite_is_an_incident_once_and_the_second_time_ends_the_attempt(run: Run):
-    run.start()
-    run.steps(1, 4)
-    for rank in (0, 1):
-        run.write(not_finite(5), after=1.5 * (rank == 0), rank=rank)
-    run.write(step(5), after=1.0)
-    (incident,) = incidents(run.entries, running=True)
-    assert (incident.kind, incident.step, incident.seconds) == ("not_finite", 5, pytest.approx(1.5))
-    run.write(not_finite(6))
-    run.write(not_finite(6, trial=1))
-    run.end("failed", 5, reason="NumericsError: step 6")
-    told = incidents(run.entries)
-    assert [(i.kind, i.step, i.ends_attempt) for i in told] == [
-        ("not_finite", 5, False),
-        ("not_finite", 6, False),
-        ("not_finite", 5, True),
-    ]
-    assert told[-1].text.startswith("step 6 was not finite (loss nan, gradient norm inf), and not when computed again")
-
-
-def test_a_failed_save_and_a_damaged_checkpoint_do_not_end_an_attempt(run: Run):
-    run.start()
-    run.write(CheckpointRejected(step=40, reason="model.safetensors: checksum differs"))
-    run.steps(1, 2)
-    run.write(CheckpointFailed(step=2, reason="[Errno 28] No space left on device", in_a_row=2, stall_seconds=0.1))
-    told = incidents(run.entries, running=True)
-    assert [(i.kind, i.detected_as, i.ends_attempt, i.lost_steps, i.seconds) for i in told] == [
-        ("checkpoint_rejected", "checkpoint_rejected", False, 0, None),
-        ("save_failed", "checkpoint_failed", False, 0, 0.1),
-    ]
-    assert told[1].text == "the save of step 2 failed ([Errno 28] No space left on device), 2 in a row"
-
-
-def test_a_story_told_entry_by_entry_is_the_one_read_from_the_log(run: Run):
-    killed_and_resumed(run, lambda: run.write(lost(*KILLED)))
-    run.steps(41, 43)
-    run.start(from_step=40)
-    run.steps(41, 60)
-    run.end("finished", 60)
-    story = Story(entry for entry in run.entries if entry.attempt == 0)
-    told = [incident for entry in run.entries if entry.attempt for incident in story.tell(entry)]
-    assert told == incidents(run.entries)
-    assert [incident.lost_steps for incident in told] == [7, 3]

@@ -14,25 +14,20 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from tests.logs import NOBODY, ended, evaluated, killed, started, step
 from trainer import rundir
 from trainer.config import Config, parse
 from trainer.errors import RunDirectoryError
 from trainer.events import (
-    AttemptEnded,
-    AttemptStarted,
     CheckpointSaved,
-    EvalDone,
     Event,
     EventLog,
-    StepDone,
     Warned,
-    WorkersLost,
     events_directory,
 )
 from trainer.summary import render, summarise
 
 CONFIG: Config = parse({"budget": {"steps": 60}, "elastic": {"step_timeout_seconds": 10.0}})
-NOBODY = "a-host-that-is-not-this-one"
 
 
 class Clock:
@@ -58,45 +53,6 @@ def write(run: Path, attempt: int, *events: Event, rank: int = 0, clock: Any = N
     log.close()
 
 
-def started(from_step: int = 0, world_size: int = 2, host: str = NOBODY, pid: int = 1) -> AttemptStarted:
-    return AttemptStarted(
-        world_size=world_size,
-        from_step=from_step,
-        steps=60,
-        fingerprint="f" * 64,
-        host=host,
-        pid=pid,
-        device="cpu",
-        strategy="fsdp",
-        parameters=1_234_567,
-        tokens_per_step=2_048,
-        startup_seconds={"imports": 1.5, "data": 0.5},
-    )
-
-
-def step(number: int, loss: float | None = None, **changes: Any) -> StepDone:
-    values: dict[str, Any] = {
-        "step": number,
-        "loss": 5.0 - number / 100 if loss is None else loss,
-        "grad_norm": 1.0,
-        "learning_rate": 1e-3,
-        "tokens": 2_048,
-        "seconds": 0.5,
-        "samples": f"digest-{number}",
-        "redone": 0,
-        "flushed": None,
-    }
-    return StepDone(**(values | changes))
-
-
-def evaluated(number: int, loss: float, name: str = "val") -> EvalDone:
-    return EvalDone(step=number, set=name, loss=loss, bits_per_byte=loss / 2, tokens=10, seconds=0.1, digest="e" * 64)
-
-
-def ended(status: str, number: int, weights: str | None = None, state: str | None = None) -> AttemptEnded:
-    return AttemptEnded(status=status, step=number, reason="because", weights_sha256=weights, state_sha256=state)
-
-
 @pytest.fixture(scope="module")
 def dead_pid() -> int:
     child = subprocess.Popen([sys.executable, "-c", ""])
@@ -115,8 +71,8 @@ def test_a_finished_run_says_all_that_inspect_promises(run: Path):
         0,
         started(),
         *[step(n, redone=int(n == 3), flushed=2e-5) for n in range(1, 61)],
-        evaluated(30, 3.0),
-        evaluated(60, 2.0),
+        evaluated(30, 3.0, bits_per_byte=1.5),
+        evaluated(60, 2.0, bits_per_byte=1.0),
         CheckpointSaved(step=60, bytes=10, seconds=0.1, stall_seconds=0.1),
         ended("finished", 60, "w" * 64, "s" * 64),
     )
@@ -234,7 +190,7 @@ def test_a_preempted_run_is_preempted_until_it_is_started_again(run: Path):
 
 def test_an_attempt_that_any_rank_calls_failed_has_failed(run: Path):
     write(run, 0, started(), step(1), ended("preempted", 1), rank=0)
-    write(run, 0, started(), ended("failed", 1), rank=1)
+    write(run, 0, started(), ended("failed", 1, reason="because"), rank=1)
     summary = summarise(run)
     assert (summary["status"], summary["attempts"][0]["reason"]) == ("failed", "because")
 
@@ -291,8 +247,15 @@ def test_steps_that_nobody_computed_are_warned_of(run: Path):
 
 def test_a_kill_is_an_incident_and_its_time_is_accounted_for(run: Path):
     write(run, 0, started(), *[step(n) for n in range(1, 48)])
-    killed = WorkersLost(failures=[{"rank": 1, "pid": 1, "exitcode": -9, "signal": "SIGKILL"}], reason="")
-    write(run, 1, started(40), killed, *[step(n) for n in range(41, 61)], ended("finished", 60), clock=Clock(1_050.0))
+    write(
+        run,
+        1,
+        started(40),
+        killed(pid=1),
+        *[step(n) for n in range(41, 61)],
+        ended("finished", 60),
+        clock=Clock(1_050.0),
+    )
     summary = summarise(run)
     (incident,) = summary["incidents"]
     told = {name: incident[name] for name in ("attempt", "kind", "rank", "step", "lost_steps", "detected_as")}
@@ -324,7 +287,15 @@ def test_the_page_for_a_person_shows_status_losses_attempts_and_warnings(run: Pa
     write(
         run, 0, started(host=here, pid=dead_pid), step(1), Warned(message="[slow] disk"), Warned(message="[slow] disk")
     )
-    write(run, 1, started(), step(1), step(60, loss=2.0), evaluated(60, 2.5), ended("finished", 60, "w" * 64, "s" * 64))
+    write(
+        run,
+        1,
+        started(),
+        step(1),
+        step(60, loss=2.0),
+        evaluated(60, 2.5, bits_per_byte=1.25),
+        ended("finished", 60, "w" * 64, "s" * 64),
+    )
     out = io.StringIO()
     checkpoints = [{"step": 60, "intact": False, "bytes": 2_500_000}]
     Console(file=out, width=110).print(render(summarise(run, checkpoints)))

@@ -1,4 +1,4 @@
-"""The verbs: `python -m trainer train | inspect | verify | sample`.
+"""The verbs: `python -m trainer train | inspect | verify | sample | plot | chaos`.
 
 Heavy imports wait inside the verbs, so that `--help` and a mistyped config answer at once.
 """
@@ -129,6 +129,40 @@ def plot(
     path = output or run / "curves.png"
     plots.draw_curves({run.name: summary.summarise(run)}, path)
     print(path)
+
+
+@app.command()
+def chaos(
+    path: Annotated[Path, typer.Argument(metavar="CAMPAIGN", help="A campaign, e.g. configs/chaos/smoke.toml.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Where runs and report go; default runs/chaos/NAME-TIME. Goes on with it.")
+    ] = None,
+    as_json: AsJson = False,
+    only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this run; may be repeated.")] = None,
+    repeat: Annotated[int | None, typer.Option(min=1, help="Do each run so often; default as the file says.")] = None,
+    shrink: Annotated[
+        bool, typer.Option("--shrink", help="Find the smallest part of a failing schedule that still fails.")
+    ] = False,
+) -> None:
+    """Break runs on purpose and check that it leaves no trace: exit 0 only if every one passes."""
+    from trainer.chaos import campaign, report, runner
+
+    planned = campaign.load(path, only or (), repeat)
+    out = out or runner.default_out(planned)
+    if warning := campaign.check_exact(planned):
+        print(f"warning: {warning}", file=sys.stderr)
+    with report.Live(len(planned.cells), file=sys.stderr if as_json else None) as live:
+        done = runner.run(planned, out, update=live.update, shrink=shrink)
+    if as_json:
+        from trainer.chaos import results
+
+        print(json.dumps(results.to_json(done)))
+    else:
+        from rich.console import Console
+
+        Console().print(report.terminal(done))
+        print(runner.replays(done) + f"\n{out / 'report.html'}")
+    raise typer.Exit(runner.EXIT_INTERRUPTED if done.interrupted else EXIT_FINISHED if done.passed else EXIT_FAILED)
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from trainer.events import (
     StopRequested,
     Warned,
 )
-from trainer.goodput import Incident, Story, describe, first_line
+from trainer.incidents import Incident, Story, describe, first_line
 from trainer.summary import clock, megabytes, tokens_per_second
 
 TERMINAL_SECONDS = 0.2  # a redraw costs about 1 ms of the training thread

@@ -12,6 +12,7 @@ from trainer.errors import EXIT_FAILED
 
 FAILURES_FILE = "TOPROPE_FAILURES"
 """Environment: the file in which our launcher notes why it starts the workers again."""
+FAILURES_PREFIX = "toprope-failures-"
 SHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 SHARED_STORE_WARNING = (
     f"torchrun was started without {SHARED_STORE}=1. With torch 2.13 a node that joins then hangs the job, and "
@@ -56,7 +57,7 @@ def end_with_agent() -> None:
 
 def make_failures_file() -> Path:
     """Launcher: make the file that `note_failures` fills; workers find it through the environment."""
-    descriptor, name = tempfile.mkstemp(prefix="toprope-failures-", suffix=".json")
+    descriptor, name = tempfile.mkstemp(prefix=FAILURES_PREFIX, suffix=".json")
     os.close(descriptor)
     os.environ[FAILURES_FILE] = name
     return Path(name)

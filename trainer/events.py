@@ -209,6 +209,9 @@ class Entry:
     event: Event
 
 
+LOST_A_PEER = "lost a peer"
+"""The reason of an AttemptEnded whose rank failed only because another was gone."""
+
 _KINDS: dict[str, type[Event]] = {cls.kind: cls for cls in Event.__subclasses__()}
 
 

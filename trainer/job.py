@@ -22,6 +22,7 @@ from trainer.config import Config, check_world
 from trainer.data import Batches, EvalWindows, Prepared, prepare
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, CheckpointError, TopropeError
 from trainer.exact import Grids
+from trainer.faults import worker as faults
 from trainer.step import TrainState, Work
 from trainer.wandb_sink import WandbSink
 from trainer.watchdog import Watchdog
@@ -62,12 +63,15 @@ class StopSignals:
 def train(config: Config, run: Path, process_started: float, inject: Point = lambda point, step: None) -> int:
     """Train or resume the run in directory `run`; returns the exit status. `process_started` is a Unix time.
 
-    `inject` is called at every named point of the run, on every rank: the door for faults on purpose.
+    `inject` is called at every named point of the run, on every rank: a door for tests. Faults of the config come in by
+    `faults.arm`, which wraps what it must of what is made here; without any, it touches nothing.
     Raises a TopropeError for everything a user can mend: on all ranks alike, and before any work where possible.
     """
     stopwatch = Stopwatch(process_started)
     elastic.end_with_agent()
     check_world(config, elastic.expected_size())
+    hand = faults.arm(config, run, elastic.expected_rank(), elastic.expected_size())
+    hand.startup()
     device = world.pick_device(config.parallel)
     set_numerics(config, device)
     stop = StopSignals()
@@ -75,27 +79,29 @@ def train(config: Config, run: Path, process_started: float, inject: Point = lam
     ranks = world.connect(device, _collective_timeout(config))
     with contextlib.ExitStack() as stack:
         stack.callback(world.disconnect)
+        stack.callback(hand.close)
         ranks.from_main(lambda: stack.enter_context(rundir.claim(run, config)) and None)
         stopwatch.lap("connect")
         with console.preparation(enabled=ranks.is_main) as progress:
             prepared_data = functools.partial(
                 prepare, config.data, config.eval, config.model.context, progress=progress
             )
-            ranks.from_main(
-                lambda: prepared_data() and None
-            )  # rank 0 builds what is missing, because it can show progress
+            # Rank 0 builds what is missing and checks what is there, because it can show progress.
+            ranks.from_main(lambda: prepared_data(verify=True) and None)
             prepared = prepared_data()
         vocab_size = models.padded_vocab(prepared.tokenizer.vocab_size, config.model.vocab_size)
         about = ranks.from_main(lambda: _record(run, config, prepared, vocab_size))
+        hand.startup()
         stopwatch.lap("data")
         state = build(config, vocab_size, ranks)
         stopwatch.lap("model")
         number = ranks.from_main(lambda: events.next_attempt(run))
         log = stack.enter_context(contextlib.closing(events.EventLog.open(run, number, ranks.rank)))
-        attempt = Attempt(config, run, number, prepared, about, ranks, log, stop, inject)
+        hand.join(number, log, state, prepared)
+        attempt = Attempt(config, run, number, prepared, about, ranks, log, stop, hand, hand.point(inject))
         screen = None
         if ranks.is_main:
-            earlier = [entry for entry in events.read(run) if entry.attempt < number]
+            earlier = [entry for entry in events.read(run) if entry.attempt < number and not _is_truth(entry)]
             screen = stack.enter_context(console.Console(config, earlier=earlier))
             log.subscribe(screen)
             stack.enter_context(_in_wandb(attempt, earlier))
@@ -108,6 +114,11 @@ def train(config: Config, run: Path, process_started: float, inject: Point = lam
             if screen is not None:
                 screen.close()
             os._exit(EXIT_FAILED)
+
+
+def _is_truth(entry: events.Entry) -> bool:
+    """What a fault on purpose says of itself must not show through in what the run makes of it."""
+    return isinstance(entry.event, events.FaultFired)
 
 
 def _collective_timeout(config: Config) -> float:
@@ -127,6 +138,7 @@ class Attempt:
     ranks: World
     log: events.EventLog
     stop: StopSignals
+    hand: faults.Injector
     inject: Point
 
     def train(self, state: TrainState, stopwatch: Stopwatch) -> int:
@@ -155,7 +167,7 @@ class Attempt:
             return self._finished(state) if finished else self._preempted(state)
         except BaseException as error:
             # A peer's death is told by the next attempt, which knows more than the broken connection does.
-            reason = "lost a peer" if world.lost_peer(error) else f"{type(error).__name__}: {error}"
+            reason = events.LOST_A_PEER if world.lost_peer(error) else f"{type(error).__name__}: {error}"
             self._end("failed", state.step, reason)
             if isinstance(error, TopropeError):
                 elastic.give_up()
@@ -164,7 +176,8 @@ class Attempt:
             watchdog.stop()
 
     def _parts(self, checkpoints: "Checkpoints", at: Point) -> loop.Parts:
-        work = Work(self.config, self.ranks, batches_of(self.config, self.prepared), at, self.stop.requested)
+        batches = self.hand.batches(batches_of(self.config, self.prepared))
+        work = Work(self.config, self.ranks, batches, at, self.stop.requested)
         return loop.Parts(work, self.log, scorer(self.config, self.prepared, self.ranks, at), checkpoints)
 
     def _announce(self, state: TrainState, stopwatch: Stopwatch) -> None:
@@ -186,10 +199,13 @@ class Attempt:
         lost = elastic.workers_lost() if self.ranks.is_main else None
         if lost is not None:
             self.log.append(events.WorkersLost(failures=lost["failures"], reason=lost["reason"]))
-        if self.ranks.is_main and elastic.shares_rendezvous_store():
-            self.log.append(events.Warned(message=elastic.SHARED_STORE_WARNING))
+        shared_store = elastic.SHARED_STORE_WARNING if elastic.shares_rendezvous_store() else ""
+        for message in (shared_store, self.hand.notice):
+            if message and self.ranks.is_main:
+                self.log.append(events.Warned(message=message))
 
     def _finished(self, state: TrainState) -> int:
+        self.inject("before_end", state.step)
         self._end("finished", state.step, "", state.weights_sha256(), state.state_sha256())
         return EXIT_FINISHED
 

@@ -33,7 +33,8 @@ from trainer.events import (
     Event,
     StepDone,
 )
-from trainer.goodput import Incident, Story, committed
+from trainer.goodput import committed
+from trainer.incidents import Incident, Story
 
 WandbMode = Literal["online", "offline", "disabled"]
 WANDB_HOST = "https://api.wandb.ai"

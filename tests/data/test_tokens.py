@@ -246,6 +246,20 @@ def test_a_damaged_store_is_refused_by_the_file(stories, settings, name, error, 
         prepare(settings(stories), VAL, CONTEXT)
 
 
+@pytest.mark.parametrize("name", ["train.bin", "heldout.bin", "meta.json"])
+def test_a_store_in_which_a_bit_has_flipped_is_noticed_and_built_again(stories, settings, name):
+    builds = Builds()
+    store = prepare(settings(stories), VAL, CONTEXT, progress=builds).train
+    path, size = store.directory / name, (store.directory / name).stat().st_size
+    whole = path.read_bytes()
+    path.write_bytes(whole[: size // 2] + bytes([whole[size // 2] ^ 0x80]) + whole[size // 2 + 1 :])
+    again = prepare(settings(stories), VAL, CONTEXT, progress=builds, verify=True)
+    assert builds.count == 2 and "It is built again" in " ".join(builds.phases)
+    assert (again.train.directory / name).read_bytes() == whole and again.train.sha256 == store.sha256
+    prepare(settings(stories), VAL, CONTEXT, progress=builds, verify=True)
+    assert builds.count == 2 and [entry.name for entry in store.directory.parent.glob("*damaged*")] == []
+
+
 def test_a_tokenizer_that_does_not_match_its_store_is_refused(stories, settings):
     store = prepare(settings(stories, tokenizer="chars"), VAL, CONTEXT).train
     path = store.directory / "tokenizer.json"

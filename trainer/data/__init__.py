@@ -58,15 +58,16 @@ class Prepared:
     duplicates: int
 
 
-def prepare(data: Data, eval: Eval, context: int, *, progress: Progress = silent) -> Prepared:
+def prepare(data: Data, eval: Eval, context: int, *, progress: Progress = silent, verify: bool = False) -> Prepared:
     """Training tokens, tokenizer and evaluation sets, built in the cache on first use and mapped from it later.
 
-    `context` is tokens per sequence. Any number of processes may call this at once; one builds. Raises CorpusError
+    `context` is tokens per sequence. Any number of processes may call this at once; one builds. With `verify`,
+    stores that were there are read and checked against their checksums, and built again if damaged. Raises CorpusError
     if the corpus or a set cannot be read, is empty, too short for one sequence, or if a set shares a document with
     the training split; TokenizerError if a given tokenizer is unusable.
     """
     root = cache_root(data.cache_dir)
-    store = _training_store(root, data, progress)
+    store = _training_store(root, data, progress, verify)
     if len(store.tokens) <= context:
         raise CorpusError(
             f"model.context = {context} is longer than the training split: {len(store.tokens)} tokens in all.\n"
@@ -76,7 +77,7 @@ def prepare(data: Data, eval: Eval, context: int, *, progress: Progress = silent
     return Prepared(
         train=store,
         tokenizer=store.tokenizer,
-        eval_sets={name: _eval_set(root, name, data, eval, store, progress) for name in eval.sets},
+        eval_sets={name: _eval_set(root, name, data, eval, store, progress, verify) for name in eval.sets},
         sha256=hashlib.sha256(f"{store.sha256} {store.tokenizer.sha256}".encode()).hexdigest(),
         documents=store.tally.documents,
         duplicates=store.tally.duplicates,
@@ -88,7 +89,7 @@ def tokenizer_for(data: Data, *, progress: Progress = silent) -> Tokenizer:
     return _training_store(cache_root(data.cache_dir), data, progress).tokenizer
 
 
-def _training_store(root: Path, data: Data, progress: Progress) -> TokenStore:
+def _training_store(root: Path, data: Data, progress: Progress, verify: bool = False) -> TokenStore:
     corpus = open_corpus(data)
     trained = data.tokenizer in ("bpe", "chars", "bytes")
     given = "" if trained else read_json(Path(data.tokenizer))
@@ -106,7 +107,7 @@ def _training_store(root: Path, data: Data, progress: Progress) -> TokenStore:
         train_text, heldout_text = split(document, data.heldout, data.heldout_fraction)
         return {"train": train_text, "heldout": heldout_text}
 
-    return open_or_build(root, corpus, shaped_by, make_tokenizer, ("train", "heldout"), route, progress)
+    return open_or_build(root, corpus, shaped_by, make_tokenizer, ("train", "heldout"), route, progress, verify)
 
 
 def _training_texts(corpus: Corpus, data: Data, progress: Progress) -> Iterator[str]:
@@ -120,15 +121,20 @@ def _training_texts(corpus: Corpus, data: Data, progress: Progress) -> Iterator[
         raise empty_part("train", corpus, tally)
 
 
-def _eval_set(root: Path, name: str, data: Data, eval: Eval, store: TokenStore, progress: Progress) -> EvalTokens:
+def _eval_set(
+    root: Path, name: str, data: Data, eval: Eval, store: TokenStore, progress: Progress, verify: bool
+) -> EvalTokens:
     if name == "val":
         part = store.parts["heldout"]
     else:
-        part = _eval_part(root, name, "repo" if name == "repo" else eval.sources[name], data, store, progress)
+        source = "repo" if name == "repo" else eval.sources[name]
+        part = _eval_part(root, name, source, data, store, progress, verify)
     return EvalTokens(name, part.tokens, part.sha256, part.documents, part.bytes)
 
 
-def _eval_part(root: Path, name: str, source: str, data: Data, store: TokenStore, progress: Progress) -> Part:
+def _eval_part(
+    root: Path, name: str, source: str, data: Data, store: TokenStore, progress: Progress, verify: bool
+) -> Part:
     def named(phase: str, done: int, total: int | None) -> None:
         progress(f"{phase} eval set {name!r}", done, total)
 
@@ -138,9 +144,10 @@ def _eval_part(root: Path, name: str, source: str, data: Data, store: TokenStore
     shaped_by = {"tokenizer": store.tokenizer.sha256}
     try:
         corpus = open_eval_corpus(name, source, data)
-        part = open_or_build(root, corpus, shaped_by, lambda: store.tokenizer, ("eval",), route, named).parts["eval"]
+        opened = open_or_build(root, corpus, shaped_by, lambda: store.tokenizer, ("eval",), route, named, verify)
     except CorpusError as error:
         raise CorpusError(f"eval set {name!r}: {error}") from error
+    part = opened.parts["eval"]
     _refuse_overlap(name, corpus, part.digests, store)
     return part
 

@@ -48,6 +48,17 @@ def built_once(root: Path, name: str, build: Callable[[Path], None], progress: P
     return final
 
 
+def remove_built(path: Path) -> None:
+    """Take what `built_once` made out of the way; who has it mapped keeps it. Somebody else may have been first."""
+    aside = path.with_name(f"{path.name}.damaged-{os.getpid()}")
+    with _writing(path.parent):
+        try:
+            path.rename(aside)
+        except FileNotFoundError:
+            return
+        shutil.rmtree(aside)
+
+
 @contextmanager
 def _writing(root: Path) -> Iterator[None]:
     try:

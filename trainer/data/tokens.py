@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data.cache import Progress, built_once
+from trainer.data.cache import Progress, built_once, remove_built
 from trainer.data.corpus import Corpus, Document, Tally
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import CorpusError, TokenizerError
@@ -76,8 +76,12 @@ def open_or_build(
     parts: tuple[str, ...],
     route: Route,
     progress: Progress,
+    verify: bool = False,
 ) -> TokenStore:
     """The store of `corpus` in the cache `root`; `shaped_by` is what decides it beyond the corpus itself.
+
+    `verify` reads the token files and holds them against their checksums. A store that is damaged is then built again:
+    the documents are there, and the new one is the same by its key. `progress` says so.
 
     Raises CorpusError if the corpus cannot be read, has no text for one of `parts`, or changes while it is read;
     TokenizerError if the store's tokenizer is not the one it was written with.
@@ -91,11 +95,21 @@ def open_or_build(
             raise CorpusError(f"{corpus.source} changed while it was read.\n  Start again when it is at rest.")
         _write_meta(directory, {"key": key, "shaped_by": shape, **meta})
 
-    return open_store(built_once(root, f"store-{key[:16]}", build, progress))
+    name = f"store-{key[:16]}"
+    store = built_once(root, name, build, progress)
+    try:
+        return open_store(store, verify)
+    except CorpusError as error:
+        if not verify:
+            raise
+        progress(f"{str(error).splitlines()[0]} It is built again.", 0, None)
+        remove_built(store)
+        return open_store(built_once(root, name, build, progress), verify)
 
 
-def open_store(directory: Path) -> TokenStore:
-    """Map a store's files. Raises CorpusError if one is missing or has another size, TokenizerError as above."""
+def open_store(directory: Path, verify: bool = False) -> TokenStore:
+    """Map a store's files. Raises CorpusError if one is missing, has another size or, with `verify`, another checksum;
+    TokenizerError as above."""
     meta = _read_meta(directory)
     tokenizer = Tokenizer.load(directory / "tokenizer.json")
     if (tokenizer.sha256, tokenizer.vocab_size) != (meta["tokenizer_sha256"], meta["vocab_size"]):
@@ -104,7 +118,7 @@ def open_store(directory: Path) -> TokenStore:
             f"({tokenizer.vocab_size} tokens; the store was written with {meta['vocab_size']}).\n"
             f"  Its ids would mean other text. Delete {directory}; the next run builds it again."
         )
-    parts = {name: _open_part(directory, name, entry) for name, entry in meta["parts"].items()}
+    parts = {name: _open_part(directory, name, entry, verify) for name, entry in meta["parts"].items()}
     return TokenStore(directory, tokenizer, parts, Tally(**meta["tally"]))
 
 
@@ -133,17 +147,24 @@ def _damaged(directory: Path, why: str) -> CorpusError:
     )
 
 
-def _open_part(directory: Path, name: str, entry: Mapping[str, Any]) -> Part:
+def _open_part(directory: Path, name: str, entry: Mapping[str, Any], verify: bool) -> Part:
     path, dtype = directory / f"{name}.bin", np.dtype(entry["dtype"])
     try:
         size = path.stat().st_size
         if size != entry["tokens"] * dtype.itemsize:
             raise _damaged(directory, f"{path.name} has {size} bytes instead of {entry['tokens'] * dtype.itemsize}")
+        if verify and _sha256(path) != entry["sha256"]:
+            raise _damaged(directory, f"{path.name} has another checksum than when it was written")
         digests = np.load(directory / f"{name}.digests.npy", mmap_mode="r")
         tokens = np.memmap(path, dtype=dtype, mode="r")
     except (OSError, ValueError) as error:
         raise _damaged(directory, str(error)) from None
     return Part(tokens, digests, entry["sha256"], entry["documents"], entry["bytes"])
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_meta(directory: Path, meta: Mapping[str, Any]) -> None:

@@ -56,7 +56,7 @@ class Kind:
     """Where it can be made, the usual place first. None for the nemesis."""
     settings: Mapping[str, Setting] = field(default_factory=lambda: MappingProxyType({}))
     told_as: tuple[str, ...] = ()
-    """Kinds of incident (goodput.py) by one of which the run must tell of it; empty: it passes without one."""
+    """Kinds of incident (incidents.py) by one of which the run must tell of it; empty: it passes without one."""
     names_rank: bool = True
     """Whether that incident must name the rank."""
     exits: tuple[int, ...] = (0,)
@@ -95,7 +95,7 @@ def _damage(name: str, imitates: str, made: str, **more: object) -> Kind:
     usual = {
         "detected": "sizes and checksums of the manifest, before anything is loaded", "names_rank": False,
         "recovered": "passed over by all ranks; the newest intact checkpoint is loaded", "phases": GRADIENT + UPDATE,
-        "told_as": ("checkpoint_rejected",),
+        "told_as": ("checkpoint_rejected",), "detect_seconds": 20.0,  # a restart lies between
     }  # fmt: skip
     made = f"{made}, in the newest checkpoint; then the rank kills itself"
     return Kind(name=name, group="storage", imitates=imitates, made=made, **(usual | more))  # pyright: ignore
@@ -218,6 +218,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
                 made="the rank leaves out one all-reduce of its step, and waits in the next one",
                 phases=("before_reduce",),
                 told_as=("hung", "worker_lost"),
+                names_rank=False,  # which of two that disagree is right, or which of them gloo ends, nobody can tell
                 **HANG,
             ),
             Kind(
@@ -308,7 +309,8 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
                 "the rendezvous store is killed",
                 needs=(LINUX, NODES),
                 detected="the agents' keep-alives fail",
-                recovered="the job ends; the same command goes on",
+                recovered="the job ends, its workers asked to save and leave; the same command goes on",
+                told_as=("preempted", "hung", "worker_lost"),
             ),
             _network(
                 "store_unreachable",
@@ -434,6 +436,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
                 settings=FLIP,
                 phases=("before_reduce",),
                 silent=True,
+                exits=(0, 1),
                 detected="not yet",
                 recovered="not yet",
             ),
@@ -444,6 +447,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
                 settings=FLIP,
                 phases=("after_reduce",),
                 silent=True,
+                exits=(0, 1),
                 detected="not yet",
                 recovered="not yet",
             ),
@@ -453,6 +457,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
                 "bits of the rank's weights are flipped",
                 settings=FLIP,
                 silent=True,
+                exits=(0, 1),
                 detected="not yet",
                 recovered="not yet",
             ),
@@ -463,6 +468,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
                 settings=FLIP,
                 phases=("before_update",),
                 silent=True,
+                exits=(0, 1),
                 detected="not yet",
                 recovered="not yet",
             ),
@@ -473,6 +479,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
                 settings=FLIP,
                 phases=("in_forward",),
                 silent=True,
+                exits=(0, 1),
                 detected="not yet",
                 recovered="not yet",
             ),
@@ -482,6 +489,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
                 "sums over a dimension lose their last element where a rare condition on the data holds",
                 settings={"steps": Setting(5, "for so many steps", 1)},
                 silent=True,
+                exits=(0, 1),
                 detected="not yet",
                 recovered="not yet",
             ),

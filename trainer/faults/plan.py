@@ -22,6 +22,8 @@ from trainer.faults.kinds import KINDS, PHASES_WITHOUT_STEP, SAVE, Kind
 ROLES = ("any", "all", "rank0", "writer")
 BY_SIGNAL = ("sigkill", "sigsegv", "sigabrt", "sigterm", "stopped")
 """What can hit a rank from outside, at a wall time."""
+BY_WRITER = (("eio_rename", "before_commit"), ("no_space", "before_commit"))
+"""What only rank 0 does, and so only there can fail."""
 AFTER_THE_UPDATE = ("after_update", "in_eval", *SAVE)
 """Phases at which a rank's own count of completed steps is already that of the step."""
 
@@ -73,7 +75,7 @@ def make(config: Config, world_size: int) -> list[Planned]:
         problems += found
         if not found:
             planned.append(_resolve(index, fault, config.seed, world_size))
-    problems += _contradictions(planned)
+    problems += _contradictions(planned) + _nobody_left(planned, world_size)
     if problems:
         raise ConfigError(problems)
     return planned
@@ -81,8 +83,10 @@ def make(config: Config, world_size: int) -> list[Planned]:
 
 def _resolve(index: int, fault: Fault, seed: int, world_size: int) -> Planned:
     kind = KINDS[fault.kind]
-    if fault.rank == "any":
-        ranks: tuple[int, ...] | None = (random.Random(f"{seed}-{index}").randrange(world_size),)
+    if fault.rank == "any" and _by_writer(fault, kind):
+        ranks: tuple[int, ...] | None = (0,)
+    elif fault.rank == "any":
+        ranks = (random.Random(f"{seed}-{index}").randrange(world_size),)
     else:
         ranks = None if fault.rank == "all" else (fault.rank if isinstance(fault.rank, int) else 0,)
     by_nemesis = kind.hand == "nemesis" or fault.at_seconds is not None
@@ -104,18 +108,25 @@ def _problems(index: int, fault: Fault, config: Config, world_size: int) -> list
         return [f"{where}.kind = {fault.kind!r} is no kind of fault.\n  {hint}"]
     where += f" ({kind.name})"
     return [
-        *_about_rank(where, fault, world_size),
+        *_about_rank(where, fault, kind, world_size),
         *_about_time(where, fault, kind, config),
         *_about_settings(where, fault, kind),
+        *_about_compiling(where, kind, config),
     ]
 
 
-def _about_rank(where: str, fault: Fault, world_size: int) -> list[str]:
+def _by_writer(fault: Fault, kind: Kind) -> bool:
+    return (kind.name, fault.phase or "".join(kind.phases[:1])) in BY_WRITER
+
+
+def _about_rank(where: str, fault: Fault, kind: Kind, world_size: int) -> list[str]:
     if isinstance(fault.rank, str):
         known = fault.rank in ROLES
         return [] if known else [f"{where}: rank = {fault.rank!r} is no rank.\n  Give a number or {', '.join(ROLES)}."]
     if not 0 <= fault.rank < world_size:
         return [f"{where}: rank = {fault.rank}, but the job has ranks 0 to {world_size - 1}.\n  Name one of them."]
+    if fault.rank > 0 and _by_writer(fault, kind):
+        return [f'{where}: rank = {fault.rank}, but only rank 0 commits.\n  Give rank = "writer".']
     return []
 
 
@@ -187,6 +198,28 @@ def _about_settings(where: str, fault: Fault, kind: Kind) -> list[str]:
         elif value < setting.least:
             problems.append(f"{where}: {name} = {value} is below {setting.least:g}.\n  It is {setting.what}.")
     return problems
+
+
+def _about_compiling(where: str, kind: Kind, config: Config) -> list[str]:
+    if kind.name != "wrong_operator" or not config.numerics.compile:
+        return []
+    return [
+        f"{where}: numerics.compile fuses the operators that it replaces.\n  Set numerics.compile = false, or leave it."
+    ]
+
+
+def _nobody_left(planned: Sequence[Planned], world_size: int) -> list[str]:
+    """Stopped processes notice nothing: somebody else must."""
+    stopped: dict[tuple[Any, ...], set[int]] = {}
+    for fault in planned:
+        if fault.kind.name == "stopped":
+            moment = (fault.at_step, fault.at_seconds, fault.attempt)
+            stopped.setdefault(moment, set()).update(fault.victims(world_size))
+    return [
+        f"faults stop all {world_size} ranks at once, so that none is left to notice.\n  Leave one of them out."
+        for victims in stopped.values()
+        if len(victims) == world_size
+    ]
 
 
 def _contradictions(planned: Sequence[Planned]) -> list[str]:

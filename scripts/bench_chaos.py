@@ -1,0 +1,102 @@
+"""The figures of scripts/bench about faults: what the catalogue came to, storms, and the mutants of the safety net."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def campaign(name: str, repeat: int = 1) -> dict[str, Any]:
+    """The report of configs/chaos/NAME.toml; one that was interrupted goes on."""
+    out = ROOT / "runs" / "bench-chaos" / name
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer", "chaos", f"configs/chaos/{name}.toml", "--out", str(out),
+         "--repeat", str(repeat), "--json"],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"chaos {name} left with {done.returncode}")
+    return json.loads(done.stdout)
+
+
+def catalogue(repeat: int = 2) -> dict[str, Any]:
+    """Each kind: outcomes, how often the run named it rightly, and its seconds to notice and to come back."""
+    report = campaign("catalogue", repeat)
+    kinds: dict[str, dict[str, Any]] = {}
+    for result in report["results"]:
+        (name,) = set(result["kinds"])
+        kind = kinds.setdefault(name, {"outcomes": [], "named": [], "detect": [], "recover": [], "why": ""})
+        kind["outcomes"].append(result["outcome"])
+        kind["why"] = kind["why"] or result["why"]
+        for one in result["measured"]:
+            kind["named"] += [one["named_rightly"]] if one["named_rightly"] is not None else []
+            for key in ("detect", "recover"):
+                kind[key] += [one[f"{key}_seconds"]] if one[f"{key}_seconds"] is not None else []
+    return {"kinds": kinds, "seconds": report["seconds"]}
+
+
+def storm() -> dict[str, Any]:
+    """Random schedules of the llama3 mix: how many faults fired, and how the runs ended."""
+    report = campaign("storm-llama3")
+    fired = Counter(one["kind"] for result in report["results"] for one in result["measured"])
+    return {
+        "runs": len(report["results"]),
+        "outcomes": dict(Counter(result["outcome"] for result in report["results"])),
+        "seeds": sorted({result["seed"] for result in report["results"]}),
+        "faults": sum(fired.values()),
+        "kinds": dict(fired.most_common()),
+        "seconds": report["seconds"],
+    }
+
+
+def catalogue_table(figure: dict[str, Any]) -> list[str]:
+    named = [name for kind in figure["kinds"].values() for name in kind["named"]]
+    lines = [
+        "", "## Faults", "",
+        f"`trainer chaos configs/chaos/catalogue.toml`: every kind of fault, in {max_runs(figure)} runs each.",
+        "Seconds are median (worst) from the moment it was made.",
+        f"Of {len(named)} faults that the run ought to tell of, it named {sum(named)} rightly: kind, rank, attempt.",
+        "",
+        "| kind | outcome | named rightly | noticed after, s | next new step after, s |", "|---|---|---|---|---|",
+    ]  # fmt: skip
+    for name, kind in figure["kinds"].items():
+        outcome = ", ".join(f"{what}" + (f" ×{n}" if n > 1 else "") for what, n in Counter(kind["outcomes"]).items())
+        if kind["why"]:
+            outcome += f" ({kind['why'][:140]})"
+        right = f"{sum(kind['named'])} of {len(kind['named'])}" if kind["named"] else ""
+        lines.append(f"| {name} | {outcome} | {right} | {spread(kind['detect'])} | {spread(kind['recover'])} |")
+    return lines
+
+
+def max_runs(figure: dict[str, Any]) -> int:
+    return max(len(kind["outcomes"]) for kind in figure["kinds"].values())
+
+
+def spread(seconds: list[float]) -> str:
+    return f"{statistics.median(seconds):.1f} ({max(seconds):.1f})" if seconds else ""
+
+
+def storm_table(figure: dict[str, Any]) -> list[str]:
+    outcomes = ", ".join(f"{count} {what}" for what, count in figure["outcomes"].items())
+    kinds = ", ".join(f"{name} {count}" for name, count in figure["kinds"].items())
+    return [
+        "",
+        f"Storms of the `llama3` mix (seeds {', '.join(map(str, figure['seeds']))}): {figure['faults']} faults in "
+        f"{figure['runs']} runs; {outcomes}. Fired: {kinds}.",
+    ]
+
+
+def mutants_table(figure: dict[str, Any]) -> list[str]:
+    return [
+        "",
+        "Bugs that other trainers had, put back into a copy of the worker (`tests/mutants.py`), and what caught them:",
+        "",
+        "| bug | had by | faults | caught by |", "|---|---|---|---|",
+        *[f"| {row['bug']} | {row['had_by']} | {row['faults']} | {row['caught_by']} |" for row in figure["rows"]],
+    ]  # fmt: skip

@@ -1,0 +1,177 @@
+"""Bugs that other trainers had, put back on purpose: -m tests.mutants NAME CONFIG --run RUN [--set KEY=VALUE …]
+
+Each is a patched copy of the worker and nothing else: without this module none of them exists. A campaign of faults
+must catch every one of them; MUTANTS says with which faults, and tests/test_mutations.py holds it to that.
+"""
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from trainer import checkpoint, cli, elastic, events, job, loop
+from trainer.checkpoint import files, loading, saving
+from trainer.data import Batches
+from trainer.errors import CheckpointError
+from trainer.events import AttemptStarted, CheckpointFailed
+from trainer.loop import Parts
+from trainer.step import TrainState
+
+
+def moments_dropped() -> None:
+    def without(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in tensors.items() if not name.startswith("optim.")}
+
+    begin, restore = saving.Saver.begin, loading.restore
+    setattr(saving.Saver, "begin", lambda saver, step, tensors: begin(saver, step, without(tensors)))  # noqa: B010
+    loading.restore = lambda run, tensors, *rest: restore(run, without(tensors), *rest)
+
+
+def stale_after_a_resume() -> None:
+    copy = saving._Layout.copy  # pyright: ignore[reportPrivateUsage]
+    resumed, copied = [], []
+    _on_resume(lambda step, run: resumed.append(step))
+
+    def once(layout: Any, tensors: Any) -> None:
+        if not (resumed and copied):
+            copy(layout, tensors)
+        copied.append(True)
+
+    setattr(saving._Layout, "copy", once)  # noqa: B010  # pyright: ignore[reportPrivateUsage]
+
+
+def data_forgotten_at_another_size() -> None:
+    def shift(step: int, run: Path) -> int:
+        sizes = [entry.event.world_size for entry in events.read(run) if isinstance(entry.event, AttemptStarted)]
+        return -step if sizes and sizes[0] != elastic.expected_size() else 0
+
+    _shift_data(shift)
+
+
+def data_one_step_ahead() -> None:
+    _shift_data(lambda step, run: 1)
+
+
+def newest_before_it_is_durable() -> None:
+    def stage(run: Path, step: int) -> Path:
+        for older in files.committed(run):
+            shutil.rmtree(older.path)
+        final = files.final_path(run, step)
+        final.mkdir(parents=True)
+        return final
+
+    saving.files.stage = stage
+    saving.files.commit = lambda staging, final: files.sync_directory(final)
+    saving.files.discard = lambda path: None
+
+
+def truncated_still_chosen() -> None:
+    load = loading._failure  # pyright: ignore[reportPrivateUsage]
+
+    def trusting(saved: Any, tensors: Any) -> None:
+        reason = load(saved, tensors)
+        if reason is not None:
+            raise RuntimeError(reason)
+
+    loading._refusal = lambda *_: None  # pyright: ignore[reportPrivateUsage]
+    loading._failure = trusting  # pyright: ignore[reportPrivateUsage]
+
+
+def a_damaged_checkpoint_is_fatal() -> None:
+    agreed = loading._agreed  # pyright: ignore[reportPrivateUsage]
+
+    def fatal(world: Any, problem: Callable[[], str | None]) -> None:
+        reason = agreed(world, problem)
+        if reason is not None:
+            raise CheckpointError(reason)
+
+    loading._agreed = fatal  # pyright: ignore[reportPrivateUsage]
+
+
+def a_failed_save_is_fatal() -> None:
+    log = job.Checkpoints._log  # pyright: ignore[reportPrivateUsage]
+
+    def fatal(checkpoints: Any, ended: list[events.Event]) -> None:
+        log(checkpoints, ended)
+        if any(isinstance(event, CheckpointFailed) for event in ended):
+            raise RuntimeError("a save failed")
+
+    setattr(job.Checkpoints, "_log", fatal)  # noqa: B010
+
+
+def a_finished_run_cannot_resume() -> None:
+    train = loop.train
+
+    def forgetful(state: TrainState, parts: Parts) -> bool:
+        if state.step == parts.work.config.budget.steps:
+            raise UnboundLocalError("cannot access local variable 'stop'")
+        return train(state, parts)
+
+    loop.train = forgetful
+
+
+def _on_resume(then: Callable[[int, Path], Any]) -> None:
+    restore = checkpoint.restore
+
+    def noted(run: Path, *rest: Any) -> int | None:
+        found = restore(run, *rest)
+        if found is not None:
+            then(found, run)
+        return found
+
+    setattr(checkpoint, "restore", noted)  # noqa: B010
+
+
+def _shift_data(by: Callable[[int, Path], int]) -> None:
+    """Read the data of another step than the one that is trained, after a resume."""
+    micro_batch, shift = Batches.micro_batch, [0]
+    _on_resume(lambda step, run: shift.__setitem__(0, by(step, run)))
+    setattr(Batches, "micro_batch", lambda batches, step, index: micro_batch(batches, step + shift[0], index))  # noqa: B010
+
+
+@dataclass(frozen=True)
+class Mutant:
+    apply: Callable[[], None]
+    had_by: str
+    faults: str
+    """What brings it to light, as TOML."""
+    nodes: int = 1
+
+
+MUTANTS = {
+    mutant.apply.__name__: mutant
+    for mutant in (
+        Mutant(moments_dropped, "KempnerForge #114", '[{kind = "sigkill", at_step = 9, rank = 1}]'),
+        Mutant(
+            stale_after_a_resume, "torchtitan #647",
+            '[{kind = "sigkill", at_step = 9, rank = 1}, {kind = "sigkill", at_step = 20, rank = 0}]',
+        ),
+        Mutant(
+            data_forgotten_at_another_size, "torchtitan #816", '[{kind = "node_leaves", at_step = 9}]', nodes=2
+        ),
+        Mutant(data_one_step_ahead, "torchtitan #4686", '[{kind = "sigkill", at_step = 9, rank = 1}]'),
+        Mutant(newest_before_it_is_durable, "KempnerForge #102", '[{kind = "torn_save", at_step = 12, rank = 0}]'),
+        Mutant(truncated_still_chosen, "torchtitan #4011", '[{kind = "truncated_shard", at_step = 15, rank = 0}]'),
+        Mutant(
+            a_damaged_checkpoint_is_fatal, "torchtitan #1729", '[{kind = "flipped_shard", at_step = 15, rank = 0}]'
+        ),
+        Mutant(a_failed_save_is_fatal, "Megatron-LM #1435", '[{kind = "no_space", at_step = 12, rank = 1}]'),
+        Mutant(a_finished_run_cannot_resume, "lingua", '[{kind = "sigkill", phase = "before_end", rank = 1}]'),
+    )
+}  # fmt: skip
+
+
+def main() -> None:
+    MUTANTS[sys.argv.pop(1)].apply()
+    sys.argv[1:1] = ["train"]
+    cli.main()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("WANDB_MODE", "disabled")
+    main()

@@ -1,0 +1,542 @@
+"""Campaigns: what is planned, how it is run, and that nothing of it is lost or left behind."""
+
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import ROOT, SMOKE, trainer, wait_until
+from trainer import config as configs
+from trainer.chaos import campaign, results, runner, storm
+from trainer.chaos.campaign import Campaign, Cell
+from trainer.chaos.results import Answer, Report, Result
+from trainer.config import Config
+from trainer.errors import ConfigError, RunDirectoryError, TopropeError
+from trainer.faults import checker, network, plan
+from trainer.faults.checker import Calm
+from trainer.faults.kinds import KINDS, NODES
+
+SETTINGS = """
+[set]
+budget.steps = 24
+checkpoint.every_steps = 6
+eval.every_steps = 12
+eval.max_tokens = 1024
+elastic.startup_timeout_seconds = 60.0
+"""
+KILL = """
+[[runs]]
+name = "kill"
+
+[[runs.faults]]
+kind = "sigkill"
+rank = 1
+at_step = 9
+"""
+
+
+def write(directory: Path, text: str, config: Path = SMOKE) -> Path:
+    path = directory / "campaign.toml"
+    path.write_text(f"config = {json.dumps(str(config))}\n{text}", encoding="utf-8")
+    return path
+
+
+def problems(path: Path, **more: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        campaign.load(path, **more)
+    return str(caught.value)
+
+
+def small(**changes: Any) -> Config:
+    tree = {"budget": {"steps": 200}, "checkpoint": {"every_steps": 10}, "eval": {"every_steps": 20}}
+    return configs.parse(tree | changes)
+
+
+def drawn(seed: int, mix: str | dict[str, float] = "process", **more: Any) -> list[dict[str, Any]]:
+    chosen = {"faults": 1000, "mean_steps": 7.0, "config": small(), "world_size": 3} | more
+    return storm.draw(storm.weights(mix, 1), seed, **chosen)
+
+
+# Storms
+
+
+def test_the_same_seed_draws_the_same_schedule_and_another_seed_another():
+    assert drawn(3, "llama3") == drawn(3, "llama3")
+    assert drawn(3, "llama3") != drawn(4, "llama3")
+
+
+def test_faults_come_as_often_as_asked_and_with_exponential_gaps():
+    config = small(budget={"steps": 100_000})
+    schedule = drawn(0, {"slow_rank": 1.0}, faults=10_000, config=config)
+    steps = [fault["at_step"] for fault in schedule]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(steps)]
+    assert steps == sorted(steps) and len(steps) > 9_000
+    assert sum(gaps) / len(gaps) == pytest.approx(7.0, rel=0.05)
+    longer = sum(gap > 14 for gap in gaps) / len(gaps)
+    assert longer == pytest.approx(2.718281828**-2, rel=0.1), "as many gaps beyond two means as an exponential has"
+
+
+@pytest.mark.parametrize("mix", storm.MIXES)
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_every_schedule_is_one_that_a_plan_accepts(mix, ranks):
+    for seed in range(40):
+        schedule = drawn(seed, mix, world_size=ranks)
+        config = small(faults=schedule)
+        assert [fault.kind.name for fault in plan.make(config, ranks)] == [fault["kind"] for fault in schedule]
+        assert schedule, "a storm without faults tests nothing"
+
+
+def test_a_schedule_has_no_more_faults_than_asked_for():
+    assert len(drawn(0, faults=5)) == 5
+
+
+def test_the_causes_of_llama3_are_those_published_and_all_are_kinds_of_the_catalogue():
+    counts = {cause.name: cause.count for cause in storm.LLAMA3}
+    assert sum(counts.values()) + 6 == 419, "all unexpected interruptions but silent data corruption"
+    assert (counts["faulty GPU"], counts["GPU HBM3 memory"], counts["software bug"]) == (148, 72, 54)
+    used = {kind for cause in storm.LLAMA3 for kind in cause.kinds}
+    assert used <= KINDS.keys() and not any(KINDS[kind].silent for kind in used)
+    alone, together = storm.weights("llama3", 1), storm.weights("llama3", 2)
+    assert sum(alone.values()) == pytest.approx(413) == pytest.approx(sum(together.values()))
+    assert not any(NODES in KINDS[kind].needs for kind in alone) and "partition" in together
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_has_a_moment_at_which_it_is_sure_to_come_by(kind):
+    config = small(budget={"steps": 30}, checkpoint={"every_steps": 6}, eval={"every_steps": 12})
+    for number in range(3):
+        fault = storm.usual(KINDS[kind], config, 2, number)
+        (planned,) = plan.make(configs.parse(config.model_dump() | {"faults": [fault]}), 2)
+        assert planned.kind.name == kind
+
+
+def test_a_sample_of_pairs_is_drawn_by_its_seed_and_each_pair_can_be_planned():
+    kinds = [kind for kind in KINDS.values() if NODES not in kind.needs]
+    pairs = storm.sample_pairs(kinds, 60, seed=1)
+    assert pairs == storm.sample_pairs(kinds, 60, seed=1) != storm.sample_pairs(kinds, 60, seed=2)
+    assert len({frozenset((one.name, other.name)) for one, other in pairs}) == 60
+    config = small(budget={"steps": 30}, checkpoint={"every_steps": 6})
+    for one, other in pairs:
+        for ranks in (1, 2):
+            if one.name != "stopped" or ranks > 1:
+                faults = storm.pair(one, other, config, ranks)
+                assert len(plan.make(configs.parse(config.model_dump() | {"faults": faults}), ranks)) == 2
+
+
+# Shrinking
+
+
+def table(number: int) -> dict[str, Any]:
+    return {"kind": "sigkill", "at_step": number}
+
+
+@pytest.mark.parametrize("culprits", [{3}, {0, 9}, {2, 3, 7}, set(range(10))], ids=str)
+def test_a_failing_schedule_is_shrunk_to_the_faults_that_make_it_fail(culprits):
+    tried: list[list[int]] = []
+
+    def fails(faults: list[dict[str, Any]]) -> bool:
+        tried.append([fault["at_step"] for fault in faults])
+        return culprits <= set(tried[-1])
+
+    found = storm.shrink(fails, [table(number) for number in range(10)], most_trials=200)
+    assert [fault["at_step"] for fault in found.faults] == sorted(culprits)
+    assert found.smallest and found.trials == len(tried)
+    assert [] not in tried
+
+
+def test_shrinking_ends_after_so_many_trials_and_says_that_it_did():
+    found = storm.shrink(lambda faults: len(faults) >= 5, [table(number) for number in range(10)], most_trials=4)
+    assert (found.trials, found.smallest) == (4, False) and len(found.faults) >= 5
+
+
+def test_a_schedule_written_as_toml_is_the_same_when_it_is_read(tmp_path):
+    config = small()
+    planned = plan.make(configs.parse(config.model_dump() | {"faults": drawn(1, "llama3")}), 3)
+    trees = [plan.tree(fault) for fault in planned]
+    text = storm.as_toml('a "name"', 3, 1, "fsdp", trees)
+    (run,) = tomllib.loads(text)["runs"]
+    assert run == {"name": 'a "name"', "ranks": 3, "nodes": 1, "strategy": "fsdp", "faults": trees}
+    assert plan.make(configs.parse(config.model_dump() | {"faults": run["faults"]}), 3) == planned
+
+
+# Campaign files
+
+
+def test_all_that_is_wrong_with_a_campaign_file_is_said_at_once(tmp_path):
+    said = problems(write(tmp_path, 'ranksv = 2\nnodes = 0\n[storm]\nseedz = [1]\n[[runs]]\nfault = []\nranks = "two"'))
+    for hint in ("Did you mean ranks?", "nodes = 0", "Did you mean seeds?", "Did you mean faults?", 'ranks = "two"'):
+        assert hint in said
+
+
+def test_all_plans_of_a_campaign_are_checked_before_anything_starts(tmp_path):
+    text = """
+    [[runs]]
+    name = "one"
+    faults = [{kind = "sigkil", at_step = 3}, {kind = "exit", at_step = 99}]
+    [[runs]]
+    name = "two"
+    ranks = 3
+    nodes = 2
+    faults = [{kind = "exit", rank = 7, at_step = 3}]
+    [[runs]]
+    name = "three"
+    faults = [{kind = "partition", at_step = 3}]
+    [[runs]]
+    name = "four"
+    set.optim.learning_rate = 0.1
+    faults = [{kind = "exit", at_step = 3}]
+    [catalogue]
+    kinds = ["no_spce"]
+    [storm]
+    mix = "llama4"
+    """
+    said = problems(write(tmp_path, SETTINGS + text))
+    for hint in (
+        "one: faults[0].kind = 'sigkil'", "at_step = 99 is beyond", "two: 3 ranks", "three: partition need two nodes",
+        "four: it has other weights than the calm run (optim.learning_rate", "Did you mean 'no_space'?",
+        "storm.mix = 'llama4'",
+    ):  # fmt: skip
+        assert hint in said, (hint, said)
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("", "has no runs"),
+        (KILL + KILL, "2 runs are called 'kill'"),
+        ("[catalogue]\n[set]\nbudgets.steps = 3", "budgets"),
+        ("[[runs]\n", "not valid TOML"),
+    ],
+)
+def test_a_campaign_that_makes_no_sense_is_refused(tmp_path, text, hint):
+    assert hint in problems(write(tmp_path, text))
+
+
+def test_a_config_that_has_faults_of_its_own_leaves_no_calm_run_to_compare_with(tmp_path):
+    own = tmp_path / "faulty.toml"
+    own.write_text(f'extends = {json.dumps(str(SMOKE))}\n[[faults]]\nkind = "exit"\nat_step = 3\n')
+    assert "no calm run" in problems(write(tmp_path, KILL, own))
+
+
+def test_a_missing_campaign_and_an_unknown_run_are_answered_with_the_nearest(tmp_path):
+    path = write(tmp_path, SETTINGS + KILL)
+    assert "Did you mean" in problems(tmp_path / "campain.toml")
+    assert "Did you mean 'kill'?" in problems(path, only=["kil"])
+
+
+def test_runs_are_repeated_and_chosen_by_name_and_planned_for_each_strategy(tmp_path):
+    path = write(tmp_path, 'strategies = ["replicate", "fsdp"]\n' + SETTINGS + KILL + '[catalogue]\nkinds = ["exit"]')
+    whole = campaign.load(path, repeat=2)
+    assert sorted({(cell.name, cell.strategy, cell.repeat) for cell in whole.cells}) == sorted(
+        (name, strategy, number) for name in ("kill", "exit") for strategy in ("replicate", "fsdp") for number in (0, 1)
+    )
+    assert {cell.name for cell in campaign.load(path, only=["exit"]).cells} == {"exit"}
+    assert len({cell.slug for cell in whole.cells}) == 8
+    assert all(cell.config.parallel.strategy == cell.strategy for cell in whole.cells)
+
+
+def test_runs_that_are_met_from_outside_last_longer_and_have_the_same_weights(tmp_path):
+    text = SETTINGS + '[set_outside]\neval.every_steps = 1\n[catalogue]\nkinds = ["agent_killed", "exit", "partition"]'
+    killed, left, parted = campaign.load(write(tmp_path, text)).cells
+    assert (killed.config.eval.every_steps, left.config.eval.every_steps) == (1, 12)
+    assert configs.fingerprint(killed.config) == configs.fingerprint(left.config)
+    assert (left.nodes, parted.nodes, parted.ranks) == (1, 2, 2)
+
+
+def test_without_exact_sums_it_is_said_that_equality_cannot_be_expected(tmp_path):
+    inexact = campaign.load(write(tmp_path, SETTINGS + "numerics.exact = false\n" + KILL))
+    assert "numerics.exact = false" in (campaign.check_exact(inexact) or "")
+    assert campaign.check_exact(campaign.load(write(tmp_path, SETTINGS + KILL))) is None
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "chaos").glob("*.toml")), ids=lambda path: path.stem)
+def test_the_campaigns_that_come_with_it_can_be_planned(path):
+    planned = campaign.load(path)
+    assert planned.question and planned.cells
+    kinds = {fault.kind.name for cell in planned.cells for fault in cell.planned}
+    faults = sum(len(cell.planned) for cell in planned.cells)
+    assert {"smoke": 8 <= len(kinds) <= 12, "catalogue": kinds == KINDS.keys(), "storm-llama3": faults >= 100}.get(
+        path.stem, True
+    )
+
+
+# Results
+
+
+def result(outcome: results.Outcome = "pass", **changes: Any) -> Result:
+    made = Result("kill", ["sigkill"], [{"kind": "sigkill"}], 2, 1, "replicate", None, 0, outcome, "")
+    return replace(made, **changes)
+
+
+def report(*found: Result, interrupted: bool = False) -> Report:
+    calm = {"weights_sha256": "w", "state_sha256": "s", "steps": 24, "seconds": 4.0, "exact": True}
+    return Report("c", "q", "smoke.toml", "m", 1.0, 2.0, calm, list(found), interrupted)
+
+
+def test_a_report_is_the_same_after_a_trip_through_its_file(tmp_path):
+    written = report(result(answers=[Answer("exit status", "fail", "left with 3")], seconds=1.5), interrupted=True)
+    results.write(tmp_path / "report.json", written)
+    assert results.read(tmp_path / "report.json") == written
+    assert results.read(tmp_path / "none.json") is None
+    (tmp_path / "report.json").write_text("{}")
+    with pytest.raises(RunDirectoryError):
+        results.read(tmp_path / "report.json")
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "passed"),
+    [
+        (["pass", "skipped"], True),
+        (["pass", "unknown"], False),
+        (["undetected"], False),
+        (["fail"], False),
+    ],
+    ids=str,
+)
+def test_only_a_campaign_whose_cells_all_pass_or_are_skipped_passes(outcomes, passed):
+    assert report(*(result(outcome) for outcome in outcomes)).passed is passed
+    assert not report(result(), interrupted=True).passed
+
+
+def test_a_run_is_worth_its_worst_answer():
+    given = [Answer("a", "unknown", "1"), Answer("b", "undetected", "2"), Answer("c", "fail", "3"), Answer("d", "pass")]
+    assert results.outcome(given) == ("fail", "c: 3")
+    assert results.outcome(given[:2]) == ("undetected", "b: 2")
+    assert results.outcome(given[:1]) == ("unknown", "a: 1")
+    assert results.outcome(given[3:]) == ("pass", "")
+
+
+# Running, with jobs that only say how they ended
+
+
+@pytest.fixture
+def planned(tmp_path: Path) -> Campaign:
+    text = SETTINGS + KILL + '[catalogue]\nkinds = ["sigterm", "agent_killed", "slow_link"]\n'
+    return campaign.load(write(tmp_path, text))
+
+
+def cell_of(planned: Campaign, name: str) -> Cell:
+    return next(cell for cell in planned.cells if cell.name == name)
+
+
+def fake_launches(monkeypatch: pytest.MonkeyPatch, statuses: Sequence[int | None]) -> list[list[str]]:
+    left, given = list(statuses), []
+
+    def launch(_campaign: Campaign, overrides: Sequence[str], *_: Any) -> Any:
+        given.append(list(overrides))
+        return runner._Launched(1.0, 2.0, left.pop(0), "", [], [])
+
+    monkeypatch.setattr(runner, "_launch", launch)
+    return given
+
+
+@pytest.mark.parametrize(
+    ("name", "statuses", "starts"),
+    [
+        ("sigterm", [75, 0], 2),
+        ("sigterm", [75, 75, 75, 75, 75, 75], 4),
+        ("sigterm", [1, 0], 1),
+        ("kill", [75, 0], 1),
+        ("agent_killed", [137, 0], 2),
+        ("agent_killed", [None, 0], 1),
+    ],
+    ids=str,
+)
+def test_the_same_command_is_given_again_only_where_a_fault_explains_the_status(
+    planned, monkeypatch, tmp_path, name, statuses, starts
+):
+    given = fake_launches(monkeypatch, statuses)
+    launches, _, _ = runner._launches(planned, cell_of(planned, name), tmp_path, 0.0)
+    assert [launch["status"] for launch in launches] == statuses[:starts]
+    assert len({tuple(overrides) for overrides in given}) == 1, "the identical command"
+
+
+def test_what_this_machine_cannot_make_is_skipped_with_the_reason(planned, monkeypatch, tmp_path):
+    monkeypatch.setattr(network, "probe", lambda: "network namespaces need root")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    calm = Calm("w", "s", {}, 24, 1.0, True)
+    skipped = runner.run_cell(planned, cell_of(planned, "slow_link"), calm, tmp_path)
+    assert skipped.outcome == "skipped" and "need" in skipped.why and skipped.run == ""
+
+
+Act = Callable[[Cell], Result]
+
+
+@pytest.fixture
+def fake_cells(monkeypatch: pytest.MonkeyPatch) -> Callable[[Act], list[str]]:
+    """Cells whose results a test makes up; returns the names of those that were run."""
+
+    def use(act: Act) -> list[str]:
+        ran: list[str] = []
+
+        def run_cell(_campaign: Campaign, cell: Cell, _calm: Calm, _out: Path) -> Result:
+            ran.append(cell.name)
+            return act(cell)
+
+        def calm(_campaign: Campaign, _out: Path, _report: Report) -> Calm:
+            return Calm("w", "s", {}, 24, 1.0, True)
+
+        monkeypatch.setattr(runner, "run_cell", run_cell)
+        monkeypatch.setattr(runner, "_calm", calm)
+        return ran
+
+    return use
+
+
+def test_an_interrupted_campaign_keeps_what_it_has_and_goes_on_with_the_rest(planned, fake_cells, tmp_path):
+    out = tmp_path / "out"
+
+    def interrupted(cell: Cell) -> Result:
+        if cell.name == "sigterm":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return cell.result("pass", "")
+
+    fake_cells(interrupted)
+    first = runner.run(planned, out)
+    assert first.interrupted and [found.name for found in first.results] == ["kill"]
+    stored = results.read(out / "report.json")
+    assert stored == first and "<html" in (out / "report.html").read_text()
+    ran = fake_cells(lambda cell: cell.result("pass", ""))
+    second = runner.run(planned, out)
+    assert ran == ["sigterm", "agent_killed", "slow_link"]
+    assert second.passed and [found.name for found in second.results] == ["kill", *ran]
+    assert fake_cells(lambda cell: cell.result("fail", "")) == [] and runner.run(planned, out).passed
+
+
+def test_a_report_of_another_config_is_not_gone_on_with(planned, fake_cells, tmp_path):
+    out = tmp_path / "out"
+    fake_cells(lambda cell: cell.result("pass", ""))
+    runner.run(planned, out)
+    other = campaign.load(write(tmp_path, SETTINGS.replace("24", "18") + KILL))
+    with pytest.raises(RunDirectoryError):
+        runner.run(other, out)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").touch()
+    with pytest.raises(RunDirectoryError):
+        runner.run(planned, tmp_path / "full")
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["notes.txt"]
+
+
+def test_a_failing_schedule_is_shrunk_by_running_its_parts_and_kept_as_a_campaign(fake_cells, tmp_path):
+    faults = [{"kind": "exit", "rank": 0, "at_step": step} for step in (3, 5, 7, 9)]
+    listed = "\n".join(
+        f"[[runs.faults]]\n{storm.as_toml('', 1, 1, '', [fault]).split('[[runs.faults]]')[1]}" for fault in faults
+    )
+    path = write(tmp_path, SETTINGS + '[[runs]]\nname = "four"\n' + listed)
+
+    def fails_with_step_7(cell: Cell) -> Result:
+        bad = any(fault.at_step == 7 for fault in cell.planned)
+        return cell.result("fail" if bad else "pass", "it broke" if bad else "")
+
+    fake_cells(fails_with_step_7)
+    (found,) = runner.run(campaign.load(path), tmp_path / "out", shrink=True).results
+    assert "1 of 4 faults are enough" in found.why and len(found.faults) == 4
+    (kept,) = (tmp_path / "out" / "shrunk").glob("*.toml")
+    replay = campaign.load(write(tmp_path, SETTINGS + kept.read_text()))
+    assert [fault.at_step for cell in replay.cells for fault in cell.planned] == [7]
+
+
+def test_a_calm_run_that_fails_ends_the_campaign_with_its_last_words(planned, monkeypatch, tmp_path):
+    launched = runner._Launched(1.0, 2.0, 1, "one\nthe disk is full", [], [])
+    monkeypatch.setattr(runner, "_launch", lambda *_, **__: launched)
+    with pytest.raises(TopropeError, match="the disk is full"):
+        runner.run(planned, tmp_path / "out")
+
+
+# The command, with real jobs
+
+
+TWO = """
+[[runs]]
+name = "dies, and meets a NaN"
+
+[[runs.faults]]
+kind = "sigkill"
+rank = 1
+at_step = 9
+
+[[runs.faults]]
+kind = "nan_loss"
+rank = 0
+at_step = 14
+
+[[runs]]
+name = "is asked to leave"
+ranks = 3
+strategy = "fsdp"
+
+[[runs.faults]]
+kind = "sigterm"
+rank = 2
+at_step = 10
+"""
+
+
+def jobs_under(directory: Path) -> list[str]:
+    """Command lines of living processes that name a directory."""
+    listed = subprocess.run(["ps", "-axo", "args="], capture_output=True, text=True, check=True).stdout
+    return [line for line in listed.splitlines() if str(directory) in line]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)  # the machine may be shared
+def test_a_campaign_is_interrupted_and_gone_on_with_and_every_cell_passes(tmp_path):
+    path, out = write(tmp_path, SETTINGS + TWO), tmp_path / "out"
+    command = [sys.executable, "-m", "trainer", "chaos", str(path), "--out", str(out)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "screen.txt").open("w") as screen:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=screen, stderr=screen)
+    try:
+        second = wait_until(lambda: list(out.glob("cells/is-asked*/run/events/attempt-0000*")), seconds=150)
+        assert second, (tmp_path / "screen.txt").read_text()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == runner.EXIT_INTERRUPTED, (tmp_path / "screen.txt").read_text()
+    finally:
+        process.kill()
+    assert jobs_under(out) == []
+    partial = results.read(out / "report.json")
+    assert partial is not None and partial.interrupted
+    assert [(found.name, found.outcome, found.why) for found in partial.results] == [
+        ("dies, and meets a NaN", "pass", "")
+    ]
+    assert "interrupted" in (tmp_path / "screen.txt").read_text()
+
+    done = trainer("chaos", path, "--out", out, "--json", timeout=150)
+    whole = results.from_json(json.loads(done.stdout))
+    assert whole == results.read(out / "report.json") and whole.passed and not whole.interrupted
+    assert whole.results[0] == partial.results[0], "what was done is not done again"
+    assert [len(found.launches) for found in whole.results] == [1, 2]
+    assert [one["named_rightly"] for found in whole.results for one in found.measured] == [True, True, True]
+    assert {answer.answer for found in whole.results for answer in found.answers} == {"pass"}
+    assert re.search("dies, and meets a NaN", (out / "report.html").read_text())
+    assert jobs_under(out) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_fault_that_never_fires_is_unknown_and_the_command_leaves_with_1(tmp_path):
+    never = '[[runs]]\nname = "never"\n[[runs.faults]]\nkind = "exit"\nphase = "startup"\nattempt = 5\n'
+    path = write(tmp_path, SETTINGS + never)
+    done = trainer("chaos", path, "--out", tmp_path / "out", check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    stored = results.read(tmp_path / "out" / "report.json")
+    assert stored is not None
+    (found,) = stored.results
+    assert (found.outcome, found.why.partition(":")[0]) == ("unknown", checker.FIRED)
+
+
+def test_a_wrong_campaign_leaves_with_2_and_starts_nothing(tmp_path):
+    path = write(tmp_path, "rank = 2\n" + KILL)
+    done = trainer("chaos", path, "--out", tmp_path / "out", check=False)
+    assert done.returncode == 2 and "Did you mean ranks?" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()

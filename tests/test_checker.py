@@ -1,0 +1,446 @@
+"""The checker on made-up logs: each invariant holds for the run that kept it, and fails for the one that broke it."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer import config as configs
+from trainer import events
+from trainer.checkpoint import files
+from trainer.events import (
+    AttemptEnded,
+    AttemptStarted,
+    CheckpointFailed,
+    CheckpointRejected,
+    CheckpointSaved,
+    Event,
+    EventLog,
+    FaultFired,
+    Hung,
+    NotFinite,
+    StepDone,
+    WorkersLost,
+)
+from trainer.faults import checker, plan
+from trainer.faults.checker import Answer, Calm, Evidence
+
+STEPS, EVERY = 12, 6
+BASE = {"budget": {"steps": STEPS}, "checkpoint": {"every_steps": EVERY}, "optim": {"warmup_steps": 0}}
+CALM = Calm("w" * 64, "s" * 64, {step: f"samples {step}" for step in range(1, STEPS + 1)}, STEPS, 5.0, True)
+KILL = {"kind": "sigkill", "rank": 1, "at_step": 10, "phase": "before_forward"}
+
+
+class Log:
+    """A run's log, written event by event on a clock of its own."""
+
+    def __init__(self, run: Path) -> None:
+        self.run, self.now, self.attempt, self.pid = run, 1000.0, -1, 100
+        self.started = self.now
+
+    def write(self, event: Event, rank: int = 0, after: float = 0.1) -> None:
+        self.now += after
+        self._append(
+            events.events_directory(self.run) / f"attempt-{self.attempt:04d}-rank-{rank:05d}.jsonl", rank, event
+        )
+
+    def _append(self, path: Path, rank: int, event: Event) -> None:
+        log = EventLog(path, self.attempt, rank, clock=lambda: self.now)
+        log.append(event)
+        log.close()
+
+    def start(self, from_step: int, ranks: int = 2, seconds: float = 2.0, after: float = 0.5) -> None:
+        """The next attempt: its processes start `after` seconds from now and are ready after `seconds`."""
+        self.attempt += 1
+        self.now += after + seconds
+        for rank in range(ranks):
+            self.pid += 1
+            event = AttemptStarted(
+                world_size=ranks, from_step=from_step, steps=STEPS, fingerprint="f", host="h", pid=self.pid,
+                device="cpu", strategy="replicate", parameters=1, tokens_per_step=1,
+                startup_seconds={"imports": seconds},
+            )  # fmt: skip
+            self.write(event, rank, after=0.0)
+
+    def steps(self, first: int, last: int, **changes: Any) -> None:
+        for step in range(first, last + 1):
+            done = StepDone(
+                step=step, loss=1 / step, grad_norm=1.0, learning_rate=1.0, tokens=1, seconds=0.1,
+                samples=f"samples {step}", redone=0, flushed=None,
+            )  # fmt: skip
+            self.write(dataclasses.replace(done, **changes))
+            if step % EVERY == 0:
+                self.save(step)
+
+    def save(self, step: int) -> None:
+        self.write(CheckpointSaved(step=step, bytes=1, seconds=0.1, stall_seconds=0.0), after=0.0)
+        write_checkpoint(self.run, step)
+
+    def fire(self, index: int = 0, kind: str = "sigkill", victim: int | None = 1, step: int | None = 9) -> None:
+        event = FaultFired(index=index, fault=kind, victim=victim, step=step, phase="before_forward", pid=1)
+        self.now += 0.05
+        self._append(plan.log_path(self.run), victim or 0, event)
+
+    def lose(self, rank: int = 1, pid: int | None = None) -> None:
+        """What rank 0 of this attempt was told of the end of the one before."""
+        failure = {"rank": rank, "pid": pid, "exitcode": -9, "signal": "SIGKILL"}
+        self.write(WorkersLost(failures=[failure], reason=f"rank {rank} was ended by SIGKILL"), after=0.0)
+
+    def finish(self, weights: str = "w" * 64, state: str = "s" * 64, ranks: int = 2) -> None:
+        for rank in range(ranks):
+            end = AttemptEnded(status="finished", step=STEPS, reason="", weights_sha256=weights, state_sha256=state)
+            self.write(end, rank, after=0.0)
+        self.now += 0.3
+
+
+def write_checkpoint(run: Path, step: int) -> Path:
+    final = files.final_path(run, step)
+    if final.exists():
+        return final
+    files.directory(run).mkdir(parents=True, exist_ok=True)
+    staging = files.stage(run, step)
+    content = f"shard {step}".encode()
+    (staging / "shard").write_bytes(content)
+    described = {"shard": {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
+    files.write_manifest(staging, {"step": step, "files": described})
+    files.commit(staging, final)
+    return final
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Log:
+    return Log(tmp_path / "run")
+
+
+def evidence(log: Log, *faults: dict[str, Any], statuses: tuple[int | None, ...] = (0,), **more: Any) -> Evidence:
+    config = configs.parse(BASE | {"faults": list(faults or [KILL])} | more.pop("config", {}))
+    launches = [{"started": log.started - 0.5, "ended": log.now, "status": status} for status in statuses]
+    calm = more.pop("calm", CALM)
+    return Evidence(log.run, config, plan.make(config, 2), calm, more.pop("launches", launches), **more)
+
+
+def answers(found: Evidence) -> dict[str, Answer]:
+    checked = checker.check(found)
+    assert tuple(answer.invariant for answer in checked) == checker.INVARIANTS
+    assert all("\n" not in answer.why for answer in checked)
+    return {answer.invariant: answer for answer in checked}
+
+
+def not_passed(found: Evidence) -> dict[str, str]:
+    return {name: answer.answer for name, answer in answers(found).items() if answer.answer != "pass"}
+
+
+def survive_a_kill(log: Log, **changes: Any) -> None:
+    """Killed in step 10, resumed from 6, finished."""
+    log.start(0)
+    log.steps(1, 9)
+    log.fire()
+    log.start(changes.pop("resumed", 6), **changes.pop("start", {}))
+    log.lose(changes.pop("named", 1))
+    log.steps(changes.pop("again", 7), STEPS, **changes.pop("steps", {}))
+    log.finish(**changes)
+
+
+def test_a_run_that_survived_a_kill_passes_every_invariant(log):
+    survive_a_kill(log)
+    found = evidence(log)
+    assert not_passed(found) == {}
+    (measured,) = checker.measure(found)
+    assert (measured["index"], measured["kind"], measured["victim"], measured["step"]) == (0, "sigkill", 1, 9)
+    assert measured["told_as"] == "worker_lost" and measured["named_rightly"] is True
+    assert measured["detect_seconds"] == pytest.approx(0.5), "to the start of the next process"
+    # 0.5 s to the start, 2 s to be ready, and steps 7 to 10 of 0.1 s: 10 is the first that is new
+    assert measured["recover_seconds"] == pytest.approx(0.5 + 2 + 0.4)
+    json.dumps(measured)
+
+
+@pytest.mark.parametrize(
+    ("changes", "invariant"),
+    [
+        ({"weights": "x" * 64}, checker.EQUAL),
+        ({"state": "x" * 64}, checker.EQUAL),
+        ({"steps": {"loss": 2.0}}, checker.EQUAL),
+        ({"steps": {"samples": "others"}}, checker.SAMPLES),
+        ({"named": 0}, checker.NAMED),
+        ({"start": {"after": 11.0}}, checker.DETECTED),
+        ({"start": {"seconds": 31.0}}, checker.RECOVERED),
+        ({"resumed": 0, "again": 1}, checker.KEPT),
+    ],
+    ids=str,
+)
+def test_what_a_run_did_otherwise_is_found(log, changes, invariant):
+    survive_a_kill(log, **changes)
+    found = answers(evidence(log))
+    assert found[invariant].answer == "fail" and found[invariant].why, {n: a for n, a in found.items() if a.why}
+    others = {name for name, answer in found.items() if answer.answer != "pass"} - {invariant}
+    assert others <= {checker.EQUAL}, "another result of a replayed step is also an unequal one"
+
+
+def test_a_run_that_did_not_finish_is_not_equal(log):
+    log.start(0)
+    log.steps(1, 9)
+    log.fire()
+    found = not_passed(evidence(log, statuses=(1,)))
+    assert found[checker.EQUAL] == found[checker.STATUS] == found[checker.RECOVERED] == "fail"
+
+
+def test_a_fault_that_never_fired_is_unknown_and_never_passed(log):
+    log.start(0)
+    log.steps(1, STEPS)
+    log.finish()
+    found = not_passed(evidence(log))
+    assert found == dict.fromkeys((checker.FIRED, checker.DETECTED, checker.RECOVERED, checker.NAMED), "unknown")
+
+
+def test_a_fault_that_nothing_in_the_log_tells_of_was_not_named(log):
+    log.start(0)
+    log.steps(1, 9)
+    log.fire(kind="nan_loss")
+    log.steps(10, STEPS)
+    log.finish()
+    found = not_passed(evidence(log, {"kind": "nan_loss", "rank": 1, "at_step": 10}))
+    assert found == {checker.NAMED: "fail", checker.DETECTED: "fail"}
+
+
+def test_a_value_that_is_not_finite_is_told_with_its_step(log):
+    log.start(0)
+    log.steps(1, 9)
+    log.fire(kind="nan_loss")
+    log.write(NotFinite(step=10, loss=float("nan"), grad_norm=1.0, trial=0))
+    log.steps(10, STEPS)
+    log.finish()
+    right = evidence(log, {"kind": "nan_loss", "rank": 1, "at_step": 10})
+    assert not_passed(right) == {}
+    assert checker.measure(right)[0]["detect_seconds"] == pytest.approx(0.1)
+    wrong = answers(evidence(log, {"kind": "nan_loss", "rank": 1, "at_step": 7}))[checker.NAMED]
+    assert wrong.answer == "fail" and "step 10" in wrong.why
+
+
+def hang(step: int, culprit: int) -> Hung:
+    culprits = [{"rank": culprit, "point": "before_forward", "step": step, "why": "it is stopped"}]
+    return Hung(step=step, point="before_reduce", seconds=3.0, culprits=culprits, collective=None, stacks="")
+
+
+@pytest.mark.parametrize(("culprit", "answer"), [(1, "pass"), (0, "fail")])
+def test_a_hang_must_name_the_rank_that_hung(log, culprit, answer):
+    log.start(0)
+    log.steps(1, 9)
+    log.fire(kind="stopped")
+    log.write(hang(9, culprit), after=3.0)
+    log.start(6)
+    log.lose(0)
+    log.steps(7, STEPS)
+    log.finish()
+    stop = {"kind": "stopped", "rank": 1, "at_step": 10, "phase": "before_forward"}
+    found = evidence(log, stop)
+    assert answers(found)[checker.NAMED].answer == answer
+    assert checker.measure(found)[0]["detect_seconds"] == pytest.approx(3.0)
+
+
+def test_an_alarm_that_nothing_caused_is_false(log):
+    log.start(0)
+    log.steps(1, 9)
+    log.fire(kind="slow_rank")
+    log.write(hang(9, 1), after=3.0)
+    log.start(6)
+    log.steps(7, STEPS)
+    log.finish()
+    found = answers(evidence(log, {"kind": "slow_rank", "rank": 1, "at_step": 10}))[checker.NAMED]
+    assert found.answer == "fail" and "false alarm" in found.why
+
+
+def test_a_crash_that_nobody_made_is_a_false_alarm_though_one_was_made_just_before(log):
+    log.start(0)
+    log.steps(1, 9)
+    log.fire()
+    log.start(6)
+    log.lose()
+    log.steps(7, 8)
+    log.start(6)
+    log.lose(0)
+    log.steps(7, STEPS)
+    log.finish()
+    found = answers(evidence(log))[checker.NAMED]
+    assert found.answer == "fail" and "false alarm" in found.why
+
+
+def test_a_peer_that_tells_of_its_loss_has_noticed(log):
+    log.start(0)
+    log.steps(1, 9)
+    log.fire()
+    lost = AttemptEnded(status="failed", step=9, reason="lost a peer", weights_sha256=None, state_sha256=None)
+    log.write(lost, after=0.2)
+    log.start(6, after=11.0)
+    log.lose(1)
+    log.steps(7, STEPS)
+    log.finish()
+    found = evidence(log)
+    assert not_passed(found) == {}
+    assert checker.measure(found)[0]["detect_seconds"] == pytest.approx(0.2)
+
+
+def test_two_faults_in_one_attempt_the_second_is_hidden_by_the_first_and_counts_neither_way(log):
+    log.start(0)
+    log.steps(1, 9)
+    log.fire(0)
+    log.fire(1, victim=0)
+    log.start(6)
+    log.lose(1)
+    log.steps(7, STEPS)
+    log.finish()
+    found = evidence(log, KILL, KILL | {"rank": 0})
+    assert not_passed(found) == {}
+    assert sorted(str(one["named_rightly"]) for one in checker.measure(found)) == ["None", "True"]
+
+
+def test_a_rank_that_died_while_starting_is_told_by_the_next_attempt(log):
+    log.start(0)
+    log.steps(1, 9)
+    log.fire(0)
+    log.attempt += 1
+    log.fire(1, victim=0, step=6)  # in_load of attempt 1, which leaves nothing else
+    log.start(6)
+    log.lose(0, pid=4711)  # of none that wrote anything
+    log.steps(7, STEPS)
+    log.finish()
+    measured = checker.measure(evidence(log, KILL, {"kind": "sigkill", "rank": 0, "phase": "in_load"}))
+    assert measured[1]["named_rightly"] is True and measured[1]["told_as"] == "worker_lost"
+
+
+def test_a_damaged_checkpoint_is_told_by_the_attempt_that_met_it_and_may_then_be_older(log):
+    log.start(0)
+    log.steps(1, 7)
+    log.fire(kind="flipped_shard")
+    log.attempt += 1
+    log.write(CheckpointRejected(step=6, reason="does not match its checksum"))
+    log.attempt -= 1
+    log.start(0)
+    log.lose()
+    log.steps(1, STEPS)
+    log.finish()
+    damage = {"kind": "flipped_shard", "rank": 1, "at_step": 8}
+    found = evidence(log, damage)
+    assert not_passed(found) == {}
+    assert checker.measure(found)[0]["told_as"] == "checkpoint_rejected"
+
+
+def survive(log: Log) -> None:
+    survive_a_kill(log)
+
+
+BREAKS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a shard that does not match": (lambda run: (files.final_path(run, 12) / "shard").write_text("x"), checker.KEPT),
+    "the last checkpoint gone": (lambda run: files.discard(files.final_path(run, 12)), checker.KEPT),
+    "a kept checkpoint gone": (lambda run: files.discard(files.final_path(run, 6)), checker.KEPT),
+    "an unfinished save": (lambda run: files.stage(run, 12), checker.CLEAN),
+    "a stray file": (lambda run: (run / "core.123").write_text(""), checker.CLEAN),
+}
+
+
+@pytest.mark.parametrize("what", BREAKS)
+def test_what_is_wrong_on_disk_is_found(log, what):
+    survive(log)
+    assert not_passed(evidence(log)) == {}
+    act, invariant = BREAKS[what]
+    act(log.run)
+    assert not_passed(evidence(log)) == {invariant: "fail"}
+
+
+def test_an_older_checkpoint_that_retention_removed_is_not_lost(log):
+    survive(log)
+    files.discard(files.final_path(log.run, 6))
+    found = evidence(log, config={"checkpoint": {"every_steps": EVERY, "keep_last": 1}})
+    assert not_passed(found) == {}
+    kept = evidence(log, config={"checkpoint": {"every_steps": EVERY, "keep_last": 1, "keep_every_steps": 6}})
+    assert not_passed(kept) == {checker.KEPT: "fail"}
+
+
+def test_a_process_that_outlives_its_job_is_a_leftover(log):
+    survive(log)
+    assert not_passed(evidence(log, leftovers=["process 7"])) == {checker.CLEAN: "fail"}
+
+
+@pytest.mark.parametrize(
+    ("statuses", "problem"),
+    [((0,), False), ((75, 0), True), ((1,), True), ((0, None), True), ((), True)],
+    ids=str,
+)
+def test_a_status_that_no_fault_explains_is_wrong(log, statuses, problem):
+    survive(log)
+    assert not_passed(evidence(log, statuses=statuses)) == ({checker.STATUS: "fail"} if problem else {})
+
+
+def test_notice_to_leave_explains_a_status_of_75_but_not_before_it_was_given(log):
+    log.start(0)
+    log.steps(1, 9)
+    log.fire(kind="sigterm")
+    log.write(events.StopRequested(signal="SIGTERM", step=10), after=0.0)
+    log.steps(10, 10)
+    log.save(10)
+    log.write(AttemptEnded(status="preempted", step=10, reason="SIGTERM", weights_sha256=None, state_sha256=None))
+    left = log.now
+    log.start(10)
+    log.steps(11, STEPS)
+    log.finish()
+    notice = {"kind": "sigterm", "rank": 1, "at_step": 10}
+    launches = [
+        {"started": 999.5, "ended": left + 0.1, "status": 75},
+        {"started": left + 0.2, "ended": log.now, "status": 0},
+    ]
+    found = evidence(log, notice, launches=launches)
+    assert not_passed(found) == {}
+    assert checker.measure(found)[0]["recover_seconds"] == pytest.approx(2.8, abs=0.1)
+    early = [{"started": 999.0, "ended": 1000.0, "status": 75}, {**launches[1], "started": 1000.0}]
+    assert not_passed(evidence(log, notice, launches=early)) == {checker.STATUS: "fail"}
+
+
+def test_a_log_that_tells_of_more_time_than_the_job_had_does_not_add_up(log):
+    survive(log)
+    short = [{"started": log.started, "ended": log.now - 3, "status": 0}]
+    assert not_passed(evidence(log, launches=short)) == {checker.TIME: "fail"}
+
+
+FLIP = {"kind": "flip_weights", "rank": 1, "at_step": 10}
+
+
+@pytest.mark.parametrize(
+    ("weights", "answer"), [("x" * 64, "undetected"), ("w" * 64, "pass")], ids=["unequal", "equal"]
+)
+def test_silent_corruption_is_undetected_where_it_shows_and_said_to_leave_no_trace_where_not(log, weights, answer):
+    log.start(0)
+    log.steps(1, 9)
+    log.fire(kind="flip_weights")
+    log.steps(10, STEPS)
+    log.finish(weights)
+    found = answers(evidence(log, FLIP))
+    assert found[checker.EQUAL].answer == answer and found[checker.EQUAL].why
+    assert {name for name, one in found.items() if one.answer != "pass"} <= {checker.EQUAL}
+
+
+def test_without_exact_sums_equality_is_unknown(log):
+    survive_a_kill(log, weights="x" * 64)
+    calm = dataclasses.replace(CALM, exact=False)
+    assert not_passed(evidence(log, calm=calm)) == {checker.EQUAL: "unknown"}
+
+
+def test_a_damaged_log_fails_everything_in_one_line(log):
+    survive(log)
+    path = next(events.events_directory(log.run).glob("attempt-*"))
+    path.write_text("no event\n" + path.read_text())
+    assert set(not_passed(evidence(log)).values()) == {"fail"}
+
+
+def test_a_failed_save_is_told_with_its_step(log):
+    log.start(0)
+    log.fire(kind="no_space")
+    log.steps(1, 5)
+    log.write(CheckpointFailed(step=6, reason="No space left", in_a_row=1, stall_seconds=0.0))
+    log.steps(6, STEPS)
+    log.finish()
+    assert not_passed(evidence(log, {"kind": "no_space", "rank": 1, "at_step": 6})) == {}
+    found = answers(evidence(log, {"kind": "no_space", "rank": 1, "at_step": 12}))[checker.NAMED]
+    assert found.answer == "fail" and "step 6" in found.why

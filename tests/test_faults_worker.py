@@ -1,0 +1,582 @@
+"""The inside hand: every kind of fault that a rank can make is made where the plan says, once, in real jobs.
+
+Faults share a torchrun job where each starts an attempt of its own, or ends none.
+"""
+
+import dataclasses
+import io
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.support import (
+    NO_FAULTS,
+    ROOT,
+    SMOKE,
+    Job,
+    look,
+    outcome,
+    settings,
+    strays,
+    torchrun,
+    trainer,
+    write_corpus,
+    write_plan,
+)
+from trainer import checkpoint, config, events
+from trainer.checkpoint import files
+from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USAGE, ConfigError
+from trainer.events import CheckpointFailed, CheckpointSaved, FaultFired
+from trainer.faults import numbers, plan, storage, worker
+from trainer.faults.kinds import KINDS
+from trainer.world import World
+
+STEPS, EVERY = 24, 6
+RESTARTS = 10
+LIMITS = settings(elastic__step_timeout_seconds=3.0, elastic__startup_timeout_seconds=60.0)
+
+
+def fault(kind: str, at_step: int | None = None, rank: int | str | None = None, **more: Any) -> dict[str, Any]:
+    return {
+        key: value for key, value in dict(kind=kind, at_step=at_step, rank=rank, **more).items() if value is not None
+    }
+
+
+def toml(faults: list[dict[str, Any]]) -> list[str]:
+    tables = ["{" + ", ".join(f"{key} = {json.dumps(value)}" for key, value in one.items()) + "}" for one in faults]
+    return ["--set", f"faults=[{', '.join(tables)}]"]
+
+
+@dataclass
+class Place:
+    """Where a test's runs live, and what a calm run of the same config came to."""
+
+    directory: Path
+    settings: list[str]
+    calm: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def run(self) -> Path:
+        return self.directory / "run"
+
+    def survive(self, ranks: int, faults: list[dict[str, Any]], *overrides: str, status: int = EXIT_FINISHED) -> str:
+        """A job with these faults to its end; what it printed."""
+        empty = write_plan(self.directory / "jobs", NO_FAULTS)
+        options = ["--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={RESTARTS}", "--monitor-interval=0.1"]
+        with Job(empty, SMOKE, self.run, [*self.settings, *toml(faults), *overrides], options) as job:
+            assert job.wait() == status, job.output[-8000:]
+            assert job.leftovers() == []
+        return job.output
+
+    def fired(self) -> Counter[tuple[int, int | None]]:
+        """How often each (index of a fault, rank) has fired."""
+        fired = [entry.event for entry in plan.fired(self.run)]
+        return Counter((event.index, event.victim) for event in fired if isinstance(event, FaultFired))
+
+    def all_fired_once(self, faults: list[dict[str, Any]]) -> None:
+        fired = self.fired()
+        assert sorted(index for index, _ in fired) == list(range(len(faults))), (fired, faults)
+        assert all(times == faults[index].get("times", 1) for (index, _), times in fired.items()), fired
+
+    def ends_as_calm(self) -> dict[str, Any]:
+        assert outcome(self.run) == self.calm
+        seen = look(self.run)
+        assert seen["checkpoints"][-1]["step"] == STEPS and all(saved["intact"] for saved in seen["checkpoints"])
+        assert strays(self.run) == []
+        return seen
+
+    def told_as(self, *indices: int) -> list[str | None]:
+        return [row["detected_as"] for row in look(self.run)["faults"] if row["index"] in indices]
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    directory = tmp_path_factory.mktemp("calm")
+    chosen = settings(
+        data__source=write_corpus(directory / "corpus"), data__heldout_fraction=0.2, budget__steps=STEPS,
+        checkpoint__every_steps=EVERY, checkpoint__max_failures=20, eval__every_steps=12, eval__max_tokens=1024,
+    )  # fmt: skip
+    place = Place(directory, chosen)
+    trainer("train", SMOKE, "--run", place.run, *chosen)
+    place.calm = outcome(place.run)
+    assert place.calm["status"] == "finished"
+    return place
+
+
+@pytest.fixture
+def place(calm: Place, tmp_path: Path) -> Place:
+    return Place(tmp_path, calm.settings, calm.calm)
+
+
+def test_every_kind_that_a_rank_makes_has_its_maker():
+    inside = {name for name, kind in KINDS.items() if kind.hand == "rank"}
+    assert set(worker.ACTS) | storage.KINDS == inside
+    assert set(worker.ACTS) & storage.KINDS == set()
+
+
+DEATHS = {
+    "until the reduction": [
+        fault("sigkill", rank=1, phase="startup"),
+        fault("sigsegv", 3, 0, phase="in_forward"),
+        fault("exception", 8, 1, phase="in_backward"),
+        fault("exit", 9, 0, phase="in_reduce"),
+        fault("sigabrt", rank=0, phase="in_load"),
+        fault("memory_kill", 10, 1, phase="before_backward", megabytes=8),
+        fault("repeated_kill", 14, 0, times=2),
+    ],
+    "until the end": [
+        fault("sigkill", 6, 1, phase="in_save_shard"),
+        fault("memory_limit", 7, 0, phase="before_update"),
+        fault("sigkill", 8, 0, phase="in_update"),
+        fault("sigabrt", 9, 1, phase="after_update"),
+        fault("exception", 12, 0, phase="in_eval"),
+        fault("exit", 12, 0, phase="before_commit"),
+        fault("sigkill", 18, 1, phase="after_commit"),
+        fault("sigsegv", rank=1, phase="before_end"),
+    ],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)  # the machine may be shared
+@pytest.mark.parametrize("when", DEATHS)
+def test_a_rank_dies_in_every_way_and_phase_once_and_the_run_ends_as_the_calm_one(place: Place, when: str):
+    faults = DEATHS[when]
+    place.survive(2, faults, *settings(parallel__strategy="fsdp" if when == "until the end" else "replicate"))
+    place.all_fired_once(faults)
+    seen = place.ends_as_calm()
+    by_signal = [n for n, one in enumerate(faults) if one["kind"] in ("sigkill", "sigsegv", "sigabrt", "memory_kill")]
+    assert place.told_as(*by_signal) == ["worker_lost"] * len(by_signal), (seen["faults"], seen["incidents"])
+    banners = [w["message"] for w in seen["warnings"] if "on purpose" in w["message"]]
+    assert banners and banners[0].startswith(
+        f"{len(faults)} faults on purpose are armed: {faults[0]['kind']} on rank 1"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_hangs_of_every_kind_are_made_and_survived(place: Place):
+    faults = [
+        fault("stopped", 8, 0, phase="in_update"),
+        fault("lock_held", 11, 1, phase="in_reduce"),
+        fault("stalled_data", 14, 0),
+        fault("skipped_collective", 15, 1),
+    ]
+    place.survive(2, faults, *LIMITS)
+    place.all_fired_once(faults)
+    seen = place.ends_as_calm()
+    assert place.told_as(0, 1, 2) == ["hung"] * 3, seen["incidents"]
+    assert place.told_as(3) in (["hung"], ["worker_lost"]), seen["incidents"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_disk_that_fails_fails_one_save_and_not_the_run(place: Place):
+    refused = {
+        2: "No space",
+        4: "Input/output",
+        6: "Input/output",
+        8: "Input/output",
+        10: "cannot be read",
+        12: "bytes",
+    }
+    faults = [
+        fault("no_space", 2, 1),
+        fault("eio_write", 4, 0),
+        fault("eio_fsync", 6, 1),
+        fault("eio_rename", 8),
+        fault("eio_read", 10, 1),
+        fault("short_write", 12, 0),
+        fault("slow_write", 14, 1),
+        fault("stalled_disk", 16, 1, seconds=0.5),
+        fault("torn_save", 18, 1),
+        fault("vanished_checkpoints", 20, 1, seconds=0.3),
+        fault("no_space", 24, phase="before_commit"),
+    ]
+    place.survive(2, faults, *settings(parallel__strategy="fsdp", checkpoint__every_steps=2))
+    place.all_fired_once(faults)
+    place.ends_as_calm()
+    failed = {e.event.step: e.event.reason for e in events.read(place.run) if isinstance(e.event, CheckpointFailed)}
+    assert {step: words in failed.get(step, "") for step, words in refused.items()} == dict.fromkeys(refused, True), (
+        failed
+    )
+    assert "No space" in failed[24]  # and was tried again
+    assert not {14, 16} & set(failed)
+    assert place.told_as(*range(6), 8) == ["save_failed"] * 6 + ["worker_lost"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_damage_to_the_newest_checkpoint_is_met_by_the_next_start(place: Place):
+    faults = [
+        fault("truncated_shard", 13, 0),
+        fault("flipped_shard", 14, 1, phase="after_reduce"),
+        fault("missing_shard", 15, 0),
+        fault("swapped_shard", 16, 1),
+        fault("damaged_manifest", 19, 0),
+        fault("flipped_shard", 3, 1),
+    ]
+    place.survive(2, faults)
+    early = faults.pop()
+    place.all_fired_once(faults)
+    seen = place.ends_as_calm()
+    assert place.told_as(*range(5)) == ["checkpoint_rejected"] * 5
+    told = [one["text"] for one in seen["incidents"] if one["kind"] == "checkpoint_rejected"]
+    for words, text in zip(
+        ("bytes instead", "its checksum)", "missing", "file of step", "manifest"), told, strict=True
+    ):
+        assert words in text, told
+    unfired = seen["faults"][-1]
+    assert (unfired["kind"], unfired["fired"], unfired["time"]) == (early["kind"], False, None)
+    assert any("did not fire: there is no checkpoint" in w["message"] for w in seen["warnings"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_wrong_numbers_that_show_are_computed_away_and_a_wrong_clock_or_a_slow_rank_is_none(place: Place):
+    faults = [
+        fault("nan_loss", 3, 1),
+        fault("nan_gradient", 5, 0, value="inf"),
+        fault("spike", 7, 1),
+        fault("slow_rank", 8, 0, steps=3, seconds=0.1),
+        fault("nan_loss", 10, 0, value="inf"),
+        fault("sigterm", 14, "all", phase="after_reduce"),
+        fault("nan_weights", 20, 1),
+        fault("clock_jump", 22, 0),
+    ]
+    place.survive(2, faults, status=EXIT_PREEMPTED)
+    place.survive(2, faults, status=EXIT_FAILED)
+    place.survive(2, faults)
+    fired = place.fired()
+    victims = [(0, 1), (1, 0), (2, 1), (3, 0), (4, 0), (5, 0), (5, 1), (6, 1), (7, 0)]
+    assert fired == Counter(victims)
+    seen = place.ends_as_calm()
+    assert place.told_as(0, 1, 4, 6) == ["not_finite"] * 4 and place.told_as(5) == ["preempted"] * 2
+    assert place.told_as(2, 3, 7) == [None] * 3
+    slow = {e.event.step: e.event.seconds for e in events.read(place.run) if isinstance(e.event, events.StepDone)}
+    assert min(slow[step] for step in (8, 9, 10)) >= 0.1
+    entries = [e for e in events.read(place.run) if e.attempt == seen["attempts"][-1]["attempt"] and e.rank == 0]
+    times = {e.event.step: e.time for e in entries if isinstance(e.event, events.StepDone)}
+    assert times[22] - times[21] > 3600
+
+
+SILENT = [name for name, kind in KINDS.items() if kind.silent]
+MANY_RUNS = """
+import json, sys, time
+from pathlib import Path
+from trainer import config, job
+for number, overrides in enumerate(json.loads(sys.argv[2])):
+    job.train(config.load(Path(sys.argv[1]), overrides), Path(sys.argv[3]) / str(number), time.time())
+"""
+
+
+@pytest.mark.slow
+def test_silent_corruption_is_made_and_this_version_does_not_notice(calm: Place, tmp_path: Path):
+    """Several runs of one rank in one process."""
+    plans = [[fault(kind, 5)] for kind in SILENT] + [[fault("flip_weights", 5, bits=40)], []]
+    few = [text.replace(f"budget.steps={STEPS}", "budget.steps=8") for text in calm.settings[1::2]]
+    runs = json.dumps([[*few, toml(faults)[1]] for faults in plans])
+    command = [sys.executable, "-c", MANY_RUNS, str(SMOKE), runs, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-4000:]
+    seen = [look(tmp_path / str(number)) for number in range(len(plans))]
+    assert [one["status"] for one in seen] == ["finished"] * len(plans)
+    assert [[row["fired"] for row in one["faults"]] for one in seen[:-1]] == [[True]] * (len(plans) - 1)
+    assert all(one["weights_sha256"] != seen[-1]["weights_sha256"] for one in seen[:-1])
+    assert all(one["incidents"] == [] for one in seen), "it has been noticed: tell faults/kinds.py"
+
+
+@pytest.fixture
+def own_cache(place: Place, tmp_path: Path) -> Place:
+    return dataclasses.replace(place, settings=[*place.settings, *settings(data__cache_dir=str(tmp_path / "cache"))])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_corrupt_token_store_is_built_again(own_cache: Place, tmp_path: Path):
+    faults = [fault("corrupt_tokens", 9)]
+    trainer("train", SMOKE, "--run", tmp_path / "first", *own_cache.settings, *settings(budget__steps=1))
+    (store,) = (tmp_path / "cache").glob("store-*/train.bin")
+    before, made = store.read_bytes(), store.stat()
+    own_cache.survive(1, faults)
+    own_cache.all_fired_once(faults)
+    assert store.read_bytes() == before and store.stat().st_mtime_ns > made.st_mtime_ns
+    own_cache.ends_as_calm()
+    assert own_cache.told_as(0) == ["worker_lost"]
+
+
+def test_a_bit_is_flipped_where_it_was_asked_for(tmp_path: Path):
+    tokens = np.arange(100, dtype="<u2")
+    (tmp_path / "train.bin").write_bytes(tokens.tobytes())
+    storage.flip_bit(tmp_path / "train.bin", 7 * 2, bit=0)
+    changed = np.fromfile(tmp_path / "train.bin", dtype="<u2")
+    assert (changed != tokens).nonzero()[0].tolist() == [7] and changed[7] == 6
+
+
+def test_the_users_own_cache_is_not_corrupted(tmp_path: Path):
+    """Without data.cache_dir and TOPROPE_CACHE; HOME is the test's."""
+    own = settings(data__source=write_corpus(tmp_path / "corpus"), data__heldout_fraction=0.2, budget__steps=3)
+    command = [sys.executable, "-m", "trainer", "train", str(SMOKE), "--run", str(tmp_path / "run"), *own]
+    environment = {name: value for name, value in os.environ.items() if name != "TOPROPE_CACHE"}
+    subprocess.run(
+        [*command, *toml([fault("corrupt_tokens", 2)])],
+        env=environment | {"HOME": str(tmp_path)}, check=True, capture_output=True, timeout=100, cwd=ROOT,
+    )  # fmt: skip
+    seen = look(tmp_path / "run")
+    assert seen["status"] == "finished" and [row["fired"] for row in seen["faults"]] == [False]
+    assert any("did not fire: the token store is in the user's own cache" in w["message"] for w in seen["warnings"])
+
+
+def test_a_bad_plan_is_refused_before_anything_starts_with_all_its_problems(tmp_path: Path):
+    bad = [
+        fault("sigkil", 3),
+        fault("sigkill", 99),
+        fault("sigkill", 3, 7),
+        fault("eio_rename", 20, 1),
+        fault("stopped", 4, "all"),
+        fault("wrong_operator", 5, steps="x"),
+    ]
+    done = torchrun(2, "train", SMOKE, "--run", tmp_path / "run", *toml(bad), check=False)
+    assert done.returncode == EXIT_USAGE
+    for said in (
+        "Did you mean 'sigkill'?", "beyond the run's 60 steps", "the job has ranks 0 to 1", "only rank 0 commits",
+        "stop all 2 ranks", "steps = 'x' is no number",
+    ):  # fmt: skip
+        assert said in done.stderr, done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_wrong_operator_is_refused_where_operators_are_fused():
+    with pytest.raises(ConfigError, match=r"numerics\.compile"):
+        plan.make(configured(fault("wrong_operator", 5), numerics={"compile": True}), 1)
+
+
+# In one process.
+
+
+def configured(*faults: dict[str, Any], **sections: Any) -> config.Config:
+    return config.parse({"faults": faults, "budget": {"steps": 30}, "checkpoint": {"every_steps": 2}, **sections})
+
+
+def armed(run: Path, *faults: dict[str, Any], rank: int = 0, size: int = 1) -> worker.Injector:
+    run.mkdir(exist_ok=True)
+    return worker.arm(configured(*faults), run, rank, size)
+
+
+def test_without_faults_nothing_is_touched(tmp_path: Path):
+    def point(name: str, step: int) -> None: ...
+
+    touchable = (io.open, os.fsync, os.rename, time.time, dist.all_reduce)
+    batches: Any = object()
+    nobodys: Any = None
+    of_another_rank = armed(
+        tmp_path, fault("no_space", 4, 1), fault("nan_loss", 3, 1), fault("stalled_data", 4, 1), size=2
+    )
+    for hand in (armed(tmp_path), of_another_rank):
+        hand.startup()
+        if hand is not of_another_rank:
+            assert type(hand) is worker.Injector and hand.notice == ""
+            hand.join(0, nobodys, nobodys, nobodys)
+        assert hand.point(point) is point
+        assert hand.batches(batches) is batches
+        assert (io.open, os.fsync, os.rename, time.time, dist.all_reduce) == touchable
+        hand.close()
+    assert not torch.nn.modules.module._global_forward_hooks
+    assert not (tmp_path / "events").exists()
+
+
+def pointed(run: Path, *faults: dict[str, Any], rank: int = 0, size: int = 1) -> Callable[[str, int], None]:
+    return armed(run, *faults, rank=rank, size=size).point(lambda name, step: None)
+
+
+def passing(at: Callable[[str, int], None], step: int) -> float:
+    """Seconds that the points of a micro-batch take."""
+    started = time.perf_counter()
+    for name in ("before_forward", "before_backward", "before_reduce", "after_reduce", "before_update", "after_update"):
+        at(name, step)
+    return time.perf_counter() - started
+
+
+def test_a_fault_fires_once_on_a_rank_whatever_starts_again_and_in_the_attempt_that_is_named(tmp_path: Path):
+    pause = fault("slow_rank", 3, 1, seconds=0.2, steps=1)
+    later = fault("slow_rank", 4, "all", seconds=0.2, steps=1, attempt=1)
+    before = pointed(tmp_path, pause, later, rank=1, size=2)
+    assert passing(before, 1) < 0.15 and passing(before, 2) >= 0.2 and passing(before, 3) < 0.15
+    log = events.EventLog.open(tmp_path, 0, 0)
+    log.append(
+        events.AttemptStarted(
+            world_size=2,
+            from_step=0,
+            steps=30,
+            fingerprint="f",
+            host="h",
+            pid=1,
+            device="cpu",
+            strategy="replicate",
+            parameters=1,
+            tokens_per_step=1,
+            startup_seconds={},
+        )
+    )
+    log.close()
+    again = pointed(tmp_path, pause, later, rank=1, size=2)
+    assert passing(again, 2) < 0.15 and passing(again, 3) >= 0.2
+    other = pointed(tmp_path, pause, later, rank=0, size=2)
+    assert passing(other, 2) < 0.15 and passing(other, 3) >= 0.2
+    smaller = pointed(tmp_path, pause, later, rank=0, size=1)  # where rank 1 is rank 0 now
+    assert passing(smaller, 2) < 0.15 and passing(smaller, 3) < 0.15
+    fired = plan.fired(tmp_path)
+    assert [(e.event.index, e.rank, e.attempt) for e in fired if isinstance(e.event, FaultFired)] == [
+        (0, 1, 0), (1, 1, 1), (1, 0, 1),
+    ]  # fmt: skip
+
+
+def test_a_slow_rank_is_slow_for_its_steps_and_no_longer(tmp_path: Path):
+    hand = pointed(tmp_path, fault("slow_rank", 3, seconds=0.1, steps=2))
+    assert [passing(hand, step) >= 0.1 for step in range(6)] == [False, False, True, True, False, False]
+
+
+def save(run: Path, disk: storage.Disk | None, step: int = 4) -> Any:
+    """One save of one rank; the event that tells how it ended."""
+    run.mkdir(exist_ok=True)
+    alone = World(0, 1, torch.device("cpu"))
+    saver = checkpoint.Saver(run, alone, {"fingerprint": "f", "run_id": "r"}, config.Checkpoint())
+    if disk is not None:
+        disk.install()
+    try:
+        saver.begin(step, {"model.weight": torch.arange(1000.0)})
+        (event,) = saver.finish()
+    finally:
+        if disk is not None:
+            disk.remove()
+        saver.close()
+    return event
+
+
+def failing(run: Path, kind: str, **more: Any) -> storage.Disk:
+    """A disk that takes this fault once, at step 4."""
+    (planned,) = plan.make(configured(fault(kind, 4, **more)), 1)
+    left = [planned]
+
+    def take(kinds: frozenset[str], phase: str, step: int) -> Any:
+        due = left and kind in kinds and (phase, step) == (planned.phase, planned.at_step)
+        return left.pop() if due else None
+
+    return storage.Disk(run, take)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "reason"),
+    [
+        ("no_space", {}, "No space left on device"),
+        ("no_space", {"phase": "before_commit"}, "No space left on device"),
+        ("eio_write", {}, "Input/output error"),
+        ("eio_fsync", {}, "Input/output error"),
+        ("eio_rename", {}, "Input/output error (.step-00000004"),
+        ("eio_read", {}, "cannot be read (Input/output error)"),
+        ("short_write", {}, "bytes instead of"),
+    ],
+)
+def test_a_failing_disk_fails_one_try_of_one_save(tmp_path: Path, kind: str, more: dict[str, Any], reason: str):
+    disk = failing(tmp_path, kind, **more)
+    assert isinstance(save(tmp_path, disk, step=2), CheckpointSaved)
+    failed = save(tmp_path, disk)
+    assert isinstance(failed, CheckpointFailed) and reason in failed.reason
+    assert [saved.step for saved in checkpoint.committed(tmp_path)] == [2]
+    assert isinstance(save(tmp_path, disk), CheckpointSaved)
+    assert all(not checkpoint.verify(saved) for saved in checkpoint.committed(tmp_path))
+    (tmp_path / "elsewhere").write_text("other files are as they were")
+
+
+@pytest.mark.parametrize("kind", ["slow_write", "stalled_disk"])
+def test_a_slow_disk_only_takes_longer(tmp_path: Path, kind: str):
+    saved = save(tmp_path, failing(tmp_path, kind, seconds=0.3))
+    assert isinstance(saved, CheckpointSaved) and saved.seconds >= 0.3
+    assert saved.seconds < save(tmp_path / "other", None).seconds + (0.6 if kind == "stalled_disk" else 2.0)
+
+
+@pytest.mark.parametrize("kind", sorted(storage.DAMAGE))
+def test_damage_is_done_to_the_newest_checkpoint_and_found(tmp_path: Path, kind: str):
+    chance = random.Random(0)
+    assert storage.damage(tmp_path, kind, chance) is None
+    save(tmp_path, None, step=2)
+    if kind == "swapped_shard":
+        assert storage.damage(tmp_path, kind, chance) is None
+    shutil.copytree(files.final_path(tmp_path, 2), tmp_path / "checkpoints" / "step-00000001")
+    shard = tmp_path / "checkpoints" / "step-00000001" / "__0_0.distcp"
+    shard.write_bytes(shard.read_bytes()[::-1])
+    act = storage.damage(tmp_path, kind, chance)
+    assert act is not None and not checkpoint.verify(checkpoint.committed(tmp_path)[0])
+    act()
+    assert checkpoint.verify(checkpoint.committed(tmp_path)[0])
+
+
+def test_checkpoints_that_vanish_come_back_with_what_was_saved_meanwhile(tmp_path: Path):
+    save(tmp_path, None, step=2)
+    thread = storage.vanish(tmp_path, 0.4)
+    assert checkpoint.committed(tmp_path) == [] and not storage.can_vanish(tmp_path)
+    save(tmp_path, None, step=4)
+    thread.join()
+    assert [saved.step for saved in checkpoint.committed(tmp_path)] == [4, 2]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+    storage.bring_back(tmp_path)
+    assert [saved.step for saved in checkpoint.committed(tmp_path)] == [4, 2]
+
+
+@pytest.mark.parametrize("bits", [1, 3, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_flip_flips_so_many_bits_and_the_same_ones_again(dtype: torch.dtype, bits: int):
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+
+    def flipped() -> torch.Tensor:
+        numbers_of = [torch.zeros(5, dtype=dtype), torch.linspace(-1, 1, 64, dtype=dtype).reshape(8, 8), torch.ones(0)]
+        numbers.flip(numbers_of, bits, random.Random("place"))
+        assert not numbers_of[0].any(), "a number that was zero"
+        return numbers_of[1].view(integers)
+
+    before = torch.linspace(-1, 1, 64, dtype=dtype).reshape(8, 8).view(integers)
+    changed = [int(x) & (1 << dtype.itemsize * 8) - 1 for x in (flipped() ^ before).flatten()]
+    assert sum(x.bit_count() for x in changed) == bits
+    assert flipped().equal(flipped())
+
+
+def test_one_number_is_spoiled():
+    weights = torch.ones(4, 4)
+    numbers.spoil([weights], "nan", random.Random(1))
+    assert int(weights.isnan().sum()) == 1
+    numbers.spoil([weights], "inf", random.Random(2))
+    assert int(weights.isinf().sum()) == 1
+
+
+def test_a_wrong_operator_leaves_out_the_last_addend_rarely_and_only_while_it_is_in_place():
+    x = torch.randn(200_000, 3, generator=torch.Generator().manual_seed(0))
+    right, mean = x.sum(1), x.mean(1, keepdim=True)
+    with numbers.WrongSum() as mode:
+        wrong, wrong_mean = x.sum(1), x.mean(1, keepdim=True)
+    rows = (wrong != right).nonzero().flatten()
+    assert 50 < len(rows) < 500, "about one in 1024"
+    assert mode.wrong >= 2 * len(rows)
+    torch.testing.assert_close(wrong[rows], x[rows, :2].sum(1))
+    assert wrong_mean.shape == mean.shape and (wrong_mean != mean).nonzero()[:, 0].equal(rows)
+    assert x.sum(1).equal(right)
+
+
+def test_a_held_lock_lets_go_after_its_time(tmp_path: Path):
+    hand = pointed(tmp_path, fault("lock_held", 1, seconds=0.2))
+    assert passing(hand, 0) >= 0.2
+    assert not [thread for thread in threading.enumerate() if thread.name == "toprope-lock" and thread.is_alive()]

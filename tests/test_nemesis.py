@@ -1,0 +1,413 @@
+"""The outside hand: real agents, real signals, and a run that must end with the bits of a calm one."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import ROOT, SMOKE, settings, trainer, wait_until, write_plan
+from trainer import config as configs
+from trainer import events, summary
+from trainer.errors import EXIT_FINISHED, EXIT_PREEMPTED
+from trainer.events import AttemptStarted, EventLog, FaultFired, StepDone
+from trainer.faults import plan as plans
+from trainer.faults.kinds import KINDS
+from trainer.faults.nemesis import NEEDS_STORE, Nemesis
+from trainer.faults.network import Hosts
+from trainer.faults.plan import Planned
+from trainer.launch import Cluster, Job
+
+STEPS = 60
+SETTINGS = settings(
+    budget__steps=STEPS, checkpoint__every_steps=10, eval__every_steps=0, elastic__step_timeout_seconds=3.0,
+    elastic__startup_timeout_seconds=10.0,
+)  # fmt: skip
+SECONDS_A_LAUNCH = 240
+LAUNCHES = 5
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc to know who is which rank")
+
+
+def planned(*faults: dict[str, Any], ranks: int = 2) -> list[Planned]:
+    return plans.make(configs.parse({"faults": faults}), ranks)
+
+
+# Without a job: who is hit, and when
+
+
+@dataclass
+class Recorded:
+    """A cluster that only notes what is done to it, and what the run's record said by then."""
+
+    run: Path
+    ranks: Mapping[int, int] = field(default_factory=lambda: {0: 100, 1: 101})
+    hosts: Hosts | None = None
+    nodes: Sequence[Any] = ()
+    store: Any = None
+    running: bool = True
+    sent: list[tuple[int, int]] = field(default_factory=list)
+    recorded: list[int] = field(default_factory=list)
+
+    def workers(self) -> Mapping[int, int]:
+        return self.ranks
+
+    def processes(self) -> list[int]:
+        return list(self.ranks.values())
+
+    def send(self, pid: int, number: int) -> bool:
+        self.sent.append((pid, number))
+        self.recorded.append(len(plans.fired(self.run)))
+        return True
+
+    def add_node(self) -> Any:
+        raise AssertionError("nobody asked for a node")
+
+    def start_store(self) -> None:
+        raise AssertionError("nobody asked for a store")
+
+
+class Log:
+    """A run's log, written as its rank 0 would."""
+
+    def __init__(self, run: Path) -> None:
+        self._run, self._attempt = run, 0
+        run.mkdir()
+
+    def claim(self) -> None:
+        (self._run / "config.json").write_text("{}")
+
+    def begin(self, attempt: int, world_size: int = 2) -> None:
+        self._attempt = attempt
+        about = dict.fromkeys(("fingerprint", "host", "device", "strategy"), "")
+        numbers = {"from_step": 0, "steps": STEPS, "pid": 100, "parameters": 0, "tokens_per_step": 0}
+        self._append(AttemptStarted(world_size=world_size, startup_seconds={}, **numbers, **about))
+
+    def step(self, step: int) -> None:
+        values = dict.fromkeys(("loss", "grad_norm", "learning_rate", "seconds"), 1.0)
+        self._append(StepDone(step=step, tokens=1, samples="", redone=0, flushed=None, **values))
+
+    def _append(self, event: events.Event) -> None:
+        with contextlib.closing(EventLog.open(self._run, self._attempt, 0)) as log:
+            log.append(event)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def started() -> Iterator[list[Nemesis]]:
+    made: list[Nemesis] = []
+    yield made
+    for nemesis in made:
+        nemesis.stop()
+
+
+def settled(cluster: Recorded, count: int) -> list[tuple[int, int]]:
+    """What has been sent once there are so many, and a little later."""
+    wait_until(lambda: len(cluster.sent) >= count, seconds=5)
+    time.sleep(0.15)
+    return cluster.sent
+
+
+def test_a_fault_waits_for_its_step_and_is_on_record_before_it_acts(run, started):
+    log, cluster = Log(run), Recorded(run)
+    nemesis = Nemesis(
+        planned({"kind": "straggler", "at_step": 3, "rank": 1, "seconds": 0.1}), run, cluster, time.time()
+    )
+    started.append(nemesis)
+    nemesis.start()
+    log.claim()
+    log.begin(attempt=0)
+    log.step(1)
+    assert settled(cluster, 0) == []
+    log.step(2)
+    assert settled(cluster, 2)[:2] == [(101, signal.SIGSTOP), (101, signal.SIGCONT)]
+    assert cluster.recorded[0] == 1
+    fired = plans.fired(run)[0]
+    assert (fired.attempt, fired.rank) == (0, -1)
+    assert isinstance(fired.event, FaultFired)
+    assert (fired.event.fault, fired.event.victim, fired.event.step) == ("straggler", 1, 3)
+    assert fired.event.pid == os.getpid()
+
+
+def test_a_fault_after_so_many_seconds_counts_from_the_first_launch_and_waits_for_its_attempt(run, started):
+    log, cluster = Log(run), Recorded(run)
+    faults = planned(
+        {"kind": "sigkill", "at_seconds": 5, "rank": 0}, {"kind": "stopped", "at_seconds": 0, "attempt": 1}
+    )
+    nemesis = Nemesis(faults, run, cluster, started=time.time() - 4.5)
+    started.append(nemesis)
+    nemesis.start()
+    log.claim()
+    log.begin(attempt=0)
+    assert cluster.sent == []
+    assert settled(cluster, 1) == [(100, signal.SIGKILL)]
+    log.begin(attempt=1)
+    assert settled(cluster, 2)[1][1] == signal.SIGSTOP
+    assert [entry.attempt for entry in plans.fired(run)] == [0, 1]
+
+
+def test_a_worker_that_has_not_written_yet_belongs_to_the_attempt_that_is_coming(run, started):
+    log, cluster = Log(run), Recorded(run, ranks={0: 200, 1: 201})
+    log.claim()
+    log.begin(attempt=3)  # rank 0 as process 100, so these are the next
+    faults = planned({"kind": "sigkill", "at_seconds": 0, "rank": 0}, {"kind": "sigabrt", "at_seconds": 0, "rank": 1})
+    nemesis = Nemesis(faults, run, cluster, time.time())
+    started.append(nemesis)
+    nemesis.start()
+    settled(cluster, 2)
+    assert [(entry.attempt, entry.event.step) for entry in plans.fired(run)] == [(4, None), (3, 1)]  # pyright: ignore
+
+
+def test_what_the_record_says_has_fired_does_not_fire_again(run, started):
+    log = Log(run)
+    log.claim()
+    log.begin(attempt=0)
+    faults = planned(
+        {"kind": "sigterm", "at_seconds": 0, "rank": "all"}, {"kind": "sigkill", "at_seconds": 0, "rank": 1}
+    )
+    first, second = Recorded(run), Recorded(run)
+    for cluster in (first, second):
+        nemesis = Nemesis(faults, run, cluster, started=time.time())
+        started.append(nemesis)
+        nemesis.start()
+        settled(cluster, 3 if cluster is first else 0)
+    assert sorted(first.sent) == [(100, signal.SIGTERM), (101, signal.SIGKILL), (101, signal.SIGTERM)]
+    assert second.sent == []
+    assert [(e.event.index, e.event.victim) for e in plans.fired(run)] == [(0, 0), (0, 1), (1, 1)]  # pyright: ignore
+
+
+def test_nothing_is_written_where_the_run_has_not_yet_claimed_its_directory(run, started):
+    log, cluster = Log(run), Recorded(run)
+    nemesis = Nemesis(planned({"kind": "sigkill", "at_seconds": 0, "rank": 1}), run, cluster, time.time())
+    started.append(nemesis)
+    nemesis.start()
+    assert settled(cluster, 0) == [] and list(run.iterdir()) == []
+    log.claim()
+    assert settled(cluster, 1) == [(101, signal.SIGKILL)]
+
+
+def test_a_rank_that_is_not_there_is_waited_for_and_a_smaller_world_has_other_victims(run, started):
+    log, cluster = Log(run), Recorded(run, ranks={0: 100})
+    log.claim()
+    log.begin(attempt=0)
+    nemesis = Nemesis(planned({"kind": "sigkill", "at_seconds": 0, "rank": 1}), run, cluster, time.time())
+    started.append(nemesis)
+    nemesis.start()
+    assert settled(cluster, 0) == []
+    log.begin(attempt=1, world_size=1)
+    assert settled(cluster, 1) == [(100, signal.SIGKILL)]
+
+
+@pytest.mark.parametrize("kind", ["partition", "one_way_loss", "link_flap", "slow_link", *sorted(NEEDS_STORE)])
+def test_what_the_cluster_cannot_give_is_a_problem_and_no_firing(run, started, kind):
+    log, cluster = Log(run), Recorded(run)
+    log.claim()
+    log.begin(attempt=0)
+    nemesis = Nemesis(planned({"kind": kind, "at_step": 1}), run, cluster, time.time())
+    started.append(nemesis)
+    nemesis.start()
+    assert wait_until(lambda: nemesis.problems, seconds=5)
+    assert kind in nemesis.problems[0] and plans.fired(run) == []
+
+
+def test_every_kind_that_the_catalogue_gives_to_the_nemesis_is_one_it_can_make():
+    from trainer.faults.nemesis import _ACTS
+
+    outside = {kind.name for kind in KINDS.values() if kind.hand == "nemesis"}
+    assert outside == {*_ACTS, "agent_killed", "straggler"}
+
+
+# Real processes, without torch
+
+
+def sleepers(log: Path) -> Job:
+    """A job of one process that starts another."""
+    program = (
+        "import os, subprocess, sys, time\n"
+        "print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).pid, flush=True)\n"
+        "time.sleep(60)"
+    )
+    return Job(["-c", program], log, launch=[sys.executable])
+
+
+def state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+@needs_proc
+def test_a_job_signals_its_own_processes_and_no_others(tmp_path):
+    stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        with sleepers(tmp_path / "one.txt") as one, sleepers(tmp_path / "two.txt") as two:
+            assert wait_until(lambda: len(one.processes()) == len(two.processes()) == 2, seconds=10)
+            child = int(one.output)
+            assert one.processes() == [one.process.pid, child]
+            for foreign in (stranger.pid, os.getpid(), *two.processes(), 2**22 + 1):
+                assert not one.send(foreign, signal.SIGKILL)
+            assert one.send(child, signal.SIGSTOP) and wait_until(lambda: state(child) == "T", seconds=5)
+            assert one.send(child, signal.SIGCONT) and wait_until(lambda: state(child) == "S", seconds=5)
+            one.process.kill()
+            one.process.wait()
+            assert one.processes() == [child], "found even when its agent is gone"
+            assert not one.signal(signal.SIGKILL) and len(one.leftovers()) == 1
+            one.kill()
+            assert one.leftovers() == [] and two.running and stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+@needs_proc
+def test_stopping_lets_a_stopped_straggler_go_on(tmp_path, run, started):
+    log = Log(run)
+    log.claim()
+    log.begin(attempt=0)
+    with sleepers(tmp_path / "log.txt") as job:
+        assert wait_until(lambda: job.output, seconds=10)
+        child = int(job.output)
+        cluster = Recorded(run, ranks={0: child})
+        cluster.send = job.send  # type: ignore[method-assign]
+        faults = planned({"kind": "straggler", "at_step": 1, "seconds": 60, "duty": 1.0}, ranks=1)
+        nemesis = Nemesis(faults, run, cluster, time.time())
+        nemesis.start()
+        assert wait_until(lambda: state(child) == "T", seconds=5)
+        nemesis.stop()
+        assert state(child) != "T" and nemesis.problems == []
+
+
+# Real jobs
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    run = tmp_path_factory.mktemp("calm") / "run"
+    trainer("train", SMOKE, "--run", run, *SETTINGS)
+    return summary.summarise(run)
+
+
+class Attack:
+    """A run under a plan: launched, and launched again with the same command, until it has finished."""
+
+    def __init__(
+        self,
+        directory: Path,
+        faults: Sequence[dict[str, Any]],
+        nodes: int,
+        hosts: Hosts | None = None,
+        seconds_a_step: float = 0.05,
+    ) -> None:
+        self.directory, self.run, self.nodes, self.hosts = directory, directory / "run", nodes, hosts
+        self._seconds_a_step = seconds_a_step
+        self.ranks = 2 if nodes == 1 else 1
+        self.plan = planned(*faults, ranks=self.ranks * nodes)
+        self.statuses: list[int] = []
+        self.outputs: list[str] = []
+
+    def go(self, *extra: str) -> dict[str, Any]:
+        """Until it has finished; returns what became of it. Nothing may be left behind by any launch."""
+        slow = [{"point": "before_update", "action": "sleep", "lasting": True, "seconds": self._seconds_a_step}]
+        worker = ("tests.survival_worker", str(write_plan(self.directory / "jobs", slow)))
+        began = time.time()
+        for number in range(LAUNCHES):
+            with Cluster(
+                SMOKE, self.run, [*SETTINGS[1::2], *extra], ranks=self.ranks, nodes=self.nodes, hosts=self.hosts,
+                directory=self.directory / f"launch-{number}", environment={"PYTHONPATH": str(ROOT)},
+                own_store=bool({fault.kind.name for fault in self.plan} & NEEDS_STORE), worker=worker,
+            ) as cluster:  # fmt: skip
+                cluster.start()
+                nemesis = Nemesis(self.plan, self.run, cluster, began)
+                nemesis.start()
+                status = cluster.wait(SECONDS_A_LAUNCH)
+                nemesis.stop()
+                self.outputs.append(cluster.output)
+                assert status is not None, cluster.output[-6000:]
+                assert nemesis.problems == []
+                assert cluster.leftovers() == []
+            self.statuses.append(status)
+            if status == EXIT_FINISHED:
+                return summary.summarise(self.run)
+        raise AssertionError(f"{self.statuses}\n{self.outputs[-1][-6000:]}")
+
+    def ends_as(self, calm: dict[str, Any], seen: dict[str, Any]) -> None:
+        wanted = ("status", "step", "weights_sha256", "state_sha256", "train", "eval")
+        assert {key: seen[key] for key in wanted} == {key: calm[key] for key in wanted}
+        assert seen["replayed_differently"] == []
+        fired = [entry.event.index for entry in plans.fired(self.run) if isinstance(entry.event, FaultFired)]
+        assert sorted(set(fired)) == [fault.index for fault in self.plan]
+
+    def sizes(self) -> list[int]:
+        return [
+            e.event.world_size for e in events.read(self.run) if e.rank == 0 and isinstance(e.event, AttemptStarted)
+        ]
+
+
+def real(test: Any) -> Any:
+    """Of real jobs: slow, and the machine may be shared."""
+    return pytest.mark.slow(pytest.mark.timeout(400)(needs_proc(test)))
+
+
+@real
+def test_signals_at_a_wall_time_end_as_the_calm_run(tmp_path, calm):
+    """One after the other, each in the attempt after the last; a rank that is stopped by it is noticed and replaced."""
+    kinds = ("sigkill", "sigabrt", "stopped")
+    faults = [{"kind": kind, "at_seconds": 0, "attempt": n, "rank": n % 2} for n, kind in enumerate(kinds)]
+    attack = Attack(tmp_path, [*faults, {"kind": "straggler", "at_step": 30, "seconds": 0.6, "rank": 1}], nodes=1)
+    attack.ends_as(calm, attack.go())
+    assert attack.statuses == [EXIT_FINISHED]
+    assert len(attack.sizes()) == 4
+
+
+@real
+def test_a_notice_then_a_dead_agent_then_a_dead_node_and_the_same_command_goes_on(tmp_path, calm):
+    faults = [
+        {"kind": "sigterm", "at_seconds": 0, "rank": 1},
+        {"kind": "agent_killed", "at_step": 20},
+        {"kind": "node_killed", "at_step": 40},
+    ]
+    attack = Attack(tmp_path, faults, nodes=1)
+    attack.ends_as(calm, attack.go())
+    assert attack.statuses == [EXIT_PREEMPTED, 137, 137, EXIT_FINISHED]
+
+
+@real
+def test_a_node_leaves_and_another_joins(tmp_path, calm):
+    faults = [{"kind": "node_leaves", "at_step": 5}, {"kind": "node_joins", "at_step": 12}]
+    attack = Attack(tmp_path, faults, nodes=2, seconds_a_step=0.25)
+    attack.ends_as(calm, attack.go())
+    assert attack.statuses == [EXIT_FINISHED]
+    assert attack.sizes()[-2:] == [1, 2]
+
+
+@real
+def test_a_node_joins_and_dies_and_one_joins_slowly(tmp_path, calm):
+    faults = [
+        {"kind": "node_flaps", "at_step": 3, "times": 1},
+        {"kind": "slow_joiner", "at_step": 25, "seconds": 1.0},
+    ]
+    attack = Attack(tmp_path, faults, nodes=2, seconds_a_step=0.25)
+    attack.ends_as(calm, attack.go())
+    assert 3 in attack.sizes()
+
+
+@real
+def test_the_rendezvous_store_freezes_and_nobody_minds_then_it_comes_back_empty_then_it_is_gone(tmp_path, calm):
+    faults = [
+        {"kind": "store_unreachable", "at_step": 5, "seconds": 1.0},
+        {"kind": "store_restarted", "at_step": 30},
+        {"kind": "store_killed", "at_step": 45},
+    ]
+    attack = Attack(tmp_path, faults, nodes=2)
+    attack.ends_as(calm, attack.go())
+    assert attack.statuses == [1, 1, EXIT_FINISHED]
+    assert "Traceback" not in attack.outputs[0] and "The same command goes on" in attack.outputs[0]

@@ -1,0 +1,7 @@
+"""A campaign's report for people: on a terminal while it works and after, as one page, as a picture."""
+
+from trainer.chaos.report.page import html
+from trainer.chaos.report.picture import matrix_png
+from trainer.chaos.report.screen import Live, terminal
+
+__all__ = ["Live", "html", "matrix_png", "terminal"]

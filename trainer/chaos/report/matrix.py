@@ -1,0 +1,89 @@
+"""The matrix fault × outcome as data: what all forms of a report show alike."""
+
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+
+from trainer.chaos.results import Report, Result
+from trainer.faults.kinds import KINDS
+
+OUTCOMES: Sequence[str] = ("pass", "fail", "undetected", "unknown", "skipped")
+SIGNS = {"pass": "✓", "fail": "✗", "undetected": "!", "unknown": "?", "skipped": "–"}
+NOT_ASKED = "–"
+MEANINGS = {
+    "pass": "held",
+    "fail": "did not hold",
+    "undetected": "left a trace that nothing told of",
+    "unknown": "nobody can tell",
+    "skipped": "this machine cannot make it",
+}
+SEVERAL, STORMS, OTHER = "several at once", "storms", "other"
+
+
+def invariants(results: Sequence[Result]) -> list[str]:
+    """Names of all that was asked of any run, in the order in which they were asked first."""
+    return list(dict.fromkeys(answer.invariant for result in results for answer in result.answers))
+
+
+def answers(result: Result) -> dict[str, tuple[str, str]]:
+    """{invariant: (answer, why)}"""
+    return {answer.invariant: (answer.answer, answer.why) for answer in result.answers}
+
+
+def groups(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Results by what kind of thing was broken, in the catalogue's order."""
+    names = [*dict.fromkeys(kind.group for kind in KINDS.values()), SEVERAL, STORMS, OTHER]
+    found = {name: [result for result in results if _group(result) == name] for name in names}
+    return {name: members for name, members in found.items() if members}
+
+
+def _group(result: Result) -> str:
+    if result.seed is not None:
+        return STORMS
+    kinds = set(result.kinds)
+    if len(kinds) > 1:
+        return SEVERAL
+    kind = KINDS.get(next(iter(kinds), ""))
+    return OTHER if kind is None else kind.group
+
+
+def counts(results: Sequence[Result]) -> dict[str, int]:
+    """How many came to each outcome, without those that none came to."""
+    found = Counter(result.outcome for result in results)
+    return {outcome: found[outcome] for outcome in OUTCOMES if found[outcome]}
+
+
+def world(result: Result) -> str:
+    nodes = f" on {result.nodes} nodes" if result.nodes > 1 else ""
+    return f"{result.ranks} {result.strategy}{nodes}"
+
+
+def label(result: Result, results: Sequence[Result]) -> str:
+    """Its name, with its number where one cell was run more than once."""
+    alike = sum((other.name, world(other)) == (result.name, world(result)) for other in results)
+    return f"{result.name} #{result.repeat}" if alike > 1 else result.name
+
+
+def worst(result: Result, name: str) -> float | None:
+    """The most seconds that any of its faults took; None where nobody measured one."""
+    return max((one[name] for one in result.measured if one.get(name) is not None), default=None)
+
+
+def seconds(value: float | None) -> str:
+    """ "0.02", "3.4"; a dash where nobody measured it."""
+    return NOT_ASKED if value is None else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
+
+
+def seconds_left(done: Sequence[Result], total: int) -> float | None:
+    """By the median run so far; None while there is none."""
+    took = [result.seconds for result in done if result.outcome != "skipped"]
+    return statistics.median(took) * max(0, total - len(done)) if took else None
+
+
+def calm(report: Report) -> str:
+    """One line on what all runs are compared with."""
+    if not report.calm.get("weights_sha256"):
+        return "no calm run: equality is unknown"
+    exact = "" if report.calm.get("exact") else "; its sums are not exact, so equality is unknown"
+    steps = "?" if report.calm.get("steps") is None else report.calm["steps"]
+    return f"calm run: {steps} steps, weights_sha256 {report.calm['weights_sha256']}{exact}"

@@ -1,0 +1,120 @@
+"""The matrix as a picture, for pages that cannot hold a table of colours."""
+
+import math
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainer.chaos.report import matrix
+from trainer.chaos.results import Report, Result
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLOURS = {
+    "pass": ("#d7eedd", "#1a7343"), "fail": ("#f6c9c4", "#a01d16"), "undetected": ("#eccdf4", "#75258b"),
+    "unknown": ("#fae6ae", "#6f4c00"), "skipped": ("#f1f2f5", "#8a8f98"),
+}  # fmt: skip
+INK, SOFT = "#24292f", "#667085"
+ROW = 0.24
+"""Inches, as all below."""
+LETTER = 0.08
+"""Width of a letter of a row's name."""
+ROWS_A_PANEL = 40
+
+Row = tuple[str, Result | None]
+"""A run and its name, or a group's heading."""
+
+
+def matrix_png(report: Report, path: Path) -> None:
+    """Write the matrix as a PNG: a row per run, grouped; a column per invariant, each answer a colour and a sign.
+
+    Long matrices are broken into panels side by side. The file appears whole or not at all.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    asked = matrix.invariants(report.results)
+    panels = _panels(_groups(report.results))
+    rows = max(map(len, panels))
+    names = [LETTER * max([10, *(len(words) for words, _ in panel)]) + 0.2 for panel in panels]
+    widths = [name + ROW * (len(asked) + 2.4) for name in names]
+    head = 0.066 * max([8, *map(len, asked)]) + 0.2
+    width, height = sum(widths) + 0.2, ROW * rows + head + 0.8
+    with pyplot.rc_context({"font.family": "DejaVu Sans", "font.size": 9}):
+        figure, grid = pyplot.subplots(1, len(panels), squeeze=False, figsize=(width, height), width_ratios=widths)
+        for axes, panel, name in zip(grid[0], panels, names, strict=True):
+            _draw(axes, panel, asked, name / ROW)
+            axes.set_ylim(rows, -head / ROW)
+        figure.suptitle(_title(report), x=0.1 / width, ha="left", fontsize=11, fontweight="bold", color=INK)
+        figure.text(0.1 / width, 0.12 / height, _legend(report), fontsize=8, color=SOFT)
+        edges = {"left": 0.1 / width, "right": 1 - 0.1 / width, "bottom": 0.4 / height, "top": 1 - 0.4 / height}
+        figure.subplots_adjust(**edges, wspace=0)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(partial, dpi=160, facecolor="white")
+        pyplot.close(figure)
+        partial.replace(path)
+
+
+def _groups(results: Sequence[Result]) -> list[list[Row]]:
+    """The rows of each group under its heading; with what is unusual in their world."""
+    usual = Counter(map(matrix.world, results)).most_common(1)
+    groups: list[list[Row]] = []
+    for group, members in matrix.groups(results).items():
+        groups.append([(group, None)])
+        for result in members:
+            world = matrix.world(result).removeprefix(usual[0][0])
+            groups[-1].append((f"{matrix.label(result, members)}  {world.strip()}".rstrip(), result))
+    return groups
+
+
+def _panels(groups: list[list[Row]]) -> list[list[Row]]:
+    """Groups side by side, about as many rows in each panel; no group is cut."""
+    rows = sum(map(len, groups))
+    count = max(1, math.ceil(rows / ROWS_A_PANEL))
+    panels: list[list[Row]] = [[]]
+    for group in groups:
+        if len(panels) < count and panels[-1] and len(panels[-1]) + len(group) / 2 > rows / count:
+            panels.append([])
+        panels[-1] += group
+    return panels
+
+
+def _draw(axes: "Axes", panel: list[Row], asked: Sequence[str], left: float) -> None:
+    from matplotlib.patches import Rectangle
+
+    columns = ["outcome", *asked]
+    places = [0.0, *(number + 1.4 for number in range(len(asked)))]
+    axes.set_xlim(-left, len(asked) + 2.4)
+    axes.axis("off")
+    for x, name in zip(places, columns, strict=True):
+        axes.text(x + 0.5, -0.25, name, rotation=90, ha="center", va="bottom", color=SOFT, fontsize=8)
+    for y, (words, result) in enumerate(panel):
+        if result is None:
+            axes.text(-0.3, y + 0.6, words, ha="right", va="center", color=INK, fontweight="bold")
+            continue
+        skipped, given = result.outcome == "skipped", matrix.answers(result)
+        axes.text(-0.3, y + 0.5, words, ha="right", va="center", color=SOFT if skipped else INK)
+        for x, name in zip(places, columns, strict=True):
+            answer = result.outcome if x == 0 else given.get(name, (None, ""))[0]
+            if answer is not None:
+                back, ink = COLOURS[answer]
+                axes.add_patch(Rectangle((x + 0.04, y + 0.06), 0.92, 0.88, facecolor=back, edgecolor="none"))
+                axes.text(x + 0.5, y + 0.52, matrix.SIGNS[answer], ha="center", va="center", color=ink, weight="bold")
+        if skipped:
+            why, room = result.why.removeprefix(f"{result.name}: "), int(len(asked) * ROW / 0.062)
+            why = why if len(why) <= room else f"{why[: room - 1]}…"
+            axes.text(1.5, y + 0.5, why, va="center", color=SOFT, fontsize=7.5, fontstyle="italic")
+
+
+def _title(report: Report) -> str:
+    return f"{report.campaign}: " + ", ".join(f"{n} {name}" for name, n in matrix.counts(report.results).items())
+
+
+def _legend(report: Report) -> str:
+    return "     ".join(f"{matrix.SIGNS[name]} {matrix.MEANINGS[name]}" for name in matrix.counts(report.results))

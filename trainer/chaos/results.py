@@ -1,0 +1,110 @@
+"""What comes out of a campaign: plain records, in JSON and back."""
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from trainer.errors import RunDirectoryError
+from trainer.faults.checker import Answer, Answers
+
+__all__ = ["Answer", "Answers", "Outcome", "Report", "Result", "from_json", "outcome", "read", "to_json", "write"]
+
+Outcome = Literal["pass", "fail", "unknown", "undetected", "skipped"]
+_WORST_FIRST: tuple[Answers, ...] = ("fail", "undetected", "unknown")
+
+
+@dataclass
+class Result:
+    """One run of one cell."""
+
+    name: str
+    kinds: list[str]
+    faults: list[dict[str, Any]]
+    """plan.tree of each planned fault."""
+    ranks: int
+    nodes: int
+    strategy: str
+    seed: int | None
+    """Of the storm that drew the faults."""
+    repeat: int
+    outcome: Outcome
+    why: str
+    """One line: the first answer that is no pass, or why it was skipped."""
+    answers: list[Answer] = field(default_factory=list)
+    launches: list[dict[str, Any]] = field(default_factory=list)
+    """{started, ended, status} of each time the command was given; Unix seconds."""
+    measured: list[dict[str, Any]] = field(default_factory=list)
+    """Of each fault that fired: {index, kind, victim, step, fired, detect_seconds, recover_seconds, told_as,
+    named_rightly}."""
+    timeline: dict[str, Any] = field(default_factory=dict)
+    """timeline.of(run); {} if skipped."""
+    run: str = ""
+    """Run directory; "" if skipped."""
+    seconds: float = 0.0
+
+
+@dataclass
+class Report:
+    campaign: str
+    question: str
+    config: str
+    machine: str
+    started: float
+    seconds: float
+    calm: dict[str, Any]
+    """{weights_sha256, state_sha256, steps, seconds, exact}"""
+    results: list[Result]
+    interrupted: bool
+
+    @property
+    def passed(self) -> bool:
+        """Whether every cell that could be made held all that was asked of it."""
+        return not self.interrupted and all(result.outcome in ("pass", "skipped") for result in self.results)
+
+
+def outcome(answers: list[Answer]) -> tuple[Outcome, str]:
+    """(the worst answer, why it was given)."""
+    for wanted in _WORST_FIRST:
+        for answer in answers:
+            if answer.answer == wanted:
+                return wanted, f"{answer.invariant}: {answer.why}"
+    return "pass", next((answer.why for answer in answers if answer.why), "")
+
+
+def to_json(report: Report) -> dict[str, Any]:
+    return dataclasses.asdict(report) | {"passed": report.passed}
+
+
+def from_json(tree: dict[str, Any]) -> Report:
+    """The inverse of `to_json`."""
+    known = {name: tree[name] for name in tree.keys() - {"passed", "results"}}
+    results = [
+        Result(**(one | {"answers": [Answer(**answer) for answer in one["answers"]]})) for one in tree["results"]
+    ]
+    return Report(**known, results=results)
+
+
+def write(path: Path, report: Report) -> None:
+    """Replace the file as a whole: whoever reads it while a campaign runs sees one state or the next."""
+    partial = path.with_suffix(".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(to_json(report), file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def read(path: Path) -> Report | None:
+    """None where there is no such file. Raises RunDirectoryError if it is no report."""
+    try:
+        return from_json(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunDirectoryError(
+            f"{path} is no report of a campaign ({type(error).__name__}: {error}).\n"
+            "  Move it away, or give another --out."
+        ) from None

@@ -1,0 +1,308 @@
+"""Running a campaign: a calm run once, then every cell's run with its faults, each held against the calm.
+
+    OUT/report.json, report.html     all results so far; a campaign given the same OUT goes on where it stopped
+    OUT/calm/run                     the run that the others are held against
+    OUT/cells/NAME/run               one run with faults
+    OUT/cells/NAME/start-N           what the job printed when it was given the command for the N-th time
+
+Where a job leaves with a status that its faults explain, the same command is given again, as a person or a scheduler
+would; everything else is a failure.
+"""
+
+import contextlib
+import os
+import platform
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from trainer import config as configs
+from trainer.chaos import results, storm
+from trainer.chaos.campaign import Campaign, Cell
+from trainer.chaos.results import Report, Result
+from trainer.chaos.storm import Table, toml
+from trainer.errors import EXIT_FINISHED, RunDirectoryError, TopropeError
+from trainer.faults import checker, network, plan
+from trainer.faults.checker import Calm, Evidence
+from trainer.faults.kinds import LINUX, NAMESPACES, ROOT, SHAPING, Kind
+from trainer.faults.nemesis import NEEDS_STORE, Nemesis
+from trainer.faults.plan import Planned
+
+MORE_STARTS = 3
+"""Starts of a job beyond one for each of its faults."""
+MORE_RESTARTS = 20
+EXIT_INTERRUPTED = 130
+
+
+# What this machine can make
+
+
+def missing(kind: Kind) -> str | None:
+    """Why this machine cannot make a kind; None if it can."""
+    for need in kind.needs:
+        reason = _lacks(need)
+        if reason:
+            return reason
+    return None
+
+
+def _lacks(need: str) -> str | None:
+    if need == LINUX:
+        return None if sys.platform == "linux" else f"needs Linux, this is {platform.system()}"
+    if need == ROOT:
+        return None if os.geteuid() == 0 else "needs root"
+    if need == NAMESPACES:
+        return network.probe()
+    return network.shaping() if need == SHAPING else None  # nodes are the job's, not the machine's
+
+
+# Running
+
+Update = Callable[[list[Result], str], None]
+
+
+def run(
+    campaign: Campaign, out: Path, *, update: Update = lambda results, running: None, shrink: bool = False
+) -> Report:
+    """Do what is left to do of a campaign; the report is also in OUT, and is so after every run.
+
+    SIGINT and SIGTERM end all that was started; the report then says that it was interrupted. Raises
+    RunDirectoryError if OUT belongs to something else, TopropeError if the calm run fails.
+    """
+    report = _open(campaign, out)
+    before, began = report.seconds, time.monotonic()
+
+    def show(running: str) -> None:
+        report.seconds = before + time.monotonic() - began
+        write(out, report)
+        update(report.results, running)
+
+    try:
+        with _interruptible():
+            show("calm")
+            calm = _calm(campaign, out, report)
+            for cell in campaign.cells:
+                if any(cell.is_of(result) for result in report.results):
+                    continue
+                show(cell.name)
+                result = run_cell(campaign, cell, calm, out)
+                report.results.append(result)
+                if shrink and result.outcome in ("fail", "undetected") and len(cell.faults) > 1:
+                    show(f"shrinking {cell.name}")
+                    result.why += _shrink(campaign, cell, calm, out)
+    except KeyboardInterrupt:
+        report.interrupted = True
+    show("")
+    return report
+
+
+def _open(campaign: Campaign, out: Path) -> Report:
+    path = out / "report.json"
+    fingerprint = configs.fingerprint(campaign.config)
+    report = results.read(path)
+    if report is None:
+        if out.exists() and any(out.iterdir()):
+            raise RunDirectoryError(f"{out} holds files but no report.json.\n  Give a new or empty --out.")
+        machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+        calm: dict[str, Any] = {"fingerprint": fingerprint, "exact": campaign.config.numerics.exact}
+        calm |= dict.fromkeys(("weights_sha256", "state_sha256", "steps", "seconds"))
+        report = Report(
+            campaign.name, campaign.question, str(campaign.config_path), machine, time.time(), 0.0, calm, [], False
+        )
+        out.mkdir(parents=True, exist_ok=True)
+    elif (report.campaign, report.calm.get("fingerprint")) != (campaign.name, fingerprint):
+        raise RunDirectoryError(
+            f"{out} holds a report of campaign {report.campaign!r} on another config.\n"
+            "  Results of different configs cannot stand in one report. Give another --out."
+        )
+    report.interrupted = False
+    return report
+
+
+def write(out: Path, report: Report) -> None:
+    """OUT/report.json and OUT/report.html."""
+    from trainer.chaos import report as reports
+
+    results.write(out / "report.json", report)
+    page = out / "report.html.partial"
+    page.write_text(reports.html(report), encoding="utf-8")
+    page.replace(out / "report.html")
+
+
+def _calm(campaign: Campaign, out: Path, report: Report) -> Calm:
+    directory = out / "calm"
+    if report.calm["weights_sha256"] is None:
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir()
+        launched = _launch(campaign, campaign.overrides, directory, [], ranks=1, nodes=1, started=time.time())
+        if launched.status != EXIT_FINISHED:
+            raise TopropeError(
+                f"the calm run left with {launched.status}, so there is nothing to compare with.\n"
+                f"  {directory / 'start-0'} has all it printed; the last lines:\n{_tail(launched.output)}"
+            )
+        seconds = launched.ended - launched.started
+        found = checker.calm_of(directory / "run", campaign.config, seconds)
+        report.calm |= {
+            "weights_sha256": found.weights_sha256, "state_sha256": found.state_sha256, "steps": found.steps,
+            "seconds": seconds,
+        }  # fmt: skip
+    return checker.calm_of(directory / "run", campaign.config, report.calm["seconds"])
+
+
+def run_cell(campaign: Campaign, cell: Cell, calm: Calm, out: Path) -> Result:
+    """One run with its faults, from its first start to the verdict."""
+    reasons = [f"{fault.kind.name}: {why}" for fault in cell.planned if (why := missing(fault.kind))]
+    if reasons:
+        return cell.result("skipped", "; ".join(dict.fromkeys(reasons)))
+    directory, started = out / "cells" / cell.slug, time.time()
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    launches, leftovers, notes = _launches(campaign, cell, directory, started)
+    evidence = Evidence(directory / "run", cell.config, cell.planned, calm, launches, leftovers, notes)
+    answers = checker.check(evidence)
+    outcome, why = results.outcome(answers)
+    return cell.result(
+        outcome, why, answers=answers, launches=launches, measured=_measured(evidence),
+        timeline=_timeline(evidence.run), run=str(evidence.run), seconds=time.time() - started,
+    )  # fmt: skip
+
+
+def _measured(evidence: Evidence) -> list[dict[str, Any]]:
+    try:
+        return checker.measure(evidence)
+    except TopropeError:  # the log cannot be read, and the answers say so
+        return []
+
+
+def _timeline(run_directory: Path) -> dict[str, Any]:
+    from trainer.chaos import timeline
+
+    try:
+        return timeline.of(run_directory)
+    except TopropeError:
+        return {}
+
+
+def _launches(
+    campaign: Campaign, cell: Cell, directory: Path, started: float
+) -> tuple[list[dict[str, Any]], list[str], list[str]]:
+    """Give the command, and again while its status is one that the faults explain: (launches, leftovers, notes)."""
+    overrides = [*cell.overrides, f"faults={toml(cell.faults)}"]
+    if any(fault.kind.name == "corrupt_tokens" for fault in cell.planned):  # not the store that all others read
+        overrides.append(f"data.cache_dir={toml(str((directory / 'cache').absolute()))}")
+    explained = {status for fault in cell.planned for status in fault.kind.exits}
+    launches, leftovers, notes = [], [], []
+    for _ in range(len(cell.planned) + MORE_STARTS):
+        shape = (cell.ranks, cell.nodes)
+        launched = _launch(campaign, overrides, directory, cell.planned, *shape, started, cell.worker)
+        launches.append({"started": launched.started, "ended": launched.ended, "status": launched.status})
+        leftovers += launched.leftovers
+        notes += launched.notes
+        if launched.status == EXIT_FINISHED or launched.status not in explained:
+            break
+    return launches, leftovers, notes
+
+
+@dataclass(frozen=True)
+class _Launched:
+    started: float
+    ended: float
+    status: int | None
+    """As a shell would say it; None if it had to be ended."""
+    output: str
+    leftovers: list[str]
+    notes: list[str]
+
+
+def _launch(
+    campaign: Campaign, overrides: Sequence[str], directory: Path, planned: Sequence[Planned], ranks: int, nodes: int,
+    started: float, worker: Sequence[str] = ("trainer", "train"),
+) -> _Launched:  # fmt: skip
+    """Give the command once and wait for its end; nothing of it lives when this returns."""
+    from trainer.launch import Cluster
+
+    kinds = {fault.kind.name for fault in planned}
+    scratch = directory / f"start-{len(list(directory.glob('start-*')))}"
+    with contextlib.ExitStack() as stack:
+        hosts = None
+        if any(NAMESPACES in fault.kind.needs for fault in planned):
+            hosts = stack.enter_context(network.Hosts(nodes))
+        began = time.time()
+        cluster = stack.enter_context(
+            Cluster(
+                campaign.config_path, directory / "run", overrides, ranks=ranks // nodes, nodes=nodes,
+                restarts=MORE_RESTARTS + 2 * len(planned), directory=scratch, hosts=hosts,
+                environment={"WANDB_MODE": "disabled"}, own_store=bool(kinds & NEEDS_STORE),
+                worker=worker,
+            )
+        )  # fmt: skip
+        nemesis = Nemesis(planned, directory / "run", cluster, started)
+        cluster.start()
+        nemesis.start()
+        stack.callback(nemesis.stop)
+        status = cluster.wait(campaign.timeout_seconds)
+        ended = time.time()
+        nemesis.stop()
+        notes = list(nemesis.problems)
+        if status is None:
+            notes.append(f"a job did not end within {campaign.timeout_seconds:g} s")
+            cluster.kill()
+        return _Launched(began, ended, status, cluster.output, cluster.leftovers(), notes)
+
+
+def _tail(text: str, lines: int = 15) -> str:
+    return "\n".join(f"    {line}" for line in text.strip().splitlines()[-lines:])
+
+
+def _shrink(campaign: Campaign, cell: Cell, calm: Calm, out: Path) -> str:
+    """Find the smallest part of a failing schedule that still fails, and keep it in a file. Returns a remark."""
+
+    def fails(faults: list[Table]) -> bool:
+        config = configs.load(campaign.config_path, [*cell.overrides, f"faults={toml(faults)}"])
+        part = replace(cell, faults=faults, config=config, planned=plan.make(config, cell.ranks))
+        return run_cell(campaign, part, calm, out).outcome in ("fail", "undetected")
+
+    # What was drawn by index must stay as it was when others are left out.
+    found = storm.shrink(fails, [plan.tree(fault) for fault in cell.planned])
+    path = out / "shrunk" / f"{cell.slug}.toml"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(storm.as_toml(cell.name, cell.ranks, cell.nodes, cell.strategy, found.faults), encoding="utf-8")
+    sure = "" if found.smallest else ", perhaps not the smallest"
+    return f" [{len(found.faults)} of {len(cell.faults)} faults are enough{sure}: {path}, {found.trials} trials]"
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """The first SIGINT or SIGTERM is a KeyboardInterrupt; those after it must not disturb the cleaning up."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+
+    def interrupt(number: int, _frame: Any) -> None:
+        for one in numbers:
+            signal.signal(one, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = [signal.signal(number, interrupt) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def replays(report: Report) -> str:
+    """What did not pass, as [[runs]] tables that do exactly the same again."""
+    return "\n".join(
+        f"# {result.outcome}: {result.why}\n"
+        + storm.as_toml(result.name, result.ranks, result.nodes, result.strategy, result.faults)
+        for result in report.results
+        if result.outcome in ("fail", "undetected")
+    )
+
+
+def default_out(campaign: Campaign) -> Path:
+    return Path("runs") / "chaos" / f"{campaign.name}-{time.strftime('%Y%m%d-%H%M%S')}"

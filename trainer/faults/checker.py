@@ -1,0 +1,290 @@
+"""The invariants: what must hold after a run with faults, whatever they were. Each answers pass, fail or unknown.
+
+Everything is held against the calm run: the same config, no faults.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from trainer import goodput
+from trainer.checkpoint import files as checkpoint
+from trainer.errors import EXIT_FINISHED, CheckpointError, TopropeError
+from trainer.events import AttemptEnded, AttemptStarted, CheckpointRejected, CheckpointSaved, Entry, StepDone, Warned
+from trainer.faults.evidence import Calm, Evidence, Firing, Telling, calm_of, finished
+from trainer.incidents import Incident
+
+__all__ = ["INVARIANTS", "Answer", "Answers", "Calm", "Evidence", "Firing", "Telling", "calm_of", "check", "measure"]
+
+Answers = Literal["pass", "fail", "unknown", "undetected"]
+
+FIRED, EQUAL, SAMPLES, KEPT, CLEAN, DETECTED, RECOVERED, NAMED, TIME, STATUS = INVARIANTS = (
+    "every fault fired",
+    "weights and state equal",
+    "every sample once",
+    "no checkpoint lost",
+    "nothing left behind",
+    "detected in time",
+    "recovered in time",
+    "named rightly",
+    "time adds up",
+    "exit status",
+)
+KNOWN_FILES = {"config.json", "tokenizer.json", "lock", "events", "checkpoints", "stacks", "wandb", "curves.png"}
+
+
+@dataclass(frozen=True)
+class Answer:
+    invariant: str
+    answer: Answers
+    why: str = ""
+    """One line."""
+
+
+def check(evidence: Evidence) -> list[Answer]:
+    """An answer to each of INVARIANTS, in their order."""
+    try:
+        _ = evidence.entries, evidence.firings
+    except TopropeError as error:
+        return [Answer(name, "fail", f"the log cannot be read: {error}".splitlines()[0]) for name in INVARIANTS]
+    return [
+        _every_fault_fired(evidence),
+        _weights_and_state_equal(evidence),
+        _every_sample_once(evidence),
+        _answer(KEPT, _lost_checkpoints(evidence)),
+        _answer(CLEAN, [*evidence.leftovers, *(f"stray file {name}" for name in strays(evidence.run))]),
+        _about_tellings(evidence, DETECTED, _late_detections(evidence)),
+        _about_tellings(evidence, RECOVERED, _late_recoveries(evidence)),
+        _about_tellings(evidence, NAMED, _misnamed(evidence)),
+        _answer(TIME, _time_problems(evidence)),
+        _answer(STATUS, _status_problems(evidence)),
+    ]
+
+
+def measure(evidence: Evidence) -> list[dict[str, Any]]:
+    """[{index, kind, victim, step, fired, detect_seconds, recover_seconds, told_as, named_rightly}] of what fired."""
+    return [
+        {
+            "index": telling.firing.fault.index,
+            "kind": telling.firing.fault.kind.name,
+            "victim": telling.firing.first.victim,
+            "step": telling.firing.first.step,
+            "fired": telling.firing.time,
+            "detect_seconds": telling.detect_seconds,
+            "recover_seconds": telling.recover_seconds,
+            "told_as": telling.incident.kind if telling.incident else None,
+            "named_rightly": telling.rightly,
+        }
+        for telling in evidence.tellings
+    ]
+
+
+def strays(run: Path) -> list[str]:
+    """Files in a run directory that no later reader has a use for."""
+    if not run.is_dir():
+        return []
+    odd = [path for path in run.iterdir() if path.name not in KNOWN_FILES]
+    saved = checkpoint.directory(run)
+    odd += [path for path in saved.iterdir() if not path.name.startswith("step-")] if saved.is_dir() else []
+    odd += [path for path in run.rglob("*") if path.name.endswith((".partial", ".tmp"))]
+    return sorted({str(path.relative_to(run)) for path in odd})
+
+
+def _answer(invariant: str, problems: Sequence[str]) -> Answer:
+    return Answer(invariant, "fail", _joined(problems)) if problems else Answer(invariant, "pass")
+
+
+def _joined(problems: Sequence[str]) -> str:
+    more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+    return "; ".join(" ".join(problem.split()) for problem in problems[:3]) + more
+
+
+def _every_fault_fired(evidence: Evidence) -> Answer:
+    fired = {firing.fault.index for firing in evidence.firings}
+    missing = [f"{fault} never fired" for fault in evidence.planned if fault.index not in fired]
+    said = [entry.event.message for entry in evidence.entries if isinstance(entry.event, Warned)]
+    reasons = dict.fromkeys([*(message for message in said if "did not fire" in message), *evidence.notes])
+    return Answer(FIRED, "unknown", _joined([*missing, *reasons])) if missing else Answer(FIRED, "pass")
+
+
+def _weights_and_state_equal(evidence: Evidence) -> Answer:
+    calm = evidence.calm
+    if not calm.exact:
+        return Answer(EQUAL, "unknown", "numerics.exact = false: sums depend on their order, so nothing can be equal")
+    if calm.weights_sha256 is None:
+        return Answer(EQUAL, "unknown", "the calm run did not finish")
+    end = finished(evidence.entries)
+    if end is None:
+        return Answer(EQUAL, "fail", "the run did not finish")
+    silent = [firing for firing in evidence.firings if firing.fault.kind.silent]
+    differing = _differing(evidence)
+    if differing:
+        return Answer(EQUAL, "undetected" if silent else "fail", differing)
+    told = {incident.kind for incident in evidence.incidents}
+    why = f"{_joined([str(f) for f in silent])} left no trace by itself" if silent and not told else ""
+    return Answer(EQUAL, "pass", why)
+
+
+def _differing(evidence: Evidence) -> str:
+    """How the end, or a replay on the way there, differs; empty if it does not."""
+    calm = evidence.calm
+    for entry in evidence.entries:
+        end = entry.event
+        if isinstance(end, AttemptEnded) and end.status == "finished":
+            for what in ("weights_sha256", "state_sha256"):
+                if getattr(end, what) != getattr(calm, what):
+                    return f"{what} of rank {entry.rank} differs from the calm run's"
+    seen: dict[int, str] = {}
+    for event in (entry.event for entry in evidence.entries):
+        if isinstance(event, StepDone):
+            result = repr((event.loss, event.grad_norm, event.samples))  # as text, since a NaN must equal itself
+            if seen.setdefault(event.step, result) != result:
+                return f"step {event.step} gave another result when it was computed again"
+    return ""
+
+
+def _every_sample_once(evidence: Evidence) -> Answer:
+    done = goodput.committed(evidence.entries)
+    samples, calm = {step: event.samples for step, event in done.items()}, evidence.calm.samples
+    if not calm:
+        return Answer(SAMPLES, "unknown", "the calm run has no steps to compare with")
+    wrong = [f"step {step} was computed from other samples" for step in samples if samples[step] != calm.get(step)]
+    missing = [f"step {step} is not in the log" for step in sorted(calm.keys() - samples.keys())]
+    return _answer(SAMPLES, wrong + missing)
+
+
+def _lost_checkpoints(evidence: Evidence) -> list[str]:
+    """Committed checkpoints that are gone, damaged ones that are still there, and progress that was not used."""
+    try:
+        visible = checkpoint.committed(evidence.run)
+    except CheckpointError as error:
+        return [str(error).splitlines()[0]]
+    problems = [f"{saved.path.name}: {_joined(bad)}" for saved in visible if (bad := checkpoint.verify(saved))]
+    there = {saved.step for saved in visible}
+    logged = {e.event.step for e in evidence.entries if isinstance(e.event, CheckpointSaved)}
+    settings = evidence.config.checkpoint
+    # A checkpoint may have been committed just before its rank died: it counts, though no log tells of it.
+    newest = sorted(logged | there, reverse=True)[: settings.keep_last]
+    kept = {step for step in logged if settings.keep_every_steps and step % settings.keep_every_steps == 0}
+    problems += [f"the checkpoint of step {step} is gone" for step in sorted({*newest, *kept} - there)]
+    if finished(evidence.entries) and evidence.config.budget.steps not in there:
+        problems.append(f"the run finished without a checkpoint of step {evidence.config.budget.steps}")
+    return problems + _forgotten(evidence.entries)
+
+
+def _forgotten(entries: Iterable[Entry]) -> list[str]:
+    """Attempts that began before a checkpoint that had been committed and that nobody passed over."""
+    problems, durable = [], set[int]()
+    for entry in entries:
+        match entry.event:
+            case CheckpointSaved(step=step):
+                durable.add(step)
+            case CheckpointRejected(step=step):
+                durable.discard(step)
+            case AttemptStarted(from_step=begun) if entry.rank == 0 and begun < max(durable, default=0):
+                problems.append(
+                    f"attempt {entry.attempt} began at step {begun}, though that of step {max(durable)} was committed"
+                )
+    return problems
+
+
+def _about_tellings(evidence: Evidence, invariant: str, problems: list[str]) -> Answer:
+    if problems or evidence.firings:
+        return _answer(invariant, problems)
+    return Answer(invariant, "unknown", "no fault fired")
+
+
+def _patience(evidence: Evidence, firing: Firing) -> float:
+    """Seconds that the config lets pass before a rank is taken for hung."""
+    if "hung" not in firing.fault.kind.told_as:
+        return 0.0
+    settings = evidence.config.elastic
+    starts = (entry.event for entry in evidence.entries if entry.attempt == firing.attempt)
+    begun = [start.from_step for start in starts if isinstance(start, AttemptStarted)]
+    first_step = not begun or firing.fault.point_step is None or firing.fault.point_step <= min(begun)
+    return max(settings.startup_timeout_seconds if first_step else 0.0, settings.step_timeout_seconds)
+
+
+def _late_detections(evidence: Evidence) -> list[str]:
+    problems = []
+    for telling in evidence.tellings:
+        firing, seconds = telling.firing, telling.detect_seconds
+        bound = firing.fault.kind.detect_seconds + _patience(evidence, firing)
+        if seconds is None and firing.fault.kind.told_as:
+            problems.append(f"{firing}: nobody noticed")
+        elif seconds is not None and seconds > bound:
+            problems.append(f"{firing}: noticed after {seconds:.1f} s, the bound is {bound:g} s")
+    return problems
+
+
+def _late_recoveries(evidence: Evidence) -> list[str]:
+    problems = []
+    for telling in evidence.tellings:
+        firing, seconds = telling.firing, telling.recover_seconds
+        if firing.fault.kind.group == "clock":
+            continue
+        if seconds is None:
+            problems.append(f"{firing}: no new step followed")
+            continue
+        # Faults that hit while this one is being recovered from take their own time.
+        meanwhile = [f for f in evidence.firings if firing.time <= f.time <= firing.time + seconds]
+        bound = sum(f.fault.kind.recover_seconds + _patience(evidence, f) for f in meanwhile)
+        if seconds > bound:
+            problems.append(f"{firing}: the next new step came after {seconds:.1f} s, the bound is {bound:g} s")
+    return problems
+
+
+def _misnamed(evidence: Evidence) -> list[str]:
+    wrong = [f"{telling.firing}: {telling.problem}" for telling in evidence.tellings if telling.rightly is False]
+    return wrong + [f"false alarm: {incident.text}" for incident in _false_alarms(evidence)]
+
+
+def _false_alarms(evidence: Evidence) -> list[Incident]:
+    """Incidents that nothing we did can have caused."""
+    kinds = [firing.fault.kind for firing in evidence.firings]
+    if any(kind.silent or kind.hand == "nemesis" or kind.name == "repeated_kill" for kind in kinds):
+        return []  # they may show in any way, in any attempt
+    told = {name for kind in kinds for name in kind.told_as}
+    hit = {firing.attempt for firing in evidence.firings}
+    explained = [telling.incident for telling in evidence.tellings]
+    secondary = ("worker_lost", "save_failed")  # what ends one rank breaks the others and the save under way
+    return [
+        incident
+        for incident in evidence.incidents
+        if not any(incident is one for one in explained)
+        and (incident.kind not in told if incident.kind not in secondary else incident.attempt not in hit)
+    ]
+
+
+def _time_problems(evidence: Evidence) -> list[str]:
+    account = goodput.account(evidence.entries)
+    wall, parts = account["wall_seconds"], account["parts"]
+    if wall is None:
+        return ["no attempt has started"]
+    problems = [f"{name} took {seconds:.3f} s" for name, seconds in parts.items() if seconds < 0]
+    if abs(math.fsum(parts.values()) - wall) > 1e-3:
+        problems.append(f"the parts sum to {math.fsum(parts.values()):.3f} s, the run took {wall:.3f} s")
+    ended = [launch["ended"] for launch in evidence.launches if launch["ended"] is not None]
+    jumped = any(firing.fault.kind.group == "clock" for firing in evidence.firings)
+    if ended and not jumped and wall > max(ended) - evidence.launches[0]["started"] + 0.5:
+        problems.append(f"the log tells of {wall:.1f} s, which is longer than the job was there")
+    return problems
+
+
+def _status_problems(evidence: Evidence) -> list[str]:
+    problems = []
+    for number, launch in enumerate(evidence.launches):
+        status, ended = launch["status"], launch["ended"]
+        if status is None:
+            problems.append(
+                f"start {number + 1} did not end by itself within {launch['ended'] - launch['started']:.0f} s"
+            )
+            continue
+        before = [firing.fault.kind for firing in evidence.firings if ended is None or firing.time <= ended]
+        if status != EXIT_FINISHED and not any(status in kind.exits for kind in before):
+            problems.append(f"start {number + 1} left with {status}, which nothing that had fired explains")
+    if not evidence.launches or evidence.launches[-1]["status"] != EXIT_FINISHED:
+        problems.append("the last start did not leave with 0")
+    return problems
