@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer import checkpoint, events, launch, summary
+from trainer import checkpoint, events, launch
+from trainer.faults import telling
 from trainer.launch import LAUNCH
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,7 +130,7 @@ def look(run: Path) -> dict[str, Any]:
         {"step": saved.step, "intact": not checkpoint.verify(saved), "bytes": saved.bytes}
         for saved in reversed(checkpoint.committed(run))
     ]
-    return summary.summarise(run, found)
+    return telling.summarise(run, found)
 
 
 def committed_samples(run: Path) -> dict[int, str]:

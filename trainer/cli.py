@@ -62,13 +62,14 @@ def train(
 def inspect(run: RunPath, as_json: AsJson = False) -> None:
     """Show what happened in a run: status, attempts, losses, throughput, checkpoints."""
     from trainer import checkpoint, rundir, summary
+    from trainer.faults import telling
 
     rundir.read(run)
     found = [
         {"step": saved.step, "intact": not checkpoint.verify(saved), "bytes": saved.bytes}
         for saved in reversed(checkpoint.committed(run))
     ]
-    result = summary.summarise(run, found)
+    result = telling.summarise(run, found)
     if as_json:
         print(json.dumps(result))
     else:

@@ -12,9 +12,7 @@ How the log is read:
 - `status` is "finished" if any attempt finished (starting a finished run again changes nothing), else the last
   attempt's end. An attempt without one is "running" while it lives, "failed" when it died. On another host silence
   decides: a live rank leaves a hung collective after elastic.step_timeout_seconds, so twice that is "failed".
-- `faults` holds the faults on purpose of the config that the run was last started with, and any others that fired: one
-  entry for each rank that was hit. `detected_as` is the kind of the first incident that may tell of it: of its attempt,
-  or of the loading after it, of a kind that is expected of it (faults/kinds.py), and naming the rank if it must.
+- `faults` is filled in by faults/telling.py.
 - `incidents` (incidents.py): what went wrong and what it cost; `goodput` (goodput.py): where the wall time went.
 
 A value nobody measured is None, never 0.
@@ -26,15 +24,14 @@ import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer import events, goodput, rundir
 from trainer.errors import RunDirectoryError
 from trainer.events import AttemptEnded, AttemptStarted, Entry, EvalDone, FaultFired, StepDone, Warned
-from trainer.faults.kinds import KINDS
-from trainer.incidents import Incident, first_line, incidents_of
+from trainer.incidents import first_line, incidents_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -47,8 +44,7 @@ def summarise(run: Path, checkpoints: Sequence[dict[str, Any]] = ()) -> dict[str
     events, or its log is damaged. Losses are nats per token, times Unix seconds.
     """
     identity = rundir.read(run)
-    everything = events.read(run)
-    entries = [entry for entry in everything if not isinstance(entry.event, FaultFired)]
+    entries = [entry for entry in events.read(run) if not isinstance(entry.event, FaultFired)]
     if not entries:
         raise RunDirectoryError(
             f"{run} has no events.\n"
@@ -78,7 +74,7 @@ def summarise(run: Path, checkpoints: Sequence[dict[str, Any]] = ()) -> dict[str
         "checkpoints": list(checkpoints),
         "train": _series(steps, "loss"),
         "eval": _evals(entries),
-        "faults": _faults(identity["config"].get("faults", ()), everything, incidents),
+        "faults": [],
         "incidents": [dataclasses.asdict(incident) for incident in incidents],
         "goodput": goodput.account(entries, now=time.time() if running else None),
         "tokens_per_second": _rate(steps),
@@ -174,56 +170,6 @@ def _alive(pid: int, since: float) -> bool:
 
 def _hash(ends: list[AttemptEnded], name: str) -> str | None:
     return next((value for end in reversed(ends) if (value := getattr(end, name)) is not None), None)
-
-
-def _faults(
-    planned: Sequence[Mapping[str, Any]], entries: Iterable[Entry], incidents: Sequence[Incident]
-) -> list[dict[str, Any]]:
-    """[{index, kind, rank, step, fired, time, attempt, detected_as}], by index, then time."""
-    hits: dict[tuple[int, str, int | None], list[Entry]] = {}
-    for entry in entries:
-        if isinstance(event := entry.event, FaultFired):
-            hits.setdefault((event.index, event.fault, event.victim), []).append(entry)
-    rows = [_hit(found, incidents) for found in hits.values()]
-    seen = {(index, kind) for index, kind, _ in hits}
-    for index, fault in enumerate(planned):
-        if (index, fault["kind"]) not in seen:
-            row = {"index": index, "kind": fault["kind"], "rank": fault["rank"], "step": fault["at_step"]}
-            rows.append(row | {"fired": False, "time": None, "attempt": None, "detected_as": None})
-    return sorted(rows, key=lambda row: (row["index"], row["time"] or math.inf))
-
-
-def _hit(firings: Sequence[Entry], incidents: Sequence[Incident]) -> dict[str, Any]:
-    """One fault on one rank, which may have come several times."""
-    first = firings[0]
-    assert isinstance(first.event, FaultFired)
-    told = (incident.kind for entry in firings for incident in incidents if _tells(incident, entry))
-    return {
-        "index": first.event.index,
-        "kind": first.event.fault,
-        "rank": first.event.victim,
-        "step": first.event.step,
-        "fired": True,
-        "time": first.time,
-        "attempt": first.attempt,
-        "detected_as": next(told, None),
-    }
-
-
-def _tells(incident: Incident, firing: Entry) -> bool:
-    event = firing.event
-    assert isinstance(event, FaultFired)
-    kind = KINDS.get(event.fault)
-    if kind is None or incident.kind not in kind.told_as:
-        return False
-    if kind.names_rank and incident.rank != event.victim:
-        return False
-    if incident.kind == "checkpoint_rejected":  # met by whoever loads next
-        return incident.attempt > firing.attempt
-    if not incident.ends_attempt and incident.step != event.step:
-        return False
-    # An attempt that ended before it wrote anything is told of by the one after it.
-    return incident.attempt == firing.attempt or (incident.step is None and incident.attempt == firing.attempt + 1)
 
 
 def _series(steps: list[Entry], name: str) -> list[list[float]]:

@@ -8,7 +8,7 @@ that hit at a wall time are the nemesis's too, whatever their kind.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 Hand = Literal["rank", "nemesis"]
 
@@ -77,57 +77,57 @@ PREEMPTED = (0, 75)
 LOST = (0, 1, 75, 130, 137, 143)  # a job that lost what it cannot do without; whoever started it starts it again
 
 
-def _process(name: str, imitates: str, made: str, **more: object) -> Kind:
-    usual = {"detected": DEATH, "recovered": RESTART, "phases": ANYWHERE, "told_as": ("worker_lost",)}
-    return Kind(name=name, group="process", imitates=imitates, made=made, **(usual | more))  # pyright: ignore
+def _process(name: str, imitates: str, made: str, **more: Any) -> Kind:
+    usual: dict[str, Any] = {"detected": DEATH, "recovered": RESTART, "phases": ANYWHERE, "told_as": ("worker_lost",)}
+    return Kind(name=name, group="process", imitates=imitates, made=made, **(usual | more))
 
 
-def _storage(name: str, imitates: str, made: str, **more: object) -> Kind:
-    usual = {
+def _storage(name: str, imitates: str, made: str, **more: Any) -> Kind:
+    usual: dict[str, Any] = {
         "detected": "the save fails on every rank with one reason", "told_as": ("save_failed",), "names_rank": False,
         "recovered": "training goes on; the next due save tries again", "phases": ("in_save_shard",),
     }  # fmt: skip
-    return Kind(name=name, group="storage", imitates=imitates, made=made, **(usual | more))  # pyright: ignore
+    return Kind(name=name, group="storage", imitates=imitates, made=made, **(usual | more))
 
 
-def _damage(name: str, imitates: str, made: str, **more: object) -> Kind:
+def _damage(name: str, imitates: str, made: str, **more: Any) -> Kind:
     """The newest committed checkpoint is damaged and the rank killed, so that the next attempt meets the damage."""
-    usual = {
+    usual: dict[str, Any] = {
         "detected": "sizes and checksums of the manifest, before anything is loaded", "names_rank": False,
         "recovered": "passed over by all ranks; the newest intact checkpoint is loaded", "phases": GRADIENT + UPDATE,
         "told_as": ("checkpoint_rejected",), "detect_seconds": 20.0,  # a restart lies between
     }  # fmt: skip
     made = f"{made}, in the newest checkpoint; then the rank kills itself"
-    return Kind(name=name, group="storage", imitates=imitates, made=made, **(usual | more))  # pyright: ignore
+    return Kind(name=name, group="storage", imitates=imitates, made=made, **(usual | more))
 
 
-def _number(name: str, imitates: str, made: str, **more: object) -> Kind:
-    usual = {"phases": GRADIENT[:1], "names_rank": False}
-    return Kind(name=name, group="numbers", imitates=imitates, made=made, **(usual | more))  # pyright: ignore
+def _number(name: str, imitates: str, made: str, **more: Any) -> Kind:
+    usual: dict[str, Any] = {"phases": GRADIENT[:1], "names_rank": False}
+    return Kind(name=name, group="numbers", imitates=imitates, made=made, **(usual | more))
 
 
-def _network(name: str, imitates: str, made: str, **more: object) -> Kind:
-    usual = {
+def _network(name: str, imitates: str, made: str, **more: Any) -> Kind:
+    usual: dict[str, Any] = {
         "detected": "the watchdog: no progress within elastic.step_timeout_seconds", "hand": "nemesis",
         "recovered": "the side that holds the rendezvous goes on alone; the other joins when it can",
         "needs": (LINUX, ROOT, NAMESPACES, NODES), "told_as": ("hung", "worker_lost"), "names_rank": False,
         "exits": LOST, "detect_seconds": 30.0, "recover_seconds": 90.0,
     }  # fmt: skip
-    return Kind(name=name, group="network", imitates=imitates, made=made, **(usual | more))  # pyright: ignore
+    return Kind(name=name, group="network", imitates=imitates, made=made, **(usual | more))
 
 
-def _membership(name: str, imitates: str, made: str, **more: object) -> Kind:
-    usual = {
+def _membership(name: str, imitates: str, made: str, **more: Any) -> Kind:
+    usual: dict[str, Any] = {
         "detected": "the rendezvous: keep-alives that stop, or a node that waits to join", "hand": "nemesis",
         "recovered": "all workers start again at the new world size", "needs": (LINUX, NODES), "names_rank": False,
         "told_as": ("worker_lost",), "exits": LOST, "detect_seconds": 30.0, "recover_seconds": 60.0,
     }  # fmt: skip
-    return Kind(name=name, group="membership", imitates=imitates, made=made, **(usual | more))  # pyright: ignore
+    return Kind(name=name, group="membership", imitates=imitates, made=made, **(usual | more))
 
 
 FLIP = {"bits": Setting(1, "how many bits are flipped", 1)}
 VALUE = {"value": Setting("nan", "what is written", choices=("nan", "inf"))}
-HANG = {
+HANG: dict[str, Any] = {
     "detected": "the watchdog: no progress within elastic.step_timeout_seconds; stacks and collective are recorded",
     "recovered": f"the process ends itself; {RESTART}",
 }
