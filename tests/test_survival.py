@@ -71,9 +71,14 @@ class Place:
     def run(self) -> Path:
         return self.directory / "run"
 
-    def start(self, ranks: int, faults: list[dict[str, Any]], *overrides: str) -> Job:
+    def start(self, ranks: int, faults: list[dict[str, Any]], *overrides: str, monitor: float = 0.1) -> Job:
         self.plan = write_plan(self.directory / "jobs", faults)
-        options = ["--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={RESTARTS}", "--monitor-interval=0.1"]
+        options = [
+            "--standalone",
+            f"--nproc-per-node={ranks}",
+            f"--max-restarts={RESTARTS}",
+            f"--monitor-interval={monitor}",
+        ]
         return Job(self.plan, SMOKE, self.run, [*self.settings, *overrides], options)
 
     def survive(self, ranks: int, faults: list[dict[str, Any]], *overrides: str, status: int = EXIT_FINISHED) -> str:
@@ -198,6 +203,14 @@ def test_stopped_by_signals_and_gone_on_with_at_other_world_sizes_and_shardings(
     sizes = [(attempt["world_size"], attempt["from_step"]) for attempt in finished["attempts"]]
     assert [size for size, _ in sizes] == [2, 3, 3, 4, 1, 2]
     place.ends_as_calm(attempts=6)
+
+
+def test_a_peer_that_dies_in_the_last_save_is_no_failing_disk(place: Place):
+    """The launcher looks every 3 s only, so the survivor has the time to notice, and to try again in vain."""
+    with place.start(2, [fault("in_save_shard", "kill", STEPS)], monitor=3.0) as job:
+        assert job.wait() == EXIT_FINISHED, job.output[-8000:]
+    place.ends_as_calm(attempts=2)
+    assert of_kind(place.run, events.CheckpointFailed) == []
 
 
 def test_an_agent_that_is_killed_takes_its_workers_along_and_the_same_command_goes_on(place: Place):

@@ -262,6 +262,8 @@ class Checkpoints:
         self._saver.close()
 
     def _log(self, ended: list[events.Event]) -> None:
+        if self._saver.lost_peer is not None:  # the disk is not to blame, and trying again is for the next attempt
+            raise world.PeerLostError(self._saver.lost_peer)
         for event in ended:
             if isinstance(event, events.CheckpointSaved):
                 self._durable = event.step

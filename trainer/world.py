@@ -80,6 +80,10 @@ class World:
         return outcome[0]
 
 
+class PeerLostError(RuntimeError):
+    """Another rank is gone, noticed elsewhere than in a collective of training."""
+
+
 def connect(device: torch.device, timeout_seconds: float) -> World:
     """Join the process group that torchrun describes in the environment; without torchrun, a group of one."""
     # The Flight Recorder names a hung collective; the last few are enough and quick to dump.
@@ -97,7 +101,7 @@ def connect(device: torch.device, timeout_seconds: float) -> World:
 
 def lost_peer(error: BaseException) -> bool:
     """Whether a collective failed because another rank is gone, which is that rank's fault and not this one's."""
-    if isinstance(error, dist.DistNetworkError | dist.DistBackendError):
+    if isinstance(error, PeerLostError | dist.DistNetworkError | dist.DistBackendError):
         return True
     text = str(error)
     return isinstance(error, RuntimeError) and any(sign in text for sign in ("gloo", "Connection closed", "NCCL"))

@@ -51,6 +51,8 @@ class Saver:
 
     failures_in_a_row: int
     """Of the saves that `begin` and `finish` have waited for: alike on all ranks after either, unless one has died."""
+    lost_peer: str | None
+    """Set once another rank is gone: no save can succeed any more, and this says how it was noticed."""
     last_sign_of_life: float
     """time.monotonic() when this rank's writing last got on: tells a slow disk from a hang."""
 
@@ -76,6 +78,7 @@ class Saver:
         self._ended: list[Event] = []
         self._failures = 0
         self.failures_in_a_row = 0
+        self.lost_peer = None
         self.last_sign_of_life = time.monotonic()
 
     def begin(self, step: int, tensors: Mapping[str, Tensor]) -> None:
@@ -270,7 +273,7 @@ class Saver:
                 dist.all_gather_object(all_of_us, mine, group=self._group)
             except Exception as error:  # gloo raises RuntimeError, pickle anything
                 detail = files.one_line(error).partition(". This is typically")[0]  # gloo's advice for programmers
-                self._lost = f"another rank was lost while saving ({detail})"
+                self._lost = self.lost_peer = f"another rank was lost while saving ({detail})"
                 raise _SaveError(self._lost) from None
         self.last_sign_of_life = time.monotonic()
         failed = [(rank, reason) for rank, (_, reason) in enumerate(all_of_us) if reason is not None]
