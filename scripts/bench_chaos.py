@@ -5,6 +5,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,21 @@ def storm() -> dict[str, Any]:
         "kinds": dict(fired.most_common()),
         "seconds": report["seconds"],
     }
+
+
+def mutants() -> dict[str, Any]:
+    """Each bug of the past put back, and which invariants of the checker caught it."""
+    from tests.mutants import MUTANTS
+    from tests.test_mutations import caught_by, run_mutants
+
+    with tempfile.TemporaryDirectory() as directory:
+        seen = run_mutants(MUTANTS, Path(directory))
+    rows = [
+        {"bug": name.replace("_", " "), "had_by": MUTANTS[name].had_by, "faults": ", ".join(result.kinds),
+         "caught_by": ", ".join(caught_by(result)) or "nothing"}
+        for name, result in seen.items()
+    ]  # fmt: skip
+    return {"rows": rows}
 
 
 def catalogue_table(figure: dict[str, Any]) -> list[str]:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scripts import bench_chaos
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "BENCHMARKS.json"
 TABLES = ROOT / "BENCHMARKS.md"
@@ -81,6 +83,9 @@ def tables(results: dict[str, Any]) -> str:
         lines += ["", *seeds_table(results["seeds"])]
     if "soak" in results:
         lines += soak_table(results["soak"])
+    for name, table in CHAOS.items():
+        if name in results:
+            lines += table(results[name])
     if "first_step" in results:
         lines += breakdown("From the command to the first step", results["first_step"]["breakdown"])
     if "killed" in results:
@@ -240,6 +245,11 @@ def soak_table(figure: dict[str, Any]) -> list[str]:
     ]
 
 
+CHAOS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "catalogue": bench_chaos.catalogue_table,
+    "storm": bench_chaos.storm_table,
+    "mutants": bench_chaos.mutants_table,
+}
 ROWS: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
     "throughput_12m": throughput_rows("throughput over a plain loop, exact sums on", "≥ 0.97"),
     "throughput_0.8m": throughput_rows("throughput over a plain loop, exact sums on", "≥ 0.92"),

@@ -180,7 +180,8 @@ def test_sample_writes_text_verify_checks_and_plot_draws(run):
     assert one.startswith("def ") and len(one) > 5
     assert one == trainer("sample", run, "--prompt", "def ", "--tokens", "20").stdout
 
-    picture = Path(trainer("plot", run).stdout.strip())
+    picture, timeline = map(Path, trainer("plot", run).stdout.split())
+    assert timeline.read_text().startswith("<svg")
     assert picture.read_bytes().startswith(b"\x89PNG")
 
     assert trainer("verify", run).stdout.count("intact") == 2

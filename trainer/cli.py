@@ -123,13 +123,16 @@ def sample(
 def plot(
     run: RunPath, output: Annotated[Path | None, typer.Option(help="PNG to write; default RUN/curves.png.")] = None
 ) -> None:
-    """Draw a run's loss curves as a PNG and print its path."""
+    """Draw a run's loss curves (PNG) and its timeline: attempts, faults, lost work (SVG). Prints both paths."""
     from trainer import plots, rundir, summary
+    from trainer.chaos import drawing, timeline
 
     rundir.read(run)
     path = output or run / "curves.png"
     plots.draw_curves({run.name: summary.summarise(run)}, path)
-    print(path)
+    drawn = path.with_name("timeline.svg")
+    drawn.write_text(drawing.svg(timeline.of(run)), encoding="utf-8")
+    print(f"{path}\n{drawn}")
 
 
 @app.command()
