@@ -139,26 +139,30 @@ class Mutant:
     apply: Callable[[], None]
     had_by: str
     faults: str
-    """What brings it to light, as TOML."""
+    """What brings it to light, as TOML. Late enough that a checkpoint is surely there to resume from."""
     nodes: int = 1
+    set: str = "{}"
+    """Overrides of this run, as TOML."""
 
 
+SLOW = "{ eval.every_steps = 1, eval.max_tokens = 65536 }"  # to be met from outside
 MUTANTS = {
     mutant.apply.__name__: mutant
     for mutant in (
-        Mutant(moments_dropped, "KempnerForge #114", '[{kind = "sigkill", at_step = 9, rank = 1}]'),
+        Mutant(moments_dropped, "KempnerForge #114", '[{kind = "sigkill", at_step = 16, rank = 1}]'),
         Mutant(
             stale_after_a_resume, "torchtitan #647",
-            '[{kind = "sigkill", at_step = 9, rank = 1}, {kind = "sigkill", at_step = 20, rank = 0}]',
+            '[{kind = "sigkill", at_step = 16, rank = 1}, {kind = "sigkill", at_step = 34, rank = 0}]',
         ),
         Mutant(
-            data_forgotten_at_another_size, "torchtitan #816", '[{kind = "node_leaves", at_step = 9}]', nodes=2
+            data_forgotten_at_another_size, "torchtitan #816", '[{kind = "node_leaves", at_step = 16}]',
+            nodes=2, set=SLOW,
         ),
-        Mutant(data_one_step_ahead, "torchtitan #4686", '[{kind = "sigkill", at_step = 9, rank = 1}]'),
+        Mutant(data_one_step_ahead, "torchtitan #4686", '[{kind = "sigkill", at_step = 16, rank = 1}]'),
         Mutant(newest_before_it_is_durable, "KempnerForge #102", '[{kind = "torn_save", at_step = 12, rank = 0}]'),
-        Mutant(truncated_still_chosen, "torchtitan #4011", '[{kind = "truncated_shard", at_step = 15, rank = 0}]'),
+        Mutant(truncated_still_chosen, "torchtitan #4011", '[{kind = "truncated_shard", at_step = 20, rank = 0}]'),
         Mutant(
-            a_damaged_checkpoint_is_fatal, "torchtitan #1729", '[{kind = "flipped_shard", at_step = 15, rank = 0}]'
+            a_damaged_checkpoint_is_fatal, "torchtitan #1729", '[{kind = "flipped_shard", at_step = 20, rank = 0}]'
         ),
         Mutant(a_failed_save_is_fatal, "Megatron-LM #1435", '[{kind = "no_space", at_step = 12, rank = 1}]'),
         Mutant(a_finished_run_cannot_resume, "lingua", '[{kind = "sigkill", phase = "before_end", rank = 1}]'),

@@ -15,14 +15,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 CAMPAIGN = f"""
 config = "{SMOKE}"
 ranks = 2
-set = {{ budget.steps = 24, checkpoint.every_steps = 6, eval.every_steps = 0, elastic.startup_timeout_seconds = 60.0 }}
+set = {{ budget.steps = 40, checkpoint.every_steps = 6, eval.every_steps = 0, elastic.startup_timeout_seconds = 60.0 }}
 """
 
 
 def run_mutants(mutants: dict[str, Mutant], directory: Path) -> dict[str, Result]:
     """One campaign, one run for each mutant, with the faults that should bring it to light."""
     runs = "".join(
-        f'[[runs]]\nname = "{name}"\nnodes = {mutant.nodes}\nfaults = {mutant.faults}\n'
+        f'[[runs]]\nname = "{name}"\nnodes = {mutant.nodes}\nset = {mutant.set}\nfaults = {mutant.faults}\n'
         for name, mutant in mutants.items()
     )
     file = directory / "mutants.toml"

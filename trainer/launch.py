@@ -265,7 +265,8 @@ class Job:
         """End every process of this job, at once and for good."""
         for _ in range(3):
             for pid in self.processes():
-                self.send(pid, signal.SIGKILL)
+                if not _is_tracker(pid):
+                    self.send(pid, signal.SIGKILL)
             if _wait_until(lambda: not self.processes(), seconds=2):
                 break
         self.process.wait(10)
@@ -503,6 +504,11 @@ def _descendants(process: subprocess.Popen[bytes]) -> list[int]:
     for pid in found:
         found += [child for child, parent in parents if parent == pid]
     return found
+
+
+def _is_tracker(pid: int) -> bool:
+    """Python's own helper, which removes the semaphores of processes that died, and then ends by itself."""
+    return "multiprocessing.resource_tracker" in _command_line(pid)
 
 
 def _command_line(pid: int) -> str:

@@ -5,6 +5,7 @@ Ranks are interchangeable hands. Nothing here may change what is computed, only 
 
 import datetime
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -18,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from trainer import elastic
 from trainer.config import Parallel
-from trainer.errors import TopropeError, WorldError
+from trainer.errors import EXIT_FAILED, TopropeError, WorldError
 
 T = TypeVar("T")
 Rounder = Callable[[Tensor], Tensor]
@@ -84,14 +85,28 @@ class PeerLostError(RuntimeError):
     """Another rank is gone, noticed elsewhere than in a collective of training."""
 
 
+CONNECT_SECONDS = 60.0
+"""For all ranks to be there, once each has been started: a node may die while the others wait for it."""
+
+
 def connect(device: torch.device, timeout_seconds: float) -> World:
-    """Join the process group that torchrun describes in the environment; without torchrun, a group of one."""
+    """Join the process group that torchrun describes in the environment; without torchrun, a group of one.
+
+    `timeout_seconds` is that of collectives. Leaves with status 1, so that torchrun starts all ranks again, if some
+    have not come after CONNECT_SECONDS.
+    """
     # The Flight Recorder names a hung collective; the last few are enough and quick to dump.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "256")
     timeout = datetime.timedelta(seconds=timeout_seconds)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if elastic.started_by_torchrun():
-        dist.init_process_group(backend, timeout=timeout)
+        try:
+            store, rank, size = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=CONNECT_SECONDS)))
+        except (dist.DistStoreError, dist.DistNetworkError) as error:
+            print(f"rank {elastic.expected_rank()} could not meet the others: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(EXIT_FAILED) from None
+        store.set_timeout(timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     if device.type == "cuda":
