@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import ROOT, inspect, settings, torchrun, trainer
+from trainer.chaos import campaign
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHORTER = settings(
@@ -24,11 +25,14 @@ def commands() -> list[str]:
 def test_every_command_of_the_readme_runs_and_all_worlds_print_one_hash(tmp_path: Path):
     hashes: dict[str, set[str]] = {}
     found = commands()
-    assert len(found) == 4, found
+    assert len(found) == 7, found
     for command in found:
         for ranks in (1, 2, 3, 4) if "$n" in command else (None,):
             words = shlex.split(command.replace("$n", str(ranks)).replace("runs/", f"{tmp_path}/"))
             arguments = words[words.index("trainer") + 1 :]
+            if arguments[0] == "chaos":  # minutes to half an hour: tests/test_chaos.py runs one
+                assert campaign.load(ROOT / arguments[1]).cells
+                continue
             if words[0] == "python":
                 trainer(*arguments)
                 continue
