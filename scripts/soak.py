@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from scripts.bench_tables import record
-from tests.support import SMOKE, Job, fired, outcome, settings, strays, trainer, write_corpus, write_plan
+from tests.support import SMOKE, Job, fired, outcome, settings, trainer, write_corpus, write_plan
 from trainer.errors import EXIT_FINISHED, EXIT_PREEMPTED
+from trainer.faults.checker import strays
 
 STEPS, EVERY, EVAL_EVERY = 24, 6, 12
 ENDINGS = ("kill", "kill", "kill", "segv", "abort")

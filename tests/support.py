@@ -147,12 +147,3 @@ def outcome(run: Path) -> dict[str, Any]:
         "replayed_differently",
     )  # fmt: skip
     return {key: seen[key] for key in same} | {"samples": committed_samples(run)}
-
-
-def strays(run: Path) -> list[str]:
-    """Files in a run directory that no later reader has a use for."""
-    known = {"config.json", "tokenizer.json", "lock", "events", "checkpoints", "stacks"}
-    odd = [path for path in run.iterdir() if path.name not in known]
-    odd += [path for path in (run / "checkpoints").iterdir() if not path.name.startswith("step-")]
-    odd += [path for path in run.rglob("*") if path.name.endswith((".partial", ".tmp"))]
-    return sorted({str(path.relative_to(run)) for path in odd})

@@ -32,7 +32,6 @@ from tests.support import (
     look,
     outcome,
     settings,
-    strays,
     torchrun,
     trainer,
     write_corpus,
@@ -43,6 +42,7 @@ from trainer.checkpoint import files
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USAGE, ConfigError
 from trainer.events import CheckpointFailed, CheckpointSaved, FaultFired
 from trainer.faults import numbers, plan, storage, worker
+from trainer.faults.checker import strays
 from trainer.faults.kinds import KINDS
 from trainer.world import World
 

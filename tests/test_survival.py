@@ -30,7 +30,6 @@ from tests.support import (
     outcome,
     run,
     settings,
-    strays,
     trainer,
     wait_until,
     write_corpus,
@@ -40,6 +39,7 @@ from trainer import checkpoint, events
 from trainer import config as configs
 from trainer.data import Batches, digest, prepare
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED
+from trainer.faults.checker import strays
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]  # the machine may be shared: six attempts take long then
 

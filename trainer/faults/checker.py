@@ -32,7 +32,17 @@ FIRED, EQUAL, SAMPLES, KEPT, CLEAN, DETECTED, RECOVERED, NAMED, TIME, STATUS = I
     "time adds up",
     "exit status",
 )
-KNOWN_FILES = {"config.json", "tokenizer.json", "lock", "events", "checkpoints", "stacks", "wandb", "curves.png"}
+KNOWN_FILES = {
+    "config.json",
+    "tokenizer.json",
+    "lock",
+    "events",
+    "checkpoints",
+    "stacks",
+    "wandb",
+    "curves.png",
+    "timeline.svg",
+}
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from trainer.events import (
 from trainer.faults import plan
 from trainer.faults.kinds import SAVE
 from trainer.faults.plan import Planned
+from trainer.faults.telling import may_tell
 from trainer.incidents import Incident, incidents_of
 
 OWN_EVENT: Mapping[str, type[Event]] = {
@@ -133,7 +134,7 @@ class Telling:
 def _telling(evidence: Evidence, firing: Firing, taken: set[int]) -> Telling:
     """The incident that tells of a fault, if one does, and how fast; `taken` are those that tell of earlier ones."""
     kind, incidents = firing.fault.kind, evidence.incidents
-    possible = [n for n, incident in enumerate(incidents) if _may_tell(firing, incident)]
+    possible = [n for n, incident in enumerate(incidents) if may_tell(kind, firing.attempt, incident)]
     fresh = sorted((n for n in possible if n not in taken), key=lambda n: (_misnames(firing, incidents[n]), n))
     incident, problem, rightly = None, "", None
     if fresh:
@@ -149,15 +150,6 @@ def _telling(evidence: Evidence, firing: Firing, taken: set[int]) -> Telling:
         incident = hidden if not alone else None
     detected = _detected(evidence, firing, incident)
     return Telling(firing, incident, rightly, detected, _recovered(evidence, firing, incident), problem)
-
-
-def _may_tell(firing: Firing, incident: Incident) -> bool:
-    if incident.kind not in firing.fault.kind.told_as:
-        return False
-    if incident.kind == "checkpoint_rejected":  # met when somebody next loads
-        return incident.attempt >= firing.attempt
-    # One that died while it was starting is told by the next attempt, as its own.
-    return incident.attempt == firing.attempt or (incident.step is None and incident.attempt == firing.attempt + 1)
 
 
 def _misnames(firing: Firing, incident: Incident) -> str:

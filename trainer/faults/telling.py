@@ -12,7 +12,7 @@ from typing import Any
 
 from trainer import events, rundir, summary
 from trainer.events import Entry, FaultFired
-from trainer.faults.kinds import KINDS
+from trainer.faults.kinds import KINDS, Kind
 from trainer.incidents import Incident, incidents_of
 
 
@@ -66,13 +66,19 @@ def _tells(incident: Incident, firing: Entry) -> bool:
     event = firing.event
     assert isinstance(event, FaultFired)
     kind = KINDS.get(event.fault)
-    if kind is None or incident.kind not in kind.told_as:
+    if kind is None or not may_tell(kind, firing.attempt, incident):
         return False
     if kind.names_rank and incident.rank != event.victim:
         return False
-    if incident.kind == "checkpoint_rejected":  # met by whoever loads next
-        return incident.attempt > firing.attempt
-    if not incident.ends_attempt and incident.step != event.step:
+    of_a_step = not incident.ends_attempt and incident.kind != "checkpoint_rejected"
+    return not of_a_step or incident.step == event.step
+
+
+def may_tell(kind: Kind, attempt: int, incident: Incident) -> bool:
+    """Whether an incident can be of a fault of this kind that fired in this attempt."""
+    if incident.kind not in kind.told_as:
         return False
-    # An attempt that ended before it wrote anything is told of by the one after it.
-    return incident.attempt == firing.attempt or (incident.step is None and incident.attempt == firing.attempt + 1)
+    if incident.kind == "checkpoint_rejected":  # met by whoever loads next
+        return incident.attempt > attempt
+    # An attempt that ended before it wrote anything is told of by the one after it, as its own.
+    return incident.attempt == attempt or (incident.step is None and incident.attempt == attempt + 1)
