@@ -6,14 +6,12 @@ import itertools
 import json
 import os
 import signal
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +20,14 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from trainer import checkpoint, events, job, optim, world
+from trainer import checkpoint, elastic, events, job, optim, world
 from trainer import config as configs
 from trainer import model as models
+from trainer.cluster import Cluster, Job
 from trainer.data import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
-LAUNCH = [sys.executable, "-c", "from trainer.launch import torchrun; torchrun()"]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 TINY = ROOT / "configs" / "gpt_tiny.toml"
 EVERY = 20
 ENDLESS = [
@@ -123,39 +121,12 @@ def saving(result: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@contextlib.contextmanager
-def in_background(command: list[str]) -> Iterator[subprocess.Popen[str]]:
-    """A job that is ended with the context, its workers too (they end with their agent)."""
-    job_ = subprocess.Popen(
-        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        yield job_
-    finally:
-        if job_.poll() is None:
-            job_.send_signal(signal.SIGTERM)
-        try:
-            job_.wait(20)
-        except subprocess.TimeoutExpired:
-            job_.kill()
-            job_.wait()
-
-
-def _train(run: Path, ranks: int = 2, options: list[str] | None = None, every: int = EVERY) -> list[str]:
-    sets = [part for one in [*ENDLESS, f"checkpoint.every_steps={every}"] for part in ("--set", one)]
-    chosen = options or ["--standalone", "--max-restarts", "100"]
-    return [
-        *LAUNCH,
-        *chosen,
-        f"--nproc-per-node={ranks}",
-        "-m",
-        "trainer",
-        "train",
-        str(TINY),
-        "--run",
-        str(run),
-        *sets,
-    ]
+def _cluster(directory: str, run: Path, ranks: int, nodes: int = 1, every: int = EVERY) -> Cluster:
+    overrides = [*ENDLESS, f"checkpoint.every_steps={every}"]
+    return Cluster(
+        TINY, run, overrides, ranks=ranks, nodes=nodes, restarts=100, directory=Path(directory) / "job",
+        environment=ENVIRONMENT,
+    )  # fmt: skip
 
 
 def _log(run: Path) -> list[events.Entry]:
@@ -189,14 +160,13 @@ def killed(repeats: int = 9) -> dict[str, Any]:
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         run = Path(directory) / "run"
-        with in_background(_train(run)):
+        with _cluster(directory, run, ranks=2) as job_:
+            job_.start()
             reached = 0
             for _ in range(repeats + 1):
                 reached = _await(run, lambda log, past=reached + 7: _steps_past(log, past), "training")
-                pid = max((e for e in _log(run) if isinstance(e.event, events.AttemptStarted) and e.rank == 1),
-                          key=lambda entry: entry.attempt).event.pid  # fmt: skip  # pyright: ignore
                 at = time.time()
-                os.kill(pid, signal.SIGKILL)
+                job_.send(job_.workers()[1], signal.SIGKILL)
                 start, replayed, steps = _await(run, lambda log, at=at: _first_new_step(log, at), "coming back")
                 assert isinstance(start.event, events.AttemptStarted)
                 inside = start.event.startup_seconds
@@ -225,42 +195,23 @@ def _steps_past(log: list[events.Entry], past: int) -> int | None:
     return done if done >= past else None
 
 
-RENDEZVOUS = "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=1,join_timeout=60,read_timeout=30"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def nodes(repeats: int = 5) -> dict[str, Any]:
-    """A second node joins, and is killed, worker and all: seconds to the next new step. A save every 5 steps."""
+    """One of two nodes is killed, and another joins: seconds to the next new step. A save every 5 steps."""
     gains, losses = [], []
-    with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
-        run, port = Path(directory) / "run", _free_port()
-        options = [
-            "--nnodes=1:2", "--max-restarts=100", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}",
-            f"--rdzv-id={port}", f"--rdzv-conf={RENDEZVOUS}", "--local-addr=127.0.0.1",
-        ]  # fmt: skip
-        stack.enter_context(in_background(_train(run, 1, options, every=5)))
-        _await(run, lambda log: _steps_past(log, 5), "training")
-        for _ in range(repeats):
-            joined = time.time()
-            second = subprocess.Popen(
-                _train(run, 1, options, every=5), cwd=ROOT, env=ENVIRONMENT, start_new_session=True,
-                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            )  # fmt: skip
-            gains.append(_await(run, lambda log, at=joined: _of_size(log, at, 2), "gaining a node") - joined)
-            time.sleep(2)
-            worker = max((e for e in _log(run) if isinstance(e.event, events.AttemptStarted) and e.rank == 1),
-                         key=lambda entry: entry.attempt).event.pid  # fmt: skip  # pyright: ignore
-            lost = time.time()
-            for pid in (second.pid, worker):
-                os.kill(pid, signal.SIGKILL)
-            second.wait()
-            losses.append(_await(run, lambda log, at=lost: _of_size(log, at, 1), "losing a node") - lost)
-            time.sleep(2)
+    with tempfile.TemporaryDirectory() as directory:
+        run = Path(directory) / "run"
+        with _cluster(directory, run, ranks=1, nodes=2, every=5) as job_:
+            job_.start()
+            _await(run, lambda log: _steps_past(log, 5), "training")
+            for _ in range(repeats):
+                lost = time.time()
+                job_.nodes[-1].kill()
+                losses.append(_await(run, lambda log, at=lost: _of_size(log, at, 1), "losing a node") - lost)
+                time.sleep(2)
+                joined = time.time()
+                job_.add_node()
+                gains.append(_await(run, lambda log, at=joined: _of_size(log, at, 2), "gaining a node") - joined)
+                time.sleep(2)
     return {"gain": gains, "loss": losses}
 
 
@@ -277,33 +228,33 @@ def goodput() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         run, plain = Path(directory) / "run", Path(directory) / "plain"
         plain.mkdir()
-        ours = _harassed(_train(run), lambda: _pids(run))
-        log = [entry for entry in _log(run) if isinstance(entry.event, events.StepDone)]
-        ours |= _useful([(entry.event.step, entry.time, entry.attempt) for entry in log], ours["started"])  # pyright: ignore
-        stock = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=100"]
-        command = [*stock, "--nproc-per-node=2", "scripts/bench_survival.py", "--worker", "plain", str(plain)]
-        theirs = _harassed(command, lambda: [int((plain / "pid-1").read_text())])
+        with _cluster(directory, run, ranks=2) as job_:
+            started = time.time()
+            job_.start()
+            ours = {"kills": _harass(job_, started)}
+        steps = [entry for entry in _log(run) if isinstance(entry.event, events.StepDone)]
+        ours |= _useful([(entry.event.step, entry.time, entry.attempt) for entry in steps], started)  # pyright: ignore
+        options = ["--standalone", "--max-restarts=100", "--nproc-per-node=2"]
+        worker = ["scripts/bench_survival.py", "--worker", "plain", str(plain)]
+        stock = [sys.executable, "-m", "torch.distributed.run"]
+        known_trap = {elastic.SHARED_STORE: "1"}  # without it torch's own torchrun may not survive the first kill
+        started = time.time()
+        with Job([*options, *worker], plain / "log.txt", launch=stock, environment=ENVIRONMENT | known_trap,
+                 directory=ROOT) as job_:  # fmt: skip
+            theirs = {"kills": _harass(job_, started)}
         lines = [json.loads(line) for line in (plain / "steps.jsonl").read_text().splitlines()]
-        theirs |= _useful([tuple(line) for line in lines], theirs["started"])
+        theirs |= _useful([tuple(line) for line in lines], started)
     return {"ours": ours, "plain": theirs, "seconds": SECONDS, "period": PERIOD, "every": EVERY}
 
 
-def _pids(run: Path) -> list[int]:
-    started = [entry for entry in _log(run) if isinstance(entry.event, events.AttemptStarted) and entry.rank == 1]
-    return [max(started, key=lambda entry: entry.attempt).event.pid]  # pyright: ignore
-
-
-def _harassed(command: list[str], victims: Callable[[], list[int]]) -> dict[str, Any]:
-    started, kills = time.time(), 0
-    with in_background(command):
-        for number in range(1, SECONDS // PERIOD):
-            time.sleep(max(0, started + number * PERIOD - time.time()))
-            for pid in victims():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-                    kills += 1
-        time.sleep(max(0, started + SECONDS - time.time()))
-    return {"started": started, "kills": kills}
+def _harass(job_: Cluster | Job, started: float) -> int:
+    """Kill rank 1 every so often until time is up; how often it was there to be killed."""
+    kills = 0
+    for number in range(1, SECONDS // PERIOD):
+        time.sleep(max(0, started + number * PERIOD - time.time()))
+        kills += any(job_.send(pid, signal.SIGKILL) for rank, pid in job_.workers().items() if rank == 1)
+    time.sleep(max(0, started + SECONDS - time.time()))
+    return kills
 
 
 def _useful(steps: list[tuple[int, float, int]], started: float) -> dict[str, Any]:
@@ -324,7 +275,6 @@ def plain_worker(directory: str) -> None:
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     place = Path(directory)
-    (place / f"pid-{rank}").write_text(str(os.getpid()))
     prepared = prepare(config.data, config.eval, config.model.context)
     batches = job.batches_of(config, prepared)
     gpt = models.GPT(config.model, models.padded_vocab(prepared.tokenizer.vocab_size, config.model.vocab_size))

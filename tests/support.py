@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer import checkpoint, events, launch
+from trainer import checkpoint, cluster, events
+from trainer.cluster import LAUNCH
 from trainer.faults import telling
-from trainer.launch import LAUNCH
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOKE = ROOT / "configs" / "smoke.toml"
@@ -73,7 +73,7 @@ def fired(plan: Path) -> dict[int, dict[str, Any]]:
     return {int(mark.name): json.loads(mark.read_text()) for mark in plan.with_suffix(".fired").glob("*")}
 
 
-class Job(launch.Job):
+class Job(cluster.Job):
     """A job of tests.survival_worker, with its plan of faults, its logs and temporary files beside the plan."""
 
     def __init__(

@@ -224,7 +224,7 @@ def _launch(
     started: float, worker: Sequence[str] = ("trainer", "train"),
 ) -> _Launched:  # fmt: skip
     """Give the command once and wait for its end; nothing of it lives when this returns."""
-    from trainer.launch import Cluster
+    from trainer.cluster import Cluster
 
     kinds = {fault.kind.name for fault in planned}
     scratch = directory / f"start-{len(list(directory.glob('start-*')))}"
