@@ -293,13 +293,13 @@ def check_world(config: Config, world_size: int) -> None:
 
 
 def _with_base(path: Path) -> dict[str, Any]:
-    tree = _read(path)
+    tree = read_toml(path)
     base_name = tree.pop("extends", None)
     if base_name is None:
         return tree
     if not isinstance(base_name, str):
         raise ConfigError([f'{path}: extends = {base_name!r} is no path.\n  Write extends = "other.toml".'])
-    base = _read(path.parent / base_name)
+    base = read_toml(path.parent / base_name)
     if "extends" in base:
         raise ConfigError(
             [
@@ -311,12 +311,13 @@ def _with_base(path: Path) -> dict[str, Any]:
     return _merge(base, tree)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """A file of settings as a tree. Raises ConfigError, naming the nearest file where there is none of that name."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
-        hint = f" Did you mean {path.parent / near[0]}?" if near else " configs/ holds ready ones."
+        hint = f" Did you mean {path.parent / near[0]}?" if near else " configs/ and configs/chaos/ hold ready ones."
         raise ConfigError([f"{path} does not exist.{hint}"]) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"{path} cannot be read: {error}."]) from None

@@ -4,7 +4,6 @@ import difflib
 import hashlib
 import json
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -177,16 +176,7 @@ def _no_such_run(name: str, cells: Sequence[Cell]) -> str:
 
 
 def _parse(path: Path) -> CampaignFile:
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
-        hint = f" Did you mean {path.parent / near[0]}?" if near else " configs/chaos/ holds ready ones."
-        raise ConfigError([f"{path} does not exist.{hint}"]) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"{path} cannot be read: {error}."]) from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError([f"{path} is not valid TOML: {error}."]) from None
+    tree = configs.read_toml(path)
     try:
         return CampaignFile.model_validate(tree)
     except ValidationError as error:
