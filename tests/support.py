@@ -57,6 +57,12 @@ def without_words(lines: Iterable[str], *words: str) -> list[str]:
     return [line for line in lines if not any(word in line for word in words)]
 
 
+def with_faults(faults: Iterable[dict[str, Any]]) -> list[str]:
+    """[[faults]] tables as a --set argument."""
+    tables = ["{" + ", ".join(f"{key} = {json.dumps(value)}" for key, value in one.items()) + "}" for one in faults]
+    return ["--set", f"faults=[{', '.join(tables)}]"]
+
+
 NO_FAULTS: list[dict[str, Any]] = []
 
 

@@ -444,3 +444,16 @@ def test_a_failed_save_is_told_with_its_step(log):
     assert not_passed(evidence(log, {"kind": "no_space", "rank": 1, "at_step": 6})) == {}
     found = answers(evidence(log, {"kind": "no_space", "rank": 1, "at_step": 12}))[checker.NAMED]
     assert found.answer == "fail" and "step 6" in found.why
+
+
+def test_a_rank_that_dies_of_a_save_that_only_failed_is_a_false_alarm(log):
+    log.start(0)
+    log.steps(1, 5)
+    log.fire(kind="no_space", step=6)
+    log.write(CheckpointFailed(step=6, reason="No space left on device", in_a_row=1, stall_seconds=0.0))
+    log.start(0)
+    log.lose(1)
+    log.steps(1, STEPS)
+    log.finish()
+    found = answers(evidence(log, {"kind": "no_space", "rank": 1, "at_step": 6}))[checker.NAMED]
+    assert found.answer == "fail" and "false alarm" in found.why

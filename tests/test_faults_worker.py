@@ -34,13 +34,14 @@ from tests.support import (
     settings,
     torchrun,
     trainer,
+    with_faults,
     write_corpus,
     write_plan,
 )
 from trainer import checkpoint, config, events
 from trainer.checkpoint import files
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USAGE, ConfigError
-from trainer.events import CheckpointFailed, CheckpointSaved, FaultFired
+from trainer.events import CheckpointFailed, CheckpointSaved, FaultFired, Hung, NotFinite
 from trainer.faults import numbers, plan, storage, worker
 from trainer.faults.checker import strays
 from trainer.faults.kinds import KINDS
@@ -55,11 +56,6 @@ def fault(kind: str, at_step: int | None = None, rank: int | str | None = None, 
     return {
         key: value for key, value in dict(kind=kind, at_step=at_step, rank=rank, **more).items() if value is not None
     }
-
-
-def toml(faults: list[dict[str, Any]]) -> list[str]:
-    tables = ["{" + ", ".join(f"{key} = {json.dumps(value)}" for key, value in one.items()) + "}" for one in faults]
-    return ["--set", f"faults=[{', '.join(tables)}]"]
 
 
 @dataclass
@@ -78,7 +74,7 @@ class Place:
         """A job with these faults to its end; what it printed."""
         empty = write_plan(self.directory / "jobs", NO_FAULTS)
         options = ["--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={RESTARTS}", "--monitor-interval=0.1"]
-        with Job(empty, SMOKE, self.run, [*self.settings, *toml(faults), *overrides], options) as job:
+        with Job(empty, SMOKE, self.run, [*self.settings, *with_faults(faults), *overrides], options) as job:
             assert job.wait() == status, job.output[-8000:]
             assert job.leftovers() == []
         return job.output
@@ -129,45 +125,6 @@ def test_every_kind_that_a_rank_makes_has_its_maker():
     assert set(worker.ACTS) & storage.KINDS == set()
 
 
-DEATHS = {
-    "until the reduction": [
-        fault("sigkill", rank=1, phase="startup"),
-        fault("sigsegv", 3, 0, phase="in_forward"),
-        fault("exception", 8, 1, phase="in_backward"),
-        fault("exit", 9, 0, phase="in_reduce"),
-        fault("sigabrt", rank=0, phase="in_load"),
-        fault("memory_kill", 10, 1, phase="before_backward", megabytes=8),
-        fault("repeated_kill", 14, 0, times=2),
-    ],
-    "until the end": [
-        fault("sigkill", 6, 1, phase="in_save_shard"),
-        fault("memory_limit", 7, 0, phase="before_update"),
-        fault("sigkill", 8, 0, phase="in_update"),
-        fault("sigabrt", 9, 1, phase="after_update"),
-        fault("exception", 12, 0, phase="in_eval"),
-        fault("exit", 12, 0, phase="before_commit"),
-        fault("sigkill", 18, 1, phase="after_commit"),
-        fault("sigsegv", rank=1, phase="before_end"),
-    ],
-}
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(400)  # the machine may be shared
-@pytest.mark.parametrize("when", DEATHS)
-def test_a_rank_dies_in_every_way_and_phase_once_and_the_run_ends_as_the_calm_one(place: Place, when: str):
-    faults = DEATHS[when]
-    place.survive(2, faults, *settings(parallel__strategy="fsdp" if when == "until the end" else "replicate"))
-    place.all_fired_once(faults)
-    seen = place.ends_as_calm()
-    by_signal = [n for n, one in enumerate(faults) if one["kind"] in ("sigkill", "sigsegv", "sigabrt", "memory_kill")]
-    assert place.told_as(*by_signal) == ["worker_lost"] * len(by_signal), (seen["faults"], seen["incidents"])
-    banners = [w["message"] for w in seen["warnings"] if "on purpose" in w["message"]]
-    assert banners and banners[0].startswith(
-        f"{len(faults)} faults on purpose are armed: {faults[0]['kind']} on rank 1"
-    )
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_hangs_of_every_kind_are_made_and_survived(place: Place):
@@ -182,6 +139,12 @@ def test_hangs_of_every_kind_are_made_and_survived(place: Place):
     seen = place.ends_as_calm()
     assert place.told_as(0, 1, 2) == ["hung"] * 3, seen["incidents"]
     assert place.told_as(3) in (["hung"], ["worker_lost"]), seen["incidents"]
+    stopped, locked, *_ = (entry.event for entry in events.read(place.run) if isinstance(entry.event, Hung))
+    assert [c["rank"] for c in stopped.culprits] == [0] and [c["rank"] for c in locked.culprits] == [1]
+    assert 3 <= stopped.seconds < 8 and stopped.collective
+    assert (place.run / stopped.stacks).read_text().count("Thread") >= 2
+    banner = next(w["message"] for w in seen["warnings"] if "on purpose" in w["message"])
+    assert banner.startswith("4 faults on purpose are armed: stopped on rank 0 at step 8, in_update; lock_held on rank")
 
 
 @pytest.mark.slow
@@ -268,6 +231,9 @@ def test_wrong_numbers_that_show_are_computed_away_and_a_wrong_clock_or_a_slow_r
     seen = place.ends_as_calm()
     assert place.told_as(0, 1, 4, 6) == ["not_finite"] * 4 and place.told_as(5) == ["preempted"] * 2
     assert place.told_as(2, 3, 7) == [None] * 3
+    not_finite = [entry.event for entry in events.read(place.run) if isinstance(entry.event, NotFinite)]
+    trials = {step: sorted({one.trial for one in not_finite if one.step == step}) for step in (3, 5, 10, 20)}
+    assert trials == {3: [0], 5: [0], 10: [0], 20: [0, 1]}
     slow = {e.event.step: e.event.seconds for e in events.read(place.run) if isinstance(e.event, events.StepDone)}
     assert min(slow[step] for step in (8, 9, 10)) >= 0.1
     entries = [e for e in events.read(place.run) if e.attempt == seen["attempts"][-1]["attempt"] and e.rank == 0]
@@ -290,7 +256,7 @@ def test_silent_corruption_is_made_and_this_version_does_not_notice(calm: Place,
     """Several runs of one rank in one process."""
     plans = [[fault(kind, 5)] for kind in SILENT] + [[fault("flip_weights", 5, bits=40)], []]
     few = [text.replace(f"budget.steps={STEPS}", "budget.steps=8") for text in calm.settings[1::2]]
-    runs = json.dumps([[*few, toml(faults)[1]] for faults in plans])
+    runs = json.dumps([[*few, with_faults(faults)[1]] for faults in plans])
     command = [sys.executable, "-c", MANY_RUNS, str(SMOKE), runs, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -334,7 +300,7 @@ def test_the_users_own_cache_is_not_corrupted(tmp_path: Path):
     command = [sys.executable, "-m", "trainer", "train", str(SMOKE), "--run", str(tmp_path / "run"), *own]
     environment = {name: value for name, value in os.environ.items() if name != "TOPROPE_CACHE"}
     subprocess.run(
-        [*command, *toml([fault("corrupt_tokens", 2)])],
+        [*command, *with_faults([fault("corrupt_tokens", 2)])],
         env=environment | {"HOME": str(tmp_path)}, check=True, capture_output=True, timeout=100, cwd=ROOT,
     )  # fmt: skip
     seen = look(tmp_path / "run")
@@ -351,7 +317,7 @@ def test_a_bad_plan_is_refused_before_anything_starts_with_all_its_problems(tmp_
         fault("stopped", 4, "all"),
         fault("wrong_operator", 5, steps="x"),
     ]
-    done = torchrun(2, "train", SMOKE, "--run", tmp_path / "run", *toml(bad), check=False)
+    done = torchrun(2, "train", SMOKE, "--run", tmp_path / "run", *with_faults(bad), check=False)
     assert done.returncode == EXIT_USAGE
     for said in (
         "Did you mean 'sigkill'?", "beyond the run's 60 steps", "the job has ranks 0 to 1", "only rank 0 commits",

@@ -15,6 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 CAMPAIGN = f"""
 config = "{SMOKE}"
 ranks = 2
+restarts = 2
 set = {{ budget.steps = 40, checkpoint.every_steps = 6, eval.every_steps = 0, elastic.startup_timeout_seconds = 60.0 }}
 """
 

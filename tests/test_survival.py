@@ -32,6 +32,7 @@ from tests.support import (
     settings,
     trainer,
     wait_until,
+    with_faults,
     write_corpus,
     write_plan,
 )
@@ -44,7 +45,7 @@ from trainer.faults.checker import strays
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]  # the machine may be shared: six attempts take long then
 
 STEPS, EVERY = 24, 6
-RESTARTS = 6
+RESTARTS = 10
 
 
 def fault(
@@ -127,57 +128,69 @@ def place(calm: Place, tmp_path: Path) -> Place:
     return Place(tmp_path, calm.settings, calm.calm, calm.calm_run)
 
 
+def dies(kind: str, phase: str, at_step: int | None = None, rank: int = 1, **more: Any) -> dict[str, Any]:
+    """A fault of the config that ends its attempt."""
+    return {"kind": kind, "phase": phase, "rank": rank, **({} if at_step is None else {"at_step": at_step}), **more}
+
+
 # One list is one job: each fault ends an attempt, in this order. Every way to die, every phase, either rank.
 DEATHS = {
     "before and in the gradient": [
-        fault("before_forward", "kill", 0),
-        fault("in_forward", "segv", 3, rank=0),
-        fault("before_backward", "abort", 8, nth=1),
-        fault("in_backward", "exception", 9, rank=0, nth=2),
-        fault("before_reduce", "kill", 13, pause=0.3),  # rank 0 is in the collective by then, waiting
+        dies("sigkill", "startup"),
+        dies("sigkill", "before_forward", 1),
+        dies("sigsegv", "in_forward", 4, rank=0),
+        dies("sigabrt", "before_backward", 9),
+        dies("exception", "in_backward", 10, rank=0),
+        dies("sigkill", "before_reduce", 14),
+        dies("exit", "in_reduce", 15, rank=0),
     ],
     "from the reduction to the next step": [
-        fault("after_reduce", "exit", 6, rank=0),
-        fault("before_update", "kill", 7),
-        fault("in_update", "segv", 8, rank=0),
-        fault("after_update", "kill", 9),
-        fault("in_eval", "kill", rank=0, nth=1),
+        dies("exit", "after_reduce", 7, rank=0),
+        dies("memory_limit", "before_update", 8),
+        dies("sigsegv", "in_update", 9, rank=0),
+        dies("memory_kill", "after_update", 10, megabytes=8),
+        dies("sigkill", "in_eval", 12),
     ],
     "in each part of a save": [
-        fault("in_save_shard", "kill", 6),
-        fault("in_save_shard", "abort", 6, rank=0),
-        fault("before_commit", "kill", 6, rank=0),
-        fault("after_commit", "kill", 12, rank=0),
-        fault("in_save_shard", "kill", 18, rank=0, pause=0.2),  # rank 1 is ahead, in later steps
+        dies("sigkill", "in_save_shard", 6),
+        dies("sigabrt", "in_save_shard", 6, rank=0, attempt=1),
+        dies("sigkill", "before_commit", 6, rank=0),
+        dies("exit", "after_commit", 12, rank=0),
+        dies("sigkill", "in_save_shard", 18, rank=0),
     ],
     "at the end": [
-        fault("before_update", "kill", STEPS - 1, rank=0),
-        fault("before_commit", "kill", STEPS, rank=0),
-        fault("after_commit", "segv", STEPS, rank=0),
-        fault("before_end", "kill", STEPS),
-        fault("before_end", "kill", STEPS, rank=0),
-        fault("leaving", "kill", rank=0),  # it has said that it is finished
+        dies("sigkill", "before_update", STEPS, rank=0),
+        dies("sigkill", "before_commit", STEPS, rank=0),
+        dies("sigsegv", "after_commit", STEPS, rank=0),
+        dies("sigkill", "before_end", attempt=3),
+        dies("sigkill", "before_end", rank=0, attempt=4),
     ],
     "during recovery, and again at once": [
-        fault("before_forward", "kill", 13),  # the save of step 6 is over by then: that of step 12 waited for it
-        fault("START", "kill"),
-        fault("in_load", "kill", rank=0),
-        fault("in_load", "segv"),
-        fault("before_forward", "kill", 14),
+        dies("sigkill", "before_forward", 14),  # the save of step 6 is over by then: that of step 12 waited for it
+        dies("sigkill", "startup", attempt=1),
+        dies("sigkill", "in_load", rank=0, attempt=1),
+        dies("sigsegv", "in_load", attempt=1),
+        dies("repeated_kill", "before_forward", 15, times=2),
     ],
 }
+LEAVING = fault("leaving", "kill", rank=0)  # it has said that it is finished
 
 
 @pytest.mark.parametrize("when", DEATHS)
 def test_killed_at_every_phase_boundary_a_run_ends_as_the_calm_one(place: Place, when: str):
     sharding = "fsdp" if when in ("in each part of a save", "from the reduction to the next step") else "replicate"
-    in_turn = [{**one, "turn": turn} for turn, one in enumerate(DEATHS[when])]
-    place.survive(2, in_turn, *settings(parallel__strategy=sharding))
-    lost = sum(one["point"] in ("START", "in_load") for one in DEATHS[when])  # no attempt: they never began to train
-    place.ends_as_calm(attempts=len(DEATHS[when]) + 1 - lost)
+    deaths, after = DEATHS[when], [LEAVING] if when == "at the end" else NO_FAULTS
+    place.survive(2, after, *settings(parallel__strategy=sharding), *with_faults(deaths))
+    seen = place.look()
+    assert all(row["fired"] for row in seen["faults"]), seen["faults"]
+    # Who dies before it trains has made no attempt; the second of repeated kills comes while it loads, too.
+    before_training = sum(death["phase"] in ("startup", "in_load") for death in deaths)
+    place.ends_as_calm(attempts=1 + len(deaths) - before_training + len(after))
     causes = of_kind(place.run, events.WorkersLost)
-    assert len(causes) == len(DEATHS[when]) - lost
     assert all(len(cause.failures) >= 1 and cause.reason for cause in causes)
+    if when != "during recovery, and again at once":  # where only the last of several deaths is known
+        by_signal = [row for row in seen["faults"] if row["kind"] not in ("exception", "exit", "memory_limit")]
+        assert [row["detected_as"] for row in by_signal] == ["worker_lost"] * len(by_signal), seen["incidents"]
 
 
 def test_stopped_by_signals_and_gone_on_with_at_other_world_sizes_and_shardings(place: Place):
@@ -241,17 +254,6 @@ def test_sigterm_to_the_agent_is_answered_with_75_and_the_same_command_goes_on(p
     assert trainer("inspect", place.run).stdout.count("preempted") >= 1
     place.survive(2, NO_FAULTS)
     place.ends_as_calm(attempts=2)
-
-
-def test_a_stopped_rank_is_noticed_named_and_replaced(place: Place):
-    limits = settings(elastic__step_timeout_seconds=2.0, elastic__startup_timeout_seconds=30.0)
-    place.survive(2, [fault("before_backward", "stop", 8), fault("after_reduce", "stop", 14, rank=0)], *limits)
-    place.ends_as_calm(attempts=3)
-    first, second = of_kind(place.run, events.Hung)
-    assert [c["rank"] for c in first.culprits] == [1] and [c["rank"] for c in second.culprits] == [0]
-    assert (first.step, second.step) == (8, 14 if second.point != "before_forward" else 15)
-    assert 2 <= first.seconds < 6 and first.collective
-    assert (place.run / first.stacks).read_text().count("Thread") >= 2
 
 
 def test_slow_is_not_hung(place: Place):
@@ -342,20 +344,6 @@ def test_a_disk_without_room_for_one_more_checkpoint_keeps_the_ones_it_has(
     assert {key: seen[key] for key in same} == {key: calm.calm[key] for key in same}
 
 
-def test_a_passing_nan_or_spike_leaves_no_trace(place: Place):
-    place.survive(
-        2,
-        [
-            fault("before_forward", "nan", 8, nth=2),
-            fault("before_forward", "nan", 14, rank=0, where="gradient"),
-            fault("before_forward", "nan", 16, where="spike"),
-        ],
-    )
-    place.ends_as_calm(attempts=1)
-    seen = of_kind(place.run, events.NotFinite)
-    assert sorted({(one.step, one.trial) for one in seen}) == [(9, 0), (15, 0)]
-
-
 def test_a_nan_that_stays_stops_the_run_and_is_named(place: Place):
     """Rank 1's third micro-batch of four is number 5 of eight. It would only come again: torchrun does not restart."""
     lasting = [fault("before_forward", "nan", 8, nth=3, every=4, lasting=True)]
@@ -416,9 +404,9 @@ def begun(run: Path, step: int) -> bool:
 def test_random_kills_of_random_worlds_end_as_the_calm_run(tmp_path: Path):
     """The first few of a campaign; scripts/soak goes on for hundreds. To see one again, give it the printed seed."""
     seed = 0 if os.environ.get("CI") else int.from_bytes(os.urandom(3), "big")
-    command = [sys.executable, "scripts/soak.py", "--kills", "5", "--seed", str(seed), "--out", str(tmp_path / "soak")]
+    command = [sys.executable, "scripts/soak.py", "--kills", "3", "--seed", str(seed), "--out", str(tmp_path / "soak")]
     print("seed", seed)
     done = run(command, check=False, timeout=380)
     assert done.returncode == 0, f"seed {seed}\n{done.stdout}\n{done.stderr}"
     summary = json.loads((tmp_path / "soak" / "summary.json").read_text())
-    assert summary["kills"] >= 5 and summary["equal"] == summary["runs"], summary
+    assert summary["kills"] >= 3 and summary["equal"] == summary["runs"], summary

@@ -149,9 +149,9 @@ class Job:
         found = [path for path in sorted(self.temporary.rglob("*")) if not path.name.startswith(passed)]
         files = [f"file {path}" for path in found]
         segments = self._segments()
-        if segments:  # others' semaphores have a name for an instant
-            time.sleep(0.5)
-            segments &= self._segments()
+        # Others' semaphores have a name for an instant, or until the tracker of an agent that was killed removes them.
+        _wait_until(lambda: not segments & self._segments(), seconds=5)
+        segments &= self._segments()
         return orphans + files + [f"segment {path}" for path in sorted(segments)]
 
     def _segments(self) -> set[str]:

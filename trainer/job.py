@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # the optimizer will: half a second, better spent by all ranks at once than one after the other
 from torch import nn
 
 from trainer import checkpoint, console, elastic, evaluate, events, loop, optim, rundir, world

@@ -38,19 +38,20 @@ class GPT(nn.Module):
 
     Without targets `forward` returns logits_BTV in float32, with targets `Losses`. Rows of the vocabulary beyond the
     tokenizer's are not masked: no target names them, so training drives their probability to zero.
-    After `to_empty` on a model built on the meta device, call `reset_buffers` and `initialise`.
+    Parameters are left unfilled: call `initialise`, and after `to_empty` on a model built on the meta device
+    `reset_buffers` before it.
     """
 
     def __init__(self, model: config.Model, vocab_size: int) -> None:
         super().__init__()
         self.settings = model
-        self.embed = nn.Embedding(vocab_size, model.width)
-        self.embed_positions = nn.Embedding(model.context, model.width) if model.positions == "learned" else None
+        self.embed = Embedding(vocab_size, model.width)
+        self.embed_positions = Embedding(model.context, model.width) if model.positions == "learned" else None
         self.embed_bigrams = Bigrams(model.bigram_buckets, model.width) if model.bigram_buckets else None
         self.blocks = nn.ModuleList(Block(model, layer, vocab_size) for layer in range(model.n_layers))
         self.final_norm = _norm(model)
         # A tied head has no module of its own: one name per tensor for checkpoints, hashes and shards.
-        self.head = None if model.tied_embeddings else nn.Linear(model.width, vocab_size, bias=False)
+        self.head = None if model.tied_embeddings else Linear(model.width, vocab_size, bias=False)
         if model.positions == "rope":
             self.register_buffer("rotation_TP2", torch.empty(model.context, _channels(model) // 2, 2), persistent=False)
         self.reset_buffers()
@@ -121,8 +122,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.channels = model.n_heads, _kv_heads(model), _channels(model)
         self.qk_norm, self.dropout = model.qk_norm, model.dropout
-        self.qkv = nn.Linear(model.width, (self.heads + 2 * self.kv_heads) * self.channels, bias=model.biases)
-        self.out = nn.Linear(model.width, model.width, bias=model.biases)
+        self.qkv = Linear(model.width, (self.heads + 2 * self.kv_heads) * self.channels, bias=model.biases)
+        self.out = Linear(model.width, model.width, bias=model.biases)
         has_values = model.value_embeddings and layer % 2 == 1
         self.embed_values = ValueEmbedding(vocab_size, self.kv_heads * self.channels) if has_values else None
 
@@ -173,8 +174,8 @@ class MLP(nn.Module):
         super().__init__()
         self.kind = model.mlp
         up_width = _mlp_width(model) * (2 if model.mlp == "swiglu" else 1)
-        self.up = nn.Linear(model.width, up_width, bias=model.biases)
-        self.out = nn.Linear(_mlp_width(model), model.width, bias=model.biases)
+        self.up = Linear(model.width, up_width, bias=model.biases)
+        self.out = Linear(_mlp_width(model), model.width, bias=model.biases)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         h_BTF = self.up(x_BTD)
@@ -186,7 +187,17 @@ class MLP(nn.Module):
         return self.out(F.silu(gate_BTF) * value_BTF)
 
 
-class Bigrams(nn.Embedding):
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        """Leave it to `initialise`. On the meta device torch would import its compiler for this: a second and more."""
+
+
+class Linear(nn.Linear):
+    def reset_parameters(self) -> None:
+        """As for Embedding."""
+
+
+class Bigrams(Embedding):
     """Embedding of hash(previous token, token); the first position sees token 0 before it (modded-nanogpt, 2025)."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -200,7 +211,7 @@ class ValueEmbedding(nn.Module):
 
     def __init__(self, vocab_size: int, width: int) -> None:
         super().__init__()
-        self.table = nn.Embedding(vocab_size, width)
+        self.table = Embedding(vocab_size, width)
         self.gate = nn.Parameter(torch.empty(1))  # not a 0-d tensor: FSDP2 shards axis 0
 
     def forward(self, inputs_BT: Tensor) -> Tensor:

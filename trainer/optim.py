@@ -6,19 +6,37 @@ elsewhere than the whole. Row shards of matrices with a multiple of 16 elements 
 fused. All others take the foreach path, which is elementwise throughout.
 """
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import Optimizer
 
 from trainer import config
 
 VECTOR_ELEMENTS = 16  # float32 per AVX-512 register; a multiple of every narrower vector
 
 Kind = Literal["hidden", "head", "embedding", "vector"]
+
+
+class _WithoutCompiler(Optimizer):
+    """torch's optimizers import its compiler, only to tell it to keep out: over a second of every start."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        inspect.unwrap(Optimizer.add_param_group)(self, param_group)
+
+
+class AdamW(_WithoutCompiler, torch.optim.AdamW):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        return inspect.unwrap(torch.optim.AdamW.step)(self, closure)
+
+
+class Muon(_WithoutCompiler, torch.optim.Muon):
+    pass
 
 
 def build(model: nn.Module, optim: config.Optim) -> list[Optimizer]:

@@ -80,6 +80,8 @@ class CampaignFile(Section):
     """Draws the pairs."""
     timeout_seconds: float = Field(default=300.0, gt=0)
     """For one start of a job."""
+    restarts: int = Field(default=20, ge=0)
+    """Of the workers in one start of a job, beyond two for each of its faults."""
     runs: list[Run] = Field(default_factory=list)
     catalogue: Catalogue | None = None
     pairs: Pairs | None = None
@@ -133,6 +135,7 @@ class Campaign:
     """Of the calm run."""
     overrides: list[str]
     timeout_seconds: float
+    restarts: int
     cells: list[Cell] = field(default_factory=list)
 
 
@@ -149,7 +152,8 @@ def load(path: Path, only: Sequence[str] = (), repeat: int | None = None) -> Cam
         raise ConfigError(
             [f"{config_path} has faults of its own, so there is no calm run to compare with.\n  Move them to {path}."]
         )
-    campaign = Campaign(path.stem, path, file.question, config_path, config, overrides, file.timeout_seconds)
+    limits = (file.timeout_seconds, file.restarts)
+    campaign = Campaign(path.stem, path, file.question, config_path, config, overrides, *limits)
     planner = _Planner(campaign, file)
     planner.plan_all()
     cells = [cell for cell in planner.cells if not only or cell.name in only]

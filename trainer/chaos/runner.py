@@ -35,7 +35,6 @@ from trainer.faults.plan import Planned
 
 MORE_STARTS = 3
 """Starts of a job beyond one for each of its faults."""
-MORE_RESTARTS = 20
 EXIT_INTERRUPTED = 130
 
 
@@ -236,7 +235,7 @@ def _launch(
         cluster = stack.enter_context(
             Cluster(
                 campaign.config_path, directory / "run", overrides, ranks=ranks // nodes, nodes=nodes,
-                restarts=MORE_RESTARTS + 2 * len(planned), directory=scratch, hosts=hosts,
+                restarts=campaign.restarts + 2 * len(planned), directory=scratch, hosts=hosts,
                 environment={"WANDB_MODE": "disabled"}, own_store=bool(kinds & NEEDS_STORE),
                 worker=worker,
             )

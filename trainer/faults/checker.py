@@ -14,6 +14,7 @@ from trainer.checkpoint import files as checkpoint
 from trainer.errors import EXIT_FINISHED, CheckpointError, TopropeError
 from trainer.events import AttemptEnded, AttemptStarted, CheckpointRejected, CheckpointSaved, Entry, StepDone, Warned
 from trainer.faults.evidence import Calm, Evidence, Firing, Telling, calm_of, finished
+from trainer.faults.kinds import Kind
 from trainer.incidents import Incident
 
 __all__ = ["INVARIANTS", "Answer", "Answers", "Calm", "Evidence", "Firing", "Telling", "calm_of", "check", "measure"]
@@ -43,6 +44,8 @@ KNOWN_FILES = {
     "curves.png",
     "timeline.svg",
 }
+BREAKING = {"worker_lost", "hung", "preempted", "checkpoint_rejected"}
+"""Incidents at which all workers start again. What damages a checkpoint kills its rank too."""
 
 
 @dataclass(frozen=True)
@@ -257,15 +260,21 @@ def _false_alarms(evidence: Evidence) -> list[Incident]:
     if any(kind.silent or kind.hand == "nemesis" or kind.name == "repeated_kill" for kind in kinds):
         return []  # they may show in any way, in any attempt
     told = {name for kind in kinds for name in kind.told_as}
-    hit = {firing.attempt for firing in evidence.firings}
+    broken = {firing.attempt for firing in evidence.firings if _breaks(firing.fault.kind)}
     explained = [telling.incident for telling in evidence.tellings]
     secondary = ("worker_lost", "save_failed")  # what ends one rank breaks the others and the save under way
     return [
         incident
         for incident in evidence.incidents
         if not any(incident is one for one in explained)
-        and (incident.kind not in told if incident.kind not in secondary else incident.attempt not in hit)
+        and (incident.kind not in told or incident.kind in secondary)
+        and not (incident.kind in secondary and incident.attempt in broken)
     ]
+
+
+def _breaks(kind: Kind) -> bool:
+    """Whether it ends the attempt that it hits."""
+    return kind.exits != (EXIT_FINISHED,) or bool(BREAKING & {*kind.told_as})
 
 
 def _time_problems(evidence: Evidence) -> list[str]:
