@@ -65,7 +65,8 @@ def make_failures_file() -> Path:
 
 def note_failures(failures: list[dict[str, Any]], reason: str) -> None:
     """Launcher: say why workers are about to be started again; each failure is {rank, pid, exitcode, signal}."""
-    Path(os.environ[FAILURES_FILE]).write_text(json.dumps({"failures": failures, "reason": reason}), encoding="utf-8")
+    with Path(os.environ[FAILURES_FILE]).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"failures": failures, "reason": reason}) + "\n")
 
 
 def give_up() -> None:
@@ -80,10 +81,18 @@ def gave_up() -> bool:
     return Path(os.environ[FAILURES_FILE]).with_suffix(".final").exists()
 
 
-def workers_lost() -> dict[str, Any] | None:
-    """Worker: why it was started again, {failures, reason}; None for a first start or under another launcher."""
+def take_losses() -> list[dict[str, Any]]:
+    """Worker: why its node's were started again, {failures, reason} each, since one of them last asked.
+
+    More than one where some died before they could ask. For the node's first worker; empty for the others, for a first
+    start and under another launcher.
+    """
     path = os.environ.get(FAILURES_FILE)
+    if path is None or os.environ.get("LOCAL_RANK", "0") != "0":
+        return []
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8")) if path else None
+        told = Path(path).read_text(encoding="utf-8").splitlines()
+        Path(path).write_text("", encoding="utf-8")
+        return [json.loads(line) for line in told]
     except (OSError, ValueError):
-        return None
+        return []

@@ -195,9 +195,9 @@ class Attempt:
                 startup_seconds=stopwatch.seconds,
             )
         )
-        lost = elastic.workers_lost() if self.ranks.is_main else None
-        if lost is not None:
-            self.log.append(events.WorkersLost(failures=lost["failures"], reason=lost["reason"]))
+        for lost in elastic.take_losses():  # other nodes' are of the same events
+            if self.ranks.is_main:
+                self.log.append(events.WorkersLost(failures=lost["failures"], reason=lost["reason"]))
         shared_store = elastic.SHARED_STORE_WARNING if elastic.shares_rendezvous_store() else ""
         for message in (shared_store, self.hand.notice):
             if message and self.ranks.is_main:
