@@ -93,6 +93,17 @@ def test_what_must_start_fast_loads_without_torch():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+def test_a_run_that_does_not_compile_starts_without_torchs_compiler(tmp_path: Path):
+    """It takes over a second of every start, and torch imports it wherever it may, if only to tell it to keep out."""
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom trainer import config, job\n"
+        "few = ['budget.steps=2', 'optim.warmup_steps=0', 'eval.every_steps=0', 'wandb.mode=\"disabled\"']\n"
+        "status = job.train(config.load(Path('configs/smoke.toml'), few), Path(sys.argv[1]), time.time())\n"
+        "sys.exit(status or 'torch._dynamo' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], check=True, cwd=ROOT)
+
+
 def test_no_file_used_for_installing_names_a_package_index():
     for file in ["pyproject.toml", "requirements.lock", ".pre-commit-config.yaml", "docker/Dockerfile"]:
         assert "://" not in (ROOT / file).read_text(), file
