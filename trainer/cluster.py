@@ -90,7 +90,7 @@ class Job:
         """{rank: pid} of the workers that the agent has now. Needs /proc: else none."""
         found = {}
         for pid in self.processes():
-            rank = _environment(pid).get("RANK", "")
+            rank = _name(pid).removeprefix(elastic.NAME_PREFIX)
             if rank.isdecimal() and _parent(pid) == self.process.pid:
                 found[int(rank)] = pid
         return found
@@ -340,6 +340,12 @@ def _environment(pid: int) -> dict[str, str]:
         entries = (PROC / str(pid) / "environ").read_bytes().decode(errors="replace").split("\0")
         return dict(entry.split("=", 1) for entry in entries if "=" in entry)
     return {}
+
+
+def _name(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return (PROC / str(pid) / "comm").read_text(errors="replace").strip()
+    return ""
 
 
 def _parent(pid: int) -> int | None:

@@ -1,5 +1,6 @@
 """What worker and launcher tell each other through the environment. No torch: the command line asks first."""
 
+import contextlib
 import json
 import os
 import tempfile
@@ -13,6 +14,8 @@ from trainer.errors import EXIT_FAILED
 FAILURES_FILE = "TOPROPE_FAILURES"
 """Environment: the file in which our launcher notes why it starts the workers again."""
 FAILURES_PREFIX = "toprope-failures-"
+NAME_PREFIX = "rank "
+"""Of a worker's name among the processes."""
 SHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 SHARED_STORE_WARNING = (
     f"torchrun was started without {SHARED_STORE}=1. With torch 2.13 a node that joins then hangs the job, and "
@@ -38,13 +41,14 @@ def shares_rendezvous_store() -> bool:
     return started_by_torchrun() and os.environ.get(SHARED_STORE) != "1"
 
 
-def end_with_agent() -> None:
-    """Worker: end this process when the agent that started it is gone.
+def belong_to_agent() -> None:
+    """Worker: bear its rank's name, and end when the agent that started it is gone.
 
     It would train on unsupervised, and keep the run directory from whoever starts the job again.
     """
     if not started_by_torchrun():
         return
+    name_process()
     agent = os.getppid()
 
     def watch() -> None:
@@ -53,6 +57,12 @@ def end_with_agent() -> None:
         os._exit(EXIT_FAILED)
 
     threading.Thread(target=watch, name="toprope-agent", daemon=True).start()
+
+
+def name_process() -> None:
+    """Worker: call this process "rank N", for `ps` and `top`, and for whoever looks for it. Linux only."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/comm").write_text(f"{NAME_PREFIX}{os.environ['RANK']}", encoding="utf-8")
 
 
 def make_failures_file() -> Path:

@@ -67,7 +67,7 @@ def train(config: Config, run: Path, process_started: float, inject: Point = lam
     Raises a TopropeError for everything a user can mend: on all ranks alike, and before any work where possible.
     """
     stopwatch = Stopwatch(process_started)
-    elastic.end_with_agent()
+    elastic.belong_to_agent()
     check_world(config, elastic.expected_size())
     hand = faults.arm(config, run, elastic.expected_rank(), elastic.expected_size())
     hand.startup()

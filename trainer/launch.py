@@ -1,6 +1,6 @@
 """Starting torchrun so that what toprope promises holds.
 
-Installed as the command `torchrun` of the environment: torch's own, with five of its traps (torch 2.13) disarmed.
+Installed as the command `torchrun` of the environment: torch's own, with six of its traps (torch 2.13) disarmed.
 
 1. With the rendezvous store shared between agents and workers, a node that joins a running job hangs, and restarts
    under --standalone are unreliable. The variable that turns sharing off is read by the agent, so it is set here.
@@ -10,24 +10,26 @@ Installed as the command `torchrun` of the environment: torch's own, with five o
    usage (2) and preemption (75) are neither restarted nor dressed up: they are the exit status of the job. Nor is an
    error restarted that would only come again: a loss that is not finite twice, a disk that takes no checkpoint.
 4. Before a restart it asks the surviving workers to end and waits up to 30 s for one that is stopped or hangs. They
-   hold nothing that a checkpoint does not, so here they are killed: at once after a crash, and after some seconds for
-   last words where another worker left with an exit status.
+   hold nothing that a checkpoint does not, so here they are killed: at once after a crash or if they are stopped, and
+   after some seconds for last words where another worker left with an exit status.
 5. While nodes meet, each looks at the rendezvous store once a second, which adds up to 3 s to every change of
    membership. Here it looks ten times a second.
+6. Every worker, at every start, imports torch and all the rest anew, which takes seconds. On CPUs under Linux workers
+   given as `-m MODULE` are forked from a process that did so once (trainer/forkserver.py).
 """
 
+import contextlib
 import os
 import signal
 import socket
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-from trainer import elastic
+from trainer import elastic, forkserver
 from trainer.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USAGE
-
-if TYPE_CHECKING:
-    pass
 
 ON_PURPOSE = (EXIT_USAGE, EXIT_PREEMPTED)
 LAST_WORDS_SECONDS = 3
@@ -46,18 +48,21 @@ def torchrun() -> None:
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing.api import SignalException, SubprocessContext
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
     from torch.distributed.elastic.rendezvous import RendezvousError, dynamic_rendezvous
 
     dynamic_rendezvous._delay = lambda seconds: time.sleep(RENDEZVOUS_POLL_SECONDS)
     _mend(LocalElasticAgent)
     _mend_waiting(SubprocessContext)
-    failures_file = elastic.make_failures_file()
     parser = run.get_args_parser()
     parser.allow_abbrev = False
     parser.set_defaults(signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")  # Slurm's notice is SIGUSR1
     arguments = parser.parse_args(sys.argv[1:])
     if arguments.log_dir is None and arguments.redirects == arguments.tee == "0":
         arguments.log_dir = os.devnull  # nothing would be logged there, and torch leaves the directories behind in /tmp
+    if arguments.module and _has_no_gpu():
+        _mend_starting(SubprocessHandler, forkserver.fork(["trainer.job"]))
+    failures_file = elastic.make_failures_file()
     try:
         run.run(arguments)
     except ChildFailedError as error:
@@ -148,9 +153,41 @@ def _mend_waiting(context_class: Any) -> None:
         if death_sig is None and statuses and not statuses & set(ON_PURPOSE):  # not a signal that we pass on
             crashed = min(statuses) < 0
             death_sig, timeout = (signal.SIGKILL, timeout) if crashed else (signal.SIGTERM, LAST_WORDS_SECONDS)
+            for worker in (handler.proc for handler in context.subprocess_handlers.values()):
+                if _is_stopped(worker.pid):  # no other signal reaches it
+                    worker.kill()
         close(context, death_sig, timeout)
 
     context_class.close = close_soon
+
+
+def _is_stopped(pid: int) -> bool:
+    """Needs /proc: where there is none, no process is known to be stopped."""
+    with contextlib.suppress(OSError):  # gone meanwhile
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] == "T"
+    return False
+
+
+def _mend_starting(handler_class: Any, server: forkserver.ForkServer | None) -> None:
+    popen = handler_class._popen
+
+    def start(handler: Any, command: Sequence[str], environment: Mapping[str, str]) -> Any:
+        ordinary = [sys.executable, "-u", "-m"]
+        redirected = handler._stdout is not None or handler._stderr is not None
+        if server is not None and list(command[:3]) == ordinary and not redirected:
+            worker = server.start(command[3], command[4:], environment)
+            if worker is not None:
+                return worker
+        return popen(handler, command, environment)
+
+    handler_class._popen = start
+
+
+def _has_no_gpu() -> bool:
+    """Forked workers have been tried on CPUs alone."""
+    import torch
+
+    return torch.version.cuda is None and torch.version.hip is None
 
 
 def _record(rank: int, failure: Any) -> dict[str, Any]:

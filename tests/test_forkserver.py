@@ -1,0 +1,93 @@
+"""Workers that are forked: to whoever started them they are what ordinary ones are."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import support
+from trainer import events
+from trainer.cluster import LAUNCH
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forked workers are for Linux")
+
+WORKER = """
+import json, os, pathlib, signal, sys
+told = {
+    "arguments": sys.argv[1:], "color": os.environ.get("COLOR"), "shape": os.environ.get("SHAPE"),
+    "parent": os.getppid(), "leads_session": os.getsid(0) == os.getpid(), "name": __name__,
+    "preloaded": "wave" in sys.modules, "comm": pathlib.Path("/proc/self/comm").read_text().strip(),
+    "interrupt": signal.getsignal(signal.SIGINT) is signal.default_int_handler,
+}
+print(json.dumps(told))
+{"kill": lambda: os.kill(os.getpid(), signal.SIGKILL), "leave": lambda: sys.exit(7), "raise": lambda: 1 / 0,
+ "end": lambda: None}[sys.argv[1]]()
+"""
+
+
+def run(tmp_path: Path, agent: str) -> subprocess.CompletedProcess[str]:
+    """Run an agent's script in a process that has no threads; `worker` is a module there."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    return subprocess.run(
+        [sys.executable, "-c", agent], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+        env=os.environ | {"PYTHONPATH": str(support.ROOT), "COLOR": "red"},
+    )  # fmt: skip
+
+
+def test_a_forked_worker_is_its_agents_child_and_has_its_own_session_arguments_and_environment(tmp_path):
+    done = run(
+        tmp_path,
+        "import os; from trainer import forkserver\n"
+        "server = forkserver.fork(['wave'])\n"
+        "for way in ('leave', 'kill', 'raise', 'end'):\n"
+        "    worker = server.start('worker', [way, '1'], {'SHAPE': 'round', 'RANK': '3', 'PATH': os.environ['PATH']})\n"
+        "    print(worker.wait(30), worker.poll(), os.getpid(), flush=True)\n",
+    )
+    told, ends = done.stdout.splitlines()[0::2], done.stdout.splitlines()[1::2]
+    assert [line.split()[:2] for line in ends] == [["7", "7"], ["-9", "-9"], ["1", "1"], ["0", "0"]], done.stderr
+    agent = int(ends[0].split()[2])
+    assert json.loads(told[0]) == {
+        "arguments": ["leave", "1"], "color": None, "shape": "round", "parent": agent, "leads_session": True,
+        "name": "__main__", "preloaded": True, "comm": "rank 3", "interrupt": True,
+    }  # fmt: skip
+    assert "ZeroDivisionError" in done.stderr and done.stderr.count("Traceback") == 1
+
+
+def test_when_the_server_is_gone_the_caller_is_told_so(tmp_path):
+    done = run(
+        tmp_path,
+        "import os, signal, pathlib; from trainer import forkserver\n"
+        "server = forkserver.fork([])\n"
+        "children = pathlib.Path(f'/proc/self/task/{os.getpid()}/children').read_text().split()\n"
+        "os.kill(int(children[0]), signal.SIGKILL)\n"
+        "print(server.start('worker', ['end'], {'RANK': '0'}))\n",
+    )
+    assert (done.stdout, done.stderr) == ("None\n", "")
+
+
+def test_the_server_ends_with_its_agent_and_a_process_with_threads_gets_none(tmp_path):
+    done = run(
+        tmp_path,
+        "import time, threading; from trainer import forkserver\n"
+        "server = forkserver.fork([])\n"
+        "threading.Thread(target=time.sleep, args=[0.5]).start()\n"
+        "print(forkserver.fork([]))\n",
+    )
+    assert done.stdout == "None\n"  # and, or this would wait in vain, nobody holds the output any more
+
+
+def test_under_torchrun_workers_are_forked_and_end_with_the_bits_of_ordinary_ones(tmp_path):
+    def imports(run: Path, *options: str) -> float:
+        arguments = [*options, "-m", "trainer", "train", str(support.SMOKE), "--run", str(run)]
+        support.run([*LAUNCH, "--standalone", "--nproc-per-node", "2", *arguments], check=True, timeout=100)
+        starts = [e.event for e in events.read(run) if isinstance(e.event, events.AttemptStarted)]
+        return starts[0].startup_seconds["imports"]
+
+    forked = imports(tmp_path / "forked")
+    ordinary = imports(tmp_path / "ordinary", "--log-dir", str(tmp_path / "logs"), "--redirects", "3")
+    assert forked < ordinary / 2
+    one, other = (support.inspect(tmp_path / name)["state_sha256"] for name in ("forked", "ordinary"))
+    assert one == other
