@@ -438,7 +438,7 @@ def test_a_failed_save_is_told_with_its_step(log):
     log.start(0)
     log.fire(kind="no_space")
     log.steps(1, 5)
-    log.write(CheckpointFailed(step=6, reason="No space left", in_a_row=1, stall_seconds=0.0))
+    log.write(CheckpointFailed(step=6, reason="No space left", in_a_row=1, on_rank=1, stall_seconds=0.0))
     log.steps(6, STEPS)
     log.finish()
     assert not_passed(evidence(log, {"kind": "no_space", "rank": 1, "at_step": 6})) == {}

@@ -40,7 +40,8 @@ def run(tmp_path: Path, agent: str) -> subprocess.CompletedProcess[str]:
 def test_a_forked_worker_is_its_agents_child_and_has_its_own_session_arguments_and_environment(tmp_path):
     done = run(
         tmp_path,
-        "import os; from trainer import forkserver\n"
+        "import os, signal; from trainer import forkserver\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in the background of some shells
         "server = forkserver.fork(['wave'])\n"
         "for way in ('leave', 'kill', 'raise', 'end'):\n"
         "    worker = server.start('worker', [way, '1'], {'SHAPE': 'round', 'RANK': '3', 'PATH': os.environ['PATH']})\n"

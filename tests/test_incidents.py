@@ -104,6 +104,14 @@ def test_an_exception_is_named_by_the_rank_that_raised_it_first(run: Run):
     )
 
 
+def test_who_lost_a_peer_is_not_taken_for_the_one_that_was_lost(run: Run):
+    run.start()
+    run.steps(1, 3)
+    run.end("failed", 3, after=0.1, reason=LOST_A_PEER)
+    (incident,) = incidents_of(run.entries)
+    assert (incident.rank, incident.text) == (None, "a peer was lost after step 3; nothing has resumed it")
+
+
 def test_workers_killed_on_the_way_to_the_next_attempt_are_told_apart_from_those_of_the_last(run: Run):
     run.start()
     run.steps(1, 47)
@@ -184,11 +192,13 @@ def test_a_failed_save_and_a_damaged_checkpoint_do_not_end_an_attempt(run: Run):
     run.start()
     run.write(CheckpointRejected(step=40, reason="model.safetensors: checksum differs"))
     run.steps(1, 2)
-    run.write(CheckpointFailed(step=2, reason="[Errno 28] No space left on device", in_a_row=2, stall_seconds=0.1))
+    run.write(
+        CheckpointFailed(step=2, reason="[Errno 28] No space left on device", in_a_row=2, on_rank=1, stall_seconds=0.1)
+    )
     told = incidents_of(run.entries, running=True)
-    assert [(i.kind, i.detected_as, i.ends_attempt, i.lost_steps, i.seconds) for i in told] == [
-        ("checkpoint_rejected", "checkpoint_rejected", False, 0, None),
-        ("save_failed", "checkpoint_failed", False, 0, 0.1),
+    assert [(i.kind, i.detected_as, i.rank, i.ends_attempt, i.lost_steps, i.seconds) for i in told] == [
+        ("checkpoint_rejected", "checkpoint_rejected", None, False, 0, None),
+        ("save_failed", "checkpoint_failed", 1, False, 0, 0.1),
     ]
     assert told[1].text == "the save of step 2 failed ([Errno 28] No space left on device), 2 in a row"
 

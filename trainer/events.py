@@ -97,6 +97,8 @@ class CheckpointFailed(Event):
     step: int
     reason: str
     in_a_row: int
+    on_rank: int | None = None
+    """Where it failed first; None if a rank was lost meanwhile."""
     stall_seconds: float | None = None
     """How long the loop waited for it; None where it was not measured."""
 

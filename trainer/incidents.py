@@ -41,6 +41,7 @@ class Incident:
     """worker_lost, hung, preempted, not_finite, save_failed or checkpoint_rejected."""
     ends_attempt: bool
     rank: int | None
+    """That died, hung, or could not save; None where the run cannot know."""
     point: str | None
     """Where in the step, by the names of the points in step.py."""
     step: int | None
@@ -149,7 +150,7 @@ class Story:
 
     def _aside(self, entry: Entry, now: _Attempt) -> None:
         """An incident that does not end the attempt."""
-        event, seconds = entry.event, None
+        event, rank, seconds = entry.event, None, None  # whose it was is not always known, and not who writes of it
         assert isinstance(event, NotFinite | CheckpointFailed | CheckpointRejected)
         key: tuple[Any, ...] = (event.kind, event.step)
         match event:
@@ -160,14 +161,14 @@ class Story:
                 kind = "not_finite"
                 seconds = max(0.0, entry.time - now.last.time) if now.last is not None else None
             case CheckpointFailed(in_a_row=in_a_row):
-                kind, key, seconds = "save_failed", (*key, in_a_row), event.stall_seconds
+                kind, key, rank, seconds = "save_failed", (*key, in_a_row), event.on_rank, event.stall_seconds
             case CheckpointRejected():
                 kind = "checkpoint_rejected"
         if key not in now.asides:
             now.asides.add(key)
             text, step = describe(event), event.step
             self.incidents.append(
-                Incident(now.number, kind, False, entry.rank, None, step, 0, seconds, event.kind, text, entry.time)
+                Incident(now.number, kind, False, rank, None, step, 0, seconds, event.kind, text, entry.time)
             )
 
     def _settle(self) -> None:
@@ -239,8 +240,11 @@ def _cause(attempt: _Attempt, loss: WorkersLost | None) -> tuple[str, int | None
         return "worker_lost", rank, None, loss.kind, f"rank {rank} failed ({first_line(attempt.failed[rank])})"
     if loss is not None:
         return "worker_lost", _rank(loss), None, loss.kind, _who(loss, attempt.failed)
-    for rank, reason in attempt.failed.items():
-        return "worker_lost", rank, None, "attempt_ended", f"rank {rank} failed ({first_line(reason)})"
+    if by_itself:
+        rank = by_itself[0]
+        return "worker_lost", rank, None, "attempt_ended", f"rank {rank} failed ({first_line(attempt.failed[rank])})"
+    if attempt.failed:
+        return "worker_lost", None, None, "attempt_ended", "a peer was lost"
     return "worker_lost", None, None, "silence", "ended without a word"
 
 

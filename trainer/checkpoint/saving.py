@@ -137,18 +137,16 @@ class Saver:
     def _collect(self) -> None:
         save, self._save = self._save, None
         assert save is not None and save.outcome is not None
-        size, reason = save.outcome
-        if reason is not None:
+        told = save.outcome
+        if isinstance(told, _SaveError):
             self._failures += 1
-            self._ended.append(
-                CheckpointFailed(step=save.step, reason=reason, in_a_row=self._failures, stall_seconds=save.stall)
+            ended = CheckpointFailed(
+                step=save.step, reason=str(told), in_a_row=self._failures, on_rank=told.rank, stall_seconds=save.stall
             )
         else:
             self._failures = 0
-            self._ended.append(
-                CheckpointSaved(step=save.step, bytes=size, seconds=save.seconds, stall_seconds=save.stall)
-            )
-        self._ended += [Warned(message=message) for message in save.warnings]
+            ended = CheckpointSaved(step=save.step, bytes=told, seconds=save.seconds, stall_seconds=save.stall)
+        self._ended += [ended, *(Warned(message=message) for message in save.warnings)]
 
     def _lay_out(self, tensors: Mapping[str, Tensor]) -> "_Layout":
         """Who writes what: planned once, the state keeps its shapes. Replicas share the writing."""
@@ -162,12 +160,12 @@ class Saver:
         """The writing thread."""
         _lower_priority()
         try:
-            save.outcome = self._rounds(save), None
+            save.outcome = self._rounds(save)
         except _SaveError as error:
-            save.outcome = 0, str(error)
+            save.outcome = error
         except BaseException as error:  # no thread dies silently
             self._lost = self._lost or f"the writing thread failed: {files.one_line(error)}"
-            save.outcome = 0, self._lost
+            save.outcome = _SaveError(self._lost)
 
     def _rounds(self, save: "_Save") -> int:
         """Write, commit, read back, prune; the checkpoint's size in bytes. Raises _SaveError, alike on all ranks."""
@@ -182,11 +180,13 @@ class Saver:
             raise
         save.seconds = time.perf_counter() - save.started
         own = shards[self._world.rank].digests
-        damage = [line for lines in self._together(lambda: self._read_back(save, final, own)) for line in lines]
-        if damage:
+        damaged = self._together(lambda: self._read_back(save, final, own))
+        if any(damaged):
             if self._world.is_main:
                 files.discard(final)
-            raise _SaveError(f"it was written, but reads back differently: {'; '.join(dict.fromkeys(damage))}")
+            lines = "; ".join(dict.fromkeys(line for lines in damaged for line in lines))
+            rank = next(rank for rank, lines in enumerate(damaged) if lines)
+            raise _SaveError(f"it was written, but reads back differently: {lines}", rank)
         if self._world.is_main:
             self._prune(save, final)
         return size
@@ -279,12 +279,18 @@ class Saver:
         failed = [(rank, reason) for rank, (_, reason) in enumerate(all_of_us) if reason is not None]
         if failed:
             by_rank = [f"rank {rank}: {why}" if self._group else why for rank, why in failed]
-            raise _SaveError(failed[0][1] if len({why for _, why in failed}) == 1 < len(failed) else "; ".join(by_rank))
+            all_alike = len({why for _, why in failed}) == 1 < len(failed)
+            raise _SaveError(failed[0][1] if all_alike else "; ".join(by_rank), failed[0][0])
         return [result for result, _ in all_of_us]
 
 
 class _SaveError(CheckpointError):
     """A save failed, with the same message on all ranks. Becomes a CheckpointFailed event."""
+
+    def __init__(self, reason: str, rank: int | None = None) -> None:
+        """`rank` is the first that it failed on; None if one was lost."""
+        super().__init__(reason)
+        self.rank = rank
 
 
 class _Save:
@@ -297,7 +303,8 @@ class _Save:
         self.stall = 0.0
         self.seconds = 0.0
         self.warnings: list[str] = []
-        self.outcome: tuple[int, str | None] | None = None
+        self.outcome: int | _SaveError | None = None
+        """The checkpoint's size in bytes, or why there is none."""
         """(bytes, None) or (0, why it failed); set last, by the writing thread."""
 
 

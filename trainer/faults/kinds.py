@@ -84,7 +84,7 @@ def _process(name: str, imitates: str, made: str, **more: Any) -> Kind:
 
 def _storage(name: str, imitates: str, made: str, **more: Any) -> Kind:
     usual: dict[str, Any] = {
-        "detected": "the save fails on every rank with one reason", "told_as": ("save_failed",), "names_rank": False,
+        "detected": "the save fails on every rank with one reason", "told_as": ("save_failed",),
         "recovered": "training goes on; the next due save tries again", "phases": ("in_save_shard",),
     }  # fmt: skip
     return Kind(name=name, group="storage", imitates=imitates, made=made, **(usual | more))
@@ -267,7 +267,6 @@ KINDS: Mapping[str, Kind] = MappingProxyType({
         _storage(
             "torn_save", "power loss while saving", "kill -KILL while shards are half written",
             detected="a directory without the rename does not exist", recovered=RESTART, told_as=("worker_lost",),
-            names_rank=True,
         ),
         _damage("truncated_shard", "a lost tail of a file", "a shard is cut in half"),
         _damage("flipped_shard", "a bit that rots", "one bit of a shard is flipped"),
@@ -281,7 +280,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType({
             "corrupt_tokens", "a bit that rots in the data",
             "one byte of the token store is flipped; then the rank kills itself", phases=("before_forward",),
             detected="the store's checksum, when it is opened",
-            recovered="the store is built again from the documents", told_as=("worker_lost",), names_rank=True,
+            recovered="the store is built again from the documents", told_as=("worker_lost",),
         ),
         _storage(
             "vanished_checkpoints", "a file system that is unmounted",
