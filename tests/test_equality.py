@@ -10,7 +10,7 @@ import pytest
 
 from tests.support import SMOKE, torchrun
 
-BASE = {"budget.steps": 6, "eval.max_tokens": 2048, "optim.learning_rate": 0.01}
+BASE = {"budget.steps": 4, "data.micro_batches": 6, "eval.max_tokens": 1024, "optim.learning_rate": 0.01}
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "unclipped": {"optim.clip_norm": 0.0},
