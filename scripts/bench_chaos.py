@@ -10,12 +10,17 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from trainer.faults.checker import EQUAL
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def campaign(name: str, repeat: int = 1) -> dict[str, Any]:
-    """The report of configs/chaos/NAME.toml; one that was interrupted goes on."""
-    out = ROOT / "runs" / "bench-chaos" / name
+    """The report of configs/chaos/NAME.toml; one that this commit was interrupted in goes on."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    out = ROOT / "runs" / "bench-chaos" / f"{name}-{commit.stdout.strip()}"
     done = subprocess.run(
         [sys.executable, "-m", "trainer", "chaos", f"configs/chaos/{name}.toml", "--out", str(out),
          "--repeat", str(repeat), "--json"],
@@ -46,8 +51,15 @@ def storm() -> dict[str, Any]:
     """Random schedules of the llama3 mix: how many faults fired, and how the runs ended."""
     report = campaign("storm-llama3")
     fired = Counter(one["kind"] for result in report["results"] for one in result["measured"])
+    equal = [
+        answer["answer"] == "pass"
+        for result in report["results"]
+        for answer in result["answers"]
+        if answer["invariant"] == EQUAL
+    ]
     return {
         "runs": len(report["results"]),
+        "equal": sum(equal),
         "outcomes": dict(Counter(result["outcome"] for result in report["results"])),
         "seeds": sorted({result["seed"] for result in report["results"]}),
         "faults": sum(fired.values()),
@@ -77,7 +89,8 @@ def catalogue_table(figure: dict[str, Any]) -> list[str]:
         "", "## Faults", "",
         f"`trainer chaos configs/chaos/catalogue.toml`: every kind of fault, in {max_runs(figure)} runs each.",
         "Seconds are median (worst) from the moment it was made.",
-        f"Of {len(named)} faults that the run ought to tell of, it named {sum(named)} rightly: kind, rank, attempt.",
+        f"Of {len(named)} faults that the run ought to tell of, it named {sum(named)} rightly: kind, step, and the rank",
+        "where a run can know it.",
         "",
         "| kind | outcome | named rightly | noticed after, s | next new step after, s |", "|---|---|---|---|---|",
     ]  # fmt: skip
@@ -104,7 +117,8 @@ def storm_table(figure: dict[str, Any]) -> list[str]:
     return [
         "",
         f"Storms of the `llama3` mix (seeds {', '.join(map(str, figure['seeds']))}): {figure['faults']} faults in "
-        f"{figure['runs']} runs; {outcomes}. Fired: {kinds}.",
+        f"{figure['runs']} runs, {figure['equal']} of which ended with the calm run's weights and state; "
+        f"by all invariants together {outcomes}. Fired: {kinds}.",
     ]
 
 
