@@ -89,7 +89,7 @@ def catalogue_table(figure: dict[str, Any]) -> list[str]:
         "", "## Faults", "",
         f"`trainer chaos configs/chaos/catalogue.toml`: every kind of fault, in {max_runs(figure)} runs each.",
         "Seconds are median (worst) from the moment it was made.",
-        f"Of {len(named)} faults that the run ought to tell of, it named {sum(named)} rightly: kind, step, and the rank",
+        f"Of {len(named)} faults that the run ought to tell of, it named {sum(named)} rightly: kind, step, and rank",
         "where a run can know it.",
         "",
         "| kind | outcome | named rightly | noticed after, s | next new step after, s |", "|---|---|---|---|---|",
