@@ -363,7 +363,6 @@ def test_the_same_command_is_given_again_only_where_a_fault_explains_the_status(
 
 def test_what_this_machine_cannot_make_is_skipped_with_the_reason(planned, monkeypatch, tmp_path):
     monkeypatch.setattr(network, "probe", lambda: "network namespaces need root")
-    monkeypatch.setattr(os, "geteuid", lambda: 0)
     calm = Calm("w", "s", {}, 24, 1.0, True)
     skipped = runner.run_cell(planned, cell_of(planned, "slow_link"), calm, tmp_path)
     assert skipped.outcome == "skipped" and "need" in skipped.why and skipped.run == ""

@@ -589,6 +589,35 @@ def test_a_hostile_pickle_in_any_file_runs_nothing(
     assert not crater.exists()
 
 
+class Looked:
+    """Pickled as a look at an attribute."""
+
+    def __init__(self, of: Any, name: str) -> None:
+        self._reduced = getattr, (of, name)
+
+    def __reduce__(self) -> Any:
+        return self._reduced
+
+
+def test_what_early_pythons_3_11_have_saved_is_read_and_no_attribute_but_of_an_enumeration(tmp_path, monkeypatch):
+    from torch.distributed.checkpoint import metadata
+
+    with monkeypatch.context() as patched:
+        kind = metadata._MEM_FORMAT_ENCODING
+        patched.setattr(kind, "__reduce_ex__", lambda member, _: (getattr, (kind, member._name_)))
+        save(tmp_path, 2, 4)
+    assert b"getattr" in (path_of(tmp_path, 4) / ".metadata").read_bytes()
+    step, reports, tensors = restore(tmp_path)
+    assert step == 4 and holds(tensors, 4) and not reports
+    for of, name in ((metadata.TensorProperties, "create_from_tensor"), (kind, "__init__"), (torch.Size, "count")):
+        written = pickle.loads((path_of(tmp_path, 4) / ".metadata").read_bytes())
+        written.planner_data = Looked(of, name)
+        (path_of(tmp_path, 4) / ".metadata").write_bytes(pickle.dumps(written))
+        list_anew(path_of(tmp_path, 4))
+        step, reports, _ = restore(tmp_path)
+        assert step == 2 and f".metadata asks for {name!r}" in reports[0].reason
+
+
 def test_no_process_thread_or_temporary_file_is_left(tmp_path: Path):
     import threading
 

@@ -3,12 +3,16 @@
 import contextlib
 import errno
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import sysconfig
+import tempfile
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ import pytest
 
 from tests.support import ROOT, wait_until
 from tests.test_nemesis import Attack, calm, real  # noqa: F401
+from trainer import cluster
 from trainer.errors import EXIT_FINISHED
 from trainer.faults import network
 from trainer.faults.network import Hosts
@@ -206,13 +211,114 @@ def test_nothing_is_left_of_hosts_whose_maker_is_killed():
     assert wait_until(lambda: not held(inside), seconds=5)
 
 
+def test_a_job_on_a_host_is_its_starters_own(tmp_path, hosts):
+    """Though it is in namespaces that are not, it is found, signalled and ended, and its files are its starter's."""
+    made = tmp_path / "made"
+    program = (
+        "import pathlib, subprocess, sys\npathlib.Path(sys.argv[1]).touch()\n"
+        "subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    )
+    launch = [*hosts.command(0), sys.executable]
+    with cluster.Job(["-c", program, str(made)], tmp_path / "job.txt", launch=launch) as job:
+        found = wait_until(lambda: len(job.processes()) == 2 and job.processes(), seconds=20)
+        assert found and found[0] == job.process.pid, job.output
+        inside, ours = (Path(f"/proc/{pid}/ns/net").readlink() for pid in (found[1], os.getpid()))
+        assert inside != ours and job.connected() is False
+        assert made.stat().st_uid == os.getuid()
+        assert job.send(found[1], signal.SIGTERM)
+        assert wait_until(lambda: not job.running, seconds=20), "it has waited for the other"
+    with cluster.Job(["-c", program, str(made)], tmp_path / "again.txt", launch=launch) as job:
+        assert wait_until(lambda: len(job.processes()) == 2, seconds=20), job.output
+        job.kill()
+        assert job.leftovers() == []
+
+
 def test_what_is_missing_is_the_reason(monkeypatch):
     monkeypatch.setattr(network.shutil, "which", lambda tool: None if tool == "tc" else f"/usr/bin/{tool}")
     assert network.probe.__wrapped__() == "network namespaces need tc (iproute2)"
-    monkeypatch.setattr(network.os, "geteuid", lambda: 1000)
-    assert network.probe.__wrapped__() == "network namespaces need root"
     monkeypatch.setattr(network.sys, "platform", "darwin")
     assert network.probe.__wrapped__() == "network namespaces need Linux"
+
+
+def test_a_refused_user_namespace_is_the_reason(monkeypatch, tmp_path):
+    refusing = tmp_path / "unshare"
+    refusing.write_text("#!/bin/sh\necho unshare failed: Operation not permitted >&2\nexit 1\n")
+    refusing.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    why = "--net cat: unshare failed: Operation not permitted"
+    monkeypatch.setattr(network.os, "geteuid", lambda: 1000)
+    wanted = f"network namespaces need root, or a user namespace: unshare --user --map-root-user {why}"
+    assert network.probe.__wrapped__() == wanted
+    monkeypatch.setattr(network.os, "geteuid", lambda: 0)
+    assert network.probe.__wrapped__() == f"network namespaces cannot be made here: unshare {why}"
+
+
+# The same as an ordinary user, where the tests run as root
+
+NOBODY = 65534
+AsNobody = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def as_nobody() -> Iterator[AsNobody]:
+    """Runs this Python with the given arguments as a user without any right. Nothing of it may be left."""
+    if os.geteuid() != 0 or shutil.which("setpriv") is None:
+        pytest.skip("needs root, and setpriv to be less than that")
+    home = Path(tempfile.mkdtemp(prefix="toprope-nobody-"))
+    mark = f"TOPROPE_NOBODY={uuid.uuid4().hex}"
+    usual = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    of_nobody = dict.fromkeys(("HOME", "TMPDIR", "TOPROPE_CACHE"), str(home)) | dict([mark.split("=")])
+    python = _python_of_all(home)
+    # What setpriv starts is still looked up by root's rights; what that starts is not.
+    less = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "env", str(python)]
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = usual | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"} | of_nobody
+        return subprocess.run(
+            [*less, *arguments], capture_output=True, text=True, timeout=300, check=False, cwd=home, env=environment
+        )
+
+    try:
+        for path in (home, *home.rglob("*")):
+            os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
+        probed = run("-c", "import torch\nfrom trainer.faults import network\nprint(network.shaping())")
+        if probed.stdout.strip() != "None":
+            pytest.skip(f"of no use to an ordinary user: {(probed.stdout + probed.stderr).strip()[-300:]}")
+        yield run
+        assert wait_until(lambda: not cluster._with_environment(mark), seconds=5), "processes are left"
+    finally:
+        for pid in cluster._with_environment(mark):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(home)
+
+
+def _python_of_all(directory: Path) -> Path:
+    """Where this Python lies in a closed home: the system's, of the same version, with our packages."""
+    closed = [path for path in Path(sys.executable).resolve().parents if not path.stat().st_mode & 0o001]
+    other = shutil.which(f"python3.{sys.version_info.minor}", path=os.defpath)
+    if not closed or other is None:
+        return Path(sys.executable)
+    environment = directory / "python"
+    packages = environment / "lib" / Path(sysconfig.get_path("purelib")).relative_to(f"{sys.prefix}/lib")
+    packages.mkdir(parents=True)
+    (packages / "ours.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    (environment / "pyvenv.cfg").write_text(f"home = {Path(other).parent}\n")
+    (environment / "bin").mkdir()
+    (environment / "bin" / "python").symlink_to(other)
+    return environment / "bin" / "python"
+
+
+def passed(run: AsNobody, *arguments: str) -> None:
+    """Of this file's tests those that are named, none of them skipped."""
+    done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}", *arguments)
+    assert done.returncode == 0 and " passed" in done.stdout and "skipped" not in done.stdout, done.stdout + done.stderr
+    print(done.stdout)
+
+
+@pytest.mark.slow
+def test_an_ordinary_user_has_such_hosts_too(as_nobody):
+    passed(as_nobody, __file__, "-m", "not slow")
 
 
 # Runs
@@ -246,3 +352,8 @@ def test_a_loose_connector_and_a_congested_network_are_no_faults(tmp_path, hosts
     attack = Attack(tmp_path, faults, 2, hosts)
     ended(attack, calm)
     assert len(attack.sizes()) == 1, "it went on"
+
+
+@real
+def test_a_failed_switch_in_a_run_of_an_ordinary_user(as_nobody):
+    passed(as_nobody, f"{__file__}::{test_a_node_behind_a_failed_switch_is_gone_and_comes_back.__name__}")

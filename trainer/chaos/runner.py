@@ -29,7 +29,7 @@ from trainer.chaos.storm import Table, toml
 from trainer.errors import EXIT_FINISHED, RunDirectoryError, TopropeError
 from trainer.faults import checker, network, plan
 from trainer.faults.checker import Calm, Evidence
-from trainer.faults.kinds import LINUX, NAMESPACES, ROOT, SHAPING, Kind
+from trainer.faults.kinds import LINUX, NAMESPACES, SHAPING, Kind
 from trainer.faults.nemesis import NEEDS_STORE, Nemesis
 from trainer.faults.plan import Planned
 
@@ -53,8 +53,6 @@ def missing(kind: Kind) -> str | None:
 def _lacks(need: str) -> str | None:
     if need == LINUX:
         return None if sys.platform == "linux" else f"needs Linux, this is {platform.system()}"
-    if need == ROOT:
-        return None if os.geteuid() == 0 else "needs root"
     if need == NAMESPACES:
         return network.probe()
     return network.shaping() if need == SHAPING else None  # nodes are the job's, not the machine's

@@ -22,11 +22,10 @@ STEP = (*GRADIENT, *UPDATE)
 ANYWHERE = (*STEP, *SAVE, *AROUND)
 PHASES_WITHOUT_STEP = ("startup", "in_load", "before_end")
 
-# What a kind may need of the machine or the job; `campaign` probes and says what is missing.
-LINUX, ROOT, NAMESPACES, NODES, SHAPING = (
+# What a kind may need of the machine or the job; `campaign` probes, and skips what it lacks with the reason.
+LINUX, NAMESPACES, NODES, SHAPING = (
     "Linux",
-    "root",
-    "network namespaces",
+    "network namespaces (as root, or where the system lets users make user namespaces)",
     "two nodes",
     "traffic shaping (tc netem)",
 )
@@ -110,7 +109,7 @@ def _network(name: str, imitates: str, made: str, **more: Any) -> Kind:
     usual: dict[str, Any] = {
         "detected": "the watchdog: no progress within elastic.step_timeout_seconds", "hand": "nemesis",
         "recovered": "the side that holds the rendezvous goes on alone; the other joins when it can",
-        "needs": (LINUX, ROOT, NAMESPACES, NODES), "told_as": ("hung", "worker_lost"), "names_rank": False,
+        "needs": (LINUX, NAMESPACES, NODES), "told_as": ("hung", "worker_lost"), "names_rank": False,
         "exits": LOST, "detect_seconds": 30.0, "recover_seconds": 90.0,
     }  # fmt: skip
     return Kind(name=name, group="network", imitates=imitates, made=made, **(usual | more))
@@ -227,7 +226,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType({
         _network(
             "slow_link", "a congested network", "the last node's link is delayed and limited",
             settings={"milliseconds": Setting(20.0, "delay"), "seconds": Setting(5.0, "how long")},
-            needs=(LINUX, ROOT, NAMESPACES, NODES, SHAPING), detected="no fault: slow is not hung",
+            needs=(LINUX, NAMESPACES, NODES, SHAPING), detected="no fault: slow is not hung",
             recovered="by itself", told_as=(),
         ),
         _network(

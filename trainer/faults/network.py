@@ -3,6 +3,9 @@
 The switch is a bridge in a namespace of its own: the machine's interfaces, routes and firewall are not touched. No
 namespace has a name. Each lasts as long as a process in it, the first being one that ends when ours does, however it
 ends, so nothing is left behind to be cleaned up later.
+
+For whoever is not root they are made within a user namespace, where the system allows one. Processes there take
+themselves for root; to everybody else they are the user's own, who can find and end them, and so are their files.
 """
 
 import contextlib
@@ -26,8 +29,6 @@ def probe() -> str | None:
     """Why no such hosts can be made here; None if they can."""
     if sys.platform != "linux":
         return "network namespaces need Linux"
-    if os.geteuid() != 0:
-        return "network namespaces need root"
     missing = [f"{tool} ({package})" for tool, package in TOOLS.items() if shutil.which(tool) is None]
     if missing:
         return f"network namespaces need {', '.join(missing)}"
@@ -35,6 +36,8 @@ def probe() -> str | None:
         with Hosts(1) as hosts:
             hosts.drop_outgoing(0)
     except OSError as error:
+        if os.geteuid() != 0:
+            return f"network namespaces need root, or a user namespace: {error}"
         return f"network namespaces cannot be made here: {error}"
     return None
 
@@ -72,6 +75,7 @@ class Hosts:
     def __init__(self, count: int) -> None:
         assert 1 <= count <= 250
         self._count = count
+        self._in_user_namespace = os.geteuid() != 0
         self._holders: list[subprocess.Popen[bytes]] = []
         self._links = [_Link() for _ in range(count)]
         self._changing = threading.Lock()
@@ -93,10 +97,11 @@ class Hosts:
     def close(self) -> None:
         """Let go of the namespaces: each ends with the last process in it."""
         for holder in self._holders:
-            assert holder.stdin and holder.stdout
+            assert holder.stdin and holder.stdout and holder.stderr
             with contextlib.suppress(OSError):
                 holder.stdin.close()
             holder.stdout.close()
+            holder.stderr.close()
         for holder in self._holders:
             holder.wait(SECONDS_A_COMMAND)
         self._holders.clear()
@@ -172,21 +177,33 @@ class Hosts:
     def _hold(self) -> subprocess.Popen[bytes]:
         """A process that keeps a new namespace until its input ends, as it does when we do."""
         command = ["unshare", "--net", "cat"]
-        holder = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
-        )
+        if self._in_user_namespace and not self._holders:
+            command[1:1] = ["--user", "--map-root-user"]
+        pipe = subprocess.PIPE
+        inside = [*self._in_the_user_namespace(), *command]
+        holder = subprocess.Popen(inside, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
         self._holders.append(holder)
-        assert holder.stdin and holder.stdout
-        holder.stdin.write(b"\n")
-        holder.stdin.flush()
+        assert holder.stdin and holder.stdout and holder.stderr
+        with contextlib.suppress(BrokenPipeError):  # it has left already
+            holder.stdin.write(b"\n")
+            holder.stdin.flush()
         if holder.stdout.readline() != b"\n":  # an answer means that it is inside
-            raise OSError(f"{' '.join(command)} left with exit status {holder.wait()}")
+            said, status = holder.stderr.read().decode(errors="replace").strip(), holder.wait()
+            raise OSError(f"{' '.join(command)}: {said or f'exit status {status}'}")
         return holder
 
     def _in_namespace(self, number: int) -> list[str]:
         if not self._holders:
             raise OSError("these hosts are closed")
-        return ["nsenter", f"--net=/proc/{self._holders[number].pid}/ns/net", "--"]
+        net = f"--net=/proc/{self._holders[number].pid}/ns/net"
+        return [*(self._in_the_user_namespace() or ["nsenter"]), net, "--"]
+
+    def _in_the_user_namespace(self) -> list[str]:
+        """The switch's holder has made it; nothing where there is none."""
+        if not self._in_user_namespace or not self._holders:
+            return []
+        # Without the last, nsenter gives up the user's groups, which is not allowed there.
+        return ["nsenter", f"--user=/proc/{self._holders[0].pid}/ns/user", "--preserve-credentials"]
 
     def _run(self, namespace: int, *command: str) -> None:
         inside = [*self._in_namespace(namespace), *command]
