@@ -352,8 +352,3 @@ def test_a_loose_connector_and_a_congested_network_are_no_faults(tmp_path, hosts
     attack = Attack(tmp_path, faults, 2, hosts)
     ended(attack, calm)
     assert len(attack.sizes()) == 1, "it went on"
-
-
-@real
-def test_a_failed_switch_in_a_run_of_an_ordinary_user(as_nobody):
-    passed(as_nobody, f"{__file__}::{test_a_node_behind_a_failed_switch_is_gone_and_comes_back.__name__}")
