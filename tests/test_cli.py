@@ -1,5 +1,6 @@
 """What a user types: the verbs, and one clear message with exit status 2 for whatever is wrong, before any work."""
 
+import hashlib
 import json
 import os
 import sys
@@ -194,6 +195,24 @@ def test_sample_writes_text_verify_checks_and_plot_draws(run):
     assert "DAMAGED" in verdict.stdout and shard.name in verdict.stdout
     resumed = trainer("train", SMOKE, "--run", run, *TINY)
     assert "is damaged and was passed over" in resumed.stdout
+
+
+def test_a_run_that_a_newer_toprope_has_taken_further_is_refused_and_left_as_it_is(run):
+    trainer("train", SMOKE, "--run", run, *TINY)
+    manifest = run / "checkpoints" / "step-00000004" / "manifest.json"
+    body = json.loads(manifest.read_text())["body"] | {"format": 2}
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    manifest.write_text(json.dumps({"sha256": digest, "body": body}))
+    for refused in (
+        torchrun(2, "train", SMOKE, "--run", run, *TINY, check=False),
+        trainer("sample", run, check=False),
+    ):
+        assert refused.returncode == 2 and "Traceback" not in refused.stderr, refused.stderr
+        assert "written by a newer toprope (format 2" in refused.stderr
+    verdict = trainer("verify", run, check=False)
+    assert verdict.returncode == 1
+    assert "NEWER" in verdict.stdout and "DAMAGED" not in verdict.stdout and verdict.stdout.count("intact") == 1
+    assert json.loads(manifest.read_text())["body"] == body
 
 
 def test_inspect_and_sample_of_what_is_no_run_say_so(tmp_path):

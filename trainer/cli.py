@@ -7,12 +7,15 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from trainer import elastic
-from trainer.errors import EXIT_FAILED, EXIT_FINISHED, TopropeError
+from trainer.errors import EXIT_FAILED, EXIT_FINISHED, NewerFormatError, TopropeError
+
+if TYPE_CHECKING:
+    from trainer.checkpoint import Saved
 
 PROCESS_STARTED = time.time()
 
@@ -92,10 +95,21 @@ def verify(path: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT")]) -
         print(f"{path} has no checkpoints")
     all_intact = True
     for one in saved:
-        problems = checkpoint.verify(one, _percent if sys.stderr.isatty() else lambda done, total: None)
-        all_intact = all_intact and not problems
-        print(f"{one.path.name}  {'DAMAGED: ' + '; '.join(problems) if problems else 'intact'}", flush=True)
+        verdict = _verdict(one)
+        all_intact = all_intact and verdict == "intact"
+        print(f"{one.path.name}  {verdict}", flush=True)
     raise typer.Exit(EXIT_FINISHED if all_intact else EXIT_FAILED)
+
+
+def _verdict(saved: "Saved") -> str:
+    from trainer import checkpoint
+
+    try:
+        checkpoint.refuse_newer(saved)
+    except NewerFormatError as error:
+        return f"NEWER: {error}"
+    problems = checkpoint.verify(saved, _percent if sys.stderr.isatty() else lambda done, total: None)
+    return f"DAMAGED: {'; '.join(problems)}" if problems else "intact"
 
 
 def _percent(done: int, total: int) -> None:
