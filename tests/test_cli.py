@@ -10,6 +10,7 @@ import pytest
 
 from tests.support import ROOT, SMOKE, inspect, settings, torchrun, trainer
 from trainer import config as configs
+from trainer import rundir
 
 TINY = settings(budget__steps=4, checkpoint__every_steps=2, eval__every_steps=2)
 
@@ -132,6 +133,24 @@ def test_more_ranks_than_micro_batches_and_meshes_that_do_not_fit_are_refused_by
     assert not run.exists()
 
 
+@pytest.mark.parametrize("start", [trainer, lambda *a, **k: torchrun(2, *a, restarts=2, **k)], ids=["one", "torchrun"])
+def test_what_only_rank_0_looks_at_is_refused_too_by_all_ranks_at_once(run, monkeypatch, start):
+    """With two restarts allowed: an error that is no different next time must not use them up."""
+    monkeypatch.setenv("WANDB_MODE", "onlin")
+    mode = start("train", SMOKE, "--run", run, check=False)
+    assert mode.returncode == 2 and "Traceback" not in mode.stderr, mode.stderr
+    assert mode.stderr.count("WANDB_MODE = 'onlin' is no mode") == 1
+    assert not run.exists()
+    monkeypatch.delenv("WANDB_MODE")
+    (run / "events").mkdir(parents=True)
+    (run / "events" / "attempt-0000-rank-00000.jsonl").write_text("no event\n")
+    rundir.record(run, configs.load(SMOKE), {"data_sha256": None})
+    log = start("train", SMOKE, "--run", run, check=False)
+    assert log.returncode == 2 and "Traceback" not in log.stderr, log.stderr
+    assert log.stderr.count("attempt-0000-rank-00000.jsonl:1 is no event") == 1
+    assert len(list((run / "events").iterdir())) == 1, "there was work"
+
+
 def test_a_run_goes_on_where_it_stopped_and_another_config_is_refused_with_a_diff(run, capsys):
     """Train 2 of 4 steps by budget, see the refusal, then finish; equal to an uninterrupted run, twice over."""
     trainer("train", SMOKE, "--run", run, *TINY)
@@ -166,8 +185,6 @@ def test_a_run_resumed_from_its_middle_ends_with_the_same_bits_on_other_ranks_an
 
 
 def test_two_jobs_on_one_run_directory_are_kept_apart(run):
-    from trainer import rundir
-
     config = configs.load(SMOKE)
     with rundir.claim(run, config):
         second = trainer("train", SMOKE, "--run", run, check=False)
