@@ -51,7 +51,24 @@ def test_all_wrong_settings_are_reported_at_once(capsys, run):
 
 def test_a_value_of_the_wrong_type_is_refused(capsys, run):
     assert 'model.width = "wide"' in refusal(capsys, "--set", 'model.width="wide"', run=run)
-    assert "quotes" in refusal(capsys, "--set", "data.source=some/path", run=run)
+    assert "the right side is not TOML" in refusal(capsys, "--set", "optim.learning_rate=3e-", run=run)
+    assert "the right side is not TOML" in refusal(capsys, "--set", "data.source=", run=run)
+    assert "quotes" in refusal(capsys, "--set", 'data.source="some/path', run=run)
+    assert "parallel.strategy = \"fdsp\": input should be 'replicate', " in refusal(
+        capsys, "--set", "parallel.strategy=fdsp", run=run
+    )
+
+
+def test_text_needs_no_quotes_where_a_setting_takes_nothing_else():
+    """A shell eats those of --set parallel.strategy="fsdp"."""
+    bare = [
+        "parallel.strategy=fsdp",
+        "data.source=some/*.txt",
+        "eval.sources.mine=a b.txt",
+        'eval.sets=["val", "mine"]',
+    ]
+    quoted = ['parallel.strategy="fsdp"', 'data.source="some/*.txt"', 'eval.sources.mine="a b.txt"', bare[-1]]
+    assert configs.load(SMOKE, bare) == configs.load(SMOKE, quoted)
 
 
 def test_a_config_that_is_not_there_is_refused(capsys, run, tmp_path):

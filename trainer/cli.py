@@ -39,7 +39,8 @@ def train(
         Path | None, typer.Option(help="Run directory; default runs/CONFIG's name. Resumes what is there.")
     ] = None,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; the value is TOML.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; the value is TOML or plain text."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Build on the meta device, print sizes and costs, train nothing.")

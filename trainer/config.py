@@ -11,7 +11,7 @@ import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -341,6 +341,8 @@ def _override(tree: dict[str, Any], text: str) -> list[str]:
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
+        parsed = _bare_text(key, value.strip())
+    if parsed is None:
         quoted = f"'{key}=\"{value.strip()}\"'"
         return [f"--set {text}: the right side is not TOML.\n  Text needs quotes that the shell keeps: --set {quoted}."]
     *sections, name = key.split(".")
@@ -351,6 +353,17 @@ def _override(tree: dict[str, Any], text: str) -> list[str]:
             return [f"--set {text}: {section} is a value, not a section."]
     node[name] = parsed
     return []
+
+
+def _bare_text(key: str, value: str) -> str | None:
+    """`value` where the setting takes text and nothing else: a shell eats the quotes of strategy="fsdp"."""
+    if not value or value[0] in "\"'":  # an unset variable of the shell, a quote that is never closed
+        return None
+    kind: Any = Config
+    for name in key.split("."):
+        field = getattr(kind, "model_fields", {}).get(name)
+        kind = field.annotation if field else next(iter(get_args(kind)[1:]), None)  # of dict[str, str]: str
+    return value if kind is str or get_origin(kind) is Literal else None
 
 
 def _tuples(value: Any) -> Any:
