@@ -260,6 +260,32 @@ def test_the_124m_config_passes_a_dry_run_that_shows_its_size():
     assert "124," in shown.replace(" ", "") and "FLOPs per token" in shown and "memory per rank" in shown
 
 
+@pytest.mark.parametrize("vocabulary", [[], ["--set", "model.vocab_size=300"]], ids=["tokenizer's", "set"])
+def test_a_dry_run_counts_the_parameters_that_the_run_has(run, vocabulary):
+    few = [*settings(budget__steps=1, eval__max_tokens=64), *vocabulary]
+    trainer("train", SMOKE, "--run", run, *few)
+    recorded = rundir.read(run)
+    shown = trainer("train", SMOKE, "--dry-run", *few).stdout
+    assert f"{recorded['parameters']:,} (" in shown and f"{recorded['vocab_size']:,} rows for 257 tokens" in shown
+
+
+def test_a_dry_run_says_what_it_takes_the_vocabulary_from(tmp_path):
+    from trainer import dryrun
+    from trainer.data import tokenizer
+
+    own = tmp_path / "tokenizer.json"
+    tokenizer.train("chars", ["abc"], 0).save(own)
+    expected = {"bytes": (257, "bytes"), "bpe": (4096, "fewer"), "chars": (100, "assumed"), str(own): (5, str(own))}
+    for kind, (tokens, whence) in expected.items():
+        found = dryrun.vocabulary(configs.parse({"data": {"tokenizer": kind}}))
+        assert found[0] == tokens and found[1].startswith(whence)
+
+
+def test_a_dry_run_on_no_ranks_is_refused(capsys, run):
+    message = refusal(capsys, "--dry-run", "--ranks", "0", "--set", "parallel.strategy=fsdp", run=run)
+    assert "--ranks" in message
+
+
 def test_every_config_loads():
     found = sorted((ROOT / "configs").glob("*.toml"))
     assert len(found) >= 6

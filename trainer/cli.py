@@ -45,7 +45,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Build on the meta device, print sizes and costs, train nothing.")
     ] = False,
-    ranks: Annotated[int, typer.Option(help="World size that --dry-run divides memory by.")] = 1,
+    ranks: Annotated[int, typer.Option(min=1, help="World size that --dry-run divides memory by.")] = 1,
 ) -> None:
     """Train a config, or resume the run where it stopped. Under torchrun: on all its ranks."""
     from trainer import config as configs
