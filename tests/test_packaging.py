@@ -104,6 +104,19 @@ def test_a_run_that_does_not_compile_starts_without_torchs_compiler(tmp_path: Pa
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], check=True, cwd=ROOT)
 
 
+def test_the_hooks_do_nothing_that_scripts_check_does_not():
+    """So that it need not run them, and a commit is judged as everything else is."""
+    entries = re.findall(r"entry: (\S+)", (ROOT / ".pre-commit-config.yaml").read_text())
+    check = (ROOT / "scripts/check").read_text()
+    assert entries and all(
+        entry in (*re.findall(r"^check \w+ (\S+)", check, re.M), "scripts/check") for entry in entries
+    )
+
+
+def test_all_folders_of_python_are_checked_for_types():
+    assert {path.parent.name for path in ROOT.glob("[!.]*/*.py")} == set(PYPROJECT["tool"]["pyright"]["include"])
+
+
 def test_no_file_used_for_installing_names_a_package_index():
     for file in ["pyproject.toml", "requirements.lock", ".pre-commit-config.yaml", "docker/Dockerfile"]:
         assert "://" not in (ROOT / file).read_text(), file
