@@ -73,6 +73,32 @@ def test_text_needs_no_quotes_where_a_setting_takes_nothing_else():
 
 def test_a_config_that_is_not_there_is_refused(capsys, run, tmp_path):
     assert "does not exist" in refusal(capsys, config=tmp_path / "none.toml", run=run)
+    message = refusal(capsys, config=ROOT / "configs", run=run)
+    assert "configs is a directory.\n" in message and "smoke.toml" in message and "Errno" not in message
+    (tmp_path / "picture.toml").write_bytes(b"\xff\xd8\xff")
+    assert "picture.toml is no text" in refusal(capsys, config=tmp_path / "picture.toml", run=run)
+
+
+def test_a_campaign_is_no_config_and_says_what_takes_it(capsys, run):
+    path = ROOT / "configs" / "chaos" / "smoke.toml"
+    message = refusal(capsys, config=path, run=run)
+    assert f"{path} is a campaign" in message and f"trainer chaos {path}" in message
+    assert "no setting" not in message
+
+
+@pytest.mark.parametrize(
+    ("override", "fact", "remedy"),
+    [
+        ("budget=3", "budget = 3 is a value, but budget is a section.", "Set what is in it: budget.steps."),
+        ('eval.sets="val"', 'eval.sets = "val" is no list.', 'eval.sets = ["val"]'),
+        ("faults=[{}]", "faults.0.kind is missing.", "Write [[faults]]"),
+        ("faults=[3]", "faults.0 = 3 is no fault.", "Write [[faults]]"),
+        ('faults={kind="sigkill"}', 'faults = {"kind": "sigkill"} is no list of faults.', "Write [[faults]]"),
+    ],
+)
+def test_a_value_of_the_wrong_shape_is_refused_with_the_right_one(capsys, run, override, fact, remedy):
+    told_fact, told_rule = refusal(capsys, "--set", override, run=run).splitlines()
+    assert told_fact == f"ConfigError: {fact}" and remedy in told_rule
 
 
 def test_a_setting_without_effect_is_refused(capsys, run):
@@ -247,6 +273,11 @@ def test_a_run_that_a_newer_toprope_has_taken_further_is_refused_and_left_as_it_
     assert verdict.returncode == 1
     assert "NEWER" in verdict.stdout and "DAMAGED" not in verdict.stdout and verdict.stdout.count("intact") == 1
     assert json.loads(manifest.read_text())["body"] == body
+
+
+def test_verify_of_a_checkpoint_that_is_not_there_is_wrong_usage(tmp_path):
+    done = trainer("verify", tmp_path / "step-00000009", check=False)
+    assert done.returncode == 2 and "step-00000009 is no checkpoint" in done.stderr
 
 
 def test_inspect_and_sample_of_what_is_no_run_say_so(tmp_path):

@@ -51,6 +51,10 @@ class CheckpointError(TopropeError):
     """A checkpoint cannot be written, or none that exists is intact."""
 
 
+class NoCheckpointError(CheckpointError, UsageError):
+    """What was named is no checkpoint."""
+
+
 class NewerFormatError(CheckpointError, UsageError):
     """A checkpoint was written by a newer toprope: nothing is wrong with it, but this one cannot read it."""
 

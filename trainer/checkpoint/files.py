@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import CheckpointError, NewerFormatError
+from trainer.errors import CheckpointError, NewerFormatError, NoCheckpointError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -64,10 +64,13 @@ def committed(run: Path) -> list[Saved]:
 
 
 def at(path: Path) -> Saved:
-    """The checkpoint in this directory. Raises CheckpointError if its name is none."""
+    """The checkpoint in this directory. Raises NoCheckpointError if there is none of that name."""
     match = _COMMITTED.fullmatch(path.name)
     if not (match and path.is_dir()):
-        raise CheckpointError(f"{path} is no checkpoint.\n  They are directories: RUN/checkpoints/step-00000040.")
+        raise NoCheckpointError(
+            f"{path} is no checkpoint.\n"
+            "  They are directories: RUN/checkpoints/step-00000040. `python -m trainer inspect RUN` lists a run's."
+        )
     return Saved(path, int(match[1] or match[2]))
 
 
