@@ -236,6 +236,34 @@ def test_setup_refuses_an_unfit_python_with_fact_rule_and_remedy(machine: Machin
     assert not (machine.folder / ".venv").exists()
 
 
+def test_what_passed_only_when_it_was_run_again_is_named_at_the_end(tmp_path: Path):
+    (tmp_path / "scripts").mkdir()
+    for name, does in (
+        ("scripts/setup", ""),
+        ("scripts/check", ""),
+        (".venv/bin/python", f'exec {sys.executable} "$@"'),
+    ):
+        stub = tmp_path / name
+        stub.parent.mkdir(parents=True, exist_ok=True)
+        stub.write_text(f"#!/usr/bin/env bash\n{does}\n")
+        stub.chmod(0o755)
+    (tmp_path / "scripts/test").write_bytes((ROOT / "scripts/test").read_bytes())
+    (tmp_path / "pytest.ini").touch()
+    (tmp_path / "test_it.py").write_text(
+        "from pathlib import Path\n"
+        "def test_steady(): pass\n"
+        "def test_shaky():\n    mark = Path('mark')\n    seen = mark.exists()\n    mark.touch()\n    assert seen\n"
+    )
+    for named in ("test_it.py::test_shaky", ""):
+        done = subprocess.run(["bash", "scripts/test"], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        told = done.stdout.partition("passed when run again alone:")[2].strip()
+        assert told == named
+    (tmp_path / "test_it.py").write_text("def test_broken(): assert False\n")
+    done = subprocess.run(["bash", "scripts/test"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "passed when run again" not in done.stdout
+
+
 def _fresh(folder: Path) -> Path:
     folder.mkdir()
     return folder
