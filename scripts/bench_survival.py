@@ -48,6 +48,8 @@ def saving_worker(make: Callable[[world.World, Path], Any]) -> None:
     identity = {"fingerprint": "bench", "run_id": "bench"}
     saver = checkpoint.Saver(directory, ranks, identity, configs.Checkpoint(keep_last=1))
     rows: list[dict[str, Any]] = []
+    sources: list[torch.Tensor] = []
+    copies: list[torch.Tensor] = []
     for round_ in range(21):
         before = _seconds(lambda: mine(1))
         saver.begin(mine.state.step, mine.state.tensors())

@@ -32,10 +32,15 @@ def trainer(*arguments: str | Path, check: bool = True, timeout: float = 100) ->
 
 
 def torchrun(
-    ranks: int, *arguments: str | Path, check: bool = True, timeout: float = 100, module: str = "trainer"
+    ranks: int,
+    *arguments: str | Path,
+    check: bool = True,
+    timeout: float = 100,
+    module: str = "trainer",
+    restarts: int = 0,
 ) -> subprocess.CompletedProcess[str]:
     """`torchrun --standalone --nproc-per-node RANKS -m MODULE …` to its end."""
-    options = ["--standalone", "--nproc-per-node", str(ranks), "-m", module]
+    options = ["--standalone", "--nproc-per-node", str(ranks), "--max-restarts", str(restarts), "-m", module]
     return run([*LAUNCH, *options, *map(str, arguments)], check, timeout)
 
 

@@ -22,7 +22,7 @@ import torch
 from tests.checkpoint_worker import IDENTITY, LAYOUTS, flip, holds, names, small_state
 from tests.support import ROOT
 from trainer import checkpoint, config, events
-from trainer.errors import CheckpointError
+from trainer.errors import EXIT_USAGE, CheckpointError, NewerFormatError, UsageError
 from trainer.events import CheckpointFailed, CheckpointRejected, CheckpointSaved
 from trainer.world import World
 
@@ -435,7 +435,6 @@ DAMAGE: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     ),
     "deep manifest": (lambda run, p: (p / "manifest.json").write_text("[" * 100_000), "manifest.json is damaged"),
     "manifest of numbers": (lambda run, p: rewrite_manifest(p, files=[1]), "manifest.json is damaged"),
-    "newer format": (lambda run, p: rewrite_manifest(p, format=2), "manifest.json has format 2; this toprope reads"),
     "damage that fits its manifest": (
         lambda run, p: ((p / ".metadata").write_bytes(b"no pickle"), list_anew(p)),
         "",
@@ -460,6 +459,21 @@ def test_damage_is_named_in_one_line_and_the_newest_intact_checkpoint_is_used(tm
     problems = checkpoint.verify(checkpoint.at(path_of(run, 4)))
     if expected.partition(" ")[0] not in ("", "it"):  # those are found by loading, or by whoever knows the run
         assert len(problems) == 1 and expected in problems[0]
+
+
+def test_a_newer_topropes_checkpoint_is_neither_damaged_nor_passed_over(tmp_path: Path):
+    """Going on from the older one would end in writing over it."""
+    save(tmp_path, 2, 4)
+    rewrite_manifest(path_of(tmp_path, 4), format=checkpoint.FORMAT + 1)
+    with pytest.raises(NewerFormatError, match=r"written by a newer toprope \(format 2, this one reads 1\)") as refused:
+        restore(tmp_path)
+    assert isinstance(refused.value, UsageError) and refused.value.exit_status == EXIT_USAGE
+    assert "Use that version, or a new --run" in str(refused.value)
+    with pytest.raises(NewerFormatError):
+        checkpoint.newest_intact(tmp_path)
+    assert "newer toprope" in checkpoint.verify(checkpoint.at(path_of(tmp_path, 4)))[0]
+    save(tmp_path, 6)
+    assert restore(tmp_path)[0] == 6, "where this version has gone further since, that is what counts"
 
 
 def test_a_checkpoint_of_another_run_of_the_same_settings_is_told_by_its_run_id(tmp_path: Path):

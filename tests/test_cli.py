@@ -1,5 +1,6 @@
 """What a user types: the verbs, and one clear message with exit status 2 for whatever is wrong, before any work."""
 
+import hashlib
 import json
 import os
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 from tests.support import ROOT, SMOKE, inspect, settings, torchrun, trainer
 from trainer import config as configs
+from trainer import rundir
 
 TINY = settings(budget__steps=4, checkpoint__every_steps=2, eval__every_steps=2)
 
@@ -49,11 +51,54 @@ def test_all_wrong_settings_are_reported_at_once(capsys, run):
 
 def test_a_value_of_the_wrong_type_is_refused(capsys, run):
     assert 'model.width = "wide"' in refusal(capsys, "--set", 'model.width="wide"', run=run)
-    assert "quotes" in refusal(capsys, "--set", "data.source=some/path", run=run)
+    assert "the right side is not TOML" in refusal(capsys, "--set", "optim.learning_rate=3e-", run=run)
+    assert "the right side is not TOML" in refusal(capsys, "--set", "data.source=", run=run)
+    assert "quotes" in refusal(capsys, "--set", 'data.source="some/path', run=run)
+    assert "parallel.strategy = \"fdsp\": input should be 'replicate', " in refusal(
+        capsys, "--set", "parallel.strategy=fdsp", run=run
+    )
+
+
+def test_text_needs_no_quotes_where_a_setting_takes_nothing_else():
+    """A shell eats those of --set parallel.strategy="fsdp"."""
+    bare = [
+        "parallel.strategy=fsdp",
+        "data.source=some/*.txt",
+        "eval.sources.mine=a b.txt",
+        'eval.sets=["val", "mine"]',
+    ]
+    quoted = ['parallel.strategy="fsdp"', 'data.source="some/*.txt"', 'eval.sources.mine="a b.txt"', bare[-1]]
+    assert configs.load(SMOKE, bare) == configs.load(SMOKE, quoted)
 
 
 def test_a_config_that_is_not_there_is_refused(capsys, run, tmp_path):
     assert "does not exist" in refusal(capsys, config=tmp_path / "none.toml", run=run)
+    message = refusal(capsys, config=ROOT / "configs", run=run)
+    assert "configs is a directory.\n" in message and "smoke.toml" in message and "Errno" not in message
+    (tmp_path / "picture.toml").write_bytes(b"\xff\xd8\xff")
+    assert "picture.toml is no text" in refusal(capsys, config=tmp_path / "picture.toml", run=run)
+
+
+def test_a_campaign_is_no_config_and_says_what_takes_it(capsys, run):
+    path = ROOT / "configs" / "chaos" / "smoke.toml"
+    message = refusal(capsys, config=path, run=run)
+    assert f"{path} is a campaign" in message and f"trainer chaos {path}" in message
+    assert "no setting" not in message
+
+
+@pytest.mark.parametrize(
+    ("override", "fact", "remedy"),
+    [
+        ("budget=3", "budget = 3 is a value, but budget is a section.", "Set what is in it: budget.steps."),
+        ('eval.sets="val"', 'eval.sets = "val" is no list.', 'eval.sets = ["val"]'),
+        ("faults=[{}]", "faults.0.kind is missing.", "Write [[faults]]"),
+        ("faults=[3]", "faults.0 = 3 is no fault.", "Write [[faults]]"),
+        ('faults={kind="sigkill"}', 'faults = {"kind": "sigkill"} is no list of faults.', "Write [[faults]]"),
+    ],
+)
+def test_a_value_of_the_wrong_shape_is_refused_with_the_right_one(capsys, run, override, fact, remedy):
+    told_fact, told_rule = refusal(capsys, "--set", override, run=run).splitlines()
+    assert told_fact == f"ConfigError: {fact}" and remedy in told_rule
 
 
 def test_a_setting_without_effect_is_refused(capsys, run):
@@ -131,6 +176,24 @@ def test_more_ranks_than_micro_batches_and_meshes_that_do_not_fit_are_refused_by
     assert not run.exists()
 
 
+@pytest.mark.parametrize("start", [trainer, lambda *a, **k: torchrun(2, *a, restarts=2, **k)], ids=["one", "torchrun"])
+def test_what_only_rank_0_looks_at_is_refused_too_by_all_ranks_at_once(run, monkeypatch, start):
+    """With two restarts allowed: an error that is no different next time must not use them up."""
+    monkeypatch.setenv("WANDB_MODE", "onlin")
+    mode = start("train", SMOKE, "--run", run, check=False)
+    assert mode.returncode == 2 and "Traceback" not in mode.stderr, mode.stderr
+    assert mode.stderr.count("WANDB_MODE = 'onlin' is no mode") == 1
+    assert not run.exists()
+    monkeypatch.delenv("WANDB_MODE")
+    (run / "events").mkdir(parents=True)
+    (run / "events" / "attempt-0000-rank-00000.jsonl").write_text("no event\n")
+    rundir.record(run, configs.load(SMOKE), {"data_sha256": None})
+    log = start("train", SMOKE, "--run", run, check=False)
+    assert log.returncode == 2 and "Traceback" not in log.stderr, log.stderr
+    assert log.stderr.count("attempt-0000-rank-00000.jsonl:1 is no event") == 1
+    assert len(list((run / "events").iterdir())) == 1, "there was work"
+
+
 def test_a_run_goes_on_where_it_stopped_and_another_config_is_refused_with_a_diff(run, capsys):
     """Train 2 of 4 steps by budget, see the refusal, then finish; equal to an uninterrupted run, twice over."""
     trainer("train", SMOKE, "--run", run, *TINY)
@@ -165,8 +228,6 @@ def test_a_run_resumed_from_its_middle_ends_with_the_same_bits_on_other_ranks_an
 
 
 def test_two_jobs_on_one_run_directory_are_kept_apart(run):
-    from trainer import rundir
-
     config = configs.load(SMOKE)
     with rundir.claim(run, config):
         second = trainer("train", SMOKE, "--run", run, check=False)
@@ -196,6 +257,29 @@ def test_sample_writes_text_verify_checks_and_plot_draws(run):
     assert "is damaged and was passed over" in resumed.stdout
 
 
+def test_a_run_that_a_newer_toprope_has_taken_further_is_refused_and_left_as_it_is(run):
+    trainer("train", SMOKE, "--run", run, *TINY)
+    manifest = run / "checkpoints" / "step-00000004" / "manifest.json"
+    body = json.loads(manifest.read_text())["body"] | {"format": 2}
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    manifest.write_text(json.dumps({"sha256": digest, "body": body}))
+    for refused in (
+        torchrun(2, "train", SMOKE, "--run", run, *TINY, check=False),
+        trainer("sample", run, check=False),
+    ):
+        assert refused.returncode == 2 and "Traceback" not in refused.stderr, refused.stderr
+        assert "written by a newer toprope (format 2" in refused.stderr
+    verdict = trainer("verify", run, check=False)
+    assert verdict.returncode == 1
+    assert "NEWER" in verdict.stdout and "DAMAGED" not in verdict.stdout and verdict.stdout.count("intact") == 1
+    assert json.loads(manifest.read_text())["body"] == body
+
+
+def test_verify_of_a_checkpoint_that_is_not_there_is_wrong_usage(tmp_path):
+    done = trainer("verify", tmp_path / "step-00000009", check=False)
+    assert done.returncode == 2 and "step-00000009 is no checkpoint" in done.stderr
+
+
 def test_inspect_and_sample_of_what_is_no_run_say_so(tmp_path):
     for verb in ("inspect", "sample", "verify", "plot"):
         done = trainer(verb, tmp_path, check=False)
@@ -205,6 +289,32 @@ def test_inspect_and_sample_of_what_is_no_run_say_so(tmp_path):
 def test_the_124m_config_passes_a_dry_run_that_shows_its_size():
     shown = trainer("train", ROOT / "configs" / "gpt2_124m.toml", "--dry-run", "--ranks", "8").stdout
     assert "124," in shown.replace(" ", "") and "FLOPs per token" in shown and "memory per rank" in shown
+
+
+@pytest.mark.parametrize("vocabulary", [[], ["--set", "model.vocab_size=300"]], ids=["tokenizer's", "set"])
+def test_a_dry_run_counts_the_parameters_that_the_run_has(run, vocabulary):
+    few = [*settings(budget__steps=1, eval__max_tokens=64), *vocabulary]
+    trainer("train", SMOKE, "--run", run, *few)
+    recorded = rundir.read(run)
+    shown = trainer("train", SMOKE, "--dry-run", *few).stdout
+    assert f"{recorded['parameters']:,} (" in shown and f"{recorded['vocab_size']:,} rows for 257 tokens" in shown
+
+
+def test_a_dry_run_says_what_it_takes_the_vocabulary_from(tmp_path):
+    from trainer import dryrun
+    from trainer.data import tokenizer
+
+    own = tmp_path / "tokenizer.json"
+    tokenizer.train("chars", ["abc"], 0).save(own)
+    expected = {"bytes": (257, "bytes"), "bpe": (4096, "fewer"), "chars": (100, "assumed"), str(own): (5, str(own))}
+    for kind, (tokens, whence) in expected.items():
+        found = dryrun.vocabulary(configs.parse({"data": {"tokenizer": kind}}))
+        assert found[0] == tokens and found[1].startswith(whence)
+
+
+def test_a_dry_run_on_no_ranks_is_refused(capsys, run):
+    message = refusal(capsys, "--dry-run", "--ranks", "0", "--set", "parallel.strategy=fsdp", run=run)
+    assert "--ranks" in message
 
 
 def test_every_config_loads():

@@ -137,7 +137,6 @@ def test_a_value_that_is_not_finite_shows_in_the_norm_and_leaves_the_grid_alone(
         gradient[1, 2] = bad
         total = grids.rounder("matrix")(gradient)
         assert not grids.overflowed(lambda seen: None), "a coarser grid would not help"
-        assert grids.first_not_finite() == "matrix"
         _, sums = grids.square_sums("matrix", total, slice(0, ROWS))
         assert not math.isfinite(sums.sum().item())
         grids.widen()

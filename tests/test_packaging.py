@@ -104,6 +104,19 @@ def test_a_run_that_does_not_compile_starts_without_torchs_compiler(tmp_path: Pa
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], check=True, cwd=ROOT)
 
 
+def test_the_hooks_do_nothing_that_scripts_check_does_not():
+    """So that it need not run them, and a commit is judged as everything else is."""
+    entries = re.findall(r"entry: (\S+)", (ROOT / ".pre-commit-config.yaml").read_text())
+    check = (ROOT / "scripts/check").read_text()
+    assert entries and all(
+        entry in (*re.findall(r"^check \w+ (\S+)", check, re.M), "scripts/check") for entry in entries
+    )
+
+
+def test_all_folders_of_python_are_checked_for_types():
+    assert {path.parent.name for path in ROOT.glob("[!.]*/*.py")} == set(PYPROJECT["tool"]["pyright"]["include"])
+
+
 def test_no_file_used_for_installing_names_a_package_index():
     for file in ["pyproject.toml", "requirements.lock", ".pre-commit-config.yaml", "docker/Dockerfile"]:
         assert "://" not in (ROOT / file).read_text(), file
@@ -221,6 +234,34 @@ def test_setup_refuses_an_unfit_python_with_fact_rule_and_remedy(machine: Machin
     assert "3.11 or newer" in rule
     assert "PYTHON=" in remedy
     assert not (machine.folder / ".venv").exists()
+
+
+def test_what_passed_only_when_it_was_run_again_is_named_at_the_end(tmp_path: Path):
+    (tmp_path / "scripts").mkdir()
+    for name, does in (
+        ("scripts/setup", ""),
+        ("scripts/check", ""),
+        (".venv/bin/python", f'exec {sys.executable} "$@"'),
+    ):
+        stub = tmp_path / name
+        stub.parent.mkdir(parents=True, exist_ok=True)
+        stub.write_text(f"#!/usr/bin/env bash\n{does}\n")
+        stub.chmod(0o755)
+    (tmp_path / "scripts/test").write_bytes((ROOT / "scripts/test").read_bytes())
+    (tmp_path / "pytest.ini").touch()
+    (tmp_path / "test_it.py").write_text(
+        "from pathlib import Path\n"
+        "def test_steady(): pass\n"
+        "def test_shaky():\n    mark = Path('mark')\n    seen = mark.exists()\n    mark.touch()\n    assert seen\n"
+    )
+    for named in ("test_it.py::test_shaky", ""):
+        done = subprocess.run(["bash", "scripts/test"], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        told = done.stdout.partition("passed when run again alone:")[2].strip()
+        assert told == named
+    (tmp_path / "test_it.py").write_text("def test_broken(): assert False\n")
+    done = subprocess.run(["bash", "scripts/test"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "passed when run again" not in done.stdout
 
 
 def _fresh(folder: Path) -> Path:

@@ -1,11 +1,13 @@
 """The README tells the truth: its commands run as written (only shorter), and what it points at exists."""
 
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
+from scripts import bench_tables
 from tests.support import ROOT, inspect, settings, torchrun, trainer
 from trainer.chaos import campaign
 
@@ -42,6 +44,18 @@ def test_every_command_of_the_readme_runs_and_all_worlds_print_one_hash(tmp_path
             torchrun(int(words[words.index("--nproc-per-node") + 1]), *arguments, *named, *SHORTER)
             hashes.setdefault(config.stem, set()).add(inspect(run)["weights_sha256"])
     assert {name: len(different) for name, different in hashes.items()} == {"gpt_tiny": 1, "smoke": 1}
+
+
+def test_the_house_list_names_every_room():
+    house = README.partition("\ntrainer/\n")[2].partition("```")[0]
+    rooms = [path for path in (ROOT / "trainer").iterdir() if not path.name.startswith("_")]
+    named = {room: room.name if room.suffix else f"{room.name}/" for room in rooms if room.suffix in (".py", "")}
+    assert [name for name in named.values() if not re.search(rf"(^|[\s,]){re.escape(name)}[\s,:]", house)] == []
+
+
+def test_the_tables_of_the_benchmarks_are_made_of_their_figures():
+    figures = json.loads((ROOT / "BENCHMARKS.json").read_text())
+    assert bench_tables.tables(figures) == (ROOT / "BENCHMARKS.md").read_text(encoding="utf-8")
 
 
 def test_everything_the_readme_points_at_exists():

@@ -7,12 +7,15 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from trainer import elastic
-from trainer.errors import EXIT_FAILED, EXIT_FINISHED, TopropeError
+from trainer.errors import EXIT_FAILED, EXIT_FINISHED, NewerFormatError, TopropeError
+
+if TYPE_CHECKING:
+    from trainer.checkpoint import Saved
 
 PROCESS_STARTED = time.time()
 
@@ -36,12 +39,13 @@ def train(
         Path | None, typer.Option(help="Run directory; default runs/CONFIG's name. Resumes what is there.")
     ] = None,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; the value is TOML.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; the value is TOML or plain text."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Build on the meta device, print sizes and costs, train nothing.")
     ] = False,
-    ranks: Annotated[int, typer.Option(help="World size that --dry-run divides memory by.")] = 1,
+    ranks: Annotated[int, typer.Option(min=1, help="World size that --dry-run divides memory by.")] = 1,
 ) -> None:
     """Train a config, or resume the run where it stopped. Under torchrun: on all its ranks."""
     from trainer import config as configs
@@ -92,10 +96,21 @@ def verify(path: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT")]) -
         print(f"{path} has no checkpoints")
     all_intact = True
     for one in saved:
-        problems = checkpoint.verify(one, _percent if sys.stderr.isatty() else lambda done, total: None)
-        all_intact = all_intact and not problems
-        print(f"{one.path.name}  {'DAMAGED: ' + '; '.join(problems) if problems else 'intact'}", flush=True)
+        verdict = _verdict(one)
+        all_intact = all_intact and verdict == "intact"
+        print(f"{one.path.name}  {verdict}", flush=True)
     raise typer.Exit(EXIT_FINISHED if all_intact else EXIT_FAILED)
+
+
+def _verdict(saved: "Saved") -> str:
+    from trainer import checkpoint
+
+    try:
+        checkpoint.refuse_newer(saved)
+    except NewerFormatError as error:
+        return f"NEWER: {error}"
+    problems = checkpoint.verify(saved, _percent if sys.stderr.isatty() else lambda done, total: None)
+    return f"DAMAGED: {'; '.join(problems)}" if problems else "intact"
 
 
 def _percent(done: int, total: int) -> None:

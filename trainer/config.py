@@ -11,7 +11,7 @@ import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -193,6 +193,9 @@ class Fault(BaseModel):
     """Only in this attempt; default the first that comes by. No fault fires twice on a rank."""
 
 
+A_FAULT = 'Write [[faults]], and below it its settings: kind = "sigkill", rank = 1, at_step = 9.'
+
+
 class Config(Section):
     seed: int = Field(default=0, ge=0, lt=2**63)
     data: Data = Data()
@@ -217,6 +220,13 @@ NOT_MATHEMATICS = {"data": ("cache_dir", "streaming")}
 def load(path: Path, overrides: Iterable[str] = ()) -> Config:
     """Read a TOML config, its `extends` base, then `key=value` overrides; raise ConfigError naming every problem."""
     tree = _with_base(path)
+    if isinstance(tree.get("config"), str):  # what every campaign names, and no config has
+        raise ConfigError(
+            [
+                f"{path} is a campaign: a plan for breaking runs of {path.parent / tree['config']}.\n"
+                f"  `python -m trainer chaos {path}` carries it out; `train` takes a config."
+            ]
+        )
     problems: list[str] = []
     for override in overrides:
         problems += _override(tree, override)
@@ -319,8 +329,13 @@ def read_toml(path: Path) -> dict[str, Any]:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
         hint = f" Did you mean {path.parent / near[0]}?" if near else " configs/ and configs/chaos/ hold ready ones."
         raise ConfigError([f"{path} does not exist.{hint}"]) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"{path} cannot be read: {error}."]) from None
+    except IsADirectoryError:
+        inside = ", ".join(sorted(p.name for p in path.glob("*.toml"))) or "none here; configs/ has ready ones"
+        raise ConfigError([f"{path} is a directory.\n  Name one TOML file ({inside})."]) from None
+    except OSError as error:
+        raise ConfigError([f"{path} cannot be read: {error.strerror}.\n  Make it readable."]) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"{path} is no text: {error}.\n  TOML is written in UTF-8."]) from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError([f"{path} is not valid TOML: {error}."]) from None
 
@@ -341,6 +356,8 @@ def _override(tree: dict[str, Any], text: str) -> list[str]:
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
+        parsed = _bare_text(key, value.strip())
+    if parsed is None:
         quoted = f"'{key}=\"{value.strip()}\"'"
         return [f"--set {text}: the right side is not TOML.\n  Text needs quotes that the shell keeps: --set {quoted}."]
     *sections, name = key.split(".")
@@ -353,6 +370,17 @@ def _override(tree: dict[str, Any], text: str) -> list[str]:
     return []
 
 
+def _bare_text(key: str, value: str) -> str | None:
+    """`value` where the setting takes text and nothing else: a shell eats the quotes of strategy="fsdp"."""
+    if not value or value[0] in "\"'":  # an unset variable of the shell, a quote that is never closed
+        return None
+    kind: Any = Config
+    for name in key.split("."):
+        field = getattr(kind, "model_fields", {}).get(name)
+        kind = field.annotation if field else next(iter(get_args(kind)[1:]), None)  # of dict[str, str]: str
+    return value if kind is str or get_origin(kind) is Literal else None
+
+
 def _tuples(value: Any) -> Any:
     """TOML arrays as tuples: strict models take no lists for them."""
     if isinstance(value, Mapping):
@@ -363,10 +391,22 @@ def _tuples(value: Any) -> Any:
 def _explain(detail: Any) -> str:
     """One pydantic error as fact, rule and remedy."""
     path = ".".join(str(part) for part in detail["loc"])
-    if detail["type"] == "extra_forbidden":
-        return f"{path} is no setting.{_nearest(path)}"
-    message = detail["msg"][0].lower() + detail["msg"][1:]
-    return f"{path} = {json.dumps(detail['input'], default=str)}: {message}."
+    given = json.dumps(detail["input"], default=str)
+    match detail["type"]:
+        case "extra_forbidden":
+            return f"{path} is no setting.{_nearest(path)}"
+        case "missing":  # a fault's kind: all else has a default
+            return f"{path} is missing.\n  {A_FAULT}"
+        case "model_type" | "tuple_type" if path.startswith("faults"):
+            return f"{path} = {given} is no {'fault' if '.' in path else 'list of faults'}.\n  {A_FAULT}"
+        case "model_type":
+            inside = ", ".join(key for key in known_keys() if key.startswith(f"{path}."))
+            return f"{path} = {given} is a value, but {path} is a section.\n  Set what is in it: {inside}."
+        case "tuple_type":
+            return f"{path} = {given} is no list.\n  Put it in brackets: {path} = [{given}]."
+        case _:
+            message = detail["msg"][0].lower() + detail["msg"][1:]
+            return f"{path} = {given}: {message}."
 
 
 def known_keys() -> list[str]:

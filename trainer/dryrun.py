@@ -1,20 +1,43 @@
 """What a config would cost, without training it: the model is built on the meta device, which holds no numbers."""
 
+from pathlib import Path
+
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from trainer import model as models
 from trainer.config import Config
+from trainer.data.tokenizer import ByteTokenizer, Tokenizer
+
+ASSUMED_CHARACTERS = 100  # of a text in one alphabet, with digits and signs; Shakespeare has 65
 
 
 def show(config: Config, ranks: int) -> None:
     """Print parameters, FLOPs per token, tokens and memory per rank of `config` on `ranks` ranks."""
-    vocab = config.model.vocab_size or config.data.vocab_size
+    tokens, whence = vocabulary(config)
+    rows = models.padded_vocab(tokens, config.model.vocab_size)
     table = Table(title="dry run: nothing is trained", show_header=False, box=None, title_justify="left")
-    for name, value in facts(config, vocab, ranks).items():
+    for name, value in facts(config, rows, ranks).items():
         table.add_row(name, value)
+    table.add_row("vocabulary", f"{rows:,} rows for {tokens:,} tokens ({whence})")
     Console().print(table)
+
+
+def vocabulary(config: Config) -> tuple[int, str]:
+    """How many tokens the run's tokenizer will have, and how that is known: the text itself is not read.
+
+    Raises TokenizerError if data.tokenizer is a file that is no tokenizer.
+    """
+    match config.data.tokenizer:
+        case "bytes":
+            return ByteTokenizer.vocab_size, "bytes"
+        case "bpe":
+            return config.data.vocab_size, "fewer where the text has no more pairs to merge"
+        case "chars":
+            return ASSUMED_CHARACTERS, "assumed: the text decides"
+        case path:
+            return Tokenizer.load(Path(path)).vocab_size, path
 
 
 def facts(config: Config, vocab_size: int, ranks: int) -> dict[str, str]:

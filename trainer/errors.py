@@ -51,5 +51,13 @@ class CheckpointError(TopropeError):
     """A checkpoint cannot be written, or none that exists is intact."""
 
 
+class NoCheckpointError(CheckpointError, UsageError):
+    """What was named is no checkpoint."""
+
+
+class NewerFormatError(CheckpointError, UsageError):
+    """A checkpoint was written by a newer toprope: nothing is wrong with it, but this one cannot read it."""
+
+
 class NumericsError(TopropeError):
     """Loss or gradient is not finite and stays so when computed again."""

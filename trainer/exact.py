@@ -105,10 +105,6 @@ class Grids:
         maximise(self.seen)
         return bool(((self.seen > self._bound) & self.seen.isfinite()).any())
 
-    def first_not_finite(self) -> str:
-        """The first parameter whose gradient in this pass was not finite on this rank."""
-        return next(name for name, seen in self._seen_parts.items() if not bool(seen.isfinite().all()))
-
     def widen(self) -> tuple[Tensor, Tensor]:
         """Make the grid from what was seen in this pass, so that computing the step again fits.
 

@@ -23,7 +23,7 @@ from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, Checkpoin
 from trainer.exact import Grids
 from trainer.faults import worker as faults
 from trainer.step import TrainState, Work
-from trainer.wandb_sink import WandbSink
+from trainer.wandb_sink import WandbSink, wandb_mode
 from trainer.watchdog import Watchdog
 from trainer.world import World
 
@@ -79,6 +79,7 @@ def train(config: Config, run: Path, process_started: float, inject: Point = lam
     with contextlib.ExitStack() as stack:
         stack.callback(world.disconnect)
         stack.callback(hand.close)
+        ranks.from_main(lambda: wandb_mode(config) and None)  # rank 0 logs; a wrong mode is to be said before any work
         ranks.from_main(lambda: stack.enter_context(rundir.claim(run, config)) and None)
         stopwatch.lap("connect")
         with console.preparation(enabled=ranks.is_main) as progress:
@@ -95,12 +96,13 @@ def train(config: Config, run: Path, process_started: float, inject: Point = lam
         state = build(config, vocab_size, ranks)
         stopwatch.lap("model")
         number = ranks.from_main(lambda: events.next_attempt(run))
+        earlier: list[events.Entry] = []
+        ranks.from_main(lambda: earlier.extend(_told_before(run, number)))
         log = stack.enter_context(contextlib.closing(events.EventLog.open(run, number, ranks.rank)))
         hand.join(number, log, state, prepared)
         attempt = Attempt(config, run, number, prepared, about, ranks, log, stop, hand, hand.point(inject))
         screen = None
         if ranks.is_main:
-            earlier = [entry for entry in events.read(run) if entry.attempt < number and not _is_truth(entry)]
             screen = stack.enter_context(console.Console(config, earlier=earlier))
             log.subscribe(screen)
             stack.enter_context(_in_wandb(attempt, earlier))
@@ -115,9 +117,10 @@ def train(config: Config, run: Path, process_started: float, inject: Point = lam
             os._exit(EXIT_FAILED)
 
 
-def _is_truth(entry: events.Entry) -> bool:
-    """What a fault on purpose says of itself must not show through in what the run makes of it."""
-    return isinstance(entry.event, events.FaultFired)
+def _told_before(run: Path, number: int) -> list[events.Entry]:
+    """The log of the attempts before. What a fault on purpose says of itself must not show through in it."""
+    told = (entry for entry in events.read(run) if not isinstance(entry.event, events.FaultFired))
+    return [entry for entry in told if entry.attempt < number]
 
 
 def _collective_timeout(config: Config) -> float:

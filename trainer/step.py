@@ -5,6 +5,7 @@ on every rank, as a sign of progress: before_forward and before_backward (of eac
 after_reduce, before_update, after_update.
 """
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +21,7 @@ from trainer.config import Config
 from trainer.data import Batches, MicroBatch, digest
 from trainer.errors import NumericsError
 from trainer.exact import Grids
-from trainer.world import Sharding, World, whole
+from trainer.world import Rounder, Sharding, World, whole
 
 COUNT_FLUSHED_EVERY = 32  # steps; counting zeros costs more than the rounding itself
 
@@ -203,19 +204,31 @@ def apply(state: TrainState) -> None:
 def find_not_finite(state: TrainState, work: Work) -> str:
     """Compute the step once more and name where it first is not finite: micro-batch, samples, module. A collective."""
     found: list[tuple[int, str]] = []
+    gradients: list[str] = []
+    state.sharding.round_with(functools.partial(_note_not_finite, gradients))  # for good: the run ends here
     state.sharding.zero_gradients()
     for index, batch in _own_micro_batches(state, work):
-        if state.grids is not None:
-            state.grids.begin(counting=False)
+        gradients.clear()
         with _first_output_not_finite(state.model) as modules:
             loss = backward(state, work, index, batch)
         where = f"output of module {modules[0]}" if modules else "the loss" if not loss.isfinite() else ""
-        if not where and state.grids is not None and not bool(state.grids.seen.isfinite().all()):
-            where = f"gradient of {state.grids.first_not_finite()}"
+        if not where and gradients:
+            where = f"gradient of {gradients[0]}"
         if where and index is not None:
             found.append((index, f"micro-batch {index} (samples {', '.join(map(str, batch.sample_ids))}), {where}"))
     everywhere = sorted(finding for part in work.world.gather(found) for finding in part)
     return everywhere[0][1] if everywhere else "nowhere when computed again: a passing fault"
+
+
+def _note_not_finite(names: list[str], name: str) -> Rounder:
+    """A rounder that rounds nothing, but notes by name each whole gradient of a micro-batch that is not finite."""
+
+    def note(gradient: Tensor) -> Tensor:
+        if not bool(gradient.isfinite().all()):
+            names.append(name)
+        return gradient
+
+    return note
 
 
 @contextmanager

@@ -169,7 +169,8 @@ def test_a_directory_is_refused_with_the_glob_to_write(tmp_path, settings):
         read(settings(tmp_path))
 
 
-def test_a_hub_dataset_is_read_at_its_commit_and_without_remote_code(tmp_path, monkeypatch):
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_hub_dataset_is_read_at_its_commit_and_without_remote_code(tmp_path, monkeypatch, streaming):
     path = write_parquet(tmp_path / "a.parquet", text=["one", "two"], n=[1, 2])
     calls: list[dict[str, Any]] = []
     real = datasets.load_dataset
@@ -179,10 +180,10 @@ def test_a_hub_dataset_is_read_at_its_commit_and_without_remote_code(tmp_path, m
         return real("parquet", data_files=[str(path)], split="train", streaming=options["streaming"])
 
     monkeypatch.setattr(datasets, "load_dataset", local)
-    data = Data(source="hub:owner/name", revision=COMMIT, subset="en", hub_split="part", streaming=True)
+    data = Data(source="hub:owner/name", revision=COMMIT, subset="en", hub_split="part", streaming=streaming)
     assert read(data) == ["one", "two"]
     assert calls == [
-        {"path": "owner/name", "name": "en", "revision": COMMIT, "split": "part", "streaming": True},
+        {"path": "owner/name", "name": "en", "revision": COMMIT, "split": "part", "streaming": streaming},
     ]
 
 

@@ -18,6 +18,7 @@ from trainer.checkpoint.files import (
     newest_intact,
     prune,
     read_manifest,
+    refuse_newer,
     verify,
 )
 
@@ -37,6 +38,7 @@ __all__ = [
     "newest_intact",
     "prune",
     "read_manifest",
+    "refuse_newer",
     "restore",
     "verify",
 ]

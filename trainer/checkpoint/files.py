@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, NewerFormatError, NoCheckpointError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -64,16 +64,23 @@ def committed(run: Path) -> list[Saved]:
 
 
 def at(path: Path) -> Saved:
-    """The checkpoint in this directory. Raises CheckpointError if its name is none."""
+    """The checkpoint in this directory. Raises NoCheckpointError if there is none of that name."""
     match = _COMMITTED.fullmatch(path.name)
     if not (match and path.is_dir()):
-        raise CheckpointError(f"{path} is no checkpoint.\n  They are directories: RUN/checkpoints/step-00000040.")
+        raise NoCheckpointError(
+            f"{path} is no checkpoint.\n"
+            "  They are directories: RUN/checkpoints/step-00000040. `python -m trainer inspect RUN` lists a run's."
+        )
     return Saved(path, int(match[1] or match[2]))
 
 
 def newest_intact(run: Path, report: Callable[[str], None] = lambda message: None) -> Saved | None:
-    """The newest checkpoint that passes `verify`; every one that does not is reported and passed over."""
+    """The newest checkpoint that passes `verify`; every one that is damaged is reported and passed over.
+
+    Raises NewerFormatError where a newer toprope's comes first.
+    """
     for saved in committed(run):
+        refuse_newer(saved)
         problems = verify(saved)
         if not problems:
             return saved
@@ -111,15 +118,19 @@ def verify(
 
 
 def read_manifest(saved: Saved) -> dict[str, Any]:
-    """The manifest of a checkpoint. Raises CheckpointError, one line, if it is missing, damaged or too new."""
+    """The manifest of a checkpoint. Raises CheckpointError, one line, if it is missing or damaged.
+
+    Raises NewerFormatError if it is whole, but of a format that only a newer toprope reads.
+    """
     try:
         manifest = json.loads((saved.path / MANIFEST).read_text(encoding="utf-8"))
         body = manifest["body"]
         if _digest(body) != manifest["sha256"]:
             raise CheckpointError(f"{MANIFEST} does not match its own checksum")
         if body["format"] > FORMAT:
-            raise CheckpointError(
-                f"{MANIFEST} has format {body['format']}; this toprope reads up to {FORMAT}. Use a newer toprope"
+            raise NewerFormatError(
+                f"{saved.path} was written by a newer toprope (format {body['format']}, this one reads {FORMAT}).\n"
+                "  Going on from an older one would write over what it has done. Use that version, or a new --run."
             )
         if not _well_formed(body):
             raise CheckpointError(f"{MANIFEST} is not what a manifest looks like")
@@ -128,6 +139,16 @@ def read_manifest(saved: Saved) -> dict[str, Any]:
         raise CheckpointError(f"{MANIFEST} is missing") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{MANIFEST} is damaged ({type(error).__name__})") from None
+
+
+def refuse_newer(saved: Saved) -> None:
+    """Raise NewerFormatError if a newer toprope wrote this checkpoint. What is damaged is for `verify` to say."""
+    try:
+        read_manifest(saved)
+    except NewerFormatError:
+        raise
+    except CheckpointError:
+        pass
 
 
 def stage(run: Path, step: int) -> Path:

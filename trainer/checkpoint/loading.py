@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.tensor import DTensor
 
 from trainer import events
-from trainer.checkpoint.files import Saved, committed, directory, one_line, read_manifest, verify
+from trainer.checkpoint.files import Saved, committed, directory, one_line, read_manifest, refuse_newer, verify
 from trainer.errors import CheckpointError
 from trainer.events import CheckpointRejected, CheckpointSaved, Event
 from trainer.world import World
@@ -38,9 +38,11 @@ def restore(
     """Load the newest intact checkpoint in place; its step, or None if there has never been one. A collective.
 
     A checkpoint that is damaged, belongs to another run, or fails while loading on any rank is passed over by all;
-    rank 0 reports it. Raises CheckpointError, on all ranks, if there was progress and none of it is intact.
+    rank 0 reports it. Raises CheckpointError, on all ranks, if there was progress and none of it is intact, and
+    NewerFormatError rather than pass over what a newer toprope saved.
     """
     for saved in world.from_main(lambda: committed(run)):
+        world.from_main(functools.partial(refuse_newer, saved))
         reason = _agreed(world, functools.partial(_refusal, saved, world, fingerprint, run_id))
         if reason is None:
             at("in_load", saved.step)

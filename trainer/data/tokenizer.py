@@ -16,7 +16,6 @@ import numpy as np
 from trainer.errors import TokenizerError
 
 END = "<|end|>"
-UNKNOWN = "<|unk|>"
 # Names that tokenizers made elsewhere give the token between documents, most specific first.
 _KNOWN_ENDS = (END, "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "</s>", "<eos>", "[SEP]")
 # BPE merges stop changing long before this much text; 8 MB train in seconds and bound the memory.
