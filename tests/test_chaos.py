@@ -209,6 +209,37 @@ def test_all_plans_of_a_campaign_are_checked_before_anything_starts(tmp_path):
         assert hint in said, (hint, said)
 
 
+def test_a_mistake_of_one_sort_hides_none_of_another(tmp_path):
+    text = """
+    [[runs]]
+    name = "one"
+    ranks = 9
+    nodes = 2
+    set.optim.learning_rate = 0.1
+    faults = [{at_step = 3}, {kind = "exit", at_step = 0}, {kind = "exit", rank = 1.5, at_step = 3}, {kind = "exid"}]
+    [[runs]]
+    name = "two"
+    rank = 3
+    faults = [{kind = "exit", at_step = 3}]
+    [[runs]]
+    name = "three"
+    set.optim.learning_rates = 0.1
+    faults = [{kind = "exit", at_step = 0}]
+    [catalogue]
+    kinds = ["exit", "sigkil"]
+    [storm]
+    seeds = []
+    """
+    said = problems(write(tmp_path, "repeat = 0\n" + SETTINGS + text))
+    for hint in (
+        "one: faults.0.kind", "one: faults.1.at_step", "one: faults.2.rank", "one: faults[3].kind = 'exid'",
+        "one: data.micro_batches = 8 leaves 1 of 9 ranks", "one: 9 ranks cannot be spread", "one: it has other weights",
+        "runs.1.rank is no setting", "three: optim.learning_rates", "three: faults.0.at_step",
+        "Did you mean 'sigkill'?", "storm.seeds = []", "repeat = 0",
+    ):  # fmt: skip
+        assert hint in said, (hint, said)
+
+
 @pytest.mark.parametrize(
     ("text", "hint"),
     [

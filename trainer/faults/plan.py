@@ -66,11 +66,14 @@ class Planned:
         return f"{self.kind.name}{who}{when}" + (f", {self.phase}" if self.phase else "")
 
 
-def make(config: Config, world_size: int) -> list[Planned]:
-    """The plan of a config's faults in a world of this size. Raises ConfigError naming every problem."""
+def make(config: Config, world_size: int, numbers: Sequence[int] | None = None) -> list[Planned]:
+    """The plan of a config's faults in a world of this size. Raises ConfigError naming every problem.
+
+    `numbers` are those of the faults where they stand written, if the config was given some of them only.
+    """
     problems: list[str] = []
     planned = []
-    for index, fault in enumerate(config.faults):
+    for index, fault in zip(range(len(config.faults)) if numbers is None else numbers, config.faults, strict=True):
         found = _problems(index, fault, config, world_size)
         problems += found
         if not found:
