@@ -209,6 +209,27 @@ def test_all_plans_of_a_campaign_are_checked_before_anything_starts(tmp_path):
         assert hint in said, (hint, said)
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_number_that_is_not_finite_is_refused_where_it_stands(tmp_path, value):
+    text = f"""
+    [[runs]]
+    name = "one"
+    faults = [
+        {{kind = "slow_rank", at_step = 3, seconds = {value}}},
+        {{kind = "sigkill", at_seconds = {value}}},
+    ]
+    """
+    said = problems(write(tmp_path, SETTINGS + text))
+    assert f"one: faults[0] (slow_rank): seconds = {value} is not finite" in said
+    assert "one: faults.1.at_seconds" in said and "finite number" in said
+    assert "--set" not in said
+
+
+@pytest.mark.parametrize("value", [0.1, 1e22, float("inf"), 'ä "😀"', [1, {"a.b": True}]], ids=str)
+def test_a_value_written_as_toml_is_the_same_when_it_is_read(value):
+    assert tomllib.loads(f"value = {storm.toml(value)}")["value"] == value
+
+
 def test_a_mistake_of_one_sort_hides_none_of_another(tmp_path):
     text = """
     [[runs]]

@@ -19,7 +19,9 @@ from trainer.errors import ConfigError
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class Data(Section):
@@ -178,7 +180,9 @@ class Wandb(Section):
 class Fault(BaseModel):
     """One fault on purpose. Which kinds there are, and what settings each has of its own: faults/kinds.py."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="allow", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="allow", use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     kind: str
     rank: int | str = "any"

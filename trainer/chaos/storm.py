@@ -221,7 +221,9 @@ def as_toml(name: str, ranks: int, nodes: int, strategy: str, faults: Sequence[T
 def toml(value: Any) -> str:
     """A value as TOML, in one line."""
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{json.dumps(key)} = {toml(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{toml(str(key))} = {toml(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(toml, value)) + "]"
-    return json.dumps(value)
+    if isinstance(value, float):
+        return repr(value)  # TOML writes nan and inf as Python does, and JSON does not
+    return json.dumps(value, ensure_ascii=False)  # TOML has no surrogates

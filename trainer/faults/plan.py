@@ -6,6 +6,7 @@ twice on a rank, however often it is started again.
 """
 
 import difflib
+import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -198,6 +199,8 @@ def _about_settings(where: str, fault: Fault, kind: Kind) -> list[str]:
                 problems.append(f"{where}: {name} = {value!r}.\n  Give one of {', '.join(setting.choices)}.")
         elif isinstance(value, bool) or not isinstance(value, int if isinstance(setting.default, int) else int | float):
             problems.append(f"{where}: {name} = {value!r} is no number.\n  It is {setting.what}.")
+        elif not math.isfinite(value):
+            problems.append(f"{where}: {name} = {value} is not finite.\n  It is {setting.what}.")
         elif value < setting.least:
             problems.append(f"{where}: {name} = {value} is below {setting.least:g}.\n  It is {setting.what}.")
     return problems
