@@ -128,7 +128,7 @@ def test_a_sample_of_pairs_is_drawn_by_its_seed_and_each_pair_can_be_planned():
     config = small(budget={"steps": 30}, checkpoint={"every_steps": 6})
     for one, other in pairs:
         for ranks in (1, 2):
-            if one.name != "stopped" or ranks > 1:
+            if ranks > 1 or not {one.name, other.name} & {"stopped", "skipped_collective"}:
                 faults = storm.pair(one, other, config, ranks)
                 assert len(plan.make(configs.parse(config.model_dump() | {"faults": faults}), ranks)) == 2
 
@@ -202,11 +202,62 @@ def test_all_plans_of_a_campaign_are_checked_before_anything_starts(tmp_path):
     """
     said = problems(write(tmp_path, SETTINGS + text))
     for hint in (
-        "one: faults[0].kind = 'sigkil'", "at_step = 99 is beyond", "two: 3 ranks", "three: partition need two nodes",
+        "one: faults[0].kind = 'sigkil'", "at_step = 99 is beyond", "two: 3 ranks",
+        "three: faults[0] (partition) needs two nodes",
         "four: it has other weights than the calm run (optim.learning_rate", "Did you mean 'no_space'?",
         "storm.mix = 'llama4'",
     ):  # fmt: skip
         assert hint in said, (hint, said)
+
+
+@pytest.mark.parametrize(
+    ("faults", "hint"),
+    [
+        ('{kind = "node_killed", at_step = 3, node = 2}', "node = 2, but the job has nodes 0 to 1"),
+        ('{kind = "node_killed", at_step = 3, rank = 1}', "rank = 1, but it does not hit a rank"),
+        ('{kind = "partition", at_step = 3, rank = "all"}', "rank = 'all', but it does not hit a rank"),
+        ('{kind = "skipped_collective", at_step = 3, rank = "all"}', "some rank must be left"),
+        (", ".join('{kind = "node_leaves", at_step = 3}' for _ in range(2)), "take 2 nodes out for good"),
+        ('{kind = "straggler", at_step = 3, duty = 4.0}', "duty = 4.0 is above 1"),
+        ('{kind = "straggler", at_step = 3, duty = 0}', "duty = 0 makes no fault"),
+        ('{kind = "clock_jump", at_step = 3, seconds = 0}', "seconds = 0 makes no fault"),
+        ('{kind = "slow_rank", at_step = 20, steps = 6}', "steps = 6 from step 20 on is beyond the run's 24 steps"),
+        ('{kind = "repeated_kill", at_step = 3, times = 23}', "a job may start again 22 times"),
+    ],
+)  # fmt: skip
+def test_a_plan_that_cannot_be_carried_out_is_refused_and_not_bent(tmp_path, faults, hint):
+    run = f'[[runs]]\nname = "one"\nfaults = [{faults}]\n'
+    assert hint in problems(write(tmp_path, "nodes = 2\n" + SETTINGS + run))
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        '{kind = "node_killed", at_step = 3, node = 1}, {kind = "node_killed", at_step = 9, node = 0}',
+        '{kind = "node_joins", at_step = 3}, {kind = "node_leaves", at_step = 9}, {kind = "node_leaves", at_step = 9}',
+        '{kind = "clock_jump", at_step = 3, seconds = -60}, {kind = "slow_rank", at_step = 24, steps = 5}',
+        '{kind = "slow_rank", at_step = 20, steps = 4}, {kind = "repeated_kill", at_step = 3, times = 24}',
+    ],
+)
+def test_a_plan_at_the_edge_of_what_can_be_is_taken(tmp_path, faults):
+    run = f'[[runs]]\nname = "one"\nfaults = [{faults}]\n'
+    assert campaign.load(write(tmp_path, "nodes = 2\n" + SETTINGS + run)).cells
+
+
+@pytest.mark.parametrize(
+    ("mix", "hint"),
+    [("{}", "has nothing to draw"), ("{exit = 0.0}", "has nothing to draw"),
+     ("{exit = 1, sigkill = -1.5}", "storm.mix.sigkill = -1.5 is no weight"),
+     ("{exit = inf}", "finite number")],
+)  # fmt: skip
+def test_a_mix_of_ones_own_must_have_weights(tmp_path, mix, hint):
+    assert hint in problems(write(tmp_path, SETTINGS + f"[storm]\nmix = {mix}\n"))
+
+
+def test_a_storm_takes_no_more_nodes_out_than_there_are():
+    schedule = drawn(0, {"node_leaves": 1.0, "exit": 1.0})
+    assert sum(fault["kind"] == "node_leaves" for fault in schedule) == 1
+    assert plan.make(small(faults=schedule), 3, nodes=2)
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])

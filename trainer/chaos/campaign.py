@@ -15,7 +15,7 @@ from trainer.chaos import storm
 from trainer.chaos.file import CampaignFile, read
 from trainer.chaos.results import Outcome, Result
 from trainer.chaos.storm import Table, toml
-from trainer.config import Config
+from trainer.config import Config, Fault
 from trainer.errors import ConfigError
 from trainer.faults import plan
 from trainer.faults.kinds import KINDS, NODES, Kind
@@ -71,6 +71,10 @@ class Campaign:
     timeout_seconds: float
     restarts: int
     cells: list[Cell] = field(default_factory=list)
+
+    def restarts_for(self, faults: int) -> int:
+        """How often the workers of a job with so many faults may be started again."""
+        return self.restarts + 2 * faults
 
 
 # Reading and planning
@@ -236,7 +240,7 @@ class _Planner:
                 configs.check_world(config, ranks)
             problems += self._misfits(config, ranks, nodes)
             with _noting(problems):
-                planned = plan.make(config, ranks, numbers)
+                planned = plan.make(config, ranks, nodes, numbers)
         self.problems += [f"{name}: {problem}" for problem in problems]
         if config is not None and planned is not None and not problems:
             self.cells.append(Cell(name, ranks, nodes, strategy, seed, 0, overrides, faults, config, planned))
@@ -246,9 +250,13 @@ class _Planner:
         problems = []
         if ranks % nodes:
             problems.append(f"{ranks} ranks cannot be spread evenly over {nodes} nodes.\n  Give a multiple of nodes.")
-        needy = [fault.kind for fault in config.faults if NODES in getattr(KINDS.get(fault.kind), "needs", ())]
-        if needy and nodes < 2:
-            problems.append(f"{', '.join(needy)} need two nodes.\n  Set nodes = 2.")
+        restarts = self._campaign.restarts_for(len(config.faults))
+        times = max((_deaths(fault) for fault in config.faults), default=0)
+        if times > restarts:
+            problems.append(
+                f"times = {times} of repeated_kill, but a job may start again {restarts} times.\n"
+                "  Give fewer, or set the campaign's restarts."
+            )
         if configs.fingerprint(config) != configs.fingerprint(self._campaign.config):
             old, new = configs.mathematics(self._campaign.config), configs.mathematics(config)
             changes = "; ".join(configs.differences(old, new))
@@ -267,6 +275,12 @@ def _is_sound(number: int, fault: Table, problems: list[str]) -> bool:
         problems += [problem.replace("faults.0", f"faults.{number}") for problem in error.problems]
         return False
     return True
+
+
+def _deaths(fault: Fault) -> int:
+    """How many deaths in a row a fault asks for; 0 where it does not say."""
+    times = (fault.model_extra or {}).get("times")
+    return times if fault.kind == "repeated_kill" and isinstance(times, int) else 0
 
 
 def _name_of(faults: Sequence[Table]) -> str:

@@ -235,7 +235,7 @@ def _launch(
         cluster = stack.enter_context(
             Cluster(
                 campaign.config_path, directory / "run", overrides, ranks=ranks // nodes, nodes=nodes,
-                restarts=campaign.restarts + 2 * len(planned), directory=scratch, hosts=hosts,
+                restarts=campaign.restarts_for(len(planned)), directory=scratch, hosts=hosts,
                 environment={"WANDB_MODE": "disabled"}, own_store=bool(kinds & NEEDS_STORE),
                 worker=worker,
             )
@@ -263,7 +263,7 @@ def _shrink(campaign: Campaign, cell: Cell, calm: Calm, out: Path) -> str:
 
     def fails(faults: list[Table]) -> bool:
         config = configs.load(campaign.config_path, [*cell.overrides, f"faults={toml(faults)}"])
-        part = replace(cell, faults=faults, config=config, planned=plan.make(config, cell.ranks))
+        part = replace(cell, faults=faults, config=config, planned=plan.make(config, cell.ranks, cell.nodes))
         return run_cell(campaign, part, calm, out).outcome in ("fail", "undetected")
 
     # What was drawn by index must stay as it was when others are left out.
