@@ -159,16 +159,6 @@ def test_shrinking_ends_after_so_many_trials_and_says_that_it_did():
     assert (found.trials, found.smallest) == (4, False) and len(found.faults) >= 5
 
 
-def test_a_schedule_written_as_toml_is_the_same_when_it_is_read(tmp_path):
-    config = small()
-    planned = plan.make(configs.parse(config.model_dump() | {"faults": drawn(1, "llama3")}), 3)
-    trees = [plan.tree(fault) for fault in planned]
-    text = storm.as_toml('a "name"', 3, 1, "fsdp", trees)
-    (run,) = tomllib.loads(text)["runs"]
-    assert run == {"name": 'a "name"', "ranks": 3, "nodes": 1, "strategy": "fsdp", "faults": trees}
-    assert plan.make(configs.parse(config.model_dump() | {"faults": run["faults"]}), 3) == planned
-
-
 # Campaign files
 
 
@@ -530,23 +520,63 @@ def test_a_report_of_another_config_is_not_gone_on_with(planned, fake_cells, tmp
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["notes.txt"]
 
 
-def test_a_failing_schedule_is_shrunk_by_running_its_parts_and_kept_as_a_campaign(fake_cells, tmp_path):
-    faults = [{"kind": "exit", "rank": 0, "at_step": step} for step in (3, 5, 7, 9)]
-    listed = "\n".join(
-        f"[[runs.faults]]\n{storm.as_toml('', 1, 1, '', [fault]).split('[[runs.faults]]')[1]}" for fault in faults
-    )
-    path = write(tmp_path, SETTINGS + '[[runs]]\nname = "four"\n' + listed)
+FOUR = """
+[[runs]]
+name = 'four "exits"'
+strategy = "fsdp"
+set.elastic.step_timeout_seconds = 9.0
+faults = [
+    {kind = "exit", at_step = 3}, {kind = "flip_weights", rank = 1, at_step = 5}, {kind = "exit", at_step = 7},
+    {kind = "agent_killed", at_step = 9},
+]
+"""
 
-    def fails_with_step_7(cell: Cell) -> Result:
-        bad = any(fault.at_step == 7 for fault in cell.planned)
-        return cell.result("fail" if bad else "pass", "it broke" if bad else "")
 
-    fake_cells(fails_with_step_7)
+def breaks_at(step: int, invariant: str = checker.EQUAL) -> Act:
+    """A bug that one fault brings to light; when that is left out, another one fails in another way."""
+
+    def act(cell: Cell) -> Result:
+        answer = Answer(invariant if any(fault.at_step == step for fault in cell.planned) else checker.CLEAN, "fail")
+        return cell.result("fail", "it broke", answers=[answer])
+
+    return act
+
+
+def test_a_failing_schedule_is_shrunk_to_what_fails_alike_and_kept_as_a_campaign_that_runs(fake_cells, tmp_path):
+    path = write(tmp_path, SETTINGS + "[set_outside]\neval.every_steps = 1\n" + FOUR)
+    (cell,) = campaign.load(path).cells
+    fake_cells(breaks_at(7))
     (found,) = runner.run(campaign.load(path), tmp_path / "out", shrink=True).results
     assert "1 of 4 faults are enough" in found.why and len(found.faults) == 4
     (kept,) = (tmp_path / "out" / "shrunk").glob("*.toml")
-    replay = campaign.load(write(tmp_path, SETTINGS + kept.read_text()))
-    assert [fault.at_step for cell in replay.cells for fault in cell.planned] == [7]
+    (again,) = campaign.load(kept).cells
+    assert [(fault.at_step, fault.ranks) for fault in again.planned] == [(7, cell.planned[2].ranks)]
+    assert (again.name, again.ranks, again.nodes, again.strategy) == ('four "exits"', 2, 1, "fsdp")
+    assert again.config.model_copy(update={"faults": ()}) == cell.config.model_copy(update={"faults": ()})
+
+
+def test_a_failure_that_is_on_record_already_is_shrunk_once(fake_cells, tmp_path):
+    path, out = write(tmp_path, SETTINGS + FOUR), tmp_path / "out"
+    ran = fake_cells(breaks_at(7))
+    runner.run(campaign.load(path), out)
+    assert len(ran) == 1
+    (found,) = runner.run(campaign.load(path), out, shrink=True).results
+    assert "1 of 4 faults are enough" in found.why and len(ran) > 1
+    trials = len(ran)
+    assert runner.run(campaign.load(path), out, shrink=True).results == [found] and len(ran) == trials
+
+
+def test_what_failed_is_replayed_by_the_same_plan_as_often_as_it_is_written_and_read(fake_cells, tmp_path):
+    path = write(tmp_path, SETTINGS + "[set_outside]\neval.every_steps = 1\n" + FOUR + KILL)
+    loaded = campaign.load(path, repeat=2)
+    fake_cells(lambda cell: cell.result("fail" if cell.name != "kill" else "pass", "two\nlines"))
+    report = runner.run(loaded, tmp_path / "out")
+    for _ in range(2):
+        path = tmp_path / "again.toml"
+        path.write_text(runner.replays(loaded, report))
+        (cell,) = campaign.load(path).cells
+        assert cell.planned == loaded.cells[0].planned and cell.config.elastic == loaded.cells[0].config.elastic
+        loaded, report = campaign.load(path), replace(report, results=[cell.result("fail", "")])
 
 
 def test_a_calm_run_that_fails_ends_the_campaign_with_its_last_words(planned, monkeypatch, tmp_path):

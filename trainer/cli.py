@@ -165,7 +165,7 @@ def chaos(
         from rich.console import Console
 
         Console().print(report.terminal(done))
-        print(runner.replays(done) + f"\n{out / 'report.html'}")
+        print(runner.replays(planned, done) + f"\n{out / 'report.html'}")
     raise typer.Exit(runner.EXIT_INTERRUPTED if done.interrupted else EXIT_FINISHED if done.passed else EXIT_FAILED)
 
 

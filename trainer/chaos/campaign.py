@@ -50,7 +50,7 @@ class Cell:
         kinds = [fault.kind.name for fault in self.planned]
         trees = [plan.tree(fault) for fault in self.planned]
         shape = (self.ranks, self.nodes, self.strategy, self.seed, self.repeat)
-        return Result(self.name, kinds, trees, *shape, outcome, why, **more)
+        return Result(self.name, kinds, trees, *shape, outcome, why, overrides=self.overrides, **more)
 
     def is_of(self, result: Result) -> bool:
         """Whether a stored result answers this cell."""

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer import config as configs
-from trainer.chaos import results, storm
+from trainer.chaos import replay, results, storm
 from trainer.chaos.campaign import Campaign, Cell
 from trainer.chaos.results import Report, Result
 from trainer.chaos.storm import Table, toml
@@ -36,6 +36,7 @@ from trainer.faults.plan import Planned
 MORE_STARTS = 3
 """Starts of a job beyond one for each of its faults."""
 EXIT_INTERRUPTED = 130
+FAILED = ("fail", "undetected")
 
 
 # What this machine can make
@@ -86,14 +87,14 @@ def run(
             show("calm")
             calm = _calm(campaign, out, report)
             for cell in campaign.cells:
-                if any(cell.is_of(result) for result in report.results):
-                    continue
-                show(cell.name)
-                result = run_cell(campaign, cell, calm, out)
-                report.results.append(result)
-                if shrink and result.outcome in ("fail", "undetected") and len(cell.faults) > 1:
+                result = next((result for result in report.results if cell.is_of(result)), None)
+                if result is None:
+                    show(cell.name)
+                    result = run_cell(campaign, cell, calm, out)
+                    report.results.append(result)
+                if shrink and _can_be_shrunk(result) and not _shrunk(out, cell).exists():
                     show(f"shrinking {cell.name}")
-                    result.why += _shrink(campaign, cell, calm, out)
+                    result.why += _shrink(campaign, cell, result, calm, out)
     except KeyboardInterrupt:
         report.interrupted = True
     show("")
@@ -258,21 +259,32 @@ def _tail(text: str, lines: int = 15) -> str:
     return "\n".join(f"    {line}" for line in text.strip().splitlines()[-lines:])
 
 
-def _shrink(campaign: Campaign, cell: Cell, calm: Calm, out: Path) -> str:
-    """Find the smallest part of a failing schedule that still fails, and keep it in a file. Returns a remark."""
+def _can_be_shrunk(result: Result) -> bool:
+    return result.outcome in FAILED and bool(result.answers) and len(result.faults) > 1
+
+
+def _shrunk(out: Path, cell: Cell) -> Path:
+    return out / "shrunk" / f"{cell.slug}.toml"
+
+
+def _shrink(campaign: Campaign, cell: Cell, result: Result, calm: Calm, out: Path) -> str:
+    """Find the smallest part of a schedule that fails in the same way, and keep it in a file. Returns a remark."""
+    bad = results.worst(result.answers)
+    assert bad is not None
 
     def fails(faults: list[Table]) -> bool:
         config = configs.load(campaign.config_path, [*cell.overrides, f"faults={toml(faults)}"])
         part = replace(cell, faults=faults, config=config, planned=plan.make(config, cell.ranks, cell.nodes))
-        return run_cell(campaign, part, calm, out).outcome in ("fail", "undetected")
+        answers = run_cell(campaign, part, calm, out).answers
+        return any((answer.invariant, answer.answer) == (bad.invariant, bad.answer) for answer in answers)
 
     # What was drawn by index must stay as it was when others are left out.
-    found = storm.shrink(fails, [plan.tree(fault) for fault in cell.planned])
-    path = out / "shrunk" / f"{cell.slug}.toml"
+    found = storm.shrink(fails, result.faults)
+    path = _shrunk(out, cell)
     path.parent.mkdir(exist_ok=True)
-    path.write_text(storm.as_toml(cell.name, cell.ranks, cell.nodes, cell.strategy, found.faults), encoding="utf-8")
+    path.write_text(replay.text(campaign, [replace(result, faults=found.faults)]), encoding="utf-8")
     sure = "" if found.smallest else ", perhaps not the smallest"
-    return f" [{len(found.faults)} of {len(cell.faults)} faults are enough{sure}: {path}, {found.trials} trials]"
+    return f" [{len(found.faults)} of {len(result.faults)} faults are enough{sure}: {path}, {found.trials} trials]"
 
 
 @contextlib.contextmanager
@@ -293,14 +305,10 @@ def _interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def replays(report: Report) -> str:
-    """What did not pass, as [[runs]] tables that do exactly the same again."""
-    return "\n".join(
-        f"# {result.outcome}: {result.why}\n"
-        + storm.as_toml(result.name, result.ranks, result.nodes, result.strategy, result.faults)
-        for result in report.results
-        if result.outcome in ("fail", "undetected")
-    )
+def replays(campaign: Campaign, report: Report) -> str:
+    """What did not pass, as a campaign that does exactly the same again; empty if there is none."""
+    failed = [result for result in report.results if result.outcome in FAILED]
+    return replay.text(campaign, failed) if failed else ""
 
 
 def default_out(campaign: Campaign) -> Path:

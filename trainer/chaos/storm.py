@@ -223,15 +223,6 @@ def shrink(fails: Callable[[list[Table]], bool], faults: Sequence[Table], most_t
     return Shrunk([faults[n] for n in left], trials, True)
 
 
-def as_toml(name: str, ranks: int, nodes: int, strategy: str, faults: Sequence[Table]) -> str:
-    """A [[runs]] table of a campaign file that makes exactly these faults again."""
-    head = [f"name = {toml(name)}", f"ranks = {ranks}", f"nodes = {nodes}", f"strategy = {toml(strategy)}"]
-    lines = ["[[runs]]", *head]
-    for fault in faults:
-        lines += ["", "[[runs.faults]]", *(f"{key} = {toml(value)}" for key, value in fault.items())]
-    return "\n".join(lines) + "\n"
-
-
 def toml(value: Any) -> str:
     """A value as TOML, in one line."""
     if isinstance(value, Mapping):
