@@ -262,7 +262,7 @@ def test_a_number_that_is_not_finite_is_refused_where_it_stands(tmp_path, value)
     """
     said = problems(write(tmp_path, SETTINGS + text))
     assert f"one: faults[0] (slow_rank): seconds = {value} is not finite" in said
-    assert "one: faults.1.at_seconds" in said and "finite number" in said
+    assert "one: faults[1].at_seconds" in said and "finite number" in said
     assert "--set" not in said
 
 
@@ -294,12 +294,62 @@ def test_a_mistake_of_one_sort_hides_none_of_another(tmp_path):
     """
     said = problems(write(tmp_path, "repeat = 0\n" + SETTINGS + text))
     for hint in (
-        "one: faults.0.kind", "one: faults.1.at_step", "one: faults.2.rank", "one: faults[3].kind = 'exid'",
+        "one: faults[0] has no kind", "one: faults[1].at_step", "one: faults[2].rank", "one: faults[3].kind = 'exid'",
         "one: data.micro_batches = 8 leaves 1 of 9 ranks", "one: 9 ranks cannot be spread", "one: it has other weights",
-        "runs.1.rank is no setting", "three: optim.learning_rates", "three: faults.0.at_step",
+        "runs[1].rank is no setting", "three: optim.learning_rates", "three: faults[0].at_step",
         "Did you mean 'sigkill'?", "storm.seeds = []", "repeat = 0",
     ):  # fmt: skip
         assert hint in said, (hint, said)
+
+
+def test_one_mistake_is_one_line_however_many_readings_of_it_fail(tmp_path):
+    text = """
+    [[runs]]
+    name = "one"
+    faults = [{kind = "exit", rank = 1.5, at_step = 3}]
+    [catalogue]
+    kinds = ["exit", 3]
+    [storm]
+    mix = 7
+    """
+    path = write(tmp_path, SETTINGS + text)
+    with pytest.raises(ConfigError) as caught:
+        campaign.load(path)
+    assert list(caught.value.problems) == [
+        f"{path}: catalogue.kinds[1] = 3: input should be a valid string.",
+        f"{path}: storm.mix = 7: input should be a valid string or a valid dictionary.",
+        "one: faults[0].rank = 1.5: input should be a valid integer or a valid string.",
+    ]
+
+
+def test_what_is_wrong_with_a_fault_is_said_with_the_rule(tmp_path):
+    text = """
+    [[runs]]
+    name = "alone"
+    ranks = 1
+    faults = [{kind = "stopped", at_step = 3}]
+    [[runs]]
+    name = "two"
+    faults = [{kind = "node_leaves"}, {kind = "exit"}, {kind = "nan_loss", at_step = 3, value = "zero"}]
+    """
+    said = problems(write(tmp_path, SETTINGS + text))
+    for hint in (
+        "faults stop the only rank", "faults[0] (node_leaves) does not say when", "faults[1] (exit) does not say when",
+        "value = 'zero' is none of its values.\n  Give nan or inf.",
+    ):  # fmt: skip
+        assert hint in said, (hint, said)
+
+
+def test_a_fault_of_a_node_says_of_which():
+    faults = [{"kind": "node_killed", "at_step": 3, "node": node} for node in (0, -1)]
+    assert [str(fault) for fault in plan.make(small(faults=[*faults, {"kind": "partition", "at_step": 4}]), 2)] == [
+        "node_killed on node 0 at step 3", "node_killed on the last node at step 3", "partition at step 4",
+    ]  # fmt: skip
+
+
+def test_a_runs_config_is_told_from_a_campaign():
+    for path in (SMOKE, ROOT / "configs" / "gpt_tiny_storm.toml"):
+        assert problems(path).startswith(f"{path} is a run's config, not a campaign.")
 
 
 @pytest.mark.parametrize(

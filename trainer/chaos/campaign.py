@@ -272,7 +272,7 @@ def _is_sound(number: int, fault: Table, problems: list[str]) -> bool:
     try:
         configs.parse({"faults": [fault]})
     except ConfigError as error:
-        problems += [problem.replace("faults.0", f"faults.{number}") for problem in error.problems]
+        problems += [problem.replace("faults[0]", f"faults[{number}]") for problem in error.problems]
         return False
     return True
 

@@ -1,8 +1,6 @@
 """Campaign files: what one may hold, and what is wrong with one."""
 
 import difflib
-import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +8,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, ValidationError
 
 from trainer import config as configs
-from trainer.config import Section
+from trainer.config import Config, Mistake, Section
+from trainer.errors import ConfigError
 
 Strategy = Literal["replicate", "fsdp", "hybrid"]
 
@@ -89,15 +88,18 @@ def read(path: Path) -> tuple[CampaignFile | None, list[str]]:
     None where they cannot. Raises ConfigError if it is no TOML file.
     """
     tree = configs.read_toml(path)
+    if "config" not in tree and tree.keys() & (Config.model_fields.keys() | {"extends"}) - {"seed"}:
+        hint = "Give a campaign that names it, as configs/chaos/smoke.toml does."
+        raise ConfigError([f"{path} is a run's config, not a campaign.\n  {hint}"])
     try:
         return CampaignFile.model_validate(tree), []
     except ValidationError as error:
-        details = error.errors()
-    problems = list(dict.fromkeys(_explain(path, detail) for detail in details))
-    wrong = {_meant(str(detail["loc"][0])) for detail in details}
+        mistakes = configs.mistakes(error, tree)
+    problems = [f"{path}: {_explain(mistake)}" for mistake in mistakes]
+    wrong = {_meant(str(mistake.place[0])) for mistake in mistakes}
     if wrong & PLANS_REST_ON:
         return None, problems
-    return CampaignFile.model_validate(_without(tree, [detail["loc"] for detail in details])), problems
+    return CampaignFile.model_validate(_without(tree, [mistake.place for mistake in mistakes])), problems
 
 
 def _meant(key: str) -> str:
@@ -118,19 +120,16 @@ def _without(tree: Mapping[str, Any], places: Iterable[Sequence[Any]]) -> dict[s
     return left
 
 
-def _explain(path: Path, detail: Any) -> str:
-    """One pydantic error as fact, rule and remedy."""
-    places = [part for part in detail["loc"] if not isinstance(part, str) or re.fullmatch(r"[a-z_]+", part)]
-    where = ".".join(str(part) for part in places)
-    if detail["type"] == "extra_forbidden":
-        known = _settings(places[:-1])
-        near = difflib.get_close_matches(str(places[-1]), known, n=1)
+def _explain(mistake: Mistake) -> str:
+    """As fact, rule and remedy."""
+    if mistake.type == "extra_forbidden":
+        known = _settings(mistake.place[:-1])
+        near = difflib.get_close_matches(str(mistake.place[-1]), known, n=1)
         hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(known)}."
-        return f"{path}: {where} is no setting of a campaign.\n  {hint}"
-    if detail["type"] == "missing":
-        return f"{path}: {where} is missing.\n  A campaign needs it."
-    message = detail["msg"][0].lower() + detail["msg"][1:]
-    return f"{path}: {where} = {json.dumps(detail['input'], default=str)}: {message}."
+        return f"{mistake.where} is no setting of a campaign.\n  {hint}"
+    if mistake.type == "missing":
+        return f"{mistake.where} is missing.\n  A campaign needs it."
+    return str(mistake)
 
 
 def _settings(places: Sequence[Any]) -> list[str]:

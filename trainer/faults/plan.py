@@ -59,12 +59,16 @@ class Planned:
         return tuple(range(world_size)) if self.ranks is None else tuple(sorted({r % world_size for r in self.ranks}))
 
     def __str__(self) -> str:
-        who = "" if not self.kind.on_rank else " on " + (
-            "all ranks" if self.ranks is None else ", ".join(f"rank {rank}" for rank in self.ranks)
-        )  # fmt: skip
+        who = f" on {self._whom()}" if self._whom() else ""
         when = f" at step {self.at_step}" if self.at_step is not None else ""
         when += f" after {self.at_seconds:g} s" if self.at_seconds is not None else ""
         return f"{self.kind.name}{who}{when}" + (f", {self.phase}" if self.phase else "")
+
+    def _whom(self) -> str:
+        if self.kind.on_rank:
+            return "all ranks" if self.ranks is None else ", ".join(f"rank {rank}" for rank in self.ranks)
+        node = self.settings.get("node")
+        return "" if node is None else "the last node" if node < 0 else f"node {node}"
 
 
 def make(
@@ -170,7 +174,7 @@ def _about_time(where: str, fault: Fault, kind: Kind, config: Config) -> list[st
         if fault.phase:
             problems.append(f"{where}: phase = {fault.phase!r}, but it is made from outside.\n  Remove phase.")
         if fault.at_step is None and fault.at_seconds is None:
-            problems.append(f"{where} says not when.\n  Give at_step or at_seconds.")
+            problems.append(f"{where} does not say when.\n  Give at_step or at_seconds.")
         return problems
     phase = fault.phase or kind.phases[0]
     if fault.at_seconds is not None:
@@ -187,7 +191,7 @@ def _about_time(where: str, fault: Fault, kind: Kind, config: Config) -> list[st
             f"{where}: {phase} belongs to no step.\n  Remove at_step; `attempt` tells which start is meant."
         )
     elif fault.at_step is None and phase not in PHASES_WITHOUT_STEP:
-        problems.append(f"{where} says not when.\n  Give at_step.")
+        problems.append(f"{where} does not say when.\n  Give at_step.")
     else:
         problems += _never_comes_by(where, fault, phase, config)
     return problems
@@ -219,7 +223,9 @@ def _about_settings(where: str, fault: Fault, kind: Kind) -> list[str]:
             problems.append(f"{where}: {name} is no setting of it.\n  {f'Did you mean {near[0]}?' if near else there}")
         elif isinstance(setting.default, str):
             if value not in setting.choices:
-                problems.append(f"{where}: {name} = {value!r}.\n  Give one of {', '.join(setting.choices)}.")
+                problems.append(
+                    f"{where}: {name} = {value!r} is none of its values.\n  Give {' or '.join(setting.choices)}."
+                )
         elif isinstance(value, bool) or not isinstance(value, int if isinstance(setting.default, int) else int | float):
             problems.append(f"{where}: {name} = {value!r} is no number.\n  It is {setting.what}.")
         elif not math.isfinite(value):
@@ -260,8 +266,9 @@ def _nobody_left(planned: Sequence[Planned], world_size: int) -> list[str]:
         if fault.kind.name == "stopped":
             moment = (fault.at_step, fault.at_seconds, fault.attempt)
             stopped.setdefault(moment, set()).update(fault.victims(world_size))
+    everybody = "the only rank" if world_size == 1 else f"all {world_size} ranks at once"
     return [
-        f"faults stop all {world_size} ranks at once, so that none is left to notice.\n  Leave one of them out."
+        f"faults stop {everybody}, so that none is left to notice.\n  Leave one rank alone, or start more."
         for victims in stopped.values()
         if len(victims) == world_size
     ]
