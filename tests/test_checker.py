@@ -196,6 +196,20 @@ def test_a_fault_that_never_fired_is_unknown_and_never_passed(log):
     assert found == dict.fromkeys((checker.FIRED, checker.DETECTED, checker.RECOVERED, checker.NAMED), "unknown")
 
 
+def test_a_fault_that_never_fired_is_told_once_with_its_reason(log):
+    faults = [KILL, KILL | {"at_step": 11}, {"kind": "node_killed", "at_step": 10}]
+    log.start(0)
+    log.write(events.Warned(message="the fault sigkill on rank 1 at step 11, before_forward did not fire: no rank 1"))
+    log.steps(1, STEPS)
+    log.finish()
+    notes = ["node_killed on the last node at step 10 cannot be made: no node", "a job did not end within 9 s"]
+    assert answers(evidence(log, *faults, notes=notes))[checker.FIRED].why == (
+        "sigkill on rank 1 at step 10, before_forward never fired; "
+        "the fault sigkill on rank 1 at step 11, before_forward did not fire: no rank 1; "
+        "node_killed on the last node at step 10 cannot be made: no node; and 1 more"
+    )
+
+
 def test_a_fault_that_nothing_in_the_log_tells_of_was_not_named(log):
     log.start(0)
     log.steps(1, 9)

@@ -15,6 +15,7 @@ from trainer.errors import EXIT_FINISHED, CheckpointError, TopropeError
 from trainer.events import AttemptEnded, AttemptStarted, CheckpointRejected, CheckpointSaved, Entry, StepDone, Warned
 from trainer.faults.evidence import Calm, Evidence, Firing, Telling, calm_of, finished
 from trainer.faults.kinds import Kind
+from trainer.faults.plan import Planned
 from trainer.incidents import Incident
 
 __all__ = ["INVARIANTS", "Answer", "Answers", "Calm", "Evidence", "Firing", "Telling", "calm_of", "check", "measure"]
@@ -116,10 +117,19 @@ def _joined(problems: Sequence[str]) -> str:
 
 def _every_fault_fired(evidence: Evidence) -> Answer:
     fired = {firing.fault.index for firing in evidence.firings}
-    missing = [f"{fault} never fired" for fault in evidence.planned if fault.index not in fired]
-    said = [entry.event.message for entry in evidence.entries if isinstance(entry.event, Warned)]
-    reasons = dict.fromkeys([*(message for message in said if "did not fire" in message), *evidence.notes])
-    return Answer(FIRED, "unknown", _joined([*missing, *reasons])) if missing else Answer(FIRED, "pass")
+    missing = [fault for fault in evidence.planned if fault.index not in fired]
+    if not missing:
+        return Answer(FIRED, "pass")
+    warned = [entry.event.message for entry in evidence.entries if isinstance(entry.event, Warned)]
+    said = list(dict.fromkeys([*(message for message in warned if "did not fire" in message), *evidence.notes]))
+    reasons = [next((one for one in said if _is_about(one, fault)), f"{fault} never fired") for fault in missing]
+    of_none = [one for one in said if not any(_is_about(one, fault) for fault in evidence.planned)]
+    return Answer(FIRED, "unknown", _joined([*reasons, *of_none]))
+
+
+def _is_about(reason: str, fault: Planned) -> bool:
+    """Whether it says why this fault was not made; the fault's own words may be the beginning of another's."""
+    return any(f"{fault}{then}" in reason for then in (" did not fire", " cannot be made", ":"))
 
 
 def _weights_and_state_equal(evidence: Evidence) -> Answer:
