@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.support import ROOT, SMOKE, trainer, wait_until
+from trainer import cli
 from trainer import config as configs
 from trainer.chaos import campaign, results, runner, storm
 from trainer.chaos.campaign import Campaign, Cell
@@ -622,11 +623,31 @@ def test_what_failed_is_replayed_by_the_same_plan_as_often_as_it_is_written_and_
     fake_cells(lambda cell: cell.result("fail" if cell.name != "kill" else "pass", "two\nlines"))
     report = runner.run(loaded, tmp_path / "out")
     for _ in range(2):
-        path = tmp_path / "again.toml"
-        path.write_text(runner.replays(loaded, report))
+        path = runner.keep_replay(loaded, report, tmp_path / "out")
+        assert path is not None and path == tmp_path / "out" / "replay.toml"
         (cell,) = campaign.load(path).cells
         assert cell.planned == loaded.cells[0].planned and cell.config.elastic == loaded.cells[0].config.elastic
         loaded, report = campaign.load(path), replace(report, results=[cell.result("fail", "")])
+    assert runner.keep_replay(loaded, replace(report, results=[]), tmp_path / "out") is None
+    assert not (tmp_path / "out" / "replay.toml").exists()
+
+
+def test_the_command_says_how_to_go_on_and_how_to_see_a_failure_again(fake_cells, monkeypatch, capsys, tmp_path):
+    path, out = write(tmp_path, SETTINGS + KILL + '[catalogue]\nkinds = ["sigterm"]'), tmp_path / "out"
+
+    def interrupted(cell: Cell) -> Result:
+        if cell.name == "sigterm":
+            os.kill(os.getpid(), signal.SIGINT)
+        return cell.result("fail", "it broke")
+
+    fake_cells(interrupted)
+    monkeypatch.setattr(sys, "argv", ["trainer", "chaos", str(path), "--out", str(out)])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    said = capsys.readouterr().out
+    assert left.value.code == runner.EXIT_INTERRUPTED
+    assert f"the same command with --out {out}" in said
+    assert f"trainer chaos {out / 'replay.toml'}" in said and "[[runs]]" not in said
 
 
 def test_a_calm_run_that_fails_ends_the_campaign_with_its_last_words(planned, monkeypatch, tmp_path):

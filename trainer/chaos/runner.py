@@ -2,6 +2,7 @@
 
     OUT/report.json, report.html     all results so far; a campaign given the same OUT goes on where it stopped
     OUT/calm/run                     the run that the others are held against
+    OUT/replay.toml, shrunk/         campaigns of what did not pass, and of its smallest parts that do not
     OUT/cells/NAME/run               one run with faults
     OUT/cells/NAME/start-N           what the job printed when it was given the command for the N-th time
 
@@ -305,10 +306,14 @@ def _interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def replays(campaign: Campaign, report: Report) -> str:
-    """What did not pass, as a campaign that does exactly the same again; empty if there is none."""
-    failed = [result for result in report.results if result.outcome in FAILED]
-    return replay.text(campaign, failed) if failed else ""
+def keep_replay(campaign: Campaign, report: Report, out: Path) -> Path | None:
+    """OUT/replay.toml: what did not pass, as a campaign that does exactly the same again. None if there is nothing."""
+    path, failed = out / "replay.toml", [result for result in report.results if result.outcome in FAILED]
+    if failed:
+        path.write_text(replay.text(campaign, failed), encoding="utf-8")
+    else:
+        path.unlink(missing_ok=True)
+    return path if failed else None
 
 
 def default_out(campaign: Campaign) -> Path:
