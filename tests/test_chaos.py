@@ -650,6 +650,16 @@ def test_the_command_says_how_to_go_on_and_how_to_see_a_failure_again(fake_cells
     assert f"trainer chaos {out / 'replay.toml'}" in said and "[[runs]]" not in said
 
 
+@pytest.mark.parametrize(
+    ("out", "hint"), [("/proc/x", "cannot be written"), ("file", "is a file"), ("file/x", "Not a directory")]
+)
+def test_a_place_where_no_results_can_go_is_refused(planned, fake_cells, tmp_path, out, hint):
+    fake_cells(lambda cell: cell.result("pass", ""))
+    (tmp_path / "file").touch()
+    with pytest.raises(RunDirectoryError, match=hint):
+        runner.run(planned, tmp_path / out)
+
+
 def test_a_calm_run_that_fails_ends_the_campaign_with_its_last_words(planned, monkeypatch, tmp_path):
     launched = runner._Launched(1.0, 2.0, 1, "one\nthe disk is full", [], [])
     monkeypatch.setattr(runner, "_launch", lambda *_, **__: launched)

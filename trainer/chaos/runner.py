@@ -104,10 +104,11 @@ def run(
 
 def _open(campaign: Campaign, out: Path) -> Report:
     path = out / "report.json"
+    _make(out)
     fingerprint = configs.fingerprint(campaign.config)
     report = results.read(path)
     if report is None:
-        if out.exists() and any(out.iterdir()):
+        if any(out.iterdir()):
             raise RunDirectoryError(f"{out} holds files but no report.json.\n  Give a new or empty --out.")
         machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
         calm: dict[str, Any] = {"fingerprint": fingerprint, "exact": campaign.config.numerics.exact}
@@ -115,7 +116,6 @@ def _open(campaign: Campaign, out: Path) -> Report:
         report = Report(
             campaign.name, campaign.question, str(campaign.config_path), machine, time.time(), 0.0, calm, [], False
         )
-        out.mkdir(parents=True, exist_ok=True)
     elif (report.campaign, report.calm.get("fingerprint")) != (campaign.name, fingerprint):
         raise RunDirectoryError(
             f"{out} holds a report of campaign {report.campaign!r} on another config.\n"
@@ -123,6 +123,19 @@ def _open(campaign: Campaign, out: Path) -> Report:
         )
     report.interrupted = False
     return report
+
+
+def _make(out: Path) -> None:
+    try:
+        if out.exists() and not out.is_dir():
+            raise RunDirectoryError(f"{out} is a file.\n  --out takes a directory: a new one, or a campaign's own.")
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "report.json.partial").touch()
+        (out / "report.json.partial").unlink()
+    except OSError as error:
+        raise RunDirectoryError(
+            f"{out} cannot be written: {error.strerror}.\n  Runs and report go there. Give a writable --out."
+        ) from None
 
 
 def write(out: Path, report: Report) -> None:
