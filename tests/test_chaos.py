@@ -537,16 +537,20 @@ def fake_cells(monkeypatch: pytest.MonkeyPatch) -> Callable[[Act], list[str]]:
     return use
 
 
-def test_an_interrupted_campaign_keeps_what_it_has_and_goes_on_with_the_rest(planned, fake_cells, tmp_path):
-    out = tmp_path / "out"
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupted_campaign_keeps_what_it_has_and_goes_on_with_the_rest(planned, fake_cells, tmp_path, number):
+    out, before = tmp_path / "out", signal.signal(signal.SIGHUP, lambda *_: None)
 
     def interrupted(cell: Cell) -> Result:
         if cell.name == "sigterm":
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return cell.result("pass", "")
 
     fake_cells(interrupted)
-    first = runner.run(planned, out)
+    try:
+        first = runner.run(planned, out)
+    finally:
+        signal.signal(signal.SIGHUP, before)
     assert first.interrupted and [found.name for found in first.results] == ["kill"]
     stored = results.read(out / "report.json")
     assert stored == first and "<html" in (out / "report.html").read_text()
@@ -555,6 +559,19 @@ def test_an_interrupted_campaign_keeps_what_it_has_and_goes_on_with_the_rest(pla
     assert ran == ["sigterm", "agent_killed", "slow_link"]
     assert second.passed and [found.name for found in second.results] == ["kill", *ran]
     assert fake_cells(lambda cell: cell.result("fail", "")) == [] and runner.run(planned, out).passed
+
+
+def test_a_campaign_that_is_to_outlive_its_terminal_does(planned, fake_cells, tmp_path):
+    def hung_up(cell: Cell) -> Result:
+        os.kill(os.getpid(), signal.SIGHUP)
+        return cell.result("pass", "")
+
+    fake_cells(hung_up)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert runner.run(planned, tmp_path / "out").passed
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_report_of_another_config_is_not_gone_on_with(planned, fake_cells, tmp_path):

@@ -72,7 +72,7 @@ def run(
 ) -> Report:
     """Do what is left to do of a campaign; the report is also in OUT, and is so after every run.
 
-    SIGINT and SIGTERM end all that was started; the report then says that it was interrupted. Raises
+    SIGINT, SIGTERM and SIGHUP end all that was started; the report then says that it was interrupted. Raises
     RunDirectoryError if OUT belongs to something else, TopropeError if the calm run fails.
     """
     report = _open(campaign, out)
@@ -303,8 +303,13 @@ def _shrink(campaign: Campaign, cell: Cell, result: Result, calm: Calm, out: Pat
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """The first SIGINT or SIGTERM is a KeyboardInterrupt; those after it must not disturb the cleaning up."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    """The first of these signals is a KeyboardInterrupt; those after it must not disturb the cleaning up.
+
+    SIGHUP comes when a terminal is closed. The jobs have sessions of their own, so it does not reach them.
+    """
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup, which means it to go on
+        numbers.append(signal.SIGHUP)
 
     def interrupt(number: int, _frame: Any) -> None:
         for one in numbers:
