@@ -47,6 +47,9 @@ KNOWN_FILES = {
 }
 BREAKING = {"worker_lost", "hung", "preempted", "checkpoint_rejected"}
 """Incidents at which all workers start again. What damages a checkpoint kills its rank too."""
+UNTOLD_SECONDS = 60.0
+"""In each start of a job, before the first worker is there and after the last: torchrun's, on a machine that is shared,
+and of a rank that dies before it has written anything."""
 
 
 @dataclass(frozen=True)
@@ -296,9 +299,13 @@ def _time_problems(evidence: Evidence) -> list[str]:
     if abs(math.fsum(parts.values()) - wall) > 1e-3:
         problems.append(f"the parts sum to {math.fsum(parts.values()):.3f} s, the run took {wall:.3f} s")
     ended = [launch["ended"] for launch in evidence.launches if launch["ended"] is not None]
-    jumped = any(firing.fault.kind.group == "clock" for firing in evidence.firings)
-    if ended and not jumped and wall > max(ended) - evidence.launches[0]["started"] + 0.5:
+    if not ended or any(firing.fault.kind.group == "clock" for firing in evidence.firings):
+        return problems
+    there = max(ended) - evidence.launches[0]["started"]
+    if wall > there + 0.5:
         problems.append(f"the log tells of {wall:.1f} s, which is longer than the job was there")
+    if wall < there - UNTOLD_SECONDS * len(evidence.launches):
+        problems.append(f"the log tells of {wall:.1f} s only, and the job was there for {there:.1f} s")
     return problems
 
 
