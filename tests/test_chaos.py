@@ -561,6 +561,39 @@ def test_an_interrupted_campaign_keeps_what_it_has_and_goes_on_with_the_rest(pla
     assert fake_cells(lambda cell: cell.result("fail", "")) == [] and runner.run(planned, out).passed
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "again"),
+    [
+        ("startup_timeout_seconds = 60.0", "startup_timeout_seconds = 50.0", ["kill", "agent_killed"]),
+        ("eval.every_steps = 1\n", "eval.every_steps = 2\n", ["agent_killed"]),
+        ("timeout_seconds = 200.0", "timeout_seconds = 100.0", ["kill", "agent_killed"]),
+        ("at_step = 9", "at_step = 10", ["kill"]),
+        ('name = "kill"', 'name = "killed"', ["killed"]),
+        ('["agent_killed"]', "[]", []),
+        ("", "", []),
+    ],
+)  # fmt: skip
+def test_results_of_a_file_that_was_changed_do_not_stand_beside_new_ones(fake_cells, tmp_path, old, new, again):
+    text = "timeout_seconds = 200.0\n" + SETTINGS + "[set_outside]\neval.every_steps = 1\n" + KILL
+    text += '[catalogue]\nkinds = ["agent_killed"]\n'
+    ran = fake_cells(lambda cell: cell.result("pass", ""))
+    runner.run(campaign.load(write(tmp_path, text)), tmp_path / "out")
+    ran.clear()
+    changed = campaign.load(write(tmp_path, text.replace(old, new)))
+    stored = runner.run(changed, tmp_path / "out").results
+    assert ran == again
+    assert sorted(found.name for found in stored) == sorted(cell.name for cell in changed.cells)
+
+
+def test_what_is_not_chosen_now_stays_in_the_report(planned, fake_cells, tmp_path):
+    fake_cells(lambda cell: cell.result("pass", ""))
+    runner.run(planned, tmp_path / "out")
+    ran = fake_cells(lambda cell: cell.result("fail", ""))
+    chosen = campaign.load(planned.path, only=["kill"], repeat=2)
+    stored = runner.run(chosen, tmp_path / "out").results
+    assert ran == ["kill"] and len(stored) == 5
+
+
 def test_a_campaign_that_is_to_outlive_its_terminal_does(planned, fake_cells, tmp_path):
     def hung_up(cell: Cell) -> Result:
         os.kill(os.getpid(), signal.SIGHUP)

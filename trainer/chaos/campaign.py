@@ -37,6 +37,8 @@ class Cell:
     faults: list[Table]
     config: Config
     planned: list[Planned]
+    limits: dict[str, float]
+    """timeout_seconds and restarts, by which a run may fail."""
     worker: tuple[str, ...] = ("trainer", "train")
     """The module that each rank runs, with its first arguments."""
 
@@ -50,12 +52,17 @@ class Cell:
         kinds = [fault.kind.name for fault in self.planned]
         trees = [plan.tree(fault) for fault in self.planned]
         shape = (self.ranks, self.nodes, self.strategy, self.seed, self.repeat)
-        return Result(self.name, kinds, trees, *shape, outcome, why, overrides=self.overrides, **more)
+        given = {"overrides": self.overrides, "limits": self.limits}
+        return Result(self.name, kinds, trees, *shape, outcome, why, **given, **more)
 
     def is_of(self, result: Result) -> bool:
         """Whether a stored result answers this cell."""
+        return self.repeat == result.repeat and self.is_like(result)
+
+    def is_like(self, result: Result) -> bool:
+        """The same, but for how often it is repeated."""
         mine = self.result("skipped", "")
-        keys = ("name", "faults", "ranks", "nodes", "strategy", "seed", "repeat")
+        keys = ("name", "faults", "ranks", "nodes", "strategy", "seed", "overrides", "limits")
         return all(getattr(mine, key) == getattr(result, key) for key in keys)
 
 
@@ -71,6 +78,9 @@ class Campaign:
     timeout_seconds: float
     restarts: int
     cells: list[Cell] = field(default_factory=list)
+    """What is to be run."""
+    every: list[Cell] = field(default_factory=list)
+    """All runs of the file, once each: also those that are not chosen now."""
 
     def restarts_for(self, faults: int) -> int:
         """How often the workers of a job with so many faults may be started again."""
@@ -105,6 +115,7 @@ def load(path: Path, only: Sequence[str] = (), repeat: int | None = None) -> Cam
         problems.append(f"{path} has no runs.\n  Add [[runs]], [catalogue], [pairs] or [storm].")
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
+    campaign.every.extend(planner.cells)
     for number in range(repeat or file.repeat):
         campaign.cells.extend(_repeated(cell, number) for cell in cells)
     return campaign
@@ -242,8 +253,9 @@ class _Planner:
             with _noting(problems):
                 planned = plan.make(config, ranks, nodes, numbers)
         self.problems += [f"{name}: {problem}" for problem in problems]
+        limits = {"timeout_seconds": campaign.timeout_seconds, "restarts": campaign.restarts}
         if config is not None and planned is not None and not problems:
-            self.cells.append(Cell(name, ranks, nodes, strategy, seed, 0, overrides, faults, config, planned))
+            self.cells.append(Cell(name, ranks, nodes, strategy, seed, 0, overrides, faults, config, planned, limits))
 
     def _misfits(self, config: Config, ranks: int, nodes: int) -> list[str]:
         """What a run may not have in this campaign."""

@@ -46,6 +46,8 @@ class Result:
     seconds: float = 0.0
     overrides: list[str] = field(default_factory=list)
     """key=value of all that it was given beside its config and its faults."""
+    limits: dict[str, float] = field(default_factory=dict)
+    """timeout_seconds and restarts of the campaign, as they were."""
 
 
 @dataclass

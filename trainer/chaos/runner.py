@@ -122,6 +122,8 @@ def _open(campaign: Campaign, out: Path) -> Report:
             "  Results of different configs cannot stand in one report. Give another --out."
         )
     report.interrupted = False
+    # The file may have been changed since: what it asks for now is done again, and the rest is no longer its results.
+    report.results = [result for result in report.results if any(cell.is_like(result) for cell in campaign.every)]
     return report
 
 
