@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer import config as configs
 from trainer import events
 from trainer.config import Config, Fault
 from trainer.errors import ConfigError
@@ -324,8 +323,3 @@ def tree(planned: Planned) -> dict[str, Any]:
     if planned.phase:
         out["phase"] = planned.phase
     return out | planned.settings
-
-
-def parse(tree_: dict[str, Any]) -> Fault:
-    """A Fault from a table. Raises ConfigError."""
-    return configs.parse({"faults": (tree_,)}).faults[0]
