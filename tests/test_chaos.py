@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.support import ROOT, SMOKE, trainer, wait_until
+from trainer import cli
 from trainer import config as configs
 from trainer.chaos import campaign, results, runner, storm
 from trainer.chaos.campaign import Campaign, Cell
@@ -128,7 +129,7 @@ def test_a_sample_of_pairs_is_drawn_by_its_seed_and_each_pair_can_be_planned():
     config = small(budget={"steps": 30}, checkpoint={"every_steps": 6})
     for one, other in pairs:
         for ranks in (1, 2):
-            if one.name != "stopped" or ranks > 1:
+            if ranks > 1 or not {one.name, other.name} & {"stopped", "skipped_collective"}:
                 faults = storm.pair(one, other, config, ranks)
                 assert len(plan.make(configs.parse(config.model_dump() | {"faults": faults}), ranks)) == 2
 
@@ -157,16 +158,6 @@ def test_a_failing_schedule_is_shrunk_to_the_faults_that_make_it_fail(culprits):
 def test_shrinking_ends_after_so_many_trials_and_says_that_it_did():
     found = storm.shrink(lambda faults: len(faults) >= 5, [table(number) for number in range(10)], most_trials=4)
     assert (found.trials, found.smallest) == (4, False) and len(found.faults) >= 5
-
-
-def test_a_schedule_written_as_toml_is_the_same_when_it_is_read(tmp_path):
-    config = small()
-    planned = plan.make(configs.parse(config.model_dump() | {"faults": drawn(1, "llama3")}), 3)
-    trees = [plan.tree(fault) for fault in planned]
-    text = storm.as_toml('a "name"', 3, 1, "fsdp", trees)
-    (run,) = tomllib.loads(text)["runs"]
-    assert run == {"name": 'a "name"', "ranks": 3, "nodes": 1, "strategy": "fsdp", "faults": trees}
-    assert plan.make(configs.parse(config.model_dump() | {"faults": run["faults"]}), 3) == planned
 
 
 # Campaign files
@@ -202,11 +193,164 @@ def test_all_plans_of_a_campaign_are_checked_before_anything_starts(tmp_path):
     """
     said = problems(write(tmp_path, SETTINGS + text))
     for hint in (
-        "one: faults[0].kind = 'sigkil'", "at_step = 99 is beyond", "two: 3 ranks", "three: partition need two nodes",
+        "one: faults[0].kind = 'sigkil'", "at_step = 99 is beyond", "two: 3 ranks",
+        "three: faults[0] (partition) needs two nodes",
         "four: it has other weights than the calm run (optim.learning_rate", "Did you mean 'no_space'?",
         "storm.mix = 'llama4'",
     ):  # fmt: skip
         assert hint in said, (hint, said)
+
+
+@pytest.mark.parametrize(
+    ("faults", "hint"),
+    [
+        ('{kind = "node_killed", at_step = 3, node = 2}', "node = 2, but the job has nodes 0 to 1"),
+        ('{kind = "node_killed", at_step = 3, rank = 1}', "rank = 1, but it does not hit a rank"),
+        ('{kind = "partition", at_step = 3, rank = "all"}', "rank = 'all', but it does not hit a rank"),
+        ('{kind = "skipped_collective", at_step = 3, rank = "all"}', "some rank must be left"),
+        (", ".join('{kind = "node_leaves", at_step = 3}' for _ in range(2)), "take 2 nodes out for good"),
+        ('{kind = "straggler", at_step = 3, duty = 4.0}', "duty = 4.0 is above 1"),
+        ('{kind = "straggler", at_step = 3, duty = 0}', "duty = 0 makes no fault"),
+        ('{kind = "clock_jump", at_step = 3, seconds = 0}', "seconds = 0 makes no fault"),
+        ('{kind = "slow_rank", at_step = 20, steps = 6}', "steps = 6 from step 20 on is beyond the run's 24 steps"),
+        ('{kind = "repeated_kill", at_step = 3, times = 23}', "a job may start again 22 times"),
+    ],
+)  # fmt: skip
+def test_a_plan_that_cannot_be_carried_out_is_refused_and_not_bent(tmp_path, faults, hint):
+    run = f'[[runs]]\nname = "one"\nfaults = [{faults}]\n'
+    assert hint in problems(write(tmp_path, "nodes = 2\n" + SETTINGS + run))
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        '{kind = "node_killed", at_step = 3, node = 1}, {kind = "node_killed", at_step = 9, node = 0}',
+        '{kind = "node_joins", at_step = 3}, {kind = "node_leaves", at_step = 9}, {kind = "node_leaves", at_step = 9}',
+        '{kind = "clock_jump", at_step = 3, seconds = -60}, {kind = "slow_rank", at_step = 24, steps = 5}',
+        '{kind = "slow_rank", at_step = 20, steps = 4}, {kind = "repeated_kill", at_step = 3, times = 24}',
+    ],
+)
+def test_a_plan_at_the_edge_of_what_can_be_is_taken(tmp_path, faults):
+    run = f'[[runs]]\nname = "one"\nfaults = [{faults}]\n'
+    assert campaign.load(write(tmp_path, "nodes = 2\n" + SETTINGS + run)).cells
+
+
+@pytest.mark.parametrize(
+    ("mix", "hint"),
+    [("{}", "has nothing to draw"), ("{exit = 0.0}", "has nothing to draw"),
+     ("{exit = 1, sigkill = -1.5}", "storm.mix.sigkill = -1.5 is no weight"),
+     ("{exit = inf}", "finite number")],
+)  # fmt: skip
+def test_a_mix_of_ones_own_must_have_weights(tmp_path, mix, hint):
+    assert hint in problems(write(tmp_path, SETTINGS + f"[storm]\nmix = {mix}\n"))
+
+
+def test_a_storm_takes_no_more_nodes_out_than_there_are():
+    schedule = drawn(0, {"node_leaves": 1.0, "exit": 1.0})
+    assert sum(fault["kind"] == "node_leaves" for fault in schedule) == 1
+    assert plan.make(small(faults=schedule), 3, nodes=2)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_number_that_is_not_finite_is_refused_where_it_stands(tmp_path, value):
+    text = f"""
+    [[runs]]
+    name = "one"
+    faults = [
+        {{kind = "slow_rank", at_step = 3, seconds = {value}}},
+        {{kind = "sigkill", at_seconds = {value}}},
+    ]
+    """
+    said = problems(write(tmp_path, SETTINGS + text))
+    assert f"one: faults[0] (slow_rank): seconds = {value} is not finite" in said
+    assert "one: faults[1].at_seconds" in said and "finite number" in said
+    assert "--set" not in said
+
+
+@pytest.mark.parametrize("value", [0.1, 1e22, float("inf"), 'ä "😀"', [1, {"a.b": True}]], ids=str)
+def test_a_value_written_as_toml_is_the_same_when_it_is_read(value):
+    assert tomllib.loads(f"value = {storm.toml(value)}")["value"] == value
+
+
+def test_a_mistake_of_one_sort_hides_none_of_another(tmp_path):
+    text = """
+    [[runs]]
+    name = "one"
+    ranks = 9
+    nodes = 2
+    set.optim.learning_rate = 0.1
+    faults = [{at_step = 3}, {kind = "exit", at_step = 0}, {kind = "exit", rank = 1.5, at_step = 3}, {kind = "exid"}]
+    [[runs]]
+    name = "two"
+    rank = 3
+    faults = [{kind = "exit", at_step = 3}]
+    [[runs]]
+    name = "three"
+    set.optim.learning_rates = 0.1
+    faults = [{kind = "exit", at_step = 0}]
+    [catalogue]
+    kinds = ["exit", "sigkil"]
+    [storm]
+    seeds = []
+    """
+    said = problems(write(tmp_path, "repeat = 0\n" + SETTINGS + text))
+    for hint in (
+        "one: faults[0] has no kind", "one: faults[1].at_step", "one: faults[2].rank", "one: faults[3].kind = 'exid'",
+        "one: data.micro_batches = 8 leaves 1 of 9 ranks", "one: 9 ranks cannot be spread", "one: it has other weights",
+        "runs[1].rank is no setting", "three: optim.learning_rates", "three: faults[0].at_step",
+        "Did you mean 'sigkill'?", "storm.seeds = []", "repeat = 0",
+    ):  # fmt: skip
+        assert hint in said, (hint, said)
+
+
+def test_one_mistake_is_one_line_however_many_readings_of_it_fail(tmp_path):
+    text = """
+    [[runs]]
+    name = "one"
+    faults = [{kind = "exit", rank = 1.5, at_step = 3}]
+    [catalogue]
+    kinds = ["exit", 3]
+    [storm]
+    mix = 7
+    """
+    path = write(tmp_path, SETTINGS + text)
+    with pytest.raises(ConfigError) as caught:
+        campaign.load(path)
+    assert list(caught.value.problems) == [
+        f"{path}: catalogue.kinds[1] = 3: input should be a valid string.",
+        f"{path}: storm.mix = 7: input should be a valid string or a valid dictionary.",
+        "one: faults[0].rank = 1.5: input should be a valid integer or a valid string.",
+    ]
+
+
+def test_what_is_wrong_with_a_fault_is_said_with_the_rule(tmp_path):
+    text = """
+    [[runs]]
+    name = "alone"
+    ranks = 1
+    faults = [{kind = "stopped", at_step = 3}]
+    [[runs]]
+    name = "two"
+    faults = [{kind = "node_leaves"}, {kind = "exit"}, {kind = "nan_loss", at_step = 3, value = "zero"}]
+    """
+    said = problems(write(tmp_path, SETTINGS + text))
+    for hint in (
+        "faults stop the only rank", "faults[0] (node_leaves) does not say when", "faults[1] (exit) does not say when",
+        "value = 'zero' is none of its values.\n  Give nan or inf.",
+    ):  # fmt: skip
+        assert hint in said, (hint, said)
+
+
+def test_a_fault_of_a_node_says_of_which():
+    faults = [{"kind": "node_killed", "at_step": 3, "node": node} for node in (0, -1)]
+    assert [str(fault) for fault in plan.make(small(faults=[*faults, {"kind": "partition", "at_step": 4}]), 2)] == [
+        "node_killed on node 0 at step 3", "node_killed on the last node at step 3", "partition at step 4",
+    ]  # fmt: skip
+
+
+def test_a_runs_config_is_told_from_a_campaign():
+    for path in (SMOKE, ROOT / "configs" / "gpt_tiny_storm.toml"):
+        assert problems(path).startswith(f"{path} is a run's config, not a campaign.")
 
 
 @pytest.mark.parametrize(
@@ -392,16 +536,20 @@ def fake_cells(monkeypatch: pytest.MonkeyPatch) -> Callable[[Act], list[str]]:
     return use
 
 
-def test_an_interrupted_campaign_keeps_what_it_has_and_goes_on_with_the_rest(planned, fake_cells, tmp_path):
-    out = tmp_path / "out"
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupted_campaign_keeps_what_it_has_and_goes_on_with_the_rest(planned, fake_cells, tmp_path, number):
+    out, before = tmp_path / "out", signal.signal(signal.SIGHUP, lambda *_: None)
 
     def interrupted(cell: Cell) -> Result:
         if cell.name == "sigterm":
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return cell.result("pass", "")
 
     fake_cells(interrupted)
-    first = runner.run(planned, out)
+    try:
+        first = runner.run(planned, out)
+    finally:
+        signal.signal(signal.SIGHUP, before)
     assert first.interrupted and [found.name for found in first.results] == ["kill"]
     stored = results.read(out / "report.json")
     assert stored == first and "<html" in (out / "report.html").read_text()
@@ -410,6 +558,52 @@ def test_an_interrupted_campaign_keeps_what_it_has_and_goes_on_with_the_rest(pla
     assert ran == ["sigterm", "agent_killed", "slow_link"]
     assert second.passed and [found.name for found in second.results] == ["kill", *ran]
     assert fake_cells(lambda cell: cell.result("fail", "")) == [] and runner.run(planned, out).passed
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "again"),
+    [
+        ("startup_timeout_seconds = 60.0", "startup_timeout_seconds = 50.0", ["kill", "agent_killed"]),
+        ("eval.every_steps = 1\n", "eval.every_steps = 2\n", ["agent_killed"]),
+        ("timeout_seconds = 200.0", "timeout_seconds = 100.0", ["kill", "agent_killed"]),
+        ("at_step = 9", "at_step = 10", ["kill"]),
+        ('name = "kill"', 'name = "killed"', ["killed"]),
+        ('["agent_killed"]', "[]", []),
+        ("", "", []),
+    ],
+)  # fmt: skip
+def test_results_of_a_file_that_was_changed_do_not_stand_beside_new_ones(fake_cells, tmp_path, old, new, again):
+    text = "timeout_seconds = 200.0\n" + SETTINGS + "[set_outside]\neval.every_steps = 1\n" + KILL
+    text += '[catalogue]\nkinds = ["agent_killed"]\n'
+    ran = fake_cells(lambda cell: cell.result("pass", ""))
+    runner.run(campaign.load(write(tmp_path, text)), tmp_path / "out")
+    ran.clear()
+    changed = campaign.load(write(tmp_path, text.replace(old, new)))
+    stored = runner.run(changed, tmp_path / "out").results
+    assert ran == again
+    assert sorted(found.name for found in stored) == sorted(cell.name for cell in changed.cells)
+
+
+def test_what_is_not_chosen_now_stays_in_the_report(planned, fake_cells, tmp_path):
+    fake_cells(lambda cell: cell.result("pass", ""))
+    runner.run(planned, tmp_path / "out")
+    ran = fake_cells(lambda cell: cell.result("fail", ""))
+    chosen = campaign.load(planned.path, only=["kill"], repeat=2)
+    stored = runner.run(chosen, tmp_path / "out").results
+    assert ran == ["kill"] and len(stored) == 5
+
+
+def test_a_campaign_that_is_to_outlive_its_terminal_does(planned, fake_cells, tmp_path):
+    def hung_up(cell: Cell) -> Result:
+        os.kill(os.getpid(), signal.SIGHUP)
+        return cell.result("pass", "")
+
+    fake_cells(hung_up)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert runner.run(planned, tmp_path / "out").passed
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_report_of_another_config_is_not_gone_on_with(planned, fake_cells, tmp_path):
@@ -426,23 +620,93 @@ def test_a_report_of_another_config_is_not_gone_on_with(planned, fake_cells, tmp
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["notes.txt"]
 
 
-def test_a_failing_schedule_is_shrunk_by_running_its_parts_and_kept_as_a_campaign(fake_cells, tmp_path):
-    faults = [{"kind": "exit", "rank": 0, "at_step": step} for step in (3, 5, 7, 9)]
-    listed = "\n".join(
-        f"[[runs.faults]]\n{storm.as_toml('', 1, 1, '', [fault]).split('[[runs.faults]]')[1]}" for fault in faults
-    )
-    path = write(tmp_path, SETTINGS + '[[runs]]\nname = "four"\n' + listed)
+FOUR = """
+[[runs]]
+name = 'four "exits"'
+strategy = "fsdp"
+set.elastic.step_timeout_seconds = 9.0
+faults = [
+    {kind = "exit", at_step = 3}, {kind = "flip_weights", rank = 1, at_step = 5}, {kind = "exit", at_step = 7},
+    {kind = "agent_killed", at_step = 9},
+]
+"""
 
-    def fails_with_step_7(cell: Cell) -> Result:
-        bad = any(fault.at_step == 7 for fault in cell.planned)
-        return cell.result("fail" if bad else "pass", "it broke" if bad else "")
 
-    fake_cells(fails_with_step_7)
+def breaks_at(step: int, invariant: str = checker.EQUAL) -> Act:
+    """A bug that one fault brings to light; when that is left out, another one fails in another way."""
+
+    def act(cell: Cell) -> Result:
+        answer = Answer(invariant if any(fault.at_step == step for fault in cell.planned) else checker.CLEAN, "fail")
+        return cell.result("fail", "it broke", answers=[answer])
+
+    return act
+
+
+def test_a_failing_schedule_is_shrunk_to_what_fails_alike_and_kept_as_a_campaign_that_runs(fake_cells, tmp_path):
+    path = write(tmp_path, SETTINGS + "[set_outside]\neval.every_steps = 1\n" + FOUR)
+    (cell,) = campaign.load(path).cells
+    fake_cells(breaks_at(7))
     (found,) = runner.run(campaign.load(path), tmp_path / "out", shrink=True).results
     assert "1 of 4 faults are enough" in found.why and len(found.faults) == 4
     (kept,) = (tmp_path / "out" / "shrunk").glob("*.toml")
-    replay = campaign.load(write(tmp_path, SETTINGS + kept.read_text()))
-    assert [fault.at_step for cell in replay.cells for fault in cell.planned] == [7]
+    (again,) = campaign.load(kept).cells
+    assert [(fault.at_step, fault.ranks) for fault in again.planned] == [(7, cell.planned[2].ranks)]
+    assert (again.name, again.ranks, again.nodes, again.strategy) == ('four "exits"', 2, 1, "fsdp")
+    assert again.config.model_copy(update={"faults": ()}) == cell.config.model_copy(update={"faults": ()})
+
+
+def test_a_failure_that_is_on_record_already_is_shrunk_once(fake_cells, tmp_path):
+    path, out = write(tmp_path, SETTINGS + FOUR), tmp_path / "out"
+    ran = fake_cells(breaks_at(7))
+    runner.run(campaign.load(path), out)
+    assert len(ran) == 1
+    (found,) = runner.run(campaign.load(path), out, shrink=True).results
+    assert "1 of 4 faults are enough" in found.why and len(ran) > 1
+    trials = len(ran)
+    assert runner.run(campaign.load(path), out, shrink=True).results == [found] and len(ran) == trials
+
+
+def test_what_failed_is_replayed_by_the_same_plan_as_often_as_it_is_written_and_read(fake_cells, tmp_path):
+    path = write(tmp_path, SETTINGS + "[set_outside]\neval.every_steps = 1\n" + FOUR + KILL)
+    loaded = campaign.load(path, repeat=2)
+    fake_cells(lambda cell: cell.result("fail" if cell.name != "kill" else "pass", "two\nlines"))
+    report = runner.run(loaded, tmp_path / "out")
+    for _ in range(2):
+        path = runner.keep_replay(loaded, report, tmp_path / "out")
+        assert path is not None and path == tmp_path / "out" / "replay.toml"
+        (cell,) = campaign.load(path).cells
+        assert cell.planned == loaded.cells[0].planned and cell.config.elastic == loaded.cells[0].config.elastic
+        loaded, report = campaign.load(path), replace(report, results=[cell.result("fail", "")])
+    assert runner.keep_replay(loaded, replace(report, results=[]), tmp_path / "out") is None
+    assert not (tmp_path / "out" / "replay.toml").exists()
+
+
+def test_the_command_says_how_to_go_on_and_how_to_see_a_failure_again(fake_cells, monkeypatch, capsys, tmp_path):
+    path, out = write(tmp_path, SETTINGS + KILL + '[catalogue]\nkinds = ["sigterm"]'), tmp_path / "out"
+
+    def interrupted(cell: Cell) -> Result:
+        if cell.name == "sigterm":
+            os.kill(os.getpid(), signal.SIGINT)
+        return cell.result("fail", "it broke")
+
+    fake_cells(interrupted)
+    monkeypatch.setattr(sys, "argv", ["trainer", "chaos", str(path), "--out", str(out)])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    said = capsys.readouterr().out
+    assert left.value.code == runner.EXIT_INTERRUPTED
+    assert f"the same command with --out {out}" in said
+    assert f"trainer chaos {out / 'replay.toml'}" in said and "[[runs]]" not in said
+
+
+@pytest.mark.parametrize(
+    ("out", "hint"), [("/proc/x", "cannot be written"), ("file", "is a file"), ("file/x", "Not a directory")]
+)
+def test_a_place_where_no_results_can_go_is_refused(planned, fake_cells, tmp_path, out, hint):
+    fake_cells(lambda cell: cell.result("pass", ""))
+    (tmp_path / "file").touch()
+    with pytest.raises(RunDirectoryError, match=hint):
+        runner.run(planned, tmp_path / out)
 
 
 def test_a_calm_run_that_fails_ends_the_campaign_with_its_last_words(planned, monkeypatch, tmp_path):

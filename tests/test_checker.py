@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from trainer import config as configs
-from trainer import events
+from trainer import events, goodput
 from trainer.checkpoint import files
 from trainer.events import (
     AttemptEnded,
@@ -194,6 +194,20 @@ def test_a_fault_that_never_fired_is_unknown_and_never_passed(log):
     log.finish()
     found = not_passed(evidence(log))
     assert found == dict.fromkeys((checker.FIRED, checker.DETECTED, checker.RECOVERED, checker.NAMED), "unknown")
+
+
+def test_a_fault_that_never_fired_is_told_once_with_its_reason(log):
+    faults = [KILL, KILL | {"at_step": 11}, {"kind": "node_killed", "at_step": 10}]
+    log.start(0)
+    log.write(events.Warned(message="the fault sigkill on rank 1 at step 11, before_forward did not fire: no rank 1"))
+    log.steps(1, STEPS)
+    log.finish()
+    notes = ["node_killed on the last node at step 10 cannot be made: no node", "a job did not end within 9 s"]
+    assert answers(evidence(log, *faults, notes=notes))[checker.FIRED].why == (
+        "sigkill on rank 1 at step 10, before_forward never fired; "
+        "the fault sigkill on rank 1 at step 11, before_forward did not fire: no rank 1; "
+        "node_killed on the last node at step 10 cannot be made: no node; and 1 more"
+    )
 
 
 def test_a_fault_that_nothing_in_the_log_tells_of_was_not_named(log):
@@ -402,6 +416,25 @@ def test_a_log_that_tells_of_more_time_than_the_job_had_does_not_add_up(log):
     survive(log)
     short = [{"started": log.started, "ended": log.now - 3, "status": 0}]
     assert not_passed(evidence(log, launches=short)) == {checker.TIME: "fail"}
+
+
+def test_a_job_that_was_there_for_much_longer_than_its_log_tells_does_not_add_up(log):
+    survive(log)
+    long = [{"started": log.started - 0.5, "ended": log.now + 70, "status": 0}]
+    assert not_passed(evidence(log, launches=long)) == {checker.TIME: "fail"}
+
+
+def test_an_account_of_time_that_does_not_add_up_fails_its_run_and_ends_nothing_else(log, monkeypatch):
+    survive(log)
+    advance = goodput._Ledger.advance
+
+    def twice(ledger: Any, to: float, rest: str, **claims: float) -> dict[str, float]:
+        ledger._parts["other"].append(1.0)
+        return advance(ledger, to, rest, **claims)
+
+    monkeypatch.setattr(goodput._Ledger, "advance", twice)
+    found = answers(evidence(log))[checker.TIME]
+    assert found.answer == "fail" and "the parts sum to" in found.why
 
 
 FLIP = {"kind": "flip_weights", "rank": 1, "at_step": 10}

@@ -91,8 +91,8 @@ def test_a_campaign_is_no_config_and_says_what_takes_it(capsys, run):
     [
         ("budget=3", "budget = 3 is a value, but budget is a section.", "Set what is in it: budget.steps."),
         ('eval.sets="val"', 'eval.sets = "val" is no list.', 'eval.sets = ["val"]'),
-        ("faults=[{}]", "faults.0.kind is missing.", "Write [[faults]]"),
-        ("faults=[3]", "faults.0 = 3 is no fault.", "Write [[faults]]"),
+        ("faults=[{}]", "faults[0] has no kind.", "Write [[faults]]"),
+        ("faults=[3]", "faults[0] = 3 is no fault.", "Write [[faults]]"),
         ('faults={kind="sigkill"}', 'faults = {"kind": "sigkill"} is no list of faults.', "Write [[faults]]"),
     ],
 )

@@ -417,6 +417,16 @@ def test_a_slow_rank_is_slow_for_its_steps_and_no_longer(tmp_path: Path):
     assert [passing(hand, step) >= 0.1 for step in range(6)] == [False, False, True, True, False, False]
 
 
+def test_a_fault_hits_the_same_place_when_others_are_left_out(tmp_path: Path):
+    faults = [fault("exit", 3), fault("flip_weights", 5), fault("flip_weights", 7)]
+    together = plan.make(configured(*faults), 1)
+    (alone,) = plan.make(configured(plan.tree(together[1])), 1)
+    hand = armed(tmp_path, *faults)
+    assert isinstance(hand, worker.Armed)
+    places = [hand.chance(one).random() for one in (*together, alone)]
+    assert places[1] == places[3] and len(set(places)) == 3
+
+
 def save(run: Path, disk: storage.Disk | None, step: int = 4) -> Any:
     """One save of one rank; the event that tells how it ended."""
     run.mkdir(exist_ok=True)

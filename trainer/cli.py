@@ -170,7 +170,8 @@ def chaos(
     out = out or runner.default_out(planned)
     if warning := campaign.check_exact(planned):
         print(f"warning: {warning}", file=sys.stderr)
-    with report.Live(len(planned.cells), file=sys.stderr if as_json else None) as live:
+    notes = sys.stderr if as_json else sys.stdout
+    with report.Live(len(planned.cells), file=notes) as live:
         done = runner.run(planned, out, update=live.update, shrink=shrink)
     if as_json:
         from trainer.chaos import results
@@ -180,7 +181,11 @@ def chaos(
         from rich.console import Console
 
         Console().print(report.terminal(done))
-        print(runner.replays(done) + f"\n{out / 'report.html'}")
+        print(f"\n{out / 'report.html'}")
+    if (again := runner.keep_replay(planned, done, out)) is not None:
+        print(f"what did not pass does the same again: python -m trainer chaos {again}", file=notes)
+    if done.interrupted:
+        print(f"to go on: the same command with --out {out}", file=notes)
     raise typer.Exit(runner.EXIT_INTERRUPTED if done.interrupted else EXIT_FINISHED if done.passed else EXIT_FAILED)
 
 

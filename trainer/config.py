@@ -10,6 +10,7 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -19,7 +20,9 @@ from trainer.errors import ConfigError
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class Data(Section):
@@ -178,7 +181,9 @@ class Wandb(Section):
 class Fault(BaseModel):
     """One fault on purpose. Which kinds there are, and what settings each has of its own: faults/kinds.py."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="allow", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="allow", use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     kind: str
     rank: int | str = "any"
@@ -240,7 +245,7 @@ def parse(tree: Mapping[str, Any]) -> Config:
     try:
         config = Config.model_validate(_tuples(tree))
     except ValidationError as error:
-        raise ConfigError([_explain(detail) for detail in error.errors()]) from None
+        raise ConfigError([_explain(mistake) for mistake in mistakes(error, tree)]) from None
     problems = _contradictions(config) + _without_effect(config)
     if problems:
         raise ConfigError(problems)
@@ -388,25 +393,66 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
 
 
-def _explain(detail: Any) -> str:
-    """One pydantic error as fact, rule and remedy."""
-    path = ".".join(str(part) for part in detail["loc"])
-    given = json.dumps(detail["input"], default=str)
-    match detail["type"]:
+@dataclass(frozen=True)
+class Mistake:
+    """What is wrong at one place of a tree of settings."""
+
+    place: tuple[str | int, ...]
+    type: str
+    """Pydantic's."""
+    input: Any
+    rules: tuple[str, ...]
+    """Of these, one would have to hold."""
+
+    @property
+    def where(self) -> str:
+        """ "faults[0].rank" """
+        return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in self.place).removeprefix(".")
+
+    def __str__(self) -> str:
+        rules = " or ".join([self.rules[0], *(rule.removeprefix("input should be ") for rule in self.rules[1:])])
+        return f"{self.where} = {json.dumps(self.input, default=str)}: {rules}."
+
+
+def mistakes(error: ValidationError, tree: Mapping[str, Any]) -> list[Mistake]:
+    """One for each place, however many readings of it have failed there."""
+    found: dict[tuple[str | int, ...], Mistake] = {}
+    for detail in error.errors():
+        place, rule = _place(detail, tree), detail["msg"][0].lower() + detail["msg"][1:]
+        before = found[place].rules if place in found else ()
+        found[place] = Mistake(place, detail["type"], detail["input"], (*before, rule))
+    inner = {place[:length] for place in found for length in range(len(place))}
+    return [mistake for place, mistake in found.items() if place not in inner]
+
+
+def _place(detail: Any, tree: Any) -> tuple[str | int, ...]:
+    """Where an error is, without the names of the readings that pydantic tried."""
+    place: list[str | int] = []
+    for part in detail["loc"]:
+        if part in tree if isinstance(tree, Mapping) else isinstance(tree, list | tuple) and isinstance(part, int):
+            place.append(part)
+            tree = tree[part]
+    return (*place, detail["loc"][-1]) if detail["type"] == "missing" else tuple(place)
+
+
+def _explain(mistake: Mistake) -> str:
+    """As fact, rule and remedy."""
+    path, given = mistake.where, json.dumps(mistake.input, default=str)
+    match mistake.type:
         case "extra_forbidden":
             return f"{path} is no setting.{_nearest(path)}"
         case "missing":  # a fault's kind: all else has a default
-            return f"{path} is missing.\n  {A_FAULT}"
+            owner = replace(mistake, place=mistake.place[:-1]).where
+            return f"{owner} has no {mistake.place[-1]}.\n  {A_FAULT}"
         case "model_type" | "tuple_type" if path.startswith("faults"):
-            return f"{path} = {given} is no {'fault' if '.' in path else 'list of faults'}.\n  {A_FAULT}"
+            return f"{path} = {given} is no {'fault' if '[' in path else 'list of faults'}.\n  {A_FAULT}"
         case "model_type":
             inside = ", ".join(key for key in known_keys() if key.startswith(f"{path}."))
             return f"{path} = {given} is a value, but {path} is a section.\n  Set what is in it: {inside}."
         case "tuple_type":
             return f"{path} = {given} is no list.\n  Put it in brackets: {path} = [{given}]."
         case _:
-            message = detail["msg"][0].lower() + detail["msg"][1:]
-            return f"{path} = {given}: {message}."
+            return str(mistake)
 
 
 def known_keys() -> list[str]:

@@ -1,91 +1,25 @@
-"""Campaign files: what is to be run, read and planned as a whole before anything starts."""
+"""Campaigns: what is to be run, planned as a whole before anything starts."""
 
+import contextlib
 import difflib
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import BaseModel, Field, ValidationError
+from typing import Any
 
 from trainer import config as configs
 from trainer.chaos import storm
+from trainer.chaos.file import CampaignFile, read
 from trainer.chaos.results import Outcome, Result
 from trainer.chaos.storm import Table, toml
-from trainer.config import Config, Section
+from trainer.config import Config, Fault
 from trainer.errors import ConfigError
 from trainer.faults import plan
 from trainer.faults.kinds import KINDS, NODES, Kind
 from trainer.faults.plan import Planned
-
-Strategy = Literal["replicate", "fsdp", "hybrid"]
-
-
-class Run(Section):
-    """One cell that is written out."""
-
-    name: str = ""
-    ranks: int = Field(default=0, ge=0)
-    """0: as the campaign."""
-    nodes: int = Field(default=0, ge=0)
-    strategy: Strategy | None = None
-    set: dict[str, Any] = Field(default_factory=dict)
-    """Overrides of this run alone; none that decides the weights, or there would be nothing to compare with."""
-    faults: list[dict[str, Any]] = Field(default_factory=list)
-
-
-class Catalogue(Section):
-    """Every kind once, each in a run of its own, at a moment that suits it."""
-
-    kinds: list[str] | Literal["all"] = "all"
-
-
-class Pairs(Section):
-    """Two kinds at once, so many pairs drawn from all of them."""
-
-    sample: int = Field(default=10, ge=1)
-    kinds: list[str] | Literal["all"] = "all"
-    """"all": those that need no second node."""
-
-
-class Storm(Section):
-    """Random schedules, one run for each seed."""
-
-    mix: str | dict[str, float] = "process"
-    seeds: list[int] = Field(default=[0], min_length=1)
-    faults: int = Field(default=10, ge=1)
-    """At most so many in a run."""
-    mean_steps: float = Field(default=5.0, gt=0)
-    """Between two faults. In steps, and not in seconds: so a schedule can be replayed exactly."""
-
-
-class CampaignFile(Section):
-    question: str = ""
-    config: str
-    """Path of the runs' config, relative to the campaign file."""
-    set: dict[str, Any] = Field(default_factory=dict)
-    """Overrides for all runs, the calm one too."""
-    set_outside: dict[str, Any] = Field(default_factory=dict)
-    """Overrides for runs with faults from outside, which must last long enough to be hit; none that decides the
-    weights."""
-    ranks: int = Field(default=2, ge=1)
-    """Of all nodes together."""
-    nodes: int = Field(default=1, ge=1)
-    strategies: list[Strategy] = Field(default=["replicate"], min_length=1)
-    repeat: int = Field(default=1, ge=1)
-    seed: int = 0
-    """Draws the pairs."""
-    timeout_seconds: float = Field(default=300.0, gt=0)
-    """For one start of a job."""
-    restarts: int = Field(default=20, ge=0)
-    """Of the workers in one start of a job, beyond two for each of its faults."""
-    runs: list[Run] = Field(default_factory=list)
-    catalogue: Catalogue | None = None
-    pairs: Pairs | None = None
-    storm: Storm | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +37,8 @@ class Cell:
     faults: list[Table]
     config: Config
     planned: list[Planned]
+    limits: dict[str, float]
+    """timeout_seconds and restarts, by which a run may fail."""
     worker: tuple[str, ...] = ("trainer", "train")
     """The module that each rank runs, with its first arguments."""
 
@@ -116,12 +52,17 @@ class Cell:
         kinds = [fault.kind.name for fault in self.planned]
         trees = [plan.tree(fault) for fault in self.planned]
         shape = (self.ranks, self.nodes, self.strategy, self.seed, self.repeat)
-        return Result(self.name, kinds, trees, *shape, outcome, why, **more)
+        given = {"overrides": self.overrides, "limits": self.limits}
+        return Result(self.name, kinds, trees, *shape, outcome, why, **given, **more)
 
     def is_of(self, result: Result) -> bool:
         """Whether a stored result answers this cell."""
+        return self.repeat == result.repeat and self.is_like(result)
+
+    def is_like(self, result: Result) -> bool:
+        """The same, but for how often it is repeated."""
         mine = self.result("skipped", "")
-        keys = ("name", "faults", "ranks", "nodes", "strategy", "seed", "repeat")
+        keys = ("name", "faults", "ranks", "nodes", "strategy", "seed", "overrides", "limits")
         return all(getattr(mine, key) == getattr(result, key) for key in keys)
 
 
@@ -137,6 +78,13 @@ class Campaign:
     timeout_seconds: float
     restarts: int
     cells: list[Cell] = field(default_factory=list)
+    """What is to be run."""
+    every: list[Cell] = field(default_factory=list)
+    """All runs of the file, once each: also those that are not chosen now."""
+
+    def restarts_for(self, faults: int) -> int:
+        """How often the workers of a job with so many faults may be started again."""
+        return self.restarts + 2 * faults
 
 
 # Reading and planning
@@ -144,28 +92,51 @@ class Campaign:
 
 def load(path: Path, only: Sequence[str] = (), repeat: int | None = None) -> Campaign:
     """Read a campaign file and plan all its runs. Raises ConfigError naming every problem of file and plans."""
-    file = _parse(path)
+    file, problems = read(path)
+    if file is None:
+        raise ConfigError(problems)
     config_path = path.parent / file.config
     overrides = [*_pairs(file.set), 'wandb.mode="disabled"']
-    config = configs.load(config_path, overrides)
-    if config.faults:
-        raise ConfigError(
-            [f"{config_path} has faults of its own, so there is no calm run to compare with.\n  Move them to {path}."]
-        )
+    config = None
+    with _noting(problems):
+        config = _calm_config(path, config_path, overrides)
+    if config is None:
+        raise ConfigError(problems)
     limits = (file.timeout_seconds, file.restarts)
     campaign = Campaign(path.stem, path, file.question, config_path, config, overrides, *limits)
     planner = _Planner(campaign, file)
     planner.plan_all()
     cells = [cell for cell in planner.cells if not only or cell.name in only]
-    unknown = [name for name in only if name not in {cell.name for cell in planner.cells}]
-    problems = planner.problems + [_no_such_run(name, planner.cells) for name in unknown]
+    problems += planner.problems
+    if not problems:  # else a run may be unknown only because it could not be planned
+        unknown = [name for name in only if name not in {cell.name for cell in planner.cells}]
+        problems += [_no_such_run(name, planner.cells) for name in unknown]
     if not planner.cells and not problems:
         problems.append(f"{path} has no runs.\n  Add [[runs]], [catalogue], [pairs] or [storm].")
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(list(dict.fromkeys(problems)))
+    campaign.every.extend(planner.cells)
     for number in range(repeat or file.repeat):
         campaign.cells.extend(_repeated(cell, number) for cell in cells)
     return campaign
+
+
+def _calm_config(path: Path, config_path: Path, overrides: Sequence[str]) -> Config:
+    config = configs.load(config_path, overrides)
+    if config.faults:
+        raise ConfigError(
+            [f"{config_path} has faults of its own, so there is no calm run to compare with.\n  Move them to {path}."]
+        )
+    return config
+
+
+@contextlib.contextmanager
+def _noting(problems: list[str]) -> Iterator[None]:
+    """Go on after a ConfigError, so that what is wrong elsewhere is said too."""
+    try:
+        yield
+    except ConfigError as error:
+        problems += error.problems
 
 
 def _repeated(cell: Cell, number: int) -> Cell:
@@ -177,36 +148,6 @@ def _no_such_run(name: str, cells: Sequence[Cell]) -> str:
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(names[:60])}."
     return f"--only {name!r} is no run of this campaign.\n  {hint}"
-
-
-def _parse(path: Path) -> CampaignFile:
-    tree = configs.read_toml(path)
-    try:
-        return CampaignFile.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(list(dict.fromkeys(_explain(path, detail) for detail in error.errors()))) from None
-
-
-def _explain(path: Path, detail: Any) -> str:
-    """One pydantic error as fact, rule and remedy."""
-    places = [part for part in detail["loc"] if not isinstance(part, str) or re.fullmatch(r"[a-z_]+", part)]
-    where = ".".join(str(part) for part in places)
-    if detail["type"] == "extra_forbidden":
-        known = _settings(places[:-1])
-        near = difflib.get_close_matches(str(places[-1]), known, n=1)
-        hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(known)}."
-        return f"{path}: {where} is no setting of a campaign.\n  {hint}"
-    if detail["type"] == "missing":
-        return f"{path}: {where} is missing.\n  A campaign needs it."
-    message = detail["msg"][0].lower() + detail["msg"][1:]
-    return f"{path}: {where} = {json.dumps(detail['input'], default=str)}: {message}."
-
-
-def _settings(places: Sequence[Any]) -> list[str]:
-    """The settings of the table at this place."""
-    models: dict[str, type[BaseModel]] = {"runs": Run, "catalogue": Catalogue, "pairs": Pairs, "storm": Storm}
-    model = models.get(str(places[0]), CampaignFile) if places else CampaignFile
-    return list(model.model_fields)
 
 
 def _pairs(table: Mapping[str, Any]) -> list[str]:
@@ -299,22 +240,35 @@ class _Planner:
         if _from_outside(faults):
             overrides += _pairs(self._file.set_outside)
         overrides += _pairs(own or {})
-        try:
-            config = configs.load(campaign.config_path, [*overrides, f"faults={toml(faults)}"])
-            configs.check_world(config, ranks)
-            self._check(name, config, ranks, nodes)
-            planned = plan.make(config, ranks)
-            self.cells.append(Cell(name, ranks, nodes, strategy, seed, 0, overrides, faults, config, planned))
-        except ConfigError as error:
-            self.problems += [f"{name}: {problem}" for problem in error.problems]
+        problems: list[str] = []
+        numbers = [number for number, fault in enumerate(faults) if _is_sound(number, fault, problems)]
+        config, planned = None, None
+        with _noting(problems):
+            sound = [faults[number] for number in numbers]
+            config = configs.load(campaign.config_path, [*overrides, f"faults={toml(sound)}"])
+        if config is not None:
+            with _noting(problems):
+                configs.check_world(config, ranks)
+            problems += self._misfits(config, ranks, nodes)
+            with _noting(problems):
+                planned = plan.make(config, ranks, nodes, numbers)
+        self.problems += [f"{name}: {problem}" for problem in problems]
+        limits = {"timeout_seconds": campaign.timeout_seconds, "restarts": campaign.restarts}
+        if config is not None and planned is not None and not problems:
+            self.cells.append(Cell(name, ranks, nodes, strategy, seed, 0, overrides, faults, config, planned, limits))
 
-    def _check(self, name: str, config: Config, ranks: int, nodes: int) -> None:
+    def _misfits(self, config: Config, ranks: int, nodes: int) -> list[str]:
+        """What a run may not have in this campaign."""
         problems = []
         if ranks % nodes:
             problems.append(f"{ranks} ranks cannot be spread evenly over {nodes} nodes.\n  Give a multiple of nodes.")
-        needy = [fault.kind for fault in config.faults if NODES in getattr(KINDS.get(fault.kind), "needs", ())]
-        if needy and nodes < 2:
-            problems.append(f"{', '.join(needy)} need two nodes.\n  Set nodes = 2.")
+        restarts = self._campaign.restarts_for(len(config.faults))
+        times = max((_deaths(fault) for fault in config.faults), default=0)
+        if times > restarts:
+            problems.append(
+                f"times = {times} of repeated_kill, but a job may start again {restarts} times.\n"
+                "  Give fewer, or set the campaign's restarts."
+            )
         if configs.fingerprint(config) != configs.fingerprint(self._campaign.config):
             old, new = configs.mathematics(self._campaign.config), configs.mathematics(config)
             changes = "; ".join(configs.differences(old, new))
@@ -322,8 +276,23 @@ class _Planner:
                 f"it has other weights than the calm run ({changes}), so there is nothing to compare with.\n"
                 "  Move these overrides to the campaign's own `set`."
             )
-        if problems:
-            raise ConfigError(problems)
+        return problems
+
+
+def _is_sound(number: int, fault: Table, problems: list[str]) -> bool:
+    """Whether one [[faults]] table can be read at all; if not, the others are planned without it."""
+    try:
+        configs.parse({"faults": [fault]})
+    except ConfigError as error:
+        problems += [problem.replace("faults[0]", f"faults[{number}]") for problem in error.problems]
+        return False
+    return True
+
+
+def _deaths(fault: Fault) -> int:
+    """How many deaths in a row a fault asks for; 0 where it does not say."""
+    times = (fault.model_extra or {}).get("times")
+    return times if fault.kind == "repeated_kill" and isinstance(times, int) else 0
 
 
 def _name_of(faults: Sequence[Table]) -> str:

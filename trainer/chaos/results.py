@@ -44,6 +44,10 @@ class Result:
     run: str = ""
     """Run directory; "" if skipped."""
     seconds: float = 0.0
+    overrides: list[str] = field(default_factory=list)
+    """key=value of all that it was given beside its config and its faults."""
+    limits: dict[str, float] = field(default_factory=dict)
+    """timeout_seconds and restarts of the campaign, as they were."""
 
 
 @dataclass
@@ -65,12 +69,17 @@ class Report:
         return not self.interrupted and all(result.outcome in ("pass", "skipped") for result in self.results)
 
 
+def worst(answers: list[Answer]) -> Answer | None:
+    """The first of the worst answers; None if all pass."""
+    bad = (answer for wanted in _WORST_FIRST for answer in answers if answer.answer == wanted)
+    return next(bad, None)
+
+
 def outcome(answers: list[Answer]) -> tuple[Outcome, str]:
     """(the worst answer, why it was given)."""
-    for wanted in _WORST_FIRST:
-        for answer in answers:
-            if answer.answer == wanted:
-                return wanted, f"{answer.invariant}: {answer.why}"
+    bad = worst(answers)
+    if bad is not None:
+        return bad.answer, f"{bad.invariant}: {bad.why}"
     return "pass", next((answer.why for answer in answers if answer.why), "")
 
 

@@ -2,6 +2,7 @@
 
     OUT/report.json, report.html     all results so far; a campaign given the same OUT goes on where it stopped
     OUT/calm/run                     the run that the others are held against
+    OUT/replay.toml, shrunk/         campaigns of what did not pass, and of its smallest parts that do not
     OUT/cells/NAME/run               one run with faults
     OUT/cells/NAME/start-N           what the job printed when it was given the command for the N-th time
 
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer import config as configs
-from trainer.chaos import results, storm
+from trainer.chaos import replay, results, storm
 from trainer.chaos.campaign import Campaign, Cell
 from trainer.chaos.results import Report, Result
 from trainer.chaos.storm import Table, toml
@@ -36,6 +37,7 @@ from trainer.faults.plan import Planned
 MORE_STARTS = 3
 """Starts of a job beyond one for each of its faults."""
 EXIT_INTERRUPTED = 130
+FAILED = ("fail", "undetected")
 
 
 # What this machine can make
@@ -68,7 +70,7 @@ def run(
 ) -> Report:
     """Do what is left to do of a campaign; the report is also in OUT, and is so after every run.
 
-    SIGINT and SIGTERM end all that was started; the report then says that it was interrupted. Raises
+    SIGINT, SIGTERM and SIGHUP end all that was started; the report then says that it was interrupted. Raises
     RunDirectoryError if OUT belongs to something else, TopropeError if the calm run fails.
     """
     report = _open(campaign, out)
@@ -84,14 +86,14 @@ def run(
             show("calm")
             calm = _calm(campaign, out, report)
             for cell in campaign.cells:
-                if any(cell.is_of(result) for result in report.results):
-                    continue
-                show(cell.name)
-                result = run_cell(campaign, cell, calm, out)
-                report.results.append(result)
-                if shrink and result.outcome in ("fail", "undetected") and len(cell.faults) > 1:
+                result = next((result for result in report.results if cell.is_of(result)), None)
+                if result is None:
+                    show(cell.name)
+                    result = run_cell(campaign, cell, calm, out)
+                    report.results.append(result)
+                if shrink and _can_be_shrunk(result) and not _shrunk(out, cell).exists():
                     show(f"shrinking {cell.name}")
-                    result.why += _shrink(campaign, cell, calm, out)
+                    result.why += _shrink(campaign, cell, result, calm, out)
     except KeyboardInterrupt:
         report.interrupted = True
     show("")
@@ -100,10 +102,11 @@ def run(
 
 def _open(campaign: Campaign, out: Path) -> Report:
     path = out / "report.json"
+    _make(out)
     fingerprint = configs.fingerprint(campaign.config)
     report = results.read(path)
     if report is None:
-        if out.exists() and any(out.iterdir()):
+        if any(out.iterdir()):
             raise RunDirectoryError(f"{out} holds files but no report.json.\n  Give a new or empty --out.")
         machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
         calm: dict[str, Any] = {"fingerprint": fingerprint, "exact": campaign.config.numerics.exact}
@@ -111,14 +114,28 @@ def _open(campaign: Campaign, out: Path) -> Report:
         report = Report(
             campaign.name, campaign.question, str(campaign.config_path), machine, time.time(), 0.0, calm, [], False
         )
-        out.mkdir(parents=True, exist_ok=True)
     elif (report.campaign, report.calm.get("fingerprint")) != (campaign.name, fingerprint):
         raise RunDirectoryError(
             f"{out} holds a report of campaign {report.campaign!r} on another config.\n"
             "  Results of different configs cannot stand in one report. Give another --out."
         )
     report.interrupted = False
+    # The file may have been changed since: what it asks for now is done again, and the rest is no longer its results.
+    report.results = [result for result in report.results if any(cell.is_like(result) for cell in campaign.every)]
     return report
+
+
+def _make(out: Path) -> None:
+    try:
+        if out.exists() and not out.is_dir():
+            raise RunDirectoryError(f"{out} is a file.\n  --out takes a directory: a new one, or a campaign's own.")
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "report.json.partial").touch()
+        (out / "report.json.partial").unlink()
+    except OSError as error:
+        raise RunDirectoryError(
+            f"{out} cannot be written: {error.strerror}.\n  Runs and report go there. Give a writable --out."
+        ) from None
 
 
 def write(out: Path, report: Report) -> None:
@@ -233,7 +250,7 @@ def _launch(
         cluster = stack.enter_context(
             Cluster(
                 campaign.config_path, directory / "run", overrides, ranks=ranks // nodes, nodes=nodes,
-                restarts=campaign.restarts + 2 * len(planned), directory=scratch, hosts=hosts,
+                restarts=campaign.restarts_for(len(planned)), directory=scratch, hosts=hosts,
                 environment={"WANDB_MODE": "disabled"}, own_store=bool(kinds & NEEDS_STORE),
                 worker=worker,
             )
@@ -256,27 +273,43 @@ def _tail(text: str, lines: int = 15) -> str:
     return "\n".join(f"    {line}" for line in text.strip().splitlines()[-lines:])
 
 
-def _shrink(campaign: Campaign, cell: Cell, calm: Calm, out: Path) -> str:
-    """Find the smallest part of a failing schedule that still fails, and keep it in a file. Returns a remark."""
+def _can_be_shrunk(result: Result) -> bool:
+    return result.outcome in FAILED and bool(result.answers) and len(result.faults) > 1
+
+
+def _shrunk(out: Path, cell: Cell) -> Path:
+    return out / "shrunk" / f"{cell.slug}.toml"
+
+
+def _shrink(campaign: Campaign, cell: Cell, result: Result, calm: Calm, out: Path) -> str:
+    """Find the smallest part of a schedule that fails in the same way, and keep it in a file. Returns a remark."""
+    bad = results.worst(result.answers)
+    assert bad is not None
 
     def fails(faults: list[Table]) -> bool:
         config = configs.load(campaign.config_path, [*cell.overrides, f"faults={toml(faults)}"])
-        part = replace(cell, faults=faults, config=config, planned=plan.make(config, cell.ranks))
-        return run_cell(campaign, part, calm, out).outcome in ("fail", "undetected")
+        part = replace(cell, faults=faults, config=config, planned=plan.make(config, cell.ranks, cell.nodes))
+        answers = run_cell(campaign, part, calm, out).answers
+        return any((answer.invariant, answer.answer) == (bad.invariant, bad.answer) for answer in answers)
 
     # What was drawn by index must stay as it was when others are left out.
-    found = storm.shrink(fails, [plan.tree(fault) for fault in cell.planned])
-    path = out / "shrunk" / f"{cell.slug}.toml"
+    found = storm.shrink(fails, result.faults)
+    path = _shrunk(out, cell)
     path.parent.mkdir(exist_ok=True)
-    path.write_text(storm.as_toml(cell.name, cell.ranks, cell.nodes, cell.strategy, found.faults), encoding="utf-8")
+    path.write_text(replay.text(campaign, [replace(result, faults=found.faults)]), encoding="utf-8")
     sure = "" if found.smallest else ", perhaps not the smallest"
-    return f" [{len(found.faults)} of {len(cell.faults)} faults are enough{sure}: {path}, {found.trials} trials]"
+    return f" [{len(found.faults)} of {len(result.faults)} faults are enough{sure}: {path}, {found.trials} trials]"
 
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """The first SIGINT or SIGTERM is a KeyboardInterrupt; those after it must not disturb the cleaning up."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    """The first of these signals is a KeyboardInterrupt; those after it must not disturb the cleaning up.
+
+    SIGHUP comes when a terminal is closed. The jobs have sessions of their own, so it does not reach them.
+    """
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup, which means it to go on
+        numbers.append(signal.SIGHUP)
 
     def interrupt(number: int, _frame: Any) -> None:
         for one in numbers:
@@ -291,14 +324,14 @@ def _interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def replays(report: Report) -> str:
-    """What did not pass, as [[runs]] tables that do exactly the same again."""
-    return "\n".join(
-        f"# {result.outcome}: {result.why}\n"
-        + storm.as_toml(result.name, result.ranks, result.nodes, result.strategy, result.faults)
-        for result in report.results
-        if result.outcome in ("fail", "undetected")
-    )
+def keep_replay(campaign: Campaign, report: Report, out: Path) -> Path | None:
+    """OUT/replay.toml: what did not pass, as a campaign that does exactly the same again. None if there is nothing."""
+    path, failed = out / "replay.toml", [result for result in report.results if result.outcome in FAILED]
+    if failed:
+        path.write_text(replay.text(campaign, failed), encoding="utf-8")
+    else:
+        path.unlink(missing_ok=True)
+    return path if failed else None
 
 
 def default_out(campaign: Campaign) -> Path:

@@ -69,13 +69,27 @@ def weights(mix: str | Mapping[str, float], nodes: int) -> dict[str, float]:
     if mix == "process":
         mix = dict.fromkeys(PROCESS, 1.0)
     if not isinstance(mix, str):
-        return {kind: weight for kind, weight in mix.items() if weight > 0}
+        return _chosen(mix)
     found: dict[str, float] = {}
     for cause in LLAMA3:
         kinds = [kind for kind in cause.kinds if nodes > 1 or NODES not in KINDS[kind].needs]
         for kind in kinds:
             found[kind] = found.get(kind, 0.0) + cause.count / len(kinds)
     return found
+
+
+def _chosen(mix: Mapping[str, float]) -> dict[str, float]:
+    """What a mix of one's own asks for."""
+    problems = [
+        f"storm.mix.{kind} = {toml(weight)} is no weight.\n  Give how often it comes, relative to the others."
+        for kind, weight in mix.items()
+        if weight < 0
+    ]
+    if not any(mix.values()):
+        problems.append(f"storm.mix = {toml(mix)} has nothing to draw.\n  Give a kind a weight above 0.")
+    if problems:
+        raise ConfigError(problems)
+    return {kind: weight for kind, weight in mix.items() if weight}
 
 
 def draw(
@@ -139,7 +153,7 @@ def _moments(fault: Table) -> set[Moment]:
     """What no other fault of a plan may share with it: a rank at one point, and stopping ranks in one step."""
     kind = KINDS[fault["kind"]]
     if kind.hand == "nemesis":
-        return set()
+        return {(None, "node_leaves", -1)} if kind.name == "node_leaves" else set()  # somebody must be left
     moments: set[Moment] = {(fault.get("at_step"), fault.get("phase") or kind.phases[0], fault["rank"])}
     return moments | {(fault.get("at_step"), "stopped", -1)} if kind.name == "stopped" else moments
 
@@ -209,19 +223,12 @@ def shrink(fails: Callable[[list[Table]], bool], faults: Sequence[Table], most_t
     return Shrunk([faults[n] for n in left], trials, True)
 
 
-def as_toml(name: str, ranks: int, nodes: int, strategy: str, faults: Sequence[Table]) -> str:
-    """A [[runs]] table of a campaign file that makes exactly these faults again."""
-    head = [f"name = {toml(name)}", f"ranks = {ranks}", f"nodes = {nodes}", f"strategy = {toml(strategy)}"]
-    lines = ["[[runs]]", *head]
-    for fault in faults:
-        lines += ["", "[[runs.faults]]", *(f"{key} = {toml(value)}" for key, value in fault.items())]
-    return "\n".join(lines) + "\n"
-
-
 def toml(value: Any) -> str:
     """A value as TOML, in one line."""
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{json.dumps(key)} = {toml(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{toml(str(key))} = {toml(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(toml, value)) + "]"
-    return json.dumps(value)
+    if isinstance(value, float):
+        return repr(value)  # TOML writes nan and inf as Python does, and JSON does not
+    return json.dumps(value, ensure_ascii=False)  # TOML has no surrogates

@@ -15,6 +15,7 @@ from trainer.errors import EXIT_FINISHED, CheckpointError, TopropeError
 from trainer.events import AttemptEnded, AttemptStarted, CheckpointRejected, CheckpointSaved, Entry, StepDone, Warned
 from trainer.faults.evidence import Calm, Evidence, Firing, Telling, calm_of, finished
 from trainer.faults.kinds import Kind
+from trainer.faults.plan import Planned
 from trainer.incidents import Incident
 
 __all__ = ["INVARIANTS", "Answer", "Answers", "Calm", "Evidence", "Firing", "Telling", "calm_of", "check", "measure"]
@@ -46,6 +47,9 @@ KNOWN_FILES = {
 }
 BREAKING = {"worker_lost", "hung", "preempted", "checkpoint_rejected"}
 """Incidents at which all workers start again. What damages a checkpoint kills its rank too."""
+UNTOLD_SECONDS = 60.0
+"""In each start of a job, before the first worker is there and after the last: torchrun's, on a machine that is shared,
+and of a rank that dies before it has written anything."""
 
 
 @dataclass(frozen=True)
@@ -116,10 +120,19 @@ def _joined(problems: Sequence[str]) -> str:
 
 def _every_fault_fired(evidence: Evidence) -> Answer:
     fired = {firing.fault.index for firing in evidence.firings}
-    missing = [f"{fault} never fired" for fault in evidence.planned if fault.index not in fired]
-    said = [entry.event.message for entry in evidence.entries if isinstance(entry.event, Warned)]
-    reasons = dict.fromkeys([*(message for message in said if "did not fire" in message), *evidence.notes])
-    return Answer(FIRED, "unknown", _joined([*missing, *reasons])) if missing else Answer(FIRED, "pass")
+    missing = [fault for fault in evidence.planned if fault.index not in fired]
+    if not missing:
+        return Answer(FIRED, "pass")
+    warned = [entry.event.message for entry in evidence.entries if isinstance(entry.event, Warned)]
+    said = list(dict.fromkeys([*(message for message in warned if "did not fire" in message), *evidence.notes]))
+    reasons = [next((one for one in said if _is_about(one, fault)), f"{fault} never fired") for fault in missing]
+    of_none = [one for one in said if not any(_is_about(one, fault) for fault in evidence.planned)]
+    return Answer(FIRED, "unknown", _joined([*reasons, *of_none]))
+
+
+def _is_about(reason: str, fault: Planned) -> bool:
+    """Whether it says why this fault was not made; the fault's own words may be the beginning of another's."""
+    return any(f"{fault}{then}" in reason for then in (" did not fire", " cannot be made", ":"))
 
 
 def _weights_and_state_equal(evidence: Evidence) -> Answer:
@@ -286,9 +299,13 @@ def _time_problems(evidence: Evidence) -> list[str]:
     if abs(math.fsum(parts.values()) - wall) > 1e-3:
         problems.append(f"the parts sum to {math.fsum(parts.values()):.3f} s, the run took {wall:.3f} s")
     ended = [launch["ended"] for launch in evidence.launches if launch["ended"] is not None]
-    jumped = any(firing.fault.kind.group == "clock" for firing in evidence.firings)
-    if ended and not jumped and wall > max(ended) - evidence.launches[0]["started"] + 0.5:
+    if not ended or any(firing.fault.kind.group == "clock" for firing in evidence.firings):
+        return problems
+    there = max(ended) - evidence.launches[0]["started"]
+    if wall > there + 0.5:
         problems.append(f"the log tells of {wall:.1f} s, which is longer than the job was there")
+    if wall < there - UNTOLD_SECONDS * len(evidence.launches):
+        problems.append(f"the log tells of {wall:.1f} s only, and the job was there for {there:.1f} s")
     return problems
 
 

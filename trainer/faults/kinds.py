@@ -5,6 +5,7 @@ process beside torchrun does it, when the event log has reached a step or after 
 that hit at a wall time are the nemesis's too, whatever their kind.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -38,6 +39,9 @@ class Setting:
     default: float | int | str
     what: str
     least: float = 0
+    most: float = math.inf
+    zero: bool = False
+    """Whether 0 makes a fault too."""
     choices: tuple[str, ...] = ()
 
 
@@ -56,6 +60,8 @@ class Kind:
     settings: Mapping[str, Setting] = field(default_factory=lambda: MappingProxyType({}))
     told_as: tuple[str, ...] = ()
     """Kinds of incident (incidents.py) by one of which the run must tell of it; empty: it passes without one."""
+    on_rank: bool = True
+    """Whether it hits a rank, and not a node, a link or the store."""
     names_rank: bool = True
     """Whether that incident must name the rank."""
     exits: tuple[int, ...] = (0,)
@@ -110,7 +116,7 @@ def _network(name: str, imitates: str, made: str, **more: Any) -> Kind:
         "detected": "the watchdog: no progress within elastic.step_timeout_seconds", "hand": "nemesis",
         "recovered": "the side that holds the rendezvous goes on alone; the other joins when it can",
         "needs": (LINUX, NAMESPACES, NODES), "told_as": ("hung", "worker_lost"), "names_rank": False,
-        "exits": LOST, "detect_seconds": 30.0, "recover_seconds": 90.0,
+        "on_rank": False, "exits": LOST, "detect_seconds": 30.0, "recover_seconds": 90.0,
     }  # fmt: skip
     return Kind(name=name, group="network", imitates=imitates, made=made, **(usual | more))
 
@@ -119,7 +125,7 @@ def _membership(name: str, imitates: str, made: str, **more: Any) -> Kind:
     usual: dict[str, Any] = {
         "detected": "the rendezvous: keep-alives that stop, or a node that waits to join", "hand": "nemesis",
         "recovered": "all workers start again at the new world size", "needs": (LINUX, NODES), "names_rank": False,
-        "told_as": ("worker_lost",), "exits": LOST, "detect_seconds": 30.0, "recover_seconds": 60.0,
+        "told_as": ("worker_lost",), "exits": LOST, "detect_seconds": 30.0, "recover_seconds": 60.0, "on_rank": False,
     }  # fmt: skip
     return Kind(name=name, group="membership", imitates=imitates, made=made, **(usual | more))
 
@@ -164,8 +170,9 @@ KINDS: Mapping[str, Kind] = MappingProxyType({
         ),
         _process(
             "node_killed", "a machine loses power", "kill -KILL of torchrun and all its workers at once",
-            hand="nemesis", phases=(), names_rank=False, exits=LOST, needs=(LINUX,), recover_seconds=60.0,
-            settings={"node": Setting(-1, "which node; -1 is the last", -1)},
+            hand="nemesis", phases=(), on_rank=False, names_rank=False, exits=LOST, needs=(LINUX,),
+            recover_seconds=60.0,
+            settings={"node": Setting(-1, "which node; -1 is the last", -1, zero=True)},
         ),
         _process(
             "repeated_kill", "a fault in the middle of recovery",
@@ -207,7 +214,9 @@ KINDS: Mapping[str, Kind] = MappingProxyType({
         Kind(
             name="straggler", group="time", imitates="a noisy neighbour on the machine",
             made="kill -STOP and -CONT in turn", hand="nemesis",
-            settings={"seconds": Setting(3.0, "how long"), "duty": Setting(0.5, "share of the time it is stopped")},
+            settings={
+                "seconds": Setting(3.0, "how long"), "duty": Setting(0.5, "share of the time it is stopped", most=1),
+            },
             detected="no fault: slow is not hung", recovered="by itself", needs=(LINUX,),
         ),
         _network(

@@ -149,6 +149,8 @@ class Nemesis:
             return "its nodes are not on hosts of their own"
         if name in _NEEDS_STORE and cluster.store is None:
             return "its rendezvous store is no process of its own"
+        if fault.settings.get("node", -1) >= len(cluster.nodes):
+            return f"the job has {len(cluster.nodes)} nodes"
         return ""
 
     def _record(self, fault: Planned, victim: int | None, pid: int | None) -> None:
@@ -187,7 +189,7 @@ class Nemesis:
             self._straggle(list(victims.values()), **fault.settings)
 
     def _straggle(self, pids: Sequence[int], seconds: float, duty: float) -> None:
-        stopped, until = PERIOD_SECONDS * min(duty, 1.0), time.monotonic() + seconds
+        stopped, until = PERIOD_SECONDS * duty, time.monotonic() + seconds
         try:
             while time.monotonic() < until and not self._stopping.is_set():
                 living = [pid for pid in pids if self._cluster.send(pid, signal.SIGSTOP)]
@@ -212,10 +214,9 @@ class Nemesis:
         return next((node for node in self._living() if set(victims.values()) & set(node.processes())), None)
 
     def _kill_node(self, settings: Mapping[str, Any]) -> None:
-        living = self._living()
-        number = settings.get("node", -1)
+        living, number = self._living(), settings.get("node", -1)
         if living:
-            (living[-1] if not 0 <= number < len(self._cluster.nodes) else self._cluster.nodes[number]).kill()
+            (living[-1] if number < 0 else self._cluster.nodes[number]).kill()
 
     def _join(self, _settings: Mapping[str, Any]) -> None:
         self._cluster.add_node()

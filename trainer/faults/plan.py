@@ -6,18 +6,18 @@ twice on a rank, however often it is started again.
 """
 
 import difflib
+import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer import config as configs
 from trainer import events
 from trainer.config import Config, Fault
 from trainer.errors import ConfigError
 from trainer.events import Entry, FaultFired
-from trainer.faults.kinds import KINDS, PHASES_WITHOUT_STEP, SAVE, Kind
+from trainer.faults.kinds import KINDS, NODES, PHASES_WITHOUT_STEP, SAVE, Kind
 
 ROLES = ("any", "all", "rank0", "writer")
 BY_SIGNAL = ("sigkill", "sigsegv", "sigabrt", "sigterm", "stopped")
@@ -58,24 +58,34 @@ class Planned:
         return tuple(range(world_size)) if self.ranks is None else tuple(sorted({r % world_size for r in self.ranks}))
 
     def __str__(self) -> str:
-        who = "" if not self.phase and self.kind.hand == "nemesis" else " on " + (
-            "all ranks" if self.ranks is None else ", ".join(f"rank {rank}" for rank in self.ranks)
-        )  # fmt: skip
+        who = f" on {self._whom()}" if self._whom() else ""
         when = f" at step {self.at_step}" if self.at_step is not None else ""
         when += f" after {self.at_seconds:g} s" if self.at_seconds is not None else ""
         return f"{self.kind.name}{who}{when}" + (f", {self.phase}" if self.phase else "")
 
+    def _whom(self) -> str:
+        if self.kind.on_rank:
+            return "all ranks" if self.ranks is None else ", ".join(f"rank {rank}" for rank in self.ranks)
+        node = self.settings.get("node")
+        return "" if node is None else "the last node" if node < 0 else f"node {node}"
 
-def make(config: Config, world_size: int) -> list[Planned]:
-    """The plan of a config's faults in a world of this size. Raises ConfigError naming every problem."""
+
+def make(
+    config: Config, world_size: int, nodes: int | None = None, numbers: Sequence[int] | None = None
+) -> list[Planned]:
+    """The plan of a config's faults in a world of this size. Raises ConfigError naming every problem.
+
+    A rank does not know on how many `nodes` it runs; whoever makes faults of nodes does. `numbers` are those of the
+    faults where they stand written, if the config was given some of them only.
+    """
     problems: list[str] = []
     planned = []
-    for index, fault in enumerate(config.faults):
-        found = _problems(index, fault, config, world_size)
+    for index, fault in zip(range(len(config.faults)) if numbers is None else numbers, config.faults, strict=True):
+        found = _problems(index, fault, config, world_size, nodes)
         problems += found
         if not found:
             planned.append(_resolve(index, fault, config.seed, world_size))
-    problems += _contradictions(planned) + _nobody_left(planned, world_size)
+    problems += _contradictions(planned) + _nobody_left(planned, world_size) + _no_node_left(planned, nodes)
     if problems:
         raise ConfigError(problems)
     return planned
@@ -99,7 +109,7 @@ def _own(fault: Fault) -> dict[str, Any]:
     return fault.model_extra or {}
 
 
-def _problems(index: int, fault: Fault, config: Config, world_size: int) -> list[str]:
+def _problems(index: int, fault: Fault, config: Config, world_size: int, nodes: int | None) -> list[str]:
     where = f"faults[{index}]"
     kind = KINDS.get(fault.kind)
     if kind is None:
@@ -109,8 +119,10 @@ def _problems(index: int, fault: Fault, config: Config, world_size: int) -> list
     where += f" ({kind.name})"
     return [
         *_about_rank(where, fault, kind, world_size),
+        *_about_nodes(where, fault, kind, nodes),
         *_about_time(where, fault, kind, config),
         *_about_settings(where, fault, kind),
+        *_about_lasting(where, fault, kind, config),
         *_about_compiling(where, kind, config),
     ]
 
@@ -120,6 +132,11 @@ def _by_writer(fault: Fault, kind: Kind) -> bool:
 
 
 def _about_rank(where: str, fault: Fault, kind: Kind, world_size: int) -> list[str]:
+    if not kind.on_rank:
+        said = f"{where}: rank = {fault.rank!r}, but it does not hit a rank.\n  Remove rank."
+        return [] if fault.rank == "any" else [said]
+    if kind.name == "skipped_collective" and (world_size == 1 or fault.rank == "all"):
+        return [f"{where}: some rank must be left that waits in it.\n  Start 2 ranks or more, and name one of them."]
     if isinstance(fault.rank, str):
         known = fault.rank in ROLES
         return [] if known else [f"{where}: rank = {fault.rank!r} is no rank.\n  Give a number or {', '.join(ROLES)}."]
@@ -127,6 +144,19 @@ def _about_rank(where: str, fault: Fault, kind: Kind, world_size: int) -> list[s
         return [f"{where}: rank = {fault.rank}, but the job has ranks 0 to {world_size - 1}.\n  Name one of them."]
     if fault.rank > 0 and _by_writer(fault, kind):
         return [f'{where}: rank = {fault.rank}, but only rank 0 commits.\n  Give rank = "writer".']
+    return []
+
+
+def _about_nodes(where: str, fault: Fault, kind: Kind, nodes: int | None) -> list[str]:
+    if nodes is None:
+        return []
+    if NODES in kind.needs and nodes < 2:
+        return [f"{where} needs two nodes, and the job has one.\n  Set nodes = 2."]
+    node = _own(fault).get("node", -1)
+    if isinstance(node, int) and node >= nodes:
+        return [
+            f"{where}: node = {node}, but the job has nodes 0 to {nodes - 1}.\n  Name one of them, or -1, the last."
+        ]
     return []
 
 
@@ -143,7 +173,7 @@ def _about_time(where: str, fault: Fault, kind: Kind, config: Config) -> list[st
         if fault.phase:
             problems.append(f"{where}: phase = {fault.phase!r}, but it is made from outside.\n  Remove phase.")
         if fault.at_step is None and fault.at_seconds is None:
-            problems.append(f"{where} says not when.\n  Give at_step or at_seconds.")
+            problems.append(f"{where} does not say when.\n  Give at_step or at_seconds.")
         return problems
     phase = fault.phase or kind.phases[0]
     if fault.at_seconds is not None:
@@ -160,7 +190,7 @@ def _about_time(where: str, fault: Fault, kind: Kind, config: Config) -> list[st
             f"{where}: {phase} belongs to no step.\n  Remove at_step; `attempt` tells which start is meant."
         )
     elif fault.at_step is None and phase not in PHASES_WITHOUT_STEP:
-        problems.append(f"{where} says not when.\n  Give at_step.")
+        problems.append(f"{where} does not say when.\n  Give at_step.")
     else:
         problems += _never_comes_by(where, fault, phase, config)
     return problems
@@ -192,12 +222,32 @@ def _about_settings(where: str, fault: Fault, kind: Kind) -> list[str]:
             problems.append(f"{where}: {name} is no setting of it.\n  {f'Did you mean {near[0]}?' if near else there}")
         elif isinstance(setting.default, str):
             if value not in setting.choices:
-                problems.append(f"{where}: {name} = {value!r}.\n  Give one of {', '.join(setting.choices)}.")
+                problems.append(
+                    f"{where}: {name} = {value!r} is none of its values.\n  Give {' or '.join(setting.choices)}."
+                )
         elif isinstance(value, bool) or not isinstance(value, int if isinstance(setting.default, int) else int | float):
             problems.append(f"{where}: {name} = {value!r} is no number.\n  It is {setting.what}.")
-        elif value < setting.least:
-            problems.append(f"{where}: {name} = {value} is below {setting.least:g}.\n  It is {setting.what}.")
+        elif not math.isfinite(value):
+            problems.append(f"{where}: {name} = {value} is not finite.\n  It is {setting.what}.")
+        elif not setting.least <= value <= setting.most:
+            side = f"below {setting.least:g}" if value < setting.least else f"above {setting.most:g}"
+            problems.append(f"{where}: {name} = {value} is {side}.\n  It is {setting.what}.")
+        elif value == 0 and not setting.zero:
+            problems.append(f"{where}: {name} = {value} makes no fault.\n  It is {setting.what}.")
     return problems
+
+
+def _about_lasting(where: str, fault: Fault, kind: Kind, config: Config) -> list[str]:
+    """The default number of steps may be cut short by the run's end; one that somebody asks for may not."""
+    steps, last = _own(fault).get("steps"), config.budget.steps
+    if "steps" not in kind.settings or not isinstance(steps, int) or steps == kind.settings["steps"].default:
+        return []
+    if fault.at_step is None or fault.at_step - 1 + steps <= last:
+        return []
+    return [
+        f"{where}: steps = {steps} from step {fault.at_step} on is beyond the run's {last} steps.\n"
+        f"  Give {max(0, last - fault.at_step + 1)} or fewer."
+    ]
 
 
 def _about_compiling(where: str, kind: Kind, config: Config) -> list[str]:
@@ -215,11 +265,20 @@ def _nobody_left(planned: Sequence[Planned], world_size: int) -> list[str]:
         if fault.kind.name == "stopped":
             moment = (fault.at_step, fault.at_seconds, fault.attempt)
             stopped.setdefault(moment, set()).update(fault.victims(world_size))
+    everybody = "the only rank" if world_size == 1 else f"all {world_size} ranks at once"
     return [
-        f"faults stop all {world_size} ranks at once, so that none is left to notice.\n  Leave one of them out."
+        f"faults stop {everybody}, so that none is left to notice.\n  Leave one rank alone, or start more."
         for victims in stopped.values()
         if len(victims) == world_size
     ]
+
+
+def _no_node_left(planned: Sequence[Planned], nodes: int | None) -> list[str]:
+    kinds = [fault.kind.name for fault in planned]
+    left, joined = kinds.count("node_leaves"), kinds.count("node_joins")
+    if nodes is None or left < nodes + joined:
+        return []
+    return [f"faults take {left} nodes out for good, and the job has {nodes}.\n  Leave one node to go on."]
 
 
 def _contradictions(planned: Sequence[Planned]) -> list[str]:
@@ -255,16 +314,12 @@ def not_fired(planned: Iterable[Planned], entries: Iterable[Entry]) -> list[Plan
 
 def tree(planned: Planned) -> dict[str, Any]:
     """A plain form for JSON and TOML, from which the same fault can be made again."""
-    rank: int | str = "all" if planned.ranks is None else planned.ranks[0]
-    out: dict[str, Any] = {"kind": planned.kind.name, "rank": rank}
+    out: dict[str, Any] = {"kind": planned.kind.name}
+    if planned.kind.on_rank:
+        out["rank"] = "all" if planned.ranks is None else planned.ranks[0]
     for key in ("at_step", "at_seconds", "attempt"):
         if getattr(planned, key) is not None:
             out[key] = getattr(planned, key)
     if planned.phase:
         out["phase"] = planned.phase
     return out | planned.settings
-
-
-def parse(tree_: dict[str, Any]) -> Fault:
-    """A Fault from a table. Raises ConfigError."""
-    return configs.parse({"faults": (tree_,)}).faults[0]

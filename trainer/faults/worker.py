@@ -293,8 +293,9 @@ class Armed(Injector):
             self._log.append(Warned(message=f"the fault {fault} did not fire: {obstacle}"))
 
     def chance(self, fault: Planned) -> random.Random:
-        """What draws a fault's place: the same in every process of the run."""
-        return random.Random(f"{self._config.seed}-{fault.index}-place")
+        """What draws a fault's place: the same in every process of the run, whatever other faults there are."""
+        what = (fault.kind.name, fault.ranks, fault.at_step, fault.phase, fault.attempt)
+        return random.Random(f"{self._config.seed}-{what}-place")
 
     # Points that the run itself has no name for.
 

@@ -58,6 +58,12 @@ def world(result: Result) -> str:
     return f"{result.ranks} {result.strategy}{nodes}"
 
 
+def world_short(result: Result) -> str:
+    """ "2 replicate"; "2×1 fsdp" is two nodes of one rank each."""
+    nodes = f"{result.nodes}×{result.ranks // result.nodes}" if result.nodes > 1 else str(result.ranks)
+    return f"{nodes} {result.strategy}"
+
+
 def label(result: Result, results: Sequence[Result]) -> str:
     """Its name, with its number where one cell was run more than once."""
     alike = sum((other.name, world(other)) == (result.name, world(result)) for other in results)

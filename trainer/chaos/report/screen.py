@@ -20,7 +20,7 @@ NAMES = {"pass": "pass", "fail": "FAIL", "undetected": "undetected", "unknown": 
 
 
 def terminal(report: Report) -> "RenderableType":
-    """The matrix, a legend, totals, and a line for each run that did not pass; legible at 100 columns, uncoloured."""
+    """The matrix, a legend, totals, and a line for each run that did not pass; legible at 80 columns, uncoloured."""
     from rich.console import Group
     from rich.text import Text
 
@@ -51,7 +51,7 @@ def _table(results: Sequence[Result], letters: dict[str, str]) -> Any:
         table.add_column(name, no_wrap=True)
     for name in ("detect", "recover"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column(" ".join(letters), no_wrap=True)
+    table.add_column("".join(letters), no_wrap=True)  # blanks between them would leave names of 10 letters
     for group, members in matrix.groups(results).items():
         table.add_row(Text(group, "bold"))
         for result in members:
@@ -59,7 +59,7 @@ def _table(results: Sequence[Result], letters: dict[str, str]) -> Any:
                 Padding(
                     Text(matrix.label(result, members), STYLES["skipped"] * (result.outcome == "skipped")), (0, 0, 0, 2)
                 ),
-                Text(matrix.world(result), "dim"),
+                Text(matrix.world_short(result), "dim"),
                 Text(NAMES[result.outcome], STYLES[result.outcome]),
                 matrix.seconds(matrix.worst(result, "detect_seconds")),
                 matrix.seconds(matrix.worst(result, "recover_seconds")),
@@ -73,7 +73,7 @@ def _signs(result: Result, letters: dict[str, str]) -> "Text":
 
     given = matrix.answers(result)
     signs = [given.get(name, ("skipped", ""))[0] for name in letters.values()]
-    return Text(" ").join(Text(matrix.SIGNS[sign], STYLES[sign]) for sign in signs)
+    return Text("").join(Text(matrix.SIGNS[sign], STYLES[sign]) for sign in signs)
 
 
 def _legend(letters: dict[str, str]) -> Any:
