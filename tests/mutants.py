@@ -1,7 +1,7 @@
 """Bugs that other trainers had, put back on purpose: -m tests.mutants NAME CONFIG --run RUN [--set KEY=VALUE …]
 
 Each is a patched copy of the worker and nothing else: without this module none of them exists. A campaign of faults
-must catch every one of them; MUTANTS says with which faults, and tests/test_mutations.py holds it to that.
+must catch every one of them; MUTANTS says with which faults and by what, and tests/test_mutations.py holds it to that.
 """
 
 import os
@@ -19,6 +19,7 @@ from trainer.checkpoint import files, loading, saving
 from trainer.data import Batches
 from trainer.errors import CheckpointError
 from trainer.events import AttemptStarted, CheckpointFailed
+from trainer.faults.checker import EQUAL, KEPT, NAMED, SAMPLES, STATUS
 from trainer.loop import Parts
 from trainer.step import TrainState
 
@@ -138,40 +139,51 @@ def _shift_data(by: Callable[[int, Path], int]) -> None:
 class Mutant:
     apply: Callable[[], None]
     had_by: str
-    faults: str
+    breaks: str
+    """The invariant that must fail."""
+    faults: tuple[str, ...]
     """What brings it to light, as TOML. Late enough that a checkpoint is surely there to resume from."""
     nodes: int = 1
     set: str = "{}"
     """Overrides of this run, as TOML."""
 
 
-SLOW = "{ eval.every_steps = 1, eval.max_tokens = 65536 }"  # to be met from outside
+SLOW = "{ eval.every_steps = 1, eval.max_tokens = 1024 }"  # to be met from outside
+KILL = '{kind = "sigkill", at_step = 16, rank = 1}'
+KILLED_AGAIN = '{kind = "sigkill", at_step = 34, rank = 0}'
+KILLED_SAVING = '{kind = "sigkill", at_step = 12, rank = 0, phase = "in_save_shard"}'
+KILLED_AT_THE_END = '{kind = "sigkill", phase = "before_end", rank = 1}'
+TRUNCATED = '{kind = "truncated_shard", at_step = 20, rank = 0}'
+FLIPPED = '{kind = "flipped_shard", at_step = 27, rank = 0}'
+NO_SPACE = '{kind = "no_space", at_step = 30, rank = 1}'
+NODE_LEAVES = '{kind = "node_leaves", at_step = 9}'
 MUTANTS = {
     mutant.apply.__name__: mutant
     for mutant in (
-        Mutant(moments_dropped, "KempnerForge #114", '[{kind = "sigkill", at_step = 16, rank = 1}]'),
-        Mutant(
-            stale_after_a_resume, "torchtitan #647",
-            '[{kind = "sigkill", at_step = 16, rank = 1}, {kind = "sigkill", at_step = 34, rank = 0}]',
-        ),
-        Mutant(
-            data_forgotten_at_another_size, "torchtitan #816", '[{kind = "node_leaves", at_step = 16}]',
-            nodes=2, set=SLOW,
-        ),
-        Mutant(data_one_step_ahead, "torchtitan #4686", '[{kind = "sigkill", at_step = 16, rank = 1}]'),
-        Mutant(newest_before_it_is_durable, "KempnerForge #102", '[{kind = "torn_save", at_step = 12, rank = 0}]'),
-        Mutant(truncated_still_chosen, "torchtitan #4011", '[{kind = "truncated_shard", at_step = 20, rank = 0}]'),
-        Mutant(
-            a_damaged_checkpoint_is_fatal, "torchtitan #1729", '[{kind = "flipped_shard", at_step = 20, rank = 0}]'
-        ),
-        Mutant(a_failed_save_is_fatal, "Megatron-LM #1435", '[{kind = "no_space", at_step = 12, rank = 1}]'),
-        Mutant(a_finished_run_cannot_resume, "lingua", '[{kind = "sigkill", phase = "before_end", rank = 1}]'),
+        Mutant(moments_dropped, "KempnerForge #114", EQUAL, (KILL,)),
+        Mutant(stale_after_a_resume, "torchtitan #647", EQUAL, (KILL, KILLED_AGAIN)),
+        Mutant(data_forgotten_at_another_size, "torchtitan #816", SAMPLES, (NODE_LEAVES,), nodes=2, set=SLOW),
+        Mutant(data_one_step_ahead, "torchtitan #4686", SAMPLES, (KILL,)),
+        Mutant(newest_before_it_is_durable, "KempnerForge #102", KEPT, (KILLED_SAVING,)),
+        Mutant(truncated_still_chosen, "torchtitan #4011", STATUS, (TRUNCATED,)),
+        Mutant(a_damaged_checkpoint_is_fatal, "torchtitan #1729", STATUS, (FLIPPED,)),
+        Mutant(a_failed_save_is_fatal, "Megatron-LM #1435", NAMED, (NO_SPACE,)),
+        Mutant(a_finished_run_cannot_resume, "lingua", STATUS, (KILLED_AT_THE_END,)),
     )
-}  # fmt: skip
+}
+
+
+def nothing() -> None:
+    """The worker as it is: what fails under these faults all the same would be no bug's."""
+
+
+EVERY_FAULT = tuple(dict.fromkeys(fault for mutant in MUTANTS.values() for fault in mutant.faults))
+CONTROL = Mutant(nothing, "nobody", "", EVERY_FAULT, nodes=2, set=SLOW)
+"""All of them in one run: it passes, so each list of them alone is survived without a mutant."""
 
 
 def main() -> None:
-    MUTANTS[sys.argv.pop(1)].apply()
+    (MUTANTS | {"control": CONTROL})[sys.argv.pop(1)].apply()
     sys.argv[1:1] = ["train"]
     cli.main()
 
