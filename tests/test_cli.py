@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -20,12 +21,15 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str | Path, config: 
     from trainer import cli
 
     before = sys.argv
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     sys.argv = ["trainer", "train", str(config), "--run", str(run), *map(str, arguments)]
     try:
         with pytest.raises(SystemExit) as left:
             cli.main()
     finally:
         sys.argv = before
+        for number, handler in handlers.items():  # other tests share the process
+            signal.signal(number, handler)
     captured = capsys.readouterr()
     assert left.value.code == 2, captured
     assert not (run / "events").exists(), "there was work"
