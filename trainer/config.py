@@ -83,6 +83,8 @@ class Model(Section):
     bigram_buckets: int = Field(default=0, ge=0)
     """Rows of a hashed table of (previous token, token) embeddings added to the input; 0 is off."""
     init: Literal["gpt2", "zero_proj"] = "zero_proj"
+    init_draw: int = Field(default=0, ge=0)
+    """Which draw of the initial weights at this seed; the order of the data stays."""
 
 
 class Optim(Section):
@@ -212,6 +214,8 @@ class Config(Section):
 # What decides the weights. All else may change between attempts of one run.
 MATHEMATICS = ("seed", "data", "model", "optim", "budget", "numerics")
 NOT_MATHEMATICS = {"data": ("cache_dir", "streaming")}
+# Left out at the value that changes nothing, so that runs from before there was such a setting keep their fingerprint.
+ADDED_LATER = {"model.init_draw": 0}
 
 
 def load(path: Path, overrides: Iterable[str] = ()) -> Config:
@@ -248,7 +252,7 @@ def mathematics(config: Config) -> dict[str, Any]:
     for section, names in NOT_MATHEMATICS.items():
         for name in names:
             del tree[section][name]
-    return flatten(tree)
+    return {key: value for key, value in flatten(tree).items() if key not in ADDED_LATER or value != ADDED_LATER[key]}
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -260,6 +264,32 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
+
+
+def toml(value: Any) -> str:
+    """A value as TOML, in one line."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json.dumps(key)} = {toml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(toml, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def as_toml(config: Config) -> str:
+    """A config as a file that `load` reads back as the same; settings at their defaults are left out."""
+    tree = config.model_dump(mode="json", exclude_defaults=True)
+    faults = tree.pop("faults", [])
+    tables = {name: tree.pop(name) for name in list(tree) if isinstance(tree[name], dict)}
+    lines = _lines(tree)
+    for name, table in tables.items():
+        lines += ["", f"[{name}]", *_lines(table)]
+    for fault in faults:
+        lines += ["", "[[faults]]", *_lines(fault)]
+    return "\n".join(lines).lstrip() + "\n"
+
+
+def _lines(table: Mapping[str, Any]) -> list[str]:
+    return [f"{key} = {toml(value)}" for key, value in table.items()]
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -14,8 +14,8 @@ from pydantic import BaseModel, Field, ValidationError
 from trainer import config as configs
 from trainer.chaos import storm
 from trainer.chaos.results import Outcome, Result
-from trainer.chaos.storm import Table, toml
-from trainer.config import Config, Section
+from trainer.chaos.storm import Table
+from trainer.config import Config, Section, toml
 from trainer.errors import ConfigError
 from trainer.faults import plan
 from trainer.faults.kinds import KINDS, NODES, Kind

@@ -25,7 +25,7 @@ from trainer import config as configs
 from trainer.chaos import results, storm
 from trainer.chaos.campaign import Campaign, Cell
 from trainer.chaos.results import Report, Result
-from trainer.chaos.storm import Table, toml
+from trainer.chaos.storm import Table
 from trainer.errors import EXIT_FINISHED, RunDirectoryError, TopropeError
 from trainer.faults import checker, network, plan
 from trainer.faults.checker import Calm, Evidence

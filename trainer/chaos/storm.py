@@ -6,13 +6,12 @@ exactly. Same seed, same schedule.
 """
 
 import itertools
-import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.config import Config
+from trainer.config import Config, toml
 from trainer.errors import ConfigError
 from trainer.faults.kinds import KINDS, NODES, PHASES_WITHOUT_STEP, SAVE, Kind
 
@@ -216,12 +215,3 @@ def as_toml(name: str, ranks: int, nodes: int, strategy: str, faults: Sequence[T
     for fault in faults:
         lines += ["", "[[runs.faults]]", *(f"{key} = {toml(value)}" for key, value in fault.items())]
     return "\n".join(lines) + "\n"
-
-
-def toml(value: Any) -> str:
-    """A value as TOML, in one line."""
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{json.dumps(key)} = {toml(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(toml, value)) + "]"
-    return json.dumps(value)
