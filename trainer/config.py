@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from trainer import tomlfile
 from trainer.errors import ConfigError
 
 
@@ -266,30 +267,17 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def toml(value: Any) -> str:
-    """A value as TOML, in one line."""
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{json.dumps(key)} = {toml(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(toml, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)
-
-
 def as_toml(config: Config) -> str:
     """A config as a file that `load` reads back as the same; settings at their defaults are left out."""
     tree = config.model_dump(mode="json", exclude_defaults=True)
     faults = tree.pop("faults", [])
     tables = {name: tree.pop(name) for name in list(tree) if isinstance(tree[name], dict)}
-    lines = _lines(tree)
+    lines = tomlfile.lines(tree)
     for name, table in tables.items():
-        lines += ["", f"[{name}]", *_lines(table)]
+        lines += ["", f"[{name}]", *tomlfile.lines(table)]
     for fault in faults:
-        lines += ["", "[[faults]]", *_lines(fault)]
+        lines += ["", "[[faults]]", *tomlfile.lines(fault)]
     return "\n".join(lines).lstrip() + "\n"
-
-
-def _lines(table: Mapping[str, Any]) -> list[str]:
-    return [f"{key} = {toml(value)}" for key, value in table.items()]
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -323,13 +311,13 @@ def check_world(config: Config, world_size: int) -> None:
 
 
 def _with_base(path: Path) -> dict[str, Any]:
-    tree = read_toml(path)
+    tree = tomlfile.read(path)
     base_name = tree.pop("extends", None)
     if base_name is None:
         return tree
     if not isinstance(base_name, str):
         raise ConfigError([f'{path}: extends = {base_name!r} is no path.\n  Write extends = "other.toml".'])
-    base = read_toml(path.parent / base_name)
+    base = tomlfile.read(path.parent / base_name)
     if "extends" in base:
         raise ConfigError(
             [
@@ -339,20 +327,6 @@ def _with_base(path: Path) -> dict[str, Any]:
             ]
         )
     return _merge(base, tree)
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """A file of settings as a tree. Raises ConfigError, naming the nearest file where there is none of that name."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
-        hint = f" Did you mean {path.parent / near[0]}?" if near else " configs/ and configs/chaos/ hold ready ones."
-        raise ConfigError([f"{path} does not exist.{hint}"]) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"{path} cannot be read: {error}."]) from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError([f"{path} is not valid TOML: {error}."]) from None
 
 
 def _merge(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import Field
 
 from trainer import config as configs
+from trainer import tomlfile
 from trainer.chaos import storm
 from trainer.chaos.results import Outcome, Result
 from trainer.chaos.storm import Table
-from trainer.config import Config, Section, toml
+from trainer.config import Config, Section
 from trainer.errors import ConfigError
 from trainer.faults import plan
 from trainer.faults.kinds import KINDS, NODES, Kind
@@ -144,7 +145,7 @@ class Campaign:
 
 def load(path: Path, only: Sequence[str] = (), repeat: int | None = None) -> Campaign:
     """Read a campaign file and plan all its runs. Raises ConfigError naming every problem of file and plans."""
-    file = _parse(path)
+    file = tomlfile.read_as(path, CampaignFile, "campaign")
     config_path = path.parent / file.config
     overrides = [*_pairs(file.set), 'wandb.mode="disabled"']
     config = configs.load(config_path, overrides)
@@ -179,38 +180,8 @@ def _no_such_run(name: str, cells: Sequence[Cell]) -> str:
     return f"--only {name!r} is no run of this campaign.\n  {hint}"
 
 
-def _parse(path: Path) -> CampaignFile:
-    tree = configs.read_toml(path)
-    try:
-        return CampaignFile.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(list(dict.fromkeys(_explain(path, detail) for detail in error.errors()))) from None
-
-
-def _explain(path: Path, detail: Any) -> str:
-    """One pydantic error as fact, rule and remedy."""
-    places = [part for part in detail["loc"] if not isinstance(part, str) or re.fullmatch(r"[a-z_]+", part)]
-    where = ".".join(str(part) for part in places)
-    if detail["type"] == "extra_forbidden":
-        known = _settings(places[:-1])
-        near = difflib.get_close_matches(str(places[-1]), known, n=1)
-        hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(known)}."
-        return f"{path}: {where} is no setting of a campaign.\n  {hint}"
-    if detail["type"] == "missing":
-        return f"{path}: {where} is missing.\n  A campaign needs it."
-    message = detail["msg"][0].lower() + detail["msg"][1:]
-    return f"{path}: {where} = {json.dumps(detail['input'], default=str)}: {message}."
-
-
-def _settings(places: Sequence[Any]) -> list[str]:
-    """The settings of the table at this place."""
-    models: dict[str, type[BaseModel]] = {"runs": Run, "catalogue": Catalogue, "pairs": Pairs, "storm": Storm}
-    model = models.get(str(places[0]), CampaignFile) if places else CampaignFile
-    return list(model.model_fields)
-
-
 def _pairs(table: Mapping[str, Any]) -> list[str]:
-    return [f"{key}={toml(value)}" for key, value in configs.flatten(table).items()]
+    return [f"{key}={tomlfile.text(value)}" for key, value in configs.flatten(table).items()]
 
 
 class _Planner:
@@ -295,12 +266,12 @@ class _Planner:
         own: Mapping[str, Any] | None = None, seed: int | None = None,
     ) -> None:  # fmt: skip
         campaign = self._campaign
-        overrides = [*campaign.overrides, f"parallel.strategy={toml(strategy)}"]
+        overrides = [*campaign.overrides, f"parallel.strategy={tomlfile.text(strategy)}"]
         if _from_outside(faults):
             overrides += _pairs(self._file.set_outside)
         overrides += _pairs(own or {})
         try:
-            config = configs.load(campaign.config_path, [*overrides, f"faults={toml(faults)}"])
+            config = configs.load(campaign.config_path, [*overrides, f"faults={tomlfile.text(faults)}"])
             configs.check_world(config, ranks)
             self._check(name, config, ranks, nodes)
             planned = plan.make(config, ranks)

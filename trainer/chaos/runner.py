@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer import config as configs
+from trainer import tomlfile
 from trainer.chaos import results, storm
 from trainer.chaos.campaign import Campaign, Cell
 from trainer.chaos.results import Report, Result
@@ -191,9 +192,9 @@ def _launches(
     campaign: Campaign, cell: Cell, directory: Path, started: float
 ) -> tuple[list[dict[str, Any]], list[str], list[str]]:
     """Give the command, and again while its status is one that the faults explain: (launches, leftovers, notes)."""
-    overrides = [*cell.overrides, f"faults={toml(cell.faults)}"]
+    overrides = [*cell.overrides, f"faults={tomlfile.text(cell.faults)}"]
     if any(fault.kind.name == "corrupt_tokens" for fault in cell.planned):  # not the store that all others read
-        overrides.append(f"data.cache_dir={toml(str((directory / 'cache').absolute()))}")
+        overrides.append(f"data.cache_dir={tomlfile.text(str((directory / 'cache').absolute()))}")
     explained = {status for fault in cell.planned for status in fault.kind.exits}
     launches, leftovers, notes = [], [], []
     for _ in range(len(cell.planned) + MORE_STARTS):
@@ -262,7 +263,7 @@ def _shrink(campaign: Campaign, cell: Cell, calm: Calm, out: Path) -> str:
     """Find the smallest part of a failing schedule that still fails, and keep it in a file. Returns a remark."""
 
     def fails(faults: list[Table]) -> bool:
-        config = configs.load(campaign.config_path, [*cell.overrides, f"faults={toml(faults)}"])
+        config = configs.load(campaign.config_path, [*cell.overrides, f"faults={tomlfile.text(faults)}"])
         part = replace(cell, faults=faults, config=config, planned=plan.make(config, cell.ranks))
         return run_cell(campaign, part, calm, out).outcome in ("fail", "undetected")
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.config import Config, toml
+from trainer import tomlfile
+from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.faults.kinds import KINDS, NODES, PHASES_WITHOUT_STEP, SAVE, Kind
 
@@ -210,8 +211,8 @@ def shrink(fails: Callable[[list[Table]], bool], faults: Sequence[Table], most_t
 
 def as_toml(name: str, ranks: int, nodes: int, strategy: str, faults: Sequence[Table]) -> str:
     """A [[runs]] table of a campaign file that makes exactly these faults again."""
-    head = [f"name = {toml(name)}", f"ranks = {ranks}", f"nodes = {nodes}", f"strategy = {toml(strategy)}"]
-    lines = ["[[runs]]", *head]
+    head = {"name": name, "ranks": ranks, "nodes": nodes, "strategy": strategy}
+    lines = ["[[runs]]", *tomlfile.lines(head)]
     for fault in faults:
-        lines += ["", "[[runs.faults]]", *(f"{key} = {toml(value)}" for key, value in fault.items())]
+        lines += ["", "[[runs.faults]]", *tomlfile.lines(fault)]
     return "\n".join(lines) + "\n"
