@@ -230,8 +230,8 @@ class _Planner:
                 self.problems += [f"arm {arm.name!r}: {problem}" for problem in error.problems]
                 continue
             self.problems += [f"arm {arm.name!r}: {problem}" for problem in armplans.prove(arm, planned[0], run)]
-            if following := armplans.follows(planned[0], run):
-                self._note(f"arm {arm.name!r}: {', '.join(sorted(following))} follow, so that tokens stay equal.")
+            if armplans.follows(planned[0], run):
+                self._note(f"arm {arm.name!r} takes other steps, so that its tokens stay equal.")
             planned.append(run)
         return [self._at_seed(run, seed) for seed in seeds for run in planned]
 
@@ -292,23 +292,23 @@ class _Planner:
         try:
             config = changed(run.config, {"faults": faults})
             for fault in faultplan.make(config, self._file.ranks):
-                self._check_fault(fault, run)
+                self._check_fault(fault)
             return replace(run, config=config)
         except ConfigError as error:
-            self.problems += [f"{run.name}: {problem}" for problem in error.problems]
+            self.problems += [f"{run.rung}: {problem}" for problem in error.problems]
             return run
 
-    def _check_fault(self, fault: faultplan.Planned, run: PlannedRun) -> None:
+    def _check_fault(self, fault: faultplan.Planned) -> None:
         name = fault.kind.name
         if NODES in fault.kind.needs:
-            self.problems.append(f"{run.name}: {name} needs two nodes, and a ladder's runs have one.\n  Leave it out.")
+            self.problems.append(f"{name} needs two nodes, and a ladder's runs have one.\n  Leave it out.")
         elif fault.by_nemesis and self._file.ranks == 1:
             self.problems.append(
-                f"{run.name}: {name} is made from outside, beside torchrun, and runs of one rank are started without.\n"
+                f"{name} is made from outside, beside torchrun, and runs of one rank are started without.\n"
                 "  Set ranks = 2, or give a fault that a rank makes itself, with at_step."
             )
         elif name == "corrupt_tokens":
-            self.problems.append(f"{run.name}: {name} would damage tokens that all runs read.\n  Leave it out.")
+            self.problems.append(f"{name} would damage tokens that all runs read.\n  Leave it out.")
 
 
 class _Selected:
