@@ -263,7 +263,7 @@ class _Scheduler:
         job.progress = progress
         how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"left with exit status {status}"
         if job.in_vain > self.ladder.restarts:
-            return f"It {how} for the {job.in_vain}th time without having come further. The last words:\n{said}"
+            return f"It {how}, {job.in_vain} times in a row without having come further. The last words:\n{said}"
         if status not in (EXIT_PREEMPTED, EXIT_USAGE) and self.ladder.ranks == 1:
             failure = {
                 "rank": 0, "pid": job.process.pid, "exitcode": status,
