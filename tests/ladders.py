@@ -170,7 +170,7 @@ def simulate(
     design: Design, arms: Mapping[str, Arm], count: int, base: Law | None = None, seed: int = 0,
     criterion: Criterion | None = None, E: float = 1.8, alpha: float = 0.15,
 ) -> Simulated:  # fmt: skip
-    """Judge so many ladders; each arm is judged as if it were the only one, so that the level is the criterion's."""
+    """Judge so many ladders. No arm is counted, so that the level is the criterion's for each of them."""
     base, criterion = base or power_law(), criterion or Criterion()
     random = np.random.Generator(np.random.Philox(seed))
     done = Simulated({name: Tally(math.exp(arm.log_multiplier(design.target))) for name, arm in arms.items()})
@@ -187,8 +187,9 @@ def simulate(
         done.alpha_covered += covers(fit.alpha, alpha)
         predicted = fits.predict(points, design.target, level=criterion.level).predicted
         done.prediction_covered += covers(predicted, outcome)
-        for name, tally in done.arms.items():
-            tally.add(
-                verdict.judge(points, criterion, design.target, fit=fit, arms=[name], remedies=False)[0], criterion
-            )
+        verdicts = verdict.judge(
+            points, criterion, design.target, fit=fit, arms=list(arms), unchanged=arms.keys(), remedies=False
+        )
+        for one in verdicts:
+            done.arms[one.arm].add(one, criterion)
     return done

@@ -293,7 +293,12 @@ class OtherFloor:
     def __init__(self, rungs: Sequence[Pairs], curve: Curve, influence: Influence, noise: Noise, target: float) -> None:
         self._rungs, self._curve, self._target = list(rungs), curve, target
         self._pairs = np.array([len(one.base) for one in rungs], dtype=float)
-        self.difference, row, scatter = self._solve(curve)
+        self._paid = any(one.log_cost.any() for one in rungs)
+        self._paired = [one.arm - one.base for one in rungs]
+        self.difference, row, line = self._solve(curve)
+        scatter = math.fsum(
+            float(((one - on) ** 2).sum()) for one, on in zip(self._differences(curve), line, strict=True)
+        )
         self._freedom = int(self._pairs.sum()) - 2
         self._scatter = scatter / self._freedom
         # Everything as a difference in nats at the target: what moves ln m moves it by this times as much.
@@ -302,23 +307,25 @@ class OtherFloor:
         covariance = _variance(self._scatter, -row[None, :], through, rungs, influence, noise)
         self._error = math.sqrt(max(float(covariance[0, 0]), 0.0))
 
-    def _solve(self, curve: Curve) -> tuple[float, Array, float]:
-        """(difference at the target in nats, its derivative by the rungs' differences, sum of squares)."""
-        differences = []
-        for one in self._rungs:
-            # An arm of other compute is held against the baseline's curve there.
-            bought = [curve.at(one.flops * math.exp(cost)) - curve.at(one.flops) for cost in one.log_cost]
-            differences.append(one.arm - one.base - np.array(bought))
-        means = np.array([one.mean() for one in differences])
+    def _differences(self, curve: Curve) -> list[Array]:
+        """In nats, by rung. An arm of other compute is held against the baseline's curve there."""
+        if not self._paid:
+            return self._paired
+        return [
+            paired - [curve.at(one.flops * math.exp(cost)) - curve.at(one.flops) for cost in one.log_cost]
+            for paired, one in zip(self._paired, self._rungs, strict=True)
+        ]
+
+    def _solve(self, curve: Curve) -> tuple[float, Array, Array]:
+        """(difference at the target in nats, its derivative by the rungs' differences, the line at the rungs)."""
+        means = np.array([one.sum() for one in self._differences(curve)]) / self._pairs
         above = np.array([curve.at(one.flops) - curve.E for one in self._rungs])
-        centre = self._pairs @ above / self._pairs.sum()
+        level_row = self._pairs / self._pairs.sum()
+        centre = level_row @ above
         away = above - centre
         slope_row = self._pairs * away / (self._pairs @ away**2)
-        level_row = self._pairs / self._pairs.sum()
         row = level_row + (curve.at(self._target) - curve.E - centre) * slope_row
-        line = level_row @ means + away * (slope_row @ means)
-        squares = math.fsum(float(((one - on) ** 2).sum()) for one, on in zip(differences, line, strict=True))
-        return float(row @ means), row, squares
+        return float(row @ means), row, level_row @ means + away * (slope_row @ means)
 
     def _worth(self, curve: Curve, difference: float) -> tuple[float, float]:
         """(ln m of a difference at the target, its derivative); infinite at or under the floor."""

@@ -7,21 +7,20 @@ either form of extrapolation (trainer/ladder/multiplier.py). What is left in bet
 """
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
 
 from trainer.ladder import fit as fits
+from trainer.ladder.matching import Baseline, match, pairing_of
 from trainer.ladder.multiplier import (
     Estimate,
-    Influence,
     Line,
     More,
     Noise,
     OtherFloor,
-    Pairs,
     at_rungs,
 )
 from trainer.ladder.results import (
@@ -31,7 +30,6 @@ from trainer.ladder.results import (
     CurveFit,
     Decision,
     Interval,
-    Pairing,
     Point,
     Remedy,
     RungMultiplier,
@@ -43,8 +41,6 @@ MOST_SEEDS = 64
 """More than so many further seeds are no advice."""
 REACH = 10.0
 """Crossings are told from the smallest rung to this times the target."""
-CLEAR_OF_FLOOR = 2.0
-"""Standard deviations of a run that a loss must lie above E for its logarithm to mean anything."""
 
 
 def judge(
@@ -67,58 +63,6 @@ def judge(
     return [one.verdict(remedies) for one in judgements]
 
 
-@dataclass(frozen=True)
-class Baseline:
-    """What all arms are held against."""
-
-    fit: CurveFit
-    rungs: fits.Rungs
-    influence: Influence
-
-    @classmethod
-    def of(cls, points: Iterable[Point], fit: CurveFit) -> "Baseline":
-        rungs = fits.rungs_of(fits.usable(points, BASELINE))
-        return cls(fit, rungs, Influence(rungs.flops, rungs.seeds, fits.sensitivity(rungs, fit.curve)))
-
-    @property
-    def floor(self) -> float:
-        """Losses must lie above it to have a multiplier."""
-        return self.fit.curve.E + CLEAR_OF_FLOOR * (self.fit.sd or 0.0)
-
-    def extremes(self) -> list[Curve]:
-        """The curves at both ends of alpha's interval, each with the E that goes with it."""
-        ends = (self.fit.alpha.low, self.fit.alpha.high)
-        return [
-            fits.curve_at(self.rungs, float(fits.ALPHAS[side]) if end is None else end)
-            for end, side in zip(ends, (0, -1), strict=True)
-        ]
-
-
-@dataclass(frozen=True)
-class _Rung:
-    """Runs of baseline and arm that share rung and seed."""
-
-    name: str
-    flops: float
-    pairs: list[tuple[Point, Point]]
-    gap: str
-    """Why there is no multiplier, or why there are fewer pairs; "" if all is there."""
-    usable: bool
-
-    def arrays(self) -> Pairs:
-        base, arm = (np.array([pair[side].loss for pair in self.pairs]) for side in (0, 1))
-        cost = np.array([math.log(arm.flops / base.flops) for base, arm in self.pairs])
-        return Pairs(self.name, self.flops, base, arm, cost)
-
-    def log_seconds(self, per_token: bool) -> list[float]:
-        """ln(arm / baseline) of training seconds, of the pairs that have both."""
-        return [
-            math.log(arm.seconds / base.seconds) - (math.log(arm.tokens / base.tokens) if per_token else 0.0)
-            for base, arm in self.pairs
-            if arm.seconds and base.seconds
-        ]
-
-
 class Judgement:
     """One arm against the baseline."""
 
@@ -129,43 +73,27 @@ class Judgement:
         self._baseline, self._arm, self._criterion = baseline, arm, criterion
         self._target, self._level = target_flops, bound_level
         self._diverged = [one for one in points if one.arm == arm and not math.isfinite(one.loss)]
-        self._rungs = list(self._match(points))
+        self._rungs = list(match(points, arm, baseline))
         self._pairs = [one.arrays() for one in self._rungs if one.usable]
         self._noise = Noise.of(self._pairs) if self._pairs else Noise(0.0, 0.0, 0.0, 0)
         self._line = self._line_with(baseline.fit.curve)
         self._other = self._other_with(baseline.fit.curve)
 
-    def _match(self, points: Sequence[Point]) -> Iterator[_Rung]:
-        runs = {(one.arm, one.rung, one.seed): one for one in points}
-        rungs = self._baseline.rungs
-        for name, flops in zip(rungs.names, rungs.flops, strict=True):
-            base = {seed: one for (arm, rung, seed), one in runs.items() if (arm, rung) == (BASELINE, name)}
-            mine = {seed: one for (arm, rung, seed), one in runs.items() if (arm, rung) == (self._arm, name)}
-            pairs = [
-                (base[seed], mine[seed])
-                for seed in sorted(base.keys() & mine.keys())
-                if math.isfinite(base[seed].loss) and math.isfinite(mine[seed].loss)
-            ]
-            low = any(min(one.loss, other.loss) <= self._baseline.floor for one, other in pairs)
-            gap = "" if len(pairs) == len(base.keys() | mine.keys()) else f"{len(pairs)} pairs of {len(base)}"
-            if not pairs:
-                gap = "no finished pair"
-            elif low:
-                gap = f"a loss lies at the baseline's floor of {self._baseline.fit.curve.E:.4f}"
-            yield _Rung(name, float(flops), pairs, gap, bool(pairs) and not low)
-
     def _line_with(self, curve: Curve) -> Line | None:
-        if len(self._pairs) < fits.FEWEST_RUNGS or not self._clear(curve):
+        if not self._compares_at(curve):
             return None
         return Line(self._pairs, curve, self._baseline.influence, self._noise)
 
     def _other_with(self, curve: Curve) -> OtherFloor | None:
-        if len(self._pairs) < fits.FEWEST_RUNGS or not self._clear(curve):
+        if not self._compares_at(curve):
             return None
         return OtherFloor(self._pairs, curve, self._baseline.influence, self._noise, self._target)
 
-    def _clear(self, curve: Curve) -> bool:
-        return all(one.above(curve.E) for one in self._pairs)
+    def _compares_at(self, curve: Curve) -> bool:
+        """Whether there is something to extrapolate. To leave out a rung for its low loss would be to judge by it."""
+        known = [one for one in self._rungs if one.pairs]
+        enough = len(known) >= fits.FEWEST_RUNGS and all(one.usable for one in known)
+        return enough and all(one.above(curve.E) for one in self._pairs)
 
     # What decides
 
@@ -287,8 +215,8 @@ class Judgement:
         """FLOPs of possible further rungs: on in the ladder's own steps, the last one at the target."""
         x, goal, sizes = float(line.x[-1]), math.log(self._target), []
         while x < goal - 1e-9:
-            x = min(x + float(np.mean(np.diff(line.x))), goal)
-            sizes.append(math.exp(x))
+            x += float(np.mean(np.diff(line.x)))
+            sizes.append(math.exp(x) if x < goal - 1e-9 else self._target)
         return sizes
 
     def _settled(self, more: More) -> bool:
@@ -314,7 +242,7 @@ class Judgement:
             bound_level=self._level, slope=self._slope(), crossing=self._crossing, rungs=self._rung_multipliers(),
             slowdown=_interval(self._slowdown, level), wall_clock=seconds,
             faster_per_flop_slower_per_second=both_known and worth.value > 1 > seconds.value,  # pyright: ignore
-            lack_of_fit_p=self._line.lack_of_fit_p if self._line else None, pairing=self._pairing(),
+            lack_of_fit_p=self._line.lack_of_fit_p if self._line else None, pairing=pairing_of(self._noise),
             remedies=self._remedies() if remedies and decision == "inconclusive" else [],
         )  # fmt: skip
         return replace(verdict, notes=list(self._notes(verdict)))
@@ -377,13 +305,10 @@ class Judgement:
                     rung.name, rung.flops, len(rung.pairs), _interval(estimate, level), _exp(wall),
                     _exp(_mean(rung.log_seconds(per_token=True))),
                     float((arrays.arm - arrays.base).mean()) if arrays else None,
-                    _pairing_of(Noise.of([arrays])).ratio if arrays else None, _exp(without), rung.gap,
+                    pairing_of(Noise.of([arrays])).ratio if arrays else None, _exp(without), rung.gap,
                 )
             )  # fmt: skip
         return rows
-
-    def _pairing(self) -> Pairing:
-        return _pairing_of(self._noise)
 
     def _notes(self, verdict: Verdict) -> Iterator[str]:
         for rung in self._rungs:
@@ -421,12 +346,6 @@ def _mean_of_rungs(groups: Sequence[Sequence[float]]) -> Estimate | None:
     if len(values) < 2:
         return None
     return Estimate(float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(len(values)), len(values) - 1)
-
-
-def _pairing_of(noise: Noise) -> Pairing:
-    if not noise.freedom or min(noise.base, noise.arm, noise.paired) <= 0:
-        return Pairing(None, None)
-    return Pairing((noise.base + noise.arm) / noise.paired, noise.both / math.sqrt(noise.base * noise.arm))
 
 
 def _exp(value: float | None) -> float | None:
