@@ -21,12 +21,13 @@ from tests.support import ROOT, look, trainer, wait_until
 from tests.test_ladder_file import ARM, HEAD, SIZES, TINY, write, write_corpus
 from trainer import cli
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, ConfigError, RunDirectoryError
-from trainer.ladder import ladderfile, outcomes, record, run, speed, tuning, worker
+from trainer.ladder import ladderfile, order, outcomes, record, run, speed, tuning, worker
 from trainer.ladder import pool as pools
 from trainer.ladder.planned import AA, Ladder
 from trainer.ladder.pool import State
 from trainer.ladder.results import BASELINE, Point
 from trainer.ladder.run import Done, View
+from trainer.ladder.speed import Speed
 
 RUNGS = "".join(f'[[rungs]]\nname = "{n}"\nwidth = {w}\nn_layers = 1\n' for n, w in (("s", 16), ("m", 24)))
 TARGET_TABLE = "[target]\nwidth = 64\nn_layers = 2\n"
@@ -155,7 +156,7 @@ def test_a_ladder_killed_at_random_five_times_gives_the_points_of_one_that_was_n
         time.sleep(rng.uniform(0, 0.3))
         scheduler.kill()
         scheduler.join()
-    assert run.look(ladder, killed).count("finished") < len(ladder.runs)
+    assert run.look(ladder, out).count("finished") < len(ladder.runs)
     done = run.run(ladder, out, server=server)
     assert done.exit_status == EXIT_FINISHED, done.missing
     assert results(ladder, killed) == results(ladder, pool)
@@ -334,6 +335,18 @@ def test_time_left_is_that_of_the_runs_left_at_the_speed_measured(calm):
     assert view.seconds_left == pytest.approx(left / 2 if left / 2 > each else each)
     assert View([first], {}, 2).seconds_left is None
     assert speed.measured([first], states).seconds(first) == pytest.approx(each)
+
+
+def test_the_smallest_run_is_next_unless_a_long_one_would_then_be_alone_at_the_end():
+    assert order.next_of([1, 1, 1, 4, 4], [0, 0]) == 0
+    assert order.next_of([1, 1, 4, 4, 4], [0, 1]) == 2  # else two 4s end at 5, and the third alone at 9
+    assert order.next_of([3], [0, 9]) == 0
+
+
+def test_what_was_measured_before_is_taken_at_the_pace_of_now():
+    earlier = Speed({100: 1.0, 1000: 4.0}, {})
+    assert Speed({100: 2.0}, {}).over(earlier) == Speed({100: 2.0, 1000: 8.0}, {})
+    assert Speed({}, {}).over(earlier) == earlier == Speed.from_json(earlier.to_json())
 
 
 def test_a_spike_is_a_loss_far_above_those_before_it():
