@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from typer.testing import CliRunner
 
 from tests.support import ROOT, look, trainer, wait_until
 from tests.test_ladder_file import ARM, HEAD, SIZES, TINY, write, write_corpus
-from trainer import cli
+from trainer import cli, events
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, ConfigError, RunDirectoryError
 from trainer.ladder import ladderfile, order, outcomes, record, run, speed, tuning, worker
 from trainer.ladder import pool as pools
@@ -109,6 +110,20 @@ def test_points_are_what_the_logs_say(calm):
         assert 0 < point.seconds < seen["goodput"]["wall_seconds"]
     first = {point.arm: point.loss for point in points if point.rung == "s"}
     assert len(set(first.values())) == 3  # also of the A/A arm, whose weights were drawn anew
+
+
+def test_a_run_that_was_scored_on_another_text_is_missing_and_says_why(calm, home):
+    ladder, pool, _ = calm
+    copied = home / "rescored" / "pool"
+    shutil.copytree(pool, copied)
+    (log,) = events.events_directory(pools.place(copied, ladder.runs[2]).run).glob("*.jsonl")
+    digest = outcomes.outcomes(ladder, copied)[2].digest
+    assert digest is not None
+    log.write_text(log.read_text().replace(digest, "f" * 64))
+    found = outcomes.outcomes(ladder, copied)
+    assert [one.status for one in found] == ["finished"] * 2 + ["missing"] + ["finished"] * 3
+    assert "scored on another text" in found[2].reason
+    assert len(outcomes.points(ladder, copied)) == 5
 
 
 def test_a_finished_run_is_never_run_again_and_two_ladders_share_it(calm, home, server):

@@ -8,6 +8,7 @@ Smallest rungs first, as far as that costs no time (order.py); the target's runs
 """
 
 import contextlib
+import functools
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,15 @@ from pathlib import Path
 from typing import IO, Any
 
 from trainer import elastic
-from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USAGE, RunDirectoryError
+from trainer.errors import (
+    EXIT_FAILED,
+    EXIT_FINISHED,
+    EXIT_PREEMPTED,
+    EXIT_USAGE,
+    CheckpointError,
+    NumericsError,
+    RunDirectoryError,
+)
 from trainer.ladder import order, record, speed, tuning
 from trainer.ladder import pool as pools
 from trainer.ladder.planned import TARGET, Ladder, PlannedRun
@@ -30,6 +39,8 @@ POLL_SECONDS = 0.2
 LOOK_SECONDS = 1.0
 """How often the files of runs are looked at for the table."""
 IN_USE = "is in use by"
+FINAL = (f"{NumericsError.__name__}: ", f"{CheckpointError.__name__}: ")
+"""Errors that would only come again; torchrun tells of them in its output alone."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,8 @@ class View:
     slots: int
     earlier: Speed = speed.UNKNOWN
     """What a plan measured."""
+    stopping: bool = False
+    """Runs were asked to save and leave."""
 
     def state(self, run: PlannedRun) -> State:
         return self.states.get(run.key, State("waiting"))
@@ -50,7 +63,7 @@ class View:
     def count(self, status: pools.Status) -> int:
         return len({run.key for run in self.runs if self.state(run).status == status})
 
-    @property
+    @functools.cached_property
     def speed(self) -> Speed:
         """By what the runs have taken so far, and by what a plan measured of those that have not begun."""
         return speed.measured(self.runs, self.states).over(self.earlier)
@@ -278,7 +291,8 @@ class _Scheduler:
     def _hopeless(self, job: _Job, status: int) -> str:
         """Why another start would end as this one did; "" if it may not. Notes the death for the run's log."""
         said = last_words(job.place.log)
-        if elastic.gave_up(job.place.failures) or (status == EXIT_USAGE and IN_USE not in said):
+        wrong = status == EXIT_USAGE and IN_USE not in said
+        if wrong or elastic.gave_up(job.place.failures) or said.startswith(FINAL):
             return said
         progress = job.place.progress()
         job.in_vain = 0 if progress > job.progress else job.in_vain + 1
@@ -323,7 +337,7 @@ class _Scheduler:
             self.update(self._view())
 
     def _view(self) -> View:
-        return View(self._runs, dict(self._states), self._slots, self.earlier)
+        return View(self._runs, dict(self._states), self._slots, self.earlier, self._signals > 0)
 
     # Stopping
 
