@@ -71,13 +71,13 @@ def storm() -> dict[str, Any]:
 def mutants() -> dict[str, Any]:
     """Each bug of the past put back, and which invariants of the checker caught it."""
     from tests.mutants import MUTANTS
-    from tests.test_mutations import caught_by, run_mutants
+    from tests.test_mutations import failed, run_mutants
 
     with tempfile.TemporaryDirectory() as directory:
         seen = run_mutants(MUTANTS, Path(directory))
     rows = [
         {"bug": name.replace("_", " "), "had_by": MUTANTS[name].had_by, "faults": ", ".join(result.kinds),
-         "caught_by": ", ".join(caught_by(result)) or "nothing"}
+         "caught_by": ", ".join(sorted(failed(result))) or "nothing"}
         for name, result in seen.items()
     ]  # fmt: skip
     return {"rows": rows}

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.support import ROOT, SMOKE, trainer, wait_until
-from trainer import cli
+from trainer import cli, tomlfile
 from trainer import config as configs
 from trainer.chaos import campaign, results, runner, storm
 from trainer.chaos.campaign import Campaign, Cell
@@ -269,7 +269,7 @@ def test_a_number_that_is_not_finite_is_refused_where_it_stands(tmp_path, value)
 
 @pytest.mark.parametrize("value", [0.1, 1e22, float("inf"), 'ä "😀"', [1, {"a.b": True}]], ids=str)
 def test_a_value_written_as_toml_is_the_same_when_it_is_read(value):
-    assert tomllib.loads(f"value = {storm.toml(value)}")["value"] == value
+    assert tomllib.loads(f"value = {tomlfile.text(value)}")["value"] == value
 
 
 def test_a_mistake_of_one_sort_hides_none_of_another(tmp_path):

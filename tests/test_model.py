@@ -1,5 +1,6 @@
 """What the model promises, each against a formula written out or an independent count."""
 
+import hashlib
 import math
 from typing import Any
 
@@ -237,6 +238,23 @@ def test_initial_weights_depend_on_seed_and_name_alone() -> None:
     assert not torch.equal(first.embed.weight, other["embed.weight"])
     qkv = [first.get_parameter(f"blocks.{layer}.attention.qkv.weight") for layer in (0, 1)]
     assert not torch.equal(qkv[0], qkv[1])
+
+
+def test_another_draw_of_the_initial_weights_is_another_and_the_first_is_what_it_always_was() -> None:
+    table = build(seed=7).embed.weight
+    key = hashlib.sha256(b"7/embed.weight").digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little"))
+    assert torch.equal(table, torch.randn(table.shape, generator=generator) * model.EMBEDDING_STD)
+    draws = [build(seed=7, init_draw=draw).embed.weight for draw in (0, 1, 2)]
+    assert torch.equal(draws[0], table)
+    assert not torch.equal(draws[1], draws[0])
+    assert not torch.equal(draws[1], draws[2])
+
+
+def test_a_draw_is_part_of_the_fingerprint_and_the_first_leaves_it_as_it_was() -> None:
+    first, second = (config.parse({"model": {"init_draw": draw}}) for draw in (0, 1))
+    assert "model.init_draw" not in config.mathematics(first)
+    assert config.fingerprint(first) != config.fingerprint(second)
 
 
 def test_a_model_built_on_the_meta_device_ends_up_the_same() -> None:

@@ -1,4 +1,4 @@
-"""The verbs: `python -m trainer train | inspect | verify | sample | plot | chaos`.
+"""The verbs: `python -m trainer train | inspect | verify | sample | plot | chaos | ladder`.
 
 Heavy imports wait inside the verbs, so that `--help` and a mistyped config answer at once.
 """
@@ -16,6 +16,9 @@ from trainer.errors import EXIT_FAILED, EXIT_FINISHED, NewerFormatError, Toprope
 
 if TYPE_CHECKING:
     from trainer.checkpoint import Saved
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 PROCESS_STARTED = time.time()
 
@@ -187,6 +190,72 @@ def chaos(
     if done.interrupted:
         print(f"to go on: the same command with --out {out}", file=notes)
     raise typer.Exit(runner.EXIT_INTERRUPTED if done.interrupted else EXIT_FINISHED if done.passed else EXIT_FAILED)
+
+
+ladders = typer.Typer(help="Derisk changes on a ladder of sizes: plan, run, look.", no_args_is_help=True)
+app.add_typer(ladders, name="ladder")
+LadderPath = Annotated[Path, typer.Argument(metavar="LADDER", help="A ladder, e.g. configs/ladders/demo.toml.")]
+LadderOut = Annotated[Path | None, typer.Option(help="Default runs/ladders/NAME; the runs go to `pool` beside it.")]
+
+
+@ladders.command("plan")
+def ladder_plan(path: LadderPath, out: LadderOut = None, as_json: AsJson = False) -> None:
+    """Show what will run: sizes, tokens, FLOPs, hours on this machine. Starts none of it."""
+    from trainer.ladder import ladderfile, record, run, screen, speed, worker
+
+    server = worker.Server()
+    ladder, out = ladderfile.load(path), out or run.default_out(path)
+    view = run.look(ladder, out)
+    known, source = view.speed, "runs that were made before"
+    if not known.steps:
+        known = speed.probe(ladder, view.slots, server)
+        source = f"{speed.PROBE_STEPS} steps of {ladder.rungs[0].name} and {ladder.rungs[-1].name}, now"
+        record.keep_speed(out, known)
+    edits = record.write(ladder, out, run.pool_of(out))
+    if as_json:
+        print(json.dumps(screen.plan_json(ladder, view, known, source, edits)))
+    else:
+        _show(screen.plan(ladder, view, known, source, edits))
+
+
+@ladders.command("run")
+def ladder_run(path: LadderPath, out: LadderOut = None, as_json: AsJson = False) -> None:
+    """Run a ladder, or go on with it: exit 0 if all of it finished, 1 if runs are missing, 75 if it was stopped."""
+    from trainer.ladder import ladderfile, record, run, screen, worker
+
+    server = worker.Server()  # its imports run beside the planning
+    ladder, out = ladderfile.load(path), out or run.default_out(path)
+    told = sys.stderr if as_json else sys.stdout
+    if edits := str(record.compare(ladder, out, run.pool_of(out))):
+        print(edits, file=told, flush=True)
+    with screen.Live(ladder, file=told) as live:
+        done = run.run(ladder, out, server=server, update=live.update)
+    if as_json:
+        print(json.dumps(screen.status_json(ladder, done.view)))
+    else:
+        _show(screen.ended(ladder, done))
+    raise typer.Exit(done.exit_status)
+
+
+@ladders.command("status")
+def ladder_status(path: LadderPath, out: LadderOut = None, as_json: AsJson = False) -> None:
+    """Show how a ladder stands, from its files alone."""
+    from trainer.ladder import ladderfile, record, run, screen
+
+    ladder, out = ladderfile.load(path), out or run.default_out(path)
+    view = run.look(ladder, out)
+    if as_json:
+        print(json.dumps(screen.status_json(ladder, view)))
+        return
+    if edits := str(record.compare(ladder, out, run.pool_of(out))):
+        print(edits)
+    _show(screen.standing(ladder, view))
+
+
+def _show(what: "RenderableType") -> None:
+    from rich.console import Console
+
+    Console(highlight=False).print(what)
 
 
 def main() -> None:

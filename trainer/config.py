@@ -10,12 +10,13 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from trainer import tomlfile
 from trainer.errors import ConfigError
 
 
@@ -86,6 +87,8 @@ class Model(Section):
     bigram_buckets: int = Field(default=0, ge=0)
     """Rows of a hashed table of (previous token, token) embeddings added to the input; 0 is off."""
     init: Literal["gpt2", "zero_proj"] = "zero_proj"
+    init_draw: int = Field(default=0, ge=0)
+    """Which draw of the initial weights at this seed; the order of the data stays."""
 
 
 class Optim(Section):
@@ -220,6 +223,8 @@ class Config(Section):
 # What decides the weights. All else may change between attempts of one run.
 MATHEMATICS = ("seed", "data", "model", "optim", "budget", "numerics")
 NOT_MATHEMATICS = {"data": ("cache_dir", "streaming")}
+# Left out at the value that changes nothing, so that runs from before there was such a setting keep their fingerprint.
+ADDED_LATER = {"model.init_draw": 0}
 
 
 def load(path: Path, overrides: Iterable[str] = ()) -> Config:
@@ -245,7 +250,7 @@ def parse(tree: Mapping[str, Any]) -> Config:
     try:
         config = Config.model_validate(_tuples(tree))
     except ValidationError as error:
-        raise ConfigError([_explain(mistake) for mistake in mistakes(error, tree)]) from None
+        raise ConfigError([_explain(mistake) for mistake in tomlfile.mistakes(error, tree)]) from None
     problems = _contradictions(config) + _without_effect(config)
     if problems:
         raise ConfigError(problems)
@@ -263,7 +268,7 @@ def mathematics(config: Config) -> dict[str, Any]:
     for section, names in NOT_MATHEMATICS.items():
         for name in names:
             del tree[section][name]
-    return flatten(tree)
+    return {key: value for key, value in flatten(tree).items() if key not in ADDED_LATER or value != ADDED_LATER[key]}
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -275,6 +280,19 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
+
+
+def as_toml(config: Config) -> str:
+    """A config as a file that `load` reads back as the same; settings at their defaults are left out."""
+    tree = config.model_dump(mode="json", exclude_defaults=True)
+    faults = tree.pop("faults", [])
+    tables = {name: tree.pop(name) for name in list(tree) if isinstance(tree[name], dict)}
+    lines = tomlfile.lines(tree)
+    for name, table in tables.items():
+        lines += ["", f"[{name}]", *tomlfile.lines(table)]
+    for fault in faults:
+        lines += ["", "[[faults]]", *tomlfile.lines(fault)]
+    return "\n".join(lines).lstrip() + "\n"
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -308,13 +326,13 @@ def check_world(config: Config, world_size: int) -> None:
 
 
 def _with_base(path: Path) -> dict[str, Any]:
-    tree = read_toml(path)
+    tree = tomlfile.read(path)
     base_name = tree.pop("extends", None)
     if base_name is None:
         return tree
     if not isinstance(base_name, str):
         raise ConfigError([f'{path}: extends = {base_name!r} is no path.\n  Write extends = "other.toml".'])
-    base = read_toml(path.parent / base_name)
+    base = tomlfile.read(path.parent / base_name)
     if "extends" in base:
         raise ConfigError(
             [
@@ -324,25 +342,6 @@ def _with_base(path: Path) -> dict[str, Any]:
             ]
         )
     return _merge(base, tree)
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """A file of settings as a tree. Raises ConfigError, naming the nearest file where there is none of that name."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
-        hint = f" Did you mean {path.parent / near[0]}?" if near else " configs/ and configs/chaos/ hold ready ones."
-        raise ConfigError([f"{path} does not exist.{hint}"]) from None
-    except IsADirectoryError:
-        inside = ", ".join(sorted(p.name for p in path.glob("*.toml"))) or "none here; configs/ has ready ones"
-        raise ConfigError([f"{path} is a directory.\n  Name one TOML file ({inside})."]) from None
-    except OSError as error:
-        raise ConfigError([f"{path} cannot be read: {error.strerror}.\n  Make it readable."]) from None
-    except UnicodeDecodeError as error:
-        raise ConfigError([f"{path} is no text: {error}.\n  TOML is written in UTF-8."]) from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError([f"{path} is not valid TOML: {error}."]) from None
 
 
 def _merge(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
@@ -393,49 +392,7 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
 
 
-@dataclass(frozen=True)
-class Mistake:
-    """What is wrong at one place of a tree of settings."""
-
-    place: tuple[str | int, ...]
-    type: str
-    """Pydantic's."""
-    input: Any
-    rules: tuple[str, ...]
-    """Of these, one would have to hold."""
-
-    @property
-    def where(self) -> str:
-        """ "faults[0].rank" """
-        return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in self.place).removeprefix(".")
-
-    def __str__(self) -> str:
-        rules = " or ".join([self.rules[0], *(rule.removeprefix("input should be ") for rule in self.rules[1:])])
-        return f"{self.where} = {json.dumps(self.input, default=str)}: {rules}."
-
-
-def mistakes(error: ValidationError, tree: Mapping[str, Any]) -> list[Mistake]:
-    """One for each place, however many readings of it have failed there."""
-    found: dict[tuple[str | int, ...], Mistake] = {}
-    for detail in error.errors():
-        place, rule = _place(detail, tree), detail["msg"][0].lower() + detail["msg"][1:]
-        before = found[place].rules if place in found else ()
-        found[place] = Mistake(place, detail["type"], detail["input"], (*before, rule))
-    inner = {place[:length] for place in found for length in range(len(place))}
-    return [mistake for place, mistake in found.items() if place not in inner]
-
-
-def _place(detail: Any, tree: Any) -> tuple[str | int, ...]:
-    """Where an error is, without the names of the readings that pydantic tried."""
-    place: list[str | int] = []
-    for part in detail["loc"]:
-        if part in tree if isinstance(tree, Mapping) else isinstance(tree, list | tuple) and isinstance(part, int):
-            place.append(part)
-            tree = tree[part]
-    return (*place, detail["loc"][-1]) if detail["type"] == "missing" else tuple(place)
-
-
-def _explain(mistake: Mistake) -> str:
+def _explain(mistake: tomlfile.Mistake) -> str:
     """As fact, rule and remedy."""
     path, given = mistake.where, json.dumps(mistake.input, default=str)
     match mistake.type:

@@ -73,9 +73,12 @@ def make_failures_file() -> Path:
     return Path(name)
 
 
-def note_failures(failures: list[dict[str, Any]], reason: str) -> None:
-    """Launcher: say why workers are about to be started again; each failure is {rank, pid, exitcode, signal}."""
-    with Path(os.environ[FAILURES_FILE]).open("a", encoding="utf-8") as file:
+def note_failures(failures: list[dict[str, Any]], reason: str, path: Path | None = None) -> None:
+    """Launcher: say why workers are about to be started again; each failure is {rank, pid, exitcode, signal}.
+
+    `path` is the failures file, if not that of the environment.
+    """
+    with (path or Path(os.environ[FAILURES_FILE])).open("a", encoding="utf-8") as file:
         file.write(json.dumps({"failures": failures, "reason": reason}) + "\n")
 
 
@@ -86,9 +89,9 @@ def give_up() -> None:
         Path(path).with_suffix(".final").touch()
 
 
-def gave_up() -> bool:
-    """Launcher: whether a worker of this node said so."""
-    return Path(os.environ[FAILURES_FILE]).with_suffix(".final").exists()
+def gave_up(path: Path | None = None) -> bool:
+    """Launcher: whether a worker of this node said so. `path` as above."""
+    return (path or Path(os.environ[FAILURES_FILE])).with_suffix(".final").exists()
 
 
 def take_losses() -> list[dict[str, Any]]:

@@ -47,6 +47,10 @@ class WorldError(UsageError):
     """The ranks, devices or mesh do not fit the config."""
 
 
+class FitError(UsageError):
+    """The runs do not determine what is asked of them: too few rungs, or a loss that does not fall with compute."""
+
+
 class CheckpointError(TopropeError):
     """A checkpoint cannot be written, or none that exists is intact."""
 

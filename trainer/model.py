@@ -270,7 +270,7 @@ def losses(logits_BTV: Tensor, targets_BT: Tensor, z_loss: float) -> Losses:
 
 
 def initialise(model: nn.Module, seed: int) -> None:
-    """Fill every parameter from (seed, its name, its full shape) alone: device, order and sharding do not matter.
+    """Fill every parameter from (seed, draw, its name, its full shape) alone: device, order, sharding do not matter.
 
     "gpt2": normal, sd 0.02, residual output projections divided by sqrt(2·n_layers) (Radford et al. 2019).
     "zero_proj": matrices normal with sd 1/sqrt(input width), residual output projections, an untied head and bigrams
@@ -289,7 +289,8 @@ def _initial(name: str, shape: torch.Size, settings: config.Model, seed: int) ->
         return torch.full(shape, VALUE_GATE_START)
     if len(shape) < 2:
         return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
-    key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    draw = f"/{settings.init_draw}" if settings.init_draw else ""
+    key = hashlib.sha256(f"{seed}/{name}{draw}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little"))
     return torch.randn(shape, generator=generator) * _deviation(name, shape, settings)
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from trainer import config as configs
+from trainer import tomlfile
 from trainer.chaos import storm
 from trainer.chaos.file import CampaignFile, read
 from trainer.chaos.results import Outcome, Result
-from trainer.chaos.storm import Table, toml
+from trainer.chaos.storm import Table
 from trainer.config import Config, Fault
 from trainer.errors import ConfigError
 from trainer.faults import plan
@@ -151,7 +152,7 @@ def _no_such_run(name: str, cells: Sequence[Cell]) -> str:
 
 
 def _pairs(table: Mapping[str, Any]) -> list[str]:
-    return [f"{key}={toml(value)}" for key, value in configs.flatten(table).items()]
+    return [f"{key}={tomlfile.text(value)}" for key, value in configs.flatten(table).items()]
 
 
 class _Planner:
@@ -236,7 +237,7 @@ class _Planner:
         own: Mapping[str, Any] | None = None, seed: int | None = None,
     ) -> None:  # fmt: skip
         campaign = self._campaign
-        overrides = [*campaign.overrides, f"parallel.strategy={toml(strategy)}"]
+        overrides = [*campaign.overrides, f"parallel.strategy={tomlfile.text(strategy)}"]
         if _from_outside(faults):
             overrides += _pairs(self._file.set_outside)
         overrides += _pairs(own or {})
@@ -245,7 +246,7 @@ class _Planner:
         config, planned = None, None
         with _noting(problems):
             sound = [faults[number] for number in numbers]
-            config = configs.load(campaign.config_path, [*overrides, f"faults={toml(sound)}"])
+            config = configs.load(campaign.config_path, [*overrides, f"faults={tomlfile.text(sound)}"])
         if config is not None:
             with _noting(problems):
                 configs.check_world(config, ranks)

@@ -5,10 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import Field, ValidationError
 
-from trainer import config as configs
-from trainer.config import Config, Mistake, Section
+from trainer import tomlfile
+from trainer.config import Config, Section
 from trainer.errors import ConfigError
 
 Strategy = Literal["replicate", "fsdp", "hybrid"]
@@ -87,15 +87,15 @@ def read(path: Path) -> tuple[CampaignFile | None, list[str]]:
 
     None where they cannot. Raises ConfigError if it is no TOML file.
     """
-    tree = configs.read_toml(path)
+    tree = tomlfile.read(path)
     if "config" not in tree and tree.keys() & (Config.model_fields.keys() | {"extends"}) - {"seed"}:
         hint = "Give a campaign that names it, as configs/chaos/smoke.toml does."
         raise ConfigError([f"{path} is a run's config, not a campaign.\n  {hint}"])
     try:
         return CampaignFile.model_validate(tree), []
     except ValidationError as error:
-        mistakes = configs.mistakes(error, tree)
-    problems = [f"{path}: {_explain(mistake)}" for mistake in mistakes]
+        mistakes = tomlfile.mistakes(error, tree)
+    problems = [f"{path}: {tomlfile.explain(mistake, CampaignFile, 'campaign')}" for mistake in mistakes]
     wrong = {_meant(str(mistake.place[0])) for mistake in mistakes}
     if wrong & PLANS_REST_ON:
         return None, problems
@@ -118,22 +118,3 @@ def _without(tree: Mapping[str, Any], places: Iterable[Sequence[Any]]) -> dict[s
     if runs and "runs" in left:
         left["runs"] = [run for number, run in enumerate(left["runs"]) if number not in runs]
     return left
-
-
-def _explain(mistake: Mistake) -> str:
-    """As fact, rule and remedy."""
-    if mistake.type == "extra_forbidden":
-        known = _settings(mistake.place[:-1])
-        near = difflib.get_close_matches(str(mistake.place[-1]), known, n=1)
-        hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(known)}."
-        return f"{mistake.where} is no setting of a campaign.\n  {hint}"
-    if mistake.type == "missing":
-        return f"{mistake.where} is missing.\n  A campaign needs it."
-    return str(mistake)
-
-
-def _settings(places: Sequence[Any]) -> list[str]:
-    """The settings of the table at this place."""
-    models: dict[str, type[BaseModel]] = {"runs": Run, "catalogue": Catalogue, "pairs": Pairs, "storm": Storm}
-    model = models.get(str(places[0]), CampaignFile) if places else CampaignFile
-    return list(model.model_fields)

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 
+from trainer import tomlfile
 from trainer.chaos.campaign import Campaign
 from trainer.chaos.results import Result
-from trainer.chaos.storm import toml
 
 
 def text(campaign: Campaign, results: Iterable[Result]) -> str:
@@ -12,8 +12,8 @@ def text(campaign: Campaign, results: Iterable[Result]) -> str:
     ours = _pairs(campaign.overrides)
     first = {(result.name, result.strategy): result for result in reversed(list(results))}
     head = [
-        f"config = {toml(str(campaign.config_path.absolute()))}",
-        f"timeout_seconds = {toml(campaign.timeout_seconds)}",
+        f"config = {tomlfile.text(str(campaign.config_path.absolute()))}",
+        f"timeout_seconds = {tomlfile.text(campaign.timeout_seconds)}",
         f"restarts = {campaign.restarts}",
         "\n[set]",
         *(f"{key} = {value}" for key, value in ours.items()),
@@ -28,14 +28,14 @@ def _run(result: Result, ours: dict[str, str]) -> str:
     lines = [
         f"\n# {result.outcome}: {' '.join(result.why.split())}",
         "[[runs]]",
-        f"name = {toml(result.name)}",
+        f"name = {tomlfile.text(result.name)}",
         f"ranks = {result.ranks}",
         f"nodes = {result.nodes}",
-        f"strategy = {toml(result.strategy)}",
+        f"strategy = {tomlfile.text(result.strategy)}",
         *(f"set.{key} = {value}" for key, value in own.items()),
     ]
     for fault in result.faults:
-        lines += ["", "[[runs.faults]]", *(f"{key} = {toml(value)}" for key, value in fault.items())]
+        lines += ["", "[[runs.faults]]", *tomlfile.lines(fault)]
     return "\n".join(lines) + "\n"
 
 

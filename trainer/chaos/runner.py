@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from trainer import config as configs
+from trainer import tomlfile
 from trainer.chaos import replay, results, storm
 from trainer.chaos.campaign import Campaign, Cell
 from trainer.chaos.results import Report, Result
-from trainer.chaos.storm import Table, toml
+from trainer.chaos.storm import Table
 from trainer.errors import EXIT_FINISHED, RunDirectoryError, TopropeError
 from trainer.faults import checker, network, plan
 from trainer.faults.checker import Calm, Evidence
@@ -206,9 +207,9 @@ def _launches(
     campaign: Campaign, cell: Cell, directory: Path, started: float
 ) -> tuple[list[dict[str, Any]], list[str], list[str]]:
     """Give the command, and again while its status is one that the faults explain: (launches, leftovers, notes)."""
-    overrides = [*cell.overrides, f"faults={toml(cell.faults)}"]
+    overrides = [*cell.overrides, f"faults={tomlfile.text(cell.faults)}"]
     if any(fault.kind.name == "corrupt_tokens" for fault in cell.planned):  # not the store that all others read
-        overrides.append(f"data.cache_dir={toml(str((directory / 'cache').absolute()))}")
+        overrides.append(f"data.cache_dir={tomlfile.text(str((directory / 'cache').absolute()))}")
     explained = {status for fault in cell.planned for status in fault.kind.exits}
     launches, leftovers, notes = [], [], []
     for _ in range(len(cell.planned) + MORE_STARTS):
@@ -287,7 +288,7 @@ def _shrink(campaign: Campaign, cell: Cell, result: Result, calm: Calm, out: Pat
     assert bad is not None
 
     def fails(faults: list[Table]) -> bool:
-        config = configs.load(campaign.config_path, [*cell.overrides, f"faults={toml(faults)}"])
+        config = configs.load(campaign.config_path, [*cell.overrides, f"faults={tomlfile.text(faults)}"])
         part = replace(cell, faults=faults, config=config, planned=plan.make(config, cell.ranks, cell.nodes))
         answers = run_cell(campaign, part, calm, out).answers
         return any((answer.invariant, answer.answer) == (bad.invariant, bad.answer) for answer in answers)

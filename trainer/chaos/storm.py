@@ -6,12 +6,12 @@ exactly. Same seed, same schedule.
 """
 
 import itertools
-import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trainer import tomlfile
 from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.faults.kinds import KINDS, NODES, PHASES_WITHOUT_STEP, SAVE, Kind
@@ -81,12 +81,12 @@ def weights(mix: str | Mapping[str, float], nodes: int) -> dict[str, float]:
 def _chosen(mix: Mapping[str, float]) -> dict[str, float]:
     """What a mix of one's own asks for."""
     problems = [
-        f"storm.mix.{kind} = {toml(weight)} is no weight.\n  Give how often it comes, relative to the others."
+        f"storm.mix.{kind} = {tomlfile.text(weight)} is no weight.\n  Give how often it comes, relative to the others."
         for kind, weight in mix.items()
         if weight < 0
     ]
     if not any(mix.values()):
-        problems.append(f"storm.mix = {toml(mix)} has nothing to draw.\n  Give a kind a weight above 0.")
+        problems.append(f"storm.mix = {tomlfile.text(mix)} has nothing to draw.\n  Give a kind a weight above 0.")
     if problems:
         raise ConfigError(problems)
     return {kind: weight for kind, weight in mix.items() if weight}
@@ -221,14 +221,3 @@ def shrink(fails: Callable[[list[Table]], bool], faults: Sequence[Table], most_t
                 break
             pieces = min(len(left), 2 * pieces)
     return Shrunk([faults[n] for n in left], trials, True)
-
-
-def toml(value: Any) -> str:
-    """A value as TOML, in one line."""
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{toml(str(key))} = {toml(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(toml, value)) + "]"
-    if isinstance(value, float):
-        return repr(value)  # TOML writes nan and inf as Python does, and JSON does not
-    return json.dumps(value, ensure_ascii=False)  # TOML has no surrogates

@@ -1,0 +1,237 @@
+"""What a size is, what of a config scales with it, and by which published rule.
+
+N is the number of parameters without tables that are looked up, an untied head included: what Kaplan et al. 2020
+counted, with the head that Porian et al. 2024 (arXiv:2406.19146) found missing. The baseline's N decides a rung's
+tokens and scales, for all its arms: so they stay a single variable apart.
+The config that a ladder names is taken at its word at the base rung, the smallest; the rules lead away from there.
+"""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import Field
+
+from trainer import config as configs
+from trainer.config import Config, Section
+
+DIGITS = 6
+"""Significant digits of a rate or decay that a rule gives, so that a config stays legible."""
+
+
+class Rules(Section):
+    """[sizes]: what scales with size."""
+
+    tokens_per_parameter: float = Field(gt=0)
+    """D / N of every rung. About 20 is compute-optimal in Hoffmann et al. 2022 (arXiv:2203.15556), table 3."""
+    aspect: float = Field(default=0.0, ge=0)
+    """Width per layer where a size is given by its parameters; 0 takes the config's."""
+    head_width: int = Field(default=0, ge=0)
+    """Channels of a head, fixed, so that n_heads grows with width; 0 takes the config's. A rung's n_heads overrides."""
+    learning_rate: Literal["fixed", "mup", "power"] = "fixed"
+    """"mup": optim.mup_base_width is the base rung's width; hidden rates then fall as 1 / width (Yang et al. 2022,
+    arXiv:2203.03466, table 8). "power": rate × (N / N_base)^learning_rate_exponent; −0.25 is DeepSeek's C^−0.125 (Bi
+    et al. 2024, arXiv:2401.02954) along a ladder of fixed D / N, where C grows as N²."""
+    learning_rate_exponent: float = 0.0
+    batch: Literal["fixed", "power"] = "fixed"
+    """"power": data.micro_batches × (D / D_base)^batch_exponent, rounded; 0.47 is the critical batch of Zhang et al.
+    2024 (arXiv:2410.21676), which grows with tokens and hardly with N."""
+    batch_exponent: float = 0.0
+    weight_decay: Literal["fixed", "inverse_steps"] = "fixed"
+    """"inverse_steps": rate × decay × steps stays as at the base rung, the hidden matrices' rate: AdamW averages over
+    the same share of the run (Wang & Aitchison 2024, arXiv:2405.13698)."""
+    warmup_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """optim.warmup_steps as a share of the steps: a fixed warmup is too long for the small rungs (Porian et al.
+    2024); 0 leaves it as the config says."""
+
+    def problems(self) -> list[str]:
+        """Exponents without a rule, and rules without an exponent."""
+        pairs = (
+            ("learning_rate", self.learning_rate, self.learning_rate_exponent),
+            ("batch", self.batch, self.batch_exponent),
+        )
+        return [
+            f'sizes.{name}_exponent = {exponent:g} beside sizes.{name} = "{rule}".\n'
+            f'  The exponent is that of "power", and "power" needs one. Give both or none.'
+            for name, rule, exponent in pairs
+            if (rule == "power") != (exponent != 0)
+        ]
+
+
+DERIVES: Mapping[str, tuple[str, ...]] = {
+    "head_width": ("model.n_heads",),
+    "learning_rate": ("optim.learning_rate", "optim.mup_base_width"),
+    "learning_rate_exponent": ("optim.learning_rate",),
+    "batch": ("data.micro_batches",),
+    "batch_exponent": ("data.micro_batches",),
+    "weight_decay": ("optim.weight_decay",),
+    "warmup_fraction": ("optim.warmup_steps",),
+}
+"""Which settings of the runs each rule decides; an arm may change one rule instead of a setting."""
+SET_BY_RUNGS = ("seed", "model.width", "model.n_layers", "budget.steps")
+
+
+class Size(Section):
+    """By width and depth, or by parameters."""
+
+    width: int = Field(default=0, ge=0)
+    n_layers: int = Field(default=0, ge=0)
+    n_heads: int = Field(default=0, ge=0)
+    """0: by sizes.head_width."""
+    parameters: float = Field(default=0.0, ge=0)
+    """N to come as near to as whole heads and layers allow."""
+
+    def problems(self, where: str) -> list[str]:
+        by_shape = bool(self.width and self.n_layers and not self.parameters)
+        by_parameters = bool(self.parameters and not (self.width or self.n_layers or self.n_heads))
+        if by_shape or by_parameters:
+            return []
+        return [f"{where} has no one size.\n  Give width and n_layers (and n_heads, if you like), or parameters alone."]
+
+
+@dataclass(frozen=True)
+class Shape:
+    width: int
+    n_layers: int
+    n_heads: int
+
+    def __str__(self) -> str:
+        return f"{self.width}×{self.n_layers}"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Where a rung stands: the baseline's N and shape there and at the base rung."""
+
+    parameters: int
+    shape: Shape
+    base_parameters: int
+    base: Shape
+
+    @property
+    def ratio(self) -> float:
+        return self.parameters / self.base_parameters
+
+
+def counts(model: configs.Model, vocab_size: int) -> tuple[int, int]:
+    """(N, training FLOPs per token) of a model; `vocab_size` rows of the table. Loads torch, but no numbers."""
+    return _counts(model.model_dump_json(), vocab_size)
+
+
+@functools.lru_cache(maxsize=1024)
+def _counts(settings: str, vocab_size: int) -> tuple[int, int]:
+    import torch
+
+    from trainer import model as models
+
+    model = configs.Model.model_validate_json(settings)
+    with torch.device("meta"):
+        gpt = models.GPT(model, vocab_size)
+    return models.parameter_count(gpt).non_embedding, models.flops_per_token(model, vocab_size)
+
+
+def vocab_of(config: Config) -> int:
+    """Rows of the embedding table, known for certain: the tokenizer is made where the cache does not have it."""
+    from trainer import model as models
+
+    return models.padded_vocab(_tokens(config.data.model_dump_json()), config.model.vocab_size)
+
+
+@functools.lru_cache(maxsize=64)
+def _tokens(settings: str) -> int:
+    """Of a [data] section's tokenizer."""
+    from trainer import data
+
+    return data.tokenizer_for(configs.Data.model_validate_json(settings)).vocab_size
+
+
+def shape_of(size: Size, rules: Rules, config: Config, vocab_size: int) -> Shape:
+    """Width, depth and heads of a size, by the rules; `config` is the baseline's."""
+    if size.width:
+        return Shape(size.width, size.n_layers, size.n_heads or _heads(size.width, rules, config))
+    return _nearest(size.parameters, rules, config, vocab_size)
+
+
+def head_width(rules: Rules, config: Config) -> int:
+    return rules.head_width or max(1, config.model.width // config.model.n_heads)
+
+
+def _heads(width: int, rules: Rules, config: Config) -> int:
+    """At least one; a width that is no multiple is refused with the config."""
+    return max(1, round(width / head_width(rules, config)))
+
+
+def _nearest(parameters: float, rules: Rules, config: Config, vocab_size: int) -> Shape:
+    """The shape of the wanted aspect whose N is nearest: widths are whole heads, so N grows with their number."""
+    aspect = rules.aspect or config.model.width / config.model.n_layers
+    channels = head_width(rules, config)
+
+    def shape(heads: int) -> Shape:
+        return Shape(heads * channels, max(1, round(heads * channels / aspect)), heads)
+
+    def count(heads: int) -> int:
+        return counts(with_shape(config, shape(heads)).model, vocab_size)[0]
+
+    above = 1
+    while count(above) < parameters:
+        above *= 2
+    below = above // 2
+    while above - below > 1:
+        middle = (above + below) // 2
+        below, above = (middle, above) if count(middle) < parameters else (below, middle)
+    best = min((heads for heads in (below, above) if heads), key=lambda heads: abs(count(heads) - parameters))
+    return shape(best)
+
+
+def with_shape(config: Config, shape: Shape) -> Config:
+    """The config at this shape, not checked."""
+    update = {"width": shape.width, "n_layers": shape.n_layers, "n_heads": shape.n_heads}
+    return config.model_copy(update={"model": config.model.model_copy(update=update)})
+
+
+def scaled(config: Config, rules: Rules, shape: Shape, scale: Scale, decay: float = 1.0) -> dict[str, Any]:
+    """What the rules make of `config` (the ladder's, with an arm's change) at a rung: {"optim.weight_decay": 0.05, …}.
+
+    Tokens are the baseline's D up to half a step, so an arm with another batch takes other steps. `decay` is what
+    `inverse_steps` gives.
+    """
+    settings: dict[str, Any] = {
+        "model.width": shape.width, "model.n_layers": shape.n_layers, "model.n_heads": shape.n_heads
+    }  # fmt: skip
+    if rules.batch == "power":
+        settings["data.micro_batches"] = max(1, round(config.data.micro_batches * scale.ratio**rules.batch_exponent))
+    if rules.learning_rate == "mup" and shape.width != scale.base.width:
+        settings["optim.mup_base_width"] = scale.base.width
+    if rules.learning_rate == "power":
+        rate = config.optim.learning_rate * scale.ratio**rules.learning_rate_exponent
+        settings["optim.learning_rate"] = _legible(rate)
+    settings["budget.steps"] = steps = _steps(config, rules, scale.parameters, settings)
+    if rules.weight_decay == "inverse_steps":
+        settings["optim.weight_decay"] = _legible(config.optim.weight_decay * decay)
+    if rules.warmup_fraction:
+        settings["optim.warmup_steps"] = round(rules.warmup_fraction * steps)
+    return settings
+
+
+def _steps(config: Config, rules: Rules, parameters: int, settings: Mapping[str, Any]) -> int:
+    micro_batches = settings.get("data.micro_batches", config.data.micro_batches)
+    tokens_per_step = micro_batches * config.data.micro_batch_sequences * config.model.context
+    return max(1, round(rules.tokens_per_parameter * parameters / tokens_per_step))
+
+
+def inverse_steps(config: Config, rules: Rules, scale: Scale) -> float:
+    """By what the weight decay is multiplied at a rung so that rate × decay × steps stays as at the base rung.
+
+    Of the baseline, for all arms: another rate or batch would else be another decay too.
+    """
+    settings = scaled(config, rules, scale.shape, scale)
+    base_steps = _steps(config, rules, scale.base_parameters, {})
+    rate = settings.get("optim.learning_rate", config.optim.learning_rate) / config.optim.learning_rate
+    if rules.learning_rate == "mup":
+        rate *= scale.base.width / scale.shape.width
+    return base_steps / (rate * settings["budget.steps"])
+
+
+def _legible(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}")
