@@ -23,12 +23,14 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from trainer import cli, elastic, job
+from trainer.checkpoint import streams
 from trainer.step import TrainState
 
 SIGNALS = {
     "kill": signal.SIGKILL, "segv": signal.SIGSEGV, "abort": signal.SIGABRT, "stop": signal.SIGSTOP,
     "term": signal.SIGTERM, "usr1": signal.SIGUSR1,
 }  # fmt: skip
+FSYNC = os.fsync
 
 
 def marks(plan: Path) -> Path:
@@ -89,6 +91,11 @@ class Faults:
             resource.setrlimit(resource.RLIMIT_FSIZE, (fault["bytes"], resource.RLIM_INFINITY))
         elif action == "unlimit_files":
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        elif action == "slow_disk":  # it takes so long for every 16 kB, and the system keeps none of them for later
+            streams._HashingStream._CHUNK = streams._HashingStream._SYNCED = 2**14
+            os.fsync = lambda file: (time.sleep(fault["seconds"]), FSYNC(file))[1]
+        elif action == "fast_disk":
+            os.fsync = FSYNC
         elif action == "nan":
             self._poison = fault.get("where", "output")
         else:

@@ -45,6 +45,8 @@ from trainer.faults.checker import strays
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]  # the machine may be shared: six attempts take long then
 
 STEPS, EVERY = 24, 6
+STEP_SECONDS = 1.5
+LIMITS = settings(elastic__step_timeout_seconds=STEP_SECONDS, elastic__startup_timeout_seconds=30.0)
 RESTARTS = 10
 
 
@@ -255,19 +257,29 @@ def test_sigterm_to_the_agent_is_answered_with_75_and_the_same_command_goes_on(p
 
 
 def test_slow_is_not_hung(place: Place):
-    """A first step, an evaluation and a save, each longer than the limit of a step in all."""
-    limits = settings(elastic__step_timeout_seconds=1.5, elastic__startup_timeout_seconds=30.0)
+    """A first step, an evaluation and the wait for a save, each longer than the limit of a step in all."""
     place.survive(
         2,
         [
             fault("before_backward", "sleep", 0, seconds=3),
             fault("in_eval", "sleep", rank=None, lasting=True, seconds=0.2),
-            fault("in_save_shard", "sleep", 6, seconds=3),
+            fault("waiting_for_save", "slow_disk", 6, seconds=0.4),
+            fault("waiting_for_save", "fast_disk", 18),
         ],
-        *limits,
+        *LIMITS,
     )
     place.ends_as_calm(attempts=1)
     assert of_kind(place.run, events.Hung) == []
+    stalls = {saved.step: saved.stall_seconds for saved in of_kind(place.run, events.CheckpointSaved)}
+    assert stalls[12] > 2 * STEP_SECONDS, "both ranks waited for the save of rank 1"
+
+
+def test_a_disk_that_answers_no_more_is_a_hang_of_its_rank(place: Place):
+    place.survive(2, [fault("in_save_shard", "sleep", 6, seconds=1000)], *LIMITS)
+    place.ends_as_calm(attempts=2)
+    hung = of_kind(place.run, events.Hung)
+    assert hung and {one.point for one in hung} == {"waiting_for_save"}
+    assert {culprit["rank"] for one in hung for culprit in one.culprits} == {1}, hung
 
 
 def test_a_full_disk_fails_saves_and_not_the_run(place: Place):

@@ -158,7 +158,7 @@ class Attempt:
 
         watchdog.start()
         try:
-            with contextlib.closing(Checkpoints(self, at)) as checkpoints:
+            with contextlib.closing(Checkpoints(self, at, watchdog.at)) as checkpoints:
                 checkpoints.restore(state)
                 stopwatch.lap("restore")
                 self._announce(state, stopwatch)
@@ -223,12 +223,13 @@ class Attempt:
 class Checkpoints:
     """Saves beside training, as the loop asks for it, and tells the log what became of it."""
 
-    def __init__(self, attempt: Attempt, at: Point) -> None:
+    def __init__(self, attempt: Attempt, at: Point, waiting: Point) -> None:
+        """`at` is called at the points of a save, `waiting` whenever a save that the loop waits for gets on."""
         self._attempt, self._at = attempt, at
         self._limit = attempt.config.checkpoint.max_failures
         self._durable = -1
         identity = {"fingerprint": attempt.about["fingerprint"], "run_id": attempt.about["run_id"]}
-        self._saver = checkpoint.Saver(attempt.run, attempt.ranks, identity, attempt.config.checkpoint, at)
+        self._saver = checkpoint.Saver(attempt.run, attempt.ranks, identity, attempt.config.checkpoint, at, waiting)
 
     def restore(self, state: TrainState) -> None:
         a = self._attempt
@@ -240,7 +241,7 @@ class Checkpoints:
             self._durable = found
 
     def save(self, state: TrainState) -> None:
-        self._at("waiting_for_save", state.step)  # a slow disk is no hang
+        self._at("waiting_for_save", state.step)
         self._saver.begin(state.step, state.tensors())
         self._at("after_save", state.step)
         self.look()
