@@ -39,7 +39,7 @@ from tests.support import (
 from trainer import checkpoint, events
 from trainer import config as configs
 from trainer.data import Batches, digest, prepare
-from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED
+from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USAGE
 from trainer.faults.checker import strays
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]  # the machine may be shared: six attempts take long then
@@ -315,9 +315,9 @@ def test_a_disk_that_stays_full_stops_the_run_with_its_reason(place: Place):
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A tmpfs of 4 MB to be mounted over the checkpoints of a run."""
-    disk = tmp_path / "run" / "checkpoints"
+def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A tmpfs of 4 MB mounted over this directory of the test's."""
+    disk = tmp_path / request.param
     disk.mkdir(parents=True)
     mount = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True, text=True, check=False
@@ -328,6 +328,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", disk], check=False)
 
 
+@pytest.mark.parametrize("small_disk", ["run/checkpoints"], indirect=True)
 def test_a_disk_without_room_for_one_more_checkpoint_keeps_the_ones_it_has(
     calm: Place, tmp_path: Path, small_disk: Path
 ):
@@ -338,10 +339,7 @@ def test_a_disk_without_room_for_one_more_checkpoint_keeps_the_ones_it_has(
         tmp_path / "start", place.run, dirs_exist_ok=True, ignore=shutil.ignore_patterns("step-*[12348]", "events")
     )
     assert [saved.step for saved in checkpoint.committed(place.run)] == [EVERY]
-    filler = small_disk / "step-somebody-elses"
-    with filler.open("wb") as file:
-        space = os.statvfs(small_disk)
-        file.write(b"x" * (space.f_bavail * space.f_frsize - 30_000))
+    filler = fill(small_disk, leaving=30_000)
     with place.start(2, [slow(0.2)], *settings(checkpoint__max_failures=9)) as job:
         assert wait_until(lambda: begun(place.run, step=15), seconds=40), job.output
         assert [saved.step for saved in checkpoint.committed(place.run)] == [EVERY]
@@ -352,6 +350,36 @@ def test_a_disk_without_room_for_one_more_checkpoint_keeps_the_ones_it_has(
     seen = outcome(place.run)
     same = ("status", "step", "weights_sha256", "state_sha256")
     assert {key: seen[key] for key in same} == {key: calm.calm[key] for key in same}
+
+
+@pytest.mark.parametrize("small_disk", ["run"], indirect=True)
+def test_a_disk_too_full_for_the_log_itself_stops_nothing_and_loses_no_event(place: Place, small_disk: Path):
+    """ENOSPC for all of the run, from step 3 until it was told of."""
+    with place.start(2, [slow(0.2)], *settings(checkpoint__max_failures=9)) as job:
+        assert wait_until(lambda: begun(place.run, step=3), seconds=40), job.output
+        filler = fill(small_disk)
+        assert wait_until(lambda: "jsonl cannot be written: No space left on device" in job.output, seconds=30)
+        filler.unlink()
+        assert job.wait() == EXIT_FINISHED, job.output
+    place.ends_as_calm(attempts=1)
+    assert of_kind(place.run, events.CheckpointFailed) != []
+    assert ["the log" in one.message for one in of_kind(place.run, events.Warned)] == [True], "told once"
+
+
+@pytest.mark.parametrize("small_disk", ["run"], indirect=True)
+def test_a_disk_that_is_full_from_the_start_is_wrong_usage(place: Place, small_disk: Path):
+    fill(small_disk)
+    refused = trainer("train", SMOKE, "--run", small_disk / "run", *place.settings, check=False)
+    assert refused.returncode == EXIT_USAGE and "Traceback" not in refused.stderr, refused.stderr
+    assert "cannot be written: No space left on device.\n  Checkpoints and events go there." in refused.stderr
+
+
+def fill(disk: Path, leaving: int = 0) -> Path:
+    """A file of somebody else's that takes all room but this."""
+    filler = disk / "step-somebody-elses"
+    space = os.statvfs(disk)
+    filler.write_bytes(bytes(space.f_bavail * space.f_frsize - leaving))
+    return filler
 
 
 def test_a_nan_that_stays_stops_the_run_and_is_named(place: Place):

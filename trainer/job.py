@@ -19,7 +19,7 @@ from trainer import model as models
 from trainer import step as steps
 from trainer.config import Config, check_world
 from trainer.data import Batches, EvalWindows, Prepared, prepare
-from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, CheckpointError, TopropeError
+from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, CheckpointError, RunDirectoryError, TopropeError
 from trainer.exact import Grids
 from trainer.faults import worker as faults
 from trainer.step import TrainState, Work
@@ -360,18 +360,22 @@ def _in_wandb(attempt: Attempt, earlier: Sequence[events.Entry]) -> Iterator[Non
 
 
 def _record(run: Path, config: Config, prepared: Prepared, vocab_size: int) -> dict[str, Any]:
-    prepared.tokenizer.save(rundir.tokenizer_path(run))
+    """What config.json now says. Raises RunDirectoryError if it cannot be written or is of a run on other data."""
     data = config.data
     with torch.device("meta"):
         gpt = models.GPT(config.model, vocab_size)
-    return rundir.record(
-        run,
-        config,
-        {
-            "data_sha256": prepared.sha256,
-            "vocab_size": vocab_size,
-            "parameters": models.parameter_count(gpt).total,
-            "tokens_per_step": data.micro_batches * data.micro_batch_sequences * config.model.context,
-            "flops_per_token": models.flops_per_token(config.model, vocab_size),
-        },
-    )
+    facts = {
+        "data_sha256": prepared.sha256,
+        "vocab_size": vocab_size,
+        "parameters": models.parameter_count(gpt).total,
+        "tokens_per_step": data.micro_batches * data.micro_batch_sequences * config.model.context,
+        "flops_per_token": models.flops_per_token(config.model, vocab_size),
+    }
+    try:
+        prepared.tokenizer.save(rundir.tokenizer_path(run))
+        return rundir.record(run, config, facts)
+    except OSError as error:
+        raise RunDirectoryError(
+            f"{run} cannot be written: {error.strerror}.\n"
+            "  Checkpoints and events go there. Make room or mend the disk; the same command then goes on."
+        ) from None

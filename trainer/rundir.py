@@ -5,6 +5,7 @@ RUN/tokenizer.json    what the run's token ids mean
 RUN/lock              held by rank 0 of the job that is training
 """
 
+import contextlib
 import fcntl
 import importlib.metadata
 import json
@@ -132,9 +133,9 @@ def _hold(run: Path, lock: IO[str]) -> IO[str]:
             f"{run} is in use by {owner}.\n"
             "  Two jobs would write over each other. Wait for it, end it, or give another --run."
         ) from None
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {platform.node()}\n")
-    lock.flush()
+    with contextlib.suppress(OSError):  # a full disk: the lock holds without a name in it
+        lock.truncate(0)
+        os.write(lock.fileno(), f"process {os.getpid()} on {platform.node()}\n".encode())
     return lock
 
 
