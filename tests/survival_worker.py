@@ -3,8 +3,8 @@
 The plan is a list of faults, each {point, action} and, as wanted: rank (any), step (any), nth (which time this rank
 passes there in its process, from 0), pause (seconds before the action), turn (so many faults must have fired before
 this process began), seconds, bytes, where, lasting. Points are those of the run itself (trainer/step.py, checkpoint)
-and, seen from outside, START, in_forward, in_backward, in_update, before_end and leaving. A fault that is not lasting
-fires once in the life of its plan, so a rank that is started again passes it by; `fired` tells which did.
+and, seen from outside, START, in_data, in_forward, in_backward, in_update, before_end and leaving. A fault that is not
+lasting fires once in the life of its plan, so a rank that is started again passes it by; `fired` tells which did.
 """
 
 import functools
@@ -112,9 +112,18 @@ class Faults:
             hashed = TrainState.weights_sha256
             # pyright knows that methods are not for assigning to
             setattr(TrainState, "weights_sha256", lambda state: (self("before_end", state.step), hashed(state))[1])  # noqa: B010
+        if "in_data" in points:
+            prepare = job.prepare
+            job.prepare = lambda *arguments, **more: (self._in_data(**more), prepare(*arguments, **more))[1]
         if "leaving" in points:
             leave = job.world.disconnect
             job.world.disconnect = lambda: (self("leaving", 0), leave())[1]
+
+    def _in_data(self, progress: Any, verify: bool = False) -> None:
+        """A long preparation by rank 0, which gets on."""
+        for _ in range(30 if verify else 0):
+            progress("pretending to prepare", 0, None)
+            self("in_data", 0)
 
     def _after_module(self, module: torch.nn.Module, _arguments: Any, output: Any) -> Any:
         if type(module).__name__ != "MLP":

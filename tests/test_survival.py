@@ -274,6 +274,19 @@ def test_slow_is_not_hung(place: Place):
     assert stalls[12] > 2 * STEP_SECONDS, "both ranks waited for the save of rank 1"
 
 
+def test_a_rank_that_hangs_in_the_preparation_is_named_and_slow_data_are_no_hang(place: Place):
+    """9 s of data that get on, with 5 s allowed; before that the rank that prepares them is stopped."""
+    slow_data = fault("in_data", "sleep", rank=0, lasting=True, seconds=0.3)
+    asked = time.monotonic()
+    place.survive(
+        2, [fault("in_data", "stop", rank=0, nth=2), slow_data], *settings(elastic__startup_timeout_seconds=5.0)
+    )
+    assert time.monotonic() - asked < 90
+    place.ends_as_calm(attempts=1)  # the other did not come to training
+    (hung,) = of_kind(place.run, events.Hung)
+    assert hung.point == "startup" and [culprit["rank"] for culprit in hung.culprits] == [0], hung
+
+
 def test_a_disk_that_answers_no_more_is_a_hang_of_its_rank(place: Place):
     place.survive(2, [fault("in_save_shard", "sleep", 6, seconds=1000)], *LIMITS)
     place.ends_as_calm(attempts=2)

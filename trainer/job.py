@@ -27,6 +27,7 @@ from trainer.wandb_sink import WandbSink
 from trainer.watchdog import Watchdog
 from trainer.world import World
 
+TELL_SECONDS = 0.5  # how often the ranks that wait for the data hear that rank 0 gets on
 Point = Callable[[str, int], None]
 """Called with (name of a point, step) when a rank passes it."""
 
@@ -80,24 +81,21 @@ def train(config: Config, run: Path, process_started: float, inject: Point = lam
         stack.callback(world.disconnect)
         stack.callback(hand.close)
         ranks.from_main(lambda: stack.enter_context(rundir.claim(run, config)) and None)
+        number = ranks.from_main(lambda: events.next_attempt(run))
+        watchdog = _watch(config, run, ranks, number)
+        stack.callback(watchdog.stop)
         stopwatch.lap("connect")
-        with console.preparation(enabled=ranks.is_main) as progress:
-            prepared_data = functools.partial(
-                prepare, config.data, config.eval, config.model.context, progress=progress
-            )
-            # Rank 0 builds what is missing and checks what is there, because it can show progress.
-            ranks.from_main(lambda: prepared_data(verify=True) and None)
-            prepared = prepared_data()
+        prepared = _prepare(config, ranks, watchdog)
         vocab_size = models.padded_vocab(prepared.tokenizer.vocab_size, config.model.vocab_size)
         about = ranks.from_main(lambda: _record(run, config, prepared, vocab_size))
         hand.startup()
         stopwatch.lap("data")
         state = build(config, vocab_size, ranks)
         stopwatch.lap("model")
-        number = ranks.from_main(lambda: events.next_attempt(run))
         log = stack.enter_context(contextlib.closing(events.EventLog.open(run, number, ranks.rank)))
+        watchdog.report = log.append
         hand.join(number, log, state, prepared)
-        attempt = Attempt(config, run, number, prepared, about, ranks, log, stop, hand, hand.point(inject))
+        attempt = Attempt(config, run, prepared, about, ranks, log, stop, hand, hand.point(inject), watchdog)
         screen = None
         if ranks.is_main:
             earlier = [entry for entry in events.read(run) if entry.attempt < number and not _is_truth(entry)]
@@ -120,8 +118,40 @@ def _is_truth(entry: events.Entry) -> bool:
     return isinstance(entry.event, events.FaultFired)
 
 
+def _watch(config: Config, run: Path, ranks: World, attempt: int) -> Watchdog:
+    """A watchdog on duty. Until the attempt has a log, which makes it one, it reports to one that it opens itself."""
+
+    def report(event: events.Event) -> None:
+        with contextlib.closing(events.EventLog.open(run, attempt, ranks.rank)) as log:
+            log.append(event)
+
+    limits = config.elastic.step_timeout_seconds, config.elastic.startup_timeout_seconds
+    watchdog = Watchdog(run, ranks.rank, ranks.size, attempt, *limits, report=report)
+    watchdog.start()
+    return watchdog
+
+
+def _prepare(config: Config, ranks: World, watchdog: Watchdog) -> Prepared:
+    """Tokens and tokenizer. Rank 0 builds what is missing and checks what is there, because it can show progress."""
+    prepared_data = functools.partial(prepare, config.data, config.eval, config.model.context)
+    alive = functools.partial(watchdog.at, "startup", 0)
+    with console.preparation(enabled=ranks.is_main) as show:
+        told = time.monotonic()
+
+        def progress(*amount: Any) -> None:
+            nonlocal told
+            show(*amount)
+            alive()
+            if time.monotonic() - told > TELL_SECONDS:
+                ranks.gets_on()
+                told = time.monotonic()
+
+        ranks.from_main(lambda: prepared_data(progress=progress, verify=True) and None, waiting=alive)
+        return prepared_data(progress=lambda *amount: alive())
+
+
 def _collective_timeout(config: Config) -> float:
-    """The watchdog is there first, and knows more than a timeout can say."""
+    """From the first connection on the watchdog is there first, and knows more than a timeout can say."""
     return 2 * max(config.elastic.step_timeout_seconds, config.elastic.startup_timeout_seconds) + 60
 
 
@@ -131,7 +161,6 @@ class Attempt:
 
     config: Config
     run: Path
-    number: int
     prepared: Prepared
     about: Mapping[str, Any]
     ranks: World
@@ -139,26 +168,17 @@ class Attempt:
     stop: StopSignals
     hand: faults.Injector
     inject: Point
+    watchdog: Watchdog
 
     def train(self, state: TrainState, stopwatch: Stopwatch) -> int:
         """Restore, train, and record how it ended. Returns the exit status."""
-        watchdog = Watchdog(
-            self.run,
-            self.ranks.rank,
-            self.ranks.size,
-            self.number,
-            self.config.elastic.step_timeout_seconds,
-            self.config.elastic.startup_timeout_seconds,
-            report=self.log.append,
-        )
 
         def at(point: str, step: int) -> None:
-            watchdog.at(point, step)
+            self.watchdog.at(point, step)
             self.inject(point, step)
 
-        watchdog.start()
         try:
-            with contextlib.closing(Checkpoints(self, at, watchdog.at)) as checkpoints:
+            with contextlib.closing(Checkpoints(self, at, self.watchdog.at)) as checkpoints:
                 checkpoints.restore(state)
                 stopwatch.lap("restore")
                 self._announce(state, stopwatch)
@@ -172,7 +192,7 @@ class Attempt:
                 elastic.give_up()
             raise
         finally:
-            watchdog.stop()
+            self.watchdog.stop()  # what is still to be closed has time limits of its own
 
     def _parts(self, checkpoints: "Checkpoints", at: Point) -> loop.Parts:
         batches = self.hand.batches(batches_of(self.config, self.prepared))

@@ -20,6 +20,8 @@ from trainer.config import Config, differences, fingerprint, mathematics, parse
 from trainer.errors import ConfigError, RunDirectoryError
 
 FORMAT = 1
+STARTS_LEAVE = frozenset({"lock", "live", "stacks", "events"})
+"""What may lie in the directory of a run that was never prepared to the end: its watchdogs were there before."""
 LIBRARIES = ("torch", "numpy", "tokenizers", "datasets", "wandb")
 
 
@@ -40,7 +42,7 @@ def claim(run: Path, config: Config) -> IO[str]:
         raise RunDirectoryError(f"{run} is a file.\n  --run takes a directory: a new one, or a run's own.")
     if config_path(run).exists():
         _check_same_run(run, read(run), config)
-    elif run.exists() and any(entry.name != "lock" for entry in run.iterdir()):
+    elif run.exists() and any(entry.name not in STARTS_LEAVE for entry in run.iterdir()):
         raise RunDirectoryError(
             f"{run} holds files but no config.json, so it is no run.\n"
             "  A run is started in a new or empty directory, or resumed in its own. Give another --run."
