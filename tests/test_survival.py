@@ -22,6 +22,7 @@ import pytest
 
 from tests.support import (
     NO_FAULTS,
+    ROOT,
     SMOKE,
     Job,
     committed_samples,
@@ -237,19 +238,50 @@ def test_an_agent_that_is_killed_takes_its_workers_along_and_the_same_command_go
     place.ends_as_calm(attempts=2)
 
 
-def test_sigterm_to_the_agent_is_answered_with_75_and_the_same_command_goes_on(place: Place):
+def test_asked_to_stop_before_it_trains_a_run_saves_its_beginning_and_goes_on_from_there(place: Place):
+    """One process as soon as it listens, which is before torch is there; then two ranks while data are prepared."""
+    arguments = [sys.executable, "-m", "trainer", "train", str(SMOKE), "--run", str(place.run), *place.settings]
+    with subprocess.Popen(arguments, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}) as alone:
+        assert wait_until(lambda: listens(alone.pid, signal.SIGTERM), seconds=30)
+        assert "libtorch" not in Path(f"/proc/{alone.pid}/maps").read_text()
+        alone.terminate()
+        assert alone.wait(60) == EXIT_PREEMPTED
+    place.survive(2, [fault("in_data", "usr1", rank=0)], status=EXIT_PREEMPTED)
+    stopped = place.look()
+    assert stopped["step"] == 0 and stopped["status"] == "preempted"
+    assert [(saved["step"], saved["intact"]) for saved in stopped["checkpoints"]] == [(0, True)]
+    asked = of_kind(place.run, events.StopRequested)
+    assert [(one.signal, one.step) for one in asked] == [("SIGTERM", 0), ("SIGUSR1", 0)]
+    place.survive(2, NO_FAULTS, *settings(parallel__strategy="fsdp"))
+    place.ends_as_calm(attempts=3)
+
+
+def listens(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for this signal."""
+    status = Path(f"/proc/{pid}/status")
+    if not status.exists():
+        pytest.skip("no /proc tells what a process listens to")
+    caught = next(line for line in status.read_text().splitlines() if line.startswith("SigCgt"))
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+
+@pytest.mark.parametrize("notice", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_agent_is_answered_with_75_in_time_and_the_same_command_goes_on(
+    place: Place, notice: signal.Signals
+):
     """Meanwhile a second job on the directory is refused, and the first is not harmed."""
     with place.start(2, [slow(0.6)]) as job:
         assert wait_until(lambda: begun(place.run, step=2), seconds=40), job.output
         second = trainer("train", SMOKE, "--run", place.run, *place.settings, check=False)
         assert second.returncode == 2 and "is in use by process" in second.stderr
-        asked = time.monotonic()
-        job.process.send_signal(signal.SIGTERM)
+        asked, done = time.monotonic(), last_step(place.run)
+        job.process.send_signal(notice)
         assert job.wait(20) == EXIT_PREEMPTED, job.output
         assert time.monotonic() - asked < 10
         assert job.leftovers() == []
     stopped = place.look()
-    assert stopped["status"] == "preempted" and 2 < stopped["step"] < STEPS
+    assert stopped["status"] == "preempted" and done < stopped["step"] <= done + 2 < STEPS
+    assert {stop.signal for stop in of_kind(place.run, events.StopRequested)} == {notice.name}
     assert stopped["checkpoints"][-1]["step"] == stopped["step"]
     assert trainer("inspect", place.run).stdout.count("preempted") >= 1
     place.survive(2, NO_FAULTS)
@@ -449,7 +481,11 @@ def batches(place: Place) -> Batches:
 
 def begun(run: Path, step: int) -> bool:
     """Whether the log of a living run has reached this step."""
-    return run.is_dir() and max(committed_samples(run), default=0) >= step
+    return run.is_dir() and last_step(run) >= step
+
+
+def last_step(run: Path) -> int:
+    return max(committed_samples(run), default=0)
 
 
 def test_random_kills_of_random_worlds_end_as_the_calm_run(tmp_path: Path):

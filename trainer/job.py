@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import os
-import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,24 +44,16 @@ class Stopwatch:
         self._last = now
 
 
-class StopSignals:
-    """SIGTERM (a scheduler's notice) and SIGUSR1 (Slurm's --signal) ask the run to save and leave."""
-
-    def __init__(self) -> None:
-        self.received = ""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, _frame: Any) -> None:
-        self.received = signal.Signals(number).name
-
-    def requested(self) -> bool:
-        return bool(self.received)
-
-
-def train(config: Config, run: Path, process_started: float, inject: Point = lambda point, step: None) -> int:
+def train(
+    config: Config,
+    run: Path,
+    process_started: float,
+    stop: elastic.StopSignals | None = None,
+    inject: Point = lambda point, step: None,
+) -> int:
     """Train or resume the run in directory `run`; returns the exit status. `process_started` is a Unix time.
 
+    `stop` is given by who listened for signals before this module was imported, which takes seconds.
     `inject` is called at every named point of the run, on every rank: a door for tests. Faults of the config come in by
     `faults.arm`, which wraps what it must of what is made here; without any, it touches nothing.
     Raises a TopropeError for everything a user can mend: on all ranks alike, and before any work where possible.
@@ -74,7 +65,7 @@ def train(config: Config, run: Path, process_started: float, inject: Point = lam
     hand.startup()
     device = world.pick_device(config.parallel)
     set_numerics(config, device)
-    stop = StopSignals()
+    stop = stop or elastic.StopSignals()
     stopwatch.lap("imports")
     ranks = world.connect(device, _collective_timeout(config))
     with contextlib.ExitStack() as stack:
@@ -165,7 +156,7 @@ class Attempt:
     about: Mapping[str, Any]
     ranks: World
     log: events.EventLog
-    stop: StopSignals
+    stop: elastic.StopSignals
     hand: faults.Injector
     inject: Point
     watchdog: Watchdog
