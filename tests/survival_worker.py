@@ -3,8 +3,8 @@
 The plan is a list of faults, each {point, action} and, as wanted: rank (any), step (any), nth (which time this rank
 passes there in its process, from 0), pause (seconds before the action), turn (so many faults must have fired before
 this process began), seconds, bytes, where, lasting. Points are those of the run itself (trainer/step.py, checkpoint)
-and, seen from outside, START, in_forward, in_backward, in_update, before_end and leaving. A fault that is not lasting
-fires once in the life of its plan, so a rank that is started again passes it by; `fired` tells which did.
+and, seen from outside, START, in_data, in_forward, in_backward, in_update, before_end and leaving. A fault that is not
+lasting fires once in the life of its plan, so a rank that is started again passes it by; `fired` tells which did.
 """
 
 import functools
@@ -23,12 +23,14 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from trainer import cli, elastic, job
+from trainer.checkpoint import streams
 from trainer.step import TrainState
 
 SIGNALS = {
     "kill": signal.SIGKILL, "segv": signal.SIGSEGV, "abort": signal.SIGABRT, "stop": signal.SIGSTOP,
     "term": signal.SIGTERM, "usr1": signal.SIGUSR1,
 }  # fmt: skip
+FSYNC = os.fsync
 
 
 def marks(plan: Path) -> Path:
@@ -89,6 +91,11 @@ class Faults:
             resource.setrlimit(resource.RLIMIT_FSIZE, (fault["bytes"], resource.RLIM_INFINITY))
         elif action == "unlimit_files":
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        elif action == "slow_disk":  # it takes so long for every 16 kB, and the system keeps none of them for later
+            streams._HashingStream._CHUNK = streams._HashingStream._SYNCED = 2**14
+            os.fsync = lambda file: (time.sleep(fault["seconds"]), FSYNC(file))[1]
+        elif action == "fast_disk":
+            os.fsync = FSYNC
         elif action == "nan":
             self._poison = fault.get("where", "output")
         else:
@@ -105,9 +112,18 @@ class Faults:
             hashed = TrainState.weights_sha256
             # pyright knows that methods are not for assigning to
             setattr(TrainState, "weights_sha256", lambda state: (self("before_end", state.step), hashed(state))[1])  # noqa: B010
+        if "in_data" in points:
+            prepare = job.prepare
+            job.prepare = lambda *arguments, **more: (self._in_data(**more), prepare(*arguments, **more))[1]
         if "leaving" in points:
             leave = job.world.disconnect
             job.world.disconnect = lambda: (self("leaving", 0), leave())[1]
+
+    def _in_data(self, progress: Any, verify: bool = False) -> None:
+        """A long preparation by rank 0, which gets on."""
+        for _ in range(30 if verify else 0):
+            progress("pretending to prepare", 0, None)
+            self("in_data", 0)
 
     def _after_module(self, module: torch.nn.Module, _arguments: Any, output: Any) -> Any:
         if type(module).__name__ != "MLP":

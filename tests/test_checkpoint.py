@@ -154,6 +154,33 @@ def test_the_manifest_lists_every_file_with_step_run_size_and_checksum(tmp_path:
     }
 
 
+def test_what_a_name_stands_for_is_durable_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Files before the manifest, the manifest before the rename, the rename before the save is told of."""
+    told: list[tuple[str, int]] = []
+    sync, rename = os.fsync, os.rename
+
+    def noted_sync(file: int) -> None:
+        sync(file)
+        told.append(("sync", os.fstat(file).st_ino))
+
+    def noted_rename(old: Path, new: Path) -> None:
+        told.append(("rename", Path(old).stat().st_ino))
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", noted_sync)
+    monkeypatch.setattr(os, "rename", noted_rename)
+    save(tmp_path, 1)
+    final = path_of(tmp_path, 1)
+    inodes = {path: path.stat().st_ino for path in (*final.iterdir(), final, final.parent, tmp_path)}
+    contents = {("sync", inodes[path]) for path in final.iterdir() if path.name != "manifest.json"}
+    manifest, directory = ("sync", inodes[final / "manifest.json"]), ("sync", inodes[final])
+    named, name = ("rename", inodes[final]), ("sync", inodes[final.parent])
+    assert ("sync", inodes[tmp_path]) in told, "the directory of checkpoints itself"
+    assert contents <= set(told[: told.index(manifest)])
+    assert directory in told[told.index(manifest) : told.index(named)]
+    assert name in told[told.index(named) :]
+
+
 def test_a_run_that_never_saved_starts_from_zero(tmp_path: Path):
     assert restore(tmp_path)[0] is None
 

@@ -22,6 +22,7 @@ import pytest
 
 from tests.support import (
     NO_FAULTS,
+    ROOT,
     SMOKE,
     Job,
     committed_samples,
@@ -39,12 +40,14 @@ from tests.support import (
 from trainer import checkpoint, events
 from trainer import config as configs
 from trainer.data import Batches, digest, prepare
-from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED
+from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USAGE
 from trainer.faults.checker import strays
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]  # the machine may be shared: six attempts take long then
 
 STEPS, EVERY = 24, 6
+STEP_SECONDS = 1.5
+LIMITS = settings(elastic__step_timeout_seconds=STEP_SECONDS, elastic__startup_timeout_seconds=30.0)
 RESTARTS = 10
 
 
@@ -235,19 +238,50 @@ def test_an_agent_that_is_killed_takes_its_workers_along_and_the_same_command_go
     place.ends_as_calm(attempts=2)
 
 
-def test_sigterm_to_the_agent_is_answered_with_75_and_the_same_command_goes_on(place: Place):
+def test_asked_to_stop_before_it_trains_a_run_saves_its_beginning_and_goes_on_from_there(place: Place):
+    """One process as soon as it listens, which is before torch is there; then two ranks while data are prepared."""
+    arguments = [sys.executable, "-m", "trainer", "train", str(SMOKE), "--run", str(place.run), *place.settings]
+    with subprocess.Popen(arguments, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}) as alone:
+        assert wait_until(lambda: listens(alone.pid, signal.SIGTERM), seconds=30)
+        assert "libtorch" not in Path(f"/proc/{alone.pid}/maps").read_text()
+        alone.terminate()
+        assert alone.wait(60) == EXIT_PREEMPTED
+    place.survive(2, [fault("in_data", "usr1", rank=0)], status=EXIT_PREEMPTED)
+    stopped = place.look()
+    assert stopped["step"] == 0 and stopped["status"] == "preempted"
+    assert [(saved["step"], saved["intact"]) for saved in stopped["checkpoints"]] == [(0, True)]
+    asked = of_kind(place.run, events.StopRequested)
+    assert [(one.signal, one.step) for one in asked] == [("SIGTERM", 0), ("SIGUSR1", 0)]
+    place.survive(2, NO_FAULTS, *settings(parallel__strategy="fsdp"))
+    place.ends_as_calm(attempts=3)
+
+
+def listens(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for this signal."""
+    status = Path(f"/proc/{pid}/status")
+    if not status.exists():
+        pytest.skip("no /proc tells what a process listens to")
+    caught = next(line for line in status.read_text().splitlines() if line.startswith("SigCgt"))
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+
+@pytest.mark.parametrize("notice", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_agent_is_answered_with_75_in_time_and_the_same_command_goes_on(
+    place: Place, notice: signal.Signals
+):
     """Meanwhile a second job on the directory is refused, and the first is not harmed."""
     with place.start(2, [slow(0.6)]) as job:
         assert wait_until(lambda: begun(place.run, step=2), seconds=40), job.output
         second = trainer("train", SMOKE, "--run", place.run, *place.settings, check=False)
         assert second.returncode == 2 and "is in use by process" in second.stderr
-        asked = time.monotonic()
-        job.process.send_signal(signal.SIGTERM)
+        asked, done = time.monotonic(), last_step(place.run)
+        job.process.send_signal(notice)
         assert job.wait(20) == EXIT_PREEMPTED, job.output
         assert time.monotonic() - asked < 10
         assert job.leftovers() == []
     stopped = place.look()
-    assert stopped["status"] == "preempted" and 2 < stopped["step"] < STEPS
+    assert stopped["status"] == "preempted" and done < stopped["step"] <= done + 2 < STEPS
+    assert {stop.signal for stop in of_kind(place.run, events.StopRequested)} == {notice.name}
     assert stopped["checkpoints"][-1]["step"] == stopped["step"]
     assert trainer("inspect", place.run).stdout.count("preempted") >= 1
     place.survive(2, NO_FAULTS)
@@ -255,19 +289,42 @@ def test_sigterm_to_the_agent_is_answered_with_75_and_the_same_command_goes_on(p
 
 
 def test_slow_is_not_hung(place: Place):
-    """A first step, an evaluation and a save, each longer than the limit of a step in all."""
-    limits = settings(elastic__step_timeout_seconds=1.5, elastic__startup_timeout_seconds=30.0)
+    """A first step, an evaluation and the wait for a save, each longer than the limit of a step in all."""
     place.survive(
         2,
         [
             fault("before_backward", "sleep", 0, seconds=3),
             fault("in_eval", "sleep", rank=None, lasting=True, seconds=0.2),
-            fault("in_save_shard", "sleep", 6, seconds=3),
+            fault("waiting_for_save", "slow_disk", 6, seconds=0.4),
+            fault("waiting_for_save", "fast_disk", 18),
         ],
-        *limits,
+        *LIMITS,
     )
     place.ends_as_calm(attempts=1)
     assert of_kind(place.run, events.Hung) == []
+    stalls = {saved.step: saved.stall_seconds for saved in of_kind(place.run, events.CheckpointSaved)}
+    assert stalls[12] > 2 * STEP_SECONDS, "both ranks waited for the save of rank 1"
+
+
+def test_a_rank_that_hangs_in_the_preparation_is_named_and_slow_data_are_no_hang(place: Place):
+    """9 s of data that get on, with 5 s allowed; before that the rank that prepares them is stopped."""
+    slow_data = fault("in_data", "sleep", rank=0, lasting=True, seconds=0.3)
+    asked = time.monotonic()
+    place.survive(
+        2, [fault("in_data", "stop", rank=0, nth=2), slow_data], *settings(elastic__startup_timeout_seconds=5.0)
+    )
+    assert time.monotonic() - asked < 90
+    place.ends_as_calm(attempts=1)  # the other did not come to training
+    (hung,) = of_kind(place.run, events.Hung)
+    assert hung.point == "startup" and [culprit["rank"] for culprit in hung.culprits] == [0], hung
+
+
+def test_a_disk_that_answers_no_more_is_a_hang_of_its_rank(place: Place):
+    place.survive(2, [fault("in_save_shard", "sleep", 6, seconds=1000)], *LIMITS)
+    place.ends_as_calm(attempts=2)
+    hung = of_kind(place.run, events.Hung)
+    assert hung and {one.point for one in hung} == {"waiting_for_save"}
+    assert {culprit["rank"] for one in hung for culprit in one.culprits} == {1}, hung
 
 
 def test_a_full_disk_fails_saves_and_not_the_run(place: Place):
@@ -303,9 +360,9 @@ def test_a_disk_that_stays_full_stops_the_run_with_its_reason(place: Place):
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A tmpfs of 4 MB to be mounted over the checkpoints of a run."""
-    disk = tmp_path / "run" / "checkpoints"
+def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A tmpfs of 4 MB mounted over this directory of the test's."""
+    disk = tmp_path / request.param
     disk.mkdir(parents=True)
     mount = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True, text=True, check=False
@@ -316,6 +373,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", disk], check=False)
 
 
+@pytest.mark.parametrize("small_disk", ["run/checkpoints"], indirect=True)
 def test_a_disk_without_room_for_one_more_checkpoint_keeps_the_ones_it_has(
     calm: Place, tmp_path: Path, small_disk: Path
 ):
@@ -326,10 +384,7 @@ def test_a_disk_without_room_for_one_more_checkpoint_keeps_the_ones_it_has(
         tmp_path / "start", place.run, dirs_exist_ok=True, ignore=shutil.ignore_patterns("step-*[12348]", "events")
     )
     assert [saved.step for saved in checkpoint.committed(place.run)] == [EVERY]
-    filler = small_disk / "step-somebody-elses"
-    with filler.open("wb") as file:
-        space = os.statvfs(small_disk)
-        file.write(b"x" * (space.f_bavail * space.f_frsize - 30_000))
+    filler = fill(small_disk, leaving=30_000)
     with place.start(2, [slow(0.2)], *settings(checkpoint__max_failures=9)) as job:
         assert wait_until(lambda: begun(place.run, step=15), seconds=40), job.output
         assert [saved.step for saved in checkpoint.committed(place.run)] == [EVERY]
@@ -340,6 +395,36 @@ def test_a_disk_without_room_for_one_more_checkpoint_keeps_the_ones_it_has(
     seen = outcome(place.run)
     same = ("status", "step", "weights_sha256", "state_sha256")
     assert {key: seen[key] for key in same} == {key: calm.calm[key] for key in same}
+
+
+@pytest.mark.parametrize("small_disk", ["run"], indirect=True)
+def test_a_disk_too_full_for_the_log_itself_stops_nothing_and_loses_no_event(place: Place, small_disk: Path):
+    """ENOSPC for all of the run, from step 3 until it was told of."""
+    with place.start(2, [slow(0.2)], *settings(checkpoint__max_failures=9)) as job:
+        assert wait_until(lambda: begun(place.run, step=3), seconds=40), job.output
+        filler = fill(small_disk)
+        assert wait_until(lambda: "jsonl cannot be written: No space left on device" in job.output, seconds=30)
+        filler.unlink()
+        assert job.wait() == EXIT_FINISHED, job.output
+    place.ends_as_calm(attempts=1)
+    assert of_kind(place.run, events.CheckpointFailed) != []
+    assert ["the log" in one.message for one in of_kind(place.run, events.Warned)] == [True], "told once"
+
+
+@pytest.mark.parametrize("small_disk", ["run"], indirect=True)
+def test_a_disk_that_is_full_from_the_start_is_wrong_usage(place: Place, small_disk: Path):
+    fill(small_disk)
+    refused = trainer("train", SMOKE, "--run", small_disk / "run", *place.settings, check=False)
+    assert refused.returncode == EXIT_USAGE and "Traceback" not in refused.stderr, refused.stderr
+    assert "cannot be written: No space left on device.\n  Checkpoints and events go there." in refused.stderr
+
+
+def fill(disk: Path, leaving: int = 0) -> Path:
+    """A file of somebody else's that takes all room but this."""
+    filler = disk / "step-somebody-elses"
+    space = os.statvfs(disk)
+    filler.write_bytes(bytes(space.f_bavail * space.f_frsize - leaving))
+    return filler
 
 
 def test_a_nan_that_stays_stops_the_run_and_is_named(place: Place):
@@ -396,7 +481,11 @@ def batches(place: Place) -> Batches:
 
 def begun(run: Path, step: int) -> bool:
     """Whether the log of a living run has reached this step."""
-    return run.is_dir() and max(committed_samples(run), default=0) >= step
+    return run.is_dir() and last_step(run) >= step
+
+
+def last_step(run: Path) -> int:
+    return max(committed_samples(run), default=0)
 
 
 def test_random_kills_of_random_worlds_end_as_the_calm_run(tmp_path: Path):

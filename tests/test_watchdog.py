@@ -207,12 +207,12 @@ def test_a_report_that_fails_or_blocks_does_not_keep_the_process(tmp_path: Path,
         raise OSError("no space left")
 
     kennel = Kennel(tmp_path)
-    kennel.dog._report = fail
+    kennel.dog.report = fail
     with kennel:
         assert kennel.left.wait(5)
     never = threading.Event()
     kennel = Kennel(tmp_path)
-    kennel.dog._report = lambda event: print(event, never.wait(10))
+    kennel.dog.report = lambda event: print(event, never.wait(10))
     started = time.monotonic()
     with kennel:
         assert kennel.left.wait(5)

@@ -60,9 +60,10 @@ def train(
         configs.check_world(config, ranks)
         dryrun.show(config, ranks)
         return
+    stop = elastic.StopSignals()  # before torch is imported: that takes long enough to be asked to leave meanwhile
     from trainer import job
 
-    raise typer.Exit(job.train(config, run or Path("runs") / config_path.stem, PROCESS_STARTED))
+    raise typer.Exit(job.train(config, run or Path("runs") / config_path.stem, PROCESS_STARTED, stop))
 
 
 @app.command()

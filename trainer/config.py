@@ -169,7 +169,9 @@ class Elastic(Section):
     step_timeout_seconds: float = Field(default=300.0, gt=0)
     """A rank that makes no progress for so long is taken for hung: stacks are dumped and the process ends."""
     startup_timeout_seconds: float = Field(default=1800.0, gt=0)
-    """The same until an attempt's first step is done: data may have to be built and kernels compiled."""
+    """The same from the connection to an attempt's first step: kernels may have to be compiled, a tokenizer trained.
+
+    Data that are being read or encoded count as progress."""
 
 
 class Wandb(Section):

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import tempfile
 import threading
 import time
@@ -21,6 +22,21 @@ SHARED_STORE_WARNING = (
     f"torchrun was started without {SHARED_STORE}=1. With torch 2.13 a node that joins then hangs the job, and "
     "restarts are unreliable. Export it before torchrun, or use the torchrun that toprope installs."
 )
+
+
+class StopSignals:
+    """SIGTERM (a scheduler's notice) and SIGUSR1 (Slurm's --signal) ask the run to save and leave."""
+
+    def __init__(self) -> None:
+        self.received = ""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _frame: Any) -> None:
+        self.received = signal.Signals(number).name
+
+    def requested(self) -> bool:
+        return bool(self.received)
 
 
 def started_by_torchrun() -> bool:

@@ -7,11 +7,13 @@ damage anywhere else is an error.
 
 import dataclasses
 import json
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import IO, Any, ClassVar, Self
 
 from trainer.errors import RunDirectoryError
 
@@ -218,13 +220,20 @@ _KINDS: dict[str, type[Event]] = {cls.kind: cls for cls in Event.__subclasses__(
 
 
 class EventLog:
-    """Appends one rank's events and hands each to the subscribers (console, W&B) in this process."""
+    """Appends one rank's events and hands each to the subscribers (console, W&B) in this process.
+
+    A disk that takes no more does not end the run: what it refuses is kept, and tried again with the next event and on
+    closing. The file has one writer while it is open, so a line that was cut short goes on where it ended.
+    """
 
     def __init__(self, path: Path, attempt: int, rank: int, clock: Callable[[], float] = time.time) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8", buffering=1)
-        self._attempt, self._rank, self._clock = attempt, rank, clock
+        self._path, self._attempt, self._rank, self._clock = path, attempt, rank, clock
         self._subscribers: list[Callable[[Entry], None]] = []
+        self._file: IO[bytes] | None = None
+        self._unwritten = b""
+        self._writing = threading.Lock()  # the watchdog reports from a thread of its own
+        self._in_trouble = False
+        self._write(b"")
 
     @classmethod
     def open(cls, run: Path, attempt: int, rank: int) -> Self:
@@ -237,12 +246,48 @@ class EventLog:
         entry = Entry(self._attempt, self._rank, self._clock(), event)
         record = {"event": event.kind, "attempt": entry.attempt, "rank": entry.rank, "time": entry.time}
         # NaN and Infinity are legal here: a loss that is not finite must not be written as something else.
-        self._file.write(json.dumps(record | dataclasses.asdict(event)) + "\n")
+        trouble = self._write(json.dumps(record | dataclasses.asdict(event)).encode() + b"\n")
         for subscriber in self._subscribers:
             subscriber(entry)
+        if trouble and not self._in_trouble:
+            self._in_trouble = True
+            self._warn(trouble)
+        self._in_trouble = bool(trouble)
 
     def close(self) -> None:
-        self._file.close()
+        trouble = self._write(b"")
+        if trouble:
+            print(
+                f"rank {self._rank}: {self._unwritten.count(10)} events are lost: {self._path}: {trouble}.\n"
+                "  `inspect` will not know of them. The checkpoints do not depend on the log.",
+                file=sys.stderr,
+                flush=True,
+            )
+        if self._file is not None:
+            self._file.close()
+
+    def _write(self, line: bytes) -> str | None:
+        """Write what is to be written, oldest first; why some of it could not be."""
+        with self._writing:
+            self._unwritten += line
+            try:
+                if self._file is None:
+                    self._path.parent.mkdir(parents=True, exist_ok=True)
+                    self._file = self._path.open("ab", buffering=0)
+                while self._unwritten:
+                    self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+            except OSError as error:
+                return error.strerror or str(error)
+        return None
+
+    def _warn(self, trouble: str) -> None:
+        message = (
+            f"the log {self._path} cannot be written: {trouble}. Its events are kept in memory until it can, and lost "
+            "if the process dies before. Make room."
+        )
+        if not self._subscribers:  # they show what is appended
+            print(f"rank {self._rank}: {message}", file=sys.stderr, flush=True)
+        self.append(Warned(message=message))
 
 
 def events_directory(run: Path) -> Path:

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import os
-import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from trainer import model as models
 from trainer import step as steps
 from trainer.config import Config, check_world
 from trainer.data import Batches, EvalWindows, Prepared, prepare
-from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, CheckpointError, TopropeError
+from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, CheckpointError, RunDirectoryError, TopropeError
 from trainer.exact import Grids
 from trainer.faults import worker as faults
 from trainer.step import TrainState, Work
@@ -27,6 +26,7 @@ from trainer.wandb_sink import WandbSink, wandb_mode
 from trainer.watchdog import Watchdog
 from trainer.world import World
 
+TELL_SECONDS = 0.5  # how often the ranks that wait for the data hear that rank 0 gets on
 Point = Callable[[str, int], None]
 """Called with (name of a point, step) when a rank passes it."""
 
@@ -44,24 +44,16 @@ class Stopwatch:
         self._last = now
 
 
-class StopSignals:
-    """SIGTERM (a scheduler's notice) and SIGUSR1 (Slurm's --signal) ask the run to save and leave."""
-
-    def __init__(self) -> None:
-        self.received = ""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, _frame: Any) -> None:
-        self.received = signal.Signals(number).name
-
-    def requested(self) -> bool:
-        return bool(self.received)
-
-
-def train(config: Config, run: Path, process_started: float, inject: Point = lambda point, step: None) -> int:
+def train(
+    config: Config,
+    run: Path,
+    process_started: float,
+    stop: elastic.StopSignals | None = None,
+    inject: Point = lambda point, step: None,
+) -> int:
     """Train or resume the run in directory `run`; returns the exit status. `process_started` is a Unix time.
 
+    `stop` is given by who listened for signals before this module was imported, which takes seconds.
     `inject` is called at every named point of the run, on every rank: a door for tests. Faults of the config come in by
     `faults.arm`, which wraps what it must of what is made here; without any, it touches nothing.
     Raises a TopropeError for everything a user can mend: on all ranks alike, and before any work where possible.
@@ -73,7 +65,7 @@ def train(config: Config, run: Path, process_started: float, inject: Point = lam
     hand.startup()
     device = world.pick_device(config.parallel)
     set_numerics(config, device)
-    stop = StopSignals()
+    stop = stop or elastic.StopSignals()
     stopwatch.lap("imports")
     ranks = world.connect(device, _collective_timeout(config))
     with contextlib.ExitStack() as stack:
@@ -81,26 +73,23 @@ def train(config: Config, run: Path, process_started: float, inject: Point = lam
         stack.callback(hand.close)
         ranks.from_main(lambda: wandb_mode(config) and None)  # rank 0 logs; a wrong mode is to be said before any work
         ranks.from_main(lambda: stack.enter_context(rundir.claim(run, config)) and None)
+        number = ranks.from_main(lambda: events.next_attempt(run))
+        watchdog = _watch(config, run, ranks, number)
+        stack.callback(watchdog.stop)
         stopwatch.lap("connect")
-        with console.preparation(enabled=ranks.is_main) as progress:
-            prepared_data = functools.partial(
-                prepare, config.data, config.eval, config.model.context, progress=progress
-            )
-            # Rank 0 builds what is missing and checks what is there, because it can show progress.
-            ranks.from_main(lambda: prepared_data(verify=True) and None)
-            prepared = prepared_data()
+        prepared = _prepare(config, ranks, watchdog)
         vocab_size = models.padded_vocab(prepared.tokenizer.vocab_size, config.model.vocab_size)
         about = ranks.from_main(lambda: _record(run, config, prepared, vocab_size))
         hand.startup()
         stopwatch.lap("data")
         state = build(config, vocab_size, ranks)
         stopwatch.lap("model")
-        number = ranks.from_main(lambda: events.next_attempt(run))
         earlier: list[events.Entry] = []
         ranks.from_main(lambda: earlier.extend(_told_before(run, number)))
         log = stack.enter_context(contextlib.closing(events.EventLog.open(run, number, ranks.rank)))
+        watchdog.report = log.append
         hand.join(number, log, state, prepared)
-        attempt = Attempt(config, run, number, prepared, about, ranks, log, stop, hand, hand.point(inject))
+        attempt = Attempt(config, run, prepared, about, ranks, log, stop, hand, hand.point(inject), watchdog)
         screen = None
         if ranks.is_main:
             screen = stack.enter_context(console.Console(config, earlier=earlier))
@@ -123,8 +112,40 @@ def _told_before(run: Path, number: int) -> list[events.Entry]:
     return [entry for entry in told if entry.attempt < number]
 
 
+def _watch(config: Config, run: Path, ranks: World, attempt: int) -> Watchdog:
+    """A watchdog on duty. Until the attempt has a log, which makes it one, it reports to one that it opens itself."""
+
+    def report(event: events.Event) -> None:
+        with contextlib.closing(events.EventLog.open(run, attempt, ranks.rank)) as log:
+            log.append(event)
+
+    limits = config.elastic.step_timeout_seconds, config.elastic.startup_timeout_seconds
+    watchdog = Watchdog(run, ranks.rank, ranks.size, attempt, *limits, report=report)
+    watchdog.start()
+    return watchdog
+
+
+def _prepare(config: Config, ranks: World, watchdog: Watchdog) -> Prepared:
+    """Tokens and tokenizer. Rank 0 builds what is missing and checks what is there, because it can show progress."""
+    prepared_data = functools.partial(prepare, config.data, config.eval, config.model.context)
+    alive = functools.partial(watchdog.at, "startup", 0)
+    with console.preparation(enabled=ranks.is_main) as show:
+        told = time.monotonic()
+
+        def progress(*amount: Any) -> None:
+            nonlocal told
+            show(*amount)
+            alive()
+            if time.monotonic() - told > TELL_SECONDS:
+                ranks.gets_on()
+                told = time.monotonic()
+
+        ranks.from_main(lambda: prepared_data(progress=progress, verify=True) and None, waiting=alive)
+        return prepared_data(progress=lambda *amount: alive())
+
+
 def _collective_timeout(config: Config) -> float:
-    """The watchdog is there first, and knows more than a timeout can say."""
+    """From the first connection on the watchdog is there first, and knows more than a timeout can say."""
     return 2 * max(config.elastic.step_timeout_seconds, config.elastic.startup_timeout_seconds) + 60
 
 
@@ -134,34 +155,24 @@ class Attempt:
 
     config: Config
     run: Path
-    number: int
     prepared: Prepared
     about: Mapping[str, Any]
     ranks: World
     log: events.EventLog
-    stop: StopSignals
+    stop: elastic.StopSignals
     hand: faults.Injector
     inject: Point
+    watchdog: Watchdog
 
     def train(self, state: TrainState, stopwatch: Stopwatch) -> int:
         """Restore, train, and record how it ended. Returns the exit status."""
-        watchdog = Watchdog(
-            self.run,
-            self.ranks.rank,
-            self.ranks.size,
-            self.number,
-            self.config.elastic.step_timeout_seconds,
-            self.config.elastic.startup_timeout_seconds,
-            report=self.log.append,
-        )
 
         def at(point: str, step: int) -> None:
-            watchdog.at(point, step)
+            self.watchdog.at(point, step)
             self.inject(point, step)
 
-        watchdog.start()
         try:
-            with contextlib.closing(Checkpoints(self, at)) as checkpoints:
+            with contextlib.closing(Checkpoints(self, at, self.watchdog.at)) as checkpoints:
                 checkpoints.restore(state)
                 stopwatch.lap("restore")
                 self._announce(state, stopwatch)
@@ -175,7 +186,7 @@ class Attempt:
                 elastic.give_up()
             raise
         finally:
-            watchdog.stop()
+            self.watchdog.stop()  # what is still to be closed has time limits of its own
 
     def _parts(self, checkpoints: "Checkpoints", at: Point) -> loop.Parts:
         batches = self.hand.batches(batches_of(self.config, self.prepared))
@@ -226,12 +237,13 @@ class Attempt:
 class Checkpoints:
     """Saves beside training, as the loop asks for it, and tells the log what became of it."""
 
-    def __init__(self, attempt: Attempt, at: Point) -> None:
+    def __init__(self, attempt: Attempt, at: Point, waiting: Point) -> None:
+        """`at` is called at the points of a save, `waiting` whenever a save that the loop waits for gets on."""
         self._attempt, self._at = attempt, at
         self._limit = attempt.config.checkpoint.max_failures
         self._durable = -1
         identity = {"fingerprint": attempt.about["fingerprint"], "run_id": attempt.about["run_id"]}
-        self._saver = checkpoint.Saver(attempt.run, attempt.ranks, identity, attempt.config.checkpoint, at)
+        self._saver = checkpoint.Saver(attempt.run, attempt.ranks, identity, attempt.config.checkpoint, at, waiting)
 
     def restore(self, state: TrainState) -> None:
         a = self._attempt
@@ -243,7 +255,7 @@ class Checkpoints:
             self._durable = found
 
     def save(self, state: TrainState) -> None:
-        self._at("waiting_for_save", state.step)  # a slow disk is no hang
+        self._at("waiting_for_save", state.step)
         self._saver.begin(state.step, state.tensors())
         self._at("after_save", state.step)
         self.look()
@@ -362,18 +374,22 @@ def _in_wandb(attempt: Attempt, earlier: Sequence[events.Entry]) -> Iterator[Non
 
 
 def _record(run: Path, config: Config, prepared: Prepared, vocab_size: int) -> dict[str, Any]:
-    prepared.tokenizer.save(rundir.tokenizer_path(run))
+    """What config.json now says. Raises RunDirectoryError if it cannot be written or is of a run on other data."""
     data = config.data
     with torch.device("meta"):
         gpt = models.GPT(config.model, vocab_size)
-    return rundir.record(
-        run,
-        config,
-        {
-            "data_sha256": prepared.sha256,
-            "vocab_size": vocab_size,
-            "parameters": models.parameter_count(gpt).total,
-            "tokens_per_step": data.micro_batches * data.micro_batch_sequences * config.model.context,
-            "flops_per_token": models.flops_per_token(config.model, vocab_size),
-        },
-    )
+    facts = {
+        "data_sha256": prepared.sha256,
+        "vocab_size": vocab_size,
+        "parameters": models.parameter_count(gpt).total,
+        "tokens_per_step": data.micro_batches * data.micro_batch_sequences * config.model.context,
+        "flops_per_token": models.flops_per_token(config.model, vocab_size),
+    }
+    try:
+        prepared.tokenizer.save(rundir.tokenizer_path(run))
+        return rundir.record(run, config, facts)
+    except OSError as error:
+        raise RunDirectoryError(
+            f"{run} cannot be written: {error.strerror}.\n"
+            "  Checkpoints and events go there. Make room or mend the disk; the same command then goes on."
+        ) from None

@@ -58,15 +58,14 @@ def train(state: TrainState, parts: Parts) -> bool:
     """
     config = parts.work.config
     steps = config.budget.steps
-    while state.step < steps:
+    stop = parts.work.any_stop_requested()  # while data were prepared, say
+    while state.step < steps and not stop:
         stop = take_step(state, parts)
         if due(state.step, config.eval.every_steps, steps):
             score(state, parts)
         if stop or due(state.step, config.checkpoint.every_steps, steps):
             parts.checkpoints.save(state)
         parts.checkpoints.look()
-        if stop:
-            break
     parts.checkpoints.finish(state)
     return state.step == steps
 

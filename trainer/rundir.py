@@ -5,6 +5,7 @@ RUN/tokenizer.json    what the run's token ids mean
 RUN/lock              held by rank 0 of the job that is training
 """
 
+import contextlib
 import fcntl
 import importlib.metadata
 import json
@@ -19,6 +20,8 @@ from trainer.config import Config, differences, fingerprint, mathematics, parse
 from trainer.errors import ConfigError, RunDirectoryError
 
 FORMAT = 1
+STARTS_LEAVE = frozenset({"lock", "live", "stacks", "events"})
+"""What may lie in the directory of a run that was never prepared to the end: its watchdogs were there before."""
 LIBRARIES = ("torch", "numpy", "tokenizers", "datasets", "wandb")
 
 
@@ -39,7 +42,7 @@ def claim(run: Path, config: Config) -> IO[str]:
         raise RunDirectoryError(f"{run} is a file.\n  --run takes a directory: a new one, or a run's own.")
     if config_path(run).exists():
         _check_same_run(run, read(run), config)
-    elif run.exists() and any(entry.name != "lock" for entry in run.iterdir()):
+    elif run.exists() and any(entry.name not in STARTS_LEAVE for entry in run.iterdir()):
         raise RunDirectoryError(
             f"{run} holds files but no config.json, so it is no run.\n"
             "  A run is started in a new or empty directory, or resumed in its own. Give another --run."
@@ -132,9 +135,9 @@ def _hold(run: Path, lock: IO[str]) -> IO[str]:
             f"{run} is in use by {owner}.\n"
             "  Two jobs would write over each other. Wait for it, end it, or give another --run."
         ) from None
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {platform.node()}\n")
-    lock.flush()
+    with contextlib.suppress(OSError):  # a full disk: the lock holds without a name in it
+        lock.truncate(0)
+        os.write(lock.fileno(), f"process {os.getpid()} on {platform.node()}\n".encode())
     return lock
 
 

@@ -77,6 +77,12 @@ class Work:
     stop_requested: Callable[[], bool] = lambda: False
     """Whether this rank was asked to save and leave."""
 
+    def any_stop_requested(self) -> bool:
+        """Whether any rank was. A collective; within a step, `Sums.stop` tells without one of its own."""
+        asked = torch.tensor(float(self.stop_requested()), device=self.world.device)
+        self.world.max(asked)
+        return bool(asked)
+
 
 @dataclass(frozen=True)
 class Sums:

@@ -164,7 +164,7 @@ class Watchdog:
         self._files = _Files(run, rank, world_size, attempt)
         self._rank, self._alone = rank, world_size == 1
         self._step_timeout, self._startup_timeout = step_timeout_seconds, startup_timeout_seconds
-        self._report, self._leave = report, leave
+        self.report, self._leave = report, leave
         self._interval = min(0.5, step_timeout_seconds / 8, startup_timeout_seconds / 8)
         self._main = get_ident()
         self._last: tuple[str, int, float] = ("startup", 0, monotonic())
@@ -242,7 +242,7 @@ class Watchdog:
             if event is None:
                 last_resort.cancel()
                 return False
-            self._report(event)
+            self.report(event)
         except Exception:  # whatever goes wrong here, a log that cannot be written say, the hung process must end
             traceback.print_exc()
         self._files.remove_own()

@@ -66,19 +66,33 @@ class World:
             dist.all_gather_object(values, value)
         return values
 
-    def from_main(self, compute: Callable[[], T]) -> T:
-        """Rank 0 computes, all ranks return its value, or raise its error: no rank is left waiting for a dead one."""
-        outcome: list[Any] = [None]
+    def from_main(self, compute: Callable[[], T], waiting: Callable[[], None] = lambda: None) -> T:
+        """Rank 0 computes, all ranks return its value, or raise its error: no rank is left waiting for a dead one.
+
+        The others call `waiting` whenever `compute` calls `gets_on`.
+        """
+        outcome: Any = None
         if self.is_main:
             try:
-                outcome = [compute()]
+                outcome = compute()
             except TopropeError as error:
-                outcome = [error]
+                outcome = error
+        while (outcome := self._tell(outcome)) is Ellipsis:
+            waiting()
+        if isinstance(outcome, TopropeError):
+            raise outcome
+        return outcome
+
+    def gets_on(self) -> None:
+        """Rank 0, inside `from_main`: tell the others, who wait for its result."""
+        self._tell(Ellipsis)
+
+    def _tell(self, value: Any) -> Any:
+        """Rank 0's value, on all ranks."""
+        values = [value]
         if self.size > 1:
-            dist.broadcast_object_list(outcome, src=0)
-        if isinstance(outcome[0], TopropeError):
-            raise outcome[0]
-        return outcome[0]
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
 
 
 class PeerLostError(RuntimeError):

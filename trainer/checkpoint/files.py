@@ -163,14 +163,15 @@ def stage(run: Path, step: int) -> Path:
     return staging
 
 
-def clean(run: Path) -> None:
+def clean(run: Path, progress: Progress = lambda done, total: None) -> None:
     """Remove what saves of dead attempts left behind. Only for the job that holds the run's lock."""
     for path in _entries(directory(run)):
         if _LEFTOVER.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
         elif _COMMITTED.fullmatch(path.name) and _is_hidden(path):
             successor = final_path(run, at(path).step)
-            if successor.is_dir() and not verify(at(successor)):  # else this one may be the last that is intact
+            # Else this one may be the last that is intact.
+            if successor.is_dir() and not verify(at(successor), progress):
                 _remove(path)
 
 

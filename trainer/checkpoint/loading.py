@@ -133,7 +133,11 @@ def _check_complete(plan: Any, tensors: dict[str, Tensor]) -> None:
 
 
 def _refuse_to_forget(run: Path) -> None:
-    """Raise if something was saved once. A run that never came to its first save simply starts again."""
+    """Raise if something was saved once. A run that never came to its first save simply starts again.
+
+    To remove the directory, or to give another, is to tell us so. There is no switch for it: in a command that is typed
+    again at every restart it would stay, and then throw away progress that nobody meant.
+    """
     damaged = bool(committed(run))
     if damaged or any(isinstance(entry.event, CheckpointSaved) for entry in events.read(run)):
         what = "none of its checkpoints is intact" if damaged else f"{directory(run)} holds no checkpoint any more"

@@ -4,6 +4,9 @@ A save goes in rounds. In each, every rank does its part and then all learn what
 a process group of their own. So an error anywhere is an error everywhere, with one reason, and nobody waits for a rank
 that has given up. The rounds: make the directory; write the shards; commit; read back. Then rank 0 prunes.
 
+A slow disk is no hang, a dead one is. While a rank's part gets on it says so to the others, now and then, and a loop
+that waits for a save passes every such sign on: its watchdog sees no progress only where one rank really makes none.
+
 DCP plans who writes what and lays out the bytes. Its `save` is not used: it would plan anew each time, and its own
 collectives know nothing of the rounds.
 """
@@ -37,7 +40,9 @@ from trainer.world import World
 T = TypeVar("T")
 At = Callable[[str, int], None]
 
-PEER_TIMEOUT_SECONDS = 1800.0  # a rank with a slow disk keeps the others' writing threads waiting, not their training
+PEER_TIMEOUT_SECONDS = 1800.0  # without a word from a peer, where no watchdog is waiting for it
+TELL_SECONDS = 0.5  # how often a rank at work says that it gets on
+POLL_SECONDS = 0.1  # how often a waiting loop looks for signs of that
 # Of the writing thread. With two ranks on two full cores, steps took 1.02 times as long beside a save of 74 MB a rank,
 # and 1.17 times at niceness 10. The price: the save took 1.3 s instead of 0.6 s.
 NICENESS = 19
@@ -53,8 +58,6 @@ class Saver:
     """Of the saves that `begin` and `finish` have waited for: alike on all ranks after either, unless one has died."""
     lost_peer: str | None
     """Set once another rank is gone: no save can succeed any more, and this says how it was noticed."""
-    last_sign_of_life: float
-    """time.monotonic() when this rank's writing last got on: tells a slow disk from a hang."""
 
     def __init__(
         self,
@@ -63,10 +66,16 @@ class Saver:
         identity: Mapping[str, Any],
         settings: config.Checkpoint,
         at: At = lambda point, step: None,
+        waiting: At = lambda point, step: None,
         peer_timeout_seconds: float = PEER_TIMEOUT_SECONDS,
     ) -> None:
-        """`identity` goes into the manifest: what a loader must agree with. `at` is called from the writing thread."""
+        """`identity` goes into the manifest: what a loader must agree with.
+
+        `at` is called from the writing thread. `waiting` is called from `begin` and `finish`, with "waiting_for_save",
+        whenever the save that they wait for has got on.
+        """
         self._run, self._world, self._identity, self._settings, self._at = run, world, dict(identity), settings, at
+        self._waiting = waiting
         self._group = None
         if world.size > 1:  # never the one that training uses: collectives of two threads would mix there
             timeout = datetime.timedelta(seconds=peer_timeout_seconds)
@@ -79,7 +88,8 @@ class Saver:
         self._failures = 0
         self.failures_in_a_row = 0
         self.lost_peer = None
-        self.last_sign_of_life = time.monotonic()
+        self._got_on = self._told = time.monotonic()
+        """When the save under way last got on, on any rank, and when all ranks last told each other."""
 
     def begin(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Save `tensors` (plain ones alike on all ranks, or DTensors) as the checkpoint of `step`.
@@ -87,7 +97,7 @@ class Saver:
         Waits for an earlier save still under way, copies what this rank will write, and returns.
         """
         started = time.perf_counter()
-        self._wait()
+        self._wait(step)
         trouble = None
         try:
             if self._layout is None:
@@ -96,7 +106,6 @@ class Saver:
         except Exception as error:  # out of memory, a dead peer: the first round tells all ranks
             trouble = error
         self._save = save = _Save(step, started, trouble)
-        self.last_sign_of_life = time.monotonic()
         save.thread = threading.Thread(target=self._write, args=(save,), name="checkpoint", daemon=True)
         save.thread.start()
         save.stall = time.perf_counter() - started
@@ -110,11 +119,12 @@ class Saver:
 
     def finish(self) -> list[Event]:
         """Wait for the save under way; then as `poll`."""
-        started = time.perf_counter()
         if self._save is not None:
-            self._save.thread.join()
+            started = time.perf_counter()
+            self._join(self._save, self._save.step)
             self._save.stall += time.perf_counter() - started
-        self._wait()
+            self._collect()
+        self.failures_in_a_row = self._failures
         return self.poll()
 
     def close(self, grace_seconds: float = 5.0) -> None:
@@ -128,11 +138,19 @@ class Saver:
                 dist.destroy_process_group(cast(dist.ProcessGroup, self._group))
             self._group, self._lost = None, "the saver is closed"
 
-    def _wait(self) -> None:
+    def _wait(self, step: int) -> None:
         if self._save is not None:
-            self._save.thread.join()
+            self._join(self._save, step)
             self._collect()
         self.failures_in_a_row = self._failures
+
+    def _join(self, save: "_Save", step: int) -> None:
+        seen = self._got_on
+        while save.thread.is_alive():
+            save.thread.join(POLL_SECONDS)
+            if self._got_on != seen:
+                seen = self._got_on
+                self._waiting("waiting_for_save", step)
 
     def _collect(self) -> None:
         save, self._save = self._save, None
@@ -196,7 +214,7 @@ class Saver:
             raise save.trouble
         if not self._world.is_main:
             return None
-        files.clean(self._run)
+        files.clean(self._run, self._progress(save))
         return files.stage(self._run, save.step)
 
     def _write_shard(self, save: "_Save", staging: Path) -> "_Shard":
@@ -249,13 +267,15 @@ class Saver:
             save.warnings.append(f"old checkpoints could not be removed: {files.one_line(error)}")
 
     def _progress(self, save: "_Save", point: str | None = None) -> Callable[..., None]:
-        """A callback for progress: a sign of life, and the first time `point`."""
+        """A callback for progress: a sign of it, for all ranks now and then, and the first time `point`."""
         points = [point] if point else []
 
         def progress(*amount: int) -> None:
-            self.last_sign_of_life = time.monotonic()
+            self._got_on = time.monotonic()
             if points:
                 self._at(points.pop(), save.step)
+            if time.monotonic() - self._told > TELL_SECONDS:
+                self._exchange(None)
 
         return progress
 
@@ -267,6 +287,19 @@ class Saver:
             mine: Any = work(), None
         except BaseException as error:  # whatever it is, the others must hear of it
             mine = None, files.one_line(error)
+        while None in (all_of_us := self._exchange(mine)):
+            pass  # some are still at it: they have just said that they get on
+        failed = [(rank, reason) for rank, (_, reason) in enumerate(all_of_us) if reason is not None]
+        if failed:
+            by_rank = [f"rank {rank}: {why}" if self._group else why for rank, why in failed]
+            all_alike = len({why for _, why in failed}) == 1 < len(failed)
+            raise _SaveError(failed[0][1] if all_alike else "; ".join(by_rank), failed[0][0])
+        return [result for result, _ in all_of_us]
+
+    def _exchange(self, mine: Any) -> list[Any]:
+        """What each rank has to say, None if only that it gets on. Raises _SaveError if one is lost."""
+        if self._lost is not None:
+            raise _SaveError(self._lost)
         all_of_us: list[Any] = [mine] * self._world.size
         if self._group is not None:
             try:
@@ -275,13 +308,8 @@ class Saver:
                 detail = files.one_line(error).partition(". This is typically")[0]  # gloo's advice for programmers
                 self._lost = self.lost_peer = f"another rank was lost while saving ({detail})"
                 raise _SaveError(self._lost) from None
-        self.last_sign_of_life = time.monotonic()
-        failed = [(rank, reason) for rank, (_, reason) in enumerate(all_of_us) if reason is not None]
-        if failed:
-            by_rank = [f"rank {rank}: {why}" if self._group else why for rank, why in failed]
-            all_alike = len({why for _, why in failed}) == 1 < len(failed)
-            raise _SaveError(failed[0][1] if all_alike else "; ".join(by_rank), failed[0][0])
-        return [result for result, _ in all_of_us]
+        self._got_on = self._told = time.monotonic()
+        return all_of_us
 
 
 class _SaveError(CheckpointError):
@@ -304,8 +332,7 @@ class _Save:
         self.seconds = 0.0
         self.warnings: list[str] = []
         self.outcome: int | _SaveError | None = None
-        """The checkpoint's size in bytes, or why there is none."""
-        """(bytes, None) or (0, why it failed); set last, by the writing thread."""
+        """The checkpoint's size in bytes, or why there is none; set last, by the writing thread."""
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def _locked(lock: IO[str], progress: Progress) -> Iterator[None]:
             time.sleep(_POLL_SECONDS)
         if time.monotonic() > notice_at:
             progress("waiting for another process that prepares the same data", 0, None)
-            notice_at = float("inf")
+            notice_at = time.monotonic() + WAIT_NOTICE_SECONDS
     yield  # closing the file gives the lock back
 
 
