@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from scripts import bench_chaos as chaos
+from scripts import bench_ladder as ladder
 from scripts import bench_survival as survival
 from scripts.bench_tables import Ratio, record
 from trainer import config as configs
@@ -357,13 +358,15 @@ def measure(name: str) -> dict[str, Any]:
             return chaos.storm()
         case "mutants":
             return chaos.mutants()
+        case "ladder":
+            return ladder.statistics()
     raise SystemExit(f"no figure is called {name!r}; there are {', '.join(FIGURES)}")
 
 
 FIGURES = (
     "throughput_12m", "throughput_0.8m", "exact_against_plain_sums", "bf16_compile", "first_step", "memory",
     "shakespeare", "seeds", "saving", "killed", "nodes", "goodput", "catalogue", "storm",
-    "mutants",
+    "mutants", "ladder",
 )  # fmt: skip
 
 

@@ -254,9 +254,12 @@ class Verdict(Record):
     trend: Trend
     target_flops: float
     multiplier: Interval
-    """At the target, two-sided."""
+    """At the target, two-sided, if ln m is a line in ln C."""
+    other_floor: Interval
+    """The same if the arm's floor E differs from the baseline's, so that gains fade or rise ever faster."""
     lower: float | None
-    """One-sided bounds of the multiplier at the target that decide, corrected for arms and looks."""
+    """One-sided bounds of the multiplier at the target that decide, corrected for arms and looks: the lower and the
+    higher one of both forms."""
     upper: float | None
     bound_level: float
     """Level of each of those two bounds."""

@@ -1,0 +1,214 @@
+"""Promises about fitting loss against compute."""
+
+import csv
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given
+
+from tests import ladders
+from tests.ladders import LONG, Design, draw, power_law
+from tests.support import ROOT
+from trainer.errors import FitError
+from trainer.ladder import fit as fits
+from trainer.ladder import forms
+from trainer.ladder.results import BASELINE, Point
+
+GADRE = ROOT.parent / "shared" / "data" / "gadre_rpj.csv"
+
+
+def baseline(design: Design = LONG, base: ladders.Law | None = None, seed: int = 0) -> list[Point]:
+    return draw(design, base or power_law(), {}, np.random.Generator(np.random.Philox(seed)))
+
+
+@pytest.fixture(scope="module")
+def gadre() -> list[dict[str, str]]:
+    if not GADRE.exists():
+        pytest.skip(f"{GADRE} is not there")
+    with GADRE.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def columns(rows: list[dict[str, str]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    names = ("params", "tokens_per_param_nominal", "c4_val_loss")
+    parameters, ratio, loss = (np.array([float(row[name]) for row in rows]) for name in names)
+    return parameters, ratio, loss
+
+
+def test_the_published_fit_of_gadre_et_al_comes_out(gadre: list[dict[str, str]]):
+    models = ("d=96_l=8_h=4", "d=512_l=8_h=4", "d=576_l=24_h=8", "d=1024_l=24_h=8")
+    few = [(name, 20.0) for name in models] + [(models[0], 320.0)]
+    chosen = [row for row in gadre if (row["model"], float(row["tokens_per_param_nominal"])) in few]
+    law = forms.fit_overtrained(*columns(chosen))
+    assert (law.a, law.b) == (pytest.approx(166.21, abs=0.005), pytest.approx(366.69, abs=0.005))
+    assert (law.eta, law.E) == (pytest.approx(-0.2729, abs=5e-5), pytest.approx(1.8366, abs=5e-5))
+    largest = [("open_lm_1b", 640.0), ("open_lm_7b", 20.0)]
+    held_out = [row for row in gadre if (row["model"], float(row["tokens_per_param_nominal"])) in largest]
+    errors = [law.at(n, m) / loss - 1 for n, m, loss in zip(*columns(held_out), strict=True)]
+    assert len(errors) == 2 and max(map(abs, errors)) < 0.00735
+
+
+@pytest.mark.parametrize("method", ["varpro", "huber"])
+def test_a_surface_without_noise_is_found_exactly(method: forms.Method):
+    n, ratio = np.repeat(np.geomspace(1e6, 1e9, 4), 3), np.tile([5.0, 20.0, 80.0], 4)
+    loss = 1.69 + 406.4 / n**0.34 + 410.7 / (n * ratio) ** 0.28
+    law = forms.fit_surface(n, n * ratio, loss, method)
+    assert (law.E, law.alpha, law.beta) == (
+        pytest.approx(1.69, abs=0.002), pytest.approx(0.34, abs=0.001), pytest.approx(0.28, abs=0.001)
+    )  # fmt: skip
+
+
+def test_one_bad_run_moves_least_squares_and_not_the_sum_of_hubers():
+    n, ratio = np.repeat(np.geomspace(1e6, 1e9, 4), 3), np.tile([5.0, 20.0, 80.0], 4)
+    loss = 1.69 + 406.4 / n**0.34 + 410.7 / (n * ratio) ** 0.28
+    loss[-1] += 0.2
+    assert abs(forms.fit_surface(n, n * ratio, loss, "huber").E - 1.69) < 0.01
+    assert abs(forms.fit_surface(n, n * ratio, loss, "varpro").E - 1.69) > 0.03
+
+
+def test_a_surface_is_refused_where_n_and_d_rise_together():
+    n = np.geomspace(1e6, 1e9, 6)
+    with pytest.raises(FitError, match="cannot be told apart"):
+        forms.fit_surface(n, 20 * n, 2 + n**-0.1)
+
+
+def test_a_curve_without_noise_is_found_exactly_by_both_estimators():
+    fit = fits.fit_curve(baseline(replace(LONG, sd=0.0)))
+    assert fit.huber is not None
+    for curve in (fit.curve, fit.huber):
+        assert (curve.E, curve.alpha) == (pytest.approx(1.8, abs=1e-3), pytest.approx(0.15, abs=1e-4))
+        assert curve.at(1e16) == pytest.approx(power_law()(1e16), abs=1e-4)
+        assert curve.slope(1e15) == pytest.approx(0.15 * 1.14, abs=1e-4)
+
+
+@given(unit=st.floats(1e-6, 1e6), seed=st.integers(0, 50))
+def test_the_unit_of_compute_does_not_matter(unit: float, seed: int):
+    points = baseline(seed=seed)
+    here = fits.fit_curve(points, second_opinion=False)
+    there = fits.fit_curve([replace(one, flops=one.flops * unit) for one in points], second_opinion=False)
+    for name in ("curve", "E", "alpha"):
+        one, other = getattr(here, name).to_json(), getattr(there, name).to_json()
+        for key in one.keys() - {"A", "scale"}:
+            assert other[key] == pytest.approx(one[key], rel=1e-3), (name, key)
+
+
+def test_the_delta_methods_derivative_is_that_of_the_fit():
+    rungs = fits.rungs_of(baseline())
+    curve, _ = fits.solve(rungs.flops, rungs.loss, rungs.seeds)
+    derivative = fits.sensitivity(rungs, curve)
+    for k in range(len(rungs.names)):
+        moved = []
+        for sign in (-1, 1):
+            loss = rungs.loss.copy()
+            loss[k] += sign * 1e-3
+            moved.append(fits.solve(rungs.flops, loss, rungs.seeds)[0])
+        found = [(getattr(moved[1], name) - getattr(moved[0], name)) / 2e-3 for name in ("E", "A", "alpha")]
+        assert derivative[:, k] == pytest.approx(found, rel=0.1, abs=0.02)
+
+
+def test_leverages_sum_to_the_number_of_parameters():
+    fit = fits.fit_curve(baseline(), second_opinion=False)
+    assert sum(rung.leverage for rung in fit.rungs) == pytest.approx(3.0, abs=1e-6)
+    assert all(0 < rung.leverage < 1 for rung in fit.rungs)
+
+
+def test_a_curve_that_bends_shows_as_lack_of_fit():
+    straight = fits.fit_curve(baseline(seed=2), second_opinion=False)
+    bent = fits.fit_curve(baseline(base=ladders.bent(), seed=2), second_opinion=False)
+    assert straight.lack_of_fit_p is not None and straight.lack_of_fit_p > 0.05
+    assert bent.lack_of_fit_p is not None and bent.lack_of_fit_p < 0.001
+    assert bent.E.low is not None and straight.E.low is not None
+    assert bent.degrees_of_freedom == 2 < straight.degrees_of_freedom == 12
+
+
+def test_noise_that_differs_between_rungs_is_noticed():
+    even = fits.fit_curve(baseline(replace(LONG, seeds=6)), second_opinion=False)
+    uneven = fits.fit_curve(baseline(replace(LONG, seeds=6, growth=20.0)), second_opinion=False)
+    assert even.unequal_noise_p is not None and even.unequal_noise_p > 0.01
+    assert uneven.unequal_noise_p is not None and uneven.unequal_noise_p < 0.001
+
+
+def test_three_rungs_of_one_seed_give_a_curve_and_no_interval():
+    fit = fits.fit_curve(baseline(Design.spanning(3, 2.0, seeds=1)), second_opinion=False)
+    assert fit.sd is None and fit.seed_sd is None and fit.lack_of_fit_p is None
+    assert fit.E.value is not None and fit.E.low is None and fit.E.high is None
+    assert not fit.E_determined
+    tree = json.loads(json.dumps(fit.to_json(), allow_nan=False))
+    assert tree["E"]["low"] is None
+
+
+def test_a_floor_that_the_data_do_not_show_reaches_down_to_zero():
+    design = replace(Design.spanning(4, 1.0), sd=0.02)
+    fit = fits.fit_curve(baseline(design), second_opinion=False)
+    assert fit.E.low == 0.0 and not fit.E_determined
+
+
+@pytest.mark.parametrize("rungs", [0, 1, 2])
+def test_fewer_than_three_rungs_are_refused(rungs: int):
+    points = [one for one in baseline() if int(one.rung[1:]) < rungs]
+    with pytest.raises(FitError, match="at least three") as caught:
+        fits.fit_curve(points)
+    assert f"finished runs at {rungs} rungs" in str(caught.value)
+
+
+def test_rungs_of_the_same_compute_are_refused():
+    points = [replace(one, flops=1e13) if one.rung in ("r1", "r2") else one for one in baseline()]
+    with pytest.raises(FitError, match="each of another compute"):
+        fits.fit_curve(points)
+
+
+def test_a_baseline_that_does_not_improve_is_refused():
+    with pytest.raises(FitError, match="does not fall with compute"):
+        fits.fit_curve(baseline(base=lambda flops: 3 + 0.1 * math.log10(flops / 1e12)))
+
+
+def test_a_run_that_diverged_is_left_out_and_never_invented():
+    points = baseline()
+    without = [one for one in points if (one.rung, one.seed) != ("r2", 1)]
+    diverged = [one if one in without else replace(one, loss=math.nan) for one in points]
+    assert fits.fit_curve(diverged, second_opinion=False) == fits.fit_curve(without, second_opinion=False)
+    assert [rung.seeds for rung in fits.fit_curve(diverged, second_opinion=False).rungs] == [3, 3, 2, 3, 3]
+
+
+def test_a_prediction_can_be_proven_wrong():
+    prediction = fits.predict(baseline(), 1e16, seeds=2)
+    value, low, high = prediction.predicted.value, prediction.predicted.low, prediction.predicted.high
+    assert value is not None and low is not None and high is not None and low < power_law()(1e16) < high
+    held = fits.check(prediction, [value + 0.001, value + 0.001])
+    assert held.inside and held.error == pytest.approx(0.001)
+    failed = fits.check(prediction, [high + 0.01, high + 0.01])
+    assert failed.inside is False and failed.relative_error == pytest.approx((high + 0.01 - value) / value)
+    assert fits.check(prediction, [math.nan, 2.0]).observed is None
+    with pytest.raises(ValueError, match="1 losses"):
+        fits.check(prediction, [2.0])
+
+
+def test_the_further_the_target_the_wider_the_prediction():
+    def width(flops: float) -> float:
+        predicted = fits.predict(baseline(), flops).predicted
+        assert predicted.low is not None and predicted.high is not None
+        return predicted.high - predicted.low
+
+    assert width(1e15) < width(1e16) < width(1e18)
+
+
+def test_the_bootstrap_is_the_same_each_time_and_finds_the_truth():
+    found = fits.bootstrap(baseline(), draws=200)
+    assert found == fits.bootstrap(baseline(), draws=200)
+    assert found.draws == 200 and 0 < found.refused < 60
+    assert found.E.low is not None and found.E.high is not None and found.E.low < 1.8 < found.E.high
+
+
+def test_points_come_back_from_json(tmp_path: Path):
+    one = baseline()[0]
+    for point in (one, replace(one, seconds=None), replace(one, loss=math.inf)):
+        path = tmp_path / "point.json"
+        path.write_text(json.dumps(point.to_json(), allow_nan=False))
+        back = Point.from_json(json.loads(path.read_text()))
+        assert back == point or (math.isnan(back.loss) and replace(back, loss=0.0) == replace(point, loss=0.0))
+    assert one.arm == BASELINE

@@ -1,0 +1,287 @@
+"""Promises about what an arm is worth and what becomes of it."""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given
+
+from tests import ladders
+from tests.ladders import LONG, SHORT, Arm, Design, draw, power_law
+from trainer.errors import FitError
+from trainer.ladder import fit as fits
+from trainer.ladder import verdict
+from trainer.ladder.matching import Baseline
+from trainer.ladder.multiplier import Line, More, Noise, OtherFloor, Pairs
+from trainer.ladder.results import BASELINE, Criterion, Interval, Point, Verdict
+
+TARGET = 1e16
+CLEAR = replace(LONG, sd=0.001)
+
+
+def ladder(arms: Mapping[str, Arm], design: Design = CLEAR, seed: int = 0) -> list[Point]:
+    return draw(design, power_law(), arms, np.random.Generator(np.random.Philox(seed)))
+
+
+def change(points: Sequence[Point], of: Callable[[Point], bool], **values: float | None) -> list[Point]:
+    return [replace(one, **values) if of(one) else one for one in points]
+
+
+def judge(points: Sequence[Point], **criterion: float) -> Verdict:
+    return verdict.judge(points, Criterion(**criterion), TARGET)[0]  # pyright: ignore[reportArgumentType]
+
+
+def slowed(points: Sequence[Point], by: float) -> list[Point]:
+    """The arm's steps take so many times as long, and all runs a little more or less."""
+    jitter = {one: 1 + 0.004 * math.sin(7.0 * n) for n, one in enumerate(points)}
+    return [replace(one, seconds=jitter[one] * (1.0 if one.arm == BASELINE else by)) for one in points]
+
+
+# Multipliers
+
+
+def test_without_noise_a_constant_gain_is_the_same_at_every_rung_and_the_target():
+    points = ladder({"arm": ladders.CONSTANT}, replace(LONG, sd=0.0))
+    done = judge(points)
+    values = [rung.multiplier.value for rung in done.rungs] + [done.multiplier.value, done.other_floor.value]
+    assert values == pytest.approx([1.15] * 7, rel=1e-4)
+    assert [rung.without for rung in done.rungs] == pytest.approx([1.15] * 5, rel=1e-4)
+    assert done.slope.value == pytest.approx(0.0, abs=1e-4)
+
+
+def test_an_arm_of_twice_the_compute_and_the_same_loss_is_worth_half():
+    points = ladder({"arm": ladders.UNCHANGED}, replace(LONG, sd=0.0))
+    done = judge([one if one.arm == BASELINE else replace(one, flops=2 * one.flops) for one in points])
+    assert [rung.multiplier.value for rung in done.rungs] == pytest.approx([0.5] * 5, rel=1e-4)
+    assert (done.multiplier.value, done.other_floor.value) == (
+        pytest.approx(0.5, rel=1e-3), pytest.approx(0.5, rel=0.1)
+    )  # fmt: skip
+    assert done.decision == "reject"
+
+
+@given(seed=st.integers(0, 200), E=st.floats(0.0, 2.5), alpha=st.floats(0.03, 0.6))
+def test_the_null_is_exact_whatever_the_curve(seed: int, E: float, alpha: float):
+    """Swapping arm and baseline turns the estimate's sign and nothing else, for right and for wrong curves."""
+    points = ladder({"arm": ladders.UNCHANGED}, LONG, seed)
+    baseline = Baseline.of(points, fits.fit_curve(points, second_opinion=False))
+    curve = replace(baseline.fit.curve, E=E, alpha=alpha)
+    loss = {name: np.array([[one.loss for one in points if (one.arm, one.rung) == (name, rung)]
+                            for rung in baseline.rungs.names]) for name in (BASELINE, "arm")}  # fmt: skip
+    estimates = []
+    for one, other in ((BASELINE, "arm"), ("arm", BASELINE)):
+        pairs = [
+            Pairs(name, float(flops), loss[one][k], loss[other][k], np.zeros(3))
+            for k, (name, flops) in enumerate(zip(baseline.rungs.names, baseline.rungs.flops, strict=True))
+        ]
+        noise = Noise.of(pairs)
+        estimates.append(Line(pairs, curve, baseline.influence, noise).at(TARGET).value)
+        estimates.append(OtherFloor(pairs, curve, baseline.influence, noise, TARGET).difference)
+    assert estimates[0] == pytest.approx(-estimates[2], abs=1e-9)
+    assert estimates[1] == pytest.approx(-estimates[3], abs=1e-9)
+
+
+def test_pairing_is_worth_what_the_correlation_makes_it():
+    alone, paired = (
+        judge(ladder({"arm": ladders.UNCHANGED}, replace(LONG, seeds=200, sd=0.01, correlation=rho))).pairing
+        for rho in (0.0, 0.5)
+    )
+    assert alone.ratio == pytest.approx(1.0, abs=0.12) and alone.correlation == pytest.approx(0.0, abs=0.1)
+    assert paired.ratio == pytest.approx(2.0, abs=0.25) and paired.correlation == pytest.approx(0.5, abs=0.1)
+
+
+def test_the_crossing_is_found_where_the_gain_ends():
+    done = judge(ladder({"arm": ladders.REVERSING}))
+    truth = 1e12 * 10 ** (4 * math.log(1.3) / math.log(1.3 / 0.83))
+    assert done.trend == "reverses" and done.crossing is not None
+    assert done.crossing.value == pytest.approx(truth, rel=0.1)
+    assert done.crossing.low is not None and done.crossing.high is not None
+    assert done.crossing.low < truth < done.crossing.high
+    assert "is gone at" in done.why
+
+
+# Decisions
+
+
+def test_a_gain_that_holds_is_promoted_and_one_that_reverses_rejected():
+    good, bad = verdict.judge(ladder({"good": ladders.CONSTANT, "bad": ladders.REVERSING}), Criterion(), TARGET)
+    assert (good.decision, good.trend) == ("promote", "persists")
+    assert (bad.decision, bad.trend) == ("reject", "reverses")
+    assert good.why.startswith("at the target it is worth at least 1.1") and good.why.endswith("as long.")
+    assert good.remedies == [] and good.lower is not None and good.lower >= 1.02
+    assert bad.upper is not None and bad.upper < 1.02
+
+
+def test_a_fading_gain_is_not_promoted_where_another_floor_would_end_it():
+    done = judge(ladder({"arm": ladders.LEVELLING}, LONG, seed=1))
+    assert done.decision == "inconclusive" and done.trend == "shrinks"
+    assert done.multiplier.low is not None and done.multiplier.low > 1.02, "the line alone would have promoted it"
+    assert "levels off elsewhere" in done.why
+    assert done.other_floor.low is not None and done.other_floor.high is not None
+    assert done.other_floor.low < 1.0 < done.other_floor.high
+
+
+def test_noise_is_answered_with_inconclusive_and_with_what_would_settle_it():
+    done = judge(ladder({"arm": ladders.CONSTANT}, replace(SHORT, sd=0.01)))
+    assert done.decision == "inconclusive" and "anything from" in done.why
+    assert {one.what for one in done.remedies} == {"seeds", "rung"}
+    seeds, rung = sorted(done.remedies, key=lambda one: one.what, reverse=True)
+    assert 1 <= seeds.seeds <= verdict.MOST_SEEDS and seeds.flops is None
+    assert rung.flops is not None and 1e15 < rung.flops <= TARGET
+
+
+def test_the_error_planned_for_more_seeds_is_the_one_they_bring():
+    few, many = replace(LONG, sd=0.01), replace(LONG, sd=0.01, seeds=12)
+    planned, brought = [], []
+    for seed in range(40):
+        for design, errors in ((few, planned), (many, brought)):
+            points = ladder({"arm": ladders.CONSTANT}, design, seed)
+            baseline = Baseline.of(points, fits.fit_curve(points, second_opinion=False))
+            line = verdict.Judgement(baseline, points, "arm", Criterion(), TARGET, 0.05)._line
+            assert line is not None
+            if not line.widened:
+                errors.append(line.planned(TARGET, More(seeds=9 if design is few else 0)).error)
+    assert np.mean(planned) == pytest.approx(np.mean(brought), rel=0.08)
+
+
+def test_a_change_whose_steps_take_too_long_is_rejected_however_good():
+    done = judge(slowed(ladder({"arm": ladders.CONSTANT}), 1.5))
+    assert done.decision == "reject" and "as long as the baseline's" in done.why
+    assert done.slowdown.value == pytest.approx(1.5, rel=0.01)
+
+
+def test_a_change_of_unknown_speed_is_not_promoted():
+    done = judge(change(ladder({"arm": ladders.CONSTANT}), lambda one: True, seconds=None))
+    assert done.decision == "inconclusive" and "is not known" in done.why
+    assert done.slowdown.value is None and done.wall_clock.value is None
+    assert done.remedies == []
+
+
+def test_better_per_flop_and_slower_per_second_is_said():
+    done = judge(slowed(ladder({"arm": ladders.CONSTANT}), 1.2))
+    assert done.faster_per_flop_slower_per_second and done.decision == "promote"
+    assert done.wall_clock.value == pytest.approx(1.15 / 1.2, rel=0.03)
+    assert any(note.startswith("Better per FLOP and slower per second") for note in done.notes)
+
+
+def test_an_answer_that_hangs_on_the_floor_is_inconclusive():
+    points = ladder({"arm": ladders.CONSTANT})
+    fit = fits.fit_curve(points, second_opinion=False)
+    unsure = replace(fit, alpha=Interval(fit.alpha.value, None, None))
+    (done,) = verdict.judge(points, Criterion(), TARGET, fit=unsure)
+    assert done.decision == "inconclusive" and "E and alpha" in done.why
+    assert [one.what for one in done.remedies] == ["rung"]
+
+
+def test_arms_and_looks_are_corrected_for_and_an_arm_without_a_change_is_not_counted():
+    arms = {"aa": ladders.UNCHANGED, "one": ladders.CONSTANT, "two": ladders.CONSTANT}
+    done = verdict.judge(ladder(arms), Criterion(level=0.06, looks=3), TARGET, unchanged=["aa"])
+    assert [one.arm for one in done] == list(arms)
+    assert [one.bound_level for one in done] == pytest.approx([0.06 / 2 / 3] * 3)
+    assert {one.multiplier.level for one in done} == {0.06}
+
+
+def test_bounds_come_from_both_forms():
+    done = judge(ladder({"arm": ladders.SHRINKING}, LONG), level=0.05)
+    same = judge(ladder({"arm": ladders.SHRINKING}, LONG), level=0.025)
+    assert done.lower is not None and done.upper is not None
+    assert same.lower is not None and same.lower < done.lower < done.upper
+    ends = [done.multiplier.low, done.multiplier.high, done.other_floor.low, done.other_floor.high]
+    assert min(end for end in ends if end is not None) < done.lower
+    assert max(end for end in ends if end is not None) > done.upper
+
+
+# What is missing
+
+
+def test_a_missing_rung_is_a_gap_and_nothing_is_invented():
+    points = [one for one in ladder({"arm": ladders.CONSTANT}) if (one.arm, one.rung) != ("arm", "r2")]
+    done = judge(points)
+    gap = done.rungs[2]
+    assert (gap.rung, gap.pairs, gap.gap) == ("r2", 0, "no finished pair")
+    assert gap.multiplier.value is None and gap.loss_difference is None and gap.slowdown is None and gap.without is None
+    assert "r2: no finished pair." in done.notes
+    assert done.multiplier.value == pytest.approx(1.15, rel=0.02) and done.decision == "promote"
+
+
+def test_fewer_runs_of_an_arm_make_its_interval_wider():
+    points = ladder({"arm": ladders.CONSTANT}, LONG, seed=4)
+    fewer = [one for one in points if one.arm == BASELINE or one.seed < 2 or one.rung == "r0"]
+    whole, part = judge(points), judge(fewer)
+    assert [rung.pairs for rung in part.rungs] == [3, 2, 2, 2, 2]
+    assert part.rungs[1].gap == "2 pairs of 3"
+    for one in (whole, part):
+        assert one.multiplier.low is not None and one.multiplier.high is not None
+    widths = [math.log(one.multiplier.high / one.multiplier.low) for one in (whole, part)]  # pyright: ignore
+    assert widths[1] > 1.05 * widths[0]
+
+
+def test_two_rungs_are_too_few_for_a_trend_and_say_so():
+    points = [one for one in ladder({"arm": ladders.CONSTANT}) if one.arm == BASELINE or one.rung in ("r0", "r4")]
+    done = judge(points)
+    assert (done.decision, done.trend) == ("inconclusive", "unknown")
+    assert "compared at 2 rungs, and a trend needs three" in done.why
+    assert done.multiplier == Interval(None, None, None) and done.lower is None and done.crossing is None
+    assert done.rungs[0].multiplier.value == pytest.approx(1.15, rel=0.02)
+    assert done.rungs[0].multiplier.low is not None
+
+
+def test_an_arm_without_any_run_is_inconclusive():
+    (done,) = verdict.judge(ladder({}), Criterion(), TARGET, arms=["planned"])
+    assert (done.decision, done.trend) == ("inconclusive", "unknown")
+    assert all(rung.gap == "no finished pair" for rung in done.rungs)
+    json.dumps(done.to_json(), allow_nan=False)
+
+
+def test_runs_that_diverged_keep_an_arm_from_being_promoted():
+    points = change(
+        ladder({"arm": ladders.CONSTANT}),
+        lambda one: (one.arm, one.rung, one.seed) == ("arm", "r3", 1),
+        loss=math.nan,
+    )
+    done = judge(points)
+    assert done.decision == "inconclusive" and "not finite at r3 seed 1" in done.why
+    assert done.rungs[3].pairs == 2 and "r3 seed 1: its loss was not finite." in done.notes
+
+
+def test_a_loss_at_the_floor_has_no_multiplier():
+    points = change(ladder({"arm": ladders.CONSTANT}), lambda one: (one.arm, one.rung) == ("arm", "r4"), loss=1.7)
+    done = judge(points)
+    assert done.rungs[4].multiplier.value is None and "floor" in done.rungs[4].gap
+    assert done.rungs[4].loss_difference == pytest.approx(1.7 - power_law()(1e15), abs=0.01)
+    assert done.decision == "inconclusive" and "no amount of compute compares" in done.why
+    assert done.rungs[0].multiplier.value == pytest.approx(1.15, rel=0.02) and done.multiplier.value is None
+
+
+def test_one_seed_a_rung_still_has_an_interval_from_the_rungs_scatter():
+    done = judge(ladder({"arm": ladders.CONSTANT}, replace(LONG, seeds=1)))
+    assert done.multiplier.low is not None and done.rungs[0].multiplier.low is None
+    assert done.lack_of_fit_p is None and done.pairing.ratio is None
+    assert any("No rung has two seeds" in note for note in done.notes)
+
+
+def test_rungs_off_the_line_widen_the_interval_and_ask_for_no_seeds():
+    points = ladder({"arm": ladders.CONSTANT}, LONG, seed=3)
+    off = [
+        replace(one, loss=one.loss + (0.05 if one.rung in ("r1", "r3") else -0.05)) if one.arm == "arm" else one
+        for one in points
+    ]
+    done = judge(off)
+    assert done.lack_of_fit_p is not None and done.lack_of_fit_p < 0.001
+    assert done.decision == "inconclusive" and all(one.what == "rung" for one in done.remedies)
+    assert any("do not lie on a line" in note for note in done.notes)
+
+
+def test_a_baseline_without_a_curve_is_refused():
+    with pytest.raises(FitError):
+        judge([one for one in ladder({"arm": ladders.CONSTANT}) if one.rung in ("r0", "r1")])
+
+
+def test_verdicts_are_plain_json():
+    arms = {"const": ladders.CONSTANT, "gone": ladders.REVERSING, "huge": ladders.line(1e4, 1e6)}
+    for done in verdict.judge(ladder(arms, SHORT), Criterion(), TARGET):
+        tree = json.loads(json.dumps(done.to_json(), allow_nan=False))
+        assert tree["arm"] == done.arm and tree["rungs"][0]["rung"] == "r0"
