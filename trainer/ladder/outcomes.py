@@ -46,6 +46,8 @@ class Outcome(Record):
     """Of the steps that the run stands on."""
     wall_seconds: float | None = None
     """From the first start to the end: with start-up, evaluation, saves, faults."""
+    spent: dict[str, float] = field(default_factory=dict)
+    """Where that went, in seconds: the parts of goodput.py."""
     attempts: int = 0
     faults: list[dict[str, Any]] = field(default_factory=list)
     """Made on purpose: {kind, step, attempt}."""
@@ -76,7 +78,11 @@ def points(ladder: Ladder, pool: Path) -> list[Point]:
     """
     from trainer.ladder import tuning
 
-    found = outcomes(ladder, pool, tuning.final(ladder, pool))
+    return points_of(outcomes(ladder, pool, tuning.final(ladder, pool)))
+
+
+def points_of(found: Sequence[Outcome]) -> list[Point]:
+    """Of those that have a loss."""
     machines = Counter(one.machine for one in found if one.status == "finished" and one.machine is not None)
     usual = machines.most_common(1)[0][0] if machines else None
     return [_point(one, usual) for one in found if one.loss is not None]
@@ -110,10 +116,12 @@ def _told(entries: list[Entry], about: dict[str, Any], bare: Outcome, metric: st
     starts = [entry.event for entry in entries if isinstance(entry.event, AttemptStarted)]
     kept = goodput.committed(entries)
     machines = {(start.host, start.device, start.world_size) for start in starts}
+    account = goodput.account(entries)
     return {
         **_score(entries, bare, metric, unit),
         "seconds": math.fsum(step.seconds / (1 + step.redone) for step in kept.values()) if kept else None,
-        "wall_seconds": goodput.account(entries)["wall_seconds"],
+        "wall_seconds": account["wall_seconds"],
+        "spent": account["parts"],
         "attempts": len({entry.attempt for entry in own}),
         "faults": [
             {"kind": entry.event.fault, "step": entry.event.step, "attempt": entry.attempt}
