@@ -86,7 +86,9 @@ def change(found: Sequence[Outcome], which: Callable[[Outcome], bool], **values:
     return [replace(one, **values) if which(one) else one for one in found]
 
 
-def missing(found: Sequence[Outcome], which: Callable[[Outcome], bool], reason: str = "it ran out of disk") -> list[Outcome]:
+def missing(
+    found: Sequence[Outcome], which: Callable[[Outcome], bool], reason: str = "it ran out of disk"
+) -> list[Outcome]:
     gone = {"status": "missing", "reason": reason, "loss": None, "seconds": None, "weights_sha256": None}
     return change(found, which, **gone)
 
@@ -97,7 +99,9 @@ def tree(design: Design = ladders.SHORT, arms: Mapping[str, Arm] = ARMS, **more:
     return told.tell(Facts(ladder_of(design, list(arms), **more), found, record=HISTORY))
 
 
-def told_of(found: Sequence[Outcome], design: Design = ladders.SHORT, arms: Sequence[str] = tuple(ARMS)) -> dict[str, Any]:
+def told_of(
+    found: Sequence[Outcome], design: Design = ladders.SHORT, arms: Sequence[str] = tuple(ARMS)
+) -> dict[str, Any]:
     return told.tell(Facts(ladder_of(design, arms), found, record=HISTORY))
 
 

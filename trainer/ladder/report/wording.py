@@ -1,5 +1,6 @@
 """Numbers as words: what page, terminal and pictures write alike."""
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -82,6 +83,11 @@ def took(seconds: float | None) -> str:
     if seconds < 90:
         return f"{seconds:.3g} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def date(seconds: float | None) -> str:
+    """Of Unix time."""
+    return UNKNOWN if seconds is None else time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
 
 
 def share(value: float | None) -> str:
