@@ -171,7 +171,9 @@ def _line(points: Sequence[Point], arm: str, fit: CurveFit, plan: Plan) -> Tree 
 
 
 def _ratio(*logs: float) -> Interval:
-    return Interval(*(math.exp(one) if abs(one) < 100 else None for one in logs))
+    """Of (value, low, high) of its logarithm."""
+    value, low, high = (math.exp(one) if abs(one) < 100 else None for one in logs)
+    return Interval(value, low, high)
 
 
 # Predictions
@@ -189,7 +191,9 @@ def _predictions(points: Sequence[Point], plan: Plan) -> list[Tree]:
 
 def _questions(plan: Plan) -> list[tuple[str, Sequence[str]]]:
     """(what is predicted, by which rungs)"""
-    return [(plan.rungs[-1], plan.rungs[:-1]), (plan.target, plan.rungs)] if plan.rungs else []
+    if not plan.rungs:
+        return []
+    return [(plan.rungs[-1], plan.rungs[:-1])] * (len(plan.rungs) > 1) + [(plan.target, plan.rungs)]
 
 
 def _prediction(points: Sequence[Point], arm: str, rung: str, below: Sequence[str], plan: Plan) -> Tree:

@@ -74,8 +74,8 @@ def _draw_curve(above: "Axes", below: "Axes", tree: Tree) -> None:
         label=f"baseline's curve: E {fit['E']:.3g}, α {fit['alpha']:.3f}",
     )
     above.plot(flops[known - 1 :], value[known - 1 :], color=INK, linewidth=1.2, linestyle=(0, (4, 2)))
-    offsets = [[edge - middle for edge, middle in zip(side, value, strict=True)] for side in (low, high)]
-    below.fill_between(flops, *offsets, color=INK, alpha=0.1, linewidth=0)
+    under, over = ([edge - middle for edge, middle in zip(side, value, strict=True)] for side in (low, high))
+    below.fill_between(flops, under, over, color=INK, alpha=0.1, linewidth=0)
     below.axhline(0, color=INK, linewidth=1.2)
 
 

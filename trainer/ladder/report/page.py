@@ -128,15 +128,18 @@ def _verdicts(tree: Tree) -> str:
     if not tree["arms"]:
         return "<h2>Verdicts</h2><p>The ladder has no arms.</p>"
     heads = (
-        "<th>arm<th>verdict<th class=n>at the target<th class=n>in time there<th>trend<th class=n>gain gone at (FLOPs)"
+        "<th>arm<th>verdict<th class=n>at the target<th class=n>in time there<th>trend<th class=n>crosses 1× at (FLOPs)"
     )
     bodies = "".join(_verdict(tree, arm) for arm in tree["arms"])
     why = "" if tree["no_fit"] is None else f"<p class=text><b>No fit:</b> {escape(tree['no_fit'])}</p>"
     percent = wording.share(1 - tree["criterion"]["level"])
+    how = (
+        f"<p class=soft>Multipliers with their {percent} intervals. The bounds that decide are one-sided and corrected "
+        "for the arms and looks, so they may lie further out.</p>"
+    )
     return (
         f"<h2>Verdicts</h2>{why}<div class=wide><table class=verdicts><thead><tr>{heads}</tr></thead>{bodies}</table>"
-        f"</div><p class=soft>Multipliers with their {percent} intervals. The bounds that decide are one-sided and "
-        "corrected for the arms and looks, so they may lie further out.</p>"
+        f"</div>{how if tree['verdicts'] else ''}"
     )
 
 
@@ -157,11 +160,17 @@ def _verdict(tree: Tree, arm: Tree) -> str:
     said = f"<b>{escape(one['decision'].capitalize())}:</b> {escape(one['why'])}"
     settle = wording.remedies(one["remedies"])
     said += f" <b>What would settle it:</b> {escape(settle)}." if settle else ""
-    notes = " ".join(one["notes"])
+    notes = " ".join([*_overruled(tree, one), *one["notes"]])
     return (
         f"<tbody><tr>{name}{cells}</tr>{_row(_changes(arm), 'soft')}{_row(said)}"
         f"{_row(escape(notes), 'soft') if notes else ''}</tbody>"
     )
+
+
+def _overruled(tree: Tree, one: Tree) -> list[str]:
+    """Where time decided."""
+    by_losses = next(other["decision"] for other in tree["verdicts"] if other["arm"] == one["arm"])
+    return [f"By its losses alone: {by_losses}."] if by_losses != one["decision"] else []
 
 
 def _row(content: str, how: str = "") -> str:

@@ -5,6 +5,7 @@ A run that is not there leaves a gap; no line is drawn over it.
 
 import io
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -47,9 +48,12 @@ def draw(tree: Tree) -> list[Picture]:
 
     found = []
     for name, title, make in KINDS:
-        with pyplot.rc_context(rc=style()):
+        with pyplot.rc_context(rc=style()), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # in names: the page has them in text
             figure = make(tree)
             if figure is not None:
+                figure.draw_without_rendering()  # lays it out
+                figure.set_layout_engine("none")  # once for both formats, else half of the time goes there
                 found.append(Picture(name, title, _png(figure), _svg(figure, name, f"{tree['name']}: {title}")))
                 pyplot.close(figure)
     return found

@@ -8,8 +8,8 @@ from trainer.ladder.report import wording
 from trainer.ladder.report.estimates import Tree
 from trainer.ladder.results import BASELINE
 
-LEFT = ("rung", "arm", "status", "by", "fault", "why", "machine", "verdict", "inside", "rate", "seed")
-"""Columns of words."""
+NAMES, WORDS = ("rung", "arm", "status", "fault", "trend"), ("by", "why", "why not", "inside")
+"""Columns of names, which are not broken, and of words; all others are of numbers."""
 
 
 def of(tree: Tree) -> Iterator[str]:
@@ -27,7 +27,7 @@ def of(tree: Tree) -> Iterator[str]:
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Cells are text, not HTML; "" where there are no rows."""
-    sides = ["" if name.split(" ")[0] in LEFT else " class=n" for name in columns]
+    sides = [" class=fixed" if name in NAMES else "" if name in WORDS else " class=n" for name in columns]
     head = "".join(f"<th{side}>{escape(name)}" for side, name in zip(sides, columns, strict=True))
     body = "".join(
         "<tr>" + "".join(f"<td{side}>{escape(str(cell))}" for side, cell in zip(sides, row, strict=True)) + "</tr>"
@@ -87,7 +87,7 @@ def _change(before: Tree, after: Tree) -> list[str]:
 
 def _predictions(tree: Tree) -> str:
     shown = [one for one in tree["predictions"] if one["predicted"] is not None or one["observed"] is not None]
-    rows = [
+    rows = [] if all(one["predicted"] is None for one in shown) else [
         (one["rung"], one["arm"], _by(one), wording.losses(one["predicted"]), _observed(one),
          wording.signed(one["error"]) if one["error"] is not None else "–",
          {True: "yes", False: "no", None: "–"}[one["inside"]])
@@ -188,7 +188,7 @@ def _rungs(tree: Tree) -> str:
     slopes = [
         (one["arm"], wording.TRENDS[one["trend"]], _slope(one["slope"]), wording.chance(one["lack_of_fit_p"]),
          wording.worth(one["other_floor"]), f"{wording.times(one['lower'])} to {wording.times(one['upper'])}",
-         wording.times(one["pairing"]["ratio"]), wording.loss(one["pairing"]["correlation"], 2))
+         wording.times(one["pairing"]["ratio"]), wording.signed(one["pairing"]["correlation"], 2))
         for one in tree["verdicts"]
     ]  # fmt: skip
     heads = (
@@ -221,22 +221,18 @@ def _plain_rungs(tree: Tree) -> str:
 
 
 def _noise(tree: Tree) -> str:
+    """Each rung and arm: the mean over its seeds, and how they differ."""
     arms = [BASELINE, *(arm["name"] for arm in tree["arms"])]
-    known = {(one["rung"], one["arm"]): one["sd"] for one in tree["noise"]}
-    names = list(dict.fromkeys(one["rung"] for one in tree["noise"]))
-    rows = [(name, *(wording.loss(known.get((name, arm))) for arm in arms)) for name in names]
-    if all(sd is None for sd in known.values()):
-        return ""
+    known = {(one["rung"], one["arm"]): wording.spread(one) for one in tree["noise"]}
+    rows = [
+        f"<tr><td class=fixed>{escape(rung)}"
+        + "".join(f"<td class=n>{escape(known.get((rung, arm), '–'))}" for arm in arms)
+        for rung in dict.fromkeys(one["rung"] for one in tree["noise"])
+    ]
     heads = "".join(f"<th class=n>{escape(arm)}" for arm in arms)
-    body = "".join(
-        f"<tr><td>{escape(row[0])}" + "".join(f"<td class=n>{escape(cell)}" for cell in row[1:]) + "</tr>"
-        for row in rows
-    )
-    return (
-        f"<h2>Seed noise</h2><p class=soft>Standard deviation of the loss between seeds, measured, in "
-        f"{wording.UNITS[tree['unit']]}.</p><div class=wide><table><thead><tr><th>rung{heads}</tr></thead>"
-        f"<tbody>{body}</tbody></table></div>"
-    )
+    shown = f"<div class=wide><table><tr><th>rung{heads}{''.join(rows)}</table></div>"
+    about = f"Mean over seeds ± their standard deviation, as measured, in {wording.UNITS[tree['unit']]}."
+    return f"<h2>Losses and seed noise</h2><p class=soft>{about}</p>{shown}" if rows else ""
 
 
 def _sweeps(tree: Tree) -> str:

@@ -86,13 +86,8 @@ def _means(tree: Tree) -> Any:
     table = _table("rung", *(Text(arm).markup for arm in arms))
     for rung in dict.fromkeys(one["rung"] for one in tree["noise"]):
         cells = [known.get((rung, arm)) for arm in arms]
-        table.add_row(Text(rung), *("–" if cell is None else _mean(cell) for cell in cells))
+        table.add_row(Text(rung), *("–" if cell is None else wording.spread(cell) for cell in cells))
     return table
-
-
-def _mean(cell: Tree) -> str:
-    sd = "" if cell["sd"] is None else f" ± {wording.loss(cell['sd'])}"
-    return f"{wording.loss(cell['mean'])}{sd}"
 
 
 def _lines(tree: Tree) -> Iterator[str]:

@@ -53,6 +53,11 @@ def losses(interval: Mapping[str, Any] | None, digits: int = 4) -> str:
     return f"{loss(interval['value'], digits)} ({low} to {high})" if known else loss(interval["value"], digits)
 
 
+def spread(noise: Mapping[str, Any]) -> str:
+    """ "2.9132 ± 0.0040": mean and standard deviation over seeds, the latter where there are two."""
+    return loss(noise["mean"]) + ("" if noise["sd"] is None else f" ± {loss(noise['sd'])}")
+
+
 def signed(value: float | None, digits: int = 4) -> str:
     """ "+0.0031", "−0.0120" """
     return UNKNOWN if value is None else f"{value:+.{digits}f}".replace("-", "−")
