@@ -12,6 +12,8 @@ import pytest
 from tests import ladders
 from tests.ladders import LONG, SHORT, Simulated, Tally, simulate
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]  # the machine may be shared
+
 REGULAR = {"unchanged": ladders.UNCHANGED, "constant": ladders.CONSTANT, "reversing": ladders.REVERSING}
 COUNT = 1000
 LEVEL = 0.05

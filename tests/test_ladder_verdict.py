@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
+from scripts import bench_ladder
 from tests import ladders
 from tests.ladders import LONG, SHORT, Arm, Design, draw, power_law
 from trainer.errors import FitError
@@ -110,7 +111,7 @@ def test_a_gain_that_holds_is_promoted_and_one_that_reverses_rejected():
     good, bad = verdict.judge(ladder({"good": ladders.CONSTANT, "bad": ladders.REVERSING}), Criterion(), TARGET)
     assert (good.decision, good.trend) == ("promote", "persists")
     assert (bad.decision, bad.trend) == ("reject", "reverses")
-    assert good.why.startswith("at the target it is worth at least 1.1") and good.why.endswith("as long.")
+    assert good.why.startswith("At the target it is worth at least 1.1") and good.why.endswith("as long.")
     assert good.remedies == [] and good.lower is not None and good.lower >= 1.02
     assert bad.upper is not None and bad.upper < 1.02
 
@@ -236,6 +237,13 @@ def test_an_arm_without_any_run_is_inconclusive():
     json.dumps(done.to_json(), allow_nan=False)
 
 
+def test_a_rung_that_the_baseline_lacks_is_told():
+    points = [one for one in ladder({"arm": ladders.CONSTANT}) if (one.arm, one.rung) != (BASELINE, "r3")]
+    done = judge(points)
+    assert [rung.rung for rung in done.rungs] == ["r0", "r1", "r2", "r4"]
+    assert "r3: the baseline has no finished run there." in done.notes
+
+
 def test_runs_that_diverged_keep_an_arm_from_being_promoted():
     points = change(
         ladder({"arm": ladders.CONSTANT}),
@@ -278,6 +286,22 @@ def test_rungs_off_the_line_widen_the_interval_and_ask_for_no_seeds():
 def test_a_baseline_without_a_curve_is_refused():
     with pytest.raises(FitError):
         judge([one for one in ladder({"arm": ladders.CONSTANT}) if one.rung in ("r0", "r1")])
+
+
+def test_an_arm_that_is_the_baseline_to_the_bit_is_worth_exactly_once_its_compute():
+    points = [one for one in ladder({}, LONG) if one.arm == BASELINE]
+    done = judge([*points, *(replace(one, arm="same") for one in points)])
+    assert done.multiplier == Interval(1.0, 1.0, 1.0) and done.other_floor == Interval(1.0, 1.0, 1.0)
+    assert (done.decision, done.trend, done.crossing) == ("reject", "none", None)
+    assert done.pairing.ratio is None and done.lack_of_fit_p is None
+
+
+def test_the_tables_of_the_readme_are_there():
+    text = bench_ladder.README.read_text(encoding="utf-8")
+    for name, rows in (("regular", 8), ("decisions", 8), ("troubles", 24)):
+        start, end = (bench_ladder.MARKS.format(what) for what in (name, f"end of {name}"))
+        table = text.split(start)[1].split(end)[0].strip().splitlines()
+        assert len(table) == rows + 2 and all(line.startswith("|") for line in table)
 
 
 def test_verdicts_are_plain_json():

@@ -185,11 +185,12 @@ def ladder_plan(path: LadderPath, out: LadderOut = None, as_json: AsJson = False
 
     server = worker.Server()
     ladder, out = ladderfile.load(path), out or run.default_out(path)
-    view = run.look(ladder, run.pool_of(out))
-    known, source = speed.measured(view.runs, view.states), "finished and running runs"
+    view = run.look(ladder, out)
+    known, source = view.speed, "runs that were made before"
     if not known.steps:
         known = speed.probe(ladder, view.slots, server)
         source = f"{speed.PROBE_STEPS} steps of {ladder.rungs[0].name} and {ladder.rungs[-1].name}, now"
+        record.keep_speed(out, known)
     edits = record.write(ladder, out, run.pool_of(out))
     if as_json:
         print(json.dumps(screen.plan_json(ladder, view, known, source, edits)))
@@ -222,7 +223,7 @@ def ladder_status(path: LadderPath, out: LadderOut = None, as_json: AsJson = Fal
     from trainer.ladder import ladderfile, record, run, screen
 
     ladder, out = ladderfile.load(path), out or run.default_out(path)
-    view = run.look(ladder, run.pool_of(out))
+    view = run.look(ladder, out)
     if as_json:
         print(json.dumps(screen.status_json(ladder, view)))
         return

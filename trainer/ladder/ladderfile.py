@@ -326,9 +326,10 @@ class _Selected:
 
 
 def _keyed(tree: Any) -> Any:
-    """Lists of named tables as tables by name, so that what was edited can be told by name."""
+    """Lists of tables as tables by name or number, without what is not set: so that edits can be told one by one."""
     if isinstance(tree, dict):
-        return {key: _keyed(value) for key, value in tree.items()}
-    if isinstance(tree, list) and all(isinstance(item, dict) and "name" in item for item in tree):
-        return {item["name"]: _keyed(item) for item in tree}
+        return {key: _keyed(value) for key, value in tree.items() if isinstance(value, bool) or value}
+    if isinstance(tree, list) and all(isinstance(item, dict) for item in tree):
+        keyed = {str(item.get("name", number)): item for number, item in enumerate(tree)}
+        return {key: _keyed({name: item[name] for name in item if name != "name"}) for key, item in keyed.items()}
     return tree

@@ -107,8 +107,11 @@ def quantile(level: float, freedom: int) -> float:
 def _variance(
     variance: float, direct: Array, through: Array, rungs: Sequence[Pairs], influence: Influence, noise: Noise
 ) -> Array:
-    """Covariance of estimates that rung means of the baseline move by `direct` (and the arm's by minus that) in pairs,
-    and by `through` by way of the curve, given the variance of a paired difference in nats²."""
+    """Covariance of estimates, shape (estimates, estimates), given the variance of a paired difference in nats².
+
+    `direct` is their derivative by the pairs' mean losses (baseline's plus, arm's minus), shape (estimates, arm's
+    rungs); `through` that by the baseline's means by way of its curve, shape (estimates, baseline's rungs).
+    """
     # As the pairs show it, scaled to the variance asked for; without repeated seeds, as if uncorrelated.
     known = noise.freedom > 0 and noise.paired > 0
     base, both = (noise.base / noise.paired, noise.both / noise.paired) if known else (0.5, 0.0)
@@ -138,7 +141,7 @@ def at_rungs(rungs: Sequence[Pairs], curve: Curve, influence: Influence, noise: 
     if not noise.freedom or not rungs:
         return [Estimate(mean, math.inf, 1) for mean in means]
     covariance = _of_rows(np.eye(len(rungs)), noise.paired, rungs, curve, influence, noise)
-    errors = np.sqrt(np.diag(covariance))
+    errors = np.sqrt(np.maximum(np.diag(covariance), 0.0))
     return [Estimate(mean, float(error), noise.freedom) for mean, error in zip(means, errors, strict=True)]
 
 
@@ -249,9 +252,9 @@ class Line:
 
     def without(self, k: int, flops: float) -> float | None:
         """ln m at `flops` by the other rungs; None where they are fewer than two."""
-        weights = self.pairs * self.steepness**2 * (np.arange(len(self.rungs)) != k)
         if len(self.rungs) < 3:
             return None
+        weights = self.pairs * self.steepness**2 * (np.arange(len(self.rungs)) != k)
         centre = weights @ self.x / weights.sum()
         away = self.x - centre
         slope = float(weights * away @ self.means / (weights @ away**2))

@@ -66,8 +66,32 @@ class Outcome(Record):
 
 
 def outcomes(ladder: Ladder, pool: Path, runs: Sequence[PlannedRun] | None = None) -> list[Outcome]:
-    """Of these runs (default: all but a sweep's), in their order."""
-    return [outcome(run, pool, ladder.metric, ladder.unit) for run in (ladder.runs if runs is None else runs)]
+    """Of these runs (default: all but a sweep's), in their order.
+
+    A run that was scored on other tokens than most is missing: the held-out set has changed since ("repo" does).
+    """
+    planned = ladder.runs if runs is None else runs
+    return _scored_alike(planned, [outcome(run, pool, ladder.metric, ladder.unit) for run in planned])
+
+
+def _scored_alike(planned: Sequence[PlannedRun], found: list[Outcome]) -> list[Outcome]:
+    groups: dict[tuple[str, int, int], list[Outcome]] = {}
+    for run, one in zip(planned, found, strict=True):  # an arm's tokenizer or context makes other tokens of one text
+        data = run.config.data
+        groups.setdefault((data.tokenizer, data.vocab_size, run.config.model.context), []).append(one)
+    odd = set()
+    for group in groups.values():
+        digests = Counter(one.digest for one in group if one.digest is not None)
+        odd |= set(digests) - {digest for digest, _ in digests.most_common(1)}
+    return [_other_text(one) if one.digest in odd else one for one in found]
+
+
+def _other_text(one: Outcome) -> Outcome:
+    reason = (
+        "It was scored on another text than most runs: the held-out set has changed since.\n"
+        f"  Losses on two texts cannot be compared. Remove {one.key} from the pool, and it is run again."
+    )
+    return dataclasses.replace(one, status="missing", reason=reason, loss=None)
 
 
 def points(ladder: Ladder, pool: Path) -> list[Point]:

@@ -14,7 +14,9 @@ from typing import Any
 from trainer import config as configs
 from trainer.errors import RunDirectoryError
 from trainer.ladder import pool as pools
+from trainer.ladder import speed
 from trainer.ladder.planned import Ladder
+from trainer.ladder.speed import Speed
 
 FORMAT = 1
 
@@ -111,3 +113,16 @@ def criterion_history(out: Path) -> list[dict[str, Any]]:
 
 def _finished(runs: Mapping[str, str], pool: Path) -> list[str]:
     return [key for key in runs if pools.has_finished(pools.Place(pool / key))]
+
+
+def keep_speed(out: Path, known: Speed) -> None:
+    """OUT/speed.json: what a plan measured, for the time left while nothing better is known."""
+    out.mkdir(parents=True, exist_ok=True)
+    pools.replace(out / "speed.json", json.dumps(known.to_json()) + "\n")
+
+
+def speed_of(out: Path) -> Speed:
+    try:
+        return Speed.from_json(json.loads((out / "speed.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return speed.UNKNOWN

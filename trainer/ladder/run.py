@@ -4,13 +4,11 @@
     OUT/lock           held by the scheduler that is at it
     OUT/../pool        the runs of all ladders beside this one (pool.py): the only state
 
-Smallest rungs first, and in a rung seed by seed with the baseline before the arms: so pairs are complete early, a bad
-arm is seen at its cheapest, and the largest rung can be predicted before it is run. Longest first would pack better,
-but hardly: all runs of a rung are about as long, so what is lost is at most the last run's time in the other slots.
-With 2 slots that is 0 to 2 % of the whole for ladders of 4 rungs, 3 seeds and 5 arms.
+Smallest rungs first, as far as that costs no time (order.py); the target's runs after all rungs.
 """
 
 import contextlib
+import functools
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -21,17 +19,28 @@ from pathlib import Path
 from typing import IO, Any
 
 from trainer import elastic
-from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USAGE, RunDirectoryError
+from trainer.errors import (
+    EXIT_FAILED,
+    EXIT_FINISHED,
+    EXIT_PREEMPTED,
+    EXIT_USAGE,
+    CheckpointError,
+    NumericsError,
+    RunDirectoryError,
+)
+from trainer.ladder import order, record, speed, tuning
 from trainer.ladder import pool as pools
-from trainer.ladder import record, speed, tuning
-from trainer.ladder.planned import Ladder, PlannedRun
+from trainer.ladder.planned import TARGET, Ladder, PlannedRun
 from trainer.ladder.pool import Place, State
+from trainer.ladder.speed import Speed
 from trainer.ladder.worker import Server, Task, last_words
 
 POLL_SECONDS = 0.2
 LOOK_SECONDS = 1.0
 """How often the files of runs are looked at for the table."""
 IN_USE = "is in use by"
+FINAL = (f"{NumericsError.__name__}: ", f"{CheckpointError.__name__}: ")
+"""Errors that would only come again; torchrun tells of them in its output alone."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +52,26 @@ class View:
     states: dict[str, State]
     """By key."""
     slots: int
+    earlier: Speed = speed.UNKNOWN
+    """What a plan measured."""
+    stopping: bool = False
+    """Runs were asked to save and leave."""
 
     def state(self, run: PlannedRun) -> State:
         return self.states.get(run.key, State("waiting"))
 
     def count(self, status: pools.Status) -> int:
         return len({run.key for run in self.runs if self.state(run).status == status})
+
+    @functools.cached_property
+    def speed(self) -> Speed:
+        """By what the runs have taken so far, and by what a plan measured of those that have not begun."""
+        return speed.measured(self.runs, self.states).over(self.earlier)
+
+    def estimate(self, run: PlannedRun) -> float:
+        """What is left of a run, in seconds; where no speed is known at all, in FLOPs."""
+        seconds = self.speed.seconds(run, self.state(run).step)
+        return seconds if seconds is not None else run.flops * (1 - self.state(run).step / run.config.budget.steps)
 
     @property
     def flops_done(self) -> float:
@@ -64,7 +87,7 @@ class View:
     @property
     def seconds_left(self) -> float | None:
         """None while nothing was measured."""
-        known = speed.measured(self.runs, self.states)
+        known = self.speed
         left = {run.key: run for run in self.runs if self.state(run).status not in ("finished", "missing")}
         seconds = [known.seconds(run, self.state(run).step) for run in left.values()]
         told = [one for one in seconds if one is not None]
@@ -107,10 +130,12 @@ def pool_of(out: Path) -> Path:
     return out.parent / "pool"
 
 
-def look(ladder: Ladder, pool: Path) -> View:
+def look(ladder: Ladder, out: Path) -> View:
     """From the files alone."""
+    pool = pool_of(out)
     runs = tuning.wanted(ladder, pool)
-    return View(runs, {run.key: pools.state(pool, run) for run in runs}, speed.slots_of(ladder))
+    states = {run.key: pools.state(pool, run) for run in runs}
+    return View(runs, states, speed.slots_of(ladder), record.speed_of(out))
 
 
 def run(ladder: Ladder, out: Path, *, server: Server | None = None, update: Update = lambda view: None) -> Done:
@@ -124,7 +149,7 @@ def run(ladder: Ladder, out: Path, *, server: Server | None = None, update: Upda
     pool.mkdir(exist_ok=True)
     with _claimed(out):
         record.write(ladder, out, pool)
-        with _Scheduler(ladder, pool, server or Server(), update) as scheduler:
+        with _Scheduler(ladder, pool, server or Server(), update, record.speed_of(out)) as scheduler:
             return scheduler.work()
 
 
@@ -160,6 +185,7 @@ class _Scheduler:
     pool: Path
     server: Server
     update: Update
+    earlier: Speed
     _jobs: list[_Job] = field(default_factory=list)
     _states: dict[str, State] = field(default_factory=dict)
     _given_up: set[str] = field(default_factory=set)
@@ -211,9 +237,9 @@ class _Scheduler:
     def _fill(self) -> None:
         """Give every free slot the next run that is not in another scheduler's hands."""
         free = sorted(set(range(self._slots)) - {job.slot for job in self._jobs})
-        for run in self._left():
-            if not free:
-                return
+        left = self._left()
+        while free and left:
+            run = left.pop(self._next(left))
             place = pools.place(self.pool, run)
             lock = place.claim()
             if lock is None:
@@ -225,6 +251,15 @@ class _Scheduler:
             place.write(run)
             slot = free.pop(0)
             self._jobs.append(_Job(run, place, lock, slot, self._start(run, place, slot), place.progress()))
+
+    def _next(self, left: list[PlannedRun]) -> int:
+        """Index of the run to start now."""
+        rungs = [run for run in left if run.rung != TARGET] or left
+        view = self._view()
+        seconds = {run.key: view.estimate(run) for run in [*rungs, *(job.planned for job in self._jobs)]}
+        busy = [seconds[job.planned.key] for job in self._jobs]
+        chosen = order.next_of([seconds[run.key] for run in rungs], [*busy, *[0.0] * (self._slots - len(busy))])
+        return left.index(rungs[chosen])
 
     def _start(self, run: PlannedRun, place: Place, slot: int) -> BaseProcess:
         self._started += 1
@@ -256,14 +291,15 @@ class _Scheduler:
     def _hopeless(self, job: _Job, status: int) -> str:
         """Why another start would end as this one did; "" if it may not. Notes the death for the run's log."""
         said = last_words(job.place.log)
-        if elastic.gave_up(job.place.failures) or (status == EXIT_USAGE and IN_USE not in said):
+        wrong = status == EXIT_USAGE and IN_USE not in said
+        if wrong or elastic.gave_up(job.place.failures) or said.startswith(FINAL):
             return said
         progress = job.place.progress()
         job.in_vain = 0 if progress > job.progress else job.in_vain + 1
         job.progress = progress
         how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"left with exit status {status}"
         if job.in_vain > self.ladder.restarts:
-            return f"It {how} for the {job.in_vain}th time without having come further. The last words:\n{said}"
+            return f"It {how}, {job.in_vain} times in a row without having come further. The last words:\n{said}"
         if status not in (EXIT_PREEMPTED, EXIT_USAGE) and self.ladder.ranks == 1:
             failure = {
                 "rank": 0, "pid": job.process.pid, "exitcode": status,
@@ -301,7 +337,7 @@ class _Scheduler:
             self.update(self._view())
 
     def _view(self) -> View:
-        return View(self._runs, dict(self._states), self._slots)
+        return View(self._runs, dict(self._states), self._slots, self.earlier, self._signals > 0)
 
     # Stopping
 

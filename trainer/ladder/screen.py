@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 PLAIN_SECONDS = 15.0
+STOPPING = "   stopping: runs save and leave; a second signal ends them at once"
 STYLES = {"finished": "green", "running": "cyan", "stopped": "yellow", "waiting": "dim", "missing": "bold red"}
 SIGNS = {"finished": "✓", "running": "▸", "stopped": "‖", "waiting": "·", "missing": "✗"}
 MEANINGS = "✓ finished   ▸ running   ‖ stopped   · waiting   ✗ missing"
@@ -226,7 +227,7 @@ def _progress(view: View) -> "Text":
     counts = [f"{number} {status}" for status in SIGNS if (number := view.count(status))]  # pyright: ignore[reportArgumentType]
     return Text.assemble(
         ("━" * width, "green"), ("━" * (30 - width), "bright_black"), f" {share:.0%} of {view.flops:.2e} FLOPs   ",
-        f"left {clock(view.seconds_left)}   ", ", ".join(counts),
+        f"left {clock(view.seconds_left)}   ", ", ".join(counts), (STOPPING if view.stopping else "", "yellow"),
     )  # fmt: skip
 
 

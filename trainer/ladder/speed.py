@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -40,6 +41,26 @@ class Speed:
         evals = _evals(config, total) - _evals(config, from_step)
         per_eval = _at(self.evals, run.flops_per_token) or 0.0
         return (total - from_step) * per_step * run.flops / total + evals * per_eval * run.flops_per_token
+
+    def over(self, earlier: "Speed") -> "Speed":
+        """With what was measured earlier of other sizes, at the pace of now: others may share the machine."""
+        return Speed(_over(self.steps, earlier.steps), _over(self.evals, earlier.evals))
+
+    def to_json(self) -> dict[str, dict[str, float]]:
+        return {name: {str(size): one for size, one in getattr(self, name).items()} for name in ("steps", "evals")}
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Mapping[str, float]]) -> Self:
+        return cls(*({int(size): one for size, one in tree[name].items()} for name in ("steps", "evals")))
+
+
+UNKNOWN = Speed({}, {})
+
+
+def _over(now: Mapping[int, float], earlier: Mapping[int, float]) -> dict[int, float]:
+    paces = [seconds / then for size, seconds in now.items() if (then := _at(earlier, size)) is not None]
+    pace = statistics.median(paces) if paces else 1.0
+    return {size: seconds * pace for size, seconds in earlier.items()} | dict(now)
 
 
 def measured(runs: Iterable[PlannedRun], states: Mapping[str, State]) -> Speed:

@@ -74,6 +74,8 @@ class Judgement:
         self._target, self._level = target_flops, bound_level
         self._diverged = [one for one in points if one.arm == arm and not math.isfinite(one.loss)]
         self._rungs = list(match(points, arm, baseline))
+        mine = dict.fromkeys(one.rung for one in points if one.arm == arm)
+        self._alone = [rung for rung in mine if rung not in baseline.rungs.names]
         self._pairs = [one.arrays() for one in self._rungs if one.usable]
         self._noise = Noise.of(self._pairs) if self._pairs else Noise(0.0, 0.0, 0.0, 0)
         self._line = self._line_with(baseline.fit.curve)
@@ -236,8 +238,8 @@ class Judgement:
         seconds = self._wall_clock()
         both_known = worth.value is not None and seconds.value is not None
         verdict = Verdict(
-            arm=self._arm, decision=decision, why=why, trend=self._trend, target_flops=self._target,
-            multiplier=worth, other_floor=_interval(self._other, level),
+            arm=self._arm, decision=decision, why=why[0].upper() + why[1:], trend=self._trend,
+            target_flops=self._target, multiplier=worth, other_floor=_interval(self._other, level),
             lower=_exp(bounds[0]) if bounds else None, upper=_exp(bounds[1]) if bounds else None,
             bound_level=self._level, slope=self._slope(), crossing=self._crossing, rungs=self._rung_multipliers(),
             slowdown=_interval(self._slowdown, level), wall_clock=seconds,
@@ -314,6 +316,8 @@ class Judgement:
         for rung in self._rungs:
             if rung.gap:
                 yield f"{rung.name}: {rung.gap}."
+        for rung in self._alone:
+            yield f"{rung}: the baseline has no finished run there."
         for one in self._diverged:
             yield f"{one.rung} seed {one.seed}: its loss was not finite."
         if self._line and self._line.widened:

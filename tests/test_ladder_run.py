@@ -1,0 +1,394 @@
+"""What is promised of running ladders: on real processes, in seconds."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.support import ROOT, look, trainer, wait_until
+from tests.test_ladder_file import ARM, HEAD, SIZES, TINY, write, write_corpus
+from trainer import cli, events
+from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, ConfigError, RunDirectoryError
+from trainer.ladder import ladderfile, order, outcomes, record, run, speed, tuning, worker
+from trainer.ladder import pool as pools
+from trainer.ladder.planned import AA, Ladder
+from trainer.ladder.pool import State
+from trainer.ladder.results import BASELINE, Point
+from trainer.ladder.run import Done, View
+from trainer.ladder.speed import Speed
+
+RUNGS = "".join(f'[[rungs]]\nname = "{n}"\nwidth = {w}\nn_layers = 1\n' for n, w in (("s", 16), ("m", 24)))
+TARGET_TABLE = "[target]\nwidth = 64\nn_layers = 2\n"
+PLAIN = HEAD.replace("[0, 1]", "[0]") + "slots = 2\n" + SIZES + RUNGS + TARGET_TABLE
+STORM = """
+[[faults]]
+kind = "sigkill"
+at_step = 8
+[[faults]]
+kind = "exit"
+at_step = 12
+rung = "m"
+[[faults]]
+kind = "torn_save"
+at_step = 20
+rung = "s"
+"""
+WILD = '[[arms]]\nname = "wild"\nset = { optim.learning_rate = 1e30 }\n'
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("ladders")
+    corpus = write_corpus(directory / "corpus")
+    (directory / "tiny.toml").write_text(TINY.format(corpus=corpus))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def server() -> worker.Server:
+    return worker.Server()
+
+
+def plan(home: Path, *parts: str, name: str = "ladder") -> Ladder:
+    return ladderfile.load(write(home, "".join(parts), name))
+
+
+@pytest.fixture(scope="module")
+def calm(home, server) -> tuple[Ladder, Path, Done]:
+    """A ladder without faults, and where its runs are."""
+    ladder = plan(home, PLAIN, ARM, name="calm")
+    out = home / "ladders" / "calm"
+    return ladder, run.pool_of(out), run.run(ladder, out, server=server)
+
+
+def results(ladder: Ladder, pool: Path) -> list[tuple[Point, str | None]]:
+    """Points without their times, with the hash of the weights."""
+    known = outcomes.outcomes(ladder, pool)
+    hashes = {(one.arm, one.rung, one.seed): one.weights_sha256 for one in known}
+    return [
+        (dataclasses.replace(point, seconds=None), hashes[point.arm, point.rung, point.seed])
+        for point in outcomes.points(ladder, pool)
+    ]
+
+
+def test_every_run_finishes_and_is_what_the_plain_command_makes_of_its_config(calm, home):
+    ladder, pool, done = calm
+    assert done.exit_status == EXIT_FINISHED
+    assert [run.arm for run in done.view.runs] == [BASELINE, AA, "no qk-norm"] * 2
+    planned = ladder.runs[1]
+    place = pools.place(pool, planned)
+    trainer("train", place.config, "--run", home / "plain")
+    one, other = look(place.run), look(home / "plain")
+    for key in ("weights_sha256", "state_sha256", "train", "eval", "fingerprint"):
+        assert one[key] == other[key], key
+    assert one["weights_sha256"] is not None
+
+
+def test_points_are_what_the_logs_say(calm):
+    ladder, pool, _ = calm
+    points = outcomes.points(ladder, pool)
+    assert len(points) == len(ladder.runs)
+    for point, planned in zip(points, ladder.runs, strict=True):
+        seen = look(pools.place(pool, planned).run)
+        assert (point.arm, point.rung, point.seed) == (planned.arm, planned.rung, planned.seed)
+        assert [planned.config.budget.steps, point.loss] == seen["eval"]["val"][-1][:2]
+        assert point.tokens == seen["tokens"]
+        assert point.seconds is not None
+        assert 0 < point.seconds < seen["goodput"]["wall_seconds"]
+    first = {point.arm: point.loss for point in points if point.rung == "s"}
+    assert len(set(first.values())) == 3  # also of the A/A arm, whose weights were drawn anew
+
+
+def test_a_run_that_was_scored_on_another_text_is_missing_and_says_why(calm, home):
+    ladder, pool, _ = calm
+    copied = home / "rescored" / "pool"
+    shutil.copytree(pool, copied)
+    (log,) = events.events_directory(pools.place(copied, ladder.runs[2]).run).glob("*.jsonl")
+    digest = outcomes.outcomes(ladder, copied)[2].digest
+    assert digest is not None
+    log.write_text(log.read_text().replace(digest, "f" * 64))
+    found = outcomes.outcomes(ladder, copied)
+    assert [one.status for one in found] == ["finished"] * 2 + ["missing"] + ["finished"] * 3
+    assert "scored on another text" in found[2].reason
+    assert len(outcomes.points(ladder, copied)) == 5
+
+
+def test_a_finished_run_is_never_run_again_and_two_ladders_share_it(calm, home, server):
+    ladder, pool, _ = calm
+    again = run.run(ladder, home / "ladders" / "calm", server=server)
+    assert (again.started, again.exit_status) == (0, EXIT_FINISHED)
+    wider = plan(home, PLAIN, ARM, WILD, name="wider")
+    done = run.run(wider, home / "ladders" / "wider", server=server)
+    assert done.started == 2  # both rungs of the new arm, each given up at once: it would only fail again
+    assert done.exit_status == EXIT_FAILED
+    assert set(done.missing) == {"s wild seed 0", "m wild seed 0"}
+    assert all("not finite" in why for why in done.missing.values())
+    assert results(ladder, pool) == [one for one in results(wider, pool) if one[0].arm != "wild"]
+    wild = [point for point in outcomes.points(wider, pool) if point.arm == "wild"]
+    assert [point.loss != point.loss for point in wild] == [True, True]
+    assert [point.seconds for point in wild] == [None, None]
+
+
+def test_a_storm_leaves_every_run_with_the_bits_of_the_calm_ladder(calm, home, server):
+    ladder, pool, _ = calm
+    storm = plan(home, PLAIN, ARM, STORM, name="storm")
+    out = home / "stormy" / "storm"
+    done = run.run(storm, out, server=server)
+    assert done.exit_status == EXIT_FINISHED, done.missing
+    assert results(storm, run.pool_of(out)) == results(ladder, pool)
+    seen = outcomes.outcomes(storm, run.pool_of(out))
+    assert [sorted({fault["kind"] for fault in one.faults}) for one in seen] == [
+        ["sigkill", "torn_save"] if one.rung == "s" else ["exit", "sigkill"] for one in seen
+    ]
+    assert all(one.attempts > 1 and one.replayed > 0 for one in seen)
+    told = [incident["kind"] for incident in look(pools.place(run.pool_of(out), storm.runs[0]).run)["incidents"]]
+    assert "worker_lost" in told  # the run's own log says why it was started again
+
+
+def test_a_ladder_killed_at_random_five_times_gives_the_points_of_one_that_was_not(calm, home, server):
+    ladder, pool, _ = calm
+    out, rng = home / "killed" / "calm", random.Random(1)
+    killed = run.pool_of(out)
+    forks = multiprocessing.get_context("fork")
+    for _ in range(5):
+        scheduler = forks.Process(target=schedule, args=(ladder, out, server))
+        before = bytes_of_events(killed)
+        scheduler.start()
+        assert wait_until(lambda: bytes_of_events(killed) > before, 30)  # noqa: B023
+        time.sleep(rng.uniform(0, 0.3))
+        scheduler.kill()
+        scheduler.join()
+    assert run.look(ladder, out).count("finished") < len(ladder.runs)
+    done = run.run(ladder, out, server=server)
+    assert done.exit_status == EXIT_FINISHED, done.missing
+    assert results(ladder, killed) == results(ladder, pool)
+    assert sum(one.attempts for one in outcomes.outcomes(ladder, killed)) > len(ladder.runs)
+
+
+def schedule(ladder: Ladder, out: Path, server: worker.Server) -> None:
+    """A scheduler in a fork of the tests, that takes their server: a second one would cost seconds."""
+    with mock.patch.object(forkserver._forkserver, "ensure_running"):  # it looks after its own child, not after ours
+        run.run(ladder, out, server=server)
+
+
+def test_asked_to_stop_it_saves_every_run_leaves_nobody_behind_and_says_how_to_go_on(home, server):
+    slow = PLAIN.replace("tokens_per_parameter = 0.2", "tokens_per_parameter = 20")
+    path = write(home, slow, "slow")
+    out = home / "stopped" / "slow"
+    process = subprocess.Popen(command(path, out), env=environment(), stdout=subprocess.PIPE, text=True)
+    pool = run.pool_of(out)
+    assert wait_until(lambda: steps_of(pool) > 20, 60)
+    ladder = ladderfile.load(path)
+    with pytest.raises(RunDirectoryError, match="is in use by another `ladder run`"):
+        run.run(ladder, out, server=server)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == EXIT_PREEMPTED, said
+    assert f"Go on with: python -m trainer ladder run {path}" in " ".join(said.split())
+    states = [pools.state(pool, planned) for planned in ladder.runs]
+    assert [state.status for state in states[:2]] == ["stopped", "stopped"]
+    for planned in ladder.runs[:2]:
+        seen = look(pools.place(pool, planned).run)
+        assert (seen["status"], seen["checkpoints"][-1]["step"]) == ("preempted", seen["step"])
+
+
+def test_a_run_that_cannot_start_is_given_up_with_its_reason_and_tried_once_more_by_the_next_call(home, server):
+    ladder = plan(home, PLAIN.replace("slots = 2", "slots = 2\nset = { seed = 3 }"), name="broken")
+
+    class Breaking(worker.Server):
+        def __init__(self) -> None:
+            self.tasks: list[worker.Task] = []
+
+        def start(self, task: worker.Task):
+            self.tasks.append(task)
+            if AA in task.name:
+                task.place.config.write_text("this is no TOML")
+            return server.start(task)
+
+    breaking, out = Breaking(), home / "broken" / "broken"
+    done = run.run(ladder, out, server=breaking)
+    assert done.exit_status == EXIT_FAILED
+    assert set(done.missing) == {"s A/A seed 0", "m A/A seed 0"}
+    assert all("is not valid TOML" in why for why in done.missing.values())
+    assert (done.view.count("finished"), len(breaking.tasks)) == (2, 4)
+    assert [one.arm for one in outcomes.points(ladder, run.pool_of(out))] == [BASELINE, BASELINE]
+    mended = run.run(ladder, out, server=server)
+    assert (mended.exit_status, mended.started) == (EXIT_FINISHED, 2)
+
+
+def test_a_run_that_dies_again_and_again_without_coming_further_is_given_up(home, server):
+    """Each start dies before the first checkpoint, and no fault of the plan explains it."""
+    one = PLAIN.replace("[0]", "[4]\naa = false\nrestarts = 2").replace(RUNGS, RUNGS[: RUNGS.index("[[rungs]]", 1)])
+
+    class Deadly(worker.Server):
+        def __init__(self) -> None:
+            pass
+
+        def start(self, task: worker.Task):
+            process = server.start(task)
+            process.kill()
+            return process
+
+    done = run.run(plan(home, one, name="deadly"), home / "deadly" / "deadly", server=Deadly())
+    (why,) = done.missing.values()
+    assert why.startswith("It was ended by SIGKILL, 3 times in a row without having come further.")
+    assert done.started == 3
+
+
+def test_a_sweep_decides_the_rate_of_the_runs_that_follow_and_the_edge_is_told(home, server):
+    one = PLAIN.replace("[0]", "[0]\naa = false")
+    ladder = plan(home, one, "[tuning]\nrates = [0.001, 0.3, 1.0]\nseed = 9\n", name="tuned")
+    out = home / "tuned" / "tuned"
+    assert tuning.final(ladder, run.pool_of(out)) == []
+    done = run.run(ladder, out, server=server)
+    assert done.exit_status == EXIT_FINISHED
+    assert len(done.view.runs) == 2 * (3 + 1)
+    for choice in tuning.choices(ladder, run.pool_of(out)):
+        losses = {float(rate): loss for rate, loss in choice.losses.items() if loss is not None}
+        assert len(losses) == 3
+        assert choice.rate is not None
+        assert choice.rate == min(losses, key=lambda rate: losses[rate])
+        assert choice.at_edge == (choice.rate != 0.3)
+        (final,) = [made for made in tuning.final(ladder, run.pool_of(out)) if made.rung == choice.rung]
+        assert final.config.optim.learning_rate == pytest.approx(1e-2 * choice.rate)
+        assert choice.flops == pytest.approx(3 * final.flops)
+    assert len(outcomes.points(ladder, run.pool_of(out))) == 2
+
+
+def test_runs_of_two_ranks_are_torchrun_s_and_end_with_the_same_bits(calm, home, server):
+    _, pool, _ = calm
+    small = PLAIN.replace(RUNGS, RUNGS[: RUNGS.index("[[rungs]]", 1)])
+    small = small.replace("slots = 2", "slots = 1\nranks = 2\naa = false")
+    fault = '[[faults]]\nkind = "sigkill"\nrank = 1\nat_step = 8\n'
+    ladder = plan(home, small, fault, name="pairs")
+    out = home / "pairs" / "pairs"
+    done = run.run(ladder, out, server=server)
+    assert done.exit_status == EXIT_FINISHED, done.missing
+    (one,) = outcomes.outcomes(ladder, run.pool_of(out))
+    assert one.key == next(iter(calm[0].runs)).key
+    assert one.weights_sha256 == look(pool / one.key / "run")["weights_sha256"]
+    assert (one.machine or ("", "", 0))[2] == 2
+
+
+def test_an_edited_file_is_told_and_a_criterion_changed_after_the_fact_is_recorded(calm, home):
+    ladder, pool, _ = calm
+    out = home / "ladders" / "calm"
+    assert record.compare(ladder, out, pool).lines == []
+    text = (home / "calm.toml").read_text().replace('name = "m"\nwidth = 24', 'name = "m"\nwidth = 48')
+    elsewhere = home / "edited"
+    elsewhere.mkdir()
+    (elsewhere / "tiny.toml").write_text((home / "tiny.toml").read_text())
+    changed = ladderfile.load(write(elsewhere, text + "[criterion]\nmin_gain = 1.1\n", "calm"))
+    edits = record.compare(changed, out, pool)
+    assert edits.lines == ["criterion.min_gain: 1.02 → 1.1", "rungs.m.width: 24 → 48"]
+    assert (edits.kept, edits.dropped) == (3, 3)
+    assert "3 finished runs are kept, 3 finished runs are wanted no more" in str(edits)
+    record.write(changed, out, pool)
+    history = record.criterion_history(out)
+    assert [entry["criterion"]["min_gain"] for entry in history] == [1.02, 1.1]
+    assert [entry["finished_runs"] for entry in history] == [0, 6]
+    record.write(ladder, out, pool)
+    with pytest.raises(RunDirectoryError, match="belongs to ladder 'calm'"):
+        record.compare(plan(home, PLAIN, name="other"), out, pool)
+
+
+def test_a_plan_measures_a_few_steps_and_starts_nothing_else(home, server, tmp_path):
+    path = write(home, PLAIN + ARM, "planned")
+    found = json.loads(verb("plan", path, "--out", tmp_path / "planned", "--json").stdout)
+    assert (len(found["runs"]), found["measured"]) == (6, "6 steps of s and m, now")
+    assert 0 < found["hours"] == pytest.approx(found["hours_left"])
+    assert found["flops"] == pytest.approx(sum(one["flops"] for one in found["runs"]))
+    assert not (tmp_path / "pool").exists()
+    status = json.loads(verb("status", path, "--out", tmp_path / "planned", "--json").stdout)
+    assert status["counts"] == {"finished": 0, "running": 0, "stopped": 0, "waiting": 6, "missing": 0}
+
+
+def test_a_plan_of_a_baseline_that_fails_says_so(home, server, tmp_path):
+    path = write(home, PLAIN + "[set]\noptim.learning_rate = 1e30\n", "hopeless")
+    failed = verb("plan", path, "--out", tmp_path / "hopeless")
+    assert "the baseline fails in its first 6 steps.\nNumericsError" in str(failed.exception)
+
+
+def test_plan_and_status_show_a_person_sizes_and_a_matrix(calm, home, server):
+    shown = verb("plan", home / "calm.toml", "--out", home / "ladders" / "calm").stdout
+    for part in ("no qk-norm", "16 × 1", "8.19k", "6 runs, 6 of them finished", "1.02× compute at"):
+        assert part in shown, shown
+    stands = verb("status", home / "calm.toml", "--out", home / "ladders" / "calm").stdout
+    assert "100% of" in stands
+    assert "6 finished" in stands
+
+
+def test_a_wrong_ladder_leaves_with_2_and_makes_nothing(home, tmp_path):
+    path = write(home, PLAIN + '[[arms]]\nname = "nothing"\n', "wrong")
+    refused = verb("run", path, "--out", tmp_path / "wrong").exception
+    assert isinstance(refused, ConfigError)
+    assert "arm 'nothing' changes nothing" in str(refused)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_time_left_is_that_of_the_runs_left_at_the_speed_measured(calm):
+    ladder, _, _ = calm
+    first, *rest = [one for one in ladder.runs if one.rung == "s"]
+    steps = first.config.budget.steps
+    states = {first.key: State("finished", steps, "", 0.5, 2.0), rest[0].key: State("running", steps // 2)}
+    view = View([first, *rest], states, 2)
+    each = steps * 0.5 + 2.0
+    left = (steps - steps // 2) * 0.5 + 2.0 + each
+    assert view.seconds_left == pytest.approx(left / 2 if left / 2 > each else each)
+    assert View([first], {}, 2).seconds_left is None
+    assert speed.measured([first], states).seconds(first) == pytest.approx(each)
+
+
+def test_the_smallest_run_is_next_unless_a_long_one_would_then_be_alone_at_the_end():
+    assert order.next_of([1, 1, 1, 4, 4], [0, 0]) == 0
+    assert order.next_of([1, 1, 4, 4, 4], [0, 1]) == 2  # else two 4s end at 5, and the third alone at 9
+    assert order.next_of([3], [0, 9]) == 0
+
+
+def test_what_was_measured_before_is_taken_at_the_pace_of_now():
+    earlier = Speed({100: 1.0, 1000: 4.0}, {})
+    assert Speed({100: 2.0}, {}).over(earlier) == Speed({100: 2.0, 1000: 8.0}, {})
+    assert Speed({}, {}).over(earlier) == earlier == Speed.from_json(earlier.to_json())
+
+
+def test_a_spike_is_a_loss_far_above_those_before_it():
+    quiet = [3.0 + 0.01 * (number % 5) for number in range(60)]
+    assert outcomes.spikes(quiet) == []
+    assert outcomes.spikes([*quiet[:50], 4.0, *quiet[50:]]) == [51]
+
+
+# Helpers
+
+
+def command(path: Path, out: Path) -> list[str]:
+    return [sys.executable, "-m", "trainer", "ladder", "run", str(path), "--out", str(out)]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def verb(*arguments: str | Path) -> Any:
+    """`python -m trainer ladder …` in this process."""
+    return CliRunner().invoke(cli.app, ["ladder", *map(str, arguments)])
+
+
+def bytes_of_events(pool: Path) -> int:
+    return sum(path.stat().st_size for path in pool.glob("*/run/events/*.jsonl"))
+
+
+def steps_of(pool: Path) -> int:
+    return sum(path.read_text().count('"event": "step"') for path in pool.glob("*/run/events/*.jsonl"))
