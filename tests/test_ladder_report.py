@@ -328,7 +328,7 @@ def test_the_terminal_tells_verdicts_reasons_and_what_is_missing(gaps, full):
     seen = " ".join(screen(full).split())
     assert "✓ promote" in seen
     assert "By" not in seen
-    assert "rope: promote, at the target it is worth at least" in seen
+    assert "rope: promote. At the target it is worth at least" in seen
     assert "predicted for target" in seen
     assert "missing: r2 qk-norm seed 0: it ran out of disk" in screen(gaps)
 

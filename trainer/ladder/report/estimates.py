@@ -87,7 +87,7 @@ def _of_losses(one: Verdict) -> Tree:
     tree["rungs"] = [{key: value for key, value in rung.items() if key not in TIMED} for rung in tree["rungs"]]
     if one.decision == "promote":
         assert one.lower is not None
-        tree["why"] = f"at the target it is worth at least {one.lower:.3g}× the baseline's compute."
+        tree["why"] = f"At the target it is worth at least {one.lower:.3g}× the baseline's compute."
     return tree
 
 

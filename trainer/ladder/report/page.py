@@ -157,7 +157,7 @@ def _verdict(tree: Tree, arm: Tree) -> str:
         f"<td class=n>{escape(wording.worth(one.get('wall_clock')))}"
         f"<td class=fixed>{escape(wording.TRENDS[one['trend']])}<td class=n>{escape(gone)}"
     )
-    said = f"<b>{escape(one['decision'].capitalize())}:</b> {escape(one['why'])}"
+    said = escape(one["why"])
     settle = wording.remedies(one["remedies"])
     said += f" <b>What would settle it:</b> {escape(settle)}." if settle else ""
     notes = " ".join([*_overruled(tree, one), *one["notes"]])

@@ -70,7 +70,7 @@ def _why(tree: Tree, arm: str) -> Iterator[Any]:
     one = decision(tree, arm)
     if one is None:
         return
-    said = Text.assemble((f"{arm}: ", "bold"), (one["decision"], STYLES[one["decision"]]), f", {one['why']}")
+    said = Text.assemble((f"{arm}: ", "bold"), (one["decision"], STYLES[one["decision"]]), f". {one['why']}")
     settle = wording.remedies(one["remedies"])
     if settle:
         said.append(f" It would take {settle}.")

@@ -44,26 +44,27 @@ def look(ladder: Ladder, out: Path) -> Facts:
     """From the files as they are now. Raises RunDirectoryError if OUT is another ladder's."""
     pool = run.pool_of(out)
     record.compare(ladder, out, pool)
-    final = {(one.rung, one.arm, one.seed): one for one in tuning.final(ladder, pool)}
+    final = tuning.final(ladder, pool)
+    known = dict(zip(map(_place, final), outcomes_of.outcomes(ladder, pool, final), strict=True))
     failed = tuning.failed(ladder, pool)
     return Facts(
         ladder,
-        [_outcome(one, final.get((one.rung, one.arm, one.seed)), failed, ladder, pool) for one in ladder.runs],
+        [known.get(_place(one)) or _not_begun(one, failed.get((one.rung, one.arm))) for one in ladder.runs],
         outcomes_of.outcomes(ladder, pool, ladder.sweep),
         tuning.choices(ladder, pool),
         record.read(out) or {},
     )
 
 
-def _outcome(
-    planned: PlannedRun, final: PlannedRun | None, failed: Mapping[tuple[str, str], str], ladder: Ladder, pool: Path
-) -> Outcome:
-    if final is not None:
-        return outcomes_of.outcome(final, pool, ladder.metric, ladder.unit)
-    why = failed.get((planned.rung, planned.arm))
+def _place(planned: PlannedRun) -> tuple[str, str, int]:
+    return planned.rung, planned.arm, planned.seed
+
+
+def _not_begun(planned: PlannedRun, failed: str | None) -> Outcome:
+    """A run whose learning rate is not known yet, or never will be."""
     return Outcome(
-        planned.arm, planned.rung, planned.seed, None, planned.key, "missing" if why else "waiting",
-        why or "its learning-rate sweep goes on", planned.flops, planned.parameters, planned.tokens,
+        planned.arm, planned.rung, planned.seed, None, planned.key, "missing" if failed else "waiting",
+        failed or "its learning-rate sweep goes on", planned.flops, planned.parameters, planned.tokens,
         planned.config.budget.steps, 0,
     )  # fmt: skip
 
