@@ -22,6 +22,8 @@ VARIABLES = {
 }  # fmt: skip
 """What the page calls each colour."""
 COLUMNS = 3
+MOST_LINEAR = 4.0
+"""Ticks of an axis are evenly apart unless its ends are by more than this."""
 MOST_UNLIKE = 8.0
 """Panels share an axis unless one would be so many times as tall."""
 GAPS = ("not a number", "no run has finished")
@@ -71,14 +73,15 @@ def mark_target(axes: "Axes", tree: Tree) -> None:
                   textcoords="offset points", ha="center", va="bottom", color=SOFT, fontsize=8.5)  # fmt: skip
 
 
-def as_multipliers(axis: Any, wide: bool) -> None:
+def as_multipliers(axis: Any) -> None:
     """Ticks of a log axis as "1.2×"."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-    if wide:
-        axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5), numticks=12))
+    low, high = axis.get_view_interval()
+    if high / low > MOST_LINEAR:
+        subs = (1, 1.5, 2, 3, 5, 7) if high / low < 10 * MOST_LINEAR else (1, 2, 5)
+        axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=12))
     else:
-        low, high = axis.get_view_interval()
         axis.set_major_locator(FixedLocator(list(_round_ratios(low, high))))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}×"))
     axis.set_minor_formatter(NullFormatter())

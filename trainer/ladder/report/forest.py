@@ -89,7 +89,7 @@ def _draw_ratios(axes: "Axes", tree: Tree, rows: Mapping[int, Tree | None]) -> N
     axes.set_xlim(
         max(min([*values, *known]), min(values) / room) / 1.03, min(max([*values, *known]), max(values) * room) * 1.03
     )
-    as_multipliers(axes.xaxis, axes.get_xlim()[1] / axes.get_xlim()[0] > 6)
+    as_multipliers(axes.xaxis)
     axes.set_xlabel("compute multiplier")
     axes.set_title("Multiplier")
 
@@ -131,7 +131,7 @@ def cost(tree: Tree) -> "Figure | None":
     axes.set_xscale("log")
     room = max((max(values) / min(values)) ** 0.6, 1.25)
     axes.set_xlim(min(values) / room, max(values) * room)
-    as_multipliers(axes.xaxis, axes.get_xlim()[1] / axes.get_xlim()[0] > 6)
+    as_multipliers(axes.xaxis)
     axes.axvline(1, color=SOFT, linewidth=1.1, zorder=1)
     if tree["criterion"]["min_gain"] > 1:
         axes.axvline(tree["criterion"]["min_gain"], color=GOOD, linewidth=1.0, linestyle=(0, (4, 2)), zorder=1)

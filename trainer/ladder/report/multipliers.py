@@ -77,7 +77,7 @@ def _limits(tree: Tree, one: Tree) -> tuple[float, float]:
     low, high = min(values), max(values)
     intervals = [worth, *(rung["multiplier"] for rung in one["rungs"])]
     ends = [end for interval in intervals for end in (interval["low"], interval["high"]) if end is not None]
-    room = max((high / low) ** 0.9, 1.15)
+    room = max((high / low) ** 1.5, 1.5)
     low, high = max(min([low, *ends]), low / room), min(max([high, *ends]), high * room)
     edge = (high / low) ** 0.07
     return low / edge, high * edge
@@ -92,7 +92,7 @@ def _draw_arm(axes: "Axes", tree: Tree, one: Tree, limits: tuple[float, float]) 
     by_compute(axes, tree, label=False)
     axes.set_yscale("log")
     axes.set_ylim(*limits)
-    as_multipliers(axes.yaxis, limits[1] / limits[0] > 6)
+    as_multipliers(axes.yaxis)
     axes.axhline(1, color=SOFT, linewidth=1.1, zorder=1)
     if tree["criterion"]["min_gain"] > 1:
         axes.axhline(tree["criterion"]["min_gain"], color=GOOD, linewidth=1.0, linestyle=(0, (4, 2)), zorder=1)

@@ -69,13 +69,16 @@ def _written(tree: Tree) -> str:
     late = any(one["finished_runs"] for one in changes)
     bold = ("<b>", "</b>") if late else ("", "")
     shown = "".join(f"<li>{bold[0]}{escape(line)}{bold[1]}" for line in lines)
-    edits = tree["course"]["edits"]
-    edited = "".join(
-        f"<li>Edited after {wording.count(edit['finished_runs'], 'run')} had finished, {wording.date(edit['time'])}: "
-        f"<code>{escape('; '.join(edit['lines']))}</code>"
-        for edit in edits
+    return f"<ul>{shown}</ul>{''.join(map(_edit, tree['course']['edits']))}"
+
+
+def _edit(edit: Tree) -> str:
+    when = f"after {wording.count(edit['finished_runs'], 'run')} had finished, {wording.date(edit['time'])}"
+    lines = "".join(f"<li><code>{escape(line)}</code>" for line in edit["lines"])
+    return (
+        f"<details><summary>The ladder file was edited {escape(when)}: {wording.count(len(edit['lines']), 'setting')}"
+        f"</summary><div class=body><ul>{lines}</ul></div></details>"
     )
-    return f"<ul>{shown}{edited}</ul>"
 
 
 def _change(before: Tree, after: Tree) -> list[str]:
@@ -86,8 +89,9 @@ def _change(before: Tree, after: Tree) -> list[str]:
 
 
 def _predictions(tree: Tree) -> str:
-    shown = [one for one in tree["predictions"] if one["predicted"] is not None or one["observed"] is not None]
-    rows = [] if all(one["predicted"] is None for one in shown) else [
+    made = {one["rung"] for one in tree["predictions"] if one["predicted"] is not None}
+    shown = [one for one in tree["predictions"] if one["rung"] in made]
+    rows = [
         (one["rung"], one["arm"], _by(one), wording.losses(one["predicted"]), _observed(one),
          wording.signed(one["error"]) if one["error"] is not None else "–",
          {True: "yes", False: "no", None: "–"}[one["inside"]])
@@ -97,7 +101,7 @@ def _predictions(tree: Tree) -> str:
     ratios = [
         (one["rung"], one["arm"], _by(one), wording.worth(one["predicted"]), wording.worth(one["measured"]))
         for one in tree["multiplier_predictions"]
-        if one["predicted"] or one["measured"]
+        if one["rung"] in made
     ]
     refused = next((one for one in tree["predictions"] if one["refused"] and one["arm"] == BASELINE), None)
     why = ""
@@ -290,8 +294,13 @@ def machine(tree: Tree) -> list[tuple[str, str]]:
     ]  # fmt: skip
     named = [f"{place} ({one['runs']})" if len(places) > 1 else place
              for place, one in zip(places, course["machines"], strict=True)]  # fmt: skip
-    commits = ", ".join(f"<code>{escape(commit[:12])}</code>" for commit in course["commits"])
+    commits = ", ".join(f"<code>{escape(_short(commit))}</code>" for commit in course["commits"])
     return [("machine", escape("; ".join(named)) or wording.UNKNOWN), ("commit", commits or wording.UNKNOWN)]
+
+
+def _short(commit: str) -> str:
+    """With what is said of it beside its hash."""
+    return commit[:12] + commit[40:]
 
 
 # Runs
@@ -328,7 +337,8 @@ def _runs(tree: Tree) -> str:
 
 def _again(tree: Tree) -> str:
     commits = tree.get("course", {}).get("commits", [])
-    lines = [f"git checkout {commits[0]}"] if len(commits) == 1 else []
+    clean = len(commits) == 1 and len(commits[0]) == 40  # else it was changed, as a "+" says
+    lines = [f"git checkout {commits[0]}"] if clean else []
     lines += [f"python -m trainer ladder {verb} {tree['file']}" for verb in ("plan", "run", "report")]
     return (
         "<h2>Once more</h2><p class=text>Each run is a function of its config and data: the same commit gives the same "

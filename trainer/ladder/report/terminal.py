@@ -50,7 +50,7 @@ def _table(*columns: str) -> Any:
 def _verdicts(tree: Tree) -> Any:
     from rich.text import Text
 
-    table = _table("arm", "verdict", "at the target", "in time there", "trend", "a step takes")
+    table = _table("arm", "verdict", "at the target", "in time", "trend", "a step takes")
     for arm in tree["arms"]:
         one = decision(tree, arm["name"])
         if one is None:
@@ -58,7 +58,7 @@ def _verdicts(tree: Tree) -> Any:
         name = one["decision"]
         table.add_row(
             Text(one["arm"]), Text(f"{wording.SIGNS[name]} {name}", STYLES[name]), wording.worth(one["multiplier"]),
-            wording.worth(one.get("wall_clock")), wording.TRENDS[one["trend"]],
+            wording.times(one.get("wall_clock", {}).get("value")), wording.TRENDS[one["trend"]],
             wording.times(one.get("slowdown", {}).get("value")),
         )  # fmt: skip
     return table
