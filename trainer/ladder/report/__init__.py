@@ -11,14 +11,14 @@ import sys
 from pathlib import Path
 
 from trainer.ladder.planned import Ladder
-from trainer.ladder.report import pictures, summary_run, told
+from trainer.ladder.report import pictures, summary_run
 from trainer.ladder.report.estimates import Tree
 from trainer.ladder.report.page import html
 from trainer.ladder.report.pictures import Picture
 from trainer.ladder.report.terminal import terminal
-from trainer.ladder.report.told import tell, without_course
+from trainer.ladder.report.told import look, tell, without_course
 
-__all__ = ["PAGE", "html", "make", "tell", "terminal", "without_course", "write"]
+__all__ = ["PAGE", "html", "look", "make", "tell", "terminal", "without_course", "write"]
 
 PAGE = "report.html"
 
@@ -28,7 +28,7 @@ def make(ladder: Ladder, out: Path) -> Tree:
 
     Raises RunDirectoryError if OUT is another ladder's.
     """
-    tree = tell(told.look(ladder, out))
+    tree = tell(look(ladder, out))
     drawn = write(tree, out)
     summary_run.send(ladder, tree, drawn, out, lambda problem: print(problem, file=sys.stderr, flush=True))
     return tree
