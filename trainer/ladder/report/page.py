@@ -60,7 +60,8 @@ CAPTIONS = {
     "side. What has no result leaves a gap.",
     "prediction": "Each row was predicted from the smaller rungs alone, the target from all of them. What lies outside "
     "of its bar, the prediction got wrong.",
-    "cost": "What an arm is worth in compute beside what it is worth in time, if steps go on to take as long as here.",
+    "cost": "What an arm is worth in compute beside what it is worth in time, if steps go on to take as long as "
+    "here. Times are those of a run's fastest steps: whoever shares a machine only makes steps slower.",
 }
 
 
