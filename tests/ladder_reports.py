@@ -74,7 +74,8 @@ def outcomes_of(design: Design, arms: Mapping[str, Arm], seed: int = 0, target: 
         found.append(
             Outcome(
                 point.arm, point.rung, point.seed, None, f"{number:016x}", "finished", "", point.flops,
-                point.parameters, point.tokens, 100, 100, loss=point.loss, digest="d" * 64, seconds=seconds, undisturbed_seconds=seconds,
+                point.parameters, point.tokens, 100, 100, loss=point.loss, digest="d" * 64, seconds=seconds,
+                undisturbed_seconds=seconds,
                 wall_seconds=seconds + 1.6, spent=spent, attempts=1, weights_sha256=f"{number:064x}",
                 git_commit="4c1d6a0b" * 5, machine=("climber", "cpu", 1),
             )
@@ -89,15 +90,8 @@ def change(found: Sequence[Outcome], which: Callable[[Outcome], bool], **values:
 def missing(
     found: Sequence[Outcome], which: Callable[[Outcome], bool], reason: str = "it ran out of disk"
 ) -> list[Outcome]:
-    gone = {
-        "status": "missing",
-        "reason": reason,
-        "loss": None,
-        "seconds": None,
-        "undisturbed_seconds": None,
-        "weights_sha256": None,
-    }
-    return change(found, which, **gone)
+    nothing = dict.fromkeys(("loss", "seconds", "undisturbed_seconds", "weights_sha256"))
+    return change(found, which, status="missing", reason=reason, **nothing)
 
 
 def tree(design: Design = ladders.SHORT, arms: Mapping[str, Arm] = ARMS, **more: Any) -> dict[str, Any]:

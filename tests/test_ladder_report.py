@@ -120,7 +120,8 @@ def test_apart_from_its_course_the_report_is_a_function_of_results_alone(full):
     """Killed and resumed, on another machine, slower: other times, attempts, faults; the same losses."""
     found = made.outcomes_of(CLEAR, made.ARMS, target=(BASELINE, *FAST))
     killed = [
-        replace(one, seconds=7.0, undisturbed_seconds=(one.seconds or 0) * (1 + number % 7), wall_seconds=1e6, spent={"productive": 3.0},
+        replace(one, seconds=7.0, undisturbed_seconds=(one.seconds or 0) * (1 + number % 7), wall_seconds=1e6,
+                spent={"productive": 3.0},
                 attempts=1 + number % 3, faults=[{"kind": "sigkill", "step": 4, "attempt": 0}], replayed=number,
                 redone=1, not_finite=2, git_commit="e" * 40, machine=("other", "cuda", 2))
         for number, one in enumerate(found)

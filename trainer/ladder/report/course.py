@@ -121,7 +121,8 @@ def _machines(runs: Sequence[Outcome]) -> list[Tree]:
 def _run(one: Outcome) -> Tree:
     plain = one.to_json()
     names = (
-        "arm", "rung", "seed", "rate", "key", "seconds", "undisturbed_seconds", "wall_seconds", "attempts", "faults", "replayed", "redone",
+        "arm", "rung", "seed", "rate", "key", "seconds", "undisturbed_seconds",
+        "wall_seconds", "attempts", "faults", "replayed", "redone",
         "not_finite", "git_commit",
     )  # fmt: skip
     return {name: plain[name] for name in names}

@@ -77,6 +77,7 @@ def _limits(tree: Tree, one: Tree) -> tuple[float, float]:
     low, high = min(values), max(values)
     intervals = [worth, *(rung["multiplier"] for rung in one["rungs"])]
     ends = [end for interval in intervals for end in (interval["low"], interval["high"]) if end is not None]
+    ends += [] if one["other_floor"]["value"] is None else [one["other_floor"]["value"]]
     room = max((high / low) ** 1.5, 1.5)
     low, high = max(min([low, *ends]), low / room), min(max([high, *ends]), high * room)
     edge = (high / low) ** 0.07
