@@ -24,7 +24,7 @@ VARIABLES = {
 COLUMNS = 3
 MOST_LINEAR = 4.0
 """Ticks of an axis are evenly apart unless its ends are by more than this."""
-MOST_UNLIKE = 8.0
+MOST_UNLIKE = 12.0
 """Panels share an axis unless one would be so many times as tall."""
 GAPS = ("not a number", "no run has finished")
 MEANT = {"promote": GOOD, "reject": "#b3261e", "inconclusive": "#855b00"}
