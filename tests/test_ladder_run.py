@@ -22,7 +22,7 @@ from tests.support import ROOT, look, trainer, wait_until
 from tests.test_ladder_file import ARM, HEAD, SIZES, TINY, write, write_corpus
 from trainer import cli, events
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, ConfigError, RunDirectoryError
-from trainer.ladder import ladderfile, order, outcomes, record, run, speed, tuning, worker
+from trainer.ladder import ladderfile, order, outcomes, record, report, run, speed, tuning, worker
 from trainer.ladder import pool as pools
 from trainer.ladder.planned import AA, Ladder
 from trainer.ladder.pool import State
@@ -149,6 +149,8 @@ def test_a_storm_leaves_every_run_with_the_bits_of_the_calm_ladder(calm, home, s
     done = run.run(storm, out, server=server)
     assert done.exit_status == EXIT_FINISHED, done.missing
     assert results(storm, run.pool_of(out)) == results(ladder, pool)
+    stormy, quiet = reported(storm, out), reported(ladder, home / "ladders" / "calm")
+    assert {key for key in quiet if stormy[key] != quiet[key]} == {"name", "file"}
     seen = outcomes.outcomes(storm, run.pool_of(out))
     assert [sorted({fault["kind"] for fault in one.faults}) for one in seen] == [
         ["sigkill", "torn_save"] if one.rung == "s" else ["exit", "sigkill"] for one in seen
@@ -175,7 +177,30 @@ def test_a_ladder_killed_at_random_five_times_gives_the_points_of_one_that_was_n
     done = run.run(ladder, out, server=server)
     assert done.exit_status == EXIT_FINISHED, done.missing
     assert results(ladder, killed) == results(ladder, pool)
+    assert json.dumps(reported(ladder, out)) == json.dumps(reported(ladder, home / "ladders" / "calm"))
     assert sum(one.attempts for one in outcomes.outcomes(ladder, killed)) > len(ladder.runs)
+
+
+def reported(ladder: Ladder, out: Path) -> dict[str, Any]:
+    """The report but for what another course of the same ladder would change."""
+    return report.without_course(report.tell(report.look(ladder, out)))
+
+
+def test_the_report_of_a_real_ladder_lies_beside_its_record_and_knows_its_runs(calm, home):
+    ladder, _, _ = calm
+    out = home / "ladders" / "calm"
+    done = verb("report", ladder.path, "--out", out)
+    assert done.exit_code == EXIT_FINISHED, done.output
+    assert "2 rungs, and a curve of 3 parameters needs 3" in " ".join(done.output.split())
+    tree = json.loads((out / "report.json").read_text())
+    assert report.without_course(tree) == reported(ladder, out)
+    assert tree["counts"] == {"finished": 6}
+    assert (len(tree["noise"]), len(tree["differences"])) == (6, 4)
+    assert [one["attempts"] for one in tree["course"]["runs"]] == [1] * 6
+    assert tree["course"]["criterion_history"][0]["finished_runs"] == 0
+    assert str(home) not in (out / "report.html").read_text()
+    assert (out / "loss.png").exists()
+    assert not (out / "wandb").exists()  # as its runs are not in W&B either
 
 
 def schedule(ladder: Ladder, out: Path, server: worker.Server) -> None:

@@ -1,5 +1,6 @@
 """Promises about what an arm is worth and what becomes of it."""
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -309,3 +310,19 @@ def test_verdicts_are_plain_json():
     for done in verdict.judge(ladder(arms, SHORT), Criterion(), TARGET):
         tree = json.loads(json.dumps(done.to_json(), allow_nan=False))
         assert tree["arm"] == done.arm and tree["rungs"][0]["rung"] == "r0"
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_whatever_is_missing_or_mad_there_is_an_answer_or_a_refusal(seed: int):
+    random = np.random.Generator(np.random.Philox(seed))
+    arms = {"const": ladders.CONSTANT, "better": ladders.line(1, 50), "worse": ladders.line(1, 0.01)}
+    for rungs, decades, seeds, sd in ((3, 0.5, 2, 0.3), (4, 1.5, 1, 0.05), (5, 3.0, 3, 0.0), (6, 3.0, 2, 0.005)):
+        points = ladder(arms, Design.spanning(rungs, decades, seeds=seeds, sd=sd), seed)
+        points = [one for one in points if random.random() > 0.15]
+        points = change(points, lambda _: random.random() < 0.05, loss=math.inf)
+        points = change(points, lambda _: random.random() < 0.2, seconds=None)
+        with contextlib.suppress(FitError):
+            for target in (1e15, 1e16, 1e20):
+                for done in verdict.judge(points, Criterion(), target, arms=[*arms, "none"]):
+                    json.dumps(done.to_json(), allow_nan=False)
+                    assert done.decision != "promote" or (done.lower is not None and done.lower >= 1.02)

@@ -253,6 +253,20 @@ def ladder_status(path: LadderPath, out: LadderOut = None, as_json: AsJson = Fal
     _show(screen.standing(ladder, view))
 
 
+@ladders.command("report")
+def ladder_report(path: LadderPath, out: LadderOut = None, as_json: AsJson = False) -> None:
+    """Say what a ladder's runs mean: verdicts here, and OUT/report.html, report.json, pictures and a W&B run."""
+    from trainer.ladder import ladderfile, report, run
+
+    ladder, out = ladderfile.load(path), out or run.default_out(path)
+    tree = report.make(ladder, out)
+    if as_json:
+        print(json.dumps(tree))
+        return
+    _show(report.terminal(tree))
+    print(out / report.PAGE)
+
+
 def _show(what: "RenderableType") -> None:
     from rich.console import Console
 

@@ -348,7 +348,7 @@ def relay() -> None:
         signal.signal(getattr(signal, name), signal.SIG_IGN)  # the trainer decides when it is over: its pipe ends
     first = json.loads(sys.stdin.readline())
     turn = _take_turn(Path(first["init"]["dir"]) / "wandb" / "helper.lock", first["finish_timeout"])
-    run = _open_run(first["init"], first["finish_timeout"])
+    run = open_run(first["init"], first["finish_timeout"])
     os.nice(10)  # only now: on a busy machine a start at low priority takes longer than a short run
     exit_code = errors.EXIT_FAILED  # no `end`: the trainer was killed
     for line in sys.stdin:
@@ -387,7 +387,7 @@ def _take_turn(path: Path, timeout_seconds: float) -> contextlib.ExitStack:
     return held
 
 
-def _open_run(arguments: dict[str, Any], finish_timeout_seconds: float) -> Any:
+def open_run(arguments: dict[str, Any], finish_timeout_seconds: float) -> Any:
     import wandb
 
     settings = wandb.Settings(

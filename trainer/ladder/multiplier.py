@@ -304,9 +304,7 @@ class OtherFloor:
         )
         self._freedom = int(self._pairs.sum()) - 2
         self._scatter = scatter / self._freedom
-        # Everything as a difference in nats at the target: what moves ln m moves it by this times as much.
-        by_curve = self._by_curve() / self._worth(curve, self.difference)[1]
-        through = (by_curve @ influence.derivative)[None, :]
+        through = (self._by_curve() @ influence.derivative)[None, :]
         covariance = _variance(self._scatter, -row[None, :], through, rungs, influence, noise)
         self._error = math.sqrt(max(float(covariance[0, 0]), 0.0))
 
@@ -322,32 +320,33 @@ class OtherFloor:
     def _solve(self, curve: Curve) -> tuple[float, Array, Array]:
         """(difference at the target in nats, its derivative by the rungs' differences, the line at the rungs)."""
         means = np.array([one.sum() for one in self._differences(curve)]) / self._pairs
-        above = np.array([curve.at(one.flops) - curve.E for one in self._rungs])
+        above = np.array([curve.above(one.flops) for one in self._rungs])
         level_row = self._pairs / self._pairs.sum()
         centre = level_row @ above
         away = above - centre
         slope_row = self._pairs * away / (self._pairs @ away**2)
-        row = level_row + (curve.at(self._target) - curve.E - centre) * slope_row
+        row = level_row + (curve.above(self._target) - centre) * slope_row
         return float(row @ means), row, level_row @ means + away * (slope_row @ means)
 
     def _worth(self, curve: Curve, difference: float) -> tuple[float, float]:
         """(ln m of a difference at the target, its derivative); infinite at or under the floor."""
-        above = curve.at(self._target) - curve.E
+        above = curve.above(self._target)
         if above + difference <= 0:
             return math.inf, -math.inf
         return math.log(above / (above + difference)) / curve.alpha, -1 / (curve.alpha * (above + difference))
 
     def _by_curve(self) -> Array:
-        """d ln m / d(E, A, alpha) at the target, by differences."""
+        """d / d(E, A, alpha) of ln m at the target, by differences, and as a difference in nats that does the same."""
         curve, slopes = self._curve, []
-        for name in ("E", "A", "alpha"):
-            step = 1e-4 * max(abs(getattr(curve, name)), 1e-3)
+        value, by_difference = self._worth(curve, self.difference)
+        for name, step in (("E", 1e-6), ("A", 1e-5 * curve.A), ("alpha", 1e-5 * curve.alpha)):
             sides = []
             for sign in (-1, 1):
                 moved = replace(curve, **{name: getattr(curve, name) + sign * step})
                 sides.append(self._worth(moved, self._solve(moved)[0])[0])
             slopes.append((sides[1] - sides[0]) / (2 * step))
-        return np.array(slopes)
+        known = math.isfinite(value) and all(math.isfinite(slope) for slope in slopes)
+        return np.array(slopes) / by_difference if known else np.zeros(3)  # at the floor there is nothing to move
 
     @property
     def value(self) -> float:
@@ -367,9 +366,6 @@ class OtherFloor:
         return self._worth(self._curve, self.difference - side * quantile(level, freedom) * error)[0]
 
     def _layout(self, more: More) -> Layout:
-        above = np.array([self._above(one.flops) for one in self._rungs])
-        n, above = more.extend(self._pairs, above, self._above)
-        return Layout(n, above, np.ones_like(n), self._above(self._target))
-
-    def _above(self, flops: float) -> float:
-        return self._curve.at(flops) - self._curve.E
+        above = np.array([self._curve.above(one.flops) for one in self._rungs])
+        n, above = more.extend(self._pairs, above, self._curve.above)
+        return Layout(n, above, np.ones_like(n), self._curve.above(self._target))

@@ -52,6 +52,8 @@ class Outcome(Record):
     sums or medians, and of 9 % by the fastest step."""
     wall_seconds: float | None = None
     """From the first start to the end: with start-up, evaluation, saves, faults."""
+    spent: dict[str, float] = field(default_factory=dict)
+    """Where that went, in seconds: the parts of goodput.py."""
     attempts: int = 0
     faults: list[dict[str, Any]] = field(default_factory=list)
     """Made on purpose: {kind, step, attempt}."""
@@ -106,7 +108,11 @@ def points(ladder: Ladder, pool: Path) -> list[Point]:
     """
     from trainer.ladder import tuning
 
-    found = outcomes(ladder, pool, tuning.final(ladder, pool))
+    return points_of(outcomes(ladder, pool, tuning.final(ladder, pool)))
+
+
+def points_of(found: Sequence[Outcome]) -> list[Point]:
+    """Of those that have a loss."""
     machines = Counter(one.machine for one in found if one.status == "finished" and one.machine is not None)
     usual = machines.most_common(1)[0][0] if machines else None
     return [_point(one, usual) for one in found if one.loss is not None]
@@ -142,11 +148,13 @@ def _told(entries: list[Entry], about: dict[str, Any], bare: Outcome, metric: st
     took = sorted(step.seconds / (1 + step.redone) for step in kept.values())
     fastest = took[: max(1, len(took) // FASTEST_SHARE)]
     machines = {(start.host, start.device, start.world_size) for start in starts}
+    account = goodput.account(entries)
     return {
         **_score(entries, bare, metric, unit),
         "seconds": math.fsum(took) if took else None,
         "undisturbed_seconds": len(took) * statistics.fmean(fastest) if took else None,
-        "wall_seconds": goodput.account(entries)["wall_seconds"],
+        "wall_seconds": account["wall_seconds"],
+        "spent": account["parts"],
         "attempts": len({entry.attempt for entry in own}),
         "faults": [
             {"kind": entry.event.fault, "step": entry.event.step, "attempt": entry.attempt}

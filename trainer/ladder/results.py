@@ -98,11 +98,15 @@ class Curve(Record):
 
     def at(self, flops: float) -> float:
         """Predicted loss."""
-        return self.E + self.A * (flops / self.scale) ** -self.alpha
+        return self.E + self.above(flops)
+
+    def above(self, flops: float) -> float:
+        """Predicted loss minus E: what compute can still win."""
+        return self.A * (flops / self.scale) ** -self.alpha
 
     def slope(self, flops: float) -> float:
         """−dL / d ln C: nats won by e-fold compute."""
-        return self.alpha * (self.at(flops) - self.E)
+        return self.alpha * self.above(flops)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,109 @@
+"""Made-up ladders whose runs have all come to something: what reports are tested on."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests import ladders
+from tests.ladders import Arm, Design
+from trainer.ladder.outcomes import Outcome
+from trainer.ladder.planned import AA, TARGET, Ladder, PlannedArm, PlannedRung
+from trainer.ladder.report import told
+from trainer.ladder.report.told import Facts
+from trainer.ladder.results import BASELINE, Criterion
+from trainer.ladder.sizes import Shape
+
+ARMS: Mapping[str, Arm] = {
+    AA: ladders.UNCHANGED,
+    "rope": ladders.line(1.25, 1.25),
+    "qk-norm": ladders.line(1.02, 1.1),
+    "fading": ladders.line(1.3, 0.9),
+}
+SPEED = {"rope": 1.04, "qk-norm": 1.3, "fading": 1.0}
+HISTORY: Any = {
+    "first_planned": 1.75e9,
+    "criterion_history": [{"time": 1.75e9, "criterion": Criterion().to_json(), "finished_runs": 0}],
+    "edits": [],
+}
+
+
+def ladder_of(design: Design, arms: Sequence[str], unit: str = "nats_per_token", **more: Any) -> Ladder:
+    """Its plan, without runs: the outcomes say what there was."""
+    rungs = [
+        _rung(f"r{number}", 32 * 2**number, float(flops), tuple(range(design.seeds)))
+        for number, flops in enumerate(design.flops)
+    ]
+    planned = [PlannedArm(arm, f"is {arm} worth it?", _changes(arm)) for arm in arms]
+    told: dict[str, Any] = {
+        "name": "made-up", "path": Path("configs/ladders/made-up.toml"), "question": "Does it hold at scale?",
+        "baseline": Path("configs/smoke.toml"), "metric": "val", "unit": unit, "slots": 2, "ranks": 1, "restarts": 5,
+        "criterion": Criterion(), "rungs": rungs, "arms": planned, "target_flops": design.target,
+        "target": _rung(TARGET, 512, design.target, ()), "runs": [], "tuning": None, "notices": [], "settings": {},
+    }  # fmt: skip
+    return Ladder(**(told | more))
+
+
+def _changes(arm: str) -> dict[str, Any]:
+    return {"model.init_draw": 1} if arm == AA else {"model.positions": arm}
+
+
+def _rung(name: str, width: int, flops: float, seeds: tuple[int, ...]) -> PlannedRung:
+    parameters = round(math.sqrt(flops / 120))
+    return PlannedRung(name, Shape(width, max(1, width // 16), 4), parameters, 20 * parameters, flops, seeds)
+
+
+def outcomes_of(design: Design, arms: Mapping[str, Arm], seed: int = 0, target: Sequence[str] = ()) -> list[Outcome]:
+    """All finished, on one machine, the arms slower than the baseline by SPEED; at the target one seed of `target`."""
+    random = np.random.Generator(np.random.Philox(seed))
+    design = replace(design, flops=tuple(map(float, design.flops)))  # numpy's would end up in the tree
+    points = ladders.draw(design, ladders.power_law(), arms, random)
+    above = replace(design, flops=(design.target,), seeds=1)
+    points += [
+        replace(point, rung=TARGET)
+        for point in ladders.draw(above, ladders.power_law(), arms, random)
+        if point.arm in target
+    ]
+    found = []
+    for number, point in enumerate(points):
+        seconds = point.flops / 1e12 * SPEED.get(point.arm, 1.0) * (1 + 0.01 * math.sin(7.0 * number))
+        spent = {"productive": seconds, "startup": 1.2, "evaluation": 0.4, "lost_steps": 0.0, "down": 0.0}
+        found.append(
+            Outcome(
+                point.arm, point.rung, point.seed, None, f"{number:016x}", "finished", "", point.flops,
+                point.parameters, point.tokens, 100, 100, loss=point.loss, digest="d" * 64, seconds=seconds,
+                undisturbed_seconds=seconds,
+                wall_seconds=seconds + 1.6, spent=spent, attempts=1, weights_sha256=f"{number:064x}",
+                git_commit="4c1d6a0b" * 5, machine=("climber", "cpu", 1),
+            )
+        )  # fmt: skip
+    return found
+
+
+def change(found: Sequence[Outcome], which: Callable[[Outcome], bool], **values: Any) -> list[Outcome]:
+    return [replace(one, **values) if which(one) else one for one in found]
+
+
+def missing(
+    found: Sequence[Outcome], which: Callable[[Outcome], bool], reason: str = "it ran out of disk"
+) -> list[Outcome]:
+    nothing = dict.fromkeys(("loss", "seconds", "undisturbed_seconds", "weights_sha256"))
+    return change(found, which, status="missing", reason=reason, **nothing)
+
+
+def tree(design: Design = ladders.SHORT, arms: Mapping[str, Arm] = ARMS, **more: Any) -> dict[str, Any]:
+    """The report of a ladder whose runs all finished."""
+    found = outcomes_of(design, arms, target=more.pop("target", ()))
+    return told.tell(Facts(ladder_of(design, list(arms), **more), found, record=HISTORY))
+
+
+def told_of(
+    found: Sequence[Outcome], design: Design = ladders.SHORT, arms: Sequence[str] = tuple(ARMS)
+) -> dict[str, Any]:
+    return told.tell(Facts(ladder_of(design, arms), found, record=HISTORY))
+
+
+__all__ = ["AA", "ARMS", "BASELINE", "change", "ladder_of", "missing", "outcomes_of", "told_of", "tree"]

@@ -1,0 +1,371 @@
+"""What is promised of a ladder's report: the tree, the page, the terminal, the pictures, W&B."""
+
+import html.parser
+import io
+import json
+import math
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from rich.console import Console
+
+from tests import ladder_reports as made
+from tests import ladders
+from tests.ladders import LONG, SHORT
+from trainer.config import parse
+from trainer.ladder import report
+from trainer.ladder.outcomes import Outcome
+from trainer.ladder.planned import AA, TARGET, PlannedRun
+from trainer.ladder.report import pictures, summary_run, told
+from trainer.ladder.report.drawing import decision
+from trainer.ladder.report.told import Facts
+from trainer.ladder.results import BASELINE
+
+PNG = b"\x89PNG\r\n\x1a\n"
+EVIL = '</title><script>alert("1")</script>&\'$x_$[red]'
+CLEAR = replace(LONG, sd=0.003)
+FAST = ("rope", "fading")
+
+
+@pytest.fixture(scope="module")
+def full() -> dict[str, Any]:
+    """Five rungs, four arms, and some runs at the target."""
+    return made.tree(CLEAR, target=(BASELINE, *FAST))
+
+
+def lacking() -> list[Outcome]:
+    """One arm without a rung, one that diverged once, one whose smallest rung is still to come."""
+    found = made.outcomes_of(SHORT, made.ARMS)
+    found = made.missing(found, lambda one: (one.rung, one.arm) == ("r2", "qk-norm"))
+    diverged = {"loss": math.nan, "status": "missing", "reason": "NumericsError: loss is nan at step 40."}
+    found = made.change(found, lambda one: (one.rung, one.arm, one.seed) == ("r3", "fading", 0), **diverged)
+    return made.change(found, lambda one: (one.rung, one.arm) == ("r0", "rope"), status="waiting", loss=None)
+
+
+@pytest.fixture(scope="module")
+def gaps() -> dict[str, Any]:
+    return made.told_of(lacking())
+
+
+@pytest.fixture(scope="module")
+def full_page(full, tmp_path_factory) -> Path:
+    """Where its report was written."""
+    out = tmp_path_factory.mktemp("full")
+    report.write(full, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def single() -> dict[str, Any]:
+    return made.tree(replace(SHORT, flops=SHORT.flops[:1]))
+
+
+def page(tree: dict[str, Any], drawn: Sequence[pictures.Picture] = ()) -> str:
+    return report.html(tree, drawn)
+
+
+def screen(tree: dict[str, Any], width: int = 100) -> str:
+    console = Console(file=io.StringIO(), width=width, highlight=False)
+    console.print(report.terminal(tree))
+    return console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class Text(html.parser.HTMLParser):
+    """What a reader sees, and whether every tag that must be closed is."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.words: list[str] = []
+        self.tags: list[str] = []
+        self.feed(source)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+# The tree
+
+
+def test_the_tree_is_plain_json_without_numbers_that_are_none(full, gaps):
+    for tree in (full, gaps):
+        assert json.loads(json.dumps(tree, allow_nan=False)) == tree
+
+
+def test_every_arm_is_decided_as_its_losses_and_times_say(full):
+    found = {arm: decision(full, arm) for arm in made.ARMS}
+    told = {arm: (one["decision"], one["trend"]) for arm, one in found.items() if one}
+    assert told["rope"] == ("promote", "persists")
+    assert told["fading"][0] == "reject"
+    assert told["fading"][1] in ("shrinks", "reverses")
+    assert told["qk-norm"][0] == "reject"  # it is worth it in compute, and takes 1.3 times as long
+    by_losses = {one["arm"]: one["decision"] for one in full["verdicts"]}
+    assert (by_losses["qk-norm"], by_losses[AA]) == ("promote", "inconclusive")
+    assert "By its losses alone: promote." in Text(page(full)).text
+
+
+def test_apart_from_its_course_the_report_is_a_function_of_results_alone(full):
+    """Killed and resumed, on another machine, slower: other times, attempts, faults; the same losses."""
+    found = made.outcomes_of(CLEAR, made.ARMS, target=(BASELINE, *FAST))
+    killed = [
+        replace(one, seconds=7.0, undisturbed_seconds=(one.seconds or 0) * (1 + number % 7), wall_seconds=1e6,
+                spent={"productive": 3.0},
+                attempts=1 + number % 3, faults=[{"kind": "sigkill", "step": 4, "attempt": 0}], replayed=number,
+                redone=1, not_finite=2, git_commit="e" * 40, machine=("other", "cuda", 2))
+        for number, one in enumerate(found)
+    ]  # fmt: skip
+    ladder = made.ladder_of(CLEAR, list(made.ARMS))
+    again = told.tell(Facts(ladder, killed, record={"first_planned": 5.0, "criterion_history": [], "edits": []}))
+    assert again["course"] != full["course"]
+    plain, other = report.without_course(full), report.without_course(again)
+    assert json.dumps(plain, indent=1) == json.dumps(other, indent=1)
+    assert page(plain) == page(other)
+
+
+def test_predictions_know_nothing_of_what_they_predict(full):
+    """The largest rung's come of the rungs below it, the target's of the rungs."""
+    design = CLEAR
+    found = made.outcomes_of(design, made.ARMS, target=(BASELINE, *FAST))
+    moved = made.change(found, lambda one: one.rung in ("r4", TARGET), loss=3.5)
+    changed = told.tell(Facts(made.ladder_of(design, list(made.ARMS)), moved, record=made.HISTORY))
+    for one, other in zip(full["predictions"], changed["predictions"], strict=True):
+        assert (one["rung"], one["arm"]) == (other["rung"], other["arm"])
+        if one["rung"] == "r4":
+            assert one["predicted"] == other["predicted"]
+            assert one["by"] == ["r0", "r1", "r2", "r3"]
+            assert (other["observed"], other["inside"]) == (pytest.approx(3.5), False)
+    assert {(one["rung"], one["arm"]) for one in full["predictions"]} == {
+        *(("r4", arm) for arm in (BASELINE, *made.ARMS)), *((TARGET, arm) for arm in (BASELINE, *FAST)),
+    }  # fmt: skip
+    by_rungs = {one["arm"]: one["multiplier"] for one in full["verdicts"]}
+    for one in full["multiplier_predictions"]:
+        if one["rung"] == TARGET:
+            assert one["predicted"] == by_rungs[one["arm"]]
+            assert one["measured"]["value"] == pytest.approx(one["predicted"]["value"], rel=0.15)
+
+
+def test_runs_at_the_target_move_no_verdict(full):
+    without = made.tree(CLEAR)
+    assert [one["multiplier"] for one in without["verdicts"]] == [one["multiplier"] for one in full["verdicts"]]
+    assert without["fit"] == full["fit"]
+
+
+def test_a_missing_rung_is_a_gap_everywhere_and_no_number(gaps):
+    qk = next(one for one in gaps["verdicts"] if one["arm"] == "qk-norm")
+    rung = next(rung for rung in qk["rungs"] if rung["rung"] == "r2")
+    assert (rung["pairs"], rung["multiplier"]["value"], rung["gap"]) == (0, None, "no finished pair")
+    assert not [one for one in gaps["noise"] if (one["rung"], one["arm"]) == ("r2", "qk-norm")]
+    missing = [one for one in gaps["predictions"] if (one["rung"], one["arm"]) == ("r3", "qk-norm")]
+    assert missing[0]["predicted"] is None
+    assert "three" in missing[0]["refused"]
+    seen = Text(page(gaps)).text
+    assert "r2 qk-norm seed 1 : it ran out of disk" in seen
+    assert "3 runs of 60 still to be made" in seen
+    diverged = [run for run in gaps["runs"] if run["diverged"]]
+    assert [(run["rung"], run["arm"], run["loss"]) for run in diverged] == [("r3", "fading", None)]
+    assert "r3 fading seed 0" in seen
+
+
+@pytest.mark.parametrize("rungs", [1, 2])
+def test_too_few_rungs_give_no_fit_which_is_said_and_runs_which_are_shown(rungs):
+    tree = made.tree(replace(SHORT, flops=SHORT.flops[:rungs]))
+    assert tree["fit"] is None
+    assert (tree["verdicts"], tree["lines"], tree["multiplier_predictions"]) == ([], {}, [])
+    assert f"the ladder has {rungs} rung" in tree["no_fit"]
+    assert len(tree["differences"]) == rungs * len(made.ARMS)
+    for seen in (Text(page(tree)).text, screen(tree)):
+        assert tree["no_fit"].split(",")[0] in seen
+        assert f"{tree['noise'][0]['mean']:.4f}" in seen
+
+
+def test_pictures_are_the_same_bytes_every_time(single):
+    drawn = pictures.draw(single)
+    assert [one.name for one in drawn] == ["loss"]
+    assert pictures.draw(single) == drawn
+
+
+def test_a_ladder_without_a_single_run_has_a_report(tmp_path):
+    found = made.change(made.outcomes_of(SHORT, made.ARMS), lambda one: True, status="waiting", loss=None, attempts=0,
+                        seconds=None, wall_seconds=None, spent={}, git_commit=None, machine=None)  # fmt: skip
+    tree = made.told_of(found)
+    assert report.write(tree, tmp_path) == []
+    assert "60 waiting" in Text((tmp_path / "report.html").read_text()).text
+    assert "0 rungs" in tree["no_fit"]
+    assert "60 waiting" in screen(tree)
+
+
+def test_losses_that_do_not_fall_are_told_as_such():
+    found = [replace(one, loss=3.0 + 0.001 * one.seed) for one in made.outcomes_of(SHORT, made.ARMS)]
+    tree = made.told_of(found)
+    assert "does not fall with compute" in tree["no_fit"]
+    assert "does not fall with compute" in Text(page(tree)).text
+
+
+def test_a_run_that_serves_two_arms_counts_once():
+    found = made.outcomes_of(SHORT, {"rope": ladders.UNCHANGED})
+    twin = {one.seed: one for one in found if (one.arm, one.rung) == (BASELINE, "r0")}
+    shared = [
+        replace(twin[one.seed], arm="rope") if (one.arm, one.rung) == ("rope", "r0") else one for one in found
+    ]  # fmt: skip
+    tree, plain = made.told_of(shared, arms=["rope"]), made.told_of(found, arms=["rope"])
+    assert tree["counts"] == {"finished": 21}
+    assert plain["flops"] - tree["flops"] == pytest.approx(3 * SHORT.flops[0])
+
+
+def test_a_changed_criterion_is_told_with_how_many_runs_there_were():
+    first = made.HISTORY["criterion_history"][0]
+    later = {"time": 1.76e9, "criterion": first["criterion"] | {"min_gain": 1.01}, "finished_runs": 12}
+    edits = [{"time": 1.76e9, "lines": ["criterion.min_gain: 1.02 → 1.01"], "finished_runs": 12}]
+    record = {"first_planned": 1.75e9, "criterion_history": [first, later], "edits": edits}
+    ladder = made.ladder_of(SHORT, ["rope"])
+    found = made.outcomes_of(SHORT, {"rope": ladders.UNCHANGED})
+    seen = Text(page(told.tell(Facts(ladder, found, record=record)))).text
+    assert "Written before any of its runs had finished: 2025-06-15" in seen
+    assert "Changed after 12 runs had finished" in seen
+    assert "min_gain 1.02 → 1.01" in seen
+    unknown = Text(page(told.tell(Facts(ladder, found)))).text
+    assert "When it was written is not known" in unknown
+
+
+def test_faults_and_instabilities_are_counted_by_kind_and_by_arm():
+    found = made.change(
+        made.outcomes_of(SHORT, made.ARMS), lambda one: (one.rung, one.arm, one.seed) == ("r1", "rope", 0),
+        faults=[{"kind": kind, "step": 9, "attempt": 0} for kind in ("sigkill", "nan_loss", "sigkill")], attempts=3,
+        replayed=20, not_finite=1, redone=2, spikes=[7, 9],
+        spent={"productive": 100.0, "lost_steps": 12.0, "down": 40.0},
+    )  # fmt: skip
+    course = made.told_of(found)["course"]
+    assert course["survived"]["faults"] == {
+        "nan_loss": {"made": 1, "survived": 1}, "sigkill": {"made": 2, "survived": 2},
+    }  # fmt: skip
+    assert (course["survived"]["restarts"], course["survived"]["replayed_steps"]) == (2, 20)
+    assert (course["time"]["lost_seconds"], course["time"]["away_seconds"]) == (12.0, 40.0)
+    rope = next(one for one in course["arms"] if one["arm"] == "rope")
+    assert [rope[key] for key in ("spikes", "not_finite", "redone", "faults")] == [2, 1, 2, 3]
+    seen = Text(page(made.told_of(found))).text
+    assert "2 restarts in 1 run; 20 steps replayed; 12 s of computing lost" in seen
+
+
+def test_directories_of_the_user_stay_private(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/someone")
+    text = f"{tmp_path}/runs/x is gone, so is /home/someone/data"
+    assert told.private(text) == "runs/x is gone, so is ~/data"
+    assert told.short(tmp_path / "configs" / "a.toml") == "configs/a.toml"
+    assert told.short(Path("/far/away/ladders/a.toml")) == "ladders/a.toml"
+
+
+# Page, terminal, pictures
+
+
+def test_the_page_stands_alone_and_escapes_every_name():
+    arms = {EVIL: ladders.line(1.2, 1.2)}
+    found = made.outcomes_of(SHORT, arms)
+    found = [replace(one, rung=EVIL if one.rung == "r1" else one.rung) for one in found]
+    found = made.missing(found, lambda one: (one.rung, one.seed) == ("r2", 0), EVIL)
+    ladder = made.ladder_of(SHORT, [EVIL], name=EVIL, question=EVIL, notices=[EVIL])
+    ladder = replace(ladder, rungs=[replace(r, name=EVIL) if r.name == "r1" else r for r in ladder.rungs])
+    tree = told.tell(Facts(ladder, found, record=made.HISTORY))
+    shown = page(tree, pictures.draw(tree))
+    assert "<script" not in shown
+    assert "script" not in Text(shown).tags
+    assert EVIL in Text(shown).text
+    assert not re.search(r"""(src|href)=["'](?!#)""", shown.replace('xlink:href="#', ""))
+    assert "@import" not in shown
+    assert EVIL in screen(tree, width=300)
+
+
+def test_the_page_says_all_that_was_asked_of_it(full, full_page):
+    seen = Text((full_page / "report.html").read_text(encoding="utf-8")).text
+    assert len(list(full_page.glob("*.png"))) == 4
+    for words in (
+        "Does it hold at scale?", "An arm is promoted if", "Written before any of its runs had finished", "lack of fit",
+        "leverage", "bootstrap", "seed noise", "Pairing", "Predictions", "Instabilities and faults", "climber, cpu",
+        "4c1d6a0b4c1d", "python -m trainer ladder run", "78 finished", "crosses 1×", "came out",
+    ):  # fmt: skip
+        assert words in seen, words
+    for arm in made.ARMS:
+        one = decision(full, arm)
+        assert one is not None
+        assert one["why"] in seen
+
+
+def test_pictures_are_png_and_svg_of_the_page_s_colours(gaps, tmp_path):
+    tree, drawn = gaps, report.write(gaps, tmp_path)
+    assert [one.name for one in drawn] == ["multiplier", "loss", "prediction", "cost"]
+    ids: list[str] = []
+    for one in drawn:
+        assert (tmp_path / f"{one.name}.png").read_bytes().startswith(PNG)
+        root = ElementTree.fromstring(one.svg.replace("xlink:href", "href"))
+        ids += [element.attrib["id"] for element in root.iter() if "id" in element.attrib]
+        assert "var(--ink)" in one.svg
+        assert not re.search(r"(?i)(fill|stroke): #(?!0{6}|f{6})[0-9a-f]{6}", one.svg), "a colour of no name"
+    assert len(ids) == len(set(ids))
+    shown = (tmp_path / "report.html").read_text(encoding="utf-8")
+    used = set(re.findall(r"var\((--\w+)\)", shown))
+    assert used <= set(re.findall(r"(--\w[\w-]*):", shown))
+    assert json.loads((tmp_path / "report.json").read_text()) == tree
+
+
+def test_a_picture_that_there_is_no_reason_for_goes(tmp_path, single):
+    (tmp_path / "cost.png").write_bytes(PNG)
+    report.write(single, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "report.html", "report.json"]
+
+
+def test_the_terminal_tells_verdicts_reasons_and_what_is_missing(gaps, full):
+    seen = " ".join(screen(full).split())
+    assert "✓ promote" in seen
+    assert "By" not in seen
+    assert "rope: promote. At the target it is worth at least" in seen
+    assert "predicted for target" in seen
+    assert "missing: r2 qk-norm seed 0: it ran out of disk" in screen(gaps)
+
+
+# W&B
+
+
+def send(mode: str, tree: dict[str, Any], written: Path, out: Path) -> list[str]:
+    """What went wrong in showing this report, of which one picture is taken."""
+    config = parse({"budget": {"steps": 60}, "wandb": {"mode": mode, "group": "a group"}})
+    ladder = made.ladder_of(CLEAR, list(made.ARMS), runs=[PlannedRun(BASELINE, "r0", 0, config, 1000, 6000)])
+    shutil.copy(written / "loss.png", out)
+    problems: list[str] = []
+    summary_run.send(ladder, tree, [pictures.Picture("loss", "Loss", PNG, "<svg/>")], out, problems.append)
+    return problems
+
+
+def test_offline_the_ladder_has_a_run_of_its_own_in_the_group_of_its_runs(full, full_page, tmp_path):
+    assert send("offline", full, full_page, tmp_path) == []
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    (log,) = folder.glob("run-*.wandb")
+    content = log.read_bytes()
+    for words in (b"ladder made-up", b"a group", b"rope/decision", b"verdicts", b"predictions"):
+        assert words in content, words
+    media = [
+        path.relative_to(folder / "files" / "media").parts[0] for path in folder.rglob("media/*/*") if path.is_file()
+    ]
+    assert sorted(media) == ["images", *["table"] * 4]
+
+
+def test_where_the_runs_are_not_in_wandb_neither_is_the_summary(full, full_page, tmp_path):
+    assert send("disabled", full, full_page, tmp_path) == []
+    assert not (tmp_path / "wandb").exists()
+
+
+def test_when_wandb_fails_the_report_stands_and_says_so(full, full_page, tmp_path, monkeypatch):
+    monkeypatch.setattr(summary_run, "SECONDS", 0.01)
+    (problem,) = send("offline", full, full_page, tmp_path)
+    assert "was not done after 0.01 s" in problem

@@ -1,0 +1,243 @@
+"""What a ladder's losses say, as one plain tree: fit, predictions, verdicts. A function of the runs' results alone.
+
+Verdicts stand on the rungs. Runs at the target, where there are any, are what their predictions are held against. How
+long a run took has no place here; course.py has what rests on that.
+"""
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from scipy import special
+
+from trainer.errors import FitError
+from trainer.ladder import fit as fits
+from trainer.ladder import verdict
+from trainer.ladder.matching import Baseline, match
+from trainer.ladder.multiplier import Line, Noise, OtherFloor
+from trainer.ladder.results import BASELINE, Criterion, CurveFit, Interval, Point, Verdict
+
+Tree = dict[str, Any]
+GRID = 61
+"""Values of compute at which curves and their bands are told."""
+MARGIN = 1.25
+"""How far curves go on beyond the smallest rung and the target."""
+CURVE_ITSELF = 10**12
+"""So many seeds that only the curve's own error is left of a prediction's."""
+TIMED = ("slowdown", "wall_clock", "faster_per_flop_slower_per_second")
+"""What a verdict says of time."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the losses are of."""
+
+    criterion: Criterion
+    rungs: Sequence[str]
+    """Smallest first; without the target."""
+    target: str
+    """The name of its runs' rung."""
+    flops: Mapping[tuple[str, str], float]
+    """Of a run, by (rung, arm), the baseline among the arms; also of runs that are still to be made."""
+    target_flops: float
+    seeds: Mapping[str, int]
+    """How many are planned, by rung."""
+    arms: Sequence[str]
+    unchanged: Sequence[str] = ()
+    """Those that are no change."""
+
+
+def of(points: Sequence[Point], plan: Plan) -> Tree:
+    """All that is estimated; `no_fit` says why there is no curve, and then nothing rests on one."""
+    points = timeless(points)
+    rungs = [point for point in points if point.rung != plan.target]
+    tree: Tree = {
+        "noise": _noise(points),
+        "differences": _differences(points, plan),
+        "fit": None, "no_fit": None, "bootstrap": None, "curve": None, "verdicts": [], "lines": {},
+        "predictions": _predictions(points, plan), "multiplier_predictions": [],
+    }  # fmt: skip
+    try:
+        fit = fits.fit_curve(rungs, plan.criterion.level)
+    except FitError as error:
+        return tree | {"no_fit": str(error)}
+    judged = verdict.judge(
+        rungs, plan.criterion, plan.target_flops, fit=fit, arms=plan.arms, unchanged=plan.unchanged
+    )  # fmt: skip
+    return tree | {
+        "fit": fit.to_json(),
+        "bootstrap": fits.bootstrap(rungs, plan.criterion.level).to_json(),
+        "curve": _curve(rungs, plan),
+        "verdicts": [_of_losses(one) for one in judged],
+        "lines": {arm: _line(rungs, arm, fit, plan) for arm in plan.arms},
+        "multiplier_predictions": list(_multiplier_predictions(points, plan, judged)),
+    }
+
+
+def timeless(points: Iterable[Point]) -> list[Point]:
+    """The same runs, as if all computed equally fast."""
+    return [replace(point, seconds=float(point.tokens)) for point in points]
+
+
+def _of_losses(one: Verdict) -> Tree:
+    tree = {key: value for key, value in one.to_json().items() if key not in TIMED}
+    tree["rungs"] = [{key: value for key, value in rung.items() if key not in TIMED} for rung in tree["rungs"]]
+    if one.decision == "promote":
+        assert one.lower is not None
+        tree["why"] = f"At the target it is worth at least {one.lower:.3g}× the baseline's compute."
+    return tree
+
+
+# Without a curve
+
+
+def _noise(points: Sequence[Point]) -> list[Tree]:
+    """Of each rung and arm: how its seeds differ."""
+    groups: dict[tuple[str, str], list[float]] = {}
+    for point in points:
+        groups.setdefault((point.rung, point.arm), []).append(point.loss)
+    return [
+        {
+            "rung": rung, "arm": arm, "seeds": len(finite), "diverged": len(losses) - len(finite),
+            "mean": math.fsum(finite) / len(finite) if finite else None,
+            "sd": statistics.stdev(finite) if len(finite) > 1 else None,
+        }
+        for (rung, arm), losses in groups.items()
+        for finite in [[loss for loss in losses if math.isfinite(loss)]]
+    ]  # fmt: skip
+
+
+def _differences(points: Sequence[Point], plan: Plan) -> list[Tree]:
+    """Of each rung and arm: its loss minus the baseline's of the same seed, with Student's interval."""
+    known = {(p.rung, p.arm, p.seed): p.loss for p in points if math.isfinite(p.loss)}
+    found = []
+    for rung in (*plan.rungs, plan.target):
+        for arm in plan.arms:
+            pairs = [
+                loss - known[rung, BASELINE, seed]
+                for (where, what, seed), loss in known.items()
+                if (where, what) == (rung, arm) and (rung, BASELINE, seed) in known
+            ]
+            if pairs:
+                told = _mean(pairs, plan.criterion.level).to_json()
+                found.append({"rung": rung, "arm": arm, "pairs": len(pairs), "difference": told})
+    return found
+
+
+def _mean(values: Sequence[float], level: float) -> Interval:
+    mean = math.fsum(values) / len(values)
+    if len(values) < 2:
+        return Interval(mean, None, None, level)
+    half = -float(special.stdtrit(len(values) - 1, level / 2)) * statistics.stdev(values) / math.sqrt(len(values))
+    return Interval(mean, mean - half, mean + half, level)
+
+
+# Curves with their bands
+
+
+def _grid(plan: Plan) -> list[float]:
+    first = min(plan.flops[rung, BASELINE] for rung in plan.rungs)
+    return [float(one) for one in np.geomspace(first / MARGIN, plan.target_flops * MARGIN, GRID)]
+
+
+def _curve(points: Sequence[Point], plan: Plan) -> Tree:
+    """The baseline's, with the interval of the curve itself."""
+    found = [fits.predict(points, flops, CURVE_ITSELF, plan.criterion.level).predicted for flops in _grid(plan)]
+    return {"flops": _grid(plan), **_columns(found)}
+
+
+def _columns(intervals: Sequence[Interval]) -> Tree:
+    plain = [one.to_json() for one in intervals]
+    return {name: [one[name] for one in plain] for name in ("value", "low", "high")}
+
+
+def _line(points: Sequence[Point], arm: str, fit: CurveFit, plan: Plan) -> Tree | None:
+    """The arm's multiplier against compute as a line, and beyond the rungs if its floor differs; None without one."""
+    baseline = Baseline.of(points, fit)
+    rungs = list(match(points, arm, baseline))
+    pairs = [rung.arrays() for rung in rungs if rung.usable]
+    if len(pairs) < fits.FEWEST_RUNGS or any(rung.pairs and not rung.usable for rung in rungs):
+        return None
+    noise, half = Noise.of(pairs), plan.criterion.level / 2
+    line = Line(pairs, fit.curve, baseline.influence, noise)
+    grid = _grid(plan)
+    known = [line.at(flops) for flops in grid]
+    told = _columns([_ratio(one.value, one.bound(half, -1), one.bound(half, 1)) for one in known])
+    others = [OtherFloor(pairs, fit.curve, baseline.influence, noise, flops).value for flops in grid]
+    return {"flops": grid, **told, "other_floor": _columns([_ratio(one, one, one) for one in others])["value"]}
+
+
+def _ratio(*logs: float) -> Interval:
+    """Of (value, low, high) of its logarithm."""
+    value, low, high = (math.exp(one) if abs(one) < 100 else None for one in logs)
+    return Interval(value, low, high)
+
+
+# Predictions
+
+
+def _predictions(points: Sequence[Point], plan: Plan) -> list[Tree]:
+    """Losses: the largest rung's by the rungs below it, the target's by all rungs, of the baseline and each arm."""
+    found = []
+    for rung, below in _questions(plan):
+        for arm in (BASELINE, *plan.arms):
+            if (rung, arm) in plan.flops:
+                found.append(_prediction(points, arm, rung, below, plan))
+    return found
+
+
+def _questions(plan: Plan) -> list[tuple[str, Sequence[str]]]:
+    """(what is predicted, by which rungs)"""
+    if not plan.rungs:
+        return []
+    return [(plan.rungs[-1], plan.rungs[:-1])] * (len(plan.rungs) > 1) + [(plan.target, plan.rungs)]
+
+
+def _prediction(points: Sequence[Point], arm: str, rung: str, below: Sequence[str], plan: Plan) -> Tree:
+    own = [replace(point, arm=BASELINE) for point in points if point.arm == arm]
+    losses = [point.loss for point in own if point.rung == rung and math.isfinite(point.loss)]
+    told: Tree = {"rung": rung, "arm": arm, "by": list(below), "runs": len(losses), "refused": None}
+    try:
+        by = [point for point in own if point.rung in below]
+        seeds = len(losses) or plan.seeds.get(rung, 0) or 1
+        check = fits.predict(by, plan.flops[rung, arm], seeds, plan.criterion.level)
+    except FitError as error:
+        return told | {"refused": str(error), "flops": plan.flops[rung, arm], "predicted": None, "seeds": len(losses),
+                       "observed": math.fsum(losses) / len(losses) if losses else None, "error": None,
+                       "relative_error": None, "inside": None}  # fmt: skip
+    return told | (fits.check(check, losses) if losses else check).to_json()
+
+
+def _multiplier_predictions(points: Sequence[Point], plan: Plan, judged: Sequence[Verdict]) -> Iterable[Tree]:
+    """Multipliers, likewise, beside what the runs there measured."""
+    for rung, below in _questions(plan):
+        measured = _judge(points, [*below, rung], plan, plan.flops[rung, BASELINE])
+        by = {one.arm: one for one in judged} if rung == plan.target else _judge(
+            points, below, plan, plan.flops[rung, BASELINE]
+        )  # fmt: skip
+        for arm in plan.arms:
+            if (rung, arm) not in plan.flops:
+                continue
+            seen = [one for one in (measured[arm].rungs if arm in measured else []) if one.rung == rung]
+            yield {
+                "rung": rung, "arm": arm, "by": list(below), "flops": plan.flops[rung, BASELINE],
+                "predicted": by[arm].multiplier.to_json() if arm in by else None,
+                "other_floor": by[arm].other_floor.to_json() if arm in by else None,
+                "measured": seen[0].multiplier.to_json() if seen else None,
+                "pairs": seen[0].pairs if seen else 0,
+            }  # fmt: skip
+
+
+def _judge(points: Sequence[Point], rungs: Sequence[str], plan: Plan, flops: float) -> dict[str, Verdict]:
+    """By these rungs alone; empty where no curve can be fitted to them."""
+    own = [point for point in points if point.rung in rungs]
+    try:
+        judged = verdict.judge(
+            own, plan.criterion, flops, arms=plan.arms, unchanged=plan.unchanged, remedies=False
+        )  # fmt: skip
+    except FitError:
+        return {}
+    return {one.arm: one for one in judged}
