@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from trainer import checkpoint, cluster, events
 from trainer.cluster import LAUNCH
 from trainer.faults import telling
@@ -56,6 +58,12 @@ def run(command: list[str], check: bool, timeout: float) -> subprocess.Completed
 
 def inspect(run_directory: Path) -> dict[str, Any]:
     return json.loads(trainer("inspect", run_directory, "--json").stdout)
+
+
+def shared_directory(factory: pytest.TempPathFactory) -> Path:
+    """One for all of pytest's workers in this session."""
+    own = factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
 def without_words(lines: Iterable[str], *words: str) -> list[str]:

@@ -4,11 +4,13 @@ Each world size trains all cases once on real gloo ranks; the tests hold the res
 """
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support import SMOKE, torchrun
+from tests.support import SMOKE, shared_directory, torchrun
+from trainer.data import cache
 
 BASE = {"budget.steps": 4, "data.micro_batches": 6, "eval.max_tokens": 1024, "optim.learning_rate": 0.01}
 FEATURES: dict[str, dict[str, Any]] = {
@@ -56,14 +58,18 @@ def cases_for(world_size: int) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
-    directory = tmp_path_factory.mktemp("equality")
-    outcome = {}
-    for world_size in (1, 2, 3, 4):
-        cases, result = directory / f"cases{world_size}.json", directory / f"results{world_size}.json"
-        cases.write_text(json.dumps(cases_for(world_size)))
-        torchrun(world_size, cases, result, module="tests.equality_worker", timeout=300)
-        outcome[world_size] = json.loads(result.read_text())
-    return outcome
+    worlds = (1, 2, 3, 4)
+
+    def train(directory: Path) -> None:
+        for world_size in worlds:
+            cases = directory / f"cases{world_size}.json"
+            cases.write_text(json.dumps(cases_for(world_size)))
+            result = directory / f"results{world_size}.json"
+            torchrun(world_size, cases, result, module="tests.equality_worker", timeout=300)
+
+    # Pytest's workers may share these tests: whoever comes first trains for all.
+    trained = cache.built_once(shared_directory(tmp_path_factory), "equality", train, lambda phase, done, total: None)
+    return {size: json.loads((trained / f"results{size}.json").read_text()) for size in worlds}
 
 
 @pytest.mark.timeout(600)
