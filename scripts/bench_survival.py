@@ -256,6 +256,8 @@ def _harass(job_: Cluster | Job, started: float) -> int:
         time.sleep(max(0, started + number * PERIOD - time.time()))
         kills += any(job_.send(pid, signal.SIGKILL) for rank, pid in job_.workers().items() if rank == 1)
     time.sleep(max(0, started + SECONDS - time.time()))
+    if kills < SECONDS // PERIOD - 2:  # one may fall into a restart
+        raise SystemExit(f"only {kills} kills found their rank: that is no comparison")
     return kills
 
 
@@ -273,6 +275,7 @@ def _useful(steps: list[tuple[int, float, int]], started: float) -> dict[str, An
 def plain_worker(directory: str) -> None:
     """One of two ranks of the job a PyTorch user would write: DDP, fused AdamW, torch.save every n steps."""
     config = configs.load(TINY, ENDLESS)
+    elastic.name_process()  # by which it is found to be killed
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
