@@ -112,6 +112,16 @@ def test_who_lost_a_peer_is_not_taken_for_the_one_that_was_lost(run: Run):
     assert (incident.rank, incident.text) == (None, "a peer was lost after step 3; nothing has resumed it")
 
 
+def test_of_two_that_left_with_a_status_the_one_that_lost_a_peer_is_not_the_cause(run: Run):
+    run.start()
+    run.steps(1, 3)
+    run.end("failed", 3, after=0.1, reason=LOST_A_PEER)
+    run.start(from_step=2)
+    run.write(lost(SURVIVOR, {"rank": 1, "pid": 101, "exitcode": 9, "signal": None}))
+    (incident,) = incidents_of(run.entries, running=True)
+    assert incident.rank == 1 and incident.text.startswith("rank 1 left with exit status 9 after step 3; resumed")
+
+
 def test_workers_killed_on_the_way_to_the_next_attempt_are_told_apart_from_those_of_the_last(run: Run):
     run.start()
     run.steps(1, 47)

@@ -6,7 +6,7 @@ passed over, and step that was computed again because it was not finite.
 A value nobody measured is None, never 0.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -217,8 +217,9 @@ def _ending(attempt: _Attempt, loss: WorkersLost | None, next_start: Entry | Non
 
 def _before(start: Entry, loss: WorkersLost) -> Incident:
     """Workers that died on the way to `start` and left no trace of their own."""
-    rank, text = _rank(loss), f"{_who(loss, {})} before attempt {start.attempt} started"
-    return Incident(start.attempt, "worker_lost", True, rank, None, None, 0, None, loss.kind, text, start.time)
+    first = _first_to_fail(loss, {})
+    text = f"{_who(first, {}) or first_line(loss.reason)} before attempt {start.attempt} started"
+    return Incident(start.attempt, "worker_lost", True, _rank(first), None, None, 0, None, loss.kind, text, start.time)
 
 
 def _cause(attempt: _Attempt, loss: WorkersLost | None) -> tuple[str, int | None, str | None, str, str]:
@@ -239,7 +240,8 @@ def _cause(attempt: _Attempt, loss: WorkersLost | None) -> tuple[str, int | None
         rank = by_itself[0]
         return "worker_lost", rank, None, loss.kind, f"rank {rank} failed ({first_line(attempt.failed[rank])})"
     if loss is not None:
-        return "worker_lost", _rank(loss), None, loss.kind, _who(loss, attempt.failed)
+        first = _first_to_fail(loss, attempt.failed)
+        return "worker_lost", _rank(first), None, loss.kind, _who(first, attempt.failed) or first_line(loss.reason)
     if by_itself:
         rank = by_itself[0]
         return "worker_lost", rank, None, "attempt_ended", f"rank {rank} failed ({first_line(attempt.failed[rank])})"
@@ -264,20 +266,21 @@ def _culprit(event: Hung, noticed_by: int) -> dict[str, Any]:
     return event.culprits[0] if event.culprits else {"rank": noticed_by, "point": event.point}
 
 
-def _rank(loss: WorkersLost) -> int | None:
-    failures = _first_to_fail(loss)
+def _rank(failures: Sequence[dict[str, Any]]) -> int | None:
     return failures[0].get("rank") if failures else None
 
 
-def _first_to_fail(loss: WorkersLost) -> list[dict[str, Any]]:
-    """Those that a signal ended, if any: the others left because these were gone."""
-    return [failure for failure in loss.failures if failure.get("signal")] or loss.failures
+def _first_to_fail(loss: WorkersLost, reasons: Mapping[int, str]) -> list[dict[str, Any]]:
+    """Those that a signal ended, or that wrote of no lost peer, if any: the others left because these were gone."""
+    by_signal = [failure for failure in loss.failures if failure.get("signal")]
+    alone = [failure for failure in loss.failures if reasons.get(failure.get("rank", -1)) != LOST_A_PEER]
+    return by_signal or alone or loss.failures
 
 
-def _who(loss: WorkersLost, reasons: dict[int, str]) -> str:
+def _who(failures: Sequence[dict[str, Any]], reasons: Mapping[int, str]) -> str:
     """ "rank 1 was killed (SIGKILL)"; `reasons` is what ranks wrote before they left."""
     said = []
-    for failure in _first_to_fail(loss):
+    for failure in failures:
         rank, signal = failure.get("rank"), failure.get("signal")
         if signal:
             said.append(f"rank {rank} {'was killed' if signal == 'SIGKILL' else 'died'} ({signal})")
@@ -285,7 +288,7 @@ def _who(loss: WorkersLost, reasons: dict[int, str]) -> str:
             said.append(f"rank {rank} failed ({first_line(reasons[rank])})")
         else:
             said.append(f"rank {rank} left with exit status {failure.get('exitcode')}")
-    return ", ".join(said[:3]) + (f" and {len(said) - 3} more" if len(said) > 3 else "") or first_line(loss.reason)
+    return ", ".join(said[:3]) + (f" and {len(said) - 3} more" if len(said) > 3 else "")
 
 
 def describe(event: Event, rank: int = 0) -> str:
