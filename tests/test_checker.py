@@ -297,13 +297,14 @@ def test_a_peer_that_tells_of_its_loss_has_noticed(log):
     assert checker.measure(found)[0]["detect_seconds"] == pytest.approx(0.2)
 
 
-def test_two_faults_in_one_attempt_the_second_is_hidden_by_the_first_and_counts_neither_way(log):
+@pytest.mark.parametrize("named", [0, 1])
+def test_of_two_faults_in_one_attempt_the_one_that_is_not_told_of_counts_neither_way(log, named):
     log.start(0)
     log.steps(1, 9)
     log.fire(0)
     log.fire(1, victim=0)
     log.start(6)
-    log.lose(1)
+    log.lose(named)
     log.steps(7, STEPS)
     log.finish()
     found = evidence(log, KILL, KILL | {"rank": 0})

@@ -273,7 +273,7 @@ def _rank(failures: Sequence[dict[str, Any]]) -> int | None:
 def _first_to_fail(loss: WorkersLost, reasons: Mapping[int, str]) -> list[dict[str, Any]]:
     """Those that a signal ended, or that wrote of no lost peer, if any: the others left because these were gone."""
     by_signal = [failure for failure in loss.failures if failure.get("signal")]
-    alone = [failure for failure in loss.failures if reasons.get(failure.get("rank", -1)) != LOST_A_PEER]
+    alone = [failure for failure in loss.failures if reasons.get(failure["rank"]) != LOST_A_PEER]
     return by_signal or alone or loss.failures
 
 
@@ -284,7 +284,7 @@ def _who(failures: Sequence[dict[str, Any]], reasons: Mapping[int, str]) -> str:
         rank, signal = failure.get("rank"), failure.get("signal")
         if signal:
             said.append(f"rank {rank} {'was killed' if signal == 'SIGKILL' else 'died'} ({signal})")
-        elif rank in reasons:
+        elif rank is not None and rank in reasons:
             said.append(f"rank {rank} failed ({first_line(reasons[rank])})")
         else:
             said.append(f"rank {rank} left with exit status {failure.get('exitcode')}")

@@ -135,7 +135,8 @@ def _telling(evidence: Evidence, firing: Firing, taken: set[int]) -> Telling:
     """The incident that tells of a fault, if one does, and how fast; `taken` are those that tell of earlier ones."""
     kind, incidents = firing.fault.kind, evidence.incidents
     possible = [n for n, incident in enumerate(incidents) if may_tell(kind, firing.attempt, incident)]
-    fresh = sorted((n for n in possible if n not in taken), key=lambda n: (_misnames(firing, incidents[n]), n))
+    fresh = [n for n in possible if n not in taken and not _is_of_another(evidence, firing, incidents[n])]
+    fresh.sort(key=lambda n: (_misnames(firing, incidents[n]), n))
     incident, problem, rightly = None, "", None
     if fresh:
         incident = incidents[fresh[0]]
@@ -150,6 +151,14 @@ def _telling(evidence: Evidence, firing: Firing, taken: set[int]) -> Telling:
         incident = hidden if not alone else None
     detected = _detected(evidence, firing, incident)
     return Telling(firing, incident, rightly, detected, _recovered(evidence, firing, incident), problem)
+
+
+def _is_of_another(evidence: Evidence, firing: Firing, incident: Incident) -> bool:
+    """Whether an incident is wrong of this fault, but right of another that came with it."""
+    others = [other for other in evidence.firings if other is not firing]
+    return bool(_misnames(firing, incident)) and any(
+        may_tell(other.fault.kind, other.attempt, incident) and not _misnames(other, incident) for other in others
+    )
 
 
 def _misnames(firing: Firing, incident: Incident) -> str:
