@@ -1,5 +1,6 @@
 """The figures of scripts/bench about faults: what the catalogue came to, storms, and the mutants of the safety net."""
 
+import dataclasses
 import json
 import os
 import statistics
@@ -10,6 +11,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from trainer.chaos import results
+from trainer.chaos.report import matrix_png
 from trainer.faults.checker import EQUAL
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,8 +35,15 @@ def campaign(name: str, repeat: int = 1) -> dict[str, Any]:
 
 
 def catalogue(repeat: int = 2) -> dict[str, Any]:
-    """Each kind: outcomes, how often the run named it rightly, and its seconds to notice and to come back."""
+    """Each kind: outcomes, how often the run named it rightly, and its seconds to notice and to come back.
+
+    The matrix, with the worse of a kind's runs, goes to docs/faults.png.
+    """
     report = campaign("catalogue", repeat)
+    whole = results.from_json(report)
+    worse = {result.name: result for result in sorted(whole.results, key=lambda result: result.outcome != "pass")}
+    shown = [worse[name] for name in dict.fromkeys(result.name for result in whole.results)]
+    matrix_png(dataclasses.replace(whole, results=shown), ROOT / "docs" / "faults.png")
     kinds: dict[str, dict[str, Any]] = {}
     for result in report["results"]:
         (name,) = set(result["kinds"])
