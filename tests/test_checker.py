@@ -312,6 +312,23 @@ def test_of_two_faults_in_one_attempt_the_one_that_is_not_told_of_counts_neither
     assert sorted(str(one["named_rightly"]) for one in checker.measure(found)) == ["None", "True"]
 
 
+def test_a_death_that_came_with_damage_to_a_checkpoint_is_not_held_against_another_fault(log):
+    log.start(0)
+    log.steps(1, 9)
+    log.fire(0, kind="flipped_shard")
+    log.fire(1, victim=0)
+    log.attempt += 1
+    log.write(CheckpointRejected(step=6, reason="does not match its checksum"))
+    log.attempt -= 1
+    log.start(0)
+    log.lose(1)
+    log.steps(1, STEPS)
+    log.finish()
+    found = evidence(log, {"kind": "flipped_shard", "rank": 1, "at_step": 9}, KILL | {"rank": 0})
+    assert not_passed(found) == {}
+    assert [one["named_rightly"] for one in checker.measure(found)] == [True, None]
+
+
 def test_a_rank_that_died_while_starting_is_told_by_the_next_attempt(log):
     log.start(0)
     log.steps(1, 9)

@@ -157,8 +157,16 @@ def _is_of_another(evidence: Evidence, firing: Firing, incident: Incident) -> bo
     """Whether an incident is wrong of this fault, but right of another that came with it."""
     others = [other for other in evidence.firings if other is not firing]
     return bool(_misnames(firing, incident)) and any(
-        may_tell(other.fault.kind, other.attempt, incident) and not _misnames(other, incident) for other in others
+        _killed(other, incident)
+        or (may_tell(other.fault.kind, other.attempt, incident) and not _misnames(other, incident))
+        for other in others
     )
+
+
+def _killed(firing: Firing, incident: Incident) -> bool:
+    """Whether it is of the death that comes with damage to a checkpoint, and of which nothing need be told."""
+    is_damage = "checkpoint_rejected" in firing.fault.kind.told_as
+    return is_damage and incident.attempt == firing.attempt and incident.rank in firing.victims
 
 
 def _misnames(firing: Firing, incident: Incident) -> str:
