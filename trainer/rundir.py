@@ -16,6 +16,7 @@ import subprocess
 from pathlib import Path
 from typing import IO, Any
 
+from trainer import wholefile
 from trainer.config import Config, differences, fingerprint, mathematics, parse
 from trainer.errors import ConfigError, RunDirectoryError
 
@@ -79,9 +80,7 @@ def record(run: Path, config: Config, facts: dict[str, Any]) -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in LIBRARIES},
         "git_commit": _git_commit(),
     }
-    partial = config_path(run).with_suffix(".json.partial")
-    partial.write_text(json.dumps(contents, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    partial.replace(config_path(run))
+    wholefile.write(config_path(run), json.dumps(contents, indent=1, sort_keys=True) + "\n")
     return contents
 
 

@@ -2,11 +2,11 @@
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from trainer import wholefile
 from trainer.errors import RunDirectoryError
 from trainer.faults.checker import Answer, Answers
 
@@ -98,12 +98,7 @@ def from_json(tree: dict[str, Any]) -> Report:
 
 def write(path: Path, report: Report) -> None:
     """Replace the file as a whole: whoever reads it while a campaign runs sees one state or the next."""
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(to_json(report), file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    wholefile.write(path, json.dumps(to_json(report), indent=1))
 
 
 def read(path: Path) -> Report | None:

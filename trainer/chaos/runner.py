@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer import config as configs
-from trainer import tomlfile
+from trainer import tomlfile, wholefile
 from trainer.chaos import replay, results, storm
 from trainer.chaos.campaign import Campaign, Cell
 from trainer.chaos.results import Report, Result
@@ -144,9 +144,7 @@ def write(out: Path, report: Report) -> None:
     from trainer.chaos import report as reports
 
     results.write(out / "report.json", report)
-    page = out / "report.html.partial"
-    page.write_text(reports.html(report), encoding="utf-8")
-    page.replace(out / "report.html")
+    wholefile.write(out / "report.html", reports.html(report))
 
 
 def _calm(campaign: Campaign, out: Path, report: Report) -> Calm:

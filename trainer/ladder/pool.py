@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from trainer import checkpoint, events
+from trainer import checkpoint, events, wholefile
 from trainer import config as configs
 from trainer.errors import TopropeError
 from trainer.faults import plan as faultplan
@@ -63,12 +63,12 @@ class Place:
     def write(self, planned: PlannedRun) -> None:
         """The config that this run is started with, whole or not at all. What fails is tried anew."""
         text = f"# {planned.name}, as a ladder planned it. Any start goes on from the newest checkpoint.\n\n"
-        replace(self.config, text + configs.as_toml(planned.config))
+        wholefile.write(self.config, text + configs.as_toml(planned.config))
         for old in (self.failed, self.failures, self.failures.with_suffix(".final")):
             old.unlink(missing_ok=True)
 
     def give_up(self, reason: str) -> None:
-        replace(self.failed, json.dumps({"reason": reason}) + "\n")
+        wholefile.write(self.failed, json.dumps({"reason": reason}) + "\n")
 
     def progress(self) -> tuple[int, int]:
         """What a start can add to for good: (step of the newest checkpoint, faults fired)."""
@@ -104,16 +104,6 @@ def is_held(path: Path) -> bool:
         except BlockingIOError:
             return True
     return False
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 # What became of a run, cheaply enough to be asked many times a minute

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer import config as configs
+from trainer import wholefile
 from trainer.errors import RunDirectoryError
 from trainer.ladder import pool as pools
 from trainer.ladder import speed
@@ -102,7 +103,7 @@ def write(ladder: Ladder, out: Path, pool: Path) -> Edits:
         "runs": {run.key: run.name for run in [*ladder.runs, *ladder.sweep]},
     }
     out.mkdir(parents=True, exist_ok=True)
-    pools.replace(path(out), json.dumps(tree, indent=1) + "\n")
+    wholefile.write(path(out), json.dumps(tree, indent=1) + "\n")
     return edits
 
 
@@ -118,7 +119,7 @@ def _finished(runs: Mapping[str, str], pool: Path) -> list[str]:
 def keep_speed(out: Path, known: Speed) -> None:
     """OUT/speed.json: what a plan measured, for the time left while nothing better is known."""
     out.mkdir(parents=True, exist_ok=True)
-    pools.replace(out / "speed.json", json.dumps(known.to_json()) + "\n")
+    wholefile.write(out / "speed.json", json.dumps(known.to_json()) + "\n")
 
 
 def speed_of(out: Path) -> Speed:

@@ -110,7 +110,7 @@ def plan(ladder: Ladder, view: View, known: Speed, source: str, edits: Edits) ->
 
 
 def _sizes(ladder: Ladder, view: View, known: Speed) -> Any:
-    table = _table("rung", "size", "parameters", "tokens", "steps", "FLOPs", "runs", "each")
+    table = empty_table("rung", "size", "parameters", "tokens", "steps", "FLOPs", "runs", "each")
     for rung in ladder.all_rungs:
         runs = [run for run in view.runs if run.rung == rung.name]
         base = next((run for run in runs if run.arm == BASELINE), None)
@@ -123,7 +123,7 @@ def _sizes(ladder: Ladder, view: View, known: Speed) -> Any:
 
 
 def _arms(ladder: Ladder) -> Any:
-    table = _table("arm", "changes", "question")
+    table = empty_table("arm", "changes", "question")
     for arm in ladder.arms:
         changes = ", ".join(f"{key} = {_value(value)}" for key, value in arm.settings.items())
         table.add_row(arm.name, changes, arm.question)
@@ -158,13 +158,14 @@ def _count(number: float) -> str:
     return f"{number:g}"
 
 
-def _table(*columns: str) -> Any:
+def empty_table(*columns: str) -> Any:
+    """Columns of names are on the left, of numbers on the right."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     table = Table(box=SIMPLE_HEAD, header_style="dim", pad_edge=False, show_edge=False)
     for name in columns:
-        left = name in ("rung", "arm", "changes", "question")
+        left = name in ("rung", "arm", "changes", "question", "verdict", "trend")
         table.add_column(name, justify="left" if left else "right", overflow="fold")
     return table
 
@@ -197,7 +198,7 @@ def standing(ladder: Ladder, view: View) -> "RenderableType":
     from rich.text import Text
 
     arms = list(dict.fromkeys(run.arm for run in view.runs))
-    table = _table("rung", *arms)
+    table = empty_table("rung", *arms)
     for rung in dict.fromkeys(run.rung for run in view.runs):
         cells = [[run for run in view.runs if (run.rung, run.arm) == (rung, arm)] for arm in arms]
         table.add_row(rung, *(_cell(runs, view) for runs in cells))

@@ -6,10 +6,10 @@ OUT/NAME.png       each picture
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
+from trainer import wholefile
 from trainer.ladder.planned import Ladder
 from trainer.ladder.report import pictures, summary_run
 from trainer.ladder.report.estimates import Tree
@@ -41,13 +41,7 @@ def write(tree: Tree, out: Path) -> list[Picture]:
     for name in pictures.NAMES:
         (out / f"{name}.png").unlink(missing_ok=True)
     for picture in drawn:
-        _replace(out / f"{picture.name}.png", picture.png)
-    _replace(out / "report.json", f"{json.dumps(tree, indent=1, allow_nan=False)}\n".encode())
-    _replace(out / PAGE, html(tree, drawn).encode())
+        wholefile.write(out / f"{picture.name}.png", picture.png)
+    wholefile.write(out / "report.json", f"{json.dumps(tree, indent=1, allow_nan=False)}\n")
+    wholefile.write(out / PAGE, html(tree, drawn))
     return drawn
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)

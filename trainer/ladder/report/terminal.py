@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from trainer.ladder import screen
 from trainer.ladder.report import wording
 from trainer.ladder.report.drawing import decision
 from trainer.ladder.report.estimates import Tree
@@ -36,21 +37,10 @@ def terminal(tree: Tree) -> "RenderableType":
     return Group(*parts)
 
 
-def _table(*columns: str) -> Any:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD, header_style="dim", pad_edge=False, show_edge=False)
-    for name in columns:
-        left = name in ("arm", "rung", "verdict", "trend")
-        table.add_column(name, justify="left" if left else "right", overflow="fold")
-    return table
-
-
 def _verdicts(tree: Tree) -> Any:
     from rich.text import Text
 
-    table = _table("arm", "verdict", "at the target", "in time", "trend", "a step takes")
+    table = screen.empty_table("arm", "verdict", "at the target", "in time", "trend", "a step takes")
     for arm in tree["arms"]:
         one = decision(tree, arm["name"])
         if one is None:
@@ -83,7 +73,7 @@ def _means(tree: Tree) -> Any:
 
     arms = [BASELINE, *(arm["name"] for arm in tree["arms"])]
     known = {(one["rung"], one["arm"]): one for one in tree["noise"]}
-    table = _table("rung", *(Text(arm).markup for arm in arms))
+    table = screen.empty_table("rung", *(Text(arm).markup for arm in arms))
     for rung in dict.fromkeys(one["rung"] for one in tree["noise"]):
         cells = [known.get((rung, arm)) for arm in arms]
         table.add_row(Text(rung), *("–" if cell is None else wording.spread(cell) for cell in cells))
