@@ -239,12 +239,16 @@ def test_an_agent_that_is_killed_takes_its_workers_along_and_the_same_command_go
 
 
 def test_asked_to_stop_before_it_trains_a_run_saves_its_beginning_and_goes_on_from_there(place: Place):
-    """One process as soon as it listens, which is before torch is there; then two ranks while data are prepared."""
+    """One process while it is about to import torch, which is held back until then; then two ranks in their data."""
+    gate = place.run.parent / "gate"
+    gate.mkdir()
+    (gate / "sitecustomize.py").write_text(HOLD_TORCH_BACK)
     arguments = [sys.executable, "-m", "trainer", "train", str(SMOKE), "--run", str(place.run), *place.settings]
-    with subprocess.Popen(arguments, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}) as alone:
-        assert wait_until(lambda: listens(alone.pid, signal.SIGTERM), seconds=30)
-        assert "libtorch" not in Path(f"/proc/{alone.pid}/maps").read_text()
+    paths = {"PYTHONPATH": f"{gate}{os.pathsep}{ROOT}"}
+    with subprocess.Popen(arguments, cwd=ROOT, env=os.environ | paths) as alone:
+        assert wait_until((gate / "reached").exists, seconds=30)
         alone.terminate()
+        (gate / "open").touch()
         assert alone.wait(60) == EXIT_PREEMPTED
     place.survive(2, [fault("in_data", "usr1", rank=0)], status=EXIT_PREEMPTED)
     stopped = place.look()
@@ -256,13 +260,22 @@ def test_asked_to_stop_before_it_trains_a_run_saves_its_beginning_and_goes_on_fr
     place.ends_as_calm(attempts=3)
 
 
-def listens(pid: int, number: signal.Signals) -> bool:
-    """Whether a process has a handler for this signal."""
-    status = Path(f"/proc/{pid}/status")
-    if not status.exists():
-        pytest.skip("no /proc tells what a process listens to")
-    caught = next(line for line in status.read_text().splitlines() if line.startswith("SigCgt"))
-    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+HOLD_TORCH_BACK = """
+import sys, time
+from pathlib import Path
+
+gate = Path(__file__).parent
+
+class Gate:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "torch":
+            (gate / "reached").touch()
+            while not (gate / "open").exists():
+                time.sleep(0.01)
+
+sys.meta_path.insert(0, Gate)
+"""
 
 
 @pytest.mark.parametrize("notice", [signal.SIGTERM, signal.SIGUSR1])
