@@ -142,6 +142,21 @@ def test_a_finished_run_is_never_run_again_and_two_ladders_share_it(calm, home, 
     assert [point.seconds for point in wild] == [None, None]
 
 
+def test_small_rungs_can_be_run_alone_and_what_they_predict_be_read_before_the_large_ones_run(calm, home, server):
+    ladder, _, _ = calm
+    out = home / "parts" / "calm"
+    with pytest.raises(ConfigError, match="no rung 'l'"):
+        run.run(ladder, out, up_to="l", server=server)
+    assert not out.exists()
+    part = run.run(ladder, out, up_to="s", server=server)
+    assert (part.started, part.exit_status) == (3, EXIT_FINISHED)
+    assert (run.look(ladder, out).count("finished"), run.look(ladder, out).count("waiting")) == (3, 3)
+    assert not record.compare(ladder, out, run.pool_of(out)).lines  # what is planned is the whole
+    whole = run.run(ladder, out, server=server)
+    assert (whole.started, whole.exit_status) == (3, EXIT_FINISHED)
+    assert results(ladder, run.pool_of(out)) == results(*calm[:2])
+
+
 def test_a_storm_leaves_every_run_with_the_bits_of_the_calm_ladder(calm, home, server):
     ladder, pool, _ = calm
     storm = plan(home, PLAIN, ARM, STORM, name="storm")

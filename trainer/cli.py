@@ -220,7 +220,12 @@ def ladder_plan(path: LadderPath, out: LadderOut = None, as_json: AsJson = False
 
 
 @ladders.command("run")
-def ladder_run(path: LadderPath, out: LadderOut = None, as_json: AsJson = False) -> None:
+def ladder_run(
+    path: LadderPath,
+    out: LadderOut = None,
+    up_to: Annotated[str, typer.Option(help="Leave out the rungs above this one: predict them before they run.")] = "",
+    as_json: AsJson = False,
+) -> None:
     """Run a ladder, or go on with it: exit 0 if all of it finished, 1 if runs are missing, 75 if it was stopped."""
     from trainer.ladder import ladderfile, record, run, screen, worker
 
@@ -230,7 +235,7 @@ def ladder_run(path: LadderPath, out: LadderOut = None, as_json: AsJson = False)
     if edits := str(record.compare(ladder, out, run.pool_of(out))):
         print(edits, file=told, flush=True)
     with screen.Live(ladder, file=told) as live:
-        done = run.run(ladder, out, server=server, update=live.update)
+        done = run.run(ladder, out, up_to=up_to, server=server, update=live.update)
     if as_json:
         print(json.dumps(screen.status_json(ladder, done.view)))
     else:

@@ -98,12 +98,17 @@ class Grids:
     def overflowed(self, maximise: Callable[[Tensor], None]) -> bool:
         """Whether any rank saw a finite magnitude above its bound, so that the sums of this pass are not exact.
 
-        `maximise` takes the elementwise maximum over ranks, in place. What is not finite fits no grid and is no
-        overflow: the norm of the sums will show it.
+        `maximise` takes the elementwise maximum over ranks, in place. A pass that saw what is not finite has not
+        overflowed, whatever else it saw: the norm of its sums tells the worse news.
         """
         self.seen.nan_to_num_(nan=math.inf, posinf=math.inf)  # a maximum over ranks may drop a NaN
         maximise(self.seen)
-        return bool(((self.seen > self._bound) & self.seen.isfinite()).any())
+        return bool((self.seen > self._bound).any()) and self.finite
+
+    @property
+    def finite(self) -> bool:
+        """Whether all that was seen in this pass is; known once `overflowed` has asked all ranks."""
+        return bool(self.seen.isfinite().all())
 
     def widen(self) -> tuple[Tensor, Tensor]:
         """Make the grid from what was seen in this pass, so that computing the step again fits.
@@ -111,7 +116,7 @@ class Grids:
         Returns what was seen, and the magnitudes before, for `restore`.
         """
         seen, before = self.seen.clone(), self.magnitude.clone()
-        torch.maximum(before, torch.where(seen.isfinite(), seen, 0), out=self.magnitude)
+        torch.maximum(before, seen, out=self.magnitude)
         self.derive()
         return seen, before
 

@@ -100,7 +100,8 @@ def compute_gradients(state: TrainState, work: Work) -> Sums:
     """Gradient of the mean loss over the step's micro-batches, exact; computed again if it overflows its grid.
 
     A widened grid is kept only if the second computation sees what the first saw, to the bit. If not, one of them was
-    wrong, and a grid made from it would leave a trace: both are thrown away.
+    wrong, and a grid made from it would leave a trace: both are thrown away. A pass that is not finite ends this at
+    once, on the grid of before: the gradient norm will tell.
     """
     grids = state.grids
     if grids is None:
@@ -117,6 +118,8 @@ def compute_gradients(state: TrainState, work: Work) -> Sums:
         if not grids.overflowed(work.world.max) and grids.seen.equal(seen):
             return replace(sums, redone=redone + 1)
         grids.restore(before)
+        if not grids.finite:
+            return replace(sums, redone=redone + 1)
     raise NumericsError(
         f"step {state.step + 1}: a gradient is beyond 2^96, or computing it twice gives two results. "
         "The step was not applied.\n  Lower optim.learning_rate, or suspect the machine."

@@ -9,6 +9,7 @@ from typing import Any
 
 from trainer import config as configs
 from trainer.config import Config
+from trainer.errors import ConfigError
 from trainer.ladder.results import Criterion
 from trainer.ladder.sizes import Shape
 from trainer.ladder.tables import Tuning, Unit
@@ -131,6 +132,16 @@ class Ladder:
     def all_rungs(self) -> list[PlannedRung]:
         """With the target, if it has a size."""
         return [*self.rungs, *([self.target] if self.target else [])]
+
+    def up_to(self, rung: str) -> "Ladder":
+        """The runs of this rung and the smaller ones alone. Raises ConfigError if there is no such rung."""
+        names = [one.name for one in self.rungs]
+        if rung not in names:
+            raise ConfigError([f"{self.path}: there is no rung {rung!r}.\n  Name one of {', '.join(names)}."])
+        kept = names[: names.index(rung) + 1]
+        return replace(
+            self, rungs=self.rungs[: len(kept)], target=None, runs=[run for run in self.runs if run.rung in kept]
+        )
 
     @property
     def sweep(self) -> list[PlannedRun]:

@@ -138,18 +138,22 @@ def look(ladder: Ladder, out: Path) -> View:
     return View(runs, states, speed.slots_of(ladder), record.speed_of(out))
 
 
-def run(ladder: Ladder, out: Path, *, server: Server | None = None, update: Update = lambda view: None) -> Done:
-    """Do what is left to do of a ladder. May be killed at any time; the same call then goes on.
+def run(
+    ladder: Ladder, out: Path, *, up_to: str = "", server: Server | None = None, update: Update = lambda view: None
+) -> Done:
+    """Do what is left to do of a ladder, or of its rungs up to one. May be killed at any time; the same call then goes
+    on.
 
     Runs that were given up are tried once more. SIGINT and SIGTERM ask all runs to save and leave; a second one ends
-    them. Raises RunDirectoryError if OUT belongs to another ladder or another scheduler is at it.
+    them. Raises RunDirectoryError if OUT belongs to another ladder or another scheduler is at it,
+    ConfigError if there is no rung `up_to`.
     """
-    pool = pool_of(out)
+    part, pool = ladder.up_to(up_to) if up_to else ladder, pool_of(out)
     out.mkdir(parents=True, exist_ok=True)
     pool.mkdir(exist_ok=True)
     with _claimed(out):
         record.write(ladder, out, pool)
-        with _Scheduler(ladder, pool, server or Server(), update, record.speed_of(out)) as scheduler:
+        with _Scheduler(part, pool, server or Server(), update, record.speed_of(out)) as scheduler:
             return scheduler.work()
 
 
