@@ -235,7 +235,7 @@ def test_all_that_is_wrong_with_a_ladder_file_is_said_at_once(home):
         "seeds names 0 2 times", "metric = 'books'", "arm 'nothing' changes nothing",
         "arm 'same': it sets model.qk_norm to what the baseline has", "arm 'two' changes 2 settings",
         "Did you mean model.qk_norm", "'no qk-norm' and 'twin' make the same change", "2 rungs are called 's'",
-        "have 22,528 parameters each", "the target takes 1 FLOPs", "combines 'nobody'",
+        "have 22,528 parameters each", "the target takes 1.0·10⁰ FLOPs", "combines 'nobody'",
     ):  # fmt: skip
         assert hint in said, (hint, said)
 

@@ -147,7 +147,7 @@ def _dress(panels: Sequence["Axes"], log_steps: bool, columns: int) -> None:
         if log_steps:
             panel.set_xscale("log")
         if panel.get_legend_handles_labels()[0]:
-            panel.legend(loc="upper right", ncols=columns, title="at the last step", title_fontsize=8)
+            panel.legend(loc="best", ncols=columns, title="at the last step", title_fontsize=8)
     if not panels[0].lines:
         panels[0].text(0.5, 0.5, "no step has been completed", transform=panels[0].transAxes, ha="center", color=GREY)
 

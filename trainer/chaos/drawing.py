@@ -138,7 +138,7 @@ class _Picture:
             y = self.y(step)
             parts.append(_tag("line", x1=LEFT, x2=self.width - RIGHT, y1=y, y2=y, class_="grid"))
             parts.append(_tag("text", f"{step:g}", x=LEFT - 8, y=y + 4, text_anchor="end", class_="soft"))
-        parts.append(_tag("text", "step", x=8, y=self.plot_top + 4, class_="soft"))
+        parts.append(_tag("text", "step", x=8, y=self.plot_top - 10, class_="soft"))
         for t in _ticks(self.begin, self.end, 9):
             x = self.x(t)
             parts.append(_tag("line", x1=x, x2=x, y1=self.plot_top, y2=self.axis, class_="grid"))

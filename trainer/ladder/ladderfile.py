@@ -19,7 +19,7 @@ from trainer.faults.kinds import NODES
 from trainer.ladder import arms as armplans
 from trainer.ladder import sizes
 from trainer.ladder.planned import AA, FIT_RUNGS, TARGET, Ladder, PlannedArm, PlannedRun, PlannedRung
-from trainer.ladder.results import BASELINE, Criterion
+from trainer.ladder.results import BASELINE, Criterion, scientific
 from trainer.ladder.sizes import Rules, Scale, Shape, Size
 from trainer.ladder.tables import LadderFile
 
@@ -153,9 +153,9 @@ class _Planner:
         target_flops = file.target.flops or (target.flops if target else 0.0)
         if rungs and target_flops and target_flops < rungs[-1].flops:
             self.problems.append(
-                f"the target takes {target_flops:.3g} FLOPs, less than rung {rungs[-1].name!r} with "
-                f"{rungs[-1].flops:.3g}.\n  A verdict is about a scale that was not run. Give a larger target, or "
-                "leave out the rungs above it."
+                f"the target takes {scientific(target_flops)} FLOPs, less than rung {rungs[-1].name!r} with "
+                f"{scientific(rungs[-1].flops)}.\n  A verdict is about a scale that was not run. Give a larger "
+                "target, or leave out the rungs above it."
             )
         criterion = Criterion(**file.criterion.model_dump())
         return Ladder(

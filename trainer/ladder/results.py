@@ -15,6 +15,14 @@ Trend = Literal["none", "persists", "shrinks", "reverses", "grows", "unknown"]
 """Of ln m over ln C. none: no gain that could have a trend. persists: a gain (or loss) whose slope is not told from 0.
 shrinks, grows: the slope is below, above 0. reverses: it shrinks, from surely a gain to surely a loss."""
 
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def scientific(value: float) -> str:
+    """ "3.2·10¹²" """
+    digits, power = f"{value:.1e}".split("e")
+    return f"{digits}·10{str(int(power)).translate(_RAISED)}"
+
 
 class Record:
     """to_json of the dataclasses below."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from trainer.ladder.planned import Ladder, PlannedRun, PlannedRung
 from trainer.ladder.record import Edits
-from trainer.ladder.results import BASELINE
+from trainer.ladder.results import BASELINE, scientific
 from trainer.ladder.run import Done, View
 from trainer.ladder.speed import Speed
 from trainer.summary import clock
@@ -98,7 +98,7 @@ def plan(ladder: Ladder, view: View, known: Speed, source: str, edits: Edits) ->
     finished = view.count("finished")
     lines.append(
         Text(
-            f"{len(distinct)} runs, {finished} of them finished; {view.flops:.3g} FLOPs; {_words(total)} in "
+            f"{len(distinct)} runs, {finished} of them finished; {scientific(view.flops)} FLOPs; {_words(total)} in "
             f"{view.slots} slots, {_words(left)} of it left"
         )
     )
@@ -116,7 +116,7 @@ def _sizes(ladder: Ladder, view: View, known: Speed) -> Any:
         base = next((run for run in runs if run.arm == BASELINE), None)
         table.add_row(
             rung.name, f"{rung.shape.width} × {rung.shape.n_layers}", _count(rung.parameters), _count(rung.tokens),
-            f"{base.config.budget.steps:,}" if base else "–", f"{rung.flops:.2e}",
+            f"{base.config.budget.steps:,}" if base else "–", scientific(rung.flops),
             str(len({run.key for run in runs})) if runs else "–", _words(known.seconds(base)) if base else "–",
         )  # fmt: skip
     return table
@@ -131,10 +131,10 @@ def _arms(ladder: Ladder) -> Any:
 
 
 def _target_line(ladder: Ladder) -> str:
-    rule = ladder.criterion
+    rule, target = ladder.criterion, scientific(ladder.target_flops)
     return (
-        f"promoted is what is surely worth {rule.min_gain:g}× compute at {ladder.target_flops:.2e} FLOPs and takes at "
-        f"most {rule.max_slowdown:g}× the time, at level {rule.level:g}; metric: {ladder.metric}, {ladder.unit}"
+        f"promoted is what is surely worth {rule.min_gain:g}× compute at {target} FLOPs and takes at most "
+        f"{rule.max_slowdown:g}× the time, at level {rule.level:g}; metric: {ladder.metric}, {ladder.unit}"
     )
 
 
@@ -227,7 +227,8 @@ def _progress(view: View) -> "Text":
     width = min(30, round(30 * share))
     counts = [f"{number} {status}" for status in SIGNS if (number := view.count(status))]  # pyright: ignore[reportArgumentType]
     return Text.assemble(
-        ("━" * width, "green"), ("━" * (30 - width), "bright_black"), f" {share:.0%} of {view.flops:.2e} FLOPs   ",
+        ("━" * width, "green"), ("━" * (30 - width), "bright_black"),
+        f" {share:.0%} of {scientific(view.flops)} FLOPs   ",
         f"left {clock(view.seconds_left)}   ", ", ".join(counts), (STOPPING if view.stopping else "", "yellow"),
     )  # fmt: skip
 

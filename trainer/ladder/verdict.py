@@ -35,6 +35,7 @@ from trainer.ladder.results import (
     RungMultiplier,
     Trend,
     Verdict,
+    scientific,
 )
 
 MOST_SEEDS = 64
@@ -193,7 +194,7 @@ class Judgement:
         crossing = self._crossing
         if crossing is None or crossing.value is None or self._trend not in ("shrinks", "reverses"):
             return ""
-        return f"; what it gains is gone at {crossing.value:.1e} FLOPs"
+        return f"; what it gains is gone at {scientific(crossing.value)} FLOPs"
 
     # What would settle it
 

@@ -4,6 +4,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from trainer.ladder.results import scientific
+
 UNKNOWN = "?"
 UNITS = {"nats_per_token": "nats per token", "bits_per_byte": "bits per byte"}
 SHORT_UNITS = {"nats_per_token": "nats", "bits_per_byte": "bits"}
@@ -12,7 +14,6 @@ TRENDS = {
     "none": "no gain", "persists": "persists", "shrinks": "shrinks", "reverses": "reverses", "grows": "grows",
     "unknown": UNKNOWN,
 }  # fmt: skip
-_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def times(ratio: float | None) -> str:
@@ -65,10 +66,7 @@ def signed(value: float | None, digits: int = 4) -> str:
 
 def flops(value: float | None) -> str:
     """ "3.2·10¹²" """
-    if value is None:
-        return UNKNOWN
-    digits, power = f"{value:.1e}".split("e")
-    return f"{digits}·10{str(int(power)).translate(_RAISED)}"
+    return UNKNOWN if value is None else scientific(value)
 
 
 def amount(number: float | None) -> str:
