@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from tests.support import ROOT, look, trainer, wait_until
 from tests.test_ladder_file import ARM, HEAD, SIZES, TINY, write, write_corpus
 from trainer import cli, events
-from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, ConfigError, RunDirectoryError
+from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, ConfigError, RunDirectoryError, UsageError
 from trainer.ladder import ladderfile, order, outcomes, record, report, run, speed, tuning, worker
 from trainer.ladder import pool as pools
 from trainer.ladder.planned import AA, Ladder
@@ -356,10 +356,13 @@ def test_a_plan_measures_a_few_steps_and_starts_nothing_else(home, server, tmp_p
     assert status["counts"] == {"finished": 0, "running": 0, "stopped": 0, "waiting": 6, "missing": 0}
 
 
-def test_a_plan_of_a_baseline_that_fails_says_so(home, server, tmp_path):
+@pytest.mark.parametrize("what", ["plan", "run"])
+def test_a_baseline_that_fails_is_refused_before_any_run(home, server, tmp_path, what):
     path = write(home, PLAIN + "[set]\noptim.learning_rate = 1e30\n", "hopeless")
-    failed = verb("plan", path, "--out", tmp_path / "hopeless")
-    assert "the baseline fails in its first 6 steps.\nNumericsError" in str(failed.exception)
+    failed = verb(what, path, "--out", tmp_path / "hopeless").exception
+    assert isinstance(failed, UsageError)
+    assert "the baseline fails in its first 6 steps.\nNumericsError" in str(failed)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_plan_and_status_show_a_person_sizes_and_a_matrix(calm, home, server):

@@ -202,16 +202,12 @@ LadderOut = Annotated[Path | None, typer.Option(help="Default runs/ladders/NAME;
 @ladders.command("plan")
 def ladder_plan(path: LadderPath, out: LadderOut = None, as_json: AsJson = False) -> None:
     """Show what will run: sizes, tokens, FLOPs, hours on this machine. Starts none of it."""
-    from trainer.ladder import ladderfile, record, run, screen, speed, worker
+    from trainer.ladder import ladderfile, record, run, screen, worker
 
     server = worker.Server()
     ladder, out = ladderfile.load(path), out or run.default_out(path)
     view = run.look(ladder, out)
-    known, source = view.speed, "runs that were made before"
-    if not known.steps:
-        known = speed.probe(ladder, view.slots, server)
-        source = f"{speed.PROBE_STEPS} steps of {ladder.rungs[0].name} and {ladder.rungs[-1].name}, now"
-        record.keep_speed(out, known)
+    known, source = run.measure(ladder, out, view, server)
     edits = record.write(ladder, out, run.pool_of(out))
     if as_json:
         print(json.dumps(screen.plan_json(ladder, view, known, source, edits)))
@@ -234,6 +230,7 @@ def ladder_run(
     told = sys.stderr if as_json else sys.stdout
     if edits := str(record.compare(ladder, out, run.pool_of(out))):
         print(edits, file=told, flush=True)
+    run.measure(ladder, out, run.look(ladder, out), server)
     with screen.Live(ladder, file=told) as live:
         done = run.run(ladder, out, up_to=up_to, server=server, update=live.update)
     if as_json:

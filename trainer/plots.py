@@ -1,9 +1,11 @@
 """Loss curves as a picture."""
 
-import os
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from trainer import wholefile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,11 +48,11 @@ def draw_curves(summaries: Mapping[str, Mapping[str, Any]], path: Path, log_step
         _dress(panels, log_steps, columns=min(3, len(summaries)))
         panels[0].set_title(_title(summaries), loc="left", fontsize=12, fontweight="bold", pad=12)
         figure.tight_layout()
-        partial = path.with_name(f".{path.name}.{os.getpid()}.png")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(partial, dpi=160)
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=160)
         pyplot.close(figure)
-        partial.replace(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    wholefile.write(path, file.getvalue())
 
 
 def _style() -> Any:

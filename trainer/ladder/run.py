@@ -138,6 +138,18 @@ def look(ladder: Ladder, out: Path) -> View:
     return View(runs, states, speed.slots_of(ladder), record.speed_of(out))
 
 
+def measure(ladder: Ladder, out: Path, view: View, server: Server) -> tuple[Speed, str]:
+    """(how fast this machine is, how that is known): from runs that were made, else from a few steps of the baseline.
+
+    Raises UsageError if the baseline does not even come so far: a ladder of it would be for nothing.
+    """
+    if view.speed.steps:
+        return view.speed, "runs that were made before"
+    known = speed.probe(ladder, view.slots, server)
+    record.keep_speed(out, known)
+    return known, f"{speed.PROBE_STEPS} steps of {ladder.rungs[0].name} and {ladder.rungs[-1].name}, now"
+
+
 def run(
     ladder: Ladder, out: Path, *, up_to: str = "", server: Server | None = None, update: Update = lambda view: None
 ) -> Done:

@@ -15,7 +15,7 @@ from typing import Self
 import numpy as np
 
 from trainer.config import Config
-from trainer.errors import TopropeError
+from trainer.errors import UsageError
 from trainer.ladder import pool as pools
 from trainer.ladder.planned import Ladder, PlannedRun
 from trainer.ladder.pool import Place, State
@@ -96,7 +96,7 @@ def _evals(config: Config, step: int) -> int:
 def probe(ladder: Ladder, slots: int, server: Server) -> Speed:
     """A few steps of the smallest and the largest rung, in all slots at once, in a directory that is removed.
 
-    Raises TopropeError if the baseline does not even come so far.
+    Raises UsageError if the baseline does not even come so far.
     """
     firsts = {run.rung: run for run in reversed(ladder.runs)}
     ends = [firsts[ladder.rungs[0].name], firsts[ladder.rungs[-1].name]]
@@ -129,7 +129,7 @@ def _timed(run: PlannedRun, directory: Path, ranks: int, slots: int, server: Ser
     _joined(processes)
     for process, place in zip(processes, places, strict=True):
         if process.exitcode:
-            raise TopropeError(
+            raise UsageError(
                 f"{run.rung}: the baseline fails in its first {PROBE_STEPS} steps.\n{last_words(place.log)}"
             )
     return pools.state(places[0].directory.parent, run)

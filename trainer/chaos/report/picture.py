@@ -1,12 +1,13 @@
 """The matrix as a picture, for pages that cannot hold a table of colours."""
 
+import io
 import math
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer import wholefile
 from trainer.chaos.report import matrix
 from trainer.chaos.results import Report, Result
 
@@ -54,11 +55,11 @@ def matrix_png(report: Report, path: Path) -> None:
         figure.text(0.1 / width, 0.12 / height, _legend(report), fontsize=8, color=SOFT)
         edges = {"left": 0.1 / width, "right": 1 - 0.1 / width, "bottom": 0.4 / height, "top": 1 - 0.4 / height}
         figure.subplots_adjust(**edges, wspace=0)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.png")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(partial, dpi=160, facecolor="white")
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=160, facecolor="white")
         pyplot.close(figure)
-        partial.replace(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    wholefile.write(path, file.getvalue())
 
 
 def _groups(results: Sequence[Result]) -> list[list[Row]]:
