@@ -323,6 +323,18 @@ def test_runs_of_two_ranks_are_torchrun_s_and_end_with_the_same_bits(calm, home,
     assert (one.machine or ("", "", 0))[2] == 2
 
 
+def test_gpus_are_shared_out_among_slots_and_each_run_sees_its_own(home, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 5)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    ladder = plan(home, PLAIN.replace("slots = 2", "ranks = 2"), "[set]\nparallel.device = 'auto'\n", name="gpus")
+    assert speed.slots_of(ladder) == 2  # of two GPUs each; the fifth is left over
+    assert [speed.devices_of(ladder, slot)["CUDA_VISIBLE_DEVICES"] for slot in (0, 1)] == ["0,1", "2,3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,6,3,1,0")
+    assert [speed.devices_of(ladder, slot)["CUDA_VISIBLE_DEVICES"] for slot in (0, 1)] == ["7,6", "3,1"]
+    alone = plan(home, PLAIN.replace("slots = 2", ""), "[set]\nparallel.device = 'cpu'\n", name="cores")
+    assert speed.devices_of(alone, 1) == {}
+
+
 def test_an_edited_file_is_told_and_a_criterion_changed_after_the_fact_is_recorded(calm, home):
     ladder, pool, _ = calm
     out = home / "ladders" / "calm"
