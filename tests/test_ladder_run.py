@@ -175,9 +175,12 @@ def test_a_storm_leaves_every_run_with_the_bits_of_the_calm_ladder(calm, home, s
     assert "worker_lost" in told  # the run's own log says why it was started again
 
 
-def test_a_ladder_killed_at_random_five_times_gives_the_points_of_one_that_was_not(calm, home, server):
-    ladder, pool, _ = calm
-    out, rng = home / "killed" / "calm", random.Random(1)
+def test_a_ladder_killed_at_random_five_times_gives_the_report_of_one_that_was_not_byte_for_byte(calm, home, server):
+    ladder = plan(home, PLAIN, ARM, '[[rungs]]\nname = "l"\nwidth = 64\nn_layers = 2\n', name="three")
+    whole = home / "ladders" / "three"  # beside the calm one, which has two of its rungs
+    assert run.run(ladder, whole, server=server).started == 3
+    assert reported(ladder, whole)["fit"] is not None
+    out, rng = home / "killed" / "three", random.Random(1)
     killed = run.pool_of(out)
     forks = multiprocessing.get_context("fork")
     for _ in range(5):
@@ -191,8 +194,8 @@ def test_a_ladder_killed_at_random_five_times_gives_the_points_of_one_that_was_n
     assert run.look(ladder, out).count("finished") < len(ladder.runs)
     done = run.run(ladder, out, server=server)
     assert done.exit_status == EXIT_FINISHED, done.missing
-    assert results(ladder, killed) == results(ladder, pool)
-    assert json.dumps(reported(ladder, out)) == json.dumps(reported(ladder, home / "ladders" / "calm"))
+    assert results(ladder, killed) == results(ladder, run.pool_of(whole))
+    assert json.dumps(reported(ladder, out)) == json.dumps(reported(ladder, whole))
     assert sum(one.attempts for one in outcomes.outcomes(ladder, killed)) > len(ladder.runs)
 
 
