@@ -19,7 +19,6 @@ from trainer.faults import telling
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOKE = ROOT / "configs" / "smoke.toml"
-RENDEZVOUS_FAILED = "RendezvousTimeoutError"
 
 
 def settings(**overrides: Any) -> list[str]:
@@ -64,10 +63,6 @@ def shared_directory(factory: pytest.TempPathFactory) -> Path:
     """One for all of pytest's workers in this session."""
     own = factory.getbasetemp()
     return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
-
-
-def without_words(lines: Iterable[str], *words: str) -> list[str]:
-    return [line for line in lines if not any(word in line for word in words)]
 
 
 def with_faults(faults: Iterable[dict[str, Any]]) -> list[str]:

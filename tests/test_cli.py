@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -167,6 +168,35 @@ def test_a_directory_that_is_no_run_is_refused_and_left_alone(capsys, tmp_path):
     (tmp_path / "thesis.txt").write_text("dear to somebody")
     assert "holds files but no config.json" in refusal(capsys, run=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+DIES_WRITING = """
+import os, sys
+from trainer import wholefile
+from trainer.cli import main
+
+real, name = wholefile.write, sys.argv.pop(1)
+
+def write(path, content):
+    if path.name == name:
+        path.with_name(f"{name}.partial").write_text("half")
+        os._exit(9)
+    real(path, content)
+
+wholefile.write = write
+main()
+"""
+
+
+def test_a_run_whose_start_died_at_any_file_can_be_started_again(run):
+    for name in ("config.json", "tokenizer.json"):
+        code = ["-c", DIES_WRITING, name, "train", str(SMOKE), "--run", str(run), *TINY]
+        died = subprocess.run([sys.executable, *code], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert died.returncode == 9, died.stderr
+        assert (run / f"{name}.partial").exists()
+    trainer("train", SMOKE, "--run", run, *TINY)
+    assert inspect(run)["status"] == "finished"
+    assert not list(run.glob("*.partial"))
 
 
 def test_more_ranks_than_micro_batches_and_meshes_that_do_not_fit_are_refused_by_all_ranks(run):

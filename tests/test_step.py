@@ -1,12 +1,17 @@
 """What a step says of numbers that it cannot use. That its sums are exact is for test_exact and test_equality."""
 
+import math
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import torch
 
 from tests.support import SMOKE, settings, torchrun, write_plan
+from trainer import step
 from trainer.errors import EXIT_FAILED
+from trainer.exact import Grids
 
 
 @pytest.mark.parametrize(
@@ -39,3 +44,27 @@ def test_a_gradient_that_stays_not_finite_is_named_where_nothing_is_rounded_too(
     assert ended.returncode == EXIT_FAILED
     for named in ("step 2:", f"micro-batch {micro_batch} (samples ", "gradient of blocks.0.mlp."):
         assert named in ended.stderr, ended.stderr
+
+
+@pytest.mark.parametrize("passes", [[math.nan], [1e6, math.nan], [1e6, 1e5, math.inf]])
+def test_a_pass_that_is_not_finite_is_told_of_at_once_and_leaves_the_grid_as_it_was(monkeypatch, passes: list[float]):
+    """First or after an overflow, in which a wider grid was tried; also after two passes that disagree."""
+    grids = Grids({"matrix": torch.Size((3, 4))}, 4, 5, torch.device("cpu"))
+    round_gradient = grids.rounder("matrix")
+    grids.begin(counting=False)
+    round_gradient(torch.ones(3, 4))
+    grids.commit()
+    before, seen = grids.magnitude.clone(), iter(passes)
+
+    def one_pass(state: Any, work: Any) -> step.Sums:
+        value = next(seen)
+        round_gradient(torch.full((3, 4), value))
+        return step.Sums(value, "", 0, None, False)
+
+    monkeypatch.setattr(step, "_one_pass", one_pass)
+    state = cast(step.TrainState, SimpleNamespace(step=1, grids=grids))
+    work = cast(step.Work, SimpleNamespace(world=SimpleNamespace(max=lambda tensor: None)))
+    sums = step.compute_gradients(state, work)
+    assert not math.isfinite(sums.loss)
+    assert sums.redone == len(passes) - 1
+    assert torch.equal(grids.magnitude, before)

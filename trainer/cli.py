@@ -4,6 +4,7 @@ Heavy imports wait inside the verbs, so that `--help` and a mistyped config answ
 """
 
 import json
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -15,10 +16,9 @@ from trainer import elastic
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, NewerFormatError, TopropeError
 
 if TYPE_CHECKING:
-    from trainer.checkpoint import Saved
-
-if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from trainer.checkpoint import Saved
 
 PROCESS_STARTED = time.time()
 
@@ -143,14 +143,14 @@ def plot(
     run: RunPath, output: Annotated[Path | None, typer.Option(help="PNG to write; default RUN/curves.png.")] = None
 ) -> None:
     """Draw a run's loss curves (PNG) and its timeline: attempts, faults, lost work (SVG). Prints both paths."""
-    from trainer import plots, rundir, summary
+    from trainer import plots, rundir, summary, wholefile
     from trainer.chaos import drawing, timeline
 
     rundir.read(run)
     path = output or run / "curves.png"
     plots.draw_curves({run.name: summary.summarise(run)}, path)
     drawn = path.with_name("timeline.svg")
-    drawn.write_text(drawing.svg(timeline.of(run)), encoding="utf-8")
+    wholefile.write(drawn, drawing.svg(timeline.of(run)))
     print(f"{path}\n{drawn}")
 
 
@@ -219,24 +219,28 @@ def ladder_plan(path: LadderPath, out: LadderOut = None, as_json: AsJson = False
 def ladder_run(
     path: LadderPath,
     out: LadderOut = None,
-    up_to: Annotated[str, typer.Option(help="Leave out the rungs above this one: predict them before they run.")] = "",
+    up_to: Annotated[
+        str | None, typer.Option(help="Leave out the rungs above this one: the report predicts them.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a ladder, or go on with it: exit 0 if all of it finished, 1 if runs are missing, 75 if it was stopped."""
     from trainer.ladder import ladderfile, record, run, screen, worker
 
     server = worker.Server()  # its imports run beside the planning
+    options = [] if out is None else ["--out", str(out)]
+    options += [] if up_to is None else ["--up-to", up_to]
+    command = shlex.join(["python", "-m", "trainer", "ladder", "run", str(path), *options])
     ladder, out = ladderfile.load(path), out or run.default_out(path)
     told = sys.stderr if as_json else sys.stdout
     if edits := str(record.compare(ladder, out, run.pool_of(out))):
         print(edits, file=told, flush=True)
-    run.measure(ladder, out, run.look(ladder, out), server)
     with screen.Live(ladder, file=told) as live:
         done = run.run(ladder, out, up_to=up_to, server=server, update=live.update)
     if as_json:
-        print(json.dumps(screen.status_json(ladder, done.view)))
+        print(json.dumps(screen.status_json(ladder, run.look(ladder, out))))
     else:
-        _show(screen.ended(ladder, done))
+        _show(screen.ended(ladder, done, command))
     raise typer.Exit(done.exit_status)
 
 

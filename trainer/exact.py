@@ -16,8 +16,8 @@ magnitude, so relative to that magnitude 24 − log2(M') − headroom bits are k
 
 The delayed choice. B must be known before the gradient is: it comes from the largest magnitudes of the committed
 steps, decaying slowly, one bound per matrix row (a small row next to a large one keeps its digits) and one per vector.
-If any entry of any micro-batch exceeds its bound, the step is computed again on a grid made from what was seen, which
-then fits. That is a property of the micro-batches alone, so it happens alike at every world size.
+If any entry of any micro-batch exceeds its bound, and all are finite, the step is computed again on a grid made from
+what was seen, which then fits. That is a property of the micro-batches alone, so it happens alike at every world size.
 
 Sources: pre-rounding is Demmel & Nguyen, Fast Reproducible Floating-Point Summation (2013); the delayed choice of scale
 is that of FP8 training (Micikevicius et al. 2022, arXiv:2209.05433).

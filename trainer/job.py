@@ -386,8 +386,9 @@ def _record(run: Path, config: Config, prepared: Prepared, vocab_size: int) -> d
         "flops_per_token": models.flops_per_token(config.model, vocab_size),
     }
     try:
+        contents = rundir.record(run, config, facts)  # first: what makes the directory a run, and refuses other data
         prepared.tokenizer.save(rundir.tokenizer_path(run))
-        return rundir.record(run, config, facts)
+        return contents
     except OSError as error:
         raise RunDirectoryError(
             f"{run} cannot be written: {error.strerror}.\n"

@@ -21,7 +21,7 @@ from trainer.config import Config, differences, fingerprint, mathematics, parse
 from trainer.errors import ConfigError, RunDirectoryError
 
 FORMAT = 1
-STARTS_LEAVE = frozenset({"lock", "live", "stacks", "events"})
+STARTS_LEAVE = frozenset({"lock", "live", "stacks", "events", "config.json.partial"})
 """What may lie in the directory of a run that was never prepared to the end: its watchdogs were there before."""
 LIBRARIES = ("torch", "numpy", "tokenizers", "datasets", "wandb")
 

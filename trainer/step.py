@@ -121,7 +121,7 @@ def compute_gradients(state: TrainState, work: Work) -> Sums:
         if not grids.finite:
             return replace(sums, redone=redone + 1)
     raise NumericsError(
-        f"step {state.step + 1}: a gradient is beyond 2^96, or computing it twice gives two results. "
+        f"step {state.step + 1}: a gradient is beyond the coarsest grid, or computing it twice gives two results. "
         "The step was not applied.\n  Lower optim.learning_rate, or suspect the machine."
     )
 

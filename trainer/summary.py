@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 def summarise(run: Path, checkpoints: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-    """The state of a run directory as plain JSON values; keys as in DESIGN.md §4 and below.
+    """The state of a run directory as plain JSON values: what `inspect --json` prints.
 
     `checkpoints` is passed through: [{step, intact, bytes}]. Raises RunDirectoryError if `run` is no run, has no
     events, or its log is damaged. Losses are nats per token, times Unix seconds.

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from trainer import wholefile
 from trainer.errors import TokenizerError
 
 END = "<|end|>"
@@ -55,7 +56,7 @@ class Tokenizer(ABC):
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def save(self, path: Path) -> None:
-        path.write_text(self.to_json(), encoding="utf-8")
+        wholefile.write(path, self.to_json())
 
     @staticmethod
     def load(path: Path) -> "Tokenizer":

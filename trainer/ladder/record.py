@@ -117,7 +117,7 @@ def _finished(runs: Mapping[str, str], pool: Path) -> list[str]:
 
 
 def keep_speed(out: Path, known: Speed) -> None:
-    """OUT/speed.json: what a plan measured, for the time left while nothing better is known."""
+    """OUT/speed.json: what a few steps took, for the time left while nothing better is known."""
     out.mkdir(parents=True, exist_ok=True)
     wholefile.write(out / "speed.json", json.dumps(known.to_json()) + "\n")
 

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
@@ -24,8 +24,6 @@ from trainer.errors import (
     EXIT_FINISHED,
     EXIT_PREEMPTED,
     EXIT_USAGE,
-    CheckpointError,
-    NumericsError,
     RunDirectoryError,
 )
 from trainer.ladder import order, record, speed, tuning
@@ -33,14 +31,12 @@ from trainer.ladder import pool as pools
 from trainer.ladder.planned import TARGET, Ladder, PlannedRun
 from trainer.ladder.pool import Place, State
 from trainer.ladder.speed import Speed
-from trainer.ladder.worker import Server, Task, last_words
+from trainer.ladder.worker import Server, Task, is_final, last_words
 
 POLL_SECONDS = 0.2
 LOOK_SECONDS = 1.0
 """How often the files of runs are looked at for the table."""
-IN_USE = "is in use by"
-FINAL = (f"{NumericsError.__name__}: ", f"{CheckpointError.__name__}: ")
-"""Errors that would only come again; torchrun tells of them in its output alone."""
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -65,7 +61,7 @@ class View:
 
     @functools.cached_property
     def speed(self) -> Speed:
-        """By what the runs have taken so far, and by what a plan measured of those that have not begun."""
+        """By what the runs have taken so far, and by what was measured of those that have not begun."""
         return speed.measured(self.runs, self.states).over(self.earlier)
 
     def estimate(self, run: PlannedRun) -> float:
@@ -141,32 +137,65 @@ def look(ladder: Ladder, out: Path) -> View:
 def measure(ladder: Ladder, out: Path, view: View, server: Server) -> tuple[Speed, str]:
     """(how fast this machine is, how that is known): from runs that were made, else from a few steps of the baseline.
 
-    Raises UsageError if the baseline does not even come so far: a ladder of it would be for nothing.
+    Raises UsageError if the baseline cannot even come so far: a ladder of it would be for nothing.
     """
     if view.speed.steps:
         return view.speed, "runs that were made before"
     known = speed.probe(ladder, view.slots, server)
-    record.keep_speed(out, known)
+    if known.steps:
+        record.keep_speed(out, known)
     return known, f"{speed.PROBE_STEPS} steps of {ladder.rungs[0].name} and {ladder.rungs[-1].name}, now"
 
 
 def run(
-    ladder: Ladder, out: Path, *, up_to: str = "", server: Server | None = None, update: Update = lambda view: None
-) -> Done:
+    ladder: Ladder, out: Path, *, up_to: str | None = None, server: Server | None = None,
+    update: Update = lambda view: None,
+) -> Done:  # fmt: skip
     """Do what is left to do of a ladder, or of its rungs up to one. May be killed at any time; the same call then goes
     on.
 
     Runs that were given up are tried once more. SIGINT and SIGTERM ask all runs to save and leave; a second one ends
     them. Raises RunDirectoryError if OUT belongs to another ladder or another scheduler is at it,
-    ConfigError if there is no rung `up_to`.
+    ConfigError if there is no rung `up_to`, UsageError if the baseline fails in its first steps.
     """
-    part, pool = ladder.up_to(up_to) if up_to else ladder, pool_of(out)
+    part, pool, server = ladder if up_to is None else ladder.up_to(up_to), pool_of(out), server or Server()
+    record.compare(ladder, out, pool)
     out.mkdir(parents=True, exist_ok=True)
-    pool.mkdir(exist_ok=True)
     with _claimed(out):
+        view = look(part, out)
+        update(view)
+        try:
+            with _interruptible():
+                measure(part, out, view, server)
+        except _StopError:
+            return Done(view, True, 0.0, 0)
+        pool.mkdir(exist_ok=True)
         record.write(ladder, out, pool)
-        with _Scheduler(part, pool, server or Server(), update, record.speed_of(out)) as scheduler:
+        with _Scheduler(part, pool, server, update, record.speed_of(out)) as scheduler:
             return scheduler.work()
+
+
+class _StopError(Exception):
+    """SIGINT or SIGTERM came before there was a run to save."""
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Until the context ends, SIGINT and SIGTERM raise _StopError."""
+
+    def interrupt(_number: int, _frame: Any) -> None:
+        raise _StopError
+
+    before = [signal.signal(number, interrupt) for number in STOPPING]
+    try:
+        yield
+    finally:
+        _restore(before)
+
+
+def _restore(handlers: Sequence[Any]) -> None:
+    for number, handler in zip(STOPPING, handlers, strict=True):
+        signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -307,8 +336,7 @@ class _Scheduler:
     def _hopeless(self, job: _Job, status: int) -> str:
         """Why another start would end as this one did; "" if it may not. Notes the death for the run's log."""
         said = last_words(job.place.log)
-        wrong = status == EXIT_USAGE and IN_USE not in said
-        if wrong or elastic.gave_up(job.place.failures) or said.startswith(FINAL):
+        if is_final(status, said) or elastic.gave_up(job.place.failures):
             return said
         progress = job.place.progress()
         job.in_vain = 0 if progress > job.progress else job.in_vain + 1
@@ -360,13 +388,11 @@ class _Scheduler:
     @contextlib.contextmanager
     def _listening(self) -> Iterator[None]:
         """The first SIGINT or SIGTERM asks all runs to save and leave, the next one ends them."""
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = [signal.signal(number, self._stop) for number in numbers]
+        before = [signal.signal(number, self._stop) for number in STOPPING]
         try:
             yield
         finally:
-            for number, handler in zip(numbers, before, strict=True):
-                signal.signal(number, handler)
+            _restore(before)
 
     def _stop(self, _number: int, _frame: Any) -> None:
         self._signals += 1

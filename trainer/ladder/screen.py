@@ -307,12 +307,12 @@ class Live:
         print(line, file=self._file, flush=True)
 
 
-def ended(ladder: Ladder, done: Done) -> "RenderableType":
-    """The last table, and what to do next."""
+def ended(ladder: Ladder, done: Done, command: str) -> "RenderableType":
+    """The last table, and what to do next: `command` goes on."""
     from rich.console import Group
     from rich.text import Text
 
     parts: list[Any] = [standing(ladder, done.view)]
     if done.interrupted:
-        parts.append(Text(f"Stopped. Go on with: python -m trainer ladder run {ladder.path}", "bold yellow"))
+        parts.append(Text(f"Stopped. Go on with: {command}", "bold yellow"))
     return Group(*parts)

@@ -19,7 +19,7 @@ from trainer.errors import UsageError
 from trainer.ladder import pool as pools
 from trainer.ladder.planned import Ladder, PlannedRun
 from trainer.ladder.pool import Place, State
-from trainer.ladder.worker import Server, Task, last_words
+from trainer.ladder.worker import Server, Task, is_final, last_words
 
 PROBE_STEPS = 6  # the first pays for what is done once; the median does not see it
 
@@ -96,13 +96,13 @@ def _evals(config: Config, step: int) -> int:
 def probe(ladder: Ladder, slots: int, server: Server) -> Speed:
     """A few steps of the smallest and the largest rung, in all slots at once, in a directory that is removed.
 
-    Raises UsageError if the baseline does not even come so far.
+    UNKNOWN, or half of it, where a process dies by chance. Raises UsageError if the baseline cannot come so far.
     """
     firsts = {run.rung: run for run in reversed(ladder.runs)}
-    ends = [firsts[ladder.rungs[0].name], firsts[ladder.rungs[-1].name]]
+    ends = [firsts[name] for name in dict.fromkeys((ladder.rungs[0].name, ladder.rungs[-1].name))]
     with tempfile.TemporaryDirectory(prefix="toprope-probe-") as directory:
         runs = [_short(run) for run in ends]
-        states = {run.key: _timed(run, Path(directory), ladder.ranks, slots, server) for run in runs}
+        states = {run.key: _timed(ladder, run, Path(directory), slots, server) for run in runs}
     return measured(runs, states)
 
 
@@ -119,19 +119,18 @@ def _short(run: PlannedRun) -> PlannedRun:
     return replace(run, config=config.model_copy(update=update))
 
 
-def _timed(run: PlannedRun, directory: Path, ranks: int, slots: int, server: Server) -> State:
+def _timed(ladder: Ladder, run: PlannedRun, directory: Path, slots: int, server: Server) -> State:
     places = [Place(directory / f"{run.key}-{slot}" / run.key) for slot in range(slots)]
-    processes = []
-    for place in places:
+    processes: list[BaseProcess] = []
+    for slot, place in enumerate(places):
         place.directory.mkdir(parents=True)
         place.write(run)
-        processes.append(server.start(Task(place, f"probe of {run.rung}", ranks)))
+        processes.append(server.start(Task(place, f"probe of {run.rung}", ladder.ranks, devices_of(ladder, slot))))
     _joined(processes)
     for process, place in zip(processes, places, strict=True):
-        if process.exitcode:
-            raise UsageError(
-                f"{run.rung}: the baseline fails in its first {PROBE_STEPS} steps.\n{last_words(place.log)}"
-            )
+        said = last_words(place.log)
+        if process.exitcode and is_final(process.exitcode, said):
+            raise UsageError(f"{run.rung}: the baseline fails in its first {PROBE_STEPS} steps.\n{said}")
     return pools.state(places[0].directory.parent, run)
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer import elastic
-from trainer.errors import EXIT_FAILED, TopropeError
+from trainer.errors import EXIT_FAILED, EXIT_USAGE, CheckpointError, NumericsError, TopropeError
 from trainer.ladder.pool import Place
 
 if TYPE_CHECKING:
@@ -33,6 +33,9 @@ LOCK_SECONDS = 10.0
 """How long a run directory may still be held by a process whose scheduler was killed."""
 START = "== "
 """What the log's first line of each start begins with."""
+FINAL = (f"{NumericsError.__name__}: ", f"{CheckpointError.__name__}: ")
+"""Errors that would only come again; torchrun tells of them in its output alone."""
+IN_USE = "is in use by"
 TORCHRUN_RESTARTS = 20  # the scheduler counts those without progress; these are for faults in a row
 
 
@@ -174,3 +177,8 @@ def last_words(log: Path, lines: int = 12) -> str:
         return "It left no word."
     errors = [number for number, line in enumerate(said) if re.match(r"\w+Error: ", line)]
     return "\n".join(said[errors[-1] :] if errors else said[-lines:])
+
+
+def is_final(status: int, said: str) -> bool:
+    """Whether another start would end in the same way, by exit status and last words."""
+    return said.startswith(FINAL) or (status == EXIT_USAGE and IN_USE not in said)

@@ -18,7 +18,6 @@ AWAY = ("down", "preempted")
 """Parts of a run's time in which no process was at it: until it was started again, be it by a person the next day."""
 LOST = ("lost_steps", "redone", "hung")
 """Parts in which what was computed was lost."""
-PLANNED = ("productive", "evaluation", "save_stall", "startup", "shutdown", "other")
 
 
 def of(

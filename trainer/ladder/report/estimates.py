@@ -180,20 +180,23 @@ def _ratio(*logs: float) -> Interval:
 
 
 def _predictions(points: Sequence[Point], plan: Plan) -> list[Tree]:
-    """Losses: the largest rung's by the rungs below it, the target's by all rungs, of the baseline and each arm."""
+    """Losses of the baseline and each arm: the largest rung's and those of rungs that were not run, by the rungs below;
+    the target's by all rungs.
+    """
     found = []
-    for rung, below in _questions(plan):
+    for rung, below in _questions(points, plan):
         for arm in (BASELINE, *plan.arms):
             if (rung, arm) in plan.flops:
                 found.append(_prediction(points, arm, rung, below, plan))
     return found
 
 
-def _questions(plan: Plan) -> list[tuple[str, Sequence[str]]]:
-    """(what is predicted, by which rungs)"""
-    if not plan.rungs:
-        return []
-    return [(plan.rungs[-1], plan.rungs[:-1])] * (len(plan.rungs) > 1) + [(plan.target, plan.rungs)]
+def _questions(points: Sequence[Point], plan: Plan) -> list[tuple[str, Sequence[str]]]:
+    """(what is predicted, by which rungs: those that the baseline was run at)"""
+    ran = {point.rung for point in points if point.arm == BASELINE}
+    asked = [rung for rung in plan.rungs[1:] if rung not in ran or rung == plan.rungs[-1]]
+    below = {rung: plan.rungs[: plan.rungs.index(rung)] for rung in asked} | {plan.target: plan.rungs}
+    return [(rung, [name for name in names if name in ran]) for rung, names in below.items()]
 
 
 def _prediction(points: Sequence[Point], arm: str, rung: str, below: Sequence[str], plan: Plan) -> Tree:
@@ -213,7 +216,7 @@ def _prediction(points: Sequence[Point], arm: str, rung: str, below: Sequence[st
 
 def _multiplier_predictions(points: Sequence[Point], plan: Plan, judged: Sequence[Verdict]) -> Iterable[Tree]:
     """Multipliers, likewise, beside what the runs there measured."""
-    for rung, below in _questions(plan):
+    for rung, below in _questions(points, plan):
         measured = _judge(points, [*below, rung], plan, plan.flops[rung, BASELINE])
         by = {one.arm: one for one in judged} if rung == plan.target else _judge(
             points, below, plan, plan.flops[rung, BASELINE]

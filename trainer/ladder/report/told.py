@@ -22,7 +22,6 @@ from trainer.ladder.tuning import Choice
 
 FORMAT = 1
 COURSE = "course"
-ENDED = ("finished", "missing")
 
 
 @dataclass(frozen=True)
