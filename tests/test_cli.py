@@ -22,7 +22,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str | Path, config: 
     from trainer import cli
 
     before = sys.argv
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     sys.argv = ["trainer", "train", str(config), "--run", str(run), *map(str, arguments)]
     try:
         with pytest.raises(SystemExit) as left:
@@ -151,6 +151,10 @@ def test_a_sequence_longer_than_the_corpus_is_refused(capsys, run, tmp_path):
 def test_a_vocabulary_too_large_for_the_model_is_refused(capsys, run):
     message = refusal(capsys, "--set", "model.vocab_size=100", run=run)
     assert "100" in message and "257" in message
+
+
+def test_ranks_without_a_dry_run_are_refused(capsys, run):
+    assert "--nproc-per-node N" in refusal(capsys, "--ranks", "2", run=run)
 
 
 def test_cuda_where_there_is_none_is_refused(capsys, run, monkeypatch):
@@ -287,6 +291,8 @@ def test_sample_writes_text_verify_checks_and_plot_draws(run):
     verdict = trainer("verify", run, check=False)
     assert verdict.returncode == 1
     assert "DAMAGED" in verdict.stdout and shard.name in verdict.stdout
+    older = trainer("sample", run)
+    assert "step-00000004 is damaged and passed over" in older.stderr
     resumed = trainer("train", SMOKE, "--run", run, *TINY)
     assert "is damaged and was passed over" in resumed.stdout
 

@@ -176,6 +176,7 @@ def test_a_storm_leaves_every_run_with_the_bits_of_the_calm_ladder(calm, home, s
     assert "worker_lost" in told  # the run's own log says why it was started again
 
 
+@pytest.mark.timeout(300)
 def test_a_ladder_killed_at_random_five_times_gives_the_report_of_one_that_was_not_byte_for_byte(calm, home, server):
     ladder = plan(home, PLAIN, ARM, '[[rungs]]\nname = "l"\nwidth = 64\nn_layers = 2\n', name="three")
     whole = home / "ladders" / "three"  # beside the calm one, which has two of its rungs

@@ -247,7 +247,7 @@ def test_asked_to_stop_before_it_trains_a_run_saves_its_beginning_and_goes_on_fr
     paths = {"PYTHONPATH": f"{gate}{os.pathsep}{ROOT}"}
     with subprocess.Popen(arguments, cwd=ROOT, env=os.environ | paths) as alone:
         assert wait_until((gate / "reached").exists, seconds=30)
-        alone.terminate()
+        alone.send_signal(signal.SIGINT)  # as Ctrl-C does; the other signals come below
         (gate / "open").touch()
         assert alone.wait(60) == EXIT_PREEMPTED
     place.survive(2, [fault("in_data", "usr1", rank=0)], status=EXIT_PREEMPTED)
@@ -255,7 +255,7 @@ def test_asked_to_stop_before_it_trains_a_run_saves_its_beginning_and_goes_on_fr
     assert stopped["step"] == 0 and stopped["status"] == "preempted"
     assert [(saved["step"], saved["intact"]) for saved in stopped["checkpoints"]] == [(0, True)]
     asked = of_kind(place.run, events.StopRequested)
-    assert [(one.signal, one.step) for one in asked] == [("SIGTERM", 0), ("SIGUSR1", 0)]
+    assert [(one.signal, one.step) for one in asked] == [("SIGINT", 0), ("SIGUSR1", 0)]
     place.survive(2, NO_FAULTS, *settings(parallel__strategy="fsdp"))
     place.ends_as_calm(attempts=3)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trainer import elastic
-from trainer.errors import EXIT_FAILED, EXIT_FINISHED, NewerFormatError, TopropeError
+from trainer.errors import EXIT_FAILED, EXIT_FINISHED, NewerFormatError, TopropeError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -48,7 +48,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Build on the meta device, print sizes and costs, train nothing.")
     ] = False,
-    ranks: Annotated[int, typer.Option(min=1, help="World size that --dry-run divides memory by.")] = 1,
+    ranks: Annotated[int | None, typer.Option(min=1, help="World size that --dry-run divides memory by.")] = None,
 ) -> None:
     """Train a config, or resume the run where it stopped. Under torchrun: on all its ranks."""
     from trainer import config as configs
@@ -57,9 +57,11 @@ def train(
     if dry_run:
         from trainer import dryrun
 
-        configs.check_world(config, ranks)
-        dryrun.show(config, ranks)
+        configs.check_world(config, ranks or 1)
+        dryrun.show(config, ranks or 1)
         return
+    if ranks is not None:
+        raise UsageError("--ranks is for --dry-run.\n  To train on N ranks: torchrun --standalone --nproc-per-node N …")
     stop = elastic.StopSignals()  # before torch is imported: that takes long enough to be asked to leave meanwhile
     from trainer import job
 

@@ -25,15 +25,22 @@ SHARED_STORE_WARNING = (
 
 
 class StopSignals:
-    """SIGTERM (a scheduler's notice) and SIGUSR1 (Slurm's --signal) ask the run to save and leave."""
+    """SIGTERM (a scheduler's notice), SIGUSR1 (Slurm's --signal) and Ctrl-C ask the run to save and leave.
+
+    A second Ctrl-C ends it at once. Where SIGINT is somebody else's business it stays so.
+    """
 
     def __init__(self) -> None:
         self.received = ""
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._note)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._note)
 
     def _note(self, number: int, _frame: Any) -> None:
         self.received = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
 
     def requested(self) -> bool:
         return bool(self.received)

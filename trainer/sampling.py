@@ -1,5 +1,6 @@
 """Text from a trained run: one token after the other, drawn from the newest intact checkpoint's model."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def draw(logits_V: Tensor, temperature: float, top_k: int, generator: torch.Gene
 
 
 def restore(run: Path) -> models.GPT:
-    """The model of a run's newest intact checkpoint, on the CPU, in evaluation mode."""
+    """The model of a run's newest intact checkpoint, on the CPU, in evaluation mode; says on stderr what is damaged."""
     config = rundir.config_of(run)
     model = models.GPT(config.model, rundir.read(run)["vocab_size"])
     damaged: list[str] = []
@@ -58,5 +59,7 @@ def restore(run: Path) -> models.GPT:
     if found is None:
         reason = "\n".join(damaged) if damaged else "none was saved yet"
         raise CheckpointError(f"{run} has no intact checkpoint: {reason}.")
+    for message in damaged:
+        print(message, file=sys.stderr)
     checkpoint.load(found, {f"model.{name}": p.data for name, p in model.named_parameters()})
     return model.eval()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer import config as configs
-from trainer import wholefile
+from trainer import rundir, wholefile
 from trainer.errors import RunDirectoryError
 from trainer.ladder import pool as pools
 from trainer.ladder import speed
@@ -66,6 +66,8 @@ def read(out: Path) -> dict[str, Any] | None:
 def compare(ladder: Ladder, out: Path, pool: Path) -> Edits:
     """How the file differs from what was planned in OUT. Raises RunDirectoryError if OUT is another ladder's."""
     before = read(out)
+    if before is None and rundir.config_path(out).exists():
+        raise RunDirectoryError(f"{out} is a training run's directory.\n  Give another --out.")
     if before is None:
         return Edits(time.time())
     if before["name"] != ladder.name:
