@@ -203,7 +203,7 @@ LadderOut = Annotated[Path | None, typer.Option(help="Default runs/ladders/NAME;
 
 @ladders.command("plan")
 def ladder_plan(path: LadderPath, out: LadderOut = None, as_json: AsJson = False) -> None:
-    """Show what will run: sizes, tokens, FLOPs, hours on this machine. Starts none of it."""
+    """Show what will run: sizes, tokens, FLOPs, hours on this machine, by a few steps that are tried."""
     from trainer.ladder import ladderfile, record, run, screen, worker
 
     server = worker.Server()

@@ -140,7 +140,8 @@ def measure(ladder: Ladder, out: Path, view: View, server: Server) -> tuple[Spee
     Raises UsageError if the baseline cannot even come so far: a ladder of it would be for nothing.
     """
     if view.speed.steps:
-        return view.speed, "runs that were made before"
+        made = speed.measured(view.runs, view.states).steps
+        return view.speed, "runs that were made before" if made else "a few steps, earlier"
     known = speed.probe(ladder, view.slots, server)
     if known.steps:
         record.keep_speed(out, known)
