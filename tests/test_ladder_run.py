@@ -379,11 +379,11 @@ def test_a_plan_measures_a_few_steps_and_starts_nothing_else(home, server, tmp_p
 
 def test_a_stop_while_the_baseline_is_tried_leaves_nothing_and_75(home, server, tmp_path):
     path = write(home, PLAIN.replace("tokens_per_parameter = 0.2", "tokens_per_parameter = 20"), "early")
+    (tmp_path / "tmp").mkdir()
     process = subprocess.Popen(
         command(path, tmp_path / "out" / "early"), stdout=subprocess.PIPE, text=True,
         env=environment() | {"TMPDIR": str(tmp_path / "tmp"), "TOPROPE_CACHE": str(tmp_path / "cache")},
     )  # fmt: skip
-    (tmp_path / "tmp").mkdir()
     assert wait_until(lambda: any((tmp_path / "tmp").glob("toprope-probe-*/*/*")), 60)
     process.terminate()
     said, _ = process.communicate(timeout=60)

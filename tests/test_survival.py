@@ -261,9 +261,10 @@ def test_asked_to_stop_before_it_trains_a_run_saves_its_beginning_and_goes_on_fr
 
 
 HOLD_TORCH_BACK = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of some shells
 gate = Path(__file__).parent
 
 class Gate:
