@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from multiprocessing import forkserver
 from pathlib import Path
@@ -379,17 +380,18 @@ def test_a_plan_measures_a_few_steps_and_starts_nothing_else(home, server, tmp_p
 
 def test_a_stop_while_the_baseline_is_tried_leaves_nothing_and_75(home, server, tmp_path):
     path = write(home, PLAIN.replace("tokens_per_parameter = 0.2", "tokens_per_parameter = 20"), "early")
-    (tmp_path / "tmp").mkdir()
-    process = subprocess.Popen(
-        command(path, tmp_path / "out" / "early"), stdout=subprocess.PIPE, text=True,
-        env=environment() | {"TMPDIR": str(tmp_path / "tmp"), "TOPROPE_CACHE": str(tmp_path / "cache")},
-    )  # fmt: skip
-    assert wait_until(lambda: any((tmp_path / "tmp").glob("toprope-probe-*/*/*")), 60)
-    process.terminate()
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == EXIT_PREEMPTED, said
-    assert "Go on with" in said
-    assert list((tmp_path / "tmp").glob("toprope-probe-*")) == []
+    with tempfile.TemporaryDirectory(prefix="t") as short:  # sockets there may not have long names
+        process = subprocess.Popen(
+            command(path, tmp_path / "out" / "early"), stdout=subprocess.PIPE, text=True,
+            env=environment() | {"TMPDIR": short, "TOPROPE_CACHE": str(tmp_path / "cache")},
+        )  # fmt: skip
+        with process:
+            assert wait_until(lambda: any(Path(short).glob("toprope-probe-*/*/*")), 60)
+            process.terminate()
+            said, _ = process.communicate(timeout=60)
+        assert process.returncode == EXIT_PREEMPTED, said
+        assert "Go on with" in said
+        assert list(Path(short).glob("toprope-probe-*")) == []
     assert not (tmp_path / "out" / "pool").exists()
 
 
