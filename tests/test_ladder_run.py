@@ -378,6 +378,17 @@ def test_a_plan_measures_a_few_steps_and_starts_nothing_else(home, server, tmp_p
     assert status["counts"] == {"finished": 0, "running": 0, "stopped": 0, "waiting": 6, "missing": 0}
 
 
+def test_a_temporary_folder_whose_name_is_too_long_for_sockets_is_told(calm, tmp_path):
+    long = tmp_path / ("long" * 30)
+    long.mkdir()
+    arguments = [*command(calm[0].path, tmp_path / "out" / "calm")]
+    refused = subprocess.run(
+        arguments, env=environment() | {"TMPDIR": str(long)}, capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr, refused.stderr
+    assert "Set TMPDIR to a shorter one" in refused.stderr
+
+
 def test_a_stop_while_the_baseline_is_tried_leaves_nothing_and_75(home, server, tmp_path):
     path = write(home, PLAIN.replace("tokens_per_parameter = 0.2", "tokens_per_parameter = 20"), "early")
     with tempfile.TemporaryDirectory(prefix="t") as short:  # sockets there may not have long names

@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer import elastic
-from trainer.errors import EXIT_FAILED, EXIT_USAGE, CheckpointError, NumericsError, TopropeError
+from trainer.errors import EXIT_FAILED, EXIT_USAGE, CheckpointError, NumericsError, TopropeError, UsageError
 from trainer.ladder.pool import Place
 
 if TYPE_CHECKING:
@@ -51,7 +52,10 @@ class Task:
 
 
 class Server:
-    """Starts processes for tasks. Make one early: its imports then run beside other work."""
+    """Starts processes for tasks. Make one early: its imports then run beside other work.
+
+    Raises UsageError where its socket cannot be made.
+    """
 
     def __init__(self) -> None:
         # Read when torch is loaded; numerics.threads decides at the start of a run, as in the plain command.
@@ -59,7 +63,13 @@ class Server:
             os.environ.setdefault(name, "1")
         self._context: ForkServerContext = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(list(PRELOAD))
-        forkserver.ensure_running()
+        try:
+            forkserver.ensure_running()
+        except OSError as error:
+            raise UsageError(
+                f"the server that starts runs cannot listen in {tempfile.gettempdir()}: {error}.\n"
+                "  The path of a socket may have about 100 characters. Set TMPDIR to a shorter one."
+            ) from None
 
     def start(self, task: Task) -> BaseProcess:
         process = self._context.Process(target=main, args=(task,), name=task.name)
