@@ -156,6 +156,20 @@ def test_predictions_know_nothing_of_what_they_predict(full):
             assert one["measured"]["value"] == pytest.approx(one["predicted"]["value"], rel=0.15)
 
 
+def test_rungs_that_were_not_run_are_predicted_from_those_that_were(full):
+    found = made.outcomes_of(CLEAR, made.ARMS, target=(BASELINE, *FAST))
+    part = made.change(found, lambda one: one.rung in ("r3", "r4", TARGET), status="waiting", loss=None)
+    tree = told.tell(Facts(made.ladder_of(CLEAR, list(made.ARMS)), part, record=made.HISTORY))
+    mine = {one["rung"]: one for one in tree["predictions"] if one["arm"] == BASELINE}
+    came = {one["rung"]: one for one in full["predictions"] if one["arm"] == BASELINE}
+    assert list(mine) == ["r3", "r4", TARGET]
+    for one in mine.values():
+        assert one["by"] == ["r0", "r1", "r2"]
+        assert one["observed"] is None
+    for rung in ("r4", TARGET):
+        assert mine[rung]["predicted"]["low"] < came[rung]["observed"] < mine[rung]["predicted"]["high"]
+
+
 def test_runs_at_the_target_move_no_verdict(full):
     without = made.tree(CLEAR)
     assert [one["multiplier"] for one in without["verdicts"]] == [one["multiplier"] for one in full["verdicts"]]
