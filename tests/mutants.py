@@ -142,13 +142,14 @@ class Mutant:
     breaks: str
     """The invariant that must fail."""
     faults: tuple[str, ...]
-    """What brings it to light, as TOML. Late enough that a checkpoint is surely there to resume from."""
+    """What brings it to light, as TOML. After a second save has begun: it has waited for the first to be committed."""
     nodes: int = 1
     set: str = "{}"
     """Overrides of this run, as TOML."""
 
 
-SLOW = "{ eval.every_steps = 1, eval.max_tokens = 1024 }"  # to be met from outside
+# Slow enough to be met from outside, and saved twice before the node leaves.
+MET_OUTSIDE = "{ eval.every_steps = 1, eval.max_tokens = 1024, checkpoint.every_steps = 3 }"
 KILL = '{kind = "sigkill", at_step = 16, rank = 1}'
 KILLED_AGAIN = '{kind = "sigkill", at_step = 34, rank = 0}'
 KILLED_SAVING = '{kind = "sigkill", at_step = 12, rank = 0, phase = "in_save_shard"}'
@@ -162,7 +163,7 @@ MUTANTS = {
     for mutant in (
         Mutant(moments_dropped, "KempnerForge #114", EQUAL, (KILL,)),
         Mutant(stale_after_a_resume, "torchtitan #647", EQUAL, (KILL, KILLED_AGAIN)),
-        Mutant(data_forgotten_at_another_size, "torchtitan #816", SAMPLES, (NODE_LEAVES,), nodes=2, set=SLOW),
+        Mutant(data_forgotten_at_another_size, "torchtitan #816", SAMPLES, (NODE_LEAVES,), nodes=2, set=MET_OUTSIDE),
         Mutant(data_one_step_ahead, "torchtitan #4686", SAMPLES, (KILL,)),
         Mutant(newest_before_it_is_durable, "KempnerForge #102", KEPT, (KILLED_SAVING,)),
         Mutant(truncated_still_chosen, "torchtitan #4011", STATUS, (TRUNCATED,)),
@@ -178,7 +179,7 @@ def nothing() -> None:
 
 
 EVERY_FAULT = tuple(dict.fromkeys(fault for mutant in MUTANTS.values() for fault in mutant.faults))
-CONTROL = Mutant(nothing, "nobody", "", EVERY_FAULT, nodes=2, set=SLOW)
+CONTROL = Mutant(nothing, "nobody", "", EVERY_FAULT, nodes=2, set=MET_OUTSIDE)
 """All of them in one run: it passes, so each list of them alone is survived without a mutant."""
 
 
