@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from trainer import checkpoint, cluster, events
-from trainer.cluster import LAUNCH
+from trainer.cluster import LAUNCH, warm_server
 from trainer.faults import telling
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,7 +30,7 @@ def settings(**overrides: Any) -> list[str]:
 
 def trainer(*arguments: str | Path, check: bool = True, timeout: float = 100) -> subprocess.CompletedProcess[str]:
     """`python -m trainer …` to its end."""
-    return run([sys.executable, "-m", "trainer", *map(str, arguments)], check, timeout)
+    return run([sys.executable, "-m", "trainer", *map(str, arguments)], check, timeout, warm=arguments[0] == "train")
 
 
 def torchrun(
@@ -42,14 +43,28 @@ def torchrun(
 ) -> subprocess.CompletedProcess[str]:
     """`torchrun --standalone --nproc-per-node RANKS -m MODULE …` to its end."""
     options = ["--standalone", "--nproc-per-node", str(ranks), "--max-restarts", str(restarts), "-m", module]
-    return run([*LAUNCH, *options, *map(str, arguments)], check, timeout)
+    return run([*LAUNCH, *options, *map(str, arguments)], check, timeout, warm=True)
 
 
-def run(command: list[str], check: bool, timeout: float) -> subprocess.CompletedProcess[str]:
+def run(command: list[str], check: bool, timeout: float, *, warm: bool = False) -> subprocess.CompletedProcess[str]:
+    """A command to its end. With `warm`, a `python -m` is forked from a process that has torch imported."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout, check=False, cwd=ROOT, env=environment
-    )
+    with tempfile.TemporaryDirectory() as scratch:
+        output, errors = Path(scratch, "output"), Path(scratch, "errors")
+        process = None
+        if warm and (server := warm_server()) is not None:
+            _, _, module, *arguments = command
+            process = server.start(module, arguments, environment, directory=ROOT, output=output, errors=errors)
+        if process is None:
+            with output.open("w") as out, errors.open("w") as err:
+                process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=ROOT, env=environment
+                )
+        try:
+            status = process.wait(timeout)
+        finally:
+            process.kill()
+        done = subprocess.CompletedProcess(command, status, output.read_text(), errors.read_text())
     if check and done.returncode:
         raise AssertionError(f"{' '.join(command)}\nexit {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done
@@ -108,6 +123,7 @@ class Job(cluster.Job):
             launch=launch,
             environment={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(environment or {})},
             directory=ROOT,
+            warm=True,
         )
 
     def wait(self, timeout: float = 300) -> int:

@@ -168,7 +168,7 @@ def test_a_disk_that_fails_fails_one_save_and_not_the_run(place: Place):
         fault("slow_write", 14, 1),
         fault("stalled_disk", 16, 1, seconds=0.5),
         fault("torn_save", 18, 1),
-        fault("vanished_checkpoints", 20, 1, seconds=0.3),
+        fault("vanished_checkpoints", 21, 1, seconds=0.3),  # the save of 20 has waited for that of 18
         fault("no_space", 24, phase="before_commit"),
     ]
     place.survive(2, faults, *settings(parallel__strategy="fsdp", checkpoint__every_steps=2))

@@ -1,9 +1,11 @@
 """Workers that are forked: to whoever started them they are what ordinary ones are."""
 
+import ast
 import json
 import os
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,39 @@ def test_the_server_ends_with_its_agent_and_a_process_with_threads_gets_none(tmp
         "print(forkserver.fork([]))\n",
     )
     assert done.stdout == "None\n"  # and, or this would wait in vain, nobody holds the output any more
+
+
+def test_a_process_with_threads_can_have_children_forked_and_all_threads_hear_of_their_ends(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "worker.py").write_text(WORKER + "print(open('/proc/self/environ').read().split('\\0'))\n")
+    mark = uuid.uuid4().hex
+    done = run(
+        tmp_path,
+        "import os, threading, pathlib; from concurrent.futures import ThreadPoolExecutor as Pool\n"
+        "from trainer import forkserver\n"
+        "threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
+        "server = forkserver.spawn(['wave', 'tempfile'])\n"
+        "here = pathlib.Path('elsewhere').absolute()\n"
+        "def start(way):\n"
+        f"    environment = {{'TOPROPE_JOB': '{mark}', 'SHAPE': 'round'}}\n"
+        "    files = {'directory': here, 'output': here / f'{way}.out', 'errors': here / f'{way}.err'}\n"
+        "    return server.start('worker', [way], environment, **files)\n"
+        "with Pool(8) as pool:\n"
+        "    for way, child in {way: start(way) for way in ('leave', 'kill', 'raise', 'end')}.items():\n"
+        "        print(os.getpid(), *{pool.submit(child.wait, 30).result() for _ in range(8)})\n"
+        "server.close()\n"
+        "print(server.start('worker', ['end'], {}))\n",
+    )
+    *ends, last = done.stdout.splitlines()
+    assert [line.split()[1:] for line in ends] == [["7"], ["-9"], ["1"], ["0"]] and last == "None", done.stderr
+    told, environment = (elsewhere / "end.out").read_text().splitlines()
+    assert json.loads(told) == {
+        "arguments": ["end"], "color": None, "shape": "round", "parent": int(ends[0].split()[0]), "leads_session": True,
+        "name": "__main__", "preloaded": True, "comm": "python", "interrupt": True,
+    }  # fmt: skip
+    assert f"TOPROPE_JOB={mark}" in ast.literal_eval(environment)  # that other processes see: it is found by it
+    assert "ZeroDivisionError" in (elsewhere / "raise.err").read_text() and done.stderr == ""
 
 
 def test_under_torchrun_workers_are_forked_and_end_with_the_bits_of_ordinary_ones(tmp_path):

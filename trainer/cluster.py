@@ -3,7 +3,9 @@
 Whatever becomes of them, their processes and files are found again, ended and accounted for.
 """
 
+import atexit
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -16,20 +18,28 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from trainer import elastic
+from trainer import elastic, forkserver
+from trainer.elastic import JOB_MARK
 
 if TYPE_CHECKING:
     from trainer.faults.network import Hosts
 
-LAUNCH = (sys.executable, "-c", "from trainer.launch import torchrun; torchrun()")
-MARK = "TOPROPE_JOB"
-"""Environment: which job a process belongs to."""
+LAUNCH = (sys.executable, "-m", "trainer.launch")
 PROC = Path("/proc")
 # A node that is gone is known to be after 3 s; a round is closed 1 s after the last call.
 RENDEZVOUS = "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=1,join_timeout=60,read_timeout=30"
 SPARE_NODES = 2  # that may join while all others are there
 STORE_SECONDS = 30  # torch's import is most of it
 PARTING_SECONDS = 10  # for the other agents to leave after the first
+
+
+@functools.cache
+def warm_server() -> forkserver.ForkServer | None:
+    """This process's own, for who starts many jobs: it has imported what agents and their workers need."""
+    server = forkserver.spawn(["trainer.imports", "torch.distributed.run"])
+    if server is not None:
+        atexit.register(server.close)
+    return server
 
 
 class Job:
@@ -50,21 +60,19 @@ class Job:
         environment: Mapping[str, str] | None = None,
         directory: Path | None = None,
         host: int | None = None,
+        warm: bool = False,
     ) -> None:
         """Start `launch` + `arguments` in working directory `directory`, with its output in the file `log`.
 
-        `host` is for the caller to remember where it runs.
+        `host` is for the caller to remember where it runs. With `warm` an agent (`launch` is LAUNCH) is forked
+        from a process that has its imports behind it, which pays for who starts many.
         """
         self.mark, self.host, self.log = uuid.uuid4().hex, host, log
         self.temporary = log.with_suffix(".tmp")
         self.temporary.mkdir(parents=True)
         self._shared_memory = _shared_memory()
-        own = {MARK: self.mark, "TMPDIR": str(self.temporary)}
-        with log.open("w", encoding="utf-8") as output:
-            self.process = subprocess.Popen(
-                [*launch, *arguments], stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=directory,
-                env=os.environ | (environment or {}) | own, start_new_session=True,
-            )  # fmt: skip
+        own = {JOB_MARK: self.mark, "TMPDIR": str(self.temporary)}
+        self.process = _start([*launch, *arguments], os.environ | (environment or {}) | own, directory, log, warm)
 
     def __enter__(self) -> Self:
         return self
@@ -83,7 +91,7 @@ class Job:
 
     def processes(self) -> list[int]:
         """All living processes of this job, the agent first."""
-        found = _descendants(self.process) if not PROC.exists() else _with_environment(f"{MARK}={self.mark}")
+        found = _descendants(self.process) if not PROC.exists() else _with_environment(f"{JOB_MARK}={self.mark}")
         return sorted(found, key=lambda pid: (pid != self.process.pid, pid))
 
     def workers(self) -> dict[int, int]:
@@ -120,7 +128,7 @@ class Job:
         except OSError:
             return False
         try:
-            if _environment(pid).get(MARK) != self.mark:
+            if _environment(pid).get(JOB_MARK) != self.mark:
                 return False
             signal.pidfd_send_signal(handle, number)
         except ProcessLookupError:
@@ -182,8 +190,9 @@ class Cluster:
         environment: Mapping[str, str] | None = None,
         own_store: bool = False,
         worker: Sequence[str] = ("trainer", "train"),
+        warm: bool = False,
     ) -> None:
-        """`worker` is the module, with its first arguments, that each rank runs."""
+        """`worker` is the module, with its first arguments, that each rank runs; `warm` as for Job."""
         assert nodes > 1 or not (own_store or hosts), "one agent by itself has its store in itself"
         settings = [part for override in overrides for part in ("--set", override)]
         self._command = ["-m", *worker, str(config), "--run", str(run), *settings]
@@ -192,6 +201,7 @@ class Cluster:
         self._port = _free_port() if nodes > 1 else 0
         self._stores: list[Job] = []
         self._growing = threading.Lock()
+        self._warm = warm
         self.hosts = hosts
         self.nodes: list[Job] = []
 
@@ -284,6 +294,7 @@ class Cluster:
                 launch=[*self._on(number), *LAUNCH],
                 environment=self._environment | ({"GLOO_SOCKET_IFNAME": self.hosts.interface} if self.hosts else {}),
                 host=self._host(number),
+                warm=self._warm,
             )
             self.nodes.append(node)
             return node
@@ -310,6 +321,21 @@ class Cluster:
     def _on(self, number: int) -> list[str]:
         host = self._host(number)
         return [] if self.hosts is None or host is None else self.hosts.command(host)
+
+
+def _start(
+    command: Sequence[str], environment: Mapping[str, str], directory: Path | None, log: Path, warm: bool
+) -> subprocess.Popen[bytes] | forkserver.Child:
+    """In a session of its own, with nothing to read and all output in the log."""
+    if warm and tuple(command[:3]) == LAUNCH and (server := warm_server()) is not None:
+        child = server.start(command[2], command[3:], environment, directory=directory, output=log)
+        if child is not None:
+            return child
+    with log.open("w", encoding="utf-8") as output:
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=directory, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
 
 
 def _free_port() -> int:
@@ -354,7 +380,7 @@ def _parent(pid: int) -> int | None:
     return None
 
 
-def _descendants(process: subprocess.Popen[bytes]) -> list[int]:
+def _descendants(process: subprocess.Popen[bytes] | forkserver.Child) -> list[int]:
     if process.poll() is not None:
         return []
     listed = subprocess.run(["ps", "-axo", "pid=,ppid="], capture_output=True, text=True, check=False).stdout

@@ -15,6 +15,9 @@ from trainer.errors import EXIT_FAILED
 FAILURES_FILE = "TOPROPE_FAILURES"
 """Environment: the file in which our launcher notes why it starts the workers again."""
 FAILURES_PREFIX = "toprope-failures-"
+JOB_MARK = "TOPROPE_JOB"
+"""Environment: which job on this machine a process belongs to, as MARK_LENGTH letters."""
+MARK_LENGTH = 32
 NAME_PREFIX = "rank "
 """Of a worker's name among the processes."""
 SHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"

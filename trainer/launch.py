@@ -61,7 +61,7 @@ def torchrun() -> None:
     if arguments.log_dir is None and arguments.redirects == arguments.tee == "0":
         arguments.log_dir = os.devnull  # nothing would be logged there, and torch leaves the directories behind in /tmp
     if arguments.module and _has_no_gpu():
-        _mend_starting(SubprocessHandler, forkserver.fork(["trainer.job"]))
+        _mend_starting(SubprocessHandler, forkserver.fork(["trainer.imports"]))
     failures_file = elastic.make_failures_file()
     try:
         run.run(arguments)
@@ -199,3 +199,7 @@ def _how(failure: dict[str, Any]) -> str:
     if failure["signal"] is not None:
         return f"was ended by {failure['signal']}"
     return f"left with exit status {failure['exitcode']}"
+
+
+if __name__ == "__main__":
+    torchrun()

@@ -251,7 +251,7 @@ def _launch(
                 campaign.config_path, directory / "run", overrides, ranks=ranks // nodes, nodes=nodes,
                 restarts=campaign.restarts_for(len(planned)), directory=scratch, hosts=hosts,
                 environment={"WANDB_MODE": "disabled"}, own_store=bool(kinds & NEEDS_STORE),
-                worker=worker,
+                worker=worker, warm=True,
             )
         )  # fmt: skip
         nemesis = Nemesis(planned, directory / "run", cluster, started)

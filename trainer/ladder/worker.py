@@ -28,8 +28,7 @@ from trainer.ladder.pool import Place
 if TYPE_CHECKING:
     from trainer.cluster import Cluster
 
-# All that a run imports on its way, late imports too.
-PRELOAD = ("trainer.ladder.worker", "trainer.ladder.imports")
+PRELOAD = ("trainer.ladder.worker", "trainer.imports")
 LOCK_SECONDS = 10.0
 """How long a run directory may still be held by a process whose scheduler was killed."""
 START = "== "

@@ -1,4 +1,4 @@
-"""What a run imports on its way, all at once: the server of forks loads this, and each fork has it."""
+"""What a run imports on its way, all at once: a server of forks loads this, and each fork has it."""
 
 import multiprocessing.synchronize
 import random
