@@ -89,8 +89,9 @@ def test_a_process_with_threads_can_have_children_forked_and_all_threads_hear_of
     mark = uuid.uuid4().hex
     done = run(
         tmp_path,
-        "import os, threading, pathlib; from concurrent.futures import ThreadPoolExecutor as Pool\n"
+        "import os, signal, threading, pathlib; from concurrent.futures import ThreadPoolExecutor as Pool\n"
         "from trainer import forkserver\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in the background of some shells
         "threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
         "server = forkserver.spawn(['wave', 'tempfile'])\n"
         "here = pathlib.Path('elsewhere').absolute()\n"
