@@ -11,6 +11,7 @@ fork, no thread is running and no CUDA context exists.
 Linux only. Where there is no server, or none any more, the caller starts its processes in the ordinary way.
 """
 
+import atexit
 import ctypes
 import importlib
 import io
@@ -125,8 +126,7 @@ def fork(modules: Sequence[str]) -> ForkServer | None:
     """Fork a server that imports `modules`; this process will be the parent of all children that it forks.
 
     None where that is not safe: without Linux, or if this process has threads.
-    In every child this call never returns: it raises the SystemExit, or the exception, that the child's module ends
-    with. So nothing may stand around it that must not happen in a child.
+    In the children this call never returns.
     """
     if sys.platform != "linux" or len(list(Path("/proc/self/task").iterdir())) > 1:
         return None
@@ -147,11 +147,12 @@ def spawn(modules: Sequence[str]) -> ForkServer | None:
     if sys.platform != "linux":
         return None
     ours, theirs = Pipe()
+    threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # read as torch is loaded, and torchrun's default
     program = f"from trainer import forkserver; forkserver.serve({theirs.fileno()}, {list(modules)!r})"
     with theirs:
         server = subprocess.Popen(
             [sys.executable, "-c", program], stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()],
-            env=os.environ | {elastic.JOB_MARK: UNMARKED}, start_new_session=True,
+            env=threads | os.environ | {elastic.JOB_MARK: UNMARKED}, start_new_session=True,
         )  # fmt: skip
     return ForkServer(ours, server)
 
@@ -226,8 +227,27 @@ def _run(request: Request) -> NoReturn:
         stream.reconfigure(write_through=True)
     sys.path.insert(0, str(Path.cwd()))
     sys.argv = [request.module, *request.arguments]
-    runpy.run_module(request.module, run_name="__main__", alter_sys=True)
-    raise SystemExit(0)
+    try:
+        runpy.run_module(request.module, run_name="__main__", alter_sys=True)
+        status = 0
+    except SystemExit as leaving:
+        status = _status(leaving.code)
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        status = 1
+    threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # to take all modules down one by one would cost a second
+
+
+def _status(code: object) -> int:
+    """Of a process, as Python makes it of what sys.exit was given."""
+    if code is None or isinstance(code, int):
+        return (code or 0) & 0xFF
+    print(code, file=sys.stderr)
+    return 1
 
 
 def _redirect(path: str | None, *descriptors: int) -> None:
