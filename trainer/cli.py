@@ -5,6 +5,7 @@ Heavy imports wait inside the verbs, so that `--help` and a mistyped config answ
 
 import json
 import shlex
+import signal
 import sys
 import time
 from pathlib import Path
@@ -288,6 +289,7 @@ def main() -> None:
     except TopropeError as error:
         if elastic.expected_rank() == 0:  # every rank raises the same error; one message is enough
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        else:
-            time.sleep(3)  # leaving first, we would have torchrun end rank 0 before it has spoken
+        else:  # leaving first, we would have torchrun end rank 0 before it has spoken; then it ends us
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(3)
         raise SystemExit(error.exit_status) from None

@@ -31,12 +31,11 @@ from trainer.ladder import pool as pools
 from trainer.ladder.planned import TARGET, Ladder, PlannedRun
 from trainer.ladder.pool import Place, State
 from trainer.ladder.speed import Speed
-from trainer.ladder.worker import Server, Task, is_final, last_words
+from trainer.ladder.worker import STOPPING, Server, Task, is_final, last_words
 
 POLL_SECONDS = 0.2
 LOOK_SECONDS = 1.0
 """How often the files of runs are looked at for the table."""
-STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,11 @@
 import contextlib
 import math
 import os
+import signal
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -19,8 +20,9 @@ from trainer.errors import UsageError
 from trainer.ladder import pool as pools
 from trainer.ladder.planned import Ladder, PlannedRun
 from trainer.ladder.pool import Place, State
-from trainer.ladder.worker import Server, Task, is_final, last_words
+from trainer.ladder.worker import STOPPING, Server, Task, is_final, last_words
 
+LEAVING_SECONDS = 10.0
 PROBE_STEPS = 6  # the first pays for what is done once; the median does not see it
 
 
@@ -100,7 +102,7 @@ def probe(ladder: Ladder, slots: int, server: Server) -> Speed:
     """
     firsts = {run.rung: run for run in reversed(ladder.runs)}
     ends = [firsts[name] for name in dict.fromkeys((ladder.rungs[0].name, ladder.rungs[-1].name))]
-    with tempfile.TemporaryDirectory(prefix="toprope-probe-") as directory:
+    with tempfile.TemporaryDirectory(prefix="toprope-probe-", ignore_cleanup_errors=True) as directory:
         runs = [_short(run) for run in ends]
         states = {run.key: _timed(ladder, run, Path(directory), slots, server) for run in runs}
     return measured(runs, states)
@@ -121,12 +123,15 @@ def _short(run: PlannedRun) -> PlannedRun:
 
 def _timed(ladder: Ladder, run: PlannedRun, directory: Path, slots: int, server: Server) -> State:
     places = [Place(directory / f"{run.key}-{slot}" / run.key) for slot in range(slots)]
-    processes: list[BaseProcess] = []
-    for slot, place in enumerate(places):
-        place.directory.mkdir(parents=True)
-        place.write(run)
-        processes.append(server.start(Task(place, f"probe of {run.rung}", ladder.ranks, devices_of(ladder, slot))))
-    _joined(processes)
+    with _ended_with_us() as processes:
+        for slot, place in enumerate(places):
+            place.directory.mkdir(parents=True)
+            place.write(run)
+            task = Task(place, f"probe of {run.rung}", ladder.ranks, devices_of(ladder, slot))
+            with _uninterrupted():
+                processes.append(server.start(task))
+        for process in processes:
+            process.join()
     for process, place in zip(processes, places, strict=True):
         said = last_words(place.log)
         if process.exitcode and is_final(process.exitcode, said):
@@ -134,15 +139,33 @@ def _timed(ladder: Ladder, run: PlannedRun, directory: Path, slots: int, server:
     return pools.state(places[0].directory.parent, run)
 
 
-def _joined(processes: Sequence[BaseProcess]) -> None:
+@contextlib.contextmanager
+def _ended_with_us() -> Iterator[list[BaseProcess]]:
+    """A list for processes, none of which lives on if the context is left by an exception."""
+    processes: list[BaseProcess] = []
     try:
-        for process in processes:
-            process.join()
+        yield processes
     except BaseException:
-        for process in processes:
-            with contextlib.suppress(ValueError):
+        try:
+            for process in processes:
+                process.terminate()
+            for process in processes:
+                process.join(LEAVING_SECONDS)
+        finally:
+            for process in processes:
                 process.kill()
+                process.join()
         raise
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Signals that stop a ladder are heard at the end of the context: no process is started that nobody knows of."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def slots_of(ladder: Ladder) -> int:

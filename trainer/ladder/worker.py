@@ -36,6 +36,8 @@ START = "== "
 FINAL = (f"{NumericsError.__name__}: ", f"{CheckpointError.__name__}: ")
 """Errors that would only come again; torchrun tells of them in its output alone."""
 IN_USE = "is in use by"
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+"""Signals that ask a ladder to stop."""
 TORCHRUN_RESTARTS = 20  # the scheduler counts those without progress; these are for faults in a row
 
 
