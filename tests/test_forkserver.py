@@ -26,7 +26,7 @@ told = {
 }
 print(json.dumps(told))
 {"kill": lambda: os.kill(os.getpid(), signal.SIGKILL), "leave": lambda: sys.exit(7), "raise": lambda: 1 / 0,
- "end": lambda: None}[sys.argv[1]]()
+ "complain": lambda: sys.exit("no room"), "end": lambda: None}[sys.argv[1]]()
 """
 
 
@@ -100,13 +100,13 @@ def test_a_process_with_threads_can_have_children_forked_and_all_threads_hear_of
         "    files = {'directory': here, 'output': here / f'{way}.out', 'errors': here / f'{way}.err'}\n"
         "    return server.start('worker', [way], environment, **files)\n"
         "with Pool(8) as pool:\n"
-        "    for way, child in {way: start(way) for way in ('leave', 'kill', 'raise', 'end')}.items():\n"
+        "    for way, child in {way: start(way) for way in ('leave', 'kill', 'raise', 'complain', 'end')}.items():\n"
         "        print(os.getpid(), *{pool.submit(child.wait, 30).result() for _ in range(8)})\n"
         "server.close()\n"
         "print(server.start('worker', ['end'], {}))\n",
     )
     *ends, last = done.stdout.splitlines()
-    assert [line.split()[1:] for line in ends] == [["7"], ["-9"], ["1"], ["0"]] and last == "None", done.stderr
+    assert [line.split()[1:] for line in ends] == [["7"], ["-9"], ["1"], ["1"], ["0"]] and last == "None", done.stderr
     told, environment = (elsewhere / "end.out").read_text().splitlines()
     assert json.loads(told) == {
         "arguments": ["end"], "color": None, "shape": "round", "parent": int(ends[0].split()[0]), "leads_session": True,
@@ -114,6 +114,7 @@ def test_a_process_with_threads_can_have_children_forked_and_all_threads_hear_of
     }  # fmt: skip
     assert f"TOPROPE_JOB={mark}" in ast.literal_eval(environment)  # that other processes see: it is found by it
     assert "ZeroDivisionError" in (elsewhere / "raise.err").read_text() and done.stderr == ""
+    assert (elsewhere / "complain.err").read_text() == "no room\n"
 
 
 def test_under_torchrun_workers_are_forked_and_end_with_the_bits_of_ordinary_ones(tmp_path):

@@ -337,7 +337,6 @@ def test_gpus_are_shared_out_among_slots_and_each_run_sees_its_own(home, monkeyp
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,6,3,1,0")
     assert [speed.devices_of(ladder, slot)["CUDA_VISIBLE_DEVICES"] for slot in (0, 1)] == ["7,6", "3,1"]
     told: list[worker.Task] = []
-    monkeypatch.setattr(speed, "_joined", lambda processes: None)
     monkeypatch.setattr(speed.pools, "state", lambda pool, run: State("waiting"))
     speed.probe(ladder, 2, mock.Mock(start=lambda task: told.append(task) or mock.Mock(exitcode=0)))
     assert [task.environment["CUDA_VISIBLE_DEVICES"] for task in told] == ["7,6", "3,1"] * 2
