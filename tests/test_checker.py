@@ -508,3 +508,15 @@ def test_a_rank_that_dies_of_a_save_that_only_failed_is_a_false_alarm(log):
     log.finish()
     found = answers(evidence(log, {"kind": "no_space", "rank": 1, "at_step": 6}))[checker.NAMED]
     assert found.answer == "fail" and "false alarm" in found.why
+
+
+@pytest.mark.parametrize(("kind", "answer"), [("vanished_checkpoints", "pass"), ("slow_rank", "fail")])
+def test_a_save_may_fail_where_its_directory_had_vanished_and_not_beside_a_slow_rank(log, kind, answer):
+    log.start(0)
+    log.steps(1, 9)
+    log.fire(kind=kind)
+    log.write(CheckpointFailed(step=6, reason="No such file or directory", in_a_row=1, stall_seconds=0.0))
+    log.steps(10, STEPS)
+    log.finish()
+    found = evidence(log, {"kind": kind, "rank": 1, "at_step": 10})
+    assert answers(found)[checker.NAMED].answer == answer

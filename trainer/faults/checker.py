@@ -275,11 +275,13 @@ def _false_alarms(evidence: Evidence) -> list[Incident]:
     told = {name for kind in kinds for name in kind.told_as}
     broken = {firing.attempt for firing in evidence.firings if _breaks(firing.fault.kind)}
     explained = [telling.incident for telling in evidence.tellings]
+    caused = {(name, firing.attempt) for firing in evidence.firings for name in firing.fault.kind.may_cause}
     secondary = ("worker_lost", "save_failed")  # what ends one rank breaks the others and the save under way
     return [
         incident
         for incident in evidence.incidents
         if not any(incident is one for one in explained)
+        and (incident.kind, incident.attempt) not in caused
         and (incident.kind not in told or incident.kind in secondary)
         and not (incident.kind in secondary and incident.attempt in broken)
     ]

@@ -60,6 +60,8 @@ class Kind:
     settings: Mapping[str, Setting] = field(default_factory=lambda: MappingProxyType({}))
     told_as: tuple[str, ...] = ()
     """Kinds of incident (incidents.py) by one of which the run must tell of it; empty: it passes without one."""
+    may_cause: tuple[str, ...] = ()
+    """Kinds of incident that can come of it besides, and are no false alarm."""
     on_rank: bool = True
     """Whether it hits a rank, and not a node, a link or the store."""
     names_rank: bool = True
@@ -294,7 +296,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType({
             "vanished_checkpoints", "a file system that is unmounted",
             "RUN/checkpoints is moved away, and back after some seconds",
             settings={"seconds": Setting(1.0, "how long it is gone")}, phases=("before_forward", "in_save_shard"),
-            told_as=(),
+            told_as=(), may_cause=("save_failed",),  # one that was under way
         ),
         _number(
             "nan_loss", "an overflow in the loss", "the loss of one micro-batch is not finite", settings=VALUE,
