@@ -323,7 +323,7 @@ class Attack:
             with Cluster(
                 SMOKE, self.run, [*SETTINGS[1::2], *extra], ranks=self.ranks, nodes=self.nodes, hosts=self.hosts,
                 directory=self.directory / f"launch-{number}", environment={"PYTHONPATH": str(ROOT)},
-                own_store=bool({fault.kind.name for fault in self.plan} & NEEDS_STORE), worker=worker, warm=True,
+                own_store=bool({fault.kind.name for fault in self.plan} & NEEDS_STORE), worker=worker,
             ) as cluster:  # fmt: skip
                 cluster.start()
                 nemesis = Nemesis(self.plan, self.run, cluster, began)
