@@ -192,7 +192,7 @@ class Cluster:
         worker: Sequence[str] = ("trainer", "train"),
         warm: bool = False,
     ) -> None:
-        """`worker` is the module, with its first arguments, that each rank runs; `warm` as for Job."""
+        """`worker` is the module, with its first arguments, that each rank runs; `warm` as for Job, if the agent is alone."""
         assert nodes > 1 or not (own_store or hosts), "one agent by itself has its store in itself"
         settings = [part for override in overrides for part in ("--set", override)]
         self._command = ["-m", *worker, str(config), "--run", str(run), *settings]
@@ -201,7 +201,8 @@ class Cluster:
         self._port = _free_port() if nodes > 1 else 0
         self._stores: list[Job] = []
         self._growing = threading.Lock()
-        self._warm = warm
+        # A node that is forked joins, and dies, so fast that torch's agents can be caught between meeting and ranks.
+        self._warm = warm and nodes == 1
         self.hosts = hosts
         self.nodes: list[Job] = []
 
