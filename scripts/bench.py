@@ -26,10 +26,13 @@ from scripts import bench_ladder as ladder
 from scripts import bench_survival as survival
 from scripts.bench_tables import Ratio, record
 from trainer import config as configs
-from trainer import console, events, job, loop, world
+from trainer import job, loop
 from trainer import model as models
 from trainer.config import Config
 from trainer.data import Prepared, prepare
+from trainer.log import events
+from trainer.parallel import world
+from trainer.show import console
 from trainer.step import TrainState, Work
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -182,7 +185,7 @@ def saving_worker() -> None:
 
 
 def torchrun(*arguments: str) -> str:
-    command = [sys.executable, "-c", "from trainer.launch import torchrun; torchrun()", "--standalone"]
+    command = [sys.executable, "-c", "from trainer.launch.torchrun import torchrun; torchrun()", "--standalone"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*command, "--nproc-per-node", "2", *arguments],

@@ -20,11 +20,13 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from trainer import checkpoint, elastic, events, job, optim, world
+from trainer import checkpoint, job, optim
 from trainer import config as configs
 from trainer import model as models
-from trainer.cluster import Cluster, Job
 from trainer.data import prepare
+from trainer.launch.cluster import Cluster, Job
+from trainer.log import events
+from trainer.parallel import elastic, world
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

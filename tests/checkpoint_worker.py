@@ -25,8 +25,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tests.support import SMOKE
 from trainer import checkpoint
 from trainer import config as configs
-from trainer.events import Event
-from trainer.world import World
+from trainer.log.events import Event
+from trainer.parallel.world import World
 
 IDENTITY = {"fingerprint": "f" * 64, "run_id": "r"}
 LAYOUTS = [("replicate", 1), ("fsdp", 1), ("replicate", 2), ("fsdp", 2), ("replicate", 3), ("fsdp", 3),

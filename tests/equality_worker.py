@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from trainer import config as configs
-from trainer import job, loop, world
+from trainer import job, loop
 from trainer import model as models
 from trainer.data import prepare
-from trainer.events import EventLog, StepDone
+from trainer.log.events import EventLog, StepDone
+from trainer.parallel import world
 from trainer.step import TrainState, Work
 
 

@@ -10,12 +10,12 @@ import numpy as np
 
 from tests import ladders
 from tests.ladders import Arm, Design
-from trainer.ladder.outcomes import Outcome
-from trainer.ladder.planned import AA, TARGET, Ladder, PlannedArm, PlannedRung
-from trainer.ladder.report import told
-from trainer.ladder.report.told import Facts
-from trainer.ladder.results import BASELINE, Criterion
-from trainer.ladder.sizes import Shape
+from trainer.ladder.collect import Outcome
+from trainer.ladder.plan.plan import AA, TARGET, Ladder, PlannedArm, PlannedRung
+from trainer.ladder.plan.sizes import Shape
+from trainer.ladder.report import build
+from trainer.ladder.report.build import Facts
+from trainer.ladder.stats.records import BASELINE, Criterion
 
 ARMS: Mapping[str, Arm] = {
     AA: ladders.UNCHANGED,
@@ -97,13 +97,13 @@ def missing(
 def tree(design: Design = ladders.SHORT, arms: Mapping[str, Arm] = ARMS, **more: Any) -> dict[str, Any]:
     """The report of a ladder whose runs all finished."""
     found = outcomes_of(design, arms, target=more.pop("target", ()))
-    return told.tell(Facts(ladder_of(design, list(arms), **more), found, record=HISTORY))
+    return build.tell(Facts(ladder_of(design, list(arms), **more), found, record=HISTORY))
 
 
 def told_of(
     found: Sequence[Outcome], design: Design = ladders.SHORT, arms: Sequence[str] = tuple(ARMS)
 ) -> dict[str, Any]:
-    return told.tell(Facts(ladder_of(design, arms), found, record=HISTORY))
+    return build.tell(Facts(ladder_of(design, arms), found, record=HISTORY))
 
 
 __all__ = ["AA", "ARMS", "BASELINE", "change", "ladder_of", "missing", "outcomes_of", "told_of", "tree"]

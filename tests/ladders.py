@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from trainer.errors import FitError
-from trainer.ladder import fit as fits
-from trainer.ladder import verdict
-from trainer.ladder.results import BASELINE, Criterion, Interval, Point, Verdict
+from trainer.ladder.stats import fit as fits
+from trainer.ladder.stats import verdict
+from trainer.ladder.stats.records import BASELINE, Criterion, Interval, Point, Verdict
 
 Law = Callable[[float], float]
 """Loss in nats of a compute in FLOPs."""

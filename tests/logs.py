@@ -5,9 +5,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from trainer import rundir
 from trainer.config import parse
-from trainer.events import (
+from trainer.log import rundir
+from trainer.log.events import (
     AttemptEnded,
     AttemptStarted,
     CheckpointSaved,

@@ -14,13 +14,15 @@ from typing import Any
 
 from torch import Tensor
 
-from trainer import checkpoint, cli, elastic, events, job, loop
+from trainer import checkpoint, cli, job, loop
 from trainer.checkpoint import files, loading, saving
 from trainer.data import Batches
 from trainer.errors import CheckpointError
-from trainer.events import AttemptStarted, CheckpointFailed
 from trainer.faults.checker import EQUAL, KEPT, NAMED, SAMPLES, STATUS
+from trainer.log import events
+from trainer.log.events import AttemptStarted, CheckpointFailed
 from trainer.loop import Parts
+from trainer.parallel import elastic
 from trainer.step import TrainState
 
 

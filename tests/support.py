@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 
-from trainer import checkpoint, cluster, events
-from trainer.cluster import LAUNCH, warm_server
-from trainer.faults import telling
+from trainer import checkpoint
+from trainer.faults import attribution
+from trainer.launch import cluster
+from trainer.launch.cluster import LAUNCH, warm_server
+from trainer.log import events
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOKE = ROOT / "configs" / "smoke.toml"
@@ -160,7 +162,7 @@ def look(run: Path) -> dict[str, Any]:
         {"step": saved.step, "intact": not checkpoint.verify(saved), "bytes": saved.bytes}
         for saved in reversed(checkpoint.committed(run))
     ]
-    return telling.summarise(run, found)
+    return attribution.summarise(run, found)
 
 
 def committed_samples(run: Path) -> dict[int, str]:

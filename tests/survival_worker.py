@@ -22,8 +22,9 @@ import torch
 from torch.nn.modules.module import register_module_forward_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from trainer import cli, elastic, job
+from trainer import cli, job
 from trainer.checkpoint import streams
+from trainer.parallel import elastic
 from trainer.step import TrainState
 
 SIGNALS = {

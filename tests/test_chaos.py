@@ -17,14 +17,16 @@ import pytest
 from tests.support import ROOT, SMOKE, trainer, wait_until
 from trainer import cli, tomlfile
 from trainer import config as configs
-from trainer.chaos import campaign, results, runner, storm
-from trainer.chaos.campaign import Campaign, Cell
+from trainer.chaos import plan as campaigns
+from trainer.chaos import results, run, schedule
+from trainer.chaos.plan import Campaign, Cell
 from trainer.chaos.results import Answer, Report, Result
 from trainer.config import Config
 from trainer.errors import ConfigError, RunDirectoryError, TopropeError
-from trainer.faults import checker, network, plan
+from trainer.faults import checker, plan
 from trainer.faults.checker import Calm
 from trainer.faults.kinds import KINDS, NODES
+from trainer.launch import namespaces
 
 SETTINGS = """
 [set]
@@ -53,7 +55,7 @@ def write(directory: Path, text: str, config: Path = SMOKE) -> Path:
 
 def problems(path: Path, **more: Any) -> str:
     with pytest.raises(ConfigError) as caught:
-        campaign.load(path, **more)
+        campaigns.load(path, **more)
     return str(caught.value)
 
 
@@ -64,7 +66,7 @@ def small(**changes: Any) -> Config:
 
 def drawn(seed: int, mix: str | dict[str, float] = "process", **more: Any) -> list[dict[str, Any]]:
     chosen = {"faults": 1000, "mean_steps": 7.0, "config": small(), "world_size": 3} | more
-    return storm.draw(storm.weights(mix, 1), seed, **chosen)
+    return schedule.draw(schedule.weights(mix, 1), seed, **chosen)
 
 
 # Storms
@@ -86,7 +88,7 @@ def test_faults_come_as_often_as_asked_and_with_exponential_gaps():
     assert longer == pytest.approx(2.718281828**-2, rel=0.1), "as many gaps beyond two means as an exponential has"
 
 
-@pytest.mark.parametrize("mix", storm.MIXES)
+@pytest.mark.parametrize("mix", schedule.MIXES)
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_every_schedule_is_one_that_a_plan_accepts(mix, ranks):
     for seed in range(40):
@@ -101,12 +103,12 @@ def test_a_schedule_has_no_more_faults_than_asked_for():
 
 
 def test_the_causes_of_llama3_are_those_published_and_all_are_kinds_of_the_catalogue():
-    counts = {cause.name: cause.count for cause in storm.LLAMA3}
+    counts = {cause.name: cause.count for cause in schedule.LLAMA3}
     assert sum(counts.values()) + 6 == 419, "all unexpected interruptions but silent data corruption"
     assert (counts["faulty GPU"], counts["GPU HBM3 memory"], counts["software bug"]) == (148, 72, 54)
-    used = {kind for cause in storm.LLAMA3 for kind in cause.kinds}
+    used = {kind for cause in schedule.LLAMA3 for kind in cause.kinds}
     assert used <= KINDS.keys() and not any(KINDS[kind].silent for kind in used)
-    alone, together = storm.weights("llama3", 1), storm.weights("llama3", 2)
+    alone, together = schedule.weights("llama3", 1), schedule.weights("llama3", 2)
     assert sum(alone.values()) == pytest.approx(413) == pytest.approx(sum(together.values()))
     assert not any(NODES in KINDS[kind].needs for kind in alone) and "partition" in together
 
@@ -115,21 +117,21 @@ def test_the_causes_of_llama3_are_those_published_and_all_are_kinds_of_the_catal
 def test_every_kind_has_a_moment_at_which_it_is_sure_to_come_by(kind):
     config = small(budget={"steps": 30}, checkpoint={"every_steps": 6}, eval={"every_steps": 12})
     for number in range(3):
-        fault = storm.usual(KINDS[kind], config, 2, number)
+        fault = schedule.usual(KINDS[kind], config, 2, number)
         (planned,) = plan.make(configs.parse(config.model_dump() | {"faults": [fault]}), 2)
         assert planned.kind.name == kind
 
 
 def test_a_sample_of_pairs_is_drawn_by_its_seed_and_each_pair_can_be_planned():
     kinds = [kind for kind in KINDS.values() if NODES not in kind.needs]
-    pairs = storm.sample_pairs(kinds, 60, seed=1)
-    assert pairs == storm.sample_pairs(kinds, 60, seed=1) != storm.sample_pairs(kinds, 60, seed=2)
+    pairs = schedule.sample_pairs(kinds, 60, seed=1)
+    assert pairs == schedule.sample_pairs(kinds, 60, seed=1) != schedule.sample_pairs(kinds, 60, seed=2)
     assert len({frozenset((one.name, other.name)) for one, other in pairs}) == 60
     config = small(budget={"steps": 30}, checkpoint={"every_steps": 6})
     for one, other in pairs:
         for ranks in (1, 2):
             if ranks > 1 or not {one.name, other.name} & {"stopped", "skipped_collective"}:
-                faults = storm.pair(one, other, config, ranks)
+                faults = schedule.pair(one, other, config, ranks)
                 assert len(plan.make(configs.parse(config.model_dump() | {"faults": faults}), ranks)) == 2
 
 
@@ -148,14 +150,14 @@ def test_a_failing_schedule_is_shrunk_to_the_faults_that_make_it_fail(culprits):
         tried.append([fault["at_step"] for fault in faults])
         return culprits <= set(tried[-1])
 
-    found = storm.shrink(fails, [table(number) for number in range(10)], most_trials=200)
+    found = schedule.shrink(fails, [table(number) for number in range(10)], most_trials=200)
     assert [fault["at_step"] for fault in found.faults] == sorted(culprits)
     assert found.smallest and found.trials == len(tried)
     assert [] not in tried
 
 
 def test_shrinking_ends_after_so_many_trials_and_says_that_it_did():
-    found = storm.shrink(lambda faults: len(faults) >= 5, [table(number) for number in range(10)], most_trials=4)
+    found = schedule.shrink(lambda faults: len(faults) >= 5, [table(number) for number in range(10)], most_trials=4)
     assert (found.trials, found.smallest) == (4, False) and len(found.faults) >= 5
 
 
@@ -231,7 +233,7 @@ def test_a_plan_that_cannot_be_carried_out_is_refused_and_not_bent(tmp_path, fau
 )
 def test_a_plan_at_the_edge_of_what_can_be_is_taken(tmp_path, faults):
     run = f'[[runs]]\nname = "one"\nfaults = [{faults}]\n'
-    assert campaign.load(write(tmp_path, "nodes = 2\n" + SETTINGS + run)).cells
+    assert campaigns.load(write(tmp_path, "nodes = 2\n" + SETTINGS + run)).cells
 
 
 @pytest.mark.parametrize(
@@ -314,7 +316,7 @@ def test_one_mistake_is_one_line_however_many_readings_of_it_fail(tmp_path):
     """
     path = write(tmp_path, SETTINGS + text)
     with pytest.raises(ConfigError) as caught:
-        campaign.load(path)
+        campaigns.load(path)
     assert list(caught.value.problems) == [
         f"{path}: catalogue.kinds[1] = 3: input should be a valid string.",
         f"{path}: storm.mix = 7: input should be a valid string or a valid dictionary.",
@@ -379,32 +381,32 @@ def test_a_missing_campaign_and_an_unknown_run_are_answered_with_the_nearest(tmp
 
 def test_runs_are_repeated_and_chosen_by_name_and_planned_for_each_strategy(tmp_path):
     path = write(tmp_path, 'strategies = ["replicate", "fsdp"]\n' + SETTINGS + KILL + '[catalogue]\nkinds = ["exit"]')
-    whole = campaign.load(path, repeat=2)
+    whole = campaigns.load(path, repeat=2)
     assert sorted({(cell.name, cell.strategy, cell.repeat) for cell in whole.cells}) == sorted(
         (name, strategy, number) for name in ("kill", "exit") for strategy in ("replicate", "fsdp") for number in (0, 1)
     )
-    assert {cell.name for cell in campaign.load(path, only=["exit"]).cells} == {"exit"}
+    assert {cell.name for cell in campaigns.load(path, only=["exit"]).cells} == {"exit"}
     assert len({cell.slug for cell in whole.cells}) == 8
     assert all(cell.config.parallel.strategy == cell.strategy for cell in whole.cells)
 
 
 def test_runs_that_are_met_from_outside_last_longer_and_have_the_same_weights(tmp_path):
     text = SETTINGS + '[set_outside]\neval.every_steps = 1\n[catalogue]\nkinds = ["agent_killed", "exit", "partition"]'
-    killed, left, parted = campaign.load(write(tmp_path, text)).cells
+    killed, left, parted = campaigns.load(write(tmp_path, text)).cells
     assert (killed.config.eval.every_steps, left.config.eval.every_steps) == (1, 12)
     assert configs.fingerprint(killed.config) == configs.fingerprint(left.config)
     assert (left.nodes, parted.nodes, parted.ranks) == (1, 2, 2)
 
 
 def test_without_exact_sums_it_is_said_that_equality_cannot_be_expected(tmp_path):
-    inexact = campaign.load(write(tmp_path, SETTINGS + "numerics.exact = false\n" + KILL))
-    assert "numerics.exact = false" in (campaign.check_exact(inexact) or "")
-    assert campaign.check_exact(campaign.load(write(tmp_path, SETTINGS + KILL))) is None
+    inexact = campaigns.load(write(tmp_path, SETTINGS + "numerics.exact = false\n" + KILL))
+    assert "numerics.exact = false" in (campaigns.check_exact(inexact) or "")
+    assert campaigns.check_exact(campaigns.load(write(tmp_path, SETTINGS + KILL))) is None
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "chaos").glob("*.toml")), ids=lambda path: path.stem)
 def test_the_campaigns_that_come_with_it_can_be_planned(path):
-    planned = campaign.load(path)
+    planned = campaigns.load(path)
     assert planned.question and planned.cells
     kinds = {fault.kind.name for cell in planned.cells for fault in cell.planned}
     faults = sum(len(cell.planned) for cell in planned.cells)
@@ -465,7 +467,7 @@ def test_a_run_is_worth_its_worst_answer():
 @pytest.fixture
 def planned(tmp_path: Path) -> Campaign:
     text = SETTINGS + KILL + '[catalogue]\nkinds = ["sigterm", "agent_killed", "slow_link"]\n'
-    return campaign.load(write(tmp_path, text))
+    return campaigns.load(write(tmp_path, text))
 
 
 def cell_of(planned: Campaign, name: str) -> Cell:
@@ -477,9 +479,9 @@ def fake_launches(monkeypatch: pytest.MonkeyPatch, statuses: Sequence[int | None
 
     def launch(_campaign: Campaign, overrides: Sequence[str], *_: Any) -> Any:
         given.append(list(overrides))
-        return runner._Launched(1.0, 2.0, left.pop(0), "", [], [])
+        return run._Launched(1.0, 2.0, left.pop(0), "", [], [])
 
-    monkeypatch.setattr(runner, "_launch", launch)
+    monkeypatch.setattr(run, "_launch", launch)
     return given
 
 
@@ -499,15 +501,15 @@ def test_the_same_command_is_given_again_only_where_a_fault_explains_the_status(
     planned, monkeypatch, tmp_path, name, statuses, starts
 ):
     given = fake_launches(monkeypatch, statuses)
-    launches, _, _ = runner._launches(planned, cell_of(planned, name), tmp_path, 0.0)
+    launches, _, _ = run._launches(planned, cell_of(planned, name), tmp_path, 0.0)
     assert [launch["status"] for launch in launches] == statuses[:starts]
     assert len({tuple(overrides) for overrides in given}) == 1, "the identical command"
 
 
 def test_what_this_machine_cannot_make_is_skipped_with_the_reason(planned, monkeypatch, tmp_path):
-    monkeypatch.setattr(network, "probe", lambda: "network namespaces need root")
+    monkeypatch.setattr(namespaces, "probe", lambda: "network namespaces need root")
     calm = Calm("w", "s", {}, 24, 1.0, True)
-    skipped = runner.run_cell(planned, cell_of(planned, "slow_link"), calm, tmp_path)
+    skipped = run.run_cell(planned, cell_of(planned, "slow_link"), calm, tmp_path)
     assert skipped.outcome == "skipped" and "need" in skipped.why and skipped.run == ""
 
 
@@ -528,8 +530,8 @@ def fake_cells(monkeypatch: pytest.MonkeyPatch) -> Callable[[Act], list[str]]:
         def calm(_campaign: Campaign, _out: Path, _report: Report) -> Calm:
             return Calm("w", "s", {}, 24, 1.0, True)
 
-        monkeypatch.setattr(runner, "run_cell", run_cell)
-        monkeypatch.setattr(runner, "_calm", calm)
+        monkeypatch.setattr(run, "run_cell", run_cell)
+        monkeypatch.setattr(run, "_calm", calm)
         return ran
 
     return use
@@ -546,17 +548,17 @@ def test_an_interrupted_campaign_keeps_what_it_has_and_goes_on_with_the_rest(pla
 
     fake_cells(interrupted)
     try:
-        first = runner.run(planned, out)
+        first = run.run(planned, out)
     finally:
         signal.signal(signal.SIGHUP, before)
     assert first.interrupted and [found.name for found in first.results] == ["kill"]
     stored = results.read(out / "report.json")
     assert stored == first and "<html" in (out / "report.html").read_text()
     ran = fake_cells(lambda cell: cell.result("pass", ""))
-    second = runner.run(planned, out)
+    second = run.run(planned, out)
     assert ran == ["sigterm", "agent_killed", "slow_link"]
     assert second.passed and [found.name for found in second.results] == ["kill", *ran]
-    assert fake_cells(lambda cell: cell.result("fail", "")) == [] and runner.run(planned, out).passed
+    assert fake_cells(lambda cell: cell.result("fail", "")) == [] and run.run(planned, out).passed
 
 
 @pytest.mark.parametrize(
@@ -575,20 +577,20 @@ def test_results_of_a_file_that_was_changed_do_not_stand_beside_new_ones(fake_ce
     text = "timeout_seconds = 200.0\n" + SETTINGS + "[set_outside]\neval.every_steps = 1\n" + KILL
     text += '[catalogue]\nkinds = ["agent_killed"]\n'
     ran = fake_cells(lambda cell: cell.result("pass", ""))
-    runner.run(campaign.load(write(tmp_path, text)), tmp_path / "out")
+    run.run(campaigns.load(write(tmp_path, text)), tmp_path / "out")
     ran.clear()
-    changed = campaign.load(write(tmp_path, text.replace(old, new)))
-    stored = runner.run(changed, tmp_path / "out").results
+    changed = campaigns.load(write(tmp_path, text.replace(old, new)))
+    stored = run.run(changed, tmp_path / "out").results
     assert ran == again
     assert sorted(found.name for found in stored) == sorted(cell.name for cell in changed.cells)
 
 
 def test_what_is_not_chosen_now_stays_in_the_report(planned, fake_cells, tmp_path):
     fake_cells(lambda cell: cell.result("pass", ""))
-    runner.run(planned, tmp_path / "out")
+    run.run(planned, tmp_path / "out")
     ran = fake_cells(lambda cell: cell.result("fail", ""))
-    chosen = campaign.load(planned.path, only=["kill"], repeat=2)
-    stored = runner.run(chosen, tmp_path / "out").results
+    chosen = campaigns.load(planned.path, only=["kill"], repeat=2)
+    stored = run.run(chosen, tmp_path / "out").results
     assert ran == ["kill"] and len(stored) == 5
 
 
@@ -600,7 +602,7 @@ def test_a_campaign_that_is_to_outlive_its_terminal_does(planned, fake_cells, tm
     fake_cells(hung_up)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        assert runner.run(planned, tmp_path / "out").passed
+        assert run.run(planned, tmp_path / "out").passed
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -608,14 +610,14 @@ def test_a_campaign_that_is_to_outlive_its_terminal_does(planned, fake_cells, tm
 def test_a_report_of_another_config_is_not_gone_on_with(planned, fake_cells, tmp_path):
     out = tmp_path / "out"
     fake_cells(lambda cell: cell.result("pass", ""))
-    runner.run(planned, out)
-    other = campaign.load(write(tmp_path, SETTINGS.replace("24", "18") + KILL))
+    run.run(planned, out)
+    other = campaigns.load(write(tmp_path, SETTINGS.replace("24", "18") + KILL))
     with pytest.raises(RunDirectoryError):
-        runner.run(other, out)
+        run.run(other, out)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").touch()
     with pytest.raises(RunDirectoryError):
-        runner.run(planned, tmp_path / "full")
+        run.run(planned, tmp_path / "full")
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["notes.txt"]
 
 
@@ -643,12 +645,12 @@ def breaks_at(step: int, invariant: str = checker.EQUAL) -> Act:
 
 def test_a_failing_schedule_is_shrunk_to_what_fails_alike_and_kept_as_a_campaign_that_runs(fake_cells, tmp_path):
     path = write(tmp_path, SETTINGS + "[set_outside]\neval.every_steps = 1\n" + FOUR)
-    (cell,) = campaign.load(path).cells
+    (cell,) = campaigns.load(path).cells
     fake_cells(breaks_at(7))
-    (found,) = runner.run(campaign.load(path), tmp_path / "out", shrink=True).results
+    (found,) = run.run(campaigns.load(path), tmp_path / "out", shrink=True).results
     assert "1 of 4 faults are enough" in found.why and len(found.faults) == 4
     (kept,) = (tmp_path / "out" / "shrunk").glob("*.toml")
-    (again,) = campaign.load(kept).cells
+    (again,) = campaigns.load(kept).cells
     assert [(fault.at_step, fault.ranks) for fault in again.planned] == [(7, cell.planned[2].ranks)]
     assert (again.name, again.ranks, again.nodes, again.strategy) == ('four "exits"', 2, 1, "fsdp")
     assert again.config.model_copy(update={"faults": ()}) == cell.config.model_copy(update={"faults": ()})
@@ -657,26 +659,26 @@ def test_a_failing_schedule_is_shrunk_to_what_fails_alike_and_kept_as_a_campaign
 def test_a_failure_that_is_on_record_already_is_shrunk_once(fake_cells, tmp_path):
     path, out = write(tmp_path, SETTINGS + FOUR), tmp_path / "out"
     ran = fake_cells(breaks_at(7))
-    runner.run(campaign.load(path), out)
+    run.run(campaigns.load(path), out)
     assert len(ran) == 1
-    (found,) = runner.run(campaign.load(path), out, shrink=True).results
+    (found,) = run.run(campaigns.load(path), out, shrink=True).results
     assert "1 of 4 faults are enough" in found.why and len(ran) > 1
     trials = len(ran)
-    assert runner.run(campaign.load(path), out, shrink=True).results == [found] and len(ran) == trials
+    assert run.run(campaigns.load(path), out, shrink=True).results == [found] and len(ran) == trials
 
 
 def test_what_failed_is_replayed_by_the_same_plan_as_often_as_it_is_written_and_read(fake_cells, tmp_path):
     path = write(tmp_path, SETTINGS + "[set_outside]\neval.every_steps = 1\n" + FOUR + KILL)
-    loaded = campaign.load(path, repeat=2)
+    loaded = campaigns.load(path, repeat=2)
     fake_cells(lambda cell: cell.result("fail" if cell.name != "kill" else "pass", "two\nlines"))
-    report = runner.run(loaded, tmp_path / "out")
+    report = run.run(loaded, tmp_path / "out")
     for _ in range(2):
-        path = runner.keep_replay(loaded, report, tmp_path / "out")
+        path = run.keep_replay(loaded, report, tmp_path / "out")
         assert path is not None and path == tmp_path / "out" / "replay.toml"
-        (cell,) = campaign.load(path).cells
+        (cell,) = campaigns.load(path).cells
         assert cell.planned == loaded.cells[0].planned and cell.config.elastic == loaded.cells[0].config.elastic
-        loaded, report = campaign.load(path), replace(report, results=[cell.result("fail", "")])
-    assert runner.keep_replay(loaded, replace(report, results=[]), tmp_path / "out") is None
+        loaded, report = campaigns.load(path), replace(report, results=[cell.result("fail", "")])
+    assert run.keep_replay(loaded, replace(report, results=[]), tmp_path / "out") is None
     assert not (tmp_path / "out" / "replay.toml").exists()
 
 
@@ -693,7 +695,7 @@ def test_the_command_says_how_to_go_on_and_how_to_see_a_failure_again(fake_cells
     with pytest.raises(SystemExit) as left:
         cli.main()
     said = capsys.readouterr().out
-    assert left.value.code == runner.EXIT_INTERRUPTED
+    assert left.value.code == run.EXIT_INTERRUPTED
     assert f"the same command with --out {out}" in said
     assert f"trainer chaos {out / 'replay.toml'}" in said and "[[runs]]" not in said
 
@@ -705,14 +707,14 @@ def test_a_place_where_no_results_can_go_is_refused(planned, fake_cells, tmp_pat
     fake_cells(lambda cell: cell.result("pass", ""))
     (tmp_path / "file").touch()
     with pytest.raises(RunDirectoryError, match=hint):
-        runner.run(planned, tmp_path / out)
+        run.run(planned, tmp_path / out)
 
 
 def test_a_calm_run_that_fails_ends_the_campaign_with_its_last_words(planned, monkeypatch, tmp_path):
-    launched = runner._Launched(1.0, 2.0, 1, "one\nthe disk is full", [], [])
-    monkeypatch.setattr(runner, "_launch", lambda *_, **__: launched)
+    launched = run._Launched(1.0, 2.0, 1, "one\nthe disk is full", [], [])
+    monkeypatch.setattr(run, "_launch", lambda *_, **__: launched)
     with pytest.raises(TopropeError, match="the disk is full"):
-        runner.run(planned, tmp_path / "out")
+        run.run(planned, tmp_path / "out")
 
 
 # The command, with real jobs
@@ -736,7 +738,7 @@ def test_the_smoke_campaign_is_interrupted_and_gone_on_with_and_every_cell_passe
         second = wait_until(lambda: list(out.glob("cells/a-rank-hangs*/run/events/attempt-0000*")), seconds=150)
         assert second, (tmp_path / "screen.txt").read_text()
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == runner.EXIT_INTERRUPTED, (tmp_path / "screen.txt").read_text()
+        assert process.wait(30) == run.EXIT_INTERRUPTED, (tmp_path / "screen.txt").read_text()
     finally:
         process.kill()
     assert jobs_under(out) == []

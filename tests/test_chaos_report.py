@@ -17,9 +17,9 @@ from trainer.chaos import drawing, report, results, timeline
 from trainer.chaos.drawing import Label, lay
 from trainer.chaos.results import Report, Result
 from trainer.errors import RunDirectoryError
-from trainer.events import CheckpointFailed, CheckpointRejected, Warned
 from trainer.faults.checker import INVARIANTS, Answer
 from trainer.faults.kinds import KINDS
+from trainer.log.events import CheckpointFailed, CheckpointRejected, Warned
 
 PNG = b"\x89PNG\r\n\x1a\n"
 FIRST = INVARIANTS[0]

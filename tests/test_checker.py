@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from trainer import config as configs
-from trainer import events, goodput
 from trainer.checkpoint import files
-from trainer.events import (
+from trainer.faults import checker, plan
+from trainer.faults.checker import Answer, Calm, Evidence
+from trainer.log import events, goodput
+from trainer.log.events import (
     AttemptEnded,
     AttemptStarted,
     CheckpointFailed,
@@ -26,8 +28,6 @@ from trainer.events import (
     StepDone,
     WorkersLost,
 )
-from trainer.faults import checker, plan
-from trainer.faults.checker import Answer, Calm, Evidence
 
 STEPS, EVERY = 12, 6
 BASE = {"budget": {"steps": STEPS}, "checkpoint": {"every_steps": EVERY}, "optim": {"warmup_steps": 0}}

@@ -21,10 +21,11 @@ import torch
 
 from tests.checkpoint_worker import IDENTITY, LAYOUTS, flip, holds, names, small_state
 from tests.support import ROOT
-from trainer import checkpoint, config, events
+from trainer import checkpoint, config
 from trainer.errors import EXIT_USAGE, CheckpointError, NewerFormatError, UsageError
-from trainer.events import CheckpointFailed, CheckpointRejected, CheckpointSaved
-from trainer.world import World
+from trainer.log import events
+from trainer.log.events import CheckpointFailed, CheckpointRejected, CheckpointSaved
+from trainer.parallel.world import World
 
 ALONE = World(0, 1, torch.device("cpu"))
 FINGERPRINT = IDENTITY["fingerprint"]

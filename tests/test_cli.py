@@ -12,7 +12,7 @@ import pytest
 
 from tests.support import ROOT, SMOKE, inspect, settings, torchrun, trainer
 from trainer import config as configs
-from trainer import rundir
+from trainer.log import rundir
 
 TINY = settings(budget__steps=4, checkpoint__every_steps=2, eval__every_steps=2)
 
@@ -176,7 +176,7 @@ def test_a_directory_that_is_no_run_is_refused_and_left_alone(capsys, tmp_path):
 
 DIES_WRITING = """
 import os, sys
-from trainer import wholefile
+from trainer import files as wholefile
 from trainer.cli import main
 
 real, name = wholefile.write, sys.argv.pop(1)
@@ -341,14 +341,14 @@ def test_a_dry_run_counts_the_parameters_that_the_run_has(run, vocabulary):
 
 
 def test_a_dry_run_says_what_it_takes_the_vocabulary_from(tmp_path):
-    from trainer import dryrun
+    from trainer import costs
     from trainer.data import tokenizer
 
     own = tmp_path / "tokenizer.json"
     tokenizer.train("chars", ["abc"], 0).save(own)
     expected = {"bytes": (257, "bytes"), "bpe": (4096, "fewer"), "chars": (100, "assumed"), str(own): (5, str(own))}
     for kind, (tokens, whence) in expected.items():
-        found = dryrun.vocabulary(configs.parse({"data": {"tokenizer": kind}}))
+        found = costs.vocabulary(configs.parse({"data": {"tokenizer": kind}}))
         assert found[0] == tokens and found[1].startswith(whence)
 
 

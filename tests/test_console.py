@@ -10,8 +10,7 @@ import pytest
 
 from tests.logs import ended, entry, evaluated, started, step
 from trainer.config import Config, parse
-from trainer.console import Console, preparation
-from trainer.events import (
+from trainer.log.events import (
     AttemptEnded,
     CheckpointFailed,
     CheckpointRejected,
@@ -24,6 +23,7 @@ from trainer.events import (
     Warned,
     WorkersLost,
 )
+from trainer.show.console import Console, preparation
 
 CONFIG: Config = parse({"budget": {"steps": 60}, "checkpoint": {"max_failures": 3}})
 

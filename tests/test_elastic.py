@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from tests.support import SMOKE, Job, settings, trainer, wait_until, write_plan
-from trainer import elastic, events, summary
+from trainer.log import events, summary
+from trainer.parallel import elastic
 
 pytestmark = pytest.mark.slow
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from trainer.data import EvalWindows
 from trainer.evaluate import evaluate
 from trainer.model import Losses
-from trainer.world import World
+from trainer.parallel.world import World
 
 BITS = torch.tensor([1.0, 2.0, 3.0, 3.0])  # tokens of probability 1/2, 1/4, 1/8, 1/8, whatever came before
 BYTES = np.array([1, 2, 3, 0])  # the last one ends a document: it must be predicted, but stands for no text

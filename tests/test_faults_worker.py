@@ -38,14 +38,15 @@ from tests.support import (
     write_corpus,
     write_plan,
 )
-from trainer import checkpoint, config, events
+from trainer import checkpoint, config
 from trainer.checkpoint import files
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USAGE, ConfigError
-from trainer.events import CheckpointFailed, CheckpointSaved, FaultFired, Hung, NotFinite
-from trainer.faults import numbers, plan, storage, worker
+from trainer.faults import corruption, injector, plan, storage
 from trainer.faults.checker import strays
 from trainer.faults.kinds import KINDS
-from trainer.world import World
+from trainer.log import events
+from trainer.log.events import CheckpointFailed, CheckpointSaved, FaultFired, Hung, NotFinite
+from trainer.parallel.world import World
 
 STEPS, EVERY = 24, 6
 RESTARTS = 10
@@ -121,8 +122,8 @@ def place(calm: Place, tmp_path: Path) -> Place:
 
 def test_every_kind_that_a_rank_makes_has_its_maker():
     inside = {name for name, kind in KINDS.items() if kind.hand == "rank"}
-    assert set(worker.ACTS) | storage.KINDS == inside
-    assert set(worker.ACTS) & storage.KINDS == set()
+    assert set(injector.ACTS) | storage.KINDS == inside
+    assert set(injector.ACTS) & storage.KINDS == set()
 
 
 @pytest.mark.slow
@@ -341,9 +342,9 @@ def configured(*faults: dict[str, Any], **sections: Any) -> config.Config:
     return config.parse({"faults": faults, "budget": {"steps": 30}, "checkpoint": {"every_steps": 2}, **sections})
 
 
-def armed(run: Path, *faults: dict[str, Any], rank: int = 0, size: int = 1) -> worker.Injector:
+def armed(run: Path, *faults: dict[str, Any], rank: int = 0, size: int = 1) -> injector.Injector:
     run.mkdir(exist_ok=True)
-    return worker.arm(configured(*faults), run, rank, size)
+    return injector.arm(configured(*faults), run, rank, size)
 
 
 def test_without_faults_nothing_is_touched(tmp_path: Path):
@@ -358,7 +359,7 @@ def test_without_faults_nothing_is_touched(tmp_path: Path):
     for hand in (armed(tmp_path), of_another_rank):
         hand.startup()
         if hand is not of_another_rank:
-            assert type(hand) is worker.Injector and hand.notice == ""
+            assert type(hand) is injector.Injector and hand.notice == ""
             hand.join(0, nobodys, nobodys, nobodys)
         assert hand.point(point) is point
         assert hand.batches(batches) is batches
@@ -424,7 +425,7 @@ def test_a_fault_hits_the_same_place_when_others_are_left_out(tmp_path: Path):
     together = plan.make(configured(*faults), 1)
     (alone,) = plan.make(configured(plan.tree(together[1])), 1)
     hand = armed(tmp_path, *faults)
-    assert isinstance(hand, worker.Armed)
+    assert isinstance(hand, injector.Armed)
     places = [hand.chance(one).random() for one in (*together, alone)]
     assert places[1] == places[3] and len(set(places)) == 3
 
@@ -523,7 +524,7 @@ def test_a_flip_flips_so_many_bits_and_the_same_ones_again(dtype: torch.dtype, b
 
     def flipped() -> torch.Tensor:
         numbers_of = [torch.zeros(5, dtype=dtype), torch.linspace(-1, 1, 64, dtype=dtype).reshape(8, 8), torch.ones(0)]
-        numbers.flip(numbers_of, bits, random.Random("place"))
+        corruption.flip(numbers_of, bits, random.Random("place"))
         assert not numbers_of[0].any(), "a number that was zero"
         return numbers_of[1].view(integers)
 
@@ -535,16 +536,16 @@ def test_a_flip_flips_so_many_bits_and_the_same_ones_again(dtype: torch.dtype, b
 
 def test_one_number_is_spoiled():
     weights = torch.ones(4, 4)
-    numbers.spoil([weights], "nan", random.Random(1))
+    corruption.spoil([weights], "nan", random.Random(1))
     assert int(weights.isnan().sum()) == 1
-    numbers.spoil([weights], "inf", random.Random(2))
+    corruption.spoil([weights], "inf", random.Random(2))
     assert int(weights.isinf().sum()) == 1
 
 
 def test_a_wrong_operator_leaves_out_the_last_addend_rarely_and_only_while_it_is_in_place():
     x = torch.randn(200_000, 3, generator=torch.Generator().manual_seed(0))
     right, mean = x.sum(1), x.mean(1, keepdim=True)
-    with numbers.WrongSum() as mode:
+    with corruption.WrongSum() as mode:
         wrong, wrong_mean = x.sum(1), x.mean(1, keepdim=True)
     rows = (wrong != right).nonzero().flatten()
     assert 50 < len(rows) < 500, "about one in 1024"

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests import support
-from trainer import events
-from trainer.cluster import LAUNCH
+from trainer.launch.cluster import LAUNCH
+from trainer.log import events
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forked workers are for Linux")
 
@@ -42,7 +42,7 @@ def run(tmp_path: Path, agent: str) -> subprocess.CompletedProcess[str]:
 def test_a_forked_worker_is_its_agents_child_and_has_its_own_session_arguments_and_environment(tmp_path):
     done = run(
         tmp_path,
-        "import os, signal; from trainer import forkserver\n"
+        "import os, signal; from trainer.launch import forkserver\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in the background of some shells
         "server = forkserver.fork(['wave'])\n"
         "for way in ('leave', 'kill', 'raise', 'end'):\n"
@@ -62,7 +62,7 @@ def test_a_forked_worker_is_its_agents_child_and_has_its_own_session_arguments_a
 def test_when_the_server_is_gone_the_caller_is_told_so(tmp_path):
     done = run(
         tmp_path,
-        "import os, signal, pathlib; from trainer import forkserver\n"
+        "import os, signal, pathlib; from trainer.launch import forkserver\n"
         "server = forkserver.fork([])\n"
         "children = pathlib.Path(f'/proc/self/task/{os.getpid()}/children').read_text().split()\n"
         "os.kill(int(children[0]), signal.SIGKILL)\n"
@@ -74,7 +74,7 @@ def test_when_the_server_is_gone_the_caller_is_told_so(tmp_path):
 def test_the_server_ends_with_its_agent_and_a_process_with_threads_gets_none(tmp_path):
     done = run(
         tmp_path,
-        "import time, threading; from trainer import forkserver\n"
+        "import time, threading; from trainer.launch import forkserver\n"
         "server = forkserver.fork([])\n"
         "threading.Thread(target=time.sleep, args=[0.5]).start()\n"
         "print(forkserver.fork([]))\n",
@@ -90,7 +90,7 @@ def test_a_process_with_threads_can_have_children_forked_and_all_threads_hear_of
     done = run(
         tmp_path,
         "import os, signal, threading, pathlib; from concurrent.futures import ThreadPoolExecutor as Pool\n"
-        "from trainer import forkserver\n"
+        "from trainer.launch import forkserver\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in the background of some shells
         "threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
         "server = forkserver.spawn(['wave', 'tempfile'])\n"

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.logs import STARTUP, Run, evaluated, hung, not_finite, saved, step
-from trainer.events import CheckpointFailed, StopRequested, Warned
-from trainer.goodput import PARTS, account, committed, committed_samples
-from trainer.incidents import incidents_of
+from trainer.log.events import CheckpointFailed, StopRequested, Warned
+from trainer.log.goodput import PARTS, account, committed, committed_samples
+from trainer.log.incidents import incidents_of
 
 
 @pytest.fixture

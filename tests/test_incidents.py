@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from tests.logs import Run, hung, lost, not_finite, started, step
-from trainer.events import LOST_A_PEER, CheckpointFailed, CheckpointRejected, StopRequested
-from trainer.incidents import Story, incidents_of
+from trainer.log.events import LOST_A_PEER, CheckpointFailed, CheckpointRejected, StopRequested
+from trainer.log.incidents import Story, incidents_of
 
 KILLED = [{"rank": 1, "pid": 101, "exitcode": -9, "signal": "SIGKILL"}]
 SURVIVOR = {"rank": 0, "pid": 100, "exitcode": 1, "signal": None}

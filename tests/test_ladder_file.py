@@ -9,10 +9,11 @@ from tests.support import write_corpus
 from trainer import config as configs
 from trainer import model as models
 from trainer.errors import ConfigError
-from trainer.ladder import arms, ladderfile, sizes
-from trainer.ladder.planned import AA, TARGET, Ladder
-from trainer.ladder.results import BASELINE, Criterion
-from trainer.ladder.tables import CriterionTable
+from trainer.ladder.plan import arms, sizes
+from trainer.ladder.plan import load as loading
+from trainer.ladder.plan.plan import AA, TARGET, Ladder
+from trainer.ladder.plan.schema import CriterionTable
+from trainer.ladder.stats.records import BASELINE, Criterion
 
 TINY = """
 [data]
@@ -68,7 +69,7 @@ def write(home: Path, text: str, name: str = "ladder") -> Path:
 
 
 def load(home: Path, *parts: str) -> Ladder:
-    return ladderfile.load(write(home, "".join(parts)))
+    return loading.load(write(home, "".join(parts)))
 
 
 def problems(home: Path, *parts: str) -> str:
@@ -281,4 +282,4 @@ def test_a_pair_that_differs_in_more_than_it_declares_is_refused(home):
 
 def test_the_ladders_that_come_with_it_can_be_planned():
     for path in sorted((Path(__file__).parent.parent / "configs" / "ladders").glob("*.toml")):
-        assert ladderfile.load(path).runs
+        assert loading.load(path).runs

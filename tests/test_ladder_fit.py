@@ -15,9 +15,9 @@ from tests import ladders
 from tests.ladders import LONG, Design, draw, power_law
 from tests.support import ROOT
 from trainer.errors import FitError
-from trainer.ladder import fit as fits
-from trainer.ladder import forms
-from trainer.ladder.results import BASELINE, Point
+from trainer.ladder.stats import fit as fits
+from trainer.ladder.stats import forms
+from trainer.ladder.stats.records import BASELINE, Point
 
 GADRE = ROOT.parent / "shared" / "data" / "gadre_rpj.csv"
 

@@ -20,12 +20,12 @@ from tests import ladders
 from tests.ladders import LONG, SHORT
 from trainer.config import parse
 from trainer.ladder import report
-from trainer.ladder.outcomes import Outcome
-from trainer.ladder.planned import AA, TARGET, PlannedRun
-from trainer.ladder.report import pictures, summary_run, told
+from trainer.ladder.collect import Outcome
+from trainer.ladder.plan.plan import AA, TARGET, PlannedRun
+from trainer.ladder.report import build, pictures, summary_run
+from trainer.ladder.report.build import Facts
 from trainer.ladder.report.drawing import decision
-from trainer.ladder.report.told import Facts
-from trainer.ladder.results import BASELINE
+from trainer.ladder.stats.records import BASELINE
 
 PNG = b"\x89PNG\r\n\x1a\n"
 EVIL = '</title><script>alert("1")</script>&\'$x_$[red]'
@@ -127,7 +127,7 @@ def test_apart_from_its_course_the_report_is_a_function_of_results_alone(full):
         for number, one in enumerate(found)
     ]  # fmt: skip
     ladder = made.ladder_of(CLEAR, list(made.ARMS))
-    again = told.tell(Facts(ladder, killed, record={"first_planned": 5.0, "criterion_history": [], "edits": []}))
+    again = build.tell(Facts(ladder, killed, record={"first_planned": 5.0, "criterion_history": [], "edits": []}))
     assert again["course"] != full["course"]
     plain, other = report.without_course(full), report.without_course(again)
     assert json.dumps(plain, indent=1) == json.dumps(other, indent=1)
@@ -139,7 +139,7 @@ def test_predictions_know_nothing_of_what_they_predict(full):
     design = CLEAR
     found = made.outcomes_of(design, made.ARMS, target=(BASELINE, *FAST))
     moved = made.change(found, lambda one: one.rung in ("r4", TARGET), loss=3.5)
-    changed = told.tell(Facts(made.ladder_of(design, list(made.ARMS)), moved, record=made.HISTORY))
+    changed = build.tell(Facts(made.ladder_of(design, list(made.ARMS)), moved, record=made.HISTORY))
     for one, other in zip(full["predictions"], changed["predictions"], strict=True):
         assert (one["rung"], one["arm"]) == (other["rung"], other["arm"])
         if one["rung"] == "r4":
@@ -159,7 +159,7 @@ def test_predictions_know_nothing_of_what_they_predict(full):
 def test_rungs_that_were_not_run_are_predicted_from_those_that_were(full):
     found = made.outcomes_of(CLEAR, made.ARMS, target=(BASELINE, *FAST))
     part = made.change(found, lambda one: one.rung in ("r3", "r4", TARGET), status="waiting", loss=None)
-    tree = told.tell(Facts(made.ladder_of(CLEAR, list(made.ARMS)), part, record=made.HISTORY))
+    tree = build.tell(Facts(made.ladder_of(CLEAR, list(made.ARMS)), part, record=made.HISTORY))
     mine = {one["rung"]: one for one in tree["predictions"] if one["arm"] == BASELINE}
     came = {one["rung"]: one for one in full["predictions"] if one["arm"] == BASELINE}
     assert list(mine) == ["r3", "r4", TARGET]
@@ -245,11 +245,11 @@ def test_a_changed_criterion_is_told_with_how_many_runs_there_were():
     record = {"first_planned": 1.75e9, "criterion_history": [first, later], "edits": edits}
     ladder = made.ladder_of(SHORT, ["rope"])
     found = made.outcomes_of(SHORT, {"rope": ladders.UNCHANGED})
-    seen = Text(page(told.tell(Facts(ladder, found, record=record)))).text
+    seen = Text(page(build.tell(Facts(ladder, found, record=record)))).text
     assert "Written before any of its runs had finished: 2025-06-15" in seen
     assert "Changed after 12 runs had finished" in seen
     assert "min_gain 1.02 → 1.01" in seen
-    unknown = Text(page(told.tell(Facts(ladder, found)))).text
+    unknown = Text(page(build.tell(Facts(ladder, found)))).text
     assert "When it was written is not known" in unknown
 
 
@@ -276,9 +276,9 @@ def test_directories_of_the_user_stay_private(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/someone")
     text = f"{tmp_path}/runs/x is gone, so is /home/someone/data"
-    assert told.private(text) == "runs/x is gone, so is ~/data"
-    assert told.short(tmp_path / "configs" / "a.toml") == "configs/a.toml"
-    assert told.short(Path("/far/away/ladders/a.toml")) == "ladders/a.toml"
+    assert build.private(text) == "runs/x is gone, so is ~/data"
+    assert build.short(tmp_path / "configs" / "a.toml") == "configs/a.toml"
+    assert build.short(Path("/far/away/ladders/a.toml")) == "ladders/a.toml"
 
 
 # Page, terminal, pictures
@@ -291,7 +291,7 @@ def test_the_page_stands_alone_and_escapes_every_name():
     found = made.missing(found, lambda one: (one.rung, one.seed) == ("r2", 0), EVIL)
     ladder = made.ladder_of(SHORT, [EVIL], name=EVIL, question=EVIL, notices=[EVIL])
     ladder = replace(ladder, rungs=[replace(r, name=EVIL) if r.name == "r1" else r for r in ladder.rungs])
-    tree = told.tell(Facts(ladder, found, record=made.HISTORY))
+    tree = build.tell(Facts(ladder, found, record=made.HISTORY))
     shown = page(tree, pictures.draw(tree))
     assert "<script" not in shown
     assert "script" not in Text(shown).tags

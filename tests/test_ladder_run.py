@@ -21,15 +21,18 @@ from typer.testing import CliRunner
 
 from tests.support import ROOT, look, trainer, wait_until
 from tests.test_ladder_file import ARM, HEAD, SIZES, TINY, write, write_corpus
-from trainer import cli, events
+from trainer import cli
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, ConfigError, RunDirectoryError, UsageError
-from trainer.ladder import ladderfile, order, outcomes, record, report, run, speed, tuning, worker
-from trainer.ladder import pool as pools
-from trainer.ladder.planned import AA, Ladder
-from trainer.ladder.pool import State
-from trainer.ladder.results import BASELINE, Point
+from trainer.fleet import run_store as pools
+from trainer.fleet import scheduling
+from trainer.fleet.run_store import State
+from trainer.ladder import collect, preregistration, report, run, speed, tuning, worker
+from trainer.ladder.plan import load
+from trainer.ladder.plan.plan import AA, Ladder
 from trainer.ladder.run import Done, View
 from trainer.ladder.speed import Speed
+from trainer.ladder.stats.records import BASELINE, Point
+from trainer.log import events
 
 RUNGS = "".join(f'[[rungs]]\nname = "{n}"\nwidth = {w}\nn_layers = 1\n' for n, w in (("s", 16), ("m", 24)))
 TARGET_TABLE = "[target]\nwidth = 64\nn_layers = 2\n"
@@ -64,7 +67,7 @@ def server() -> worker.Server:
 
 
 def plan(home: Path, *parts: str, name: str = "ladder") -> Ladder:
-    return ladderfile.load(write(home, "".join(parts), name))
+    return load.load(write(home, "".join(parts), name))
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +80,11 @@ def calm(home, server) -> tuple[Ladder, Path, Done]:
 
 def results(ladder: Ladder, pool: Path) -> list[tuple[Point, str | None]]:
     """Points without their times, with the hash of the weights."""
-    known = outcomes.outcomes(ladder, pool)
+    known = collect.outcomes(ladder, pool)
     hashes = {(one.arm, one.rung, one.seed): one.weights_sha256 for one in known}
     return [
         (dataclasses.replace(point, seconds=None), hashes[point.arm, point.rung, point.seed])
-        for point in outcomes.points(ladder, pool)
+        for point in collect.points(ladder, pool)
     ]
 
 
@@ -100,7 +103,7 @@ def test_every_run_finishes_and_is_what_the_plain_command_makes_of_its_config(ca
 
 def test_points_are_what_the_logs_say(calm):
     ladder, pool, _ = calm
-    points = outcomes.points(ladder, pool)
+    points = collect.points(ladder, pool)
     assert len(points) == len(ladder.runs)
     for point, planned in zip(points, ladder.runs, strict=True):
         seen = look(pools.place(pool, planned).run)
@@ -118,13 +121,13 @@ def test_a_run_that_was_scored_on_another_text_is_missing_and_says_why(calm, hom
     copied = home / "rescored" / "pool"
     shutil.copytree(pool, copied)
     (log,) = events.events_directory(pools.place(copied, ladder.runs[2]).run).glob("*.jsonl")
-    digest = outcomes.outcomes(ladder, copied)[2].digest
+    digest = collect.outcomes(ladder, copied)[2].digest
     assert digest is not None
     log.write_text(log.read_text().replace(digest, "f" * 64))
-    found = outcomes.outcomes(ladder, copied)
+    found = collect.outcomes(ladder, copied)
     assert [one.status for one in found] == ["finished"] * 2 + ["missing"] + ["finished"] * 3
     assert "scored on another text" in found[2].reason
-    assert len(outcomes.points(ladder, copied)) == 5
+    assert len(collect.points(ladder, copied)) == 5
 
 
 def test_a_finished_run_is_never_run_again_and_two_ladders_share_it(calm, home, server):
@@ -138,7 +141,7 @@ def test_a_finished_run_is_never_run_again_and_two_ladders_share_it(calm, home, 
     assert set(done.missing) == {"s wild seed 0", "m wild seed 0"}
     assert all("not finite" in why for why in done.missing.values())
     assert results(ladder, pool) == [one for one in results(wider, pool) if one[0].arm != "wild"]
-    wild = [point for point in outcomes.points(wider, pool) if point.arm == "wild"]
+    wild = [point for point in collect.points(wider, pool) if point.arm == "wild"]
     assert [point.loss != point.loss for point in wild] == [True, True]
     assert [point.seconds for point in wild] == [None, None]
 
@@ -153,7 +156,7 @@ def test_small_rungs_can_be_run_alone_and_the_rest_later(calm, home, server):
     part = run.run(ladder, out, up_to="s", server=server)
     assert (part.started, part.exit_status) == (3, EXIT_FINISHED)
     assert (run.look(ladder, out).count("finished"), run.look(ladder, out).count("waiting")) == (3, 3)
-    assert len((record.read(out) or {})["runs"]) == 6  # what is planned is the whole
+    assert len((preregistration.read(out) or {})["runs"]) == 6  # what is planned is the whole
     whole = run.run(ladder, out, server=server)
     assert (whole.started, whole.exit_status) == (3, EXIT_FINISHED)
     assert results(ladder, run.pool_of(out)) == results(*calm[:2])
@@ -168,7 +171,7 @@ def test_a_storm_leaves_every_run_with_the_bits_of_the_calm_ladder(calm, home, s
     assert results(storm, run.pool_of(out)) == results(ladder, pool)
     stormy, quiet = reported(storm, out), reported(ladder, home / "ladders" / "calm")
     assert {key for key in quiet if stormy[key] != quiet[key]} == {"name", "file"}
-    seen = outcomes.outcomes(storm, run.pool_of(out))
+    seen = collect.outcomes(storm, run.pool_of(out))
     assert [sorted({fault["kind"] for fault in one.faults}) for one in seen] == [
         ["sigkill", "torn_save"] if one.rung == "s" else ["exit", "sigkill"] for one in seen
     ]
@@ -199,7 +202,7 @@ def test_a_ladder_killed_at_random_five_times_gives_the_report_of_one_that_was_n
     assert done.exit_status == EXIT_FINISHED, done.missing
     assert results(ladder, killed) == results(ladder, run.pool_of(whole))
     assert json.dumps(reported(ladder, out)) == json.dumps(reported(ladder, whole))
-    assert sum(one.attempts for one in outcomes.outcomes(ladder, killed)) > len(ladder.runs)
+    assert sum(one.attempts for one in collect.outcomes(ladder, killed)) > len(ladder.runs)
 
 
 def reported(ladder: Ladder, out: Path) -> dict[str, Any]:
@@ -237,7 +240,7 @@ def test_asked_to_stop_it_saves_every_run_leaves_nobody_behind_and_says_how_to_g
     process = subprocess.Popen(command(path, out), env=environment(), stdout=subprocess.PIPE, text=True)
     pool = run.pool_of(out)
     assert wait_until(lambda: steps_of(pool) > 20, 60)
-    ladder = ladderfile.load(path)
+    ladder = load.load(path)
     with pytest.raises(RunDirectoryError, match="is in use by another `ladder run`"):
         run.run(ladder, out, server=server)
     process.send_signal(signal.SIGINT)
@@ -269,7 +272,7 @@ def test_a_run_that_cannot_start_is_given_up_with_its_reason_and_tried_once_more
     assert set(done.missing) == {"s A/A seed 0", "m A/A seed 0"}
     assert all("is not valid TOML" in why for why in done.missing.values())
     assert (done.view.count("finished"), done.started) == (2, 4)
-    assert [one.arm for one in outcomes.points(ladder, run.pool_of(out))] == [BASELINE, BASELINE]
+    assert [one.arm for one in collect.points(ladder, run.pool_of(out))] == [BASELINE, BASELINE]
     mended = run.run(ladder, out, server=server)
     assert (mended.exit_status, mended.started) == (EXIT_FINISHED, 2)
 
@@ -310,7 +313,7 @@ def test_a_sweep_decides_the_rate_of_the_runs_that_follow_and_the_edge_is_told(h
         (final,) = [made for made in tuning.final(ladder, run.pool_of(out)) if made.rung == choice.rung]
         assert final.config.optim.learning_rate == pytest.approx(1e-2 * choice.rate)
         assert choice.flops == pytest.approx(3 * final.flops)
-    assert len(outcomes.points(ladder, run.pool_of(out))) == 2
+    assert len(collect.points(ladder, run.pool_of(out))) == 2
 
 
 def test_runs_of_two_ranks_are_torchrun_s_and_end_with_the_same_bits(calm, home, server):
@@ -322,7 +325,7 @@ def test_runs_of_two_ranks_are_torchrun_s_and_end_with_the_same_bits(calm, home,
     out = home / "pairs" / "pairs"
     done = run.run(ladder, out, server=server)
     assert done.exit_status == EXIT_FINISHED, done.missing
-    (one,) = outcomes.outcomes(ladder, run.pool_of(out))
+    (one,) = collect.outcomes(ladder, run.pool_of(out))
     assert one.key == next(iter(calm[0].runs)).key
     assert one.weights_sha256 == look(pool / one.key / "run")["weights_sha256"]
     assert (one.machine or ("", "", 0))[2] == 2
@@ -347,23 +350,23 @@ def test_gpus_are_shared_out_among_slots_and_each_run_sees_its_own(home, monkeyp
 def test_an_edited_file_is_told_and_a_criterion_changed_after_the_fact_is_recorded(calm, home):
     ladder, pool, _ = calm
     out = home / "ladders" / "calm"
-    assert record.compare(ladder, out, pool).lines == []
+    assert preregistration.compare(ladder, out, pool).lines == []
     text = (home / "calm.toml").read_text().replace('name = "m"\nwidth = 24', 'name = "m"\nwidth = 48')
     elsewhere = home / "edited"
     elsewhere.mkdir()
     (elsewhere / "tiny.toml").write_text((home / "tiny.toml").read_text())
-    changed = ladderfile.load(write(elsewhere, text + "[criterion]\nmin_gain = 1.1\n", "calm"))
-    edits = record.compare(changed, out, pool)
+    changed = load.load(write(elsewhere, text + "[criterion]\nmin_gain = 1.1\n", "calm"))
+    edits = preregistration.compare(changed, out, pool)
     assert edits.lines == ["criterion.min_gain: 1.02 → 1.1", "rungs.m.width: 24 → 48"]
     assert (edits.kept, edits.dropped) == (3, 3)
     assert "3 finished runs are kept, 3 finished runs are wanted no more" in str(edits)
-    record.write(changed, out, pool)
-    history = record.criterion_history(out)
+    preregistration.write(changed, out, pool)
+    history = preregistration.criterion_history(out)
     assert [entry["criterion"]["min_gain"] for entry in history] == [1.02, 1.1]
     assert [entry["finished_runs"] for entry in history] == [0, 6]
-    record.write(ladder, out, pool)
+    preregistration.write(ladder, out, pool)
     with pytest.raises(RunDirectoryError, match="belongs to ladder 'calm'"):
-        record.compare(plan(home, PLAIN, name="other"), out, pool)
+        preregistration.compare(plan(home, PLAIN, name="other"), out, pool)
 
 
 def test_a_plan_measures_a_few_steps_and_starts_nothing_else(home, server, tmp_path):
@@ -445,9 +448,9 @@ def test_time_left_is_that_of_the_runs_left_at_the_speed_measured(calm):
 
 
 def test_the_smallest_run_is_next_unless_a_long_one_would_then_be_alone_at_the_end():
-    assert order.next_of([1, 1, 1, 4, 4], [0, 0]) == 0
-    assert order.next_of([1, 1, 4, 4, 4], [0, 1]) == 2  # else two 4s end at 5, and the third alone at 9
-    assert order.next_of([3], [0, 9]) == 0
+    assert scheduling.next_of([1, 1, 1, 4, 4], [0, 0]) == 0
+    assert scheduling.next_of([1, 1, 4, 4, 4], [0, 1]) == 2  # else two 4s end at 5, and the third alone at 9
+    assert scheduling.next_of([3], [0, 9]) == 0
 
 
 def test_what_was_measured_before_is_taken_at_the_pace_of_now():
@@ -458,8 +461,8 @@ def test_what_was_measured_before_is_taken_at_the_pace_of_now():
 
 def test_a_spike_is_a_loss_far_above_those_before_it():
     quiet = [3.0 + 0.01 * (number % 5) for number in range(60)]
-    assert outcomes.spikes(quiet) == []
-    assert outcomes.spikes([*quiet[:50], 4.0, *quiet[50:]]) == [51]
+    assert collect.spikes(quiet) == []
+    assert collect.spikes([*quiet[:50], 4.0, *quiet[50:]]) == [51]
 
 
 # Helpers

@@ -15,11 +15,11 @@ from scripts import bench_ladder
 from tests import ladders
 from tests.ladders import LONG, SHORT, Arm, Design, draw, power_law
 from trainer.errors import FitError
-from trainer.ladder import fit as fits
-from trainer.ladder import verdict
-from trainer.ladder.matching import Baseline
-from trainer.ladder.multiplier import Line, More, Noise, OtherFloor, Pairs
-from trainer.ladder.results import BASELINE, Criterion, Interval, Point, Verdict
+from trainer.ladder.stats import fit as fits
+from trainer.ladder.stats import verdict
+from trainer.ladder.stats.multiplier import Line, More, Noise, OtherFloor, Pairs
+from trainer.ladder.stats.pairs import Baseline
+from trainer.ladder.stats.records import BASELINE, Criterion, Interval, Point, Verdict
 
 TARGET = 1e16
 CLEAR = replace(LONG, sd=0.001)

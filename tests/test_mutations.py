@@ -7,7 +7,7 @@ import pytest
 
 from tests.mutants import CONTROL, MUTANTS, Mutant
 from tests.support import ROOT, SMOKE
-from trainer.chaos import campaign, runner
+from trainer.chaos import plan, run
 from trainer.chaos.results import Result
 from trainer.faults.checker import DETECTED, FIRED, RECOVERED
 
@@ -25,9 +25,9 @@ def run_mutants(mutants: dict[str, Mutant], directory: Path) -> dict[str, Result
     """One campaign, one run for each mutant, with the faults that should bring it to light."""
     file = directory / "mutants.toml"
     file.write_text(CAMPAIGN + "".join(_run(name, mutant) for name, mutant in mutants.items()))
-    planned = campaign.load(file)
+    planned = plan.load(file)
     cells = [dataclasses.replace(cell, worker=("tests.mutants", cell.name)) for cell in planned.cells]
-    report = runner.run(dataclasses.replace(planned, cells=cells), directory / "out")
+    report = run.run(dataclasses.replace(planned, cells=cells), directory / "out")
     return {result.name: result for result in report.results}
 
 

@@ -15,15 +15,15 @@ import pytest
 
 from tests.support import ROOT, SMOKE, settings, trainer, wait_until, write_plan
 from trainer import config as configs
-from trainer import events, summary
-from trainer.cluster import Cluster, Job
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED
-from trainer.events import AttemptStarted, EventLog, FaultFired, StepDone
 from trainer.faults import plan as plans
 from trainer.faults.kinds import KINDS
 from trainer.faults.nemesis import NEEDS_STORE, Nemesis
-from trainer.faults.network import Hosts
 from trainer.faults.plan import Planned
+from trainer.launch.cluster import Cluster, Job
+from trainer.launch.namespaces import Hosts
+from trainer.log import events, summary
+from trainer.log.events import AttemptStarted, EventLog, FaultFired, StepDone
 
 STEPS = 60
 SETTINGS = settings(

@@ -20,10 +20,10 @@ import pytest
 
 from tests.support import ROOT, wait_until
 from tests.test_nemesis import Attack, calm, real  # noqa: F401
-from trainer import cluster
 from trainer.errors import EXIT_FINISHED
-from trainer.faults import network
-from trainer.faults.network import Hosts
+from trainer.launch import cluster
+from trainer.launch import namespaces as network
+from trainer.launch.namespaces import Hosts
 
 pytestmark = pytest.mark.skipif(network.probe() is not None, reason=network.probe() or "")
 
@@ -198,7 +198,7 @@ def test_nothing_is_left_of_hosts_whose_making_fails_or_whose_use_raises(monkeyp
 
 def test_nothing_is_left_of_hosts_whose_maker_is_killed():
     program = (
-        "import time\nfrom trainer.faults.network import Hosts\n"
+        "import time\nfrom trainer.launch.namespaces import Hosts\n"
         "with Hosts(2) as hosts:\n    print(*[holder.pid for holder in hosts._holders], flush=True)\n    time.sleep(60)"
     )
     maker = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=ROOT)
@@ -281,7 +281,7 @@ def as_nobody() -> Iterator[AsNobody]:
     try:
         for path in (home, *home.rglob("*")):
             os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
-        probed = run("-c", "import torch\nfrom trainer.faults import network\nprint(network.shaping())")
+        probed = run("-c", "import torch\nfrom trainer.launch import namespaces as network\nprint(network.shaping())")
         if probed.stdout.strip() != "None":
             pytest.skip(f"of no use to an ordinary user: {(probed.stdout + probed.stderr).strip()[-300:]}")
         yield run

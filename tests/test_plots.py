@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from trainer.plots import draw_curves, labels, smooth
+from trainer.show.curves import draw_curves, labels, smooth
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

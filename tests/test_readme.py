@@ -9,8 +9,8 @@ import pytest
 
 from scripts import bench_tables
 from tests.support import ROOT, inspect, settings, torchrun, trainer
-from trainer.chaos import campaign
-from trainer.ladder import ladderfile
+from trainer.chaos import plan
+from trainer.ladder.plan import load
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHORTER = settings(
@@ -34,10 +34,10 @@ def test_every_command_of_the_readme_runs_and_all_worlds_print_one_hash(tmp_path
             words = shlex.split(command.replace("$n", str(ranks)).replace("runs/", f"{tmp_path}/"))
             arguments = words[words.index("trainer") + 1 :]
             if arguments[0] == "chaos":  # minutes to half an hour: tests/test_chaos.py runs the first
-                assert campaign.load(ROOT / arguments[1]).cells
+                assert plan.load(ROOT / arguments[1]).cells
                 continue
             if arguments[0] == "ladder":  # minutes: tests/test_ladder_run.py runs smaller ones
-                assert ladderfile.load(ROOT / arguments[2]).runs
+                assert load.load(ROOT / arguments[2]).runs
                 continue
             if words[0] == "python":
                 trainer(*arguments)

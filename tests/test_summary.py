@@ -15,17 +15,11 @@ import pytest
 from rich.console import Console
 
 from tests.logs import NOBODY, ended, evaluated, killed, started, step
-from trainer import rundir
 from trainer.config import Config, parse
 from trainer.errors import RunDirectoryError
-from trainer.events import (
-    CheckpointSaved,
-    Event,
-    EventLog,
-    Warned,
-    events_directory,
-)
-from trainer.summary import render, summarise
+from trainer.log import rundir
+from trainer.log.events import CheckpointSaved, Event, EventLog, Warned, events_directory
+from trainer.log.summary import render, summarise
 
 CONFIG: Config = parse({"budget": {"steps": 60}, "elastic": {"step_timeout_seconds": 10.0}})
 

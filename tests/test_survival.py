@@ -37,11 +37,12 @@ from tests.support import (
     write_corpus,
     write_plan,
 )
-from trainer import checkpoint, events
+from trainer import checkpoint
 from trainer import config as configs
 from trainer.data import Batches, digest, prepare
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USAGE
 from trainer.faults.checker import strays
+from trainer.log import events
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]  # the machine may be shared: six attempts take long then
 

@@ -17,20 +17,12 @@ from typing import Any
 import pytest
 
 from tests.logs import ended, entry, evaluated, started, step
-from trainer import rundir
 from trainer.config import Config, parse
-from trainer.console import Console
 from trainer.errors import ConfigError
-from trainer.events import (
-    CheckpointFailed,
-    CheckpointSaved,
-    EventLog,
-    StepDone,
-    Warned,
-    WorkersLost,
-    read,
-)
-from trainer.wandb_sink import WandbSink, wandb_mode
+from trainer.log import rundir
+from trainer.log.events import CheckpointFailed, CheckpointSaved, EventLog, StepDone, Warned, WorkersLost, read
+from trainer.show.console import Console
+from trainer.show.wandb import WandbSink, wandb_mode
 
 CONFIG: Config = parse({"budget": {"steps": 60}, "wandb": {"mode": "offline"}})
 AUTO: Config = parse({"budget": {"steps": 60}})
@@ -434,7 +426,7 @@ def test_a_helper_killed_in_the_middle_costs_one_warning_and_no_exception(tmp_pa
 
 
 def test_a_helper_that_stands_still_does_not_slow_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("trainer.wandb_sink.PENDING_BYTES", 2**18)
+    monkeypatch.setattr("trainer.show.wandb.PENDING_BYTES", 2**18)
     problems: list[str] = []
     sink = WandbSink(tmp_path, CONFIG, ABOUT, on_problem=problems.append)
     assert sink.pid is not None

@@ -15,8 +15,8 @@ import pytest
 
 from tests import watchdog_worker
 from tests.watchdog_worker import FAULTY_RANK, FAULTY_STEP
-from trainer import events
-from trainer.watchdog import Collective, View, Watchdog, diagnose, pending_collective
+from trainer.log import events
+from trainer.sentinel.hang import Collective, View, Watchdog, diagnose, pending_collective
 
 TIMEOUT = 1.0
 PROMISED_SECONDS = 2.5  # after the timeout, until the process has ended

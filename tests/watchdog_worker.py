@@ -16,8 +16,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from trainer.events import EventLog
-from trainer.watchdog import Watchdog
+from trainer.log.events import EventLog
+from trainer.sentinel.hang import Watchdog
 
 FAULTY_RANK, FAULTY_STEP, STEPS = 1, 5, 8
 PUBLISHED_SECONDS = 0.3  # after which a rank's position is known to others, should it stop

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trainer import elastic
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, NewerFormatError, TopropeError, UsageError
+from trainer.parallel import elastic
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -56,10 +56,10 @@ def train(
 
     config = configs.load(config_path, overrides or ())
     if dry_run:
-        from trainer import dryrun
+        from trainer import costs
 
         configs.check_world(config, ranks or 1)
-        dryrun.show(config, ranks or 1)
+        costs.show(config, ranks or 1)
         return
     if ranks is not None:
         raise UsageError("--ranks is for --dry-run.\n  To train on N ranks: torchrun --standalone --nproc-per-node N …")
@@ -72,15 +72,16 @@ def train(
 @app.command()
 def inspect(run: RunPath, as_json: AsJson = False) -> None:
     """Show what happened in a run: status, attempts, losses, throughput, checkpoints."""
-    from trainer import checkpoint, rundir, summary
-    from trainer.faults import telling
+    from trainer import checkpoint
+    from trainer.faults import attribution
+    from trainer.log import rundir, summary
 
     rundir.read(run)
     found = [
         {"step": saved.step, "intact": not checkpoint.verify(saved), "bytes": saved.bytes}
         for saved in reversed(checkpoint.committed(run))
     ]
-    result = telling.summarise(run, found)
+    result = attribution.summarise(run, found)
     if as_json:
         print(json.dumps(result))
     else:
@@ -92,7 +93,8 @@ def inspect(run: RunPath, as_json: AsJson = False) -> None:
 @app.command()
 def verify(path: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT")]) -> None:
     """Check checkpoints against their manifests: exit 0 if all are intact, 1 otherwise."""
-    from trainer import checkpoint, rundir
+    from trainer import checkpoint
+    from trainer.log import rundir
 
     if path.name.startswith("step-"):
         saved = [checkpoint.at(path)]
@@ -134,9 +136,9 @@ def sample(
     seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
 ) -> None:
     """Generate text from a run's newest checkpoint."""
-    from trainer import sampling
+    from trainer import sample
 
-    for piece in sampling.generate(run, prompt, tokens, temperature, top_k, seed):
+    for piece in sample.generate(run, prompt, tokens, temperature, top_k, seed):
         print(piece, end="", flush=True)
     print()
 
@@ -146,14 +148,16 @@ def plot(
     run: RunPath, output: Annotated[Path | None, typer.Option(help="PNG to write; default RUN/curves.png.")] = None
 ) -> None:
     """Draw a run's loss curves (PNG) and its timeline: attempts, faults, lost work (SVG). Prints both paths."""
-    from trainer import plots, rundir, summary, wholefile
+    from trainer import files
     from trainer.chaos import drawing, timeline
+    from trainer.log import rundir, summary
+    from trainer.show import curves
 
     rundir.read(run)
     path = output or run / "curves.png"
-    plots.draw_curves({run.name: summary.summarise(run)}, path)
+    curves.draw_curves({run.name: summary.summarise(run)}, path)
     drawn = path.with_name("timeline.svg")
-    wholefile.write(drawn, drawing.svg(timeline.of(run)))
+    files.write(drawn, drawing.svg(timeline.of(run)))
     print(f"{path}\n{drawn}")
 
 
@@ -171,15 +175,15 @@ def chaos(
     ] = False,
 ) -> None:
     """Break runs on purpose and check that it leaves no trace: exit 0 only if every one passes."""
-    from trainer.chaos import campaign, report, runner
+    from trainer.chaos import plan, report, run
 
-    planned = campaign.load(path, only or (), repeat)
-    out = out or runner.default_out(planned)
-    if warning := campaign.check_exact(planned):
+    planned = plan.load(path, only or (), repeat)
+    out = out or run.default_out(planned)
+    if warning := plan.check_exact(planned):
         print(f"warning: {warning}", file=sys.stderr)
     notes = sys.stderr if as_json else sys.stdout
     with report.Live(len(planned.cells), file=notes) as live:
-        done = runner.run(planned, out, update=live.update, shrink=shrink)
+        done = run.run(planned, out, update=live.update, shrink=shrink)
     if as_json:
         from trainer.chaos import results
 
@@ -189,11 +193,11 @@ def chaos(
 
         Console().print(report.terminal(done))
         print(f"\n{out / 'report.html'}")
-    if (again := runner.keep_replay(planned, done, out)) is not None:
+    if (again := run.keep_replay(planned, done, out)) is not None:
         print(f"what did not pass does the same again: python -m trainer chaos {again}", file=notes)
     if done.interrupted:
         print(f"to go on: the same command with --out {out}", file=notes)
-    raise typer.Exit(runner.EXIT_INTERRUPTED if done.interrupted else EXIT_FINISHED if done.passed else EXIT_FAILED)
+    raise typer.Exit(run.EXIT_INTERRUPTED if done.interrupted else EXIT_FINISHED if done.passed else EXIT_FAILED)
 
 
 ladders = typer.Typer(help="Derisk changes on a ladder of sizes: plan, run, look.", no_args_is_help=True)
@@ -205,17 +209,18 @@ LadderOut = Annotated[Path | None, typer.Option(help="Default runs/ladders/NAME;
 @ladders.command("plan")
 def ladder_plan(path: LadderPath, out: LadderOut = None, as_json: AsJson = False) -> None:
     """Show what will run: sizes, tokens, FLOPs, hours on this machine, by a few steps that are tried."""
-    from trainer.ladder import ladderfile, record, run, screen, worker
+    from trainer.ladder import preregistration, run, terminal, worker
+    from trainer.ladder.plan import load
 
     server = worker.Server()
-    ladder, out = ladderfile.load(path), out or run.default_out(path)
+    ladder, out = load.load(path), out or run.default_out(path)
     view = run.look(ladder, out)
     known, source = run.measure(ladder, out, view, server)
-    edits = record.write(ladder, out, run.pool_of(out))
+    edits = preregistration.write(ladder, out, run.pool_of(out))
     if as_json:
-        print(json.dumps(screen.plan_json(ladder, view, known, source, edits)))
+        print(json.dumps(terminal.plan_json(ladder, view, known, source, edits)))
     else:
-        _show(screen.plan(ladder, view, known, source, edits))
+        _show(terminal.plan(ladder, view, known, source, edits))
 
 
 @ladders.command("run")
@@ -228,46 +233,49 @@ def ladder_run(
     as_json: AsJson = False,
 ) -> None:
     """Run a ladder, or go on with it: exit 0 if all of it finished, 1 if runs are missing, 75 if it was stopped."""
-    from trainer.ladder import ladderfile, record, run, screen, worker
+    from trainer.ladder import preregistration, run, terminal, worker
+    from trainer.ladder.plan import load
 
     server = worker.Server()  # its imports run beside the planning
     options = [] if out is None else ["--out", str(out)]
     options += [] if up_to is None else ["--up-to", up_to]
     command = shlex.join(["python", "-m", "trainer", "ladder", "run", str(path), *options])
-    ladder, out = ladderfile.load(path), out or run.default_out(path)
+    ladder, out = load.load(path), out or run.default_out(path)
     told = sys.stderr if as_json else sys.stdout
-    if edits := str(record.compare(ladder, out, run.pool_of(out))):
+    if edits := str(preregistration.compare(ladder, out, run.pool_of(out))):
         print(edits, file=told, flush=True)
-    with screen.Live(ladder, file=told) as live:
+    with terminal.Live(ladder, file=told) as live:
         done = run.run(ladder, out, up_to=up_to, server=server, update=live.update)
     if as_json:
-        print(json.dumps(screen.status_json(ladder, run.look(ladder, out))))
+        print(json.dumps(terminal.status_json(ladder, run.look(ladder, out))))
     else:
-        _show(screen.ended(ladder, done, command))
+        _show(terminal.ended(ladder, done, command))
     raise typer.Exit(done.exit_status)
 
 
 @ladders.command("status")
 def ladder_status(path: LadderPath, out: LadderOut = None, as_json: AsJson = False) -> None:
     """Show how a ladder stands, from its files alone."""
-    from trainer.ladder import ladderfile, record, run, screen
+    from trainer.ladder import preregistration, run, terminal
+    from trainer.ladder.plan import load
 
-    ladder, out = ladderfile.load(path), out or run.default_out(path)
+    ladder, out = load.load(path), out or run.default_out(path)
     view = run.look(ladder, out)
     if as_json:
-        print(json.dumps(screen.status_json(ladder, view)))
+        print(json.dumps(terminal.status_json(ladder, view)))
         return
-    if edits := str(record.compare(ladder, out, run.pool_of(out))):
+    if edits := str(preregistration.compare(ladder, out, run.pool_of(out))):
         print(edits)
-    _show(screen.standing(ladder, view))
+    _show(terminal.standing(ladder, view))
 
 
 @ladders.command("report")
 def ladder_report(path: LadderPath, out: LadderOut = None, as_json: AsJson = False) -> None:
     """Say what a ladder's runs mean: verdicts here, and OUT/report.html, report.json, pictures and a W&B run."""
-    from trainer.ladder import ladderfile, report, run
+    from trainer.ladder import report, run
+    from trainer.ladder.plan import load
 
-    ladder, out = ladderfile.load(path), out or run.default_out(path)
+    ladder, out = load.load(path), out or run.default_out(path)
     tree = report.make(ladder, out)
     if as_json:
         print(json.dumps(tree))

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from trainer.data import EvalWindows
-from trainer.world import World
+from trainer.parallel.world import World
 
 
 @dataclass(frozen=True)

@@ -13,18 +13,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer import checkpoint, console, elastic, evaluate, events, loop, optim, rundir, world
+from trainer import checkpoint, evaluate, loop, optim
 from trainer import model as models
 from trainer import step as steps
 from trainer.config import Config, check_world
 from trainer.data import Batches, EvalWindows, Prepared, prepare
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, CheckpointError, RunDirectoryError, TopropeError
 from trainer.exact import Grids
-from trainer.faults import worker as faults
+from trainer.faults import injector as faults
+from trainer.log import events, rundir
+from trainer.parallel import elastic, world
+from trainer.parallel.world import World
+from trainer.phases import Phase
+from trainer.sentinel.hang import Watchdog
+from trainer.show import console
+from trainer.show.wandb import WandbSink, wandb_mode
 from trainer.step import TrainState, Work
-from trainer.wandb_sink import WandbSink, wandb_mode
-from trainer.watchdog import Watchdog
-from trainer.world import World
 
 TELL_SECONDS = 0.5  # how often the ranks that wait for the data hear that rank 0 gets on
 Point = Callable[[str, int], None]
@@ -128,7 +132,7 @@ def _watch(config: Config, run: Path, ranks: World, attempt: int) -> Watchdog:
 def _prepare(config: Config, ranks: World, watchdog: Watchdog) -> Prepared:
     """Tokens and tokenizer. Rank 0 builds what is missing and checks what is there, because it can show progress."""
     prepared_data = functools.partial(prepare, config.data, config.eval, config.model.context)
-    alive = functools.partial(watchdog.at, "startup", 0)
+    alive = functools.partial(watchdog.at, Phase.STARTUP, 0)
     with console.preparation(enabled=ranks.is_main) as show:
         told = time.monotonic()
 
@@ -218,7 +222,7 @@ class Attempt:
                 self.log.append(events.Warned(message=message))
 
     def _finished(self, state: TrainState) -> int:
-        self.inject("before_end", state.step)
+        self.inject(Phase.BEFORE_END, state.step)
         self._end("finished", state.step, "", state.weights_sha256(), state.state_sha256())
         return EXIT_FINISHED
 
@@ -255,9 +259,9 @@ class Checkpoints:
             self._durable = found
 
     def save(self, state: TrainState) -> None:
-        self._at("waiting_for_save", state.step)
+        self._at(Phase.WAITING_FOR_SAVE, state.step)
         self._saver.begin(state.step, state.tensors())
-        self._at("after_save", state.step)
+        self._at(Phase.AFTER_SAVE, state.step)
         self.look()
         self._stop_if_hopeless()
 
@@ -265,7 +269,7 @@ class Checkpoints:
         self._log(self._saver.poll())
 
     def finish(self, state: TrainState) -> None:
-        self._at("waiting_for_save", state.step)
+        self._at(Phase.WAITING_FOR_SAVE, state.step)
         self._log(self._saver.finish())
         while self._durable != state.step:  # the last save is the result: it has no next one to make up for it
             self._stop_if_hopeless()
@@ -350,7 +354,7 @@ def scorer(
     with_precision = functools.partial(steps.autocast, config, ranks.device)
 
     def score(model: nn.Module, step: int) -> Iterator[tuple[str, str, evaluate.Score, float]]:
-        progress = functools.partial(at, "in_eval", step)
+        progress = functools.partial(at, Phase.IN_EVAL, step)
         for name, of_set in windows.items():
             started = time.perf_counter()
             result = evaluate.evaluate(model, of_set, prepared.tokenizer.token_bytes, ranks, with_precision, progress)

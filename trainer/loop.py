@@ -15,7 +15,8 @@ from torch import nn
 from trainer import optim
 from trainer.errors import NumericsError
 from trainer.evaluate import Score
-from trainer.events import EvalDone, Event, EventLog, NotFinite, StepDone
+from trainer.log.events import EvalDone, Event, EventLog, NotFinite, StepDone
+from trainer.phases import Phase
 from trainer.step import Sums, TrainState, Work, apply, clip_gradients, compute_gradients, find_not_finite
 
 
@@ -80,9 +81,9 @@ def take_step(state: TrainState, parts: Parts) -> bool:
     config = work.config
     sums, norm = finite_gradients(state, parts)
     rate = optim.set_learning_rates(state.optimizers, state.step, config.optim, config.budget.steps)
-    work.at("before_update", state.step)
+    work.at(Phase.BEFORE_UPDATE, state.step)
     apply(state)
-    work.at("after_update", state.step)
+    work.at(Phase.AFTER_UPDATE, state.step)
     parts.record(
         StepDone(
             step=state.step,

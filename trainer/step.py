@@ -21,7 +21,8 @@ from trainer.config import Config
 from trainer.data import Batches, MicroBatch, digest
 from trainer.errors import NumericsError
 from trainer.exact import Grids
-from trainer.world import Rounder, Sharding, World, whole
+from trainer.parallel.world import Rounder, Sharding, World, whole
+from trainer.phases import Phase
 
 COUNT_FLUSHED_EVERY = 32  # steps; counting zeros costs more than the rounding itself
 
@@ -137,13 +138,13 @@ def _one_pass(state: TrainState, work: Work) -> Sums:
         if index is not None:
             losses[index] = loss
             digests[index] = float(digest(batch.sample_ids))
-    work.at("before_reduce", state.step)
+    work.at(Phase.BEFORE_REDUCE, state.step)
     sharding.reduce_gradients()
     nonzero = torch.zeros(2, dtype=torch.float64, device=world.device) if state.grids is None else state.grids.nonzero
     stops = torch.tensor([work.stop_requested()], dtype=torch.float64, device=world.device)
     slots = torch.cat([losses, digests.to(world.device), nonzero, stops])
     world.sum(slots)  # exact: losses and digests have one owner each, the rest are counts
-    work.at("after_reduce", state.step)
+    work.at(Phase.AFTER_REDUCE, state.step)
     values = slots.tolist()
     before, after, stops_asked = values[2 * count :]
     samples = hashlib.sha256(repr([int(value) for value in values[count : 2 * count]]).encode()).hexdigest()[:16]
@@ -157,7 +158,7 @@ def _own_micro_batches(state: TrainState, work: Work) -> Iterator[tuple[int | No
     for number, index in enumerate(rounds, start=1):
         if index is not None or state.sharding.needs_lockstep:
             state.sharding.last_micro_batch(number == len(rounds))
-            work.at("before_forward", state.step)
+            work.at(Phase.BEFORE_FORWARD, state.step)
             yield index, work.batches.micro_batch(state.step, index or 0)
 
 
@@ -171,7 +172,7 @@ def backward(state: TrainState, work: Work, index: int | None, batch: MicroBatch
         torch.manual_seed(_key(config.seed, state.step, index or 0))
     with autocast(config, device):
         result = state.model(_to(batch.inputs, device), _to(batch.targets, device))
-    work.at("before_backward", state.step)
+    work.at(Phase.BEFORE_BACKWARD, state.step)
     (result.objective * (0.0 if index is None else 1.0 / config.data.micro_batches)).backward()
     return result.cross_entropy.detach()
 

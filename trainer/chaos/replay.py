@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from trainer import tomlfile
-from trainer.chaos.campaign import Campaign
+from trainer.chaos.plan import Campaign
 from trainer.chaos.results import Result
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from trainer import wholefile
+from trainer import files
 from trainer.errors import RunDirectoryError
 from trainer.faults.checker import Answer, Answers
 
@@ -98,7 +98,7 @@ def from_json(tree: dict[str, Any]) -> Report:
 
 def write(path: Path, report: Report) -> None:
     """Replace the file as a whole: whoever reads it while a campaign runs sees one state or the next."""
-    wholefile.write(path, json.dumps(to_json(report), indent=1))
+    files.write(path, json.dumps(to_json(report), indent=1))
 
 
 def read(path: Path) -> Report | None:

@@ -11,20 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from trainer import events, summary
 from trainer.chaos.drawing import svg
 from trainer.errors import RunDirectoryError
-from trainer.events import (
-    AttemptEnded,
-    AttemptStarted,
-    CheckpointSaved,
-    Entry,
-    EvalDone,
-    FaultFired,
-    StepDone,
-)
 from trainer.faults import plan
-from trainer.incidents import Incident, incidents_of
+from trainer.log import events, summary
+from trainer.log.events import AttemptEnded, AttemptStarted, CheckpointSaved, Entry, EvalDone, FaultFired, StepDone
+from trainer.log.incidents import Incident, incidents_of
 
 __all__ = ["of", "svg"]
 

@@ -19,11 +19,12 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
-from trainer import events
 from trainer.checkpoint.files import Saved, committed, directory, one_line, read_manifest, refuse_newer, verify
 from trainer.errors import CheckpointError
-from trainer.events import CheckpointRejected, CheckpointSaved, Event
-from trainer.world import World
+from trainer.log import events
+from trainer.log.events import CheckpointRejected, CheckpointSaved, Event
+from trainer.parallel.world import World
+from trainer.phases import Phase
 
 
 def restore(
@@ -45,7 +46,7 @@ def restore(
         world.from_main(functools.partial(refuse_newer, saved))
         reason = _agreed(world, functools.partial(_refusal, saved, world, fingerprint, run_id))
         if reason is None:
-            at("in_load", saved.step)
+            at(Phase.IN_LOAD, saved.step)
             reason = _agreed(world, functools.partial(_failure, saved, tensors))
         if reason is None:
             return saved.step

@@ -34,8 +34,9 @@ from trainer import config
 from trainer.checkpoint import files
 from trainer.checkpoint.streams import Writer
 from trainer.errors import CheckpointError
-from trainer.events import CheckpointFailed, CheckpointSaved, Event, Warned
-from trainer.world import World
+from trainer.log.events import CheckpointFailed, CheckpointSaved, Event, Warned
+from trainer.parallel.world import World
+from trainer.phases import Phase
 
 T = TypeVar("T")
 At = Callable[[str, int], None]
@@ -150,7 +151,7 @@ class Saver:
             save.thread.join(POLL_SECONDS)
             if self._got_on != seen:
                 seen = self._got_on
-                self._waiting("waiting_for_save", step)
+                self._waiting(Phase.WAITING_FOR_SAVE, step)
 
     def _collect(self) -> None:
         save, self._save = self._save, None
@@ -220,15 +221,15 @@ class Saver:
     def _write_shard(self, save: "_Save", staging: Path) -> "_Shard":
         layout = self._layout
         assert layout is not None
-        writer = Writer(staging, self._progress(save, "in_save_shard"))
+        writer = Writer(staging, self._progress(save, Phase.IN_SAVE_SHARD))
         results: list[Any] = []
         if layout.plan.items:
             results = writer.write_data(layout.plan, layout).value()  # pyright: ignore[reportArgumentType]
             files.sync_directory(staging)
         else:  # nothing left for this rank: there are more ranks than tensors
-            self._at("in_save_shard", save.step)
+            self._at(Phase.IN_SAVE_SHARD, save.step)
         if not self._world.is_main:
-            self._at("before_commit", save.step)
+            self._at(Phase.BEFORE_COMMIT, save.step)
         return _Shard(writer.files.digests, results)
 
     def _commit(self, save: "_Save", staging: Path, shards: "list[_Shard]") -> tuple[Path, int]:
@@ -243,13 +244,13 @@ class Saver:
         described = dict(sorted(writer.files.digests.items()))
         body = {**self._identity, "step": save.step, "world_size": self._world.size, "files": described}
         size = files.write_manifest(staging, body) + sum(file["bytes"] for file in described.values())
-        self._at("before_commit", save.step)
+        self._at(Phase.BEFORE_COMMIT, save.step)
         files.commit(staging, final)
         return final, size
 
     def _read_back(self, save: "_Save", final: Path, own: Mapping[str, Any]) -> list[str]:
         """What is wrong with what this rank wrote, from the disk and not from the system's copy in memory."""
-        self._at("after_commit", save.step)
+        self._at(Phase.AFTER_COMMIT, save.step)
         names = {*own, ".metadata"} if self._world.is_main else {*own}
         for name in names:
             with contextlib.suppress(OSError):

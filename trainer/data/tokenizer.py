@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer import wholefile
+from trainer import files
 from trainer.errors import TokenizerError
 
 END = "<|end|>"
@@ -56,7 +56,7 @@ class Tokenizer(ABC):
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def save(self, path: Path) -> None:
-        wholefile.write(path, self.to_json())
+        files.write(path, self.to_json())
 
     @staticmethod
     def load(path: Path) -> "Tokenizer":

@@ -9,14 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from trainer import goodput
 from trainer.checkpoint import files as checkpoint
 from trainer.errors import EXIT_FINISHED, CheckpointError, TopropeError
-from trainer.events import AttemptEnded, AttemptStarted, CheckpointRejected, CheckpointSaved, Entry, StepDone, Warned
 from trainer.faults.evidence import Calm, Evidence, Firing, Telling, calm_of, finished
 from trainer.faults.kinds import Kind
 from trainer.faults.plan import Planned
-from trainer.incidents import Incident
+from trainer.log import goodput
+from trainer.log.events import (
+    AttemptEnded,
+    AttemptStarted,
+    CheckpointRejected,
+    CheckpointSaved,
+    Entry,
+    StepDone,
+    Warned,
+)
+from trainer.log.incidents import Incident
 
 __all__ = ["INVARIANTS", "Answer", "Answers", "Calm", "Evidence", "Firing", "Telling", "calm_of", "check", "measure"]
 

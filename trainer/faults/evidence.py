@@ -11,9 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from trainer import events, goodput
 from trainer.config import Config
-from trainer.events import (
+from trainer.faults import plan
+from trainer.faults.attribution import may_tell
+from trainer.faults.kinds import SAVE
+from trainer.faults.plan import Planned
+from trainer.log import events, goodput
+from trainer.log.events import (
     AttemptEnded,
     AttemptStarted,
     CheckpointFailed,
@@ -26,11 +30,7 @@ from trainer.events import (
     StepDone,
     StopRequested,
 )
-from trainer.faults import plan
-from trainer.faults.kinds import SAVE
-from trainer.faults.plan import Planned
-from trainer.faults.telling import may_tell
-from trainer.incidents import Incident, incidents_of
+from trainer.log.incidents import Incident, incidents_of
 
 OWN_EVENT: Mapping[str, type[Event]] = {
     "hung": Hung, "not_finite": NotFinite, "save_failed": CheckpointFailed,

@@ -12,13 +12,15 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from trainer import events, rundir
-from trainer.events import AttemptStarted, EventLog, FaultFired, StepDone
 from trainer.faults import plan as plans
-from trainer.faults.network import Hosts
 from trainer.faults.plan import Planned
+from trainer.log import events, rundir
+from trainer.log.events import AttemptStarted, EventLog, FaultFired, StepDone
+
+if TYPE_CHECKING:
+    from trainer.launch.namespaces import Hosts
 
 POLL_SECONDS = 0.02
 PERIOD_SECONDS = 0.2  # of a straggler's stops: far below any limit of a step
@@ -48,7 +50,7 @@ class Node(Protocol):
 class Cluster(Protocol):
     """The agents of one run. Signals reach nothing but its processes."""
 
-    hosts: Hosts | None
+    hosts: "Hosts | None"
 
     @property
     def nodes(self) -> Sequence[Node]: ...
@@ -247,7 +249,7 @@ class Nemesis:
 
     # Links
 
-    def _last_host(self) -> tuple[Hosts, int]:
+    def _last_host(self) -> "tuple[Hosts, int]":
         hosts, living = self._cluster.hosts, self._living()
         if hosts is None or not living or living[-1].host is None:
             raise ValueError("no node is left on a host of its own")

@@ -13,18 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer import events
 from trainer.config import Config, Fault
 from trainer.errors import ConfigError
-from trainer.events import Entry, FaultFired
 from trainer.faults.kinds import KINDS, NODES, PHASES_WITHOUT_STEP, SAVE, Kind
+from trainer.log import events
+from trainer.log.events import Entry, FaultFired
+from trainer.phases import Phase
 
 ROLES = ("any", "all", "rank0", "writer")
 BY_SIGNAL = ("sigkill", "sigsegv", "sigabrt", "sigterm", "stopped")
 """What can hit a rank from outside, at a wall time."""
-BY_WRITER = (("eio_rename", "before_commit"), ("no_space", "before_commit"))
+BY_WRITER = (("eio_rename", Phase.BEFORE_COMMIT), ("no_space", Phase.BEFORE_COMMIT))
 """What only rank 0 does, and so only there can fail."""
-AFTER_THE_UPDATE = ("after_update", "in_eval", *SAVE)
+AFTER_THE_UPDATE = (Phase.AFTER_UPDATE, Phase.IN_EVAL, *SAVE)
 """Phases at which a rank's own count of completed steps is already that of the step."""
 
 
@@ -202,7 +203,7 @@ def _never_comes_by(where: str, fault: Fault, phase: str, config: Config) -> lis
         return []
     for phases, every, name in (
         (SAVE, config.checkpoint.every_steps, "checkpoint.every_steps"),
-        (("in_eval",), config.eval.every_steps, "eval.every_steps"),
+        ((Phase.IN_EVAL,), config.eval.every_steps, "eval.every_steps"),
     ):
         if phase in phases and step != last and (every == 0 or step % every):
             return [

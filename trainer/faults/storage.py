@@ -24,6 +24,7 @@ from typing import Any
 
 from trainer.checkpoint import files
 from trainer.faults.plan import Planned
+from trainer.phases import Phase
 
 WRITING = frozenset({"no_space", "eio_write", "short_write", "slow_write", "stalled_disk", "torn_save"})
 KINDS = WRITING | {"eio_fsync", "eio_rename", "eio_read"}
@@ -49,7 +50,7 @@ class _Place:
 
     @property
     def phase(self) -> str:
-        return "in_save_shard" if self.name.endswith(SHARD) else "before_commit"
+        return Phase.IN_SAVE_SHARD if self.name.endswith(SHARD) else Phase.BEFORE_COMMIT
 
 
 class Disk:
@@ -86,7 +87,7 @@ class Disk:
         # Only the saving thread reads back; the training thread loads.
         saving = threading.current_thread() is not threading.main_thread()
         if not place.staged and place.name.endswith(SHARD) and "r" in mode and saving:
-            fault = self._take(frozenset({"eio_read"}), "after_commit", place.step)
+            fault = self._take(frozenset({"eio_read"}), Phase.AFTER_COMMIT, place.step)
             return real if fault is None else _Unreadable(real)
         return real
 
@@ -102,7 +103,7 @@ class Disk:
             place is not None
             and (place.staged, place.name) == (True, "")
             and not str(target).endswith(".pruned")
-            and self._take(frozenset({"eio_rename"}), "before_commit", place.step) is not None
+            and self._take(frozenset({"eio_rename"}), Phase.BEFORE_COMMIT, place.step) is not None
         ):
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(source))
         self._real[os, "rename"](source, target, **more)

@@ -18,20 +18,15 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import IO, Any
 
-from trainer import elastic
-from trainer.errors import (
-    EXIT_FAILED,
-    EXIT_FINISHED,
-    EXIT_PREEMPTED,
-    EXIT_USAGE,
-    RunDirectoryError,
-)
-from trainer.ladder import order, record, speed, tuning
-from trainer.ladder import pool as pools
-from trainer.ladder.planned import TARGET, Ladder, PlannedRun
-from trainer.ladder.pool import Place, State
+from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USAGE, RunDirectoryError
+from trainer.fleet import run_store as pools
+from trainer.fleet import scheduling
+from trainer.fleet.run_store import Place, State
+from trainer.ladder import preregistration, speed, tuning
+from trainer.ladder.plan.plan import TARGET, Ladder, PlannedRun
 from trainer.ladder.speed import Speed
 from trainer.ladder.worker import STOPPING, Server, Task, is_final, last_words
+from trainer.parallel import elastic
 
 POLL_SECONDS = 0.2
 LOOK_SECONDS = 1.0
@@ -130,7 +125,7 @@ def look(ladder: Ladder, out: Path) -> View:
     pool = pool_of(out)
     runs = tuning.wanted(ladder, pool)
     states = {run.key: pools.state(pool, run) for run in runs}
-    return View(runs, states, speed.slots_of(ladder), record.speed_of(out))
+    return View(runs, states, speed.slots_of(ladder), preregistration.speed_of(out))
 
 
 def measure(ladder: Ladder, out: Path, view: View, server: Server) -> tuple[Speed, str]:
@@ -143,7 +138,7 @@ def measure(ladder: Ladder, out: Path, view: View, server: Server) -> tuple[Spee
         return view.speed, "runs that were made before" if made else "a few steps, earlier"
     known = speed.probe(ladder, view.slots, server)
     if known.steps:
-        record.keep_speed(out, known)
+        preregistration.keep_speed(out, known)
     return known, f"{speed.PROBE_STEPS} steps of {ladder.rungs[0].name} and {ladder.rungs[-1].name}, now"
 
 
@@ -159,7 +154,7 @@ def run(
     ConfigError if there is no rung `up_to`, UsageError if the baseline fails in its first steps.
     """
     part, pool, server = ladder if up_to is None else ladder.up_to(up_to), pool_of(out), server or Server()
-    record.compare(ladder, out, pool)
+    preregistration.compare(ladder, out, pool)
     out.mkdir(parents=True, exist_ok=True)
     with _claimed(out):
         view = look(part, out)
@@ -170,8 +165,8 @@ def run(
         except _StopError:
             return Done(view, True, 0.0, 0)
         pool.mkdir(exist_ok=True)
-        record.write(ladder, out, pool)
-        with _Scheduler(part, pool, server, update, record.speed_of(out)) as scheduler:
+        preregistration.write(ladder, out, pool)
+        with _Scheduler(part, pool, server, update, preregistration.speed_of(out)) as scheduler:
             return scheduler.work()
 
 
@@ -303,7 +298,7 @@ class _Scheduler:
         view = self._view()
         seconds = {run.key: view.estimate(run) for run in [*rungs, *(job.planned for job in self._jobs)]}
         busy = [seconds[job.planned.key] for job in self._jobs]
-        chosen = order.next_of([seconds[run.key] for run in rungs], [*busy, *[0.0] * (self._slots - len(busy))])
+        chosen = scheduling.next_of([seconds[run.key] for run in rungs], [*busy, *[0.0] * (self._slots - len(busy))])
         return left.index(rungs[chosen])
 
     def _start(self, run: PlannedRun, place: Place, slot: int) -> BaseProcess:

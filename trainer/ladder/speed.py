@@ -17,9 +17,9 @@ import numpy as np
 
 from trainer.config import Config
 from trainer.errors import UsageError
-from trainer.ladder import pool as pools
-from trainer.ladder.planned import Ladder, PlannedRun
-from trainer.ladder.pool import Place, State
+from trainer.fleet import run_store as pools
+from trainer.fleet.run_store import Place, State
+from trainer.ladder.plan.plan import Ladder, PlannedRun
 from trainer.ladder.worker import STOPPING, Server, Task, is_final, last_words
 
 LEAVING_SECONDS = 10.0

@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.ladder import outcomes
-from trainer.ladder.planned import Ladder, PlannedRun
-from trainer.ladder.results import Record
+from trainer.ladder import collect
+from trainer.ladder.plan.plan import Ladder, PlannedRun
+from trainer.ladder.stats.records import Record
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def choices(ladder: Ladder, pool: Path) -> list[Choice]:
 
 
 def _choice(ladder: Ladder, pool: Path, runs: list[PlannedRun]) -> Choice:
-    found = outcomes.outcomes(ladder, pool, runs)
+    found = collect.outcomes(ladder, pool, runs)
     scores = {one.rate: one.loss for one in found if one.loss is not None and math.isfinite(one.loss)}
     complete = all(one.status in ("finished", "missing") for one in found)
     best = min(scores, key=lambda rate: scores[rate]) if scores and complete else None

@@ -21,14 +21,14 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer import elastic
 from trainer.errors import EXIT_FAILED, EXIT_USAGE, CheckpointError, NumericsError, TopropeError, UsageError
-from trainer.ladder.pool import Place
+from trainer.fleet.run_store import Place
+from trainer.parallel import elastic
 
 if TYPE_CHECKING:
-    from trainer.cluster import Cluster
+    from trainer.launch.cluster import Cluster
 
-PRELOAD = ("trainer.ladder.worker", "trainer.imports")
+PRELOAD = ("trainer.ladder.worker", "trainer.launch.preload")
 LOCK_SECONDS = 10.0
 """How long a run directory may still be held by a process whose scheduler was killed."""
 START = "== "
@@ -128,19 +128,19 @@ def _train(task: Task) -> int:
 
 
 def _wait_for_lock(path: Path) -> None:
-    from trainer.ladder import pool
+    from trainer.fleet import run_store
 
     deadline = time.monotonic() + LOCK_SECONDS
-    while pool.is_held(path) and time.monotonic() < deadline:
+    while run_store.is_held(path) and time.monotonic() < deadline:
         time.sleep(0.05)
 
 
 def _launch(task: Task, endings: list[Callable[[], None]]) -> int:
     """One torchrun agent and its workers, and whatever faults are made from outside."""
     from trainer import config
-    from trainer.cluster import Cluster
     from trainer.faults import plan
     from trainer.faults.nemesis import Nemesis
+    from trainer.launch.cluster import Cluster
 
     place = task.place
     planned = plan.make(config.load(place.config), task.ranks)
@@ -164,7 +164,7 @@ def _launch(task: Task, endings: list[Callable[[], None]]) -> int:
 
 def _first_start(run: Path) -> float:
     """When the run was first started: the Unix time from which at_seconds counts."""
-    from trainer import events
+    from trainer.log import events
 
     first = events.events_directory(run) / "attempt-0000-rank-00000.jsonl"
     return next((entry.time for entry in events.read_file(first)), time.time())

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer import wholefile
+from trainer import files
 from trainer.chaos.report import matrix
 from trainer.chaos.results import Report, Result
 
@@ -59,7 +59,7 @@ def matrix_png(report: Report, path: Path) -> None:
         figure.savefig(file, format="png", dpi=160, facecolor="white")
         pyplot.close(figure)
     path.parent.mkdir(parents=True, exist_ok=True)
-    wholefile.write(path, file.getvalue())
+    files.write(path, file.getvalue())
 
 
 def _groups(results: Sequence[Result]) -> list[list[Row]]:

@@ -9,14 +9,14 @@ import json
 import sys
 from pathlib import Path
 
-from trainer import wholefile
-from trainer.ladder.planned import Ladder
+from trainer import files
+from trainer.ladder.plan.plan import Ladder
 from trainer.ladder.report import pictures, summary_run
+from trainer.ladder.report.build import look, tell, without_course
 from trainer.ladder.report.estimates import Tree
 from trainer.ladder.report.page import html
 from trainer.ladder.report.pictures import Picture
 from trainer.ladder.report.terminal import terminal
-from trainer.ladder.report.told import look, tell, without_course
 
 __all__ = ["PAGE", "html", "look", "make", "tell", "terminal", "without_course", "write"]
 
@@ -41,7 +41,7 @@ def write(tree: Tree, out: Path) -> list[Picture]:
     for name in pictures.NAMES:
         (out / f"{name}.png").unlink(missing_ok=True)
     for picture in drawn:
-        wholefile.write(out / f"{picture.name}.png", picture.png)
-    wholefile.write(out / "report.json", f"{json.dumps(tree, indent=1, allow_nan=False)}\n")
-    wholefile.write(out / PAGE, html(tree, drawn))
+        files.write(out / f"{picture.name}.png", picture.png)
+    files.write(out / "report.json", f"{json.dumps(tree, indent=1, allow_nan=False)}\n")
+    files.write(out / PAGE, html(tree, drawn))
     return drawn

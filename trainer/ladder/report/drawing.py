@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trainer.ladder.report.estimates import Tree
-from trainer.ladder.results import BASELINE
+from trainer.ladder.stats.records import BASELINE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,11 +14,11 @@ import numpy as np
 from scipy import special
 
 from trainer.errors import FitError
-from trainer.ladder import fit as fits
-from trainer.ladder import verdict
-from trainer.ladder.matching import Baseline, match
-from trainer.ladder.multiplier import Line, Noise, OtherFloor
-from trainer.ladder.results import BASELINE, Criterion, CurveFit, Interval, Point, Verdict
+from trainer.ladder.stats import fit as fits
+from trainer.ladder.stats import verdict
+from trainer.ladder.stats.multiplier import Line, Noise, OtherFloor
+from trainer.ladder.stats.pairs import Baseline, match
+from trainer.ladder.stats.records import BASELINE, Criterion, CurveFit, Interval, Point, Verdict
 
 Tree = dict[str, Any]
 GRID = 61

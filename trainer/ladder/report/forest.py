@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from trainer.ladder.report import wording
 from trainer.ladder.report.drawing import GOOD, PAPER, SOFT, as_multipliers, colours, decision, ends_of, shortened
 from trainer.ladder.report.estimates import Tree
+from trainer.show import units
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,7 +63,7 @@ def _draw_errors(axes: "Axes", tree: Tree, shown: Sequence[Tree]) -> None:
                       markersize=5.5, capsize=3, linewidth=1.3, alpha=0.75)  # fmt: skip
         if one["error"] is not None:
             axes.plot([one["error"]], [y], marker="o", color=colour, markersize=7, markeredgecolor=PAPER, zorder=5)
-    axes.set_xlabel(f"loss minus its prediction ({wording.SHORT_UNITS[tree['unit']]})")
+    axes.set_xlabel(f"loss minus its prediction ({units.SHORT_UNITS[tree['unit']]})")
     axes.set_title("Loss")
 
 

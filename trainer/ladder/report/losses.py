@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from trainer.ladder.report import wording
 from trainer.ladder.report.drawing import (
     GAPS,
     INK,
@@ -19,7 +18,8 @@ from trainer.ladder.report.drawing import (
     shortened,
 )
 from trainer.ladder.report.estimates import Tree
-from trainer.ladder.results import BASELINE
+from trainer.ladder.stats.records import BASELINE
+from trainer.show import units
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +34,7 @@ def figure(tree: Tree) -> "Figure | None":
     figure, (above, below) = pyplot.subplots(
         2, 1, sharex=True, height_ratios=[5, 4], figsize=(9, 7.4), layout="constrained"
     )
-    unit = wording.UNITS[tree["unit"]]
+    unit = units.UNITS[tree["unit"]]
     curve = tree["curve"]
     if curve is not None:
         _draw_curve(above, below, tree)
@@ -48,7 +48,7 @@ def figure(tree: Tree) -> "Figure | None":
         f"{tree['metric']} loss ({unit})" if tree["unit"] != "bits_per_byte" else f"{tree['metric']}, {unit}"
     )
     what = "the baseline's curve" if curve is not None else "the baseline's mean"
-    below.set_ylabel(f"minus {what}\n({wording.SHORT_UNITS[tree['unit']]})")
+    below.set_ylabel(f"minus {what}\n({units.SHORT_UNITS[tree['unit']]})")
     handles, labels = above.get_legend_handles_labels()
     gaps = [mark for mark in below.get_lines() if mark.get_label() in GAPS]
     once = dict(zip(labels, handles, strict=True)) | {str(mark.get_label()): mark for mark in gaps}

@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from trainer.ladder.report import wording
 from trainer.ladder.report.drawing import (
     COLUMNS,
     GOOD,
@@ -23,6 +22,7 @@ from trainer.ladder.report.drawing import (
     shortened,
 )
 from trainer.ladder.report.estimates import Tree
+from trainer.show import units
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -111,7 +111,7 @@ def _draw_arm(axes: "Axes", tree: Tree, one: Tree, limits: tuple[float, float]) 
                       va="bottom", fontsize=7.5, color=SOFT)  # fmt: skip
     final = decision(tree, arm) or one
     axes.set_title(shortened(arm, 24), color=colour if colour != UNCHANGED else SOFT)
-    axes.set_title(f"{wording.SIGNS[final['decision']]} {final['decision']}", loc="right", fontsize=9,
+    axes.set_title(f"{units.SIGNS[final['decision']]} {final['decision']}", loc="right", fontsize=9,
                    color=MEANT[final["decision"]])  # fmt: skip
 
 

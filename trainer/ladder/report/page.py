@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from html import escape
 
-from trainer.ladder.report import sections, wording
+from trainer.ladder.report import sections
 from trainer.ladder.report.drawing import decision
 from trainer.ladder.report.estimates import Tree
 from trainer.ladder.report.pictures import Picture
+from trainer.show import units
 
 STYLE = """
 :root{color-scheme:light dark;--paper:#fff;--ink:#1d2127;--soft:#667085;--line:#e4e7ec;--panel:#f7f8fa;--link:#2f6690;
@@ -89,13 +90,13 @@ def _head(tree: Tree) -> str:
     facts = [
         ("runs", escape(runs)),
         ("target", escape(_target(tree))),
-        ("metric", escape(f"{tree['metric']}, {wording.UNITS[tree['unit']]}")),
+        ("metric", escape(f"{tree['metric']}, {units.UNITS[tree['unit']]}")),
         ("compute", escape(_compute(tree))),
         *sections.machine(tree),
     ]
     list_ = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in facts)
     going = sum(number for status, number in counts.items() if status not in ("finished", "missing"))
-    still = f"<p><b>Not done:</b> {wording.count(going, 'run')} of {sum(counts.values())} still to be made.</p>"
+    still = f"<p><b>Not done:</b> {units.count(going, 'run')} of {sum(counts.values())} still to be made.</p>"
     notices = "".join(f"<p class=soft>{escape(notice)}</p>" for notice in tree["notices"])
     return (
         f"<h1>{escape(tree['name'])}</h1><p class=question>{escape(tree['question'])}</p>"
@@ -105,20 +106,20 @@ def _head(tree: Tree) -> str:
 
 
 def _target(tree: Tree) -> str:
-    size, flops = tree["target"]["size"], wording.flops(tree["target"]["flops"])
-    times = wording.times(tree["target"]["flops"] / tree["rungs"][-1]["flops"]) if tree["rungs"] else wording.UNKNOWN
-    shape = f", {wording.amount(size['parameters'])} parameters" if size else ""
+    size, flops = tree["target"]["size"], units.flops(tree["target"]["flops"])
+    times = units.times(tree["target"]["flops"] / tree["rungs"][-1]["flops"]) if tree["rungs"] else units.UNKNOWN
+    shape = f", {units.amount(size['parameters'])} parameters" if size else ""
     return f"{flops} FLOPs{shape}: {times} the largest rung's compute"
 
 
 def _compute(tree: Tree) -> str:
-    flops = f"{wording.flops(tree['flops'] + tree['sweep_flops'])} FLOPs"
-    swept = f", {wording.flops(tree['sweep_flops'])} of it in learning-rate sweeps" if tree["sweeps"] else ""
+    flops = f"{units.flops(tree['flops'] + tree['sweep_flops'])} FLOPs"
+    swept = f", {units.flops(tree['sweep_flops'])} of it in learning-rate sweeps" if tree["sweeps"] else ""
     told = tree.get("course", {}).get("time")
     if told is None:
         return flops + swept
-    hours = f" in {wording.took(told['busy_seconds'])} of runs"
-    return f"{flops}{swept}{hours}, {wording.took(told['training_seconds'])} of them training steps"
+    hours = f" in {units.took(told['busy_seconds'])} of runs"
+    return f"{flops}{swept}{hours}, {units.took(told['training_seconds'])} of them training steps"
 
 
 # Verdicts
@@ -133,7 +134,7 @@ def _verdicts(tree: Tree) -> str:
     )
     bodies = "".join(_verdict(tree, arm) for arm in tree["arms"])
     why = "" if tree["no_fit"] is None else f"<p class=text><b>No fit:</b> {escape(tree['no_fit'])}</p>"
-    percent = wording.share(1 - tree["criterion"]["level"])
+    percent = units.share(1 - tree["criterion"]["level"])
     how = (
         f"<p class=soft>Multipliers with their {percent} intervals. The bounds that decide are one-sided and corrected "
         "for the arms and looks, so they may lie further out.</p>"
@@ -152,14 +153,14 @@ def _verdict(tree: Tree, arm: Tree) -> str:
             f"{_row(_changes(arm), 'soft')}{_row('Without a curve of the baseline nothing can be said of it.')}</tbody>"
         )
     crossing = one["crossing"]
-    gone = "–" if crossing is None else f"{wording.flops(crossing['value'])}{_range(crossing)}"
+    gone = "–" if crossing is None else f"{units.flops(crossing['value'])}{_range(crossing)}"
     cells = (
-        f"<td>{badge(one['decision'])}<td class=n>{escape(wording.worth(one['multiplier']))}"
-        f"<td class=n>{escape(wording.worth(one.get('wall_clock')))}"
-        f"<td class=fixed>{escape(wording.TRENDS[one['trend']])}<td class=n>{escape(gone)}"
+        f"<td>{badge(one['decision'])}<td class=n>{escape(units.worth(one['multiplier']))}"
+        f"<td class=n>{escape(units.worth(one.get('wall_clock')))}"
+        f"<td class=fixed>{escape(units.TRENDS[one['trend']])}<td class=n>{escape(gone)}"
     )
     said = escape(one["why"])
-    settle = wording.remedies(one["remedies"])
+    settle = units.remedies(one["remedies"])
     said += f" <b>What would settle it:</b> {escape(settle)}." if settle else ""
     notes = " ".join([*_overruled(tree, one), *one["notes"]])
     return (
@@ -179,7 +180,7 @@ def _row(content: str, how: str = "") -> str:
 
 
 def _changes(arm: Tree) -> str:
-    changes = ", ".join(f"{key} = {wording.value(value)}" for key, value in arm["changes"].items())
+    changes = ", ".join(f"{key} = {units.value(value)}" for key, value in arm["changes"].items())
     both = f" ({' and '.join(arm['combines'])} together)" if arm["combines"] else ""
     question = f"{escape(arm['question'])} " if arm["question"] else ""
     return f"{question}<code>{escape(changes)}</code>{escape(both)}"
@@ -188,11 +189,11 @@ def _changes(arm: Tree) -> str:
 def _range(interval: Tree) -> str:
     if interval["low"] is None or interval["high"] is None:
         return ""
-    return f" ({wording.flops(interval['low'])} to {wording.flops(interval['high'])})"
+    return f" ({units.flops(interval['low'])} to {units.flops(interval['high'])})"
 
 
 def badge(name: str, text: str | None = None) -> str:
-    return f'<span class="badge {name}">{wording.SIGNS[name]} {escape(text or name)}</span>'
+    return f'<span class="badge {name}">{units.SIGNS[name]} {escape(text or name)}</span>'
 
 
 def _picture(one: Picture) -> str:

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from typing import Any
 
-from trainer.ladder.report import wording
 from trainer.ladder.report.estimates import Tree
-from trainer.ladder.results import BASELINE
+from trainer.ladder.stats.records import BASELINE
+from trainer.show import units
 
 NAMES, WORDS = ("rung", "arm", "status", "fault", "trend"), ("by", "why", "why not", "inside")
 """Columns of names, which are not broken, and of words; all others are of numbers."""
@@ -59,10 +59,10 @@ def _written(tree: Tree) -> str:
     if not history:
         return "<p class=soft>When it was written is not known: the ladder has no record of its plan.</p>"
     first, changes = history[0], history[1:]
-    begun = f"after {wording.count(first['finished_runs'], 'run')} of it had finished" * bool(first["finished_runs"])
-    lines = [f"Written {begun or 'before any of its runs had finished'}: {wording.date(first['time'])}."]
+    begun = f"after {units.count(first['finished_runs'], 'run')} of it had finished" * bool(first["finished_runs"])
+    lines = [f"Written {begun or 'before any of its runs had finished'}: {units.date(first['time'])}."]
     lines += [
-        f"Changed after {wording.count(one['finished_runs'], 'run')} had finished, {wording.date(one['time'])}: "
+        f"Changed after {units.count(one['finished_runs'], 'run')} had finished, {units.date(one['time'])}: "
         + ", ".join(_change(before["criterion"], one["criterion"]))
         for before, one in zip(history, changes, strict=False)
     ]
@@ -73,10 +73,10 @@ def _written(tree: Tree) -> str:
 
 
 def _edit(edit: Tree) -> str:
-    when = f"after {wording.count(edit['finished_runs'], 'run')} had finished, {wording.date(edit['time'])}"
+    when = f"after {units.count(edit['finished_runs'], 'run')} had finished, {units.date(edit['time'])}"
     lines = "".join(f"<li><code>{escape(line)}</code>" for line in edit["lines"])
     return (
-        f"<details><summary>The ladder file was edited {escape(when)}: {wording.count(len(edit['lines']), 'setting')}"
+        f"<details><summary>The ladder file was edited {escape(when)}: {units.count(len(edit['lines']), 'setting')}"
         f"</summary><div class=body><ul>{lines}</ul></div></details>"
     )
 
@@ -92,14 +92,14 @@ def _predictions(tree: Tree) -> str:
     made = {one["rung"] for one in tree["predictions"] if one["predicted"] is not None}
     shown = [one for one in tree["predictions"] if one["rung"] in made]
     rows = [
-        (one["rung"], one["arm"], _by(one), wording.losses(one["predicted"]), _observed(one),
-         wording.signed(one["error"]) if one["error"] is not None else "–",
+        (one["rung"], one["arm"], _by(one), units.losses(one["predicted"]), _observed(one),
+         units.signed(one["error"]) if one["error"] is not None else "–",
          {True: "yes", False: "no", None: "–"}[one["inside"]])
         for one in shown
     ]  # fmt: skip
     columns = ("rung", "arm", "by", "predicted loss", "came out", "error", "inside")
     ratios = [
-        (one["rung"], one["arm"], _by(one), wording.worth(one["predicted"]), wording.worth(one["measured"]))
+        (one["rung"], one["arm"], _by(one), units.worth(one["predicted"]), units.worth(one["measured"]))
         for one in tree["multiplier_predictions"]
         if one["rung"] in made
     ]
@@ -119,7 +119,7 @@ def _by(one: Tree) -> str:
 
 
 def _observed(one: Tree) -> str:
-    return "not run" if one["observed"] is None else f"{wording.loss(one['observed'])} ({one['runs']})"
+    return "not run" if one["observed"] is None else f"{units.loss(one['observed'])} ({one['runs']})"
 
 
 # The fit
@@ -131,17 +131,17 @@ def _fit(tree: Tree) -> str:
         return ""
     curve, huber, boot = fit["curve"], fit["huber"], tree["bootstrap"]
     facts = [
-        ("form", f"E + A·(C / {wording.flops(curve['scale'])})<sup>−α</sup>, A = {wording.loss(curve['A'])}"),
-        ("E", escape(wording.losses(fit["E"])) + ("" if fit["E_determined"] else ": <b>badly determined</b>")),
-        ("α", escape(wording.losses(fit["alpha"]))),
-        ("Huber on logs", f"E {wording.loss(huber['E'])}, α {wording.loss(huber['alpha'])}" if huber else "–"),
+        ("form", f"E + A·(C / {units.flops(curve['scale'])})<sup>−α</sup>, A = {units.loss(curve['A'])}"),
+        ("E", escape(units.losses(fit["E"])) + ("" if fit["E_determined"] else ": <b>badly determined</b>")),
+        ("α", escape(units.losses(fit["alpha"]))),
+        ("Huber on logs", f"E {units.loss(huber['E'])}, α {units.loss(huber['alpha'])}" if huber else "–"),
         ("bootstrap", _bootstrap(boot)),
         ("goodness", escape(_goodness(fit))),
-        ("noise alike at all rungs", f"p = {escape(wording.chance(fit['unequal_noise_p']))}"),
+        ("noise alike at all rungs", f"p = {escape(units.chance(fit['unequal_noise_p']))}"),
     ]
     rows = [
-        (one["rung"], wording.flops(one["flops"]), one["seeds"], wording.loss(one["loss"]),
-         wording.loss(one["seed_sd"]), wording.signed(one["residual"]), f"{one['leverage']:.2f}")
+        (one["rung"], units.flops(one["flops"]), one["seeds"], units.loss(one["loss"]),
+         units.loss(one["seed_sd"]), units.signed(one["residual"]), f"{one['leverage']:.2f}")
         for one in fit["rungs"]
     ]  # fmt: skip
     columns = ("rung", "FLOPs", "seeds", "mean loss", "sd of seeds", "minus curve", "leverage")
@@ -151,18 +151,16 @@ def _fit(tree: Tree) -> str:
 def _bootstrap(boot: Tree | None) -> str:
     if boot is None:
         return "–"
-    said = f"E {wording.losses(boot['E'])}, α {wording.losses(boot['alpha'])}; {boot['draws']} draws of rungs and seeds"
+    said = f"E {units.losses(boot['E'])}, α {units.losses(boot['alpha'])}; {boot['draws']} draws of rungs and seeds"
     return escape(said + (f", {boot['refused']} of them without a curve" if boot["refused"] else ""))
 
 
 def _goodness(fit: Tree) -> str:
-    parts = [
-        f"a run lies {wording.loss(fit['sd'])} about the curve (sd, {fit['degrees_of_freedom']} degrees of freedom)"
-    ]
-    parts += [f"seeds alone {wording.loss(fit['seed_sd'])}"] if fit["seed_sd"] is not None else []
+    parts = [f"a run lies {units.loss(fit['sd'])} about the curve (sd, {fit['degrees_of_freedom']} degrees of freedom)"]
+    parts += [f"seeds alone {units.loss(fit['seed_sd'])}"] if fit["seed_sd"] is not None else []
     if fit["lack_of_fit_p"] is not None:
         fails = ": the form fails" if fit["lack_of_fit_p"] < 0.05 else ""
-        parts.append(f"lack of fit p = {wording.chance(fit['lack_of_fit_p'])}{fails}")
+        parts.append(f"lack of fit p = {units.chance(fit['lack_of_fit_p'])}{fails}")
     return ", ".join(parts)
 
 
@@ -178,10 +176,10 @@ def _rungs(tree: Tree) -> str:
         for rung in one["rungs"]
     }  # fmt: skip
     rows = [
-        (one["arm"], rung["rung"], rung["pairs"], wording.signed(rung["loss_difference"]),
-         wording.worth(rung["multiplier"]), wording.times(timed.get((one["arm"], rung["rung"]), {}).get("wall_clock")),
-         wording.times(timed.get((one["arm"], rung["rung"]), {}).get("slowdown")), wording.times(rung["without"]),
-         wording.times(rung["pairing"]), rung["gap"])
+        (one["arm"], rung["rung"], rung["pairs"], units.signed(rung["loss_difference"]),
+         units.worth(rung["multiplier"]), units.times(timed.get((one["arm"], rung["rung"]), {}).get("wall_clock")),
+         units.times(timed.get((one["arm"], rung["rung"]), {}).get("slowdown")), units.times(rung["without"]),
+         units.times(rung["pairing"]), rung["gap"])
         for one in tree["verdicts"]
         for rung in one["rungs"]
     ]  # fmt: skip
@@ -190,9 +188,9 @@ def _rungs(tree: Tree) -> str:
         "pairing", "why not",
     )  # fmt: skip
     slopes = [
-        (one["arm"], wording.TRENDS[one["trend"]], _slope(one["slope"]), wording.chance(one["lack_of_fit_p"]),
-         wording.worth(one["other_floor"]), f"{wording.times(one['lower'])} to {wording.times(one['upper'])}",
-         wording.times(one["pairing"]["ratio"]), wording.signed(one["pairing"]["correlation"], 2))
+        (one["arm"], units.TRENDS[one["trend"]], _slope(one["slope"]), units.chance(one["lack_of_fit_p"]),
+         units.worth(one["other_floor"]), f"{units.times(one['lower'])} to {units.times(one['upper'])}",
+         units.times(one["pairing"]["ratio"]), units.signed(one["pairing"]["correlation"], 2))
         for one in tree["verdicts"]
     ]  # fmt: skip
     heads = (
@@ -208,16 +206,16 @@ def _rungs(tree: Tree) -> str:
 
 def _slope(interval: Tree) -> str:
     if interval["value"] is None:
-        return wording.UNKNOWN
-    ends = f" ({wording.signed(interval['low'], 3)} to {wording.signed(interval['high'], 3)})"
-    return wording.signed(interval["value"], 3) + (ends if interval["low"] is not None else "")
+        return units.UNKNOWN
+    ends = f" ({units.signed(interval['low'], 3)} to {units.signed(interval['high'], 3)})"
+    return units.signed(interval["value"], 3) + (ends if interval["low"] is not None else "")
 
 
 def _plain_rungs(tree: Tree) -> str:
     rows = [
-        (one["arm"], one["rung"], one["pairs"], wording.signed(one["difference"]["value"]),
+        (one["arm"], one["rung"], one["pairs"], units.signed(one["difference"]["value"]),
          "–" if one["difference"]["low"] is None else
-         f"{wording.signed(one['difference']['low'])} to {wording.signed(one['difference']['high'])}")
+         f"{units.signed(one['difference']['low'])} to {units.signed(one['difference']['high'])}")
         for one in tree["differences"]
     ]  # fmt: skip
     shown = table(("arm", "rung", "pairs", "loss − baseline's", "interval"), rows)
@@ -227,7 +225,7 @@ def _plain_rungs(tree: Tree) -> str:
 def _noise(tree: Tree) -> str:
     """Each rung and arm: the mean over its seeds, and how they differ."""
     arms = [BASELINE, *(arm["name"] for arm in tree["arms"])]
-    known = {(one["rung"], one["arm"]): wording.spread(one) for one in tree["noise"]}
+    known = {(one["rung"], one["arm"]): units.spread(one) for one in tree["noise"]}
     rows = [
         f"<tr><td class=fixed>{escape(rung)}"
         + "".join(f"<td class=n>{escape(known.get((rung, arm), '–'))}" for arm in arms)
@@ -235,14 +233,14 @@ def _noise(tree: Tree) -> str:
     ]
     heads = "".join(f"<th class=n>{escape(arm)}" for arm in arms)
     shown = f"<div class=wide><table><tr><th>rung{heads}{''.join(rows)}</table></div>"
-    about = f"Mean over seeds ± their standard deviation, as measured, in {wording.UNITS[tree['unit']]}."
+    about = f"Mean over seeds ± their standard deviation, as measured, in {units.UNITS[tree['unit']]}."
     return f"<h2>Losses and seed noise</h2><p class=soft>{about}</p>{shown}" if rows else ""
 
 
 def _sweeps(tree: Tree) -> str:
     rows = [
         (one["rung"], one["arm"], "?" if one["rate"] is None else f"×{one['rate']:g}",
-         ", ".join(f"×{rate}: {wording.loss(loss)}" for rate, loss in one["losses"].items()),
+         ", ".join(f"×{rate}: {units.loss(loss)}" for rate, loss in one["losses"].items()),
          "at the edge: the optimum may lie outside" if one["at_edge"] else "" if one["complete"] else "goes on")
         for one in tree["sweeps"]
     ]  # fmt: skip
@@ -261,9 +259,9 @@ def _way(tree: Tree) -> str:
     told = course["time"]
     faults = [(kind, one["made"], one["survived"]) for kind, one in survived["faults"].items()]
     said = (
-        f"{wording.count(survived['attempts'], 'attempt')}, {wording.count(survived['restarts'], 'restart')} in "
-        f"{wording.count(survived['runs_restarted'], 'run')}; {wording.count(survived['replayed_steps'], 'step')} "
-        f"replayed; {wording.took(told['lost_seconds'])} of computing lost, {wording.took(told['away_seconds'])} with "
+        f"{units.count(survived['attempts'], 'attempt')}, {units.count(survived['restarts'], 'restart')} in "
+        f"{units.count(survived['runs_restarted'], 'run')}; {units.count(survived['replayed_steps'], 'step')} "
+        f"replayed; {units.took(told['lost_seconds'])} of computing lost, {units.took(told['away_seconds'])} with "
         "nobody at it."
     )
     arms = [
@@ -289,13 +287,13 @@ def machine(tree: Tree) -> list[tuple[str, str]]:
         return []
     places = [
         "runs that moved between machines" if one["device"] is None else
-        f"{one['host']}, {one['device']}, {wording.count(one['ranks'], 'rank')} a run"
+        f"{one['host']}, {one['device']}, {units.count(one['ranks'], 'rank')} a run"
         for one in course["machines"]
     ]  # fmt: skip
     named = [f"{place} ({one['runs']})" if len(places) > 1 else place
              for place, one in zip(places, course["machines"], strict=True)]  # fmt: skip
     commits = ", ".join(f"<code>{escape(_short(commit))}</code>" for commit in course["commits"])
-    return [("machine", escape("; ".join(named)) or wording.UNKNOWN), ("commit", commits or wording.UNKNOWN)]
+    return [("machine", escape("; ".join(named)) or units.UNKNOWN), ("commit", commits or units.UNKNOWN)]
 
 
 def _short(commit: str) -> str:
@@ -320,16 +318,16 @@ def _runs(tree: Tree) -> str:
     course = {one["key"]: one for one in tree.get("course", {}).get("runs", [])}
     rows = [
         (run["rung"], run["arm"], run["seed"], "diverged" if run["diverged"] else run["status"],
-         "–" if run["loss"] is None else wording.loss(run["loss"], 5), wording.amount(run["parameters"]),
-         wording.amount(run["tokens"]), wording.flops(run["flops"]),
-         wording.took(course.get(run["key"], {}).get("seconds")), course.get(run["key"], {}).get("attempts", "–"),
+         "–" if run["loss"] is None else units.loss(run["loss"], 5), units.amount(run["parameters"]),
+         units.amount(run["tokens"]), units.flops(run["flops"]),
+         units.took(course.get(run["key"], {}).get("seconds")), course.get(run["key"], {}).get("attempts", "–"),
          (run["weights_sha256"] or "–")[:12])
         for run in tree["runs"]
     ]  # fmt: skip
     columns = (
         "rung", "arm", "seed", "status", "loss", "parameters", "tokens", "FLOPs", "training", "attempts", "weights",
     )  # fmt: skip
-    total = wording.count(len(rows), "run")
+    total = units.count(len(rows), "run")
     return (
         f"<h2>Runs</h2><details><summary><b>{total}</b></summary><div class=body>{table(columns, rows)}</div></details>"
     )

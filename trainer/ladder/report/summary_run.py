@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer import wandb_sink
-from trainer.ladder.planned import Ladder
-from trainer.ladder.report import wording
+from trainer.ladder.plan.plan import Ladder
 from trainer.ladder.report.drawing import decision
 from trainer.ladder.report.estimates import Tree
 from trainer.ladder.report.pictures import Picture
+from trainer.show import units
+from trainer.show import wandb as wandb_sink
 
 SECONDS = 60.0
 """W&B may take as long."""
@@ -69,8 +69,8 @@ def tables(tree: Tree) -> dict[str, dict[str, list[Any]]]:
         "verdicts": {
             "columns": ["arm", "decision", "at the target", "trend", "in time", "why"],
             "data": [
-                [one["arm"], one["decision"], wording.worth(one["multiplier"]), one["trend"],
-                 wording.worth(one.get("wall_clock")), one["why"]]
+                [one["arm"], one["decision"], units.worth(one["multiplier"]), one["trend"],
+                 units.worth(one.get("wall_clock")), one["why"]]
                 for one in verdicts
             ],
         },

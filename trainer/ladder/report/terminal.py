@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from trainer.ladder import screen
-from trainer.ladder.report import wording
+from trainer.ladder import terminal as tables
 from trainer.ladder.report.drawing import decision
 from trainer.ladder.report.estimates import Tree
-from trainer.ladder.results import BASELINE
+from trainer.ladder.stats.records import BASELINE
+from trainer.show import units
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -40,16 +40,16 @@ def terminal(tree: Tree) -> "RenderableType":
 def _verdicts(tree: Tree) -> Any:
     from rich.text import Text
 
-    table = screen.empty_table("arm", "verdict", "at the target", "in time", "trend", "a step takes")
+    table = tables.empty_table("arm", "verdict", "at the target", "in time", "trend", "a step takes")
     for arm in tree["arms"]:
         one = decision(tree, arm["name"])
         if one is None:
             continue
         name = one["decision"]
         table.add_row(
-            Text(one["arm"]), Text(f"{wording.SIGNS[name]} {name}", STYLES[name]), wording.worth(one["multiplier"]),
-            wording.times(one.get("wall_clock", {}).get("value")), wording.TRENDS[one["trend"]],
-            wording.times(one.get("slowdown", {}).get("value")),
+            Text(one["arm"]), Text(f"{units.SIGNS[name]} {name}", STYLES[name]), units.worth(one["multiplier"]),
+            units.times(one.get("wall_clock", {}).get("value")), units.TRENDS[one["trend"]],
+            units.times(one.get("slowdown", {}).get("value")),
         )  # fmt: skip
     return table
 
@@ -61,7 +61,7 @@ def _why(tree: Tree, arm: str) -> Iterator[Any]:
     if one is None:
         return
     said = Text.assemble((f"{arm}: ", "bold"), (one["decision"], STYLES[one["decision"]]), f". {one['why']}")
-    settle = wording.remedies(one["remedies"])
+    settle = units.remedies(one["remedies"])
     if settle:
         said.append(f" It would take {settle}.")
     yield said
@@ -73,10 +73,10 @@ def _means(tree: Tree) -> Any:
 
     arms = [BASELINE, *(arm["name"] for arm in tree["arms"])]
     known = {(one["rung"], one["arm"]): one for one in tree["noise"]}
-    table = screen.empty_table("rung", *(Text(arm).markup for arm in arms))
+    table = tables.empty_table("rung", *(Text(arm).markup for arm in arms))
     for rung in dict.fromkeys(one["rung"] for one in tree["noise"]):
         cells = [known.get((rung, arm)) for arm in arms]
-        table.add_row(Text(rung), *("–" if cell is None else wording.spread(cell) for cell in cells))
+        table.add_row(Text(rung), *("–" if cell is None else units.spread(cell) for cell in cells))
     return table
 
 
@@ -84,17 +84,17 @@ def _lines(tree: Tree) -> Iterator[str]:
     fit = tree["fit"]
     if fit is not None:
         yield (
-            f"baseline: E {wording.losses(fit['E'], 3)}, α {wording.losses(fit['alpha'], 3)}, "
-            f"seeds' sd {wording.loss(fit['seed_sd'])}, lack of fit p {wording.chance(fit['lack_of_fit_p'])}"
+            f"baseline: E {units.losses(fit['E'], 3)}, α {units.losses(fit['alpha'], 3)}, "
+            f"seeds' sd {units.loss(fit['seed_sd'])}, lack of fit p {units.chance(fit['lack_of_fit_p'])}"
         )
     for one in tree["predictions"]:
         if one["arm"] == BASELINE and one["predicted"] is not None:
-            came = "not run" if one["observed"] is None else f"came out {wording.loss(one['observed'])}"
-            yield f"predicted for {one['rung']}: {wording.losses(one['predicted'])}, {came}"
+            came = "not run" if one["observed"] is None else f"came out {units.loss(one['observed'])}"
+            yield f"predicted for {one['rung']}: {units.losses(one['predicted'])}, {came}"
     course = tree.get("course")
     counts = ", ".join(f"{number} {status}" for status, number in tree["counts"].items())
-    hours = f" in {wording.took(course['time']['busy_seconds'])}" if course else ""
-    yield f"runs: {counts or 'none'}; {wording.flops(tree['flops'] + tree['sweep_flops'])} FLOPs{hours}"
+    hours = f" in {units.took(course['time']['busy_seconds'])}" if course else ""
+    yield f"runs: {counts or 'none'}; {units.flops(tree['flops'] + tree['sweep_flops'])} FLOPs{hours}"
     if course and (made := course["survived"]["faults"]):
         kinds = ", ".join(f"{one['survived']} of {one['made']} {kind}" for kind, one in made.items())
         yield f"faults survived: {kinds}"

@@ -1,0 +1,1 @@
+"""A ladder as planned: file, sizes, arms, runs."""

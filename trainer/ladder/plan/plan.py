@@ -1,0 +1,155 @@
+"""A ladder as it is planned: rungs, arms and runs, plain and checked."""
+
+import functools
+import hashlib
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from trainer import config as configs
+from trainer.config import Config
+from trainer.errors import ConfigError
+from trainer.ladder.plan.schema import Tuning, Unit
+from trainer.ladder.plan.sizes import Shape
+from trainer.ladder.stats.records import Criterion
+
+AA = "A/A"
+"""The arm that changes nothing but the draw of the initial weights."""
+TARGET = "target"
+FIT_RUNGS = 3
+"""A curve of three parameters needs as many rungs."""
+
+
+@dataclass(frozen=True)
+class PlannedArm:
+    name: str
+    question: str
+    settings: dict[str, Any]
+    """What it changes: {"model.qk_norm": false}; rules as "sizes.NAME"."""
+    combines: tuple[str, ...] = ()
+
+    @property
+    def is_aa(self) -> bool:
+        return set(self.settings) == {"model.init_draw"}
+
+
+@dataclass(frozen=True)
+class PlannedRung:
+    """A size, with the baseline's figures."""
+
+    name: str
+    shape: Shape
+    parameters: int
+    """N."""
+    tokens: int
+    """D."""
+    flops: float
+    """C: training FLOPs of a run."""
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of the ladder, an ordinary run of `config`."""
+
+    arm: str
+    rung: str
+    seed: int
+    config: Config
+    parameters: int
+    """N of this run."""
+    flops_per_token: int
+    rate: float | None = None
+    """Of a sweep: multiplier of the learning rate."""
+
+    @property
+    def name(self) -> str:
+        sweep = "" if self.rate is None else f" rate ×{self.rate:g}"
+        return f"{self.rung} {self.arm} seed {self.seed}{sweep}"
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Runs with the same key are the same run, whatever ladder plans them: 16 hex digits."""
+        scored = json.dumps(configs.flatten(self.config.eval.model_dump(mode="json")), sort_keys=True)
+        return hashlib.sha256(f"{configs.fingerprint(self.config)} {scored}".encode()).hexdigest()[:16]
+
+    @property
+    def tokens(self) -> int:
+        data = self.config.data
+        tokens_per_step = data.micro_batches * data.micro_batch_sequences * self.config.model.context
+        return self.config.budget.steps * tokens_per_step
+
+    @property
+    def flops(self) -> float:
+        return float(self.flops_per_token * self.tokens)
+
+    def at_rate(self, multiplier: float) -> "PlannedRun":
+        """The same with every learning rate times this."""
+        optim = self.config.optim
+        rates: dict[str, Any] = {"learning_rate": optim.learning_rate * multiplier}
+        if optim.optimizer == "muon":
+            rates["muon_learning_rate"] = optim.muon_learning_rate * multiplier
+        return replace(self, config=self.config.model_copy(update={"optim": optim.model_copy(update=rates)}))
+
+    def as_sweep(self, seed: int, multiplier: float) -> "PlannedRun":
+        """The run of a sweep that tries this rate here; without faults."""
+        wandb = self.config.wandb
+        tags = (*wandb.tags[:-1], f"seed {seed}", f"rate ×{multiplier:g}")
+        update = {"seed": seed, "faults": (), "wandb": wandb.model_copy(update={"tags": tags})}
+        run = replace(self, seed=seed, rate=multiplier, config=self.config.model_copy(update=update))
+        return run.at_rate(multiplier)
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Everything that is to be run, planned and checked."""
+
+    name: str
+    path: Path
+    question: str
+    baseline: Path
+    metric: str
+    unit: Unit
+    slots: int
+    ranks: int
+    restarts: int
+    criterion: Criterion
+    rungs: list[PlannedRung]
+    """Smallest first; without the target."""
+    arms: list[PlannedArm]
+    target_flops: float
+    target: PlannedRung | None
+    """None where only its FLOPs are given."""
+    runs: list[PlannedRun]
+    """All but a sweep's, in the order in which they are wanted: by size, then seed, the baseline before the arms."""
+    tuning: Tuning | None
+    notices: list[str]
+    settings: dict[str, Any] = field(repr=False)
+    """The file's contents, flat, to tell what was edited."""
+
+    @property
+    def all_rungs(self) -> list[PlannedRung]:
+        """With the target, if it has a size."""
+        return [*self.rungs, *([self.target] if self.target else [])]
+
+    def up_to(self, rung: str) -> "Ladder":
+        """The runs of this rung and the smaller ones alone. Raises ConfigError if there is no such rung."""
+        names = [one.name for one in self.rungs]
+        if rung not in names:
+            raise ConfigError([f"{self.path}: there is no rung {rung!r}.\n  Name one of {', '.join(names)}."])
+        kept = names[: names.index(rung) + 1]
+        return replace(
+            self, rungs=self.rungs[: len(kept)], target=None, runs=[run for run in self.runs if run.rung in kept]
+        )
+
+    @property
+    def sweep(self) -> list[PlannedRun]:
+        """The runs of the learning-rate sweep; empty without [tuning]."""
+        if self.tuning is None:
+            return []
+        firsts = {(run.rung, run.arm): run for run in reversed(self.runs)}
+        found = []
+        for run in reversed(firsts.values()):
+            found += [run.as_sweep(self.tuning.seed, rate) for rate in self.tuning.rates]
+        return found

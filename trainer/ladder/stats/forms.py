@@ -1,0 +1,152 @@
+"""Forms of the scaling law, each by two estimators: the sum of Huber losses on log L, and variable projection.
+
+Every form is a sum of exponentials of terms that are linear in its parameters (log E, log A − alpha·log C, …), so one
+Huber fit in log-sum-exp form serves them all. Variable projection is the better conditioned of the two: for fixed
+exponents non-negative least squares gives the coefficients, and only exponents are searched.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+from scipy import optimize, special
+
+from trainer.errors import FitError
+from trainer.ladder.stats.records import Curve, OverTrained, SurfaceND
+
+Array = np.ndarray
+Method = Literal["varpro", "huber"]
+DELTA = 1e-3  # Hoffmann et al. 2022: errors of log L beyond it count linearly
+
+
+def huber_curve(flops: Array, loss: Array) -> Curve:
+    """E + A·(C / scale)^−alpha by the sum of Huber losses on log L."""
+    scale = float(np.exp(np.mean(np.log(flops))))
+    x = np.log(flops / scale)
+    one, zero = np.ones_like(x), np.zeros_like(x)
+    terms = np.stack([np.stack([one, zero, zero], axis=1), np.stack([zero, one, -x], axis=1)])
+    lowest = float(loss.min())
+    starts = [
+        [math.log(share * lowest), math.log(max(float(loss.mean()) - share * lowest, 1e-3)), alpha]
+        for share, alpha in itertools.product((0.05, 0.3, 0.6, 0.9), (0.05, 0.15, 0.35, 0.8))
+    ]
+    e, a, alpha = huber(terms, loss, starts)
+    return Curve(math.exp(e), math.exp(a), alpha, scale)
+
+
+def fit_surface(parameters: Array, tokens: Array, loss: Array, method: Method = "varpro") -> SurfaceND:
+    """E + A / N^alpha + B / D^beta. Raises FitError with fewer than five runs, or where N and D rise together."""
+    _enough(loss, 5)
+    n, d = np.log(parameters), np.log(tokens)
+    if np.linalg.matrix_rank(np.stack([np.ones_like(n), n, d])) < 3:
+        raise FitError(
+            "N and D rise together along these runs, so what each is worth cannot be told apart.\n"
+            "  Vary the tokens per parameter, or fit loss against compute."
+        )
+
+    def columns(exponents: Sequence[float]) -> Array:
+        return np.stack([np.ones_like(n), np.exp(-exponents[0] * (n - n[0])), np.exp(-exponents[1] * (d - d[0]))], 1)
+
+    grid = np.geomspace(0.05, 1.5, 18)
+    (alpha, beta), (E, A, B) = varpro(columns, loss, list(itertools.product(grid, grid)))
+    A, B = A * math.exp(alpha * n[0]), B * math.exp(beta * d[0])
+    if method == "huber":
+        one, zero = np.ones_like(n), np.zeros_like(n)
+        terms = np.stack([_rows(one, zero, zero, zero, zero), _rows(zero, one, zero, -n, zero),
+                          _rows(zero, zero, one, zero, -d)])  # fmt: skip
+        exponents = itertools.product((0.15, 0.3, 0.6), (0.15, 0.3, 0.6), (0.3, 0.7))
+        starts = [
+            [math.log(s * loss.min()), a * n.mean() - 0.5, b * d.mean() - 0.5, a, b] for a, b, s in exponents
+        ]  # fmt: skip
+        starts.append([_log(E), _log(A), _log(B), alpha, beta])
+        e, a, b, alpha, beta = huber(terms, loss, starts)
+        E, A, B = math.exp(e), math.exp(a), math.exp(b)
+    return SurfaceND(E, A, alpha, B, beta)
+
+
+def fit_overtrained(
+    parameters: Array, tokens_per_parameter: Array, loss: Array, method: Method = "varpro"
+) -> OverTrained:
+    """E + a·N^eta + b·6^(eta/2)·(M·N)^eta of Gadre et al. 2024. Raises FitError with fewer than four runs."""
+    _enough(loss, 4)
+    n, d = np.log(parameters), np.log(tokens_per_parameter * parameters) + math.log(6) / 2
+
+    def columns(exponents: Sequence[float]) -> Array:
+        return np.stack([np.ones_like(n), np.exp(exponents[0] * n), np.exp(exponents[0] * d)], 1)
+
+    (eta,), (E, a, b) = varpro(columns, loss, [(-value,) for value in np.geomspace(0.02, 1.5, 60)])
+    if method == "huber":
+        one, zero = np.ones_like(n), np.zeros_like(n)
+        terms = np.stack([_rows(one, zero, zero, zero), _rows(zero, one, zero, n), _rows(zero, zero, one, d)])
+        starts = [
+            [math.log(share * loss.min()), -value * n.mean(), -value * d.mean(), value]
+            for share, value in itertools.product((0.2, 0.5, 0.8), (-0.1, -0.2, -0.3, -0.5, -0.8))
+        ]
+        starts.append([_log(E), _log(a), _log(b), eta])
+        log_E, log_a, log_b, eta = huber(terms, loss, starts)
+        E, a, b = math.exp(log_E), math.exp(log_a), math.exp(log_b)
+    return OverTrained(E, a, b, eta)
+
+
+def _rows(*columns: Array) -> Array:
+    return np.stack(columns, axis=1)
+
+
+def _log(value: float) -> float:
+    return math.log(max(value, 1e-6))
+
+
+def _enough(loss: Array, wanted: int) -> None:
+    if len(loss) < wanted:
+        raise FitError(f"{len(loss)} runs are too few for this form.\n  It needs {wanted} or more.")
+
+
+# Estimators
+
+
+def huber(terms: Array, loss: Array, starts: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    """Parameters p that minimise Σ Huber(log Σ_t exp(terms[t] @ p) − log L) from the best of many starts.
+
+    `terms` has shape (terms, runs, parameters). The sum, not the mean: with the mean, L-BFGS stops on its tolerance
+    before it has arrived (Besiroglu et al. 2024, arXiv:2404.10102).
+    """
+    target = np.log(loss)
+
+    def objective(p: Array) -> tuple[float, Array]:
+        values = terms @ p
+        error = special.logsumexp(values, axis=0) - target
+        slope = np.clip(error, -DELTA, DELTA)
+        share = special.softmax(values, axis=0)
+        gradient = np.einsum("n,tn,tnp->p", slope, share, terms)
+        return float(special.huber(DELTA, error).sum()) / DELTA**2, gradient / DELTA**2
+
+    found = [optimize.minimize(objective, start, jac=True, method="L-BFGS-B") for start in starts]
+    best = min(found, key=lambda one: one.fun)
+    for _ in range(5):  # flat valleys end L-BFGS early; its Hessian is better begun anew
+        best = optimize.minimize(
+            objective, best.x, jac=True, method="L-BFGS-B", options={"maxiter": 2000, "ftol": 1e-15}
+        )
+    return tuple(float(value) for value in best.x)
+
+
+def varpro(
+    columns: Callable[[Sequence[float]], Array], loss: Array, grid: Sequence[Sequence[float]]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(exponents, coefficients ≥ 0) that minimise the sum of squares in nats, searched from a grid's best."""
+
+    def squares(exponents: Sequence[float]) -> float:
+        return _coefficients(columns(exponents), loss)[1]
+
+    start = min(grid, key=squares)
+    options = {"xatol": 1e-10, "fatol": 1e-18, "maxiter": 4000}
+    best = optimize.minimize(squares, start, method="Nelder-Mead", options=options).x
+    coefficients, _ = _coefficients(columns(best), loss)
+    return tuple(float(value) for value in best), tuple(float(value) for value in coefficients)
+
+
+def _coefficients(design: Array, loss: Array) -> tuple[Array, float]:
+    length = np.linalg.norm(design, axis=0)  # of one length: it judges columns by their absolute size
+    scaled, rest = optimize.nnls(design / length, loss)
+    return scaled / length, float(rest) ** 2

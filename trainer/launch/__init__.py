@@ -1,0 +1,1 @@
+"""Starting processes: torchrun, its agents, forks."""

@@ -1,0 +1,258 @@
+"""Processes forked from one that has its imports behind it: a start costs tenths of a second, not seconds.
+
+    caller ── forks (while it has no threads) or spawns ──▶ server: imports what is needed, then waits for requests
+    caller ── (arguments, environment, …) ──▶ server ── forks twice ──▶ child: runs `-m MODULE ARGUMENTS`
+
+torchrun starts its workers so, and a campaign its torchruns. The process between server and child ends at once, so that
+the child becomes one of the caller's (its "subreaper"): the caller waits for it, signals it and is its parent, as if it
+had started it in the ordinary way. A child begins with modules and nothing else: no computation is done before the
+fork, no thread is running and no CUDA context exists.
+
+Linux only. Where there is no server, or none any more, the caller starts its processes in the ordinary way.
+"""
+
+import atexit
+import ctypes
+import importlib
+import io
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from trainer.parallel import elastic
+
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h: who becomes the parent of descendants whose own parent has ended
+POLL_SECONDS = 0.01
+UNMARKED = "0" * elastic.MARK_LENGTH
+
+
+class Request(NamedTuple):
+    module: str
+    arguments: list[str]
+    environment: dict[str, str]
+    directory: str
+    output: str | None
+    """File for stdout, and for stderr if there is no other; None: where the server's go."""
+    errors: str | None
+
+
+class Child:
+    """A child of ours that somebody else forked: as much of subprocess.Popen as its callers use."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        self._polling = threading.Lock()  # only one can be told of its end
+
+    def poll(self) -> int | None:
+        """The exit status, negative for a signal; None while it runs."""
+        with self._polling:
+            if self.returncode is None:
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+                if pid:
+                    self.returncode = os.waitstatus_to_exitcode(status)
+            return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit status. Raises subprocess.TimeoutExpired after `timeout` seconds."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            if timeout is not None and deadline is not None and time.monotonic() >= deadline:
+                raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
+            time.sleep(POLL_SECONDS)
+        return status
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class ForkServer:
+    """The caller's end of the server."""
+
+    def __init__(self, requests: "Connection[Any, Any]", spawned: "subprocess.Popen[bytes] | None" = None) -> None:
+        self._requests = requests
+        self._spawned = spawned
+        self._asking = threading.Lock()
+
+    def start(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        *,
+        directory: Path | None = None,
+        output: Path | None = None,
+        errors: Path | None = None,
+    ) -> Child | None:
+        """A child that runs `-m module arguments`, in a session of its own; None if the server is gone.
+
+        It works in `directory`, or where its caller does; stdout and stderr go to the file `output`, stderr to
+        `errors` if there is one. PYTHONPATH, and what else an interpreter reads as it begins, is the server's.
+        """
+        with self._asking:
+            try:
+                files = (None if path is None else str(path) for path in (output, errors))
+                request = Request(module, list(arguments), dict(environment), str(directory or Path.cwd()), *files)
+                _adopt_orphans(True)
+                self._requests.send(request)
+                return Child(self._requests.recv())
+            except (OSError, EOFError):
+                return None
+            finally:
+                _adopt_orphans(False)  # those that dying workers leave are not ours to wait for
+
+    def close(self) -> None:
+        """End the server; what it has started goes on."""
+        self._requests.close()
+        if self._spawned is not None:
+            self._spawned.wait()
+
+
+def fork(modules: Sequence[str]) -> ForkServer | None:
+    """Fork a server that imports `modules`; this process will be the parent of all children that it forks.
+
+    None where that is not safe: without Linux, or if this process has threads.
+    In the children this call never returns.
+    """
+    if sys.platform != "linux" or len(list(Path("/proc/self/task").iterdir())) > 1:
+        return None
+    ours, theirs = Pipe()
+    agent = os.getpid()
+    if os.fork():
+        theirs.close()
+        return ForkServer(ours)
+    ours.close()
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the agent, which tells its workers
+    request = _serve(theirs, agent, modules)
+    signal.signal(signal.SIGINT, interrupt)
+    _run(request)
+
+
+def spawn(modules: Sequence[str]) -> ForkServer | None:
+    """As `fork`, for callers that have threads: the server is a new process. None without Linux."""
+    if sys.platform != "linux":
+        return None
+    ours, theirs = Pipe()
+    threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # read as torch is loaded, and torchrun's default
+    program = f"from trainer.launch import forkserver; forkserver.serve({theirs.fileno()}, {list(modules)!r})"
+    with theirs:
+        server = subprocess.Popen(
+            [sys.executable, "-c", program], stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()],
+            env=threads | os.environ | {elastic.JOB_MARK: UNMARKED}, start_new_session=True,
+        )  # fmt: skip
+    return ForkServer(ours, server)
+
+
+def serve(descriptor: int, modules: Sequence[str]) -> NoReturn:
+    """The process that `spawn` starts."""
+    caller = os.getppid()
+    mark = _where_the_mark_is()
+    request = _serve(Connection(descriptor), caller, modules)
+    ctypes.memmove(mark, request.environment.get(elastic.JOB_MARK, UNMARKED).encode(), len(UNMARKED))
+    _run(request)
+
+
+def _where_the_mark_is() -> int:
+    """The address of the mark in what /proc/PID/environ shows of us: what exec laid there, not what os.environ says."""
+    begin, end = map(int, Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[47:49])
+    entry = f"{elastic.JOB_MARK}={UNMARKED}\0".encode()
+    return begin + ctypes.string_at(begin, end - begin).index(entry) + len(entry) - 1 - len(UNMARKED)
+
+
+def _adopt_orphans(adopt: bool) -> None:
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, int(adopt), 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+
+
+def _serve(requests: "Connection[Any, Any]", caller: int, modules: Sequence[str]) -> Request:
+    """The server's life: it ends here with the caller. In each child this returns what the child is to run."""
+    for module in modules:
+        importlib.import_module(module)
+    while True:
+        try:
+            request = requests.recv()
+        except (OSError, EOFError):
+            os._exit(0)
+        heard, told = os.pipe()
+        between = os.fork()
+        if not between:
+            if os.fork():
+                os._exit(0)
+            os.setsid()  # before anybody knows of us: torchrun sends its signals to a worker's whole group
+            os.write(told, str(os.getpid()).encode())
+            requests.close()
+            os.close(heard)
+            os.close(told)
+            _wait_for_parent(caller)
+            return request
+        os.close(told)
+        os.waitpid(between, 0)  # from here on it is the caller's child
+        requests.send(int(os.read(heard, 32)))
+        os.close(heard)
+
+
+def _wait_for_parent(caller: int) -> None:
+    while os.getppid() != caller:
+        if not Path(f"/proc/{caller}").exists():
+            os._exit(1)
+        time.sleep(0.001)
+
+
+def _run(request: Request) -> NoReturn:
+    """Be what `python -u -m module arguments` is in this environment."""
+    os.environ.clear()
+    os.environ.update(request.environment)
+    tempfile.tempdir = None  # it may have been asked for, in another environment
+    os.chdir(request.directory)
+    _redirect(request.output, 1, 2)
+    _redirect(request.errors, 2)
+    if "RANK" in os.environ:
+        elastic.name_process()
+    for stream in (sys.stdout, sys.stderr):
+        assert isinstance(stream, io.TextIOWrapper)
+        stream.reconfigure(write_through=True)
+    sys.path.insert(0, str(Path.cwd()))
+    sys.argv = [request.module, *request.arguments]
+    try:
+        runpy.run_module(request.module, run_name="__main__", alter_sys=True)
+        status = 0
+    except SystemExit as leaving:
+        status = _status(leaving.code)
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        status = 1
+    threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # to take all modules down one by one would cost a second
+
+
+def _status(code: object) -> int:
+    """Of a process, as Python makes it of what sys.exit was given."""
+    if code is None or isinstance(code, int):
+        return (code or 0) & 0xFF
+    print(code, file=sys.stderr)
+    return 1
+
+
+def _redirect(path: str | None, *descriptors: int) -> None:
+    if path is not None:
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        for descriptor in descriptors:
+            os.dup2(file, descriptor)
+        os.close(file)

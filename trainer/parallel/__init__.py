@@ -1,0 +1,1 @@
+"""Who computes, and how a model is spread over ranks."""

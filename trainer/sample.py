@@ -1,0 +1,66 @@
+"""Text from a trained run: one token after the other, drawn from the newest intact checkpoint's model."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trainer import checkpoint
+from trainer import model as models
+from trainer.data import Tokenizer
+from trainer.errors import CheckpointError
+from trainer.log import rundir
+
+
+def generate(run: Path, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> Iterator[str]:
+    """Yield the prompt, then text piece by piece, until `tokens` are drawn or the document ends.
+
+    An empty prompt starts a new document. Raises CheckpointError if the run has no intact checkpoint.
+    """
+    model = restore(run)
+    tokenizer = Tokenizer.load(rundir.tokenizer_path(run))
+    ids = [tokenizer.end_of_document, *tokenizer.encode_batch([prompt])[0].tolist()]
+    generator = torch.Generator().manual_seed(seed)
+    yield prompt
+    drawn: list[int] = []
+    shown = ""
+    for _ in range(tokens):
+        window = torch.tensor([ids[-model.settings.context :]])
+        with torch.no_grad():
+            logits_V = model(window)[0, -1, : tokenizer.vocab_size]
+        token = draw(logits_V, temperature, top_k, generator)
+        if token == tokenizer.end_of_document:
+            return
+        ids.append(token)
+        drawn.append(token)
+        text = tokenizer.decode(drawn)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character may span tokens: wait until it is whole
+            yield text[len(shown) :]
+            shown = text
+
+
+def draw(logits_V: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
+    """One token id: the likeliest at temperature 0, else drawn from the `top_k` likeliest (0: from all)."""
+    if temperature == 0:
+        return int(logits_V.argmax())
+    if top_k:
+        kth = logits_V.topk(min(top_k, logits_V.numel())).values[-1]
+        logits_V = logits_V.masked_fill(logits_V < kth, -torch.inf)
+    return int(torch.multinomial((logits_V / temperature).softmax(-1), 1, generator=generator))
+
+
+def restore(run: Path) -> models.GPT:
+    """The model of a run's newest intact checkpoint, on the CPU, in evaluation mode; says on stderr what is damaged."""
+    config = rundir.config_of(run)
+    model = models.GPT(config.model, rundir.read(run)["vocab_size"])
+    damaged: list[str] = []
+    found = checkpoint.newest_intact(run, report=damaged.append)
+    if found is None:
+        reason = "\n".join(damaged) if damaged else "none was saved yet"
+        raise CheckpointError(f"{run} has no intact checkpoint: {reason}.")
+    for message in damaged:
+        print(message, file=sys.stderr)
+    checkpoint.load(found, {f"model.{name}": p.data for name, p in model.named_parameters()})
+    return model.eval()

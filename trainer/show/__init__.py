@@ -1,0 +1,1 @@
+"""What people see: terminal, pictures, pages, W&B."""
