@@ -51,7 +51,7 @@ def catalogue(repeat: int = 2) -> dict[str, Any]:
         kind["outcomes"].append(result["outcome"])
         kind["why"] = kind["why"] or result["why"]
         for one in result["measured"]:
-            kind["named"] += [one["named_rightly"]] if one["named_rightly"] is not None else []
+            kind["named"] += [one["attributed_correctly"]] if one["attributed_correctly"] is not None else []
             for key in ("detect", "recover"):
                 kind[key] += [one[f"{key}_seconds"]] if one[f"{key}_seconds"] is not None else []
     return {"kinds": kinds, "seconds": report["seconds"]}

@@ -18,7 +18,7 @@ from trainer import checkpoint, cli, job, loop
 from trainer.checkpoint import files, loading, saving
 from trainer.data import Batches
 from trainer.errors import CheckpointError
-from trainer.faults.checker import EQUAL, KEPT, NAMED, SAMPLES, STATUS
+from trainer.faults.checker import ATTRIBUTED, EQUAL, KEPT, SAMPLES, STATUS
 from trainer.log import events
 from trainer.log.events import AttemptStarted, CheckpointFailed
 from trainer.loop import Parts
@@ -170,7 +170,7 @@ MUTANTS = {
         Mutant(newest_before_it_is_durable, "KempnerForge #102", KEPT, (KILLED_SAVING,)),
         Mutant(truncated_still_chosen, "torchtitan #4011", STATUS, (TRUNCATED,)),
         Mutant(a_damaged_checkpoint_is_fatal, "torchtitan #1729", STATUS, (FLIPPED,)),
-        Mutant(a_failed_save_is_fatal, "Megatron-LM #1435", NAMED, (NO_SPACE,)),
+        Mutant(a_failed_save_is_fatal, "Megatron-LM #1435", ATTRIBUTED, (NO_SPACE,)),
         Mutant(a_finished_run_cannot_resume, "lingua", STATUS, (KILLED_AT_THE_END,)),
     )
 }

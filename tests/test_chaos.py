@@ -24,7 +24,7 @@ from trainer.chaos.results import Answer, Report, Result
 from trainer.config import Config
 from trainer.errors import ConfigError, RunDirectoryError, TopropeError
 from trainer.faults import checker, plan
-from trainer.faults.checker import Calm
+from trainer.faults.checker import Reference
 from trainer.faults.kinds import KINDS, NODES
 from trainer.launch import namespaces
 
@@ -508,7 +508,7 @@ def test_the_same_command_is_given_again_only_where_a_fault_explains_the_status(
 
 def test_what_this_machine_cannot_make_is_skipped_with_the_reason(planned, monkeypatch, tmp_path):
     monkeypatch.setattr(namespaces, "probe", lambda: "network namespaces need root")
-    calm = Calm("w", "s", {}, 24, 1.0, True)
+    calm = Reference("w", "s", {}, 24, 1.0, True)
     skipped = run.run_cell(planned, cell_of(planned, "slow_link"), calm, tmp_path)
     assert skipped.outcome == "skipped" and "need" in skipped.why and skipped.run == ""
 
@@ -523,12 +523,12 @@ def fake_cells(monkeypatch: pytest.MonkeyPatch) -> Callable[[Act], list[str]]:
     def use(act: Act) -> list[str]:
         ran: list[str] = []
 
-        def run_cell(_campaign: Campaign, cell: Cell, _calm: Calm, _out: Path) -> Result:
+        def run_cell(_campaign: Campaign, cell: Cell, _calm: Reference, _out: Path) -> Result:
             ran.append(cell.name)
             return act(cell)
 
-        def calm(_campaign: Campaign, _out: Path, _report: Report) -> Calm:
-            return Calm("w", "s", {}, 24, 1.0, True)
+        def calm(_campaign: Campaign, _out: Path, _report: Report) -> Reference:
+            return Reference("w", "s", {}, 24, 1.0, True)
 
         monkeypatch.setattr(run, "run_cell", run_cell)
         monkeypatch.setattr(run, "_calm", calm)
@@ -753,7 +753,7 @@ def test_the_smoke_campaign_is_interrupted_and_gone_on_with_and_every_cell_passe
     assert whole.results[0] == partial.results[0], "what was done is not done again"
     assert [len(found.launches) for found in whole.results] == [1, 1, 1, 2, 2]
     measured = [one for found in whole.results for one in found.measured]
-    assert [one["kind"] for one in measured if one["named_rightly"] is not True] == ["spike"], (
+    assert [one["kind"] for one in measured if one["attributed_correctly"] is not True] == ["spike"], (
         "which nobody need tell of"
     )
     assert {answer.answer for found in whole.results for answer in found.answers} == {"pass"}

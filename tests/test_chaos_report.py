@@ -316,7 +316,7 @@ def result(name: str, outcome: str = "pass", why: str = "", **changes: Any) -> R
         "launches": [{"started": 0.0, "ended": 12.5, "status": 75}, {"started": 13.0, "ended": 20.0, "status": 0}],
         "measured": [
             {"index": 0, "kind": "sigkill", "victim": 1, "step": 18, "fired": 1_000_011.0, "detect_seconds": 0.02,
-             "recover_seconds": 3.4, "told_as": "worker_lost", "named_rightly": True}
+             "recover_seconds": 3.4, "detected_as": "worker_lost", "attributed_correctly": True}
         ],
         "seconds": 20.0,
     }  # fmt: skip
@@ -488,7 +488,7 @@ def test_the_page_tells_what_was_asked_made_fired_told_and_answered(full: Report
 
 
 def test_a_fault_that_never_fired_is_told_as_never_and_what_nobody_measured_as_a_dash():
-    unmeasured = {"index": 1, "kind": "no_space", "victim": None, "step": None, "fired": None, "told_as": None}
+    unmeasured = {"index": 1, "kind": "no_space", "victim": None, "step": None, "fired": None, "detected_as": None}
     faults = [{"kind": "sigkill", "rank": 1, "at_step": 18}, {"kind": "no_space", "rank": "all", "at_step": 20}]
     page = Page(report.html(empty(results=[result("sigkill", faults=faults, measured=[unmeasured])])))
     rows = page.text[page.text.index("told as") :]
@@ -504,7 +504,9 @@ def test_whatever_a_report_holds_is_escaped_in_the_page(full: Report):
         result(EVIL, "fail", EVIL, kinds=[EVIL], strategy=EVIL, faults=[{"kind": EVIL, "rank": EVIL, EVIL: EVIL}]),
         result(EVIL, "skipped", EVIL, seed=1),
         result(
-            EVIL, measured=[{"index": 0, "victim": EVIL, "step": EVIL, "told_as": EVIL}], answers=[Answer(EVIL, "pass")]
+            EVIL,
+            measured=[{"index": 0, "victim": EVIL, "step": EVIL, "detected_as": EVIL}],
+            answers=[Answer(EVIL, "pass")],
         ),
         result(
             "sigkill", launches=[{"started": None, "ended": None, "status": EVIL}], timeline=full.results[0].timeline

@@ -12,7 +12,7 @@ import pytest
 from trainer import config as configs
 from trainer.checkpoint import files
 from trainer.faults import checker, plan
-from trainer.faults.checker import Answer, Calm, Evidence
+from trainer.faults.checker import Answer, Evidence, Reference
 from trainer.log import events, goodput
 from trainer.log.events import (
     AttemptEnded,
@@ -31,7 +31,7 @@ from trainer.log.events import (
 
 STEPS, EVERY = 12, 6
 BASE = {"budget": {"steps": STEPS}, "checkpoint": {"every_steps": EVERY}, "optim": {"warmup_steps": 0}}
-CALM = Calm("w" * 64, "s" * 64, {step: f"samples {step}" for step in range(1, STEPS + 1)}, STEPS, 5.0, True)
+REFERENCE = Reference("w" * 64, "s" * 64, {step: f"samples {step}" for step in range(1, STEPS + 1)}, STEPS, 5.0, True)
 KILL = {"kind": "sigkill", "rank": 1, "at_step": 10, "phase": "before_forward"}
 
 
@@ -119,8 +119,8 @@ def log(tmp_path: Path) -> Log:
 def evidence(log: Log, *faults: dict[str, Any], statuses: tuple[int | None, ...] = (0,), **more: Any) -> Evidence:
     config = configs.parse(BASE | {"faults": list(faults or [KILL])} | more.pop("config", {}))
     launches = [{"started": log.started - 0.5, "ended": log.now, "status": status} for status in statuses]
-    calm = more.pop("calm", CALM)
-    return Evidence(log.run, config, plan.make(config, 2), calm, more.pop("launches", launches), **more)
+    reference = more.pop("reference", REFERENCE)
+    return Evidence(log.run, config, plan.make(config, 2), reference, more.pop("launches", launches), **more)
 
 
 def answers(found: Evidence) -> dict[str, Answer]:
@@ -151,7 +151,7 @@ def test_a_run_that_survived_a_kill_passes_every_invariant(log):
     assert not_passed(found) == {}
     (measured,) = checker.measure(found)
     assert (measured["index"], measured["kind"], measured["victim"], measured["step"]) == (0, "sigkill", 1, 9)
-    assert measured["told_as"] == "worker_lost" and measured["named_rightly"] is True
+    assert measured["detected_as"] == "worker_lost" and measured["attributed_correctly"] is True
     assert measured["detect_seconds"] == pytest.approx(0.5), "to the start of the next process"
     # 0.5 s to the start, 2 s to be ready, and steps 7 to 10 of 0.1 s: 10 is the first that is new
     assert measured["recover_seconds"] == pytest.approx(0.5 + 2 + 0.4)
@@ -165,7 +165,7 @@ def test_a_run_that_survived_a_kill_passes_every_invariant(log):
         ({"state": "x" * 64}, checker.EQUAL),
         ({"steps": {"loss": 2.0}}, checker.EQUAL),
         ({"steps": {"samples": "others"}}, checker.SAMPLES),
-        ({"named": 0}, checker.NAMED),
+        ({"named": 0}, checker.ATTRIBUTED),
         ({"start": {"after": 11.0}}, checker.DETECTED),
         ({"start": {"seconds": 31.0}}, checker.RECOVERED),
         ({"resumed": 0, "again": 1}, checker.KEPT),
@@ -193,7 +193,7 @@ def test_a_fault_that_never_fired_is_unknown_and_never_passed(log):
     log.steps(1, STEPS)
     log.finish()
     found = not_passed(evidence(log))
-    assert found == dict.fromkeys((checker.FIRED, checker.DETECTED, checker.RECOVERED, checker.NAMED), "unknown")
+    assert found == dict.fromkeys((checker.FIRED, checker.DETECTED, checker.RECOVERED, checker.ATTRIBUTED), "unknown")
 
 
 def test_a_fault_that_never_fired_is_told_once_with_its_reason(log):
@@ -217,7 +217,7 @@ def test_a_fault_that_nothing_in_the_log_tells_of_was_not_named(log):
     log.steps(10, STEPS)
     log.finish()
     found = not_passed(evidence(log, {"kind": "nan_loss", "rank": 1, "at_step": 10}))
-    assert found == {checker.NAMED: "fail", checker.DETECTED: "fail"}
+    assert found == {checker.ATTRIBUTED: "fail", checker.DETECTED: "fail"}
 
 
 def test_a_value_that_is_not_finite_is_told_with_its_step(log):
@@ -230,7 +230,7 @@ def test_a_value_that_is_not_finite_is_told_with_its_step(log):
     right = evidence(log, {"kind": "nan_loss", "rank": 1, "at_step": 10})
     assert not_passed(right) == {}
     assert checker.measure(right)[0]["detect_seconds"] == pytest.approx(0.1)
-    wrong = answers(evidence(log, {"kind": "nan_loss", "rank": 1, "at_step": 7}))[checker.NAMED]
+    wrong = answers(evidence(log, {"kind": "nan_loss", "rank": 1, "at_step": 7}))[checker.ATTRIBUTED]
     assert wrong.answer == "fail" and "step 10" in wrong.why
 
 
@@ -251,7 +251,7 @@ def test_a_hang_must_name_the_rank_that_hung(log, culprit, answer):
     log.finish()
     stop = {"kind": "stopped", "rank": 1, "at_step": 10, "phase": "before_forward"}
     found = evidence(log, stop)
-    assert answers(found)[checker.NAMED].answer == answer
+    assert answers(found)[checker.ATTRIBUTED].answer == answer
     assert checker.measure(found)[0]["detect_seconds"] == pytest.approx(3.0)
 
 
@@ -263,7 +263,7 @@ def test_an_alarm_that_nothing_caused_is_false(log):
     log.start(6)
     log.steps(7, STEPS)
     log.finish()
-    found = answers(evidence(log, {"kind": "slow_rank", "rank": 1, "at_step": 10}))[checker.NAMED]
+    found = answers(evidence(log, {"kind": "slow_rank", "rank": 1, "at_step": 10}))[checker.ATTRIBUTED]
     assert found.answer == "fail" and "false alarm" in found.why
 
 
@@ -278,7 +278,7 @@ def test_a_crash_that_nobody_made_is_a_false_alarm_though_one_was_made_just_befo
     log.lose(0)
     log.steps(7, STEPS)
     log.finish()
-    found = answers(evidence(log))[checker.NAMED]
+    found = answers(evidence(log))[checker.ATTRIBUTED]
     assert found.answer == "fail" and "false alarm" in found.why
 
 
@@ -309,7 +309,7 @@ def test_of_two_faults_in_one_attempt_the_one_that_is_not_told_of_counts_neither
     log.finish()
     found = evidence(log, KILL, KILL | {"rank": 0})
     assert not_passed(found) == {}
-    assert sorted(str(one["named_rightly"]) for one in checker.measure(found)) == ["None", "True"]
+    assert sorted(str(one["attributed_correctly"]) for one in checker.measure(found)) == ["None", "True"]
 
 
 def test_a_death_that_came_with_damage_to_a_checkpoint_is_not_held_against_another_fault(log):
@@ -326,7 +326,7 @@ def test_a_death_that_came_with_damage_to_a_checkpoint_is_not_held_against_anoth
     log.finish()
     found = evidence(log, {"kind": "flipped_shard", "rank": 1, "at_step": 9}, KILL | {"rank": 0})
     assert not_passed(found) == {}
-    assert [one["named_rightly"] for one in checker.measure(found)] == [True, None]
+    assert [one["attributed_correctly"] for one in checker.measure(found)] == [True, None]
 
 
 def test_a_rank_that_died_while_starting_is_told_by_the_next_attempt(log):
@@ -340,7 +340,7 @@ def test_a_rank_that_died_while_starting_is_told_by_the_next_attempt(log):
     log.steps(7, STEPS)
     log.finish()
     measured = checker.measure(evidence(log, KILL, {"kind": "sigkill", "rank": 0, "phase": "in_load"}))
-    assert measured[1]["named_rightly"] is True and measured[1]["told_as"] == "worker_lost"
+    assert measured[1]["attributed_correctly"] is True and measured[1]["detected_as"] == "worker_lost"
 
 
 def test_a_damaged_checkpoint_is_told_by_the_attempt_that_met_it_and_may_then_be_older(log):
@@ -357,7 +357,7 @@ def test_a_damaged_checkpoint_is_told_by_the_attempt_that_met_it_and_may_then_be
     damage = {"kind": "flipped_shard", "rank": 1, "at_step": 8}
     found = evidence(log, damage)
     assert not_passed(found) == {}
-    assert checker.measure(found)[0]["told_as"] == "checkpoint_rejected"
+    assert checker.measure(found)[0]["detected_as"] == "checkpoint_rejected"
 
 
 def survive(log: Log) -> None:
@@ -474,8 +474,8 @@ def test_silent_corruption_is_undetected_where_it_shows_and_said_to_leave_no_tra
 
 def test_without_exact_sums_equality_is_unknown(log):
     survive_a_kill(log, weights="x" * 64)
-    calm = dataclasses.replace(CALM, exact=False)
-    assert not_passed(evidence(log, calm=calm)) == {checker.EQUAL: "unknown"}
+    inexact = dataclasses.replace(REFERENCE, exact=False)
+    assert not_passed(evidence(log, reference=inexact)) == {checker.EQUAL: "unknown"}
 
 
 def test_a_damaged_log_fails_everything_in_one_line(log):
@@ -493,7 +493,7 @@ def test_a_failed_save_is_told_with_its_step(log):
     log.steps(6, STEPS)
     log.finish()
     assert not_passed(evidence(log, {"kind": "no_space", "rank": 1, "at_step": 6})) == {}
-    found = answers(evidence(log, {"kind": "no_space", "rank": 1, "at_step": 12}))[checker.NAMED]
+    found = answers(evidence(log, {"kind": "no_space", "rank": 1, "at_step": 12}))[checker.ATTRIBUTED]
     assert found.answer == "fail" and "step 6" in found.why
 
 
@@ -506,7 +506,7 @@ def test_a_rank_that_dies_of_a_save_that_only_failed_is_a_false_alarm(log):
     log.lose(1)
     log.steps(1, STEPS)
     log.finish()
-    found = answers(evidence(log, {"kind": "no_space", "rank": 1, "at_step": 6}))[checker.NAMED]
+    found = answers(evidence(log, {"kind": "no_space", "rank": 1, "at_step": 6}))[checker.ATTRIBUTED]
     assert found.answer == "fail" and "false alarm" in found.why
 
 
@@ -519,4 +519,4 @@ def test_a_save_may_fail_where_its_directory_had_vanished_and_not_beside_a_slow_
     log.steps(10, STEPS)
     log.finish()
     found = evidence(log, {"kind": kind, "rank": 1, "at_step": 10})
-    assert answers(found)[checker.NAMED].answer == answer
+    assert answers(found)[checker.ATTRIBUTED].answer == answer

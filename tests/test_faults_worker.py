@@ -97,7 +97,7 @@ class Place:
         assert strays(self.run) == []
         return seen
 
-    def told_as(self, *indices: int) -> list[str | None]:
+    def detected_as(self, *indices: int) -> list[str | None]:
         return [row["detected_as"] for row in look(self.run)["faults"] if row["index"] in indices]
 
 
@@ -138,8 +138,8 @@ def test_hangs_of_every_kind_are_made_and_survived(place: Place):
     place.survive(2, faults, *LIMITS)
     place.all_fired_once(faults)
     seen = place.ends_as_calm()
-    assert place.told_as(0, 1, 2) == ["hung"] * 3, seen["incidents"]
-    assert place.told_as(3) in (["hung"], ["worker_lost"]), seen["incidents"]
+    assert place.detected_as(0, 1, 2) == ["hung"] * 3, seen["incidents"]
+    assert place.detected_as(3) in (["hung"], ["worker_lost"]), seen["incidents"]
     stopped, locked, *_ = (entry.event for entry in events.read(place.run) if isinstance(entry.event, Hung))
     assert [c["rank"] for c in stopped.culprits] == [0] and [c["rank"] for c in locked.culprits] == [1]
     assert 3 <= stopped.seconds < 8 and stopped.collective
@@ -181,7 +181,7 @@ def test_a_disk_that_fails_fails_one_save_and_not_the_run(place: Place):
     )
     assert "No space" in failed[24]  # and was tried again
     assert not {14, 16} & set(failed)
-    assert place.told_as(*range(6), 8) == ["save_failed"] * 6 + ["worker_lost"]
+    assert place.detected_as(*range(6), 8) == ["save_failed"] * 6 + ["worker_lost"]
 
 
 @pytest.mark.slow
@@ -199,7 +199,7 @@ def test_damage_to_the_newest_checkpoint_is_met_by_the_next_start(place: Place):
     early = faults.pop()
     place.all_fired_once(faults)
     seen = place.ends_as_calm()
-    assert place.told_as(*range(5)) == ["checkpoint_rejected"] * 5
+    assert place.detected_as(*range(5)) == ["checkpoint_rejected"] * 5
     told = [one["text"] for one in seen["incidents"] if one["kind"] == "checkpoint_rejected"]
     for words, text in zip(
         ("bytes instead", "its checksum)", "missing", "file of step", "manifest"), told, strict=True
@@ -232,8 +232,8 @@ def test_wrong_numbers_that_show_are_computed_away_and_a_wrong_clock_or_a_slow_r
     victims = [(0, 1), (1, 0), (2, 1), (3, 0), (4, 0), (5, 0), (5, 1), (6, 1), (7, 0), (8, 1), (9, 1)]
     assert fired == Counter(victims)
     seen = place.ends_as_calm()
-    assert place.told_as(0, 1, 4, 6) == ["not_finite"] * 4 and place.told_as(5) == ["preempted"] * 2
-    assert place.told_as(2, 3, 7) == [None] * 3
+    assert place.detected_as(0, 1, 4, 6) == ["not_finite"] * 4 and place.detected_as(5) == ["preempted"] * 2
+    assert place.detected_as(2, 3, 7) == [None] * 3
     not_finite = [entry.event for entry in events.read(place.run) if isinstance(entry.event, NotFinite)]
     trials = {step: sorted({one.trial for one in not_finite if one.step == step}) for step in (3, 5, 10, 20)}
     assert trials == {3: [0], 5: [0], 10: [0], 20: [0, 1]}
@@ -286,7 +286,7 @@ def test_a_corrupt_token_store_is_built_again(own_cache: Place, tmp_path: Path):
     own_cache.all_fired_once(faults)
     assert store.read_bytes() == before and store.stat().st_mtime_ns > made.st_mtime_ns
     own_cache.ends_as_calm()
-    assert own_cache.told_as(0) == ["worker_lost"]
+    assert own_cache.detected_as(0) == ["worker_lost"]
 
 
 def test_a_bit_is_flipped_where_it_was_asked_for(tmp_path: Path):
@@ -342,7 +342,7 @@ def configured(*faults: dict[str, Any], **sections: Any) -> config.Config:
     return config.parse({"faults": faults, "budget": {"steps": 30}, "checkpoint": {"every_steps": 2}, **sections})
 
 
-def armed(run: Path, *faults: dict[str, Any], rank: int = 0, size: int = 1) -> injector.Injector:
+def armed(run: Path, *faults: dict[str, Any], rank: int = 0, size: int = 1) -> injector.NoFaults:
     run.mkdir(exist_ok=True)
     return injector.arm(configured(*faults), run, rank, size)
 
@@ -359,7 +359,7 @@ def test_without_faults_nothing_is_touched(tmp_path: Path):
     for hand in (armed(tmp_path), of_another_rank):
         hand.startup()
         if hand is not of_another_rank:
-            assert type(hand) is injector.Injector and hand.notice == ""
+            assert type(hand) is injector.NoFaults and hand.notice == ""
             hand.join(0, nobodys, nobodys, nobodys)
         assert hand.point(point) is point
         assert hand.batches(batches) is batches
@@ -425,7 +425,7 @@ def test_a_fault_hits_the_same_place_when_others_are_left_out(tmp_path: Path):
     together = plan.make(configured(*faults), 1)
     (alone,) = plan.make(configured(plan.tree(together[1])), 1)
     hand = armed(tmp_path, *faults)
-    assert isinstance(hand, injector.Armed)
+    assert isinstance(hand, injector.FaultInjector)
     places = [hand.chance(one).random() for one in (*together, alone)]
     assert places[1] == places[3] and len(set(places)) == 3
 

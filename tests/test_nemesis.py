@@ -19,7 +19,7 @@ from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED
 from trainer.faults import plan as plans
 from trainer.faults.kinds import KINDS
 from trainer.faults.nemesis import NEEDS_STORE, Nemesis
-from trainer.faults.plan import Planned
+from trainer.faults.plan import PlannedFault
 from trainer.launch.cluster import Cluster, Job
 from trainer.launch.namespaces import Hosts
 from trainer.log import events, summary
@@ -36,7 +36,7 @@ LAUNCHES = 5
 needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc to know who is which rank")
 
 
-def planned(*faults: dict[str, Any], ranks: int = 2) -> list[Planned]:
+def planned(*faults: dict[str, Any], ranks: int = 2) -> list[PlannedFault]:
     return plans.make(configs.parse({"faults": faults}), ranks)
 
 

@@ -183,7 +183,7 @@ class Wandb(Section):
     tags: tuple[str, ...] = ()
 
 
-class Fault(BaseModel):
+class FaultEntry(BaseModel):
     """One fault on purpose. Which kinds there are, and what settings each has of its own: faults/kinds.py."""
 
     model_config = ConfigDict(
@@ -218,7 +218,7 @@ class Config(Section):
     eval: Eval = Eval()
     elastic: Elastic = Elastic()
     wandb: Wandb = Wandb()
-    faults: tuple[Fault, ...] = ()
+    faults: tuple[FaultEntry, ...] = ()
     """Faults on purpose, as [[faults]] tables. None, unless given."""
 
 

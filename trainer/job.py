@@ -164,7 +164,7 @@ class Attempt:
     ranks: World
     log: events.EventLog
     stop: elastic.StopSignals
-    hand: faults.Injector
+    hand: faults.NoFaults
     inject: Point
     watchdog: Watchdog
 

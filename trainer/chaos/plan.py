@@ -16,11 +16,11 @@ from trainer.chaos import schedule
 from trainer.chaos.results import Outcome, Result
 from trainer.chaos.schedule import Table
 from trainer.chaos.schema import CampaignFile, read
-from trainer.config import Config, Fault
+from trainer.config import Config, FaultEntry
 from trainer.errors import ConfigError
 from trainer.faults import plan
 from trainer.faults.kinds import KINDS, NODES, Kind
-from trainer.faults.plan import Planned
+from trainer.faults.plan import PlannedFault
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Cell:
     """key=value, without faults."""
     faults: list[Table]
     config: Config
-    planned: list[Planned]
+    planned: list[PlannedFault]
     limits: dict[str, float]
     """timeout_seconds and restarts, by which a run may fail."""
     worker: tuple[str, ...] = ("trainer", "train")
@@ -290,7 +290,7 @@ def _is_sound(number: int, fault: Table, problems: list[str]) -> bool:
     return True
 
 
-def _deaths(fault: Fault) -> int:
+def _deaths(fault: FaultEntry) -> int:
     """How many deaths in a row a fault asks for; 0 where it does not say."""
     times = (fault.model_extra or {}).get("times")
     return times if fault.kind == "repeated_kill" and isinstance(times, int) else 0

@@ -13,6 +13,11 @@ from trainer.faults.checker import Answer, Answers
 __all__ = ["Answer", "Answers", "Outcome", "Report", "Result", "from_json", "outcome", "read", "to_json", "write"]
 
 Outcome = Literal["pass", "fail", "unknown", "undetected", "skipped"]
+_RENAMED = {
+    "told_as": "detected_as",
+    "named_rightly": "attributed_correctly",
+    "named rightly": "attributed correctly",
+}
 _WORST_FIRST: tuple[Answers, ...] = ("fail", "undetected", "unknown")
 
 
@@ -37,8 +42,8 @@ class Result:
     launches: list[dict[str, Any]] = field(default_factory=list)
     """{started, ended, status} of each time the command was given; Unix seconds."""
     measured: list[dict[str, Any]] = field(default_factory=list)
-    """Of each fault that fired: {index, kind, victim, step, fired, detect_seconds, recover_seconds, told_as,
-    named_rightly}."""
+    """Of each fault that fired: {index, kind, victim, step, fired, detect_seconds, recover_seconds, detected_as,
+    attributed_correctly}."""
     timeline: dict[str, Any] = field(default_factory=dict)
     """timeline.of(run); {} if skipped."""
     run: str = ""
@@ -90,10 +95,17 @@ def to_json(report: Report) -> dict[str, Any]:
 def from_json(tree: dict[str, Any]) -> Report:
     """The inverse of `to_json`."""
     known = {name: tree[name] for name in tree.keys() - {"passed", "results"}}
-    results = [
-        Result(**(one | {"answers": [Answer(**answer) for answer in one["answers"]]})) for one in tree["results"]
-    ]
+    results = []
+    for result in tree["results"]:
+        answers = [Answer(**answer | {"invariant": _new_name(answer["invariant"])}) for answer in result["answers"]]
+        measured = [{_new_name(key): value for key, value in fault.items()} for fault in result["measured"]]
+        results.append(Result(**result | {"answers": answers, "measured": measured}))
     return Report(**known, results=results)
+
+
+def _new_name(name: str) -> str:
+    """The present name of a key or an invariant in a report of an older version."""
+    return _RENAMED.get(name, name)
 
 
 def write(path: Path, report: Report) -> None:

@@ -30,10 +30,10 @@ from trainer.chaos.results import Report, Result
 from trainer.chaos.schedule import Table
 from trainer.errors import EXIT_FINISHED, RunDirectoryError, TopropeError
 from trainer.faults import checker, plan
-from trainer.faults.checker import Calm, Evidence
+from trainer.faults.checker import Evidence, Reference
 from trainer.faults.kinds import LINUX, NAMESPACES, SHAPING, Kind
 from trainer.faults.nemesis import NEEDS_STORE, Nemesis
-from trainer.faults.plan import Planned
+from trainer.faults.plan import PlannedFault
 from trainer.launch import namespaces
 
 MORE_STARTS = 3
@@ -148,7 +148,7 @@ def write(out: Path, report: Report) -> None:
     files.write(out / "report.html", reports.html(report))
 
 
-def _calm(campaign: Campaign, out: Path, report: Report) -> Calm:
+def _calm(campaign: Campaign, out: Path, report: Report) -> Reference:
     directory = out / "calm"
     if report.calm["weights_sha256"] is None:
         shutil.rmtree(directory, ignore_errors=True)
@@ -160,15 +160,15 @@ def _calm(campaign: Campaign, out: Path, report: Report) -> Calm:
                 f"  {directory / 'start-0'} has all it printed; the last lines:\n{_tail(launched.output)}"
             )
         seconds = launched.ended - launched.started
-        found = checker.calm_of(directory / "run", campaign.config, seconds)
+        found = checker.reference_of(directory / "run", campaign.config, seconds)
         report.calm |= {
             "weights_sha256": found.weights_sha256, "state_sha256": found.state_sha256, "steps": found.steps,
             "seconds": seconds,
         }  # fmt: skip
-    return checker.calm_of(directory / "run", campaign.config, report.calm["seconds"])
+    return checker.reference_of(directory / "run", campaign.config, report.calm["seconds"])
 
 
-def run_cell(campaign: Campaign, cell: Cell, calm: Calm, out: Path) -> Result:
+def run_cell(campaign: Campaign, cell: Cell, calm: Reference, out: Path) -> Result:
     """One run with its faults, from its first start to the verdict."""
     reasons = [f"{fault.kind.name}: {why}" for fault in cell.planned if (why := missing(fault.kind))]
     if reasons:
@@ -234,8 +234,8 @@ class _Launched:
 
 
 def _launch(
-    campaign: Campaign, overrides: Sequence[str], directory: Path, planned: Sequence[Planned], ranks: int, nodes: int,
-    started: float, worker: Sequence[str] = ("trainer", "train"),
+    campaign: Campaign, overrides: Sequence[str], directory: Path, planned: Sequence[PlannedFault], ranks: int,
+    nodes: int, started: float, worker: Sequence[str] = ("trainer", "train"),
 ) -> _Launched:  # fmt: skip
     """Give the command once and wait for its end; nothing of it lives when this returns."""
     from trainer.launch.cluster import Cluster
@@ -281,7 +281,7 @@ def _shrunk(out: Path, cell: Cell) -> Path:
     return out / "shrunk" / f"{cell.slug}.toml"
 
 
-def _shrink(campaign: Campaign, cell: Cell, result: Result, calm: Calm, out: Path) -> str:
+def _shrink(campaign: Campaign, cell: Cell, result: Result, calm: Reference, out: Path) -> str:
     """Find the smallest part of a schedule that fails in the same way, and keep it in a file. Returns a remark."""
     bad = results.worst(result.answers)
     assert bad is not None

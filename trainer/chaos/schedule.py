@@ -147,7 +147,7 @@ def due(phase: str, step: int, config: Config) -> int:
 def _loads_again(fault: Table, config: Config) -> bool:
     """Whether a rank is sure to load a checkpoint after it."""
     every = config.checkpoint.every_steps
-    return bool(RESTARTS & set(KINDS[fault["kind"]].told_as)) and 0 < 2 * every < fault.get("at_step", 0)
+    return bool(RESTARTS & set(KINDS[fault["kind"]].expected_incidents)) and 0 < 2 * every < fault.get("at_step", 0)
 
 
 def _moments(fault: Table) -> set[Moment]:
@@ -166,7 +166,7 @@ def usual(kind: Kind, config: Config, world_size: int, number: int = 0) -> Table
         return {"kind": kind.name, "at_step": min(3, config.budget.steps)}
     phase = kind.phases[0]
     step = every // 2 + every
-    if "checkpoint_rejected" in kind.told_as:
+    if "checkpoint_rejected" in kind.expected_incidents:
         step = 3 * every + 1  # two are committed by then: the save of 3 × every has waited for that of 2 × every
     elif kind.name == "vanished_checkpoints":
         step = 2 * every  # gone when the next save begins

@@ -76,7 +76,7 @@ def _tells(incident: Incident, firing: Entry) -> bool:
 
 def may_tell(kind: Kind, attempt: int, incident: Incident) -> bool:
     """Whether an incident can be of a fault of this kind that fired in this attempt."""
-    if incident.kind not in kind.told_as:
+    if incident.kind not in kind.expected_incidents:
         return False
     if incident.kind == "checkpoint_rejected":  # met by whoever loads next
         return incident.attempt > attempt

@@ -1,6 +1,6 @@
 """The invariants: what must hold after a run with faults, whatever they were. Each answers pass, fail or unknown.
 
-Everything is held against the calm run: the same config, no faults.
+Everything is held against the reference run: the same config, no faults.
 """
 
 import math
@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from trainer.checkpoint import files as checkpoint
 from trainer.errors import EXIT_FINISHED, CheckpointError, TopropeError
-from trainer.faults.evidence import Calm, Evidence, Firing, Telling, calm_of, finished
+from trainer.faults.evidence import Attribution, Evidence, Firing, Reference, finished, reference_of
 from trainer.faults.kinds import Kind
-from trainer.faults.plan import Planned
+from trainer.faults.plan import PlannedFault
 from trainer.log import goodput
 from trainer.log.events import (
     AttemptEnded,
@@ -26,11 +26,22 @@ from trainer.log.events import (
 )
 from trainer.log.incidents import Incident
 
-__all__ = ["INVARIANTS", "Answer", "Answers", "Calm", "Evidence", "Firing", "Telling", "calm_of", "check", "measure"]
+__all__ = [
+    "INVARIANTS",
+    "Answer",
+    "Answers",
+    "Attribution",
+    "Evidence",
+    "Firing",
+    "Reference",
+    "check",
+    "measure",
+    "reference_of",
+]
 
 Answers = Literal["pass", "fail", "unknown", "undetected"]
 
-FIRED, EQUAL, SAMPLES, KEPT, CLEAN, DETECTED, RECOVERED, NAMED, TIME, STATUS = INVARIANTS = (
+FIRED, EQUAL, SAMPLES, KEPT, CLEAN, DETECTED, RECOVERED, ATTRIBUTED, TIME, STATUS = INVARIANTS = (
     "every fault fired",
     "weights and state equal",
     "every sample once",
@@ -38,7 +49,7 @@ FIRED, EQUAL, SAMPLES, KEPT, CLEAN, DETECTED, RECOVERED, NAMED, TIME, STATUS = I
     "nothing left behind",
     "detected in time",
     "recovered in time",
-    "named rightly",
+    "attributed correctly",
     "time adds up",
     "exit status",
 )
@@ -80,29 +91,31 @@ def check(evidence: Evidence) -> list[Answer]:
         _every_sample_once(evidence),
         _answer(KEPT, _lost_checkpoints(evidence)),
         _answer(CLEAN, [*evidence.leftovers, *(f"stray file {name}" for name in strays(evidence.run))]),
-        _about_tellings(evidence, DETECTED, _late_detections(evidence)),
-        _about_tellings(evidence, RECOVERED, _late_recoveries(evidence)),
-        _about_tellings(evidence, NAMED, _misnamed(evidence)),
+        _about_attributions(evidence, DETECTED, _late_detections(evidence)),
+        _about_attributions(evidence, RECOVERED, _late_recoveries(evidence)),
+        _about_attributions(evidence, ATTRIBUTED, _misnamed(evidence)),
         _answer(TIME, _time_problems(evidence)),
         _answer(STATUS, _status_problems(evidence)),
     ]
 
 
 def measure(evidence: Evidence) -> list[dict[str, Any]]:
-    """[{index, kind, victim, step, fired, detect_seconds, recover_seconds, told_as, named_rightly}] of what fired."""
+    """[{index, kind, victim, step, fired, detect_seconds, recover_seconds, detected_as, attributed_correctly}] of what
+    fired.
+    """
     return [
         {
-            "index": telling.firing.fault.index,
-            "kind": telling.firing.fault.kind.name,
-            "victim": telling.firing.first.victim,
-            "step": telling.firing.first.step,
-            "fired": telling.firing.time,
-            "detect_seconds": telling.detect_seconds,
-            "recover_seconds": telling.recover_seconds,
-            "told_as": telling.incident.kind if telling.incident else None,
-            "named_rightly": telling.rightly,
+            "index": attribution.firing.fault.index,
+            "kind": attribution.firing.fault.kind.name,
+            "victim": attribution.firing.first.victim,
+            "step": attribution.firing.first.step,
+            "fired": attribution.firing.time,
+            "detect_seconds": attribution.detect_seconds,
+            "recover_seconds": attribution.recover_seconds,
+            "detected_as": attribution.incident.kind if attribution.incident else None,
+            "attributed_correctly": attribution.correct,
         }
-        for telling in evidence.tellings
+        for attribution in evidence.attributions
     ]
 
 
@@ -138,17 +151,17 @@ def _every_fault_fired(evidence: Evidence) -> Answer:
     return Answer(FIRED, "unknown", _joined([*reasons, *of_none]))
 
 
-def _is_about(reason: str, fault: Planned) -> bool:
+def _is_about(reason: str, fault: PlannedFault) -> bool:
     """Whether it says why this fault was not made; the fault's own words may be the beginning of another's."""
     return any(f"{fault}{then}" in reason for then in (" did not fire", " cannot be made", ":"))
 
 
 def _weights_and_state_equal(evidence: Evidence) -> Answer:
-    calm = evidence.calm
-    if not calm.exact:
+    reference = evidence.reference
+    if not reference.exact:
         return Answer(EQUAL, "unknown", "numerics.exact = false: sums depend on their order, so nothing can be equal")
-    if calm.weights_sha256 is None:
-        return Answer(EQUAL, "unknown", "the calm run did not finish")
+    if reference.weights_sha256 is None:
+        return Answer(EQUAL, "unknown", "the reference run did not finish")
     end = finished(evidence.entries)
     if end is None:
         return Answer(EQUAL, "fail", "the run did not finish")
@@ -163,13 +176,13 @@ def _weights_and_state_equal(evidence: Evidence) -> Answer:
 
 def _differing(evidence: Evidence) -> str:
     """How the end, or a replay on the way there, differs; empty if it does not."""
-    calm = evidence.calm
+    reference = evidence.reference
     for entry in evidence.entries:
         end = entry.event
         if isinstance(end, AttemptEnded) and end.status == "finished":
             for what in ("weights_sha256", "state_sha256"):
-                if getattr(end, what) != getattr(calm, what):
-                    return f"{what} of rank {entry.rank} differs from the calm run's"
+                if getattr(end, what) != getattr(reference, what):
+                    return f"{what} of rank {entry.rank} differs from the reference run's"
     seen: dict[int, str] = {}
     for event in (entry.event for entry in evidence.entries):
         if isinstance(event, StepDone):
@@ -181,11 +194,11 @@ def _differing(evidence: Evidence) -> str:
 
 def _every_sample_once(evidence: Evidence) -> Answer:
     done = goodput.committed(evidence.entries)
-    samples, calm = {step: event.samples for step, event in done.items()}, evidence.calm.samples
-    if not calm:
-        return Answer(SAMPLES, "unknown", "the calm run has no steps to compare with")
-    wrong = [f"step {step} was computed from other samples" for step in samples if samples[step] != calm.get(step)]
-    missing = [f"step {step} is not in the log" for step in sorted(calm.keys() - samples.keys())]
+    samples, reference = {step: event.samples for step, event in done.items()}, evidence.reference.samples
+    if not reference:
+        return Answer(SAMPLES, "unknown", "the reference run has no steps to compare with")
+    wrong = [f"step {step} was computed from other samples" for step in samples if samples[step] != reference.get(step)]
+    missing = [f"step {step} is not in the log" for step in sorted(reference.keys() - samples.keys())]
     return _answer(SAMPLES, wrong + missing)
 
 
@@ -224,7 +237,7 @@ def _forgotten(entries: Iterable[Entry]) -> list[str]:
     return problems
 
 
-def _about_tellings(evidence: Evidence, invariant: str, problems: list[str]) -> Answer:
+def _about_attributions(evidence: Evidence, invariant: str, problems: list[str]) -> Answer:
     if problems or evidence.firings:
         return _answer(invariant, problems)
     return Answer(invariant, "unknown", "no fault fired")
@@ -232,7 +245,7 @@ def _about_tellings(evidence: Evidence, invariant: str, problems: list[str]) -> 
 
 def _patience(evidence: Evidence, firing: Firing) -> float:
     """Seconds that the config lets pass before a rank is taken for hung."""
-    if "hung" not in firing.fault.kind.told_as:
+    if "hung" not in firing.fault.kind.expected_incidents:
         return 0.0
     settings = evidence.config.elastic
     starts = (entry.event for entry in evidence.entries if entry.attempt == firing.attempt)
@@ -243,10 +256,10 @@ def _patience(evidence: Evidence, firing: Firing) -> float:
 
 def _late_detections(evidence: Evidence) -> list[str]:
     problems = []
-    for telling in evidence.tellings:
-        firing, seconds = telling.firing, telling.detect_seconds
+    for attribution in evidence.attributions:
+        firing, seconds = attribution.firing, attribution.detect_seconds
         bound = firing.fault.kind.detect_seconds + _patience(evidence, firing)
-        if seconds is None and firing.fault.kind.told_as:
+        if seconds is None and firing.fault.kind.expected_incidents:
             problems.append(f"{firing}: nobody noticed")
         elif seconds is not None and seconds > bound:
             problems.append(f"{firing}: noticed after {seconds:.1f} s, the bound is {bound:g} s")
@@ -255,8 +268,8 @@ def _late_detections(evidence: Evidence) -> list[str]:
 
 def _late_recoveries(evidence: Evidence) -> list[str]:
     problems = []
-    for telling in evidence.tellings:
-        firing, seconds = telling.firing, telling.recover_seconds
+    for attribution in evidence.attributions:
+        firing, seconds = attribution.firing, attribution.recover_seconds
         if firing.fault.kind.group == "clock":
             continue
         if seconds is None:
@@ -271,7 +284,11 @@ def _late_recoveries(evidence: Evidence) -> list[str]:
 
 
 def _misnamed(evidence: Evidence) -> list[str]:
-    wrong = [f"{telling.firing}: {telling.problem}" for telling in evidence.tellings if telling.rightly is False]
+    wrong = [
+        f"{attribution.firing}: {attribution.problem}"
+        for attribution in evidence.attributions
+        if attribution.correct is False
+    ]
     return wrong + [f"false alarm: {incident.text}" for incident in _false_alarms(evidence)]
 
 
@@ -280,9 +297,9 @@ def _false_alarms(evidence: Evidence) -> list[Incident]:
     kinds = [firing.fault.kind for firing in evidence.firings]
     if any(kind.silent or kind.hand == "nemesis" or kind.name == "repeated_kill" for kind in kinds):
         return []  # they may show in any way, in any attempt
-    told = {name for kind in kinds for name in kind.told_as}
+    told = {name for kind in kinds for name in kind.expected_incidents}
     broken = {firing.attempt for firing in evidence.firings if _breaks(firing.fault.kind)}
-    explained = [telling.incident for telling in evidence.tellings]
+    explained = [attribution.incident for attribution in evidence.attributions]
     caused = {(name, firing.attempt) for firing in evidence.firings for name in firing.fault.kind.may_cause}
     secondary = ("worker_lost", "save_failed")  # what ends one rank breaks the others and the save under way
     return [
@@ -297,7 +314,7 @@ def _false_alarms(evidence: Evidence) -> list[Incident]:
 
 def _breaks(kind: Kind) -> bool:
     """Whether it ends the attempt that it hits."""
-    return kind.exits != (EXIT_FINISHED,) or bool(BREAKING & {*kind.told_as})
+    return kind.exits != (EXIT_FINISHED,) or bool(BREAKING & {*kind.expected_incidents})
 
 
 def _time_problems(evidence: Evidence) -> list[str]:

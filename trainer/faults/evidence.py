@@ -15,7 +15,7 @@ from trainer.config import Config
 from trainer.faults import plan
 from trainer.faults.attribution import may_tell
 from trainer.faults.kinds import SAVE
-from trainer.faults.plan import Planned
+from trainer.faults.plan import PlannedFault
 from trainer.log import events, goodput
 from trainer.log.events import (
     AttemptEnded,
@@ -41,7 +41,7 @@ SEEN_BY_LAUNCHER = {"worker_lost", "hung", "preempted"}
 
 
 @dataclass(frozen=True)
-class Calm:
+class Reference:
     """What the run without faults came to."""
 
     weights_sha256: str | None
@@ -53,10 +53,10 @@ class Calm:
     exact: bool
 
 
-def calm_of(run: Path, config: Config, seconds: float) -> Calm:
+def reference_of(run: Path, config: Config, seconds: float) -> Reference:
     end = finished(events.read(run))
     hashes = (end.weights_sha256, end.state_sha256) if end is not None else (None, None)
-    return Calm(*hashes, goodput.committed_samples(run), config.budget.steps, seconds, config.numerics.exact)
+    return Reference(*hashes, goodput.committed_samples(run), config.budget.steps, seconds, config.numerics.exact)
 
 
 def finished(entries: Iterable[Entry]) -> AttemptEnded | None:
@@ -70,8 +70,8 @@ class Evidence:
 
     run: Path
     config: Config
-    planned: Sequence[Planned]
-    calm: Calm
+    planned: Sequence[PlannedFault]
+    reference: Reference
     launches: Sequence[Mapping[str, Any]]
     leftovers: Sequence[str] = ()
     notes: Sequence[str] = ()
@@ -100,14 +100,14 @@ class Evidence:
         return sorted(found.values(), key=lambda firing: firing.time)
 
     @cached_property
-    def tellings(self) -> "list[Telling]":
+    def attributions(self) -> "list[Attribution]":
         taken = set[int]()
-        return [_telling(self, firing, taken) for firing in self.firings]
+        return [_attribute(self, firing, taken) for firing in self.firings]
 
 
 @dataclass(frozen=True)
 class Firing:
-    fault: Planned
+    fault: PlannedFault
     time: float
     attempt: int
     first: FaultFired
@@ -118,39 +118,39 @@ class Firing:
 
 
 @dataclass(frozen=True)
-class Telling:
+class Attribution:
     """What the run made of a fault."""
 
     firing: Firing
     incident: Incident | None
-    rightly: bool | None
+    correct: bool | None
     """None where nothing had to be told, or where it hit an attempt that another fault was ending already."""
     detect_seconds: float | None
     recover_seconds: float | None
     problem: str = ""
-    """Why it was not named rightly."""
+    """Why it was not named correct."""
 
 
-def _telling(evidence: Evidence, firing: Firing, taken: set[int]) -> Telling:
+def _attribute(evidence: Evidence, firing: Firing, taken: set[int]) -> Attribution:
     """The incident that tells of a fault, if one does, and how fast; `taken` are those that tell of earlier ones."""
     kind, incidents = firing.fault.kind, evidence.incidents
     possible = [n for n, incident in enumerate(incidents) if may_tell(kind, firing.attempt, incident)]
     fresh = [n for n in possible if n not in taken and not _is_of_another(evidence, firing, incidents[n])]
     fresh.sort(key=lambda n: (_misnames(firing, incidents[n]), n))
-    incident, problem, rightly = None, "", None
+    incident, problem, correct = None, "", None
     if fresh:
         incident = incidents[fresh[0]]
         taken.add(fresh[0])
         problem = _misnames(firing, incident)
-        rightly = not problem if kind.told_as else None
-    elif kind.told_as:
+        correct = not problem if kind.expected_incidents else None
+    elif kind.expected_incidents:
         hidden = next((i for i in incidents if i.ends_attempt and i.attempt == firing.attempt), None)
         alone = all(other is firing or other.attempt != firing.attempt for other in evidence.firings)
         if hidden is None or alone:
-            rightly, problem = False, "nothing in the log tells of it"
+            correct, problem = False, "nothing in the log tells of it"
         incident = hidden if not alone else None
     detected = _detected(evidence, firing, incident)
-    return Telling(firing, incident, rightly, detected, _recovered(evidence, firing, incident), problem)
+    return Attribution(firing, incident, correct, detected, _recovered(evidence, firing, incident), problem)
 
 
 def _is_of_another(evidence: Evidence, firing: Firing, incident: Incident) -> bool:
@@ -165,7 +165,7 @@ def _is_of_another(evidence: Evidence, firing: Firing, incident: Incident) -> bo
 
 def _killed(firing: Firing, incident: Incident) -> bool:
     """Whether it is of the death that comes with damage to a checkpoint, and of which nothing need be told."""
-    is_damage = "checkpoint_rejected" in firing.fault.kind.told_as
+    is_damage = "checkpoint_rejected" in firing.fault.kind.expected_incidents
     return is_damage and incident.attempt == firing.attempt and incident.rank in firing.victims
 
 
@@ -190,7 +190,7 @@ def _misnames(firing: Firing, incident: Incident) -> str:
 
 def _detected(evidence: Evidence, firing: Firing, incident: Incident | None) -> float | None:
     """Seconds until the run's log or the end of its processes showed that it was noticed."""
-    if incident is None or not firing.fault.kind.told_as:
+    if incident is None or not firing.fault.kind.expected_incidents:
         return None
     own = OWN_EVENT.get(incident.kind)
     times = [

@@ -29,7 +29,7 @@ from trainer.config import Config
 from trainer.data import Batches, MicroBatch, Prepared
 from trainer.errors import ConfigError
 from trainer.faults import corruption, plan, storage
-from trainer.faults.plan import Planned
+from trainer.faults.plan import PlannedFault
 from trainer.log import events, rundir
 from trainer.log.events import AttemptStarted, EventLog, FaultFired, Warned
 from trainer.phases import Phase
@@ -45,7 +45,7 @@ EXIT_STATUS = 3
 _now = time.time  # the clock before it jumps
 
 
-class Injector:
+class NoFaults:
     """What `job` tells of a run's making. This one, of an empty plan, hands everything back untouched."""
 
     notice = ""
@@ -68,14 +68,14 @@ class Injector:
         """The attempt is over."""
 
 
-def arm(config: Config, run: Path, rank: int, world_size: int) -> Injector:
+def arm(config: Config, run: Path, rank: int, world_size: int) -> NoFaults:
     """The injector of a rank of the run. Raises ConfigError naming every problem of the plan, on all ranks alike."""
     if not config.faults:
-        return Injector()
-    return Armed(_plan(config, run, world_size), config, run, rank, world_size)
+        return NoFaults()
+    return FaultInjector(_plan(config, run, world_size), config, run, rank, world_size)
 
 
-def _plan(config: Config, run: Path, world_size: int) -> list[Planned]:
+def _plan(config: Config, run: Path, world_size: int) -> list[PlannedFault]:
     """For the world that the run began with: a world that shrinks must not make a good plan a bad one."""
     with contextlib.suppress(ConfigError):
         return plan.make(config, _first_world_size(run) or world_size)
@@ -96,7 +96,7 @@ class _Record:
         fired = [entry.event for entry in plan.fired(run)]
         self._hits = Counter((e.index, e.fault, e.victim) for e in fired if isinstance(e, FaultFired))
 
-    def hits(self, fault: Planned) -> int:
+    def hits(self, fault: PlannedFault) -> int:
         """How often it has fired: on this rank for one that is planned for all, else on any."""
         return sum(
             times
@@ -104,7 +104,7 @@ class _Record:
             if (index, kind) == (fault.index, fault.kind.name) and (fault.ranks is not None or victim == self._rank)
         )
 
-    def write(self, fault: Planned, phase: str, attempt: int) -> None:
+    def write(self, fault: PlannedFault, phase: str, attempt: int) -> None:
         """In one write, so that ranks may write at once and a rank may die right after."""
         event = FaultFired(
             index=fault.index,
@@ -124,10 +124,10 @@ class _Record:
         self._hits[fault.index, fault.kind.name, self._rank] += 1
 
 
-class Armed(Injector):
+class FaultInjector(NoFaults):
     """The injector of a plan that is not empty."""
 
-    def __init__(self, planned: Sequence[Planned], config: Config, run: Path, rank: int, world_size: int) -> None:
+    def __init__(self, planned: Sequence[PlannedFault], config: Config, run: Path, rank: int, world_size: int) -> None:
         self._config, self._run, self._rank, self._size = config, run, rank, world_size
         self.notice = _notice(planned)
         self._attempt = events.next_attempt(run)  # no rank can have begun its attempt before all are connected
@@ -144,7 +144,7 @@ class Armed(Injector):
         self._log: EventLog | None = None
         self._poison: str | None = None
         self._stall_seconds = 0.0
-        self._slow: list[Planned] = []
+        self._slow: list[PlannedFault] = []
         self._wrong_sums: tuple[corruption.WrongSum, int] | None = None
         if self._mine():
             _, hard = resource.getrlimit(resource.RLIMIT_CORE)
@@ -225,13 +225,13 @@ class Armed(Injector):
         elif point == Phase.AFTER_UPDATE and self._wrong_sums and step >= self._wrong_sums[1]:
             self._leave_wrong_sums()
 
-    def _mine(self) -> list[Planned]:
+    def _mine(self) -> list[PlannedFault]:
         return [fault for fault in list(self._waiting.values()) if self._rank in fault.victims(self._size)]
 
-    def _due(self, point: str, step: int) -> list[Planned]:
+    def _due(self, point: str, step: int) -> list[PlannedFault]:
         return [fault for fault in self._mine() if self._is_due(fault, point, step)]
 
-    def _is_due(self, fault: Planned, point: str, step: int) -> bool:
+    def _is_due(self, fault: PlannedFault, point: str, step: int) -> bool:
         if self._record.hits(fault):  # it comes again, in the next start: on loading, or where nothing is there to load
             return point in (Phase.IN_LOAD, Phase.BEFORE_FORWARD)
         return (
@@ -240,14 +240,14 @@ class Armed(Injector):
             and fault.attempt in (None, self._attempt)
         )  # fmt: skip
 
-    def _take(self, kinds: frozenset[str], phase: str, step: int) -> Planned | None:
+    def _take(self, kinds: frozenset[str], phase: str, step: int) -> PlannedFault | None:
         """For the disk: a fault of these kinds that is due there, recorded as fired."""
         for fault in self._due(phase, step):
             if fault.kind.name in kinds and self._claim(fault, phase):
                 return fault
         return None
 
-    def _claim(self, fault: Planned, point: str) -> bool:
+    def _claim(self, fault: PlannedFault, point: str) -> bool:
         """Whether it is ours to make now: then it stands in the record, before it acts."""
         with self._lock:
             if fault.index not in self._waiting:
@@ -257,7 +257,7 @@ class Armed(Injector):
                 del self._waiting[fault.index]
         return True
 
-    def _fire(self, fault: Planned, point: str, tensor: Tensor | None = None) -> Tensor | None:
+    def _fire(self, fault: PlannedFault, point: str, tensor: Tensor | None = None) -> Tensor | None:
         """Make a fault; what becomes of the tensor at whose making the rank is, if that changes."""
         if fault.kind.name in storage.DAMAGE:
             self._await_save()
@@ -275,7 +275,7 @@ class Armed(Injector):
             time.sleep(0.02)
         time.sleep(max(0.0, self._committed[1] + READ_BACK_SECONDS - time.monotonic()))
 
-    def _obstacle(self, fault: Planned) -> str:
+    def _obstacle(self, fault: PlannedFault) -> str:
         """Why it cannot be made here and now; empty if it can."""
         name = fault.kind.name
         if name in storage.DAMAGE and storage.damage(self._run, name, self.chance(fault)) is None:
@@ -288,12 +288,12 @@ class Armed(Injector):
             return "the token store is in the user's own cache; name another in data.cache_dir or $TOPROPE_CACHE"
         return ""
 
-    def _say(self, fault: Planned, obstacle: str) -> None:
+    def _say(self, fault: PlannedFault, obstacle: str) -> None:
         if self._log is not None and fault.index not in self._said:
             self._said.add(fault.index)
             self._log.append(Warned(message=f"the fault {fault} did not fire: {obstacle}"))
 
-    def chance(self, fault: Planned) -> random.Random:
+    def chance(self, fault: PlannedFault) -> random.Random:
         """What draws a fault's place: the same in every process of the run, whatever other faults there are."""
         what = (fault.kind.name, fault.ranks, fault.at_step, fault.phase, fault.attempt)
         return random.Random(f"{self._config.seed}-{what}-place")
@@ -359,10 +359,10 @@ class Armed(Injector):
 
     # What the table of acts below does.
 
-    def raise_(self, fault: Planned) -> None:
+    def raise_(self, fault: PlannedFault) -> None:
         raise RuntimeError(f"a fault on purpose: {fault}")
 
-    def wait_for_lock(self, fault: Planned) -> None:
+    def wait_for_lock(self, fault: PlannedFault) -> None:
         lock, held = threading.Lock(), threading.Event()
 
         def keep() -> None:
@@ -375,23 +375,23 @@ class Armed(Injector):
         with lock:
             pass
 
-    def stall_data(self, fault: Planned) -> None:
+    def stall_data(self, fault: PlannedFault) -> None:
         self._stall_seconds = fault.settings["seconds"]
 
-    def slow_down(self, fault: Planned) -> None:
+    def slow_down(self, fault: PlannedFault) -> None:
         self._slow.append(fault)
         time.sleep(fault.settings["seconds"])
 
-    def damage(self, fault: Planned) -> None:
+    def damage(self, fault: PlannedFault) -> None:
         damage = storage.damage(self._run, fault.kind.name, self.chance(fault))
         assert damage is not None
         damage()
         _kill(signal.SIGKILL)
 
-    def vanish(self, fault: Planned) -> None:
+    def vanish(self, fault: PlannedFault) -> None:
         self._undo.callback(storage.vanish(self._run, fault.settings["seconds"]).join)
 
-    def corrupt_tokens(self, fault: Planned) -> None:
+    def corrupt_tokens(self, fault: PlannedFault) -> None:
         """Of a sample that this rank is about to read: another token, one that the vocabulary has."""
         step = fault.point_step
         assert step is not None
@@ -401,41 +401,41 @@ class Armed(Injector):
         storage.flip_bit(store.directory / "train.bin", token * store.tokens.dtype.itemsize, bit=0)
         _kill(signal.SIGKILL)
 
-    def poison_loss(self, fault: Planned) -> None:
+    def poison_loss(self, fault: PlannedFault) -> None:
         self._poison = fault.settings["value"]
 
-    def spoil_weights(self, fault: Planned) -> None:
+    def spoil_weights(self, fault: PlannedFault) -> None:
         """Of a block's matrix, where every token meets it."""
         parameters = self._state.sharding.parameters.items()
         matrices = [corruption.local(p) for name, p in parameters if name.startswith("blocks.") and p.ndim == 2]
         corruption.spoil(matrices, fault.settings["value"], self.chance(fault))
 
-    def flip_gradient(self, fault: Planned) -> None:
+    def flip_gradient(self, fault: PlannedFault) -> None:
         gradients = [gradient for _, gradient, _ in self._state.sharding.gradients()]
         corruption.flip(gradients, fault.settings["bits"], self.chance(fault))
 
-    def flip_weights(self, fault: Planned) -> None:
+    def flip_weights(self, fault: PlannedFault) -> None:
         weights = [corruption.local(parameter) for parameter in self._state.sharding.parameters.values()]
         corruption.flip(weights, fault.settings["bits"], self.chance(fault))
 
-    def flip_moments(self, fault: Planned) -> None:
+    def flip_moments(self, fault: PlannedFault) -> None:
         states = [moments for optimizer in self._state.optimizers for moments in optimizer.state.values()]
         moments = [corruption.local(tensor) for state in states for name, tensor in state.items() if name != "step"]
         corruption.flip(moments, fault.settings["bits"], self.chance(fault))
 
-    def flipped(self, fault: Planned, tensor: Tensor | None) -> Tensor:
+    def flipped(self, fault: PlannedFault, tensor: Tensor | None) -> Tensor:
         assert tensor is not None
         changed = tensor.clone(memory_format=torch.contiguous_format)
         corruption.flip([changed], fault.settings["bits"], self.chance(fault))
         return changed
 
-    def spoiled(self, fault: Planned, tensor: Tensor | None) -> Tensor:
+    def spoiled(self, fault: PlannedFault, tensor: Tensor | None) -> Tensor:
         assert tensor is not None
         changed = tensor.clone(memory_format=torch.contiguous_format)
         corruption.spoil([changed], fault.settings["value"], self.chance(fault))
         return changed
 
-    def sum_wrongly(self, fault: Planned) -> None:
+    def sum_wrongly(self, fault: PlannedFault) -> None:
         self._leave_wrong_sums()
         mode = corruption.WrongSum()
         mode.__enter__()
@@ -446,7 +446,7 @@ class Armed(Injector):
             mode, self._wrong_sums = self._wrong_sums[0], None
             mode.__exit__(None, None, None)
 
-    def jump_clock(self, fault: Planned) -> None:
+    def jump_clock(self, fault: PlannedFault) -> None:
         """Of all that asks `time.time`. The log has taken hold of it before."""
         seconds, real, log = fault.settings["seconds"], time.time, self._log
         setattr(time, "time", lambda: real() + seconds)  # noqa: B010
@@ -454,7 +454,7 @@ class Armed(Injector):
         setattr(log, "_clock", time.time)  # noqa: B010
 
 
-def _notice(planned: Sequence[Planned]) -> str:
+def _notice(planned: Sequence[PlannedFault]) -> str:
     one = len(planned) == 1
     listed = "; ".join(str(fault) for fault in planned[:10]) + ("; …" if len(planned) > 10 else "")
     outside = sum(fault.by_nemesis for fault in planned)
@@ -462,12 +462,12 @@ def _notice(planned: Sequence[Planned]) -> str:
     return f"{len(planned)} fault{'' if one else 's'} on purpose {'is' if one else 'are'} armed{aside}: {listed}"
 
 
-def _times(fault: Planned) -> int:
+def _times(fault: PlannedFault) -> int:
     """How often it fires on a rank."""
     return fault.settings["times"] if fault.kind.name == "repeated_kill" else 1
 
 
-def _last_step(fault: Planned) -> int:
+def _last_step(fault: PlannedFault) -> int:
     """The last step that a fault of several steps lasts for, as the points count after its update."""
     assert fault.at_step is not None
     return fault.at_step - 1 + fault.settings["steps"]
@@ -490,11 +490,11 @@ def _fill_and_die(megabytes: int) -> None:
     _kill(signal.SIGKILL)
 
 
-Act = Callable[[Armed, Planned, Tensor | None], Tensor | None]
+Act = Callable[[FaultInjector, PlannedFault, Tensor | None], Tensor | None]
 
 
-def _plain(act: Callable[[Armed, Planned], Any]) -> Act:
-    def made(armed: Armed, fault: Planned, tensor: Tensor | None) -> None:
+def _plain(act: Callable[[FaultInjector, PlannedFault], Any]) -> Act:
+    def made(armed: FaultInjector, fault: PlannedFault, tensor: Tensor | None) -> None:
         act(armed, fault)
 
     return made
@@ -512,26 +512,26 @@ ACTS: dict[str, Act] = {
     "sigterm": _signal(signal.SIGTERM),
     "stopped": _signal(signal.SIGSTOP),
     "exit": _plain(lambda armed, fault: os._exit(EXIT_STATUS)),
-    "exception": _plain(Armed.raise_),
+    "exception": _plain(FaultInjector.raise_),
     "memory_limit": _plain(lambda armed, fault: _exceed_limit()),
     "memory_kill": _plain(lambda armed, fault: _fill_and_die(fault.settings["megabytes"])),
     "skipped_collective": _plain(lambda armed, fault: armed.instead_of_all_reduce(lambda call: None)),
-    "lock_held": _plain(Armed.wait_for_lock),
-    "stalled_data": _plain(Armed.stall_data),
-    "slow_rank": _plain(Armed.slow_down),
-    **dict.fromkeys(storage.DAMAGE, _plain(Armed.damage)),
-    "vanished_checkpoints": _plain(Armed.vanish),
-    "corrupt_tokens": _plain(Armed.corrupt_tokens),
-    "nan_loss": _plain(Armed.poison_loss),
-    "nan_gradient": Armed.spoiled,
-    "nan_weights": _plain(Armed.spoil_weights),
+    "lock_held": _plain(FaultInjector.wait_for_lock),
+    "stalled_data": _plain(FaultInjector.stall_data),
+    "slow_rank": _plain(FaultInjector.slow_down),
+    **dict.fromkeys(storage.DAMAGE, _plain(FaultInjector.damage)),
+    "vanished_checkpoints": _plain(FaultInjector.vanish),
+    "corrupt_tokens": _plain(FaultInjector.corrupt_tokens),
+    "nan_loss": _plain(FaultInjector.poison_loss),
+    "nan_gradient": FaultInjector.spoiled,
+    "nan_weights": _plain(FaultInjector.spoil_weights),
     "spike": lambda armed, fault, tensor: None if tensor is None else tensor * corruption.SPIKE,
-    "flip_gradient": _plain(Armed.flip_gradient),
-    "flip_reduced": _plain(Armed.flip_gradient),
-    "flip_weights": _plain(Armed.flip_weights),
-    "flip_moments": _plain(Armed.flip_moments),
-    "flip_activations": Armed.flipped,
-    "wrong_operator": _plain(Armed.sum_wrongly),
-    "clock_jump": _plain(Armed.jump_clock),
+    "flip_gradient": _plain(FaultInjector.flip_gradient),
+    "flip_reduced": _plain(FaultInjector.flip_gradient),
+    "flip_weights": _plain(FaultInjector.flip_weights),
+    "flip_moments": _plain(FaultInjector.flip_moments),
+    "flip_activations": FaultInjector.flipped,
+    "wrong_operator": _plain(FaultInjector.sum_wrongly),
+    "clock_jump": _plain(FaultInjector.jump_clock),
 }
 """What each kind does to the rank it hits. Those of storage.KINDS are made there."""

@@ -58,7 +58,7 @@ class Kind:
     phases: tuple[str, ...] = ()
     """Where it can be made, the usual place first. None for the nemesis."""
     settings: Mapping[str, Setting] = field(default_factory=lambda: MappingProxyType({}))
-    told_as: tuple[str, ...] = ()
+    expected_incidents: tuple[str, ...] = ()
     """Kinds of incident (incidents.py) by one of which the run must tell of it; empty: it passes without one."""
     may_cause: tuple[str, ...] = ()
     """Kinds of incident that can come of it besides, and are no false alarm."""
@@ -85,13 +85,18 @@ LOST = (0, 1, 75, 130, 137, 143)  # a job that lost what it cannot do without; w
 
 
 def _process(name: str, imitates: str, made: str, **more: Any) -> Kind:
-    usual: dict[str, Any] = {"detected": DEATH, "recovered": RESTART, "phases": ANYWHERE, "told_as": ("worker_lost",)}
+    usual: dict[str, Any] = {
+        "detected": DEATH,
+        "recovered": RESTART,
+        "phases": ANYWHERE,
+        "expected_incidents": ("worker_lost",),
+    }
     return Kind(name=name, group="process", imitates=imitates, made=made, **(usual | more))
 
 
 def _storage(name: str, imitates: str, made: str, **more: Any) -> Kind:
     usual: dict[str, Any] = {
-        "detected": "the save fails on every rank with one reason", "told_as": ("save_failed",),
+        "detected": "the save fails on every rank with one reason", "expected_incidents": ("save_failed",),
         "recovered": "training goes on; the next due save tries again", "phases": ("in_save_shard",),
     }  # fmt: skip
     return Kind(name=name, group="storage", imitates=imitates, made=made, **(usual | more))
@@ -102,7 +107,7 @@ def _damage(name: str, imitates: str, made: str, **more: Any) -> Kind:
     usual: dict[str, Any] = {
         "detected": "sizes and checksums of the manifest, before anything is loaded", "names_rank": False,
         "recovered": "passed over by all ranks; the newest intact checkpoint is loaded", "phases": GRADIENT + UPDATE,
-        "told_as": ("checkpoint_rejected",), "detect_seconds": 20.0,  # a restart lies between
+        "expected_incidents": ("checkpoint_rejected",), "detect_seconds": 20.0,  # a restart lies between
     }  # fmt: skip
     made = f"{made}, in the newest checkpoint; then the rank kills itself"
     return Kind(name=name, group="storage", imitates=imitates, made=made, **(usual | more))
@@ -117,7 +122,7 @@ def _network(name: str, imitates: str, made: str, **more: Any) -> Kind:
     usual: dict[str, Any] = {
         "detected": "the watchdog: no progress within elastic.step_timeout_seconds", "hand": "nemesis",
         "recovered": "the side that holds the rendezvous goes on alone; the other joins when it can",
-        "needs": (LINUX, NAMESPACES, NODES), "told_as": ("hung", "worker_lost"), "names_rank": False,
+        "needs": (LINUX, NAMESPACES, NODES), "expected_incidents": ("hung", "worker_lost"), "names_rank": False,
         "on_rank": False, "exits": LOST, "detect_seconds": 30.0, "recover_seconds": 90.0,
     }  # fmt: skip
     return Kind(name=name, group="network", imitates=imitates, made=made, **(usual | more))
@@ -127,7 +132,8 @@ def _membership(name: str, imitates: str, made: str, **more: Any) -> Kind:
     usual: dict[str, Any] = {
         "detected": "the rendezvous: keep-alives that stop, or a node that waits to join", "hand": "nemesis",
         "recovered": "all workers start again at the new world size", "needs": (LINUX, NODES), "names_rank": False,
-        "told_as": ("worker_lost",), "exits": LOST, "detect_seconds": 30.0, "recover_seconds": 60.0, "on_rank": False,
+        "expected_incidents": ("worker_lost",), "exits": LOST, "detect_seconds": 30.0, "recover_seconds": 60.0,
+        "on_rank": False,
     }  # fmt: skip
     return Kind(name=name, group="membership", imitates=imitates, made=made, **(usual | more))
 
@@ -153,7 +159,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType({
         _process(
             "sigterm", "a scheduler's notice before it takes the machine", "kill -TERM",
             detected="a signal handler notes it; all ranks agree at the end of the step",
-            recovered="all save and leave with 75; the same command goes on", told_as=("preempted",),
+            recovered="all save and leave with 75; the same command goes on", expected_incidents=("preempted",),
             exits=PREEMPTED, phases=STEP, names_rank=False,
         ),
         _process(
@@ -168,7 +174,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType({
         _process(
             "agent_killed", "the launcher dies", "kill -KILL of torchrun", hand="nemesis", phases=(),
             names_rank=False, detected="each worker sees that its parent is gone",
-            recovered="the workers end; the same command goes on", told_as=("worker_lost",), exits=LOST,
+            recovered="the workers end; the same command goes on", expected_incidents=("worker_lost",), exits=LOST,
         ),
         _process(
             "node_killed", "a machine loses power", "kill -KILL of torchrun and all its workers at once",
@@ -183,23 +189,23 @@ KINDS: Mapping[str, Kind] = MappingProxyType({
         ),
         Kind(
             name="stopped", group="time", imitates="a process in uninterruptible sleep", made="kill -STOP",
-            phases=(*STEP, "in_eval"), told_as=("hung",), **HANG,
+            phases=(*STEP, "in_eval"), expected_incidents=("hung",), **HANG,
         ),
         # Which of two that disagree is right, or which of them gloo ends, nobody can tell.
         Kind(
             name="skipped_collective", group="time", imitates="ranks that disagree on what to do next",
             made="the rank leaves out one all-reduce of its step, and waits in the next one",
-            phases=("before_reduce",), told_as=("hung", "worker_lost"), names_rank=False, **HANG,
+            phases=("before_reduce",), expected_incidents=("hung", "worker_lost"), names_rank=False, **HANG,
         ),
         Kind(
             name="lock_held", group="time", imitates="a deadlock between threads",
             made="the training thread waits for a lock that a thread keeps", phases=(*STEP, "in_eval"),
-            settings=SECONDS, told_as=("hung",), **HANG,
+            settings=SECONDS, expected_incidents=("hung",), **HANG,
         ),
         Kind(
             name="stalled_data", group="time", imitates="a file system that does not answer a read",
             made="reading a micro-batch does not return", phases=("before_forward",), settings=SECONDS,
-            told_as=("hung",), **HANG,
+            expected_incidents=("hung",), **HANG,
         ),
         Kind(
             name="stalled_disk", group="time", imitates="a slow or overloaded storage server",
@@ -232,31 +238,32 @@ KINDS: Mapping[str, Kind] = MappingProxyType({
         _network(
             "link_flap", "a loose connector", "the last node's link goes down and up again",
             settings={"times": Setting(3, "how often", 1), "seconds": Setting(0.3, "down each time")},
-            detected="TCP sends again: no fault, unless it takes too long", recovered="by itself", told_as=(),
+            detected="TCP sends again: no fault, unless it takes too long", recovered="by itself",
+            expected_incidents=(),
         ),
         _network(
             "slow_link", "a congested network", "the last node's link is delayed and limited",
             settings={"milliseconds": Setting(20.0, "delay"), "seconds": Setting(5.0, "how long")},
             needs=(LINUX, NAMESPACES, NODES, SHAPING), detected="no fault: slow is not hung",
-            recovered="by itself", told_as=(),
+            recovered="by itself", expected_incidents=(),
         ),
         _network(
             "store_killed", "the rendezvous host dies", "the rendezvous store is killed", needs=(LINUX, NODES),
             detected="the agents' keep-alives fail",
             recovered="the job ends, its workers asked to save and leave; the same command goes on",
-            told_as=("preempted", "hung", "worker_lost"),
+            expected_incidents=("preempted", "hung", "worker_lost"),
         ),
         _network(
             "store_unreachable", "the way to the rendezvous host fails for a while",
             "connections to the rendezvous store are frozen", needs=(LINUX, NODES),
             settings={"seconds": Setting(3.0, "how long")}, detected="no fault while nobody needs it",
-            recovered="by itself", told_as=(),
+            recovered="by itself", expected_incidents=(),
         ),
         _network(
             "store_restarted", "the rendezvous host comes back empty",
             "the rendezvous store is killed and started again", needs=(LINUX, NODES),
             detected="the agents' keep-alives fail, or nothing needs the store",
-            recovered="the job ends; the same command goes on", told_as=(),
+            recovered="the job ends; the same command goes on", expected_incidents=(),
         ),
         _storage("no_space", "a full disk", "writing fails with ENOSPC", phases=("in_save_shard", "before_commit")),
         _storage("eio_write", "a dying disk", "writing fails with EIO"),
@@ -272,11 +279,12 @@ KINDS: Mapping[str, Kind] = MappingProxyType({
         _storage("short_write", "a file system that lies", "half of one write is dropped and reported as done"),
         _storage(
             "slow_write", "a slow disk", "every write pauses", settings={"seconds": Setting(0.2, "per write")},
-            detected="no fault: the next save waits for it", recovered="by itself", told_as=(),
+            detected="no fault: the next save waits for it", recovered="by itself", expected_incidents=(),
         ),
         _storage(
             "torn_save", "power loss while saving", "kill -KILL while shards are half written",
-            detected="a directory without the rename does not exist", recovered=RESTART, told_as=("worker_lost",),
+            detected="a directory without the rename does not exist", recovered=RESTART,
+            expected_incidents=("worker_lost",),
         ),
         _damage("truncated_shard", "a lost tail of a file", "a shard is cut in half"),
         _damage("flipped_shard", "a bit that rots", "one bit of a shard is flipped"),
@@ -290,29 +298,29 @@ KINDS: Mapping[str, Kind] = MappingProxyType({
             "corrupt_tokens", "a bit that rots in the data",
             "one byte of the token store is flipped; then the rank kills itself", phases=("before_forward",),
             detected="the store's checksum, when it is opened",
-            recovered="the store is built again from the documents", told_as=("worker_lost",),
+            recovered="the store is built again from the documents", expected_incidents=("worker_lost",),
         ),
         _storage(
             "vanished_checkpoints", "a file system that is unmounted",
             "RUN/checkpoints is moved away, and back after some seconds",
             settings={"seconds": Setting(1.0, "how long it is gone")}, phases=("before_forward", "in_save_shard"),
-            told_as=(), may_cause=("save_failed",),  # one that was under way
+            expected_incidents=(), may_cause=("save_failed",),  # one that was under way
         ),
         _number(
             "nan_loss", "an overflow in the loss", "the loss of one micro-batch is not finite", settings=VALUE,
             detected="the step's sums are not finite", recovered="the step is computed again",
-            told_as=("not_finite",),
+            expected_incidents=("not_finite",),
         ),
         _number(
             "nan_gradient", "an overflow in a kernel", "one entry of a gradient is not finite", settings=VALUE,
             phases=("in_backward",), detected="the gradient norm is not finite",
-            recovered="the step is computed again", told_as=("not_finite",),
+            recovered="the step is computed again", expected_incidents=("not_finite",),
         ),
         _number(
             "nan_weights", "memory that is overwritten", "one weight of one rank is not finite", settings=VALUE,
             detected="the loss is not finite, also when computed again",
             recovered="the run stops and says where; the same command goes on from the checkpoint",
-            told_as=("not_finite",), exits=(0, 1),
+            expected_incidents=("not_finite",), exits=(0, 1),
         ),
         _number(
             "spike", "a gradient far beyond all others", "a gradient is multiplied by 2^40", phases=("in_backward",),
@@ -352,7 +360,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType({
             "node_leaves", "a node is taken out for maintenance",
             "SIGKILL of the last node's agent and workers; nobody replaces it",
         ),
-        _membership("node_joins", "a repaired node comes back", "one more agent starts", told_as=()),
+        _membership("node_joins", "a repaired node comes back", "one more agent starts", expected_incidents=()),
         _membership(
             "node_flaps", "a node that joins and dies again and again", "an agent starts and is killed, in turn",
             settings={"times": Setting(2, "how often", 1), "seconds": Setting(6.0, "how long it lives")},
@@ -361,7 +369,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType({
         _membership(
             "slow_joiner", "a node that takes long to boot",
             "one more agent starts, and is stopped for a while as it joins",
-            settings={"seconds": Setting(3.0, "how long it is stopped")}, told_as=(),
+            settings={"seconds": Setting(3.0, "how long it is stopped")}, expected_incidents=(),
         ),
         Kind(
             name="clock_jump", group="clock", imitates="a time server's correction",

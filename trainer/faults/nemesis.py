@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from trainer.faults import plan as plans
-from trainer.faults.plan import Planned
+from trainer.faults.plan import PlannedFault
 from trainer.log import events, rundir
 from trainer.log.events import AttemptStarted, EventLog, FaultFired, StepDone
 
@@ -72,7 +72,7 @@ class Nemesis:
     says has fired does not fire again, so each launch of the same run gets a nemesis of its own, and the same plan.
     """
 
-    def __init__(self, plan: Sequence[Planned], run: Path, cluster: Cluster, started: float) -> None:
+    def __init__(self, plan: Sequence[PlannedFault], run: Path, cluster: Cluster, started: float) -> None:
         outside = [fault for fault in plan if fault.by_nemesis]
         self._waiting = plans.not_fired(outside, plans.fired(run))
         self._run, self._cluster, self._started = run, cluster, started
@@ -105,7 +105,7 @@ class Nemesis:
             except OSError:
                 continue  # the run directory is going away
 
-    def _due(self, fault: Planned) -> bool:
+    def _due(self, fault: PlannedFault) -> bool:
         seen = self._progress
         if fault.attempt is not None and fault.attempt != seen.attempt:
             return False
@@ -115,7 +115,7 @@ class Nemesis:
         reached = seen.reached if fault.attempt is None else seen.reached_in(fault.attempt)
         return reached is not None and reached >= fault.at_step - 1
 
-    def _make(self, fault: Planned) -> None:
+    def _make(self, fault: PlannedFault) -> None:
         """Fire it now, or leave it waiting for whom it is to hit."""
         name = fault.kind.name
         missing = self._missing(fault)
@@ -145,7 +145,7 @@ class Nemesis:
         self._acting.append(thread)
         thread.start()
 
-    def _missing(self, fault: Planned) -> str:
+    def _missing(self, fault: PlannedFault) -> str:
         name, cluster = fault.kind.name, self._cluster
         if name in _NEEDS_HOSTS and cluster.hosts is None:
             return "its nodes are not on hosts of their own"
@@ -155,7 +155,7 @@ class Nemesis:
             return f"the job has {len(cluster.nodes)} nodes"
         return ""
 
-    def _record(self, fault: Planned, victim: int | None, pid: int | None) -> None:
+    def _record(self, fault: PlannedFault, victim: int | None, pid: int | None) -> None:
         attempt = self._progress.attempt_of(victim, pid)
         reached = self._progress.reached_in(attempt)
         event = FaultFired(
@@ -169,7 +169,7 @@ class Nemesis:
         with contextlib.closing(EventLog(plans.log_path(self._run), attempt, NEMESIS)) as log:
             log.append(event)
 
-    def _act(self, fault: Planned, act: Callable[[], None]) -> None:
+    def _act(self, fault: PlannedFault, act: Callable[[], None]) -> None:
         try:
             act()
         except (OSError, ValueError) as error:
@@ -177,13 +177,13 @@ class Nemesis:
 
     # Ranks
 
-    def _victims(self, fault: Planned) -> dict[int, int]:
+    def _victims(self, fault: PlannedFault) -> dict[int, int]:
         """{rank: pid} of those it is to hit; empty while not all of them live."""
         workers = self._cluster.workers() or self._progress.living(self._cluster.processes())
         ranks = fault.victims(self._progress.world_size or max(len(workers), 1))
         return {rank: workers[rank] for rank in ranks} if workers.keys() >= set(ranks) else {}
 
-    def _hit(self, fault: Planned, victims: Mapping[int, int]) -> None:
+    def _hit(self, fault: PlannedFault, victims: Mapping[int, int]) -> None:
         if fault.kind.name in SIGNALS:
             for pid in victims.values():
                 self._cluster.send(pid, SIGNALS[fault.kind.name])
@@ -210,7 +210,7 @@ class Nemesis:
     def _living(self) -> list[Node]:
         return [node for node in self._cluster.nodes if node.running]
 
-    def _node_of(self, fault: Planned) -> Node | None:
+    def _node_of(self, fault: PlannedFault) -> Node | None:
         """The node of the rank that it names."""
         victims = self._victims(fault)
         return next((node for node in self._living() if set(victims.values()) & set(node.processes())), None)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.config import Config, Fault
+from trainer.config import Config, FaultEntry
 from trainer.errors import ConfigError
 from trainer.faults.kinds import KINDS, NODES, PHASES_WITHOUT_STEP, SAVE, Kind
 from trainer.log import events
@@ -30,7 +30,7 @@ AFTER_THE_UPDATE = (Phase.AFTER_UPDATE, Phase.IN_EVAL, *SAVE)
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedFault:
     """One fault, with nothing left to chance."""
 
     index: int
@@ -73,7 +73,7 @@ class Planned:
 
 def make(
     config: Config, world_size: int, nodes: int | None = None, numbers: Sequence[int] | None = None
-) -> list[Planned]:
+) -> list[PlannedFault]:
     """The plan of a config's faults in a world of this size. Raises ConfigError naming every problem.
 
     A rank does not know on how many `nodes` it runs; whoever makes faults of nodes does. `numbers` are those of the
@@ -92,7 +92,7 @@ def make(
     return planned
 
 
-def _resolve(index: int, fault: Fault, seed: int, world_size: int) -> Planned:
+def _resolve(index: int, fault: FaultEntry, seed: int, world_size: int) -> PlannedFault:
     kind = KINDS[fault.kind]
     if fault.rank == "any" and _by_writer(fault, kind):
         ranks: tuple[int, ...] | None = (0,)
@@ -103,14 +103,14 @@ def _resolve(index: int, fault: Fault, seed: int, world_size: int) -> Planned:
     by_nemesis = kind.hand == "nemesis" or fault.at_seconds is not None
     phase = "" if by_nemesis else fault.phase or kind.phases[0]
     settings = {name: setting.default for name, setting in kind.settings.items()} | _own(fault)
-    return Planned(index, kind, ranks, fault.at_step, fault.at_seconds, phase, fault.attempt, settings)
+    return PlannedFault(index, kind, ranks, fault.at_step, fault.at_seconds, phase, fault.attempt, settings)
 
 
-def _own(fault: Fault) -> dict[str, Any]:
+def _own(fault: FaultEntry) -> dict[str, Any]:
     return fault.model_extra or {}
 
 
-def _problems(index: int, fault: Fault, config: Config, world_size: int, nodes: int | None) -> list[str]:
+def _problems(index: int, fault: FaultEntry, config: Config, world_size: int, nodes: int | None) -> list[str]:
     where = f"faults[{index}]"
     kind = KINDS.get(fault.kind)
     if kind is None:
@@ -128,11 +128,11 @@ def _problems(index: int, fault: Fault, config: Config, world_size: int, nodes: 
     ]
 
 
-def _by_writer(fault: Fault, kind: Kind) -> bool:
+def _by_writer(fault: FaultEntry, kind: Kind) -> bool:
     return (kind.name, fault.phase or "".join(kind.phases[:1])) in BY_WRITER
 
 
-def _about_rank(where: str, fault: Fault, kind: Kind, world_size: int) -> list[str]:
+def _about_rank(where: str, fault: FaultEntry, kind: Kind, world_size: int) -> list[str]:
     if not kind.on_rank:
         said = f"{where}: rank = {fault.rank!r}, but it does not hit a rank.\n  Remove rank."
         return [] if fault.rank == "any" else [said]
@@ -148,7 +148,7 @@ def _about_rank(where: str, fault: Fault, kind: Kind, world_size: int) -> list[s
     return []
 
 
-def _about_nodes(where: str, fault: Fault, kind: Kind, nodes: int | None) -> list[str]:
+def _about_nodes(where: str, fault: FaultEntry, kind: Kind, nodes: int | None) -> list[str]:
     if nodes is None:
         return []
     if NODES in kind.needs and nodes < 2:
@@ -161,7 +161,7 @@ def _about_nodes(where: str, fault: Fault, kind: Kind, nodes: int | None) -> lis
     return []
 
 
-def _about_time(where: str, fault: Fault, kind: Kind, config: Config) -> list[str]:
+def _about_time(where: str, fault: FaultEntry, kind: Kind, config: Config) -> list[str]:
     problems = []
     if fault.at_step is not None and fault.at_seconds is not None:
         problems.append(f"{where} has both at_step and at_seconds.\n  Give one of them.")
@@ -197,7 +197,7 @@ def _about_time(where: str, fault: Fault, kind: Kind, config: Config) -> list[st
     return problems
 
 
-def _never_comes_by(where: str, fault: Fault, phase: str, config: Config) -> list[str]:
+def _never_comes_by(where: str, fault: FaultEntry, phase: str, config: Config) -> list[str]:
     step, last = fault.at_step, config.budget.steps
     if step is None:
         return []
@@ -213,13 +213,13 @@ def _never_comes_by(where: str, fault: Fault, phase: str, config: Config) -> lis
     return []
 
 
-def _about_settings(where: str, fault: Fault, kind: Kind) -> list[str]:
+def _about_settings(where: str, fault: FaultEntry, kind: Kind) -> list[str]:
     problems = []
     for name, value in _own(fault).items():
         setting = kind.settings.get(name)
         if setting is None:
             there = f"It has {', '.join(kind.settings)}." if kind.settings else "It has none of its own."
-            near = difflib.get_close_matches(name, [*Fault.model_fields, *kind.settings], n=1)
+            near = difflib.get_close_matches(name, [*FaultEntry.model_fields, *kind.settings], n=1)
             problems.append(f"{where}: {name} is no setting of it.\n  {f'Did you mean {near[0]}?' if near else there}")
         elif isinstance(setting.default, str):
             if value not in setting.choices:
@@ -238,7 +238,7 @@ def _about_settings(where: str, fault: Fault, kind: Kind) -> list[str]:
     return problems
 
 
-def _about_lasting(where: str, fault: Fault, kind: Kind, config: Config) -> list[str]:
+def _about_lasting(where: str, fault: FaultEntry, kind: Kind, config: Config) -> list[str]:
     """The default number of steps may be cut short by the run's end; one that somebody asks for may not."""
     steps, last = _own(fault).get("steps"), config.budget.steps
     if "steps" not in kind.settings or not isinstance(steps, int) or steps == kind.settings["steps"].default:
@@ -259,7 +259,7 @@ def _about_compiling(where: str, kind: Kind, config: Config) -> list[str]:
     ]
 
 
-def _nobody_left(planned: Sequence[Planned], world_size: int) -> list[str]:
+def _nobody_left(planned: Sequence[PlannedFault], world_size: int) -> list[str]:
     """Stopped processes notice nothing: somebody else must."""
     stopped: dict[tuple[Any, ...], set[int]] = {}
     for fault in planned:
@@ -274,7 +274,7 @@ def _nobody_left(planned: Sequence[Planned], world_size: int) -> list[str]:
     ]
 
 
-def _no_node_left(planned: Sequence[Planned], nodes: int | None) -> list[str]:
+def _no_node_left(planned: Sequence[PlannedFault], nodes: int | None) -> list[str]:
     kinds = [fault.kind.name for fault in planned]
     left, joined = kinds.count("node_leaves"), kinds.count("node_joins")
     if nodes is None or left < nodes + joined:
@@ -282,7 +282,7 @@ def _no_node_left(planned: Sequence[Planned], nodes: int | None) -> list[str]:
     return [f"faults take {left} nodes out for good, and the job has {nodes}.\n  Leave one node to go on."]
 
 
-def _contradictions(planned: Sequence[Planned]) -> list[str]:
+def _contradictions(planned: Sequence[PlannedFault]) -> list[str]:
     """Two faults that want the same rank at the same moment: only the first could ever be seen to act."""
     problems = []
     inside = [fault for fault in planned if not fault.by_nemesis]
@@ -307,13 +307,13 @@ def fired(run: Path) -> list[Entry]:
     return [entry for entry in events.read_file(log_path(run)) if isinstance(entry.event, FaultFired)]
 
 
-def not_fired(planned: Iterable[Planned], entries: Iterable[Entry]) -> list[Planned]:
+def not_fired(planned: Iterable[PlannedFault], entries: Iterable[Entry]) -> list[PlannedFault]:
     """Of a plan, what nobody has made yet."""
     seen = {entry.event.index for entry in entries if isinstance(entry.event, FaultFired)}
     return [fault for fault in planned if fault.index not in seen]
 
 
-def tree(planned: Planned) -> dict[str, Any]:
+def tree(planned: PlannedFault) -> dict[str, Any]:
     """A plain form for JSON and TOML, from which the same fault can be made again."""
     out: dict[str, Any] = {"kind": planned.kind.name}
     if planned.kind.on_rank:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint import files
-from trainer.faults.plan import Planned
+from trainer.faults.plan import PlannedFault
 from trainer.phases import Phase
 
 WRITING = frozenset({"no_space", "eio_write", "short_write", "slow_write", "stalled_disk", "torn_save"})
@@ -34,7 +34,7 @@ DAMAGE = frozenset({"truncated_shard", "flipped_shard", "missing_shard", "swappe
 SHARD = ".distcp"
 _OF_A_STEP = re.compile(r"\.?step-([0-9]+)(\.[0-9a-f]+\.partial)?")
 
-Take = Callable[[frozenset[str], str, int], Planned | None]
+Take = Callable[[frozenset[str], str, int], PlannedFault | None]
 """(kinds, phase, step) → the fault of one of these kinds that is due there, now recorded as fired; None if none is."""
 
 
@@ -58,7 +58,7 @@ class Disk:
 
     def __init__(self, run: Path, take: Take) -> None:
         self._root, self._take = files.directory(run).absolute(), take
-        self._met: dict[str, Planned] = {}
+        self._met: dict[str, PlannedFault] = {}
         """Lasting faults, by the directory that they have met."""
         self._open_for_writing: dict[int, _Place] = {}
         self._real: dict[tuple[Any, str], Any] = {}

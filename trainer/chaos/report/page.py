@@ -190,8 +190,8 @@ def _fault_row(fault: Mapping[str, Any], fired: Mapping[str, Any] | None, origin
     when = "?" if at is None or origin is None else f"{at - origin:.1f} s"
     hit = ", ".join([f"rank {victim}"] * (victim is not None) + [f"step {step}"] * (step is not None))
     figures = "".join(f"<td class=n>{_after(fired.get(name))}" for name in ("detect_seconds", "recover_seconds"))
-    rightly = {True: "rightly", False: "wrongly"}.get(fired.get("named_rightly"), "")  # pyright: ignore
-    told = ", ".join(word for word in (str(fired.get("told_as") or "–").replace("_", " "), rightly) if word)
+    rightly = {True: "rightly", False: "wrongly"}.get(fired.get("attributed_correctly"), "")  # pyright: ignore
+    told = ", ".join(word for word in (str(fired.get("detected_as") or "–").replace("_", " "), rightly) if word)
     return f"{start}<td class=n>{when}<td>{escape(hit or '–')}{figures}<td>{escape(told)}"
 
 
@@ -260,7 +260,7 @@ def _kind(kind: Kind) -> str:
         ("made", f"{kind.made} ({where})"),
         ("detected", kind.detected),
         ("recovered", kind.recovered),
-        ("told as", ", ".join(kind.told_as).replace("_", " ") or "nothing: it passes without an incident"),
+        ("told as", ", ".join(kind.expected_incidents).replace("_", " ") or "nothing: it passes without an incident"),
         ("needs", ", ".join(kind.needs)),
     )
     list_ = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in facts if value)

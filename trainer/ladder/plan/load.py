@@ -299,7 +299,7 @@ class _Planner:
             self.problems += [f"{run.rung}: {problem}" for problem in error.problems]
             return run
 
-    def _check_fault(self, fault: faultplan.Planned) -> None:
+    def _check_fault(self, fault: faultplan.PlannedFault) -> None:
         name = fault.kind.name
         if NODES in fault.kind.needs:
             self.problems.append(f"{name} needs two nodes, and a ladder's runs have one.\n  Leave it out.")
