@@ -1,6 +1,5 @@
 """Promises about telling what happened in a run from its event log."""
 
-import io
 import json
 import math
 import os
@@ -12,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from tests.logs import NOBODY, ended, evaluated, killed, started, step
 from trainer.config import Config, parse
 from trainer.errors import RunDirectoryError
 from trainer.log import rundir
 from trainer.log.events import CheckpointSaved, Event, EventLog, Warned, events_directory
-from trainer.log.summary import render, summarise
+from trainer.log.summary import summarise
 
 CONFIG: Config = parse({"budget": {"steps": 60}, "elastic": {"step_timeout_seconds": 10.0}})
 
@@ -261,10 +259,6 @@ def test_a_kill_is_an_incident_and_its_time_is_accounted_for(run: Path):
     assert goodput["productive_seconds"] == goodput["parts"]["productive"] == pytest.approx(60 * 0.5)
     assert goodput["parts"]["lost_steps"] == pytest.approx(7 * 0.5)
     assert json.loads(json.dumps(summary)) == summary
-    out = io.StringIO()
-    Console(file=out, width=130).print(render(summary))
-    for part in ("goodput 40.5%", "■ productive", "■ lost steps", "3.5", "rank 1 was killed (SIGKILL) after step 47"):
-        assert part in out.getvalue()
 
 
 def test_a_running_runs_time_is_accounted_for_until_now(run: Path):
@@ -274,44 +268,3 @@ def test_a_running_runs_time_is_accounted_for_until_now(run: Path):
     assert (summary["status"], summary["incidents"]) == ("running", [])
     assert summary["goodput"]["wall_seconds"] >= sum(start.startup_seconds.values()) + 1.0
     assert summary["goodput"]["ratio"] == 0.0
-
-
-def test_the_page_for_a_person_shows_status_losses_attempts_and_warnings(run: Path, dead_pid: int):
-    here = socket.gethostname()
-    write(
-        run, 0, started(host=here, pid=dead_pid), step(1), Warned(message="[slow] disk"), Warned(message="[slow] disk")
-    )
-    write(
-        run,
-        1,
-        started(),
-        step(1),
-        step(60, loss=2.0),
-        evaluated(60, 2.5, bits_per_byte=1.25),
-        ended("finished", 60, "w" * 64, "s" * 64),
-    )
-    out = io.StringIO()
-    checkpoints = [{"step": 60, "intact": False, "bytes": 2_500_000}]
-    Console(file=out, width=110).print(render(summarise(run, checkpoints)))
-    page = out.getvalue()
-    for part in (
-        "finished",
-        "step 60/60 (100%)",
-        "4.9900 → 2.0000 nats",
-        "1.2500 bits per byte",
-        "4,096 tok/s",
-        "died",
-        "2.5 MB",
-        "damaged",
-        "1 replayed, all equal",
-        "w" * 64,
-        "warning: [slow] disk (2 times)",
-    ):
-        assert part in page
-
-
-def test_a_page_can_be_shown_of_a_run_that_knows_nothing_yet(run: Path):
-    write(run, 0, Warned(message="starting"))
-    out = io.StringIO()
-    Console(file=out, width=110).print(render(summarise(run)))
-    assert "step ?/?" in out.getvalue()

@@ -74,7 +74,7 @@ def inspect(run: RunPath, as_json: AsJson = False) -> None:
     """Show what happened in a run: status, attempts, losses, throughput, checkpoints."""
     from trainer import checkpoint
     from trainer.faults import attribution
-    from trainer.log import rundir, summary
+    from trainer.log import rundir
 
     rundir.read(run)
     found = [
@@ -87,7 +87,9 @@ def inspect(run: RunPath, as_json: AsJson = False) -> None:
     else:
         from rich.console import Console
 
-        Console().print(summary.render(result))
+        from trainer.show.inspect import render
+
+        Console().print(render(result))
 
 
 @app.command()

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.log.summary import clock
+from trainer.show.units import clock
 
 LEFT, RIGHT, TOP = 58, 14, 8
 PLOT, LANE, ROW = 190, 20, 15

@@ -11,8 +11,7 @@ from trainer.ladder.preregistration import Edits
 from trainer.ladder.run import Done, View
 from trainer.ladder.speed import Speed
 from trainer.ladder.stats.records import BASELINE
-from trainer.log.summary import clock
-from trainer.show.units import scientific
+from trainer.show.units import clock, scientific
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

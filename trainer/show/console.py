@@ -25,7 +25,7 @@ from trainer.log.events import (
     Warned,
 )
 from trainer.log.incidents import Incident, Story, describe, first_line
-from trainer.log.summary import clock, megabytes, tokens_per_second
+from trainer.show.units import clock, megabytes, tokens_per_second
 
 TERMINAL_SECONDS = 0.2  # a redraw costs about 1 ms of the training thread
 PLAIN_SECONDS = 5.0

@@ -126,3 +126,20 @@ def remedies(of: list[dict[str, Any]]) -> str:
         for one in of
     ]
     return ", or ".join(said)
+
+
+def tokens_per_second(rate: float | None) -> str:
+    return "? tok/s" if rate is None else f"{rate:,.0f} tok/s"
+
+
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
+
+
+def clock(seconds: float | None) -> str:
+    """h:mm:ss, or "?" for unknown."""
+    if seconds is None:
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

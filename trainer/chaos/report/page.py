@@ -9,7 +9,7 @@ from trainer.chaos import timeline
 from trainer.chaos.report import matrix
 from trainer.chaos.results import Report, Result
 from trainer.faults.kinds import KINDS, Kind
-from trainer.log.summary import clock
+from trainer.show.units import clock
 
 STYLE = """
 :root{color-scheme:light dark;--paper:#fff;--ink:#1d2127;--soft:#667085;--line:#e4e7ec;--panel:#f7f8fa;--link:#2f6690;

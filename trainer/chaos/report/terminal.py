@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from trainer.chaos.report import matrix
 from trainer.chaos.results import Report, Result
-from trainer.log.summary import clock
+from trainer.show.units import clock
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -1,0 +1,71 @@
+"""Promises about the page that `inspect` prints for a person."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from tests.logs import Run, evaluated, killed
+from trainer.log.events import Warned
+from trainer.log.summary import summarise
+from trainer.show.inspect import render
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    run = Run(tmp_path / "run")
+    run.record()
+    return run
+
+
+def page(run: Run, checkpoints: Any = ()) -> str:
+    out = io.StringIO()
+    Console(file=out, width=130).print(render(summarise(run.path, checkpoints)))
+    return out.getvalue()
+
+
+def test_the_page_shows_status_losses_attempts_checkpoints_and_each_warning_once(run: Run):
+    run.start()
+    run.steps(1, 1, seconds=0.5)
+    for _ in range(2):
+        run.write(Warned(message="[slow] disk"))
+    run.start()
+    run.steps(1, 1, seconds=0.5)
+    run.steps(60, 60, seconds=0.5, loss=2.0)
+    run.write(evaluated(60, 2.5, bits_per_byte=1.25))
+    run.end("finished", 60)
+    text = page(run, [{"step": 60, "intact": False, "bytes": 2_500_000}])
+    for part in (
+        "● finished",
+        "step 60/60 (100%)",
+        "4.9900 → 2.0000 nats",
+        "1.2500 bits per byte",
+        "4,096 tok/s",
+        "died",
+        "2.5 MB",
+        "damaged",
+        "1 replayed, all equal",
+        "fffff",
+        "warning: [slow] disk (2 times)",
+    ):
+        assert part in text
+
+
+def test_the_page_shows_what_a_kill_was_and_where_the_time_went(run: Run):
+    run.start()
+    run.steps(1, 47, seconds=0.5)
+    run.start(40, after=1.0)
+    run.write(killed())
+    run.steps(41, 60, seconds=0.5)
+    run.end("finished", 60)
+    text = page(run)
+    for part in ("goodput ", "■ productive", "■ lost steps", " 3.5 ", "rank 1 was killed (SIGKILL) after step 47"):
+        assert part in text
+
+
+def test_a_run_that_knows_nothing_yet_has_a_page_too(run: Run):
+    run.attempt = 0
+    run.write(Warned(message="starting"))
+    assert "step ?/?" in page(run)
