@@ -1,6 +1,5 @@
 """The matrix as a picture, for pages that cannot hold a table of colours."""
 
-import io
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -10,15 +9,17 @@ from typing import TYPE_CHECKING
 from trainer import files
 from trainer.chaos.report import matrix
 from trainer.chaos.results import Report, Result
+from trainer.show.figure import BAD, GOOD, INK, SILENT, SOFT, UNSURE, colour, new_figure, png, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLOURS = {
-    "pass": ("#d7eedd", "#1a7343"), "fail": ("#f6c9c4", "#a01d16"), "undetected": ("#eccdf4", "#75258b"),
-    "unknown": ("#fae6ae", "#6f4c00"), "skipped": ("#f1f2f5", "#8a8f98"),
+SHADES = {
+    "pass": (colour("good-back"), GOOD), "fail": (colour("bad-back"), BAD),
+    "undetected": (colour("silent-back"), SILENT), "unknown": (colour("unsure-back"), UNSURE),
+    "skipped": (colour("idle-back"), SOFT),
 }  # fmt: skip
-INK, SOFT = "#24292f", "#667085"
+"""Background and sign of each answer."""
 ROW = 0.24
 """Inches, as all below."""
 LETTER = 0.08
@@ -34,10 +35,7 @@ def matrix_png(report: Report, path: Path) -> None:
 
     Long matrices are broken into panels side by side. The file appears whole or not at all.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import rc_context
 
     asked = matrix.invariants(report.results)
     panels = _panels(_groups(report.results))
@@ -46,8 +44,9 @@ def matrix_png(report: Report, path: Path) -> None:
     widths = [name + ROW * (len(asked) + 2.4) for name in names]
     head = 0.066 * max([8, *map(len, asked)]) + 0.2
     width, height = sum(widths) + 0.2, ROW * rows + head + 0.8
-    with pyplot.rc_context({"font.family": "DejaVu Sans", "font.size": 9}):
-        figure, grid = pyplot.subplots(1, len(panels), squeeze=False, figsize=(width, height), width_ratios=widths)
+    with style(), rc_context({"font.size": 9}):
+        figure = new_figure(width, height, layout="none")
+        grid = figure.subplots(1, len(panels), squeeze=False, width_ratios=widths)
         for axes, panel, name in zip(grid[0], panels, names, strict=True):
             _draw(axes, panel, asked, name / ROW)
             axes.set_ylim(rows, -head / ROW)
@@ -55,11 +54,8 @@ def matrix_png(report: Report, path: Path) -> None:
         figure.text(0.1 / width, 0.12 / height, _legend(report), fontsize=8, color=SOFT)
         edges = {"left": 0.1 / width, "right": 1 - 0.1 / width, "bottom": 0.4 / height, "top": 1 - 0.4 / height}
         figure.subplots_adjust(**edges, wspace=0)
-        file = io.BytesIO()
-        figure.savefig(file, format="png", dpi=160, facecolor="white")
-        pyplot.close(figure)
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write(path, file.getvalue())
+    files.write(path, png(figure))
 
 
 def _groups(results: Sequence[Result]) -> list[list[Row]]:
@@ -104,7 +100,7 @@ def _draw(axes: "Axes", panel: list[Row], asked: Sequence[str], left: float) -> 
         for x, name in zip(places, columns, strict=True):
             answer = result.outcome if x == 0 else given.get(name, (None, ""))[0]
             if answer is not None:
-                back, ink = COLOURS[answer]
+                back, ink = SHADES[answer]
                 axes.add_patch(Rectangle((x + 0.04, y + 0.06), 0.92, 0.88, facecolor=back, edgecolor="none"))
                 axes.text(x + 0.5, y + 0.52, matrix.SIGNS[answer], ha="center", va="center", color=ink, weight="bold")
         if skipped:

@@ -7,46 +7,24 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.ladder.report.estimates import Tree
 from trainer.ladder.stats.records import BASELINE
+from trainer.show.figure import BAD, GOOD, GREY, INK, MARKS, SERIES, SOFT, UNSURE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-INK, SOFT, GRID, PAPER = "#1d2127", "#667085", "#e4e7ec", "#fffffe"
-GOOD = "#1a7343"
-ARM_COLOURS = ("#2f6690", "#c8553d", "#3a7d44", "#7b5ea7", "#b8860b", "#00798c", "#a23b72", "#6b4226")
-UNCHANGED = "#8a8f98"
-MARKS = ("o", "s", "^", "D", "v", "P", "X", "h")
-VARIABLES = {
-    INK: "--ink", SOFT: "--soft", GRID: "--line", PAPER: "--paper", GOOD: "--promote", UNCHANGED: "--aa",
-    **{colour: f"--arm{number}" for number, colour in enumerate(ARM_COLOURS)},
-}  # fmt: skip
-"""What the page calls each colour."""
 COLUMNS = 3
 MOST_LINEAR = 4.0
 """Ticks of an axis are evenly apart unless its ends are by more than this."""
 MOST_UNLIKE = 12.0
 """Panels share an axis unless one would be so many times as tall."""
 GAPS = ("not a number", "no run has finished")
-MEANT = {"promote": GOOD, "reject": "#b3261e", "inconclusive": "#855b00"}
-VARIABLES |= {MEANT["reject"]: "--reject", MEANT["inconclusive"]: "--inconclusive"}
-
-
-def style() -> Any:
-    return {
-        "font.family": "DejaVu Sans", "font.size": 9.5, "text.color": INK, "figure.facecolor": PAPER,
-        "axes.facecolor": PAPER, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": SOFT,
-        "axes.labelcolor": INK, "axes.titlecolor": INK, "axes.titlesize": 10.5, "axes.titleweight": "bold",
-        "axes.titlelocation": "left", "axes.grid": True, "axes.axisbelow": True, "grid.color": GRID,
-        "grid.linewidth": 0.8, "xtick.color": SOFT, "ytick.color": SOFT, "xtick.labelcolor": INK,
-        "ytick.labelcolor": INK, "xtick.minor.size": 0, "ytick.minor.size": 0, "legend.frameon": False,
-        "legend.fontsize": 8.5, "svg.hashsalt": "toprope", "svg.fonttype": "path",
-    }  # fmt: skip
+DECISION_COLOURS = {"promote": GOOD, "reject": BAD, "inconclusive": UNSURE}
 
 
 def colours(tree: Tree) -> dict[str, str]:
     """One for each arm; the baseline has the ink's, arms without a change are grey."""
-    rest = itertools.cycle(ARM_COLOURS)
-    arms = {arm["name"]: UNCHANGED if arm["unchanged"] else next(rest) for arm in tree["arms"]}
+    rest = itertools.cycle(SERIES)
+    arms = {arm["name"]: GREY if arm["unchanged"] else next(rest) for arm in tree["arms"]}
     return {BASELINE: INK} | arms
 
 
@@ -113,9 +91,3 @@ def decision(tree: Tree, arm: str) -> Tree | None:
     plain = next((one for one in tree["verdicts"] if one["arm"] == arm), None)
     timed = next((one for one in tree.get("course", {}).get("verdicts", []) if one["arm"] == arm), {})
     return None if plain is None else plain | {key: value for key, value in timed.items() if key != "rungs"}
-
-
-def shortened(text: str, most: int) -> str:
-    """Names are the user's: not to be read as formulas, nor longer than their place."""
-    text = text.replace("$", r"\$")
-    return text if len(text) <= most else f"{text[: most - 1]}…"

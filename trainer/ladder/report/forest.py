@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from trainer.ladder.report.drawing import GOOD, PAPER, SOFT, as_multipliers, colours, decision, ends_of, shortened
+from trainer.ladder.report.drawing import as_multipliers, colours, decision, ends_of
 from trainer.ladder.report.estimates import Tree
 from trainer.show import units
+from trainer.show.figure import GOOD, PAPER, SOFT, new_figure, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -13,17 +14,13 @@ if TYPE_CHECKING:
 
 
 def predictions(tree: Tree) -> "Figure | None":
-    from matplotlib import pyplot
-
     shown = [one for one in tree["predictions"] if one["predicted"] is not None]
     ratios = {(one["rung"], one["arm"]): one for one in tree["multiplier_predictions"] if _both(one)}
     if not any(one["observed"] is not None for one in shown):
         return None
     panels = 2 if ratios else 1
-    figure, grid = pyplot.subplots(
-        1, panels, squeeze=False, sharey=True, figsize=(9 if panels == 2 else 6.6, 0.34 * len(shown) + 1.6),
-        layout="constrained",
-    )  # fmt: skip
+    figure = new_figure(9 if panels == 2 else 6.6, 0.34 * len(shown) + 1.6)
+    grid = figure.subplots(1, panels, squeeze=False, sharey=True)
     _rows(grid[0, 0], tree, shown)
     _draw_errors(grid[0, 0], tree, shown)
     if ratios:
@@ -107,12 +104,11 @@ def _prediction_legend() -> list[Any]:
 
 
 def cost(tree: Tree) -> "Figure | None":
-    from matplotlib import pyplot
-
     shown = [one for arm in tree["arms"] if (one := decision(tree, arm["name"])) and one["multiplier"]["value"]]
     if not any(one.get("wall_clock", {}).get("value") for one in shown):
         return None
-    figure, axes = pyplot.subplots(figsize=(8, 0.62 * len(shown) + 1.5), layout="constrained")
+    figure = new_figure(8, 0.62 * len(shown) + 1.5)
+    axes = figure.subplots()
     values = [1.0]
     for y, one in enumerate(shown):
         colour = colours(tree)[one["arm"]]

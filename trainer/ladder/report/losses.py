@@ -6,20 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.ladder.report.drawing import (
     GAPS,
-    INK,
-    PAPER,
-    SOFT,
     by_compute,
     colours,
     ends_of,
     floats,
     mark_target,
     marks,
-    shortened,
 )
 from trainer.ladder.report.estimates import Tree
 from trainer.ladder.stats.records import BASELINE
 from trainer.show import units
+from trainer.show.figure import INK, PAPER, SOFT, new_figure, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,13 +24,10 @@ if TYPE_CHECKING:
 
 
 def figure(tree: Tree) -> "Figure | None":
-    from matplotlib import pyplot
-
     if not any(run["loss"] is not None for run in tree["runs"]) or not tree["rungs"]:
         return None
-    figure, (above, below) = pyplot.subplots(
-        2, 1, sharex=True, height_ratios=[5, 4], figsize=(9, 7.4), layout="constrained"
-    )
+    figure = new_figure(9, 7.4)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[5, 4])
     unit = units.UNITS[tree["unit"]]
     curve = tree["curve"]
     if curve is not None:

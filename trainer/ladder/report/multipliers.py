@@ -6,12 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.ladder.report.drawing import (
     COLUMNS,
-    GOOD,
-    MEANT,
+    DECISION_COLOURS,
     MOST_UNLIKE,
-    PAPER,
-    SOFT,
-    UNCHANGED,
     as_multipliers,
     by_compute,
     colours,
@@ -19,10 +15,10 @@ from trainer.ladder.report.drawing import (
     ends_of,
     floats,
     marks,
-    shortened,
 )
 from trainer.ladder.report.estimates import Tree
 from trainer.show import units
+from trainer.show.figure import GOOD, GREY, PAPER, SOFT, new_figure, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,8 +26,6 @@ if TYPE_CHECKING:
 
 
 def figure(tree: Tree) -> "Figure | None":
-    from matplotlib import pyplot
-
     shown = [one for one in tree["verdicts"] if any(_known(rung) for rung in one["rungs"])]
     if not shown:
         return None
@@ -39,14 +33,8 @@ def figure(tree: Tree) -> "Figure | None":
     rows = math.ceil(len(shown) / columns)
     limits = [_limits(tree, one) for one in shown]
     alike = _widest(limits) < MOST_UNLIKE * min(math.log(high / low) for low, high in limits)
-    figure, grid = pyplot.subplots(
-        rows,
-        columns,
-        squeeze=False,
-        sharex=True,
-        figsize=(max(9 if columns > 1 else 5.6, 3.2 * columns), 2.9 * rows + 0.7),
-        layout="constrained",
-    )
+    figure = new_figure(max(9 if columns > 1 else 5.6, 3.2 * columns), 2.9 * rows + 0.7)
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
     cells = list(grid.flat)
     for axes, one, own in zip(cells, shown, limits, strict=False):
         _draw_arm(axes, tree, one, (min(low for low, _ in limits), max(high for _, high in limits)) if alike else own)
@@ -110,9 +98,9 @@ def _draw_arm(axes: "Axes", tree: Tree, one: Tree, limits: tuple[float, float]) 
         axes.annotate("no pair", (rung["flops"], 0.02), xycoords=axes.get_xaxis_transform(), rotation=90, ha="center",
                       va="bottom", fontsize=7.5, color=SOFT)  # fmt: skip
     final = decision(tree, arm) or one
-    axes.set_title(shortened(arm, 24), color=colour if colour != UNCHANGED else SOFT)
+    axes.set_title(shortened(arm, 24), color=colour if colour != GREY else SOFT)
     axes.set_title(f"{units.SIGNS[final['decision']]} {final['decision']}", loc="right", fontsize=9,
-                   color=MEANT[final["decision"]])  # fmt: skip
+                   color=DECISION_COLOURS[final["decision"]])  # fmt: skip
 
 
 def _without_pairs(tree: Tree, one: Tree) -> list[Tree]:

@@ -8,16 +8,12 @@ from trainer.ladder.report.drawing import decision
 from trainer.ladder.report.estimates import Tree
 from trainer.ladder.report.pictures import Picture
 from trainer.show import units
+from trainer.show.figure import PALETTE
 
-STYLE = """
-:root{color-scheme:light dark;--paper:#fff;--ink:#1d2127;--soft:#667085;--line:#e4e7ec;--panel:#f7f8fa;--link:#2f6690;
---promote:#1a7343;--promote-back:#e6f4ea;--reject:#b3261e;--reject-back:#fce8e6;--inconclusive:#855b00;
---inconclusive-back:#fdf3d7;--aa:#8a8f98;--arm0:#2f6690;--arm1:#c8553d;--arm2:#3a7d44;--arm3:#7b5ea7;--arm4:#b8860b;
---arm5:#00798c;--arm6:#a23b72;--arm7:#6b4226}
-@media (prefers-color-scheme:dark){:root{--paper:#14171c;--ink:#e6e9ee;--soft:#98a2b3;--line:#2c323b;--panel:#1b1f26;
---link:#7fb2dc;--promote:#7fd09a;--promote-back:#173324;--reject:#ff9a90;--reject-back:#43201d;--inconclusive:#ecc35c;
---inconclusive-back:#392e12;--aa:#98a2b3;--arm0:#7fb2dc;--arm1:#f0917b;--arm2:#84c68e;--arm3:#b9a1e0;--arm4:#e0b84d;
---arm5:#5cc4d4;--arm6:#e08ab8;--arm7:#c9a184}}
+_LIGHT, _DARK = ("".join(f"--{name}:{shades[dark]};" for name, shades in PALETTE.items()) for dark in (0, 1))
+STYLE = (
+    f":root{{color-scheme:light dark;{_LIGHT}}}\n@media (prefers-color-scheme:dark){{:root{{{_DARK}}}}}"
+    """
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,
 "DejaVu Sans",sans-serif;font-variant-numeric:tabular-nums}
@@ -33,8 +29,8 @@ dt{color:var(--soft)}dd{margin:0;min-width:0;overflow-wrap:anywhere}
 .tally{display:flex;flex-wrap:wrap;gap:8px;margin:18px 0}
 .badge{display:inline-block;padding:1px 9px;border-radius:99px;font-size:.86rem;font-weight:600;white-space:nowrap}
 .tally .badge{font-size:1rem;padding:4px 14px}
-.promote{color:var(--promote);background:var(--promote-back)}.reject{color:var(--reject);background:var(--reject-back)}
-.inconclusive{color:var(--inconclusive);background:var(--inconclusive-back)}
+.promote{color:var(--good);background:var(--good-back)}.reject{color:var(--bad);background:var(--bad-back)}
+.inconclusive{color:var(--unsure);background:var(--unsure-back)}
 .wide{overflow-x:auto;margin:0 -20px;padding:0 20px}
 table{border-collapse:separate;border-spacing:0 2px;font-size:.9rem}
 th{font-weight:500;color:var(--soft);text-align:left;vertical-align:bottom;padding:2px 18px 2px 0}
@@ -52,6 +48,7 @@ ul{margin:4px 0;padding-left:20px}li{margin:2px 0}
 dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:8px}}
 @media print{figure{break-inside:avoid}}
 """
+)
 
 CAPTIONS = {
     "multiplier": "How many times more compute the baseline would need to reach the arm's loss. Points: each rung by "

@@ -3,21 +3,13 @@
 A run that is not there leaves a gap; no line is drawn over it.
 """
 
-import io
-import re
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trainer.ladder.report import forest, losses, multipliers
-from trainer.ladder.report.drawing import VARIABLES, style
 from trainer.ladder.report.estimates import Tree
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
+from trainer.show import figure
 
 KINDS: Sequence[tuple[str, str, Callable[[Tree], Any]]] = (
     ("multiplier", "Compute multiplier against compute", multipliers.figure),
@@ -41,36 +33,10 @@ class Picture:
 
 def draw(tree: Tree) -> list[Picture]:
     """All that there is something to show for."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     found = []
     for name, title, make in KINDS:
-        with pyplot.rc_context(rc=style()), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # in names: the page has them in text
-            figure = make(tree)
-            if figure is not None:
-                figure.draw_without_rendering()  # lays it out
-                figure.set_layout_engine("none")  # once for both formats, else half of the time goes there
-                found.append(Picture(name, title, _png(figure), _svg(figure, name, f"{tree['name']}: {title}")))
-                pyplot.close(figure)
+        with figure.style():
+            drawn = make(tree)
+        if drawn is not None:
+            found.append(Picture(name, title, figure.png(drawn), figure.svg(drawn, name, f"{tree['name']}: {title}")))
     return found
-
-
-def _png(figure: "Figure") -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=160, metadata={"Software": None})
-    return file.getvalue()
-
-
-def _svg(figure: "Figure", name: str, title: str) -> str:
-    file = io.StringIO()
-    figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    text = file.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    for colour, variable in VARIABLES.items():
-        text = text.replace(colour, f"var({variable})")
-    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
-    return text.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)

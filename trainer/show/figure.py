@@ -1,0 +1,126 @@
+"""The pictures' common ground: palette, matplotlib style, and a figure as PNG or as SVG.
+
+Figures are made without pyplot: it keeps every figure it made, and asks the environment for a backend.
+"""
+
+import io
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PALETTE: Mapping[str, tuple[str, str]] = {
+    "paper": ("#fffffe", "#14171c"),  # not plain white: each colour stands for one name, and matplotlib draws in white
+    "panel": ("#f7f8fa", "#1b1f26"),
+    "line": ("#e4e7ec", "#2c323b"),
+    "ink": ("#1d2127", "#e6e9ee"),
+    "soft": ("#667085", "#98a2b3"),
+    "grey": ("#8a8f98", "#98a2b3"),
+    "good": ("#1a7343", "#7fd09a"),
+    "good-back": ("#e6f4ea", "#173324"),
+    "bad": ("#b3261e", "#ff9a90"),
+    "bad-back": ("#fce8e6", "#43201d"),
+    "unsure": ("#855b00", "#ecc35c"),
+    "unsure-back": ("#fdf3d7", "#392e12"),
+    "silent": ("#86349b", "#dda0ee"),
+    "silent-back": ("#f6e8fa", "#381f40"),
+    "idle-back": ("#f1f2f5", "#22272f"),
+    "series0": ("#2f6690", "#7fb2dc"),
+    "series1": ("#c8553d", "#f0917b"),
+    "series2": ("#3a7d44", "#84c68e"),
+    "series3": ("#7b5ea7", "#b9a1e0"),
+    "series4": ("#b8860b", "#e0b84d"),
+    "series5": ("#00798c", "#5cc4d4"),
+    "series6": ("#a23b72", "#e08ab8"),
+    "series7": ("#6b4226", "#c9a184"),
+}
+"""Each colour by the name of its CSS variable: on a light page, on a dark one. Pictures are drawn in the light ones."""
+
+
+def colour(name: str) -> str:
+    """The palette's colour `name` on a light page, as "#rrggbb"."""
+    return PALETTE[name][0]
+
+
+PAPER, LINE, INK, SOFT, GREY = map(colour, ("paper", "line", "ink", "soft", "grey"))
+GOOD, BAD, UNSURE, SILENT = map(colour, ("good", "bad", "unsure", "silent"))
+SERIES = tuple(colour(name) for name in PALETTE if name.startswith("series"))
+"""For arms, runs and held-out sets, in this order."""
+MARKS = ("o", "s", "^", "D", "v", "P", "X", "h")
+DPI = 160
+
+STYLE: Any = {
+    "font.family": "DejaVu Sans", "font.size": 9.5, "text.color": INK, "figure.facecolor": PAPER,
+    "axes.facecolor": PAPER, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": SOFT,
+    "axes.labelcolor": INK, "axes.titlecolor": INK, "axes.titlesize": 10.5, "axes.titleweight": "bold",
+    "axes.titlelocation": "left", "axes.grid": True, "axes.axisbelow": True, "grid.color": LINE,
+    "grid.linewidth": 0.8, "xtick.color": SOFT, "ytick.color": SOFT, "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK, "xtick.minor.size": 0, "ytick.minor.size": 0, "legend.frameon": False,
+    "legend.fontsize": 8.5, "svg.hashsalt": "toprope", "svg.fonttype": "path",
+}  # fmt: skip
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Draw in the house style; figures take most of it when their parts are made, so make and draw them within."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        # Names are the user's: a page has them as text, even where the font lacks a letter.
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
+        yield
+
+
+def new_figure(width: float, height: float, layout: Any = "constrained") -> "Figure":
+    """An empty figure of this size in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout=layout)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def png(figure: "Figure") -> bytes:
+    """The figure as PNG: the same bytes every time."""
+    return _save(figure, "png", metadata={"Software": None})
+
+
+def svg(figure: "Figure", name: str, title: str) -> str:
+    """The figure as an SVG element for a page that defines the palette's variables, so it can be light or dark.
+
+    Args:
+        name: prefix of all ids in it; pages hold several pictures.
+        title: plain text for who cannot see it.
+    """
+    text = _save(figure, "svg", metadata={"Date": None, "Creator": None}).decode()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    for variable, (light, _) in PALETTE.items():
+        text = text.replace(light, f"var(--{variable})")
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
+
+
+def _save(figure: "Figure", kind: str, metadata: dict[str, None]) -> bytes:
+    from matplotlib.layout_engine import PlaceHolderLayoutEngine
+
+    file = io.BytesIO()
+    with style():
+        engine = figure.get_layout_engine()
+        if engine is not None and not isinstance(engine, PlaceHolderLayoutEngine):
+            # Lay it out once for both formats: half of the time would go there.
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")
+        figure.savefig(file, format=kind, dpi=DPI, metadata=metadata)
+    return file.getvalue()
+
+
+def shortened(text: str, most: int) -> str:
+    """A user's name for a picture: at most `most` characters, and no "$" read as a formula."""
+    text = text.replace("$", r"\$")
+    return text if len(text) <= most else f"{text[: most - 1]}…"
