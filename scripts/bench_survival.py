@@ -57,7 +57,7 @@ def saving_worker(make: Callable[[world.World, Path], Any]) -> None:
         saver.begin(mine.state.step, mine.state.tensors())
         if round_ == 0:
             saver.finish()  # makes the buffers and the plan
-            layout = saver._layout  # pyright: ignore[reportPrivateUsage]
+            layout = saver._plan  # pyright: ignore[reportPrivateUsage]
             assert layout is not None
             names = list(layout._buffers)  # pyright: ignore[reportPrivateUsage]
             tensors = mine.state.tensors()

@@ -102,13 +102,13 @@ def is_filled(tensors: dict[str, Tensor], step: int) -> bool:
 def failing_rank(rank: int, ranks: int, directory: Path) -> dict[str, Any]:
     """Rank 1 cannot write, then can; then a checkpoint is damaged where rank 1 reads it."""
 
-    def at(point: str, step: int) -> None:
+    def hook(point: str, step: int) -> None:
         if (rank, point, step) == (1, "in_save_shard", 1):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     run = directory / "run"
     with connected(rank, ranks, directory / "store") as world:
-        saver = checkpoint.Saver(run, world, IDENTITY, configs.Checkpoint(), at)
+        saver = checkpoint.Saver(run, world, IDENTITY, configs.Checkpoint(), hook)
         counts, ended = [], []
         for step in (1, 2, 3):
             saver.begin(step, small_state(step))
@@ -142,13 +142,13 @@ def stopped_peer(rank: int, ranks: int, directory: Path) -> dict[str, Any]:
 
 
 def lost_peer(rank: int, ranks: int, directory: Path, how: signal.Signals) -> dict[str, Any]:
-    def at(point: str, step: int) -> None:
+    def hook(point: str, step: int) -> None:
         if (rank, point, step) == (1, "in_save_shard", 2):
             os.kill(os.getpid(), how)
 
     took: dict[str, float] = {}
     with connected(rank, ranks, directory / "store") as world:
-        saver = checkpoint.Saver(directory / "run", world, IDENTITY, configs.Checkpoint(), at)
+        saver = checkpoint.Saver(directory / "run", world, IDENTITY, configs.Checkpoint(), hook)
         ended = []
         for step in (1, 2) if how == signal.SIGSTOP else (1, 2, 3):
             with timed(took, f"begin {step}"):
@@ -174,12 +174,12 @@ def killed(rank: int, ranks: int, directory: Path) -> dict[str, Any]:
 def die_at(run: Path, point: str, second: int) -> None:
     saves = itertools.count()
 
-    def at(here: str, step: int) -> None:
+    def hook(here: str, step: int) -> None:
         if here == point and next(saves) == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
     run.mkdir()
-    saver = checkpoint.Saver(run, World(0, 1, torch.device("cpu")), IDENTITY, configs.Checkpoint(keep_last=1), at)
+    saver = checkpoint.Saver(run, World(0, 1, torch.device("cpu")), IDENTITY, configs.Checkpoint(keep_last=1), hook)
     for step in (1, second):
         saver.begin(step, small_state(step))
         saver.finish()

@@ -36,7 +36,7 @@ def moments_dropped() -> None:
 
 
 def stale_after_a_resume() -> None:
-    copy = saving._Layout.copy  # pyright: ignore[reportPrivateUsage]
+    copy = saving._RankPlan.copy  # pyright: ignore[reportPrivateUsage]
     resumed, copied = [], []
     _on_resume(lambda step, run: resumed.append(step))
 
@@ -45,7 +45,7 @@ def stale_after_a_resume() -> None:
             copy(layout, tensors)
         copied.append(True)
 
-    setattr(saving._Layout, "copy", once)  # noqa: B010  # pyright: ignore[reportPrivateUsage]
+    setattr(saving._RankPlan, "copy", once)  # noqa: B010  # pyright: ignore[reportPrivateUsage]
 
 
 def data_forgotten_at_another_size() -> None:

@@ -112,7 +112,7 @@ def test_a_save_returns_before_it_is_written_and_holds_the_state_of_its_own_step
         while not go_on:
             time.sleep(0.001)
 
-    one, state = saver(tmp_path, at=slow), small_state(1)
+    one, state = saver(tmp_path, hook=slow), small_state(1)
     one.begin(1, state)
     for tensor in state.values():
         tensor.zero_()  # training goes on
@@ -124,7 +124,7 @@ def test_a_save_returns_before_it_is_written_and_holds_the_state_of_its_own_step
 
 
 def test_the_next_save_waits_for_the_one_under_way_and_none_is_lost(tmp_path: Path):
-    one = saver(tmp_path, keep_last=5, at=lambda point, step: time.sleep(0.02))
+    one = saver(tmp_path, keep_last=5, hook=lambda point, step: time.sleep(0.02))
     for step in range(1, 5):
         one.begin(step, small_state(step))
     ended = [event for event in one.finish() if isinstance(event, CheckpointSaved)]
@@ -138,16 +138,16 @@ def test_saving_again_copies_into_the_same_buffers(tmp_path: Path):
     one = saver(tmp_path)
     one.begin(1, small_state(1))
     one.finish()
-    assert one._layout is not None
-    before = [buffer.data_ptr() for buffer in one._layout._buffers.values()]
+    assert one._plan is not None
+    before = [buffer.data_ptr() for buffer in one._plan._buffers.values()]
     one.begin(2, small_state(2))
     one.finish()
-    assert [buffer.data_ptr() for buffer in one._layout._buffers.values()] == before
+    assert [buffer.data_ptr() for buffer in one._plan._buffers.values()] == before
 
 
 def test_the_manifest_lists_every_file_with_step_run_size_and_checksum(tmp_path: Path):
     save(tmp_path, 3)
-    manifest = checkpoint.read_manifest(checkpoint.at(path_of(tmp_path, 3)))
+    manifest = checkpoint.read_manifest(checkpoint.open_saved(path_of(tmp_path, 3)))
     assert (manifest["step"], manifest["fingerprint"], manifest["run_id"]) == (3, FINGERPRINT, IDENTITY["run_id"])
     on_disk = {path.name: path.read_bytes() for path in path_of(tmp_path, 3).iterdir() if path.name != "manifest.json"}
     assert manifest["files"] == {
@@ -341,22 +341,22 @@ def test_a_save_that_the_disk_refuses_is_told_and_the_next_one_works(
     ids=["EIO", "quota", "exit"],
 )
 def test_no_error_ends_the_writing_thread_without_a_word(tmp_path: Path, point: str, error: BaseException, reason: str):
-    def at(here: str, step: int) -> None:
+    def hook(here: str, step: int) -> None:
         if (here, step) == (point, 2):
             raise error
 
-    ended = save(tmp_path, 1, 2, 3, at=at)
+    ended = save(tmp_path, 1, 2, 3, hook=hook)
     assert names(ended) == ["CheckpointSaved", "CheckpointFailed", "CheckpointSaved"]
     assert isinstance(ended[1], CheckpointFailed) and ended[1].reason == reason
     assert steps_of(tmp_path) == [3, 1]
 
 
 def test_a_write_that_silently_went_wrong_is_noticed_before_anything_older_is_removed(tmp_path: Path):
-    def at(point: str, step: int) -> None:
+    def hook(point: str, step: int) -> None:
         if (point, step) == ("after_commit", 2):
             flip(shard_of(tmp_path, 2))
 
-    ended = save(tmp_path, 1, 2, keep_last=1, at=at)
+    ended = save(tmp_path, 1, 2, keep_last=1, hook=hook)
     assert isinstance(ended[1], CheckpointFailed)
     assert ended[1].reason == "it was written, but reads back differently: __0_0.distcp does not match its checksum"
     assert steps_of(tmp_path) == [1] and restore(tmp_path)[0] == 1
@@ -484,7 +484,7 @@ def test_damage_is_named_in_one_line_and_the_newest_intact_checkpoint_is_used(tm
     assert step == 2 and holds(tensors, 2)
     assert [report.step for report in reports] == [4]
     assert expected in reports[0].reason and "\n" not in reports[0].reason and len(reports[0].reason) < 400
-    problems = checkpoint.verify(checkpoint.at(path_of(run, 4)))
+    problems = checkpoint.verify(checkpoint.open_saved(path_of(run, 4)))
     if expected.partition(" ")[0] not in ("", "it"):  # those are found by loading, or by whoever knows the run
         assert len(problems) == 1 and expected in problems[0]
 
@@ -499,7 +499,7 @@ def test_a_newer_topropes_checkpoint_is_neither_damaged_nor_passed_over(tmp_path
     assert "Use that version, or a new --run" in str(refused.value)
     with pytest.raises(NewerFormatError):
         checkpoint.newest_intact(tmp_path)
-    assert "newer toprope" in checkpoint.verify(checkpoint.at(path_of(tmp_path, 4)))[0]
+    assert "newer toprope" in checkpoint.verify(checkpoint.open_saved(path_of(tmp_path, 4)))[0]
     save(tmp_path, 6)
     assert restore(tmp_path)[0] == 6, "where this version has gone further since, that is what counts"
 
@@ -627,7 +627,7 @@ def test_a_hostile_pickle_in_any_file_runs_nothing(
     assert step == 2 and holds(tensors, 2) and [report.step for report in reports] == [4]
     assert "\n" not in reports[0].reason and len(reports[0].reason) < 400
     with pytest.raises(CheckpointError):
-        checkpoint.load(checkpoint.at(path_of(run, 4)), small_state(None))
+        checkpoint.load(checkpoint.open_saved(path_of(run, 4)), small_state(None))
     assert not crater.exists()
 
 

@@ -473,12 +473,12 @@ def contents(directory: Path) -> dict[str, tuple[int, bytes]]:
 def test_the_committed_history_holds_every_sample_once_per_epoch(calm: Place):
     """By the ids themselves: all other runs here have the digests of this one."""
     source = batches(calm)
-    ids = np.concatenate([batch.sample_ids for step in range(STEPS) for batch in source.at(step)])
+    ids = np.concatenate([batch.sample_ids for step in range(STEPS) for batch in source.for_step(step)])
     assert source.n_windows < len(ids) < 2 * source.n_windows, "more than one epoch, less than two"
     assert sorted(ids[: source.n_windows]) == list(range(source.n_windows))
     assert len(set(ids[source.n_windows :])) == len(ids) - source.n_windows
     for step in range(STEPS):
-        of_step = repr([digest(batch.sample_ids) for batch in source.at(step)])
+        of_step = repr([digest(batch.sample_ids) for batch in source.for_step(step)])
         assert calm.calm["samples"][step + 1] == hashlib.sha256(of_step.encode()).hexdigest()[:16]
 
 

@@ -99,7 +99,7 @@ def verify(path: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT")]) -
     from trainer.log import rundir
 
     if path.name.startswith("step-"):
-        saved = [checkpoint.at(path)]
+        saved = [checkpoint.open_saved(path)]
     else:
         rundir.read(path)
         saved = checkpoint.committed(path)

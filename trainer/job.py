@@ -132,7 +132,7 @@ def _watch(config: Config, run: Path, ranks: World, attempt: int) -> Watchdog:
 def _prepare(config: Config, ranks: World, watchdog: Watchdog) -> Prepared:
     """Tokens and tokenizer. Rank 0 builds what is missing and checks what is there, because it can show progress."""
     prepared_data = functools.partial(prepare, config.data, config.eval, config.model.context)
-    alive = functools.partial(watchdog.at, Phase.STARTUP, 0)
+    alive = functools.partial(watchdog.heartbeat, Phase.STARTUP, 0)
     with console.preparation(enabled=ranks.is_main) as show:
         told = time.monotonic()
 
@@ -172,11 +172,11 @@ class Attempt:
         """Restore, train, and record how it ended. Returns the exit status."""
 
         def at(point: str, step: int) -> None:
-            self.watchdog.at(point, step)
+            self.watchdog.heartbeat(point, step)
             self.inject(point, step)
 
         try:
-            with contextlib.closing(Checkpoints(self, at, self.watchdog.at)) as checkpoints:
+            with contextlib.closing(Checkpoints(self, at, self.watchdog.heartbeat)) as checkpoints:
                 checkpoints.restore(state)
                 stopwatch.lap("restore")
                 self._announce(state, stopwatch)

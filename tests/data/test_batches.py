@@ -27,7 +27,7 @@ def test_each_epoch_reads_each_window_once(n_windows, micro_batches, sequences, 
     batches = make(n_windows, seed=seed, micro_batches=micro_batches, sequences=sequences, left_over=left_over)
     assert batches.n_windows == n_windows
     steps = -(-3 * n_windows // (micro_batches * sequences))
-    read = np.concatenate([m.sample_ids for step in range(steps) for m in batches.at(step)])
+    read = np.concatenate([m.sample_ids for step in range(steps) for m in batches.for_step(step)])
     for epoch in range(3):
         assert sorted(read[epoch * n_windows : (epoch + 1) * n_windows]) == list(range(n_windows))
 
@@ -48,9 +48,9 @@ EXPECTED = [5, 0, 6, 9, 8, 7, 4, 2, 3, 1]
 def test_a_step_is_the_same_whatever_was_asked_before():
     used = make(10)
     for step in (5, 90, 2, 5):
-        used.at(step)
+        used.for_step(step)
     for step in (0, 5, 7):
-        for one, other in zip(used.at(step), make(10).at(step), strict=True):
+        for one, other in zip(used.for_step(step), make(10).for_step(step), strict=True):
             assert np.array_equal(one.sample_ids, other.sample_ids)
             assert np.array_equal(one.inputs, other.inputs)
             assert np.array_equal(one.targets, other.targets)
@@ -58,20 +58,20 @@ def test_a_step_is_the_same_whatever_was_asked_before():
 
 def test_any_assignment_of_micro_batches_to_ranks_reads_the_same_samples():
     batches = make(50)
-    alone = [m.sample_ids.tolist() for m in batches.at(4)]
+    alone = [m.sample_ids.tolist() for m in batches.for_step(4)]
     by_rank = {index: make(50).micro_batch(4, index).sample_ids.tolist() for rank in range(2) for index in (2, 0, 1)}
     assert [by_rank[index] for index in range(3)] == alone
 
 
 def test_a_step_that_straddles_epochs_holds_the_end_of_one_and_the_start_of_the_next():
     batches = make(10, micro_batches=1, sequences=4)
-    (micro_batch,) = batches.at(2)
+    (micro_batch,) = batches.for_step(2)
     expected = [*permutation(1, 0, 10)[8:], *permutation(1, 1, 10)[:2]]
     assert micro_batch.sample_ids.tolist() == expected
 
 
 def test_targets_are_the_inputs_one_token_later():
-    (micro_batch, *_) = make(10, left_over=3).at(0)
+    (micro_batch, *_) = make(10, left_over=3).for_step(0)
     assert micro_batch.inputs.shape == micro_batch.targets.shape == (4, CONTEXT)
     assert micro_batch.inputs.dtype == micro_batch.targets.dtype == micro_batch.sample_ids.dtype == np.int64
     assert np.array_equal(micro_batch.inputs[:, 0], micro_batch.sample_ids * CONTEXT)

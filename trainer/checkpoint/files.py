@@ -29,7 +29,7 @@ _CHUNK = 4 * 2**20
 _COMMITTED = re.compile(r"(?:step-([0-9]+)|\.step-([0-9]+)\.replaced)")
 _LEFTOVER = re.compile(r"\.step-[0-9]+\.[0-9a-f]+\.(?:partial|pruned)")
 
-Progress = Callable[[int, int], None]
+ByteProgress = Callable[[int, int], None]
 """Told how many bytes of how many are done."""
 
 
@@ -63,7 +63,7 @@ def committed(run: Path) -> list[Saved]:
     return sorted(found, key=lambda saved: (-saved.step, _is_hidden(saved.path)))
 
 
-def at(path: Path) -> Saved:
+def open_saved(path: Path) -> Saved:
     """The checkpoint in this directory. Raises NoCheckpointError if there is none of that name."""
     match = _COMMITTED.fullmatch(path.name)
     if not (match and path.is_dir()):
@@ -89,7 +89,7 @@ def newest_intact(run: Path, report: Callable[[str], None] = lambda message: Non
 
 
 def verify(
-    saved: Saved, progress: Progress = lambda done, total: None, names: Collection[str] | None = None
+    saved: Saved, progress: ByteProgress = lambda done, total: None, names: Collection[str] | None = None
 ) -> list[str]:
     """What is wrong with a checkpoint, a line each; empty if it is intact. Nothing in it is executed.
 
@@ -163,15 +163,15 @@ def stage(run: Path, step: int) -> Path:
     return staging
 
 
-def clean(run: Path, progress: Progress = lambda done, total: None) -> None:
+def clean(run: Path, progress: ByteProgress = lambda done, total: None) -> None:
     """Remove what saves of dead attempts left behind. Only for the job that holds the run's lock."""
     for path in _entries(directory(run)):
         if _LEFTOVER.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
         elif _COMMITTED.fullmatch(path.name) and _is_hidden(path):
-            successor = final_path(run, at(path).step)
+            successor = final_path(run, open_saved(path).step)
             # Else this one may be the last that is intact.
-            if successor.is_dir() and not verify(at(successor), progress):
+            if successor.is_dir() and not verify(open_saved(successor), progress):
                 _remove(path)
 
 
@@ -314,7 +314,7 @@ def _origin(saved: Saved, path: Path) -> str:
     actual = _sha256(path)
     for sibling in sorted(saved.path.parent.glob("step-*")):
         with contextlib.suppress(CheckpointError):
-            other = at(sibling)
+            other = open_saved(sibling)
             if other != saved and any(file["sha256"] == actual for file in read_manifest(other)["files"].values()):
                 return f": it is a file of step {other.step}"
     return ""

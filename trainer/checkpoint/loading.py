@@ -24,7 +24,7 @@ from trainer.errors import CheckpointError
 from trainer.log import events
 from trainer.log.events import CheckpointRejected, CheckpointSaved, Event
 from trainer.parallel.world import World
-from trainer.phases import Phase
+from trainer.phases import Hook, Phase, no_hook
 
 
 def restore(
@@ -33,7 +33,7 @@ def restore(
     world: World,
     fingerprint: str,
     report: Callable[[Event], None],
-    at: Callable[[str, int], None] = lambda point, step: None,
+    hook: Hook = no_hook,
     run_id: str | None = None,
 ) -> int | None:
     """Load the newest intact checkpoint in place; its step, or None if there has never been one. A collective.
@@ -46,7 +46,7 @@ def restore(
         world.from_main(functools.partial(refuse_newer, saved))
         reason = _agreed(world, functools.partial(_refusal, saved, world, fingerprint, run_id))
         if reason is None:
-            at(Phase.IN_LOAD, saved.step)
+            hook(Phase.IN_LOAD, saved.step)
             reason = _agreed(world, functools.partial(_failure, saved, tensors))
         if reason is None:
             return saved.step

@@ -36,10 +36,9 @@ from trainer.checkpoint.streams import Writer
 from trainer.errors import CheckpointError
 from trainer.log.events import CheckpointFailed, CheckpointSaved, Event, Warned
 from trainer.parallel.world import World
-from trainer.phases import Phase
+from trainer.phases import Hook, Phase, no_hook
 
 T = TypeVar("T")
-At = Callable[[str, int], None]
 
 PEER_TIMEOUT_SECONDS = 1800.0  # without a word from a peer, where no watchdog is waiting for it
 TELL_SECONDS = 0.5  # how often a rank at work says that it gets on
@@ -66,24 +65,24 @@ class Saver:
         world: World,
         identity: Mapping[str, Any],
         settings: config.Checkpoint,
-        at: At = lambda point, step: None,
-        waiting: At = lambda point, step: None,
+        hook: Hook = no_hook,
+        heartbeat: Hook = no_hook,
         peer_timeout_seconds: float = PEER_TIMEOUT_SECONDS,
     ) -> None:
         """`identity` goes into the manifest: what a loader must agree with.
 
-        `at` is called from the writing thread. `waiting` is called from `begin` and `finish`, with "waiting_for_save",
-        whenever the save that they wait for has got on.
+        `hook` is called from the writing thread. `begin` and `finish` call `heartbeat` with "waiting_for_save" whenever
+        the save that they wait for has made progress.
         """
-        self._run, self._world, self._identity, self._settings, self._at = run, world, dict(identity), settings, at
-        self._waiting = waiting
+        self._run, self._world, self._identity, self._settings, self._hook = run, world, dict(identity), settings, hook
+        self._heartbeat = heartbeat
         self._group = None
         if world.size > 1:  # never the one that training uses: collectives of two threads would mix there
             timeout = datetime.timedelta(seconds=peer_timeout_seconds)
             self._group = dist.new_group(backend="gloo", timeout=timeout, group_desc="checkpoint")
         self._lost: str | None = None
         """Why the ranks cannot agree on anything any more."""
-        self._layout: _Layout | None = None
+        self._plan: _RankPlan | None = None
         self._save: _Save | None = None
         self._ended: list[Event] = []
         self._failures = 0
@@ -101,9 +100,9 @@ class Saver:
         self._wait(step)
         trouble = None
         try:
-            if self._layout is None:
-                self._layout = self._lay_out(tensors)
-            self._layout.copy(tensors)
+            if self._plan is None:
+                self._plan = self._make_plan(tensors)
+            self._plan.copy(tensors)
         except Exception as error:  # out of memory, a dead peer: the first round tells all ranks
             trouble = error
         self._save = save = _Save(step, started, trouble)
@@ -151,7 +150,7 @@ class Saver:
             save.thread.join(POLL_SECONDS)
             if self._got_on != seen:
                 seen = self._got_on
-                self._waiting(Phase.WAITING_FOR_SAVE, step)
+                self._heartbeat(Phase.WAITING_FOR_SAVE, step)
 
     def _collect(self) -> None:
         save, self._save = self._save, None
@@ -167,13 +166,13 @@ class Saver:
             ended = CheckpointSaved(step=save.step, bytes=told, seconds=save.seconds, stall_seconds=save.stall)
         self._ended += [ended, *(Warned(message=message) for message in save.warnings)]
 
-    def _lay_out(self, tensors: Mapping[str, Tensor]) -> "_Layout":
+    def _make_plan(self, tensors: Mapping[str, Tensor]) -> "_RankPlan":
         """Who writes what: planned once, the state keeps its shapes. Replicas share the writing."""
         plans = self._together(lambda: _local_plan(tensors))
         planner = dcp.DefaultSavePlanner(flatten_state_dict=False, dedup_save_to_lowest_rank=False)
         plans, metadata = planner.create_global_plan(plans)  # the same input and so the same plan on all ranks
         plans = Writer(self._run, lambda: None).prepare_global_plan(plans)  # gives each rank the names of its files
-        return _Layout(plans[self._world.rank], metadata, tensors)
+        return _RankPlan(plans[self._world.rank], metadata, tensors)
 
     def _write(self, save: "_Save") -> None:
         """The writing thread."""
@@ -219,50 +218,50 @@ class Saver:
         return files.stage(self._run, save.step)
 
     def _write_shard(self, save: "_Save", staging: Path) -> "_Shard":
-        layout = self._layout
-        assert layout is not None
+        plan = self._plan
+        assert plan is not None
         writer = Writer(staging, self._progress(save, Phase.IN_SAVE_SHARD))
         results: list[Any] = []
-        if layout.plan.items:
-            results = writer.write_data(layout.plan, layout).value()  # pyright: ignore[reportArgumentType]
+        if plan.dcp_plan.items:
+            results = writer.write_data(plan.dcp_plan, plan).value()  # pyright: ignore[reportArgumentType]
             files.sync_directory(staging)
         else:  # nothing left for this rank: there are more ranks than tensors
-            self._at(Phase.IN_SAVE_SHARD, save.step)
+            self._hook(Phase.IN_SAVE_SHARD, save.step)
         if not self._world.is_main:
-            self._at(Phase.BEFORE_COMMIT, save.step)
+            self._hook(Phase.BEFORE_COMMIT, save.step)
         return _Shard(writer.files.digests, results)
 
     def _commit(self, save: "_Save", staging: Path, shards: "list[_Shard]") -> tuple[Path, int]:
         final = files.final_path(self._run, save.step)
         if not self._world.is_main:
             return final, 0
-        assert self._layout is not None
+        assert self._plan is not None
         writer = Writer(staging, lambda: None)
-        writer.finish(self._layout.metadata, [shard.results for shard in shards])
+        writer.finish(self._plan.metadata, [shard.results for shard in shards])
         for shard in shards:
             writer.files.digests.update(shard.digests)
         described = dict(sorted(writer.files.digests.items()))
         body = {**self._identity, "step": save.step, "world_size": self._world.size, "files": described}
         size = files.write_manifest(staging, body) + sum(file["bytes"] for file in described.values())
-        self._at(Phase.BEFORE_COMMIT, save.step)
+        self._hook(Phase.BEFORE_COMMIT, save.step)
         files.commit(staging, final)
         return final, size
 
     def _read_back(self, save: "_Save", final: Path, own: Mapping[str, Any]) -> list[str]:
         """What is wrong with what this rank wrote, from the disk and not from the system's copy in memory."""
-        self._at(Phase.AFTER_COMMIT, save.step)
+        self._hook(Phase.AFTER_COMMIT, save.step)
         names = {*own, ".metadata"} if self._world.is_main else {*own}
         for name in names:
             with contextlib.suppress(OSError):
                 files.forget_cached(final / name)
-        return files.verify(files.at(final), self._progress(save), names)
+        return files.verify(files.open_saved(final), self._progress(save), names)
 
     def _prune(self, save: "_Save", final: Path) -> None:
         settings = self._settings
         try:
             files.forget_replaced(final)
             save.warnings += files.prune(
-                self._run, settings.keep_last, settings.keep_every_steps, verified=files.at(final)
+                self._run, settings.keep_last, settings.keep_every_steps, verified=files.open_saved(final)
             )
         except (OSError, CheckpointError) as error:
             save.warnings.append(f"old checkpoints could not be removed: {files.one_line(error)}")
@@ -274,7 +273,7 @@ class Saver:
         def progress(*amount: int) -> None:
             self._got_on = time.monotonic()
             if points:
-                self._at(points.pop(), save.step)
+                self._hook(points.pop(), save.step)
             if time.monotonic() - self._told > TELL_SECONDS:
                 self._exchange(None)
 
@@ -344,15 +343,15 @@ class _Shard:
     results: list[Any]
 
 
-class _Layout:
+class _RankPlan:
     """What this rank writes, and the buffers that hold it while it is written; they are used again by every save."""
 
     def __init__(self, plan: SavePlan, metadata: Metadata, tensors: Mapping[str, Tensor]) -> None:
-        self.plan = SavePlan(
+        self.dcp_plan = SavePlan(
             [item for item in plan.items if item.tensor_storage_size()], storage_data=plan.storage_data
         )
         self.metadata = metadata
-        self._buffers = {item.index.fqn: _buffer(tensors[item.index.fqn]) for item in self.plan.items}
+        self._buffers = {item.index.fqn: _buffer(tensors[item.index.fqn]) for item in self.dcp_plan.items}
 
     def copy(self, tensors: Mapping[str, Tensor]) -> None:
         if not self._buffers:

@@ -1,20 +1,10 @@
 """Data: documents → tokens → micro-batches. `prepare` is the way in; see corpus, tokenizer, tokens and batches."""
 
-import hashlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-
-from trainer.config import Data, Eval
 from trainer.data.batches import Batches, EvalWindows, MicroBatch, digest
-from trainer.data.cache import Progress, cache_root, silent
-from trainer.data.corpus import Corpus, Document, Tally, open_corpus, open_eval_corpus, split
-from trainer.data.tokenizer import Tokenizer, from_json, read_json, train
-from trainer.data.tokens import Part, TokenStore, empty_part, open_or_build, reported, shared_digests
-from trainer.errors import CorpusError
+from trainer.data.cache import ProgressCallback
+from trainer.data.prepare import EvalTokens, Prepared, prepare, tokenizer_for
+from trainer.data.tokenizer import Tokenizer
+from trainer.data.tokens import TokenStore
 
 __all__ = [
     "Batches",
@@ -22,145 +12,10 @@ __all__ = [
     "EvalWindows",
     "MicroBatch",
     "Prepared",
-    "Progress",
+    "ProgressCallback",
     "TokenStore",
     "Tokenizer",
     "digest",
     "prepare",
     "tokenizer_for",
 ]
-
-
-@dataclass(frozen=True)
-class EvalTokens:
-    """One evaluation set."""
-
-    name: str
-    tokens: np.ndarray
-    """uint16 or uint32, memory-mapped; at least 2."""
-    digest: str
-    """SHA-256 (hex) of the tokens."""
-    documents: int
-    bytes: int
-    """UTF-8 bytes of text."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Everything a run needs of its data."""
-
-    train: TokenStore
-    tokenizer: Tokenizer
-    eval_sets: Mapping[str, EvalTokens]
-    sha256: str
-    """Over the training tokens and the tokenizer: two runs with the same value read the same data."""
-    documents: int
-    duplicates: int
-
-
-def prepare(data: Data, eval: Eval, context: int, *, progress: Progress = silent, verify: bool = False) -> Prepared:
-    """Training tokens, tokenizer and evaluation sets, built in the cache on first use and mapped from it later.
-
-    `context` is tokens per sequence. Any number of processes may call this at once; one builds. With `verify`,
-    stores that were there are read and checked against their checksums, and built again if damaged. Raises CorpusError
-    if the corpus or a set cannot be read, is empty, too short for one sequence, or if a set shares a document with
-    the training split; TokenizerError if a given tokenizer is unusable.
-    """
-    root = cache_root(data.cache_dir)
-    store = _training_store(root, data, progress, verify)
-    if len(store.tokens) <= context:
-        raise CorpusError(
-            f"model.context = {context} is longer than the training split: {len(store.tokens)} tokens in all.\n"
-            f"  A sequence takes context + 1 tokens. Give more text, or set model.context to {len(store.tokens) - 1} "
-            "or less."
-        )
-    return Prepared(
-        train=store,
-        tokenizer=store.tokenizer,
-        eval_sets={name: _eval_set(root, name, data, eval, store, progress, verify) for name in eval.sets},
-        sha256=hashlib.sha256(f"{store.sha256} {store.tokenizer.sha256}".encode()).hexdigest(),
-        documents=store.tally.documents,
-        duplicates=store.tally.duplicates,
-    )
-
-
-def tokenizer_for(data: Data, *, progress: Progress = silent) -> Tokenizer:
-    """The tokenizer of the runs that use `data`, from the cache if it is there. Raises as `prepare` does."""
-    return _training_store(cache_root(data.cache_dir), data, progress).tokenizer
-
-
-def _training_store(root: Path, data: Data, progress: Progress, verify: bool = False) -> TokenStore:
-    corpus = open_corpus(data)
-    trained = data.tokenizer in ("bpe", "chars", "bytes")
-    given = "" if trained else read_json(Path(data.tokenizer))
-    shaped_by: dict[str, Any] = {
-        "heldout": [data.heldout, data.heldout_fraction],
-        "tokenizer": [data.tokenizer, data.vocab_size] if trained else hashlib.sha256(given.encode()).hexdigest(),
-    }
-
-    def make_tokenizer() -> Tokenizer:
-        if not trained:
-            return from_json(given, data.tokenizer)
-        return train(data.tokenizer, _training_texts(corpus, data, progress), data.vocab_size)
-
-    def route(document: Document) -> Mapping[str, str]:
-        train_text, heldout_text = split(document, data.heldout, data.heldout_fraction)
-        return {"train": train_text, "heldout": heldout_text}
-
-    return open_or_build(root, corpus, shaped_by, make_tokenizer, ("train", "heldout"), route, progress, verify)
-
-
-def _training_texts(corpus: Corpus, data: Data, progress: Progress) -> Iterator[str]:
-    tally, found = Tally(), False
-    for document in reported(corpus, tally, "training the tokenizer", progress):
-        text = split(document, data.heldout, data.heldout_fraction)[0]
-        if text:
-            found = True
-            yield text
-    if not found:
-        raise empty_part("train", corpus, tally)
-
-
-def _eval_set(
-    root: Path, name: str, data: Data, eval: Eval, store: TokenStore, progress: Progress, verify: bool
-) -> EvalTokens:
-    if name == "val":
-        part = store.parts["heldout"]
-    else:
-        source = "repo" if name == "repo" else eval.sources[name]
-        part = _eval_part(root, name, source, data, store, progress, verify)
-    return EvalTokens(name, part.tokens, part.sha256, part.documents, part.bytes)
-
-
-def _eval_part(
-    root: Path, name: str, source: str, data: Data, store: TokenStore, progress: Progress, verify: bool
-) -> Part:
-    def named(phase: str, done: int, total: int | None) -> None:
-        progress(f"{phase} eval set {name!r}", done, total)
-
-    def route(document: Document) -> Mapping[str, str]:
-        return {"eval": document.text}
-
-    shaped_by = {"tokenizer": store.tokenizer.sha256}
-    try:
-        corpus = open_eval_corpus(name, source, data)
-        opened = open_or_build(root, corpus, shaped_by, lambda: store.tokenizer, ("eval",), route, named, verify)
-    except CorpusError as error:
-        raise CorpusError(f"eval set {name!r}: {error}") from error
-    part = opened.parts["eval"]
-    _refuse_overlap(name, corpus, part.digests, store)
-    return part
-
-
-def _refuse_overlap(name: str, corpus: Corpus, digests: np.ndarray, store: TokenStore) -> None:
-    shared = set(shared_digests(digests, store.parts["train"].digests).tolist())
-    if not shared:
-        return
-    # NumPy drops trailing zero bytes from an S16 when it becomes Python bytes.
-    example = next(d for d in corpus.documents() if d.digest[:16].rstrip(b"\0") in shared)
-    raise CorpusError(
-        f"eval set {name!r} shares {len(shared)} of its {len(digests)} documents with the training split, "
-        f"e.g. {example.origin}: {example.text[:60]!r}.\n"
-        "  A score on text that was trained on says nothing. Remove these documents from one of the two, or drop "
-        f"{name!r} from eval.sets."
-    )

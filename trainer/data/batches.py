@@ -38,7 +38,7 @@ class Batches:
 
         self._order = order
 
-    def at(self, step: int) -> list[MicroBatch]:
+    def for_step(self, step: int) -> list[MicroBatch]:
         """The micro-batches of the update that follows `step` finished ones (the first is step 0)."""
         return [self.micro_batch(step, index) for index in range(self.micro_batches)]
 

@@ -15,14 +15,14 @@ from typing import IO
 
 from trainer.errors import CorpusError
 
-Progress = Callable[[str, int, int | None], None]
+ProgressCallback = Callable[[str, int, int | None], None]
 """Called with (phase, done, total); total is None where it is unknown."""
 
 WAIT_NOTICE_SECONDS = 2.0
 _POLL_SECONDS = 0.05
 
 
-def silent(phase: str, done: int, total: int | None) -> None:
+def no_progress(phase: str, done: int, total: int | None) -> None:
     """The progress callable of those who do not care."""
 
 
@@ -31,7 +31,7 @@ def cache_root(configured: str) -> Path:
     return Path(configured or os.environ.get("TOPROPE_CACHE") or "~/.cache/toprope").expanduser()
 
 
-def built_once(root: Path, name: str, build: Callable[[Path], None], progress: Progress) -> Path:
+def built_once(root: Path, name: str, build: Callable[[Path], None], progress: ProgressCallback) -> Path:
     """The directory root/name, built by `build(directory)` if it does not exist yet.
 
     Any number of processes may ask at once; one builds, the others wait. Raises CorpusError where the cache cannot
@@ -72,7 +72,7 @@ def _writing(root: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(lock: IO[str], progress: Progress) -> Iterator[None]:
+def _locked(lock: IO[str], progress: ProgressCallback) -> Iterator[None]:
     notice_at = time.monotonic() + WAIT_NOTICE_SECONDS
     while True:
         try:

@@ -264,7 +264,7 @@ def _load_files(kind: str, files: Sequence[SourceFile], **options: Any) -> Itera
 
 
 def _load(path: str, **options: Any) -> Iterable[Row]:
-    """`datasets.load_dataset`, silent and never phoning home. Code in a dataset's repository is never run."""
+    """`datasets.load_dataset`, no_progress and never phoning home. Code in a dataset's repository is never run."""
     import datasets  # late: it costs 0.7 s, which a run whose store exists need not pay
     import datasets.config
 

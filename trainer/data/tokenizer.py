@@ -280,7 +280,7 @@ def _pieces(texts: Iterable[str]) -> Iterator[str]:
 
 @contextmanager
 def _threads() -> Iterator[None]:
-    """Let the library use all cores now, and leave it silent and single-threaded for processes forked later.
+    """Let the library use all cores now, and leave it no_progress and single-threaded for processes forked later.
 
     A forked child has lost the thread pool and would hang on it. A value the user has set is respected.
     """

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data.cache import Progress, built_once, remove_built
+from trainer.data.cache import ProgressCallback, built_once, remove_built
 from trainer.data.corpus import Corpus, Document, Tally
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import CorpusError, TokenizerError
@@ -75,7 +75,7 @@ def open_or_build(
     make_tokenizer: Callable[[], Tokenizer],
     parts: tuple[str, ...],
     route: Route,
-    progress: Progress,
+    progress: ProgressCallback,
     verify: bool = False,
 ) -> TokenStore:
     """The store of `corpus` in the cache `root`; `shaped_by` is what decides it beyond the corpus itself.
@@ -172,7 +172,12 @@ def _write_meta(directory: Path, meta: Mapping[str, Any]) -> None:
 
 
 def _write(
-    directory: Path, corpus: Corpus, tokenizer: Tokenizer, parts: tuple[str, ...], route: Route, progress: Progress
+    directory: Path,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    parts: tuple[str, ...],
+    route: Route,
+    progress: ProgressCallback,
 ) -> dict[str, Any]:
     """Encode the corpus into `directory`; returns what meta.json says about it."""
     tally = Tally()
@@ -195,7 +200,7 @@ def _write(
     }
 
 
-def reported(corpus: Corpus, tally: Tally, phase: str, progress: Progress) -> Iterator[Document]:
+def reported(corpus: Corpus, tally: Tally, phase: str, progress: ProgressCallback) -> Iterator[Document]:
     """The corpus's documents, with `progress` told the bytes read about once per megabyte."""
     total = corpus.max_bytes or None
     progress(phase, 0, total)

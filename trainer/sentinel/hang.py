@@ -1,6 +1,6 @@
 """Noticing that a rank makes no progress, saying which and where, and ending its process so that torchrun restarts it.
 
-The loop calls `Watchdog.at` at every named point of a step: a sign of progress. Two threads per rank watch beside it.
+The loop calls `Watchdog.heartbeat` at every phase of a step. Two threads per rank watch beside it.
 One publishes the rank's position in RUN/live and answers requests for stacks; the other ends the process when the
 main thread gave no sign for too long. Both go on while the main thread waits in a collective (torch lets go of the
 GIL there) or for a lock. Nobody's clock is compared with another's: a rank is alive if it answers a request.
@@ -27,7 +27,7 @@ from trainer.log.events import Hung
 from trainer.phases import Phase
 
 # In the order of a step. Only used where the Flight Recorder is off, to tell who is behind.
-POINTS = (
+PHASES = (
     Phase.STARTUP, Phase.IN_LOAD,
     Phase.BEFORE_FORWARD, Phase.BEFORE_BACKWARD, Phase.BEFORE_REDUCE, Phase.AFTER_REDUCE, Phase.BEFORE_UPDATE,
     Phase.AFTER_UPDATE, Phase.WAITING_FOR_SAVE, Phase.IN_EVAL, "done",
@@ -53,11 +53,11 @@ class Collective:
 
 
 @dataclass(frozen=True)
-class View:
+class RankStatus:
     """What a rank says about itself, or, if it does not answer, last said."""
 
     rank: int
-    point: str
+    phase: str
     step: int
     idle: float
     """Seconds without a sign of progress."""
@@ -69,7 +69,7 @@ class View:
     alive: bool = True
 
 
-def diagnose(views: Sequence[View], limit_seconds: float) -> list[dict[str, Any]]:
+def diagnose(views: Sequence[RankStatus], limit_seconds: float) -> list[dict[str, Any]]:
     """The ranks that hold up the others, each {rank, point, step, why}; empty where that cannot be told.
 
     `views` are of the ranks whose position is known; `limit_seconds` is the time without progress that was too long.
@@ -87,11 +87,11 @@ def diagnose(views: Sequence[View], limit_seconds: float) -> list[dict[str, Any]
     return culprits or _odd_ones_out(waiting)
 
 
-def _culprit(view: View, why: str) -> dict[str, Any]:
-    return {"rank": view.rank, "point": view.point, "step": view.step, "why": why}
+def _culprit(view: RankStatus, why: str) -> dict[str, Any]:
+    return {"rank": view.rank, "point": view.phase, "step": view.step, "why": why}
 
 
-def _silent(view: View, waiting: Sequence[View]) -> dict[str, Any]:
+def _silent(view: RankStatus, waiting: Sequence[RankStatus]) -> dict[str, Any]:
     """A rank that cannot say where it is. What it last published may be some short steps old; but it has done all
     collectives before the one that the others wait in, so it is at their step, or still at the end of the one before.
     """
@@ -100,29 +100,29 @@ def _silent(view: View, waiting: Sequence[View]) -> dict[str, Any]:
         return _culprit(view, why)
     first = min(waiting, key=lambda view: view.step)
     if view.step < first.step - 1:
-        why += f"; last seen at {view.point} of step {view.step}"
-        view = replace(view, point="unknown", step=first.step)
-    return _culprit(view, f"{why}, while rank {first.rank} waits in {first.pending} at {first.point}")
+        why += f"; last seen at {view.phase} of step {view.step}"
+        view = replace(view, phase="unknown", step=first.step)
+    return _culprit(view, f"{why}, while rank {first.rank} waits in {first.pending} at {first.phase}")
 
 
-def _behind(living: Sequence[View]) -> list[dict[str, Any]]:
+def _behind(living: Sequence[RankStatus]) -> list[dict[str, Any]]:
     """Without a Flight Recorder: the ranks at the earliest place, if not all are there."""
-    places = {v.rank: (v.step, POINTS.index(v.point)) for v in living if v.point in POINTS}
+    places = {v.rank: (v.step, PHASES.index(v.phase)) for v in living if v.phase in PHASES}
     if len(places) < len(living) or len(set(places.values())) < 2:
         return []
     first = min(places.values())
     return [_culprit(v, "is behind the other ranks") for v in living if places[v.rank] == first]
 
 
-def _odd_ones_out(waiting: Sequence[View]) -> list[dict[str, Any]]:
+def _odd_ones_out(waiting: Sequence[RankStatus]) -> list[dict[str, Any]]:
     """All wait: those who wait for something else than most. Whether they skipped a collective or did one too many
     makes no difference, but who is right among equals cannot be told."""
 
     # Not the group's name: in a hybrid mesh healthy ranks wait in different groups of one kind.
-    def place(view: View) -> tuple[Any, ...]:
+    def place(view: RankStatus) -> tuple[Any, ...]:
         pending = view.pending
         assert pending is not None
-        return view.step, view.point, pending.name, pending.sequence, pending.sizes
+        return view.step, view.phase, pending.name, pending.sequence, pending.sizes
 
     counts = Counter(place(view) for view in waiting)
     if len(counts) < 2:
@@ -131,7 +131,7 @@ def _odd_ones_out(waiting: Sequence[View]) -> list[dict[str, Any]]:
     if 2 * votes <= len(waiting):
         return []
     one = next(view for view in waiting if place(view) == usual)
-    others = f"most ranks wait in {one.pending} at {one.point} of step {one.step}"
+    others = f"most ranks wait in {one.pending} at {one.phase} of step {one.step}"
     return [_culprit(v, f"waits in {v.pending}, but {others}") for v in waiting if place(v) != usual]
 
 
@@ -147,7 +147,7 @@ def pending_collective(trace: dict[str, Any]) -> Collective | None:
 
 
 class Watchdog:
-    """Ends this rank's process when its main thread makes no progress. `start` and `at` belong to the main thread.
+    """Ends this rank's process when its main thread makes no progress. `start` and `heartbeat` are for that thread.
 
     Time in which the process itself did not run (SIGSTOP, a suspended machine) is not counted.
     """
@@ -177,11 +177,11 @@ class Watchdog:
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
 
-    def at(self, point: str, step: int) -> None:
+    def heartbeat(self, phase: str, step: int) -> None:
         """A sign of progress. Other threads' signs are ignored: theirs must not hide that the main thread is stuck."""
         if get_ident() == self._main:
-            self._last = (point, step, monotonic())
-            if point == Phase.AFTER_UPDATE:
+            self._last = (phase, step, monotonic())
+            if phase == Phase.AFTER_UPDATE:
                 self._stepped = True
 
     def start(self) -> None:
@@ -277,7 +277,7 @@ class Watchdog:
             print(f"rank {self._rank} hangs, and so does saying why: its process ends.", file=sys.stderr, flush=True)
         self._leave(1)
 
-    def _ask(self, mine: int, last: tuple[str, int, float], noticed: float) -> list[View]:
+    def _ask(self, mine: int, last: tuple[str, int, float], noticed: float) -> list[RankStatus]:
         """Wait, a bounded time, until all ranks that can be seen have dumped their stacks; return what they say."""
         # When the first to notice leaves, the others' collectives fail: it alone need report.
         is_first = self._files.asked_first()
@@ -290,16 +290,16 @@ class Watchdog:
             if self._stopping.wait(POLL_SECONDS):
                 return views
 
-    def _view(self) -> View:
-        point, step, at = self._last
-        idle = min(self._idle + self._interval, monotonic() - at)
-        return View(self._rank, point, step, round(idle, 3), self._answers, recorded=self._alone)
+    def _view(self) -> RankStatus:
+        phase, step, since = self._last
+        idle = min(self._idle + self._interval, monotonic() - since)
+        return RankStatus(self._rank, phase, step, round(idle, 3), self._answers, recorded=self._alone)
 
-    def _answer(self, requests: int) -> tuple[View, bool]:
+    def _answer(self, requests: int) -> tuple[RankStatus, bool]:
         """Dump stacks and Flight Recorder and publish what they say: returns that, and whether it could be written."""
         view = self._view()
         self._files.dump_stacks(
-            f"rank {self._rank} at {view.point} of step {view.step}, {view.idle} s without progress"
+            f"rank {self._rank} at {view.phase} of step {view.step}, {view.idle} s without progress"
         )
         text = flight_recorder_trace()
         if text is not None:
@@ -397,17 +397,17 @@ class _Files:
         except OSError:
             return True
 
-    def publish(self, view: View) -> bool:
+    def publish(self, view: RankStatus) -> bool:
         return self._write(self._own, json.dumps(asdict(view)).encode())
 
-    def views(self) -> list[View]:
+    def views(self) -> list[RankStatus]:
         """Of all ranks that can be seen: none of another machine, unless they share the run directory."""
         views = []
         for rank in range(self._world_size):
             with contextlib.suppress(OSError, ValueError, TypeError):
                 fields = json.loads((self._live / self._name(rank, "json")).read_bytes())
                 pending = fields.pop("pending")
-                views.append(View(**fields, pending=Collective(**pending) if pending else None))
+                views.append(RankStatus(**fields, pending=Collective(**pending) if pending else None))
         return views
 
     def dump_trace(self, trace: bytes) -> None:

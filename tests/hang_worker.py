@@ -1,4 +1,4 @@
-"""One rank of tests/test_watchdog.py: takes steps under a watchdog and, on one rank at one step, gets stuck."""
+"""One rank of tests/test_hang.py: takes steps under a watchdog and, on one rank at one step, gets stuck."""
 
 import contextlib
 import ctypes
@@ -92,21 +92,21 @@ def _steps(dog: Watchdog, run: Path, rank: int, fault: str) -> None:
     for step in range(STEPS):
         is_struck = rank == FAULTY_RANK and step == FAULTY_STEP
 
-        def at(point: str, step: int = step, is_struck: bool = is_struck) -> None:
-            dog.at(point, step)
-            if is_struck and point == where:
+        def hook(phase: str, step: int = step, is_struck: bool = is_struck) -> None:
+            dog.heartbeat(phase, step)
+            if is_struck and phase == where:
                 (run / "struck").write_text(repr(time.monotonic()))
                 strike()
 
-        at("before_forward")
+        hook("before_forward")
         output = model(torch.ones(1, 8))
-        at("before_backward")
+        hook("before_backward")
         output.sum().backward()
-        at("before_reduce")
+        hook("before_reduce")
         if not (is_struck and fault == "skip"):
             dist.all_reduce(torch.zeros(7, 3))
-        at("before_update")
-        at("after_update")
-    dog.at("done", STEPS)
+        hook("before_update")
+        hook("after_update")
+    dog.heartbeat("done", STEPS)
     with contextlib.suppress(RuntimeError):
         dist.barrier()

@@ -13,17 +13,19 @@ from typing import Any
 
 import pytest
 
-from tests import watchdog_worker
-from tests.watchdog_worker import FAULTY_RANK, FAULTY_STEP
+from tests import hang_worker
+from tests.hang_worker import FAULTY_RANK, FAULTY_STEP
 from trainer.log import events
-from trainer.sentinel.hang import Collective, View, Watchdog, diagnose, pending_collective
+from trainer.sentinel.hang import Collective, RankStatus, Watchdog, diagnose, pending_collective
 
 TIMEOUT = 1.0
 PROMISED_SECONDS = 2.5  # after the timeout, until the process has ended
 
 
-def view(rank: int, point: str = "before_reduce", step: int = 5, idle: float = 10.0, **rest: Any) -> View:
-    return View(**({"rank": rank, "point": point, "step": step, "idle": idle, "answers": 2, "recorded": True} | rest))
+def view(rank: int, phase: str = "before_reduce", step: int = 5, idle: float = 10.0, **rest: Any) -> RankStatus:
+    return RankStatus(
+        **({"rank": rank, "phase": phase, "step": step, "idle": idle, "answers": 2, "recorded": True} | rest)
+    )
 
 
 def collective(
@@ -32,7 +34,7 @@ def collective(
     return Collective(name, sequence, group, sizes)
 
 
-def named(views: list[View], limit: float = 10.0) -> list[int]:
+def named(views: list[RankStatus], limit: float = 10.0) -> list[int]:
     return [culprit["rank"] for culprit in diagnose(views, limit)]
 
 
@@ -140,7 +142,7 @@ def files(run: Path) -> list[str]:
 
 def test_no_progress_is_reported_with_stacks_and_ends_the_process(tmp_path: Path) -> None:
     with Kennel(tmp_path) as kennel:
-        kennel.dog.at("before_forward", 7)
+        kennel.dog.heartbeat("before_forward", 7)
         assert kennel.left.wait(5)
     (event,) = kennel.reports
     assert (event.step, event.point, event.stacks) == (7, "before_forward", "stacks/attempt-0003-rank-00000.txt")
@@ -155,11 +157,11 @@ def test_no_progress_is_reported_with_stacks_and_ends_the_process(tmp_path: Path
 
 def test_slow_is_not_hung(tmp_path: Path) -> None:
     with Kennel(tmp_path, startup_timeout=30.0) as kennel:
-        kennel.dog.at("startup", 0)
+        kennel.dog.heartbeat("startup", 0)
         time.sleep(0.8)  # kernels are compiled, say
-        kennel.dog.at("after_update", 1)
+        kennel.dog.heartbeat("after_update", 1)
         for _ in range(8):
-            kennel.dog.at("in_eval", 1)
+            kennel.dog.heartbeat("in_eval", 1)
             time.sleep(0.15)
         assert not kennel.exits
         assert not (tmp_path / "stacks").exists()
@@ -167,7 +169,7 @@ def test_slow_is_not_hung(tmp_path: Path) -> None:
 
 def test_the_step_timeout_begins_after_the_first_step(tmp_path: Path) -> None:
     with Kennel(tmp_path, startup_timeout=30.0) as kennel:
-        kennel.dog.at("after_update", 1)
+        kennel.dog.heartbeat("after_update", 1)
         assert kennel.left.wait(5)
 
 
@@ -176,7 +178,7 @@ def test_other_threads_do_not_hide_that_the_main_thread_is_stuck(tmp_path: Path)
 
         def save() -> None:
             while not kennel.left.wait(0.05):
-                kennel.dog.at("in_save_shard", 1)
+                kennel.dog.heartbeat("in_save_shard", 1)
 
         thread = threading.Thread(target=save)
         thread.start()
@@ -196,7 +198,7 @@ def test_progress_during_the_diagnosis_calls_it_off(tmp_path: Path, monkeypatch:
 
         monkeypatch.setattr(kennel.dog._files, "request", slow_request)
         assert asked.wait(5)
-        kennel.dog.at("before_forward", 1)
+        kennel.dog.heartbeat("before_forward", 1)
         time.sleep(0.3)
         assert not kennel.exits
         assert kennel.left.wait(5), "it watches on"
@@ -225,11 +227,11 @@ def test_a_vanished_run_directory_harms_nothing(tmp_path: Path, capfd: pytest.Ca
     run = tmp_path / "run"
     run.mkdir()
     with Kennel(run, step_timeout=0.8, startup_timeout=0.8) as kennel:
-        kennel.dog.at("before_forward", 1)
+        kennel.dog.heartbeat("before_forward", 1)
         time.sleep(0.15)
         shutil.rmtree(run)
         for step in range(6):
-            kennel.dog.at("before_forward", step)
+            kennel.dog.heartbeat("before_forward", step)
             time.sleep(0.15)
         assert not kennel.exits
         assert not run.exists(), "nothing brings it back"
@@ -258,7 +260,7 @@ def test_a_sign_of_progress_costs_less_than_two_microseconds(tmp_path: Path) -> 
         for _ in range(20):
             started = time.perf_counter()
             for step in range(1000):
-                kennel.dog.at("before_forward", step)
+                kennel.dog.heartbeat("before_forward", step)
             fastest = min(fastest, (time.perf_counter() - started) / 1000)
     assert fastest < 2e-6
 
@@ -269,7 +271,7 @@ def test_a_sign_of_progress_costs_less_than_two_microseconds(tmp_path: Path) -> 
 @pytest.fixture(scope="module")
 def context() -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "tests.watchdog_worker"])
+    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "tests.hang_worker"])
     return context
 
 
@@ -281,7 +283,7 @@ class Ranks:
     def start(self, ranks: int, fault: str) -> None:
         for rank in range(ranks):
             process = self._context.Process(
-                target=watchdog_worker.main, args=(self._run, rank, ranks, TIMEOUT, fault), daemon=True
+                target=hang_worker.main, args=(self._run, rank, ranks, TIMEOUT, fault), daemon=True
             )
             process.start()
             self.processes.append(process)
