@@ -22,6 +22,7 @@ from trainer.log.events import (
     WorkersLost,
     read,
 )
+from trainer.log.history import History
 
 STARTUP = {"imports": 1.5, "data": 0.5}
 NOBODY = "a-host-that-is-not-this-one"
@@ -159,3 +160,7 @@ class Run:
     @property
     def entries(self) -> list[Entry]:
         return read(self.path)
+
+    @property
+    def history(self) -> History:
+        return History.read(self.path)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.logs import STARTUP, Run, evaluated, hung, not_finite, saved, step
 from trainer.log.events import CheckpointFailed, StopRequested, Warned
-from trainer.log.goodput import PARTS, account, committed, committed_samples
+from trainer.log.goodput import PARTS, account
 from trainer.log.incidents import incidents_of
 
 
@@ -22,7 +22,7 @@ def run(tmp_path: Path) -> Run:
 
 def parts(run: Run, now: float | None = None) -> dict[str, float]:
     """The parts that took any time, rounded to the microsecond that Unix times can hold."""
-    return {name: round(seconds, 5) for name, seconds in account(run.entries, now)["parts"].items() if seconds > 1e-6}
+    return {name: round(seconds, 5) for name, seconds in account(run.history, now)["parts"].items() if seconds > 1e-6}
 
 
 # --- where the time went ----------------------------------------------------------------------------------------------
@@ -44,7 +44,7 @@ def test_a_calm_runs_time_is_told_apart_by_what_it_was_spent_on(run: Run):
         "shutdown": 0.75,
         "other": 2.0,
     }
-    goodput = account(run.entries)
+    goodput = account(run.history)
     assert goodput["startup"] == pytest.approx(STARTUP)
     assert goodput["wall_seconds"] == pytest.approx(28.25, abs=1e-6)
     assert goodput["ratio"] == pytest.approx(20 / 28.25)
@@ -77,7 +77,7 @@ def test_steps_lost_but_not_yet_computed_again_are_lost_all_the_same(run: Run):
     run.steps(41, 43)
     assert parts(run)["lost_steps"] == 7.0
     assert parts(run)["productive"] == 43.0
-    assert max(committed(run.entries)) == 43
+    assert max(run.history.committed) == 43
 
 
 def test_a_rejected_checkpoint_makes_work_of_two_attempts_lost(run: Run):
@@ -90,7 +90,7 @@ def test_a_rejected_checkpoint_makes_work_of_two_attempts_lost(run: Run):
     run.steps(21, 60)
     run.end("finished", 60)
     assert parts(run) == {"productive": 60.0, "lost_steps": 47 + 3 - 20 + 0.5, "startup": 6.0}
-    assert sum(incident.lost_steps or 0 for incident in incidents_of(run.entries)) == 47 + 3 - 20
+    assert sum(incident.lost_steps or 0 for incident in incidents_of(run.history)) == 47 + 3 - 20
 
 
 def test_time_in_the_queue_after_a_preemption_is_not_down(run: Run):
@@ -146,11 +146,11 @@ def test_starting_a_finished_run_again_costs_no_goodput(run: Run):
     run.start()
     run.steps(1, 10)
     run.end("finished", 10)
-    before = account(run.entries)
+    before = account(run.history)
     run.start(from_step=10, after=86_400.0)
     run.end("finished", 10)
-    assert account(run.entries) == before
-    assert incidents_of(run.entries) == []
+    assert account(run.history) == before
+    assert incidents_of(run.history) == []
 
 
 def test_a_run_that_goes_on_is_accounted_for_until_now(run: Run):
@@ -163,7 +163,7 @@ def test_a_run_that_goes_on_is_accounted_for_until_now(run: Run):
 def test_before_the_first_start_nothing_is_known(run: Run):
     run.start(record=False)
     run.write(Warned(message="the disk is slow"))
-    assert account(run.entries) == {
+    assert account(run.history) == {
         "wall_seconds": None,
         "productive_seconds": None,
         "ratio": None,
@@ -183,7 +183,7 @@ def test_a_clock_that_is_set_back_makes_no_part_negative(run: Run):
     run.start(from_step=10, after=-60.0)
     run.steps(11, 12)
     run.end("finished", 12)
-    goodput = account(run.entries)
+    goodput = account(run.history)
     assert min(goodput["parts"].values()) >= 0
     assert sum(goodput["parts"].values()) == pytest.approx(goodput["wall_seconds"], abs=1e-6)
 
@@ -252,13 +252,13 @@ def test_the_parts_of_any_history_are_never_negative_and_sum_to_its_wall_time(
         computed += reached - before
         if finishes:
             run.end("finished", reached, after=0.5)
-        goodput, happened = account(run.entries), incidents_of(run.entries, running=not finishes)
+        goodput, happened = account(run.history), incidents_of(run.history, running=not finishes)
         assert min(goodput["parts"].values()) >= 0
         assert abs(math.fsum(goodput["parts"].values()) - goodput["wall_seconds"]) < 1e-6
         if all(gap >= 0 for _, _, gap, _ in histories):  # else the clock went back at times
             newest = max(entry.time for entry in run.entries if entry.rank == 0)
             assert goodput["wall_seconds"] == pytest.approx(newest - begun, abs=1e-5)
-        assert sorted(committed(run.entries)) == list(range(1, reached + 1))
+        assert sorted(run.history.committed) == list(range(1, reached + 1))
         assert sum(incident.lost_steps or 0 for incident in happened) == computed - reached
         assert sum(incident.ends_attempt for incident in happened) == len({entry.attempt for entry in run.entries}) - 1
 
@@ -273,8 +273,8 @@ def test_incidents_and_accounting_agree_on_the_time_without_training(run: Run):
     run.start(from_step=12, after=40.0)
     run.steps(13, 20)
     run.end("finished", 20)
-    of = account(run.entries)["parts"]
-    without = sum(incident.seconds or 0 for incident in incidents_of(run.entries))
+    of = account(run.history)["parts"]
+    without = sum(incident.seconds or 0 for incident in incidents_of(run.history))
     assert without == pytest.approx(of["hung"] + of["down"] + of["preempted"] + of["startup"] * 2 / 3, abs=1e-5)
 
 
@@ -287,4 +287,4 @@ def test_the_committed_samples_are_those_that_the_last_computation_of_each_step_
     run.start(from_step=40)
     run.write(step(41, samples="other"))
     run.steps(42, 60)
-    assert committed_samples(run.path) == {n: f"digest-{n}" for n in range(1, 61)} | {41: "other"}
+    assert run.history.committed_samples == {n: f"digest-{n}" for n in range(1, 61)} | {41: "other"}

@@ -9,7 +9,7 @@ import pytest
 
 from tests.logs import Run, hung, lost, not_finite, started, step
 from trainer.log.events import LOST_A_PEER, CheckpointFailed, CheckpointRejected, StopRequested
-from trainer.log.incidents import Story, incidents_of
+from trainer.log.incidents import IncidentBuilder, incidents_of
 
 KILLED = [{"rank": 1, "pid": 101, "exitcode": -9, "signal": "SIGKILL"}]
 SURVIVOR = {"rank": 0, "pid": 100, "exitcode": 1, "signal": None}
@@ -35,7 +35,7 @@ def test_a_killed_worker_is_one_line_with_what_where_lost_steps_and_seconds(run:
         killed_and_resumed(run, record=False)
         run.write(lost(SURVIVOR, *KILLED))
         run.write(started(40, pid=1))
-    (incident,) = incidents_of(run.entries, running=True)
+    (incident,) = incidents_of(run.history, running=True)
     assert asdict(incident) | {"seconds": None} == {
         "attempt": 0,
         "kind": "worker_lost",
@@ -67,7 +67,7 @@ def test_a_killed_worker_is_one_line_with_what_where_lost_steps_and_seconds(run:
 )
 def test_the_launchers_word_says_how_workers_were_lost(run: Run, failures: list[dict[str, Any]], said: str):
     killed_and_resumed(run, lambda: run.write(lost(*failures, reason="a node is joining")))
-    (incident,) = incidents_of(run.entries, running=True)
+    (incident,) = incidents_of(run.history, running=True)
     assert incident.text.startswith(said)
 
 
@@ -78,13 +78,13 @@ def test_who_lost_a_peer_is_no_cause_though_it_left_first(run: Run):
     run.end("failed", 47, reason="RuntimeError: a bug", after=0.1)
     run.start(from_step=40)
     run.write(lost({"rank": 1, "pid": 101, "exitcode": 1, "signal": None}))
-    (incident,) = incidents_of(run.entries, running=True)
+    (incident,) = incidents_of(run.history, running=True)
     assert incident.rank == 0 and incident.text.startswith("rank 0 failed (RuntimeError: a bug) after step 47")
 
 
 def test_a_change_of_world_size_and_a_start_from_zero_are_said(run: Run):
     killed_and_resumed(run, from_step=0, world_size=1)
-    (incident,) = incidents_of(run.entries, running=True)
+    (incident,) = incidents_of(run.history, running=True)
     assert incident.text == (
         "ended without a word after step 47; started again from step 0 on 1 rank instead of 2, 47 steps to replay; "
         "2.9 s without training"
@@ -97,7 +97,7 @@ def test_an_exception_is_named_by_the_rank_that_raised_it_first(run: Run):
     run.steps(1, 3)
     run.end("failed", 3, after=0.1, reason="CheckpointError: saving failed 3 times.\n  Make room.", rank=1)
     run.end("failed", 3, after=0.1, reason="RuntimeError: Connection closed by peer")
-    (incident,) = incidents_of(run.entries)
+    (incident,) = incidents_of(run.history)
     assert (incident.rank, incident.detected_as, incident.lost_steps) == (1, "attempt_ended", None)
     assert (
         incident.text == "rank 1 failed (CheckpointError: saving failed 3 times.) after step 3; nothing has resumed it"
@@ -108,7 +108,7 @@ def test_who_lost_a_peer_is_not_taken_for_the_one_that_was_lost(run: Run):
     run.start()
     run.steps(1, 3)
     run.end("failed", 3, after=0.1, reason=LOST_A_PEER)
-    (incident,) = incidents_of(run.entries)
+    (incident,) = incidents_of(run.history)
     assert (incident.rank, incident.text) == (None, "a peer was lost after step 3; nothing has resumed it")
 
 
@@ -118,7 +118,7 @@ def test_of_two_that_left_with_a_status_the_one_that_lost_a_peer_is_not_the_caus
     run.end("failed", 3, after=0.1, reason=LOST_A_PEER)
     run.start(from_step=2)
     run.write(lost(SURVIVOR, {"rank": 1, "pid": 101, "exitcode": 9, "signal": None}))
-    (incident,) = incidents_of(run.entries, running=True)
+    (incident,) = incidents_of(run.history, running=True)
     assert incident.rank == 1 and incident.text.startswith("rank 1 left with exit status 9 after step 3; resumed")
 
 
@@ -127,7 +127,7 @@ def test_workers_killed_on_the_way_to_the_next_attempt_are_told_apart_from_those
     run.steps(1, 47)
     run.start(from_step=40)
     run.write(lost({"rank": 0, "pid": 999, "exitcode": -9, "signal": "SIGKILL"}))
-    first, second = incidents_of(run.entries, running=True)
+    first, second = incidents_of(run.history, running=True)
     assert (first.text.split(";")[0], first.lost_steps) == ("ended without a word after step 47", 7)
     assert (second.text, second.lost_steps) == ("rank 0 was killed (SIGKILL) before attempt 1 started", 0)
     assert second.seconds is None
@@ -140,7 +140,7 @@ def test_an_attempt_killed_while_it_was_starting_loses_no_steps_twice(run: Run):
     run.write(CheckpointRejected(step=40, reason="truncated"))
     run.start(from_step=20)
     run.steps(21, 22)
-    told = incidents_of(run.entries, running=True)
+    told = incidents_of(run.history, running=True)
     assert [(i.kind, i.attempt, i.lost_steps) for i in told] == [
         ("checkpoint_rejected", 1, 0),
         ("worker_lost", 0, 27),
@@ -156,7 +156,7 @@ def test_a_hang_names_the_rank_that_held_up_the_others(run: Run):
     run.write(hung(10.0, culprit), after=10.0)
     run.start(from_step=40, after=0.5)
     run.write(lost({"rank": 0, "pid": 100, "exitcode": 1, "signal": None}))
-    (incident,) = incidents_of(run.entries, running=True)
+    (incident,) = incidents_of(run.history, running=True)
     assert (incident.kind, incident.rank, incident.point) == ("hung", 1, "before_reduce")
     assert incident.text == (
         "rank 1 hung at before_reduce (no progress for 10.0 s; it does not answer) after step 47; "
@@ -171,7 +171,7 @@ def test_a_preempted_attempt_says_by_which_signal_and_loses_nothing(run: Run):
     run.end("preempted", 10)
     run.start(from_step=10, after=60.0)
     run.steps(11, 11)
-    (incident,) = incidents_of(run.entries, running=True)
+    (incident,) = incidents_of(run.history, running=True)
     assert (incident.kind, incident.lost_steps, incident.detected_as) == ("preempted", 0, "stop_requested")
     assert incident.text == (
         "preempted (SIGUSR1) after step 10; resumed from step 10, no steps to replay; 62.0 s without training"
@@ -184,12 +184,12 @@ def test_a_step_that_is_not_finite_is_an_incident_once_and_the_second_time_ends_
     for rank in (0, 1):
         run.write(not_finite(5), after=1.5 * (rank == 0), rank=rank)
     run.write(step(5), after=1.0)
-    (incident,) = incidents_of(run.entries, running=True)
+    (incident,) = incidents_of(run.history, running=True)
     assert (incident.kind, incident.step, incident.seconds) == ("not_finite", 5, pytest.approx(1.5))
     run.write(not_finite(6))
     run.write(not_finite(6, trial=1))
     run.end("failed", 5, reason="NumericsError: step 6")
-    told = incidents_of(run.entries)
+    told = incidents_of(run.history)
     assert [(i.kind, i.step, i.ends_attempt) for i in told] == [
         ("not_finite", 5, False),
         ("not_finite", 6, False),
@@ -205,7 +205,7 @@ def test_a_failed_save_and_a_damaged_checkpoint_do_not_end_an_attempt(run: Run):
     run.write(
         CheckpointFailed(step=2, reason="[Errno 28] No space left on device", in_a_row=2, on_rank=1, stall_seconds=0.1)
     )
-    told = incidents_of(run.entries, running=True)
+    told = incidents_of(run.history, running=True)
     assert [(i.kind, i.detected_as, i.rank, i.ends_attempt, i.lost_steps, i.seconds) for i in told] == [
         ("checkpoint_rejected", "checkpoint_rejected", None, False, 0, None),
         ("save_failed", "checkpoint_failed", 1, False, 0, 0.1),
@@ -213,13 +213,13 @@ def test_a_failed_save_and_a_damaged_checkpoint_do_not_end_an_attempt(run: Run):
     assert told[1].text == "the save of step 2 failed ([Errno 28] No space left on device), 2 in a row"
 
 
-def test_a_story_told_entry_by_entry_is_the_one_read_from_the_log(run: Run):
+def test_incidents_built_entry_by_entry_are_those_read_from_the_log(run: Run):
     killed_and_resumed(run, lambda: run.write(lost(*KILLED)))
     run.steps(41, 43)
     run.start(from_step=40)
     run.steps(41, 60)
     run.end("finished", 60)
-    story = Story(entry for entry in run.entries if entry.attempt == 0)
-    told = [incident for entry in run.entries if entry.attempt for incident in story.tell(entry)]
-    assert told == incidents_of(run.entries)
+    builder = IncidentBuilder(entry for entry in run.entries if entry.attempt == 0)
+    told = [incident for entry in run.entries if entry.attempt for incident in builder.add(entry)]
+    assert told == incidents_of(run.history)
     assert [incident.lost_steps for incident in told] == [7, 3]

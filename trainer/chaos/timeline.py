@@ -16,6 +16,7 @@ from trainer.errors import RunDirectoryError
 from trainer.faults import plan
 from trainer.log import events, summary
 from trainer.log.events import AttemptEnded, AttemptStarted, CheckpointSaved, Entry, EvalDone, FaultFired, StepDone
+from trainer.log.history import History
 from trainer.log.incidents import Incident, incidents_of
 
 __all__ = ["of", "svg"]
@@ -54,7 +55,7 @@ def of(run: Path) -> dict[str, Any]:
         "saves": [[e.time - origin, e.event.step] for e in main if isinstance(e.event, CheckpointSaved)],
         "evals": _evals(main, origin),
         "faults": [_fault(entry, origin) for entry in sorted(fired, key=lambda entry: entry.time)],
-        "incidents": [_incident(incident, origin) for incident in incidents_of(entries)],
+        "incidents": [_incident(incident, origin) for incident in incidents_of(History.from_entries(entries))],
     }
 
 

@@ -11,21 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from trainer.faults.kinds import KINDS, Kind
-from trainer.log import events, rundir, summary
+from trainer.log import rundir, summary
 from trainer.log.events import Entry, FaultFired
+from trainer.log.history import History
 from trainer.log.incidents import Incident, incidents_of
 
 
 def summarise(run: Path, checkpoints: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
     """summary.summarise, with `faults`: [{index, kind, rank, step, fired, time, attempt, detected_as}]."""
     seen = summary.summarise(run, checkpoints)
-    entries = events.read(run)
-    incidents = incidents_of((entry for entry in entries if not _is_truth(entry)), seen["status"] == "running")
-    return seen | {"faults": _faults(rundir.read(run)["config"].get("faults", ()), entries, incidents)}
-
-
-def _is_truth(entry: Entry) -> bool:
-    return isinstance(entry.event, FaultFired)
+    history = History.read(run)
+    incidents = incidents_of(history, seen["status"] == "running")
+    return seen | {"faults": _faults(rundir.read(run)["config"].get("faults", ()), history.fired, incidents)}
 
 
 def _faults(

@@ -193,7 +193,7 @@ def _differing(evidence: Evidence) -> str:
 
 
 def _every_sample_once(evidence: Evidence) -> Answer:
-    done = goodput.committed(evidence.entries)
+    done = evidence.history.committed
     samples, reference = {step: event.samples for step, event in done.items()}, evidence.reference.samples
     if not reference:
         return Answer(SAMPLES, "unknown", "the reference run has no steps to compare with")
@@ -318,7 +318,7 @@ def _breaks(kind: Kind) -> bool:
 
 
 def _time_problems(evidence: Evidence) -> list[str]:
-    account = goodput.account(evidence.entries)
+    account = goodput.account(evidence.history)
     wall, parts = account["wall_seconds"], account["parts"]
     if wall is None:
         return ["no attempt has started"]

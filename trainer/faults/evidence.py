@@ -16,7 +16,6 @@ from trainer.faults import plan
 from trainer.faults.attribution import may_tell
 from trainer.faults.kinds import SAVE
 from trainer.faults.plan import PlannedFault
-from trainer.log import events, goodput
 from trainer.log.events import (
     AttemptEnded,
     AttemptStarted,
@@ -30,6 +29,7 @@ from trainer.log.events import (
     StepDone,
     StopRequested,
 )
+from trainer.log.history import History
 from trainer.log.incidents import Incident, incidents_of
 
 OWN_EVENT: Mapping[str, type[Event]] = {
@@ -54,9 +54,9 @@ class Reference:
 
 
 def reference_of(run: Path, config: Config, seconds: float) -> Reference:
-    end = finished(events.read(run))
-    hashes = (end.weights_sha256, end.state_sha256) if end is not None else (None, None)
-    return Reference(*hashes, goodput.committed_samples(run), config.budget.steps, seconds, config.numerics.exact)
+    history = History.read(run)
+    hashes = (end[1].weights_sha256, end[1].state_sha256) if (end := history.finish) is not None else (None, None)
+    return Reference(*hashes, history.committed_samples, config.budget.steps, seconds, config.numerics.exact)
 
 
 def finished(entries: Iterable[Entry]) -> AttemptEnded | None:
@@ -78,13 +78,17 @@ class Evidence:
     """What whoever made the faults has to say: what could not be made, a job that had to be ended."""
 
     @cached_property
+    def history(self) -> History:
+        return History.read(self.run)
+
+    @property
     def entries(self) -> list[Entry]:
-        """The run's own log. What has fired is kept out: a diagnosis must not be read off the truth."""
-        return [entry for entry in events.read(self.run) if not isinstance(entry.event, FaultFired)]
+        """The run's own log, without the faults that fired: a diagnosis must not be read off the truth."""
+        return self.history.entries
 
     @cached_property
     def incidents(self) -> list[Incident]:
-        return incidents_of(self.entries)
+        return incidents_of(self.history)
 
     @cached_property
     def firings(self) -> "list[Firing]":

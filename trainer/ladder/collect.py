@@ -15,6 +15,7 @@ from trainer.ladder.plan.plan import Ladder, PlannedRun
 from trainer.ladder.stats.records import Point, Record
 from trainer.log import events, goodput, rundir
 from trainer.log.events import AttemptEnded, AttemptStarted, Entry, EvalDone, FaultFired, NotFinite, StepDone
+from trainer.log.history import History
 
 FASTEST_SHARE = 200
 """One step in so many counts as the fastest, at least one."""
@@ -144,11 +145,12 @@ def _told(entries: list[Entry], about: dict[str, Any], bare: Outcome, metric: st
     own = [entry for entry in entries if entry.rank == 0 and not isinstance(entry.event, FaultFired)]
     steps = [entry.event for entry in own if isinstance(entry.event, StepDone)]
     starts = [entry.event for entry in entries if isinstance(entry.event, AttemptStarted)]
-    kept = goodput.committed(entries)
+    history = History.from_entries(entries)
+    kept = history.committed
     took = sorted(step.seconds / (1 + step.redone) for step in kept.values())
     fastest = took[: max(1, len(took) // FASTEST_SHARE)]
     machines = {(start.host, start.device, start.world_size) for start in starts}
-    account = goodput.account(entries)
+    account = goodput.account(history)
     return {
         **_score(entries, bare, metric, unit),
         "seconds": math.fsum(took) if took else None,

@@ -10,10 +10,10 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, ClassVar, Self
+from typing import IO, Any, ClassVar, Self, TypeVar
 
 from trainer.errors import RunDirectoryError
 
@@ -288,6 +288,14 @@ class EventLog:
         if not self._subscribers:  # they show what is appended
             print(f"rank {self._rank}: {message}", file=sys.stderr, flush=True)
         self.append(Warned(message=message))
+
+
+E = TypeVar("E", bound=Event)
+
+
+def select(entries: Iterable[Entry], kind: type[E], rank: int | None = None) -> list[tuple[Entry, E]]:
+    """The entries with an event of this kind, each with its event; of one rank alone if `rank` is given."""
+    return [(e, e.event) for e in entries if isinstance(e.event, kind) and rank in (None, e.rank)]
 
 
 def events_directory(run: Path) -> Path:

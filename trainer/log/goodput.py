@@ -26,13 +26,10 @@ Goodput is `productive` over wall time.
 A value nobody measured is None, never 0.
 """
 
-import dataclasses
 import math
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-from trainer.log import events
 from trainer.log.events import (
     AttemptEnded,
     AttemptStarted,
@@ -41,11 +38,10 @@ from trainer.log.events import (
     Entry,
     EvalDone,
     Event,
-    Hung,
     NotFinite,
     StepDone,
 )
-from trainer.log.incidents import PROGRESS
+from trainer.log.history import PROGRESS, Attempt, History, process_start
 
 PARTS = (
     "productive", "redone", "lost_steps", "evaluation", "save_stall", "startup",
@@ -53,79 +49,58 @@ PARTS = (
 )  # fmt: skip
 
 
-def account(entries: Iterable[Entry], now: float | None = None) -> dict[str, Any]:
-    """{wall_seconds, productive_seconds, ratio, parts: {name: seconds}, startup: {cause: seconds}}.
+def account(history: History, now: float | None = None) -> dict[str, Any]:
+    """Return {wall_seconds, productive_seconds, ratio, parts: {name: seconds}, startup: {cause: seconds}}.
 
-    `now` is given for a run that is going on. All is None, and there are no parts, before the first attempt's start.
+    `now`, a Unix time, is given for a run that is going on. Before the first attempt is ready all values are None and
+    there are no parts.
     """
-    attempts = _attempts_of_rank_0(entries)
-    starts = [_start(attempt) for attempt in attempts]
-    if not any(starts):
+    attempts = _until_finished(history)
+    if not any(attempt.start for attempt in attempts):
         return {"wall_seconds": None, "productive_seconds": None, "ratio": None, "parts": {}, "startup": {}}
-    ledger = _Ledger(_process_start(*starts[0]) if starts[0] else attempts[0][0].time)
+    first, last = attempts[0], attempts[-1]
+    ledger = _Ledger(process_start(first.start) if first.start else first.main_entries[0].time)
     gap, hung = "down", 0.0
-    for number, (attempt, start) in enumerate(zip(attempts, starts, strict=True)):
-        if start is None:  # it died while it was starting
+    for number, attempt in enumerate(attempts):
+        if attempt.start is None:  # it died while it was starting
             continue
-        ledger.advance(_process_start(*start), gap, hung=hung)
-        ledger.start_up(*start)
-        resumed = (later[1].from_step for later in starts[number + 1 :] if later is not None)
-        _spend(ledger, attempt, start[1], min(resumed, default=None))
-        gap = "preempted" if _end(attempt) == "preempted" else "down"
-        hung = max((entry.event.seconds for entry in attempt if isinstance(entry.event, Hung)), default=0.0)
+        ledger.advance(process_start(attempt.start), gap, hung=hung)
+        ledger.start_up(*attempt.start)
+        resumed = (later.start[1].from_step for later in attempts[number + 1 :] if later.start is not None)
+        _spend(ledger, attempt, attempt.start[1].from_step, min(resumed, default=None))
+        gap = "preempted" if attempt.main_status == "preempted" else "down"
+        # Any rank may notice a hang. The duration counts, not the time of the report: hosts' clocks differ.
+        hung = max((event.seconds for _, event in attempt.hangs), default=0.0)
     if now is not None:
         ledger.advance(now, "other")
-    elif starts[-1] is not None and _in_order(attempts[-1]):
-        ledger.advance(attempts[-1][-1].time, "shutdown")
+    elif last.start is not None and last.ended_in_order:
+        ledger.advance(last.main_entries[-1].time, "shutdown")
     else:
-        ledger.advance(attempts[-1][-1].time, gap, hung=hung)
+        ledger.advance(last.main_entries[-1].time, gap, hung=hung)
     return ledger.totals()
 
 
-def _attempts_of_rank_0(entries: Iterable[Entry]) -> list[list[Entry]]:
-    """Rank 0's entries by attempt, in order, up to the first attempt that finished; with everyone's Hung."""
-    groups: dict[int, list[Entry]] = {}
-    for entry in entries:
-        if entry.rank == 0 or isinstance(entry.event, Hung):
-            groups.setdefault(entry.attempt, []).append(entry)
-    attempts: list[list[Entry]] = []
-    for group in groups.values():
-        own = [entry for entry in group if entry.rank == 0]
-        if own:
-            newest = max(entry.time for entry in own)
-            # Other ranks' reports of a hang count with their duration, not with the time of their clocks.
-            foreign = [dataclasses.replace(entry, time=newest) for entry in group if entry.rank != 0]
-            attempts.append(sorted(own, key=lambda entry: entry.time) + foreign)
-        if _end(own) == "finished":
+def _until_finished(history: History) -> list[Attempt]:
+    """The attempts that rank 0 wrote anything in, up to the first that finished."""
+    attempts = []
+    for attempt in history.attempts:
+        if attempt.main_entries:
+            attempts.append(attempt)
+        if attempt.main_status == "finished":
             break
     return attempts
 
 
-def _start(attempt: Sequence[Entry]) -> tuple[Entry, AttemptStarted] | None:
-    return next(((entry, entry.event) for entry in attempt if isinstance(entry.event, AttemptStarted)), None)
-
-
-def _end(attempt: Sequence[Entry]) -> str | None:
-    return next((e.event.status for e in reversed(attempt) if isinstance(e.event, AttemptEnded) and e.rank == 0), None)
-
-
-def _in_order(attempt: Sequence[Entry]) -> bool:
-    return _end(attempt) in ("finished", "preempted")
-
-
-def _process_start(entry: Entry, event: AttemptStarted) -> float:
-    return entry.time - math.fsum(event.startup_seconds.values())
-
-
-def _spend(ledger: "_Ledger", attempt: Sequence[Entry], start: AttemptStarted, resumed: int | None) -> None:
+def _spend(ledger: "_Ledger", attempt: Attempt, from_step: int, resumed: int | None) -> None:
     """Share out an attempt's time from its start to its end, or to its last progress if it did not end in order.
 
     `resumed` is the earliest step from which a later attempt went on: what this one did after it is lost.
     """
-    in_order, stalls = _in_order(attempt), _stalls(attempt)
-    last_work = max((n for n, entry in enumerate(attempt) if isinstance(entry.event, StepDone | EvalDone)), default=-1)
-    stall = stalls.get(start.from_step, 0.0)
-    for number, entry in enumerate(attempt):
+    entries, in_order = attempt.main_entries, attempt.ended_in_order
+    stalls = _stalls(entries)
+    last_work = max((n for n, entry in enumerate(entries) if isinstance(entry.event, StepDone | EvalDone)), default=-1)
+    stall = stalls.get(from_step, 0.0)
+    for number, entry in enumerate(entries):
         event = entry.event
         if not isinstance(event, PROGRESS) and not (in_order and isinstance(event, AttemptEnded)):
             continue
@@ -149,10 +124,10 @@ def _claims(event: Event, lost: bool) -> dict[str, float]:
             return {}
 
 
-def _stalls(attempt: Sequence[Entry]) -> dict[int, float]:
-    """How long the loop waited for the save of each step, where the log says."""
+def _stalls(entries: Sequence[Entry]) -> dict[int, float]:
+    """Seconds that the loop waited for the save of each step, where the log has them."""
     stalls: dict[int, float] = {}
-    for event in (entry.event for entry in attempt):
+    for event in (entry.event for entry in entries):
         if isinstance(event, CheckpointSaved | CheckpointFailed):
             stalls[event.step] = stalls.get(event.step, 0.0) + (event.stall_seconds or 0.0)
     return stalls
@@ -196,21 +171,3 @@ class _Ledger:
             "parts": parts,
             "startup": {cause: math.fsum(seconds) for cause, seconds in self._startup.items()},
         }
-
-
-def committed(entries: Iterable[Entry]) -> dict[int, StepDone]:
-    """The steps that the run's present state stands on: each computed last, and not lost since."""
-    steps: dict[int, StepDone] = {}
-    for entry in entries:
-        match entry.event:
-            case AttemptStarted() as event if entry.rank == 0:
-                while steps and (newest := next(reversed(steps))) > event.from_step:
-                    del steps[newest]
-            case StepDone() as event if entry.rank == 0:
-                steps[event.step] = event
-    return steps
-
-
-def committed_samples(run: Path) -> dict[int, str]:
-    """The ledger: for each step of the committed history, the digest of the samples that were computed for it."""
-    return {step: event.samples for step, event in committed(events.read(run)).items()}

@@ -23,13 +23,14 @@ import math
 import os
 import socket
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from trainer.errors import RunDirectoryError
 from trainer.log import events, goodput, rundir
-from trainer.log.events import AttemptEnded, AttemptStarted, Entry, EvalDone, FaultFired, StepDone, Warned
+from trainer.log.events import AttemptEnded, AttemptStarted, Entry, EvalDone, StepDone, Warned
+from trainer.log.history import Attempt, History
 from trainer.log.incidents import incidents_of
 
 
@@ -40,39 +41,39 @@ def summarise(run: Path, checkpoints: Sequence[dict[str, Any]] = ()) -> dict[str
     events, or its log is damaged. Losses are nats per token, times Unix seconds.
     """
     identity = rundir.read(run)
-    entries = [entry for entry in events.read(run) if not isinstance(entry.event, FaultFired)]
-    if not entries:
+    history = History.read(run)
+    entries, last = history.entries, history.attempts[-1] if history.attempts else None
+    if last is None:
         raise RunDirectoryError(
             f"{run} has no events.\n"
             "  A run writes its first when training begins. Start it with `python -m trainer train CONFIG "
             f"--run {run}`, or wait for it."
         )
-    attempts = [_attempt(number, group) for number, group in _by_attempt(entries).items()]
-    for earlier in attempts[:-1]:
-        earlier["ended"] = earlier["ended"] or "died"
-    status = _status(attempts, entries, 2 * identity["config"]["elastic"]["step_timeout_seconds"])
-    steps = [entry for entry in entries if isinstance(entry.event, StepDone) and entry.rank == 0]
-    ends = [entry.event for entry in entries if isinstance(entry.event, AttemptEnded)]
-    start = next((e.event for e in reversed(entries) if isinstance(e.event, AttemptStarted)), None)
+    last_ended = last.status or _liveness(last)
+    newest = max(entry.time for entry in entries)
+    silent_too_long = time.time() - newest >= 2 * identity["config"]["elastic"]["step_timeout_seconds"]
+    status = _status("finished" if history.finish else last_ended, silent_too_long)
     running = status == "running"
-    incidents = incidents_of(entries, running)
-    step = next((a["to_step"] for a in reversed(attempts) if a["to_step"] is not None), None)
+    attempts = [_attempt(attempt, attempt.status or "died") for attempt in history.attempts[:-1]]
+    attempts.append(_attempt(last, last_ended))
+    steps = [event for _, event in history.steps]
+    ends = [event for _, event in events.select(entries, AttemptEnded)]
+    start = next((event for _, event in reversed(events.select(entries, AttemptStarted))), None)
+    step = next((a.furthest_step for a in reversed(history.attempts) if a.furthest_step is not None), None)
     return {
         "status": status,
         "step": step,
         "steps": start.steps if start else None,
         "tokens": step * start.tokens_per_step if start and step is not None else None,
         "weights_sha256": _hash(ends, "weights_sha256") if status == "finished" else None,
-        "state_sha256": _hash(ends, "state_sha256")
-        if status == attempts[-1]["ended"] or status == "finished"
-        else None,
+        "state_sha256": _hash(ends, "state_sha256") if status in ("finished", last_ended) else None,
         "attempts": attempts,
         "checkpoints": list(checkpoints),
         "train": _series(steps, "loss"),
         "eval": _evals(entries),
         "faults": [],
-        "incidents": [dataclasses.asdict(incident) for incident in incidents],
-        "goodput": goodput.account(entries, now=time.time() if running else None),
+        "incidents": [dataclasses.asdict(incident) for incident in incidents_of(history, running)],
+        "goodput": goodput.account(history, now=time.time() if running else None),
         "tokens_per_second": _rate(steps),
         "learning_rate": _series(steps, "learning_rate"),
         "grad_norm": _series(steps, "grad_norm"),
@@ -82,68 +83,40 @@ def summarise(run: Path, checkpoints: Sequence[dict[str, Any]] = ()) -> dict[str
         "device": start.device if start else None,
         "strategy": start.strategy if start else None,
         "started": entries[0].time,
-        "ended": None if running else max(entry.time for entry in entries),
-        "warnings": _warnings(entries, ends) + _gaps(entries),
+        "ended": None if running else newest,
+        "warnings": _warnings(entries, ends) + _gaps(history),
     }
 
 
-def _by_attempt(entries: Iterable[Entry]) -> dict[int, list[Entry]]:
-    groups: dict[int, list[Entry]] = {}
-    for entry in entries:
-        groups.setdefault(entry.attempt, []).append(entry)
-    return groups
+def _status(ended: str | None, silent_too_long: bool) -> str:
+    """The run's status from how its last attempt ended: finished, preempted, failed or running."""
+    if ended is None or (ended == "unknown" and not silent_too_long):
+        return "running"
+    return "failed" if ended in ("died", "unknown") else ended
 
 
-def _attempt(number: int, entries: list[Entry]) -> dict[str, Any]:
-    start = next((entry.event for entry in entries if isinstance(entry.event, AttemptStarted)), None)
-    reached = [e.event.step for e in entries if isinstance(e.event, StepDone | AttemptEnded)]
-    ends = {e.rank: e.event for e in entries if isinstance(e.event, AttemptEnded)}
-    ended = _worst(ends)
+def _attempt(attempt: Attempt, ended: str | None) -> dict[str, Any]:
+    first = next((event for _, event in attempt.starts.values()), None)
+    reasons = (event.reason for _, event in attempt.ends.values() if event.status == ended and event.reason)
     return {
-        "attempt": number,
-        "world_size": start.world_size if start else None,
-        "from_step": start.from_step if start else None,
-        "to_step": max(reached, default=start.from_step if start else None),
+        "attempt": attempt.number,
+        "world_size": attempt.world_size,
+        "from_step": attempt.from_step,
+        "to_step": attempt.furthest_step,
         "ended": ended,
-        "seconds": entries[-1].time - entries[0].time,
-        "started": entries[0].time,
-        "reason": next((end.reason for end in ends.values() if end.status == ended and end.reason), None),
-        "startup_seconds": start.startup_seconds if start else None,
+        "seconds": attempt.entries[-1].time - attempt.entries[0].time,
+        "started": attempt.entries[0].time,
+        "reason": next(reasons, None),
+        "startup_seconds": first.startup_seconds if first else None,
     }
 
 
-def _worst(ends: dict[int, AttemptEnded]) -> str | None:
-    """What the attempt came to, from what each rank wrote; rank 0 alone can say that it finished."""
-    written = {end.status for end in ends.values()}
-    if 0 in ends and ends[0].status == "finished":
-        return "finished"
-    return next((status for status in ("failed", "preempted") if status in written), None)
-
-
-def _status(attempts: list[dict[str, Any]], entries: list[Entry], silence_seconds: float) -> str:
-    """The run's status; fills in how the last attempt ended where its ranks left no word."""
-    if any(attempt["ended"] == "finished" for attempt in attempts):
-        attempts[-1]["ended"] = attempts[-1]["ended"] or _fate(entries)
-        return "finished"
-    last = attempts[-1]
-    if last["ended"] is None:
-        last["ended"] = _fate(entries)
-        if last["ended"] is None:
-            return "running"
-    if last["ended"] == "unknown":
-        newest = max(entry.time for entry in entries)
-        return "running" if time.time() - newest < silence_seconds else "failed"
-    return "failed" if last["ended"] == "died" else last["ended"]
-
-
-def _fate(entries: list[Entry]) -> str | None:
-    """None if a process of the last attempt lives on this host, "died" if all are gone, "unknown" if none is here."""
-    last = [entry for entry in entries if entry.attempt == entries[-1].attempt]
-    ranks = [(entry.event, entry.time) for entry in last if isinstance(entry.event, AttemptStarted)]
-    here = [(start.pid, since) for start, since in ranks if start.host == socket.gethostname()]
+def _liveness(attempt: Attempt) -> str | None:
+    """None if a process of the attempt lives on this host, "died" if all are gone, "unknown" if none is here."""
+    here = [(start.pid, e.time) for e, start in attempt.starts.values() if start.host == socket.gethostname()]
     if any(_alive(pid, since) for pid, since in here):
         return None
-    return "died" if here or not ranks else "unknown"
+    return "died" if here or not attempt.starts else "unknown"
 
 
 def _alive(pid: int, since: float) -> bool:
@@ -168,33 +141,30 @@ def _hash(ends: list[AttemptEnded], name: str) -> str | None:
     return next((value for end in reversed(ends) if (value := getattr(end, name)) is not None), None)
 
 
-def _series(steps: list[Entry], name: str) -> list[list[float]]:
+def _series(steps: Sequence[StepDone], name: str) -> list[list[float]]:
     """[[step, value]], the last attempt's value of each step."""
-    values: dict[int, Any] = {e.event.step: getattr(e.event, name) for e in steps if isinstance(e.event, StepDone)}
+    values: dict[int, Any] = {step.step: getattr(step, name) for step in steps}
     return [[step, values[step]] for step in sorted(values)]
 
 
 def _evals(entries: list[Entry]) -> dict[str, list[list[float]]]:
     sets: dict[str, dict[int, list[float]]] = {}
-    for event in (entry.event for entry in entries):
-        if isinstance(event, EvalDone):
-            sets.setdefault(event.set, {})[event.step] = [event.step, event.loss, event.bits_per_byte]
+    for _, event in events.select(entries, EvalDone):
+        sets.setdefault(event.set, {})[event.step] = [event.step, event.loss, event.bits_per_byte]
     return {name: [rows[step] for step in sorted(rows)] for name, rows in sets.items()}
 
 
-def _rate(steps: list[Entry]) -> float | None:
-    """Tokens over the seconds inside steps, all attempts; what lies between steps is not counted."""
-    done = [entry.event for entry in steps if isinstance(entry.event, StepDone)]
-    seconds = sum(event.seconds for event in done)
-    return sum(event.tokens for event in done) / seconds if seconds > 0 else None
+def _rate(steps: Sequence[StepDone]) -> float | None:
+    """Tokens over the seconds inside steps, all attempts; the time between steps is not counted."""
+    seconds = sum(event.seconds for event in steps)
+    return sum(event.tokens for event in steps) / seconds if seconds > 0 else None
 
 
-def _exactness(steps: list[Entry]) -> dict[str, Any]:
-    """redone and flushed over the run's steps, each counted once; how replays compared with what they replayed."""
+def _exactness(steps: Sequence[StepDone]) -> dict[str, Any]:
+    """`redone` and `flushed` over the run's steps, each counted once; how replays compare with what they replayed."""
     last: dict[int, StepDone] = {}
     replayed, different = 0, set[int]()
-    for event in (entry.event for entry in steps):
-        assert isinstance(event, StepDone)
+    for event in steps:
         before = last.get(event.step)
         if before is not None:
             replayed += 1
@@ -217,26 +187,25 @@ def _result(event: StepDone) -> tuple[float, float, str]:
 
 def _warnings(entries: list[Entry], ends: list[AttemptEnded]) -> list[dict[str, Any]]:
     """[{attempt, rank, message}]; attempt and rank are null for what only the whole log shows to be wrong."""
-    said = [
-        {"attempt": entry.attempt, "rank": entry.rank, "message": entry.event.message}
-        for entry in entries
-        if isinstance(entry.event, Warned)
+    warnings: list[dict[str, Any]] = [
+        {"attempt": entry.attempt, "rank": entry.rank, "message": event.message}
+        for entry, event in events.select(entries, Warned)
     ]
-    for what in ("weights_sha256", "state_sha256"):
+    for name in ("weights_sha256", "state_sha256"):
         by_step: dict[int, set[str]] = {}
         for end in ends:
-            if (value := getattr(end, what)) is not None:
+            if (value := getattr(end, name)) is not None:
                 by_step.setdefault(end.step, set()).add(value)
         for step, values in by_step.items():
             if len(values) > 1:
-                message = f"{what} at step {step} has {len(values)} values in the log; one of them is corrupt"
-                said.append({"attempt": None, "rank": None, "message": message})
-    return said
+                message = f"{name} at step {step} has {len(values)} values in the log; one of them is corrupt"
+                warnings.append({"attempt": None, "rank": None, "message": message})
+    return warnings
 
 
-def _gaps(entries: list[Entry]) -> list[dict[str, Any]]:
-    """Steps that the run stands on and that no attempt has computed: a log is missing, or a checkpoint is not ours."""
-    steps = goodput.committed(entries)
+def _gaps(history: History) -> list[dict[str, Any]]:
+    """Warn of committed steps that are not in the log: a file of it is missing, or a checkpoint is of another run."""
+    steps = history.committed
     missing = sorted(set(range(1, max(steps, default=0) + 1)) - set(steps))
     if not missing:
         return []

@@ -24,7 +24,7 @@ from trainer.log.events import (
     StopRequested,
     Warned,
 )
-from trainer.log.incidents import Incident, Story, describe, first_line
+from trainer.log.incidents import Incident, IncidentBuilder, describe, first_line
 from trainer.show.units import clock, megabytes, tokens_per_second
 
 TERMINAL_SECONDS = 0.2  # a redraw costs about 1 ms of the training thread
@@ -71,7 +71,7 @@ class Console:
         self._file = file or sys.stdout
         self._steps = config.budget.steps
         self._max_failures = config.checkpoint.max_failures
-        self._story = Story(earlier)
+        self._incidents = IncidentBuilder(earlier)
         terminal = self._file.isatty() if is_terminal is None else is_terminal
         self._live = _LiveLine(self._file, self._steps) if terminal else None
         self._interval = TERMINAL_SECONDS if terminal else PLAIN_SECONDS
@@ -84,7 +84,7 @@ class Console:
 
     def __call__(self, entry: Entry) -> None:
         event = entry.event
-        for incident in self._story.tell(entry):
+        for incident in self._incidents.add(entry):
             if incident.ends_attempt:
                 self._print(_restart(entry.attempt, incident), "bold yellow")
         if isinstance(event, StepDone):

@@ -33,8 +33,8 @@ from trainer.log.events import (
     Event,
     StepDone,
 )
-from trainer.log.goodput import committed
-from trainer.log.incidents import Incident, Story
+from trainer.log.history import History
+from trainer.log.incidents import Incident, IncidentBuilder
 
 WandbMode = Literal["online", "offline", "disabled"]
 WANDB_HOST = "https://api.wandb.ai"
@@ -263,7 +263,7 @@ class _Marks:
     """Turns entries into messages for the helper. Its counts are the run's, not the attempt's."""
 
     def __init__(self, earlier: Sequence[Entry]) -> None:
-        self._story = Story(earlier)
+        self._incidents = IncidentBuilder(earlier)
         self._earlier = earlier
         self._redone = 0
         self._checkpoint_failures = sum(
@@ -271,7 +271,7 @@ class _Marks:
         )
 
     def messages(self, entry: Entry) -> Iterator[dict[str, Any]]:
-        for incident in self._story.tell(entry):
+        for incident in self._incidents.add(entry):
             yield from self._incident(incident)
         event = entry.event
         if isinstance(event, StepDone):
@@ -283,7 +283,9 @@ class _Marks:
     def _rare(self, attempt: int, event: Event) -> Iterator[dict[str, Any]]:
         match event:
             case AttemptStarted(from_step=step):
-                self._redone = sum(done.redone for n, done in committed(self._earlier).items() if n <= step)
+                self._redone = sum(
+                    done.redone for n, done in History.from_entries(self._earlier).committed.items() if n <= step
+                )
                 self._earlier = ()
                 yield {"log": {"step": step, "run/attempt": attempt, "run/world_size": event.world_size}}
                 if not attempt:  # the curves begin at 0, not at the first incident
@@ -311,7 +313,7 @@ class _Marks:
         yield _alert(f"{incident.kind.replace('_', ' ')} in attempt {incident.attempt}", incident.text, level)
 
     def _counts(self) -> dict[str, float]:
-        told = self._story.incidents
+        told = self._incidents.incidents
         ends = [incident for incident in told if incident.ends_attempt]
         return {
             "run/incidents": len(told),

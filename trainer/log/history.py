@@ -1,0 +1,200 @@
+"""The attempts of a run, derived once from its event log.
+
+Goodput, incidents, `inspect`, timelines, the fault checker and ladder results read attempts from here. Two ways in:
+`History` reads a whole log; `Attempt.observe` takes one entry at a time, for those who follow a run while it trains.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Self
+
+from trainer.log import events
+from trainer.log.events import (
+    AttemptEnded,
+    AttemptStarted,
+    CheckpointFailed,
+    CheckpointSaved,
+    Entry,
+    EvalDone,
+    FaultFired,
+    Hung,
+    NotFinite,
+    StepDone,
+    StopRequested,
+)
+
+PROGRESS = (StepDone, EvalDone, CheckpointSaved, CheckpointFailed, NotFinite)
+"""Events that show that an attempt is at work."""
+
+
+@dataclass
+class Attempt:
+    """One attempt of a run: from the start of its processes to their end.
+
+    `start`, `last_progress` and `last_step` are rank 0's, whose log alone has the steps. A value that is not in the log
+    (yet) is None.
+    """
+
+    number: int
+    entries: list[Entry] = field(default_factory=list)
+    """Of all ranks, by time. Filled by `History`; `observe` keeps none, since a long run would fill the memory."""
+    starts: dict[int, tuple[Entry, AttemptStarted]] = field(default_factory=dict)
+    """By rank; the first rank to be ready comes first."""
+    ends: dict[int, tuple[Entry, AttemptEnded]] = field(default_factory=dict)
+    """By rank; only ranks that could still write how they ended."""
+    failures: dict[int, str] = field(default_factory=dict)
+    """Reason by rank, of the ranks that wrote that they failed; the first to fail comes first."""
+    hangs: list[tuple[Entry, Hung]] = field(default_factory=list)
+    signal: str | None = None
+    """Name of the signal that asked a rank to stop."""
+    fatal_not_finite: NotFinite | None = None
+    """The second computation of a step that was not finite, which ends the attempt."""
+    last_progress: Entry | None = None
+    """The newest of rank 0's start, PROGRESS, and its end if it finished or was preempted."""
+    last_step: int | None = None
+    """Steps completed: by the newest step, or by the checkpoint that the attempt started from."""
+    furthest_step: int | None = None
+    """The greatest number of completed steps that any rank wrote, counting the start."""
+
+    def observe(self, entry: Entry) -> None:
+        """Take in the next entry of this attempt, in order of time."""
+        event, is_main = entry.event, entry.rank == 0
+        match event:
+            case AttemptStarted(from_step=step):
+                self.starts.setdefault(entry.rank, (entry, event))
+                if is_main:
+                    self.last_progress, self.last_step = entry, step
+                self._reach(step)
+            case StepDone(step=step):
+                self.last_step = step if is_main else self.last_step
+                self._reach(step)
+            case AttemptEnded(step=step):
+                self.ends[entry.rank] = (entry, event)
+                if event.status == "failed":
+                    self.failures.setdefault(entry.rank, event.reason)
+                self._reach(step)
+            case Hung():
+                self.hangs.append((entry, event))
+            case NotFinite(trial=trial) if trial > 0:
+                self.fatal_not_finite = event
+            case StopRequested():
+                self.signal = event.signal
+        # What a rank writes on its way out after a failure is no progress.
+        if is_main and (isinstance(event, PROGRESS) or self.ended_in_order):
+            self.last_progress = entry
+
+    def _reach(self, step: int) -> None:
+        self.furthest_step = step if self.furthest_step is None else max(self.furthest_step, step)
+
+    @property
+    def main_entries(self) -> list[Entry]:
+        """What rank 0 wrote, by time."""
+        return [entry for entry in self.entries if entry.rank == 0]
+
+    @property
+    def start(self) -> tuple[Entry, AttemptStarted] | None:
+        """Rank 0's start."""
+        return self.starts.get(0)
+
+    @property
+    def world_size(self) -> int | None:
+        return next((event.world_size for _, event in self.starts.values()), None)
+
+    @property
+    def from_step(self) -> int | None:
+        return next((event.from_step for _, event in self.starts.values()), None)
+
+    @property
+    def pids(self) -> set[int]:
+        """Process ids of the ranks that became ready."""
+        return {event.pid for _, event in self.starts.values()}
+
+    @property
+    def status(self) -> str | None:
+        """finished, failed, preempted, or None if no rank wrote its end.
+
+        Rank 0 alone can say "finished": the weights are final then. Else one rank that failed makes the attempt failed.
+        """
+        written = {event.status for _, event in self.ends.values()}
+        if self.main_status == "finished":
+            return "finished"
+        return next((status for status in ("failed", "preempted") if status in written), None)
+
+    @property
+    def main_status(self) -> str | None:
+        """How rank 0 ended, in its own words."""
+        return self.ends[0][1].status if 0 in self.ends else None
+
+    @property
+    def ended_in_order(self) -> bool:
+        """True if rank 0 finished, or saved and left on a signal."""
+        return self.main_status in ("finished", "preempted")
+
+
+def process_start(start: tuple[Entry, AttemptStarted]) -> float:
+    """Unix time at which the process of a rank that is now ready was started."""
+    entry, event = start
+    return entry.time - math.fsum(event.startup_seconds.values())
+
+
+@dataclass(frozen=True)
+class History:
+    """All attempts of a run, in order."""
+
+    attempts: list[Attempt]
+    fired: list[Entry]
+    """Faults made on purpose. They are kept apart: a diagnosis must not be read off the truth."""
+
+    @classmethod
+    def read(cls, run: Path) -> Self:
+        """Read the log of run directory `run`. Raises RunDirectoryError if the log is damaged."""
+        return cls.from_entries(events.read(run))
+
+    @classmethod
+    def from_entries(cls, entries: Iterable[Entry]) -> Self:
+        """Group the entries of one run, in any order."""
+        attempts: dict[int, Attempt] = {}
+        fired: list[Entry] = []
+        for entry in sorted(entries, key=lambda entry: (entry.attempt, entry.time, entry.rank)):
+            if isinstance(entry.event, FaultFired):
+                fired.append(entry)
+                continue
+            attempt = attempts.setdefault(entry.attempt, Attempt(entry.attempt))
+            attempt.entries.append(entry)
+            attempt.observe(entry)
+        return cls(list(attempts.values()), fired)
+
+    @cached_property
+    def entries(self) -> list[Entry]:
+        """What the ranks wrote, by attempt and time, without `fired`."""
+        return [entry for attempt in self.attempts for entry in attempt.entries]
+
+    @cached_property
+    def steps(self) -> list[tuple[Entry, StepDone]]:
+        """Every computation of a step, replays included."""
+        return events.select(self.entries, StepDone, rank=0)
+
+    @cached_property
+    def committed(self) -> dict[int, StepDone]:
+        """The steps that the run's present state stands on: each as computed last, and not lost since."""
+        steps: dict[int, StepDone] = {}
+        for attempt in self.attempts:
+            if attempt.start is not None:
+                # What lies after the checkpoint that the attempt resumed from is lost.
+                while steps and (newest := next(reversed(steps))) > attempt.start[1].from_step:
+                    del steps[newest]
+            steps |= {event.step: event for _, event in events.select(attempt.entries, StepDone, rank=0)}
+        return steps
+
+    @property
+    def committed_samples(self) -> dict[int, str]:
+        """For each committed step, the digest of the samples that were computed for it."""
+        return {step: event.samples for step, event in self.committed.items()}
+
+    @property
+    def finish(self) -> tuple[Entry, AttemptEnded] | None:
+        """Rank 0's end in the first attempt that finished: starting a finished run again changes nothing."""
+        return next((attempt.ends[0] for attempt in self.attempts if attempt.main_status == "finished"), None)
