@@ -19,7 +19,7 @@ from trainer import cli, tomlfile
 from trainer import config as configs
 from trainer.chaos import plan as campaigns
 from trainer.chaos import results, run, schedule
-from trainer.chaos.plan import Campaign, Cell
+from trainer.chaos.plan import Campaign, Case
 from trainer.chaos.results import Answer, Report, Result
 from trainer.config import Config
 from trainer.errors import ConfigError, RunDirectoryError, TopropeError
@@ -196,7 +196,7 @@ def test_all_plans_of_a_campaign_are_checked_before_anything_starts(tmp_path):
     for hint in (
         "one: faults[0].kind = 'sigkil'", "at_step = 99 is beyond", "two: 3 ranks",
         "three: faults[0] (partition) needs two nodes",
-        "four: it has other weights than the calm run (optim.learning_rate", "Did you mean 'no_space'?",
+        "four: it has other weights than the reference run (optim.learning_rate", "Did you mean 'no_space'?",
         "storm.mix = 'llama4'",
     ):  # fmt: skip
         assert hint in said, (hint, said)
@@ -233,7 +233,7 @@ def test_a_plan_that_cannot_be_carried_out_is_refused_and_not_bent(tmp_path, fau
 )
 def test_a_plan_at_the_edge_of_what_can_be_is_taken(tmp_path, faults):
     run = f'[[runs]]\nname = "one"\nfaults = [{faults}]\n'
-    assert campaigns.load(write(tmp_path, "nodes = 2\n" + SETTINGS + run)).cells
+    assert campaigns.load(write(tmp_path, "nodes = 2\n" + SETTINGS + run)).cases
 
 
 @pytest.mark.parametrize(
@@ -367,10 +367,10 @@ def test_a_campaign_that_makes_no_sense_is_refused(tmp_path, text, hint):
     assert hint in problems(write(tmp_path, text))
 
 
-def test_a_config_that_has_faults_of_its_own_leaves_no_calm_run_to_compare_with(tmp_path):
+def test_a_config_that_has_faults_of_its_own_leaves_no_reference_run_to_compare_with(tmp_path):
     own = tmp_path / "faulty.toml"
     own.write_text(f'extends = {json.dumps(str(SMOKE))}\n[[faults]]\nkind = "exit"\nat_step = 3\n')
-    assert "no calm run" in problems(write(tmp_path, KILL, own))
+    assert "no reference run" in problems(write(tmp_path, KILL, own))
 
 
 def test_a_missing_campaign_and_an_unknown_run_are_answered_with_the_nearest(tmp_path):
@@ -382,17 +382,17 @@ def test_a_missing_campaign_and_an_unknown_run_are_answered_with_the_nearest(tmp
 def test_runs_are_repeated_and_chosen_by_name_and_planned_for_each_strategy(tmp_path):
     path = write(tmp_path, 'strategies = ["replicate", "fsdp"]\n' + SETTINGS + KILL + '[catalogue]\nkinds = ["exit"]')
     whole = campaigns.load(path, repeat=2)
-    assert sorted({(cell.name, cell.strategy, cell.repeat) for cell in whole.cells}) == sorted(
+    assert sorted({(case.name, case.strategy, case.repeat) for case in whole.cases}) == sorted(
         (name, strategy, number) for name in ("kill", "exit") for strategy in ("replicate", "fsdp") for number in (0, 1)
     )
-    assert {cell.name for cell in campaigns.load(path, only=["exit"]).cells} == {"exit"}
-    assert len({cell.slug for cell in whole.cells}) == 8
-    assert all(cell.config.parallel.strategy == cell.strategy for cell in whole.cells)
+    assert {case.name for case in campaigns.load(path, only=["exit"]).cases} == {"exit"}
+    assert len({case.slug for case in whole.cases}) == 8
+    assert all(case.config.parallel.strategy == case.strategy for case in whole.cases)
 
 
 def test_runs_that_are_met_from_outside_last_longer_and_have_the_same_weights(tmp_path):
     text = SETTINGS + '[set_outside]\neval.every_steps = 1\n[catalogue]\nkinds = ["agent_killed", "exit", "partition"]'
-    killed, left, parted = campaigns.load(write(tmp_path, text)).cells
+    killed, left, parted = campaigns.load(write(tmp_path, text)).cases
     assert (killed.config.eval.every_steps, left.config.eval.every_steps) == (1, 12)
     assert configs.fingerprint(killed.config) == configs.fingerprint(left.config)
     assert (left.nodes, parted.nodes, parted.ranks) == (1, 2, 2)
@@ -407,9 +407,9 @@ def test_without_exact_sums_it_is_said_that_equality_cannot_be_expected(tmp_path
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "chaos").glob("*.toml")), ids=lambda path: path.stem)
 def test_the_campaigns_that_come_with_it_can_be_planned(path):
     planned = campaigns.load(path)
-    assert planned.question and planned.cells
-    kinds = {fault.kind.name for cell in planned.cells for fault in cell.planned}
-    faults = sum(len(cell.planned) for cell in planned.cells)
+    assert planned.question and planned.cases
+    kinds = {fault.kind.name for case in planned.cases for fault in case.planned}
+    faults = sum(len(case.planned) for case in planned.cases)
     assert {"smoke": 8 <= len(kinds) <= 12, "catalogue": kinds == KINDS.keys(), "storm-llama3": faults >= 100}.get(
         path.stem, True
     )
@@ -424,8 +424,8 @@ def result(outcome: results.Outcome = "pass", **changes: Any) -> Result:
 
 
 def report(*found: Result, interrupted: bool = False) -> Report:
-    calm = {"weights_sha256": "w", "state_sha256": "s", "steps": 24, "seconds": 4.0, "exact": True}
-    return Report("c", "q", "smoke.toml", "m", 1.0, 2.0, calm, list(found), interrupted)
+    reference = {"weights_sha256": "w", "state_sha256": "s", "steps": 24, "seconds": 4.0, "exact": True}
+    return Report("c", "q", "smoke.toml", "m", 1.0, 2.0, reference, list(found), interrupted)
 
 
 def test_a_report_is_the_same_after_a_trip_through_its_file(tmp_path):
@@ -438,6 +438,21 @@ def test_a_report_is_the_same_after_a_trip_through_its_file(tmp_path):
         results.read(tmp_path / "report.json")
 
 
+def test_results_of_an_older_version_are_read_under_their_present_names_and_not_made_anew(
+    planned, fake_cases, tmp_path
+):
+    fake_cases(lambda case: case.make_result("pass", "", run=str(tmp_path / "cases" / case.slug / "run")))
+    out = tmp_path / "out"
+    whole = run.run(planned, out)
+    for new, old in (("reference", "calm"), ("cases", "cells")):
+        (out / old).mkdir()
+        text = (out / "report.json").read_text().replace(f'"{new}":', f'"{old}":').replace(f"/{new}/", f"/{old}/")
+        (out / "report.json").write_text(text)
+    ran = fake_cases(lambda case: case.make_result("fail", ""))
+    assert run.run(planned, out).results == whole.results and ran == []
+    assert (out / "reference").is_dir() and (out / "cases").is_dir() and not (out / "cells").exists()
+
+
 @pytest.mark.parametrize(
     ("outcomes", "passed"),
     [
@@ -448,7 +463,7 @@ def test_a_report_is_the_same_after_a_trip_through_its_file(tmp_path):
     ],
     ids=str,
 )
-def test_only_a_campaign_whose_cells_all_pass_or_are_skipped_passes(outcomes, passed):
+def test_only_a_campaign_whose_cases_all_pass_or_are_skipped_passes(outcomes, passed):
     assert report(*(result(outcome) for outcome in outcomes)).passed is passed
     assert not report(result(), interrupted=True).passed
 
@@ -470,8 +485,8 @@ def planned(tmp_path: Path) -> Campaign:
     return campaigns.load(write(tmp_path, text))
 
 
-def cell_of(planned: Campaign, name: str) -> Cell:
-    return next(cell for cell in planned.cells if cell.name == name)
+def case_of(planned: Campaign, name: str) -> Case:
+    return next(case for case in planned.cases if case.name == name)
 
 
 def fake_launches(monkeypatch: pytest.MonkeyPatch, statuses: Sequence[int | None]) -> list[list[str]]:
@@ -501,52 +516,52 @@ def test_the_same_command_is_given_again_only_where_a_fault_explains_the_status(
     planned, monkeypatch, tmp_path, name, statuses, starts
 ):
     given = fake_launches(monkeypatch, statuses)
-    launches, _, _ = run._launches(planned, cell_of(planned, name), tmp_path, 0.0)
+    launches, _, _ = run._launches(planned, case_of(planned, name), tmp_path, 0.0)
     assert [launch["status"] for launch in launches] == statuses[:starts]
     assert len({tuple(overrides) for overrides in given}) == 1, "the identical command"
 
 
 def test_what_this_machine_cannot_make_is_skipped_with_the_reason(planned, monkeypatch, tmp_path):
     monkeypatch.setattr(namespaces, "probe", lambda: "network namespaces need root")
-    calm = Reference("w", "s", {}, 24, 1.0, True)
-    skipped = run.run_cell(planned, cell_of(planned, "slow_link"), calm, tmp_path)
+    reference = Reference("w", "s", {}, 24, 1.0, True)
+    skipped = run.run_case(planned, case_of(planned, "slow_link"), reference, tmp_path)
     assert skipped.outcome == "skipped" and "need" in skipped.why and skipped.run == ""
 
 
-Act = Callable[[Cell], Result]
+Act = Callable[[Case], Result]
 
 
 @pytest.fixture
-def fake_cells(monkeypatch: pytest.MonkeyPatch) -> Callable[[Act], list[str]]:
-    """Cells whose results a test makes up; returns the names of those that were run."""
+def fake_cases(monkeypatch: pytest.MonkeyPatch) -> Callable[[Act], list[str]]:
+    """Cases whose results a test makes up; returns the names of those that were run."""
 
     def use(act: Act) -> list[str]:
         ran: list[str] = []
 
-        def run_cell(_campaign: Campaign, cell: Cell, _calm: Reference, _out: Path) -> Result:
-            ran.append(cell.name)
-            return act(cell)
+        def run_case(_campaign: Campaign, case: Case, _reference: Reference, _out: Path) -> Result:
+            ran.append(case.name)
+            return act(case)
 
-        def calm(_campaign: Campaign, _out: Path, _report: Report) -> Reference:
+        def reference(_campaign: Campaign, _out: Path, _report: Report) -> Reference:
             return Reference("w", "s", {}, 24, 1.0, True)
 
-        monkeypatch.setattr(run, "run_cell", run_cell)
-        monkeypatch.setattr(run, "_calm", calm)
+        monkeypatch.setattr(run, "run_case", run_case)
+        monkeypatch.setattr(run, "_reference", reference)
         return ran
 
     return use
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_an_interrupted_campaign_keeps_what_it_has_and_goes_on_with_the_rest(planned, fake_cells, tmp_path, number):
+def test_an_interrupted_campaign_keeps_what_it_has_and_goes_on_with_the_rest(planned, fake_cases, tmp_path, number):
     out, before = tmp_path / "out", signal.signal(signal.SIGHUP, lambda *_: None)
 
-    def interrupted(cell: Cell) -> Result:
-        if cell.name == "sigterm":
+    def interrupted(case: Case) -> Result:
+        if case.name == "sigterm":
             os.kill(os.getpid(), number)
-        return cell.result("pass", "")
+        return case.make_result("pass", "")
 
-    fake_cells(interrupted)
+    fake_cases(interrupted)
     try:
         first = run.run(planned, out)
     finally:
@@ -554,11 +569,11 @@ def test_an_interrupted_campaign_keeps_what_it_has_and_goes_on_with_the_rest(pla
     assert first.interrupted and [found.name for found in first.results] == ["kill"]
     stored = results.read(out / "report.json")
     assert stored == first and "<html" in (out / "report.html").read_text()
-    ran = fake_cells(lambda cell: cell.result("pass", ""))
+    ran = fake_cases(lambda case: case.make_result("pass", ""))
     second = run.run(planned, out)
     assert ran == ["sigterm", "agent_killed", "slow_link"]
     assert second.passed and [found.name for found in second.results] == ["kill", *ran]
-    assert fake_cells(lambda cell: cell.result("fail", "")) == [] and run.run(planned, out).passed
+    assert fake_cases(lambda case: case.make_result("fail", "")) == [] and run.run(planned, out).passed
 
 
 @pytest.mark.parametrize(
@@ -573,33 +588,33 @@ def test_an_interrupted_campaign_keeps_what_it_has_and_goes_on_with_the_rest(pla
         ("", "", []),
     ],
 )  # fmt: skip
-def test_results_of_a_file_that_was_changed_do_not_stand_beside_new_ones(fake_cells, tmp_path, old, new, again):
+def test_results_of_a_file_that_was_changed_do_not_stand_beside_new_ones(fake_cases, tmp_path, old, new, again):
     text = "timeout_seconds = 200.0\n" + SETTINGS + "[set_outside]\neval.every_steps = 1\n" + KILL
     text += '[catalogue]\nkinds = ["agent_killed"]\n'
-    ran = fake_cells(lambda cell: cell.result("pass", ""))
+    ran = fake_cases(lambda case: case.make_result("pass", ""))
     run.run(campaigns.load(write(tmp_path, text)), tmp_path / "out")
     ran.clear()
     changed = campaigns.load(write(tmp_path, text.replace(old, new)))
     stored = run.run(changed, tmp_path / "out").results
     assert ran == again
-    assert sorted(found.name for found in stored) == sorted(cell.name for cell in changed.cells)
+    assert sorted(found.name for found in stored) == sorted(case.name for case in changed.cases)
 
 
-def test_what_is_not_chosen_now_stays_in_the_report(planned, fake_cells, tmp_path):
-    fake_cells(lambda cell: cell.result("pass", ""))
+def test_what_is_not_chosen_now_stays_in_the_report(planned, fake_cases, tmp_path):
+    fake_cases(lambda case: case.make_result("pass", ""))
     run.run(planned, tmp_path / "out")
-    ran = fake_cells(lambda cell: cell.result("fail", ""))
+    ran = fake_cases(lambda case: case.make_result("fail", ""))
     chosen = campaigns.load(planned.path, only=["kill"], repeat=2)
     stored = run.run(chosen, tmp_path / "out").results
     assert ran == ["kill"] and len(stored) == 5
 
 
-def test_a_campaign_that_is_to_outlive_its_terminal_does(planned, fake_cells, tmp_path):
-    def hung_up(cell: Cell) -> Result:
+def test_a_campaign_that_is_to_outlive_its_terminal_does(planned, fake_cases, tmp_path):
+    def hung_up(case: Case) -> Result:
         os.kill(os.getpid(), signal.SIGHUP)
-        return cell.result("pass", "")
+        return case.make_result("pass", "")
 
-    fake_cells(hung_up)
+    fake_cases(hung_up)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         assert run.run(planned, tmp_path / "out").passed
@@ -607,9 +622,9 @@ def test_a_campaign_that_is_to_outlive_its_terminal_does(planned, fake_cells, tm
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_report_of_another_config_is_not_gone_on_with(planned, fake_cells, tmp_path):
+def test_a_report_of_another_config_is_not_gone_on_with(planned, fake_cases, tmp_path):
     out = tmp_path / "out"
-    fake_cells(lambda cell: cell.result("pass", ""))
+    fake_cases(lambda case: case.make_result("pass", ""))
     run.run(planned, out)
     other = campaigns.load(write(tmp_path, SETTINGS.replace("24", "18") + KILL))
     with pytest.raises(RunDirectoryError):
@@ -636,29 +651,29 @@ faults = [
 def breaks_at(step: int, invariant: str = checker.EQUAL) -> Act:
     """A bug that one fault brings to light; when that is left out, another one fails in another way."""
 
-    def act(cell: Cell) -> Result:
-        answer = Answer(invariant if any(fault.at_step == step for fault in cell.planned) else checker.CLEAN, "fail")
-        return cell.result("fail", "it broke", answers=[answer])
+    def act(case: Case) -> Result:
+        answer = Answer(invariant if any(fault.at_step == step for fault in case.planned) else checker.CLEAN, "fail")
+        return case.make_result("fail", "it broke", answers=[answer])
 
     return act
 
 
-def test_a_failing_schedule_is_shrunk_to_what_fails_alike_and_kept_as_a_campaign_that_runs(fake_cells, tmp_path):
+def test_a_failing_schedule_is_shrunk_to_what_fails_alike_and_kept_as_a_campaign_that_runs(fake_cases, tmp_path):
     path = write(tmp_path, SETTINGS + "[set_outside]\neval.every_steps = 1\n" + FOUR)
-    (cell,) = campaigns.load(path).cells
-    fake_cells(breaks_at(7))
+    (case,) = campaigns.load(path).cases
+    fake_cases(breaks_at(7))
     (found,) = run.run(campaigns.load(path), tmp_path / "out", shrink=True).results
     assert "1 of 4 faults are enough" in found.why and len(found.faults) == 4
     (kept,) = (tmp_path / "out" / "shrunk").glob("*.toml")
-    (again,) = campaigns.load(kept).cells
-    assert [(fault.at_step, fault.ranks) for fault in again.planned] == [(7, cell.planned[2].ranks)]
+    (again,) = campaigns.load(kept).cases
+    assert [(fault.at_step, fault.ranks) for fault in again.planned] == [(7, case.planned[2].ranks)]
     assert (again.name, again.ranks, again.nodes, again.strategy) == ('four "exits"', 2, 1, "fsdp")
-    assert again.config.model_copy(update={"faults": ()}) == cell.config.model_copy(update={"faults": ()})
+    assert again.config.model_copy(update={"faults": ()}) == case.config.model_copy(update={"faults": ()})
 
 
-def test_a_failure_that_is_on_record_already_is_shrunk_once(fake_cells, tmp_path):
+def test_a_failure_that_is_on_record_already_is_shrunk_once(fake_cases, tmp_path):
     path, out = write(tmp_path, SETTINGS + FOUR), tmp_path / "out"
-    ran = fake_cells(breaks_at(7))
+    ran = fake_cases(breaks_at(7))
     run.run(campaigns.load(path), out)
     assert len(ran) == 1
     (found,) = run.run(campaigns.load(path), out, shrink=True).results
@@ -667,30 +682,30 @@ def test_a_failure_that_is_on_record_already_is_shrunk_once(fake_cells, tmp_path
     assert run.run(campaigns.load(path), out, shrink=True).results == [found] and len(ran) == trials
 
 
-def test_what_failed_is_replayed_by_the_same_plan_as_often_as_it_is_written_and_read(fake_cells, tmp_path):
+def test_what_failed_is_replayed_by_the_same_plan_as_often_as_it_is_written_and_read(fake_cases, tmp_path):
     path = write(tmp_path, SETTINGS + "[set_outside]\neval.every_steps = 1\n" + FOUR + KILL)
     loaded = campaigns.load(path, repeat=2)
-    fake_cells(lambda cell: cell.result("fail" if cell.name != "kill" else "pass", "two\nlines"))
+    fake_cases(lambda case: case.make_result("fail" if case.name != "kill" else "pass", "two\nlines"))
     report = run.run(loaded, tmp_path / "out")
     for _ in range(2):
         path = run.keep_replay(loaded, report, tmp_path / "out")
         assert path is not None and path == tmp_path / "out" / "replay.toml"
-        (cell,) = campaigns.load(path).cells
-        assert cell.planned == loaded.cells[0].planned and cell.config.elastic == loaded.cells[0].config.elastic
-        loaded, report = campaigns.load(path), replace(report, results=[cell.result("fail", "")])
+        (case,) = campaigns.load(path).cases
+        assert case.planned == loaded.cases[0].planned and case.config.elastic == loaded.cases[0].config.elastic
+        loaded, report = campaigns.load(path), replace(report, results=[case.make_result("fail", "")])
     assert run.keep_replay(loaded, replace(report, results=[]), tmp_path / "out") is None
     assert not (tmp_path / "out" / "replay.toml").exists()
 
 
-def test_the_command_says_how_to_go_on_and_how_to_see_a_failure_again(fake_cells, monkeypatch, capsys, tmp_path):
+def test_the_command_says_how_to_go_on_and_how_to_see_a_failure_again(fake_cases, monkeypatch, capsys, tmp_path):
     path, out = write(tmp_path, SETTINGS + KILL + '[catalogue]\nkinds = ["sigterm"]'), tmp_path / "out"
 
-    def interrupted(cell: Cell) -> Result:
-        if cell.name == "sigterm":
+    def interrupted(case: Case) -> Result:
+        if case.name == "sigterm":
             os.kill(os.getpid(), signal.SIGINT)
-        return cell.result("fail", "it broke")
+        return case.make_result("fail", "it broke")
 
-    fake_cells(interrupted)
+    fake_cases(interrupted)
     monkeypatch.setattr(sys, "argv", ["trainer", "chaos", str(path), "--out", str(out)])
     with pytest.raises(SystemExit) as left:
         cli.main()
@@ -703,14 +718,14 @@ def test_the_command_says_how_to_go_on_and_how_to_see_a_failure_again(fake_cells
 @pytest.mark.parametrize(
     ("out", "hint"), [("/proc/x", "cannot be written"), ("file", "is a file"), ("file/x", "Not a directory")]
 )
-def test_a_place_where_no_results_can_go_is_refused(planned, fake_cells, tmp_path, out, hint):
-    fake_cells(lambda cell: cell.result("pass", ""))
+def test_a_place_where_no_results_can_go_is_refused(planned, fake_cases, tmp_path, out, hint):
+    fake_cases(lambda case: case.make_result("pass", ""))
     (tmp_path / "file").touch()
     with pytest.raises(RunDirectoryError, match=hint):
         run.run(planned, tmp_path / out)
 
 
-def test_a_calm_run_that_fails_ends_the_campaign_with_its_last_words(planned, monkeypatch, tmp_path):
+def test_a_reference_run_that_fails_ends_the_campaign_with_its_last_words(planned, monkeypatch, tmp_path):
     launched = run._Launched(1.0, 2.0, 1, "one\nthe disk is full", [], [])
     monkeypatch.setattr(run, "_launch", lambda *_, **__: launched)
     with pytest.raises(TopropeError, match="the disk is full"):
@@ -728,14 +743,14 @@ def jobs_under(directory: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)  # the machine may be shared
-def test_the_smoke_campaign_is_interrupted_and_gone_on_with_and_every_cell_passes(tmp_path):
+def test_the_smoke_campaign_is_interrupted_and_gone_on_with_and_every_case_passes(tmp_path):
     path, out = ROOT / "configs" / "chaos" / "smoke.toml", tmp_path / "out"
     command = [sys.executable, "-m", "trainer", "chaos", str(path), "--out", str(out)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with (tmp_path / "screen.txt").open("w") as screen:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=screen, stderr=screen)
     try:
-        second = wait_until(lambda: list(out.glob("cells/a-rank-hangs*/run/events/attempt-0000*")), seconds=150)
+        second = wait_until(lambda: list(out.glob("cases/a-rank-hangs*/run/events/attempt-0000*")), seconds=150)
         assert second, (tmp_path / "screen.txt").read_text()
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == run.EXIT_INTERRUPTED, (tmp_path / "screen.txt").read_text()

@@ -147,12 +147,12 @@ def test_a_clock_that_was_set_leaves_the_timeline_as_it_was(tmp_path: Path, jump
         run.steps(21, 40, seconds=0.5)
         run.end("finished", 40, after=0.25)
         seen.append(timeline.of(run.path))
-    calm, jumped = seen
+    reference, jumped = seen
     for name in ("steps", "attempts"):
-        for ours, theirs in zip(jumped[name], calm[name], strict=True):
+        for ours, theirs in zip(jumped[name], reference[name], strict=True):
             values = zip(*(list(x.values()) if isinstance(x, dict) else x for x in (ours, theirs)), strict=True)
             assert all(a == b if isinstance(b, str | None) else a == pytest.approx(b, abs=0.6) for a, b in values)
-    assert jumped["origin"] == calm["origin"]
+    assert jumped["origin"] == reference["origin"]
 
 
 def test_a_clock_set_back_without_a_plan_never_makes_time_run_backwards(run: Run):
@@ -338,8 +338,8 @@ def every_outcome(path: Path) -> Report:
         result("pair: sigkill + no_space", timeline=seen, ranks=4, nodes=2, strategy="fsdp"),
         result("storm llama3 seed 3", seed=3, timeline=seen, repeat=1),
     ]
-    calm = {"weights_sha256": "ab" * 32, "state_sha256": "cd" * 32, "steps": 60, "seconds": 12.0, "exact": True}
-    return Report("catalogue", "Does it hold?", "a.toml", "Linux, 2 cores", 1.7e9, 754.0, calm, found, False)
+    reference = {"weights_sha256": "ab" * 32, "state_sha256": "cd" * 32, "steps": 60, "seconds": 12.0, "exact": True}
+    return Report("catalogue", "Does it hold?", "a.toml", "Linux, 2 cores", 1.7e9, 754.0, reference, found, False)
 
 
 @pytest.fixture
@@ -349,7 +349,7 @@ def full(tmp_path: Path) -> Report:
 
 def empty(**changes: Any) -> Report:
     values = {"campaign": "smoke", "question": "", "config": "c.toml", "machine": "m", "started": 0.0, "seconds": 1.0}
-    return Report(**(values | {"calm": {}, "results": [], "interrupted": True} | changes))
+    return Report(**(values | {"reference": {}, "results": [], "interrupted": True} | changes))
 
 
 def shown(of: Report, width: int = 100) -> list[str]:
@@ -414,7 +414,7 @@ def test_a_report_without_a_single_result_is_told_all_the_same(tmp_path: Path, i
     nothing = empty(interrupted=interrupted)
     page = "\n".join(shown(nothing))
     assert "0 runs: none in 0:01" in page
-    assert "no calm run: equality is unknown" in page
+    assert "no reference run: equality is unknown" in page
     document = Page(report.html(nothing))
     assert "no run has ended" in document.text
     for told in (page, document.text):
@@ -498,7 +498,7 @@ def test_a_fault_that_never_fired_is_told_as_never_and_what_nobody_measured_as_a
 
 def test_whatever_a_report_holds_is_escaped_in_the_page(full: Report):
     spoilt = empty(
-        campaign=EVIL, question=EVIL, config=EVIL, machine=EVIL, calm={"weights_sha256": EVIL, "steps": EVIL}
+        campaign=EVIL, question=EVIL, config=EVIL, machine=EVIL, reference={"weights_sha256": EVIL, "steps": EVIL}
     )
     spoilt.results = [
         result(EVIL, "fail", EVIL, kinds=[EVIL], strategy=EVIL, faults=[{"kind": EVIL, "rank": EVIL, EVIL: EVIL}]),
@@ -520,7 +520,7 @@ def test_whatever_a_report_holds_is_escaped_in_the_page(full: Report):
 
 
 def test_sums_that_are_not_exact_are_said_to_leave_equality_unknown(full: Report):
-    full.calm["exact"] = False
+    full.reference["exact"] = False
     assert "not exact" in Page(report.html(full)).text
     assert "not exact, so equality is unknown" in " ".join(shown(full, width=200))
 
@@ -537,7 +537,7 @@ def test_the_matrix_becomes_a_png_and_nothing_else_is_left(full: Report, tmp_pat
 
 def follow(live: report.Live, found: list[Result], wait: Callable[[], None] = lambda: None) -> None:
     with live:
-        live.update([], "calm")
+        live.update([], "reference")
         for number, one in enumerate(found):
             live.update(found[:number], one.name)
             wait()
@@ -559,7 +559,7 @@ def test_off_a_terminal_each_run_is_a_line_when_it_has_ended_and_says_why_it_did
 def test_what_was_done_by_an_earlier_start_is_one_line(full: Report):
     out = io.StringIO()
     with report.Live(7, out) as live:
-        live.update(full.results[:5], "calm")
+        live.update(full.results[:5], "reference")
         live.update(full.results[:6], "")
     assert [line.split("  ")[0] for line in out.getvalue().splitlines()] == ["5 of 7 runs had been done before", "6/7"]
 
@@ -570,7 +570,7 @@ def test_on_a_terminal_what_runs_now_is_shown_with_the_time_left_and_the_cursor_
 
     def interrupted() -> None:
         with report.Live(7, out, is_terminal=True, monotonic=lambda: next(times)) as live:
-            live.update([], "calm")
+            live.update([], "reference")
             live.update(full.results[:1], "stopped")
             live._screen.refresh()
             raise KeyboardInterrupt

@@ -26,8 +26,8 @@ def run_mutants(mutants: dict[str, Mutant], directory: Path) -> dict[str, Result
     file = directory / "mutants.toml"
     file.write_text(CAMPAIGN + "".join(_run(name, mutant) for name, mutant in mutants.items()))
     planned = plan.load(file)
-    cells = [dataclasses.replace(cell, worker=("tests.mutants", cell.name)) for cell in planned.cells]
-    report = run.run(dataclasses.replace(planned, cells=cells), directory / "out")
+    cases = [dataclasses.replace(case, worker=("tests.mutants", case.name)) for case in planned.cases]
+    report = run.run(dataclasses.replace(planned, cases=cases), directory / "out")
     return {result.name: result for result in report.results}
 
 

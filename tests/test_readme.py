@@ -34,7 +34,7 @@ def test_every_command_of_the_readme_runs_and_all_worlds_print_one_hash(tmp_path
             words = shlex.split(command.replace("$n", str(ranks)).replace("runs/", f"{tmp_path}/"))
             arguments = words[words.index("trainer") + 1 :]
             if arguments[0] == "chaos":  # minutes to half an hour: tests/test_chaos.py runs the first
-                assert plan.load(ROOT / arguments[1]).cells
+                assert plan.load(ROOT / arguments[1]).cases
                 continue
             if arguments[0] == "ladder":  # minutes: tests/test_ladder_run.py runs smaller ones
                 assert load.load(ROOT / arguments[2]).runs

@@ -24,7 +24,7 @@ from trainer.faults.plan import PlannedFault
 
 
 @dataclass(frozen=True)
-class Cell:
+class Case:
     """One run of the campaign, planned and checked."""
 
     name: str
@@ -49,20 +49,20 @@ class Cell:
         words = re.sub(r"[^a-z0-9]+", "-", f"{self.name}-{self.strategy}".lower()).strip("-")[:60]
         return f"{words}-{hashlib.sha256(identity.encode()).hexdigest()[:6]}-{self.repeat}"
 
-    def result(self, outcome: Outcome, why: str, **more: Any) -> Result:
+    def make_result(self, outcome: Outcome, why: str, **more: Any) -> Result:
         kinds = [fault.kind.name for fault in self.planned]
         trees = [plan.tree(fault) for fault in self.planned]
         shape = (self.ranks, self.nodes, self.strategy, self.seed, self.repeat)
         given = {"overrides": self.overrides, "limits": self.limits}
         return Result(self.name, kinds, trees, *shape, outcome, why, **given, **more)
 
-    def is_of(self, result: Result) -> bool:
-        """Whether a stored result answers this cell."""
-        return self.repeat == result.repeat and self.is_like(result)
+    def is_answered_by(self, result: Result) -> bool:
+        """True if a stored result is the result of this case."""
+        return self.repeat == result.repeat and self.is_same_run_as(result)
 
-    def is_like(self, result: Result) -> bool:
-        """The same, but for how often it is repeated."""
-        mine = self.result("skipped", "")
+    def is_same_run_as(self, result: Result) -> bool:
+        """True if a stored result came from the same run, whichever its repeat was."""
+        mine = self.make_result("skipped", "")
         keys = ("name", "faults", "ranks", "nodes", "strategy", "seed", "overrides", "limits")
         return all(getattr(mine, key) == getattr(result, key) for key in keys)
 
@@ -74,13 +74,13 @@ class Campaign:
     question: str
     config_path: Path
     config: Config
-    """Of the calm run."""
+    """Of the reference run."""
     overrides: list[str]
     timeout_seconds: float
     restarts: int
-    cells: list[Cell] = field(default_factory=list)
+    cases: list[Case] = field(default_factory=list)
     """What is to be run."""
-    every: list[Cell] = field(default_factory=list)
+    every: list[Case] = field(default_factory=list)
     """All runs of the file, once each: also those that are not chosen now."""
 
     def restarts_for(self, faults: int) -> int:
@@ -100,34 +100,33 @@ def load(path: Path, only: Sequence[str] = (), repeat: int | None = None) -> Cam
     overrides = [*_pairs(file.set), 'wandb.mode="disabled"']
     config = None
     with _noting(problems):
-        config = _calm_config(path, config_path, overrides)
+        config = _reference_config(path, config_path, overrides)
     if config is None:
         raise ConfigError(problems)
     limits = (file.timeout_seconds, file.restarts)
     campaign = Campaign(path.stem, path, file.question, config_path, config, overrides, *limits)
-    planner = _Planner(campaign, file)
-    planner.plan_all()
-    cells = [cell for cell in planner.cells if not only or cell.name in only]
-    problems += planner.problems
+    builder = _CaseBuilder(campaign, file)
+    builder.build_all()
+    cases = [case for case in builder.cases if not only or case.name in only]
+    problems += builder.problems
     if not problems:  # else a run may be unknown only because it could not be planned
-        unknown = [name for name in only if name not in {cell.name for cell in planner.cells}]
-        problems += [_no_such_run(name, planner.cells) for name in unknown]
-    if not planner.cells and not problems:
+        unknown = [name for name in only if name not in {case.name for case in builder.cases}]
+        problems += [_no_such_run(name, builder.cases) for name in unknown]
+    if not builder.cases and not problems:
         problems.append(f"{path} has no runs.\n  Add [[runs]], [catalogue], [pairs] or [storm].")
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
-    campaign.every.extend(planner.cells)
+    campaign.every.extend(builder.cases)
     for number in range(repeat or file.repeat):
-        campaign.cells.extend(_repeated(cell, number) for cell in cells)
+        campaign.cases.extend(_repeated(case, number) for case in cases)
     return campaign
 
 
-def _calm_config(path: Path, config_path: Path, overrides: Sequence[str]) -> Config:
+def _reference_config(path: Path, config_path: Path, overrides: Sequence[str]) -> Config:
     config = configs.load(config_path, overrides)
     if config.faults:
-        raise ConfigError(
-            [f"{config_path} has faults of its own, so there is no calm run to compare with.\n  Move them to {path}."]
-        )
+        problem = f"{config_path} has faults of its own, so there is no reference run to compare with."
+        raise ConfigError([f"{problem}\n  Move them to {path}."])
     return config
 
 
@@ -140,12 +139,12 @@ def _noting(problems: list[str]) -> Iterator[None]:
         problems += error.problems
 
 
-def _repeated(cell: Cell, number: int) -> Cell:
-    return replace(cell, repeat=number)
+def _repeated(case: Case, number: int) -> Case:
+    return replace(case, repeat=number)
 
 
-def _no_such_run(name: str, cells: Sequence[Cell]) -> str:
-    names = list(dict.fromkeys(cell.name for cell in cells))
+def _no_such_run(name: str, cases: Sequence[Case]) -> str:
+    names = list(dict.fromkeys(case.name for case in cases))
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(names[:60])}."
     return f"--only {name!r} is no run of this campaign.\n  {hint}"
@@ -155,15 +154,15 @@ def _pairs(table: Mapping[str, Any]) -> list[str]:
     return [f"{key}={tomlfile.text(value)}" for key, value in configs.flatten(table).items()]
 
 
-class _Planner:
-    """Cells of a campaign file; problems are collected, not raised."""
+class _CaseBuilder:
+    """Cases of a campaign file; problems are collected, not raised."""
 
     def __init__(self, campaign: Campaign, file: CampaignFile) -> None:
         self._campaign, self._file = campaign, file
-        self.cells: list[Cell] = []
+        self.cases: list[Case] = []
         self.problems: list[str] = []
 
-    def plan_all(self) -> None:
+    def build_all(self) -> None:
         file = self._file
         for number, run in enumerate(file.runs):
             name = run.name or _name_of(run.faults) or f"run {number}"
@@ -175,8 +174,8 @@ class _Planner:
             self._plan_pairs(strategy)
             self._plan_storms(strategy)
         seen: dict[tuple[str, str], int] = {}
-        for cell in self.cells:
-            seen[cell.name, cell.strategy] = seen.get((cell.name, cell.strategy), 0) + 1
+        for case in self.cases:
+            seen[case.name, case.strategy] = seen.get((case.name, case.strategy), 0) + 1
         for (name, strategy), times in seen.items():
             if times > 1:
                 self.problems.append(f"{times} runs are called {name!r} ({strategy}).\n  Give each a name of its own.")
@@ -256,7 +255,7 @@ class _Planner:
         self.problems += [f"{name}: {problem}" for problem in problems]
         limits = {"timeout_seconds": campaign.timeout_seconds, "restarts": campaign.restarts}
         if config is not None and planned is not None and not problems:
-            self.cells.append(Cell(name, ranks, nodes, strategy, seed, 0, overrides, faults, config, planned, limits))
+            self.cases.append(Case(name, ranks, nodes, strategy, seed, 0, overrides, faults, config, planned, limits))
 
     def _misfits(self, config: Config, ranks: int, nodes: int) -> list[str]:
         """What a run may not have in this campaign."""
@@ -274,7 +273,7 @@ class _Planner:
             old, new = configs.mathematics(self._campaign.config), configs.mathematics(config)
             changes = "; ".join(configs.differences(old, new))
             problems.append(
-                f"it has other weights than the calm run ({changes}), so there is nothing to compare with.\n"
+                f"it has other weights than the reference run ({changes}), so there is nothing to compare with.\n"
                 "  Move these overrides to the campaign's own `set`."
             )
         return problems
@@ -311,5 +310,5 @@ def check_exact(campaign: Campaign) -> str | None:
         return None
     return (
         "numerics.exact = false: sums then depend on how many ranks add them, so no run can be expected to equal the "
-        "calm one. That invariant will be answered with unknown."
+        "reference one. That invariant will be answered with unknown."
     )

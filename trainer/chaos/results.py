@@ -14,16 +14,18 @@ __all__ = ["Answer", "Answers", "Outcome", "Report", "Result", "from_json", "out
 
 Outcome = Literal["pass", "fail", "unknown", "undetected", "skipped"]
 _RENAMED = {
+    "calm": "reference",
     "told_as": "detected_as",
     "named_rightly": "attributed_correctly",
     "named rightly": "attributed correctly",
 }
+"""Keys and invariants of reports of older versions, with their present names."""
 _WORST_FIRST: tuple[Answers, ...] = ("fail", "undetected", "unknown")
 
 
 @dataclass
 class Result:
-    """One run of one cell."""
+    """One run of one case."""
 
     name: str
     kinds: list[str]
@@ -63,14 +65,14 @@ class Report:
     machine: str
     started: float
     seconds: float
-    calm: dict[str, Any]
+    reference: dict[str, Any]
     """{weights_sha256, state_sha256, steps, seconds, exact}"""
     results: list[Result]
     interrupted: bool
 
     @property
     def passed(self) -> bool:
-        """Whether every cell that could be made held all that was asked of it."""
+        """Whether every case that could be made held all that was asked of it."""
         return not self.interrupted and all(result.outcome in ("pass", "skipped") for result in self.results)
 
 
@@ -94,18 +96,25 @@ def to_json(report: Report) -> dict[str, Any]:
 
 def from_json(tree: dict[str, Any]) -> Report:
     """The inverse of `to_json`."""
-    known = {name: tree[name] for name in tree.keys() - {"passed", "results"}}
-    results = []
-    for result in tree["results"]:
-        answers = [Answer(**answer | {"invariant": _new_name(answer["invariant"])}) for answer in result["answers"]]
-        measured = [{_new_name(key): value for key, value in fault.items()} for fault in result["measured"]]
-        results.append(Result(**result | {"answers": answers, "measured": measured}))
-    return Report(**known, results=results)
+    known = {_RENAMED.get(key, key): value for key, value in tree.items() if key not in ("passed", "results")}
+    return Report(**known, results=[_result_from_json(result) for result in tree["results"]])
 
 
-def _new_name(name: str) -> str:
-    """The present name of a key or an invariant in a report of an older version."""
-    return _RENAMED.get(name, name)
+def _result_from_json(tree: dict[str, Any]) -> Result:
+    answers = [
+        Answer(**answer | {"invariant": _RENAMED.get(answer["invariant"], answer["invariant"])})
+        for answer in tree["answers"]
+    ]
+    measured = [{_RENAMED.get(key, key): value for key, value in fault.items()} for fault in tree["measured"]]
+    run = tree["run"].replace("/cells/", "/cases/")  # see rename_old_layout
+    return Result(**tree | {"answers": answers, "measured": measured, "run": run})
+
+
+def rename_old_layout(out: Path) -> None:
+    """Give the directories of an OUT that an older version wrote their present names."""
+    for old, new in (("calm", "reference"), ("cells", "cases")):
+        if (out / old).is_dir() and not (out / new).exists():
+            (out / old).rename(out / new)
 
 
 def write(path: Path, report: Report) -> None:

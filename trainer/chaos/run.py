@@ -1,10 +1,10 @@
-"""Running a campaign: a calm run once, then every cell's run with its faults, each held against the calm.
+"""Running a campaign: a reference run once, then every case's run with its faults, each held against the reference.
 
     OUT/report.json, report.html     all results so far; a campaign given the same OUT goes on where it stopped
-    OUT/calm/run                     the run that the others are held against
+    OUT/reference/run                the run that the others are held against
     OUT/replay.toml, shrunk/         campaigns of what did not pass, and of its smallest parts that do not
-    OUT/cells/NAME/run               one run with faults
-    OUT/cells/NAME/start-N           what the job printed when it was given the command for the N-th time
+    OUT/cases/NAME/run               one run with faults
+    OUT/cases/NAME/start-N           what the job printed when it was given the command for the N-th time
 
 Where a job leaves with a status that its faults explain, the same command is given again, as a person or a scheduler
 would; everything else is a failure.
@@ -25,7 +25,7 @@ from typing import Any
 from trainer import config as configs
 from trainer import files, tomlfile
 from trainer.chaos import replay, results, schedule
-from trainer.chaos.plan import Campaign, Cell
+from trainer.chaos.plan import Campaign, Case
 from trainer.chaos.results import Report, Result
 from trainer.chaos.schedule import Table
 from trainer.errors import EXIT_FINISHED, RunDirectoryError, TopropeError
@@ -73,7 +73,7 @@ def run(
     """Do what is left to do of a campaign; the report is also in OUT, and is so after every run.
 
     SIGINT, SIGTERM and SIGHUP end all that was started; the report then says that it was interrupted. Raises
-    RunDirectoryError if OUT belongs to something else, TopropeError if the calm run fails.
+    RunDirectoryError if OUT belongs to something else, TopropeError if the reference run fails.
     """
     report = _open(campaign, out)
     before, began = report.seconds, time.monotonic()
@@ -85,17 +85,17 @@ def run(
 
     try:
         with _interruptible():
-            show("calm")
-            calm = _calm(campaign, out, report)
-            for cell in campaign.cells:
-                result = next((result for result in report.results if cell.is_of(result)), None)
+            show("reference")
+            reference = _reference(campaign, out, report)
+            for case in campaign.cases:
+                result = next((result for result in report.results if case.is_answered_by(result)), None)
                 if result is None:
-                    show(cell.name)
-                    result = run_cell(campaign, cell, calm, out)
+                    show(case.name)
+                    result = run_case(campaign, case, reference, out)
                     report.results.append(result)
-                if shrink and _can_be_shrunk(result) and not _shrunk(out, cell).exists():
-                    show(f"shrinking {cell.name}")
-                    result.why += _shrink(campaign, cell, result, calm, out)
+                if shrink and _can_be_shrunk(result) and not _shrunk(out, case).exists():
+                    show(f"shrinking {case.name}")
+                    result.why += _shrink(campaign, case, result, reference, out)
     except KeyboardInterrupt:
         report.interrupted = True
     show("")
@@ -107,23 +107,26 @@ def _open(campaign: Campaign, out: Path) -> Report:
     _make(out)
     fingerprint = configs.fingerprint(campaign.config)
     report = results.read(path)
+    results.rename_old_layout(out)
     if report is None:
         if any(out.iterdir()):
             raise RunDirectoryError(f"{out} holds files but no report.json.\n  Give a new or empty --out.")
         machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
-        calm: dict[str, Any] = {"fingerprint": fingerprint, "exact": campaign.config.numerics.exact}
-        calm |= dict.fromkeys(("weights_sha256", "state_sha256", "steps", "seconds"))
+        reference: dict[str, Any] = {"fingerprint": fingerprint, "exact": campaign.config.numerics.exact}
+        reference |= dict.fromkeys(("weights_sha256", "state_sha256", "steps", "seconds"))
         report = Report(
-            campaign.name, campaign.question, str(campaign.config_path), machine, time.time(), 0.0, calm, [], False
+            campaign.name, campaign.question, str(campaign.config_path), machine, time.time(), 0.0, reference, [], False
         )
-    elif (report.campaign, report.calm.get("fingerprint")) != (campaign.name, fingerprint):
+    elif (report.campaign, report.reference.get("fingerprint")) != (campaign.name, fingerprint):
         raise RunDirectoryError(
             f"{out} holds a report of campaign {report.campaign!r} on another config.\n"
             "  Results of different configs cannot stand in one report. Give another --out."
         )
     report.interrupted = False
     # The file may have been changed since: what it asks for now is done again, and the rest is no longer its results.
-    report.results = [result for result in report.results if any(cell.is_like(result) for cell in campaign.every)]
+    report.results = [
+        result for result in report.results if any(case.is_same_run_as(result) for case in campaign.every)
+    ]
     return report
 
 
@@ -148,39 +151,39 @@ def write(out: Path, report: Report) -> None:
     files.write(out / "report.html", reports.html(report))
 
 
-def _calm(campaign: Campaign, out: Path, report: Report) -> Reference:
-    directory = out / "calm"
-    if report.calm["weights_sha256"] is None:
+def _reference(campaign: Campaign, out: Path, report: Report) -> Reference:
+    directory = out / "reference"
+    if report.reference["weights_sha256"] is None:
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir()
         launched = _launch(campaign, campaign.overrides, directory, [], ranks=1, nodes=1, started=time.time())
         if launched.status != EXIT_FINISHED:
             raise TopropeError(
-                f"the calm run left with {launched.status}, so there is nothing to compare with.\n"
+                f"the reference run left with {launched.status}, so there is nothing to compare with.\n"
                 f"  {directory / 'start-0'} has all it printed; the last lines:\n{_tail(launched.output)}"
             )
         seconds = launched.ended - launched.started
         found = checker.reference_of(directory / "run", campaign.config, seconds)
-        report.calm |= {
+        report.reference |= {
             "weights_sha256": found.weights_sha256, "state_sha256": found.state_sha256, "steps": found.steps,
             "seconds": seconds,
         }  # fmt: skip
-    return checker.reference_of(directory / "run", campaign.config, report.calm["seconds"])
+    return checker.reference_of(directory / "run", campaign.config, report.reference["seconds"])
 
 
-def run_cell(campaign: Campaign, cell: Cell, calm: Reference, out: Path) -> Result:
+def run_case(campaign: Campaign, case: Case, reference: Reference, out: Path) -> Result:
     """One run with its faults, from its first start to the verdict."""
-    reasons = [f"{fault.kind.name}: {why}" for fault in cell.planned if (why := missing(fault.kind))]
+    reasons = [f"{fault.kind.name}: {why}" for fault in case.planned if (why := missing(fault.kind))]
     if reasons:
-        return cell.result("skipped", "; ".join(dict.fromkeys(reasons)))
-    directory, started = out / "cells" / cell.slug, time.time()
+        return case.make_result("skipped", "; ".join(dict.fromkeys(reasons)))
+    directory, started = out / "cases" / case.slug, time.time()
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    launches, leftovers, notes = _launches(campaign, cell, directory, started)
-    evidence = Evidence(directory / "run", cell.config, cell.planned, calm, launches, leftovers, notes)
+    launches, leftovers, notes = _launches(campaign, case, directory, started)
+    evidence = Evidence(directory / "run", case.config, case.planned, reference, launches, leftovers, notes)
     answers = checker.check(evidence)
     outcome, why = results.outcome(answers)
-    return cell.result(
+    return case.make_result(
         outcome, why, answers=answers, launches=launches, measured=_measured(evidence),
         timeline=_timeline(evidence.run), run=str(evidence.run), seconds=time.time() - started,
     )  # fmt: skip
@@ -203,17 +206,17 @@ def _timeline(run_directory: Path) -> dict[str, Any]:
 
 
 def _launches(
-    campaign: Campaign, cell: Cell, directory: Path, started: float
+    campaign: Campaign, case: Case, directory: Path, started: float
 ) -> tuple[list[dict[str, Any]], list[str], list[str]]:
     """Give the command, and again while its status is one that the faults explain: (launches, leftovers, notes)."""
-    overrides = [*cell.overrides, f"faults={tomlfile.text(cell.faults)}"]
-    if any(fault.kind.name == "corrupt_tokens" for fault in cell.planned):  # not the store that all others read
+    overrides = [*case.overrides, f"faults={tomlfile.text(case.faults)}"]
+    if any(fault.kind.name == "corrupt_tokens" for fault in case.planned):  # not the store that all others read
         overrides.append(f"data.cache_dir={tomlfile.text(str((directory / 'cache').absolute()))}")
-    explained = {status for fault in cell.planned for status in fault.kind.exits}
+    explained = {status for fault in case.planned for status in fault.kind.exits}
     launches, leftovers, notes = [], [], []
-    for _ in range(len(cell.planned) + MORE_STARTS):
-        shape = (cell.ranks, cell.nodes)
-        launched = _launch(campaign, overrides, directory, cell.planned, *shape, started, cell.worker)
+    for _ in range(len(case.planned) + MORE_STARTS):
+        shape = (case.ranks, case.nodes)
+        launched = _launch(campaign, overrides, directory, case.planned, *shape, started, case.worker)
         launches.append({"started": launched.started, "ended": launched.ended, "status": launched.status})
         leftovers += launched.leftovers
         notes += launched.notes
@@ -277,24 +280,24 @@ def _can_be_shrunk(result: Result) -> bool:
     return result.outcome in FAILED and bool(result.answers) and len(result.faults) > 1
 
 
-def _shrunk(out: Path, cell: Cell) -> Path:
-    return out / "shrunk" / f"{cell.slug}.toml"
+def _shrunk(out: Path, case: Case) -> Path:
+    return out / "shrunk" / f"{case.slug}.toml"
 
 
-def _shrink(campaign: Campaign, cell: Cell, result: Result, calm: Reference, out: Path) -> str:
+def _shrink(campaign: Campaign, case: Case, result: Result, reference: Reference, out: Path) -> str:
     """Find the smallest part of a schedule that fails in the same way, and keep it in a file. Returns a remark."""
     bad = results.worst(result.answers)
     assert bad is not None
 
     def fails(faults: list[Table]) -> bool:
-        config = configs.load(campaign.config_path, [*cell.overrides, f"faults={tomlfile.text(faults)}"])
-        part = replace(cell, faults=faults, config=config, planned=plan.make(config, cell.ranks, cell.nodes))
-        answers = run_cell(campaign, part, calm, out).answers
+        config = configs.load(campaign.config_path, [*case.overrides, f"faults={tomlfile.text(faults)}"])
+        part = replace(case, faults=faults, config=config, planned=plan.make(config, case.ranks, case.nodes))
+        answers = run_case(campaign, part, reference, out).answers
         return any((answer.invariant, answer.answer) == (bad.invariant, bad.answer) for answer in answers)
 
     # What was drawn by index must stay as it was when others are left out.
     found = schedule.shrink(fails, result.faults)
-    path = _shrunk(out, cell)
+    path = _shrunk(out, case)
     path.parent.mkdir(exist_ok=True)
     path.write_text(replay.text(campaign, [replace(result, faults=found.faults)]), encoding="utf-8")
     sure = "" if found.smallest else ", perhaps not the smallest"

@@ -15,7 +15,7 @@ Strategy = Literal["replicate", "fsdp", "hybrid"]
 
 
 class Run(Section):
-    """One cell that is written out."""
+    """One case that is written out."""
 
     name: str = ""
     ranks: int = Field(default=0, ge=0)
@@ -57,7 +57,7 @@ class CampaignFile(Section):
     config: str
     """Path of the runs' config, relative to the campaign file."""
     set: dict[str, Any] = Field(default_factory=dict)
-    """Overrides for all runs, the calm one too."""
+    """Overrides for all runs, the reference run too."""
     set_outside: dict[str, Any] = Field(default_factory=dict)
     """Overrides for runs with faults from outside, which must last long enough to be hit; none that decides the
     weights."""

@@ -65,7 +65,7 @@ def world_short(result: Result) -> str:
 
 
 def label(result: Result, results: Sequence[Result]) -> str:
-    """Its name, with its number where one cell was run more than once."""
+    """Its name, with its number where one case was run more than once."""
     alike = sum((other.name, world(other)) == (result.name, world(result)) for other in results)
     return f"{result.name} #{result.repeat}" if alike > 1 else result.name
 
@@ -86,10 +86,10 @@ def seconds_left(done: Sequence[Result], total: int) -> float | None:
     return statistics.median(took) * max(0, total - len(done)) if took else None
 
 
-def calm(report: Report) -> str:
+def reference_line(report: Report) -> str:
     """One line on what all runs are compared with."""
-    if not report.calm.get("weights_sha256"):
-        return "no calm run: equality is unknown"
-    exact = "" if report.calm.get("exact") else "; its sums are not exact, so equality is unknown"
-    steps = "?" if report.calm.get("steps") is None else report.calm["steps"]
-    return f"calm run: {steps} steps, weights_sha256 {report.calm['weights_sha256']}{exact}"
+    if not report.reference.get("weights_sha256"):
+        return "no reference run: equality is unknown"
+    exact = "" if report.reference.get("exact") else "; its sums are not exact, so equality is unknown"
+    steps = "?" if report.reference.get("steps") is None else report.reference["steps"]
+    return f"reference run: {steps} steps, weights_sha256 {report.reference['weights_sha256']}{exact}"

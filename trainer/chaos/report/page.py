@@ -72,14 +72,19 @@ def html(report: Report) -> str:
 def _head(report: Report) -> str:
     counts = matrix.counts(report.results)
     tally = "".join(_badge(outcome, f"{n} {outcome}") for outcome, n in counts.items())
-    calm, facts = report.calm, {"config": f"<code>{escape(report.config)}</code>", "machine": escape(report.machine)}
-    if calm.get("weights_sha256"):
-        about = f"{_known(calm.get('steps'))} steps in {clock(calm.get('seconds'))}"
-        facts["calm run"] = f'{about}<br><span class="hash">weights_sha256 {escape(str(calm["weights_sha256"]))}</span>'
-        if not calm.get("exact"):
-            facts["calm run"] += "<br>Its sums are not exact: whether a run equals it is unknown."
+    reference, facts = (
+        report.reference,
+        {"config": f"<code>{escape(report.config)}</code>", "machine": escape(report.machine)},
+    )
+    if reference.get("weights_sha256"):
+        about = f"{_known(reference.get('steps'))} steps in {clock(reference.get('seconds'))}"
+        facts["reference run"] = (
+            f'{about}<br><span class="hash">weights_sha256 {escape(str(reference["weights_sha256"]))}</span>'
+        )
+        if not reference.get("exact"):
+            facts["reference run"] += "<br>Its sums are not exact: whether a run equals it is unknown."
     else:
-        facts["calm run"] = "none: whether a run equals it is unknown"
+        facts["reference run"] = "none: whether a run equals it is unknown"
     began = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(report.started))
     facts["took"] = f"{clock(report.seconds)} from {began}"
     list_ = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in facts.items())
@@ -95,7 +100,7 @@ def _honest(results: Sequence[Result]) -> str:
     names = list(dict.fromkeys(result.name for result in results if result.outcome == "undetected"))
     if not names:
         return ""
-    meaning = "the run ended with other weights than the calm one, and nothing told of it"
+    meaning = "the run ended with other weights than the reference run, and nothing told of it"
     return f"<p><b>Undetected</b>, {meaning}: {escape(', '.join(names))}.</p>"
 
 

@@ -29,7 +29,7 @@ def terminal(report: Report) -> "RenderableType":
         letters = _letters(matrix.invariants(report.results))
         parts += [_table(report.results, letters), Text(), _legend(letters), Text()]
     parts.append(_totals(report))
-    parts.append(Text(matrix.calm(report), "dim", overflow="fold"))
+    parts.append(Text(matrix.reference_line(report), "dim", overflow="fold"))
     parts += _reasons(report.results)
     return Group(*parts)
 
