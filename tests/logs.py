@@ -164,3 +164,21 @@ class Run:
     @property
     def history(self) -> History:
         return History.read(self.path)
+
+
+def killed_once(path: Path) -> Run:
+    """Two seconds of start, 17 steps, a kill, a second until it is noticed, two of start, steps 11 to 60."""
+    run = Run(path)
+    run.record()
+    run.start()
+    run.steps(1, 10, seconds=0.5)
+    run.write(evaluated(10), after=0.25)
+    run.steps(11, 12, seconds=0.5)
+    run.write(saved(10))
+    run.steps(13, 17, seconds=0.5)
+    run.fault("sigkill", after=0.25, victim=1, at=18)
+    run.start(from_step=10, after=1.0)
+    run.write(killed())
+    run.steps(11, 60, seconds=0.5)
+    run.end("finished", 60, after=0.5)
+    return run

@@ -1,4 +1,4 @@
-"""Promises about how a campaign is told: the timeline of a run, the matrix, the page, the terminal, the picture."""
+"""Promises about how a campaign is told: the matrix, the page, the terminal, the picture."""
 
 import html.parser
 import io
@@ -7,299 +7,20 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 from rich.console import Console
 
-from tests.logs import Run, evaluated, hung, killed, saved
-from trainer.chaos import drawing, report, results, timeline
-from trainer.chaos.drawing import Label, lay
+from tests.logs import killed_once
+from trainer.chaos import report, results
 from trainer.chaos.results import Report, Result
-from trainer.errors import RunDirectoryError
 from trainer.faults.checker import INVARIANTS, Answer
 from trainer.faults.kinds import KINDS
-from trainer.log.events import CheckpointFailed, CheckpointRejected, Warned
+from trainer.show import timeline
 
 PNG = b"\x89PNG\r\n\x1a\n"
 FIRST = INVARIANTS[0]
 EVIL = '</title><script>alert("1")</script>&\''
-
-
-# --- timelines of made-up runs ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    made = Run(tmp_path / "run")
-    made.record()
-    return made
-
-
-def killed_once(run: Run) -> dict[str, Any]:
-    """Two seconds of start, 17 steps, a kill, a second to notice, two of start, steps 11 to 60."""
-    run.start()
-    run.steps(1, 10, seconds=0.5)
-    run.write(evaluated(10), after=0.25)
-    run.steps(11, 12, seconds=0.5)
-    run.write(saved(10))
-    run.steps(13, 17, seconds=0.5)
-    run.fault("sigkill", after=0.25, victim=1, at=18)
-    run.start(from_step=10, after=1.0)
-    run.write(killed())
-    run.steps(11, 60, seconds=0.5)
-    run.end("finished", 60, after=0.5)
-    return timeline.of(run.path)
-
-
-def test_a_timeline_holds_attempts_faults_saves_and_incidents_in_seconds_since_the_start(run: Run):
-    seen = killed_once(run)
-    assert seen["origin"] == 1_000_000.0
-    assert seen["steps_budget"] == 60
-    first, second = seen["attempts"]
-    assert first == {
-        "attempt": 0, "process_started": 0.0, "ready": 2.0, "ended": 11.0, "from_step": 0, "to_step": 17,
-        "world_size": 2, "ended_as": "died",
-    }  # fmt: skip
-    assert second == {
-        "attempt": 1, "process_started": 12.0, "ready": 14.0, "ended": 39.5, "from_step": 10, "to_step": 60,
-        "world_size": 2, "ended_as": "finished",
-    }  # fmt: skip
-    assert (len(seen["steps"]), seen["steps"][0], seen["steps"][-1]) == (67, [2.5, 1, 0], [39.0, 60, 1])
-    assert (seen["saves"], seen["evals"]) == ([[8.25, 10]], [[7.25, 10]])
-    (fault,) = seen["faults"]
-    assert fault == {
-        "t": 11.0, "kind": "sigkill", "victim": 1, "step": 18, "phase": "before_reduce", "index": 0, "attempt": 0,
-    }  # fmt: skip
-    (incident,) = seen["incidents"]
-    assert {key: incident[key] for key in ("t", "kind", "lost_steps", "seconds", "rank")} == {
-        "t": 10.75, "kind": "worker_lost", "lost_steps": 7, "seconds": 3.25, "rank": 1,
-    }  # fmt: skip
-    assert incident["text"].startswith("rank 1 was killed (SIGKILL) after step 17")
-    assert json.loads(json.dumps(seen)) == seen
-
-
-def test_a_directory_without_a_log_gives_a_timeline_that_claims_nothing(tmp_path: Path):
-    seen = timeline.of(tmp_path / "nothing")
-    assert (seen["origin"], seen["steps_budget"]) == (None, None)
-    assert not any(seen[name] for name in ("attempts", "steps", "saves", "evals", "faults", "incidents"))
-    for nothing in (seen, {}):
-        assert "no timeline" in parsed(timeline.svg(nothing)).findtext(".//{*}text", "")
-
-
-def test_a_fault_before_the_first_word_of_a_run_is_the_beginning_of_its_timeline(tmp_path: Path):
-    run = Run(tmp_path / "run")  # died before it wrote down what it is
-    run.fault("sigkill", victim=0)
-    assert timeline.of(run.path)["faults"][0]["t"] == 0.0
-    assert timeline.of(run.path)["attempts"] == []
-    parsed(timeline.svg(timeline.of(run.path)))
-    run.start(after=3.0)
-    run.steps(1, 60)
-    run.end("finished", 60)
-    (attempt,) = timeline.of(run.path)["attempts"]
-    assert (attempt["process_started"], attempt["ready"], attempt["ended_as"]) == (3.0, 5.0, None)
-
-
-def test_what_an_attempt_did_not_live_to_say_is_none(run: Run):
-    run.attempt = 0
-    run.write(Warned(message="starting"), rank=1)
-    run.fault("exit", after=0.5, victim=1)
-    run.start(after=1.0)
-    run.write(killed(pid=999))
-    run.steps(1, 60)
-    run.end("finished", 60)
-    seen = timeline.of(run.path)
-    first = {key: value for key, value in seen["attempts"][0].items() if value is not None}
-    assert first == {"attempt": 0, "ended": 0.5, "ended_as": "died"}
-    parsed(timeline.svg(seen))
-
-
-def test_a_run_without_rank_0s_log_has_attempts_but_claims_no_steps(run: Run):
-    run.start()
-    run.steps(1, 5)
-    run.write(hung(4.0, {"rank": 0, "point": "in_forward"}), after=4.0, rank=1)
-    next(run.path.glob("events/*-rank-00000.jsonl")).unlink()
-    seen = timeline.of(run.path)
-    (attempt,) = seen["attempts"]
-    assert (attempt["ready"], attempt["ended"], attempt["world_size"]) == (2.0, 11.0, 2)
-    assert seen["steps"] == []
-    parsed(timeline.svg(seen))
-
-
-def test_a_damaged_log_is_an_error(run: Run):
-    run.start()
-    path = next(run.path.glob("events/*.jsonl"))
-    path.write_text("{nonsense}\n" + path.read_text())
-    with pytest.raises(RunDirectoryError):
-        timeline.of(run.path)
-
-
-@pytest.mark.parametrize("jump", [3600.0, -3600.0, -2.5])
-def test_a_clock_that_was_set_leaves_the_timeline_as_it_was(tmp_path: Path, jump: float):
-    seen: list[dict[str, Any]] = []
-    for by in (0.0, jump):
-        run = Run(tmp_path / f"jump {by}")
-        run.record()
-        run.start()
-        run.steps(1, 20, seconds=0.5)
-        run.fault("clock_jump", victim=0, at=21)
-        run.now += by
-        run.steps(21, 40, seconds=0.5)
-        run.end("finished", 40, after=0.25)
-        seen.append(timeline.of(run.path))
-    reference, jumped = seen
-    for name in ("steps", "attempts"):
-        for ours, theirs in zip(jumped[name], reference[name], strict=True):
-            values = zip(*(list(x.values()) if isinstance(x, dict) else x for x in (ours, theirs)), strict=True)
-            assert all(a == b if isinstance(b, str | None) else a == pytest.approx(b, abs=0.6) for a, b in values)
-    assert jumped["origin"] == reference["origin"]
-
-
-def test_a_clock_set_back_without_a_plan_never_makes_time_run_backwards(run: Run):
-    run.start()
-    run.steps(1, 20, seconds=0.5)
-    run.now -= 500
-    run.steps(21, 60, seconds=0.5)
-    run.end("finished", 60)
-    seen = timeline.of(run.path)
-    times = [t for t, _, _ in seen["steps"]]
-    assert times == sorted(times)
-    assert times[-1] == pytest.approx(31.5)
-    assert seen["incidents"] == []
-
-
-def test_a_fault_on_a_rank_whose_clock_was_set_lies_where_the_unset_clock_says(run: Run):
-    run.start()
-    run.steps(1, 20, seconds=0.5)
-    run.fault("clock_jump", victim=0, at=21)
-    run.now += 3600
-    run.steps(21, 30, seconds=0.5)
-    run.now -= 3600
-    run.fault("sigkill", after=0.25, victim=0, at=31)
-    run.start(from_step=20, after=1.0)
-    seen = timeline.of(run.path)
-    assert [(fault["kind"], fault["t"]) for fault in seen["faults"]] == [("clock_jump", 12.0), ("sigkill", 17.25)]
-    assert seen["attempts"][0]["ended"] == 17.25
-    assert seen["incidents"][0]["t"] == pytest.approx(17.0)
-
-
-# --- pictures of them -------------------------------------------------------------------------------------------------
-
-
-def parsed(svg: str) -> ElementTree.Element:
-    """Fails on what is no well-formed picture, or one that needs anything from elsewhere."""
-    assert not re.search(r"<script|href|url\(|@import|<image", svg)
-    return ElementTree.fromstring(svg)
-
-
-def texts(svg: str) -> list[str]:
-    return [element.text or "" for element in parsed(svg).iter("{http://www.w3.org/2000/svg}text")]
-
-
-def titles(svg: str) -> list[str]:
-    return [element.text or "" for element in parsed(svg).iter("{http://www.w3.org/2000/svg}title")]
-
-
-def test_a_picture_tells_what_hit_a_run_what_was_lost_and_how_it_was_told(run: Run):
-    picture = timeline.svg(killed_once(run))
-    assert {"sigkill r1", "0, 2 ranks, died", "1, 2 ranks, finished", "worker lost r1, 3.2 s"} <= set(texts(picture))
-    told = "\n".join(titles(picture))
-    for part in (
-        "sigkill on rank 1 at step 18, before_reduce, after 11.0 s",
-        "attempt 0: 7 steps lost, 11 to 17",
-        "attempt 1: 2 ranks, steps 10 to 60, finished, ready after 2.0 s",
-        "worker_lost: rank 1 was killed (SIGKILL) after step 17; resumed from step 10",
-        "checkpoint of step 10",
-    ):
-        assert part in told
-    assert 'aria-label="step over 39.5 s: 2 attempts, 1 restarts, 1 faults, 1 incidents"' in picture
-
-
-def boxes(picture: str, size: float = 11.0) -> list[tuple[float, float, float, float]]:
-    """(left, top, right, bottom) of the words on flags and incidents, as wide as a wide sans-serif draws them."""
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.textpath import TextPath
-
-    found = []
-    for element in parsed(picture).iter("{http://www.w3.org/2000/svg}text"):
-        if "halo" in element.get("class", "") and element.text:
-            x, y = float(element.get("x", "")), float(element.get("y", ""))
-            font = FontProperties(family="DejaVu Sans", size=size)
-            width = TextPath((0, 0), element.text, prop=font).get_extents().width
-            left = x - width if element.get("text-anchor") == "end" else x
-            found.append((left, y - size * 0.75, left + width, y + size * 0.25))
-    return found
-
-
-@pytest.mark.parametrize("spread_seconds", [0.0, 1.0, 40.0])
-def test_no_label_covers_another_however_close_the_faults_are(run: Run, spread_seconds: float):
-    kinds = list(KINDS)[:10]
-    run.start()
-    run.steps(1, 40, seconds=0.1)
-    for number, kind in enumerate(kinds):
-        run.fault(kind, after=spread_seconds / len(kinds), victim=number % 3)
-        run.write(CheckpointFailed(step=number, reason="EIO", in_a_row=1))
-        run.write(CheckpointRejected(step=number, reason="checksum"))
-    run.steps(41, 60, seconds=0.1)
-    run.end("finished", 60)
-    picture = timeline.svg(timeline.of(run.path))
-    assert all(any(words.startswith(kind) for words in texts(picture)) for kind in kinds)
-    found = boxes(picture)
-    assert len(found) >= 20
-    width, height = 900.0, float(parsed(picture).get("height", ""))
-    for number, (left, top, right, bottom) in enumerate(found):
-        assert left >= 0 and right <= width and top >= 0 and bottom <= height
-        for other_left, other_top, other_right, other_bottom in found[:number]:
-            assert right <= other_left or left >= other_right or bottom <= other_top or top >= other_bottom
-
-
-def test_faults_beyond_what_can_be_labelled_are_counted_and_keep_their_flag_and_tooltip(run: Run):
-    run.start()
-    run.steps(1, 20)
-    for _ in range(40):
-        run.fault("straggler", victim=None)
-    run.steps(21, 60)
-    run.end("finished", 60)
-    picture = timeline.svg(timeline.of(run.path))
-    assert sum(words == "straggler" for words in texts(picture)) == drawing.ROWS
-    assert f"{40 - drawing.ROWS} more faults without a label" in texts(picture)
-    assert sum(title.startswith("straggler") for title in titles(picture)) == 40
-
-
-def test_rows_are_shared_where_there_is_room_and_labels_turn_at_the_right_edge():
-    labels = [Label(at, "sigkill r1", "") for at in (60.0, 61.0, 300.0, 880.0)]
-    assert lay(labels, 58, 886) == 2
-    assert [label.row for label in labels] == [1, 0, 0, 0]
-    assert [label.flipped for label in labels] == [False, False, False, True]
-
-
-def test_one_fault_that_hits_several_ranks_is_one_flag(run: Run):
-    run.start()
-    run.steps(1, 5)
-    for victim in (2, 0, 1):
-        run.fault("sigterm", after=0.01, victim=victim, index=0)
-    run.fault("sigterm", after=0.01, victim=0, index=1)
-    run.end("preempted", 6, after=1.0)
-    labels = [words for words in texts(timeline.svg(timeline.of(run.path))) if words.startswith("sigterm")]
-    assert sorted(labels) == ["sigterm r0", "sigterm r0,1,2"]
-
-
-def test_whatever_a_log_says_is_escaped_in_the_picture(run: Run):
-    run.start()
-    run.steps(1, 5)
-    run.fault(EVIL)
-    run.write(CheckpointFailed(step=5, reason=EVIL, in_a_row=1))
-    run.end("finished", 5)
-    picture = timeline.svg(timeline.of(run.path))
-    assert any(EVIL in title for title in titles(picture))
-
-
-def test_a_run_of_many_steps_makes_no_larger_picture():
-    long = {"origin": 0.0, "steps_budget": 100_000, "saves": [], "evals": [], "faults": [], "incidents": []}
-    attempt = {"attempt": 0, "process_started": 0.0, "ready": 1.0, "ended": 100_001.0, "from_step": 0,
-               "to_step": 100_000, "world_size": 1, "ended_as": "finished"}  # fmt: skip
-    steps = [[1.0 + n, n, 0] for n in range(1, 100_001)]
-    assert len(timeline.svg(long | {"attempts": [attempt], "steps": steps})) < 100_000
 
 
 # --- reports ----------------------------------------------------------------------------------------------------------
@@ -326,9 +47,7 @@ def result(name: str, outcome: str = "pass", why: str = "", **changes: Any) -> R
 
 
 def every_outcome(path: Path) -> Report:
-    run = Run(path / "run")
-    run.record()
-    seen = killed_once(run)
+    seen = timeline.from_run(killed_once(path / "run").path)
     found = [
         result("sigkill", timeline=seen),
         result("stopped", "fail", "named as something else", timeline=seen),

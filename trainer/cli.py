@@ -151,15 +151,14 @@ def plot(
 ) -> None:
     """Draw a run's loss curves (PNG) and its timeline: attempts, faults, lost work (SVG). Prints both paths."""
     from trainer import files
-    from trainer.chaos import drawing, timeline
     from trainer.log import rundir, summary
-    from trainer.show import curves
+    from trainer.show import curves, figure, timeline
 
     rundir.read(run)
     path = output or run / "curves.png"
     curves.draw_curves({run.name: summary.summarise(run)}, path)
     drawn = path.with_name("timeline.svg")
-    files.write(drawn, drawing.svg(timeline.of(run)))
+    files.write(drawn, figure.standalone(timeline.svg(timeline.from_run(run))))
     print(f"{path}\n{drawn}")
 
 

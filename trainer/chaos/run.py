@@ -197,10 +197,10 @@ def _measured(evidence: Evidence) -> list[dict[str, Any]]:
 
 
 def _timeline(run_directory: Path) -> dict[str, Any]:
-    from trainer.chaos import timeline
+    from trainer.show import timeline
 
     try:
-        return timeline.of(run_directory)
+        return timeline.from_run(run_directory)
     except TopropeError:
         return {}
 

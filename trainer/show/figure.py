@@ -91,14 +91,17 @@ def png(figure: "Figure") -> bytes:
     return _save(figure, "png", metadata={"Software": None})
 
 
-def svg(figure: "Figure", name: str, title: str) -> str:
+def svg(figure: "Figure", name: str, title: str, text_as_paths: bool = True) -> str:
     """The figure as an SVG element for a page that defines the palette's variables, so it can be light or dark.
 
     Args:
         name: prefix of all ids in it; pages hold several pictures.
         title: plain text for who cannot see it.
+        text_as_paths: draw letters as shapes, the same on every machine; else as text, ten times smaller and found by
+            a search, but as wide as the reader's font makes it.
     """
-    text = _save(figure, "svg", metadata={"Date": None, "Creator": None}).decode()
+    font = {} if text_as_paths else {"svg.fonttype": "none", "font.family": ["DejaVu Sans", "sans-serif"]}
+    text = _save(figure, "svg", {"Date": None, "Creator": None}, font).decode()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     for variable, (light, _) in PALETTE.items():
         text = text.replace(light, f"var(--{variable})")
@@ -106,11 +109,19 @@ def svg(figure: "Figure", name: str, title: str) -> str:
     return text.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
 
 
-def _save(figure: "Figure", kind: str, metadata: dict[str, None]) -> bytes:
+def standalone(svg: str) -> str:
+    """A picture made by `svg` as a file of its own: it brings the colours that a page would define."""
+    light, dark = ("".join(f"--{name}:{pair[side]};" for name, pair in PALETTE.items()) for side in (0, 1))
+    style = f"<style>:root{{{light}}}@media (prefers-color-scheme:dark){{:root{{{dark}}}}}</style>"
+    return svg.replace(">", f">{style}", 1)
+
+
+def _save(figure: "Figure", kind: str, metadata: dict[str, None], settings: Any = None) -> bytes:
+    import matplotlib
     from matplotlib.layout_engine import PlaceHolderLayoutEngine
 
     file = io.BytesIO()
-    with style():
+    with style(), matplotlib.rc_context(settings):
         engine = figure.get_layout_engine()
         if engine is not None and not isinstance(engine, PlaceHolderLayoutEngine):
             # Lay it out once for both formats: half of the time would go there.

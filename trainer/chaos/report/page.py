@@ -5,10 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from trainer.chaos import timeline
 from trainer.chaos.report import matrix
 from trainer.chaos.results import Report, Result
 from trainer.faults.kinds import KINDS, Kind
+from trainer.show import timeline
 from trainer.show.units import clock
 
 STYLE = """
@@ -165,11 +165,12 @@ def _run(result: Result, results: Sequence[Result]) -> str:
     about = " · ".join(known)
     why = f"<p>{escape(result.why)}</p>" if result.outcome != "pass" and result.why else ""
     parts = (_faults(result), _incidents(result), _answers(result), _launches(result))
+    anchor = _anchor(result, results)
     return (
         f"<details{'' if result.outcome == 'pass' else ' open'}><summary><b>{escape(matrix.label(result, results))}</b>"
         f"{_badge(result.outcome)}<span class=soft>{escape(about)}</span></summary>"
-        f'<div class=body id="{_anchor(result, results)}">{why}'
-        f"<div class=picture>{timeline.svg(result.timeline)}</div>{''.join(parts)}</div></details>\n"
+        f'<div class=body id="{anchor}">{why}'
+        f"<div class=picture>{timeline.svg(result.timeline, anchor)}</div>{''.join(parts)}</div></details>\n"
     )
 
 

@@ -1,0 +1,242 @@
+"""Promises about a run in wall time: what its timeline holds, and its picture."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from tests.logs import Run, hung, killed, killed_once
+from trainer.errors import RunDirectoryError
+from trainer.faults.kinds import KINDS
+from trainer.log.events import CheckpointFailed, CheckpointRejected, Warned
+from trainer.show import figure, timeline
+from trainer.show.timeline import FLAG_ROWS
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    made = Run(tmp_path / "run")
+    made.record()
+    return made
+
+
+def test_a_timeline_holds_attempts_faults_saves_and_incidents_in_seconds_since_the_start(tmp_path: Path):
+    seen = timeline.from_run(killed_once(tmp_path / "run").path)
+    assert seen["origin"] == 1_000_000.0
+    assert seen["steps_budget"] == 60
+    first, second = seen["attempts"]
+    assert first == {
+        "attempt": 0, "process_started": 0.0, "ready": 2.0, "ended": 11.0, "from_step": 0, "to_step": 17,
+        "world_size": 2, "ended_as": "died",
+    }  # fmt: skip
+    assert second == {
+        "attempt": 1, "process_started": 12.0, "ready": 14.0, "ended": 39.5, "from_step": 10, "to_step": 60,
+        "world_size": 2, "ended_as": "finished",
+    }  # fmt: skip
+    assert (len(seen["steps"]), seen["steps"][0], seen["steps"][-1]) == (67, [2.5, 1, 0], [39.0, 60, 1])
+    assert (seen["saves"], seen["evals"]) == ([[8.25, 10]], [[7.25, 10]])
+    (fault,) = seen["faults"]
+    assert fault == {
+        "t": 11.0, "kind": "sigkill", "victim": 1, "step": 18, "phase": "before_reduce", "index": 0, "attempt": 0,
+    }  # fmt: skip
+    (incident,) = seen["incidents"]
+    assert {key: incident[key] for key in ("t", "kind", "lost_steps", "seconds", "rank")} == {
+        "t": 10.75, "kind": "worker_lost", "lost_steps": 7, "seconds": 3.25, "rank": 1,
+    }  # fmt: skip
+    assert incident["text"].startswith("rank 1 was killed (SIGKILL) after step 17")
+    assert json.loads(json.dumps(seen)) == seen
+
+
+def test_a_directory_without_a_log_gives_a_timeline_that_claims_nothing(tmp_path: Path):
+    seen = timeline.from_run(tmp_path / "nothing")
+    assert (seen["origin"], seen["steps_budget"]) == (None, None)
+    assert not any(seen[name] for name in ("attempts", "steps", "saves", "evals", "faults", "incidents"))
+    for nothing in (seen, {}):
+        assert any("no timeline" in text for text in texts(timeline.svg(nothing)))
+
+
+def test_a_fault_before_the_first_word_of_a_run_is_the_beginning_of_its_timeline(tmp_path: Path):
+    run = Run(tmp_path / "run")  # died before it wrote down what it is
+    run.fault("sigkill", victim=0)
+    assert timeline.from_run(run.path)["faults"][0]["t"] == 0.0
+    assert timeline.from_run(run.path)["attempts"] == []
+    parsed(timeline.svg(timeline.from_run(run.path)))
+    run.start(after=3.0)
+    run.steps(1, 60)
+    run.end("finished", 60)
+    (attempt,) = timeline.from_run(run.path)["attempts"]
+    assert (attempt["process_started"], attempt["ready"], attempt["ended_as"]) == (3.0, 5.0, None)
+
+
+def test_what_an_attempt_did_not_live_to_say_is_none(run: Run):
+    run.attempt = 0
+    run.write(Warned(message="starting"), rank=1)
+    run.fault("exit", after=0.5, victim=1)
+    run.start(after=1.0)
+    run.write(killed(pid=999))
+    run.steps(1, 60)
+    run.end("finished", 60)
+    seen = timeline.from_run(run.path)
+    first = {key: value for key, value in seen["attempts"][0].items() if value is not None}
+    assert first == {"attempt": 0, "ended": 0.5, "ended_as": "died"}
+    parsed(timeline.svg(seen))
+
+
+def test_a_run_without_rank_0s_log_has_attempts_but_claims_no_steps(run: Run):
+    run.start()
+    run.steps(1, 5)
+    run.write(hung(4.0, {"rank": 0, "point": "in_forward"}), after=4.0, rank=1)
+    next(run.path.glob("events/*-rank-00000.jsonl")).unlink()
+    seen = timeline.from_run(run.path)
+    (attempt,) = seen["attempts"]
+    assert (attempt["ready"], attempt["ended"], attempt["world_size"]) == (2.0, 11.0, 2)
+    assert seen["steps"] == []
+    parsed(timeline.svg(seen))
+
+
+def test_a_damaged_log_is_an_error(run: Run):
+    run.start()
+    path = next(run.path.glob("events/*.jsonl"))
+    path.write_text("{nonsense}\n" + path.read_text())
+    with pytest.raises(RunDirectoryError):
+        timeline.from_run(run.path)
+
+
+@pytest.mark.parametrize("jump", [3600.0, -3600.0, -2.5])
+def test_a_clock_that_was_set_leaves_the_timeline_as_it_was(tmp_path: Path, jump: float):
+    seen: list[dict[str, Any]] = []
+    for by in (0.0, jump):
+        run = Run(tmp_path / f"jump {by}")
+        run.record()
+        run.start()
+        run.steps(1, 20, seconds=0.5)
+        run.fault("clock_jump", victim=0, at=21)
+        run.now += by
+        run.steps(21, 40, seconds=0.5)
+        run.end("finished", 40, after=0.25)
+        seen.append(timeline.from_run(run.path))
+    reference, jumped = seen
+    for name in ("steps", "attempts"):
+        for ours, theirs in zip(jumped[name], reference[name], strict=True):
+            values = zip(*(list(x.values()) if isinstance(x, dict) else x for x in (ours, theirs)), strict=True)
+            assert all(a == b if isinstance(b, str | None) else a == pytest.approx(b, abs=0.6) for a, b in values)
+    assert jumped["origin"] == reference["origin"]
+
+
+def test_a_clock_set_back_without_a_plan_never_makes_time_run_backwards(run: Run):
+    run.start()
+    run.steps(1, 20, seconds=0.5)
+    run.now -= 500
+    run.steps(21, 60, seconds=0.5)
+    run.end("finished", 60)
+    seen = timeline.from_run(run.path)
+    times = [t for t, _, _ in seen["steps"]]
+    assert times == sorted(times)
+    assert times[-1] == pytest.approx(31.5)
+    assert seen["incidents"] == []
+
+
+def test_a_fault_on_a_rank_whose_clock_was_set_lies_where_the_unset_clock_says(run: Run):
+    run.start()
+    run.steps(1, 20, seconds=0.5)
+    run.fault("clock_jump", victim=0, at=21)
+    run.now += 3600
+    run.steps(21, 30, seconds=0.5)
+    run.now -= 3600
+    run.fault("sigkill", after=0.25, victim=0, at=31)
+    run.start(from_step=20, after=1.0)
+    seen = timeline.from_run(run.path)
+    assert [(fault["kind"], fault["t"]) for fault in seen["faults"]] == [("clock_jump", 12.0), ("sigkill", 17.25)]
+    assert seen["attempts"][0]["ended"] == 17.25
+    assert seen["incidents"][0]["t"] == pytest.approx(17.0)
+
+
+# --- pictures of them -------------------------------------------------------------------------------------------------
+
+
+def parsed(svg: str) -> ElementTree.Element:
+    """Fails on what is no well-formed picture, or one that needs anything from elsewhere."""
+    assert not re.search(r"<script|href=\"(?!#)|url\((?!#)|@import|<image", svg)
+    return ElementTree.fromstring(svg)
+
+
+def texts(svg: str) -> list[str]:
+    return [element.text or "" for element in parsed(svg).iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_a_picture_shows_faults_attempts_and_incidents_in_the_colours_of_its_page(tmp_path: Path):
+    picture = timeline.svg(timeline.from_run(killed_once(tmp_path / "run").path), "run-0")
+    assert {"sigkill r1", "0, 2 ranks, died", "1, 2 ranks, finished", "worker lost r1, 3.2 s"} <= set(texts(picture))
+    assert 'aria-label="step over 39.5 s: 2 attempts, 1 restarts, 1 faults, 1 incidents"' in picture
+    assert all(name.startswith("run-0-") for name in re.findall(r' id="([^"]*)"', picture))
+    # Each colour is a variable that a page defines, and a file of its own brings with it.
+    alone = figure.standalone(picture)
+    assert {f"--{name}:" for name in re.findall(r"var\(--([\w-]+)\)", picture)} <= set(re.findall(r"--[\w-]+:", alone))
+    assert not re.findall(r"#[0-9a-f]{6}\b", picture)
+    parsed(alone)
+
+
+@pytest.mark.parametrize("spread_seconds", [0.0, 1.0, 40.0])
+def test_no_label_covers_another_however_close_the_faults_are(run: Run, spread_seconds: float):
+    kinds = list(KINDS)[:10]
+    run.start()
+    run.steps(1, 40, seconds=0.1)
+    for number, kind in enumerate(kinds):
+        run.fault(kind, after=spread_seconds / len(kinds), victim=number % 3)
+        run.write(CheckpointFailed(step=number, reason="EIO", in_a_row=1))
+        run.write(CheckpointRejected(step=number, reason="checksum"))
+    run.steps(41, 60, seconds=0.1)
+    run.end("finished", 60)
+    drawn = timeline.draw(timeline.from_run(run.path))
+    drawn.draw_without_rendering()
+    labels = [text for axes in drawn.axes for text in axes.texts if text.get_text()]
+    assert all(any(label.get_text().startswith(kind) for label in labels) for kind in kinds)
+    assert sum("checkpoint rejected" in label.get_text() for label in labels) == 10
+    boxes = [label.get_window_extent() for label in labels]
+    for number, box in enumerate(boxes):
+        assert drawn.bbox.x0 <= box.x0 and box.x1 <= drawn.bbox.x1
+        assert drawn.bbox.y0 <= box.y0 and box.y1 <= drawn.bbox.y1
+        assert not any(box.overlaps(other) for other in boxes[:number])
+
+
+def test_faults_beyond_what_can_be_labelled_are_counted(run: Run):
+    run.start()
+    run.steps(1, 20)
+    for _ in range(40):
+        run.fault("straggler", victim=None)
+    run.steps(21, 60)
+    run.end("finished", 60)
+    picture = timeline.svg(timeline.from_run(run.path))
+    assert sum(text == "straggler" for text in texts(picture)) == FLAG_ROWS
+    assert f"{40 - FLAG_ROWS} more faults without a label" in texts(picture)
+
+
+def test_one_fault_that_hits_several_ranks_is_one_flag(run: Run):
+    run.start()
+    run.steps(1, 5)
+    for victim in (2, 0, 1):
+        run.fault("sigterm", after=0.01, victim=victim, index=0)
+    run.fault("sigterm", after=0.01, victim=0, index=1)
+    run.end("preempted", 6, after=1.0)
+    labels = [text for text in texts(timeline.svg(timeline.from_run(run.path))) if text.startswith("sigterm")]
+    assert sorted(labels) == ["sigterm r0", "sigterm r0,1,2"]
+
+
+def test_text_from_a_log_is_escaped_in_the_picture_and_is_no_formula(run: Run):
+    evil = "</title><script>alert('1')</script>& $x_1"
+    run.start()
+    run.steps(1, 5)
+    run.fault(evil)
+    run.end("finished", 5)
+    assert f"{evil} r1" in texts(timeline.svg(timeline.from_run(run.path)))
+
+
+def test_a_run_of_many_steps_makes_no_larger_picture():
+    long = {"origin": 0.0, "steps_budget": 100_000, "saves": [], "evals": [], "faults": [], "incidents": []}
+    attempt = {"attempt": 0, "process_started": 0.0, "ready": 1.0, "ended": 100_001.0, "from_step": 0,
+               "to_step": 100_000, "world_size": 1, "ended_as": "finished"}  # fmt: skip
+    steps = [[1.0 + n, n, 0] for n in range(1, 100_001)]
+    assert len(timeline.svg(long | {"attempts": [attempt], "steps": steps})) < 100_000
