@@ -5,7 +5,6 @@ the cluster it was given. A fault that lasts is made in a thread of its own, and
 """
 
 import contextlib
-import json
 import os
 import signal
 import threading
@@ -16,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from trainer.faults import plan as plans
 from trainer.faults.plan import PlannedFault
-from trainer.log import events, rundir
-from trainer.log.events import AttemptStarted, EventLog, FaultFired, StepDone
+from trainer.log import rundir
+from trainer.log.events import EventLog, FaultFired, Follower
+from trainer.log.history import Attempt
 
 if TYPE_CHECKING:
     from trainer.launch.namespaces import Hosts
@@ -76,7 +76,7 @@ class Nemesis:
         outside = [fault for fault in plan if fault.by_nemesis]
         self._waiting = plans.not_fired(outside, plans.fired(run))
         self._run, self._cluster, self._started = run, cluster, started
-        self._progress = _Progress(run)
+        self._progress = _RunProgress(run)
         self._stopping = threading.Event()
         self._watching = threading.Thread(target=self._watch, name="toprope-nemesis", daemon=True)
         self._acting: list[threading.Thread] = []
@@ -99,7 +99,7 @@ class Nemesis:
             if not rundir.config_path(self._run).exists():
                 continue  # a file there would make it a directory that no run is started in
             try:
-                self._progress.look()
+                self._progress.poll()
                 for fault in [fault for fault in self._waiting if self._due(fault)]:
                     self._make(fault)
             except OSError:
@@ -320,62 +320,51 @@ NEEDS_STORE = frozenset(_NEEDS_STORE)
 """Kinds for which the cluster's rendezvous store must be a process of its own."""
 
 
-class _Progress:
-    """How far the run has come, by its event log, of which each line is read once."""
+class _RunProgress:
+    """How far the run has come, by its event log."""
 
     def __init__(self, run: Path) -> None:
-        self._directory = events.events_directory(run)
-        self._read: dict[Path, int] = {}
-        self._reached: dict[int, int] = {}
-        self._sizes: dict[int, int] = {}
-        self._pids: dict[int, tuple[int, int]] = {}
-        self.attempt: int | None = None
-        """The newest."""
+        self._follower = Follower(run, "attempt-*-rank-*.jsonl")
+        self._attempts: dict[int, Attempt] = {}
+
+    def poll(self) -> None:
+        for entry in self._follower.poll():
+            self._attempts.setdefault(entry.attempt, Attempt(entry.attempt)).observe(entry)
+
+    @property
+    def attempt(self) -> int | None:
+        """Number of the newest attempt; None before the first has written anything."""
+        return max(self._attempts, default=None)
 
     @property
     def reached(self) -> int | None:
         """Steps completed, in whatever attempt; None before any is ready."""
-        return max(self._reached.values(), default=None)
+        steps = (attempt.last_step for attempt in self._attempts.values())
+        return max((step for step in steps if step is not None), default=None)
 
     def reached_in(self, attempt: int) -> int | None:
         """Steps completed by the newest step of an attempt; None until it is ready."""
-        return self._reached.get(attempt)
-
-    def attempt_of(self, rank: int | None, pid: int | None) -> int:
-        """That a worker belongs to, who may not have written anything yet; for no rank, the newest."""
-        newest = 0 if self.attempt is None else self.attempt
-        attempt, known = self._pids.get(-1 if rank is None else rank, (-1, None))
-        if rank is None or pid != known:
-            return newest + (rank is not None and attempt == newest)
-        return attempt
+        return self._attempts[attempt].last_step if attempt in self._attempts else None
 
     @property
     def world_size(self) -> int | None:
-        """Of the newest attempt that was ready."""
-        return self._sizes[max(self._sizes)] if self._sizes else None
+        """World size of the newest attempt that was ready."""
+        ready = [number for number, attempt in self._attempts.items() if attempt.start is not None]
+        return self._attempts[max(ready)].world_size if ready else None
+
+    def attempt_of(self, rank: int | None, pid: int | None) -> int:
+        """The attempt of a worker, who may not have written anything yet; the newest attempt if `rank` is None."""
+        newest = self.attempt or 0
+        if rank is None:
+            return newest
+        last = max((number for number, attempt in self._attempts.items() if rank in attempt.starts), default=-1)
+        if last >= 0 and self._attempts[last].starts[rank][1].pid == pid:
+            return last
+        return newest + (last == newest)  # a process that has not written yet belongs to the attempt that comes next
 
     def living(self, processes: Sequence[int]) -> dict[int, int]:
-        """{rank: pid} of those ranks whose newest process is one of these."""
-        return {rank: pid for rank, (_, pid) in self._pids.items() if pid in processes}
-
-    def look(self) -> None:
-        for path in self._directory.glob("attempt-*-rank-*.jsonl"):
-            offset = self._read.get(path, 0)
-            if path.stat().st_size > offset:
-                with path.open("rb") as file:
-                    file.seek(offset)
-                    *whole, torn = file.read().split(b"\n")
-                    self._read[path] = file.tell() - len(torn)
-                for line in whole:
-                    self._note(json.loads(line))
-
-    def _note(self, record: dict[str, Any]) -> None:
-        attempt, rank = record["attempt"], record["rank"]
-        self.attempt = max(attempt, self.attempt or 0)
-        if record["event"] == AttemptStarted.kind:
-            self._pids[rank] = max((attempt, record["pid"]), self._pids.get(rank, (-1, 0)))
-            if rank == 0:
-                self._sizes[attempt] = record["world_size"]
-                self._reached[attempt] = record["from_step"]
-        elif record["event"] == StepDone.kind and rank == 0:
-            self._reached[attempt] = record["step"]
+        """{rank: pid} of the ranks whose newest process is one of these."""
+        newest: dict[int, int] = {}
+        for number in sorted(self._attempts):
+            newest |= {rank: event.pid for rank, (_, event) in self._attempts[number].starts.items()}
+        return {rank: pid for rank, pid in newest.items() if pid in processes}

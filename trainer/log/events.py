@@ -308,27 +308,63 @@ def next_attempt(run: Path) -> int:
     return max((int(name.split("-")[1]) for name in names), default=-1) + 1
 
 
+class Follower:
+    """Reads a run's log while it grows. Each line is returned once; a torn last line waits until it is whole.
+
+    A poll that finds nothing new costs one stat per file. `files` is a pattern of names in RUN/events: by default the
+    ranks' logs and the faults made on purpose.
+    """
+
+    def __init__(self, run: Path, files: str = "*.jsonl") -> None:
+        self._directory, self._pattern = events_directory(run), files
+        self._files: dict[Path, _File] = {}
+
+    def poll(self) -> list[Entry]:
+        """Return what was written since the last poll, in order of attempt, then time.
+
+        Raises RunDirectoryError on a damaged line; the next poll goes on after it.
+        """
+        for path in sorted(self._directory.glob(self._pattern)):
+            self._files.setdefault(path, _File(path))
+        new = [entry for file in self._files.values() for entry in file.poll()]
+        return sorted(new, key=lambda e: (e.attempt, e.time, e.rank))
+
+
 def read(run: Path) -> list[Entry]:
     """All events of a run in order of attempt, then time. Raises RunDirectoryError on a damaged log."""
-    paths = sorted(events_directory(run).glob("*.jsonl"))
-    return sorted((entry for path in paths for entry in read_file(path)), key=lambda e: (e.attempt, e.time, e.rank))
+    return Follower(run).poll()
 
 
 def read_file(path: Path) -> Iterator[Entry]:
     """The events of one file in the order they were written; none where there is no file."""
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    *whole, _torn = lines
-    for number, line in enumerate(whole, start=1):
+    return _File(path).poll()
+
+
+class _File:
+    """One file of the log and how far it has been read."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._bytes, self._lines = path, 0, 0
+
+    def poll(self) -> Iterator[Entry]:
         try:
-            yield _decode(json.loads(line))
-        except (ValueError, KeyError, TypeError) as error:
-            raise RunDirectoryError(
-                f"{path}:{number} is no event: {error}.\n"
-                "  The log is append-only; only its last line may be torn. Restore the file, or move it away to "
-                "read the rest of the run."
-            ) from None
+            if self._path.stat().st_size <= self._bytes:
+                return
+            with self._path.open("rb") as file:
+                file.seek(self._bytes)
+                *whole, _torn = file.read().split(b"\n")
+        except FileNotFoundError:
+            return
+        for line in whole:
+            self._bytes, self._lines = self._bytes + len(line) + 1, self._lines + 1
+            try:
+                yield _decode(json.loads(line.decode(errors="replace")))
+            except (ValueError, KeyError, TypeError) as error:
+                raise RunDirectoryError(
+                    f"{self._path}:{self._lines} is no event: {error}.\n"
+                    "  The log is append-only; only its last line may be torn. Restore the file, or move it away to "
+                    "read the rest of the run."
+                ) from None
 
 
 def _decode(record: dict[str, Any]) -> Entry:
