@@ -10,8 +10,8 @@ import numpy as np
 
 from tests import ladders
 from tests.ladders import Arm, Design
-from trainer.ladder.collect import Outcome
-from trainer.ladder.plan.plan import AA, TARGET, Ladder, PlannedArm, PlannedRung
+from trainer.ladder.collect import CollectedRun
+from trainer.ladder.plan.ladder import AA, TARGET, Ladder, PlannedArm, PlannedRung
 from trainer.ladder.plan.sizes import Shape
 from trainer.ladder.report import build
 from trainer.ladder.report.build import Facts
@@ -56,25 +56,27 @@ def _rung(name: str, width: int, flops: float, seeds: tuple[int, ...]) -> Planne
     return PlannedRung(name, Shape(width, max(1, width // 16), 4), parameters, 20 * parameters, flops, seeds)
 
 
-def outcomes_of(design: Design, arms: Mapping[str, Arm], seed: int = 0, target: Sequence[str] = ()) -> list[Outcome]:
+def outcomes_of(
+    design: Design, arms: Mapping[str, Arm], seed: int = 0, target: Sequence[str] = ()
+) -> list[CollectedRun]:
     """All finished, on one machine, the arms slower than the baseline by SPEED; at the target one seed of `target`."""
     random = np.random.Generator(np.random.Philox(seed))
     design = replace(design, flops=tuple(map(float, design.flops)))  # numpy's would end up in the tree
-    points = ladders.draw(design, ladders.power_law(), arms, random)
+    results = ladders.draw(design, ladders.power_law(), arms, random)
     above = replace(design, flops=(design.target,), seeds=1)
-    points += [
-        replace(point, rung=TARGET)
-        for point in ladders.draw(above, ladders.power_law(), arms, random)
-        if point.arm in target
+    results += [
+        replace(result, rung=TARGET)
+        for result in ladders.draw(above, ladders.power_law(), arms, random)
+        if result.arm in target
     ]
     found = []
-    for number, point in enumerate(points):
-        seconds = point.flops / 1e12 * SPEED.get(point.arm, 1.0) * (1 + 0.01 * math.sin(7.0 * number))
+    for number, result in enumerate(results):
+        seconds = result.flops / 1e12 * SPEED.get(result.arm, 1.0) * (1 + 0.01 * math.sin(7.0 * number))
         spent = {"productive": seconds, "startup": 1.2, "evaluation": 0.4, "lost_steps": 0.0, "down": 0.0}
         found.append(
-            Outcome(
-                point.arm, point.rung, point.seed, None, f"{number:016x}", "finished", "", point.flops,
-                point.parameters, point.tokens, 100, 100, loss=point.loss, digest="d" * 64, seconds=seconds,
+            CollectedRun(
+                result.arm, result.rung, result.seed, None, f"{number:016x}", "finished", "", result.flops,
+                result.parameters, result.tokens, 100, 100, loss=result.loss, digest="d" * 64, seconds=seconds,
                 undisturbed_seconds=seconds,
                 wall_seconds=seconds + 1.6, spent=spent, attempts=1, weights_sha256=f"{number:064x}",
                 git_commit="4c1d6a0b" * 5, machine=("climber", "cpu", 1),
@@ -83,13 +85,13 @@ def outcomes_of(design: Design, arms: Mapping[str, Arm], seed: int = 0, target: 
     return found
 
 
-def change(found: Sequence[Outcome], which: Callable[[Outcome], bool], **values: Any) -> list[Outcome]:
+def change(found: Sequence[CollectedRun], which: Callable[[CollectedRun], bool], **values: Any) -> list[CollectedRun]:
     return [replace(one, **values) if which(one) else one for one in found]
 
 
 def missing(
-    found: Sequence[Outcome], which: Callable[[Outcome], bool], reason: str = "it ran out of disk"
-) -> list[Outcome]:
+    found: Sequence[CollectedRun], which: Callable[[CollectedRun], bool], reason: str = "it ran out of disk"
+) -> list[CollectedRun]:
     nothing = dict.fromkeys(("loss", "seconds", "undisturbed_seconds", "weights_sha256"))
     return change(found, which, status="missing", reason=reason, **nothing)
 
@@ -101,7 +103,7 @@ def tree(design: Design = ladders.SHORT, arms: Mapping[str, Arm] = ARMS, **more:
 
 
 def told_of(
-    found: Sequence[Outcome], design: Design = ladders.SHORT, arms: Sequence[str] = tuple(ARMS)
+    found: Sequence[CollectedRun], design: Design = ladders.SHORT, arms: Sequence[str] = tuple(ARMS)
 ) -> dict[str, Any]:
     return build.tell(Facts(ladder_of(design, arms), found, record=HISTORY))
 

@@ -10,7 +10,7 @@ import numpy as np
 from trainer.errors import FitError
 from trainer.ladder.stats import fit as fits
 from trainer.ladder.stats import verdict
-from trainer.ladder.stats.records import BASELINE, Criterion, Interval, Point, Verdict
+from trainer.ladder.stats.records import BASELINE, Criterion, Interval, RunResult, Verdict
 
 Law = Callable[[float], float]
 """Loss in nats of a compute in FLOPs."""
@@ -90,9 +90,9 @@ LONG = Design.spanning(5, 3.0)
 SHORT = Design.spanning(4, 1.5)
 
 
-def draw(design: Design, base: Law, arms: Mapping[str, Arm], random: np.random.Generator) -> list[Point]:
+def draw(design: Design, base: Law, arms: Mapping[str, Arm], random: np.random.Generator) -> list[RunResult]:
     """One ladder: the baseline and each arm at every rung and seed."""
-    points: list[Point] = []
+    results: list[RunResult] = []
     laws = {BASELINE: base, **{name: arm.law(base) for name, arm in arms.items()}}
     sds = design.sd * np.geomspace(design.growth**-0.5, design.growth**0.5, len(design.flops))
     own, shared = math.sqrt(1 - design.correlation), math.sqrt(design.correlation)
@@ -101,11 +101,11 @@ def draw(design: Design, base: Law, arms: Mapping[str, Arm], random: np.random.G
         for name, law in laws.items():
             noise = sds[k] * (shared * common + own * random.standard_normal(design.seeds))
             parameters = round(math.sqrt(flops / 120))
-            points += [
-                Point(name, f"r{k}", seed, flops, parameters, 20 * parameters, law(flops) + float(noise[seed]), 1.0)
+            results += [
+                RunResult(name, f"r{k}", seed, flops, parameters, 20 * parameters, law(flops) + float(noise[seed]), 1.0)
                 for seed in range(design.seeds)
             ]
-    return points
+    return results
 
 
 # Many ladders
@@ -175,20 +175,20 @@ def simulate(
     random = np.random.Generator(np.random.Philox(seed))
     done = Simulated({name: Tally(math.exp(arm.log_multiplier(design.target))) for name, arm in arms.items()})
     for _ in range(count):
-        points = draw(design, base, arms, random)
+        results = draw(design, base, arms, random)
         outcome = base(design.target) + design.sd * float(random.standard_normal())
         try:
-            fit = fits.fit_curve(points, criterion.level, second_opinion=False)
+            fit = fits.fit_curve(results, criterion.level, second_opinion=False)
         except FitError:
             done.refused += 1
             continue
         done.fits += 1
         done.E_covered += covers(fit.E, E)
         done.alpha_covered += covers(fit.alpha, alpha)
-        predicted = fits.predict(points, design.target, level=criterion.level).predicted
+        predicted = fits.predict(results, design.target, level=criterion.level).predicted
         done.prediction_covered += covers(predicted, outcome)
         verdicts = verdict.judge(
-            points, criterion, design.target, fit=fit, arms=list(arms), unchanged=arms.keys(), remedies=False
+            results, criterion, design.target, fit=fit, arms=list(arms), unchanged=arms.keys(), remedies=False
         )
         for one in verdicts:
             done.arms[one.arm].add(one, criterion)

@@ -11,7 +11,7 @@ from trainer import model as models
 from trainer.errors import ConfigError
 from trainer.ladder.plan import arms, sizes
 from trainer.ladder.plan import load as loading
-from trainer.ladder.plan.plan import AA, TARGET, Ladder
+from trainer.ladder.plan.ladder import AA, TARGET, Ladder
 from trainer.ladder.plan.schema import CriterionTable
 from trainer.ladder.stats.records import BASELINE, Criterion
 

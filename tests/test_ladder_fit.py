@@ -17,12 +17,12 @@ from tests.support import ROOT
 from trainer.errors import FitError
 from trainer.ladder.stats import fit as fits
 from trainer.ladder.stats import forms
-from trainer.ladder.stats.records import BASELINE, Point
+from trainer.ladder.stats.records import BASELINE, RunResult
 
 GADRE = ROOT.parent / "shared" / "data" / "gadre_rpj.csv"
 
 
-def baseline(design: Design = LONG, base: ladders.Law | None = None, seed: int = 0) -> list[Point]:
+def baseline(design: Design = LONG, base: ladders.Law | None = None, seed: int = 0) -> list[RunResult]:
     return draw(design, base or power_law(), {}, np.random.Generator(np.random.Philox(seed)))
 
 
@@ -49,7 +49,7 @@ def test_the_published_fit_of_gadre_et_al_comes_out(gadre: list[dict[str, str]])
     assert (law.eta, law.E) == (pytest.approx(-0.2729, abs=5e-5), pytest.approx(1.8366, abs=5e-5))
     largest = [("open_lm_1b", 640.0), ("open_lm_7b", 20.0)]
     held_out = [row for row in gadre if (row["model"], float(row["tokens_per_param_nominal"])) in largest]
-    errors = [law.at(n, m) / loss - 1 for n, m, loss in zip(*columns(held_out), strict=True)]
+    errors = [law.loss_at(n, m) / loss - 1 for n, m, loss in zip(*columns(held_out), strict=True)]
     assert len(errors) == 2 and max(map(abs, errors)) < 0.00735
 
 
@@ -82,15 +82,15 @@ def test_a_curve_without_noise_is_found_exactly_by_both_estimators():
     assert fit.huber is not None
     for curve in (fit.curve, fit.huber):
         assert (curve.E, curve.alpha) == (pytest.approx(1.8, abs=1e-3), pytest.approx(0.15, abs=1e-4))
-        assert curve.at(1e16) == pytest.approx(power_law()(1e16), abs=1e-4)
+        assert curve.loss_at(1e16) == pytest.approx(power_law()(1e16), abs=1e-4)
         assert curve.slope(1e15) == pytest.approx(0.15 * 1.14, abs=1e-4)
 
 
 @given(unit=st.floats(1e-6, 1e6), seed=st.integers(0, 50))
 def test_the_unit_of_compute_does_not_matter(unit: float, seed: int):
-    points = baseline(seed=seed)
-    here = fits.fit_curve(points, second_opinion=False)
-    there = fits.fit_curve([replace(one, flops=one.flops * unit) for one in points], second_opinion=False)
+    results = baseline(seed=seed)
+    here = fits.fit_curve(results, second_opinion=False)
+    there = fits.fit_curve([replace(one, flops=one.flops * unit) for one in results], second_opinion=False)
     for name in ("curve", "E", "alpha"):
         one, other = getattr(here, name).to_json(), getattr(there, name).to_json()
         for key in one.keys() - {"A", "scale"}:
@@ -150,16 +150,16 @@ def test_a_floor_that_the_data_do_not_show_reaches_down_to_zero():
 
 @pytest.mark.parametrize("rungs", [0, 1, 2])
 def test_fewer_than_three_rungs_are_refused(rungs: int):
-    points = [one for one in baseline() if int(one.rung[1:]) < rungs]
+    results = [one for one in baseline() if int(one.rung[1:]) < rungs]
     with pytest.raises(FitError, match="at least three") as caught:
-        fits.fit_curve(points)
+        fits.fit_curve(results)
     assert f"finished runs at {rungs} rungs" in str(caught.value)
 
 
 def test_rungs_of_the_same_compute_are_refused():
-    points = [replace(one, flops=1e13) if one.rung in ("r1", "r2") else one for one in baseline()]
+    results = [replace(one, flops=1e13) if one.rung in ("r1", "r2") else one for one in baseline()]
     with pytest.raises(FitError, match="each of another compute"):
-        fits.fit_curve(points)
+        fits.fit_curve(results)
 
 
 def test_a_baseline_that_does_not_improve_is_refused():
@@ -168,9 +168,9 @@ def test_a_baseline_that_does_not_improve_is_refused():
 
 
 def test_a_run_that_diverged_is_left_out_and_never_invented():
-    points = baseline()
-    without = [one for one in points if (one.rung, one.seed) != ("r2", 1)]
-    diverged = [one if one in without else replace(one, loss=math.nan) for one in points]
+    results = baseline()
+    without = [one for one in results if (one.rung, one.seed) != ("r2", 1)]
+    diverged = [one if one in without else replace(one, loss=math.nan) for one in results]
     assert fits.fit_curve(diverged, second_opinion=False) == fits.fit_curve(without, second_opinion=False)
     assert [rung.seeds for rung in fits.fit_curve(diverged, second_opinion=False).rungs] == [3, 3, 2, 3, 3]
 
@@ -206,9 +206,9 @@ def test_the_bootstrap_is_the_same_each_time_and_finds_the_truth():
 
 def test_points_come_back_from_json(tmp_path: Path):
     one = baseline()[0]
-    for point in (one, replace(one, seconds=None), replace(one, loss=math.inf)):
-        path = tmp_path / "point.json"
-        path.write_text(json.dumps(point.to_json(), allow_nan=False))
-        back = Point.from_json(json.loads(path.read_text()))
-        assert back == point or (math.isnan(back.loss) and replace(back, loss=0.0) == replace(point, loss=0.0))
+    for result in (one, replace(one, seconds=None), replace(one, loss=math.inf)):
+        path = tmp_path / "result.json"
+        path.write_text(json.dumps(result.to_json(), allow_nan=False))
+        back = RunResult.from_json(json.loads(path.read_text()))
+        assert back == result or (math.isnan(back.loss) and replace(back, loss=0.0) == replace(result, loss=0.0))
     assert one.arm == BASELINE

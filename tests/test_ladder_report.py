@@ -20,8 +20,8 @@ from tests import ladders
 from tests.ladders import LONG, SHORT
 from trainer.config import parse
 from trainer.ladder import report
-from trainer.ladder.collect import Outcome
-from trainer.ladder.plan.plan import AA, TARGET, PlannedRun
+from trainer.ladder.collect import CollectedRun
+from trainer.ladder.plan.ladder import AA, TARGET, PlannedRun
 from trainer.ladder.report import build, pictures, summary_run
 from trainer.ladder.report.build import Facts
 from trainer.ladder.report.drawing import decision
@@ -39,7 +39,7 @@ def full() -> dict[str, Any]:
     return made.tree(CLEAR, target=(BASELINE, *FAST))
 
 
-def lacking() -> list[Outcome]:
+def lacking() -> list[CollectedRun]:
     """One arm without a rung, one that diverged once, one whose smallest rung is still to come."""
     found = made.outcomes_of(SHORT, made.ARMS)
     found = made.missing(found, lambda one: (one.rung, one.arm) == ("r2", "qk-norm"))

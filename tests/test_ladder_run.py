@@ -28,10 +28,10 @@ from trainer.fleet import scheduling
 from trainer.fleet.run_store import State
 from trainer.ladder import collect, preregistration, report, run, speed, tuning, worker
 from trainer.ladder.plan import load
-from trainer.ladder.plan.plan import AA, Ladder
+from trainer.ladder.plan.ladder import AA, Ladder
 from trainer.ladder.run import Done, View
 from trainer.ladder.speed import Speed
-from trainer.ladder.stats.records import BASELINE, Point
+from trainer.ladder.stats.records import BASELINE, RunResult
 from trainer.log import events
 
 RUNGS = "".join(f'[[rungs]]\nname = "{n}"\nwidth = {w}\nn_layers = 1\n' for n, w in (("s", 16), ("m", 24)))
@@ -78,13 +78,17 @@ def calm(home, server) -> tuple[Ladder, Path, Done]:
     return ladder, run.pool_of(out), run.run(ladder, out, server=server)
 
 
-def results(ladder: Ladder, pool: Path) -> list[tuple[Point, str | None]]:
-    """Points without their times, with the hash of the weights."""
-    known = collect.outcomes(ladder, pool)
+def run_results(ladder: Ladder, pool: Path) -> list[RunResult]:
+    return collect.run_results(collect.collect_runs(ladder, pool, tuning.final(ladder, pool)))
+
+
+def hashed_results(ladder: Ladder, pool: Path) -> list[tuple[RunResult, str | None]]:
+    """Results without their times, with the hash of the weights."""
+    known = collect.collect_runs(ladder, pool)
     hashes = {(one.arm, one.rung, one.seed): one.weights_sha256 for one in known}
     return [
-        (dataclasses.replace(point, seconds=None), hashes[point.arm, point.rung, point.seed])
-        for point in collect.points(ladder, pool)
+        (dataclasses.replace(result, seconds=None), hashes[result.arm, result.rung, result.seed])
+        for result in run_results(ladder, pool)
     ]
 
 
@@ -103,16 +107,16 @@ def test_every_run_finishes_and_is_what_the_plain_command_makes_of_its_config(ca
 
 def test_points_are_what_the_logs_say(calm):
     ladder, pool, _ = calm
-    points = collect.points(ladder, pool)
-    assert len(points) == len(ladder.runs)
-    for point, planned in zip(points, ladder.runs, strict=True):
+    results = run_results(ladder, pool)
+    assert len(results) == len(ladder.runs)
+    for result, planned in zip(results, ladder.runs, strict=True):
         seen = look(pools.place(pool, planned).run)
-        assert (point.arm, point.rung, point.seed) == (planned.arm, planned.rung, planned.seed)
-        assert [planned.config.budget.steps, point.loss] == seen["eval"]["val"][-1][:2]
-        assert point.tokens == seen["tokens"]
-        assert point.seconds is not None
-        assert 0 < point.seconds < seen["goodput"]["wall_seconds"]
-    first = {point.arm: point.loss for point in points if point.rung == "s"}
+        assert (result.arm, result.rung, result.seed) == (planned.arm, planned.rung, planned.seed)
+        assert [planned.config.budget.steps, result.loss] == seen["eval"]["val"][-1][:2]
+        assert result.tokens == seen["tokens"]
+        assert result.seconds is not None
+        assert 0 < result.seconds < seen["goodput"]["wall_seconds"]
+    first = {result.arm: result.loss for result in results if result.rung == "s"}
     assert len(set(first.values())) == 3  # also of the A/A arm, whose weights were drawn anew
 
 
@@ -121,13 +125,13 @@ def test_a_run_that_was_scored_on_another_text_is_missing_and_says_why(calm, hom
     copied = home / "rescored" / "pool"
     shutil.copytree(pool, copied)
     (log,) = events.events_directory(pools.place(copied, ladder.runs[2]).run).glob("*.jsonl")
-    digest = collect.outcomes(ladder, copied)[2].digest
+    digest = collect.collect_runs(ladder, copied)[2].digest
     assert digest is not None
     log.write_text(log.read_text().replace(digest, "f" * 64))
-    found = collect.outcomes(ladder, copied)
+    found = collect.collect_runs(ladder, copied)
     assert [one.status for one in found] == ["finished"] * 2 + ["missing"] + ["finished"] * 3
     assert "scored on another text" in found[2].reason
-    assert len(collect.points(ladder, copied)) == 5
+    assert len(run_results(ladder, copied)) == 5
 
 
 def test_a_finished_run_is_never_run_again_and_two_ladders_share_it(calm, home, server):
@@ -140,10 +144,10 @@ def test_a_finished_run_is_never_run_again_and_two_ladders_share_it(calm, home, 
     assert done.exit_status == EXIT_FAILED
     assert set(done.missing) == {"s wild seed 0", "m wild seed 0"}
     assert all("not finite" in why for why in done.missing.values())
-    assert results(ladder, pool) == [one for one in results(wider, pool) if one[0].arm != "wild"]
-    wild = [point for point in collect.points(wider, pool) if point.arm == "wild"]
-    assert [point.loss != point.loss for point in wild] == [True, True]
-    assert [point.seconds for point in wild] == [None, None]
+    assert hashed_results(ladder, pool) == [one for one in hashed_results(wider, pool) if one[0].arm != "wild"]
+    wild = [result for result in run_results(wider, pool) if result.arm == "wild"]
+    assert [result.loss != result.loss for result in wild] == [True, True]
+    assert [result.seconds for result in wild] == [None, None]
 
 
 def test_small_rungs_can_be_run_alone_and_the_rest_later(calm, home, server):
@@ -159,7 +163,7 @@ def test_small_rungs_can_be_run_alone_and_the_rest_later(calm, home, server):
     assert len((preregistration.read(out) or {})["runs"]) == 6  # what is planned is the whole
     whole = run.run(ladder, out, server=server)
     assert (whole.started, whole.exit_status) == (3, EXIT_FINISHED)
-    assert results(ladder, run.pool_of(out)) == results(*calm[:2])
+    assert hashed_results(ladder, run.pool_of(out)) == hashed_results(*calm[:2])
 
 
 def test_a_storm_leaves_every_run_with_the_bits_of_the_calm_ladder(calm, home, server):
@@ -168,10 +172,10 @@ def test_a_storm_leaves_every_run_with_the_bits_of_the_calm_ladder(calm, home, s
     out = home / "stormy" / "storm"
     done = run.run(storm, out, server=server)
     assert done.exit_status == EXIT_FINISHED, done.missing
-    assert results(storm, run.pool_of(out)) == results(ladder, pool)
+    assert hashed_results(storm, run.pool_of(out)) == hashed_results(ladder, pool)
     stormy, quiet = reported(storm, out), reported(ladder, home / "ladders" / "calm")
     assert {key for key in quiet if stormy[key] != quiet[key]} == {"name", "file"}
-    seen = collect.outcomes(storm, run.pool_of(out))
+    seen = collect.collect_runs(storm, run.pool_of(out))
     assert [sorted({fault["kind"] for fault in one.faults}) for one in seen] == [
         ["sigkill", "torn_save"] if one.rung == "s" else ["exit", "sigkill"] for one in seen
     ]
@@ -200,9 +204,9 @@ def test_a_ladder_killed_at_random_five_times_gives_the_report_of_one_that_was_n
     assert run.look(ladder, out).count("finished") < len(ladder.runs)
     done = run.run(ladder, out, server=server)
     assert done.exit_status == EXIT_FINISHED, done.missing
-    assert results(ladder, killed) == results(ladder, run.pool_of(whole))
+    assert hashed_results(ladder, killed) == hashed_results(ladder, run.pool_of(whole))
     assert json.dumps(reported(ladder, out)) == json.dumps(reported(ladder, whole))
-    assert sum(one.attempts for one in collect.outcomes(ladder, killed)) > len(ladder.runs)
+    assert sum(one.attempts for one in collect.collect_runs(ladder, killed)) > len(ladder.runs)
 
 
 def reported(ladder: Ladder, out: Path) -> dict[str, Any]:
@@ -272,7 +276,7 @@ def test_a_run_that_cannot_start_is_given_up_with_its_reason_and_tried_once_more
     assert set(done.missing) == {"s A/A seed 0", "m A/A seed 0"}
     assert all("is not valid TOML" in why for why in done.missing.values())
     assert (done.view.count("finished"), done.started) == (2, 4)
-    assert [one.arm for one in collect.points(ladder, run.pool_of(out))] == [BASELINE, BASELINE]
+    assert [one.arm for one in run_results(ladder, run.pool_of(out))] == [BASELINE, BASELINE]
     mended = run.run(ladder, out, server=server)
     assert (mended.exit_status, mended.started) == (EXIT_FINISHED, 2)
 
@@ -313,7 +317,7 @@ def test_a_sweep_decides_the_rate_of_the_runs_that_follow_and_the_edge_is_told(h
         (final,) = [made for made in tuning.final(ladder, run.pool_of(out)) if made.rung == choice.rung]
         assert final.config.optim.learning_rate == pytest.approx(1e-2 * choice.rate)
         assert choice.flops == pytest.approx(3 * final.flops)
-    assert len(collect.points(ladder, run.pool_of(out))) == 2
+    assert len(run_results(ladder, run.pool_of(out))) == 2
 
 
 def test_runs_of_two_ranks_are_torchrun_s_and_end_with_the_same_bits(calm, home, server):
@@ -325,7 +329,7 @@ def test_runs_of_two_ranks_are_torchrun_s_and_end_with_the_same_bits(calm, home,
     out = home / "pairs" / "pairs"
     done = run.run(ladder, out, server=server)
     assert done.exit_status == EXIT_FINISHED, done.missing
-    (one,) = collect.outcomes(ladder, run.pool_of(out))
+    (one,) = collect.collect_runs(ladder, run.pool_of(out))
     assert one.key == next(iter(calm[0].runs)).key
     assert one.weights_sha256 == look(pool / one.key / "run")["weights_sha256"]
     assert (one.machine or ("", "", 0))[2] == 2
@@ -461,8 +465,8 @@ def test_what_was_measured_before_is_taken_at_the_pace_of_now():
 
 def test_a_spike_is_a_loss_far_above_those_before_it():
     quiet = [3.0 + 0.01 * (number % 5) for number in range(60)]
-    assert collect.spikes(quiet) == []
-    assert collect.spikes([*quiet[:50], 4.0, *quiet[50:]]) == [51]
+    assert collect.find_spikes(quiet) == []
+    assert collect.find_spikes([*quiet[:50], 4.0, *quiet[50:]]) == [51]
 
 
 # Helpers

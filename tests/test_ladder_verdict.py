@@ -17,38 +17,38 @@ from tests.ladders import LONG, SHORT, Arm, Design, draw, power_law
 from trainer.errors import FitError
 from trainer.ladder.stats import fit as fits
 from trainer.ladder.stats import verdict
-from trainer.ladder.stats.multiplier import Line, More, Noise, OtherFloor, Pairs
+from trainer.ladder.stats.multiplier import ExtraRuns, Line, Noise, OtherFloor, Pairs
 from trainer.ladder.stats.pairs import Baseline
-from trainer.ladder.stats.records import BASELINE, Criterion, Interval, Point, Verdict
+from trainer.ladder.stats.records import BASELINE, Criterion, Interval, RunResult, Verdict
 
 TARGET = 1e16
 CLEAR = replace(LONG, sd=0.001)
 
 
-def ladder(arms: Mapping[str, Arm], design: Design = CLEAR, seed: int = 0) -> list[Point]:
+def ladder(arms: Mapping[str, Arm], design: Design = CLEAR, seed: int = 0) -> list[RunResult]:
     return draw(design, power_law(), arms, np.random.Generator(np.random.Philox(seed)))
 
 
-def change(points: Sequence[Point], of: Callable[[Point], bool], **values: float | None) -> list[Point]:
-    return [replace(one, **values) if of(one) else one for one in points]
+def change(results: Sequence[RunResult], of: Callable[[RunResult], bool], **values: float | None) -> list[RunResult]:
+    return [replace(one, **values) if of(one) else one for one in results]
 
 
-def judge(points: Sequence[Point], **criterion: float) -> Verdict:
-    return verdict.judge(points, Criterion(**criterion), TARGET)[0]  # pyright: ignore[reportArgumentType]
+def judge(results: Sequence[RunResult], **criterion: float) -> Verdict:
+    return verdict.judge(results, Criterion(**criterion), TARGET)[0]  # pyright: ignore[reportArgumentType]
 
 
-def slowed(points: Sequence[Point], by: float) -> list[Point]:
+def slowed(results: Sequence[RunResult], by: float) -> list[RunResult]:
     """The arm's steps take so many times as long, and all runs a little more or less."""
-    jitter = {one: 1 + 0.004 * math.sin(7.0 * n) for n, one in enumerate(points)}
-    return [replace(one, seconds=jitter[one] * (1.0 if one.arm == BASELINE else by)) for one in points]
+    jitter = {one: 1 + 0.004 * math.sin(7.0 * n) for n, one in enumerate(results)}
+    return [replace(one, seconds=jitter[one] * (1.0 if one.arm == BASELINE else by)) for one in results]
 
 
 # Multipliers
 
 
 def test_without_noise_a_constant_gain_is_the_same_at_every_rung_and_the_target():
-    points = ladder({"arm": ladders.CONSTANT}, replace(LONG, sd=0.0))
-    done = judge(points)
+    results = ladder({"arm": ladders.CONSTANT}, replace(LONG, sd=0.0))
+    done = judge(results)
     values = [rung.multiplier.value for rung in done.rungs] + [done.multiplier.value, done.other_floor.value]
     assert values == pytest.approx([1.15] * 7, rel=1e-4)
     assert [rung.without for rung in done.rungs] == pytest.approx([1.15] * 5, rel=1e-4)
@@ -56,8 +56,8 @@ def test_without_noise_a_constant_gain_is_the_same_at_every_rung_and_the_target(
 
 
 def test_an_arm_of_twice_the_compute_and_the_same_loss_is_worth_half():
-    points = ladder({"arm": ladders.UNCHANGED}, replace(LONG, sd=0.0))
-    done = judge([one if one.arm == BASELINE else replace(one, flops=2 * one.flops) for one in points])
+    results = ladder({"arm": ladders.UNCHANGED}, replace(LONG, sd=0.0))
+    done = judge([one if one.arm == BASELINE else replace(one, flops=2 * one.flops) for one in results])
     assert [rung.multiplier.value for rung in done.rungs] == pytest.approx([0.5] * 5, rel=1e-4)
     assert (done.multiplier.value, done.other_floor.value) == (
         pytest.approx(0.5, rel=1e-3), pytest.approx(0.5, rel=0.1)
@@ -68,10 +68,10 @@ def test_an_arm_of_twice_the_compute_and_the_same_loss_is_worth_half():
 @given(seed=st.integers(0, 200), E=st.floats(0.0, 2.5), alpha=st.floats(0.03, 0.6))
 def test_the_null_is_exact_whatever_the_curve(seed: int, E: float, alpha: float):
     """Swapping arm and baseline turns the estimate's sign and nothing else, for right and for wrong curves."""
-    points = ladder({"arm": ladders.UNCHANGED}, LONG, seed)
-    baseline = Baseline.of(points, fits.fit_curve(points, second_opinion=False))
+    results = ladder({"arm": ladders.UNCHANGED}, LONG, seed)
+    baseline = Baseline.from_results(results, fits.fit_curve(results, second_opinion=False))
     curve = replace(baseline.fit.curve, E=E, alpha=alpha)
-    loss = {name: np.array([[one.loss for one in points if (one.arm, one.rung) == (name, rung)]
+    loss = {name: np.array([[one.loss for one in results if (one.arm, one.rung) == (name, rung)]
                             for rung in baseline.rungs.names]) for name in (BASELINE, "arm")}  # fmt: skip
     estimates = []
     for one, other in ((BASELINE, "arm"), ("arm", BASELINE)):
@@ -79,8 +79,8 @@ def test_the_null_is_exact_whatever_the_curve(seed: int, E: float, alpha: float)
             Pairs(name, float(flops), loss[one][k], loss[other][k], np.zeros(3))
             for k, (name, flops) in enumerate(zip(baseline.rungs.names, baseline.rungs.flops, strict=True))
         ]
-        noise = Noise.of(pairs)
-        estimates.append(Line(pairs, curve, baseline.influence, noise).at(TARGET).value)
+        noise = Noise.from_pairs(pairs)
+        estimates.append(Line(pairs, curve, baseline.influence, noise).multiplier_at(TARGET).value)
         estimates.append(OtherFloor(pairs, curve, baseline.influence, noise, TARGET).difference)
     assert estimates[0] == pytest.approx(-estimates[2], abs=1e-9)
     assert estimates[1] == pytest.approx(-estimates[3], abs=1e-9)
@@ -140,12 +140,12 @@ def test_the_error_planned_for_more_seeds_is_the_one_they_bring():
     planned, brought = [], []
     for seed in range(40):
         for design, errors in ((few, planned), (many, brought)):
-            points = ladder({"arm": ladders.CONSTANT}, design, seed)
-            baseline = Baseline.of(points, fits.fit_curve(points, second_opinion=False))
-            line = verdict.Judgement(baseline, points, "arm", Criterion(), TARGET, 0.05)._line
+            results = ladder({"arm": ladders.CONSTANT}, design, seed)
+            baseline = Baseline.from_results(results, fits.fit_curve(results, second_opinion=False))
+            line = verdict.Judgement(baseline, results, "arm", Criterion(), TARGET, 0.05)._line
             assert line is not None
             if not line.widened:
-                errors.append(line.planned(TARGET, More(seeds=9 if design is few else 0)).error)
+                errors.append(line.planned(TARGET, ExtraRuns(seeds=9 if design is few else 0)).error)
     assert np.mean(planned) == pytest.approx(np.mean(brought), rel=0.08)
 
 
@@ -170,10 +170,10 @@ def test_better_per_flop_and_slower_per_second_is_said():
 
 
 def test_an_answer_that_hangs_on_the_floor_is_inconclusive():
-    points = ladder({"arm": ladders.CONSTANT})
-    fit = fits.fit_curve(points, second_opinion=False)
+    results = ladder({"arm": ladders.CONSTANT})
+    fit = fits.fit_curve(results, second_opinion=False)
     unsure = replace(fit, alpha=Interval(fit.alpha.value, None, None))
-    (done,) = verdict.judge(points, Criterion(), TARGET, fit=unsure)
+    (done,) = verdict.judge(results, Criterion(), TARGET, fit=unsure)
     assert done.decision == "inconclusive" and "E and alpha" in done.why
     assert [one.what for one in done.remedies] == ["rung"]
 
@@ -200,8 +200,8 @@ def test_bounds_come_from_both_forms():
 
 
 def test_a_missing_rung_is_a_gap_and_nothing_is_invented():
-    points = [one for one in ladder({"arm": ladders.CONSTANT}) if (one.arm, one.rung) != ("arm", "r2")]
-    done = judge(points)
+    results = [one for one in ladder({"arm": ladders.CONSTANT}) if (one.arm, one.rung) != ("arm", "r2")]
+    done = judge(results)
     gap = done.rungs[2]
     assert (gap.rung, gap.pairs, gap.gap) == ("r2", 0, "no finished pair")
     assert gap.multiplier.value is None and gap.loss_difference is None and gap.slowdown is None and gap.without is None
@@ -210,9 +210,9 @@ def test_a_missing_rung_is_a_gap_and_nothing_is_invented():
 
 
 def test_fewer_runs_of_an_arm_make_its_interval_wider():
-    points = ladder({"arm": ladders.CONSTANT}, LONG, seed=4)
-    fewer = [one for one in points if one.arm == BASELINE or one.seed < 2 or one.rung == "r0"]
-    whole, part = judge(points), judge(fewer)
+    results = ladder({"arm": ladders.CONSTANT}, LONG, seed=4)
+    fewer = [one for one in results if one.arm == BASELINE or one.seed < 2 or one.rung == "r0"]
+    whole, part = judge(results), judge(fewer)
     assert [rung.pairs for rung in part.rungs] == [3, 2, 2, 2, 2]
     assert part.rungs[1].gap == "2 pairs of 3"
     for one in (whole, part):
@@ -222,8 +222,8 @@ def test_fewer_runs_of_an_arm_make_its_interval_wider():
 
 
 def test_two_rungs_are_too_few_for_a_trend_and_say_so():
-    points = [one for one in ladder({"arm": ladders.CONSTANT}) if one.arm == BASELINE or one.rung in ("r0", "r4")]
-    done = judge(points)
+    results = [one for one in ladder({"arm": ladders.CONSTANT}) if one.arm == BASELINE or one.rung in ("r0", "r4")]
+    done = judge(results)
     assert (done.decision, done.trend) == ("inconclusive", "unknown")
     assert "compared at 2 rungs, and a trend needs three" in done.why
     assert done.multiplier == Interval(None, None, None) and done.lower is None and done.crossing is None
@@ -239,26 +239,26 @@ def test_an_arm_without_any_run_is_inconclusive():
 
 
 def test_a_rung_that_the_baseline_lacks_is_told():
-    points = [one for one in ladder({"arm": ladders.CONSTANT}) if (one.arm, one.rung) != (BASELINE, "r3")]
-    done = judge(points)
+    results = [one for one in ladder({"arm": ladders.CONSTANT}) if (one.arm, one.rung) != (BASELINE, "r3")]
+    done = judge(results)
     assert [rung.rung for rung in done.rungs] == ["r0", "r1", "r2", "r4"]
     assert "r3: the baseline has no finished run there." in done.notes
 
 
 def test_runs_that_diverged_keep_an_arm_from_being_promoted():
-    points = change(
+    results = change(
         ladder({"arm": ladders.CONSTANT}),
         lambda one: (one.arm, one.rung, one.seed) == ("arm", "r3", 1),
         loss=math.nan,
     )
-    done = judge(points)
+    done = judge(results)
     assert done.decision == "inconclusive" and "not finite at r3 seed 1" in done.why
     assert done.rungs[3].pairs == 2 and "r3 seed 1: its loss was not finite." in done.notes
 
 
 def test_a_loss_at_the_floor_has_no_multiplier():
-    points = change(ladder({"arm": ladders.CONSTANT}), lambda one: (one.arm, one.rung) == ("arm", "r4"), loss=1.7)
-    done = judge(points)
+    results = change(ladder({"arm": ladders.CONSTANT}), lambda one: (one.arm, one.rung) == ("arm", "r4"), loss=1.7)
+    done = judge(results)
     assert done.rungs[4].multiplier.value is None and "floor" in done.rungs[4].gap
     assert done.rungs[4].loss_difference == pytest.approx(1.7 - power_law()(1e15), abs=0.01)
     assert done.decision == "inconclusive" and "no amount of compute compares" in done.why
@@ -273,10 +273,10 @@ def test_one_seed_a_rung_still_has_an_interval_from_the_rungs_scatter():
 
 
 def test_rungs_off_the_line_widen_the_interval_and_ask_for_no_seeds():
-    points = ladder({"arm": ladders.CONSTANT}, LONG, seed=3)
+    results = ladder({"arm": ladders.CONSTANT}, LONG, seed=3)
     off = [
         replace(one, loss=one.loss + (0.05 if one.rung in ("r1", "r3") else -0.05)) if one.arm == "arm" else one
-        for one in points
+        for one in results
     ]
     done = judge(off)
     assert done.lack_of_fit_p is not None and done.lack_of_fit_p < 0.001
@@ -290,8 +290,8 @@ def test_a_baseline_without_a_curve_is_refused():
 
 
 def test_an_arm_that_is_the_baseline_to_the_bit_is_worth_exactly_once_its_compute():
-    points = [one for one in ladder({}, LONG) if one.arm == BASELINE]
-    done = judge([*points, *(replace(one, arm="same") for one in points)])
+    results = [one for one in ladder({}, LONG) if one.arm == BASELINE]
+    done = judge([*results, *(replace(one, arm="same") for one in results)])
     assert done.multiplier == Interval(1.0, 1.0, 1.0) and done.other_floor == Interval(1.0, 1.0, 1.0)
     assert (done.decision, done.trend, done.crossing) == ("reject", "none", None)
     assert done.pairing.ratio is None and done.lack_of_fit_p is None
@@ -317,12 +317,12 @@ def test_whatever_is_missing_or_mad_there_is_an_answer_or_a_refusal(seed: int):
     random = np.random.Generator(np.random.Philox(seed))
     arms = {"const": ladders.CONSTANT, "better": ladders.line(1, 50), "worse": ladders.line(1, 0.01)}
     for rungs, decades, seeds, sd in ((3, 0.5, 2, 0.3), (4, 1.5, 1, 0.05), (5, 3.0, 3, 0.0), (6, 3.0, 2, 0.005)):
-        points = ladder(arms, Design.spanning(rungs, decades, seeds=seeds, sd=sd), seed)
-        points = [one for one in points if random.random() > 0.15]
-        points = change(points, lambda _: random.random() < 0.05, loss=math.inf)
-        points = change(points, lambda _: random.random() < 0.2, seconds=None)
+        results = ladder(arms, Design.spanning(rungs, decades, seeds=seeds, sd=sd), seed)
+        results = [one for one in results if random.random() > 0.15]
+        results = change(results, lambda _: random.random() < 0.05, loss=math.inf)
+        results = change(results, lambda _: random.random() < 0.2, seconds=None)
         with contextlib.suppress(FitError):
             for target in (1e15, 1e16, 1e20):
-                for done in verdict.judge(points, Criterion(), target, arms=[*arms, "none"]):
+                for done in verdict.judge(results, Criterion(), target, arms=[*arms, "none"]):
                     json.dumps(done.to_json(), allow_nan=False)
                     assert done.decision != "promote" or (done.lower is not None and done.lower >= 1.02)

@@ -22,7 +22,7 @@ from trainer import checkpoint, files
 from trainer import config as configs
 from trainer.errors import TopropeError
 from trainer.faults import plan as faultplan
-from trainer.ladder.plan.plan import PlannedRun
+from trainer.ladder.plan.ladder import PlannedRun
 from trainer.log import events
 
 Status = Literal["waiting", "running", "stopped", "finished", "missing"]

@@ -16,7 +16,7 @@ from trainer import files
 from trainer.errors import RunDirectoryError
 from trainer.fleet import run_store as pools
 from trainer.ladder import speed
-from trainer.ladder.plan.plan import Ladder
+from trainer.ladder.plan.ladder import Ladder
 from trainer.ladder.speed import Speed
 from trainer.log import rundir
 

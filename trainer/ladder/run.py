@@ -23,7 +23,7 @@ from trainer.fleet import run_store as pools
 from trainer.fleet import scheduling
 from trainer.fleet.run_store import Place, State
 from trainer.ladder import preregistration, speed, tuning
-from trainer.ladder.plan.plan import TARGET, Ladder, PlannedRun
+from trainer.ladder.plan.ladder import TARGET, Ladder, PlannedRun
 from trainer.ladder.speed import Speed
 from trainer.ladder.worker import STOPPING, Server, Task, is_final, last_words
 from trainer.parallel import elastic

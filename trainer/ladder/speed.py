@@ -19,7 +19,7 @@ from trainer.config import Config
 from trainer.errors import UsageError
 from trainer.fleet import run_store as pools
 from trainer.fleet.run_store import Place, State
-from trainer.ladder.plan.plan import Ladder, PlannedRun
+from trainer.ladder.plan.ladder import Ladder, PlannedRun
 from trainer.ladder.worker import STOPPING, Server, Task, is_final, last_words
 
 LEAVING_SECONDS = 10.0

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
-from trainer.ladder.plan.plan import Ladder, PlannedRun, PlannedRung
+from trainer.ladder.plan.ladder import Ladder, PlannedRun, PlannedRung
 from trainer.ladder.preregistration import Edits
 from trainer.ladder.run import Done, View
 from trainer.ladder.speed import Speed

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.ladder import collect
-from trainer.ladder.plan.plan import Ladder, PlannedRun
-from trainer.ladder.stats.records import Record
+from trainer.ladder.plan.ladder import Ladder, PlannedRun
+from trainer.ladder.stats.records import JsonRecord
 
 
 @dataclass(frozen=True)
-class Choice(Record):
+class Choice(JsonRecord):
     """What a sweep came to at one rung, for one arm."""
 
     arm: str
@@ -36,7 +36,7 @@ def choices(ladder: Ladder, pool: Path) -> list[Choice]:
 
 
 def _choice(ladder: Ladder, pool: Path, runs: list[PlannedRun]) -> Choice:
-    found = collect.outcomes(ladder, pool, runs)
+    found = collect.collect_runs(ladder, pool, runs)
     scores = {one.rate: one.loss for one in found if one.loss is not None and math.isfinite(one.loss)}
     complete = all(one.status in ("finished", "missing") for one in found)
     best = min(scores, key=lambda rate: scores[rate]) if scores and complete else None

@@ -8,7 +8,7 @@ from typing import Any
 from trainer import config as configs
 from trainer.config import Config
 from trainer.ladder.plan import sizes
-from trainer.ladder.plan.plan import AA, PlannedArm, PlannedRun
+from trainer.ladder.plan.ladder import AA, PlannedArm, PlannedRun
 from trainer.ladder.plan.schema import Arm, LadderFile
 
 

@@ -18,7 +18,7 @@ from trainer.faults import plan as faultplan
 from trainer.faults.kinds import NODES
 from trainer.ladder.plan import arms as armplans
 from trainer.ladder.plan import sizes
-from trainer.ladder.plan.plan import AA, FIT_RUNGS, TARGET, Ladder, PlannedArm, PlannedRun, PlannedRung
+from trainer.ladder.plan.ladder import AA, FIT_RUNGS, TARGET, Ladder, PlannedArm, PlannedRun, PlannedRung
 from trainer.ladder.plan.schema import LadderFile
 from trainer.ladder.plan.sizes import Rules, Scale, Shape, Size
 from trainer.ladder.stats.records import BASELINE, Criterion

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from trainer import files
-from trainer.ladder.plan.plan import Ladder
+from trainer.ladder.plan.ladder import Ladder
 from trainer.ladder.report import pictures, summary_run
 from trainer.ladder.report.build import look, tell, without_course
 from trainer.ladder.report.estimates import Tree

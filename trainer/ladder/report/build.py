@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer.ladder import collect as outcomes_of
-from trainer.ladder import preregistration, run, tuning
-from trainer.ladder.collect import Outcome
-from trainer.ladder.plan.plan import FIT_RUNGS, TARGET, Ladder, PlannedRun
+from trainer.ladder import collect, preregistration, run, tuning
+from trainer.ladder.collect import CollectedRun
+from trainer.ladder.plan.ladder import FIT_RUNGS, TARGET, Ladder, PlannedRun
 from trainer.ladder.report import estimates, execution
 from trainer.ladder.report.estimates import Plan, Tree
 from trainer.ladder.stats.records import BASELINE
@@ -29,9 +28,9 @@ class Facts:
     """What a report is made of."""
 
     ladder: Ladder
-    runs: Sequence[Outcome]
+    runs: Sequence[CollectedRun]
     """One for each run of the ladder."""
-    sweep: Sequence[Outcome] = ()
+    sweep: Sequence[CollectedRun] = ()
     """The runs of learning-rate sweeps."""
     choices: Sequence[Choice] = ()
     """What those came to."""
@@ -44,12 +43,12 @@ def look(ladder: Ladder, out: Path) -> Facts:
     pool = run.pool_of(out)
     preregistration.compare(ladder, out, pool)
     final = tuning.final(ladder, pool)
-    known = dict(zip(map(_place, final), outcomes_of.outcomes(ladder, pool, final), strict=True))
+    known = dict(zip(map(_place, final), collect.collect_runs(ladder, pool, final), strict=True))
     failed = tuning.failed(ladder, pool)
     return Facts(
         ladder,
         [known.get(_place(one)) or _not_begun(one, failed.get((one.rung, one.arm))) for one in ladder.runs],
-        outcomes_of.outcomes(ladder, pool, ladder.sweep),
+        collect.collect_runs(ladder, pool, ladder.sweep),
         tuning.choices(ladder, pool),
         preregistration.read(out) or {},
     )
@@ -59,9 +58,9 @@ def _place(planned: PlannedRun) -> tuple[str, str, int]:
     return planned.rung, planned.arm, planned.seed
 
 
-def _not_begun(planned: PlannedRun, failed: str | None) -> Outcome:
+def _not_begun(planned: PlannedRun, failed: str | None) -> CollectedRun:
     """A run whose learning rate is not known yet, or never will be."""
-    return Outcome(
+    return CollectedRun(
         planned.arm, planned.rung, planned.seed, None, planned.key, "missing" if failed else "waiting",
         failed or "its learning-rate sweep goes on", planned.flops, planned.parameters, planned.tokens,
         planned.config.budget.steps, 0,
@@ -70,7 +69,7 @@ def _not_begun(planned: PlannedRun, failed: str | None) -> Outcome:
 
 def tell(facts: Facts) -> Tree:
     """The tree."""
-    ladder, points = facts.ladder, outcomes_of.points_of(facts.runs)
+    ladder, results = facts.ladder, collect.run_results(facts.runs)
     plan = _plan(facts)
     tree = {
         "format": FORMAT, "name": ladder.name, "question": ladder.question,
@@ -88,9 +87,9 @@ def tell(facts: Facts) -> Tree:
         "runs": [_run(one) for one in facts.runs],
         "sweeps": [choice.to_json() for choice in facts.choices],
         "flops": _flops(facts.runs), "sweep_flops": _flops(facts.sweep),
-        **_estimates(points, plan),
+        **_estimates(results, plan),
     }  # fmt: skip
-    return tree | {COURSE: execution.of(facts.runs, facts.sweep, points, plan, facts.record, tree["fit"] is not None)}
+    return tree | {COURSE: execution.of(facts.runs, facts.sweep, results, plan, facts.record, tree["fit"] is not None)}
 
 
 def without_course(tree: Tree) -> Tree:
@@ -110,8 +109,8 @@ def _plan(facts: Facts) -> Plan:
     return Plan(ladder.criterion, rungs, TARGET, flops, ladder.target_flops, seeds, arms, unchanged)
 
 
-def _estimates(points: Sequence[Any], plan: Plan) -> Tree:
-    tree = estimates.of(points, plan)
+def _estimates(results: Sequence[Any], plan: Plan) -> Tree:
+    tree = estimates.of(results, plan)
     if len(plan.rungs) < FIT_RUNGS and tree["no_fit"]:
         few = f"{len(plan.rungs)} rung{'' if len(plan.rungs) == 1 else 's'}"
         tree["no_fit"] = f"the ladder has {few}, and a curve of {FIT_RUNGS} parameters needs {FIT_RUNGS}."
@@ -133,7 +132,7 @@ RESULT = (
 )  # fmt: skip
 
 
-def _run(one: Outcome) -> Tree:
+def _run(one: CollectedRun) -> Tree:
     """What it came to; a loss of None beside diverged was not a number."""
     plain = one.to_json()
     told = {key: plain[key] for key in RESULT}
@@ -141,12 +140,12 @@ def _run(one: Outcome) -> Tree:
     return told | {"diverged": diverged, "reason": private(one.reason) or None}
 
 
-def _distinct(runs: Sequence[Outcome]) -> list[Outcome]:
+def _distinct(runs: Sequence[CollectedRun]) -> list[CollectedRun]:
     """Each run once, however many arms it serves."""
     return list({one.key: one for one in runs}.values())
 
 
-def _flops(runs: Sequence[Outcome]) -> float:
+def _flops(runs: Sequence[CollectedRun]) -> float:
     """Of the runs that finished."""
     return math.fsum(one.flops for one in _distinct(runs) if one.status == "finished")
 

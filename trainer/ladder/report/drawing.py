@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trainer.ladder.report.estimates import Tree
+from trainer.ladder.stats.decision import final_verdict
 from trainer.ladder.stats.records import BASELINE
 from trainer.show.figure import BAD, GOOD, GREY, INK, MARKS, SERIES, SOFT, UNSURE
 
@@ -87,7 +88,5 @@ def floats(values: Sequence[float | None]) -> list[float]:
 
 
 def decision(tree: Tree, arm: str) -> Tree | None:
-    """The arm's verdict with what time says where that is known; None without any."""
-    plain = next((one for one in tree["verdicts"] if one["arm"] == arm), None)
-    timed = next((one for one in tree.get("course", {}).get("verdicts", []) if one["arm"] == arm), {})
-    return None if plain is None else plain | {key: value for key, value in timed.items() if key != "rungs"}
+    """The arm's final verdict; None without any."""
+    return final_verdict(tree["verdicts"], tree.get("course", {}).get("verdicts", []), arm)

@@ -14,11 +14,11 @@ import numpy as np
 from scipy import special
 
 from trainer.errors import FitError
+from trainer.ladder.stats import decision, verdict
 from trainer.ladder.stats import fit as fits
-from trainer.ladder.stats import verdict
 from trainer.ladder.stats.multiplier import Line, Noise, OtherFloor
 from trainer.ladder.stats.pairs import Baseline, match
-from trainer.ladder.stats.records import BASELINE, Criterion, CurveFit, Interval, Point, Verdict
+from trainer.ladder.stats.records import BASELINE, Criterion, CurveFit, Interval, RunResult, Verdict
 
 Tree = dict[str, Any]
 GRID = 61
@@ -27,8 +27,6 @@ MARGIN = 1.25
 """How far curves go on beyond the smallest rung and the target."""
 CURVE_ITSELF = 10**12
 """So many seeds that only the curve's own error is left of a prediction's."""
-TIMED = ("slowdown", "wall_clock", "faster_per_flop_slower_per_second")
-"""What a verdict says of time."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +48,15 @@ class Plan:
     """Those that are no change."""
 
 
-def of(points: Sequence[Point], plan: Plan) -> Tree:
+def of(results: Sequence[RunResult], plan: Plan) -> Tree:
     """All that is estimated; `no_fit` says why there is no curve, and then nothing rests on one."""
-    points = timeless(points)
-    rungs = [point for point in points if point.rung != plan.target]
+    results = decision.without_time(results)
+    rungs = [result for result in results if result.rung != plan.target]
     tree: Tree = {
-        "noise": _noise(points),
-        "differences": _differences(points, plan),
+        "noise": _noise(results),
+        "differences": _differences(results, plan),
         "fit": None, "no_fit": None, "bootstrap": None, "curve": None, "verdicts": [], "lines": {},
-        "predictions": _predictions(points, plan), "multiplier_predictions": [],
+        "predictions": _predictions(results, plan), "multiplier_predictions": [],
     }  # fmt: skip
     try:
         fit = fits.fit_curve(rungs, plan.criterion.level)
@@ -71,34 +69,20 @@ def of(points: Sequence[Point], plan: Plan) -> Tree:
         "fit": fit.to_json(),
         "bootstrap": fits.bootstrap(rungs, plan.criterion.level).to_json(),
         "curve": _curve(rungs, plan),
-        "verdicts": [_of_losses(one) for one in judged],
+        "verdicts": [decision.loss_tree(one) for one in judged],
         "lines": {arm: _line(rungs, arm, fit, plan) for arm in plan.arms},
-        "multiplier_predictions": list(_multiplier_predictions(points, plan, judged)),
+        "multiplier_predictions": list(_multiplier_predictions(results, plan, judged)),
     }
-
-
-def timeless(points: Iterable[Point]) -> list[Point]:
-    """The same runs, as if all computed equally fast."""
-    return [replace(point, seconds=float(point.tokens)) for point in points]
-
-
-def _of_losses(one: Verdict) -> Tree:
-    tree = {key: value for key, value in one.to_json().items() if key not in TIMED}
-    tree["rungs"] = [{key: value for key, value in rung.items() if key not in TIMED} for rung in tree["rungs"]]
-    if one.decision == "promote":
-        assert one.lower is not None
-        tree["why"] = f"At the target it is worth at least {one.lower:.3g}× the baseline's compute."
-    return tree
 
 
 # Without a curve
 
 
-def _noise(points: Sequence[Point]) -> list[Tree]:
+def _noise(results: Sequence[RunResult]) -> list[Tree]:
     """Of each rung and arm: how its seeds differ."""
     groups: dict[tuple[str, str], list[float]] = {}
-    for point in points:
-        groups.setdefault((point.rung, point.arm), []).append(point.loss)
+    for result in results:
+        groups.setdefault((result.rung, result.arm), []).append(result.loss)
     return [
         {
             "rung": rung, "arm": arm, "seeds": len(finite), "diverged": len(losses) - len(finite),
@@ -110,9 +94,9 @@ def _noise(points: Sequence[Point]) -> list[Tree]:
     ]  # fmt: skip
 
 
-def _differences(points: Sequence[Point], plan: Plan) -> list[Tree]:
+def _differences(results: Sequence[RunResult], plan: Plan) -> list[Tree]:
     """Of each rung and arm: its loss minus the baseline's of the same seed, with Student's interval."""
-    known = {(p.rung, p.arm, p.seed): p.loss for p in points if math.isfinite(p.loss)}
+    known = {(p.rung, p.arm, p.seed): p.loss for p in results if math.isfinite(p.loss)}
     found = []
     for rung in (*plan.rungs, plan.target):
         for arm in plan.arms:
@@ -143,9 +127,9 @@ def _grid(plan: Plan) -> list[float]:
     return [float(one) for one in np.geomspace(first / MARGIN, plan.target_flops * MARGIN, GRID)]
 
 
-def _curve(points: Sequence[Point], plan: Plan) -> Tree:
+def _curve(results: Sequence[RunResult], plan: Plan) -> Tree:
     """The baseline's, with the interval of the curve itself."""
-    found = [fits.predict(points, flops, CURVE_ITSELF, plan.criterion.level).predicted for flops in _grid(plan)]
+    found = [fits.predict(results, flops, CURVE_ITSELF, plan.criterion.level).predicted for flops in _grid(plan)]
     return {"flops": _grid(plan), **_columns(found)}
 
 
@@ -154,17 +138,17 @@ def _columns(intervals: Sequence[Interval]) -> Tree:
     return {name: [one[name] for one in plain] for name in ("value", "low", "high")}
 
 
-def _line(points: Sequence[Point], arm: str, fit: CurveFit, plan: Plan) -> Tree | None:
+def _line(results: Sequence[RunResult], arm: str, fit: CurveFit, plan: Plan) -> Tree | None:
     """The arm's multiplier against compute as a line, and beyond the rungs if its floor differs; None without one."""
-    baseline = Baseline.of(points, fit)
-    rungs = list(match(points, arm, baseline))
+    baseline = Baseline.from_results(results, fit)
+    rungs = list(match(results, arm, baseline))
     pairs = [rung.arrays() for rung in rungs if rung.usable]
     if len(pairs) < fits.FEWEST_RUNGS or any(rung.pairs and not rung.usable for rung in rungs):
         return None
-    noise, half = Noise.of(pairs), plan.criterion.level / 2
+    noise, half = Noise.from_pairs(pairs), plan.criterion.level / 2
     line = Line(pairs, fit.curve, baseline.influence, noise)
     grid = _grid(plan)
-    known = [line.at(flops) for flops in grid]
+    known = [line.multiplier_at(flops) for flops in grid]
     told = _columns([_ratio(one.value, one.bound(half, -1), one.bound(half, 1)) for one in known])
     others = [OtherFloor(pairs, fit.curve, baseline.influence, noise, flops).value for flops in grid]
     return {"flops": grid, **told, "other_floor": _columns([_ratio(one, one, one) for one in others])["value"]}
@@ -179,32 +163,32 @@ def _ratio(*logs: float) -> Interval:
 # Predictions
 
 
-def _predictions(points: Sequence[Point], plan: Plan) -> list[Tree]:
+def _predictions(results: Sequence[RunResult], plan: Plan) -> list[Tree]:
     """Losses of the baseline and each arm: the largest rung's and those of rungs that were not run, by the rungs below;
     the target's by all rungs.
     """
     found = []
-    for rung, below in _questions(points, plan):
+    for rung, below in _questions(results, plan):
         for arm in (BASELINE, *plan.arms):
             if (rung, arm) in plan.flops:
-                found.append(_prediction(points, arm, rung, below, plan))
+                found.append(_prediction(results, arm, rung, below, plan))
     return found
 
 
-def _questions(points: Sequence[Point], plan: Plan) -> list[tuple[str, Sequence[str]]]:
+def _questions(results: Sequence[RunResult], plan: Plan) -> list[tuple[str, Sequence[str]]]:
     """(what is predicted, by which rungs: those that the baseline was run at)"""
-    ran = {point.rung for point in points if point.arm == BASELINE}
+    ran = {result.rung for result in results if result.arm == BASELINE}
     asked = [rung for rung in plan.rungs[1:] if rung not in ran or rung == plan.rungs[-1]]
     below = {rung: plan.rungs[: plan.rungs.index(rung)] for rung in asked} | {plan.target: plan.rungs}
     return [(rung, [name for name in names if name in ran]) for rung, names in below.items()]
 
 
-def _prediction(points: Sequence[Point], arm: str, rung: str, below: Sequence[str], plan: Plan) -> Tree:
-    own = [replace(point, arm=BASELINE) for point in points if point.arm == arm]
-    losses = [point.loss for point in own if point.rung == rung and math.isfinite(point.loss)]
+def _prediction(results: Sequence[RunResult], arm: str, rung: str, below: Sequence[str], plan: Plan) -> Tree:
+    own = [replace(result, arm=BASELINE) for result in results if result.arm == arm]
+    losses = [result.loss for result in own if result.rung == rung and math.isfinite(result.loss)]
     told: Tree = {"rung": rung, "arm": arm, "by": list(below), "runs": len(losses), "refused": None}
     try:
-        by = [point for point in own if point.rung in below]
+        by = [result for result in own if result.rung in below]
         seeds = len(losses) or plan.seeds.get(rung, 0) or 1
         check = fits.predict(by, plan.flops[rung, arm], seeds, plan.criterion.level)
     except FitError as error:
@@ -214,12 +198,12 @@ def _prediction(points: Sequence[Point], arm: str, rung: str, below: Sequence[st
     return told | (fits.check(check, losses) if losses else check).to_json()
 
 
-def _multiplier_predictions(points: Sequence[Point], plan: Plan, judged: Sequence[Verdict]) -> Iterable[Tree]:
+def _multiplier_predictions(results: Sequence[RunResult], plan: Plan, judged: Sequence[Verdict]) -> Iterable[Tree]:
     """Multipliers, likewise, beside what the runs there measured."""
-    for rung, below in _questions(points, plan):
-        measured = _judge(points, [*below, rung], plan, plan.flops[rung, BASELINE])
+    for rung, below in _questions(results, plan):
+        measured = _judge(results, [*below, rung], plan, plan.flops[rung, BASELINE])
         by = {one.arm: one for one in judged} if rung == plan.target else _judge(
-            points, below, plan, plan.flops[rung, BASELINE]
+            results, below, plan, plan.flops[rung, BASELINE]
         )  # fmt: skip
         for arm in plan.arms:
             if (rung, arm) not in plan.flops:
@@ -234,9 +218,9 @@ def _multiplier_predictions(points: Sequence[Point], plan: Plan, judged: Sequenc
             }  # fmt: skip
 
 
-def _judge(points: Sequence[Point], rungs: Sequence[str], plan: Plan, flops: float) -> dict[str, Verdict]:
+def _judge(results: Sequence[RunResult], rungs: Sequence[str], plan: Plan, flops: float) -> dict[str, Verdict]:
     """By these rungs alone; empty where no curve can be fitted to them."""
-    own = [point for point in points if point.rung in rungs]
+    own = [result for result in results if result.rung in rungs]
     try:
         judged = verdict.judge(
             own, plan.criterion, flops, arms=plan.arms, unchanged=plan.unchanged, remedies=False

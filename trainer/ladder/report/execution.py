@@ -9,10 +9,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainer.ladder.collect import Outcome
-from trainer.ladder.report.estimates import TIMED, Plan, Tree
-from trainer.ladder.stats import verdict
-from trainer.ladder.stats.records import BASELINE, Point, Verdict
+from trainer.ladder.collect import CollectedRun
+from trainer.ladder.report.estimates import Plan, Tree
+from trainer.ladder.stats import decision, verdict
+from trainer.ladder.stats.records import BASELINE, RunResult
 
 AWAY = ("down", "preempted")
 """Parts of a run's time in which no process was at it: until it was started again, be it by a person the next day."""
@@ -21,12 +21,12 @@ LOST = ("lost_steps", "redone", "hung")
 
 
 def of(
-    runs: Sequence[Outcome], sweep: Sequence[Outcome], points: Sequence[Point], plan: Plan,
+    runs: Sequence[CollectedRun], sweep: Sequence[CollectedRun], results: Sequence[RunResult], plan: Plan,
     record: Mapping[str, Any], fitted: bool,
 ) -> Tree:  # fmt: skip
     distinct = list({one.key: one for one in [*runs, *sweep]}.values())
     return {
-        "verdicts": _verdicts(points, plan) if fitted else [],
+        "verdicts": _verdicts(results, plan) if fitted else [],
         "criterion_history": record.get("criterion_history", []),
         "first_planned": record.get("first_planned"),
         "edits": record.get("edits", []),
@@ -39,19 +39,13 @@ def of(
     }
 
 
-def _verdicts(points: Sequence[Point], plan: Plan) -> list[Tree]:
-    rungs = [point for point in points if point.rung != plan.target]
+def _verdicts(results: Sequence[RunResult], plan: Plan) -> list[Tree]:
+    rungs = [result for result in results if result.rung != plan.target]
     judged = verdict.judge(rungs, plan.criterion, plan.target_flops, arms=plan.arms, unchanged=plan.unchanged)
-    return [_timed(one) for one in judged]
+    return [decision.time_tree(one) for one in judged]
 
 
-def _timed(one: Verdict) -> Tree:
-    told = one.to_json()
-    rungs = [{"rung": rung["rung"]} | {key: rung[key] for key in TIMED if key in rung} for rung in told["rungs"]]
-    return {key: told[key] for key in ("arm", "decision", "why", "remedies", "notes", *TIMED)} | {"rungs": rungs}
-
-
-def _time(runs: Sequence[Outcome], sweep: Sequence[Outcome]) -> Tree:
+def _time(runs: Sequence[CollectedRun], sweep: Sequence[CollectedRun]) -> Tree:
     """Seconds of runs, not of the clock: those side by side count each."""
     parts: Counter[str] = Counter()
     for one in runs:
@@ -67,7 +61,7 @@ def _time(runs: Sequence[Outcome], sweep: Sequence[Outcome]) -> Tree:
     }
 
 
-def _busy(one: Outcome) -> float | None:
+def _busy(one: CollectedRun) -> float | None:
     return sum(seconds for part, seconds in one.spent.items() if part not in AWAY) if one.spent else None
 
 
@@ -77,7 +71,7 @@ def _sum(values: Any) -> float | None:
     return math.fsum(known) if known else None
 
 
-def _survived(runs: Sequence[Outcome]) -> Tree:
+def _survived(runs: Sequence[CollectedRun]) -> Tree:
     """Faults that were made in runs which then finished, and in those that did not."""
     finished = [one for one in runs if one.status == "finished"]
     made = Counter(fault["kind"] for one in runs for fault in one.faults)
@@ -91,7 +85,7 @@ def _survived(runs: Sequence[Outcome]) -> Tree:
     }
 
 
-def _arm(arm: str, runs: Sequence[Outcome]) -> Tree:
+def _arm(arm: str, runs: Sequence[CollectedRun]) -> Tree:
     """Instabilities of an arm's runs, and what became of them."""
     own = [one for one in runs if one.arm == arm]
     return {
@@ -107,7 +101,7 @@ def _arm(arm: str, runs: Sequence[Outcome]) -> Tree:
     }
 
 
-def _machines(runs: Sequence[Outcome]) -> list[Tree]:
+def _machines(runs: Sequence[CollectedRun]) -> list[Tree]:
     found = Counter(one.machine for one in runs if one.attempts)
     return [
         {"host": machine[0], "device": machine[1], "ranks": machine[2], "runs": times}
@@ -117,7 +111,7 @@ def _machines(runs: Sequence[Outcome]) -> list[Tree]:
     ]
 
 
-def _run(one: Outcome) -> Tree:
+def _run(one: CollectedRun) -> Tree:
     plain = one.to_json()
     names = (
         "arm", "rung", "seed", "rate", "key", "seconds", "undisturbed_seconds",

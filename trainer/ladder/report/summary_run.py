@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.ladder.plan.plan import Ladder
+from trainer.ladder.plan.ladder import Ladder
 from trainer.ladder.report.drawing import decision
 from trainer.ladder.report.estimates import Tree
 from trainer.ladder.report.pictures import Picture

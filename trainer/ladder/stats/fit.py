@@ -18,7 +18,16 @@ from scipy import special
 
 from trainer.errors import FitError
 from trainer.ladder.stats import forms
-from trainer.ladder.stats.records import BASELINE, Bootstrap, Curve, CurveFit, Interval, Point, PredictionCheck, RungFit
+from trainer.ladder.stats.records import (
+    BASELINE,
+    Bootstrap,
+    Curve,
+    CurveFit,
+    Interval,
+    PredictionCheck,
+    RungFit,
+    RunResult,
+)
 
 Array = np.ndarray
 ALPHAS = np.geomspace(0.005, 4.0, 161)  # 4 % apart; published exponents of compute lie between 0.05 and 0.5
@@ -53,17 +62,17 @@ class Rungs:
         return int(self.seeds.sum()) - len(self.names)
 
 
-def usable(points: Iterable[Point], arm: str) -> list[Point]:
-    return [one for one in points if one.arm == arm and math.isfinite(one.loss)]
+def usable(results: Iterable[RunResult], arm: str) -> list[RunResult]:
+    return [one for one in results if one.arm == arm and math.isfinite(one.loss)]
 
 
-def rungs_of(points: Sequence[Point]) -> Rungs:
+def rungs_of(results: Sequence[RunResult]) -> Rungs:
     """Means over the seeds of each rung. Raises FitError where three rungs of different compute are not there."""
     losses: dict[str, list[float]] = {}
     flops: dict[str, list[float]] = {}
-    for point in points:
-        losses.setdefault(point.rung, []).append(point.loss)
-        flops.setdefault(point.rung, []).append(math.log(point.flops))
+    for result in results:
+        losses.setdefault(result.rung, []).append(result.loss)
+        flops.setdefault(result.rung, []).append(math.log(result.flops))
     log_flops = {name: math.fsum(values) / len(values) for name, values in flops.items()}
     names = sorted(losses, key=log_flops.__getitem__)
     if len({round(log_flops[name], 6) for name in names}) < max(FEWEST_RUNGS, len(names)):
@@ -134,13 +143,13 @@ def sensitivity(rungs: Rungs, curve: Curve) -> Array:
 # The baseline's fit
 
 
-def fit_curve(points: Iterable[Point], level: float = 0.05, second_opinion: bool = True) -> CurveFit:
-    """Fit the baseline's finished runs among `points`.
+def fit_curve(results: Iterable[RunResult], level: float = 0.05, second_opinion: bool = True) -> CurveFit:
+    """Fit the baseline's finished runs among `results`.
 
     Intervals are two-sided and cover with probability 1 − level. `second_opinion` adds the fit by Huber losses, which
     takes longer. Raises FitError with fewer than three rungs, or where loss does not fall with compute.
     """
-    rungs = rungs_of(usable(points, BASELINE))
+    rungs = rungs_of(usable(results, BASELINE))
     curve, squares = solve(rungs.flops, rungs.loss, rungs.seeds)
     if curve.A <= 0 or rungs.loss[-1] >= rungs.loss[0]:
         raise FitError(
@@ -148,7 +157,7 @@ def fit_curve(points: Iterable[Point], level: float = 0.05, second_opinion: bool
             f"{rungs.loss[-1]:.4f} at {rungs.names[-1]}.\n"
             "  Without a slope there is no compute multiplier. Look at the largest rung's learning rate and tokens."
         )
-    profile = Profile.of(rungs, curve, squares, level)
+    profile = Profile.from_fit(rungs, curve, squares, level)
     E, alpha = profile.floor(), profile.alpha()
     return CurveFit(
         curve, E, alpha,
@@ -210,7 +219,7 @@ class Profile:
     alphas: Array
 
     @classmethod
-    def of(cls, rungs: Rungs, curve: Curve, squares: float, level: float) -> "Profile":
+    def from_fit(cls, rungs: Rungs, curve: Curve, squares: float, level: float) -> "Profile":
         """With a grid that is fine where the sum of squares is under the limit."""
         coarse = cls(rungs, curve, squares, level, np.sort(np.append(ALPHAS, curve.alpha)))
         if coarse.sd is None:
@@ -265,7 +274,7 @@ class Profile:
         def design(z: Array) -> tuple[Array, Array]:
             return np.ones(len(z)), np.exp(-self.alphas * x)
 
-        return self._of(self.curve.at(flops), design, extra=1 / seeds)
+        return self._of(self.curve.loss_at(flops), design, extra=1 / seeds)
 
     def _of(self, value: float, design: Callable[[Array], tuple[Array, Array]], extra: float = 0.0) -> Interval:
         """Interval of u·E + v·A, (u, v) = design: its ends over all alphas, what is left of the limit spent on E, A.
@@ -295,14 +304,14 @@ class Profile:
 # Predictions
 
 
-def predict(points: Iterable[Point], flops: float, seeds: int = 1, level: float = 0.05) -> PredictionCheck:
-    """The loss expected of the mean of `seeds` baseline runs of so much compute, from the baseline's runs in `points`.
+def predict(results: Iterable[RunResult], flops: float, seeds: int = 1, level: float = 0.05) -> PredictionCheck:
+    """The loss expected of the mean of `seeds` baseline runs of so much compute, from the baseline's runs in `results`.
 
     The interval holds the curve's uncertainty and the seeds' noise, and assumes that the form goes on to hold.
     """
-    rungs = rungs_of(usable(points, BASELINE))
+    rungs = rungs_of(usable(results, BASELINE))
     curve, squares = solve(rungs.flops, rungs.loss, rungs.seeds)
-    interval = Profile.of(rungs, curve, squares, level).prediction(flops, seeds)
+    interval = Profile.from_fit(rungs, curve, squares, level).prediction(flops, seeds)
     return PredictionCheck(flops, interval, seeds)
 
 
@@ -321,13 +330,13 @@ def check(prediction: PredictionCheck, losses: Sequence[float]) -> PredictionChe
     )  # fmt: skip
 
 
-def bootstrap(points: Iterable[Point], level: float = 0.05, draws: int = 400, seed: int = 0) -> Bootstrap:
+def bootstrap(results: Iterable[RunResult], level: float = 0.05, draws: int = 400, seed: int = 0) -> Bootstrap:
     """Percentiles of E and alpha over ladders resampled by rungs, and within them by seeds.
 
     Rungs are resampled too, so it also shows what rests on a single rung; with few rungs many draws lack three
     different ones and are refused. Coverage is measured for the profile's intervals, which verdicts stand on.
     """
-    rows = usable(points, BASELINE)
+    rows = usable(results, BASELINE)
     rungs = rungs_of(rows)
     by_rung = [np.array([one.loss for one in rows if one.rung == name]) for name in rungs.names]
     random = np.random.Generator(np.random.Philox(seed))

@@ -59,7 +59,7 @@ class Noise:
     freedom: int
 
     @classmethod
-    def of(cls, rungs: Sequence[Pairs]) -> "Noise":
+    def from_pairs(cls, rungs: Sequence[Pairs]) -> "Noise":
         base, arm = (np.concatenate([getattr(one, name) - getattr(one, name).mean() for one in rungs])
                      for name in ("base", "arm"))  # fmt: skip
         freedom = len(base) - len(rungs)
@@ -146,7 +146,7 @@ def at_rungs(rungs: Sequence[Pairs], curve: Curve, influence: Influence, noise: 
 
 
 @dataclass(frozen=True)
-class More:
+class ExtraRuns:
     """Runs that might be added: seeds at every rung, or pairs at a new one."""
 
     seeds: int = 0
@@ -160,7 +160,7 @@ class More:
 
 
 @dataclass(frozen=True)
-class Layout:
+class RegressionDesign:
     """Where the pairs of a straight line lie, how steep (1 / noise) it is there, and where it is read."""
 
     n: Array
@@ -175,7 +175,7 @@ class Layout:
         centre = weights @ self.x / weights.sum()
         return float(1 / weights.sum() + (self.at - centre) ** 2 / (weights @ (self.x - centre) ** 2))
 
-    def error(self, variance: float, error_before: float, before: "Layout") -> float:
+    def error(self, variance: float, error_before: float, before: "RegressionDesign") -> float:
         """Standard error with this layout; what the curve adds shrinks as the number of runs grows."""
         curve = max(error_before**2 - variance * before.spread, 0.0)
         return math.sqrt(variance * self.spread + curve * float(before.n.sum() / self.n.sum()))
@@ -235,10 +235,10 @@ class Line:
 
     # What is asked of it
 
-    def at(self, flops: float) -> Estimate:
+    def multiplier_at(self, flops: float) -> Estimate:
         u = math.log(flops) - self.centre
-        point = np.array([1.0, u])
-        variance = float(point @ self.covariance @ point)
+        row = np.array([1.0, u])
+        variance = float(row @ self.covariance @ row)
         return Estimate(self.intercept + u * self.slope_value, math.sqrt(max(variance, 0.0)), self.freedom)
 
     @property
@@ -275,14 +275,14 @@ class Line:
         half = math.sqrt(inside) / a
         return root, self.centre - b / a - half, self.centre - b / a + half
 
-    def layout(self, flops: float, more: "More") -> "Layout":
+    def layout(self, flops: float, more: "ExtraRuns") -> "RegressionDesign":
         n, x = more.extend(self.pairs, self.x, math.log)
         steep = self.steepness if more.rung is None else np.append(self.steepness, self.curve.slope(more.rung[0]))
-        return Layout(n, x, steep, math.log(flops))
+        return RegressionDesign(n, x, steep, math.log(flops))
 
-    def planned(self, flops: float, more: "More") -> Estimate:
+    def planned(self, flops: float, more: "ExtraRuns") -> Estimate:
         """The estimate at `flops` if runs were added and nothing else changed."""
-        now, before, after = self.at(flops), self.layout(flops, More()), self.layout(flops, more)
+        now, before, after = self.multiplier_at(flops), self.layout(flops, ExtraRuns()), self.layout(flops, more)
         freedom = len(after.n) - 2 if self.widened else int(after.n.sum()) - 2
         return Estimate(now.value, after.error(self._scatter[0], now.error, before), freedom)
 
@@ -313,7 +313,7 @@ class OtherFloor:
         if not self._paid:
             return self._paired
         return [
-            paired - [curve.at(one.flops * math.exp(cost)) - curve.at(one.flops) for cost in one.log_cost]
+            paired - [curve.loss_at(one.flops * math.exp(cost)) - curve.loss_at(one.flops) for cost in one.log_cost]
             for paired, one in zip(self._paired, self._rungs, strict=True)
         ]
 
@@ -357,15 +357,15 @@ class OtherFloor:
         """One-sided bound of ln m (side −1: lower); infinite where the difference may reach the floor."""
         return self._bound(level, side, self._error, self._freedom)
 
-    def planned_bound(self, level: float, side: int, more: More) -> float:
+    def planned_bound(self, level: float, side: int, more: ExtraRuns) -> float:
         """`bound` if runs were added and nothing else changed."""
-        before, after = self._layout(More()), self._layout(more)
+        before, after = self._layout(ExtraRuns()), self._layout(more)
         return self._bound(level, side, after.error(self._scatter, self._error, before), int(after.n.sum()) - 2)
 
     def _bound(self, level: float, side: int, error: float, freedom: int) -> float:
         return self._worth(self._curve, self.difference - side * quantile(level, freedom) * error)[0]
 
-    def _layout(self, more: More) -> Layout:
+    def _layout(self, more: ExtraRuns) -> RegressionDesign:
         above = np.array([self._curve.above(one.flops) for one in self._rungs])
         n, above = more.extend(self._pairs, above, self._curve.above)
-        return Layout(n, above, np.ones_like(n), self._curve.above(self._target))
+        return RegressionDesign(n, above, np.ones_like(n), self._curve.above(self._target))

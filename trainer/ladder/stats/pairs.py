@@ -11,18 +11,18 @@ import numpy as np
 
 from trainer.ladder.stats import fit as fits
 from trainer.ladder.stats.multiplier import Influence, Noise, Pairs
-from trainer.ladder.stats.records import BASELINE, Curve, CurveFit, Pairing, Point
+from trainer.ladder.stats.records import BASELINE, Curve, CurveFit, Pairing, RunResult
 
 CLEAR_OF_FLOOR = 2.0
 """Standard deviations of a run that a loss must lie above E for its logarithm to mean anything."""
 
-Runs = dict[str, dict[int, Point]]
+Runs = dict[str, dict[int, RunResult]]
 """By rung and seed."""
 
 
-def _runs(points: Iterable[Point], arm: str) -> Runs:
+def _runs(results: Iterable[RunResult], arm: str) -> Runs:
     runs: Runs = {}
-    for one in points:
+    for one in results:
         if one.arm == arm:
             runs.setdefault(one.rung, {})[one.seed] = one
     return runs
@@ -38,10 +38,10 @@ class Baseline:
     runs: Runs
 
     @classmethod
-    def of(cls, points: Sequence[Point], fit: CurveFit) -> "Baseline":
-        rungs = fits.rungs_of(fits.usable(points, BASELINE))
+    def from_results(cls, results: Sequence[RunResult], fit: CurveFit) -> "Baseline":
+        rungs = fits.rungs_of(fits.usable(results, BASELINE))
         influence = Influence(rungs.flops, rungs.seeds, fits.sensitivity(rungs, fit.curve))
-        return cls(fit, rungs, influence, _runs(points, BASELINE))
+        return cls(fit, rungs, influence, _runs(results, BASELINE))
 
     @property
     def floor(self) -> float:
@@ -63,7 +63,7 @@ class Matched:
 
     name: str
     flops: float
-    pairs: list[tuple[Point, Point]]
+    pairs: list[tuple[RunResult, RunResult]]
     gap: str
     """Why there is no multiplier, or why there are fewer pairs; "" if all is there."""
     usable: bool
@@ -82,9 +82,9 @@ class Matched:
         ]
 
 
-def match(points: Iterable[Point], arm: str, baseline: Baseline) -> Iterator[Matched]:
+def match(results: Iterable[RunResult], arm: str, baseline: Baseline) -> Iterator[Matched]:
     """The baseline's rungs, by compute, with what the arm has of each."""
-    runs, rungs = _runs(points, arm), baseline.rungs
+    runs, rungs = _runs(results, arm), baseline.rungs
     for name, flops in zip(rungs.names, rungs.flops, strict=True):
         base, mine = baseline.runs.get(name, {}), runs.get(name, {})
         pairs = [

@@ -16,7 +16,7 @@ Trend = Literal["none", "persists", "shrinks", "reverses", "grows", "unknown"]
 shrinks, grows: the slope is below, above 0. reverses: it shrinks, from surely a gain to surely a loss."""
 
 
-class Record:
+class JsonRecord:
     """to_json of the dataclasses below."""
 
     def to_json(self) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def _plain(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Point(Record):
+class RunResult(JsonRecord):
     """One finished run."""
 
     arm: str
@@ -64,7 +64,7 @@ class Point(Record):
 
 
 @dataclass(frozen=True)
-class Criterion(Record):
+class Criterion(JsonRecord):
     """What decides, written down before the runs."""
 
     level: float = 0.05
@@ -78,7 +78,7 @@ class Criterion(Record):
 
 
 @dataclass(frozen=True)
-class Interval(Record):
+class Interval(JsonRecord):
     """A value with the two-sided interval that covers the truth with probability 1 − level; None: unknown."""
 
     value: float | None
@@ -88,7 +88,7 @@ class Interval(Record):
 
 
 @dataclass(frozen=True)
-class Curve(Record):
+class Curve(JsonRecord):
     """Loss against compute: E + A·(C / scale)^−alpha, in nats (or whatever the losses are in); C and scale in FLOPs."""
 
     E: float
@@ -96,7 +96,7 @@ class Curve(Record):
     alpha: float
     scale: float
 
-    def at(self, flops: float) -> float:
+    def loss_at(self, flops: float) -> float:
         """Predicted loss."""
         return self.E + self.above(flops)
 
@@ -110,7 +110,7 @@ class Curve(Record):
 
 
 @dataclass(frozen=True)
-class RungFit(Record):
+class RungFit(JsonRecord):
     """One rung of the baseline as the fit sees it."""
 
     rung: str
@@ -128,7 +128,7 @@ class RungFit(Record):
 
 
 @dataclass(frozen=True)
-class CurveFit(Record):
+class CurveFit(JsonRecord):
     """The baseline's curve with its uncertainty and how well it fits."""
 
     curve: Curve
@@ -151,7 +151,7 @@ class CurveFit(Record):
 
 
 @dataclass(frozen=True)
-class Bootstrap(Record):
+class Bootstrap(JsonRecord):
     """Percentiles of (E, alpha) over resampled ladders."""
 
     E: Interval
@@ -162,7 +162,7 @@ class Bootstrap(Record):
 
 
 @dataclass(frozen=True)
-class PredictionCheck(Record):
+class PredictionCheck(JsonRecord):
     """A prediction of the target's loss, and what came out."""
 
     flops: float
@@ -177,7 +177,7 @@ class PredictionCheck(Record):
 
 
 @dataclass(frozen=True)
-class SurfaceND(Record):
+class SurfaceND(JsonRecord):
     """L(N, D) = E + A / N^alpha + B / D^beta; Hoffmann et al. 2022 (arXiv:2203.15556)."""
 
     E: float
@@ -186,12 +186,12 @@ class SurfaceND(Record):
     B: float
     beta: float
 
-    def at(self, parameters: float, tokens: float) -> float:
+    def loss_at(self, parameters: float, tokens: float) -> float:
         return self.E + self.A * parameters**-self.alpha + self.B * tokens**-self.beta
 
 
 @dataclass(frozen=True)
-class OverTrained(Record):
+class OverTrained(JsonRecord):
     """E + a·N^eta + b·6^(eta/2)·(M·N)^eta, eta < 0, M tokens per parameter; Gadre et al. 2024 (arXiv:2403.08540)."""
 
     E: float
@@ -199,13 +199,13 @@ class OverTrained(Record):
     b: float
     eta: float
 
-    def at(self, parameters: float, tokens_per_parameter: float) -> float:
+    def loss_at(self, parameters: float, tokens_per_parameter: float) -> float:
         data = 6 ** (self.eta / 2) * (tokens_per_parameter * parameters) ** self.eta
         return self.E + self.a * parameters**self.eta + self.b * data
 
 
 @dataclass(frozen=True)
-class RungMultiplier(Record):
+class RungMultiplier(JsonRecord):
     """What an arm is worth at one rung."""
 
     rung: str
@@ -228,7 +228,7 @@ class RungMultiplier(Record):
 
 
 @dataclass(frozen=True)
-class Pairing(Record):
+class Pairing(JsonRecord):
     """What it was worth to give both runs of a pair the same seed and data order."""
 
     ratio: float | None
@@ -237,18 +237,18 @@ class Pairing(Record):
 
 
 @dataclass(frozen=True)
-class Remedy(Record):
+class Remedy(JsonRecord):
     """Runs that would settle an inconclusive verdict if the estimates stayed as they are."""
 
     what: Literal["seeds", "rung"]
     seeds: int
-    """More at every rung, or of the new rung."""
+    """ExtraRuns at every rung, or of the new rung."""
     flops: float | None
     """Compute of the new rung's runs."""
 
 
 @dataclass(frozen=True)
-class Verdict(Record):
+class Verdict(JsonRecord):
     """What became of one arm."""
 
     arm: str

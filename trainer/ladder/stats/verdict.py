@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 
 from trainer.ladder.stats import fit as fits
-from trainer.ladder.stats.multiplier import Estimate, Line, More, Noise, OtherFloor, at_rungs
+from trainer.ladder.stats.multiplier import Estimate, ExtraRuns, Line, Noise, OtherFloor, at_rungs
 from trainer.ladder.stats.pairs import Baseline, match, pairing_of
 from trainer.ladder.stats.records import (
     BASELINE,
@@ -23,37 +23,37 @@ from trainer.ladder.stats.records import (
     CurveFit,
     Decision,
     Interval,
-    Point,
     Remedy,
     RungMultiplier,
+    RunResult,
     Trend,
     Verdict,
 )
 from trainer.show.units import scientific
 
 MOST_SEEDS = 64
-"""More than so many further seeds are no advice."""
+"""ExtraRuns than so many further seeds are no advice."""
 REACH = 10.0
 """Crossings are told from the smallest rung to this times the target."""
 
 
 def judge(
-    points: Sequence[Point], criterion: Criterion, target_flops: float, *,
+    results: Sequence[RunResult], criterion: Criterion, target_flops: float, *,
     fit: CurveFit | None = None, arms: Sequence[str] | None = None, unchanged: Collection[str] = (),
     remedies: bool = True,
 ) -> list[Verdict]:  # fmt: skip
-    """One verdict for each of `arms` (default: those that have points, in their order).
+    """One verdict for each of `arms` (default: those that have results, in their order).
 
     `target_flops` is the baseline's compute at the target; `unchanged` names arms that are no change (A/A). Without
     `remedies`, nothing is planned for inconclusive ones, which takes most of the time. Raises FitError where the
     baseline has no curve.
     """
-    fit = fit or fits.fit_curve(points, criterion.level, second_opinion=False)
-    names = list(arms) if arms is not None else list(dict.fromkeys(one.arm for one in points if one.arm != BASELINE))
+    fit = fit or fits.fit_curve(results, criterion.level, second_opinion=False)
+    names = list(arms) if arms is not None else list(dict.fromkeys(one.arm for one in results if one.arm != BASELINE))
     tried = max(sum(name not in unchanged for name in names), 1)
     bound_level = criterion.level / tried / criterion.looks
-    baseline = Baseline.of(points, fit)
-    judgements = [Judgement(baseline, points, name, criterion, target_flops, bound_level) for name in names]
+    baseline = Baseline.from_results(results, fit)
+    judgements = [Judgement(baseline, results, name, criterion, target_flops, bound_level) for name in names]
     return [one.verdict(remedies) for one in judgements]
 
 
@@ -61,17 +61,17 @@ class Judgement:
     """One arm against the baseline."""
 
     def __init__(
-        self, baseline: Baseline, points: Sequence[Point], arm: str, criterion: Criterion, target_flops: float,
+        self, baseline: Baseline, results: Sequence[RunResult], arm: str, criterion: Criterion, target_flops: float,
         bound_level: float,
     ) -> None:  # fmt: skip
         self._baseline, self._arm, self._criterion = baseline, arm, criterion
         self._target, self._level = target_flops, bound_level
-        self._diverged = [one for one in points if one.arm == arm and not math.isfinite(one.loss)]
-        self._rungs = list(match(points, arm, baseline))
-        mine = dict.fromkeys(one.rung for one in points if one.arm == arm)
+        self._diverged = [one for one in results if one.arm == arm and not math.isfinite(one.loss)]
+        self._rungs = list(match(results, arm, baseline))
+        mine = dict.fromkeys(one.rung for one in results if one.arm == arm)
         self._alone = [rung for rung in mine if rung not in baseline.rungs.names]
         self._pairs = [one.arrays() for one in self._rungs if one.usable]
-        self._noise = Noise.of(self._pairs) if self._pairs else Noise(0.0, 0.0, 0.0, 0)
+        self._noise = Noise.from_pairs(self._pairs) if self._pairs else Noise(0.0, 0.0, 0.0, 0)
         self._line = self._line_with(baseline.fit.curve)
         self._other = self._other_with(baseline.fit.curve)
 
@@ -102,7 +102,7 @@ class Judgement:
         """(lower, upper) of ln m at the target that both forms grant."""
         if self._line is None or self._other is None:
             return None
-        estimate = self._line.at(self._target)
+        estimate = self._line.multiplier_at(self._target)
         lower, upper = ([form.bound(self._level, side) for form in (estimate, self._other)] for side in (-1, 1))
         return min(lower), max(upper)
 
@@ -118,7 +118,7 @@ class Judgement:
         """Whether the estimate changes sides of min_gain within the interval of (E, alpha)."""
         for curve in self._baseline.extremes():
             line = self._line_with(curve)
-            if line is None or (line.at(self._target).value >= self._least) != promote:
+            if line is None or (line.multiplier_at(self._target).value >= self._least) != promote:
                 return True
         return False
 
@@ -170,7 +170,7 @@ class Judgement:
             where = ", ".join(f"{one.rung} seed {one.seed}" for one in self._diverged)
             return f"the runs that finished are good enough, but its loss was not finite at {where}."
         assert self._line is not None and self._other is not None
-        line, other = self._line.at(self._target), self._other
+        line, other = self._line.multiplier_at(self._target), self._other
         if line.bound(self._level, -1) >= self._least:
             return (
                 f"as a line its gain would hold, but if its loss levels off elsewhere than the baseline's "
@@ -200,11 +200,13 @@ class Judgement:
             told = self._flips(promote=bounds[0] >= self._least)
             return [Remedy("rung", seeds, sizes[0])] if told and sizes else []
         found = []
-        if not self._line.widened and self._settled(More(seeds=MOST_SEEDS)):  # more seeds bring no rung to the line
-            few = next(n for n in range(1, MOST_SEEDS + 1) if self._settled(More(seeds=n)))
+        if not self._line.widened and self._settled(
+            ExtraRuns(seeds=MOST_SEEDS)
+        ):  # more seeds bring no rung to the line
+            few = next(n for n in range(1, MOST_SEEDS + 1) if self._settled(ExtraRuns(seeds=n)))
             found.append(Remedy("seeds", few, None))
         rungs = ((size, pairs) for pairs in (seeds, 2 * seeds, 4 * seeds) for size in sizes)
-        settling = next((rung for rung in rungs if self._settled(More(rung=rung))), None)
+        settling = next((rung for rung in rungs if self._settled(ExtraRuns(rung=rung))), None)
         return [*found, Remedy("rung", settling[1], settling[0])] if settling else found
 
     def _further_sizes(self, line: Line) -> list[float]:
@@ -215,7 +217,7 @@ class Judgement:
             sizes.append(math.exp(x) if x < goal - 1e-9 else self._target)
         return sizes
 
-    def _settled(self, more: More) -> bool:
+    def _settled(self, more: ExtraRuns) -> bool:
         assert self._line is not None and self._other is not None
         line = self._line.planned(self._target, more)
         lower, upper = (
@@ -228,7 +230,7 @@ class Judgement:
     def verdict(self, remedies: bool = True) -> Verdict:
         decision, why = self._decide()
         level, bounds = self._criterion.level, self._bounds
-        worth = _interval(self._line and self._line.at(self._target), level)
+        worth = _interval(self._line and self._line.multiplier_at(self._target), level)
         seconds = self._wall_clock()
         both_known = worth.value is not None and seconds.value is not None
         verdict = Verdict(
@@ -258,7 +260,7 @@ class Judgement:
         if slope.bound(half, -1) > 0:
             return "grows"
         if slope.bound(half, 1) < 0:
-            first, last = self._line.at(self._pairs[0].flops), self._line.at(self._target)
+            first, last = self._line.multiplier_at(self._pairs[0].flops), self._line.multiplier_at(self._target)
             return "reverses" if first.bound(half, -1) > 0 > last.bound(half, 1) else "shrinks"
         middle = self._line.middle
         return "none" if middle.bound(half, -1) <= 0 <= middle.bound(half, 1) else "persists"
@@ -279,7 +281,7 @@ class Judgement:
         level = self._criterion.level
         if self._line is None or self._seconds is None:
             return Interval(None, None, None, level)
-        worth, seconds = self._line.at(self._target), self._seconds
+        worth, seconds = self._line.multiplier_at(self._target), self._seconds
         value = worth.value + float(self._pairs[-1].log_cost.mean()) - seconds.value
         half = math.hypot(*(one.bound(level / 2, 1) - one.value for one in (worth, seconds)))
         return Interval(_exp(value), _exp(value - half), _exp(value + half), level)
@@ -301,7 +303,7 @@ class Judgement:
                     rung.name, rung.flops, len(rung.pairs), _interval(estimate, level), _exp(wall),
                     _exp(_mean(rung.log_seconds(per_token=True))),
                     float((arrays.arm - arrays.base).mean()) if arrays else None,
-                    pairing_of(Noise.of([arrays])).ratio if arrays else None, _exp(without), rung.gap,
+                    pairing_of(Noise.from_pairs([arrays])).ratio if arrays else None, _exp(without), rung.gap,
                 )
             )  # fmt: skip
         return rows
