@@ -24,7 +24,8 @@ from trainer import checkpoint, job, optim
 from trainer import config as configs
 from trainer import model as models
 from trainer.data import prepare
-from trainer.launch.cluster import Cluster, Job
+from trainer.launch.agent import Agent
+from trainer.launch.cluster import Cluster
 from trainer.log import events
 from trainer.parallel import elastic, world
 
@@ -243,7 +244,7 @@ def goodput() -> dict[str, Any]:
         stock = [sys.executable, "-m", "torch.distributed.run"]
         known_trap = {elastic.SHARED_STORE: "1"}  # without it torch's own torchrun may not survive the first kill
         started = time.time()
-        with Job([*options, *worker], plain / "log.txt", launch=stock, environment=ENVIRONMENT | known_trap,
+        with Agent([*options, *worker], plain / "log.txt", launch=stock, environment=ENVIRONMENT | known_trap,
                  directory=ROOT) as job_:  # fmt: skip
             theirs = {"kills": _harass(job_, started)}
         lines = [json.loads(line) for line in (plain / "steps.jsonl").read_text().splitlines()]
@@ -251,7 +252,7 @@ def goodput() -> dict[str, Any]:
     return {"ours": ours, "plain": theirs, "seconds": SECONDS, "period": PERIOD, "every": EVERY}
 
 
-def _harass(job_: Cluster | Job, started: float) -> int:
+def _harass(job_: Cluster | Agent, started: float) -> int:
     """Kill rank 1 every so often until time is up; how often it was there to be killed."""
     kills = 0
     for number in range(1, SECONDS // PERIOD):

@@ -16,8 +16,7 @@ import pytest
 
 from trainer import checkpoint
 from trainer.faults import attribution
-from trainer.launch import cluster
-from trainer.launch.cluster import LAUNCH, warm_server
+from trainer.launch.agent import LAUNCH, Agent, warm_server
 from trainer.log import events
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,7 +103,7 @@ def fired(plan: Path) -> dict[int, dict[str, Any]]:
     return {int(mark.name): json.loads(mark.read_text()) for mark in plan.with_suffix(".fired").glob("*")}
 
 
-class Job(cluster.Job):
+class Job(Agent):
     """A job of tests.survival_worker, with its plan of faults, its logs and temporary files beside the plan."""
 
     def __init__(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests import support
-from trainer.launch.cluster import LAUNCH
+from trainer.launch.agent import LAUNCH
 from trainer.log import events
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forked workers are for Linux")

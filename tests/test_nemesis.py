@@ -20,7 +20,8 @@ from trainer.faults import plan as plans
 from trainer.faults.kinds import KINDS
 from trainer.faults.nemesis import NEEDS_STORE, Nemesis
 from trainer.faults.plan import PlannedFault
-from trainer.launch.cluster import Cluster, Job
+from trainer.launch.agent import Agent
+from trainer.launch.cluster import Cluster
 from trainer.launch.namespaces import Hosts
 from trainer.log import events, summary
 from trainer.log.events import AttemptStarted, EventLog, FaultFired, StepDone
@@ -231,14 +232,14 @@ def test_every_kind_that_the_catalogue_gives_to_the_nemesis_is_one_it_can_make()
 # Real processes, without torch
 
 
-def sleepers(log: Path) -> Job:
+def sleepers(log: Path) -> Agent:
     """A job of one process that starts another."""
     program = (
         "import os, subprocess, sys, time\n"
         "print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).pid, flush=True)\n"
         "time.sleep(60)"
     )
-    return Job(["-c", program], log, launch=[sys.executable])
+    return Agent(["-c", program], log, launch=[sys.executable])
 
 
 def state(pid: int) -> str:

@@ -21,9 +21,10 @@ import pytest
 from tests.support import ROOT, wait_until
 from tests.test_nemesis import Attack, calm, real  # noqa: F401
 from trainer.errors import EXIT_FINISHED
-from trainer.launch import cluster
 from trainer.launch import namespaces as network
+from trainer.launch.agent import Agent
 from trainer.launch.namespaces import Hosts
+from trainer.launch.processes import with_environment
 
 pytestmark = pytest.mark.skipif(network.probe() is not None, reason=network.probe() or "")
 
@@ -219,7 +220,7 @@ def test_a_job_on_a_host_is_its_starters_own(tmp_path, hosts):
         "subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
     )
     launch = [*hosts.command(0), sys.executable]
-    with cluster.Job(["-c", program, str(made)], tmp_path / "job.txt", launch=launch) as job:
+    with Agent(["-c", program, str(made)], tmp_path / "job.txt", launch=launch) as job:
         found = wait_until(lambda: len(job.processes()) == 2 and job.processes(), seconds=20)
         assert found and found[0] == job.process.pid, job.output
         inside, ours = (Path(f"/proc/{pid}/ns/net").readlink() for pid in (found[1], os.getpid()))
@@ -227,7 +228,7 @@ def test_a_job_on_a_host_is_its_starters_own(tmp_path, hosts):
         assert made.stat().st_uid == os.getuid()
         assert job.send(found[1], signal.SIGTERM)
         assert wait_until(lambda: not job.running, seconds=20), "it has waited for the other"
-    with cluster.Job(["-c", program, str(made)], tmp_path / "again.txt", launch=launch) as job:
+    with Agent(["-c", program, str(made)], tmp_path / "again.txt", launch=launch) as job:
         assert wait_until(lambda: len(job.processes()) == 2, seconds=20), job.output
         job.kill()
         assert job.leftovers() == []
@@ -285,9 +286,9 @@ def as_nobody() -> Iterator[AsNobody]:
         if probed.stdout.strip() != "None":
             pytest.skip(f"of no use to an ordinary user: {(probed.stdout + probed.stderr).strip()[-300:]}")
         yield run
-        assert wait_until(lambda: not cluster._with_environment(mark), seconds=5), "processes are left"
+        assert wait_until(lambda: not with_environment(mark), seconds=5), "processes are left"
     finally:
-        for pid in cluster._with_environment(mark):
+        for pid in with_environment(mark):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         shutil.rmtree(home)

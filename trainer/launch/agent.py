@@ -1,0 +1,175 @@
+"""A torchrun agent in the background, with its workers."""
+
+import atexit
+import contextlib
+import functools
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+from trainer.launch import forkserver, processes
+from trainer.launch.processes import PROC, unused_shared_memory, wait_until
+from trainer.parallel import elastic
+from trainer.parallel.elastic import JOB_MARK
+
+LAUNCH = (sys.executable, "-m", "trainer.launch.torchrun")
+
+
+class Agent:
+    """A torchrun agent, or another command, whose processes and files are found again whatever becomes of it.
+
+    The agent has a mark in its environment that every process it starts inherits. The processes with the mark are the
+    agent's, and no other process is ever sent a signal. Temporary files go to a directory of the agent's own, beside
+    the log.
+
+    Without /proc (macOS) the agent's processes are those that descend from it. Workers that outlive it are not found
+    then, and ranks are not known.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        log: Path,
+        *,
+        launch: Sequence[str] = LAUNCH,
+        environment: Mapping[str, str] | None = None,
+        directory: Path | None = None,
+        host: int | None = None,
+        warm: bool = False,
+    ) -> None:
+        """Start `launch` + `arguments` in working directory `directory`, with all output in the file `log`.
+
+        `host` is only kept, for callers that run several. `warm` forks the agent from a process that has imported torch
+        already, which pays for callers that start many; it has no effect unless `launch` is LAUNCH.
+        """
+        self.mark, self.host, self.log = uuid.uuid4().hex, host, log
+        self.temporary = log.with_suffix(".tmp")
+        self.temporary.mkdir(parents=True)
+        self._earlier_segments = unused_shared_memory()
+        own = {JOB_MARK: self.mark, "TMPDIR": str(self.temporary)}
+        self.process = _start([*launch, *arguments], os.environ | (environment or {}) | own, directory, log, warm)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    @property
+    def running(self) -> bool:
+        """True while the agent itself lives."""
+        return self.process.poll() is None
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def processes(self) -> list[int]:
+        """All living processes of this agent, the agent first."""
+        if PROC.exists():
+            found = processes.with_environment(f"{JOB_MARK}={self.mark}")
+        else:
+            found = processes.descendants(self.process.pid) if self.running else []
+        return sorted(found, key=lambda pid: (pid != self.process.pid, pid))
+
+    def workers(self) -> dict[int, int]:
+        """{rank: pid} of the workers that the agent has now. Needs /proc: else empty."""
+        found = {}
+        for pid in self.processes():
+            rank = processes.name(pid).removeprefix(elastic.NAME_PREFIX)
+            if rank.isdecimal() and processes.stat(pid)[1:2] == [str(self.process.pid)]:
+                found[int(rank)] = pid
+        return found
+
+    def connected(self) -> bool:
+        """True if the agent has opened a connection; its first is to the rendezvous store. Needs /proc: else True."""
+        if not PROC.exists():
+            return True
+        links = PROC.glob(f"{self.process.pid}/fd/*")
+        with contextlib.suppress(OSError):
+            return any(str(link.readlink()).startswith("socket:") for link in links)
+        return False
+
+    def signal(self, number: int) -> bool:
+        """Send the agent itself a signal. Returns False if it is gone."""
+        return self.running and self.send(self.process.pid, number)
+
+    def send(self, pid: int, number: int) -> bool:
+        """Send a signal to a process if it is one of this agent's. Returns False if it is not, or is gone."""
+        if not PROC.exists():
+            ours = pid in self.processes()
+            with contextlib.suppress(ProcessLookupError):
+                return ours and os.kill(pid, number) is None
+            return False
+        try:
+            # The handle stands for the process, not for its number, which may be given to another one meanwhile.
+            handle = os.pidfd_open(pid)
+        except OSError:
+            return False
+        try:
+            if processes.environment(pid).get(JOB_MARK) != self.mark:
+                return False
+            signal.pidfd_send_signal(handle, number)
+        except ProcessLookupError:
+            return False
+        finally:
+            os.close(handle)
+        return True
+
+    def kill(self) -> None:
+        """End every process of this agent with SIGKILL."""
+        for _ in range(3):  # a process may start another while we go through the list
+            for pid in self.processes():
+                # Python's resource tracker removes the semaphores of processes that died, then ends by itself.
+                if "multiprocessing.resource_tracker" not in processes.command_line(pid):
+                    self.send(pid, signal.SIGKILL)
+            if wait_until(lambda: not self.processes(), seconds=2):
+                break
+        self.process.wait(10)
+
+    def leftovers(self) -> list[str]:
+        """What is left after the agent has ended: processes, temporary files, sockets, shared memory."""
+        wait_until(lambda: not self.processes(), seconds=3)
+        orphans = [f"process {pid}: {processes.command_line(pid)!r}" for pid in self.processes()]
+        # torch makes a directory for its compiler as it is imported, one for all jobs of a user. And an agent that was
+        # killed could not remove the failures file that every agent has.
+        expected = ("torchinductor_", *([elastic.FAILURES_PREFIX] if self.process.poll() == -signal.SIGKILL else []))
+        found = [path for path in sorted(self.temporary.rglob("*")) if not path.name.startswith(expected)]
+        segments = self._new_segments()
+        # Semaphores of other jobs have a name for an instant, or until the tracker of a killed agent removes them.
+        wait_until(lambda: not segments & self._new_segments(), seconds=5)
+        segments &= self._new_segments()
+        return [*orphans, *(f"file {path}" for path in found), *(f"segment {path}" for path in sorted(segments))]
+
+    def _new_segments(self) -> set[str]:
+        """Unused shared memory that came after the agent was started."""
+        return unused_shared_memory() - self._earlier_segments
+
+
+@functools.cache
+def warm_server() -> forkserver.ForkServer | None:
+    """This process's own fork server, which has imported what agents and their workers need. None without Linux."""
+    server = forkserver.spawn(["trainer.launch.preload", "torch.distributed.run"])
+    if server is not None:
+        atexit.register(server.close)
+    return server
+
+
+def _start(
+    command: Sequence[str], environment: Mapping[str, str], directory: Path | None, log: Path, warm: bool
+) -> subprocess.Popen[bytes] | forkserver.Child:
+    """Start a command in a session of its own, with empty input and all output in the log."""
+    if warm and tuple(command[:3]) == LAUNCH and (server := warm_server()) is not None:
+        child = server.start(command[2], command[3:], environment, directory=directory, output=log)
+        if child is not None:
+            return child
+    with log.open("w", encoding="utf-8") as output:
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=directory, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
