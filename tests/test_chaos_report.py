@@ -154,6 +154,7 @@ class Page(html.parser.HTMLParser):
         self.text, self.titles, self._open = "", list[str](), list[str]()
         self.feed(source)
         self.close()
+        self.text = " ".join(self.text.split())
         assert self._open == []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -196,10 +197,10 @@ def test_the_page_tells_what_was_asked_made_fired_told_and_answered(full: Report
     page = Page(report.html(full))
     for part in (
         "Does it hold?", "Linux, 2 cores", "ab" * 32, "3 pass", "1 fail", "1 undetected", "1 unknown", "1 skipped",
-        "this kernel has no netem", "rank 1, step 18, before_reduce", "11.0 s", "worker lost, rightly",
+        "this kernel has no netem", "rank 1, step 18, before_reduce", "11.0 s", "worker lost, correctly",
         "rank 1 was killed (SIGKILL) after step 17", "exit status 75 after 12.5 s; exit status 0 after 7.0 s",
-        "The command was given twice", KINDS["flip_weights"].imitates, "4 fsdp on 2 nodes", "several at once",
-        "nothing told of it: flip_weights",
+        "The command was started 2 times", KINDS["flip_weights"].imitates, "4 fsdp on 2 nodes", "several at once",
+        "no incident reports it: flip_weights",
     ):  # fmt: skip
         assert part in page.text, part
     assert f"{FIRST}: fail. named as something else" in page.titles
@@ -210,7 +211,7 @@ def test_a_fault_that_never_fired_is_told_as_never_and_what_nobody_measured_as_a
     unmeasured = {"index": 1, "kind": "no_space", "victim": None, "step": None, "fired": None, "detected_as": None}
     faults = [{"kind": "sigkill", "rank": 1, "at_step": 18}, {"kind": "no_space", "rank": "all", "at_step": 20}]
     page = Page(report.html(empty(results=[result("sigkill", faults=faults, measured=[unmeasured])])))
-    rows = page.text[page.text.index("told as") :]
+    rows = page.text[page.text.index("reported as") :]
     assert re.search(r"sigkillrank 1, step 18never", rows)
     assert re.search(r"no_spacerank all, step 20\?–––", rows)
 

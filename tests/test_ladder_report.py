@@ -307,7 +307,7 @@ def test_the_page_says_all_that_was_asked_of_it(full, full_page):
     for words in (
         "Does it hold at scale?", "An arm is promoted if", "Written before any of its runs had finished", "lack of fit",
         "leverage", "bootstrap", "seed noise", "Pairing", "Predictions", "Instabilities and faults", "climber, cpu",
-        "4c1d6a0b4c1d", "python -m trainer ladder run", "78 finished", "crosses 1×", "came out",
+        "4c1d6a0b4c1d", "python -m trainer ladder run", "78 finished", "crosses 1×", "observed",
     ):  # fmt: skip
         assert words in seen, words
     for arm in made.ARMS:
@@ -357,7 +357,7 @@ def send(mode: str, tree: dict[str, Any], written: Path, out: Path) -> list[str]
     ladder = made.ladder_of(CLEAR, list(made.ARMS), runs=[PlannedRun(BASELINE, "r0", 0, config, 1000, 6000)])
     shutil.copy(written / "loss.png", out)
     problems: list[str] = []
-    summary_run.send(ladder, tree, [pictures.Picture("loss", "Loss", PNG, "<svg/>")], out, problems.append)
+    summary_run.send(ladder, tree, [pictures.Picture("loss", "Loss", "", PNG, "<svg/>")], out, problems.append)
     return problems
 
 

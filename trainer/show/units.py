@@ -1,81 +1,100 @@
-"""Numbers as words: what page, terminal and pictures write alike."""
+"""Numbers as words, written alike on pages, terminals and pictures. Unknown values (None) read "?".
+
+Intervals are JSON objects {value, low, high}; each of the three may be None.
+"""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 UNKNOWN = "?"
-UNITS = {"nats_per_token": "nats per token", "bits_per_byte": "bits per byte"}
-SHORT_UNITS = {"nats_per_token": "nats", "bits_per_byte": "bits"}
-SIGNS = {"promote": "✓", "reject": "✗", "inconclusive": "?"}
+LOSS_UNITS = {"nats_per_token": "nats per token", "bits_per_byte": "bits per byte"}
+SHORT_LOSS_UNITS = {"nats_per_token": "nats", "bits_per_byte": "bits"}
+SIGNS = {
+    "promote": "✓", "reject": "✗", "inconclusive": "?",
+    "pass": "✓", "fail": "✗", "undetected": "!", "unknown": "?", "skipped": "–",
+}  # fmt: skip
+"""Signs of a ladder's decisions and of a campaign's outcomes."""
 TRENDS = {
     "none": "no gain", "persists": "persists", "shrinks": "shrinks", "reverses": "reverses", "grows": "grows",
     "unknown": UNKNOWN,
 }  # fmt: skip
 
 
+def known(value: Any) -> str:
+    """The value as text; "?" for None."""
+    return UNKNOWN if value is None else str(value)
+
+
 def scientific(value: float) -> str:
-    """ "3.2·10¹²" """
+    """3.2e12 as "3.2·10¹²"."""
     digits, power = f"{value:.1e}".split("e")
-    return f"{digits}·10{str(int(power)).translate(_RAISED)}"
+    return f"{digits}·10{str(int(power)).translate(_SUPERSCRIPTS)}"
 
 
-def times(ratio: float | None) -> str:
-    """ "1.15×" """
-    return UNKNOWN if ratio is None else f"{_ratio(ratio)}×"
+def flops(value: float | None) -> str:
+    """3.2e12 as "3.2·10¹²"."""
+    return UNKNOWN if value is None else scientific(value)
 
 
-def _ratio(ratio: float) -> str:
-    return f"{ratio:.3g}" if ratio >= 10 or ratio < 0.1 else f"{ratio:.2f}"
+def flops_interval(interval: Mapping[str, Any]) -> str:
+    """ "3.2·10¹² (1.1·10¹² to 5.0·10¹²)"; without the brackets unless both ends are known."""
+    if interval["low"] is None or interval["high"] is None:
+        return flops(interval["value"])
+    return f"{flops(interval['value'])} ({flops(interval['low'])} to {flops(interval['high'])})"
 
 
-def between(interval: Mapping[str, Any] | None) -> str:
-    """ "1.08 to 1.22", an end that is not known left open; "" where nothing is."""
-    if interval is None or (interval["low"] is None and interval["high"] is None):
-        return ""
-    low, high = (UNKNOWN if interval[end] is None else _ratio(interval[end]) for end in ("low", "high"))
-    return f"{low} to {high}"
+def ratio(value: float | None) -> str:
+    """1.15 as "1.15×"."""
+    return UNKNOWN if value is None else f"{_ratio(value)}×"
 
 
-def worth(interval: Mapping[str, Any] | None) -> str:
-    """ "1.15× (1.08 to 1.22)" """
+def _ratio(value: float) -> str:
+    return f"{value:.3g}" if value >= 10 or value < 0.1 else f"{value:.2f}"
+
+
+def ratio_interval(interval: Mapping[str, Any] | None) -> str:
+    """ "1.15× (1.08 to 1.22)"; without the brackets if no end is known."""
     if interval is None or interval["value"] is None:
         return UNKNOWN
-    ends = between(interval)
-    return f"{times(interval['value'])} ({ends})" if ends else times(interval["value"])
+    if interval["low"] is None and interval["high"] is None:
+        return ratio(interval["value"])
+    low, high = (UNKNOWN if interval[end] is None else _ratio(interval[end]) for end in ("low", "high"))
+    return f"{ratio(interval['value'])} ({low} to {high})"
 
 
 def loss(value: float | None, digits: int = 4) -> str:
+    """2.9132 as "2.9132"."""
     return UNKNOWN if value is None else f"{value:.{digits}f}"
 
 
-def losses(interval: Mapping[str, Any] | None, digits: int = 4) -> str:
-    """ "2.9132 (2.9051 to 2.9211)" """
+def loss_interval(interval: Mapping[str, Any] | None, digits: int = 4) -> str:
+    """ "2.9132 (2.9051 to 2.9211)"; without the brackets if no end is known."""
     if interval is None or interval["value"] is None:
         return UNKNOWN
-    low, high = (loss(interval[end], digits) for end in ("low", "high"))
-    known = interval["low"] is not None or interval["high"] is not None
-    return f"{loss(interval['value'], digits)} ({low} to {high})" if known else loss(interval["value"], digits)
+    value, low, high = (loss(interval[key], digits) for key in ("value", "low", "high"))
+    return value if low == high == UNKNOWN else f"{value} ({low} to {high})"
 
 
-def spread(noise: Mapping[str, Any]) -> str:
-    """ "2.9132 ± 0.0040": mean and standard deviation over seeds, the latter where there are two."""
+def mean_and_sd(noise: Mapping[str, Any]) -> str:
+    """ "2.9132 ± 0.0040": mean and standard deviation over seeds, the latter only if there are two seeds."""
     return loss(noise["mean"]) + ("" if noise["sd"] is None else f" ± {loss(noise['sd'])}")
 
 
 def signed(value: float | None, digits: int = 4) -> str:
-    """ "+0.0031", "−0.0120" """
+    """0.0031 as "+0.0031", -0.012 as "−0.0120"."""
     return UNKNOWN if value is None else f"{value:+.{digits}f}".replace("-", "−")
 
 
-def flops(value: float | None) -> str:
-    """ "3.2·10¹²" """
-    return UNKNOWN if value is None else scientific(value)
+def signed_interval(interval: Mapping[str, Any], digits: int = 4) -> str:
+    """ "+0.012 (−0.003 to +0.027)"; without the brackets if the lower end is not known."""
+    value, low, high = (signed(interval[key], digits) for key in ("value", "low", "high"))
+    return value if UNKNOWN in (value, low) else f"{value} ({low} to {high})"
 
 
 def amount(number: float | None) -> str:
-    """ "34.8k", "2.29M" """
+    """34800 as "34.8k", 2290000 as "2.29M"."""
     if number is None:
         return UNKNOWN
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -84,8 +103,27 @@ def amount(number: float | None) -> str:
     return f"{number:g}"
 
 
-def took(seconds: float | None) -> str:
-    """ "48 s", "12.5 min", "3.2 h" """
+def tokens_per_second(rate: float | None) -> str:
+    """12345.6 as "12,346 tok/s"."""
+    return f"{UNKNOWN if rate is None else f'{rate:,.0f}'} tok/s"
+
+
+def megabytes(size: int) -> str:
+    """A size in bytes as "1,234.5 MB"."""
+    return f"{size / 1e6:,.1f} MB"
+
+
+def clock(seconds: float | None) -> str:
+    """245 s as "4:05", 3723 s as "1:02:03"."""
+    if seconds is None:
+        return UNKNOWN
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def duration(seconds: float | None) -> str:
+    """A duration as "48 s", "12.5 min" or "3.2 h"."""
     if seconds is None:
         return UNKNOWN
     if seconds < 90:
@@ -94,52 +132,35 @@ def took(seconds: float | None) -> str:
 
 
 def date(seconds: float | None) -> str:
-    """Of Unix time."""
+    """Unix time as "2026-11-27 07:14 UTC"."""
     return UNKNOWN if seconds is None else time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
 
 
-def share(value: float | None) -> str:
-    return UNKNOWN if value is None else f"{100 * value:.3g} %"
+def percent(share: float | None) -> str:
+    """0.95 as "95 %"."""
+    return UNKNOWN if share is None else f"{100 * share:.3g} %"
 
 
-def chance(p: float | None) -> str:
-    """ "0.31", "< 0.001" """
+def p_value(p: float | None) -> str:
+    """ "0.31", "< 0.001"."""
     return UNKNOWN if p is None else "< 0.001" if p < 0.001 else f"{p:.2g}"
 
 
-def count(number: int, what: str) -> str:
-    """ "1 run", "3 runs" """
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def plural(number: int, noun: str) -> str:
+    """ "1 run", "3 runs"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def value(of: Any) -> str:
-    """A setting as a file has it."""
-    return str(of).lower() if isinstance(of, bool) else f'"{of}"' if isinstance(of, str) else str(of)
+def setting(value: Any) -> str:
+    """A config value as its TOML file has it."""
+    return str(value).lower() if isinstance(value, bool) else f'"{value}"' if isinstance(value, str) else str(value)
 
 
-def remedies(of: list[dict[str, Any]]) -> str:
-    """ "3 more seeds at every rung, or 3 seeds of a run of 2.1·10¹³ FLOPs"; "" without any."""
-    said = [
-        f"{count(one['seeds'], 'more seed')} at every rung"
-        if one["what"] == "seeds"
-        else f"a further rung of {flops(one['flops'])} FLOPs with {count(one['seeds'], 'seed')}"
-        for one in of
-    ]
-    return ", or ".join(said)
-
-
-def tokens_per_second(rate: float | None) -> str:
-    return "? tok/s" if rate is None else f"{rate:,.0f} tok/s"
-
-
-def megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"
-
-
-def clock(seconds: float | None) -> str:
-    """h:mm:ss, or "?" for unknown."""
-    if seconds is None:
-        return "?"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+def remedies(found: Sequence[Mapping[str, Any]]) -> str:
+    """ "3 more seeds at every rung, or a further rung of 2.1·10¹³ FLOPs with 3 seeds"; "" if there are none."""
+    return ", or ".join(
+        f"{plural(remedy['seeds'], 'more seed')} at every rung"
+        if remedy["what"] == "seeds"
+        else f"a further rung of {flops(remedy['flops'])} FLOPs with {plural(remedy['seeds'], 'seed')}"
+        for remedy in found
+    )

@@ -8,13 +8,12 @@ from trainer.chaos.results import Report, Result
 from trainer.faults.kinds import KINDS
 
 OUTCOMES: Sequence[str] = ("pass", "fail", "undetected", "unknown", "skipped")
-SIGNS = {"pass": "✓", "fail": "✗", "undetected": "!", "unknown": "?", "skipped": "–"}
 NOT_ASKED = "–"
 MEANINGS = {
     "pass": "held",
     "fail": "did not hold",
-    "undetected": "left a trace that nothing told of",
-    "unknown": "nobody can tell",
+    "undetected": "left a trace that no incident reports",
+    "unknown": "cannot be decided",
     "skipped": "this machine cannot make it",
 }
 SEVERAL, STORMS, OTHER = "several at once", "storms", "other"

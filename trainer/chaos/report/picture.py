@@ -10,6 +10,7 @@ from trainer import files
 from trainer.chaos.report import matrix
 from trainer.chaos.results import Report, Result
 from trainer.show.figure import BAD, GOOD, INK, SILENT, SOFT, UNSURE, colour, new_figure, png, style
+from trainer.show.units import SIGNS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -102,7 +103,7 @@ def _draw(axes: "Axes", panel: list[Row], asked: Sequence[str], left: float) -> 
             if answer is not None:
                 back, ink = SHADES[answer]
                 axes.add_patch(Rectangle((x + 0.04, y + 0.06), 0.92, 0.88, facecolor=back, edgecolor="none"))
-                axes.text(x + 0.5, y + 0.52, matrix.SIGNS[answer], ha="center", va="center", color=ink, weight="bold")
+                axes.text(x + 0.5, y + 0.52, SIGNS[answer], ha="center", va="center", color=ink, weight="bold")
         if skipped:
             why, room = result.why.removeprefix(f"{result.name}: "), int(len(asked) * ROW / 0.062)
             why = why if len(why) <= room else f"{why[: room - 1]}…"
@@ -114,4 +115,4 @@ def _title(report: Report) -> str:
 
 
 def _legend(report: Report) -> str:
-    return "     ".join(f"{matrix.SIGNS[name]} {matrix.MEANINGS[name]}" for name in matrix.counts(report.results))
+    return "     ".join(f"{SIGNS[name]} {matrix.MEANINGS[name]}" for name in matrix.counts(report.results))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from trainer.chaos.report import matrix
 from trainer.chaos.results import Report, Result
-from trainer.show.units import clock
+from trainer.show.units import SIGNS, clock
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -73,7 +73,7 @@ def _signs(result: Result, letters: dict[str, str]) -> "Text":
 
     given = matrix.answers(result)
     signs = [given.get(name, ("skipped", ""))[0] for name in letters.values()]
-    return Text("").join(Text(matrix.SIGNS[sign], STYLES[sign]) for sign in signs)
+    return Text("").join(Text(SIGNS[sign], STYLES[sign]) for sign in signs)
 
 
 def _legend(letters: dict[str, str]) -> Any:
@@ -82,7 +82,7 @@ def _legend(letters: dict[str, str]) -> Any:
     from rich.text import Text
 
     names = [Text.assemble((letter, "bold"), f" {name}") for letter, name in letters.items()]
-    signs = [f"{matrix.SIGNS[sign]} {matrix.MEANINGS[sign]}" for sign in ("pass", "fail", "undetected", "unknown")]
+    signs = [f"{SIGNS[sign]} {matrix.MEANINGS[sign]}" for sign in ("pass", "fail", "undetected", "unknown")]
     last = f"{matrix.NOT_ASKED} not asked, not measured"
     return Group(Columns(names, padding=(0, 3)), Text(f"{'   '.join(signs)}   {last}", "dim"))
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def predictions(tree: Tree) -> "Figure | None":
+def draw_predictions(tree: Tree) -> "Figure | None":
     shown = [one for one in tree["predictions"] if one["predicted"] is not None]
     ratios = {(one["rung"], one["arm"]): one for one in tree["multiplier_predictions"] if _both(one)}
     if not any(one["observed"] is not None for one in shown):
@@ -60,7 +60,7 @@ def _draw_errors(axes: "Axes", tree: Tree, shown: Sequence[Tree]) -> None:
                       markersize=5.5, capsize=3, linewidth=1.3, alpha=0.75)  # fmt: skip
         if one["error"] is not None:
             axes.plot([one["error"]], [y], marker="o", color=colour, markersize=7, markeredgecolor=PAPER, zorder=5)
-    axes.set_xlabel(f"loss minus its prediction ({units.SHORT_UNITS[tree['unit']]})")
+    axes.set_xlabel(f"loss minus its prediction ({units.SHORT_LOSS_UNITS[tree['unit']]})")
     axes.set_title("Loss")
 
 
@@ -103,7 +103,7 @@ def _prediction_legend() -> list[Any]:
 # Cost
 
 
-def cost(tree: Tree) -> "Figure | None":
+def draw_cost(tree: Tree) -> "Figure | None":
     shown = [one for arm in tree["arms"] if (one := decision(tree, arm["name"])) and one["multiplier"]["value"]]
     if not any(one.get("wall_clock", {}).get("value") for one in shown):
         return None

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def figure(tree: Tree) -> "Figure | None":
+def draw(tree: Tree) -> "Figure | None":
     if not any(run["loss"] is not None for run in tree["runs"]) or not tree["rungs"]:
         return None
     figure = new_figure(9, 7.4)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[5, 4])
-    unit = units.UNITS[tree["unit"]]
+    unit = units.LOSS_UNITS[tree["unit"]]
     curve = tree["curve"]
     if curve is not None:
         _draw_curve(above, below, tree)
@@ -42,7 +42,7 @@ def figure(tree: Tree) -> "Figure | None":
         f"{tree['metric']} loss ({unit})" if tree["unit"] != "bits_per_byte" else f"{tree['metric']}, {unit}"
     )
     what = "the baseline's curve" if curve is not None else "the baseline's mean"
-    below.set_ylabel(f"minus {what}\n({units.SHORT_UNITS[tree['unit']]})")
+    below.set_ylabel(f"minus {what}\n({units.SHORT_LOSS_UNITS[tree['unit']]})")
     handles, labels = above.get_legend_handles_labels()
     gaps = [mark for mark in below.get_lines() if mark.get_label() in GAPS]
     once = dict(zip(labels, handles, strict=True)) | {str(mark.get_label()): mark for mark in gaps}

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def figure(tree: Tree) -> "Figure | None":
+def draw(tree: Tree) -> "Figure | None":
     shown = [one for one in tree["verdicts"] if any(_known(rung) for rung in one["rungs"])]
     if not shown:
         return None

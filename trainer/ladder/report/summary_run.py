@@ -69,8 +69,8 @@ def tables(tree: Tree) -> dict[str, dict[str, list[Any]]]:
         "verdicts": {
             "columns": ["arm", "decision", "at the target", "trend", "in time", "why"],
             "data": [
-                [one["arm"], one["decision"], units.worth(one["multiplier"]), one["trend"],
-                 units.worth(one.get("wall_clock")), one["why"]]
+                [one["arm"], one["decision"], units.ratio_interval(one["multiplier"]), one["trend"],
+                 units.ratio_interval(one.get("wall_clock")), one["why"]]
                 for one in verdicts
             ],
         },

@@ -47,9 +47,9 @@ def _verdicts(tree: Tree) -> Any:
             continue
         name = one["decision"]
         table.add_row(
-            Text(one["arm"]), Text(f"{units.SIGNS[name]} {name}", STYLES[name]), units.worth(one["multiplier"]),
-            units.times(one.get("wall_clock", {}).get("value")), units.TRENDS[one["trend"]],
-            units.times(one.get("slowdown", {}).get("value")),
+            Text(one["arm"]), Text(f"{units.SIGNS[name]} {name}", STYLES[name]),
+            units.ratio_interval(one["multiplier"]), units.ratio(one.get("wall_clock", {}).get("value")),
+            units.TRENDS[one["trend"]], units.ratio(one.get("slowdown", {}).get("value")),
         )  # fmt: skip
     return table
 
@@ -76,7 +76,7 @@ def _means(tree: Tree) -> Any:
     table = tables.empty_table("rung", *(Text(arm).markup for arm in arms))
     for rung in dict.fromkeys(one["rung"] for one in tree["noise"]):
         cells = [known.get((rung, arm)) for arm in arms]
-        table.add_row(Text(rung), *("–" if cell is None else units.spread(cell) for cell in cells))
+        table.add_row(Text(rung), *("–" if cell is None else units.mean_and_sd(cell) for cell in cells))
     return table
 
 
@@ -84,16 +84,16 @@ def _lines(tree: Tree) -> Iterator[str]:
     fit = tree["fit"]
     if fit is not None:
         yield (
-            f"baseline: E {units.losses(fit['E'], 3)}, α {units.losses(fit['alpha'], 3)}, "
-            f"seeds' sd {units.loss(fit['seed_sd'])}, lack of fit p {units.chance(fit['lack_of_fit_p'])}"
+            f"baseline: E {units.loss_interval(fit['E'], 3)}, α {units.loss_interval(fit['alpha'], 3)}, "
+            f"seeds' sd {units.loss(fit['seed_sd'])}, lack of fit p {units.p_value(fit['lack_of_fit_p'])}"
         )
     for one in tree["predictions"]:
         if one["arm"] == BASELINE and one["predicted"] is not None:
             came = "not run" if one["observed"] is None else f"came out {units.loss(one['observed'])}"
-            yield f"predicted for {one['rung']}: {units.losses(one['predicted'])}, {came}"
+            yield f"predicted for {one['rung']}: {units.loss_interval(one['predicted'])}, {came}"
     course = tree.get("course")
     counts = ", ".join(f"{number} {status}" for status, number in tree["counts"].items())
-    hours = f" in {units.took(course['time']['busy_seconds'])}" if course else ""
+    hours = f" in {units.duration(course['time']['busy_seconds'])}" if course else ""
     yield f"runs: {counts or 'none'}; {units.flops(tree['flops'] + tree['sweep_flops'])} FLOPs{hours}"
     if course and (made := course["survived"]["faults"]):
         kinds = ", ".join(f"{one['survived']} of {one['made']} {kind}" for kind, one in made.items())
