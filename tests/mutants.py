@@ -69,7 +69,7 @@ def newest_before_it_is_durable() -> None:
         return final
 
     saving.files.stage = stage
-    saving.files.commit = lambda staging, final: files.sync_directory(final)
+    saving.files.commit = lambda staging, final: files.sync(final)
     saving.files.discard = lambda path: None
 
 

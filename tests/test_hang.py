@@ -16,16 +16,16 @@ import pytest
 from tests import hang_worker
 from tests.hang_worker import FAULTY_RANK, FAULTY_STEP
 from trainer.log import events
-from trainer.sentinel.hang import Collective, RankStatus, Watchdog, diagnose, pending_collective
+from trainer.sentinel.hang import Watchdog
+from trainer.sentinel.hang_diagnosis import Collective, RankStatus, diagnose, pending_collective
 
 TIMEOUT = 1.0
 PROMISED_SECONDS = 2.5  # after the timeout, until the process has ended
 
 
-def view(rank: int, phase: str = "before_reduce", step: int = 5, idle: float = 10.0, **rest: Any) -> RankStatus:
-    return RankStatus(
-        **({"rank": rank, "phase": phase, "step": step, "idle": idle, "answers": 2, "recorded": True} | rest)
-    )
+def status(rank: int, phase: str = "before_reduce", step: int = 5, idle: float = 10.0, **rest: Any) -> RankStatus:
+    defaults = {"answers": 2, "recorded": True}
+    return RankStatus(rank=rank, phase=phase, step=step, idle_seconds=idle, **(defaults | rest))
 
 
 def collective(
@@ -34,66 +34,66 @@ def collective(
     return Collective(name, sequence, group, sizes)
 
 
-def named(views: list[RankStatus], limit: float = 10.0) -> list[int]:
-    return [culprit["rank"] for culprit in diagnose(views, limit)]
+def named(statuses: list[RankStatus], limit: float = 10.0) -> list[int]:
+    return [culprit["rank"] for culprit in diagnose(statuses, limit)]
 
 
-WAITING = [view(0, pending=collective()), view(2, pending=collective())]
+WAITING = [status(0, pending=collective()), status(2, pending=collective())]
 
 
 def test_a_rank_that_does_not_answer_is_named_with_where_it_was_last_seen() -> None:
-    (culprit,) = diagnose([*WAITING, view(1, "before_update", 4, alive=False)], 10.0)
+    (culprit,) = diagnose([*WAITING, status(1, "before_update", 4, alive=False)], 10.0)
     assert (culprit["rank"], culprit["point"], culprit["step"]) == (1, "before_update", 4)
     assert "stopped" in culprit["why"]
 
 
-def test_a_silent_rank_whose_last_position_is_old_is_placed_at_the_step_of_those_who_wait() -> None:
-    (culprit,) = diagnose([*WAITING, view(1, "in_eval", 3, alive=False)], 10.0)
+def test_a_silent_rank_whose_last_position_is_old_is_reported_at_the_step_of_the_waiting_ranks() -> None:
+    (culprit,) = diagnose([*WAITING, status(1, "in_eval", 3, alive=False)], 10.0)
     assert (culprit["rank"], culprit["point"], culprit["step"]) == (1, "unknown", 5)
     assert "last seen at in_eval of step 3" in culprit["why"]
 
 
 def test_a_rank_outside_any_collective_is_named_while_others_wait() -> None:
-    (culprit,) = diagnose([*WAITING, view(1, "before_forward")], 10.0)
+    (culprit,) = diagnose([*WAITING, status(1, "before_forward")], 10.0)
     assert (culprit["rank"], culprit["point"], culprit["step"]) == (1, "before_forward", 5)
     assert "in no collective, while rank 0 waits in gloo:all_reduce #9" in culprit["why"]
 
 
 def test_a_slow_rank_is_named_only_if_no_rank_is_stuck() -> None:
-    slow, stuck = view(1, "in_eval", idle=0.1), view(3, "before_forward")
+    slow, stuck = status(1, "in_eval", idle=0.1), status(3, "before_forward")
     assert named([*WAITING, slow]) == [1]
     assert named([*WAITING, slow, stuck]) == [3]
-    assert named([*WAITING, slow, view(3, alive=False)]) == [3]
-    assert named([*WAITING, stuck, view(4, alive=False)]) == [4, 3]
+    assert named([*WAITING, slow, status(3, alive=False)]) == [3]
+    assert named([*WAITING, stuck, status(4, alive=False)]) == [4, 3]
 
 
 def test_among_waiting_ranks_the_minority_is_named_and_among_equals_none() -> None:
-    ahead = view(1, step=6, pending=collective())
+    ahead = status(1, step=6, pending=collective())
     assert named([*WAITING, ahead]) == [1]
-    assert named([*WAITING, view(1, pending=collective(name="gloo:barrier"))]) == [1]
-    assert named([*WAITING, view(1, pending=collective(sizes="[[1]]"))]) == [1]
+    assert named([*WAITING, status(1, pending=collective(name="gloo:barrier"))]) == [1]
+    assert named([*WAITING, status(1, pending=collective(sizes="[[1]]"))]) == [1]
     assert named([WAITING[0], ahead]) == []
-    assert named([*WAITING, ahead, view(3, step=6, pending=collective())]) == []
+    assert named([*WAITING, ahead, status(3, step=6, pending=collective())]) == []
     assert named(WAITING) == []  # a cut network: nobody can tell
 
 
 def test_healthy_ranks_of_a_hybrid_mesh_wait_in_different_groups() -> None:
-    views = [view(0, pending=collective(group="3")), view(1, pending=collective(group="4"))]
-    assert named(views) == []
-    assert named([*views, view(2, pending=collective(group="3")), view(3, "before_forward")]) == [3]
+    statuses = [status(0, pending=collective(group="3")), status(1, pending=collective(group="4"))]
+    assert named(statuses) == []
+    assert named([*statuses, status(2, pending=collective(group="3")), status(3, "before_forward")]) == [3]
 
 
 def test_without_flight_recorder_the_rank_that_is_behind_is_named() -> None:
     off: dict[str, Any] = {"recorded": False}
-    assert named([view(0, **off), view(1, "before_forward", **off), view(2, **off)]) == [1]
-    assert named([view(0, **off), view(1, "before_update", 4, **off)]) == [1]
-    assert named([view(0, **off), view(1, **off)]) == []
-    assert named([view(0, **off)]) == []
-    assert named([view(0, **off), view(1, "a point of tomorrow", **off)]) == []
+    assert named([status(0, **off), status(1, "before_forward", **off), status(2, **off)]) == [1]
+    assert named([status(0, **off), status(1, "before_update", 4, **off)]) == [1]
+    assert named([status(0, **off), status(1, **off)]) == []
+    assert named([status(0, **off)]) == []
+    assert named([status(0, **off), status(1, "a phase of tomorrow", **off)]) == []
 
 
 def test_a_rank_alone_can_only_blame_itself() -> None:
-    assert named([view(0)]) == [0]
+    assert named([status(0)]) == [0]
 
 
 def test_the_oldest_unfinished_collective_is_the_pending_one() -> None:

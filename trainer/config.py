@@ -1,22 +1,19 @@
-"""Every setting of a run: load, override, validate, fingerprint.
+"""Every setting of a run; reading, checking and fingerprinting them.
 
 A config is TOML (one level of `extends`, then `--set` overrides) read into frozen, strict models. Unknown keys are
-refused, all problems are reported at once, and a setting that would have no effect is a problem.
+refused, all problems are reported at once, and a setting that would have no effect is a problem (config_rules.py).
 Zero means "off" for numbers that can be off, since TOML has no null.
 """
 
-import difflib
 import hashlib
 import json
-import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from trainer import tomlfile
+from trainer import config_rules, tomlfile
 from trainer.errors import ConfigError
 
 
@@ -40,7 +37,7 @@ class Data(Section):
     text_column: str = "text"
     """Column that holds the text in jsonl, parquet and hub datasets."""
     unit: Literal["document", "paragraph", "line"] = "document"
-    """What one document of a plain text file is: the whole file, a paragraph, or a line."""
+    """Unit of a plain text file that makes one document: the whole file, a paragraph, or a line."""
     max_megabytes: float = Field(default=0.0, ge=0)
     """Stop reading the corpus after this many megabytes of text; 0 reads all of it."""
     heldout: Literal["hash", "tail"] = "hash"
@@ -55,7 +52,7 @@ class Data(Section):
     micro_batch_sequences: int = Field(default=4, ge=1)
     """B: sequences in a micro-batch."""
     cache_dir: str = ""
-    """Where tokenizers and token stores live; empty means $TOPROPE_CACHE, else ~/.cache/toprope."""
+    """Directory of tokenizers and token stores; empty means $TOPROPE_CACHE, else ~/.cache/toprope."""
 
 
 class Model(Section):
@@ -88,7 +85,7 @@ class Model(Section):
     """Rows of a hashed table of (previous token, token) embeddings added to the input; 0 is off."""
     init: Literal["gpt2", "zero_proj"] = "zero_proj"
     init_draw: int = Field(default=0, ge=0)
-    """Which draw of the initial weights at this seed; the order of the data stays."""
+    """Number of the draw of initial weights at this seed; the order of the data stays the same."""
 
 
 class Optim(Section):
@@ -149,9 +146,9 @@ class Checkpoint(Section):
     keep_last: int = Field(default=2, ge=1)
     """Newest checkpoints that are kept."""
     keep_every_steps: int = Field(default=0, ge=0)
-    """Checkpoints of steps that this divides are kept for good; 0 keeps none of them."""
+    """Checkpoints of steps that this number divides are kept for good; 0 keeps none of them."""
     max_failures: int = Field(default=3, ge=1)
-    """The run stops after so many failed saves in a row; until then it trains on and tries again at the next."""
+    """Failed saves in a row after which the run stops; until then it trains on and tries again at the next."""
 
 
 class Eval(Section):
@@ -167,11 +164,11 @@ class Eval(Section):
 
 class Elastic(Section):
     step_timeout_seconds: float = Field(default=300.0, gt=0)
-    """A rank that makes no progress for so long is taken for hung: stacks are dumped and the process ends."""
+    """A rank without progress for so long counts as hung: stacks are dumped and its process ends."""
     startup_timeout_seconds: float = Field(default=1800.0, gt=0)
-    """The same from the connection to an attempt's first step: kernels may have to be compiled, a tokenizer trained.
+    """The same before an attempt's first step: kernels may have to be compiled, a tokenizer trained.
 
-    Data that are being read or encoded count as progress."""
+    Reading and encoding data counts as progress."""
 
 
 class Wandb(Section):
@@ -184,7 +181,7 @@ class Wandb(Section):
 
 
 class FaultEntry(BaseModel):
-    """One fault on purpose. Which kinds there are, and what settings each has of its own: faults/kinds.py."""
+    """One planned fault, as far as all kinds share its settings. The kinds and their own settings: trainer/faults/."""
 
     model_config = ConfigDict(
         strict=True, frozen=True, extra="allow", use_attribute_docstrings=True, allow_inf_nan=False
@@ -194,16 +191,13 @@ class FaultEntry(BaseModel):
     rank: int | str = "any"
     """A number, "any" (one drawn by `seed`), "all", "rank0", or "writer" (who commits checkpoints)."""
     at_step: int | None = Field(default=None, ge=1)
-    """While this step is being computed, saved or evaluated: the first is 1."""
+    """Step (the first is 1) during whose computing, saving or evaluating it strikes."""
     at_seconds: float | None = Field(default=None, ge=0)
-    """Or so many seconds after the job began; made from outside."""
+    """Seconds after the job began, instead of a step; such faults are made from outside the worker."""
     phase: str = ""
-    """A named point of a rank's work; default the kind's usual one."""
+    """Phase of a rank's work (trainer/phases.py) at which it strikes; default the kind's usual one."""
     attempt: int | None = Field(default=None, ge=0)
-    """Only in this attempt; default the first that comes by. No fault fires twice on a rank."""
-
-
-A_FAULT = 'Write [[faults]], and below it its settings: kind = "sigkill", rank = 1, at_step = 9.'
+    """Attempt in which it strikes; default the first that gets there. No fault fires twice on a rank."""
 
 
 class Config(Section):
@@ -219,29 +213,27 @@ class Config(Section):
     elastic: Elastic = Elastic()
     wandb: Wandb = Wandb()
     faults: tuple[FaultEntry, ...] = ()
-    """Faults on purpose, as [[faults]] tables. None, unless given."""
+    """Planned faults, as [[faults]] tables. None by default."""
 
 
-# What decides the weights. All else may change between attempts of one run.
+# These sections decide the weights. Everything else may change between attempts of one run.
 MATHEMATICS = ("seed", "data", "model", "optim", "budget", "numerics")
 NOT_MATHEMATICS = {"data": ("cache_dir", "streaming")}
-# Left out at the value that changes nothing, so that runs from before there was such a setting keep their fingerprint.
+# Left out at the value that changes nothing, so that runs older than the setting keep their fingerprint.
 ADDED_LATER = {"model.init_draw": 0}
 
 
 def load(path: Path, overrides: Iterable[str] = ()) -> Config:
-    """Read a TOML config, its `extends` base, then `key=value` overrides; raise ConfigError naming every problem."""
-    tree = _with_base(path)
-    if isinstance(tree.get("config"), str):  # what every campaign names, and no config has
+    """Read a TOML config, its `extends` base, then `key=value` overrides. Raises ConfigError naming every problem."""
+    tree = tomlfile.read_extended(path)
+    if isinstance(tree.get("config"), str):  # every campaign has this key, and no config
         raise ConfigError(
             [
                 f"{path} is a campaign: a plan for breaking runs of {path.parent / tree['config']}.\n"
                 f"  `python -m trainer chaos {path}` carries it out; `train` takes a config."
             ]
         )
-    problems: list[str] = []
-    for override in overrides:
-        problems += _override(tree, override)
+    problems = [problem for text in overrides for problem in tomlfile.override(tree, text, Config)]
     if problems:
         raise ConfigError(problems)
     return parse(tree)
@@ -250,13 +242,34 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Config:
 def parse(tree: Mapping[str, Any]) -> Config:
     """Validate a tree of settings. Raises ConfigError with all problems at once."""
     try:
-        config = Config.model_validate(_tuples(tree))
+        config = Config.model_validate(tomlfile.tuples(tree))
     except ValidationError as error:
-        raise ConfigError([_explain(mistake) for mistake in tomlfile.mistakes(error, tree)]) from None
-    problems = _contradictions(config) + _without_effect(config)
+        known = list(flatten(Config().model_dump()))
+        mistakes = tomlfile.mistakes(error, tree)
+        raise ConfigError([config_rules.explain(mistake, known) for mistake in mistakes]) from None
+    problems = config_rules.contradictions(config) + config_rules.without_effect(config)
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def check_world(config: Config, world_size: int) -> None:
+    """Raise ConfigError if `config` cannot use a world of so many ranks."""
+    problems: list[str] = []
+    m, shard = config.data.micro_batches, config.parallel.shard_ranks
+    if world_size > m:
+        problems.append(
+            f"data.micro_batches = {m} leaves {world_size - m} of {world_size} ranks without work.\n"
+            f"  A micro-batch is the smallest unit of work. Start at most {m} ranks, or set data.micro_batches to "
+            f"{world_size} or more."
+        )
+    if config.parallel.strategy == "hybrid" and world_size % shard:
+        problems.append(
+            f"parallel.shard_ranks = {shard} does not divide the world of {world_size} ranks.\n"
+            f"  A hybrid mesh is replicas × shards. Start a multiple of {shard} ranks, or change parallel.shard_ranks."
+        )
+    if problems:
+        raise ConfigError(problems)
 
 
 def fingerprint(config: Config) -> str:
@@ -265,7 +278,7 @@ def fingerprint(config: Config) -> str:
 
 
 def mathematics(config: Config) -> dict[str, Any]:
-    """The settings that decide the weights, flat: {"optim.learning_rate": 0.001, ...}."""
+    """Return the settings that decide the weights, flat: {"optim.learning_rate": 0.001, ...}."""
     tree = config.model_dump(mode="json", include=set(MATHEMATICS))
     for section, names in NOT_MATHEMATICS.items():
         for name in names:
@@ -277,28 +290,12 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} → {"a.b": 1}."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return flat
 
 
-def as_toml(config: Config) -> str:
-    """A config as a file that `load` reads back as the same; settings at their defaults are left out."""
-    tree = config.model_dump(mode="json", exclude_defaults=True)
-    faults = tree.pop("faults", [])
-    tables = {name: tree.pop(name) for name in list(tree) if isinstance(tree[name], dict)}
-    lines = tomlfile.lines(tree)
-    for name, table in tables.items():
-        lines += ["", f"[{name}]", *tomlfile.lines(table)]
-    for fault in faults:
-        lines += ["", "[[faults]]", *tomlfile.lines(fault)]
-    return "\n".join(lines).lstrip() + "\n"
-
-
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """One line per setting that two flat trees disagree on."""
+    """Return a line for each setting on which two flat trees disagree."""
     missing = "(absent)"
     return [
         f"{key}: {json.dumps(old.get(key, missing))} → {json.dumps(new.get(key, missing))}"
@@ -307,203 +304,15 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def check_world(config: Config, world_size: int) -> None:
-    """Refuse a world that the config cannot use. Raises ConfigError."""
-    problems: list[str] = []
-    m = config.data.micro_batches
-    if world_size > m:
-        problems.append(
-            f"data.micro_batches = {m} leaves {world_size - m} of {world_size} ranks without work.\n"
-            f"  A micro-batch is the smallest unit of work. Start at most {m} ranks, or set data.micro_batches to "
-            f"{world_size} or more."
-        )
-    shard = config.parallel.shard_ranks
-    if config.parallel.strategy == "hybrid" and world_size % shard:
-        problems.append(
-            f"parallel.shard_ranks = {shard} does not divide the world of {world_size} ranks.\n"
-            f"  A hybrid mesh is replicas × shards. Start a multiple of {shard} ranks, or change parallel.shard_ranks."
-        )
-    if problems:
-        raise ConfigError(problems)
-
-
-def _with_base(path: Path) -> dict[str, Any]:
-    tree = tomlfile.read(path)
-    base_name = tree.pop("extends", None)
-    if base_name is None:
-        return tree
-    if not isinstance(base_name, str):
-        raise ConfigError([f'{path}: extends = {base_name!r} is no path.\n  Write extends = "other.toml".'])
-    base = tomlfile.read(path.parent / base_name)
-    if "extends" in base:
-        raise ConfigError(
-            [
-                f"{path} extends {base_name}, which extends {base['extends']}.\n"
-                "  One level is allowed, so that a config can be read at a glance. "
-                f"Extend {base['extends']} directly and repeat what {base_name} sets."
-            ]
-        )
-    return _merge(base, tree)
-
-
-def _merge(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in top.items():
-        below = merged.get(key)
-        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
-    return merged
-
-
-def _override(tree: dict[str, Any], text: str) -> list[str]:
-    key, equals, value = text.partition("=")
-    key = key.strip()
-    if not equals or not key:
-        return [f"--set {text!r} has no value.\n  Write --set key=value, e.g. --set optim.learning_rate=3e-4."]
-    try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        parsed = _bare_text(key, value.strip())
-    if parsed is None:
-        quoted = f"'{key}=\"{value.strip()}\"'"
-        return [f"--set {text}: the right side is not TOML.\n  Text needs quotes that the shell keeps: --set {quoted}."]
-    *sections, name = key.split(".")
-    node = tree
-    for section in sections:
-        node = node.setdefault(section, {})
-        if not isinstance(node, dict):
-            return [f"--set {text}: {section} is a value, not a section."]
-    node[name] = parsed
-    return []
-
-
-def _bare_text(key: str, value: str) -> str | None:
-    """`value` where the setting takes text and nothing else: a shell eats the quotes of strategy="fsdp"."""
-    if not value or value[0] in "\"'":  # an unset variable of the shell, a quote that is never closed
-        return None
-    kind: Any = Config
-    for name in key.split("."):
-        field = getattr(kind, "model_fields", {}).get(name)
-        kind = field.annotation if field else next(iter(get_args(kind)[1:]), None)  # of dict[str, str]: str
-    return value if kind is str or get_origin(kind) is Literal else None
-
-
-def _tuples(value: Any) -> Any:
-    """TOML arrays as tuples: strict models take no lists for them."""
-    if isinstance(value, Mapping):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
-
-
-def _explain(mistake: tomlfile.Mistake) -> str:
-    """As fact, rule and remedy."""
-    path, given = mistake.where, json.dumps(mistake.input, default=str)
-    match mistake.type:
-        case "extra_forbidden":
-            return f"{path} is no setting.{_nearest(path)}"
-        case "missing":  # a fault's kind: all else has a default
-            owner = replace(mistake, place=mistake.place[:-1]).where
-            return f"{owner} has no {mistake.place[-1]}.\n  {A_FAULT}"
-        case "model_type" | "tuple_type" if path.startswith("faults"):
-            return f"{path} = {given} is no {'fault' if '[' in path else 'list of faults'}.\n  {A_FAULT}"
-        case "model_type":
-            inside = ", ".join(key for key in known_keys() if key.startswith(f"{path}."))
-            return f"{path} = {given} is a value, but {path} is a section.\n  Set what is in it: {inside}."
-        case "tuple_type":
-            return f"{path} = {given} is no list.\n  Put it in brackets: {path} = [{given}]."
-        case _:
-            return str(mistake)
-
-
-def known_keys() -> list[str]:
-    """Every setting's full name."""
-    return list(flatten(Config().model_dump()))
-
-
-def _nearest(path: str) -> str:
-    sections = set(Config.model_fields)
-    known = known_keys() + sorted(sections)
-    same_name = [key for key in known if key.split(".")[-1] == path.rsplit(".", maxsplit=1)[-1]]
-    near = same_name or difflib.get_close_matches(path, known, n=1, cutoff=0.5)
-    return f" Did you mean {near[0]}?" if near else f" The sections are {', '.join(sorted(sections))}."
-
-
-def _contradictions(config: Config) -> list[str]:
-    m, o, problems = config.model, config.optim, []
-    if m.width % m.n_heads:
-        problems.append(
-            f"model.n_heads = {m.n_heads} does not divide model.width = {m.width}.\n"
-            "  Every head takes an equal part of the width. Change one so that it divides."
-        )
-    elif m.positions == "rope" and (m.width // m.n_heads) % 2:
-        problems.append(
-            f'model.positions = "rope" rotates pairs, but a head is {m.width // m.n_heads} wide.\n'
-            "  model.width / model.n_heads must be even."
-        )
-    if m.n_kv_heads and m.n_heads % m.n_kv_heads:
-        problems.append(
-            f"model.n_kv_heads = {m.n_kv_heads} does not divide model.n_heads = {m.n_heads}.\n"
-            "  Each key/value head serves an equal group of query heads."
-        )
-    if o.optimizer == "muon" and config.parallel.strategy != "replicate":
-        problems.append(
-            f'optim.optimizer = "muon" cannot run with parallel.strategy = "{config.parallel.strategy}".\n'
-            '  Muon orthogonalises whole matrices and shards hold rows. Use strategy "replicate", or "adamw".'
-        )
-    if o.warmup_steps > config.budget.steps:
-        problems.append(
-            f"optim.warmup_steps = {o.warmup_steps} is longer than budget.steps = {config.budget.steps}.\n"
-            "  The rate would never reach its peak. Shorten the warmup."
-        )
-    if config.data.source.startswith("hub:") and not _is_commit(config.data.revision):
-        problems.append(
-            f"data.revision = {config.data.revision!r} does not pin {config.data.source}.\n"
-            "  A branch moves, and the run with it. Give the dataset's commit: 40 hex digits."
-        )
-    for name in config.eval.sets:
-        if name not in ("val", "repo") and name not in config.eval.sources:
-            problems.append(
-                f'eval.sets names {name!r}, which is neither "val" nor "repo" nor in eval.sources.\n'
-                f"  Add it: --set 'eval.sources.{name}=\"PATH\"'."
-            )
-    for name in sorted({"val", "repo"} & config.eval.sources.keys()):
-        problems.append(f"eval.sources.{name} would hide the built-in set of that name.\n  Give it another name.")
-    if len(set(config.eval.sets)) < len(config.eval.sets):
-        problems.append(f"eval.sets = {list(config.eval.sets)} names a set twice.")
-    return problems
-
-
-def _is_commit(revision: str) -> bool:
-    return len(revision) == 40 and all(digit in "0123456789abcdef" for digit in revision)
-
-
-def _without_effect(config: Config) -> list[str]:
-    """Settings that were changed from their default but that another setting makes meaningless."""
-    c, hub = config, config.data.source.startswith("hub:")
-    table = hub or config.data.source.endswith((".jsonl", ".parquet"))
-    sums = c.numerics.exact and c.data.micro_batches > 1
-    needs = [
-        ("data.revision", hub, 'data.source = "hub:…"'),
-        ("data.subset", hub, 'data.source = "hub:…"'),
-        ("data.hub_split", hub, 'data.source = "hub:…"'),
-        ("data.streaming", hub, 'data.source = "hub:…"'),
-        ("data.text_column", table, "a jsonl, parquet or hub source"),
-        ("data.unit", not table, "a source of plain text files"),
-        ("data.vocab_size", c.data.tokenizer == "bpe", 'data.tokenizer = "bpe"'),
-        ("model.rope_base", c.model.positions == "rope", 'model.positions = "rope"'),
-        ("optim.muon_learning_rate", c.optim.optimizer == "muon", 'optim.optimizer = "muon"'),
-        ("optim.muon_momentum", c.optim.optimizer == "muon", 'optim.optimizer = "muon"'),
-        ("optim.decay_fraction", c.optim.schedule == "wsd", 'optim.schedule = "wsd"'),
-        ("optim.final_fraction", c.optim.schedule != "constant", "a schedule that decays"),
-        ("parallel.shard_ranks", c.parallel.strategy == "hybrid", 'parallel.strategy = "hybrid"'),
-        ("parallel.reshard_after_forward", c.parallel.strategy != "replicate", 'parallel.strategy "fsdp" or "hybrid"'),
-        ("numerics.headroom_bits", sums, "numerics.exact = true and several micro-batches"),
-    ]
-    changed = differences(flatten(Config().model_dump()), flatten(config.model_dump()))
-    changed_keys = {line.split(":", 1)[0] for line in changed}
-    problems = [
-        f"{key} has no effect here: it needs {condition}.\n  Remove it, or change the other setting."
-        for key, has_effect, condition in needs
-        if key in changed_keys and not has_effect
-    ]
-    unused = sorted(set(config.eval.sources) - set(config.eval.sets))
-    return problems + [f"eval.sources.{name} has no effect: eval.sets does not name {name!r}." for name in unused]
+def as_toml(config: Config) -> str:
+    """Return a file that `load` reads back as the same config; settings at their defaults are left out."""
+    tree = config.model_dump(mode="json", exclude_defaults=True)
+    faults = tree.pop("faults", [])
+    tables = {name: tree.pop(name) for name in list(tree) if isinstance(tree[name], dict)}
+    lines = tomlfile.lines(tree)
+    for header, table in [
+        *((f"[{name}]", table) for name, table in tables.items()),
+        *(("[[faults]]", f) for f in faults),
+    ]:
+        lines += ["", header, *tomlfile.lines(table)]
+    return "\n".join(lines).lstrip() + "\n"

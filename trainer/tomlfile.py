@@ -1,4 +1,4 @@
-"""TOML files: read as a tree or as a strict model, and values written back."""
+"""TOML files: read as a tree or as a strict model, overridden by `--set`, and values written back."""
 
 import difflib
 import json
@@ -17,7 +17,7 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A file of settings as a tree. Raises ConfigError, naming the nearest file where there is none of that name."""
+    """Read a file of settings as a tree. Raises ConfigError; for a missing file it names the nearest one."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -36,7 +36,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def read_as(path: Path, model: type[M], what: str) -> M:
-    """A file as a strict model; `what` is what such a file is called. Raises ConfigError with all problems at once."""
+    """Read a file as a strict model; `what` names its sort. Raises ConfigError with all problems at once."""
     tree = read(path)
     try:
         return model.model_validate(tree)
@@ -45,8 +45,81 @@ def read_as(path: Path, model: type[M], what: str) -> M:
     raise ConfigError(problems)
 
 
+def read_extended(path: Path) -> dict[str, Any]:
+    """Read a file and, below it, the one that its `extends` names. Raises ConfigError."""
+    tree = read(path)
+    base_name = tree.pop("extends", None)
+    if base_name is None:
+        return tree
+    if not isinstance(base_name, str):
+        raise ConfigError([f'{path}: extends = {base_name!r} is no path.\n  Write extends = "other.toml".'])
+    base = read(path.parent / base_name)
+    if "extends" in base:
+        raise ConfigError(
+            [
+                f"{path} extends {base_name}, which extends {base['extends']}.\n"
+                "  One level is allowed, so that a config can be read at a glance. "
+                f"Extend {base['extends']} directly and repeat what {base_name} sets."
+            ]
+        )
+    return _merge(base, tree)
+
+
+def override(tree: dict[str, Any], setting: str, model: type[BaseModel]) -> list[str]:
+    """Put `setting`, KEY=VALUE as in `--set`, into a tree of `model`. Returns the problem, if there is one."""
+    key, equals, value = setting.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        return [f"--set {setting!r} has no value.\n  Write --set key=value, e.g. --set optim.learning_rate=3e-4."]
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = _bare_text(key, value.strip(), model)
+    if parsed is None:
+        quoted = f"'{key}=\"{value.strip()}\"'"
+        return [
+            f"--set {setting}: the right side is not TOML.\n  Text needs quotes that the shell keeps: --set {quoted}."
+        ]
+    *sections, name = key.split(".")
+    node = tree
+    for section in sections:
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            return [f"--set {setting}: {section} is a value, not a section."]
+    node[name] = parsed
+    return []
+
+
+def _merge(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        below = merged.get(key)
+        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _bare_text(key: str, value: str, model: type[BaseModel]) -> str | None:
+    """Return `value` if the setting takes nothing but text: a shell removes the quotes of strategy="fsdp"."""
+    if not value or value[0] in "\"'":  # an empty shell variable, or a quote that is never closed
+        return None
+    annotation: Any = model
+    for name in key.split("."):
+        field = getattr(annotation, "model_fields", {}).get(name)
+        annotation = (
+            field.annotation if field else next(iter(typing.get_args(annotation)[1:]), None)
+        )  # of dict[str, str]: str
+    return value if annotation is str or typing.get_origin(annotation) is typing.Literal else None
+
+
+def tuples(value: Any) -> Any:
+    """Return a tree with tuples in place of TOML's arrays: strict models take no lists for them."""
+    if isinstance(value, Mapping):
+        return {key: tuples(item) for key, item in value.items()}
+    return tuple(tuples(item) for item in value) if isinstance(value, list | tuple) else value
+
+
 def text(value: Any) -> str:
-    """A value as TOML, in one line."""
+    """Return a value as TOML, in one line."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{text(str(key))} = {text(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
@@ -57,24 +130,24 @@ def text(value: Any) -> str:
 
 
 def lines(table: Mapping[str, Any]) -> list[str]:
-    """key = value for each of a table's."""
+    """Return a line "key = value" for each key of a table."""
     return [f"{key} = {text(value)}" for key, value in table.items()]
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """What is wrong at one place of a tree of settings."""
+    """A wrong value at one place of a tree of settings."""
 
     place: tuple[str | int, ...]
     type: str
-    """Pydantic's."""
+    """Pydantic's name for the sort of error."""
     input: Any
     rules: tuple[str, ...]
-    """Of these, one would have to hold."""
+    """Alternatives: one of them would have to hold."""
 
     @property
     def where(self) -> str:
-        """ "faults[0].rank" """
+        """The place as people write it: faults[0].rank."""
         return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in self.place).removeprefix(".")
 
     def __str__(self) -> str:
@@ -83,18 +156,19 @@ class Mistake:
 
 
 def mistakes(error: ValidationError, tree: Mapping[str, Any]) -> list[Mistake]:
-    """One for each place, however many readings of it have failed there."""
+    """Return one mistake for each place, however many alternatives pydantic tried and failed there."""
     found: dict[tuple[str | int, ...], Mistake] = {}
     for detail in error.errors():
         place, rule = _place(detail, tree), detail["msg"][0].lower() + detail["msg"][1:]
         before = found[place].rules if place in found else ()
         found[place] = Mistake(place, detail["type"], detail["input"], (*before, rule))
-    inner = {place[:length] for place in found for length in range(len(place))}
-    return [mistake for place, mistake in found.items() if place not in inner]
+    # A table is also wrong if something in it is: only the innermost places are reported.
+    outer = {place[:length] for place in found for length in range(len(place))}
+    return [mistake for place, mistake in found.items() if place not in outer]
 
 
 def _place(detail: Any, tree: Any) -> tuple[str | int, ...]:
-    """Where an error is, without the names of the readings that pydantic tried."""
+    """Return where an error is, without the names of alternatives that pydantic puts between the keys."""
     place: list[str | int] = []
     for part in detail["loc"]:
         if part in tree if isinstance(tree, Mapping) else isinstance(tree, list | tuple) and isinstance(part, int):
@@ -104,7 +178,7 @@ def _place(detail: Any, tree: Any) -> tuple[str | int, ...]:
 
 
 def explain(mistake: Mistake, model: type[BaseModel], what: str) -> str:
-    """As fact, rule and remedy; `what` is what a file of this model is called."""
+    """Return a mistake as fact, rule and remedy; `what` names the sort of file that `model` describes."""
     if mistake.type == "extra_forbidden":
         known = _settings(model, mistake.place[:-1])
         near = difflib.get_close_matches(str(mistake.place[-1]), known, n=1)
@@ -116,7 +190,7 @@ def explain(mistake: Mistake, model: type[BaseModel], what: str) -> str:
 
 
 def _settings(model: type[BaseModel], places: Sequence[Any]) -> list[str]:
-    """The settings of the table at this place."""
+    """Return the settings of the table at this place."""
     for place in places:
         field = model.model_fields.get(str(place))
         model = next(_models(field.annotation), model) if field is not None else model
@@ -124,7 +198,7 @@ def _settings(model: type[BaseModel], places: Sequence[Any]) -> list[str]:
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The models that an annotation names, e.g. in list[Model] or Model | None."""
+    """Yield the models in an annotation such as list[Model] or Model | None."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for part in typing.get_args(annotation):

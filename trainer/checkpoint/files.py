@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import CheckpointError, NewerFormatError, NoCheckpointError
+from trainer.files import sync
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -159,7 +160,7 @@ def stage(run: Path, step: int) -> Path:
     directory(run).mkdir(exist_ok=True)
     staging = directory(run) / f".step-{step:08d}.{secrets.token_hex(4)}.partial"
     staging.mkdir()
-    sync_directory(run)
+    sync(run)
     return staging
 
 
@@ -188,14 +189,14 @@ def write_manifest(staging: Path, body: Mapping[str, Any]) -> int:
 
 def commit(staging: Path, final: Path) -> None:
     """Give a complete checkpoint its name, durably. One of the same name steps aside. Raises OSError."""
-    sync_directory(staging)
+    sync(staging)
     if final.exists():
         aside = _aside(final)
         if aside.exists():
             _remove(aside)
         final.rename(aside)
     staging.rename(final)
-    sync_directory(final.parent)
+    sync(final.parent)
 
 
 def forget_replaced(final: Path) -> None:
@@ -242,14 +243,6 @@ def forget_cached(path: Path) -> None:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
-
-
-def sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def one_line(error: BaseException) -> str:

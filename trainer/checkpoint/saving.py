@@ -224,7 +224,7 @@ class Saver:
         results: list[Any] = []
         if plan.dcp_plan.items:
             results = writer.write_data(plan.dcp_plan, plan).value()  # pyright: ignore[reportArgumentType]
-            files.sync_directory(staging)
+            files.sync(staging)
         else:  # nothing left for this rank: there are more ranks than tensors
             self._hook(Phase.IN_SAVE_SHARD, save.step)
         if not self._world.is_main:

@@ -1,0 +1,135 @@
+"""Rules that no single setting can check: contradictions, settings without effect, and what a wrong tree means."""
+
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from trainer import tomlfile
+
+if TYPE_CHECKING:
+    from trainer.config import Config
+
+A_FAULT = 'Write [[faults]], and below it its settings: kind = "sigkill", rank = 1, at_step = 9.'
+
+
+def contradictions(config: "Config") -> list[str]:
+    """Return a problem for each rule between settings that `config` breaks."""
+    m, o, data, held_out = config.model, config.optim, config.data, config.eval
+    heads_fit = m.width % m.n_heads == 0
+    is_pinned = len(data.revision) == 40 and set(data.revision) <= set("0123456789abcdef")
+    rules = [
+        (
+            not heads_fit,
+            f"model.n_heads = {m.n_heads} does not divide model.width = {m.width}.\n"
+            "  Every head takes an equal part of the width. Change one so that it divides.",
+        ),
+        (
+            heads_fit and m.positions == "rope" and (m.width // m.n_heads) % 2,
+            f'model.positions = "rope" rotates pairs, but a head is {m.width // m.n_heads} wide.\n'
+            "  model.width / model.n_heads must be even.",
+        ),
+        (
+            m.n_kv_heads and m.n_heads % m.n_kv_heads,
+            f"model.n_kv_heads = {m.n_kv_heads} does not divide model.n_heads = {m.n_heads}.\n"
+            "  Each key/value head serves an equal group of query heads.",
+        ),
+        (
+            o.optimizer == "muon" and config.parallel.strategy != "replicate",
+            f'optim.optimizer = "muon" cannot run with parallel.strategy = "{config.parallel.strategy}".\n'
+            '  Muon orthogonalises whole matrices and shards hold rows. Use strategy "replicate", or "adamw".',
+        ),
+        (
+            o.warmup_steps > config.budget.steps,
+            f"optim.warmup_steps = {o.warmup_steps} is longer than budget.steps = {config.budget.steps}.\n"
+            "  The rate would never reach its peak. Shorten the warmup.",
+        ),
+        (
+            data.source.startswith("hub:") and not is_pinned,
+            f"data.revision = {data.revision!r} does not pin {data.source}.\n"
+            "  A branch moves, and the run with it. Give the dataset's commit: 40 hex digits.",
+        ),
+        *(
+            (
+                name not in ("val", "repo") and name not in held_out.sources,
+                f'eval.sets names {name!r}, which is neither "val" nor "repo" nor in eval.sources.\n'
+                f"  Add it: --set 'eval.sources.{name}=\"PATH\"'.",
+            )
+            for name in held_out.sets
+        ),
+        *(
+            (
+                name in held_out.sources,
+                f"eval.sources.{name} would hide the built-in set of that name.\n  Give it another name.",
+            )
+            for name in ("repo", "val")
+        ),
+        (
+            len(set(held_out.sets)) < len(held_out.sets),
+            f"eval.sets = {list(held_out.sets)} names a set twice.\n  Name each set once.",
+        ),
+    ]
+    return [problem for is_broken, problem in rules if is_broken]
+
+
+def without_effect(config: "Config") -> list[str]:
+    """Return a problem for each setting that differs from its default but that another setting makes meaningless."""
+    c, hub = config, config.data.source.startswith("hub:")
+    table = hub or config.data.source.endswith((".jsonl", ".parquet"))
+    sums = c.numerics.exact and c.data.micro_batches > 1
+    needs = [
+        ("data.revision", hub, 'data.source = "hub:…"'),
+        ("data.subset", hub, 'data.source = "hub:…"'),
+        ("data.hub_split", hub, 'data.source = "hub:…"'),
+        ("data.streaming", hub, 'data.source = "hub:…"'),
+        ("data.text_column", table, "a jsonl, parquet or hub source"),
+        ("data.unit", not table, "a source of plain text files"),
+        ("data.vocab_size", c.data.tokenizer == "bpe", 'data.tokenizer = "bpe"'),
+        ("model.rope_base", c.model.positions == "rope", 'model.positions = "rope"'),
+        ("optim.muon_learning_rate", c.optim.optimizer == "muon", 'optim.optimizer = "muon"'),
+        ("optim.muon_momentum", c.optim.optimizer == "muon", 'optim.optimizer = "muon"'),
+        ("optim.decay_fraction", c.optim.schedule == "wsd", 'optim.schedule = "wsd"'),
+        ("optim.final_fraction", c.optim.schedule != "constant", "a schedule that decays"),
+        ("parallel.shard_ranks", c.parallel.strategy == "hybrid", 'parallel.strategy = "hybrid"'),
+        ("parallel.reshard_after_forward", c.parallel.strategy != "replicate", 'parallel.strategy "fsdp" or "hybrid"'),
+        ("numerics.headroom_bits", sums, "numerics.exact = true and several micro-batches"),
+    ]
+    problems = []
+    for key, has_effect, condition in needs:
+        section_name, name = key.split(".")
+        section = getattr(config, section_name)
+        if not has_effect and getattr(section, name) != type(section).model_fields[name].default:
+            problems.append(
+                f"{key} has no effect here: it needs {condition}.\n  Remove it, or change the other setting."
+            )
+    unused = sorted(set(config.eval.sources) - set(config.eval.sets))
+    return problems + [f"eval.sources.{name} has no effect: eval.sets does not name {name!r}." for name in unused]
+
+
+def explain(mistake: tomlfile.Mistake, known: Sequence[str]) -> str:
+    """Return a wrong place of the tree as fact, rule and remedy. `known` has every setting's full name."""
+    path, given = mistake.where, json.dumps(mistake.input, default=str)
+    match mistake.type:
+        case "extra_forbidden":
+            return f"{path} is no setting.{_nearest(path, known)}"
+        case "missing":  # a fault's kind: everything else has a default
+            owner = replace(mistake, place=mistake.place[:-1]).where
+            return f"{owner} has no {mistake.place[-1]}.\n  {A_FAULT}"
+        case "model_type" | "tuple_type" if path.startswith("faults"):
+            return f"{path} = {given} is no {'fault' if '[' in path else 'list of faults'}.\n  {A_FAULT}"
+        case "model_type":
+            inside = ", ".join(key for key in known if key.startswith(f"{path}."))
+            return f"{path} = {given} is a value, but {path} is a section.\n  Set what is in it: {inside}."
+        case "tuple_type":
+            return f"{path} = {given} is no list.\n  Put it in brackets: {path} = [{given}]."
+        case _:
+            return str(mistake)
+
+
+def _nearest(path: str, known: Sequence[str]) -> str:
+    sections = sorted({key.split(".")[0] for key in known})
+    # The right name in the wrong section first, then what is spelled alike.
+    same_name = [key for key in [*known, *sections] if key.split(".")[-1] == path.rsplit(".", maxsplit=1)[-1]]
+    near = same_name or difflib.get_close_matches(path, [*known, *sections], n=1, cutoff=0.5)
+    return f" Did you mean {near[0]}?" if near else f" The sections are {', '.join(sections)}."

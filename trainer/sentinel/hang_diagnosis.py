@@ -1,0 +1,138 @@
+"""Who holds up whom: from what the ranks publish about themselves to the ranks that are to blame. No I/O here.
+
+A rank that waits in a collective is usually a victim. `diagnose` looks for the cause in this order: ranks that do not
+answer, ranks that are stuck outside any collective, ranks that are merely slow, and, if all wait, ranks that wait for
+another collective than most do.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from trainer.phases import Phase
+
+# In the order of a step. Only used where the Flight Recorder is off, to find the rank that is behind.
+PHASES = (
+    Phase.STARTUP, Phase.IN_LOAD,
+    Phase.BEFORE_FORWARD, Phase.BEFORE_BACKWARD, Phase.BEFORE_REDUCE, Phase.AFTER_REDUCE, Phase.BEFORE_UPDATE,
+    Phase.AFTER_UPDATE, Phase.WAITING_FOR_SAVE, Phase.IN_EVAL, "done",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Collective:
+    """A collective that a rank has entered and not left."""
+
+    name: str
+    sequence: int
+    """Number of collectives on this group so far; equal on ranks that are in step."""
+    group: str
+    sizes: str
+    """Data types and shapes of the inputs."""
+
+    def __str__(self) -> str:
+        return f'{self.name} #{self.sequence} of group "{self.group}", {self.sizes}'
+
+
+@dataclass(frozen=True)
+class RankStatus:
+    """A rank's position as it published it; the last one known if the rank does not answer."""
+
+    rank: int
+    phase: str
+    step: int
+    idle_seconds: float
+    """Time without progress."""
+    answers: int
+    """Bytes of the file of requests that it has read and answered; -1 before the first."""
+    recorded: bool = False
+    """True if the Flight Recorder was on: only then does no `pending` collective mean that the rank is in none."""
+    pending: Collective | None = None
+    alive: bool = True
+    """False if it did not answer the request for its stacks."""
+
+
+def diagnose(statuses: Sequence[RankStatus], limit_seconds: float) -> list[dict[str, Any]]:
+    """Return the ranks that hold up the others, each as {rank, point, step, why}; empty if they cannot be told.
+
+    `statuses` has every rank whose position is known; `limit_seconds` is the timeout that one of them exceeded.
+    """
+    living = [status for status in statuses if status.alive]
+    waiting = [status for status in living if status.pending]
+    outside = [status for status in living if not status.pending]
+    culprits = [_silent(status, waiting) for status in statuses if not status.alive]
+    if any(not status.recorded for status in outside):
+        # Such a rank may be in a collective that nobody recorded, so only positions can be compared.
+        return culprits or _behind(living)
+    meanwhile = f", while rank {waiting[0].rank} waits in {waiting[0].pending}" if waiting else ""
+    for status in outside:
+        # Half the limit: this rank may have got stuck somewhat later than the rank that noticed.
+        if status.idle_seconds >= limit_seconds / 2:
+            why = f"has made no progress for {status.idle_seconds:.1f} s and is in no collective{meanwhile}"
+            culprits.append(_culprit(status, why))
+    if not culprits and waiting:
+        # Nobody is stuck: the others wait for a rank that is slow, or that has skipped their collective.
+        culprits = [_culprit(status, f"makes progress, but is not in the collective{meanwhile}") for status in outside]
+    return culprits or _minority(waiting)
+
+
+def pending_collective(trace: dict[str, Any]) -> Collective | None:
+    """Return the oldest collective in a Flight Recorder trace that has not ended."""
+    pending = [e for e in trace.get("entries", []) if not e["retired"] and e["state"] != "completed"]
+    if not pending:
+        return None
+    entry = min(pending, key=lambda entry: entry["record_id"])
+    dtypes = "+".join(entry["input_dtypes"])
+    group = " ".join(part for part in entry["process_group"] if part)
+    return Collective(entry["profiling_name"], entry["collective_seq_id"], group, f"{dtypes} {entry['input_sizes']}")
+
+
+def _culprit(status: RankStatus, why: str) -> dict[str, Any]:
+    return {"rank": status.rank, "point": status.phase, "step": status.step, "why": why}
+
+
+def _silent(status: RankStatus, waiting: Sequence[RankStatus]) -> dict[str, Any]:
+    """Return the entry of a rank that does not answer."""
+    why = "does not answer: its process is stopped or gone"
+    if not waiting:
+        return _culprit(status, why)
+    first = min(waiting, key=lambda status: status.step)
+    # Its last published position may be some short steps old. But it has finished every collective before the one that
+    # the others wait in, so it is at their step, or still at the end of the step before.
+    if status.step < first.step - 1:
+        why += f"; last seen at {status.phase} of step {status.step}"
+        status = replace(status, phase="unknown", step=first.step)
+    return _culprit(status, f"{why}, while rank {first.rank} waits in {first.pending} at {first.phase}")
+
+
+def _behind(living: Sequence[RankStatus]) -> list[dict[str, Any]]:
+    """Return the ranks at the earliest position; none if all are there, or if one is at an unknown phase."""
+    positions = {s.rank: (s.step, PHASES.index(s.phase)) for s in living if s.phase in PHASES}
+    if len(positions) < len(living) or len(set(positions.values())) < 2:
+        return []
+    earliest = min(positions.values())
+    return [_culprit(s, "is behind the other ranks") for s in living if positions[s.rank] == earliest]
+
+
+def _minority(waiting: Sequence[RankStatus]) -> list[dict[str, Any]]:
+    """Return the ranks that wait for another collective than most; none if there is no majority.
+
+    A rank that skipped a collective and a rank that did one too many look the same from here.
+    """
+
+    # The group's name does not count: in a hybrid mesh, healthy ranks wait in different groups of the same kind.
+    def place(status: RankStatus) -> tuple[Any, ...]:
+        pending = status.pending
+        assert pending is not None
+        return status.step, status.phase, pending.name, pending.sequence, pending.sizes
+
+    counts = Counter(map(place, waiting))
+    if len(counts) < 2:
+        return []
+    usual, votes = counts.most_common(1)[0]
+    if 2 * votes <= len(waiting):
+        return []
+    typical = next(status for status in waiting if place(status) == usual)
+    others = f"most ranks wait in {typical.pending} at {typical.phase} of step {typical.step}"
+    return [_culprit(s, f"waits in {s.pending}, but {others}") for s in waiting if place(s) != usual]
