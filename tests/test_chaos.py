@@ -25,7 +25,7 @@ from trainer.config import Config
 from trainer.errors import ConfigError, RunDirectoryError, TopropeError
 from trainer.faults import checker, plan
 from trainer.faults.checker import Reference
-from trainer.faults.kinds import KINDS, NODES
+from trainer.faults.fault import KINDS, NODES
 from trainer.launch import namespaces
 
 SETTINGS = """

@@ -15,7 +15,7 @@ from tests.logs import killed_once
 from trainer.chaos import report, results
 from trainer.chaos.results import Report, Result
 from trainer.faults.checker import INVARIANTS, Answer
-from trainer.faults.kinds import KINDS
+from trainer.faults.fault import KINDS
 from trainer.show import timeline
 
 PNG = b"\x89PNG\r\n\x1a\n"

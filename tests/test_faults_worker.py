@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -41,9 +42,12 @@ from tests.support import (
 from trainer import checkpoint, config
 from trainer.checkpoint import files
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USAGE, ConfigError
-from trainer.faults import corruption, injector, plan, storage
+from trainer.faults import injector, plan, storage, tensors
 from trainer.faults.checker import strays
-from trainer.faults.kinds import KINDS
+from trainer.faults.disk import Disk, DiskFault
+from trainer.faults.fault import KINDS
+from trainer.faults.rank import RankContext
+from trainer.faults.storage import CheckpointDamage
 from trainer.log import events
 from trainer.log.events import CheckpointFailed, CheckpointSaved, FaultFired, Hung, NotFinite
 from trainer.parallel.world import World
@@ -118,12 +122,6 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Place:
 @pytest.fixture
 def place(calm: Place, tmp_path: Path) -> Place:
     return Place(tmp_path, calm.settings, calm.calm)
-
-
-def test_every_kind_that_a_rank_makes_has_its_maker():
-    inside = {name for name, kind in KINDS.items() if kind.hand == "rank"}
-    assert set(injector.ACTS) | storage.KINDS == inside
-    assert set(injector.ACTS) & storage.KINDS == set()
 
 
 @pytest.mark.slow
@@ -267,7 +265,7 @@ def test_silent_corruption_is_made_and_this_version_does_not_notice(calm: Place,
     assert [one["status"] for one in seen] == ["finished"] * len(plans)
     assert [[row["fired"] for row in one["faults"]] for one in seen[:-1]] == [[True]] * (len(plans) - 1)
     assert all(one["weights_sha256"] != seen[-1]["weights_sha256"] for one in seen[:-1])
-    assert all(one["incidents"] == [] for one in seen), "it has been noticed: tell faults/kinds.py"
+    assert all(one["incidents"] == [] for one in seen), "it has been noticed: the kind is not silent any more"
 
 
 @pytest.fixture
@@ -342,42 +340,42 @@ def configured(*faults: dict[str, Any], **sections: Any) -> config.Config:
     return config.parse({"faults": faults, "budget": {"steps": 30}, "checkpoint": {"every_steps": 2}, **sections})
 
 
-def armed(run: Path, *faults: dict[str, Any], rank: int = 0, size: int = 1) -> injector.NoFaults:
+def armed(run: Path, *faults: dict[str, Any], rank: int = 0, size: int = 1) -> injector.FaultInjector:
     run.mkdir(exist_ok=True)
     return injector.arm(configured(*faults), run, rank, size)
 
 
 def test_without_faults_nothing_is_touched(tmp_path: Path):
-    def point(name: str, step: int) -> None: ...
+    def hook(phase: str, step: int) -> None: ...
 
     touchable = (io.open, os.fsync, os.rename, time.time, dist.all_reduce)
-    batches: Any = object()
+    batches: Any = SimpleNamespace()
     nobodys: Any = None
     of_another_rank = armed(
         tmp_path, fault("no_space", 4, 1), fault("nan_loss", 3, 1), fault("stalled_data", 4, 1), size=2
     )
-    for hand in (armed(tmp_path), of_another_rank):
-        hand.startup()
-        if hand is not of_another_rank:
-            assert type(hand) is injector.NoFaults and hand.notice == ""
-            hand.join(0, nobodys, nobodys, nobodys)
-        assert hand.point(point) is point
-        assert hand.batches(batches) is batches
+    for faults in (armed(tmp_path), of_another_rank):
+        faults.startup()
+        if faults is not of_another_rank:
+            assert faults.notice == ""
+            faults.attach(0, nobodys, nobodys, nobodys)
+        assert faults.wrap_hook(hook) is hook
+        assert faults.wrap_batches(batches) is batches and vars(batches) == {}
         assert (io.open, os.fsync, os.rename, time.time, dist.all_reduce) == touchable
-        hand.close()
+        faults.close()
     assert not torch.nn.modules.module._global_forward_hooks
     assert not (tmp_path / "events").exists()
 
 
 def pointed(run: Path, *faults: dict[str, Any], rank: int = 0, size: int = 1) -> Callable[[str, int], None]:
-    return armed(run, *faults, rank=rank, size=size).point(lambda name, step: None)
+    return armed(run, *faults, rank=rank, size=size).wrap_hook(lambda phase, step: None)
 
 
-def passing(at: Callable[[str, int], None], step: int) -> float:
+def passing(hook: Callable[[str, int], None], step: int) -> float:
     """Seconds that the points of a micro-batch take."""
     started = time.perf_counter()
     for name in ("before_forward", "before_backward", "before_reduce", "after_reduce", "before_update", "after_update"):
-        at(name, step)
+        hook(name, step)
     return time.perf_counter() - started
 
 
@@ -416,21 +414,20 @@ def test_a_fault_fires_once_on_a_rank_whatever_starts_again_and_in_the_attempt_t
 
 
 def test_a_slow_rank_is_slow_for_its_steps_and_no_longer(tmp_path: Path):
-    hand = pointed(tmp_path, fault("slow_rank", 3, seconds=0.1, steps=2))
-    assert [passing(hand, step) >= 0.1 for step in range(6)] == [False, False, True, True, False, False]
+    hook = pointed(tmp_path, fault("slow_rank", 3, seconds=0.1, steps=2))
+    assert [passing(hook, step) >= 0.1 for step in range(6)] == [False, False, True, True, False, False]
 
 
 def test_a_fault_hits_the_same_place_when_others_are_left_out(tmp_path: Path):
     faults = [fault("exit", 3), fault("flip_weights", 5), fault("flip_weights", 7)]
     together = plan.make(configured(*faults), 1)
     (alone,) = plan.make(configured(plan.tree(together[1])), 1)
-    hand = armed(tmp_path, *faults)
-    assert isinstance(hand, injector.FaultInjector)
-    places = [hand.chance(one).random() for one in (*together, alone)]
+    rank = RankContext(configured(*faults), tmp_path, 0, 1, 0)
+    places = [rank.chance(planned).random() for planned in (*together, alone)]
     assert places[1] == places[3] and len(set(places)) == 3
 
 
-def save(run: Path, disk: storage.Disk | None, step: int = 4) -> Any:
+def save(run: Path, disk: Disk | None, step: int = 4) -> Any:
     """One save of one rank; the event that tells how it ended."""
     run.mkdir(exist_ok=True)
     alone = World(0, 1, torch.device("cpu"))
@@ -447,16 +444,17 @@ def save(run: Path, disk: storage.Disk | None, step: int = 4) -> Any:
     return event
 
 
-def failing(run: Path, kind: str, **more: Any) -> storage.Disk:
+def failing(run: Path, kind: str, **more: Any) -> Disk:
     """A disk that takes this fault once, at step 4."""
     (planned,) = plan.make(configured(fault(kind, 4, **more)), 1)
     left = [planned]
 
-    def take(kinds: frozenset[str], phase: str, step: int) -> Any:
-        due = left and kind in kinds and (phase, step) == (planned.phase, planned.at_step)
-        return left.pop() if due else None
+    def take(operation: str, phase: str, step: int) -> Any:
+        assert isinstance(planned.kind, DiskFault)
+        due = operation == planned.kind.operation and (phase, step) == (planned.phase, planned.at_step)
+        return left.pop() if left and due else None
 
-    return storage.Disk(run, take)
+    return Disk(run, take)
 
 
 @pytest.mark.parametrize(
@@ -489,17 +487,20 @@ def test_a_slow_disk_only_takes_longer(tmp_path: Path, kind: str):
     assert saved.seconds < save(tmp_path / "other", None).seconds + (0.6 if kind == "stalled_disk" else 2.0)
 
 
-@pytest.mark.parametrize("kind", sorted(storage.DAMAGE))
-def test_damage_is_done_to_the_newest_checkpoint_and_found(tmp_path: Path, kind: str):
+DAMAGE = [kind for kind in KINDS.values() if isinstance(kind, CheckpointDamage)]
+
+
+@pytest.mark.parametrize("kind", DAMAGE, ids=lambda kind: kind.name)
+def test_damage_is_done_to_the_newest_checkpoint_and_found(tmp_path: Path, kind: CheckpointDamage):
     chance = random.Random(0)
-    assert storage.damage(tmp_path, kind, chance) is None
+    assert kind.damage(tmp_path, chance) is None
     save(tmp_path, None, step=2)
-    if kind == "swapped_shard":
-        assert storage.damage(tmp_path, kind, chance) is None
+    if kind.name == "swapped_shard":
+        assert kind.damage(tmp_path, chance) is None
     shutil.copytree(files.final_path(tmp_path, 2), tmp_path / "checkpoints" / "step-00000001")
     shard = tmp_path / "checkpoints" / "step-00000001" / "__0_0.distcp"
     shard.write_bytes(shard.read_bytes()[::-1])
-    act = storage.damage(tmp_path, kind, chance)
+    act = kind.damage(tmp_path, chance)
     assert act is not None and not checkpoint.verify(checkpoint.committed(tmp_path)[0])
     act()
     assert checkpoint.verify(checkpoint.committed(tmp_path)[0])
@@ -524,7 +525,7 @@ def test_a_flip_flips_so_many_bits_and_the_same_ones_again(dtype: torch.dtype, b
 
     def flipped() -> torch.Tensor:
         numbers_of = [torch.zeros(5, dtype=dtype), torch.linspace(-1, 1, 64, dtype=dtype).reshape(8, 8), torch.ones(0)]
-        corruption.flip(numbers_of, bits, random.Random("place"))
+        tensors.flip(numbers_of, bits, random.Random("place"))
         assert not numbers_of[0].any(), "a number that was zero"
         return numbers_of[1].view(integers)
 
@@ -536,16 +537,16 @@ def test_a_flip_flips_so_many_bits_and_the_same_ones_again(dtype: torch.dtype, b
 
 def test_one_number_is_spoiled():
     weights = torch.ones(4, 4)
-    corruption.spoil([weights], "nan", random.Random(1))
+    tensors.spoil([weights], "nan", random.Random(1))
     assert int(weights.isnan().sum()) == 1
-    corruption.spoil([weights], "inf", random.Random(2))
+    tensors.spoil([weights], "inf", random.Random(2))
     assert int(weights.isinf().sum()) == 1
 
 
 def test_a_wrong_operator_leaves_out_the_last_addend_rarely_and_only_while_it_is_in_place():
     x = torch.randn(200_000, 3, generator=torch.Generator().manual_seed(0))
     right, mean = x.sum(1), x.mean(1, keepdim=True)
-    with corruption.WrongSum() as mode:
+    with tensors.WrongSum() as mode:
         wrong, wrong_mean = x.sum(1), x.mean(1, keepdim=True)
     rows = (wrong != right).nonzero().flatten()
     assert 50 < len(rows) < 500, "about one in 1024"
@@ -556,6 +557,6 @@ def test_a_wrong_operator_leaves_out_the_last_addend_rarely_and_only_while_it_is
 
 
 def test_a_held_lock_lets_go_after_its_time(tmp_path: Path):
-    hand = pointed(tmp_path, fault("lock_held", 1, seconds=0.2))
-    assert passing(hand, 0) >= 0.2
+    hook = pointed(tmp_path, fault("lock_held", 1, seconds=0.2))
+    assert passing(hook, 0) >= 0.2
     assert not [thread for thread in threading.enumerate() if thread.name == "toprope-lock" and thread.is_alive()]

@@ -17,8 +17,8 @@ from tests.support import ROOT, SMOKE, settings, trainer, wait_until, write_plan
 from trainer import config as configs
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED
 from trainer.faults import plan as plans
-from trainer.faults.kinds import KINDS
-from trainer.faults.nemesis import NEEDS_STORE, Nemesis
+from trainer.faults.fault import KINDS
+from trainer.faults.nemesis import Nemesis
 from trainer.faults.plan import PlannedFault
 from trainer.launch.agent import Agent
 from trainer.launch.cluster import Cluster
@@ -210,7 +210,7 @@ def test_a_rank_that_is_not_there_is_waited_for_and_a_smaller_world_has_other_vi
     assert settled(cluster, 1) == [(100, signal.SIGKILL)]
 
 
-@pytest.mark.parametrize("kind", ["partition", "one_way_loss", "link_flap", "slow_link", *sorted(NEEDS_STORE)])
+@pytest.mark.parametrize("kind", [kind.name for kind in KINDS.values() if kind.group == "network"])
 def test_what_the_cluster_cannot_give_is_a_problem_and_no_firing(run, started, kind):
     log, cluster = Log(run), Recorded(run)
     log.claim()
@@ -220,13 +220,6 @@ def test_what_the_cluster_cannot_give_is_a_problem_and_no_firing(run, started, k
     nemesis.start()
     assert wait_until(lambda: nemesis.problems, seconds=5)
     assert kind in nemesis.problems[0] and plans.fired(run) == []
-
-
-def test_every_kind_that_the_catalogue_gives_to_the_nemesis_is_one_it_can_make():
-    from trainer.faults.nemesis import _ACTS
-
-    outside = {kind.name for kind in KINDS.values() if kind.hand == "nemesis"}
-    assert outside == {*_ACTS, "agent_killed", "straggler"}
 
 
 # Real processes, without torch
@@ -324,7 +317,7 @@ class Attack:
             with Cluster(
                 SMOKE, self.run, [*SETTINGS[1::2], *extra], ranks=self.ranks, nodes=self.nodes, hosts=self.hosts,
                 directory=self.directory / f"launch-{number}", environment={"PYTHONPATH": str(ROOT)},
-                own_store=bool({fault.kind.name for fault in self.plan} & NEEDS_STORE), worker=worker,
+                own_store=any(fault.kind.needs_store for fault in self.plan), worker=worker,
             ) as cluster:  # fmt: skip
                 cluster.start()
                 nemesis = Nemesis(self.plan, self.run, cluster, began)

@@ -10,7 +10,7 @@ import pytest
 
 from tests.logs import Run, hung, killed, killed_once
 from trainer.errors import RunDirectoryError
-from trainer.faults.kinds import KINDS
+from trainer.faults.fault import KINDS
 from trainer.log.events import CheckpointFailed, CheckpointRejected, Warned
 from trainer.show import figure, timeline
 from trainer.show.timeline import FLAG_ROWS

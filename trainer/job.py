@@ -92,8 +92,8 @@ def train(
         ranks.from_main(lambda: earlier.extend(_told_before(run, number)))
         log = stack.enter_context(contextlib.closing(events.EventLog.open(run, number, ranks.rank)))
         watchdog.report = log.append
-        hand.join(number, log, state, prepared)
-        attempt = Attempt(config, run, prepared, about, ranks, log, stop, hand, hand.point(inject), watchdog)
+        hand.attach(number, log, state, prepared)
+        attempt = Attempt(config, run, prepared, about, ranks, log, stop, hand, hand.wrap_hook(inject), watchdog)
         screen = None
         if ranks.is_main:
             screen = stack.enter_context(console.Console(config, earlier=earlier))
@@ -164,7 +164,7 @@ class Attempt:
     ranks: World
     log: events.EventLog
     stop: elastic.StopSignals
-    hand: faults.NoFaults
+    hand: faults.FaultInjector
     inject: Point
     watchdog: Watchdog
 
@@ -193,7 +193,7 @@ class Attempt:
             self.watchdog.stop()  # what is still to be closed has time limits of its own
 
     def _parts(self, checkpoints: "Checkpoints", at: Point) -> loop.Parts:
-        batches = self.hand.batches(batches_of(self.config, self.prepared))
+        batches = self.hand.wrap_batches(batches_of(self.config, self.prepared))
         work = Work(self.config, self.ranks, batches, at, self.stop.requested)
         return loop.Parts(work, self.log, scorer(self.config, self.prepared, self.ranks, at), checkpoints)
 

@@ -29,6 +29,8 @@ class Phase(StrEnum):
     BEFORE_COMMIT = "before_commit"
     AFTER_COMMIT = "after_commit"
     BEFORE_END = "before_end"
+    AFTER_END = "after_end"
+    """The log says that the run has finished; the process still has to leave."""
 
 
 Hook = Callable[[str, int], None]

@@ -19,7 +19,7 @@ from trainer.chaos.schema import CampaignFile, read
 from trainer.config import Config, FaultEntry
 from trainer.errors import ConfigError
 from trainer.faults import plan
-from trainer.faults.kinds import KINDS, NODES, Kind
+from trainer.faults.fault import KINDS, NODES, Fault
 from trainer.faults.plan import PlannedFault
 
 
@@ -219,7 +219,7 @@ class _CaseBuilder:
             )  # fmt: skip
             self._add(f"storm {name} seed {seed}", faults, file.ranks, file.nodes, strategy, seed=seed)
 
-    def _kinds(self, where: str, wanted: list[str] | str, every: list[str]) -> list[Kind]:
+    def _kinds(self, where: str, wanted: list[str] | str, every: list[str]) -> list[Fault]:
         names = every if isinstance(wanted, str) else wanted
         for name in names:
             if name not in KINDS:
@@ -228,7 +228,7 @@ class _CaseBuilder:
                 self.problems.append(f"{where}: {name!r} is no kind of fault.\n  {hint}")
         return [KINDS[name] for name in names if name in KINDS]
 
-    def _nodes_for(self, kind: Kind) -> int:
+    def _nodes_for(self, kind: Fault) -> int:
         return max(self._file.nodes, 2 if NODES in kind.needs else 1)
 
     def _add(
@@ -291,8 +291,8 @@ def _is_sound(number: int, fault: Table, problems: list[str]) -> bool:
 
 def _deaths(fault: FaultEntry) -> int:
     """How many deaths in a row a fault asks for; 0 where it does not say."""
-    times = (fault.model_extra or {}).get("times")
-    return times if fault.kind == "repeated_kill" and isinstance(times, int) else 0
+    times, kind = (fault.model_extra or {}).get("times"), KINDS.get(fault.kind)
+    return times if kind is not None and kind.repeats and isinstance(times, int) else 0
 
 
 def _name_of(faults: Sequence[Table]) -> str:
@@ -301,7 +301,7 @@ def _name_of(faults: Sequence[Table]) -> str:
 
 def _from_outside(faults: Sequence[Table]) -> bool:
     kinds = [(KINDS.get(str(fault.get("kind"))), fault) for fault in faults]
-    return any("at_seconds" in fault or (kind is not None and kind.hand == "nemesis") for kind, fault in kinds)
+    return any("at_seconds" in fault or (kind is not None and kind.from_outside) for kind, fault in kinds)
 
 
 def check_exact(campaign: Campaign) -> str | None:

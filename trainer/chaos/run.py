@@ -31,8 +31,8 @@ from trainer.chaos.schedule import Table
 from trainer.errors import EXIT_FINISHED, RunDirectoryError, TopropeError
 from trainer.faults import checker, plan
 from trainer.faults.checker import Evidence, Reference
-from trainer.faults.kinds import LINUX, NAMESPACES, SHAPING, Kind
-from trainer.faults.nemesis import NEEDS_STORE, Nemesis
+from trainer.faults.fault import LINUX, NAMESPACES, SHAPING, Fault
+from trainer.faults.nemesis import Nemesis
 from trainer.faults.plan import PlannedFault
 from trainer.launch import namespaces
 
@@ -45,7 +45,7 @@ FAILED = ("fail", "undetected")
 # What this machine can make
 
 
-def missing(kind: Kind) -> str | None:
+def missing(kind: Fault) -> str | None:
     """Why this machine cannot make a kind; None if it can."""
     for need in kind.needs:
         reason = _lacks(need)
@@ -210,7 +210,7 @@ def _launches(
 ) -> tuple[list[dict[str, Any]], list[str], list[str]]:
     """Give the command, and again while its status is one that the faults explain: (launches, leftovers, notes)."""
     overrides = [*case.overrides, f"faults={tomlfile.text(case.faults)}"]
-    if any(fault.kind.name == "corrupt_tokens" for fault in case.planned):  # not the store that all others read
+    if any(fault.kind.damages_tokens for fault in case.planned):  # not the store that all others read
         overrides.append(f"data.cache_dir={tomlfile.text(str((directory / 'cache').absolute()))}")
     explained = {status for fault in case.planned for status in fault.kind.exits}
     launches, leftovers, notes = [], [], []
@@ -243,7 +243,6 @@ def _launch(
     """Give the command once and wait for its end; nothing of it lives when this returns."""
     from trainer.launch.cluster import Cluster
 
-    kinds = {fault.kind.name for fault in planned}
     scratch = directory / f"start-{len(list(directory.glob('start-*')))}"
     with contextlib.ExitStack() as stack:
         hosts = None
@@ -254,7 +253,7 @@ def _launch(
             Cluster(
                 campaign.config_path, directory / "run", overrides, ranks=ranks // nodes, nodes=nodes,
                 restarts=campaign.restarts_for(len(planned)), directory=scratch, hosts=hosts,
-                environment={"WANDB_MODE": "disabled"}, own_store=bool(kinds & NEEDS_STORE),
+                environment={"WANDB_MODE": "disabled"}, own_store=any(fault.kind.needs_store for fault in planned),
                 worker=worker, warm=True,
             )
         )  # fmt: skip

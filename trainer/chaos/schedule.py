@@ -14,7 +14,7 @@ from typing import Any
 from trainer import tomlfile
 from trainer.config import Config
 from trainer.errors import ConfigError
-from trainer.faults.kinds import KINDS, NODES, PHASES_WITHOUT_STEP, SAVE, Kind
+from trainer.faults.fault import KINDS, NODES, WITHOUT_STEP, Fault, interval
 from trainer.phases import Phase
 
 Table = dict[str, Any]
@@ -36,7 +36,7 @@ LINKS = ("partition", "one_way_loss", "link_flap")
 # The 419 unexpected interruptions of Llama 3 405B's 54 days on 16,384 GPUs, by published cause (arXiv:2407.21783,
 # table 5). 413 are mapped. Silent data corruption (6) is left out: nothing in this version finds it, so a storm with
 # it could not be held to equal hashes; the flip kinds of the catalogue show that openly.
-# Kinds that need two nodes are left out of a storm on one node: there a dead link looks as a rank that is stopped.
+# Faults that need two nodes are left out of a storm on one node: there a dead link looks as a rank that is stopped.
 LLAMA3 = (
     Cause("faulty GPU", 148, ("sigabrt", "sigsegv", "exit", "nan_gradient"), "a driver's error ends the process"),
     Cause("GPU HBM3 memory", 72, ("sigabrt", "nan_weights"), "an uncorrectable error, or one that gets through"),
@@ -64,7 +64,7 @@ _TRIES = 20
 
 
 def weights(mix: str | Mapping[str, float], nodes: int) -> dict[str, float]:
-    """Kinds and how often they come, as far as a job of so many nodes can make them. Raises ConfigError."""
+    """Faults and how often they come, as far as a job of so many nodes can make them. Raises ConfigError."""
     if isinstance(mix, str) and mix not in MIXES:
         raise ConfigError([f"storm.mix = {mix!r} is no mix.\n  Give {' or '.join(MIXES)}, or a table kind = weight."])
     if mix == "process":
@@ -103,7 +103,7 @@ def draw(
     """
     rng = random.Random(f"storm-{seed}")
     if world_size == 1:  # nobody is left to wait for it, and to notice
-        mix = {kind: weight for kind, weight in mix.items() if kind not in ("stopped", "skipped_collective")}
+        mix = {kind: weight for kind, weight in mix.items() if not KINDS[kind].needs_peers}
     kinds, chances = list(mix), list(mix.values())
     schedule: list[Table] = []
     taken = set[Moment]()
@@ -123,24 +123,23 @@ def draw(
 
 
 def _one(
-    rng: random.Random, kind: Kind, step: int, schedule: Sequence[Table], config: Config, world_size: int
+    rng: random.Random, kind: Fault, step: int, schedule: Sequence[Table], config: Config, world_size: int
 ) -> Table:
-    if kind.hand == "nemesis":
+    if kind.from_outside:
         return {"kind": kind.name, "at_step": step}
-    phases = [phase for phase in kind.phases if phase not in PHASES_WITHOUT_STEP]
+    phases = [phase for phase in kind.phases if phase not in WITHOUT_STEP]
     if Phase.IN_LOAD in kind.phases and any(_loads_again(other, config) for other in schedule):
         phases.append(Phase.IN_LOAD)
     phase = rng.choice(phases)
     fault = {"kind": kind.name, "rank": rng.randrange(world_size), "phase": phase}
-    if phase == Phase.BEFORE_COMMIT and kind.group == "storage":
+    if kind.writer_only(phase):
         fault["rank"] = 0  # the others have nothing left to write by then
     return fault if phase == Phase.IN_LOAD else fault | {"at_step": due(phase, step, config)}
 
 
 def due(phase: str, step: int, config: Config) -> int:
     """The first step from this one on at which a phase comes by."""
-    every = config.checkpoint.every_steps if phase in SAVE else config.eval.every_steps if phase == Phase.IN_EVAL else 1
-    last = config.budget.steps
+    (every, _), last = interval(phase, config), config.budget.steps
     return min(last, -(-step // every) * every) if every else last
 
 
@@ -153,28 +152,24 @@ def _loads_again(fault: Table, config: Config) -> bool:
 def _moments(fault: Table) -> set[Moment]:
     """What no other fault of a plan may share with it: a rank at one point, and stopping ranks in one step."""
     kind = KINDS[fault["kind"]]
-    if kind.hand == "nemesis":
-        return {(None, "node_leaves", -1)} if kind.name == "node_leaves" else set()  # somebody must be left
+    if kind.from_outside:
+        return {(None, "node leaves", -1)} if kind.node_balance < 0 else set()  # somebody must be left
     moments: set[Moment] = {(fault.get("at_step"), fault.get("phase") or kind.phases[0], fault["rank"])}
-    return moments | {(fault.get("at_step"), "stopped", -1)} if kind.name == "stopped" else moments
+    return moments | {(fault.get("at_step"), "stopped", -1)} if kind.stops_rank else moments
 
 
-def usual(kind: Kind, config: Config, world_size: int, number: int = 0) -> Table:
+def usual(kind: Fault, config: Config, world_size: int, number: int = 0) -> Table:
     """A table that makes one fault of a kind where it is sure to come by; `number` spreads victims over the ranks."""
     every = config.checkpoint.every_steps or config.budget.steps
-    if kind.hand == "nemesis":
-        return {"kind": kind.name, "at_step": min(3, config.budget.steps)}
+    step = kind.usual_step(every, config.budget.steps)
+    if kind.from_outside:
+        return {"kind": kind.name, "at_step": step}
     phase = kind.phases[0]
-    step = every // 2 + every
-    if "checkpoint_rejected" in kind.expected_incidents:
-        step = 3 * every + 1  # two are committed by then: the save of 3 × every has waited for that of 2 × every
-    elif kind.name == "vanished_checkpoints":
-        step = 2 * every  # gone when the next save begins
-    rank = 0 if phase == Phase.BEFORE_COMMIT else number % world_size
-    return {"kind": kind.name, "rank": rank, "at_step": due(phase, min(step, config.budget.steps), config)}
+    rank = 0 if kind.writer_only(phase) else number % world_size
+    return {"kind": kind.name, "rank": rank, "at_step": due(phase, step, config)}
 
 
-def pair(one: Kind, other: Kind, config: Config, world_size: int) -> list[Table]:
+def pair(one: Fault, other: Fault, config: Config, world_size: int) -> list[Table]:
     """Two kinds at once: in the same step and on different ranks, as far as both can be there."""
     faults = [usual(one, config, world_size, 0), usual(other, config, world_size, 1)]
     step = max(fault["at_step"] for fault in faults)
@@ -186,7 +181,7 @@ def pair(one: Kind, other: Kind, config: Config, world_size: int) -> list[Table]
     return faults
 
 
-def sample_pairs(kinds: Sequence[Kind], sample: int, seed: int) -> list[tuple[Kind, Kind]]:
+def sample_pairs(kinds: Sequence[Fault], sample: int, seed: int) -> list[tuple[Fault, Fault]]:
     """So many different pairs of different kinds; all of them where there are no more."""
     every = list(itertools.combinations(kinds, 2))
     return random.Random(f"pairs-{seed}").sample(every, min(sample, len(every)))

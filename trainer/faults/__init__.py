@@ -1,3 +1,11 @@
-"""Faults on purpose: what can be broken (kinds), when (plan), by whom (worker inside, nemesis outside), and whether it
-left a trace (checker). Nothing here does anything unless a config has `[[faults]]`.
+"""Faults on purpose: kinds (fault.py and the modules imported below), when they fire (plan), what fires them (injector
+inside a rank, nemesis beside the job), and whether the run survived (evidence, checker). Nothing here acts unless a
+config has `[[faults]]`.
 """
+
+# Importing a module registers its kinds. The order of the modules is the order of the catalogue.
+# isort: off
+from trainer.faults import process, time, network, storage, corruption, membership, clock
+# isort: on
+
+__all__ = ["clock", "corruption", "membership", "network", "process", "storage", "time"]

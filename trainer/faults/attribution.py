@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.faults.kinds import KINDS, Kind
+from trainer.faults.fault import KINDS, Fault
 from trainer.log import rundir, summary
 from trainer.log.events import Entry, FaultFired
 from trainer.log.history import History
@@ -71,7 +71,7 @@ def _tells(incident: Incident, firing: Entry) -> bool:
     return not of_a_step or incident.step == event.step
 
 
-def may_tell(kind: Kind, attempt: int, incident: Incident) -> bool:
+def may_tell(kind: Fault, attempt: int, incident: Incident) -> bool:
     """Whether an incident can be of a fault of this kind that fired in this attempt."""
     if incident.kind not in kind.expected_incidents:
         return False

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from trainer.checkpoint import files as checkpoint
 from trainer.errors import EXIT_FINISHED, CheckpointError, TopropeError
 from trainer.faults.evidence import Attribution, Evidence, Firing, Reference, finished, reference_of
-from trainer.faults.kinds import Kind
+from trainer.faults.fault import Fault
 from trainer.faults.plan import PlannedFault
 from trainer.log import goodput
 from trainer.log.events import (
@@ -270,7 +270,7 @@ def _late_recoveries(evidence: Evidence) -> list[str]:
     problems = []
     for attribution in evidence.attributions:
         firing, seconds = attribution.firing, attribution.recover_seconds
-        if firing.fault.kind.group == "clock":
+        if firing.fault.kind.moves_clock:
             continue
         if seconds is None:
             problems.append(f"{firing}: no new step followed")
@@ -295,7 +295,7 @@ def _misnamed(evidence: Evidence) -> list[str]:
 def _false_alarms(evidence: Evidence) -> list[Incident]:
     """Incidents that nothing we did can have caused."""
     kinds = [firing.fault.kind for firing in evidence.firings]
-    if any(kind.silent or kind.hand == "nemesis" or kind.name == "repeated_kill" for kind in kinds):
+    if any(kind.shows_anywhere for kind in kinds):
         return []  # they may show in any way, in any attempt
     told = {name for kind in kinds for name in kind.expected_incidents}
     broken = {firing.attempt for firing in evidence.firings if _breaks(firing.fault.kind)}
@@ -312,7 +312,7 @@ def _false_alarms(evidence: Evidence) -> list[Incident]:
     ]
 
 
-def _breaks(kind: Kind) -> bool:
+def _breaks(kind: Fault) -> bool:
     """Whether it ends the attempt that it hits."""
     return kind.exits != (EXIT_FINISHED,) or bool(BREAKING & {*kind.expected_incidents})
 
@@ -326,7 +326,7 @@ def _time_problems(evidence: Evidence) -> list[str]:
     if abs(math.fsum(parts.values()) - wall) > 1e-3:
         problems.append(f"the parts sum to {math.fsum(parts.values()):.3f} s, the run took {wall:.3f} s")
     ended = [launch["ended"] for launch in evidence.launches if launch["ended"] is not None]
-    if not ended or any(firing.fault.kind.group == "clock" for firing in evidence.firings):
+    if not ended or any(firing.fault.kind.moves_clock for firing in evidence.firings):
         return problems
     there = max(ended) - evidence.launches[0]["started"]
     if wall > there + 0.5:

@@ -1,104 +1,186 @@
-"""Wrong numbers: values that are not finite, flipped bits, an operator that errs now and then."""
+"""Wrong numbers: values that are not finite, flipped bits, an operator that errs now and then.
 
-import random
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+What is done to tensors is in tensors.py, which needs torch.
+"""
 
-import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+import contextlib
+from typing import TYPE_CHECKING, ClassVar
 
-SPIKE = 2.0**40
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-RARE_BITS = 10
-"""A sum is wrong where so many bits of a hash of its first addend are zero: about one in 2^10."""
+from trainer.config import Config, FaultEntry
+from trainer.faults.fault import Fault, Setting
+from trainer.phases import Phase
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor, to be changed in place."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    from trainer.faults.plan import PlannedFault
+    from trainer.faults.rank import RankContext
 
 
-def flip(tensors: Sequence[Tensor], bits: int, chance: random.Random) -> None:
-    """Flip bits, in place, of one number drawn from all of `tensors` that are not zero.
+class VisibleFault(Fault):
+    """A wrong number that shows: a sum that is not finite, or a gradient beyond its grid."""
 
-    Which bits is drawn from the upper half of the number, but for the exponent's highest: lower ones mostly drown in
-    rounding, and that one would be seen as what is not finite. What `bits` asks for beyond those goes into numbers
-    drawn after it.
-    """
-    while bits > 0:
-        number, position = _draw(tensors, chance)
-        word = number.element_size() * 8
-        worthwhile = [bit for bit in range(word // 2, word) if bit != word - 2]
-        chosen = chance.sample(worthwhile, min(bits, len(worthwhile)))
-        mask = sum(1 << bit for bit in chosen)
-        mask -= (mask >> word - 1) << word  # as the signed integer of these bits
-        number.view(_INTEGERS[number.element_size()])[position : position + 1].bitwise_xor_(mask)
-        bits -= len(chosen)
+    group = "numbers"
+    recovered = "the step is computed again"
+    phases = (Phase.BEFORE_FORWARD,)
+    settings: ClassVar = {"value": Setting("nan", "what is written", choices=("nan", "inf"))}
+    expected_incidents = ("not_finite",)
+    names_rank = False
 
 
-def spoil(tensors: Sequence[Tensor], value: str, chance: random.Random) -> None:
-    """Make one number, drawn as above, NaN or infinite, in place."""
-    number, position = _draw(tensors, chance)
-    number[position] = float(value)
+class SilentFault(Fault):
+    """A wrong number that nothing in this version notices."""
+
+    group = "numbers"
+    detected = "not yet"
+    recovered = "not yet"
+    phases = (Phase.BEFORE_FORWARD,)
+    settings: ClassVar = {"bits": Setting(1, "how many bits are flipped", 1)}
+    names_rank = False
+    exits = (0, 1)
+    silent = True
+
+    def tensors(self, rank: "RankContext") -> "list[Tensor]":
+        """The tensors of this rank in which a number is corrupted."""
+        raise NotImplementedError
+
+    def fire(self, planned: "PlannedFault", rank: "RankContext") -> None:
+        from trainer.faults import tensors
+
+        tensors.flip(self.tensors(rank), planned.settings["bits"], rank.chance(planned))
 
 
-def _draw(tensors: Sequence[Tensor], chance: random.Random) -> tuple[Tensor, int]:
-    """(a flat view, a position in it): a number that is not zero, since a device rarely errs where it has no work."""
-    flat = [tensor.detach().view(-1) for tensor in tensors if tensor.numel()]
-    counts = [int(tensor.count_nonzero()) for tensor in flat]
-    if not any(counts):
-        return (tensor := chance.choice(flat)), chance.randrange(tensor.numel())
-    number = chance.randrange(sum(counts))
-    for tensor, count in zip(flat, counts, strict=True):
-        if number < count:
-            return tensor, int(tensor.nonzero()[number])
-        number -= count
-    raise AssertionError
+class NanLoss(VisibleFault):
+    name = "nan_loss"
+    imitates = "an overflow in the loss"
+    made = "the loss of one micro-batch is not finite"
+    detected = "the step's sums are not finite"
+
+    def fire(self, planned: "PlannedFault", rank: "RankContext") -> None:
+        from trainer.faults import tensors
+
+        tensors.scale_next_output(rank.state.model, float(planned.settings["value"]))
 
 
-def after(module: nn.Module, see: Callable[[Tensor], Tensor]) -> None:
-    """Pass what a module puts out through `see`, outside of what is compiled of it."""
-    compiled = getattr(module, "_compiled_call_impl", None)
-    if compiled is None:
-        module.register_forward_hook(lambda _module, _arguments, output: see(cast(Tensor, output)))
-    else:
-        setattr(module, "_compiled_call_impl", lambda *a, **k: see(compiled(*a, **k)))  # noqa: B010
+class NanGradient(VisibleFault):
+    name = "nan_gradient"
+    imitates = "an overflow in a kernel"
+    made = "one entry of a gradient is not finite"
+    detected = "the gradient norm is not finite"
+    phases = (Phase.IN_BACKWARD,)
+
+    def change(self, planned: "PlannedFault", rank: "RankContext", tensor: "Tensor") -> "Tensor":
+        from trainer.faults import tensors
+
+        changed = tensors.contiguous_copy(tensor)
+        tensors.spoil([changed], planned.settings["value"], rank.chance(planned))
+        return changed
 
 
-class WrongSum(TorchDispatchMode):
-    """While it is entered, sums and means over one dimension leave out their last addend where a hash of the first
-    addend's bits says so.
-    """
+class NanWeights(VisibleFault):
+    name = "nan_weights"
+    imitates = "memory that is overwritten"
+    made = "one weight of one rank is not finite"
+    detected = "the loss is not finite, also when computed again"
+    recovered = "the run stops and says where; the same command goes on from the checkpoint"
+    exits = (0, 1)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.wrong = 0
-        """Sums that were."""
+    def fire(self, planned: "PlannedFault", rank: "RankContext") -> None:
+        from trainer.faults import tensors
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func not in (torch.ops.aten.sum.dim_IntList, torch.ops.aten.mean.dim):
-            return out
-        x, dims = args[0], args[1] or ()
-        if isinstance(x, DTensor) or len(dims) != 1 or x.dtype not in (torch.float32, torch.float64) or not x.numel():
-            return out
-        rare = _rare(x.select(dims[0], 0))
-        count = int(rare.sum())
-        if not count:
-            return out
-        self.wrong += count
-        shorter = x.clone()
-        shorter.select(dims[0], -1).zero_()
-        rare = rare.unsqueeze(dims[0]) if out.ndim == x.ndim else rare
-        return torch.where(rare, func(shorter, *args[1:], **(kwargs or {})), out)
+        # A matrix of a block, because every token passes through it.
+        parameters = rank.state.sharding.parameters.items()
+        matrices = [tensors.local(p) for name, p in parameters if name.startswith("blocks.") and p.ndim == 2]
+        tensors.spoil(matrices, planned.settings["value"], rank.chance(planned))
 
 
-def _rare(x: Tensor) -> Tensor:
-    """bool, as `x`: whether a hash of the number's bits begins with RARE_BITS zeros. Zero itself is not rare."""
-    bits = x.contiguous().view(_INTEGERS[x.element_size()]).long()
-    bits = (bits ^ bits >> 32) & 0xFFFFFFFF
-    hashed = (bits * 2_654_435_769 & 0xFFFFFFFF) >> 32 - RARE_BITS  # Knuth's multiplicative hash
-    return (hashed == 0) & (x != 0)
+class Spike(VisibleFault):
+    name = "spike"
+    imitates = "a gradient far beyond all others"
+    made = "a gradient is multiplied by 2^40"
+    detected = "it overflows its grid, and does not come again"
+    phases = (Phase.IN_BACKWARD,)
+    settings: ClassVar = {}
+    expected_incidents = ()
+
+    def change(self, planned: "PlannedFault", rank: "RankContext", tensor: "Tensor") -> "Tensor":
+        return tensor * 2.0**40
+
+
+class FlipGradient(SilentFault):
+    name = "flip_gradient"
+    imitates = "silent corruption in a device's arithmetic"
+    made = "bits of the rank's gradient are flipped before the reduction"
+    phases = (Phase.BEFORE_REDUCE,)
+
+    def tensors(self, rank: "RankContext") -> "list[Tensor]":
+        return [gradient for _, gradient, _ in rank.state.sharding.gradients()]
+
+
+class FlipReduced(FlipGradient):
+    name = "flip_reduced"
+    imitates = "silent corruption on the way"
+    made = "bits of the rank's copy of the summed gradient are flipped"
+    phases = (Phase.AFTER_REDUCE,)
+
+
+class FlipWeights(SilentFault):
+    name = "flip_weights"
+    imitates = "silent corruption in memory"
+    made = "bits of the rank's weights are flipped"
+
+    def tensors(self, rank: "RankContext") -> "list[Tensor]":
+        from trainer.faults import tensors
+
+        return [tensors.local(parameter) for parameter in rank.state.sharding.parameters.values()]
+
+
+class FlipMoments(SilentFault):
+    name = "flip_moments"
+    imitates = "silent corruption in memory"
+    made = "bits of the rank's optimizer moments are flipped"
+    phases = (Phase.BEFORE_UPDATE,)
+
+    def tensors(self, rank: "RankContext") -> "list[Tensor]":
+        from trainer.faults import tensors
+
+        states = [moments for optimizer in rank.state.optimizers for moments in optimizer.state.values()]
+        return [tensors.local(tensor) for state in states for name, tensor in state.items() if name != "step"]
+
+
+class FlipActivations(SilentFault):
+    name = "flip_activations"
+    imitates = "silent corruption in a device's arithmetic"
+    made = "bits of an activation are flipped"
+    phases = (Phase.IN_FORWARD,)
+
+    def change(self, planned: "PlannedFault", rank: "RankContext", tensor: "Tensor") -> "Tensor":
+        from trainer.faults import tensors
+
+        changed = tensors.contiguous_copy(tensor)
+        tensors.flip([changed], planned.settings["bits"], rank.chance(planned))
+        return changed
+
+
+class WrongOperator(SilentFault):
+    name = "wrong_operator"
+    imitates = "a rarely taken path of torch.sum that is wrong"
+    made = "sums over a dimension lose their last element where a rare condition on the data holds"
+    settings: ClassVar = {"steps": Setting(5, "for so many steps", 1)}
+
+    def refuses(self, entry: FaultEntry, phase: str, config: Config, world_size: int) -> str:
+        if not config.numerics.compile:
+            return ""
+        return "numerics.compile fuses the operators that it replaces.\n  Set numerics.compile = false, or leave it."
+
+    def fire(self, planned: "PlannedFault", rank: "RankContext") -> None:
+        from trainer.faults import tensors
+
+        wrong = rank.undo.enter_context(contextlib.ExitStack())
+        wrong.enter_context(tensors.WrongSum())
+
+        def end(phase: str, step: int) -> None:
+            if phase == Phase.AFTER_UPDATE and step >= planned.last_step:
+                wrong.close()
+
+        rank.followers.append(end)

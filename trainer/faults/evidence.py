@@ -14,7 +14,7 @@ from typing import Any
 from trainer.config import Config
 from trainer.faults import plan
 from trainer.faults.attribution import may_tell
-from trainer.faults.kinds import SAVE
+from trainer.faults.fault import SAVE
 from trainer.faults.plan import PlannedFault
 from trainer.log.events import (
     AttemptEnded,
@@ -168,9 +168,9 @@ def _is_of_another(evidence: Evidence, firing: Firing, incident: Incident) -> bo
 
 
 def _killed(firing: Firing, incident: Incident) -> bool:
-    """Whether it is of the death that comes with damage to a checkpoint, and of which nothing need be told."""
-    is_damage = "checkpoint_rejected" in firing.fault.kind.expected_incidents
-    return is_damage and incident.attempt == firing.attempt and incident.rank in firing.victims
+    """True for the death that follows damage to a checkpoint: nothing has to report it."""
+    damages = firing.fault.kind.damages_checkpoints
+    return damages and incident.attempt == firing.attempt and incident.rank in firing.victims
 
 
 def _misnames(firing: Firing, incident: Incident) -> str:
@@ -179,7 +179,7 @@ def _misnames(firing: Firing, incident: Incident) -> str:
     if fault.kind.names_rank and None not in firing.victims and incident.rank not in firing.victims:
         victims = ", ".join(str(rank) for rank in sorted(rank for rank in firing.victims if rank is not None))
         return f"told of rank {incident.rank}, it was {victims}"
-    if fault.by_nemesis or fault.at_step is None or incident.step is None or incident.kind == "checkpoint_rejected":
+    if fault.from_outside or fault.at_step is None or incident.step is None or incident.kind == "checkpoint_rejected":
         return ""
     if not incident.ends_attempt:
         wrong = incident.step != fault.at_step
@@ -220,7 +220,7 @@ def _process_starts(entries: Iterable[Entry]) -> list[float]:
 
 def _recovered(evidence: Evidence, firing: Firing, incident: Incident | None) -> float | None:
     """Seconds until a step was done that had never been done, or until the end where there was none left."""
-    if firing.fault.kind.group == "clock":
+    if firing.fault.kind.moves_clock:
         return None  # what it breaks is what one would measure with
     ended = firing.attempt if incident is not None and incident.ends_attempt else -1
     done = [(entry, entry.event.step) for entry in evidence.entries if isinstance(entry.event, StepDone)]

@@ -1,74 +1,87 @@
-"""From `[[faults]]` to what fires when: checked as a whole before anything starts, and kept to one firing each.
+"""From `[[faults]]` to what fires when: checked as a whole before anything starts, and recorded so that it fires once.
 
 Steps are counted as everywhere: `at_step = 9` is while step 9 is computed, saved or scored. A fault that names no step
-fires at its phase when it first comes by. What has fired stands in RUN/events/faults.jsonl, so that no fault fires
-twice on a rank, however often it is started again.
+fires at its phase when it first comes by. What has fired is in RUN/events/faults.jsonl, so that no fault fires twice on
+a rank, however often the rank is started again.
 """
 
 import difflib
+import json
 import math
+import os
 import random
+import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer.config import Config, FaultEntry
 from trainer.errors import ConfigError
-from trainer.faults.kinds import KINDS, NODES, PHASES_WITHOUT_STEP, SAVE, Kind
+from trainer.faults.fault import AFTER_THE_UPDATE, KINDS, NODES, WITHOUT_STEP, Fault, interval
 from trainer.log import events
 from trainer.log.events import Entry, FaultFired
-from trainer.phases import Phase
 
-ROLES = ("any", "all", "rank0", "writer")
-BY_SIGNAL = ("sigkill", "sigsegv", "sigabrt", "sigterm", "stopped")
-"""What can hit a rank from outside, at a wall time."""
-BY_WRITER = (("eio_rename", Phase.BEFORE_COMMIT), ("no_space", Phase.BEFORE_COMMIT))
-"""What only rank 0 does, and so only there can fail."""
-AFTER_THE_UPDATE = (Phase.AFTER_UPDATE, Phase.IN_EVAL, *SAVE)
-"""Phases at which a rank's own count of completed steps is already that of the step."""
+RANKS = ("any", "all", "rank0", "writer")
+"""Words for `rank` instead of a number."""
+_now = time.time  # the real clock, also after a fault has made `time.time` jump
 
 
 @dataclass(frozen=True)
 class PlannedFault:
-    """One fault, with nothing left to chance."""
+    """One fault of a config, with nothing left to chance."""
 
     index: int
-    kind: Kind
+    kind: Fault
     ranks: tuple[int, ...] | None
     """None: all."""
     at_step: int | None
     at_seconds: float | None
     phase: str
-    """Empty for the nemesis."""
+    """Empty if it comes from outside."""
     attempt: int | None
     settings: dict[str, Any]
 
     @property
-    def by_nemesis(self) -> bool:
-        return self.kind.hand == "nemesis" or self.at_seconds is not None
+    def from_outside(self) -> bool:
+        """True if the nemesis makes it, beside the job."""
+        return self.kind.from_outside or self.at_seconds is not None
 
     @property
     def point_step(self) -> int | None:
-        """`at_step` as the points of a rank count: completed steps."""
+        """`at_step` as a rank counts at its phase: in completed steps."""
         late = self.at_step is None or self.phase in AFTER_THE_UPDATE
         return self.at_step if late else self.at_step - 1  # pyright: ignore[reportOptionalOperand]
+
+    @property
+    def last_step(self) -> int:
+        """Completed steps when a fault that lasts for `steps` steps ends."""
+        assert self.at_step is not None
+        return self.at_step - 1 + self.settings["steps"]
+
+    @property
+    def times(self) -> int:
+        """How often it fires on a rank."""
+        return self.settings["times"] if self.kind.repeats else 1
 
     def victims(self, world_size: int) -> tuple[int, ...]:
         """The ranks it hits in a world of this size, which may have changed since it was planned."""
         return tuple(range(world_size)) if self.ranks is None else tuple(sorted({r % world_size for r in self.ranks}))
 
     def __str__(self) -> str:
-        who = f" on {self._whom()}" if self._whom() else ""
+        target = f" on {self._target()}" if self._target() else ""
         when = f" at step {self.at_step}" if self.at_step is not None else ""
         when += f" after {self.at_seconds:g} s" if self.at_seconds is not None else ""
-        return f"{self.kind.name}{who}{when}" + (f", {self.phase}" if self.phase else "")
+        return f"{self.kind.name}{target}{when}" + (f", {self.phase}" if self.phase else "")
 
-    def _whom(self) -> str:
+    def _target(self) -> str:
         if self.kind.on_rank:
             return "all ranks" if self.ranks is None else ", ".join(f"rank {rank}" for rank in self.ranks)
         node = self.settings.get("node")
         return "" if node is None else "the last node" if node < 0 else f"node {node}"
+
+
+# Planning
 
 
 def make(
@@ -76,84 +89,82 @@ def make(
 ) -> list[PlannedFault]:
     """The plan of a config's faults in a world of this size. Raises ConfigError naming every problem.
 
-    A rank does not know on how many `nodes` it runs; whoever makes faults of nodes does. `numbers` are those of the
-    faults where they stand written, if the config was given some of them only.
+    A rank does not know on how many `nodes` it runs; the planner of a campaign does. `numbers` are the positions of
+    the faults in the file, if the config holds some of them only.
     """
     problems: list[str] = []
     planned = []
-    for index, fault in zip(range(len(config.faults)) if numbers is None else numbers, config.faults, strict=True):
-        found = _problems(index, fault, config, world_size, nodes)
+    for index, entry in zip(range(len(config.faults)) if numbers is None else numbers, config.faults, strict=True):
+        found = _problems(index, entry, config, world_size, nodes)
         problems += found
         if not found:
-            planned.append(_resolve(index, fault, config.seed, world_size))
-    problems += _contradictions(planned) + _nobody_left(planned, world_size) + _no_node_left(planned, nodes)
+            planned.append(_resolve(index, entry, config.seed, world_size))
+    problems += _contradictions(planned) + _no_rank_left(planned, world_size) + _no_node_left(planned, nodes)
     if problems:
         raise ConfigError(problems)
     return planned
 
 
-def _resolve(index: int, fault: FaultEntry, seed: int, world_size: int) -> PlannedFault:
-    kind = KINDS[fault.kind]
-    if fault.rank == "any" and _by_writer(fault, kind):
-        ranks: tuple[int, ...] | None = (0,)
-    elif fault.rank == "any":
-        ranks = (random.Random(f"{seed}-{index}").randrange(world_size),)
+def _resolve(index: int, entry: FaultEntry, seed: int, world_size: int) -> PlannedFault:
+    kind = KINDS[entry.kind]
+    phase = _phase(entry, kind)
+    if entry.rank == "any" and not kind.writer_only(phase):
+        ranks: tuple[int, ...] | None = (random.Random(f"{seed}-{index}").randrange(world_size),)
     else:
-        ranks = None if fault.rank == "all" else (fault.rank if isinstance(fault.rank, int) else 0,)
-    by_nemesis = kind.hand == "nemesis" or fault.at_seconds is not None
-    phase = "" if by_nemesis else fault.phase or kind.phases[0]
-    settings = {name: setting.default for name, setting in kind.settings.items()} | _own(fault)
-    return PlannedFault(index, kind, ranks, fault.at_step, fault.at_seconds, phase, fault.attempt, settings)
+        ranks = None if entry.rank == "all" else (entry.rank if isinstance(entry.rank, int) else 0,)
+    settings = {name: setting.default for name, setting in kind.settings.items()} | _own_settings(entry)
+    return PlannedFault(index, kind, ranks, entry.at_step, entry.at_seconds, phase, entry.attempt, settings)
 
 
-def _own(fault: FaultEntry) -> dict[str, Any]:
-    return fault.model_extra or {}
+def _phase(entry: FaultEntry, kind: Fault) -> str:
+    """The phase at which an entry fires; empty if it comes from outside."""
+    return "" if kind.from_outside or entry.at_seconds is not None else entry.phase or str(kind.phases[0])
 
 
-def _problems(index: int, fault: FaultEntry, config: Config, world_size: int, nodes: int | None) -> list[str]:
+def _own_settings(entry: FaultEntry) -> dict[str, Any]:
+    return entry.model_extra or {}
+
+
+def _problems(index: int, entry: FaultEntry, config: Config, world_size: int, nodes: int | None) -> list[str]:
+    """Why an entry cannot fire as it stands: each with the place in the config, the fact, and a remedy."""
     where = f"faults[{index}]"
-    kind = KINDS.get(fault.kind)
+    kind = KINDS.get(entry.kind)
     if kind is None:
-        near = difflib.get_close_matches(fault.kind, KINDS, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(entry.kind, KINDS, n=1, cutoff=0.5)
         hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(KINDS)}."
-        return [f"{where}.kind = {fault.kind!r} is no kind of fault.\n  {hint}"]
+        return [f"{where}.kind = {entry.kind!r} is no kind of fault.\n  {hint}"]
     where += f" ({kind.name})"
+    refused = kind.refuses(entry, _phase(entry, kind), config, world_size)
     return [
-        *_about_rank(where, fault, kind, world_size),
-        *_about_nodes(where, fault, kind, nodes),
-        *_about_time(where, fault, kind, config),
-        *_about_settings(where, fault, kind),
-        *_about_lasting(where, fault, kind, config),
-        *_about_compiling(where, kind, config),
+        *_rank_problems(where, entry, kind, world_size),
+        *([f"{where}: {refused}"] if refused else []),
+        *_node_problems(where, entry, kind, nodes),
+        *_time_problems(where, entry, kind, config),
+        *_setting_problems(where, entry, kind),
+        *_duration_problems(where, entry, kind, config),
     ]
 
 
-def _by_writer(fault: FaultEntry, kind: Kind) -> bool:
-    return (kind.name, fault.phase or "".join(kind.phases[:1])) in BY_WRITER
-
-
-def _about_rank(where: str, fault: FaultEntry, kind: Kind, world_size: int) -> list[str]:
+def _rank_problems(where: str, entry: FaultEntry, kind: Fault, world_size: int) -> list[str]:
     if not kind.on_rank:
-        said = f"{where}: rank = {fault.rank!r}, but it does not hit a rank.\n  Remove rank."
-        return [] if fault.rank == "any" else [said]
-    if kind.name == "skipped_collective" and (world_size == 1 or fault.rank == "all"):
-        return [f"{where}: some rank must be left that waits in it.\n  Start 2 ranks or more, and name one of them."]
-    if isinstance(fault.rank, str):
-        known = fault.rank in ROLES
-        return [] if known else [f"{where}: rank = {fault.rank!r} is no rank.\n  Give a number or {', '.join(ROLES)}."]
-    if not 0 <= fault.rank < world_size:
-        return [f"{where}: rank = {fault.rank}, but the job has ranks 0 to {world_size - 1}.\n  Name one of them."]
-    if fault.rank > 0 and _by_writer(fault, kind):
-        return [f'{where}: rank = {fault.rank}, but only rank 0 commits.\n  Give rank = "writer".']
+        said = f"{where}: rank = {entry.rank!r}, but it does not hit a rank.\n  Remove rank."
+        return [] if entry.rank == "any" else [said]
+    if isinstance(entry.rank, str):
+        known = entry.rank in RANKS
+        return [] if known else [f"{where}: rank = {entry.rank!r} is no rank.\n  Give a number or {', '.join(RANKS)}."]
+    if not 0 <= entry.rank < world_size:
+        return [f"{where}: rank = {entry.rank}, but the job has ranks 0 to {world_size - 1}.\n  Name one of them."]
+    if entry.rank > 0 and kind.writer_only(_phase(entry, kind)):
+        return [f'{where}: rank = {entry.rank}, but only rank 0 commits.\n  Give rank = "writer".']
     return []
 
 
-def _about_nodes(where: str, fault: FaultEntry, kind: Kind, nodes: int | None) -> list[str]:
+def _node_problems(where: str, entry: FaultEntry, kind: Fault, nodes: int | None) -> list[str]:
     if nodes is None:
         return []
     if NODES in kind.needs and nodes < 2:
         return [f"{where} needs two nodes, and the job has one.\n  Set nodes = 2."]
-    node = _own(fault).get("node", -1)
+    node = _own_settings(entry).get("node", -1)
     if isinstance(node, int) and node >= nodes:
         return [
             f"{where}: node = {node}, but the job has nodes 0 to {nodes - 1}.\n  Name one of them, or -1, the last."
@@ -161,61 +172,51 @@ def _about_nodes(where: str, fault: FaultEntry, kind: Kind, nodes: int | None) -
     return []
 
 
-def _about_time(where: str, fault: FaultEntry, kind: Kind, config: Config) -> list[str]:
+def _time_problems(where: str, entry: FaultEntry, kind: Fault, config: Config) -> list[str]:
     problems = []
-    if fault.at_step is not None and fault.at_seconds is not None:
+    if entry.at_step is not None and entry.at_seconds is not None:
         problems.append(f"{where} has both at_step and at_seconds.\n  Give one of them.")
-    if fault.at_step is not None and fault.at_step > config.budget.steps:
+    if entry.at_step is not None and entry.at_step > config.budget.steps:
         problems.append(
-            f"{where}: at_step = {fault.at_step} is beyond the run's {config.budget.steps} steps.\n"
+            f"{where}: at_step = {entry.at_step} is beyond the run's {config.budget.steps} steps.\n"
             "  It would never fire. Give an earlier step."
         )
-    if kind.hand == "nemesis":
-        if fault.phase:
-            problems.append(f"{where}: phase = {fault.phase!r}, but it is made from outside.\n  Remove phase.")
-        if fault.at_step is None and fault.at_seconds is None:
+    if kind.from_outside:
+        if entry.phase:
+            problems.append(f"{where}: phase = {entry.phase!r}, but it is made from outside.\n  Remove phase.")
+        if entry.at_step is None and entry.at_seconds is None:
             problems.append(f"{where} does not say when.\n  Give at_step or at_seconds.")
         return problems
-    phase = fault.phase or kind.phases[0]
-    if fault.at_seconds is not None:
-        if kind.name not in BY_SIGNAL:
-            problems.append(
-                f"{where}: at_seconds is for what can be made from outside: {', '.join(BY_SIGNAL)}.\n  Give at_step."
-            )
-        if fault.phase:
+    if entry.at_seconds is not None:
+        if not kind.signal_number:
+            signals = ", ".join(other.name for other in KINDS.values() if other.signal_number)
+            problems.append(f"{where}: at_seconds is for what can be made from outside: {signals}.\n  Give at_step.")
+        if entry.phase:
             problems.append(f"{where}: at_seconds hits at any phase.\n  Remove phase, or give at_step.")
-    elif phase not in kind.phases:
-        problems.append(f"{where}: phase = {phase!r} is not among {', '.join(kind.phases)}.\n  Name one of them.")
-    elif fault.at_step is not None and phase in PHASES_WITHOUT_STEP:
-        problems.append(
-            f"{where}: {phase} belongs to no step.\n  Remove at_step; `attempt` tells which start is meant."
-        )
-    elif fault.at_step is None and phase not in PHASES_WITHOUT_STEP:
-        problems.append(f"{where} does not say when.\n  Give at_step.")
-    else:
-        problems += _never_comes_by(where, fault, phase, config)
-    return problems
+        return problems
+    return problems + _phase_problems(where, entry, kind, config)
 
 
-def _never_comes_by(where: str, fault: FaultEntry, phase: str, config: Config) -> list[str]:
-    step, last = fault.at_step, config.budget.steps
+def _phase_problems(where: str, entry: FaultEntry, kind: Fault, config: Config) -> list[str]:
+    phase, step, last = _phase(entry, kind), entry.at_step, config.budget.steps
+    if phase not in kind.phases:
+        return [f"{where}: phase = {phase!r} is not among {', '.join(kind.phases)}.\n  Name one of them."]
+    if step is not None and phase in WITHOUT_STEP:
+        return [f"{where}: {phase} belongs to no step.\n  Remove at_step; `attempt` tells which start is meant."]
     if step is None:
-        return []
-    for phases, every, name in (
-        (SAVE, config.checkpoint.every_steps, "checkpoint.every_steps"),
-        ((Phase.IN_EVAL,), config.eval.every_steps, "eval.every_steps"),
-    ):
-        if phase in phases and step != last and (every == 0 or step % every):
-            return [
-                f"{where}: {phase} does not come by at step {step}: {name} = {every}.\n"
-                f"  Give a step that it divides, or {last}, the last."
-            ]
+        return [] if phase in WITHOUT_STEP else [f"{where} does not say when.\n  Give at_step."]
+    every, setting = interval(phase, config)
+    if step != last and (every == 0 or step % every):
+        return [
+            f"{where}: {phase} does not come by at step {step}: {setting} = {every}.\n"
+            f"  Give a step that it divides, or {last}, the last."
+        ]
     return []
 
 
-def _about_settings(where: str, fault: FaultEntry, kind: Kind) -> list[str]:
+def _setting_problems(where: str, entry: FaultEntry, kind: Fault) -> list[str]:
     problems = []
-    for name, value in _own(fault).items():
+    for name, value in _own_settings(entry).items():
         setting = kind.settings.get(name)
         if setting is None:
             there = f"It has {', '.join(kind.settings)}." if kind.settings else "It has none of its own."
@@ -227,43 +228,35 @@ def _about_settings(where: str, fault: FaultEntry, kind: Kind) -> list[str]:
                     f"{where}: {name} = {value!r} is none of its values.\n  Give {' or '.join(setting.choices)}."
                 )
         elif isinstance(value, bool) or not isinstance(value, int if isinstance(setting.default, int) else int | float):
-            problems.append(f"{where}: {name} = {value!r} is no number.\n  It is {setting.what}.")
+            problems.append(f"{where}: {name} = {value!r} is no number.\n  It is {setting.meaning}.")
         elif not math.isfinite(value):
-            problems.append(f"{where}: {name} = {value} is not finite.\n  It is {setting.what}.")
+            problems.append(f"{where}: {name} = {value} is not finite.\n  It is {setting.meaning}.")
         elif not setting.least <= value <= setting.most:
             side = f"below {setting.least:g}" if value < setting.least else f"above {setting.most:g}"
-            problems.append(f"{where}: {name} = {value} is {side}.\n  It is {setting.what}.")
+            problems.append(f"{where}: {name} = {value} is {side}.\n  It is {setting.meaning}.")
         elif value == 0 and not setting.zero:
-            problems.append(f"{where}: {name} = {value} makes no fault.\n  It is {setting.what}.")
+            problems.append(f"{where}: {name} = {value} makes no fault.\n  It is {setting.meaning}.")
     return problems
 
 
-def _about_lasting(where: str, fault: FaultEntry, kind: Kind, config: Config) -> list[str]:
-    """The default number of steps may be cut short by the run's end; one that somebody asks for may not."""
-    steps, last = _own(fault).get("steps"), config.budget.steps
+def _duration_problems(where: str, entry: FaultEntry, kind: Fault, config: Config) -> list[str]:
+    """The default number of steps may be cut short by the run's end; a number that a person asks for may not."""
+    steps, last = _own_settings(entry).get("steps"), config.budget.steps
     if "steps" not in kind.settings or not isinstance(steps, int) or steps == kind.settings["steps"].default:
         return []
-    if fault.at_step is None or fault.at_step - 1 + steps <= last:
+    if entry.at_step is None or entry.at_step - 1 + steps <= last:
         return []
     return [
-        f"{where}: steps = {steps} from step {fault.at_step} on is beyond the run's {last} steps.\n"
-        f"  Give {max(0, last - fault.at_step + 1)} or fewer."
+        f"{where}: steps = {steps} from step {entry.at_step} on is beyond the run's {last} steps.\n"
+        f"  Give {max(0, last - entry.at_step + 1)} or fewer."
     ]
 
 
-def _about_compiling(where: str, kind: Kind, config: Config) -> list[str]:
-    if kind.name != "wrong_operator" or not config.numerics.compile:
-        return []
-    return [
-        f"{where}: numerics.compile fuses the operators that it replaces.\n  Set numerics.compile = false, or leave it."
-    ]
-
-
-def _nobody_left(planned: Sequence[PlannedFault], world_size: int) -> list[str]:
-    """Stopped processes notice nothing: somebody else must."""
+def _no_rank_left(planned: Sequence[PlannedFault], world_size: int) -> list[str]:
+    """Stopped processes notice nothing: another rank must."""
     stopped: dict[tuple[Any, ...], set[int]] = {}
     for fault in planned:
-        if fault.kind.name == "stopped":
+        if fault.kind.stops_rank:
             moment = (fault.at_step, fault.at_seconds, fault.attempt)
             stopped.setdefault(moment, set()).update(fault.victims(world_size))
     everybody = "the only rank" if world_size == 1 else f"all {world_size} ranks at once"
@@ -275,17 +268,17 @@ def _nobody_left(planned: Sequence[PlannedFault], world_size: int) -> list[str]:
 
 
 def _no_node_left(planned: Sequence[PlannedFault], nodes: int | None) -> list[str]:
-    kinds = [fault.kind.name for fault in planned]
-    left, joined = kinds.count("node_leaves"), kinds.count("node_joins")
-    if nodes is None or left < nodes + joined:
+    leaving = sum(fault.kind.node_balance < 0 for fault in planned)
+    joining = sum(fault.kind.node_balance > 0 for fault in planned)
+    if nodes is None or leaving < nodes + joining:
         return []
-    return [f"faults take {left} nodes out for good, and the job has {nodes}.\n  Leave one node to go on."]
+    return [f"faults take {leaving} nodes out for good, and the job has {nodes}.\n  Leave one node to go on."]
 
 
 def _contradictions(planned: Sequence[PlannedFault]) -> list[str]:
-    """Two faults that want the same rank at the same moment: only the first could ever be seen to act."""
+    """Two faults that hit the same rank at the same moment: only the first could ever be seen to act."""
     problems = []
-    inside = [fault for fault in planned if not fault.by_nemesis]
+    inside = [fault for fault in planned if not fault.from_outside]
     for number, fault in enumerate(inside):
         for other in inside[:number]:
             same = (fault.at_step, fault.phase, fault.attempt) == (other.at_step, other.phase, other.attempt)
@@ -296,21 +289,6 @@ def _contradictions(planned: Sequence[PlannedFault]) -> list[str]:
                     f"same rank at the same moment.\n  Give one of them another step, phase, rank or attempt."
                 )
     return problems
-
-
-def log_path(run: Path) -> Path:
-    return events.events_directory(run) / "faults.jsonl"
-
-
-def fired(run: Path) -> list[Entry]:
-    """What has fired so far, in order."""
-    return [entry for entry in events.read_file(log_path(run)) if isinstance(entry.event, FaultFired)]
-
-
-def not_fired(planned: Iterable[PlannedFault], entries: Iterable[Entry]) -> list[PlannedFault]:
-    """Of a plan, what nobody has made yet."""
-    seen = {entry.event.index for entry in entries if isinstance(entry.event, FaultFired)}
-    return [fault for fault in planned if fault.index not in seen]
 
 
 def tree(planned: PlannedFault) -> dict[str, Any]:
@@ -324,3 +302,47 @@ def tree(planned: PlannedFault) -> dict[str, Any]:
     if planned.phase:
         out["phase"] = planned.phase
     return out | planned.settings
+
+
+# The record of what has fired
+
+
+def log_path(run: Path) -> Path:
+    return events.events_directory(run) / "faults.jsonl"
+
+
+def record(
+    run: Path, fault: PlannedFault, attempt: int, writer: int,
+    *, victim: int | None, step: int | None, phase: str | None,
+) -> None:  # fmt: skip
+    """Note that a fault fires. `writer` is the rank that writes, or NEMESIS.
+
+    In one write, so that ranks may write at the same time, and a rank may die right after.
+    """
+    event = FaultFired(
+        index=fault.index, fault=fault.kind.name, victim=victim, step=step, phase=phase, pid=os.getpid()
+    )  # fmt: skip
+    line = {"event": event.kind, "attempt": attempt, "rank": writer, "time": _now()} | asdict(event)
+    path = log_path(run)
+    path.parent.mkdir(exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, (json.dumps(line) + "\n").encode())
+    finally:
+        os.close(descriptor)
+
+
+def fired(run: Path) -> list[Entry]:
+    """What has fired so far, in order."""
+    return [entry for entry in events.read_file(log_path(run)) if isinstance(entry.event, FaultFired)]
+
+
+def firings(run: Path) -> list[FaultFired]:
+    """The events of `fired`."""
+    return [entry.event for entry in fired(run) if isinstance(entry.event, FaultFired)]
+
+
+def not_fired(planned: Iterable[PlannedFault], run: Path) -> list[PlannedFault]:
+    """The faults of a plan that have not fired on any rank yet."""
+    seen = {event.index for event in firings(run)}
+    return [fault for fault in planned if fault.index not in seen]

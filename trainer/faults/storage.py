@@ -1,222 +1,243 @@
-"""Disks that fail: of this process alone, below RUN/checkpoints alone, in the save that the plan names. And damage to
-checkpoints that are there.
-
-While a `Disk` is installed, what the checkpoint code calls to write, sync, rename and read files goes through it. A
-step's save is known by the names of its directories (checkpoint/files.py), so neither another save nor another try at
-the same one is touched.
-"""
+"""Faults of storage: saves that fail, and damage to checkpoints and tokens that are there."""
 
 import contextlib
 import errno
 import functools
-import io
 import os
 import random
-import re
 import shutil
-import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.checkpoint import files
-from trainer.faults.plan import PlannedFault
+from trainer.faults.disk import SHARD, DiskFault, PausedWrite
+from trainer.faults.fault import STEP, Fault, Setting
+from trainer.faults.process import RESTART, kill_self
 from trainer.phases import Phase
 
-WRITING = frozenset({"no_space", "eio_write", "short_write", "slow_write", "stalled_disk", "torn_save"})
-KINDS = WRITING | {"eio_fsync", "eio_rename", "eio_read"}
-LASTING = frozenset({"no_space", "slow_write"})
-"""They meet every write of the rank in that save; the others one."""
-DAMAGE = frozenset({"truncated_shard", "flipped_shard", "missing_shard", "swapped_shard", "damaged_manifest"})
-SHARD = ".distcp"
-_OF_A_STEP = re.compile(r"\.?step-([0-9]+)(\.[0-9a-f]+\.partial)?")
-
-Take = Callable[[frozenset[str], str, int], PlannedFault | None]
-"""(kinds, phase, step) → the fault of one of these kinds that is due there, now recorded as fired; None if none is."""
+if TYPE_CHECKING:
+    from trainer.faults.plan import PlannedFault
+    from trainer.faults.rank import RankContext
 
 
-@dataclass(frozen=True)
-class _Place:
-    """A file of a checkpoint, or of what is to become one."""
-
-    directory: str
-    step: int
-    staged: bool
-    name: str
-    """Empty for the directory itself."""
-
-    @property
-    def phase(self) -> str:
-        return Phase.IN_SAVE_SHARD if self.name.endswith(SHARD) else Phase.BEFORE_COMMIT
+class NoSpace(DiskFault):
+    name = "no_space"
+    imitates = "a full disk"
+    made = "writing fails with ENOSPC"
+    phases = (Phase.IN_SAVE_SHARD, Phase.BEFORE_COMMIT)
+    error = errno.ENOSPC
+    every_write = True
 
 
-class Disk:
-    """Stands between this process and its checkpoints from `install` to `remove`."""
-
-    def __init__(self, run: Path, take: Take) -> None:
-        self._root, self._take = files.directory(run).absolute(), take
-        self._met: dict[str, PlannedFault] = {}
-        """Lasting faults, by the directory that they have met."""
-        self._open_for_writing: dict[int, _Place] = {}
-        self._real: dict[tuple[Any, str], Any] = {}
-
-    def install(self) -> None:
-        for module, name, instead in (
-            (io, "open", self._open),
-            (os, "fsync", self._sync),
-            (os, "rename", self._rename),
-        ):
-            self._real[module, name] = getattr(module, name)
-            setattr(module, name, instead)
-
-    def remove(self) -> None:
-        for (module, name), real in self._real.items():
-            setattr(module, name, real)
-        self._real.clear()
-
-    def _open(self, file: Any, mode: str = "r", *rest: Any, **more: Any) -> Any:
-        real = self._real_open(file, mode, *rest, **more)
-        place = self._place(file)
-        if place is None:
-            return real
-        if place.staged and "r" not in mode:
-            return _File(real, place, self)
-        # Only the saving thread reads back; the training thread loads.
-        saving = threading.current_thread() is not threading.main_thread()
-        if not place.staged and place.name.endswith(SHARD) and "r" in mode and saving:
-            fault = self._take(frozenset({"eio_read"}), Phase.AFTER_COMMIT, place.step)
-            return real if fault is None else _Unreadable(real)
-        return real
-
-    def _sync(self, descriptor: int) -> None:
-        place = self._open_for_writing.get(descriptor)
-        if place is not None and self._take(frozenset({"eio_fsync"}), place.phase, place.step) is not None:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        self._real[os, "fsync"](descriptor)
-
-    def _rename(self, source: Any, target: Any, **more: Any) -> None:
-        place = self._place(source)
-        if (
-            place is not None
-            and (place.staged, place.name) == (True, "")
-            and not str(target).endswith(".pruned")
-            and self._take(frozenset({"eio_rename"}), Phase.BEFORE_COMMIT, place.step) is not None
-        ):
-            raise OSError(errno.EIO, os.strerror(errno.EIO), str(source))
-        self._real[os, "rename"](source, target, **more)
-
-    def _real_open(self, *arguments: Any, **more: Any) -> Any:
-        return self._real.get((io, "open"), io.open)(*arguments, **more)
-
-    def _place(self, file: Any) -> _Place | None:
-        if not isinstance(file, str | os.PathLike):
-            return None
-        with contextlib.suppress(ValueError):
-            directory, *below = Path(os.fsdecode(file)).absolute().relative_to(self._root).parts or ("",)
-            match = _OF_A_STEP.fullmatch(directory)
-            if match and len(below) < 2:
-                return _Place(directory, int(match[1]), match[2] is not None, below[0] if below else "")
-        return None
-
-    def opened(self, descriptor: int, place: _Place) -> None:
-        self._open_for_writing[descriptor] = place
-
-    def closed(self, descriptor: int) -> None:
-        self._open_for_writing.pop(descriptor, None)
-
-    def write(self, place: _Place, write: Callable[[Any], int], data: Any) -> int:
-        """Write `data` to the file at `place`, or do what a fault makes of it; how much was, or is said to be, done."""
-        fault = self._met.get(place.directory) or self._take(WRITING, place.phase, place.step)
-        if fault is None:
-            return write(data)
-        if fault.kind.name in LASTING:
-            self._met[place.directory] = fault
-        view = memoryview(data).cast("B")
-        match fault.kind.name:
-            case "no_space":
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            case "eio_write":
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
-            case "short_write":
-                write(view[: len(view) // 2])
-                return len(view)
-            case "torn_save":
-                write(view[: len(view) // 2])
-                os.kill(os.getpid(), signal.SIGKILL)
-            case _:  # slow_write, stalled_disk
-                time.sleep(fault.settings["seconds"])
-        return write(data)
+class EioWrite(DiskFault):
+    name = "eio_write"
+    imitates = "a dying disk"
+    made = "writing fails with EIO"
 
 
-class _File:
-    """A file of a save under way."""
-
-    def __init__(self, real: Any, place: _Place, disk: Disk) -> None:
-        self._real, self._place, self._disk = real, place, disk
-        self._descriptor = real.fileno()
-        disk.opened(self._descriptor, place)
-
-    def __enter__(self) -> "_File":
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._disk.closed(self._descriptor)
-        self._real.__exit__(*error)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._real, name)
-
-    def write(self, data: Any) -> int:
-        return self._disk.write(self._place, self._real.write, data)
+class EioFsync(DiskFault):
+    name = "eio_fsync"
+    imitates = "a dying disk behind a cache"
+    made = "fsync fails with EIO"
+    operation = "fsync"
 
 
-class _Unreadable:
-    """A file that can be opened and not read."""
-
-    def __init__(self, real: Any) -> None:
-        self._real = real
-
-    def __enter__(self) -> "_Unreadable":
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._real.__exit__(*error)
-
-    def read(self, size: int = -1) -> bytes:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
+class EioRename(DiskFault):
+    name = "eio_rename"
+    imitates = "a metadata server that fails"
+    made = "the commit's rename fails with EIO"
+    phases = (Phase.BEFORE_COMMIT,)
+    operation = "rename"
 
 
-def damage(run: Path, kind: str, chance: random.Random) -> Callable[[], Any] | None:
-    """What damages the newest committed checkpoint in this way; None where there is not enough to damage."""
-    saved = [one.path for one in files.committed(run)]
-    if not saved:
-        return None
-    newest, *older = saved
-    if kind == "damaged_manifest":
-        return lambda: _halve(newest / files.MANIFEST)
-    shards = sorted(path for path in newest.glob(f"*{SHARD}") if path.stat().st_size)
-    if kind == "swapped_shard":
-        pairs = [(other, path) for path in shards for other in _same_of_older(path, older)]
-        if not pairs:
-            return None
-        return functools.partial(shutil.copyfile, *chance.choice(pairs))
-    if not shards:
-        return None
-    shard = chance.choice(shards)
-    if kind == "missing_shard":
+class EioRead(DiskFault):
+    name = "eio_read"
+    imitates = "a disk that cannot read what it wrote"
+    made = "reading back fails with EIO"
+    phases = (Phase.AFTER_COMMIT,)
+    operation = "read"
+
+
+class ShortWrite(DiskFault):
+    name = "short_write"
+    imitates = "a file system that lies"
+    made = "half of one write is dropped and reported as done"
+
+    def write(self, planned: "PlannedFault", write: Callable[[Any], int], data: memoryview) -> int:
+        write(data[: len(data) // 2])
+        return len(data)
+
+
+class SlowWrite(PausedWrite):
+    name = "slow_write"
+    imitates = "a slow disk"
+    made = "every write pauses"
+    detected = "no fault: the next save waits for it"
+    recovered = "by itself"
+    settings: ClassVar = {"seconds": Setting(0.2, "per write")}
+    expected_incidents = ()
+    every_write = True
+
+
+class TornSave(DiskFault):
+    name = "torn_save"
+    imitates = "power loss while saving"
+    made = "kill -KILL while shards are half written"
+    detected = "a directory without the rename does not exist"
+    recovered = RESTART
+    expected_incidents = ("worker_lost",)
+
+    def write(self, planned: "PlannedFault", write: Callable[[Any], int], data: memoryview) -> int:
+        write(data[: len(data) // 2])
+        kill_self()
+        return 0
+
+
+Damage = Callable[[], Any]
+
+
+class CheckpointDamage(Fault):
+    """Damages the newest committed checkpoint and kills the rank, so that the next attempt meets the damage."""
+
+    group = "storage"
+    detected = "sizes and checksums of the manifest, before anything is loaded"
+    recovered = "passed over by all ranks; the newest intact checkpoint is loaded"
+    phases = STEP
+    expected_incidents = ("checkpoint_rejected",)
+    names_rank = False
+    detect_seconds = 20.0  # a restart lies between
+    damages_checkpoints = True
+
+    def usual_step(self, every: int, steps: int) -> int:
+        # Two are committed by then: the save of step 3 × every has waited for that of 2 × every.
+        return min(3 * every + 1, steps)
+
+    def obstacle(self, planned: "PlannedFault", rank: "RankContext") -> str:
+        rank.await_save()  # files that are damaged before the commit never were a checkpoint
+        if self.damage(rank.run, rank.chance(planned)) is None:
+            return "there is no checkpoint to damage, or, for a swap, only one"
+        return ""
+
+    def fire(self, planned: "PlannedFault", rank: "RankContext") -> None:
+        damage = self.damage(rank.run, rank.chance(planned))
+        assert damage is not None
+        damage()
+        kill_self()
+
+    def damage(self, run: Path, chance: random.Random) -> Damage | None:
+        """A function that damages the newest committed checkpoint; None where there is not enough to damage."""
+        saved = [saved.path for saved in files.committed(run)]
+        return self.damage_newest(saved[0], saved[1:], chance) if saved else None
+
+    def damage_newest(self, newest: Path, older: list[Path], chance: random.Random) -> Damage | None:
+        shards = sorted(path for path in newest.glob(f"*{SHARD}") if path.stat().st_size)
+        return self.damage_shard(chance.choice(shards), chance) if shards else None
+
+    def damage_shard(self, shard: Path, chance: random.Random) -> Damage:
+        raise NotImplementedError
+
+
+class TruncatedShard(CheckpointDamage):
+    name = "truncated_shard"
+    imitates = "a lost tail of a file"
+    made = "a shard of the newest checkpoint is cut in half; then the rank kills itself"
+
+    def damage_shard(self, shard: Path, chance: random.Random) -> Damage:
+        return functools.partial(_halve, shard)
+
+
+class FlippedShard(CheckpointDamage):
+    name = "flipped_shard"
+    imitates = "a bit that rots"
+    made = "one bit of a shard of the newest checkpoint is flipped; then the rank kills itself"
+
+    def damage_shard(self, shard: Path, chance: random.Random) -> Damage:
+        return functools.partial(flip_bit, shard, chance.randrange(shard.stat().st_size), chance.randrange(8))
+
+
+class MissingShard(CheckpointDamage):
+    name = "missing_shard"
+    imitates = "a file that an operator deleted"
+    made = "a shard of the newest checkpoint is removed; then the rank kills itself"
+
+    def damage_shard(self, shard: Path, chance: random.Random) -> Damage:
         return shard.unlink
-    if kind == "truncated_shard":
-        return lambda: _halve(shard)
-    return lambda: flip_bit(shard, chance.randrange(shard.stat().st_size), chance.randrange(8))
 
 
-def _same_of_older(shard: Path, older: list[Path]) -> list[Path]:
-    """The files of that name in older checkpoints, where they hold other bytes."""
-    others = [directory / shard.name for directory in older]
-    return [other for other in others if other.exists() and other.read_bytes() != shard.read_bytes()]
+class SwappedShard(CheckpointDamage):
+    name = "swapped_shard"
+    imitates = "files mixed up while copying"
+    made = "a shard of the newest checkpoint is replaced by an older one; then the rank kills itself"
+
+    def damage_newest(self, newest: Path, older: list[Path], chance: random.Random) -> Damage | None:
+        shards = sorted(path for path in newest.glob(f"*{SHARD}") if path.stat().st_size)
+        candidates = [(directory / shard.name, shard) for shard in shards for directory in older]
+        pairs = [
+            (other, shard)
+            for other, shard in candidates
+            if other.exists() and other.read_bytes() != shard.read_bytes()
+        ]  # fmt: skip
+        return functools.partial(shutil.copyfile, *chance.choice(pairs)) if pairs else None
+
+
+class DamagedManifest(CheckpointDamage):
+    name = "damaged_manifest"
+    imitates = "a half-written list of contents"
+    made = "the newest checkpoint's manifest loses its second half; then the rank kills itself"
+
+    def damage_newest(self, newest: Path, older: list[Path], chance: random.Random) -> Damage | None:
+        return functools.partial(_halve, newest / files.MANIFEST)
+
+
+class CorruptTokens(Fault):
+    name = "corrupt_tokens"
+    group = "storage"
+    imitates = "a bit that rots in the data"
+    made = "one byte of the token store is flipped; then the rank kills itself"
+    detected = "the store's checksum, when it is opened"
+    recovered = "the store is built again from the documents"
+    phases = (Phase.BEFORE_FORWARD,)
+    expected_incidents = ("worker_lost",)
+    damages_tokens = True
+
+    def obstacle(self, planned: "PlannedFault", rank: "RankContext") -> str:
+        if rank.config.data.cache_dir or os.environ.get("TOPROPE_CACHE"):
+            return ""
+        return "the token store is in the user's own cache; name another in data.cache_dir or $TOPROPE_CACHE"
+
+    def fire(self, planned: "PlannedFault", rank: "RankContext") -> None:
+        # A token of the next sample of this rank, replaced by another token that the vocabulary has.
+        assert planned.point_step is not None
+        store = rank.prepared.train
+        window = int(rank.batches.micro_batch(planned.point_step, rank.rank).sample_ids[0])
+        token = window * rank.config.model.context + 1
+        flip_bit(store.directory / "train.bin", token * store.tokens.dtype.itemsize, bit=0)
+        kill_self()
+
+
+class VanishedCheckpoints(Fault):
+    name = "vanished_checkpoints"
+    group = "storage"
+    imitates = "a file system that is unmounted"
+    made = "RUN/checkpoints is moved away, and back after some seconds"
+    detected = "a save under way fails on every rank with one reason"
+    recovered = "training goes on; the next due save tries again"
+    phases = (Phase.BEFORE_FORWARD, Phase.IN_SAVE_SHARD)
+    settings: ClassVar = {"seconds": Setting(1.0, "how long it is gone")}
+    may_cause = ("save_failed",)
+
+    def usual_step(self, every: int, steps: int) -> int:
+        return min(2 * every, steps)  # gone when the next save begins
+
+    def obstacle(self, planned: "PlannedFault", rank: "RankContext") -> str:
+        there = can_vanish(rank.run)
+        return "" if there else "there is no directory of checkpoints, or it is away already"
+
+    def fire(self, planned: "PlannedFault", rank: "RankContext") -> None:
+        rank.undo.callback(vanish(rank.run, planned.settings["seconds"]).join)
 
 
 def _halve(path: Path) -> None:
@@ -224,6 +245,7 @@ def _halve(path: Path) -> None:
 
 
 def flip_bit(path: Path, offset: int, bit: int) -> None:
+    """Flip one bit of the byte at `offset`, in place."""
     with path.open("r+b") as file:
         file.seek(offset)
         byte = file.read(1)[0]
@@ -236,7 +258,7 @@ def can_vanish(run: Path) -> bool:
 
 
 def vanish(run: Path, seconds: float) -> threading.Thread:
-    """Move RUN/checkpoints away, and back after a while; returns the thread that does."""
+    """Move RUN/checkpoints away, and back after `seconds`; returns the thread that does."""
     files.directory(run).rename(_away(run))
 
     def wait() -> None:

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from trainer.chaos.results import Report, Result
-from trainer.faults.kinds import KINDS
+from trainer.faults.fault import KINDS
 
 OUTCOMES: Sequence[str] = ("pass", "fail", "undetected", "unknown", "skipped")
 NOT_ASKED = "–"

@@ -5,7 +5,7 @@ from typing import Any
 
 from trainer.chaos.report import matrix
 from trainer.chaos.results import Report, Result
-from trainer.faults.kinds import KINDS, Kind
+from trainer.faults.fault import KINDS, Fault
 from trainer.show import page, timeline
 
 
@@ -66,8 +66,8 @@ def _duration(launch: Mapping[str, Any]) -> float | None:
     return None if started is None or ended is None else ended - started
 
 
-def _kind_facts(kind: Kind) -> dict[str, str]:
-    where = "by a process beside the run" if kind.hand == "nemesis" else f"by the rank, {', '.join(kind.phases)}"
+def _kind_facts(kind: Fault) -> dict[str, str]:
+    where = "by a process beside the run" if kind.from_outside else f"by the rank, {', '.join(kind.phases)}"
     incidents = ", ".join(kind.expected_incidents).replace("_", " ")
     return {
         "imitates": kind.imitates,

@@ -15,7 +15,7 @@ from trainer import tomlfile
 from trainer.config import Config
 from trainer.errors import ConfigError, TopropeError
 from trainer.faults import plan as faultplan
-from trainer.faults.kinds import NODES
+from trainer.faults.fault import NODES
 from trainer.ladder.plan import arms as armplans
 from trainer.ladder.plan import sizes
 from trainer.ladder.plan.ladder import AA, FIT_RUNGS, TARGET, Ladder, PlannedArm, PlannedRun, PlannedRung
@@ -303,12 +303,12 @@ class _Planner:
         name = fault.kind.name
         if NODES in fault.kind.needs:
             self.problems.append(f"{name} needs two nodes, and a ladder's runs have one.\n  Leave it out.")
-        elif fault.by_nemesis and self._file.ranks == 1:
+        elif fault.from_outside and self._file.ranks == 1:
             self.problems.append(
                 f"{name} is made from outside, beside torchrun, and runs of one rank are started without.\n"
                 "  Set ranks = 2, or give a fault that a rank makes itself, with at_step."
             )
-        elif name == "corrupt_tokens":
+        elif fault.kind.damages_tokens:
             self.problems.append(f"{name} would damage tokens that all runs read.\n  Leave it out.")
 
 

@@ -1,0 +1,184 @@
+"""The base class of every kind of fault, and the registry of kinds.
+
+A kind is a class with everything about it: what it imitates, where it strikes, its settings, what it needs and refuses,
+how it fires, and how the run must answer. It fires in one of two ways: inside a rank at a phase of its work (`fire`,
+called by the injector), or from outside, beside torchrun, when the event log has reached a step or after some seconds
+(`fire_from_outside`, called by the nemesis). To add a kind, write a subclass with a `name`.
+
+Importing this module imports no torch: campaigns are planned without. What needs torch is imported where it fires.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from trainer.config import Config, FaultEntry
+from trainer.phases import Phase
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainer.faults.nemesis import ClusterControl, Outside
+    from trainer.faults.plan import PlannedFault
+    from trainer.faults.rank import RankContext
+
+# Phases at which a fault can strike, in groups.
+GRADIENT = (
+    Phase.BEFORE_FORWARD, Phase.IN_FORWARD, Phase.BEFORE_BACKWARD, Phase.IN_BACKWARD, Phase.BEFORE_REDUCE,
+    Phase.IN_REDUCE,
+)  # fmt: skip
+UPDATE = (Phase.AFTER_REDUCE, Phase.BEFORE_UPDATE, Phase.IN_UPDATE, Phase.AFTER_UPDATE)
+SAVE = (Phase.IN_SAVE_SHARD, Phase.BEFORE_COMMIT, Phase.AFTER_COMMIT)
+STEP = (*GRADIENT, *UPDATE)
+ANYWHERE = (*STEP, *SAVE, Phase.STARTUP, Phase.IN_LOAD, Phase.IN_EVAL, Phase.BEFORE_END, Phase.AFTER_END)
+WITHOUT_STEP = (Phase.STARTUP, Phase.IN_LOAD, Phase.BEFORE_END, Phase.AFTER_END)
+AFTER_THE_UPDATE = (Phase.AFTER_UPDATE, Phase.IN_EVAL, *SAVE)
+"""Phases at which a rank's own count of completed steps already includes the step."""
+
+# What a kind may need of the machine or the job. A campaign probes, and skips kinds whose needs are not met.
+LINUX, NAMESPACES, NODES, SHAPING = (
+    "Linux",
+    "network namespaces (as root, or where the system lets users make user namespaces)",
+    "two nodes",
+    "traffic shaping (tc netem)",
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting that a kind has beside those of every fault."""
+
+    default: float | int | str
+    meaning: str
+    least: float = 0
+    most: float = math.inf
+    zero: bool = False
+    """True if 0 is a value with an effect."""
+    choices: tuple[str, ...] = ()
+
+
+class Fault:
+    """A kind of fault. Instances have no state: what one fault of a config is told is its `PlannedFault`."""
+
+    name: ClassVar[str] = ""
+    group: ClassVar[Literal["process", "time", "network", "storage", "numbers", "membership", "clock"]]
+    imitates: ClassVar[str]
+    """What it stands for in the field."""
+    made: ClassVar[str]
+    """How it is made here."""
+    detected: ClassVar[str]
+    recovered: ClassVar[str]
+
+    phases: ClassVar[tuple[Phase, ...]] = ()
+    """Where it strikes inside a rank, the usual phase first. None where it comes from outside."""
+    settings: ClassVar[Mapping[str, Setting]] = {}
+    needs: ClassVar[tuple[str, ...]] = ()
+    signal_number: ClassVar[int] = 0
+    """The signal that makes it, or 0. Such a kind can also come from outside, at a wall time."""
+
+    expected_incidents: ClassVar[tuple[str, ...]] = ()
+    """Kinds of incident (log/incidents.py), one of which the run must report. Empty: it passes without an incident."""
+    may_cause: ClassVar[tuple[str, ...]] = ()
+    """Further kinds of incident that can come of it and are no false alarm."""
+    names_rank: ClassVar[bool] = True
+    """True if the incident must name the rank that was hit."""
+    exits: ClassVar[tuple[int, ...]] = (0,)
+    """Exit statuses of the job that it explains. After any but 0 the same command is given again."""
+    silent: ClassVar[bool] = False
+    """True if nothing in this version notices it. Unequal weights at the end then count as undetected."""
+    detect_seconds: ClassVar[float] = 10.0
+    """Bound from firing to detection: the processes end, or the log reports it. The machine may be shared."""
+    recover_seconds: ClassVar[float] = 30.0
+    """Bound from firing to the next step that had never been computed."""
+
+    # Traits that planning, firing and checking ask for.
+    on_rank: ClassVar[bool] = True
+    """False if it hits a node, a link or the store."""
+    hits_agent: ClassVar[bool] = False
+    """True if it hits the launcher of the rank, and not the rank itself."""
+    needs_store: ClassVar[bool] = False
+    """True if the rendezvous store must be a process of its own."""
+    needs_peers: ClassVar[bool] = False
+    """True if another rank must be left that waits and notices."""
+    stops_rank: ClassVar[bool] = False
+    """True if the rank stays stopped: if all ranks are stopped at once, none is left to notice."""
+    repeats: ClassVar[bool] = False
+    """True if it fires `times` times in a row: again in the next starts."""
+    damages_checkpoints: ClassVar[bool] = False
+    damages_tokens: ClassVar[bool] = False
+    """True if it writes to the token store, which other runs may share."""
+    moves_clock: ClassVar[bool] = False
+    """True if the run's own times cannot be trusted afterwards."""
+    node_balance: ClassVar[int] = 0
+    """Nodes that join (1) or leave (-1) for good."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "name" in cls.__dict__:  # bases of several kinds have none
+            KINDS[cls.name] = cls()
+
+    @property
+    def from_outside(self) -> bool:
+        """True if no rank can make it itself."""
+        return not self.phases
+
+    @property
+    def shows_anywhere(self) -> bool:
+        """True if it may cause any incident in any attempt, so that no incident beside it is a false alarm."""
+        return self.silent or self.from_outside or self.repeats
+
+    def writer_only(self, phase: str) -> bool:
+        """True if only rank 0, which commits checkpoints, can be hit at this phase."""
+        return False
+
+    def refuses(self, entry: FaultEntry, phase: str, config: Config, world_size: int) -> str:
+        """Why this entry of a config can never fire: fact, and remedy on a line of its own. Empty if it can."""
+        return ""
+
+    def usual_step(self, every: int, steps: int) -> int:
+        """A step at which it strikes for sure, in a run of `steps` steps with a checkpoint `every` so many."""
+        return min(3 if self.from_outside else every // 2 + every, steps)
+
+    # Firing. `planned` is the fault of the config, `rank` and `outside` what it can act on.
+
+    def obstacle(self, planned: "PlannedFault", rank: "RankContext") -> str:
+        """Why it cannot fire in this rank now; empty if it can. May wait until it can."""
+        return ""
+
+    def fire(self, planned: "PlannedFault", rank: "RankContext") -> None:
+        """Act inside the rank. It is already on record."""
+        raise NotImplementedError(f"{self.name} does not fire inside a rank")
+
+    def change(self, planned: "PlannedFault", rank: "RankContext", tensor: "Tensor") -> "Tensor":
+        """Fire where the rank computes `tensor`, in_forward or in_backward; returns the tensor to go on with."""
+        self.fire(planned, rank)
+        return tensor
+
+    def obstacle_outside(self, planned: "PlannedFault", cluster: "ClusterControl") -> str:
+        """Why it cannot be made of this cluster; empty if it can."""
+        if NAMESPACES in self.needs and cluster.hosts is None:
+            return "its nodes are not on hosts of their own"
+        if self.needs_store and cluster.store is None:
+            return "its rendezvous store is no process of its own"
+        return ""
+
+    def fire_from_outside(self, planned: "PlannedFault", outside: "Outside", victims: Mapping[int, int]) -> None:
+        """Act from outside, in a thread of its own, and undo what lasts. `victims` are {rank: pid}.
+
+        Raises OSError or ValueError where it could not be made or undone.
+        """
+        raise NotImplementedError(f"{self.name} does not fire from outside")
+
+
+KINDS: dict[str, Fault] = {}
+"""The catalogue: every kind by name, in the order of the modules that trainer/faults/__init__.py imports."""
+
+
+def interval(phase: str, config: Config) -> tuple[int, str]:
+    """(n, setting) for a phase that comes every n steps by that setting, and at the last step. 0: only at the last."""
+    if phase in SAVE:
+        return config.checkpoint.every_steps, "checkpoint.every_steps"
+    if phase == Phase.IN_EVAL:
+        return config.eval.every_steps, "eval.every_steps"
+    return 1, ""

@@ -1,0 +1,132 @@
+"""Faults of the network: links between nodes, and the rendezvous store. All are made from outside."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from trainer.faults.fault import LINUX, NAMESPACES, NODES, SHAPING, Fault, Setting
+from trainer.faults.process import LOST
+
+if TYPE_CHECKING:
+    from trainer.faults.nemesis import Outside
+    from trainer.faults.plan import PlannedFault
+
+
+class NetworkFault(Fault):
+    group = "network"
+    detected = "the watchdog: no progress within elastic.step_timeout_seconds"
+    recovered = "the side that holds the rendezvous goes on alone; the other joins when it can"
+    needs = (LINUX, NAMESPACES, NODES)
+    expected_incidents = ("hung", "worker_lost")
+    on_rank = False
+    names_rank = False
+    exits = LOST
+    detect_seconds = 30.0
+    recover_seconds = 90.0
+
+
+class StoreFault(NetworkFault):
+    needs = (LINUX, NODES)
+    needs_store = True
+
+
+class Partition(NetworkFault):
+    name = "partition"
+    imitates = "a failed switch"
+    made = "the last node's link goes down"
+    settings: ClassVar = {"seconds": Setting(20.0, "how long")}
+
+    def fire_from_outside(self, planned: "PlannedFault", outside: "Outside", victims: Mapping[int, int]) -> None:
+        hosts, host = outside.last_host()
+        try:
+            hosts.down(host)
+            outside.wait(planned.settings["seconds"])
+        finally:
+            hosts.up(host)
+
+
+class OneWayLoss(NetworkFault):
+    name = "one_way_loss"
+    imitates = "a bad cable"
+    made = "what the last node sends is dropped; it still receives"
+    settings: ClassVar = {"seconds": Setting(20.0, "how long")}
+
+    def fire_from_outside(self, planned: "PlannedFault", outside: "Outside", victims: Mapping[int, int]) -> None:
+        hosts, host = outside.last_host()
+        try:
+            hosts.drop_outgoing(host)
+            outside.wait(planned.settings["seconds"])
+        finally:
+            hosts.restore_outgoing(host)
+
+
+class LinkFlap(Partition):
+    name = "link_flap"
+    imitates = "a loose connector"
+    made = "the last node's link goes down and up again"
+    detected = "TCP sends again: no fault, unless it takes too long"
+    recovered = "by itself"
+    settings: ClassVar = {"times": Setting(3, "how often", 1), "seconds": Setting(0.3, "down each time")}
+    expected_incidents = ()
+
+    def fire_from_outside(self, planned: "PlannedFault", outside: "Outside", victims: Mapping[int, int]) -> None:
+        for _ in range(planned.settings["times"]):
+            super().fire_from_outside(planned, outside, victims)
+            if outside.wait(planned.settings["seconds"]):
+                return
+
+
+class SlowLink(NetworkFault):
+    name = "slow_link"
+    imitates = "a congested network"
+    made = "the last node's link is delayed and limited"
+    detected = "no fault: slow is not hung"
+    recovered = "by itself"
+    needs = (LINUX, NAMESPACES, NODES, SHAPING)
+    settings: ClassVar = {"milliseconds": Setting(20.0, "delay"), "seconds": Setting(5.0, "how long")}
+    expected_incidents = ()
+
+    def fire_from_outside(self, planned: "PlannedFault", outside: "Outside", victims: Mapping[int, int]) -> None:
+        hosts, host = outside.last_host()
+        try:
+            hosts.slow(host, planned.settings["milliseconds"])
+            outside.wait(planned.settings["seconds"])
+        finally:
+            hosts.restore_speed(host)
+
+
+class StoreKilled(StoreFault):
+    name = "store_killed"
+    imitates = "the rendezvous host dies"
+    made = "the rendezvous store is killed"
+    detected = "the agents' keep-alives fail"
+    recovered = "the job ends, its workers asked to save and leave; the same command goes on"
+    expected_incidents = ("preempted", "hung", "worker_lost")
+
+    def fire_from_outside(self, planned: "PlannedFault", outside: "Outside", victims: Mapping[int, int]) -> None:
+        outside.store().kill()
+
+
+class StoreUnreachable(StoreFault):
+    name = "store_unreachable"
+    imitates = "the way to the rendezvous host fails for a while"
+    made = "connections to the rendezvous store are frozen"
+    detected = "no fault while nobody needs it"
+    recovered = "by itself"
+    settings: ClassVar = {"seconds": Setting(3.0, "how long")}
+    expected_incidents = ()
+
+    def fire_from_outside(self, planned: "PlannedFault", outside: "Outside", victims: Mapping[int, int]) -> None:
+        outside.freeze(outside.store(), planned.settings["seconds"])
+
+
+class StoreRestarted(StoreFault):
+    name = "store_restarted"
+    imitates = "the rendezvous host comes back empty"
+    made = "the rendezvous store is killed and started again"
+    detected = "the agents' keep-alives fail, or nothing needs the store"
+    recovered = "the job ends; the same command goes on"
+    expected_incidents = ()
+
+    def fire_from_outside(self, planned: "PlannedFault", outside: "Outside", victims: Mapping[int, int]) -> None:
+        outside.store().kill()
+        outside.cluster.start_store()

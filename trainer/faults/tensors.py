@@ -1,0 +1,119 @@
+"""What faults do to tensors: flip bits, write values that are not finite, sum wrongly."""
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+RARE_BITS = 10
+"""A sum is wrong where the first RARE_BITS bits of a hash of its first addend are zero: about one in 2^10."""
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor, to be changed in place."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def contiguous_copy(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def flip(tensors: Sequence[Tensor], bits: int, chance: random.Random) -> None:
+    """Flip `bits` bits, in place, of one number drawn from all numbers of `tensors` that are not zero.
+
+    The bits are drawn from the upper half of the number without the exponent's highest bit. Lower bits mostly drown in
+    rounding, and the highest one would make the number infinite or NaN, which is noticed. If `bits` is more than that,
+    the rest goes into further numbers.
+    """
+    while bits > 0:
+        number, position = _draw(tensors, chance)
+        word = number.element_size() * 8
+        worthwhile = [bit for bit in range(word // 2, word) if bit != word - 2]
+        chosen = chance.sample(worthwhile, min(bits, len(worthwhile)))
+        mask = sum(1 << bit for bit in chosen)
+        mask -= (mask >> word - 1) << word  # as the signed integer of these bits
+        number.view(_INTEGERS[number.element_size()])[position : position + 1].bitwise_xor_(mask)
+        bits -= len(chosen)
+
+
+def spoil(tensors: Sequence[Tensor], value: str, chance: random.Random) -> None:
+    """Make one number, drawn as in `flip`, NaN or infinite, in place."""
+    number, position = _draw(tensors, chance)
+    number[position] = float(value)
+
+
+def _draw(tensors: Sequence[Tensor], chance: random.Random) -> tuple[Tensor, int]:
+    """(flat view, position in it) of a number that is not zero, since a device rarely errs where it has no work."""
+    flat = [tensor.detach().view(-1) for tensor in tensors if tensor.numel()]
+    counts = [int(tensor.count_nonzero()) for tensor in flat]
+    if not any(counts):
+        return (tensor := chance.choice(flat)), chance.randrange(tensor.numel())
+    number = chance.randrange(sum(counts))
+    for tensor, count in zip(flat, counts, strict=True):
+        if number < count:
+            return tensor, int(tensor.nonzero()[number])
+        number -= count
+    raise AssertionError
+
+
+def after_forward(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+    """Pass the output of `module` through `change`, outside of what is compiled of it."""
+    compiled = getattr(module, "_compiled_call_impl", None)
+    if compiled is None:
+        module.register_forward_hook(lambda _module, _arguments, output: change(cast(Tensor, output)))
+    else:
+        setattr(module, "_compiled_call_impl", lambda *a, **k: change(compiled(*a, **k)))  # noqa: B010
+
+
+def scale_next_output(model: nn.Module, factor: float) -> None:
+    """Multiply every part of the next output for training (a named tuple of tensors) with `factor`."""
+
+    def scale(_model: nn.Module, _arguments: Any, output: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return None
+        handle.remove()
+        return type(output)(*(part * factor for part in output))
+
+    handle = model.register_forward_hook(scale)
+
+
+class WrongSum(TorchDispatchMode):
+    """While entered, sums and means over one dimension leave out their last addend where a hash of the bits of the
+    first addend begins with zeros.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wrong = 0
+        """Number of wrong sums so far."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func not in (torch.ops.aten.sum.dim_IntList, torch.ops.aten.mean.dim):
+            return out
+        x, dims = args[0], args[1] or ()
+        if isinstance(x, DTensor) or len(dims) != 1 or x.dtype not in (torch.float32, torch.float64) or not x.numel():
+            return out
+        rare = _rare(x.select(dims[0], 0))
+        count = int(rare.sum())
+        if not count:
+            return out
+        self.wrong += count
+        shorter = x.clone()
+        shorter.select(dims[0], -1).zero_()
+        rare = rare.unsqueeze(dims[0]) if out.ndim == x.ndim else rare
+        return torch.where(rare, func(shorter, *args[1:], **(kwargs or {})), out)
+
+
+def _rare(x: Tensor) -> Tensor:
+    """Boolean tensor, shaped as `x`: true where a hash of the number's bits begins with RARE_BITS zeros; not for 0."""
+    bits = x.contiguous().view(_INTEGERS[x.element_size()]).long()
+    bits = (bits ^ bits >> 32) & 0xFFFFFFFF
+    hashed = (bits * 2_654_435_769 & 0xFFFFFFFF) >> 32 - RARE_BITS  # Knuth's multiplicative hash
+    return (hashed == 0) & (x != 0)
