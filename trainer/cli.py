@@ -210,18 +210,19 @@ LadderOut = Annotated[Path | None, typer.Option(help="Default runs/ladders/NAME;
 @ladders.command("plan")
 def ladder_plan(path: LadderPath, out: LadderOut = None, as_json: AsJson = False) -> None:
     """Show what will run: sizes, tokens, FLOPs, hours on this machine, by a few steps that are tried."""
-    from trainer.ladder import preregistration, run, terminal, worker
+    from trainer.fleet.backend import Local
+    from trainer.ladder import preregistration, run, terminal
     from trainer.ladder.plan import load
 
-    server = worker.Server()
+    backend = Local()
     ladder, out = load.load(path), out or run.default_out(path)
-    view = run.look(ladder, out)
-    known, source = run.measure(ladder, out, view, server)
+    status = run.read_status(ladder, out)
+    known, source = run.measure(ladder, out, status, backend)
     edits = preregistration.write(ladder, out, run.pool_of(out))
     if as_json:
-        print(json.dumps(terminal.plan_json(ladder, view, known, source, edits)))
+        print(json.dumps(terminal.plan_json(ladder, status, known, source, edits)))
     else:
-        _show(terminal.plan(ladder, view, known, source, edits))
+        _show(terminal.plan(ladder, status, known, source, edits))
 
 
 @ladders.command("run")
@@ -234,10 +235,11 @@ def ladder_run(
     as_json: AsJson = False,
 ) -> None:
     """Run a ladder, or go on with it: exit 0 if all of it finished, 1 if runs are missing, 75 if it was stopped."""
-    from trainer.ladder import preregistration, run, terminal, worker
+    from trainer.fleet.backend import Local
+    from trainer.ladder import preregistration, run, terminal
     from trainer.ladder.plan import load
 
-    server = worker.Server()  # its imports run beside the planning
+    backend = Local()  # its imports run beside the planning
     options = [] if out is None else ["--out", str(out)]
     options += [] if up_to is None else ["--up-to", up_to]
     command = shlex.join(["python", "-m", "trainer", "ladder", "run", str(path), *options])
@@ -245,10 +247,10 @@ def ladder_run(
     told = sys.stderr if as_json else sys.stdout
     if edits := str(preregistration.compare(ladder, out, run.pool_of(out))):
         print(edits, file=told, flush=True)
-    with terminal.Live(ladder, file=told) as live:
-        done = run.run(ladder, out, up_to=up_to, server=server, update=live.update)
+    with terminal.LadderProgress(ladder, file=told) as live:
+        done = run.run(ladder, out, up_to=up_to, backend=backend, update=live.update)
     if as_json:
-        print(json.dumps(terminal.status_json(ladder, run.look(ladder, out))))
+        print(json.dumps(terminal.status_json(ladder, run.read_status(ladder, out))))
     else:
         _show(terminal.ended(ladder, done, command))
     raise typer.Exit(done.exit_status)
@@ -261,13 +263,13 @@ def ladder_status(path: LadderPath, out: LadderOut = None, as_json: AsJson = Fal
     from trainer.ladder.plan import load
 
     ladder, out = load.load(path), out or run.default_out(path)
-    view = run.look(ladder, out)
+    status = run.read_status(ladder, out)
     if as_json:
-        print(json.dumps(terminal.status_json(ladder, view)))
+        print(json.dumps(terminal.status_json(ladder, status)))
         return
     if edits := str(preregistration.compare(ladder, out, run.pool_of(out))):
         print(edits)
-    _show(terminal.standing(ladder, view))
+    _show(terminal.standing(ladder, status))
 
 
 @ladders.command("report")

@@ -1,1 +1,1 @@
-"""Many runs on one machine: where they lie, which is next, who watches them."""
+"""Many runs: where they are stored, which is next, where their processes start, who supervises them."""

@@ -1,38 +1,58 @@
-"""The pool: every run of every ladder once, in a directory named by what decides its result. Read from files alone.
+"""Store of runs: each run once, in a directory named by a digest of what decides its result (its key).
 
-    POOL/KEY/config.toml     the whole config: `torchrun … -m trainer train POOL/KEY/config.toml --run POOL/KEY/run`
-    POOL/KEY/run             the run directory
-    POOL/KEY/log.txt         what its workers printed, start after start
-    POOL/KEY/failed.json     why the last scheduler gave it up; gone when it is tried again
-    POOL/KEY/failures.json   why it is started again, for the run's own log
-    POOL/KEY/lock            held by the scheduler that is at it
+    STORE/KEY/config.toml     the whole config: `torchrun … -m trainer train STORE/KEY/config.toml --run STORE/KEY/run`
+    STORE/KEY/run             the run directory
+    STORE/KEY/log.txt         output of its workers, start after start
+    STORE/KEY/failed.json     why the last scheduler gave the run up; removed when the run is tried again
+    STORE/KEY/failures.json   how its last process died, for the run's own log
+    STORE/KEY/lock            held by the scheduler that supervises the run
 
-There is no other state: a scheduler that is killed leaves nothing that the next one would miss.
+The files are the only state: a scheduler may be killed at any time, and the next one reads where it stopped.
 """
 
 import fcntl
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
 
 from trainer import checkpoint, files
 from trainer import config as configs
+from trainer.config import Config
 from trainer.errors import TopropeError
 from trainer.faults import plan as faultplan
-from trainer.ladder.plan.ladder import PlannedRun
 from trainer.log import events
 
-Status = Literal["waiting", "running", "stopped", "finished", "missing"]
-"""waiting: not begun. stopped: begun, and nobody is at it. missing: given up, with the reason."""
+RunStatus = Literal["waiting", "running", "stopped", "finished", "missing"]
+"""waiting: not begun. stopped: begun, but no process runs it. missing: given up, with a reason."""
+START_MARK = "== "
+"""First characters of the line that each start of a run prints to its log first."""
 TAIL_BYTES = 16_384  # an event is well under 1 kB; the last step and the end are among the last few
 
 
 @dataclass(frozen=True)
-class Place:
-    """One run's directory of the pool."""
+class RunState:
+    """Progress of a run, read from its files; cheap enough to be read many times a minute."""
+
+    status: RunStatus
+    step: int = 0
+    reason: str = ""
+    """Why the run is missing."""
+    seconds_per_step: float | None = None
+    """Median of its newest steps; None where there are none."""
+    seconds_per_eval: float | None = None
+    """Sum over all held-out sets; None where none has been scored lately."""
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """Directory of one run in the store."""
 
     directory: Path
 
@@ -56,15 +76,15 @@ class Place:
     def failed(self) -> Path:
         return self.directory / "failed.json"
 
-    def claim(self) -> IO[str] | None:
-        """Make it ours while the returned file is open; None if another scheduler is at it."""
+    def claim(self) -> FileLock | None:
+        """Lock the run for this scheduler, until the lock is released; None if another scheduler holds it."""
         self.directory.mkdir(parents=True, exist_ok=True)
         return hold(self.directory / "lock")
 
-    def write(self, planned: PlannedRun) -> None:
-        """The config that this run is started with, whole or not at all. What fails is tried anew."""
-        text = f"# {planned.name}, as a ladder planned it. Any start goes on from the newest checkpoint.\n\n"
-        files.write(self.config, text + configs.as_toml(planned.config))
+    def prepare(self, config: Config, name: str) -> None:
+        """Write the config that the run is started with, and forget earlier failures: the run is tried anew."""
+        head = f"# {name}, as a ladder planned it. Any start goes on from the newest checkpoint.\n\n"
+        files.write(self.config, head + configs.as_toml(config))
         for old in (self.failed, self.failures, self.failures.with_suffix(".final")):
             old.unlink(missing_ok=True)
 
@@ -72,107 +92,103 @@ class Place:
         files.write(self.failed, json.dumps({"reason": reason}) + "\n")
 
     def progress(self) -> tuple[int, int]:
-        """What a start can add to for good: (step of the newest checkpoint, faults fired)."""
+        """Return (step of the newest checkpoint, number of faults fired): what a start can add to for good."""
         try:
             saved = checkpoint.committed(self.run)
         except TopropeError:
             saved = []
         return (saved[0].step if saved else -1, len(faultplan.fired(self.run)))
 
+    def last_words(self, lines: int = 12) -> str:
+        """Return the end of what the newest start printed: its error if it was one of ours, else its last lines."""
+        try:
+            text = self.log.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return "It printed nothing."
+        printed = text.rpartition(f"\n{START_MARK}")[2].strip().splitlines()
+        errors = [number for number, line in enumerate(printed) if re.match(r"\w+Error: ", line)]
+        return "\n".join(printed[errors[-1] :] if errors else printed[-lines:])
 
-def place(pool: Path, planned: PlannedRun) -> Place:
-    return Place(pool / planned.key)
+    def has_finished(self) -> bool:
+        return _LogTails(self.run).finished
+
+    def read_state(self, steps: int) -> RunState:
+        """Read the state of this run of `steps` steps from its files."""
+        if not self.directory.exists():
+            return RunState("waiting")
+        log = _LogTails(self.run)
+        if log.finished:
+            return RunState("finished", steps, "", *log.speeds)
+        if is_held(self.directory / "lock") or is_held(self.run / "lock"):
+            return RunState("running", log.newest_step, "", *log.speeds)
+        if self.failed.exists():
+            return RunState("missing", log.newest_step, self._read_reason(), *log.speeds)
+        return RunState("stopped" if log.tails else "waiting", log.newest_step, "", *log.speeds)
+
+    def _read_reason(self) -> str:
+        try:
+            return str(json.loads(self.failed.read_text(encoding="utf-8"))["reason"])
+        except (OSError, ValueError, KeyError):
+            return "unknown"
 
 
-def hold(path: Path) -> IO[str] | None:
-    """Lock a file while it is open, made if need be; None if another process holds it."""
-    lock = path.open("a+", encoding="utf-8")
+def hold(path: Path) -> FileLock | None:
+    """Lock a file, made if need be, until the lock is released; None if another process holds it."""
+    lock = FileLock(path)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it when we die, however we die
-    except BlockingIOError:
-        lock.close()
+        lock.acquire(blocking=False)  # the kernel drops it when this process dies, in whichever way
+    except Timeout:
         return None
     return lock
 
 
 def is_held(path: Path) -> bool:
-    """Whether a process holds this lock."""
+    """True if a process holds the lock on this file."""
     if not path.exists():
         return False
     with path.open(encoding="utf-8") as lock:
         try:
+            # Shared: two readers at once must not take each other for a holder. FileLock has no shared mode.
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
     return False
 
 
-# What became of a run, cheaply enough to be asked many times a minute
+class _LogTails:
+    """The last events that rank 0 logged in each attempt of a run."""
 
+    def __init__(self, run: Path) -> None:
+        paths = sorted(events.events_directory(run).glob("attempt-*-rank-00000.jsonl"))
+        self.tails = [_tail(path) for path in paths]
 
-@dataclass(frozen=True)
-class State:
-    status: Status
-    step: int = 0
-    reason: str = ""
-    seconds_per_step: float | None = None
-    """Median of its newest steps; None where there are none."""
-    seconds_per_eval: float | None = None
-    """Of all held-out sets; None where none has been scored lately."""
+    @cached_property
+    def finished(self) -> bool:
+        return any(record["status"] == "finished" for record in self._all("attempt_ended"))
 
+    @property
+    def newest_step(self) -> int:
+        """Last step of the newest attempt that logged where it was."""
+        for tail in reversed(self.tails):
+            steps = [record["step"] for record in tail if record["event"] == "step"]
+            steps = steps or [record["from_step"] for record in tail if record["event"] == "attempt_started"]
+            if steps:
+                return steps[-1]
+        return 0
 
-def state(pool: Path, planned: PlannedRun) -> State:
-    """From the files as they are now."""
-    at = place(pool, planned)
-    if not at.directory.exists():
-        return State("waiting")
-    tails = _tails(at)
-    steps = [record for tail in tails for record in tail if record["event"] == "step"]
-    times = sorted(record["seconds"] for record in steps)
-    scored = {record["set"]: record["seconds"] for tail in tails for record in tail if record["event"] == "eval"}
-    speeds = (times[len(times) // 2] if times else None, sum(scored.values()) if scored else None)
-    if _ended_well(tails):
-        return State("finished", planned.config.budget.steps, "", *speeds)
-    step = _newest(tails)
-    if is_held(at.directory / "lock") or is_held(at.run / "lock"):
-        return State("running", step, "", *speeds)
-    if at.failed.exists():
-        return State("missing", step, reason_of(at), *speeds)
-    return State("stopped" if tails else "waiting", step, "", *speeds)
+    @property
+    def speeds(self) -> tuple[float | None, float | None]:
+        """(seconds per step, seconds per evaluation of all sets)."""
+        times = sorted(record["seconds"] for record in self._all("step"))
+        evals = {record["set"]: record["seconds"] for record in self._all("eval")}
+        return (times[len(times) // 2] if times else None, sum(evals.values()) if evals else None)
 
-
-def has_finished(at: Place) -> bool:
-    return _ended_well(_tails(at))
-
-
-def _ended_well(tails: list[list[dict[str, Any]]]) -> bool:
-    return any(record["event"] == "attempt_ended" and record["status"] == "finished" for t in tails for record in t)
-
-
-def reason_of(at: Place) -> str:
-    try:
-        return str(json.loads(at.failed.read_text(encoding="utf-8"))["reason"])
-    except (OSError, ValueError, KeyError):
-        return "unknown"
-
-
-def _newest(tails: list[list[dict[str, Any]]]) -> int:
-    """The step that its newest attempt has come to."""
-    for tail in reversed(tails):
-        steps = [record["step"] for record in tail if record["event"] == "step"]
-        steps = steps or [record["from_step"] for record in tail if record["event"] == "attempt_started"]
-        if steps:
-            return steps[-1]
-    return 0
-
-
-def _tails(at: Place) -> list[list[dict[str, Any]]]:
-    """The last events of rank 0 in each attempt."""
-    return [_tail(path) for path in sorted(events.events_directory(at.run).glob("attempt-*-rank-00000.jsonl"))]
+    def _all(self, event: str) -> list[dict[str, Any]]:
+        return [record for tail in self.tails for record in tail if record["event"] == event]
 
 
 def _tail(path: Path) -> list[dict[str, Any]]:
-    """The last events of a file, as they were written; nothing of what is torn."""
+    """Return the last events of a file as dictionaries, without torn lines."""
     try:
         with path.open("rb") as file:
             start = max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES)
@@ -180,10 +196,10 @@ def _tail(path: Path) -> list[dict[str, Any]]:
             lines = file.read().split(b"\n")
     except OSError:
         return []
-    return list(_decoded(lines[1 if start else 0 : -1]))
+    return list(_decode(lines[1 if start else 0 : -1]))
 
 
-def _decoded(lines: list[bytes]) -> Iterator[dict[str, Any]]:
+def _decode(lines: list[bytes]) -> Iterator[dict[str, Any]]:
     for line in lines:
         try:
             yield json.loads(line)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import NumericsError, TopropeError
-from trainer.fleet import run_store as pools
+from trainer.fleet.run_store import RunStatus, StoredRun
 from trainer.ladder.plan.ladder import Ladder, PlannedRun
 from trainer.ladder.stats.records import JsonRecord, RunResult
 from trainer.log import events, goodput, rundir
@@ -33,7 +33,7 @@ class CollectedRun(JsonRecord):
     rate: float | None
     """Multiplier of the learning rate in a sweep; None outside of sweeps."""
     key: str
-    status: pools.Status
+    status: RunStatus
     reason: str
     """Why the run is missing."""
     flops: float
@@ -120,14 +120,15 @@ def run_results(collected: Sequence[CollectedRun]) -> list[RunResult]:
 
 def collect_run(planned: PlannedRun, pool: Path, metric: str, unit: str) -> CollectedRun:
     """Read one run from its files as they are now."""
-    state, place = pools.state(pool, planned), pools.place(pool, planned)
+    stored = StoredRun(pool / planned.key)
+    state = stored.read_state(planned.config.budget.steps)
     unread = CollectedRun(
         planned.arm, planned.rung, planned.seed, planned.rate, planned.key, state.status, state.reason, planned.flops,
         planned.parameters, planned.tokens, planned.config.budget.steps, state.step,
     )  # fmt: skip
     try:
-        entries = events.read(place.run)
-        about = rundir.read(place.run) if entries else {}
+        entries = events.read(stored.run)
+        about = rundir.read(stored.run) if entries else {}
     except TopropeError as error:
         return dataclasses.replace(unread, status="missing", reason=str(error))
     if not entries:

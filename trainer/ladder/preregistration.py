@@ -14,7 +14,7 @@ from typing import Any
 from trainer import config as configs
 from trainer import files
 from trainer.errors import RunDirectoryError
-from trainer.fleet import run_store as pools
+from trainer.fleet.run_store import StoredRun
 from trainer.ladder import speed
 from trainer.ladder.plan.ladder import Ladder
 from trainer.ladder.speed import Speed
@@ -116,7 +116,7 @@ def criterion_history(out: Path) -> list[dict[str, Any]]:
 
 
 def _finished(runs: Mapping[str, str], pool: Path) -> list[str]:
-    return [key for key in runs if pools.has_finished(pools.Place(pool / key))]
+    return [key for key in runs if StoredRun(pool / key).has_finished()]
 
 
 def keep_speed(out: Path, known: Speed) -> None:

@@ -1,114 +1,110 @@
 """Running a ladder: its runs side by side in slots, each an ordinary run, until all have finished or are given up.
 
-    OUT/ladder.json    what was planned (record.py)
-    OUT/lock           held by the scheduler that is at it
-    OUT/../pool        the runs of all ladders beside this one (pool.py): the only state
+    OUT/ladder.json    what was planned (preregistration.py)
+    OUT/lock           held by the scheduler of this ladder
+    OUT/../pool        the runs of all ladders beside this one (fleet/run_store.py): the only state
 
-Smallest rungs first, as far as that costs no time (order.py); the target's runs after all rungs.
+Smallest rungs first, as far as that costs no time (fleet/scheduling.py); the target's runs after all rungs.
 """
 
 import contextlib
 import functools
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from multiprocessing import connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USAGE, RunDirectoryError
-from trainer.fleet import run_store as pools
-from trainer.fleet import scheduling
-from trainer.fleet.run_store import Place, State
+from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, RunDirectoryError
+from trainer.fleet import run_store, scheduling, supervision
+from trainer.fleet.backend import Backend, Local
+from trainer.fleet.run_store import RunState, RunStatus, StoredRun
+from trainer.fleet.supervision import Supervisor
 from trainer.ladder import preregistration, speed, tuning
 from trainer.ladder.plan.ladder import TARGET, Ladder, PlannedRun
 from trainer.ladder.speed import Speed
-from trainer.ladder.worker import STOPPING, Server, Task, is_final, last_words
-from trainer.parallel import elastic
 
-POLL_SECONDS = 0.2
-LOOK_SECONDS = 1.0
-"""How often the files of runs are looked at for the table."""
+WAIT_SECONDS = 0.2
+REFRESH_SECONDS = 1.0
+"""How often the files of runs are read for the table."""
 
 
 @dataclass(frozen=True)
-class View:
-    """How a ladder stands."""
+class LadderStatus:
+    """States of all runs of a ladder, and what is left to do."""
 
     runs: list[PlannedRun]
     """All that are known; with [tuning], more come as sweeps end."""
-    states: dict[str, State]
+    states: dict[str, RunState]
     """By key."""
     slots: int
     earlier: Speed = speed.UNKNOWN
-    """What a plan measured."""
+    """Speed that a plan measured."""
     stopping: bool = False
-    """Runs were asked to save and leave."""
+    """True once runs were asked to save and leave."""
 
-    def state(self, run: PlannedRun) -> State:
-        return self.states.get(run.key, State("waiting"))
+    def state(self, run: PlannedRun) -> RunState:
+        return self.states.get(run.key, RunState("waiting"))
 
-    def count(self, status: pools.Status) -> int:
-        return len({run.key for run in self.runs if self.state(run).status == status})
+    @functools.cached_property
+    def distinct(self) -> list[PlannedRun]:
+        """Each run once: two arms may share one."""
+        return list({run.key: run for run in reversed(self.runs)}.values())[::-1]
+
+    def count(self, status: RunStatus) -> int:
+        return sum(self.state(run).status == status for run in self.distinct)
 
     @functools.cached_property
     def speed(self) -> Speed:
-        """By what the runs have taken so far, and by what was measured of those that have not begun."""
-        return speed.measured(self.runs, self.states).over(self.earlier)
+        """Speed by what the runs have taken so far; for sizes that have not begun, by what was measured earlier."""
+        return speed.measured(self.runs, self.states).scale_earlier(self.earlier)
 
     def estimate(self, run: PlannedRun) -> float:
-        """What is left of a run, in seconds; where no speed is known at all, in FLOPs."""
+        """Seconds that are left of a run; where no speed is known at all, FLOPs."""
         seconds = self.speed.seconds(run, self.state(run).step)
-        return seconds if seconds is not None else run.flops * (1 - self.state(run).step / run.config.budget.steps)
+        return seconds if seconds is not None else run.flops * (1 - self._share_done(run))
+
+    def _share_done(self, run: PlannedRun) -> float:
+        return self.state(run).step / run.config.budget.steps
 
     @property
     def flops_done(self) -> float:
-        distinct = {run.key: run for run in self.runs}
-        return sum(run.flops * self.state(run).step / run.config.budget.steps for run in distinct.values())
+        return sum(run.flops * self._share_done(run) for run in self.distinct)
 
     @property
     def flops(self) -> float:
-        """Of all runs that can still be made or have been."""
-        distinct = {run.key: run for run in self.runs if self.state(run).status != "missing"}
-        return sum(run.flops for run in distinct.values())
+        """FLOPs of all runs that were not given up."""
+        return sum(run.flops for run in self.distinct if self.state(run).status != "missing")
 
     @property
     def seconds_left(self) -> float | None:
-        """None while nothing was measured."""
-        known = self.speed
-        left = {run.key: run for run in self.runs if self.state(run).status not in ("finished", "missing")}
-        seconds = [known.seconds(run, self.state(run).step) for run in left.values()]
-        told = [one for one in seconds if one is not None]
-        if len(told) < len(seconds):
-            return None
-        return max(sum(told) / self.slots, max(told, default=0.0))
-
-
-Update = Callable[[View], None]
+        """Estimate; None while nothing was measured."""
+        left = [run for run in self.distinct if self.state(run).status not in ("finished", "missing")]
+        seconds = speed.known([self.speed.seconds(run, self.state(run).step) for run in left])
+        return None if seconds is None else max(sum(seconds) / self.slots, max(seconds, default=0.0))
 
 
 @dataclass
-class Done:
-    """What a call of `run` came to."""
+class LadderResult:
+    """Outcome of a call of `run`."""
 
-    view: View
+    status: LadderStatus
     interrupted: bool
     seconds: float
     started: int
-    """Processes."""
+    """Number of processes started."""
 
     @property
     def missing(self) -> dict[str, str]:
-        """{name of a run: why}"""
-        return {run.name: state.reason for run in self.view.runs if (state := self.view.state(run)).status == "missing"}
+        """{name of a run: why it is missing}"""
+        states = {run.name: self.status.state(run) for run in self.status.runs}
+        return {name: state.reason for name, state in states.items() if state.status == "missing"}
 
     @property
     def exit_status(self) -> int:
         if self.interrupted:
             return EXIT_PREEMPTED
-        finished = all(self.view.state(run).status == "finished" for run in self.view.runs)
+        finished = all(self.status.state(run).status == "finished" for run in self.status.runs)
         return EXIT_FINISHED if finished else EXIT_FAILED
 
 
@@ -120,82 +116,73 @@ def pool_of(out: Path) -> Path:
     return out.parent / "pool"
 
 
-def look(ladder: Ladder, out: Path) -> View:
-    """From the files alone."""
+def state_of(pool: Path, run: PlannedRun) -> RunState:
+    """Read the state of a run from its files."""
+    return StoredRun(pool / run.key).read_state(run.config.budget.steps)
+
+
+def read_status(ladder: Ladder, out: Path) -> LadderStatus:
+    """Read from files alone how a ladder stands."""
     pool = pool_of(out)
     runs = tuning.wanted(ladder, pool)
-    states = {run.key: pools.state(pool, run) for run in runs}
-    return View(runs, states, speed.slots_of(ladder), preregistration.speed_of(out))
+    states = {run.key: state_of(pool, run) for run in runs}
+    return LadderStatus(runs, states, speed.slots_of(ladder), preregistration.speed_of(out))
 
 
-def measure(ladder: Ladder, out: Path, view: View, server: Server) -> tuple[Speed, str]:
-    """(how fast this machine is, how that is known): from runs that were made, else from a few steps of the baseline.
+def measure(ladder: Ladder, out: Path, status: LadderStatus, backend: Backend) -> tuple[Speed, str]:
+    """Return (speed of this machine, source of it): from runs that were made, else from a few steps of the baseline.
 
-    Raises UsageError if the baseline cannot even come so far: a ladder of it would be for nothing.
+    Raises UsageError if the baseline fails in these steps: no run of such a ladder would finish.
     """
-    if view.speed.steps:
-        made = speed.measured(view.runs, view.states).steps
-        return view.speed, "runs that were made before" if made else "a few steps, earlier"
-    known = speed.probe(ladder, view.slots, server)
-    if known.steps:
-        preregistration.keep_speed(out, known)
-    return known, f"{speed.PROBE_STEPS} steps of {ladder.rungs[0].name} and {ladder.rungs[-1].name}, now"
+    if status.speed.steps:
+        made = speed.measured(status.runs, status.states).steps
+        return status.speed, "runs that were made before" if made else "a few steps, earlier"
+    measured = speed.probe(ladder, status.slots, backend)
+    if measured.steps:
+        preregistration.keep_speed(out, measured)
+    return measured, f"{speed.PROBE_STEPS} steps of {ladder.rungs[0].name} and {ladder.rungs[-1].name}, now"
 
 
 def run(
-    ladder: Ladder, out: Path, *, up_to: str | None = None, server: Server | None = None,
-    update: Update = lambda view: None,
-) -> Done:  # fmt: skip
-    """Do what is left to do of a ladder, or of its rungs up to one. May be killed at any time; the same call then goes
-    on.
+    ladder: Ladder, out: Path, *, up_to: str | None = None, backend: Backend | None = None,
+    update: Callable[[LadderStatus], None] = lambda status: None,
+) -> LadderResult:  # fmt: skip
+    """Do what is left of a ladder, or of its rungs up to one. May be killed at any time; the same call then goes on.
 
     Runs that were given up are tried once more. SIGINT and SIGTERM ask all runs to save and leave; a second one ends
-    them. Raises RunDirectoryError if OUT belongs to another ladder or another scheduler is at it,
+    them. Raises RunDirectoryError if OUT belongs to another ladder or another scheduler holds it,
     ConfigError if there is no rung `up_to`, UsageError if the baseline fails in its first steps.
     """
-    part, pool, server = ladder if up_to is None else ladder.up_to(up_to), pool_of(out), server or Server()
+    part, pool, backend = ladder if up_to is None else ladder.up_to(up_to), pool_of(out), backend or Local()
     preregistration.compare(ladder, out, pool)
     out.mkdir(parents=True, exist_ok=True)
     with _claimed(out):
-        view = look(part, out)
-        update(view)
+        status = read_status(part, out)
+        update(status)
         try:
-            with _interruptible():
-                measure(part, out, view, server)
+            with supervision.handle_signals(_raise_stop):
+                measure(part, out, status, backend)
         except _StopError:
-            return Done(view, True, 0.0, 0)
+            return LadderResult(status, True, 0.0, 0)
         pool.mkdir(exist_ok=True)
         preregistration.write(ladder, out, pool)
-        with _Scheduler(part, pool, server, update, preregistration.speed_of(out)) as scheduler:
-            return scheduler.work()
+        slots = speed.slots_of(part)
+        devices = functools.partial(speed.devices_of, part)
+        with Supervisor(backend, slots, part.restarts, part.ranks, devices) as supervisor:
+            return _Scheduler(part, pool, supervisor, update, preregistration.speed_of(out)).work()
 
 
 class _StopError(Exception):
     """SIGINT or SIGTERM came before there was a run to save."""
 
 
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Until the context ends, SIGINT and SIGTERM raise _StopError."""
-
-    def interrupt(_number: int, _frame: Any) -> None:
-        raise _StopError
-
-    before = [signal.signal(number, interrupt) for number in STOPPING]
-    try:
-        yield
-    finally:
-        _restore(before)
-
-
-def _restore(handlers: Sequence[Any]) -> None:
-    for number, handler in zip(STOPPING, handlers, strict=True):
-        signal.signal(number, handler)
+def _raise_stop(_number: int, _frame: Any) -> None:
+    raise _StopError
 
 
 @contextlib.contextmanager
 def _claimed(out: Path) -> Iterator[None]:
-    lock = pools.hold(out / "lock")
+    lock = run_store.hold(out / "lock")
     if lock is None:
         raise RunDirectoryError(
             f"{out} is in use by another `ladder run`.\n"
@@ -206,196 +193,86 @@ def _claimed(out: Path) -> Iterator[None]:
 
 
 @dataclass
-class _Job:
-    """One run that a process is at."""
-
-    planned: PlannedRun
-    place: Place
-    lock: IO[str]
-    slot: int
-    process: BaseProcess
-    progress: tuple[int, int]
-    in_vain: int = 0
-    """Starts in a row that added nothing."""
-
-
-@dataclass
 class _Scheduler:
+    """Decides which run is next, and reports how the ladder stands; the supervisor keeps the runs going."""
+
     ladder: Ladder
     pool: Path
-    server: Server
-    update: Update
+    supervisor: Supervisor
+    update: Callable[[LadderStatus], None]
     earlier: Speed
-    _jobs: list[_Job] = field(default_factory=list)
-    _states: dict[str, State] = field(default_factory=dict)
-    _given_up: set[str] = field(default_factory=set)
-    _signals: int = 0
-    _asked: dict[int, int] = field(default_factory=dict)
-    """{process: how urgently}"""
-    _started: int = 0
-    _looked: float = float("-inf")
+    _states: dict[str, RunState] = field(default_factory=dict)
+    _refreshed: float = float("-inf")
 
     def __post_init__(self) -> None:
-        self._slots = speed.slots_of(self.ladder)
         self._runs = tuning.wanted(self.ladder, self.pool)
 
-    def __enter__(self) -> "_Scheduler":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Nothing that we started lives on, whatever happened."""
-        for job in self._jobs:
-            job.process.kill()
-            job.process.join()
-            job.lock.close()
-        self._jobs.clear()
-
-    def work(self) -> Done:
-        began = time.monotonic()
-        self._states = {run.key: pools.state(self.pool, run) for run in self._runs}
-        with self._listening():
-            while self._jobs or (not self._signals and self._left()):
-                if self._signals:
-                    self._ask_to_leave()
+    def work(self) -> LadderResult:
+        supervisor, began = self.supervisor, time.monotonic()
+        self._refresh(self._runs)
+        with supervision.handle_signals(self._note_signal):
+            while supervisor.runs or (not supervisor.urgency and self._left()):
+                if supervisor.urgency:
+                    supervisor.stop()
                 else:
-                    self._fill()
-                self._show()
-                self._wait()
-                self._reap()
-            self._look(everything=True)
-        self._show()
-        return Done(self._view(), self._signals > 0, time.monotonic() - began, self._started)
+                    self._fill_slots()
+                self._report()
+                supervisor.wait(WAIT_SECONDS)
+                self._collect()
+            self._refresh(self._runs)
+        self._report()
+        return LadderResult(self._status(), supervisor.urgency > 0, time.monotonic() - began, supervisor.started)
 
-    # What is to be done
+    def _note_signal(self, _number: int, _frame: Any) -> None:
+        self.supervisor.urgency += 1  # acted on in the loop: a handler may come in the middle of a start
 
     def _left(self) -> list[PlannedRun]:
-        """Runs that have neither finished nor been given up, nor are in our hands, each once."""
-        taken = self._given_up | {job.planned.key for job in self._jobs}
-        left = {run.key: run for run in reversed(self._runs) if run.key not in taken}
-        return [run for run in reversed(left.values()) if self._states[run.key].status != "finished"]
+        """Runs that neither have finished, nor were given up, nor are running here; each once, as planned."""
+        taken = self.supervisor.given_up | {run.key for run in self.supervisor.runs}
+        first = {run.key: run for run in reversed(self._runs) if run.key not in taken}
+        return [run for run in reversed(first.values()) if self._states[run.key].status != "finished"]
 
-    def _fill(self) -> None:
-        """Give every free slot the next run that is not in another scheduler's hands."""
-        free = sorted(set(range(self._slots)) - {job.slot for job in self._jobs})
+    def _fill_slots(self) -> None:
         left = self._left()
-        while free and left:
+        while left and self.supervisor.free_slots:
             run = left.pop(self._next(left))
-            place = pools.place(self.pool, run)
-            lock = place.claim()
-            if lock is None:
-                continue  # another ladder is at it; we look again
-            if pools.has_finished(place):
-                lock.close()
-                self._note(run)
-                continue
-            place.write(run)
-            slot = free.pop(0)
-            self._jobs.append(_Job(run, place, lock, slot, self._start(run, place, slot), place.progress()))
+            name = f"{self.ladder.name} {run.name}"
+            if not self.supervisor.try_start(run.key, StoredRun(self.pool / run.key), name, run.config):
+                self._refresh([run])  # another ladder has it, or has just finished it
 
     def _next(self, left: list[PlannedRun]) -> int:
         """Index of the run to start now."""
-        rungs = [run for run in left if run.rung != TARGET] or left
-        view = self._view()
-        seconds = {run.key: view.estimate(run) for run in [*rungs, *(job.planned for job in self._jobs)]}
-        busy = [seconds[job.planned.key] for job in self._jobs]
-        chosen = scheduling.next_of([seconds[run.key] for run in rungs], [*busy, *[0.0] * (self._slots - len(busy))])
-        return left.index(rungs[chosen])
+        candidates = [run for run in left if run.rung != TARGET] or left
+        status = self._status()
+        ours = {run.key for run in self.supervisor.runs}
+        busy = [status.estimate(run) for run in status.distinct if run.key in ours]
+        idle = [0.0] * (self.supervisor.slots - len(busy))
+        return left.index(candidates[scheduling.next_of([*map(status.estimate, candidates)], [*busy, *idle])])
 
-    def _start(self, run: PlannedRun, place: Place, slot: int) -> BaseProcess:
-        self._started += 1
-        name = f"{self.ladder.name} {run.name}"
-        return self.server.start(Task(place, name, self.ladder.ranks, speed.devices_of(self.ladder, slot)))
-
-    # What became of it
-
-    def _wait(self) -> None:
-        if self._jobs:
-            connection.wait([job.process.sentinel for job in self._jobs], POLL_SECONDS)
-        else:
-            time.sleep(POLL_SECONDS)
-
-    def _reap(self) -> None:
-        for job in [job for job in self._jobs if job.process.exitcode is not None]:
-            status = job.process.exitcode
-            assert status is not None
-            job.process.join()
-            if pools.has_finished(job.place) or self._signals:
-                self._release(job)
-            elif reason := self._hopeless(job, status):
-                job.place.give_up(reason)
-                self._given_up.add(job.planned.key)
-                self._release(job)
-            else:
-                job.process = self._start(job.planned, job.place, job.slot)
-
-    def _hopeless(self, job: _Job, status: int) -> str:
-        """Why another start would end as this one did; "" if it may not. Notes the death for the run's log."""
-        said = last_words(job.place.log)
-        if is_final(status, said) or elastic.gave_up(job.place.failures):
-            return said
-        progress = job.place.progress()
-        job.in_vain = 0 if progress > job.progress else job.in_vain + 1
-        job.progress = progress
-        how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"left with exit status {status}"
-        if job.in_vain > self.ladder.restarts:
-            return f"It {how}, {job.in_vain} times in a row without having come further. The last words:\n{said}"
-        if status not in (EXIT_PREEMPTED, EXIT_USAGE) and self.ladder.ranks == 1:
-            failure = {
-                "rank": 0, "pid": job.process.pid, "exitcode": status,
-                "signal": signal.Signals(-status).name if status < 0 else None,
-            }  # fmt: skip
-            elastic.note_failures([failure], f"rank 0 {how}", job.place.failures)
-        return ""
-
-    def _release(self, job: _Job) -> None:
-        job.lock.close()
-        self._jobs.remove(job)
-        self._note(job.planned)
-        if self.ladder.tuning is not None and job.planned.rate is not None:
+    def _collect(self) -> None:
+        done = set(self.supervisor.collect())
+        if not done:
+            return
+        ended = [run for run in self._runs if run.key in done]
+        self._refresh(ended)
+        if self.ladder.tuning is not None and any(run.rate is not None for run in ended):
+            # A sweep that has ended decides the learning rate of the runs that follow it.
             self._runs = tuning.wanted(self.ladder, self.pool)
-            for run in self._runs:
-                if run.key not in self._states:
-                    self._note(run)
+            self._refresh([run for run in self._runs if run.key not in self._states])
 
-    # Telling
+    def _refresh(self, runs: list[PlannedRun]) -> None:
+        self._states |= {run.key: state_of(self.pool, run) for run in runs}
 
-    def _note(self, run: PlannedRun) -> None:
-        self._states[run.key] = pools.state(self.pool, run)
-
-    def _look(self, everything: bool = False) -> None:
-        ours = {job.planned.key for job in self._jobs}
-        for run in self._runs:
-            if everything or run.key in ours or self._states[run.key].status in ("running", "stopped"):
-                self._note(run)
-
-    def _show(self) -> None:
+    def _report(self) -> None:
         now = time.monotonic()
-        if now - self._looked >= LOOK_SECONDS or not self._jobs:
-            self._looked = now
-            self._look()
-            self.update(self._view())
+        if now - self._refreshed >= REFRESH_SECONDS or not self.supervisor.runs:
+            self._refreshed = now
+            ours = {run.key for run in self.supervisor.runs}
+            # Runs that are running or stopped may be another scheduler's: they change without us.
+            changing = ("running", "stopped")
+            self._refresh([r for r in self._runs if r.key in ours or self._states[r.key].status in changing])
+            self.update(self._status())
 
-    def _view(self) -> View:
-        return View(self._runs, dict(self._states), self._slots, self.earlier, self._signals > 0)
-
-    # Stopping
-
-    @contextlib.contextmanager
-    def _listening(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM asks all runs to save and leave, the next one ends them."""
-        before = [signal.signal(number, self._stop) for number in STOPPING]
-        try:
-            yield
-        finally:
-            _restore(before)
-
-    def _stop(self, _number: int, _frame: Any) -> None:
-        self._signals += 1
-
-    def _ask_to_leave(self) -> None:
-        """Also of a run that was being started when the signal came."""
-        for job in self._jobs:
-            asked = self._asked.get(job.process.pid or 0, 0)
-            if asked < self._signals:
-                (job.process.terminate if self._signals == 1 else job.process.kill)()
-                self._asked[job.process.pid or 0] = self._signals
+    def _status(self) -> LadderStatus:
+        runs, stopping = self._runs, self.supervisor.urgency > 0
+        return LadderStatus(runs, dict(self._states), self.supervisor.slots, self.earlier, stopping)

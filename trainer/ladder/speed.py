@@ -1,15 +1,15 @@
-"""How long runs take on this machine, by what was measured on it."""
+"""Duration of runs on this machine, by what was measured on it; slots for runs, and their devices."""
 
 import contextlib
 import math
 import os
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Self
 
@@ -17,10 +17,10 @@ import numpy as np
 
 from trainer.config import Config
 from trainer.errors import UsageError
-from trainer.fleet import run_store as pools
-from trainer.fleet.run_store import Place, State
+from trainer.fleet import supervision
+from trainer.fleet.backend import Backend, Process, Task
+from trainer.fleet.run_store import RunState, StoredRun
 from trainer.ladder.plan.ladder import Ladder, PlannedRun
-from trainer.ladder.worker import STOPPING, Server, Task, is_final, last_words
 
 LEAVING_SECONDS = 10.0
 PROBE_STEPS = 6  # the first pays for what is done once; the median does not see it
@@ -28,45 +28,56 @@ PROBE_STEPS = 6  # the first pays for what is done once; the median does not see
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds per training FLOP of a step, and of scoring all held-out sets, by a model's FLOPs per token."""
+    """Seconds per training FLOP of steps, and per FLOP per token of scoring all held-out sets.
+
+    Each by the model's FLOPs per token: larger models use the machine better.
+    """
 
     steps: Mapping[int, float]
     evals: Mapping[int, float]
 
     def seconds(self, run: PlannedRun, from_step: int = 0) -> float | None:
-        """For the rest of a run, without start-up and saves; None where nothing was measured."""
+        """Seconds for the rest of a run, without start-up and saves; None where nothing was measured."""
         config = run.config
-        per_step = _at(self.steps, run.flops_per_token)
+        per_step = _interpolate(self.steps, run.flops_per_token)
         if per_step is None:
             return None
         total = config.budget.steps
         evals = _evals(config, total) - _evals(config, from_step)
-        per_eval = _at(self.evals, run.flops_per_token) or 0.0
+        per_eval = _interpolate(self.evals, run.flops_per_token) or 0.0
         return (total - from_step) * per_step * run.flops / total + evals * per_eval * run.flops_per_token
 
-    def over(self, earlier: "Speed") -> "Speed":
-        """With what was measured earlier of other sizes, at the pace of now: others may share the machine."""
-        return Speed(_over(self.steps, earlier.steps), _over(self.evals, earlier.evals))
+    def scale_earlier(self, earlier: "Speed") -> "Speed":
+        """Add sizes that were measured earlier only, scaled to the pace of now: others may share the machine."""
+        return Speed(_scale_earlier(self.steps, earlier.steps), _scale_earlier(self.evals, earlier.evals))
 
     def to_json(self) -> dict[str, dict[str, float]]:
-        return {name: {str(size): one for size, one in getattr(self, name).items()} for name in ("steps", "evals")}
+        return {
+            name: {str(size): seconds for size, seconds in getattr(self, name).items()} for name in ("steps", "evals")
+        }
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Mapping[str, float]]) -> Self:
-        return cls(*({int(size): one for size, one in tree[name].items()} for name in ("steps", "evals")))
+        return cls(*({int(size): seconds for size, seconds in tree[name].items()} for name in ("steps", "evals")))
 
 
 UNKNOWN = Speed({}, {})
 
 
-def _over(now: Mapping[int, float], earlier: Mapping[int, float]) -> dict[int, float]:
-    paces = [seconds / then for size, seconds in now.items() if (then := _at(earlier, size)) is not None]
+def known(seconds: Iterable[float | None]) -> list[float] | None:
+    """The same numbers; None if one of them is unknown."""
+    numbers = list(seconds)
+    return None if None in numbers else [number for number in numbers if number is not None]
+
+
+def _scale_earlier(now: Mapping[int, float], earlier: Mapping[int, float]) -> dict[int, float]:
+    paces = [seconds / then for size, seconds in now.items() if (then := _interpolate(earlier, size)) is not None]
     pace = statistics.median(paces) if paces else 1.0
     return {size: seconds * pace for size, seconds in earlier.items()} | dict(now)
 
 
-def measured(runs: Iterable[PlannedRun], states: Mapping[str, State]) -> Speed:
-    """By what these runs have taken so far."""
+def measured(runs: Iterable[PlannedRun], states: Mapping[str, RunState]) -> Speed:
+    """Speed by what these runs have taken so far."""
     steps: dict[int, list[float]] = {}
     evals: dict[int, list[float]] = {}
     for run in runs:
@@ -79,8 +90,8 @@ def measured(runs: Iterable[PlannedRun], states: Mapping[str, State]) -> Speed:
     return Speed(*({size: statistics.median(found) for size, found in some.items()} for some in (steps, evals)))
 
 
-def _at(known: Mapping[int, float], flops_per_token: int) -> float | None:
-    """Between what was measured, a line in logs; beyond it, the nearest."""
+def _interpolate(known: Mapping[int, float], flops_per_token: int) -> float | None:
+    """Linear in logarithms between the sizes that were measured; beyond them, the value of the nearest size."""
     if not known:
         return None
     sizes = sorted(known)
@@ -89,22 +100,22 @@ def _at(known: Mapping[int, float], flops_per_token: int) -> float | None:
 
 
 def _evals(config: Config, step: int) -> int:
-    """How often the held-out sets have been scored when this step is done."""
+    """Number of evaluations done when this step is done."""
     every, last = config.eval.every_steps, config.budget.steps
     times = step // every if every else 0
     return times + (step == last and (not every or last % every > 0))
 
 
-def probe(ladder: Ladder, slots: int, server: Server) -> Speed:
-    """A few steps of the smallest and the largest rung, in all slots at once, in a directory that is removed.
+def probe(ladder: Ladder, slots: int, backend: Backend) -> Speed:
+    """Time a few steps of the smallest and the largest rung, in all slots at once, in a directory that is removed.
 
-    UNKNOWN, or half of it, where a process dies by chance. Raises UsageError if the baseline cannot come so far.
+    Returns UNKNOWN, or a speed of one size, where a process dies by chance. Raises UsageError if the baseline fails.
     """
     firsts = {run.rung: run for run in reversed(ladder.runs)}
     ends = [firsts[name] for name in dict.fromkeys((ladder.rungs[0].name, ladder.rungs[-1].name))]
     with tempfile.TemporaryDirectory(prefix="toprope-probe-", ignore_cleanup_errors=True) as directory:
         runs = [_short(run) for run in ends]
-        states = {run.key: _timed(ladder, run, Path(directory), slots, server) for run in runs}
+        states = {run.key: _timed(ladder, run, Path(directory), slots, backend) for run in runs}
     return measured(runs, states)
 
 
@@ -121,55 +132,45 @@ def _short(run: PlannedRun) -> PlannedRun:
     return replace(run, config=config.model_copy(update=update))
 
 
-def _timed(ladder: Ladder, run: PlannedRun, directory: Path, slots: int, server: Server) -> State:
-    places = [Place(directory / f"{run.key}-{slot}" / run.key) for slot in range(slots)]
-    with _ended_with_us() as processes:
-        for slot, place in enumerate(places):
-            place.directory.mkdir(parents=True)
-            place.write(run)
-            task = Task(place, f"probe of {run.rung}", ladder.ranks, devices_of(ladder, slot))
-            with _uninterrupted():
-                processes.append(server.start(task))
-        for process in processes:
-            process.join()
-    for process, place in zip(processes, places, strict=True):
-        said = last_words(place.log)
-        if process.exitcode and is_final(process.exitcode, said):
-            raise UsageError(f"{run.rung}: the baseline fails in its first {PROBE_STEPS} steps.\n{said}")
-    return pools.state(places[0].directory.parent, run)
+def _timed(ladder: Ladder, run: PlannedRun, directory: Path, slots: int, backend: Backend) -> RunState:
+    copies = [StoredRun(directory / f"{run.key}-{slot}") for slot in range(slots)]
+    with _stopped_on_error() as processes:
+        for slot, stored in enumerate(copies):
+            stored.directory.mkdir(parents=True)
+            stored.prepare(run.config, run.name)
+            task = Task(stored, f"probe of {run.rung}", ladder.ranks, devices_of(ladder, slot))
+            with supervision.deferred_signals():
+                processes.append(backend.start(task))
+        statuses = [process.wait() for process in processes]
+    for status, stored in zip(statuses, copies, strict=True):
+        words = stored.last_words()
+        if status and supervision.is_final(status, words):
+            raise UsageError(f"{run.rung}: the baseline fails in its first {PROBE_STEPS} steps.\n{words}")
+    return copies[0].read_state(PROBE_STEPS)
 
 
 @contextlib.contextmanager
-def _ended_with_us() -> Iterator[list[BaseProcess]]:
-    """A list for processes, none of which lives on if the context is left by an exception."""
-    processes: list[BaseProcess] = []
+def _stopped_on_error() -> Iterator[list[Process]]:
+    """Yields a list for processes. If an exception leaves the context, they save and leave, or are killed."""
+    processes: list[Process] = []
     try:
         yield processes
     except BaseException:
         try:
             for process in processes:
-                process.terminate()
+                process.send_signal(signal.SIGTERM)
             for process in processes:
-                process.join(LEAVING_SECONDS)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(LEAVING_SECONDS)
         finally:
             for process in processes:
                 process.kill()
-                process.join()
+                process.wait()
         raise
 
 
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Signals that stop a ladder are heard at the end of the context: no process is started that nobody knows of."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def slots_of(ladder: Ladder) -> int:
-    """Runs side by side: as the file says, or as many as cores (GPUs) can be shared out among."""
+    """Number of runs side by side: the file's, or as many as the cores (or GPUs) of this machine are enough for."""
     if ladder.slots:
         return ladder.slots
     config = ladder.runs[0].config
@@ -183,7 +184,7 @@ def _cores() -> int:
 
 
 def _gpus(config: Config) -> int:
-    """That runs of this config would use."""
+    """Number of GPUs that runs of this config would use."""
     if config.parallel.device == "cpu":
         return 0
     import torch

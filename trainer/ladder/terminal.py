@@ -1,17 +1,18 @@
-"""A ladder on a terminal: what is planned, how it goes, how it stands. The same as plain JSON."""
+"""A ladder on a terminal: its plan, its progress while it runs, its status; plan and status also as JSON."""
 
-import contextlib
-import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Self, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
+from trainer.fleet.run_store import RunStatus
+from trainer.ladder import speed
 from trainer.ladder.plan.ladder import Ladder, PlannedRun, PlannedRung
 from trainer.ladder.preregistration import Edits
-from trainer.ladder.run import Done, View
+from trainer.ladder.run import LadderResult, LadderStatus
 from trainer.ladder.speed import Speed
 from trainer.ladder.stats.records import BASELINE
-from trainer.show.units import clock, scientific
+from trainer.show.live import LiveTable
+from trainer.show.units import amount, clock, scientific
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -19,17 +20,23 @@ if TYPE_CHECKING:
 
 PLAIN_SECONDS = 15.0
 STOPPING = "   stopping: runs save and leave; a second signal ends them at once"
-STYLES = {"finished": "green", "running": "cyan", "stopped": "yellow", "waiting": "dim", "missing": "bold red"}
-SIGNS = {"finished": "✓", "running": "▸", "stopped": "‖", "waiting": "·", "missing": "✗"}
+STYLES: dict[RunStatus, str] = {
+    "finished": "green",
+    "running": "cyan",
+    "stopped": "yellow",
+    "waiting": "dim",
+    "missing": "bold red",
+}
+SIGNS: dict[RunStatus, str] = {"finished": "✓", "running": "▸", "stopped": "‖", "waiting": "·", "missing": "✗"}
 MEANINGS = "✓ finished   ▸ running   ‖ stopped   · waiting   ✗ missing"
 
 
 # The plan
 
 
-def plan_json(ladder: Ladder, view: View, known: Speed, source: str, edits: Edits) -> dict[str, Any]:
-    """What will run, and what it takes; hours are None where nothing is known."""
-    hours = {run.key: _hours(known.seconds(run)) for run in view.runs}
+def plan_json(ladder: Ladder, status: LadderStatus, known: Speed, source: str, edits: Edits) -> dict[str, Any]:
+    """The plan of a ladder with its cost as JSON; hours are None where no speed is known."""
+    hours = {run.key: _hours(known.seconds(run)) for run in status.distinct}
     return {
         "name": ladder.name,
         "question": ladder.question,
@@ -37,7 +44,7 @@ def plan_json(ladder: Ladder, view: View, known: Speed, source: str, edits: Edit
         "unit": ladder.unit,
         "criterion": ladder.criterion.to_json(),
         "target_flops": ladder.target_flops,
-        "slots": view.slots,
+        "slots": status.slots,
         "rungs": [_rung_json(rung) for rung in ladder.all_rungs],
         "arms": [
             {"name": arm.name, "question": arm.question, "set": arm.settings, "combines": list(arm.combines)}
@@ -47,13 +54,13 @@ def plan_json(ladder: Ladder, view: View, known: Speed, source: str, edits: Edit
             {
                 "arm": run.arm, "rung": run.rung, "seed": run.seed, "rate": run.rate, "key": run.key,
                 "parameters": run.parameters, "tokens": run.tokens, "steps": run.config.budget.steps,
-                "flops": run.flops, "hours": hours[run.key], "status": view.state(run).status,
+                "flops": run.flops, "hours": hours[run.key], "status": status.state(run).status,
             }
-            for run in view.runs
+            for run in status.runs
         ],
-        "flops": view.flops,
-        "hours": _hours(_total(view, known)),
-        "hours_left": _hours(_left(view, known)),
+        "flops": status.flops,
+        "hours": _hours(_total(status, known)),
+        "hours_left": _hours(_left(status, known)),
         "measured": source,
         "notices": ladder.notices,
         "edits": edits.lines,
@@ -71,53 +78,51 @@ def _hours(seconds: float | None) -> float | None:
     return None if seconds is None else seconds / 3600
 
 
-def _total(view: View, known: Speed) -> float | None:
-    """Of all runs, in the slots; None where nothing was measured."""
-    distinct = {run.key: run for run in view.runs}
-    seconds = [known.seconds(run) for run in distinct.values()]
-    told = [one for one in seconds if one is not None]
-    return sum(told) / view.slots if len(told) == len(seconds) else None
+def _total(status: LadderStatus, known: Speed) -> float | None:
+    """Seconds of all runs, in the slots; None where no speed is known."""
+    seconds = speed.known(known.seconds(run) for run in status.distinct)
+    return None if seconds is None else sum(seconds) / status.slots
 
 
-def _left(view: View, known: Speed) -> float | None:
-    left = {run.key: run for run in view.runs if view.state(run).status != "finished"}
-    seconds = [known.seconds(run, view.state(run).step) for run in left.values()]
-    told = [one for one in seconds if one is not None]
-    return sum(told) / view.slots if len(told) == len(seconds) else None
+def _left(status: LadderStatus, known: Speed) -> float | None:
+    left = [run for run in status.distinct if status.state(run).status != "finished"]
+    seconds = speed.known(known.seconds(run, status.state(run).step) for run in left)
+    return None if seconds is None else sum(seconds) / status.slots
 
 
-def plan(ladder: Ladder, view: View, known: Speed, source: str, edits: Edits) -> "RenderableType":
-    """A table of sizes, a line for each arm, totals, and what a person should know before."""
+def plan(ladder: Ladder, status: LadderStatus, known: Speed, source: str, edits: Edits) -> "RenderableType":
+    """The plan of a ladder: a table of sizes, a line for each arm, totals, notices."""
     from rich.console import Group
     from rich.text import Text
 
-    lines: list[Any] = [Text.assemble(("ladder ", "dim"), (ladder.name, "bold"), f"  {ladder.question}"), Text()]
-    lines += [_sizes(ladder, view, known), Text(), _arms(ladder), Text()]
-    total, left = _total(view, known), _left(view, known)
-    distinct = {run.key: run for run in view.runs}
-    finished = view.count("finished")
-    lines.append(
-        Text(
-            f"{len(distinct)} runs, {finished} of them finished; {scientific(view.flops)} FLOPs; {_words(total)} in "
-            f"{view.slots} slots, {_words(left)} of it left"
-        )
+    rule = ladder.criterion
+    totals = (
+        f"{len(status.distinct)} runs, {status.count('finished')} of them finished; {scientific(status.flops)} FLOPs; "
+        f"{_duration(_total(status, known))} in {status.slots} slots, {_duration(_left(status, known))} of it left"
     )
-    lines.append(Text(f"time measured on {source}", "dim"))
-    lines.append(Text(_target_line(ladder), "dim"))
-    lines += [Text(f"notice: {notice}", "yellow") for notice in ladder.notices]
-    lines += [Text(str(edits), "yellow")] if edits.lines else []
-    return Group(*lines)
+    promotion = (
+        f"promoted is what is surely worth {rule.min_gain:g}× compute at {scientific(ladder.target_flops)} FLOPs and "
+        f"takes at most {rule.max_slowdown:g}× the time, at level {rule.level:g}; metric: {ladder.metric}, "
+        f"{ladder.unit}"
+    )
+    notices = [*(f"notice: {notice}" for notice in ladder.notices), *([str(edits)] if edits.lines else [])]
+    return Group(
+        Text.assemble(("ladder ", "dim"), (ladder.name, "bold"), f"  {ladder.question}"), Text(),
+        _sizes(ladder, status, known), Text(), _arms(ladder), Text(), Text(totals),
+        Text(f"time measured on {source}", "dim"), Text(promotion, "dim"),
+        *(Text(notice, "yellow") for notice in notices),
+    )  # fmt: skip
 
 
-def _sizes(ladder: Ladder, view: View, known: Speed) -> Any:
+def _sizes(ladder: Ladder, status: LadderStatus, known: Speed) -> Any:
     table = empty_table("rung", "size", "parameters", "tokens", "steps", "FLOPs", "runs", "each")
     for rung in ladder.all_rungs:
-        runs = [run for run in view.runs if run.rung == rung.name]
+        runs = [run for run in status.runs if run.rung == rung.name]
         base = next((run for run in runs if run.arm == BASELINE), None)
         table.add_row(
-            rung.name, f"{rung.shape.width} × {rung.shape.n_layers}", _count(rung.parameters), _count(rung.tokens),
+            rung.name, f"{rung.shape.width} × {rung.shape.n_layers}", amount(rung.parameters), amount(rung.tokens),
             f"{base.config.budget.steps:,}" if base else "–", scientific(rung.flops),
-            str(len({run.key for run in runs})) if runs else "–", _words(known.seconds(base)) if base else "–",
+            str(len({run.key for run in runs})) if runs else "–", _duration(known.seconds(base)) if base else "–",
         )  # fmt: skip
     return table
 
@@ -125,24 +130,12 @@ def _sizes(ladder: Ladder, view: View, known: Speed) -> Any:
 def _arms(ladder: Ladder) -> Any:
     table = empty_table("arm", "changes", "question")
     for arm in ladder.arms:
-        changes = ", ".join(f"{key} = {_value(value)}" for key, value in arm.settings.items())
-        table.add_row(arm.name, changes, arm.question)
+        values = {key: str(value).lower() if isinstance(value, bool) else value for key, value in arm.settings.items()}
+        table.add_row(arm.name, ", ".join(f"{key} = {value}" for key, value in values.items()), arm.question)
     return table
 
 
-def _target_line(ladder: Ladder) -> str:
-    rule, target = ladder.criterion, scientific(ladder.target_flops)
-    return (
-        f"promoted is what is surely worth {rule.min_gain:g}× compute at {target} FLOPs and takes at most "
-        f"{rule.max_slowdown:g}× the time, at level {rule.level:g}; metric: {ladder.metric}, {ladder.unit}"
-    )
-
-
-def _value(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _words(seconds: float | None) -> str:
+def _duration(seconds: float | None) -> str:
     if seconds is None:
         return "?"
     if seconds < 90:
@@ -150,16 +143,8 @@ def _words(seconds: float | None) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _count(number: float) -> str:
-    """ "34.8k", "2.29M" """
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:g}"
-
-
 def empty_table(*columns: str) -> Any:
-    """Columns of names are on the left, of numbers on the right."""
+    """A table without rows: columns of words are aligned left, columns of numbers right."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -170,149 +155,113 @@ def empty_table(*columns: str) -> Any:
     return table
 
 
-# How it stands
+# The status
 
 
-def status_json(ladder: Ladder, view: View) -> dict[str, Any]:
+def status_json(ladder: Ladder, status: LadderStatus) -> dict[str, Any]:
     return {
         "name": ladder.name,
-        "counts": {status: view.count(status) for status in SIGNS},  # pyright: ignore[reportArgumentType]
-        "flops": view.flops,
-        "flops_done": view.flops_done,
-        "seconds_left": view.seconds_left,
-        "slots": view.slots,
+        "counts": _counts(status),
+        "flops": status.flops,
+        "flops_done": status.flops_done,
+        "seconds_left": status.seconds_left,
+        "slots": status.slots,
         "runs": [
             {
                 "arm": run.arm, "rung": run.rung, "seed": run.seed, "rate": run.rate, "key": run.key,
-                "status": view.state(run).status, "step": view.state(run).step, "steps": run.config.budget.steps,
-                "reason": view.state(run).reason or None,
+                "status": status.state(run).status, "step": status.state(run).step, "steps": run.config.budget.steps,
+                "reason": status.state(run).reason or None,
             }
-            for run in view.runs
+            for run in status.runs
         ],
     }  # fmt: skip
 
 
-def standing(ladder: Ladder, view: View) -> "RenderableType":
-    """The matrix rung × arm, progress, and why what is missing is so."""
+def _counts(status: LadderStatus) -> dict[str, int]:
+    return {name: status.count(name) for name in SIGNS}
+
+
+def standing(ladder: Ladder, status: LadderStatus) -> "RenderableType":
+    """The matrix of rungs and arms with a sign for each run, progress, and the reasons of missing runs."""
     from rich.console import Group
     from rich.text import Text
 
-    arms = list(dict.fromkeys(run.arm for run in view.runs))
+    arms = list(dict.fromkeys(run.arm for run in status.runs))
     table = empty_table("rung", *arms)
-    for rung in dict.fromkeys(run.rung for run in view.runs):
-        cells = [[run for run in view.runs if (run.rung, run.arm) == (rung, arm)] for arm in arms]
-        table.add_row(rung, *(_cell(runs, view) for runs in cells))
-    parts = [Text.assemble(("ladder ", "dim"), (ladder.name, "bold")), Text(), table, Text(), _progress(view)]
-    parts += [Text(MEANINGS, "dim")]
-    return Group(*parts, *_missing(view))
-
-
-def _cell(runs: Sequence[PlannedRun], view: View) -> "Text":
-    """A sign for each run; beside what runs, how far it is."""
-    from rich.text import Text
-
-    cell = Text(justify="left")
-    for run in runs:
-        state = view.state(run)
-        cell.append(SIGNS[state.status], STYLES[state.status])
-        if state.status == "running":
-            cell.append(f"{state.step / run.config.budget.steps:.0%} ", STYLES["running"])
-    return cell
-
-
-def _progress(view: View) -> "Text":
-    from rich.text import Text
-
-    share = view.flops_done / view.flops if view.flops else 1.0
-    width = min(30, round(30 * share))
-    counts = [f"{number} {status}" for status in SIGNS if (number := view.count(status))]  # pyright: ignore[reportArgumentType]
-    return Text.assemble(
-        ("━" * width, "green"), ("━" * (30 - width), "bright_black"),
-        f" {share:.0%} of {scientific(view.flops)} FLOPs   ",
-        f"left {clock(view.seconds_left)}   ", ", ".join(counts), (STOPPING if view.stopping else "", "yellow"),
+    for rung in dict.fromkeys(run.rung for run in status.runs):
+        groups = [[run for run in status.runs if (run.rung, run.arm) == (rung, arm)] for arm in arms]
+        table.add_row(rung, *(_signs(runs, status) for runs in groups))
+    missing = [run for run in status.runs if status.state(run).status == "missing"]
+    return Group(
+        Text.assemble(("ladder ", "dim"), (ladder.name, "bold")), Text(), table, Text(), _progress(status),
+        Text(MEANINGS, "dim"),
+        *(Text.assemble((f"missing: {run.name}: ", "bold red"), status.state(run).reason) for run in missing),
     )  # fmt: skip
 
 
-def _missing(view: View) -> list[Any]:
+def _signs(runs: Sequence[PlannedRun], status: LadderStatus) -> "Text":
+    """A sign for each run; beside a running one, its share of steps done."""
     from rich.text import Text
 
-    return [
-        Text.assemble((f"missing: {run.name}: ", "bold red"), view.state(run).reason)
-        for run in view.runs
-        if view.state(run).status == "missing"
-    ]
+    signs = Text(justify="left")
+    for run in runs:
+        state = status.state(run)
+        share = f"{state.step / run.config.budget.steps:.0%} " if state.status == "running" else ""
+        signs.append(SIGNS[state.status] + share, STYLES[state.status])
+    return signs
 
 
-class Live:
-    """Tells a person how a ladder goes: on a terminal a table that is redrawn, else a line for whatever has happened.
+def _progress(status: LadderStatus) -> "Text":
+    from rich.text import Text
 
-    Use as a context manager and give `update` to the scheduler; `file` None is standard output. A reader that goes away
-    ends the telling only.
+    share = status.flops_done / status.flops if status.flops else 1.0
+    width = min(30, round(30 * share))
+    counts = [f"{number} {name}" for name, number in _counts(status).items() if number]
+    return Text.assemble(
+        ("━" * width, "green"), ("━" * (30 - width), "bright_black"),
+        f" {share:.0%} of {scientific(status.flops)} FLOPs   ",
+        f"left {clock(status.seconds_left)}   ", ", ".join(counts), (STOPPING if status.stopping else "", "yellow"),
+    )  # fmt: skip
+
+
+class LadderProgress(LiveTable):
+    """Shows a ladder at work: on a terminal the table of its status, elsewhere a line for each run that has ended.
+
+    Give `update` to `run.run`.
     """
 
     def __init__(
-        self,
-        ladder: Ladder,
-        file: TextIO | None = None,
-        is_terminal: bool | None = None,
+        self, ladder: Ladder, file: TextIO | None = None, is_terminal: bool | None = None,
         monotonic: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._ladder, self._clock = ladder, monotonic
-        self._file = file or sys.stdout
-        self._terminal = self._file.isatty() if is_terminal is None else is_terminal
-        self._told: dict[str, str] | None = None
-        """What was last said of each run; None before the first update."""
-        self._said_at = monotonic()
-        self._screen: Any = None
+    ) -> None:  # fmt: skip
+        super().__init__(file, is_terminal=is_terminal, plain_seconds=PLAIN_SECONDS, monotonic=monotonic)
+        self._ladder = ladder
+        self._printed_statuses: dict[str, str] | None = None
+        """Status of each run at the last update; None before the first."""
 
-    def __enter__(self) -> Self:
-        if self._terminal:
-            from rich.console import Console
-            from rich.live import Live as Screen
+    def update(self, status: LadderStatus) -> None:
+        if self.is_terminal:
+            self.refresh(standing(self._ladder, status))
+        else:
+            self._print_changes(status)
 
-            console = Console(file=self._file, force_terminal=True, highlight=False)
-            self._screen = Screen(console=console, auto_refresh=False, transient=True)
-            self._screen.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._screen is not None:
-            with contextlib.suppress(OSError, ValueError):
-                self._screen.stop()
-            self._screen = None
-
-    def update(self, view: View) -> None:
-        with contextlib.suppress(OSError, ValueError):  # ValueError: the file was closed
-            if self._screen is not None:
-                self._screen.update(standing(self._ladder, view), refresh=True)
-            else:
-                self._tell(view)
-
-    def _tell(self, view: View) -> None:
-        now = {run.key: view.state(run).status for run in view.runs}
-        names = {run.key: run.name for run in reversed(view.runs)}
-        if self._told is None:
-            self._print(f"{view.count('finished')} of {len(now)} runs had finished before")
-        for key, status in now.items():
-            if self._told is not None and self._told.get(key) != status and status in ("finished", "missing"):
-                reason = next((view.state(run).reason for run in view.runs if run.key == key), "")
-                self._print(f"{status:<9} {names[key]}{f': {reason}' if reason else ''}")
-                self._said_at = float("-inf") if status == "finished" else self._said_at
-        self._told = dict(now)
-        if self._clock() - self._said_at >= PLAIN_SECONDS:
-            self._said_at = self._clock()
-            self._print(_progress(view).plain.lstrip("━ "))
-
-    def _print(self, line: str) -> None:
-        print(line, file=self._file, flush=True)
+    def _print_changes(self, status: LadderStatus) -> None:
+        before, finished = self._printed_statuses, False
+        if before is None:
+            self.print(f"{status.count('finished')} of {len(status.distinct)} runs had finished before")
+        for run in status.distinct:
+            state = status.state(run)
+            if before is not None and before.get(run.key) != state.status and state.status in ("finished", "missing"):
+                self.print(f"{state.status:<9} {run.name}{f': {state.reason}' if state.reason else ''}")
+                finished |= state.status == "finished"
+        self._printed_statuses = {run.key: status.state(run).status for run in status.distinct}
+        self.print_progress(_progress(status).plain.lstrip("━ "), now=finished)
 
 
-def ended(ladder: Ladder, done: Done, command: str) -> "RenderableType":
-    """The last table, and what to do next: `command` goes on."""
+def ended(ladder: Ladder, result: LadderResult, command: str) -> "RenderableType":
+    """The last table, and how to go on: with `command`."""
     from rich.console import Group
     from rich.text import Text
 
-    parts: list[Any] = [standing(ladder, done.view)]
-    if done.interrupted:
-        parts.append(Text(f"Stopped. Go on with: {command}", "bold yellow"))
-    return Group(*parts)
+    stopped = [Text(f"Stopped. Go on with: {command}", "bold yellow")] if result.interrupted else []
+    return Group(standing(ladder, result.status), *stopped)

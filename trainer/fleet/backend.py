@@ -1,0 +1,75 @@
+"""Where the processes of a fleet's runs are started: on this machine. Another backend offers the same two classes."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from trainer.fleet.run_store import StoredRun
+from trainer.launch import agent, forkserver
+
+WORKER = "trainer.fleet.worker"
+THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+"""Read when torch is loaded; numerics.threads decides at the start of a run, as in the plain command."""
+
+
+class Process(Protocol):
+    """A started run, as its scheduler sees it: subprocess.Popen has all of this."""
+
+    pid: int
+
+    def poll(self) -> int | None:
+        """Exit status, negative for a signal; None while the process runs."""
+        ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+    def send_signal(self, sig: int, /) -> None: ...
+    def kill(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """One start of a run."""
+
+    stored: StoredRun
+    name: str
+    """Name of the run in its log and in W&B."""
+    ranks: int = 1
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Added to the scheduler's environment: the devices of a slot."""
+
+
+class Backend(Protocol):
+    """Starts runs somewhere. A started run must end when its scheduler is killed."""
+
+    def start(self, task: Task) -> Process: ...
+
+
+class Local:
+    """Starts runs on this machine.
+
+    On Linux they are forked from a process that has imported torch: a fresh Python takes seconds for that, which a run
+    of a minute cannot afford. Make the object early: its imports then run beside other work. Elsewhere they start in
+    the ordinary way.
+    """
+
+    def __init__(self, server: forkserver.ForkServer | None = None) -> None:
+        self._server = server or agent.warm_server()
+
+    def start(self, task: Task) -> Process:
+        arguments = [str(task.stored.directory), task.name, str(task.ranks), str(os.getpid())]
+        environment = {**THREADS, **os.environ, **task.environment}
+        if self._server is not None and (child := self._server.start(WORKER, arguments, environment)) is not None:
+            return child
+        return subprocess.Popen(
+            [sys.executable, "-m", WORKER, *arguments], env=environment, stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+
+
+def describe_exit(status: int) -> str:
+    """Describe an exit status as `Process.poll` returns it, as a predicate."""
+    return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"left with exit status {status}"

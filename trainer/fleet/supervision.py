@@ -1,0 +1,212 @@
+"""Supervision of runs: started in slots, watched, started again while that gets them further, stopped together.
+
+A campaign supervises one job at a time (`running`), a ladder many runs (`Supervisor`).
+"""
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+from filelock import FileLock
+
+from trainer.config import Config
+from trainer.errors import EXIT_PREEMPTED, EXIT_USAGE, CheckpointError, NumericsError
+from trainer.faults.nemesis import Nemesis
+from trainer.faults.plan import PlannedFault
+from trainer.fleet.backend import Backend, Process, Task, describe_exit
+from trainer.fleet.run_store import StoredRun
+from trainer.launch.cluster import Cluster
+from trainer.parallel import elastic
+
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+"""Signals that ask a scheduler to stop."""
+FINAL = (f"{NumericsError.__name__}: ", f"{CheckpointError.__name__}: ")
+"""Errors that the next start would meet again; torchrun reports them in its output alone."""
+IN_USE = "is in use by"
+POLL_SECONDS = 0.02
+
+
+# Signals
+
+
+@contextlib.contextmanager
+def handle_signals(
+    handler: Callable[[int, FrameType | None], Any], numbers: Sequence[signal.Signals] = STOPPING
+) -> Iterator[None]:
+    """Handle these signals with `handler` while the context lasts."""
+    before = [signal.signal(number, handler) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, earlier in zip(numbers, before, strict=True):
+            signal.signal(number, earlier)
+
+
+@contextlib.contextmanager
+def deferred_signals() -> Iterator[None]:
+    """Deliver STOPPING signals at the end of the context: a process that starts in it is recorded before."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+# One job
+
+
+@contextlib.contextmanager
+def running(cluster: Cluster, planned: Sequence[PlannedFault], run: Path, started: float) -> Iterator[Nemesis]:
+    """Start a job and the faults that strike it from outside; no process of it outlives the context.
+
+    `started` is the Unix time of the run's first start.
+    """
+    with cluster:
+        nemesis = Nemesis(planned, run, cluster, started)
+        cluster.start()
+        nemesis.start()
+        try:
+            yield nemesis
+        finally:
+            nemesis.stop()
+
+
+def new_start_directory(directory: Path) -> Path:
+    """Path for the output of the next start of a job: DIRECTORY/start-N."""
+    return directory / f"start-{len(list(directory.glob('start-*')))}"
+
+
+# Many runs
+
+
+def is_final(status: int, words: str) -> bool:
+    """True if another start would end in the same way, by exit status and last words."""
+    return words.startswith(FINAL) or (status == EXIT_USAGE and IN_USE not in words)
+
+
+@dataclass
+class SupervisedRun:
+    """A run that a process is at."""
+
+    key: str
+    task: Task
+    lock: FileLock
+    slot: int
+    process: Process
+    progress: tuple[int, int]
+    starts_in_vain: int = 0
+    """Starts in a row that added nothing to the progress."""
+    urgency: int = 0
+    """How often the process was asked to leave."""
+
+
+@dataclass
+class Supervisor:
+    """Keeps runs going in `slots` until each has finished or is given up.
+
+    Use as a context manager: no process that it started outlives the context.
+    """
+
+    backend: Backend
+    slots: int
+    restarts: int
+    """Starts in a row without progress that a run may have beyond its first."""
+    ranks: int
+    devices: Callable[[int], Mapping[str, str]]
+    """Environment that gives a slot its devices."""
+    runs: list[SupervisedRun] = field(default_factory=list)
+    given_up: set[str] = field(default_factory=set)
+    """Keys of the runs that failed for good."""
+    started: int = 0
+    """Number of processes started."""
+    urgency: int = 0
+    """Number of requests to stop."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for run in self.runs:
+            run.process.kill()
+            run.process.wait()
+            run.lock.release()
+        self.runs.clear()
+
+    @property
+    def free_slots(self) -> list[int]:
+        return sorted(set(range(self.slots)) - {run.slot for run in self.runs})
+
+    def try_start(self, key: str, stored: StoredRun, name: str, config: Config) -> bool:
+        """Start a run in a free slot; False if another scheduler has it, or has finished it meanwhile."""
+        lock = stored.claim()
+        if lock is None:
+            return False
+        if stored.has_finished():
+            lock.release()
+            return False
+        stored.prepare(config, name)
+        slot = self.free_slots[0]
+        task = Task(stored, name, self.ranks, self.devices(slot))
+        self.runs.append(SupervisedRun(key, task, lock, slot, self._start(task), stored.progress()))
+        return True
+
+    def wait(self, seconds: float) -> None:
+        """Return when a run's process has ended, at the latest after so many seconds."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and all(run.process.poll() is None for run in self.runs):
+            time.sleep(POLL_SECONDS)
+
+    def collect(self) -> list[str]:
+        """Start again what has ended too early; return the keys of the runs that need no more starts."""
+        done: list[str] = []
+        for run in list(self.runs):
+            status = run.process.poll()
+            if status is None:
+                continue
+            stored = run.task.stored
+            if not stored.has_finished() and not self.urgency:
+                reason = self._reason_to_give_up(run, status)
+                if not reason:
+                    run.process = self._start(run.task)
+                    continue
+                stored.give_up(reason)
+                self.given_up.add(run.key)
+            run.lock.release()
+            self.runs.remove(run)
+            done.append(run.key)
+        return done
+
+    def stop(self) -> None:
+        """Ask all runs to save and leave; asked a second time, end them at once."""
+        for run in self.runs:  # also one that was being started when the signal came
+            if run.urgency < self.urgency:
+                run.process.send_signal(signal.SIGTERM if self.urgency == 1 else signal.SIGKILL)
+                run.urgency = self.urgency
+
+    def _start(self, task: Task) -> Process:
+        self.started += 1
+        return self.backend.start(task)
+
+    def _reason_to_give_up(self, run: SupervisedRun, status: int) -> str:
+        """Return why another start would end as this one did; "" if it may not. Notes the death for the run's log."""
+        stored = run.task.stored
+        words = stored.last_words()
+        if is_final(status, words) or elastic.gave_up(stored.failures):
+            return words
+        progress = stored.progress()
+        run.starts_in_vain = 0 if progress > run.progress else run.starts_in_vain + 1
+        run.progress = progress
+        how = describe_exit(status)
+        if run.starts_in_vain > self.restarts:
+            return f"It {how}, {run.starts_in_vain} times in a row without progress. Its last output:\n{words}"
+        # torchrun notes the deaths of its ranks itself. A preempted run has logged why it left.
+        if status not in (EXIT_PREEMPTED, EXIT_USAGE) and self.ranks == 1:
+            name = signal.Signals(-status).name if status < 0 else None
+            failure = {"rank": 0, "pid": run.process.pid, "exitcode": status, "signal": name}
+            elastic.note_failures([failure], f"rank 0 {how}", stored.failures)
+        return ""

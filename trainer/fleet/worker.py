@@ -1,0 +1,109 @@
+"""The process of one run of a fleet: `python -m trainer.fleet.worker DIRECTORY NAME RANKS SCHEDULER`.
+
+It does what the plain `train` command does with DIRECTORY/config.toml (for several ranks: what torchrun does), prints
+to DIRECTORY/log.txt, leaves with the run's exit status, and ends when the process SCHEDULER does.
+"""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from trainer.errors import EXIT_FAILED, TopropeError
+from trainer.fleet import run_store, supervision
+from trainer.fleet.run_store import START_MARK, StoredRun
+from trainer.parallel import elastic
+
+LOCK_SECONDS = 10.0
+"""How long a run directory may still be held by a process whose scheduler was killed."""
+WATCH_SECONDS = 0.1
+TORCHRUN_RESTARTS = 20  # the scheduler counts those without progress; these are for faults in a row
+
+
+def main(directory: str, name: str, ranks: str, scheduler: str) -> int:
+    """Train the run in `directory` and return its exit status."""
+    stored, endings = StoredRun(Path(directory)), list[Callable[[], None]]()
+    _print_to(stored.log)
+    _end_with_scheduler(int(scheduler), endings)
+    print(f"{START_MARK}{time.strftime('%Y-%m-%d %H:%M:%S')}  {name}  process {os.getpid()}", flush=True)
+    os.environ["WANDB_NAME"] = name
+    _wait_for_lock(stored.run / "lock")
+    return _train(stored) if ranks == "1" else _launch(stored, int(ranks), endings)
+
+
+def _print_to(path: Path) -> None:
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    os.close(log)
+
+
+def _end_with_scheduler(scheduler: int, endings: list[Callable[[], None]]) -> None:
+    """End this process when its scheduler dies; first call the `endings`.
+
+    A run that went on unsupervised would keep its directory from the next scheduler.
+    """
+
+    def watch() -> None:
+        while os.getppid() == scheduler:
+            time.sleep(WATCH_SECONDS)
+        for ending in endings:
+            ending()
+        os._exit(EXIT_FAILED)
+
+    threading.Thread(target=watch, name="toprope-scheduler", daemon=True).start()
+
+
+def _wait_for_lock(path: Path) -> None:
+    deadline = time.monotonic() + LOCK_SECONDS
+    while run_store.is_held(path) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _train(stored: StoredRun) -> int:
+    started = time.time()
+    os.environ[elastic.FAILURES_FILE] = str(stored.failures)
+    from trainer import config, job
+
+    try:
+        return job.train(config.load(stored.config), stored.run, started)
+    except TopropeError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return error.exit_status
+
+
+def _launch(stored: StoredRun, ranks: int, endings: list[Callable[[], None]]) -> int:
+    """Run one torchrun agent with its workers, and the faults of the plan that come from outside."""
+    from trainer import config
+    from trainer.faults import plan
+    from trainer.launch.cluster import Cluster
+
+    planned = plan.make(config.load(stored.config), ranks)
+    cluster = Cluster(
+        stored.config, stored.run, (), ranks=ranks, restarts=TORCHRUN_RESTARTS,
+        directory=supervision.new_start_directory(stored.directory),
+    )  # fmt: skip
+    endings.append(cluster.kill)
+    with (
+        supervision.running(cluster, planned, stored.run, _first_start(stored.run)),
+        # A request to stop is passed on to the agent, which passes it on to all ranks.
+        supervision.handle_signals(lambda number, _frame: cluster.nodes[0].signal(number)),
+    ):
+        while (status := cluster.wait(3600)) is None:
+            pass
+    print(cluster.output, flush=True)
+    return status
+
+
+def _first_start(run: Path) -> float:
+    """Unix time of the run's first start, from which at_seconds counts."""
+    from trainer.log import events
+
+    first = events.events_directory(run) / "attempt-0000-rank-00000.jsonl"
+    return next((entry.time for entry in events.read_file(first)), time.time())
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
