@@ -1,4 +1,4 @@
-"""The figures of scripts/bench about faults: what the catalogue came to, storms, and the mutants of the safety net."""
+"""Figures of scripts/bench about faults: the catalogue, storms, and mutants that the checker must catch."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def campaign(name: str, repeat: int = 1) -> dict[str, Any]:
-    """The report of configs/chaos/NAME.toml; one that this commit was interrupted in goes on."""
+    """Run configs/chaos/NAME.toml and return its report. Resumes a campaign that was interrupted at the same commit."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -35,9 +35,9 @@ def campaign(name: str, repeat: int = 1) -> dict[str, Any]:
 
 
 def catalogue(repeat: int = 2) -> dict[str, Any]:
-    """Each kind: outcomes, how often the run named it rightly, and its seconds to notice and to come back.
+    """Outcomes of each kind, how often it was attributed correctly, and seconds to detection and recovery.
 
-    The matrix, with the worse of a kind's runs, goes to docs/faults.png.
+    Draws docs/faults.png: the matrix with the worse of each kind's runs.
     """
     report = campaign("catalogue", repeat)
     whole = results.from_json(report)
@@ -79,7 +79,7 @@ def storm() -> dict[str, Any]:
 
 
 def mutants() -> dict[str, Any]:
-    """Each bug of the past put back, and which invariants of the checker caught it."""
+    """Put back each bug of other trainers, and list the invariants of the checker that caught it."""
     from tests.mutants import MUTANTS
     from tests.test_mutations import failed, run_mutants
 
@@ -98,11 +98,12 @@ def catalogue_table(figure: dict[str, Any]) -> list[str]:
     lines = [
         "", "## Faults", "",
         f"`trainer chaos configs/chaos/catalogue.toml`: every kind of fault, in {max_runs(figure)} runs each.",
-        "Seconds are median (worst) from the moment it was made.",
-        f"Of {len(named)} faults that the run ought to tell of, it named {sum(named)} rightly: kind, step, and rank",
-        "where a run can know it.",
+        "Seconds are the median (worst) since the fault fired.",
+        f"Of {len(named)} faults that the run must report, {sum(named)} were attributed correctly: kind, step,",
+        "and rank where a run can know it.",
         "",
-        "| kind | outcome | named rightly | noticed after, s | next new step after, s |", "|---|---|---|---|---|",
+        "| kind | outcome | attributed correctly | detected after, s | next new step after, s |",
+        "|---|---|---|---|---|",
     ]  # fmt: skip
     for name, kind in figure["kinds"].items():
         outcome = ", ".join(f"{what}" + (f" ×{n}" if n > 1 else "") for what, n in Counter(kind["outcomes"]).items())
@@ -127,7 +128,7 @@ def storm_table(figure: dict[str, Any]) -> list[str]:
     return [
         "",
         f"Storms of the `llama3` mix (seeds {', '.join(map(str, figure['seeds']))}): {figure['faults']} faults in "
-        f"{figure['runs']} runs, {figure['equal']} of which ended with the calm run's weights and state; "
+        f"{figure['runs']} runs, {figure['equal']} of which ended with the reference run's weights and state; "
         f"by all invariants together {outcomes}. Fired: {kinds}.",
     ]
 

@@ -1,4 +1,4 @@
-"""Keeping what was measured in BENCHMARKS.json, and BENCHMARKS.md from it; a figure nobody measured is left out."""
+"""Record measured figures in BENCHMARKS.json, and write BENCHMARKS.md from it."""
 
 import contextlib
 import importlib.metadata
@@ -21,7 +21,7 @@ TABLES = ROOT / "BENCHMARKS.md"
 
 
 def record(name: str, figure: dict[str, Any]) -> None:
-    """Keep a figure measured here and now, and write the tables anew."""
+    """Store a figure measured now on this machine, and rewrite the tables."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     results[name] = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), **figure}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
@@ -61,15 +61,15 @@ class Ratio:
 
 
 def tables(results: dict[str, Any]) -> str:
-    """BENCHMARKS.md from what was measured; a figure that was not is left out."""
-    machines = sorted({one["machine"] for one in results.values()})
+    """Text of BENCHMARKS.md. A figure without a measurement is left out."""
+    machines = sorted({figure["machine"] for figure in results.values()})
     letter = {machine: chr(ord("A") + number) for number, machine in enumerate(machines)}
     lines = [
         "# Benchmarks",
         "",
         "Written by `scripts/bench` from `BENCHMARKS.json`. Each ratio comes from one run in which the two sides",
-        "alternate; medians, with the quartiles of the round-by-round ratios in brackets. Of what is a time and no",
-        "ratio, the brackets hold the shortest and the longest. Measured on:",
+        "alternate: the median, with the quartiles of the round-by-round ratios in brackets. For a time, the brackets",
+        "hold the shortest and the longest. Measured on:",
         "",
         *[f"- {letter[machine]}: {machine}" for machine in machines],
         "",
@@ -117,23 +117,23 @@ def first_step_rows(figure: dict[str, Any]) -> list[Row]:
 
 def exact_rows(figure: dict[str, Any]) -> list[Row]:
     text = f"{ratio_text(figure)}; {figure['exact_seconds']:.2f} against {figure['plain_seconds']:.2f} s a step"
-    return [("speed of exact over plain sums, 13.8 M, 2 ranks", text, "≥ 0.97")]
+    return [("speed of exact relative to plain sums, 13.8 M parameters, 2 ranks", text, "≥ 0.97")]
 
 
 def memory_rows(figure: dict[str, Any]) -> list[Row]:
-    one, other = figure["replicate"], figure["fsdp"]
+    replicated, sharded = figure["replicate"], figure["fsdp"]
     text = (
-        f"{one['peak_mib']:,.0f} against {other['peak_mib']:,.0f} MiB "
-        f"(of which the libraries alone {one['libraries_mib']:,.0f})"
+        f"{replicated['peak_mib']:,.0f} against {sharded['peak_mib']:,.0f} MiB "
+        f"(the libraries alone take {replicated['libraries_mib']:,.0f})"
     )
-    size = f"{one['parameters'] / 1e6:.0f} M parameters"
+    size = f"{replicated['parameters'] / 1e6:.0f} M parameters"
     return [(f"peak memory per rank, replicated against FSDP2, 2 ranks, {size}", text, "")]
 
 
 def shakespeare_rows(figure: dict[str, Any]) -> list[Row]:
     loss, plain = figure["validation_loss"], figure["validation_loss_plain"]
     seconds = f"{figure['ours_seconds']:.1f} against {figure['plain_seconds']:.1f} s"
-    wall = "shakespeare_char: wall time, the plain loop's over the whole command's"
+    wall = "shakespeare_char: wall time of the plain loop over that of the whole command"
     return [
         (
             "shakespeare_char: validation loss, nats",
@@ -167,19 +167,19 @@ def saving_rows(figure: dict[str, Any]) -> list[Row]:
     bandwidth = {key: mib / figure[f"{key}_seconds"] for key in ("save_alone", "save_beside", "plain_write")}
     return [
         (
-            f"save stall over a plain memory copy of the same {mib:.0f} MiB a rank, 13.8 M, 2 ranks",
+            f"save stall relative to a plain memory copy of the same {mib:.0f} MiB a rank, 13.8 M parameters, 2 ranks",
             f"{Ratio.of(figure['stall_over_copy'])}; {ms['stall']:.1f} against {ms['plain_copy']:.1f} ms",
             "≤ 2",
         ),
         (
-            "step time beside the background write over the usual",
+            "step time during the background write relative to the usual",
             f"{Ratio.of(figure['step_beside_over_usual'])}; {ms['beside']:.0f} against {ms['usual']:.0f} ms",
             "≤ 1.10",
         ),
         (
-            "save bandwidth a rank, hashed and committed, over a plain write with fsync",
+            "save bandwidth a rank, hashed and committed, relative to a plain write with fsync",
             f"{Ratio.of(figure['write_over_save_alone'])}; {bandwidth['save_alone']:.0f} against "
-            f"{bandwidth['plain_write']:.0f} MiB/s, {bandwidth['save_beside']:.0f} MiB/s beside training",
+            f"{bandwidth['plain_write']:.0f} MiB/s, {bandwidth['save_beside']:.0f} MiB/s during training",
             "",
         ),
         (f"load, verified, {figure['bytes'] / 2**20:.0f} MiB, 2 ranks", f"{figure['load_seconds']:.2f} s", ""),
@@ -209,9 +209,9 @@ def goodput_rows(figure: dict[str, Any]) -> list[Row]:
         f"{figure['every']} steps: toprope, and the same job with plain DDP, torch.save and torchrun"
     )
 
-    def side(one: dict[str, Any]) -> str:
+    def side(job: dict[str, Any]) -> str:
         return (
-            f"{one['goodput']:.2f} ({one['steps']} steps of {1e3 * one['step_seconds']:.0f} ms, {one['kills']} kills)"
+            f"{job['goodput']:.2f} ({job['steps']} steps of {1e3 * job['step_seconds']:.0f} ms, {job['kills']} kills)"
         )
 
     return [(title, f"{side(ours)}; {side(plain)}", "")]
@@ -226,7 +226,7 @@ def breakdown(title: str, parts: dict[str, float]) -> list[str]:
 
 
 def soak_table(figure: dict[str, Any]) -> list[str]:
-    """What scripts/soak came to."""
+    """Result of scripts/soak."""
 
     def counts(name: str) -> str:
         return ", ".join(f"{key} {count}" for key, count in figure[name].items())
@@ -235,7 +235,7 @@ def soak_table(figure: dict[str, Any]) -> list[str]:
         "",
         f"Random kills (`scripts/soak --kills {figure['wanted']} --seed {figure['seed']}`): {figure['kills']} kills in "
         f"{figure['jobs']} jobs of {figure['runs']} runs; {figure['equal']} of {figure['runs']} runs ended with the "
-        "calm run's weights, moments, losses and samples, and left nothing behind.",
+        "reference run's weights, moments, losses and samples, and left nothing behind.",
         "",
         "| drawn | how often |",
         "|---|---|",
@@ -252,10 +252,10 @@ CHAOS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "mutants": bench_chaos.mutants_table,
 }
 ROWS: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
-    "throughput_12m": throughput_rows("throughput over a plain loop, exact sums on", "≥ 0.97"),
-    "throughput_0.8m": throughput_rows("throughput over a plain loop, exact sums on", "≥ 0.92"),
+    "throughput_12m": throughput_rows("throughput relative to a plain loop, exact sums on", "≥ 0.97"),
+    "throughput_0.8m": throughput_rows("throughput relative to a plain loop, exact sums on", "≥ 0.92"),
     "exact_against_plain_sums": exact_rows,
-    "bf16_compile": throughput_rows("bf16 and compile over the plain float32 loop", "≥ 2"),
+    "bf16_compile": throughput_rows("throughput of bf16 and compile relative to the plain float32 loop", "≥ 2"),
     "first_step": first_step_rows,
     "memory": memory_rows,
     "shakespeare": shakespeare_rows,
