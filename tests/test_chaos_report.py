@@ -16,7 +16,7 @@ from trainer.chaos import report, results
 from trainer.chaos.results import Report, Result
 from trainer.faults.checker import INVARIANTS, Answer
 from trainer.faults.fault import KINDS
-from trainer.show import timeline
+from trainer.log.timeline import read_timeline
 
 PNG = b"\x89PNG\r\n\x1a\n"
 FIRST = INVARIANTS[0]
@@ -47,7 +47,7 @@ def result(name: str, outcome: str = "pass", why: str = "", **changes: Any) -> R
 
 
 def every_outcome(path: Path) -> Report:
-    seen = timeline.from_run(killed_once(path / "run").path)
+    seen = read_timeline(killed_once(path / "run").path)
     found = [
         result("sigkill", timeline=seen),
         result("stopped", "fail", "named as something else", timeline=seen),

@@ -12,6 +12,7 @@ from tests.logs import Run, hung, killed, killed_once
 from trainer.errors import RunDirectoryError
 from trainer.faults.fault import KINDS
 from trainer.log.events import CheckpointFailed, CheckpointRejected, Warned
+from trainer.log.timeline import read_timeline
 from trainer.show import figure, timeline
 from trainer.show.timeline import FLAG_ROWS
 
@@ -24,7 +25,7 @@ def run(tmp_path: Path) -> Run:
 
 
 def test_a_timeline_holds_attempts_faults_saves_and_incidents_in_seconds_since_the_start(tmp_path: Path):
-    seen = timeline.from_run(killed_once(tmp_path / "run").path)
+    seen = read_timeline(killed_once(tmp_path / "run").path)
     assert seen["origin"] == 1_000_000.0
     assert seen["steps_budget"] == 60
     first, second = seen["attempts"]
@@ -51,7 +52,7 @@ def test_a_timeline_holds_attempts_faults_saves_and_incidents_in_seconds_since_t
 
 
 def test_a_directory_without_a_log_gives_a_timeline_that_claims_nothing(tmp_path: Path):
-    seen = timeline.from_run(tmp_path / "nothing")
+    seen = read_timeline(tmp_path / "nothing")
     assert (seen["origin"], seen["steps_budget"]) == (None, None)
     assert not any(seen[name] for name in ("attempts", "steps", "saves", "evals", "faults", "incidents"))
     for nothing in (seen, {}):
@@ -61,13 +62,13 @@ def test_a_directory_without_a_log_gives_a_timeline_that_claims_nothing(tmp_path
 def test_a_fault_before_the_first_word_of_a_run_is_the_beginning_of_its_timeline(tmp_path: Path):
     run = Run(tmp_path / "run")  # died before it wrote down what it is
     run.fault("sigkill", victim=0)
-    assert timeline.from_run(run.path)["faults"][0]["t"] == 0.0
-    assert timeline.from_run(run.path)["attempts"] == []
-    parsed(timeline.svg(timeline.from_run(run.path)))
+    assert read_timeline(run.path)["faults"][0]["t"] == 0.0
+    assert read_timeline(run.path)["attempts"] == []
+    parsed(timeline.svg(read_timeline(run.path)))
     run.start(after=3.0)
     run.steps(1, 60)
     run.end("finished", 60)
-    (attempt,) = timeline.from_run(run.path)["attempts"]
+    (attempt,) = read_timeline(run.path)["attempts"]
     assert (attempt["process_started"], attempt["ready"], attempt["ended_as"]) == (3.0, 5.0, None)
 
 
@@ -79,7 +80,7 @@ def test_what_an_attempt_did_not_live_to_say_is_none(run: Run):
     run.write(killed(pid=999))
     run.steps(1, 60)
     run.end("finished", 60)
-    seen = timeline.from_run(run.path)
+    seen = read_timeline(run.path)
     first = {key: value for key, value in seen["attempts"][0].items() if value is not None}
     assert first == {"attempt": 0, "ended": 0.5, "ended_as": "died"}
     parsed(timeline.svg(seen))
@@ -90,7 +91,7 @@ def test_a_run_without_rank_0s_log_has_attempts_but_claims_no_steps(run: Run):
     run.steps(1, 5)
     run.write(hung(4.0, {"rank": 0, "point": "in_forward"}), after=4.0, rank=1)
     next(run.path.glob("events/*-rank-00000.jsonl")).unlink()
-    seen = timeline.from_run(run.path)
+    seen = read_timeline(run.path)
     (attempt,) = seen["attempts"]
     assert (attempt["ready"], attempt["ended"], attempt["world_size"]) == (2.0, 11.0, 2)
     assert seen["steps"] == []
@@ -102,7 +103,7 @@ def test_a_damaged_log_is_an_error(run: Run):
     path = next(run.path.glob("events/*.jsonl"))
     path.write_text("{nonsense}\n" + path.read_text())
     with pytest.raises(RunDirectoryError):
-        timeline.from_run(run.path)
+        read_timeline(run.path)
 
 
 @pytest.mark.parametrize("jump", [3600.0, -3600.0, -2.5])
@@ -117,7 +118,7 @@ def test_a_clock_that_was_set_leaves_the_timeline_as_it_was(tmp_path: Path, jump
         run.now += by
         run.steps(21, 40, seconds=0.5)
         run.end("finished", 40, after=0.25)
-        seen.append(timeline.from_run(run.path))
+        seen.append(read_timeline(run.path))
     reference, jumped = seen
     for name in ("steps", "attempts"):
         for ours, theirs in zip(jumped[name], reference[name], strict=True):
@@ -132,7 +133,7 @@ def test_a_clock_set_back_without_a_plan_never_makes_time_run_backwards(run: Run
     run.now -= 500
     run.steps(21, 60, seconds=0.5)
     run.end("finished", 60)
-    seen = timeline.from_run(run.path)
+    seen = read_timeline(run.path)
     times = [t for t, _, _ in seen["steps"]]
     assert times == sorted(times)
     assert times[-1] == pytest.approx(31.5)
@@ -148,7 +149,7 @@ def test_a_fault_on_a_rank_whose_clock_was_set_lies_where_the_unset_clock_says(r
     run.now -= 3600
     run.fault("sigkill", after=0.25, victim=0, at=31)
     run.start(from_step=20, after=1.0)
-    seen = timeline.from_run(run.path)
+    seen = read_timeline(run.path)
     assert [(fault["kind"], fault["t"]) for fault in seen["faults"]] == [("clock_jump", 12.0), ("sigkill", 17.25)]
     assert seen["attempts"][0]["ended"] == 17.25
     assert seen["incidents"][0]["t"] == pytest.approx(17.0)
@@ -168,7 +169,7 @@ def texts(svg: str) -> list[str]:
 
 
 def test_a_picture_shows_faults_attempts_and_incidents_in_the_colours_of_its_page(tmp_path: Path):
-    picture = timeline.svg(timeline.from_run(killed_once(tmp_path / "run").path), "run-0")
+    picture = timeline.svg(read_timeline(killed_once(tmp_path / "run").path), "run-0")
     assert {"sigkill r1", "0, 2 ranks, died", "1, 2 ranks, finished", "worker lost r1, 3.2 s"} <= set(texts(picture))
     assert 'aria-label="step over 39.5 s: 2 attempts, 1 restarts, 1 faults, 1 incidents"' in picture
     assert all(name.startswith("run-0-") for name in re.findall(r' id="([^"]*)"', picture))
@@ -190,7 +191,7 @@ def test_no_label_covers_another_however_close_the_faults_are(run: Run, spread_s
         run.write(CheckpointRejected(step=number, reason="checksum"))
     run.steps(41, 60, seconds=0.1)
     run.end("finished", 60)
-    drawn = timeline.draw(timeline.from_run(run.path))
+    drawn = timeline.draw(read_timeline(run.path))
     drawn.draw_without_rendering()
     labels = [text for axes in drawn.axes for text in axes.texts if text.get_text()]
     assert all(any(label.get_text().startswith(kind) for label in labels) for kind in kinds)
@@ -209,7 +210,7 @@ def test_faults_beyond_what_can_be_labelled_are_counted(run: Run):
         run.fault("straggler", victim=None)
     run.steps(21, 60)
     run.end("finished", 60)
-    picture = timeline.svg(timeline.from_run(run.path))
+    picture = timeline.svg(read_timeline(run.path))
     assert sum(text == "straggler" for text in texts(picture)) == FLAG_ROWS
     assert f"{40 - FLAG_ROWS} more faults without a label" in texts(picture)
 
@@ -221,7 +222,7 @@ def test_one_fault_that_hits_several_ranks_is_one_flag(run: Run):
         run.fault("sigterm", after=0.01, victim=victim, index=0)
     run.fault("sigterm", after=0.01, victim=0, index=1)
     run.end("preempted", 6, after=1.0)
-    labels = [text for text in texts(timeline.svg(timeline.from_run(run.path))) if text.startswith("sigterm")]
+    labels = [text for text in texts(timeline.svg(read_timeline(run.path))) if text.startswith("sigterm")]
     assert sorted(labels) == ["sigterm r0", "sigterm r0,1,2"]
 
 
@@ -231,7 +232,7 @@ def test_text_from_a_log_is_escaped_in_the_picture_and_is_no_formula(run: Run):
     run.steps(1, 5)
     run.fault(evil)
     run.end("finished", 5)
-    assert f"{evil} r1" in texts(timeline.svg(timeline.from_run(run.path)))
+    assert f"{evil} r1" in texts(timeline.svg(read_timeline(run.path)))
 
 
 def test_a_run_of_many_steps_makes_no_larger_picture():

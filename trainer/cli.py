@@ -152,13 +152,14 @@ def plot(
     """Draw a run's loss curves (PNG) and its timeline: attempts, faults, lost work (SVG). Prints both paths."""
     from trainer import files
     from trainer.log import rundir, summary
+    from trainer.log.timeline import read_timeline
     from trainer.show import curves, figure, timeline
 
     rundir.read(run)
     path = output or run / "curves.png"
     curves.draw_curves({run.name: summary.summarise(run)}, path)
     drawn = path.with_name("timeline.svg")
-    files.write(drawn, figure.standalone(timeline.svg(timeline.from_run(run))))
+    files.write(drawn, figure.standalone(timeline.svg(read_timeline(run))))
     print(f"{path}\n{drawn}")
 
 

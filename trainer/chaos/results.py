@@ -47,7 +47,7 @@ class Result:
     """Of each fault that fired: {index, kind, victim, step, fired, detect_seconds, recover_seconds, detected_as,
     attributed_correctly}."""
     timeline: dict[str, Any] = field(default_factory=dict)
-    """timeline.from_run(run); {} if skipped."""
+    """`log.timeline.read_timeline` of the run; {} if skipped."""
     run: str = ""
     """Run directory; "" if skipped."""
     seconds: float = 0.0

@@ -197,10 +197,10 @@ def _measured(evidence: Evidence) -> list[dict[str, Any]]:
 
 
 def _timeline(run_directory: Path) -> dict[str, Any]:
-    from trainer.show import timeline
+    from trainer.log.timeline import read_timeline
 
     try:
-        return timeline.from_run(run_directory)
+        return read_timeline(run_directory)
     except TopropeError:
         return {}
 

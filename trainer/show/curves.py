@@ -1,81 +1,58 @@
 """Loss curves as a picture."""
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer import files
+from trainer.show import figure
+from trainer.show.figure import BAD, GREY, MARKS, SERIES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-RUN_COLOURS = ("#2f6690", "#c8553d", "#3a7d44", "#7b5ea7", "#b8860b", "#3f3f46")
-SET_MARKS = ("o", "s", "^", "D", "v", "P")
-GREY = "#8a8f98"
-INCIDENT_COLOURS = {"preempted": "#b8860b", "not_finite": "#7b5ea7", "save_failed": "#b8860b"}
-INCIDENT_COLOUR = "#b3261e"
-LABELS = 24  # more would cover each other
-SMOOTHING = 0.02  # of the run's steps: the width of the moving average
+INCIDENT_COLOURS = {"preempted": SERIES[4], "not_finite": SERIES[3], "save_failed": SERIES[4]}
+MOST_LABELS = 24  # more would cover each other
+SMOOTHING = 0.02  # width of the moving average, as a share of the run's steps
 
 
-def draw_curves(summaries: Mapping[str, Mapping[str, Any]], path: Path, log_steps: bool = False) -> None:
-    """Write a PNG of the loss curves of one or more runs, named by the keys; values as `summary.summarise` gives them.
+def draw_curves(summaries: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Write a PNG of the loss curves of one or more runs: names and values of `log.summary.summarise`.
 
-    Above: training loss (faint: each step; solid: moving average) and every evaluation set, in nats per token. Below:
-    bits per byte of the evaluation sets, which compares runs across tokenizers. One colour a run, one mark a set; thin
-    vertical lines are restarts, at the step they resumed from. One run alone also shows its incidents: what happened
-    where, as labelled ticks, and the steps lost by it as a shaded stretch. The file appears whole or not at all.
+    The upper panel has the training loss (faint: each step; solid: moving average) and every held-out set, in nats per
+    token. The lower one has bits per byte of the held-out sets, which can be compared across tokenizers. Each run has a
+    colour and each set a mark; dotted vertical lines are restarts, at the step they resumed from. A single run also
+    shows its incidents as labelled ticks, with the steps that they cost shaded. The file appears whole or not at all.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    evaluated = any(summary["eval"] for summary in summaries.values())
-    with pyplot.rc_context(rc=_style()):
-        heights = [5, 3] if evaluated else [1]
-        figure, grid = pyplot.subplots(
-            len(heights), 1, sharex=True, squeeze=False, height_ratios=heights, figsize=(9, 6.6 if evaluated else 4.6)
+    is_evaluated = any(summary["eval"] for summary in summaries.values())
+    is_single = len(summaries) == 1
+    with figure.style():
+        drawn = figure.new_figure(9, 6.6 if is_evaluated else 4.6)
+        heights = [5, 3] if is_evaluated else [1]
+        panels: list[Axes] = list(
+            drawn.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
         )
-        panels: list[Axes] = list(grid[:, 0])
         for number, (name, summary) in enumerate(summaries.items()):
-            colour = RUN_COLOURS[number % len(RUN_COLOURS)]
-            _draw_run(panels, name, summary, colour, many=len(summaries) > 1)
-        if len(summaries) == 1:
-            for summary in summaries.values():
+            _draw_run(panels, "" if is_single else f"{name} · ", summary, SERIES[number % len(SERIES)])
+            if is_single:
                 _draw_incidents(panels, summary.get("incidents", []))
-        _dress(panels, log_steps, columns=min(3, len(summaries)))
-        panels[0].set_title(_title(summaries), loc="left", fontsize=12, fontweight="bold", pad=12)
-        figure.tight_layout()
-        file = io.BytesIO()
-        figure.savefig(file, format="png", dpi=160)
-        pyplot.close(figure)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.write(path, file.getvalue())
+        for panel, unit in zip(panels, ("loss (nats per token)", "bits per byte"), strict=False):
+            panel.set_ylabel(unit)
+            panel.margins(x=0.02)
+            if panel.get_legend_handles_labels()[0]:
+                panel.legend(loc="best", ncols=min(3, len(summaries)), title="at the last step", title_fontsize=8)
+        panels[-1].set_xlabel("step")
+        if not panels[0].lines:
+            panels[0].text(
+                0.5, 0.5, "no step has been completed", transform=panels[0].transAxes, ha="center", color=GREY
+            )
+        panels[0].set_title(_title(summaries), fontsize=12, pad=12)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write(path, figure.png(drawn))
 
 
-def _style() -> Any:
-    return {
-        "font.family": "DejaVu Sans",
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": GREY,
-        "axes.labelcolor": "#30343b",
-        "axes.grid": True,
-        "grid.color": "#e8eaed",
-        "grid.linewidth": 0.8,
-        "axes.axisbelow": True,
-        "xtick.color": "#30343b",
-        "ytick.color": "#30343b",
-        "legend.frameon": False,
-        "legend.fontsize": 9,
-    }
-
-
-def _draw_run(panels: Sequence["Axes"], name: str, summary: Mapping[str, Any], colour: str, many: bool) -> None:
-    prefix = f"{name} · " if many else ""
+def _draw_run(panels: Sequence["Axes"], prefix: str, summary: Mapping[str, Any], colour: str) -> None:
+    """Draw one run; an empty `prefix` says that it is the only one."""
     if summary["train"]:
         steps, losses = zip(*summary["train"], strict=True)
         panels[0].plot(steps, losses, color=colour, alpha=0.22, linewidth=0.8)
@@ -83,87 +60,64 @@ def _draw_run(panels: Sequence["Axes"], name: str, summary: Mapping[str, Any], c
         panels[0].plot(steps, means, color=colour, linewidth=1.8, label=f"{prefix}train  {means[-1]:.3f}")
     for number, (set_name, rows) in enumerate(summary["eval"].items()):
         steps, losses, bits = zip(*rows, strict=True)
-        # One run may give its sets a colour each; several need colour to tell the runs apart.
-        own = colour if many else RUN_COLOURS[(number + 1) % len(RUN_COLOURS)]
-        mark = SET_MARKS[number % len(SET_MARKS)]
-        look: Any = {"color": own, "marker": mark, "markersize": 4.5, "linewidth": 1.1, "linestyle": (0, (4, 2))}
-        panels[0].plot(steps, losses, label=f"{prefix}{set_name}  {losses[-1]:.3f}", **look)
-        panels[-1].plot(steps, bits, label=f"{prefix}{set_name}  {bits[-1]:.3f}", **look)
+        style: Any = {
+            # The only run may give each set a colour; several runs need the colour to be told apart.
+            "color": colour if prefix else SERIES[(number + 1) % len(SERIES)],
+            "marker": MARKS[number % len(MARKS)], "markersize": 4.5, "linewidth": 1.1, "linestyle": (0, (4, 2)),
+        }  # fmt: skip
+        panels[0].plot(steps, losses, label=f"{prefix}{set_name}  {losses[-1]:.3f}", **style)
+        panels[-1].plot(steps, bits, label=f"{prefix}{set_name}  {bits[-1]:.3f}", **style)
     for attempt in summary["attempts"][1:]:
         if attempt["from_step"] is not None:
             for panel in panels:
-                panel.axvline(attempt["from_step"], color=colour if many else GREY, linewidth=0.8, linestyle=":")
+                panel.axvline(attempt["from_step"], color=colour if prefix else GREY, linewidth=0.8, linestyle=":")
 
 
 def _draw_incidents(panels: Sequence["Axes"], incidents: Sequence[Mapping[str, Any]]) -> None:
+    transform = panels[-1].get_xaxis_transform()  # x in steps, y from 0 at the axis to 1
     known = [incident for incident in incidents if incident["step"] is not None]
     for incident in known:
-        colour = INCIDENT_COLOURS.get(incident["kind"], INCIDENT_COLOUR)
+        colour = INCIDENT_COLOURS.get(incident["kind"], BAD)
         step, lost = incident["step"], incident["lost_steps"] or 0
-        if lost:
-            for panel in panels:
-                panel.axvspan(step - lost, step, color=colour, alpha=0.07, linewidth=0)
-        # Of ticks, not lines: restarts have those.
+        for panel in panels if lost else ():
+            panel.axvspan(step - lost, step, color=colour, alpha=0.07, linewidth=0)
         panels[-1].plot([step], [0], marker="^", color=colour, markersize=5, clip_on=False, zorder=5,
-                        transform=panels[-1].get_xaxis_transform())  # fmt: skip
-    for label in labels(known):
-        panels[-1].annotate(
-            label["text"],
-            (label["step"], 0.04),
-            xycoords=panels[-1].get_xaxis_transform(),
-            rotation=90,
-            fontsize=7,
-            ha="center",
-            va="bottom",
-            color=INCIDENT_COLOURS.get(label["kind"], INCIDENT_COLOUR),
-        )
+                        transform=transform)  # fmt: skip
+    for step, kind, text in incident_labels(known):
+        panels[-1].annotate(text, (step, 0.04), xycoords=transform, rotation=90, fontsize=7, ha="center", va="bottom",
+                            color=INCIDENT_COLOURS.get(kind, BAD))  # fmt: skip
 
 
-def labels(incidents: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One label for the incidents of a step; none at all where there would be too many to read."""
+def incident_labels(incidents: Sequence[Mapping[str, Any]]) -> list[tuple[int, str, str]]:
+    """Return (step, kind, text): one label for all incidents of a step; none if there would be too many to read."""
     by_step: dict[int, list[Mapping[str, Any]]] = {}
     for incident in incidents:
         by_step.setdefault(incident["step"], []).append(incident)
-    if len(by_step) > LABELS:
+    if len(by_step) > MOST_LABELS:
         return []
-    return [
-        {"step": step, "kind": here[0]["kind"], "text": ", ".join(dict.fromkeys(_label(incident) for incident in here))}
-        for step, here in by_step.items()
-    ]
+    return [(step, same[0]["kind"], ", ".join(dict.fromkeys(map(_label, same)))) for step, same in by_step.items()]
 
 
 def _label(incident: Mapping[str, Any]) -> str:
+    kind, rank = incident["kind"], incident["rank"]
     words = {"worker_lost": "lost", "save_failed": "save failed", "checkpoint_rejected": "damaged checkpoint"}
-    what: str = words.get(incident["kind"]) or incident["kind"].replace("_", " ")
-    of_rank = incident["rank"] is not None and incident["kind"] in ("worker_lost", "hung")
-    return f"rank {incident['rank']} {what}" if of_rank else f"workers {what}" if what == "lost" else what
-
-
-def _dress(panels: Sequence["Axes"], log_steps: bool, columns: int) -> None:
-    panels[0].set_ylabel("loss (nats per token)")
-    panels[-1].set_xlabel("step")
-    if len(panels) > 1:
-        panels[-1].set_ylabel("bits per byte")
-    for panel in panels:
-        panel.margins(x=0.02)
-        if log_steps:
-            panel.set_xscale("log")
-        if panel.get_legend_handles_labels()[0]:
-            panel.legend(loc="best", ncols=columns, title="at the last step", title_fontsize=8)
-    if not panels[0].lines:
-        panels[0].text(0.5, 0.5, "no step has been completed", transform=panels[0].transAxes, ha="center", color=GREY)
+    text: str = words.get(kind) or kind.replace("_", " ")
+    if rank is not None and kind in ("worker_lost", "hung"):
+        return f"rank {rank} {text}"
+    return f"workers {text}" if kind == "worker_lost" else text
 
 
 def _title(summaries: Mapping[str, Mapping[str, Any]]) -> str:
     restarts = sum(max(0, len(summary["attempts"]) - 1) for summary in summaries.values())
-    marks = f"   ({restarts} restart{'s' if restarts > 1 else ''}, dotted)" if restarts else ""
-    return ", ".join(summaries) + marks if len(summaries) <= 4 else f"{len(summaries)} runs{marks}"
+    names = ", ".join(summaries) if len(summaries) <= 4 else f"{len(summaries)} runs"
+    return names + (f"   ({restarts} restart{'s' if restarts > 1 else ''}, dotted)" if restarts else "")
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Mean over a window of about 2 % of the values, narrower towards the start, where a loss falls steeply.
+    """Return the mean over a window of about 2 % of the values, narrower towards both ends.
 
-    Centred, so that it does not lag behind. What is not finite stays NaN and is left out of its neighbours' means.
+    The window is centred, so that the curve does not lag behind a loss that falls steeply. Values that are not finite
+    become NaN and are left out of their neighbours' means.
     """
     import numpy
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from trainer.show.curves import draw_curves, labels, smooth
+from trainer.show.curves import draw_curves, incident_labels, smooth
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -43,20 +43,19 @@ MANY_INCIDENTS = [
 
 
 def test_incidents_are_marked_where_they_happened_and_labelled_while_labels_can_be_read(tmp_path: Path):
-    told = summary(restarts=(20, 30)) | {"incidents": MANY_INCIDENTS}
-    draw_curves({"smoke": told}, tmp_path / "curves.png")
+    run = summary(restarts=(20, 30)) | {"incidents": MANY_INCIDENTS}
+    draw_curves({"smoke": run}, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(PNG)
-    texts = [label["text"] for label in labels(MANY_INCIDENTS[:-1])]
+    texts = [text for _, _, text in incident_labels(MANY_INCIDENTS[:-1])]
     assert texts == [
         "rank 1 lost", "rank 0 hung", "not finite", "save failed, damaged checkpoint", "preempted", "workers lost",
     ]  # fmt: skip
-    assert labels([incident("hung", step, rank=0) for step in range(100)]) == []
+    assert incident_labels([incident("hung", step, rank=0) for step in range(100)]) == []
 
 
-@pytest.mark.parametrize("log_steps", [False, True])
-def test_several_runs_share_one_picture(tmp_path: Path, log_steps: bool):
+def test_several_runs_share_one_picture(tmp_path: Path):
     path = tmp_path / "curves.png"
-    draw_curves({"calm": summary(), "under fire": summary(restarts=(20,))}, path, log_steps)
+    draw_curves({"reference": summary(), "with faults": summary(restarts=(20,))}, path)
     assert path.read_bytes().startswith(PNG)
 
 
