@@ -5,7 +5,7 @@ import functools
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from trainer.parallel.world import World
 from trainer.phases import Phase
 from trainer.sentinel.hang import Watchdog
 from trainer.show import console
-from trainer.show.wandb import WandbSink, wandb_mode
+from trainer.show.wandb import WandbHelper, wandb_mode
 from trainer.step import TrainState, Work
 
 TELL_SECONDS = 0.5  # how often the ranks that wait for the data hear that rank 0 gets on
@@ -98,7 +98,7 @@ def train(
         if ranks.is_main:
             screen = stack.enter_context(console.Console(config, earlier=earlier))
             log.subscribe(screen)
-            stack.enter_context(_in_wandb(attempt, earlier))
+            stack.enter_context(_in_wandb(attempt, number))
         try:
             return attempt.train(state, stopwatch)
         except Exception as error:
@@ -364,17 +364,17 @@ def scorer(
 
 
 @contextlib.contextmanager
-def _in_wandb(attempt: Attempt, earlier: Sequence[events.Entry]) -> Iterator[None]:
+def _in_wandb(attempt: Attempt, number: int) -> Iterator[None]:
     """Show the attempt in W&B while the context lasts. What goes wrong with it becomes a warning in the log."""
 
     def warn(message: str) -> None:
         attempt.log.append(events.Warned(message=message))
 
-    with WandbSink(attempt.run, attempt.config, attempt.about, on_problem=warn, earlier=earlier) as sink:
-        attempt.log.subscribe(sink)
+    with WandbHelper(attempt.run, attempt.config, number, on_problem=warn) as helper:
+        attempt.log.subscribe(helper)
         yield
-    if sink.url is not None:
-        print(f"W&B: {sink.url}", flush=True)
+    if helper.url is not None:
+        print(f"W&B: {helper.url}", flush=True)
 
 
 def _record(run: Path, config: Config, prepared: Prepared, vocab_size: int) -> dict[str, Any]:

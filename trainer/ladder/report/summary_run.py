@@ -18,7 +18,7 @@ from trainer.ladder.report.drawing import decision
 from trainer.ladder.report.estimates import Tree
 from trainer.ladder.report.pictures import Picture
 from trainer.show import units
-from trainer.show import wandb as wandb_sink
+from trainer.show.wandb import open_run, wandb_mode
 
 SECONDS = 60.0
 """W&B may take as long."""
@@ -31,7 +31,7 @@ def send(
     if not ladder.runs:
         return
     config = ladder.runs[0].config
-    mode = wandb_sink.wandb_mode(config)
+    mode = wandb_mode(config)
     if mode == "disabled":
         return
     first = tree.get("course", {}).get("first_planned")
@@ -127,7 +127,7 @@ def _deliver(message: dict[str, Any]) -> str:
 def relay() -> None:
     """The process: one message from standard input to W&B."""
     message = json.load(sys.stdin)
-    run = wandb_sink.open_run(message["init"], SECONDS)
+    run = open_run(message["init"], SECONDS)
     import wandb
 
     shown: dict[str, Any] = {

@@ -1,5 +1,6 @@
 """Promises about a run in Weights & Biases: what is shown, and that it costs training nothing."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -16,17 +17,16 @@ from typing import Any
 
 import pytest
 
-from tests.logs import ended, entry, evaluated, started, step
+from tests.logs import Run, ended, evaluated, killed, started, step
 from trainer.config import Config, parse
 from trainer.errors import ConfigError
 from trainer.log import rundir
-from trainer.log.events import CheckpointFailed, CheckpointSaved, EventLog, StepDone, Warned, WorkersLost, read
+from trainer.log.events import CheckpointFailed, CheckpointSaved, EventLog, StepDone, Warned, read
 from trainer.show.console import Console
-from trainer.show.wandb import WandbSink, wandb_mode
+from trainer.show.wandb import WandbHelper, wandb_mode
 
 CONFIG: Config = parse({"budget": {"steps": 60}, "wandb": {"mode": "offline"}})
 AUTO: Config = parse({"budget": {"steps": 60}})
-ABOUT = {"run_id": "0123456789abcdef", "fingerprint": "f" * 64, "versions": {"wandb": "0"}}
 REPO = Path(__file__).resolve().parent.parent
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to list processes")
 
@@ -40,6 +40,19 @@ def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     return home
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """A run whose processes may now be pretended to start."""
+    run = Run(tmp_path)
+    run.record()
+    return run
+
+
+def shown(run: Run, config: Config = CONFIG, on_problem: Any = pytest.fail, **options: Any) -> WandbHelper:
+    """W&B shows the run's next attempt."""
+    return WandbHelper(run.path, config, run.attempt + 1, on_problem, **options)
 
 
 def test_auto_is_online_only_with_a_key_in_the_environment_or_in_netrc_for_that_host(home: Path, tmp_path: Path):
@@ -64,12 +77,12 @@ def test_the_environments_mode_wins_and_a_misspelt_one_is_refused():
         wandb_mode(CONFIG, {"WANDB_MODE": "ofline"})
 
 
-def test_disabled_starts_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_disabled_starts_no_process(run: Run, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    with WandbSink(tmp_path, CONFIG, ABOUT, on_problem=pytest.fail) as sink:
-        sink(entry(step(1), 0))
-        assert sink.pid is None
-    assert list(tmp_path.iterdir()) == []
+    with shown(run) as helper:
+        run.start()
+        assert helper.pid is None
+    assert not (run.path / "wandb").exists()
 
 
 def read_offline(run_directory: Path) -> list[dict[str, Any]]:
@@ -114,14 +127,14 @@ def leveldb_records(data: bytes) -> Iterator[bytes]:
             parts = b""
 
 
-def test_metrics_are_readable_back_from_the_offline_file(tmp_path: Path):
-    with WandbSink(tmp_path, CONFIG, ABOUT, on_problem=pytest.fail) as sink:
-        sink(entry(started(), 0))
+def test_metrics_are_readable_back_from_the_offline_file(run: Run):
+    with shown(run):
+        run.start()
         for n in range(1, 61):
-            sink(entry(step(n, redone=int(n in (3, 5)), flushed=1e-5 if n == 60 else None), n))
-        sink(entry(evaluated(60), 61))
-        sink(entry(ended(), 62))
-    rows = read_offline(tmp_path)
+            run.write(step(n, redone=int(n in (3, 5)), flushed=1e-5 if n == 60 else None))
+        run.write(evaluated(60))
+        run.write(ended())
+    rows = read_offline(run.path)
     train = [row for row in rows if "train/loss" in row]
     assert [(row["step"], row["train/loss"]) for row in train] == [(n, 5.0 - n / 100) for n in range(1, 61)]
     assert [row["exact/redone"] for row in train[:6]] == [0, 0, 1, 1, 2, 2]
@@ -140,25 +153,26 @@ def test_metrics_are_readable_back_from_the_offline_file(tmp_path: Path):
     assert "exact/flushed" not in train[0], "unknown is not zero"
     (scores,) = [row for row in rows if "eval/val/loss" in row]
     assert (scores["step"], scores["eval/val/loss"], scores["eval/val/bits_per_byte"]) == (60, 2.5, 1.7)
-    ((shown,),) = offline_records(tmp_path, "run").values()
-    assert shown["id"] == ABOUT["run_id"]
-    assert shown["fingerprint"] == "f" * 64
-    assert shown["budget"] == {"steps": 60}
+    ((about,),) = offline_records(run.path, "run").values()
+    assert about["id"] == rundir.read(run.path)["run_id"]
+    assert about["fingerprint"] == rundir.read(run.path)["fingerprint"]
+    assert about["budget"] == {"steps": 60}
     assert any(
-        row.get("weights_sha256") == "a" * 64 for rows in offline_records(tmp_path, "summary").values() for row in rows
+        row.get("weights_sha256") == "a" * 64 for rows in offline_records(run.path, "summary").values() for row in rows
     )
 
 
-def test_a_resumed_run_keeps_its_id_and_shows_the_replayed_steps_too(tmp_path: Path):
-    for first, last in ((1, 6), (5, 9)):
-        with WandbSink(tmp_path, CONFIG, ABOUT, on_problem=pytest.fail) as sink:
-            for n in range(first, last):
-                sink(entry(step(n), n))
-    runs = offline_records(tmp_path, "run")
+def test_a_resumed_run_keeps_its_id_and_shows_the_replayed_steps_too(run: Run):
+    for from_step in (0, 4):
+        with shown(run):
+            run.start(from_step)
+            run.steps(from_step + 1, from_step + 5)
+    runs = offline_records(run.path, "run")
     assert len(runs) == 2
-    assert {rows[0]["id"] for rows in runs.values()} == {ABOUT["run_id"]}
-    steps = sorted([row["step"] for row in rows] for rows in offline_records(tmp_path, "history").values())
-    assert steps == [[1, 2, 3, 4, 5], [5, 6, 7, 8]]
+    assert {rows[0]["id"] for rows in runs.values()} == {rundir.read(run.path)["run_id"]}
+    histories = offline_records(run.path, "history").values()
+    steps = sorted([row["step"] for row in rows if "train/loss" in row] for rows in histories)
+    assert steps == [[1, 2, 3, 4, 5], [5, 6, 7, 8, 9]]
 
 
 def figures(rows: list[dict[str, Any]], name: str) -> list[Any]:
@@ -166,18 +180,19 @@ def figures(rows: list[dict[str, Any]], name: str) -> list[Any]:
     return [(row["step"], row[name]) for row in rows if name in row]
 
 
-def test_a_run_shows_its_restarts_what_they_cost_and_saves_that_failed(tmp_path: Path):
-    before = [entry(started(), 0), *[entry(step(n, redone=int(n in (3, 45))), n) for n in range(1, 48)]]
-    before.append(entry(CheckpointFailed(step=20, reason="EIO", in_a_row=1), 47))
-    failures = [{"rank": 1, "pid": 1, "exitcode": -9, "signal": "SIGKILL"}]
-    with WandbSink(tmp_path, CONFIG, ABOUT, on_problem=pytest.fail, earlier=before) as sink:
-        sink(entry(started(40), 50, attempt=1))
-        sink(entry(WorkersLost(failures=failures, reason=""), 50, attempt=1))
+def test_a_run_shows_its_restarts_what_they_cost_and_saves_that_failed(run: Run):
+    run.start()
+    for n in range(1, 48):
+        run.write(step(n, redone=int(n in (3, 45))), after=1.0)
+    run.write(CheckpointFailed(step=20, reason="EIO", in_a_row=1))
+    with shown(run):
+        run.start(40, after=1.0)
+        run.write(killed())
         for n in range(41, 46):
-            sink(entry(step(n, redone=int(n == 45)), 10 + n, attempt=1))
-        sink(entry(CheckpointSaved(step=44, bytes=1, seconds=0.75, stall_seconds=0.25), 56, attempt=1))
-        sink(entry(CheckpointFailed(step=45, reason="No space left on device", in_a_row=1), 57, attempt=1))
-    rows = read_offline(tmp_path)
+            run.write(step(n, redone=int(n == 45)), after=1.0)
+        run.write(CheckpointSaved(step=44, bytes=1, seconds=0.75, stall_seconds=0.25))
+        run.write(CheckpointFailed(step=45, reason="No space left on device", in_a_row=1))
+    rows = read_offline(run.path)
     said = "rank 1 was killed (SIGKILL) after step 47; resumed from step 40, 7 steps to replay; 3.0 s without training"
     failed = "the save of step 45 failed (No space left on device)"
     assert figures(rows, "run/attempt") == [(40, 1), *[(n, 1) for n in range(41, 46)]]
@@ -189,26 +204,27 @@ def test_a_run_shows_its_restarts_what_they_cost_and_saves_that_failed(tmp_path:
     assert figures(rows, "checkpoint/failures") == [(44, 1), (45, 2)]
     assert figures(rows, "checkpoint/stall_seconds") == [(44, 0.25)]
     assert figures(rows, "exact/redone")[-2:] == [(44, 1), (45, 2)], "counts go on where the run was resumed"
-    ((first, second),) = offline_records(tmp_path, "alert").values()
+    ((first, second),) = offline_records(run.path, "alert").values()
     assert first == {"title": "worker lost in attempt 0", "text": said}
     assert second == {"title": "save failed in attempt 1", "text": failed}
 
 
-def test_a_run_without_incidents_shows_that_there_were_none(tmp_path: Path):
-    with WandbSink(tmp_path, CONFIG, ABOUT, on_problem=pytest.fail) as sink:
-        sink(entry(started(), 0))
-        sink(entry(step(1), 1))
-        sink(entry(ended(), 2))
-    rows = read_offline(tmp_path)
+def test_a_run_without_incidents_shows_that_there_were_none(run: Run):
+    with shown(run):
+        run.start()
+        run.steps(1, 1)
+        run.write(ended())
+    rows = read_offline(run.path)
     for name in ("run/incidents", "run/restarts", "run/lost_steps", "run/seconds_without_training"):
         assert figures(rows, name) == [(0, 0)]
-    assert offline_records(tmp_path, "alert") == {}
+    assert offline_records(run.path, "alert") == {}
 
 
-def test_a_run_that_fails_raises_an_alert_with_the_reason(tmp_path: Path):
-    with WandbSink(tmp_path, CONFIG, ABOUT, on_problem=pytest.fail) as sink:
-        sink(entry(ended("failed", 7), 2))
-    assert offline_records(tmp_path, "alert").popitem()[1] == [{"title": "attempt 0 failed", "text": "SIGTERM"}]
+def test_a_run_that_fails_raises_an_alert_with_the_reason(run: Run):
+    with shown(run):
+        run.start()
+        run.end("failed", 7, reason="EIO")
+    assert offline_records(run.path, "alert").popitem()[1] == [{"title": "attempt 0 failed", "text": "EIO"}]
 
 
 def processes_of_session(leader: int) -> list[int]:
@@ -242,113 +258,99 @@ def alive(pid: int) -> bool:
 
 
 @needs_proc
-def test_no_process_of_wandb_outlives_the_sink(tmp_path: Path):
-    with WandbSink(tmp_path, CONFIG, ABOUT, on_problem=pytest.fail) as sink:
-        assert sink.pid is not None
-        leader = sink.pid
-        sink(entry(step(1), 0))
+def test_no_process_of_wandb_outlives_its_run(run: Run):
+    with shown(run) as helper:
+        assert helper.pid is not None
+        leader = helper.pid
+        run.start()
         assert eventually(lambda: len(processes_of_session(leader)) >= 2)
         started_by_us = processes_of_session(leader)
     assert eventually(lambda: not any(alive(pid) for pid in started_by_us), seconds=5)
 
 
-@needs_proc
-def test_a_killed_trainer_loses_no_checkpointed_metric_and_leaves_no_process(tmp_path: Path):
+@contextlib.contextmanager
+def killed_trainer(run: Run) -> Iterator[int]:
+    """The process id of a helper whose trainer is SIGKILLed, having logged a start, 40 steps and a save of step 35."""
     code = f"""if True:
-        import sys, time
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from tests.test_wandb_sink import *
-        sink = WandbSink(Path({str(tmp_path)!r}), CONFIG, ABOUT, on_problem=print)
-        for n in range(1, 41):
-            sink(entry(step(n), n / 1000))
-        sink(entry(CheckpointSaved(step=40, bytes=1, seconds=0.1, stall_seconds=0.1), 0.041))
-        print(sink.pid, flush=True)
-        time.sleep(600)
-    """
-    environ = os.environ | {"PYTHONPATH": str(REPO)}
-    trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environ, text=True)
-    assert trainer.stdout is not None
-    helper = int(trainer.stdout.readline())
-    trainer.kill()
-    trainer.wait()
-    assert trainer.stdout.read() == ""  # the helper does not hold our output open: this would wait for it
-    trainer.stdout.close()
-    assert eventually(lambda: not processes_of_session(helper))
-    rows = read_offline(tmp_path)
-    assert [step for step, _ in figures(rows, "train/loss")] == list(range(1, 41))
-    assert figures(rows, "checkpoint/seconds") == [(40, 0.1)]
-
-
-@needs_proc
-def test_the_run_goes_on_under_one_id_after_rank_0_was_killed(tmp_path: Path):
-    code = f"""if True:
-        from tests.test_wandb_sink import *
-        log = EventLog.open(Path({str(tmp_path)!r}), 0, 0)
-        sink = WandbSink(Path({str(tmp_path)!r}), CONFIG, ABOUT, on_problem=print)
-        log.subscribe(sink)
+        import time
+        from tests.test_wandb import CONFIG, EventLog, Path, WandbHelper
+        from tests.logs import saved, started, step
+        log = EventLog.open(Path({str(run.path)!r}), 0, 0)
+        helper = WandbHelper(Path({str(run.path)!r}), CONFIG, 0, on_problem=print)
         log.append(started())
-        for n in range(1, 8):
+        for n in range(1, 41):
             log.append(step(n))
-        log.append(CheckpointSaved(step=5, bytes=1, seconds=0.1, stall_seconds=0.1))
-        print(sink.pid, flush=True)
+        log.append(saved(35))
+        print(helper.pid, flush=True)
         time.sleep(600)
     """
     environ = os.environ | {"PYTHONPATH": str(REPO)}
-    trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environ, text=True)
-    assert trainer.stdout is not None
-    helper = int(trainer.stdout.readline())
-    assert eventually(lambda: bool(list(tmp_path.glob("wandb/offline-run-*"))))
-    trainer.kill()
-    trainer.wait()
-    trainer.stdout.close()
-    log = EventLog.open(tmp_path, 1, 0)
-    with WandbSink(tmp_path, CONFIG, ABOUT, on_problem=pytest.fail, earlier=read(tmp_path)) as sink:
-        log.subscribe(sink)
-        log.append(started(5))
-        for n in range(6, 9):
-            log.append(step(n))
-    log.close()
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environ, text=True) as trainer:
+        assert trainer.stdout is not None
+        helper = int(trainer.stdout.readline())
+        yield helper
+        trainer.kill()
+        assert trainer.stdout.read() == ""  # the helper does not hold our output open: this would wait for it
+
+
+@needs_proc
+def test_a_killed_trainer_loses_nothing_that_it_logged_and_leaves_no_process(run: Run):
+    with killed_trainer(run) as helper:
+        pass  # killed at once, before the helper has read anything
+    assert eventually(lambda: not processes_of_session(helper))
+    rows = read_offline(run.path)
+    assert [step for step, _ in figures(rows, "train/loss")] == list(range(1, 41))
+    assert figures(rows, "checkpoint/seconds") == [(35, 0.1)]
+
+
+@needs_proc
+def test_the_run_goes_on_under_one_id_after_rank_0_was_killed(run: Run):
+    with killed_trainer(run) as helper:
+        assert eventually(lambda: bool(list(run.path.glob("wandb/offline-run-*"))))
+    run.attempt, run.now = 0, time.time()
+    with shown(run):
+        run.start(35)
+        run.steps(36, 42)
     assert not alive(helper), "two helpers would have written one run at once"
-    runs = offline_records(tmp_path, "run")
-    assert {row["id"] for rows in runs.values() for row in rows} == {ABOUT["run_id"]}
+    runs = offline_records(run.path, "run")
+    assert {row["id"] for rows in runs.values() for row in rows} == {rundir.read(run.path)["run_id"]}
     assert len(runs) == 2
-    rows = read_offline(tmp_path)
-    assert figures(rows, "train/loss") == [(n, 5.0 - n / 100) for n in (*range(1, 8), *range(6, 9))]
-    assert figures(rows, "run/attempt")[-1] == (8, 1)
-    assert figures(rows, "run/lost_steps") == [(0, 0), (7, 2)]
+    rows = read_offline(run.path)
+    assert figures(rows, "train/loss") == [(n, 5.0 - n / 100) for n in (*range(1, 41), *range(36, 43))]
+    assert figures(rows, "run/attempt")[-1] == (42, 1)
+    assert figures(rows, "run/lost_steps") == [(0, 0), (40, 5)]
 
 
-def test_a_helper_of_the_attempt_before_that_never_ends_is_not_waited_for_for_ever(tmp_path: Path):
-    (tmp_path / "wandb").mkdir()
-    with (tmp_path / "wandb" / "helper.lock").open("w") as held:
+def test_a_helper_of_the_attempt_before_that_never_ends_is_not_waited_for_for_ever(run: Run):
+    (run.path / "wandb").mkdir()
+    with (run.path / "wandb" / "helper.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         problems: list[str] = []
-        with WandbSink(tmp_path, CONFIG, ABOUT, on_problem=problems.append, close_timeout_seconds=1.0) as sink:
-            sink(entry(step(1), 0))
-            assert sink.pid is not None
-        assert problems
-        assert "not done after 1 s" in problems[0]
+        with shown(run, on_problem=problems.append, close_timeout_seconds=1.0):
+            run.start()
+        (problem,) = problems
+        assert "not done after 1 s" in problem
 
 
-def test_offline_nothing_is_sent_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_offline_nothing_is_sent_anywhere(run: Run, monkeypatch: pytest.MonkeyPatch):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(0.2)
         address = f"http://127.0.0.1:{listener.getsockname()[1]}"
         for name in ("WANDB_BASE_URL", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY"):
             monkeypatch.setenv(name, address)
-        with WandbSink(tmp_path, CONFIG, ABOUT, on_problem=pytest.fail) as sink:
-            sink(entry(step(1), 0))
+        with shown(run):
+            run.start()
         with pytest.raises(TimeoutError):
             listener.accept()
-    assert read_offline(tmp_path)
+    assert read_offline(run.path)
 
 
-def test_no_key_is_written_into_the_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_no_key_is_written_into_the_run_directory(run: Run, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
-    with WandbSink(tmp_path, CONFIG, ABOUT, on_problem=pytest.fail) as sink:
-        sink(entry(step(1), 0))
-    files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert files
+    with shown(run):
+        run.start()
+    files = [path for path in run.path.rglob("*") if path.is_file()]
+    assert list(run.path.glob("wandb/*/*.wandb"))
     assert not [path for path in files if b"0123456789" * 4 in path.read_bytes()]
 
 
@@ -360,9 +362,9 @@ def train_with(run: Path, config: Config = CONFIG, steps: int = 60) -> list[str]
     def warn(message: str) -> None:
         log.append(Warned(message=message))
 
-    with Console(config) as screen, WandbSink(run, config, rundir.read(run), on_problem=warn) as sink:
+    with Console(config) as screen, WandbHelper(run, config, 0, on_problem=warn) as helper:
         log.subscribe(screen)
-        log.subscribe(sink)
+        log.subscribe(helper)
         log.append(started())
         for n in range(1, steps + 1):
             log.append(step(n))
@@ -391,59 +393,62 @@ def test_a_directory_that_wandb_cannot_use_costs_one_warning(tmp_path: Path):
 
 
 @needs_proc
-def test_an_online_wandb_that_never_answers_is_given_up_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_online_wandb_that_never_answers_is_given_up_in_time(run: Run, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
     problems: list[str] = []
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        sink = WandbSink(tmp_path, AUTO, ABOUT, on_problem=problems.append, close_timeout_seconds=2.0)
-        assert sink.mode == "online"
-        sink(entry(step(1), 0))
-        assert sink.pid is not None
-        helper = sink.pid
-        assert eventually(lambda: len(processes_of_session(helper)) >= 2)
-        started_by_us = processes_of_session(helper)
+        helper = shown(run, AUTO, on_problem=problems.append, close_timeout_seconds=2.0)
+        assert helper.mode == "online"
+        run.start()
+        assert helper.pid is not None
+        leader = helper.pid
+        assert eventually(lambda: len(processes_of_session(leader)) >= 2)
+        started_by_us = processes_of_session(leader)
         before = time.monotonic()
-        sink.close()
+        helper.close()
         assert time.monotonic() - before < 4.0
     assert eventually(lambda: not any(alive(pid) for pid in started_by_us), seconds=5)
     (problem,) = problems
     assert "not done after 2 s" in problem
-    sink.close()
+    helper.close()
     assert len(problems) == 1
 
 
-def test_a_helper_killed_in_the_middle_costs_one_warning_and_no_exception(tmp_path: Path):
+def test_a_helper_killed_in_the_middle_costs_one_warning_while_training_goes_on(run: Run):
     problems: list[str] = []
-    with WandbSink(tmp_path, CONFIG, ABOUT, on_problem=problems.append) as sink:
-        assert sink.pid is not None
-        os.kill(sink.pid, signal.SIGKILL)
+    with shown(run, on_problem=problems.append) as helper, contextlib.closing(EventLog.open(run.path, 0, 0)) as log:
+        log.subscribe(helper)
+        log.append(started())
+        assert helper.pid is not None
+        os.kill(helper.pid, signal.SIGKILL)
+        time.sleep(0.1)
         for n in range(1, 10):
-            sink(entry(step(n), n))
-            time.sleep(0.02)
-    (problem,) = problems
+            log.append(step(n))
+        (problem,) = problems
     assert "ended without a word" in problem
-
-
-def test_a_helper_that_stands_still_does_not_slow_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("trainer.show.wandb.PENDING_BYTES", 2**18)
-    problems: list[str] = []
-    sink = WandbSink(tmp_path, CONFIG, ABOUT, on_problem=problems.append)
-    assert sink.pid is not None
-    os.kill(sink.pid, signal.SIGSTOP)
-    before = time.monotonic()
-    for n in range(1, 4_000):
-        sink(entry(step(n), n))
-    assert time.monotonic() - before < 4.0
-    assert problems
-    assert "takes no more" in problems[0]
-    sink.close()
     assert len(problems) == 1
 
 
-def test_the_sink_starts_no_thread_and_leaves_the_environment_alone(tmp_path: Path):
+def test_a_helper_that_stands_still_does_not_slow_the_trainer(run: Run):
+    problems: list[str] = []
+    helper = shown(run, on_problem=problems.append, close_timeout_seconds=1.0)
+    assert helper.pid is not None
+    os.kill(helper.pid, signal.SIGSTOP)
+    before = time.monotonic()
+    with contextlib.closing(EventLog.open(run.path, 0, 0)) as log:
+        log.subscribe(helper)
+        for n in range(1, 4_000):
+            log.append(step(n))
+        assert time.monotonic() - before < 4.0
+        helper.close()
+    (problem,) = problems
+    assert "not done after 1 s" in problem
+
+
+def test_the_helper_starts_no_thread_and_leaves_the_environment_alone(run: Run):
     environ, threads = dict(os.environ), threading.active_count()
-    with WandbSink(tmp_path, CONFIG, ABOUT, on_problem=pytest.fail) as sink:
-        sink(entry(step(1), 0))
+    with shown(run):
+        run.start()
         assert (dict(os.environ), threading.active_count()) == (environ, threads)
         assert "wandb" not in sys.modules or sys.modules["wandb"].run is None
