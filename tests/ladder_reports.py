@@ -14,7 +14,7 @@ from trainer.ladder.collect import CollectedRun
 from trainer.ladder.plan.ladder import AA, TARGET, Ladder, PlannedArm, PlannedRung
 from trainer.ladder.plan.sizes import Shape
 from trainer.ladder.report import build
-from trainer.ladder.report.build import Facts
+from trainer.ladder.report.build import CollectedLadder
 from trainer.ladder.stats.records import BASELINE, Criterion
 
 ARMS: Mapping[str, Arm] = {
@@ -99,13 +99,13 @@ def missing(
 def tree(design: Design = ladders.SHORT, arms: Mapping[str, Arm] = ARMS, **more: Any) -> dict[str, Any]:
     """The report of a ladder whose runs all finished."""
     found = outcomes_of(design, arms, target=more.pop("target", ()))
-    return build.tell(Facts(ladder_of(design, list(arms), **more), found, record=HISTORY))
+    return build.build_report(CollectedLadder(ladder_of(design, list(arms), **more), found, record=HISTORY))
 
 
 def told_of(
     found: Sequence[CollectedRun], design: Design = ladders.SHORT, arms: Sequence[str] = tuple(ARMS)
 ) -> dict[str, Any]:
-    return build.tell(Facts(ladder_of(design, arms), found, record=HISTORY))
+    return build.build_report(CollectedLadder(ladder_of(design, arms), found, record=HISTORY))
 
 
 __all__ = ["AA", "ARMS", "BASELINE", "change", "ladder_of", "missing", "outcomes_of", "told_of", "tree"]

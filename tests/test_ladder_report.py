@@ -23,8 +23,8 @@ from trainer.ladder import report
 from trainer.ladder.collect import CollectedRun
 from trainer.ladder.plan.ladder import AA, TARGET, PlannedRun
 from trainer.ladder.report import build, pictures, summary_run
-from trainer.ladder.report.build import Facts
-from trainer.ladder.report.drawing import decision
+from trainer.ladder.report.build import CollectedLadder
+from trainer.ladder.report.drawing import final
 from trainer.ladder.stats.records import BASELINE
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -105,7 +105,7 @@ def test_the_tree_is_plain_json_without_numbers_that_are_none(full, gaps):
 
 
 def test_every_arm_is_decided_as_its_losses_and_times_say(full):
-    found = {arm: decision(full, arm) for arm in made.ARMS}
+    found = {arm: final(full, arm) for arm in made.ARMS}
     told = {arm: (one["decision"], one["trend"]) for arm, one in found.items() if one}
     assert told["rope"] == ("promote", "persists")
     assert told["fading"][0] == "reject"
@@ -127,9 +127,10 @@ def test_apart_from_its_course_the_report_is_a_function_of_results_alone(full):
         for number, one in enumerate(found)
     ]  # fmt: skip
     ladder = made.ladder_of(CLEAR, list(made.ARMS))
-    again = build.tell(Facts(ladder, killed, record={"first_planned": 5.0, "criterion_history": [], "edits": []}))
+    record = {"first_planned": 5.0, "criterion_history": [], "edits": []}
+    again = build.build_report(CollectedLadder(ladder, killed, record=record))
     assert again["course"] != full["course"]
-    plain, other = report.without_course(full), report.without_course(again)
+    plain, other = report.without_execution(full), report.without_execution(again)
     assert json.dumps(plain, indent=1) == json.dumps(other, indent=1)
     assert page(plain) == page(other)
 
@@ -139,7 +140,7 @@ def test_predictions_know_nothing_of_what_they_predict(full):
     design = CLEAR
     found = made.outcomes_of(design, made.ARMS, target=(BASELINE, *FAST))
     moved = made.change(found, lambda one: one.rung in ("r4", TARGET), loss=3.5)
-    changed = build.tell(Facts(made.ladder_of(design, list(made.ARMS)), moved, record=made.HISTORY))
+    changed = build.build_report(CollectedLadder(made.ladder_of(design, list(made.ARMS)), moved, record=made.HISTORY))
     for one, other in zip(full["predictions"], changed["predictions"], strict=True):
         assert (one["rung"], one["arm"]) == (other["rung"], other["arm"])
         if one["rung"] == "r4":
@@ -159,7 +160,7 @@ def test_predictions_know_nothing_of_what_they_predict(full):
 def test_rungs_that_were_not_run_are_predicted_from_those_that_were(full):
     found = made.outcomes_of(CLEAR, made.ARMS, target=(BASELINE, *FAST))
     part = made.change(found, lambda one: one.rung in ("r3", "r4", TARGET), status="waiting", loss=None)
-    tree = build.tell(Facts(made.ladder_of(CLEAR, list(made.ARMS)), part, record=made.HISTORY))
+    tree = build.build_report(CollectedLadder(made.ladder_of(CLEAR, list(made.ARMS)), part, record=made.HISTORY))
     mine = {one["rung"]: one for one in tree["predictions"] if one["arm"] == BASELINE}
     came = {one["rung"]: one for one in full["predictions"] if one["arm"] == BASELINE}
     assert list(mine) == ["r3", "r4", TARGET]
@@ -245,11 +246,11 @@ def test_a_changed_criterion_is_told_with_how_many_runs_there_were():
     record = {"first_planned": 1.75e9, "criterion_history": [first, later], "edits": edits}
     ladder = made.ladder_of(SHORT, ["rope"])
     found = made.outcomes_of(SHORT, {"rope": ladders.UNCHANGED})
-    seen = Text(page(build.tell(Facts(ladder, found, record=record)))).text
+    seen = Text(page(build.build_report(CollectedLadder(ladder, found, record=record)))).text
     assert "Written before any of its runs had finished: 2025-06-15" in seen
     assert "Changed after 12 runs had finished" in seen
     assert "min_gain 1.02 → 1.01" in seen
-    unknown = Text(page(build.tell(Facts(ladder, found)))).text
+    unknown = Text(page(build.build_report(CollectedLadder(ladder, found)))).text
     assert "When it was written is not known" in unknown
 
 
@@ -276,9 +277,9 @@ def test_directories_of_the_user_stay_private(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/someone")
     text = f"{tmp_path}/runs/x is gone, so is /home/someone/data"
-    assert build.private(text) == "runs/x is gone, so is ~/data"
-    assert build.short(tmp_path / "configs" / "a.toml") == "configs/a.toml"
-    assert build.short(Path("/far/away/ladders/a.toml")) == "ladders/a.toml"
+    assert build.without_home(text) == "runs/x is gone, so is ~/data"
+    assert build.short_path(tmp_path / "configs" / "a.toml") == "configs/a.toml"
+    assert build.short_path(Path("/far/away/ladders/a.toml")) == "ladders/a.toml"
 
 
 # Page, terminal, pictures
@@ -291,7 +292,7 @@ def test_the_page_stands_alone_and_escapes_every_name():
     found = made.missing(found, lambda one: (one.rung, one.seed) == ("r2", 0), EVIL)
     ladder = made.ladder_of(SHORT, [EVIL], name=EVIL, question=EVIL, notices=[EVIL])
     ladder = replace(ladder, rungs=[replace(r, name=EVIL) if r.name == "r1" else r for r in ladder.rungs])
-    tree = build.tell(Facts(ladder, found, record=made.HISTORY))
+    tree = build.build_report(CollectedLadder(ladder, found, record=made.HISTORY))
     shown = page(tree, pictures.draw(tree))
     assert "<script" not in shown
     assert "script" not in Text(shown).tags
@@ -311,7 +312,7 @@ def test_the_page_says_all_that_was_asked_of_it(full, full_page):
     ):  # fmt: skip
         assert words in seen, words
     for arm in made.ARMS:
-        one = decision(full, arm)
+        one = final(full, arm)
         assert one is not None
         assert one["why"] in seen
 
@@ -380,6 +381,6 @@ def test_where_the_runs_are_not_in_wandb_neither_is_the_summary(full, full_page,
 
 
 def test_when_wandb_fails_the_report_stands_and_says_so(full, full_page, tmp_path, monkeypatch):
-    monkeypatch.setattr(summary_run, "SECONDS", 0.01)
+    monkeypatch.setattr(summary_run, "TIMEOUT_SECONDS", 0.01)
     (problem,) = send("offline", full, full_page, tmp_path)
     assert "was not done after 0.01 s" in problem

@@ -208,7 +208,7 @@ def test_a_ladder_killed_at_random_five_times_gives_the_report_of_one_that_was_n
 
 def reported(ladder: Ladder, out: Path) -> dict[str, Any]:
     """The report but for what another course of the same ladder would change."""
-    return report.without_course(report.tell(report.look(ladder, out)))
+    return report.without_execution(report.build_report(report.collect_ladder(ladder, out)))
 
 
 def test_the_report_of_a_real_ladder_lies_beside_its_record_and_knows_its_runs(calm, home):
@@ -218,7 +218,7 @@ def test_the_report_of_a_real_ladder_lies_beside_its_record_and_knows_its_runs(c
     assert done.exit_code == EXIT_FINISHED, done.output
     assert "2 rungs, and a curve of 3 parameters needs 3" in " ".join(done.output.split())
     tree = json.loads((out / "report.json").read_text())
-    assert report.without_course(tree) == reported(ladder, out)
+    assert report.without_execution(tree) == reported(ladder, out)
     assert tree["counts"] == {"finished": 6}
     assert (len(tree["noise"]), len(tree["differences"])) == (6, 4)
     assert [one["attempts"] for one in tree["course"]["runs"]] == [1] * 6

@@ -1,4 +1,4 @@
-"""The matrix fault × outcome as data: what all forms of a report show alike."""
+"""The matrix fault × invariant as data, shared by page, terminal and picture."""
 
 import statistics
 from collections import Counter
@@ -20,17 +20,17 @@ SEVERAL, STORMS, OTHER = "several at once", "storms", "other"
 
 
 def invariants(results: Sequence[Result]) -> list[str]:
-    """Names of all that was asked of any run, in the order in which they were asked first."""
+    """Names of the invariants that were checked for any run, in the order of their first check."""
     return list(dict.fromkeys(answer.invariant for result in results for answer in result.answers))
 
 
 def answers(result: Result) -> dict[str, tuple[str, str]]:
-    """{invariant: (answer, why)}"""
+    """Return {invariant: (answer, why)}."""
     return {answer.invariant: (answer.answer, answer.why) for answer in result.answers}
 
 
 def groups(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """Results by what kind of thing was broken, in the catalogue's order."""
+    """Results by the kind of thing that was broken, in the catalogue's order."""
     names = [*dict.fromkeys(kind.group for kind in KINDS.values()), SEVERAL, STORMS, OTHER]
     found = {name: [result for result in results if _group(result) == name] for name in names}
     return {name: members for name, members in found.items() if members}
@@ -47,12 +47,13 @@ def _group(result: Result) -> str:
 
 
 def counts(results: Sequence[Result]) -> dict[str, int]:
-    """How many came to each outcome, without those that none came to."""
+    """Number of results by outcome, without the outcomes of no result."""
     found = Counter(result.outcome for result in results)
     return {outcome: found[outcome] for outcome in OUTCOMES if found[outcome]}
 
 
 def world(result: Result) -> str:
+    """ "4 fsdp on 2 nodes": ranks, strategy, nodes if several."""
     nodes = f" on {result.nodes} nodes" if result.nodes > 1 else ""
     return f"{result.ranks} {result.strategy}{nodes}"
 
@@ -64,29 +65,29 @@ def world_short(result: Result) -> str:
 
 
 def label(result: Result, results: Sequence[Result]) -> str:
-    """Its name, with its number where one case was run more than once."""
+    """A result's name, numbered if its case was run more than once."""
     alike = sum((other.name, world(other)) == (result.name, world(result)) for other in results)
     return f"{result.name} #{result.repeat}" if alike > 1 else result.name
 
 
 def worst(result: Result, name: str) -> float | None:
-    """The most seconds that any of its faults took; None where nobody measured one."""
-    return max((one[name] for one in result.measured if one.get(name) is not None), default=None)
+    """The longest of these seconds over the run's faults; None if none was measured."""
+    return max((fault[name] for fault in result.measured if fault.get(name) is not None), default=None)
 
 
 def seconds(value: float | None) -> str:
-    """ "0.02", "3.4"; a dash where nobody measured it."""
+    """ "0.02", "3.4"; a dash for seconds that were not measured."""
     return NOT_ASKED if value is None else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
 
 
 def seconds_left(done: Sequence[Result], total: int) -> float | None:
-    """By the median run so far; None while there is none."""
+    """Estimated seconds until all `total` runs are done, by the median run so far; None while there is none."""
     took = [result.seconds for result in done if result.outcome != "skipped"]
     return statistics.median(took) * max(0, total - len(done)) if took else None
 
 
 def reference_line(report: Report) -> str:
-    """One line on what all runs are compared with."""
+    """One line about the run that all others are compared with."""
     if not report.reference.get("weights_sha256"):
         return "no reference run: equality is unknown"
     exact = "" if report.reference.get("exact") else "; its sums are not exact, so equality is unknown"

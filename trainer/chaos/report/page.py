@@ -1,6 +1,6 @@
 """A campaign's report as one page: show/templates/campaign.html."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from trainer.chaos.report import matrix
@@ -21,27 +21,27 @@ def html(report: Report) -> str:
         anchor=lambda result: f"run-{numbers[id(result)]}",
         timeline_svg=timeline.svg,
         fault_rows=_fault_rows,
-        planned=_planned,
         launch_seconds=lambda launch: _seconds(_duration(launch)),
         kinds={name: _kind_facts(KINDS[name]) for name in kinds},
     )
 
 
-def _fault_rows(result: Result) -> Iterator[tuple[Mapping[str, Any], Sequence[str]]]:
-    """Yield (the planned fault, cells of the table) for each time that a fault fired; once if it never did."""
+def _fault_rows(result: Result) -> Iterator[tuple[Any, ...]]:
+    """Yield (the planned fault, the cells of its row) for each time that a fault fired; once if it never did."""
     origin = result.timeline.get("origin")
     for index, fault in enumerate(result.faults):
         fired = [measured for measured in result.measured if measured.get("index") == index]
         if not fired:
-            yield fault, ("never", "", "", "", "")
+            yield fault, _planned(fault), "never", "", "", "", ""
         for measured in fired:
             time, rank, step = measured.get("fired"), measured.get("victim"), measured.get("step")
             hit = [f"rank {rank}"] * (rank is not None) + [f"step {step}"] * (step is not None)
             reported = [str(measured.get("detected_as") or "–").replace("_", " ")]
             if measured.get("attributed_correctly") is not None:
                 reported.append("correctly" if measured["attributed_correctly"] else "wrongly")
-            yield fault, (
-                "?" if time is None or origin is None else f"{time - origin:.1f} s", ", ".join(hit) or "–",
+            yield (
+                fault, _planned(fault), "?" if time is None or origin is None else f"{time - origin:.1f} s",
+                ", ".join(hit) or "–",
                 _seconds(measured.get("detect_seconds")), _seconds(measured.get("recover_seconds")),
                 ", ".join(reported),
             )  # fmt: skip

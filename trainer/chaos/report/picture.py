@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from trainer import files
 from trainer.chaos.report import matrix
 from trainer.chaos.results import Report, Result
-from trainer.show.figure import BAD, GOOD, INK, SILENT, SOFT, UNSURE, colour, new_figure, png, style
+from trainer.show.figure import BAD, GOOD, INK, SILENT, SOFT, UNSURE, colour, new_figure, png, shortened, style
 from trainer.show.units import SIGNS
 
 if TYPE_CHECKING:
@@ -20,47 +20,49 @@ SHADES = {
     "undetected": (colour("silent-back"), SILENT), "unknown": (colour("unsure-back"), UNSURE),
     "skipped": (colour("idle-back"), SOFT),
 }  # fmt: skip
-"""Background and sign of each answer."""
-ROW = 0.24
-"""Inches, as all below."""
-LETTER = 0.08
-"""Width of a letter of a row's name."""
-ROWS_A_PANEL = 40
+"""Colours of each answer: background, sign."""
+# Sizes in inches: a row (or column), and a letter of its name, of a column's name, of a reason.
+ROW, ROW_LETTER, COLUMN_LETTER, REASON_LETTER = 0.24, 0.08, 0.066, 0.062
+MARGIN = 0.1
+ROWS_PER_PANEL = 40
 
 Row = tuple[str, Result | None]
-"""A run and its name, or a group's heading."""
+"""A run with its label, or a group's heading."""
 
 
 def matrix_png(report: Report, path: Path) -> None:
     """Write the matrix as a PNG: a row per run, grouped; a column per invariant, each answer a colour and a sign.
 
-    Long matrices are broken into panels side by side. The file appears whole or not at all.
+    A long matrix is broken into panels side by side. The file appears whole or not at all.
     """
     from matplotlib import rc_context
 
     asked = matrix.invariants(report.results)
     panels = _panels(_groups(report.results))
     rows = max(map(len, panels))
-    names = [LETTER * max([10, *(len(words) for words, _ in panel)]) + 0.2 for panel in panels]
+    names = [ROW_LETTER * max([10, *(len(words) for words, _ in panel)]) + 0.2 for panel in panels]
     widths = [name + ROW * (len(asked) + 2.4) for name in names]
-    head = 0.066 * max([8, *map(len, asked)]) + 0.2
-    width, height = sum(widths) + 0.2, ROW * rows + head + 0.8
+    head = COLUMN_LETTER * max([8, *map(len, asked)]) + 0.2
+    width, height = sum(widths) + 2 * MARGIN, ROW * rows + head + 0.8
+    counts = matrix.counts(report.results)
+    title = f"{report.campaign}: {', '.join(f'{number} {name}' for name, number in counts.items())}"
+    legend = "     ".join(f"{SIGNS[name]} {matrix.MEANINGS[name]}" for name in counts)
     with style(), rc_context({"font.size": 9}):
         figure = new_figure(width, height, layout="none")
         grid = figure.subplots(1, len(panels), squeeze=False, width_ratios=widths)
         for axes, panel, name in zip(grid[0], panels, names, strict=True):
             _draw(axes, panel, asked, name / ROW)
             axes.set_ylim(rows, -head / ROW)
-        figure.suptitle(_title(report), x=0.1 / width, ha="left", fontsize=11, fontweight="bold", color=INK)
-        figure.text(0.1 / width, 0.12 / height, _legend(report), fontsize=8, color=SOFT)
-        edges = {"left": 0.1 / width, "right": 1 - 0.1 / width, "bottom": 0.4 / height, "top": 1 - 0.4 / height}
+        figure.suptitle(title, x=MARGIN / width, ha="left", fontsize=11, fontweight="bold", color=INK)
+        figure.text(MARGIN / width, 0.12 / height, legend, fontsize=8, color=SOFT)
+        edges = {"left": MARGIN / width, "right": 1 - MARGIN / width, "bottom": 0.4 / height, "top": 1 - 0.4 / height}
         figure.subplots_adjust(**edges, wspace=0)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write(path, png(figure))
 
 
 def _groups(results: Sequence[Result]) -> list[list[Row]]:
-    """The rows of each group under its heading; with what is unusual in their world."""
+    """The rows of each group under its heading. A label names ranks and strategy only where they are unusual."""
     usual = Counter(map(matrix.world, results)).most_common(1)
     groups: list[list[Row]] = []
     for group, members in matrix.groups(results).items():
@@ -72,9 +74,9 @@ def _groups(results: Sequence[Result]) -> list[list[Row]]:
 
 
 def _panels(groups: list[list[Row]]) -> list[list[Row]]:
-    """Groups side by side, about as many rows in each panel; no group is cut."""
+    """Distribute the groups over panels of about equal length, without cutting one."""
     rows = sum(map(len, groups))
-    count = max(1, math.ceil(rows / ROWS_A_PANEL))
+    count = max(1, math.ceil(rows / ROWS_PER_PANEL))
     panels: list[list[Row]] = [[]]
     for group in groups:
         if len(panels) < count and panels[-1] and len(panels[-1]) + len(group) / 2 > rows / count:
@@ -87,7 +89,7 @@ def _draw(axes: "Axes", panel: list[Row], asked: Sequence[str], left: float) -> 
     from matplotlib.patches import Rectangle
 
     columns = ["outcome", *asked]
-    places = [0.0, *(number + 1.4 for number in range(len(asked)))]
+    places = [0.0, *(number + 1.4 for number in range(len(asked)))]  # a gap after the outcome
     axes.set_xlim(-left, len(asked) + 2.4)
     axes.axis("off")
     for x, name in zip(places, columns, strict=True):
@@ -105,14 +107,6 @@ def _draw(axes: "Axes", panel: list[Row], asked: Sequence[str], left: float) -> 
                 axes.add_patch(Rectangle((x + 0.04, y + 0.06), 0.92, 0.88, facecolor=back, edgecolor="none"))
                 axes.text(x + 0.5, y + 0.52, SIGNS[answer], ha="center", va="center", color=ink, weight="bold")
         if skipped:
-            why, room = result.why.removeprefix(f"{result.name}: "), int(len(asked) * ROW / 0.062)
-            why = why if len(why) <= room else f"{why[: room - 1]}…"
+            # Its row has no answers: the reason stands there instead, as long as the columns are wide.
+            why = shortened(result.why.removeprefix(f"{result.name}: "), int(len(asked) * ROW / REASON_LETTER))
             axes.text(1.5, y + 0.5, why, va="center", color=SOFT, fontsize=7.5, fontstyle="italic")
-
-
-def _title(report: Report) -> str:
-    return f"{report.campaign}: " + ", ".join(f"{n} {name}" for name, n in matrix.counts(report.results).items())
-
-
-def _legend(report: Report) -> str:
-    return "     ".join(f"{SIGNS[name]} {matrix.MEANINGS[name]}" for name in matrix.counts(report.results))

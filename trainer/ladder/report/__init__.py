@@ -1,6 +1,6 @@
-"""A ladder's report: one plain tree, and what people see of it: a page, pictures, a table, a run in W&B.
+"""A ladder's report: one JSON tree, and what people see of it: a page, pictures, a terminal, a run in W&B.
 
-OUT/report.json    the tree (told.py); `without_course` of it is a function of what the runs came to
+OUT/report.json    the tree (build.py); `without_execution` of it is a function of the runs' results alone
 OUT/report.html    one page, pictures included
 OUT/NAME.png       each picture
 """
@@ -12,13 +12,13 @@ from pathlib import Path
 from trainer import files
 from trainer.ladder.plan.ladder import Ladder
 from trainer.ladder.report import pictures, summary_run
-from trainer.ladder.report.build import look, tell, without_course
+from trainer.ladder.report.build import build_report, collect_ladder, without_execution
 from trainer.ladder.report.estimates import Tree
 from trainer.ladder.report.page import html
 from trainer.ladder.report.pictures import Picture
 from trainer.ladder.report.terminal import terminal
 
-__all__ = ["PAGE", "html", "look", "make", "tell", "terminal", "without_course", "write"]
+__all__ = ["PAGE", "build_report", "collect_ladder", "html", "make", "terminal", "without_execution", "write"]
 
 PAGE = "report.html"
 
@@ -28,16 +28,17 @@ def make(ladder: Ladder, out: Path) -> Tree:
 
     Raises RunDirectoryError if OUT is another ladder's.
     """
-    tree = tell(look(ladder, out))
+    tree = build_report(collect_ladder(ladder, out))
     drawn = write(tree, out)
     summary_run.send(ladder, tree, drawn, out, lambda problem: print(problem, file=sys.stderr, flush=True))
     return tree
 
 
 def write(tree: Tree, out: Path) -> list[Picture]:
-    """The report's files, each whole or not at all; a picture that there is no more reason for goes."""
+    """Write the report's files, each whole or not at all, and return its pictures."""
     drawn = pictures.draw(tree)
     out.mkdir(parents=True, exist_ok=True)
+    # An earlier report may have had a picture for which there are no data now.
     for name in pictures.NAMES:
         (out / f"{name}.png").unlink(missing_ok=True)
     for picture in drawn:

@@ -1,7 +1,7 @@
-"""A ladder's report as one plain tree, which is also report.json: all its other forms are drawn from this alone.
+"""A ladder's report as one JSON tree, which is also report.json; page, pictures and terminal are made from it alone.
 
-Everything in it is a function of what the runs came to, but for the sub-tree "course": that holds what would be another
-if the same ladder were run again, or had been killed on its way (course.py).
+All of it is a function of the runs' results, except the subtree "course": that describes this execution of the runs,
+and would differ if they were run again or had been killed on the way (execution.py).
 """
 
 import math
@@ -15,51 +15,62 @@ from trainer.ladder import collect, preregistration, run, tuning
 from trainer.ladder.collect import CollectedRun
 from trainer.ladder.plan.ladder import FIT_RUNGS, TARGET, Ladder, PlannedRun
 from trainer.ladder.report import estimates, execution
-from trainer.ladder.report.estimates import Plan, Tree
+from trainer.ladder.report.estimates import EstimatePlan, Tree
 from trainer.ladder.stats.records import BASELINE
 from trainer.ladder.tuning import Choice
+from trainer.show import units
 
 FORMAT = 1
-COURSE = "course"
+EXECUTION = "course"
+"""Key of the subtree that describes the execution."""
+RESULT_KEYS = (
+    "arm", "rung", "seed", "rate", "key", "status", "flops", "parameters", "tokens", "steps", "loss", "digest",
+    "spikes", "weights_sha256",
+)  # fmt: skip
+"""Fields of CollectedRun that are the same however it was executed."""
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What a report is made of."""
+class CollectedLadder:
+    """A ladder with everything that is known of its runs: all that a report is made from."""
 
     ladder: Ladder
     runs: Sequence[CollectedRun]
     """One for each run of the ladder."""
     sweep: Sequence[CollectedRun] = ()
-    """The runs of learning-rate sweeps."""
+    """Runs of the learning-rate sweeps."""
     choices: Sequence[Choice] = ()
-    """What those came to."""
+    """Learning rates that the sweeps chose."""
     record: Mapping[str, Any] = field(default_factory=dict)
     """ladder.json."""
 
 
-def look(ladder: Ladder, out: Path) -> Facts:
-    """From the files as they are now. Raises RunDirectoryError if OUT is another ladder's."""
+def collect_ladder(ladder: Ladder, out: Path) -> CollectedLadder:
+    """Read a ladder's runs from their files as they are now. Raises RunDirectoryError if OUT is another ladder's."""
     pool = run.pool_of(out)
     preregistration.compare(ladder, out, pool)
+    # A run whose learning rate is still being swept has no final config, so it is in no directory.
     final = tuning.final(ladder, pool)
-    known = dict(zip(map(_place, final), collect.collect_runs(ladder, pool, final), strict=True))
+    known = dict(zip(map(_identity, final), collect.collect_runs(ladder, pool, final), strict=True))
     failed = tuning.failed(ladder, pool)
-    return Facts(
+    return CollectedLadder(
         ladder,
-        [known.get(_place(one)) or _not_begun(one, failed.get((one.rung, one.arm))) for one in ladder.runs],
+        [
+            known.get(_identity(planned)) or _not_begun(planned, failed.get((planned.rung, planned.arm)))
+            for planned in ladder.runs
+        ],
         collect.collect_runs(ladder, pool, ladder.sweep),
         tuning.choices(ladder, pool),
         preregistration.read(out) or {},
     )
 
 
-def _place(planned: PlannedRun) -> tuple[str, str, int]:
+def _identity(planned: PlannedRun) -> tuple[str, str, int]:
     return planned.rung, planned.arm, planned.seed
 
 
 def _not_begun(planned: PlannedRun, failed: str | None) -> CollectedRun:
-    """A run whose learning rate is not known yet, or never will be."""
+    """A run whose learning rate is not known yet; `failed` is the reason if it never will be."""
     return CollectedRun(
         planned.arm, planned.rung, planned.seed, None, planned.key, "missing" if failed else "waiting",
         failed or "its learning-rate sweep goes on", planned.flops, planned.parameters, planned.tokens,
@@ -67,13 +78,19 @@ def _not_begun(planned: PlannedRun, failed: str | None) -> CollectedRun:
     )  # fmt: skip
 
 
-def tell(facts: Facts) -> Tree:
-    """The tree."""
-    ladder, results = facts.ladder, collect.run_results(facts.runs)
-    plan = _plan(facts)
+def build_report(collected: CollectedLadder) -> Tree:
+    """Return the report as JSON values."""
+    ladder, results = collected.ladder, collect.run_results(collected.runs)
+    flops = {(planned.rung, planned.arm): planned.flops for planned in collected.runs}
+    flops |= {(rung.name, BASELINE): rung.flops for rung in ladder.rungs} | {(TARGET, BASELINE): ladder.target_flops}
+    plan = EstimatePlan(
+        ladder.criterion, [rung.name for rung in ladder.rungs], flops, ladder.target_flops,
+        {rung.name: len(rung.seeds) for rung in ladder.all_rungs}, [arm.name for arm in ladder.arms],
+        [arm.name for arm in ladder.arms if arm.is_aa],
+    )  # fmt: skip
     tree = {
         "format": FORMAT, "name": ladder.name, "question": ladder.question,
-        "file": short(ladder.path), "baseline": short(ladder.baseline),
+        "file": short_path(ladder.path), "baseline": short_path(ladder.baseline),
         "metric": ladder.metric, "unit": ladder.unit, "criterion": ladder.criterion.to_json(),
         "target": {"flops": ladder.target_flops, "rung": TARGET, "size": _rung(ladder.target)},
         "rungs": [_rung(rung) for rung in ladder.rungs],
@@ -83,38 +100,23 @@ def tell(facts: Facts) -> Tree:
             for arm in ladder.arms
         ],
         "notices": list(ladder.notices),
-        "counts": dict(Counter(one.status for one in _distinct(facts.runs))),
-        "runs": [_run(one) for one in facts.runs],
-        "sweeps": [choice.to_json() for choice in facts.choices],
-        "flops": _flops(facts.runs), "sweep_flops": _flops(facts.sweep),
-        **_estimates(results, plan),
+        "counts": dict(Counter(run.status for run in _distinct(collected.runs))),
+        "runs": [_run(run) for run in collected.runs],
+        "sweeps": [choice.to_json() for choice in collected.choices],
+        "flops": _finished_flops(collected.runs), "sweep_flops": _finished_flops(collected.sweep),
+        **estimates.estimate(results, plan),
     }  # fmt: skip
-    return tree | {COURSE: execution.of(facts.runs, facts.sweep, results, plan, facts.record, tree["fit"] is not None)}
-
-
-def without_course(tree: Tree) -> Tree:
-    """What must be the same, byte for byte, whenever and however often interrupted the ladder's runs were made."""
-    return {key: value for key, value in tree.items() if key != COURSE}
-
-
-def _plan(facts: Facts) -> Plan:
-    ladder = facts.ladder
-    flops = {(one.rung, one.arm): one.flops for one in facts.runs}
-    flops |= {(rung.name, BASELINE): rung.flops for rung in ladder.rungs}
-    flops[TARGET, BASELINE] = ladder.target_flops
-    seeds = {rung.name: len(rung.seeds) for rung in ladder.all_rungs}
-    arms = [arm.name for arm in ladder.arms]
-    unchanged = [arm.name for arm in ladder.arms if arm.is_aa]
-    rungs = [rung.name for rung in ladder.rungs]
-    return Plan(ladder.criterion, rungs, TARGET, flops, ladder.target_flops, seeds, arms, unchanged)
-
-
-def _estimates(results: Sequence[Any], plan: Plan) -> Tree:
-    tree = estimates.of(results, plan)
-    if len(plan.rungs) < FIT_RUNGS and tree["no_fit"]:
-        few = f"{len(plan.rungs)} rung{'' if len(plan.rungs) == 1 else 's'}"
+    if len(ladder.rungs) < FIT_RUNGS and tree["no_fit"]:
+        few = units.plural(len(ladder.rungs), "rung")
         tree["no_fit"] = f"the ladder has {few}, and a curve of {FIT_RUNGS} parameters needs {FIT_RUNGS}."
-    return tree
+    fitted = tree["fit"] is not None
+    described = execution.describe(collected.runs, collected.sweep, results, plan, collected.record, fitted)
+    return tree | {EXECUTION: described}
+
+
+def without_execution(tree: Tree) -> Tree:
+    """Return the part that is the same to the byte whenever the runs were made, and however often interrupted."""
+    return {key: value for key, value in tree.items() if key != EXECUTION}
 
 
 def _rung(rung: Any) -> Tree | None:
@@ -126,43 +128,35 @@ def _rung(rung: Any) -> Tree | None:
     }  # fmt: skip
 
 
-RESULT = (
-    "arm", "rung", "seed", "rate", "key", "status", "flops", "parameters", "tokens", "steps", "loss", "digest",
-    "spikes", "weights_sha256",
-)  # fmt: skip
-
-
-def _run(one: CollectedRun) -> Tree:
-    """What it came to; a loss of None beside diverged was not a number."""
-    plain = one.to_json()
-    told = {key: plain[key] for key in RESULT}
-    diverged = one.loss is not None and not math.isfinite(one.loss)
-    return told | {"diverged": diverged, "reason": private(one.reason) or None}
+def _run(run: CollectedRun) -> Tree:
+    """A run's results. A loss of None beside `diverged` was not finite."""
+    tree = run.to_json()
+    diverged = run.loss is not None and not math.isfinite(run.loss)
+    return {key: tree[key] for key in RESULT_KEYS} | {"diverged": diverged, "reason": without_home(run.reason) or None}
 
 
 def _distinct(runs: Sequence[CollectedRun]) -> list[CollectedRun]:
     """Each run once, however many arms it serves."""
-    return list({one.key: one for one in runs}.values())
+    return list({run.key: run for run in runs}.values())
 
 
-def _flops(runs: Sequence[CollectedRun]) -> float:
-    """Of the runs that finished."""
-    return math.fsum(one.flops for one in _distinct(runs) if one.status == "finished")
+def _finished_flops(runs: Sequence[CollectedRun]) -> float:
+    return math.fsum(run.flops for run in _distinct(runs) if run.status == "finished")
 
 
-# Nobody's directories
+# A report is shown to others: no path in it may name the user's directories.
 
 
-def short(path: Path) -> str:
-    """As seen from here, else its last two parts."""
+def short_path(path: Path) -> str:
+    """The path relative to the working directory, else its last two parts."""
     try:
         return str(path.resolve().relative_to(Path.cwd()))
     except ValueError:
         return "/".join(path.resolve().parts[-2:])
 
 
-def private(text: str) -> str:
-    """Without the directories that this user's files happen to lie in."""
+def without_home(text: str) -> str:
+    """The text with paths below the working directory made relative, and those below the home directory "~/…"."""
     for place, name in ((f"{Path.cwd()}/", ""), (f"{Path.home()}/", "~/")):
         text = text.replace(place, name) if len(place) > 2 else text
     return text

@@ -1,4 +1,4 @@
-"""What a report's pictures share: colours, axes, and how what is unknown or missing looks."""
+"""Shared by a report's pictures: an arm's colour and mark, its decision, axes of compute and of multipliers."""
 
 import itertools
 import math
@@ -8,57 +8,68 @@ from typing import TYPE_CHECKING, Any
 from trainer.ladder.report.estimates import Tree
 from trainer.ladder.stats.decision import final_verdict
 from trainer.ladder.stats.records import BASELINE
-from trainer.show.figure import BAD, GOOD, GREY, INK, MARKS, SERIES, SOFT, UNSURE
+from trainer.show.figure import GOOD, GREY, INK, MARKS, PAPER, SERIES, SOFT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
-COLUMNS = 3
-MOST_LINEAR = 4.0
-"""Ticks of an axis are evenly apart unless its ends are by more than this."""
-MOST_UNLIKE = 12.0
-"""Panels share an axis unless one would be so many times as tall."""
-GAPS = ("not a number", "no run has finished")
-DECISION_COLOURS = {"promote": GOOD, "reject": BAD, "inconclusive": UNSURE}
+DASHED, DOTTED = (0, (4, 2)), (0, (1, 2))
+LINEAR_TICKS_UP_TO = 4.0
+"""Largest ratio of an axis' ends at which its ticks are evenly apart."""
 
 
-def colours(tree: Tree) -> dict[str, str]:
-    """One for each arm; the baseline has the ink's, arms without a change are grey."""
-    rest = itertools.cycle(SERIES)
-    arms = {arm["name"]: GREY if arm["unchanged"] else next(rest) for arm in tree["arms"]}
-    return {BASELINE: INK} | arms
+def final(tree: Tree, arm: str) -> Tree | None:
+    """The arm's verdict with what time overrules; None without a verdict."""
+    return final_verdict(tree["verdicts"], tree.get("course", {}).get("verdicts", []), arm)
 
 
-def marks(tree: Tree) -> dict[str, str]:
-    return dict(zip([BASELINE, *(arm["name"] for arm in tree["arms"])], itertools.cycle(MARKS), strict=False))
+def looks(tree: Tree) -> dict[str, tuple[str, str]]:
+    """(colour, mark) of each arm. The baseline is drawn in ink, arms without a change (A/A) in grey."""
+    colours = itertools.cycle(SERIES)
+    arms = {arm["name"]: GREY if arm["unchanged"] else next(colours) for arm in tree["arms"]}
+    named = {BASELINE: INK} | arms
+    return {arm: (colour, mark) for (arm, colour), mark in zip(named.items(), itertools.cycle(MARKS), strict=False)}
 
 
-def by_compute(axes: "Axes", tree: Tree, label: bool = True) -> None:
-    """A log axis of FLOPs over all rungs, with the target marked."""
+def error_bar(
+    axes: "Axes", x: float, y: float, interval: Mapping[str, Any], horizontal: bool = False, **style: Any
+) -> None:  # fmt: skip
+    """Draw a point with the interval's distances from its value as error bars; without them if an end is unknown."""
+    value, low, high = (interval[key] for key in ("value", "low", "high"))
+    ends = None if low is None or high is None else [[max(value - low, 0.0)], [max(high - value, 0.0)]]
+    axes.errorbar([x], [y], **{"xerr" if horizontal else "yerr": ends}, linestyle="none", **style)
+
+
+def hollow(mark: str) -> dict[str, Any]:
+    """Style of a point that was predicted."""
+    return {"marker": mark, "markerfacecolor": PAPER}
+
+
+def floats(values: Sequence[float | None]) -> list[float]:
+    """The values for matplotlib, which leaves a gap at NaN."""
+    return [math.nan if value is None else value for value in values]
+
+
+def compute_axis(axes: "Axes", tree: Tree) -> None:
+    """Make the x axis one of FLOPs, logarithmic, over all rungs, with a line at the target."""
     from matplotlib.ticker import NullFormatter
 
     target, first = tree["target"]["flops"], tree["rungs"][0]["flops"]
-    room = (target / first) ** 0.06
+    margin = (target / first) ** 0.06
     axes.set_xscale("log")
-    axes.set_xlim(first / room, target * room)
+    axes.set_xlim(first / margin, target * margin)
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.axvline(target, color=SOFT, linewidth=1.0, linestyle=(0, (1, 2)), zorder=1)
-    if label:
-        axes.set_xlabel("training compute of a run (FLOPs)")
+    axes.axvline(target, color=SOFT, linewidth=1.0, linestyle=DOTTED, zorder=1)
 
 
-def mark_target(axes: "Axes", tree: Tree) -> None:
-    axes.annotate("target", (tree["target"]["flops"], 1.0), xycoords=axes.get_xaxis_transform(), xytext=(0, 3),
-                  textcoords="offset points", ha="center", va="bottom", color=SOFT, fontsize=8.5)  # fmt: skip
-
-
-def as_multipliers(axis: Any) -> None:
-    """Ticks of a log axis as "1.2×"."""
+def multiplier_axis(axis: "Axis") -> None:
+    """Make the axis logarithmic with ticks like "1.2×"; set its limits before."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     low, high = axis.get_view_interval()
-    if high / low > MOST_LINEAR:
-        subs = (1, 1.5, 2, 3, 5, 7) if high / low < 10 * MOST_LINEAR else (1, 2, 5)
+    if high / low > LINEAR_TICKS_UP_TO:
+        subs = (1, 1.5, 2, 3, 5, 7) if high / low < 10 * LINEAR_TICKS_UP_TO else (1, 2, 5)
         axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=12))
     else:
         axis.set_major_locator(FixedLocator(list(_round_ratios(low, high))))
@@ -68,7 +79,7 @@ def as_multipliers(axis: Any) -> None:
 
 
 def _round_ratios(low: float, high: float) -> Iterator[float]:
-    """Four to nine round values between, 1 among them."""
+    """Four to nine round values between the two, 1 among them."""
     for step in (0.01, 0.02, 0.05, 0.1, 0.2, 0.25, 0.5, 1.0):
         first, last = math.ceil(low / step), math.floor(high / step)
         if last - first < 8:
@@ -76,17 +87,26 @@ def _round_ratios(low: float, high: float) -> Iterator[float]:
             return
 
 
-def ends_of(value: float, interval: Mapping[str, Any]) -> list[list[float]] | None:
-    """Lengths for an error bar; None where an end is not known."""
-    if interval["low"] is None or interval["high"] is None:
-        return None
-    return [[max(value - interval["low"], 0.0)], [max(interval["high"] - value, 0.0)]]
+def reference_lines(tree: Tree, line: Any) -> None:
+    """Mark a multiplier of 1 and the least useful one by `line`, which is axes.axhline or axes.axvline."""
+    line(1, color=SOFT, linewidth=1.1, zorder=1)
+    if tree["criterion"]["min_gain"] > 1:
+        line(tree["criterion"]["min_gain"], color=GOOD, linewidth=1.0, linestyle=DASHED, zorder=1)
 
 
-def floats(values: Sequence[float | None]) -> list[float]:
-    return [math.nan if value is None else value for value in values]
+def least_useful(tree: Tree) -> list[Any]:
+    """Legend entry of the least useful multiplier, if there is one."""
+    from matplotlib.lines import Line2D
+
+    least = tree["criterion"]["min_gain"]
+    return [Line2D([], [], color=GOOD, linestyle=DASHED, label=f"least useful: {least:g}×")] if least > 1 else []
 
 
-def decision(tree: Tree, arm: str) -> Tree | None:
-    """The arm's final verdict; None without any."""
-    return final_verdict(tree["verdicts"], tree.get("course", {}).get("verdicts", []), arm)
+def arm_rows(axes: "Axes", tree: Tree, labels: Sequence[tuple[str, str]]) -> None:
+    """Make the y axis one of rows from above: (arm, label) of each, in the arm's colour."""
+    axes.set_yticks(range(len(labels)), [label for _, label in labels])
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    for text, (arm, _) in zip(axes.get_yticklabels(), labels, strict=True):
+        text.set_color(looks(tree)[arm][0])

@@ -1,30 +1,36 @@
-"""What would be another if the same ladder were run again: seconds, attempts, faults met, machines, commits, dates.
+"""How a ladder's runs were executed: seconds, attempts, faults, machines, commits, dates. Another execution differs.
 
-And what rests on seconds: the final verdicts, which also ask what a step takes. If an arm's decision here differs from
-that of its losses alone, time has decided.
+Also what rests on seconds: the verdicts that know how long a step takes. If an arm's decision here differs from the
+one by its losses alone, time has decided.
 """
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from trainer.ladder.collect import CollectedRun
-from trainer.ladder.report.estimates import Plan, Tree
+from trainer.ladder.plan.ladder import TARGET
+from trainer.ladder.report.estimates import EstimatePlan, Tree
 from trainer.ladder.stats import decision, verdict
 from trainer.ladder.stats.records import BASELINE, RunResult
 
 AWAY = ("down", "preempted")
-"""Parts of a run's time in which no process was at it: until it was started again, be it by a person the next day."""
+"""Parts of a run's time without a process: until someone, or something, started it again."""
 LOST = ("lost_steps", "redone", "hung")
-"""Parts in which what was computed was lost."""
+"""Parts whose computations were lost."""
+RUN_KEYS = (
+    "arm", "rung", "seed", "rate", "key", "seconds", "undisturbed_seconds", "wall_seconds", "attempts", "faults",
+    "replayed", "redone", "not_finite", "git_commit",
+)  # fmt: skip
 
 
-def of(
-    runs: Sequence[CollectedRun], sweep: Sequence[CollectedRun], results: Sequence[RunResult], plan: Plan,
+def describe(
+    runs: Sequence[CollectedRun], sweep: Sequence[CollectedRun], results: Sequence[RunResult], plan: EstimatePlan,
     record: Mapping[str, Any], fitted: bool,
 ) -> Tree:  # fmt: skip
-    distinct = list({one.key: one for one in [*runs, *sweep]}.values())
+    """Return the report's subtree "course". `record` is ladder.json; verdicts need a curve, so `fitted`."""
+    distinct = list({run.key: run for run in [*runs, *sweep]}.values())
     return {
         "verdicts": _verdicts(results, plan) if fitted else [],
         "criterion_history": record.get("criterion_history", []),
@@ -34,88 +40,78 @@ def of(
         "survived": _survived(distinct),
         "arms": [_arm(arm, runs) for arm in (BASELINE, *plan.arms)],
         "machines": _machines(distinct),
-        "commits": sorted({one.git_commit for one in distinct if one.git_commit}),
-        "runs": [_run(one) for one in distinct if one.attempts],
+        "commits": sorted({run.git_commit for run in distinct if run.git_commit}),
+        "runs": [{key: tree[key] for key in RUN_KEYS} for tree in (run.to_json() for run in distinct if run.attempts)],
     }
 
 
-def _verdicts(results: Sequence[RunResult], plan: Plan) -> list[Tree]:
-    rungs = [result for result in results if result.rung != plan.target]
-    judged = verdict.judge(rungs, plan.criterion, plan.target_flops, arms=plan.arms, unchanged=plan.unchanged)
-    return [decision.time_tree(one) for one in judged]
+def _verdicts(results: Sequence[RunResult], plan: EstimatePlan) -> list[Tree]:
+    rungs = [result for result in results if result.rung != TARGET]
+    verdicts = verdict.judge(rungs, plan.criterion, plan.target_flops, arms=plan.arms, unchanged=plan.unchanged)
+    return [decision.time_tree(found) for found in verdicts]
 
 
 def _time(runs: Sequence[CollectedRun], sweep: Sequence[CollectedRun]) -> Tree:
-    """Seconds of runs, not of the clock: those side by side count each."""
+    """Seconds summed over runs: two runs side by side for a minute count as two minutes."""
     parts: Counter[str] = Counter()
-    for one in runs:
-        parts.update(one.spent)
-    swept = {one.key for one in sweep}
+    for run in runs:
+        parts.update(run.spent)
+    swept = {run.key for run in sweep}
+    accounted = [run for run in runs if run.spent]
+    busy = {run.key: sum(run.spent.values()) - _seconds_in(run, AWAY) for run in accounted}
     return {
-        "training_seconds": _sum(one.seconds for one in runs),
-        "busy_seconds": _sum(_busy(one) for one in runs),
-        "sweep_seconds": _sum(_busy(one) for one in runs if one.key in swept),
-        "lost_seconds": _sum(sum(one.spent.get(part, 0.0) for part in LOST) for one in runs if one.spent),
-        "away_seconds": _sum(sum(one.spent.get(part, 0.0) for part in AWAY) for one in runs if one.spent),
+        "training_seconds": _sum(run.seconds for run in runs),
+        "busy_seconds": _sum(busy.values()),
+        "sweep_seconds": _sum(busy[run.key] for run in accounted if run.key in swept),
+        "lost_seconds": _sum(_seconds_in(run, LOST) for run in accounted),
+        "away_seconds": _sum(_seconds_in(run, AWAY) for run in accounted),
         "parts": dict(parts),
     }
 
 
-def _busy(one: CollectedRun) -> float | None:
-    return sum(seconds for part, seconds in one.spent.items() if part not in AWAY) if one.spent else None
+def _seconds_in(run: CollectedRun, parts: Iterable[str]) -> float:
+    return sum(run.spent.get(part, 0.0) for part in parts)
 
 
-def _sum(values: Any) -> float | None:
-    """Of what is known; None where nothing is."""
+def _sum(values: Iterable[float | None]) -> float | None:
+    """The sum of the known values; None if none is known."""
     known = [value for value in values if value is not None]
     return math.fsum(known) if known else None
 
 
 def _survived(runs: Sequence[CollectedRun]) -> Tree:
-    """Faults that were made in runs which then finished, and in those that did not."""
-    finished = [one for one in runs if one.status == "finished"]
-    made = Counter(fault["kind"] for one in runs for fault in one.faults)
-    survived = Counter(fault["kind"] for one in finished for fault in one.faults)
+    """Faults by kind: all that fired, and those in runs that finished nevertheless."""
+    made = Counter(fault["kind"] for run in runs for fault in run.faults)
+    survived = Counter(fault["kind"] for run in runs if run.status == "finished" for fault in run.faults)
     return {
         "faults": {kind: {"made": made[kind], "survived": survived[kind]} for kind in sorted(made)},
-        "attempts": sum(one.attempts for one in runs),
-        "restarts": sum(max(0, one.attempts - 1) for one in runs),
-        "runs_restarted": sum(one.attempts > 1 for one in runs),
-        "replayed_steps": sum(one.replayed for one in runs),
+        "attempts": sum(run.attempts for run in runs),
+        "restarts": sum(max(0, run.attempts - 1) for run in runs),
+        "runs_restarted": sum(run.attempts > 1 for run in runs),
+        "replayed_steps": sum(run.replayed for run in runs),
     }
 
 
 def _arm(arm: str, runs: Sequence[CollectedRun]) -> Tree:
-    """Instabilities of an arm's runs, and what became of them."""
-    own = [one for one in runs if one.arm == arm]
+    """Instabilities and interruptions of an arm's runs."""
+    own = [run for run in runs if run.arm == arm]
     return {
         "arm": arm,
         "runs": len(own),
-        "spikes": sum(len(one.spikes) for one in own),
-        "redone": sum(one.redone for one in own),
-        "not_finite": sum(one.not_finite for one in own),
-        "diverged": sum(one.loss is not None and not math.isfinite(one.loss) for one in own),
-        "faults": sum(len(one.faults) for one in own),
-        "attempts": sum(one.attempts for one in own),
-        "replayed": sum(one.replayed for one in own),
+        "spikes": sum(len(run.spikes) for run in own),
+        "redone": sum(run.redone for run in own),
+        "not_finite": sum(run.not_finite for run in own),
+        "diverged": sum(run.loss is not None and not math.isfinite(run.loss) for run in own),
+        "faults": sum(len(run.faults) for run in own),
+        "attempts": sum(run.attempts for run in own),
+        "replayed": sum(run.replayed for run in own),
     }
 
 
 def _machines(runs: Sequence[CollectedRun]) -> list[Tree]:
-    found = Counter(one.machine for one in runs if one.attempts)
+    # A run that moved between machines has none: host, device and ranks are then None.
+    found = Counter(run.machine or (None, None, None) for run in runs if run.attempts)
+    ordered = sorted(found.items(), key=str)
     return [
-        {"host": machine[0], "device": machine[1], "ranks": machine[2], "runs": times}
-        if machine
-        else {"host": None, "device": None, "ranks": None, "runs": times}
-        for machine, times in sorted(found.items(), key=str)
+        {"host": host, "device": device, "ranks": ranks, "runs": number} for (host, device, ranks), number in ordered
     ]
-
-
-def _run(one: CollectedRun) -> Tree:
-    plain = one.to_json()
-    names = (
-        "arm", "rung", "seed", "rate", "key", "seconds", "undisturbed_seconds",
-        "wall_seconds", "attempts", "faults", "replayed", "redone",
-        "not_finite", "git_commit",
-    )  # fmt: skip
-    return {name: plain[name] for name in names}

@@ -1,154 +1,139 @@
-"""Predictions beside what came out, and compute beside time: pictures with a row for each arm."""
+"""Pictures with a row for each arm: predictions beside observations, and worth in compute beside worth in time."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from trainer.ladder.report.drawing import as_multipliers, colours, decision, ends_of
+from trainer.ladder.report.drawing import (
+    arm_rows,
+    error_bar,
+    final,
+    hollow,
+    least_useful,
+    looks,
+    multiplier_axis,
+    reference_lines,
+)
 from trainer.ladder.report.estimates import Tree
 from trainer.show import units
-from trainer.show.figure import GOOD, PAPER, SOFT, new_figure, shortened
+from trainer.show.figure import PAPER, SOFT, new_figure, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+FULL: Any = {"marker": "o", "markeredgecolor": PAPER}
+"""Style of a point that was measured."""
+
 
 def draw_predictions(tree: Tree) -> "Figure | None":
-    shown = [one for one in tree["predictions"] if one["predicted"] is not None]
-    ratios = {(one["rung"], one["arm"]): one for one in tree["multiplier_predictions"] if _both(one)}
-    if not any(one["observed"] is not None for one in shown):
+    """Losses and multipliers as predicted from smaller rungs, and as they were; None before there is a comparison."""
+    from matplotlib.lines import Line2D
+
+    shown = [prediction for prediction in tree["predictions"] if prediction["predicted"] is not None]
+    if not any(prediction["observed"] is not None for prediction in shown):
         return None
-    panels = 2 if ratios else 1
-    figure = new_figure(9 if panels == 2 else 6.6, 0.34 * len(shown) + 1.6)
-    grid = figure.subplots(1, panels, squeeze=False, sharey=True)
-    _rows(grid[0, 0], tree, shown)
-    _draw_errors(grid[0, 0], tree, shown)
-    if ratios:
-        grid[0, 1].tick_params(axis="y", length=0)
-        _draw_ratios(grid[0, 1], tree, {y: ratios.get((one["rung"], one["arm"])) for y, one in enumerate(shown)})
-    figure.legend(handles=_prediction_legend(), loc="outside lower center", ncols=3, fontsize=8.5)
+    multipliers = {
+        (prediction["rung"], prediction["arm"]): prediction
+        for prediction in tree["multiplier_predictions"]
+        if all(prediction[key] and prediction[key]["value"] is not None for key in ("predicted", "measured"))
+    }
+    panels = 2 if multipliers else 1
+    figure = new_figure(9 if multipliers else 6.6, 0.34 * len(shown) + 1.6)
+    grid = figure.subplots(1, panels, squeeze=False, sharey=True)[0]
+    names = [(p["arm"], shortened(f"{p['arm']}, {p['rung']}", 30)) for p in shown]
+    arm_rows(grid[0], tree, names)
+    for number in range(1, len(shown)):
+        if shown[number]["rung"] != shown[number - 1]["rung"]:
+            grid[0].axhline(number - 0.5, color=SOFT, linewidth=0.8)
+    _draw_losses(grid[0], tree, shown)
+    if multipliers:
+        grid[1].tick_params(axis="y", length=0)
+        grid[1].grid(visible=False, axis="y")
+        _draw_multipliers(grid[1], tree, [multipliers.get((p["rung"], p["arm"])) for p in shown])
+    legend = [
+        Line2D([], [], color=SOFT, **hollow("D"), label="predicted from the smaller rungs"),
+        Line2D([], [], color=SOFT, marker="o", linestyle="", label="observed"),
+    ]
+    figure.legend(handles=legend, loc="outside lower center", ncols=3, fontsize=8.5)
     return figure
 
 
-def _both(one: Tree) -> bool:
-    return bool(
-        one["predicted"] and one["measured"] and None not in (one["predicted"]["value"], one["measured"]["value"])
-    )
-
-
-def _rows(axes: "Axes", tree: Tree, shown: Sequence[Tree]) -> None:
-    names = [shortened(f"{one['arm']}, {one['rung']}", 30) for one in shown]
-    axes.set_yticks(range(len(shown)), names)
-    axes.set_ylim(len(shown) - 0.4, -0.6)
-    axes.grid(visible=False, axis="y")
-    axes.tick_params(axis="y", length=0)
-    for label, one in zip(axes.get_yticklabels(), shown, strict=True):
-        label.set_color(colours(tree)[one["arm"]])
-    for number in range(1, len(shown)):
-        if shown[number]["rung"] != shown[number - 1]["rung"]:
-            axes.axhline(number - 0.5, color=SOFT, linewidth=0.8)
-
-
-def _draw_errors(axes: "Axes", tree: Tree, shown: Sequence[Tree]) -> None:
+def _draw_losses(axes: "Axes", tree: Tree, shown: Sequence[Tree]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.axvline(0, color=SOFT, linewidth=1.1)
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    for y, one in enumerate(shown):
-        colour, value = colours(tree)[one["arm"]], one["predicted"]["value"]
-        axes.errorbar([0], [y], xerr=ends_of(value, one["predicted"]), fmt="D", markerfacecolor=PAPER, color=colour,
-                      markersize=5.5, capsize=3, linewidth=1.3, alpha=0.75)  # fmt: skip
-        if one["error"] is not None:
-            axes.plot([one["error"]], [y], marker="o", color=colour, markersize=7, markeredgecolor=PAPER, zorder=5)
+    for y, prediction in enumerate(shown):
+        colour, _ = looks(tree)[prediction["arm"]]
+        # The prediction is 0 in every row, so that intervals of very different losses share an axis.
+        error_bar(axes, 0, y, prediction["predicted"], horizontal=True, color=colour, markersize=5.5, capsize=3,
+                  linewidth=1.3, alpha=0.75, **hollow("D"))  # fmt: skip
+        if prediction["error"] is not None:
+            axes.plot([prediction["error"]], [y], color=colour, markersize=7, zorder=5, **FULL)
     axes.set_xlabel(f"loss minus its prediction ({units.SHORT_LOSS_UNITS[tree['unit']]})")
     axes.set_title("Loss")
 
 
-def _draw_ratios(axes: "Axes", tree: Tree, rows: Mapping[int, Tree | None]) -> None:
+def _draw_multipliers(axes: "Axes", tree: Tree, rows: Sequence[Tree | None]) -> None:
     axes.set_xscale("log")
     axes.axvline(1, color=SOFT, linewidth=1.1)
-    axes.grid(visible=False, axis="y")
-    shown = [one for one in rows.values() if one is not None]
-    for y, one in rows.items():
-        if one is None:
+    values, ends = [1.0], []
+    for y, row in enumerate(rows):
+        if row is None:
             continue
-        colour = colours(tree)[one["arm"]]
-        for told, above, look in (
-            (one["predicted"], -0.12, {"fmt": "D", "markerfacecolor": PAPER, "markersize": 5.5, "alpha": 0.75}),
-            (one["measured"], 0.12, {"fmt": "o", "markersize": 6, "markeredgecolor": PAPER}),
+        for interval, offset, style in (
+            (row["predicted"], -0.12, {"markersize": 5.5, "alpha": 0.75, **hollow("D")}),
+            (row["measured"], 0.12, {"markersize": 6, **FULL}),
         ):
-            axes.errorbar([told["value"]], [y + above], xerr=ends_of(told["value"], told), color=colour, capsize=2.5,
-                          linewidth=1.2, **look)  # fmt: skip
-    values = [told["value"] for one in shown for told in (one["predicted"], one["measured"])] + [1.0]
-    ends = [end for one in shown for told in (one["predicted"], one["measured"]) for end in (told["low"], told["high"])]
-    known = [end for end in ends if end is not None]
-    room = max((max(values) / min(values)) ** 0.8, 1.2)
-    axes.set_xlim(
-        max(min([*values, *known]), min(values) / room) / 1.03, min(max([*values, *known]), max(values) * room) * 1.03
-    )
-    as_multipliers(axes.xaxis)
+            error_bar(axes, interval["value"], y + offset, interval, horizontal=True, color=looks(tree)[row["arm"]][0],
+                      capsize=2.5, linewidth=1.2, **style)  # fmt: skip
+            values.append(interval["value"])
+            ends += [interval[end] for end in ("low", "high") if interval[end] is not None]
+    # Wide intervals are cut off at the axis' ends rather than squeezing all points together.
+    low, high = min(values), max(values)
+    room = max((high / low) ** 0.8, 1.2)
+    axes.set_xlim(max(min(values + ends), low / room) / 1.03, min(max(values + ends), high * room) * 1.03)
+    multiplier_axis(axes.xaxis)
     axes.set_xlabel("compute multiplier")
     axes.set_title("Multiplier")
 
 
-def _prediction_legend() -> list[Any]:
+def draw_cost(tree: Tree) -> "Figure | None":
+    """Each arm's multiplier at the target in compute and in time; None if no time is known."""
     from matplotlib.lines import Line2D
 
-    return [
-        Line2D([], [], color=SOFT, marker="D", markerfacecolor=PAPER, label="predicted from the smaller rungs"),
-        Line2D([], [], color=SOFT, marker="o", linestyle="", label="what came out"),
-    ]
-
-
-# Cost
-
-
-def draw_cost(tree: Tree) -> "Figure | None":
-    shown = [one for arm in tree["arms"] if (one := decision(tree, arm["name"])) and one["multiplier"]["value"]]
-    if not any(one.get("wall_clock", {}).get("value") for one in shown):
+    verdicts = [final(tree, arm["name"]) for arm in tree["arms"]]
+    shown = [verdict for verdict in verdicts if verdict and verdict["multiplier"]["value"]]
+    if not any(verdict.get("wall_clock", {}).get("value") for verdict in shown):
         return None
     figure = new_figure(8, 0.62 * len(shown) + 1.5)
     axes = figure.subplots()
     values = [1.0]
-    for y, one in enumerate(shown):
-        colour = colours(tree)[one["arm"]]
-        for told, above, look in (
-            (one["multiplier"], -0.14, {"fmt": "o", "markersize": 7, "markeredgecolor": PAPER}),
-            (one["wall_clock"], 0.14, {"fmt": "s", "markersize": 6.5, "markerfacecolor": PAPER}),
+    for y, verdict in enumerate(shown):
+        for key, offset, style in (
+            ("multiplier", -0.14, {"markersize": 7, **FULL}),
+            ("wall_clock", 0.14, {"markersize": 6.5, **hollow("s")}),
         ):
-            if told["value"] is not None:
-                values.append(told["value"])
-                axes.errorbar([told["value"]], [y + above], xerr=ends_of(told["value"], told), color=colour, capsize=3,
-                              linewidth=1.3, **look)  # fmt: skip
-        slow = one.get("slowdown", {}).get("value")
-        said = "" if slow is None else f"a step takes {slow:.2f}×"
-        axes.annotate(said, (1.0, y), xytext=(6, 0), xycoords=axes.get_yaxis_transform(), fontsize=8.5,
-                      textcoords="offset points", va="center", color=SOFT)  # fmt: skip
+            value = verdict[key]["value"]
+            if value is not None:
+                values.append(value)
+                error_bar(axes, value, y + offset, verdict[key], horizontal=True, capsize=3, linewidth=1.3,
+                          color=looks(tree)[verdict["arm"]][0], **style)  # fmt: skip
+        slowdown = verdict.get("slowdown", {}).get("value")
+        if slowdown is not None:
+            axes.annotate(f"a step takes {slowdown:.2f}×", (1.0, y), xytext=(6, 0), textcoords="offset points",
+                          xycoords=axes.get_yaxis_transform(), fontsize=8.5, va="center", color=SOFT)  # fmt: skip
     axes.set_xscale("log")
     room = max((max(values) / min(values)) ** 0.6, 1.25)
     axes.set_xlim(min(values) / room, max(values) * room)
-    as_multipliers(axes.xaxis)
-    axes.axvline(1, color=SOFT, linewidth=1.1, zorder=1)
-    if tree["criterion"]["min_gain"] > 1:
-        axes.axvline(tree["criterion"]["min_gain"], color=GOOD, linewidth=1.0, linestyle=(0, (4, 2)), zorder=1)
-    axes.set_yticks(range(len(shown)), [shortened(one["arm"], 30) for one in shown])
-    for label, one in zip(axes.get_yticklabels(), shown, strict=True):
-        label.set_color(colours(tree)[one["arm"]])
-    axes.set_ylim(len(shown) - 0.4, -0.6)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(visible=False, axis="y")
+    multiplier_axis(axes.xaxis)
+    reference_lines(tree, axes.axvline)
+    arm_rows(axes, tree, [(verdict["arm"], shortened(verdict["arm"], 30)) for verdict in shown])
     axes.set_xlabel("multiplier at the target")
-    figure.legend(handles=_cost_legend(tree), loc="outside lower center", ncols=3, fontsize=8.5)
-    return figure
-
-
-def _cost_legend(tree: Tree) -> list[Any]:
-    from matplotlib.lines import Line2D
-
-    least = tree["criterion"]["min_gain"]
-    line = Line2D([], [], color=GOOD, linestyle=(0, (4, 2)), label=f"least useful: {least:g}×")
-    return [
-        *([line] if least > 1 else []),
+    legend = [
+        *least_useful(tree),
         Line2D([], [], color=SOFT, marker="o", label="in compute"),
-        Line2D([], [], color=SOFT, marker="s", markerfacecolor=PAPER, label="in time on this machine"),
+        Line2D([], [], color=SOFT, **hollow("s"), label="in time on this machine"),
     ]
+    figure.legend(handles=legend, loc="outside lower center", ncols=3, fontsize=8.5)
+    return figure

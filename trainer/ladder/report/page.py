@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from trainer.ladder.report.drawing import decision
+from trainer.ladder.report.drawing import final
 from trainer.ladder.report.estimates import Tree
 from trainer.ladder.report.pictures import Picture
 from trainer.ladder.stats.records import BASELINE
@@ -11,25 +11,31 @@ from trainer.show import page
 
 def html(tree: Tree, pictures: Sequence[Picture]) -> str:
     """Return the whole report as one HTML document. `tree` may lack "course"; the page then says nothing of times."""
-    course = tree.get("course")
-    decisions = {arm["name"]: decision(tree, arm["name"]) for arm in tree["arms"]}
-    commits = course["commits"] if course else []
+    execution = tree.get("course")
+    decisions = {arm["name"]: final(tree, arm["name"]) for arm in tree["arms"]}
+    timed = {
+        (verdict["arm"], rung["rung"]): rung
+        for verdict in (execution["verdicts"] if execution else [])
+        for rung in verdict["rungs"]
+    }  # fmt: skip
+    commits = execution["commits"] if execution else []
     return page.render(
         "ladder.html",
         tree=tree,
         pictures=pictures,
-        course=course,
+        execution=execution,
         baseline=BASELINE,
         decisions=decisions,
         decided=[verdict["decision"] for verdict in decisions.values() if verdict is not None],
         by_losses={verdict["arm"]: verdict["decision"] for verdict in tree["verdicts"]},
-        timed={
-            (verdict["arm"], rung["rung"]): rung
-            for verdict in (course["verdicts"] if course else [])
+        rungs=[
+            {"arm": verdict["arm"]} | rung | timed.get((verdict["arm"], rung["rung"]), {})
+            for verdict in tree["verdicts"]
             for rung in verdict["rungs"]
-        },
+        ],
+        arms=[BASELINE, *decisions],
         noise={(noise["rung"], noise["arm"]): noise for noise in tree["noise"]},
-        executions={run["key"]: run for run in (course["runs"] if course else [])},
+        executions={run["key"]: run for run in (execution["runs"] if execution else [])},
         # A longer name than its 40 digits: there were local changes, and a checkout would not give them back.
         clean_commit=commits[0] if len(commits) == 1 and len(commits[0]) == 40 else None,
         changed=_changed,

@@ -1,7 +1,7 @@
-"""The ladder's own run in W&B, in one group with its runs: tables and pictures of the report.
+"""The ladder's own run in W&B, in one group with its runs: the report's tables and pictures.
 
-By the same rules as a run: online only where a key is known, disabled where the ladder's runs are. It lives in a
-process of its own, which is ended when it takes too long: a report does not wait for a network.
+It follows the rules of a run: online only if a key is known, disabled if the ladder's runs are. It lives in a process
+of its own that is ended when it takes too long, because a report does not wait for a network.
 """
 
 import hashlib
@@ -14,20 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from trainer.ladder.plan.ladder import Ladder
-from trainer.ladder.report.drawing import decision
+from trainer.ladder.report.drawing import final
 from trainer.ladder.report.estimates import Tree
 from trainer.ladder.report.pictures import Picture
 from trainer.show import units
 from trainer.show.wandb import open_run, wandb_mode
 
-SECONDS = 60.0
-"""W&B may take as long."""
+TIMEOUT_SECONDS = 60.0
+"""For W&B to take the whole message."""
 
 
 def send(
     ladder: Ladder, tree: Tree, drawn: Sequence[Picture], out: Path, on_problem: Callable[[str], None]
 ) -> None:  # fmt: skip
-    """Show the report in W&B; what goes wrong is said and changes nothing else."""
+    """Show the report in W&B. A failure is reported to `on_problem` and changes nothing else."""
     if not ladder.runs:
         return
     config = ladder.runs[0].config
@@ -37,7 +37,7 @@ def send(
     first = tree.get("course", {}).get("first_planned")
     message = {
         "init": {
-            # The same run again for every report of this ladder.
+            # Every report of this ladder goes into the same run.
             "id": hashlib.sha256(f"{ladder.name} {first}".encode()).hexdigest()[:16],
             "name": f"ladder {ladder.name}", "mode": mode, "dir": str(out.resolve()), "project": config.wandb.project,
             "entity": config.wandb.entity or None, "group": config.wandb.group, "tags": ["ladder"],
@@ -45,79 +45,78 @@ def send(
             "config": {key: tree[key] for key in ("name", "question", "metric", "unit", "criterion", "target", "arms")},
         },
         "summary": summary(tree), "tables": tables(tree),
-        "pictures": {one.name: str(out.resolve() / f"{one.name}.png") for one in drawn},
+        "pictures": {picture.name: str(out.resolve() / f"{picture.name}.png") for picture in drawn},
     }  # fmt: skip
-    (out / "wandb").mkdir(exist_ok=True)  # else W&B would move to /tmp unasked
+    (out / "wandb").mkdir(exist_ok=True)  # if it cannot write there, W&B moves to /tmp without a word
     if problem := _deliver(message):
         on_problem(f"W&B has no summary of this ladder: {problem}. The report is in {out}.")
 
 
 def summary(tree: Tree) -> dict[str, Any]:
-    """What W&B lists of a run."""
-    told = {"flops": tree["flops"] + tree["sweep_flops"], **{f"runs/{k}": n for k, n in tree["counts"].items()}}
-    for arm in tree["arms"]:
-        if (one := decision(tree, arm["name"])) is not None:
-            told[f"{arm['name']}/decision"] = one["decision"]
-            told |= {f"{arm['name']}/multiplier_{key}": one["multiplier"][key] for key in ("value", "low", "high")}
-    return {key: value for key, value in told.items() if value is not None}
+    """Return the values that W&B lists for the run."""
+    values = {"flops": tree["flops"] + tree["sweep_flops"], **{f"runs/{k}": n for k, n in tree["counts"].items()}}
+    for verdict in _verdicts(tree):
+        values[f"{verdict['arm']}/decision"] = verdict["decision"]
+        for key in ("value", "low", "high"):
+            values[f"{verdict['arm']}/multiplier_{key}"] = verdict["multiplier"][key]
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _verdicts(tree: Tree) -> list[Tree]:
+    return [verdict for arm in tree["arms"] if (verdict := final(tree, arm["name"])) is not None]
 
 
 def tables(tree: Tree) -> dict[str, dict[str, list[Any]]]:
-    """{name: {columns, data}}"""
-    verdicts = [one for arm in tree["arms"] if (one := decision(tree, arm["name"])) is not None]
+    """Return {name: {columns, data}}."""
+    run_columns = ["arm", "rung", "seed", "status", "flops", "parameters", "tokens", "loss"]
     return {
         "verdicts": {
             "columns": ["arm", "decision", "at the target", "trend", "in time", "why"],
             "data": [
-                [one["arm"], one["decision"], units.ratio_interval(one["multiplier"]), one["trend"],
-                 units.ratio_interval(one.get("wall_clock")), one["why"]]
-                for one in verdicts
+                [verdict["arm"], verdict["decision"], units.ratio_interval(verdict["multiplier"]), verdict["trend"],
+                 units.ratio_interval(verdict.get("wall_clock")), verdict["why"]]
+                for verdict in _verdicts(tree)
             ],
         },
         "multipliers": {
             "columns": ["arm", "rung", "flops", "pairs", "multiplier", "low", "high", "loss difference"],
             "data": [
-                [one["arm"], rung["rung"], rung["flops"], rung["pairs"],
+                [verdict["arm"], rung["rung"], rung["flops"], rung["pairs"],
                  *(rung["multiplier"][key] for key in ("value", "low", "high")), rung["loss_difference"]]
-                for one in tree["verdicts"]
-                for rung in one["rungs"]
+                for verdict in tree["verdicts"]
+                for rung in verdict["rungs"]
             ],
         },
         "predictions": {
             "columns": ["rung", "arm", "predicted", "low", "high", "observed", "error"],
             "data": [
-                [one["rung"], one["arm"], *(one["predicted"][key] for key in ("value", "low", "high")),
-                 one["observed"], one["error"]]
-                for one in tree["predictions"]
-                if one["predicted"] is not None
+                [prediction["rung"], prediction["arm"],
+                 *(prediction["predicted"][key] for key in ("value", "low", "high")),
+                 prediction["observed"], prediction["error"]]
+                for prediction in tree["predictions"]
+                if prediction["predicted"] is not None
             ],
         },
-        "runs": {
-            "columns": ["arm", "rung", "seed", "status", "flops", "parameters", "tokens", "loss"],
-            "data": [
-                [run[key] for key in ("arm", "rung", "seed", "status", "flops", "parameters", "tokens", "loss")]
-                for run in tree["runs"]
-            ],
-        },
+        "runs": {"columns": run_columns, "data": [[run[key] for key in run_columns] for run in tree["runs"]]},
     }  # fmt: skip
 
 
 def _deliver(message: dict[str, Any]) -> str:
-    """What went wrong; "" if nothing did."""
+    """Send the message by a process of its own and return what went wrong, "" if nothing did."""
     root = Path(__file__).resolve().parents[3]
     environ = {key: value for key, value in os.environ.items() if key != "WANDB_SERVICE"}
     environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), environ.get("PYTHONPATH")]))
     environ["WANDB_SILENT"] = "true"
     environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    # -P: a wandb.py in the working directory is not W&B.
+    # -P: a wandb.py in the working directory must not be taken for W&B.
     command = [sys.executable, "-P", "-c", "from trainer.ladder.report.summary_run import relay; relay()"]
     try:
         done = subprocess.run(
-            command, input=json.dumps(message), capture_output=True, text=True, timeout=SECONDS, env=environ,
+            command, input=json.dumps(message), capture_output=True, text=True, timeout=TIMEOUT_SECONDS, env=environ,
             start_new_session=True, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return f"it was not done after {SECONDS:g} s and was ended"
+        return f"it was not done after {TIMEOUT_SECONDS:g} s and was ended"
     except OSError as error:
         return str(error)
     said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
@@ -125,9 +124,9 @@ def _deliver(message: dict[str, Any]) -> str:
 
 
 def relay() -> None:
-    """The process: one message from standard input to W&B."""
+    """Run in that process: one message from standard input to W&B."""
     message = json.load(sys.stdin)
-    run = open_run(message["init"], SECONDS)
+    run = open_run(message["init"], TIMEOUT_SECONDS)
     import wandb
 
     shown: dict[str, Any] = {

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from trainer.ladder import terminal as tables
-from trainer.ladder.report.drawing import decision
+from trainer.ladder.report.drawing import final
 from trainer.ladder.report.estimates import Tree
 from trainer.ladder.stats.records import BASELINE
 from trainer.show import units
@@ -16,18 +16,15 @@ STYLES = {"promote": "bold green", "reject": "red", "inconclusive": "yellow"}
 
 
 def terminal(tree: Tree) -> "RenderableType":
-    """Legible at 100 columns, uncoloured."""
+    """Return the report for a terminal: legible at 100 columns, and without colours."""
     from rich.console import Group
     from rich.text import Text
 
     parts: list[Any] = [Text.assemble(("ladder ", "dim"), (tree["name"], "bold"), f"  {tree['question']}"), Text()]
     if tree["no_fit"] is not None:
         parts += [Text(f"no fit: {tree['no_fit']}", "yellow"), Text(), _means(tree), Text()]
-    if tree["verdicts"]:
-        parts += [_verdicts(tree), Text()]
-        for arm in tree["arms"]:
-            parts += _why(tree, arm["name"])
-        parts.append(Text())
+    if verdicts := [verdict for arm in tree["arms"] if (verdict := final(tree, arm["name"]))]:
+        parts += [_table(verdicts), Text(), *map(_reason, verdicts), Text()]
     parts += [Text(line, "dim", overflow="fold") for line in _lines(tree)]
     parts += [
         Text.assemble((f"missing: {run['rung']} {run['arm']} seed {run['seed']}: ", "bold red"), run["reason"] or "?")
@@ -37,64 +34,56 @@ def terminal(tree: Tree) -> "RenderableType":
     return Group(*parts)
 
 
-def _verdicts(tree: Tree) -> Any:
+def _table(verdicts: list[Tree]) -> Any:
     from rich.text import Text
 
     table = tables.empty_table("arm", "verdict", "at the target", "in time", "trend", "a step takes")
-    for arm in tree["arms"]:
-        one = decision(tree, arm["name"])
-        if one is None:
-            continue
-        name = one["decision"]
+    for verdict in verdicts:
+        name = verdict["decision"]
         table.add_row(
-            Text(one["arm"]), Text(f"{units.SIGNS[name]} {name}", STYLES[name]),
-            units.ratio_interval(one["multiplier"]), units.ratio(one.get("wall_clock", {}).get("value")),
-            units.TRENDS[one["trend"]], units.ratio(one.get("slowdown", {}).get("value")),
+            Text(verdict["arm"]), Text(f"{units.SIGNS[name]} {name}", STYLES[name]),
+            units.ratio_interval(verdict["multiplier"]), units.ratio(verdict.get("wall_clock", {}).get("value")),
+            units.TRENDS[verdict["trend"]], units.ratio(verdict.get("slowdown", {}).get("value")),
         )  # fmt: skip
     return table
 
 
-def _why(tree: Tree, arm: str) -> Iterator[Any]:
+def _reason(verdict: Tree) -> Any:
     from rich.text import Text
 
-    one = decision(tree, arm)
-    if one is None:
-        return
-    said = Text.assemble((f"{arm}: ", "bold"), (one["decision"], STYLES[one["decision"]]), f". {one['why']}")
-    settle = units.remedies(one["remedies"])
-    if settle:
-        said.append(f" It would take {settle}.")
-    yield said
+    name, remedies = verdict["decision"], units.remedies(verdict["remedies"])
+    settle = f" It would take {remedies}." if remedies else ""
+    return Text.assemble((f"{verdict['arm']}: ", "bold"), (name, STYLES[name]), f". {verdict['why']}{settle}")
 
 
 def _means(tree: Tree) -> Any:
-    """What there is to see without a fit."""
+    """Mean losses by rung and arm: all there is to show without a fit."""
     from rich.text import Text
 
     arms = [BASELINE, *(arm["name"] for arm in tree["arms"])]
-    known = {(one["rung"], one["arm"]): one for one in tree["noise"]}
+    known = {(noise["rung"], noise["arm"]): units.mean_and_sd(noise) for noise in tree["noise"]}
     table = tables.empty_table("rung", *(Text(arm).markup for arm in arms))
-    for rung in dict.fromkeys(one["rung"] for one in tree["noise"]):
-        cells = [known.get((rung, arm)) for arm in arms]
-        table.add_row(Text(rung), *("–" if cell is None else units.mean_and_sd(cell) for cell in cells))
+    for rung in dict.fromkeys(noise["rung"] for noise in tree["noise"]):
+        table.add_row(Text(rung), *(known.get((rung, arm), "–") for arm in arms))
     return table
 
 
 def _lines(tree: Tree) -> Iterator[str]:
-    fit = tree["fit"]
+    fit, execution = tree["fit"], tree.get("course")
     if fit is not None:
         yield (
             f"baseline: E {units.loss_interval(fit['E'], 3)}, α {units.loss_interval(fit['alpha'], 3)}, "
             f"seeds' sd {units.loss(fit['seed_sd'])}, lack of fit p {units.p_value(fit['lack_of_fit_p'])}"
         )
-    for one in tree["predictions"]:
-        if one["arm"] == BASELINE and one["predicted"] is not None:
-            came = "not run" if one["observed"] is None else f"came out {units.loss(one['observed'])}"
-            yield f"predicted for {one['rung']}: {units.loss_interval(one['predicted'])}, {came}"
-    course = tree.get("course")
+    for prediction in tree["predictions"]:
+        if prediction["arm"] == BASELINE and prediction["predicted"] is not None:
+            known = prediction["observed"] is not None
+            observed = f"observed {units.loss(prediction['observed'])}" if known else "not run"
+            yield f"predicted for {prediction['rung']}: {units.loss_interval(prediction['predicted'])}, {observed}"
     counts = ", ".join(f"{number} {status}" for status, number in tree["counts"].items())
-    hours = f" in {units.duration(course['time']['busy_seconds'])}" if course else ""
+    hours = f" in {units.duration(execution['time']['busy_seconds'])}" if execution else ""
     yield f"runs: {counts or 'none'}; {units.flops(tree['flops'] + tree['sweep_flops'])} FLOPs{hours}"
-    if course and (made := course["survived"]["faults"]):
-        kinds = ", ".join(f"{one['survived']} of {one['made']} {kind}" for kind, one in made.items())
-        yield f"faults survived: {kinds}"
+    if execution and (faults := execution["survived"]["faults"]):
+        yield "faults survived: " + ", ".join(
+            f"{number['survived']} of {number['made']} {kind}" for kind, number in faults.items()
+        )
