@@ -255,7 +255,7 @@ def test_the_matrix_becomes_a_png_and_nothing_else_is_left(full: Report, tmp_pat
 # --- while it works ---------------------------------------------------------------------------------------------------
 
 
-def follow(live: report.Live, found: list[Result], wait: Callable[[], None] = lambda: None) -> None:
+def follow(live: report.CampaignProgress, found: list[Result], wait: Callable[[], None] = lambda: None) -> None:
     with live:
         live.update([], "reference")
         for number, one in enumerate(found):
@@ -266,7 +266,7 @@ def follow(live: report.Live, found: list[Result], wait: Callable[[], None] = la
 
 def test_off_a_terminal_each_run_is_a_line_when_it_has_ended_and_says_why_it_did_not_pass(full: Report):
     out = io.StringIO()
-    follow(report.Live(7, out), full.results)
+    follow(report.CampaignProgress(7, out), full.results)
     assert out.getvalue().splitlines()[:5] == [
         "1/7  pass       sigkill  2 replicate  detect 0.02 s  recover 3.4 s  0:20",
         "2/7  FAIL       stopped  2 replicate  detect 0.02 s  recover 3.4 s  0:20",
@@ -278,7 +278,7 @@ def test_off_a_terminal_each_run_is_a_line_when_it_has_ended_and_says_why_it_did
 
 def test_what_was_done_by_an_earlier_start_is_one_line(full: Report):
     out = io.StringIO()
-    with report.Live(7, out) as live:
+    with report.CampaignProgress(7, out) as live:
         live.update(full.results[:5], "reference")
         live.update(full.results[:6], "")
     assert [line.split("  ")[0] for line in out.getvalue().splitlines()] == ["5 of 7 runs had been done before", "6/7"]
@@ -289,10 +289,10 @@ def test_on_a_terminal_what_runs_now_is_shown_with_the_time_left_and_the_cursor_
     times = iter(float(n) for n in range(0, 10_000, 10))
 
     def interrupted() -> None:
-        with report.Live(7, out, is_terminal=True, monotonic=lambda: next(times)) as live:
+        with report.CampaignProgress(7, out, is_terminal=True, monotonic=lambda: next(times)) as live:
             live.update([], "reference")
             live.update(full.results[:1], "stopped")
-            live._screen.refresh()
+            live._live.refresh()
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -306,11 +306,11 @@ def test_on_a_terminal_what_runs_now_is_shown_with_the_time_left_and_the_cursor_
 @pytest.mark.parametrize("is_terminal", [False, True])
 def test_told_to_be_quiet_it_says_nothing(full: Report, is_terminal: bool):
     out = io.StringIO()
-    follow(report.Live(7, out, enabled=False, is_terminal=is_terminal), full.results)
+    follow(report.CampaignProgress(7, out, enabled=False, is_terminal=is_terminal), full.results)
     assert out.getvalue() == ""
 
 
 def test_an_output_that_nobody_reads_any_more_does_not_stop_the_campaign(full: Report):
     out = io.StringIO()
     out.close()
-    follow(report.Live(7, out, is_terminal=False), full.results)
+    follow(report.CampaignProgress(7, out, is_terminal=False), full.results)

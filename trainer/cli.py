@@ -184,7 +184,7 @@ def chaos(
     if warning := plan.check_exact(planned):
         print(f"warning: {warning}", file=sys.stderr)
     notes = sys.stderr if as_json else sys.stdout
-    with report.Live(len(planned.cases), file=notes) as live:
+    with report.CampaignProgress(len(planned.cases), file=notes) as live:
         done = run.run(planned, out, update=live.update, shrink=shrink)
     if as_json:
         from trainer.chaos import results

@@ -1,5 +1,5 @@
-"""Campaigns: a reference run, runs with faults, and whether the faults left a trace.
+"""Campaigns: a reference run, cases with faults, and whether the faults left a trace.
 
-`file` is what a campaign file may hold, `campaign` plans its runs and `runner` does them, `storm` draws random
-schedules and shrinks failing ones, `results` is what comes out, and `report` shows it.
+`schema` reads a campaign file, `plan` makes its cases and `run` runs them; `schedule` draws random schedules and
+shrinks failing ones, `results` are the records, `replay` repeats failures, `report` shows everything to a person.
 """

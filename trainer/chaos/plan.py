@@ -1,11 +1,12 @@
-"""Campaigns: what is to be run, planned as a whole before anything starts."""
+"""Planning a campaign: all its cases, checked as a whole before anything starts."""
 
 import contextlib
 import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ class Case:
     nodes: int
     strategy: str
     seed: int | None
+    """Seed of the storm that drew the faults; None without one."""
     repeat: int
     overrides: list[str]
     """key=value, without faults."""
@@ -39,12 +41,13 @@ class Case:
     config: Config
     planned: list[PlannedFault]
     limits: dict[str, float]
-    """timeout_seconds and restarts, by which a run may fail."""
+    """timeout_seconds and restarts; a run beyond them fails."""
     worker: tuple[str, ...] = ("trainer", "train")
-    """The module that each rank runs, with its first arguments."""
+    """Module that each rank runs, with its first arguments."""
 
     @property
     def slug(self) -> str:
+        """Name of the case's directory."""
         identity = json.dumps([self.name, self.ranks, self.nodes, self.strategy, self.faults, self.overrides])
         words = re.sub(r"[^a-z0-9]+", "-", f"{self.name}-{self.strategy}".lower()).strip("-")[:60]
         return f"{words}-{hashlib.sha256(identity.encode()).hexdigest()[:6]}-{self.repeat}"
@@ -74,88 +77,78 @@ class Campaign:
     question: str
     config_path: Path
     config: Config
-    """Of the reference run."""
+    """Config of the reference run."""
     overrides: list[str]
     timeout_seconds: float
     restarts: int
     cases: list[Case] = field(default_factory=list)
-    """What is to be run."""
+    """Cases to run, with their repeats."""
     every: list[Case] = field(default_factory=list)
-    """All runs of the file, once each: also those that are not chosen now."""
+    """All cases of the file, once each: also those that `--only` leaves out."""
 
     def restarts_for(self, faults: int) -> int:
-        """How often the workers of a job with so many faults may be started again."""
+        """Restarts that the workers of a job with so many faults may have."""
         return self.restarts + 2 * faults
 
 
-# Reading and planning
-
-
 def load(path: Path, only: Sequence[str] = (), repeat: int | None = None) -> Campaign:
-    """Read a campaign file and plan all its runs. Raises ConfigError naming every problem of file and plans."""
+    """Read a campaign file and plan all its cases. Raises ConfigError naming every problem of file and plans."""
     file, problems = read(path)
     if file is None:
         raise ConfigError(problems)
     config_path = path.parent / file.config
-    overrides = [*_pairs(file.set), 'wandb.mode="disabled"']
+    overrides = [*_override_list(file.set), 'wandb.mode="disabled"']
     config = None
-    with _noting(problems):
-        config = _reference_config(path, config_path, overrides)
-    if config is None:
+    with _collect_into(problems):
+        config = configs.load(config_path, overrides)
+        if config.faults:
+            fact = f"{config_path} has faults of its own, so there is no reference run to compare with."
+            raise ConfigError([f"{fact}\n  Move them to {path}."])
+    if config is None or config.faults:
         raise ConfigError(problems)
     limits = (file.timeout_seconds, file.restarts)
     campaign = Campaign(path.stem, path, file.question, config_path, config, overrides, *limits)
     builder = _CaseBuilder(campaign, file)
     builder.build_all()
-    cases = [case for case in builder.cases if not only or case.name in only]
     problems += builder.problems
-    if not problems:  # else a run may be unknown only because it could not be planned
-        unknown = [name for name in only if name not in {case.name for case in builder.cases}]
-        problems += [_no_such_run(name, builder.cases) for name in unknown]
+    if not problems:  # else a case may be unknown only because it could not be planned
+        names = list(dict.fromkeys(case.name for case in builder.cases))
+        unknown = [name for name in only if name not in names]
+        problems += [
+            f"--only {name!r} is no run of this campaign.\n  {_hint(name, names, cutoff=0.6)}" for name in unknown
+        ]
     if not builder.cases and not problems:
         problems.append(f"{path} has no runs.\n  Add [[runs]], [catalogue], [pairs] or [storm].")
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     campaign.every.extend(builder.cases)
+    chosen = [case for case in builder.cases if not only or case.name in only]
     for number in range(repeat or file.repeat):
-        campaign.cases.extend(_repeated(case, number) for case in cases)
+        campaign.cases.extend(replace(case, repeat=number) for case in chosen)
     return campaign
 
 
-def _reference_config(path: Path, config_path: Path, overrides: Sequence[str]) -> Config:
-    config = configs.load(config_path, overrides)
-    if config.faults:
-        problem = f"{config_path} has faults of its own, so there is no reference run to compare with."
-        raise ConfigError([f"{problem}\n  Move them to {path}."])
-    return config
-
-
 @contextlib.contextmanager
-def _noting(problems: list[str]) -> Iterator[None]:
-    """Go on after a ConfigError, so that what is wrong elsewhere is said too."""
+def _collect_into(problems: list[str]) -> Iterator[None]:
+    """Note the problems of a ConfigError and go on, so that problems elsewhere are reported too."""
     try:
         yield
     except ConfigError as error:
         problems += error.problems
 
 
-def _repeated(case: Case, number: int) -> Case:
-    return replace(case, repeat=number)
-
-
-def _no_such_run(name: str, cases: Sequence[Case]) -> str:
-    names = list(dict.fromkeys(case.name for case in cases))
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(names[:60])}."
-    return f"--only {name!r} is no run of this campaign.\n  {hint}"
-
-
-def _pairs(table: Mapping[str, Any]) -> list[str]:
+def _override_list(table: Mapping[str, Any]) -> list[str]:
     return [f"{key}={tomlfile.text(value)}" for key, value in configs.flatten(table).items()]
 
 
+def _hint(name: str, names: Iterable[str], cutoff: float) -> str:
+    names = list(names)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
+    return f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(names[:60])}."
+
+
 class _CaseBuilder:
-    """Cases of a campaign file; problems are collected, not raised."""
+    """Makes the cases of a campaign file. Collects problems instead of raising the first."""
 
     def __init__(self, campaign: Campaign, file: CampaignFile) -> None:
         self._campaign, self._file = campaign, file
@@ -165,92 +158,83 @@ class _CaseBuilder:
     def build_all(self) -> None:
         file = self._file
         for number, run in enumerate(file.runs):
-            name = run.name or _name_of(run.faults) or f"run {number}"
-            shape = (run.ranks or file.ranks, run.nodes or file.nodes)
+            name = run.name or " + ".join(str(fault.get("kind", "?")) for fault in run.faults) or f"run {number}"
             for strategy in [run.strategy] if run.strategy else file.strategies:
-                self._add(name, run.faults, *shape, strategy, run.set)
+                self._add(name, run.faults, run.ranks or file.ranks, run.nodes or file.nodes, strategy, run.set)
         for strategy in file.strategies:
-            self._plan_catalogue(strategy)
-            self._plan_pairs(strategy)
-            self._plan_storms(strategy)
-        seen: dict[tuple[str, str], int] = {}
-        for case in self.cases:
-            seen[case.name, case.strategy] = seen.get((case.name, case.strategy), 0) + 1
-        for (name, strategy), times in seen.items():
+            self._add_catalogue(strategy)
+            self._add_pairs(strategy)
+            self._add_storms(strategy)
+        for (name, strategy), times in Counter((case.name, case.strategy) for case in self.cases).items():
             if times > 1:
                 self.problems.append(f"{times} runs are called {name!r} ({strategy}).\n  Give each a name of its own.")
 
-    def _plan_catalogue(self, strategy: str) -> None:
+    def _add_catalogue(self, strategy: str) -> None:
         if self._file.catalogue is None:
             return
         for number, kind in enumerate(self._kinds("catalogue", self._file.catalogue.kinds, list(KINDS))):
-            nodes = self._nodes_for(kind)
-            ranks = max(self._file.ranks, nodes)
+            ranks, nodes = self._shape_for(kind)
             self._add(kind.name, [schedule.usual(kind, self._campaign.config, ranks, number)], ranks, nodes, strategy)
 
-    def _plan_pairs(self, strategy: str) -> None:
+    def _add_pairs(self, strategy: str) -> None:
         if self._file.pairs is None:
             return
         ordinary = [kind.name for kind in KINDS.values() if NODES not in kind.needs]
         kinds = self._kinds("pairs", self._file.pairs.kinds, ordinary)
-        ranks = self._file.ranks
-        for one, other in schedule.sample_pairs(kinds, self._file.pairs.sample, self._file.seed):
-            nodes = max(self._nodes_for(one), self._nodes_for(other))
-            faults = schedule.pair(one, other, self._campaign.config, max(ranks, nodes))
-            self._add(f"pair: {one.name} + {other.name}", faults, max(ranks, nodes), nodes, strategy)
+        for first, second in schedule.sample_pairs(kinds, self._file.pairs.sample, self._file.seed):
+            ranks, nodes = self._shape_for(first, second)
+            faults = schedule.pair(first, second, self._campaign.config, ranks)
+            self._add(f"pair: {first.name} + {second.name}", faults, ranks, nodes, strategy)
 
-    def _plan_storms(self, strategy: str) -> None:
-        drawn, file = self._file.storm, self._file
-        if drawn is None:
+    def _add_storms(self, strategy: str) -> None:
+        storm, file = self._file.storm, self._file
+        if storm is None:
             return
-        try:
-            mix = schedule.weights(drawn.mix, file.nodes)
-        except ConfigError as error:
-            self.problems += error.problems
+        mix: Mapping[str, float] = {}
+        with _collect_into(self.problems):
+            mix = schedule.weights(storm.mix, file.nodes)
+        if len(self._kinds("storm.mix", list(mix), [])) < len(mix):
             return
-        kinds = self._kinds("storm.mix", list(mix), [])
-        if len(kinds) < len(mix) or not kinds:
-            return
-        name = drawn.mix if isinstance(drawn.mix, str) else "own"
-        for seed in drawn.seeds:
+        name = storm.mix if isinstance(storm.mix, str) else "own"
+        for seed in storm.seeds if mix else []:
             faults = schedule.draw(
-                mix, seed, faults=drawn.faults, mean_steps=drawn.mean_steps, config=self._campaign.config,
+                mix, seed, faults=storm.faults, mean_steps=storm.mean_steps, config=self._campaign.config,
                 world_size=file.ranks,
             )  # fmt: skip
             self._add(f"storm {name} seed {seed}", faults, file.ranks, file.nodes, strategy, seed=seed)
 
     def _kinds(self, where: str, wanted: list[str] | str, every: list[str]) -> list[Fault]:
         names = every if isinstance(wanted, str) else wanted
-        for name in names:
-            if name not in KINDS:
-                near = difflib.get_close_matches(name, KINDS, n=1, cutoff=0.5)
-                hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(KINDS)}."
-                self.problems.append(f"{where}: {name!r} is no kind of fault.\n  {hint}")
+        unknown = [name for name in names if name not in KINDS]
+        self.problems += [f"{where}: {name!r} is no kind of fault.\n  {_hint(name, KINDS, 0.5)}" for name in unknown]
         return [KINDS[name] for name in names if name in KINDS]
 
-    def _nodes_for(self, kind: Fault) -> int:
-        return max(self._file.nodes, 2 if NODES in kind.needs else 1)
+    def _shape_for(self, *kinds: Fault) -> tuple[int, int]:
+        """(ranks, nodes) of a case with these faults: the file's, but two nodes where a fault needs them."""
+        nodes = max(self._file.nodes, 2 if any(NODES in kind.needs for kind in kinds) else 1)
+        return max(self._file.ranks, nodes), nodes
 
     def _add(
         self, name: str, faults: list[Table], ranks: int, nodes: int, strategy: str,
         own: Mapping[str, Any] | None = None, seed: int | None = None,
     ) -> None:  # fmt: skip
-        campaign = self._campaign
+        """Plan one case with its own overrides, or note why it cannot be planned."""
+        campaign, problems = self._campaign, list[str]()
         overrides = [*campaign.overrides, f"parallel.strategy={tomlfile.text(strategy)}"]
-        if _from_outside(faults):
-            overrides += _pairs(self._file.set_outside)
-        overrides += _pairs(own or {})
-        problems: list[str] = []
-        numbers = [number for number, fault in enumerate(faults) if _is_sound(number, fault, problems)]
+        if any(_is_from_outside(fault) for fault in faults):
+            overrides += _override_list(self._file.set_outside)
+        overrides += _override_list(own or {})
+        # A table that cannot be read is reported, and the others are planned without it: all problems at once.
+        numbers = [number for number, fault in enumerate(faults) if _is_readable(number, fault, problems)]
         config, planned = None, None
-        with _noting(problems):
-            sound = [faults[number] for number in numbers]
-            config = configs.load(campaign.config_path, [*overrides, f"faults={tomlfile.text(sound)}"])
+        with _collect_into(problems):
+            readable = [faults[number] for number in numbers]
+            config = configs.load(campaign.config_path, [*overrides, f"faults={tomlfile.text(readable)}"])
         if config is not None:
-            with _noting(problems):
+            with _collect_into(problems):
                 configs.check_world(config, ranks)
             problems += self._misfits(config, ranks, nodes)
-            with _noting(problems):
+            with _collect_into(problems):
                 planned = plan.make(config, ranks, nodes, numbers)
         self.problems += [f"{name}: {problem}" for problem in problems]
         limits = {"timeout_seconds": campaign.timeout_seconds, "restarts": campaign.restarts}
@@ -258,17 +242,17 @@ class _CaseBuilder:
             self.cases.append(Case(name, ranks, nodes, strategy, seed, 0, overrides, faults, config, planned, limits))
 
     def _misfits(self, config: Config, ranks: int, nodes: int) -> list[str]:
-        """What a run may not have in this campaign."""
+        """Reasons why a run does not fit into this campaign."""
         problems = []
         if ranks % nodes:
             problems.append(f"{ranks} ranks cannot be spread evenly over {nodes} nodes.\n  Give a multiple of nodes.")
         restarts = self._campaign.restarts_for(len(config.faults))
-        times = max((_deaths(fault) for fault in config.faults), default=0)
-        if times > restarts:
-            problems.append(
-                f"times = {times} of repeated_kill, but a job may start again {restarts} times.\n"
-                "  Give fewer, or set the campaign's restarts."
-            )
+        for kind, times in map(_repeats, config.faults):
+            if times > restarts:
+                problems.append(
+                    f"times = {times} of {kind}, but a job may start again {restarts} times.\n"
+                    "  Give fewer, or set the campaign's restarts."
+                )
         if configs.fingerprint(config) != configs.fingerprint(self._campaign.config):
             old, new = configs.mathematics(self._campaign.config), configs.mathematics(config)
             changes = "; ".join(configs.differences(old, new))
@@ -279,33 +263,29 @@ class _CaseBuilder:
         return problems
 
 
-def _is_sound(number: int, fault: Table, problems: list[str]) -> bool:
-    """Whether one [[faults]] table can be read at all; if not, the others are planned without it."""
-    try:
+def _is_readable(number: int, fault: Table, problems: list[str]) -> bool:
+    """True if a [[faults]] table can be parsed; else adds to the problems."""
+    before = len(problems)
+    with _collect_into(problems):
         configs.parse({"faults": [fault]})
-    except ConfigError as error:
-        problems += [problem.replace("faults[0]", f"faults[{number}]") for problem in error.problems]
-        return False
-    return True
+    problems[before:] = [problem.replace("faults[0]", f"faults[{number}]") for problem in problems[before:]]
+    return len(problems) == before
 
 
-def _deaths(fault: FaultEntry) -> int:
-    """How many deaths in a row a fault asks for; 0 where it does not say."""
-    times, kind = (fault.model_extra or {}).get("times"), KINDS.get(fault.kind)
-    return times if kind is not None and kind.repeats and isinstance(times, int) else 0
+def _repeats(fault: FaultEntry) -> tuple[str, int]:
+    """(kind, number of deaths in a row that it asks for); 0 where it does not say."""
+    times = (fault.model_extra or {}).get("times")
+    kind = KINDS.get(fault.kind)
+    return fault.kind, times if kind is not None and kind.repeats and isinstance(times, int) else 0
 
 
-def _name_of(faults: Sequence[Table]) -> str:
-    return " + ".join(str(fault.get("kind", "?")) for fault in faults)
-
-
-def _from_outside(faults: Sequence[Table]) -> bool:
-    kinds = [(KINDS.get(str(fault.get("kind"))), fault) for fault in faults]
-    return any("at_seconds" in fault or (kind is not None and kind.from_outside) for kind, fault in kinds)
+def _is_from_outside(fault: Table) -> bool:
+    kind = KINDS.get(str(fault.get("kind")))
+    return "at_seconds" in fault or (kind is not None and kind.from_outside)
 
 
 def check_exact(campaign: Campaign) -> str | None:
-    """What a person should know before such a campaign runs."""
+    """Return a warning for a campaign whose runs cannot be expected to be equal; None for the others."""
     if campaign.config.numerics.exact:
         return None
     return (

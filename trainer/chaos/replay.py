@@ -1,4 +1,4 @@
-"""Runs that did not pass, as a campaign file that does exactly the same again."""
+"""A campaign file that repeats runs which did not pass, with exactly the same faults."""
 
 from collections.abc import Iterable, Sequence
 
@@ -8,8 +8,8 @@ from trainer.chaos.results import Result
 
 
 def text(campaign: Campaign, results: Iterable[Result]) -> str:
-    """A campaign file, to lie anywhere. Of runs with one name and strategy, only the first: they are repeats."""
-    ours = _pairs(campaign.overrides)
+    """Return the text of a campaign file, with absolute paths. Repeats of a run are written once."""
+    ours = _split(campaign.overrides)
     first = {(result.name, result.strategy): result for result in reversed(list(results))}
     head = [
         f"config = {tomlfile.text(str(campaign.config_path.absolute()))}",
@@ -22,8 +22,8 @@ def text(campaign: Campaign, results: Iterable[Result]) -> str:
 
 
 def _run(result: Result, ours: dict[str, str]) -> str:
-    """A [[runs]] table that makes exactly these faults. All else that the run was given stands in its own `set`."""
-    own = {key: value for key, value in _pairs(result.overrides).items() if ours.get(key) != value}
+    """A [[runs]] table with exactly these faults. Settings that are not the campaign's stand in its own `set`."""
+    own = {key: value for key, value in _split(result.overrides).items() if ours.get(key) != value}
     own.pop("parallel.strategy", None)
     lines = [
         f"\n# {result.outcome}: {' '.join(result.why.split())}",
@@ -39,6 +39,6 @@ def _run(result: Result, ours: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _pairs(overrides: Sequence[str]) -> dict[str, str]:
-    """{key: value as TOML} of "key=value"; of several with one key the last, as it is with --set."""
+def _split(overrides: Sequence[str]) -> dict[str, str]:
+    """{key: value as TOML} of "key=value"; of several with one key the last counts, as with --set."""
     return {key: value for key, _, value in (override.partition("=") for override in overrides)}

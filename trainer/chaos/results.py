@@ -1,4 +1,4 @@
-"""What comes out of a campaign: plain records, in JSON and back."""
+"""Results of a campaign: plain records, written as JSON and read back."""
 
 import dataclasses
 import json
@@ -35,26 +35,26 @@ class Result:
     nodes: int
     strategy: str
     seed: int | None
-    """Of the storm that drew the faults."""
+    """Seed of the storm that drew the faults; None without a storm."""
     repeat: int
     outcome: Outcome
     why: str
-    """One line: the first answer that is no pass, or why it was skipped."""
+    """One line: the first of the worst answers, or the reason why the case was skipped."""
     answers: list[Answer] = field(default_factory=list)
     launches: list[dict[str, Any]] = field(default_factory=list)
-    """{started, ended, status} of each time the command was given; Unix seconds."""
+    """{started, ended, status} of each start of the job; Unix seconds."""
     measured: list[dict[str, Any]] = field(default_factory=list)
-    """Of each fault that fired: {index, kind, victim, step, fired, detect_seconds, recover_seconds, detected_as,
-    attributed_correctly}."""
+    """One entry for each fault that fired: {index, kind, victim, step, fired, detect_seconds, recover_seconds,
+    detected_as, attributed_correctly}."""
     timeline: dict[str, Any] = field(default_factory=dict)
     """`log.timeline.read_timeline` of the run; {} if skipped."""
     run: str = ""
     """Run directory; "" if skipped."""
     seconds: float = 0.0
     overrides: list[str] = field(default_factory=list)
-    """key=value of all that it was given beside its config and its faults."""
+    """key=value of all settings beside config and faults."""
     limits: dict[str, float] = field(default_factory=dict)
-    """timeout_seconds and restarts of the campaign, as they were."""
+    """timeout_seconds and restarts of the campaign at the time of the run."""
 
 
 @dataclass
@@ -72,18 +72,18 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether every case that could be made held all that was asked of it."""
+        """True if every case that this machine can make holds all invariants."""
         return not self.interrupted and all(result.outcome in ("pass", "skipped") for result in self.results)
 
 
 def worst(answers: list[Answer]) -> Answer | None:
-    """The first of the worst answers; None if all pass."""
+    """Return the first of the worst answers; None if all pass."""
     bad = (answer for wanted in _WORST_FIRST for answer in answers if answer.answer == wanted)
     return next(bad, None)
 
 
 def outcome(answers: list[Answer]) -> tuple[Outcome, str]:
-    """(the worst answer, why it was given)."""
+    """Return (the worst answer, its reason)."""
     bad = worst(answers)
     if bad is not None:
         return bad.answer, f"{bad.invariant}: {bad.why}"
@@ -95,7 +95,7 @@ def to_json(report: Report) -> dict[str, Any]:
 
 
 def from_json(tree: dict[str, Any]) -> Report:
-    """The inverse of `to_json`."""
+    """The inverse of `to_json`, also for reports of older versions."""
     known = {_RENAMED.get(key, key): value for key, value in tree.items() if key not in ("passed", "results")}
     return Report(**known, results=[_result_from_json(result) for result in tree["results"]])
 
@@ -118,12 +118,12 @@ def rename_old_layout(out: Path) -> None:
 
 
 def write(path: Path, report: Report) -> None:
-    """Replace the file as a whole: whoever reads it while a campaign runs sees one state or the next."""
+    """Replace the file as a whole: a reader during a campaign sees one state or the next."""
     files.write(path, json.dumps(to_json(report), indent=1))
 
 
 def read(path: Path) -> Report | None:
-    """None where there is no such file. Raises RunDirectoryError if it is no report."""
+    """Read a report; None if the file does not exist. Raises RunDirectoryError if it is no report."""
     try:
         return from_json(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:

@@ -1,8 +1,8 @@
 """Random schedules of faults, and the smallest part of one that still fails.
 
-Times between faults are exponential, so faults come as a Poisson process. They are drawn in steps and not in seconds:
-a fault then hits the same moment of the same computation every time, on any machine, and a schedule can be replayed
-exactly. Same seed, same schedule.
+Times between faults are exponential, so faults come as a Poisson process. They are drawn in steps, not in seconds: so a
+fault hits the same moment of the same computation on any machine, and a schedule can be replayed exactly. The same seed
+draws the same schedule.
 """
 
 import itertools
@@ -20,23 +20,25 @@ from trainer.phases import Phase
 Table = dict[str, Any]
 """One [[faults]] table."""
 Moment = tuple[int | None, str, int]
+"""(step, phase or state, rank)"""
 
 
 @dataclass(frozen=True)
 class Cause:
-    """A cause of interruption as published, and what imitates it here: each kind gets an equal share of `count`."""
+    """A published cause of interruptions, and the kinds that imitate it here: each gets an equal share of `count`."""
 
     name: str
     count: int
     kinds: tuple[str, ...]
     why: str
+    """Reason why these kinds imitate it."""
 
 
 LINKS = ("partition", "one_way_loss", "link_flap")
 # The 419 unexpected interruptions of Llama 3 405B's 54 days on 16,384 GPUs, by published cause (arXiv:2407.21783,
 # table 5). 413 are mapped. Silent data corruption (6) is left out: nothing in this version finds it, so a storm with
 # it could not be held to equal hashes; the flip kinds of the catalogue show that openly.
-# Faults that need two nodes are left out of a storm on one node: there a dead link looks as a rank that is stopped.
+# Faults that need two nodes are left out of a storm on one node: there a dead link looks like a stopped rank.
 LLAMA3 = (
     Cause("faulty GPU", 148, ("sigabrt", "sigsegv", "exit", "nan_gradient"), "a driver's error ends the process"),
     Cause("GPU HBM3 memory", 72, ("sigabrt", "nan_weights"), "an uncorrectable error, or one that gets through"),
@@ -60,17 +62,19 @@ PROCESS = ("sigkill", "sigsegv", "sigabrt", "exit", "exception", "memory_kill")
 MIXES = ("llama3", "process")
 
 RESTARTS = {"worker_lost", "hung"}
+"""Incidents after which the workers start again, and load a checkpoint."""
 _TRIES = 20
+"""Draws for one arrival, until a fault hits a moment that no other fault of the schedule hits."""
 
 
 def weights(mix: str | Mapping[str, float], nodes: int) -> dict[str, float]:
-    """Faults and how often they come, as far as a job of so many nodes can make them. Raises ConfigError."""
+    """Return {kind: relative frequency} of a mix, for kinds that so many nodes can make. Raises ConfigError."""
     if isinstance(mix, str) and mix not in MIXES:
         raise ConfigError([f"storm.mix = {mix!r} is no mix.\n  Give {' or '.join(MIXES)}, or a table kind = weight."])
     if mix == "process":
         mix = dict.fromkeys(PROCESS, 1.0)
     if not isinstance(mix, str):
-        return _chosen(mix)
+        return _check_own_mix(mix)
     found: dict[str, float] = {}
     for cause in LLAMA3:
         kinds = [kind for kind in cause.kinds if nodes > 1 or NODES not in KINDS[kind].needs]
@@ -79,8 +83,8 @@ def weights(mix: str | Mapping[str, float], nodes: int) -> dict[str, float]:
     return found
 
 
-def _chosen(mix: Mapping[str, float]) -> dict[str, float]:
-    """What a mix of one's own asks for."""
+def _check_own_mix(mix: Mapping[str, float]) -> dict[str, float]:
+    """Return the kinds of a user's mix that have a weight. Raises ConfigError."""
     problems = [
         f"storm.mix.{kind} = {tomlfile.text(weight)} is no weight.\n  Give how often it comes, relative to the others."
         for kind, weight in mix.items()
@@ -96,13 +100,13 @@ def _chosen(mix: Mapping[str, float]) -> dict[str, float]:
 def draw(
     mix: Mapping[str, float], seed: int, *, faults: int, mean_steps: float, config: Config, world_size: int
 ) -> list[Table]:
-    """A schedule of up to so many faults, in the order of their steps; it ends where the run's steps do.
+    """Draw a schedule of at most so many faults, in the order of their steps, within the steps of the run.
 
-    `mean_steps` is the mean number of steps between two faults. A fault that belongs to a save or an evaluation waits
-    for the next one. What belongs to no step (before the first, after the last) is not drawn, but for loading.
+    `mean_steps` is the mean number of steps between two faults. A fault in a save or an evaluation is moved to the next
+    one. Of the phases that belong to no step, only loading is drawn.
     """
     rng = random.Random(f"storm-{seed}")
-    if world_size == 1:  # nobody is left to wait for it, and to notice
+    if world_size == 1:  # no peer is left that waits, and notices
         mix = {kind: weight for kind, weight in mix.items() if not KINDS[kind].needs_peers}
     kinds, chances = list(mix), list(mix.values())
     schedule: list[Table] = []
@@ -110,11 +114,11 @@ def draw(
     arrival = 0.0
     while len(schedule) < faults:
         arrival += rng.expovariate(1 / mean_steps)
-        if arrival >= config.budget.steps - 2:  # whoever is asked to stop needs a step more to agree on it
+        if arrival >= config.budget.steps - 2:  # ranks that are asked to stop need a step more to agree on it
             break
         kind = KINDS[rng.choices(kinds, chances)[0]]
         for _ in range(_TRIES):
-            fault = _one(rng, kind, 1 + int(arrival), schedule, config, world_size)
+            fault = _draw_fault(rng, kind, 1 + int(arrival), schedule, config, world_size)
             if taken.isdisjoint(moments := _moments(fault)):
                 taken |= moments
                 schedule.append(fault)
@@ -122,7 +126,7 @@ def draw(
     return sorted(schedule, key=lambda fault: fault.get("at_step", 0))
 
 
-def _one(
+def _draw_fault(
     rng: random.Random, kind: Fault, step: int, schedule: Sequence[Table], config: Config, world_size: int
 ) -> Table:
     if kind.from_outside:
@@ -133,33 +137,33 @@ def _one(
     phase = rng.choice(phases)
     fault = {"kind": kind.name, "rank": rng.randrange(world_size), "phase": phase}
     if kind.writer_only(phase):
-        fault["rank"] = 0  # the others have nothing left to write by then
+        fault["rank"] = 0  # the other ranks have nothing left to write by then
     return fault if phase == Phase.IN_LOAD else fault | {"at_step": due(phase, step, config)}
 
 
 def due(phase: str, step: int, config: Config) -> int:
-    """The first step from this one on at which a phase comes by."""
+    """Return the first step, from this one on, that has a phase; the last step if there is none."""
     (every, _), last = interval(phase, config), config.budget.steps
     return min(last, -(-step // every) * every) if every else last
 
 
 def _loads_again(fault: Table, config: Config) -> bool:
-    """Whether a rank is sure to load a checkpoint after it."""
+    """True if ranks will surely load a checkpoint after a fault: it restarts them, and a checkpoint exists by then."""
     every = config.checkpoint.every_steps
     return bool(RESTARTS & set(KINDS[fault["kind"]].expected_incidents)) and 0 < 2 * every < fault.get("at_step", 0)
 
 
 def _moments(fault: Table) -> set[Moment]:
-    """What no other fault of a plan may share with it: a rank at one point, and stopping ranks in one step."""
+    """Return moments that two faults of a schedule may not share: a rank at a phase, and stopped ranks in one step."""
     kind = KINDS[fault["kind"]]
     if kind.from_outside:
-        return {(None, "node leaves", -1)} if kind.node_balance < 0 else set()  # somebody must be left
+        return {(None, "node leaves", -1)} if kind.node_balance < 0 else set()  # a node must be left
     moments: set[Moment] = {(fault.get("at_step"), fault.get("phase") or kind.phases[0], fault["rank"])}
     return moments | {(fault.get("at_step"), "stopped", -1)} if kind.stops_rank else moments
 
 
 def usual(kind: Fault, config: Config, world_size: int, number: int = 0) -> Table:
-    """A table that makes one fault of a kind where it is sure to come by; `number` spreads victims over the ranks."""
+    """Return a [[faults]] table of a kind, at a moment that surely comes; `number` spreads victims over the ranks."""
     every = config.checkpoint.every_steps or config.budget.steps
     step = kind.usual_step(every, config.budget.steps)
     if kind.from_outside:
@@ -169,20 +173,20 @@ def usual(kind: Fault, config: Config, world_size: int, number: int = 0) -> Tabl
     return {"kind": kind.name, "rank": rank, "at_step": due(phase, step, config)}
 
 
-def pair(one: Fault, other: Fault, config: Config, world_size: int) -> list[Table]:
-    """Two kinds at once: in the same step and on different ranks, as far as both can be there."""
-    faults = [usual(one, config, world_size, 0), usual(other, config, world_size, 1)]
+def pair(first: Fault, second: Fault, config: Config, world_size: int) -> list[Table]:
+    """Return tables of two kinds at once: in the same step and on different ranks, as far as both can be there."""
+    faults = [usual(first, config, world_size, 0), usual(second, config, world_size, 1)]
     step = max(fault["at_step"] for fault in faults)
     for fault in faults:
         kind = KINDS[fault["kind"]]
         fault["at_step"] = due(kind.phases[0] if kind.phases else "", step, config)
-    if _moments(faults[0]) & _moments(faults[1]):  # one rank: there is only one after the other
-        faults[1]["at_step"] = due(other.phases[0], step + 1, config)
+    if _moments(faults[0]) & _moments(faults[1]):  # a single rank cannot be hit twice at once: one after the other
+        faults[1]["at_step"] = due(second.phases[0], step + 1, config)
     return faults
 
 
 def sample_pairs(kinds: Sequence[Fault], sample: int, seed: int) -> list[tuple[Fault, Fault]]:
-    """So many different pairs of different kinds; all of them where there are no more."""
+    """Draw `sample` different pairs of different kinds; all of them if there are no more."""
     every = list(itertools.combinations(kinds, 2))
     return random.Random(f"pairs-{seed}").sample(every, min(sample, len(every)))
 
@@ -192,16 +196,17 @@ class Shrunk:
     faults: list[Table]
     trials: int
     smallest: bool
-    """Whether no fault of it can be left out; False where the trials were used up before that was known."""
+    """True if no fault can be left out; False if the trials were used up before that was known."""
 
 
 def shrink(fails: Callable[[list[Table]], bool], faults: Sequence[Table], most_trials: int = 40) -> Shrunk:
-    """The smallest part of a failing schedule that still fails; each trial is a real run (`fails`).
+    """Find the smallest part of a failing schedule that still fails; each trial is a real run (`fails`).
 
     Source: ddmin of Zeller & Hildebrandt 2002, "Simplifying and isolating failure-inducing input".
     """
     left, pieces, trials = list(range(len(faults))), 2, 0
     while len(left) >= 2:
+        # Try each piece alone, then all without each piece; when none of these fails, cut into smaller pieces.
         size = -(-len(left) // pieces)
         parts = [left[start : start + size] for start in range(0, len(left), size)]
         rests = [[n for n in left if n not in part] for part in parts] if len(parts) > 2 else []

@@ -2,6 +2,6 @@
 
 from trainer.chaos.report.page import html
 from trainer.chaos.report.picture import matrix_png
-from trainer.chaos.report.terminal import Live, terminal
+from trainer.chaos.report.terminal import CampaignProgress, terminal
 
-__all__ = ["Live", "html", "matrix_png", "terminal"]
+__all__ = ["CampaignProgress", "html", "matrix_png", "terminal"]

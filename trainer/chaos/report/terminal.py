@@ -1,14 +1,13 @@
 """A campaign on a terminal: what runs now, then the matrix."""
 
-import contextlib
 import string
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Self, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from trainer.chaos.report import matrix
 from trainer.chaos.results import Report, Result
+from trainer.show.live import LiveTable
 from trainer.show.units import SIGNS, clock
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ NAMES = {"pass": "pass", "fail": "FAIL", "undetected": "undetected", "unknown": 
 
 
 def terminal(report: Report) -> "RenderableType":
-    """The matrix, a legend, totals, and a line for each run that did not pass; legible at 80 columns, uncoloured."""
+    """The matrix, a legend, totals, and a line for each run that did not pass. Fits 80 columns, needs no colour."""
     from rich.console import Group
     from rich.text import Text
 
@@ -100,112 +99,75 @@ def _totals(report: Report) -> "Text":
 
 
 def _reasons(results: Sequence[Result]) -> Iterator[Any]:
-    """Why what did not pass did not, the worst first; those with one reason together."""
+    """A line for each reason why runs did not pass, with the names of these runs; the worst first."""
     from rich.table import Table
     from rich.text import Text
 
-    together: dict[tuple[str, str], list[str]] = {}
+    names: dict[tuple[str, str], list[str]] = {}
     for result in results:
         if result.outcome != "pass":
             why = result.why.removeprefix(f"{result.name}: ")
-            together.setdefault((result.outcome, why), []).append(matrix.label(result, results))
+            names.setdefault((result.outcome, why), []).append(matrix.label(result, results))
     lines = Table.grid(padding=(0, 2))
     lines.add_column(no_wrap=True)
     lines.add_column(overflow="fold")
-    for (outcome, why), names in sorted(together.items(), key=lambda item: matrix.OUTCOMES.index(item[0][0])):
-        said = Text.assemble((", ".join(dict.fromkeys(names)), "bold"), f": {why}")
-        lines.add_row(Text(NAMES[outcome], STYLES[outcome]), said)
-    if together:
+    for (outcome, why), labels in sorted(names.items(), key=lambda item: matrix.OUTCOMES.index(item[0][0])):
+        reason = Text.assemble((", ".join(dict.fromkeys(labels)), "bold"), f": {why}")
+        lines.add_row(Text(NAMES[outcome], STYLES[outcome]), reason)
+    if names:
         yield lines
 
 
-class Live:
-    """Tells a person how a campaign goes: a line for each run that has ended, on a terminal also what runs now.
+class CampaignProgress(LiveTable):
+    """Shows a campaign at work: a line for each run that has ended, and on a terminal also what runs now.
 
-    Use as a context manager and give `update` to the runner. `total` counts the runs, `file` None is standard output,
-    `enabled` False prints nothing at all. A reader that goes away ends the telling only.
+    Give `update` to the runner. `total` is the number of runs, `enabled` False prints nothing.
     """
 
     def __init__(
-        self,
-        total: int,
-        file: TextIO | None = None,
-        enabled: bool = True,
-        is_terminal: bool | None = None,
+        self, total: int, file: TextIO | None = None, enabled: bool = True, is_terminal: bool | None = None,
         monotonic: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._total, self._enabled, self._clock = total, enabled, monotonic
-        self._file = file or sys.stdout
-        self._terminal = self._file.isatty() if is_terminal is None else is_terminal
+    ) -> None:  # fmt: skip
+        super().__init__(file, enabled=enabled, is_terminal=is_terminal, render=self._progress_line)
+        self._total, self._clock = total, monotonic
         self._done: Sequence[Result] | None = None
-        """None until the first update: what was done before that is told in one line."""
+        """None until the first update: results of earlier starts are counted in one line."""
         self._running = ""
-        self._began = self._since = monotonic()
-        self._screen: Any = None
-
-    def __enter__(self) -> Self:
-        if self._enabled and self._terminal:
-            from rich.console import Console
-            from rich.live import Live as Screen
-
-            console = Console(file=self._file, force_terminal=True, highlight=False)
-            ours = self._file in (sys.stdout, sys.stderr)  # others' prints then appear above the line
-            self._screen = Screen(
-                console=console, get_renderable=self._now, refresh_per_second=4, transient=True,
-                redirect_stdout=ours, redirect_stderr=ours,
-            )  # fmt: skip
-            self._screen.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._screen is not None:
-            with contextlib.suppress(OSError, ValueError):
-                self._screen.stop()
-            self._screen = None
+        self._began = self._running_since = monotonic()
 
     def update(self, results: Sequence[Result], running: str) -> None:
-        """All results so far, and the name of what has just begun; empty at the end."""
+        """Receive all results so far, and the name of what has just begun; empty at the end."""
         if self._done is None:
-            lines = [_before(len(results), self._total)] if results else []
+            lines = [_earlier_line(len(results), self._total)] if results else []
         else:
             new = range(len(self._done), len(results))
-            lines = [line for number in new for line in _told(results[number], number + 1, self._total)]
+            lines = [line for number in new for line in _result_lines(results[number], number + 1, self._total)]
         if running != self._running:
-            self._running, self._since = running, self._clock()
+            self._running, self._running_since = running, self._clock()
         self._done = list(results)
         for line in lines:
-            self._print(line)
+            self.print(line)
 
-    def _print(self, line: "Text") -> None:
-        if not self._enabled:
-            return
-        with contextlib.suppress(OSError, ValueError):  # ValueError: the file was closed
-            if self._screen is not None:
-                self._screen.console.print(line, soft_wrap=True)
-            else:
-                print(line.plain, file=self._file, flush=True)
-
-    def _now(self) -> "Text":
-        """The line that is redrawn."""
+    def _progress_line(self) -> "Text":
         from rich.text import Text
 
         now, done = self._clock(), self._done or []
         left = matrix.seconds_left(done, self._total)
-        tally = ", ".join(f"{n} {NAMES[name]}" for name, n in matrix.counts(done).items())
-        parts = [f"{len(done)}/{self._total}", tally, clock(now - self._began), f"left {clock(left)}"]
-        what = f"{self._running} ({clock(now - self._since)})" if self._running else "…"
-        line = Text.assemble(("▸ ", "cyan"), (what, "bold"), "  ", "   ".join(part for part in parts if part))
+        counts = ", ".join(f"{n} {NAMES[name]}" for name, n in matrix.counts(done).items())
+        parts = [f"{len(done)}/{self._total}", counts, clock(now - self._began), f"left {clock(left)}"]
+        running = f"{self._running} ({clock(now - self._running_since)})" if self._running else "…"
+        line = Text.assemble(("▸ ", "cyan"), (running, "bold"), "  ", "   ".join(part for part in parts if part))
         line.no_wrap, line.overflow = True, "ellipsis"
         return line
 
 
-def _before(number: int, total: int) -> "Text":
+def _earlier_line(number: int, total: int) -> "Text":
     from rich.text import Text
 
     return Text(f"{number} of {total} runs had been done before", "dim")
 
 
-def _told(result: Result, number: int, total: int) -> Iterator["Text"]:
+def _result_lines(result: Result, number: int, total: int) -> Iterator["Text"]:
     from rich.text import Text
 
     figures = [
