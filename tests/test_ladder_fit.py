@@ -98,7 +98,7 @@ def test_the_unit_of_compute_does_not_matter(unit: float, seed: int):
 
 
 def test_the_delta_methods_derivative_is_that_of_the_fit():
-    rungs = fits.rungs_of(baseline())
+    rungs = fits.Rungs.from_results(baseline())
     curve, _ = fits.solve(rungs.flops, rungs.loss, rungs.seeds)
     derivative = fits.sensitivity(rungs, curve)
     for k in range(len(rungs.names)):

@@ -357,9 +357,9 @@ def test_an_edited_file_is_told_and_a_criterion_changed_after_the_fact_is_record
     edits = preregistration.compare(changed, out, pool)
     assert edits.lines == ["criterion.min_gain: 1.02 → 1.1", "rungs.m.width: 24 → 48"]
     assert (edits.kept, edits.dropped) == (3, 3)
-    assert "3 finished runs are kept, 3 finished runs are wanted no more" in str(edits)
+    assert "3 finished runs are kept, 3 finished runs are no longer wanted" in str(edits)
     preregistration.write(changed, out, pool)
-    history = preregistration.criterion_history(out)
+    history = (preregistration.read(out) or {})["criterion_history"]
     assert [entry["criterion"]["min_gain"] for entry in history] == [1.02, 1.1]
     assert [entry["finished_runs"] for entry in history] == [0, 6]
     preregistration.write(ladder, out, pool)

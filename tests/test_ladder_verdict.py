@@ -17,7 +17,7 @@ from tests.ladders import LONG, SHORT, Arm, Design, draw, power_law
 from trainer.errors import FitError
 from trainer.ladder.stats import fit as fits
 from trainer.ladder.stats import verdict
-from trainer.ladder.stats.multiplier import ExtraRuns, Line, Noise, OtherFloor, Pairs
+from trainer.ladder.stats.multiplier import Comparison, ExtraRuns, Line, OtherFloor, Pairs
 from trainer.ladder.stats.pairs import Baseline
 from trainer.ladder.stats.records import BASELINE, Criterion, Interval, RunResult, Verdict
 
@@ -79,9 +79,9 @@ def test_the_null_is_exact_whatever_the_curve(seed: int, E: float, alpha: float)
             Pairs(name, float(flops), loss[one][k], loss[other][k], np.zeros(3))
             for k, (name, flops) in enumerate(zip(baseline.rungs.names, baseline.rungs.flops, strict=True))
         ]
-        noise = Noise.from_pairs(pairs)
-        estimates.append(Line(pairs, curve, baseline.influence, noise).multiplier_at(TARGET).value)
-        estimates.append(OtherFloor(pairs, curve, baseline.influence, noise, TARGET).difference)
+        comparison = Comparison(pairs, curve, baseline.influence)
+        estimates.append(Line(comparison).multiplier_at(TARGET).value)
+        estimates.append(OtherFloor(comparison, TARGET).difference)
     assert estimates[0] == pytest.approx(-estimates[2], abs=1e-9)
     assert estimates[1] == pytest.approx(-estimates[3], abs=1e-9)
 
@@ -142,7 +142,7 @@ def test_the_error_planned_for_more_seeds_is_the_one_they_bring():
         for design, errors in ((few, planned), (many, brought)):
             results = ladder({"arm": ladders.CONSTANT}, design, seed)
             baseline = Baseline.from_results(results, fits.fit_curve(results, second_opinion=False))
-            line = verdict.Judgement(baseline, results, "arm", Criterion(), TARGET, 0.05)._line
+            line = verdict.Judgement(baseline, results, "arm", Criterion(), TARGET, 0.05).line
             assert line is not None
             if not line.widened:
                 errors.append(line.planned(TARGET, ExtraRuns(seeds=9 if design is few else 0)).error)

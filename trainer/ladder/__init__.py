@@ -1,5 +1,5 @@
-"""Derisking ladders: a baseline and single changes of it trained at several sizes, and what may be concluded.
+"""Derisking ladders: a baseline and single changes of it, trained at several sizes, and the conclusions.
 
-`results` is what goes in and comes out, `fit` is loss against compute, `verdict` is what each change is worth and
-whether it holds at the target. README.md has the statistics and how well they do on ladders whose truth is known.
+`plan` reads a ladder file into runs, `run` makes them, `collect` reads their results, `stats` fits loss against compute
+and gives verdicts, `report` shows them. README.md explains the statistics and how well they do on simulated ladders.
 """

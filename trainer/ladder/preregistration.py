@@ -1,12 +1,12 @@
-"""OUT/ladder.json: what was planned, when, and how the file was edited since. Written before the first run.
+"""OUT/ladder.json: the plan of a ladder, its date, and later edits of its file. Written before the first run.
 
-It decides nothing: which runs there are is read from the pool. It is there so that a criterion that was changed after
-runs had finished can be told from one that was written down before.
+It decides nothing; the runs are read from the pool. It shows whether a criterion was written down before the runs had
+finished, or changed afterwards.
 """
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,21 +25,21 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Edits:
-    """What a ladder file is compared with what was planned before."""
+    """Differences between a ladder file and the plan that was recorded."""
 
     first_planned: float
     """Unix time."""
     lines: list[str] = field(default_factory=list)
-    """One for each setting that was edited."""
+    """One for each edited setting."""
     kept: int = 0
-    """Finished runs of before that are still wanted."""
+    """Number of finished runs of the old plan that the new one still wants."""
     dropped: int = 0
-    """Finished runs of before that are wanted no more."""
+    """Number of finished runs of the old plan that the new one does not want."""
 
     def __str__(self) -> str:
         if not self.lines:
             return ""
-        lost = f", {self.dropped} finished runs are wanted no more" if self.dropped else ""
+        lost = f", {self.dropped} finished runs are no longer wanted" if self.dropped else ""
         listed = "\n".join(f"  {line}" for line in self.lines)
         return f"The ladder file was edited since it was planned:\n{listed}\n{self.kept} finished runs are kept{lost}."
 
@@ -49,7 +49,7 @@ def path(out: Path) -> Path:
 
 
 def read(out: Path) -> dict[str, Any] | None:
-    """What was planned; None where nothing was. Raises RunDirectoryError if it is no such record."""
+    """Return the recorded plan; None if there is none. Raises RunDirectoryError if the file cannot be read as one."""
     try:
         tree = json.loads(path(out).read_text(encoding="utf-8"))
         if tree["format"] > FORMAT:
@@ -65,7 +65,7 @@ def read(out: Path) -> dict[str, Any] | None:
 
 
 def compare(ladder: Ladder, out: Path, pool: Path) -> Edits:
-    """How the file differs from what was planned in OUT. Raises RunDirectoryError if OUT is another ladder's."""
+    """Compare the ladder with the plan recorded in OUT. Raises RunDirectoryError if OUT is another ladder's."""
     before = read(out)
     if before is None and rundir.config_path(out).exists():
         raise RunDirectoryError(f"{out} is a training run's directory.\n  Give another --out.")
@@ -83,16 +83,17 @@ def compare(ladder: Ladder, out: Path, pool: Path) -> Edits:
 
 
 def write(ladder: Ladder, out: Path, pool: Path) -> Edits:
-    """Record the plan, and what was edited; returns that."""
-    before, edits, now = read(out), compare(ladder, out, pool), time.time()
-    criterion = ladder.criterion.to_json()
-    if before is not None and not edits.lines:
+    """Record the plan and its edits; return the edits."""
+    recorded, edits, now = read(out), compare(ladder, out, pool), time.time()
+    if recorded is not None and not edits.lines:
         return edits
-    finished = len(_finished((before or {}).get("runs", {}), pool))
-    history = list((before or {}).get("criterion_history", []))
+    before: dict[str, Any] = {"runs": {}, "criterion_history": [], "edits": []} | (recorded or {})
+    criterion = ladder.criterion.to_json()
+    finished = len(_finished(before["runs"], pool))
+    # History is only appended to, each entry with the number of runs whose results could be known by then.
+    history, edited = list(before["criterion_history"]), list(before["edits"])
     if not history or history[-1]["criterion"] != criterion:
         history.append({"time": now, "criterion": criterion, "finished_runs": finished})
-    edited = list((before or {}).get("edits", []))
     if edits.lines:
         edited.append({"time": now, "lines": edits.lines, "finished_runs": finished})
     tree = {
@@ -110,22 +111,18 @@ def write(ladder: Ladder, out: Path, pool: Path) -> Edits:
     return edits
 
 
-def criterion_history(out: Path) -> list[dict[str, Any]]:
-    """[{time, criterion, finished_runs}], oldest first: runs of the ladder that had finished when it was written."""
-    return (read(out) or {}).get("criterion_history", [])
+def _finished(keys: Iterable[str], pool: Path) -> list[str]:
+    return [key for key in keys if StoredRun(pool / key).has_finished()]
 
 
-def _finished(runs: Mapping[str, str], pool: Path) -> list[str]:
-    return [key for key in runs if StoredRun(pool / key).has_finished()]
-
-
-def keep_speed(out: Path, known: Speed) -> None:
-    """OUT/speed.json: what a few steps took, for the time left while nothing better is known."""
+def keep_speed(out: Path, measured: Speed) -> None:
+    """Write OUT/speed.json: the duration of a few steps, from which time left is estimated before there are runs."""
     out.mkdir(parents=True, exist_ok=True)
-    files.write(out / "speed.json", json.dumps(known.to_json()) + "\n")
+    files.write(out / "speed.json", json.dumps(measured.to_json()) + "\n")
 
 
 def speed_of(out: Path) -> Speed:
+    """Read OUT/speed.json; UNKNOWN if there is none, or if it cannot be read."""
     try:
         return Speed.from_json(json.loads((out / "speed.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

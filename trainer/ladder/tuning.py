@@ -1,4 +1,4 @@
-"""The learning-rate sweep of each rung and arm: what it chose, and at what price."""
+"""The learning-rate sweep of each rung and arm: the chosen rates, and the runs that follow from them."""
 
 import math
 from dataclasses import dataclass
@@ -11,45 +11,46 @@ from trainer.ladder.stats.records import JsonRecord
 
 @dataclass(frozen=True)
 class Choice(JsonRecord):
-    """What a sweep came to at one rung, for one arm."""
+    """Result of a sweep at one rung, for one arm."""
 
     arm: str
     rung: str
     rate: float | None
-    """The best multiplier; None while the sweep goes on, or where all of it failed."""
+    """Best multiplier of the learning rate; None while the sweep goes on, or if all of its runs failed."""
     losses: dict[str, float | None]
-    """By multiplier, as "0.5"; None: no result."""
+    """Loss by multiplier, written as "0.5"; None: no result."""
     at_edge: bool
-    """The best is the first or last of the range: the optimum may lie outside."""
+    """True if the best multiplier is the first or last of the range: the optimum may lie outside."""
     complete: bool
-    """Whether every run of it has ended."""
+    """True if every run of the sweep has ended."""
     flops: float
-    """Of the runs that finished."""
+    """Compute of the runs that finished."""
 
 
 def choices(ladder: Ladder, pool: Path) -> list[Choice]:
-    """One for each rung and arm; empty without [tuning]."""
+    """Return a choice for each rung and arm; empty without [tuning]."""
+    if ladder.tuning is None:
+        return []
     groups: dict[tuple[str, str], list[PlannedRun]] = {}
     for run in ladder.sweep:
         groups.setdefault((run.rung, run.arm), []).append(run)
-    return [_choice(ladder, pool, runs) for runs in groups.values()]
+    return [_choose(ladder, pool, runs, ladder.tuning.rates) for runs in groups.values()]
 
 
-def _choice(ladder: Ladder, pool: Path, runs: list[PlannedRun]) -> Choice:
-    found = collect.collect_runs(ladder, pool, runs)
-    scores = {one.rate: one.loss for one in found if one.loss is not None and math.isfinite(one.loss)}
-    complete = all(one.status in ("finished", "missing") for one in found)
-    best = min(scores, key=lambda rate: scores[rate]) if scores and complete else None
-    assert ladder.tuning is not None
-    rates = ladder.tuning.rates
+def _choose(ladder: Ladder, pool: Path, runs: list[PlannedRun], rates: list[float]) -> Choice:
+    collected = collect.collect_runs(ladder, pool, runs)
+    losses = {run.rate: run.loss for run in collected if run.loss is not None and math.isfinite(run.loss)}
+    complete = all(run.status in ("finished", "missing") for run in collected)
+    best = min(losses, key=lambda rate: losses[rate]) if losses and complete else None
     return Choice(
-        runs[0].arm, runs[0].rung, best, {f"{rate:g}": scores.get(rate) for rate in rates},
-        best in (rates[0], rates[-1]), complete, sum(one.flops for one in found if one.status == "finished"),
+        arm=runs[0].arm, rung=runs[0].rung, rate=best, losses={f"{rate:g}": losses.get(rate) for rate in rates},
+        at_edge=best in (rates[0], rates[-1]), complete=complete,
+        flops=sum(run.flops for run in collected if run.status == "finished"),
     )  # fmt: skip
 
 
 def final(ladder: Ladder, pool: Path) -> list[PlannedRun]:
-    """The ladder's runs as they are to be made, each at the rate of its sweep; without those whose sweep goes on."""
+    """Return the ladder's runs, each at the rate of its sweep, without those whose sweep has not ended."""
     if ladder.tuning is None:
         return ladder.runs
     rates = {(choice.rung, choice.arm): choice.rate for choice in choices(ladder, pool) if choice.rate is not None}
@@ -57,7 +58,7 @@ def final(ladder: Ladder, pool: Path) -> list[PlannedRun]:
 
 
 def wanted(ladder: Ladder, pool: Path) -> list[PlannedRun]:
-    """All runs that are known by now, rung by rung, each rung's sweep first."""
+    """Return all runs that are known by now, rung by rung, each rung's sweep first."""
     if ladder.tuning is None:
         return ladder.runs
     order = {name: number for number, name in enumerate(dict.fromkeys(run.rung for run in ladder.runs))}
@@ -65,7 +66,7 @@ def wanted(ladder: Ladder, pool: Path) -> list[PlannedRun]:
 
 
 def failed(ladder: Ladder, pool: Path) -> dict[tuple[str, str], str]:
-    """{(rung, arm): why} where no rate could be chosen, so that its runs cannot be made."""
+    """Return {(rung, arm): reason} of the sweeps that gave no rate, so that their runs cannot be made."""
     return {
         (choice.rung, choice.arm): "no run of its learning-rate sweep finished"
         for choice in choices(ladder, pool)

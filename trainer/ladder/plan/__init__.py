@@ -1,1 +1,1 @@
-"""A ladder as planned: file, sizes, arms, runs."""
+"""The plan of a ladder: its file, sizes, arms and runs."""

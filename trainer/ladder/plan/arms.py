@@ -1,8 +1,8 @@
-"""Arms of a ladder file: single changes and combinations of them, and the proof that a pair differs in nothing else."""
+"""Arms of a ladder file: single changes, combinations of them, and the proof that a pair differs in nothing else."""
 
 import difflib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from trainer import config as configs
@@ -12,90 +12,101 @@ from trainer.ladder.plan.ladder import AA, PlannedArm, PlannedRun
 from trainer.ladder.plan.schema import Arm, LadderFile
 
 
-def plan(file: LadderFile, config: Config, problems: list[str]) -> dict[str, PlannedArm]:
-    """Arms that can be planned by name, the A/A arm first; what is wrong with others is added to `problems`."""
-    return _Arms(file, config, problems).plan()
+def plan_arms(file: LadderFile, config: Config, problems: list[str]) -> dict[str, PlannedArm]:
+    """Return the arms that can be planned, by name, the A/A arm first; add what is wrong with others to `problems`."""
+    singles: dict[str, PlannedArm] = {}
+    for arm in file.arms:
+        if not arm.combines and (settings := _single_change(arm, file, problems)):
+            singles[arm.name] = PlannedArm(arm.name, arm.question, settings)
+    arms: dict[str, PlannedArm] = {}
+    if file.aa:
+        draw = {"model.init_draw": config.model.init_draw + 1}
+        arms[AA] = PlannedArm(AA, "What does noise alone seem to be worth?", draw)
+    for arm in file.arms:
+        if arm.name in singles:
+            arms[arm.name] = singles[arm.name]
+        elif arm.combines and (settings := _combined_changes(arm, singles, problems)):
+            arms[arm.name] = PlannedArm(arm.name, arm.question, settings, tuple(arm.combines))
+    planned = list(arms.values())
+    for number, arm in enumerate(planned):
+        problems += [
+            f"arms {other.name!r} and {arm.name!r} make the same change.\n  Keep one."
+            for other in planned[:number]
+            if arm.settings == other.settings
+        ]
+    return arms
 
 
-class _Arms:
-    def __init__(self, file: LadderFile, config: Config, problems: list[str]) -> None:
-        self._file, self._config, self.problems = file, config, problems
+def _single_change(arm: Arm, file: LadderFile, problems: list[str]) -> dict[str, Any]:
+    """The one setting of an arm; empty if the arm cannot be planned."""
+    settings = configs.flatten(arm.set)
+    if len(settings) != 1:
+        change = f"changes {len(settings)} settings: {', '.join(settings)}" if settings else "changes nothing"
+        problems.append(
+            f"arm {arm.name!r} {change}.\n"
+            "  An arm is a single change, or nobody knows which one made the difference. Set one setting; make "
+            "several arms and one that `combines` them."
+        )
+        return {}
+    (key,) = settings
+    known = [*configs.flatten(Config().model_dump(include=set(configs.MATHEMATICS)))]
+    known += [f"sizes.{rule}" for rule in sizes.DERIVES]
+    if key not in known:
+        found = [
+            f" sets {key}, which decides no weights.{near(key, known)}"
+            "  An arm changes what is trained, or a rule as sizes.NAME; a setting of all runs belongs in [set]."
+        ]
+    elif key in sizes.SET_BY_RUNGS:
+        found = [f" sets {key}, which rungs and seeds decide.\n  Change another setting."]
+    else:
+        found = [f": {problem}" for problem in _metric_changes(key, file)]
+    problems += [f"arm {arm.name!r}{text}" for text in found]
+    return {} if found else settings
 
-    def plan(self) -> dict[str, PlannedArm]:
-        arms = {}
-        if self._file.aa:
-            draw = {"model.init_draw": self._config.model.init_draw + 1}
-            arms[AA] = PlannedArm(AA, "What does noise alone seem to be worth?", draw)
-        for arm in self._file.arms:
-            if not arm.combines and (settings := self._settings_of(arm)):
-                arms[arm.name] = PlannedArm(arm.name, arm.question, settings)
-        for arm in self._file.arms:
-            if arm.combines and (settings := self._combined(arm, arms)):
-                arms[arm.name] = PlannedArm(arm.name, arm.question, settings, tuple(arm.combines))
-        self._check_alike(list(arms.values()))
-        order = [AA, *(arm.name for arm in self._file.arms)]
-        return {name: arms[name] for name in order if name in arms}
 
-    def _settings_of(self, arm: Arm) -> dict[str, Any]:
-        settings = configs.flatten(arm.set)
-        if len(settings) != 1:
-            what = f"changes {len(settings)} settings: {', '.join(settings)}" if settings else "changes nothing"
-            self.problems.append(
-                f"arm {arm.name!r} {what}.\n"
-                "  An arm is a single change, or nobody knows which one made the difference. Set one setting; make "
-                "several arms and one that `combines` them."
-            )
-            return {}
-        (key,) = settings
-        known = [*configs.flatten(Config().model_dump(include=set(configs.MATHEMATICS))), *_rules()]
-        if key not in known:
-            self.problems.append(
-                f"arm {arm.name!r} sets {key}, which decides no weights.{near(key, known)}"
-                "  An arm changes what is trained, or a rule as sizes.NAME; what is for all runs goes to [set]."
-            )
-            return {}
-        if key in sizes.SET_BY_RUNGS:
-            self.problems.append(
-                f"arm {arm.name!r} sets {key}, which rungs and seeds decide.\n  Change another setting."
-            )
-            return {}
-        problems = _held_out(settings, self._file)
-        self.problems += [f"arm {arm.name!r}: {problem}" for problem in problems]
-        return {} if problems else settings
+def _metric_changes(key: str, file: LadderFile) -> list[str]:
+    """Problems of a setting that would change the metric, so that the arm could not be compared with the baseline."""
+    if key in ("data.tokenizer", "data.vocab_size"):
+        if file.unit != "nats_per_token":
+            return []
+        return [
+            f"{key} makes other tokens, and nats per token of two tokenizers cannot be compared.\n"
+            '  Set unit = "bits_per_byte".'
+        ]
+    batch = key in ("data.micro_batches", "data.micro_batch_sequences")
+    if key.startswith("data.") and not batch and file.metric == "val":
+        return [
+            f"{key} may change which text is held out, and so what is scored.\n"
+            '  Give a metric that is not cut from the training text: "repo", or a set of eval.sources.'
+        ]
+    return []
 
-    def _combined(self, arm: Arm, arms: Mapping[str, PlannedArm]) -> dict[str, Any]:
-        where = f"arm {arm.name!r}"
-        if arm.set:
-            self.problems.append(
-                f"{where} has both set and combines.\n  Make the change an arm of its own, and combine it."
-            )
-        single = {name: one for name, one in arms.items() if not one.combines and not one.is_aa}
-        unknown = [name for name in arm.combines if name not in single]
-        for name in unknown:
-            self.problems.append(f"{where} combines {name!r}, which is no arm of a single change.{near(name, single)}")
-        keys = Counter(key for name in arm.combines if name in single for key in single[name].settings)
-        twice = [key for key, times in keys.items() if times > 1]
-        if twice or len(arm.combines) < 2:
-            what = f"changes {', '.join(twice)} twice" if twice else "combines one arm only"
-            self.problems.append(f"{where} {what}.\n  Combine two arms or more that change different settings.")
-        if unknown or twice or len(arm.combines) < 2:
-            return {}
-        return {key: value for name in arm.combines for key, value in single[name].settings.items()}
 
-    def _check_alike(self, arms: Sequence[PlannedArm]) -> None:
-        for number, arm in enumerate(arms):
-            for other in arms[:number]:
-                if arm.settings == other.settings:
-                    self.problems.append(f"arms {other.name!r} and {arm.name!r} make the same change.\n  Keep one.")
+def _combined_changes(arm: Arm, singles: Mapping[str, PlannedArm], problems: list[str]) -> dict[str, Any]:
+    """All settings of the arms that this arm combines; empty if it cannot be planned."""
+    where = f"arm {arm.name!r}"
+    if arm.set:
+        problems.append(f"{where} has both set and combines.\n  Make the change an arm of its own, and combine it.")
+    unknown = [name for name in arm.combines if name not in singles]
+    for name in unknown:
+        problems.append(f"{where} combines {name!r}, which is no arm of a single change.{near(name, singles)}")
+    keys = Counter(key for name in arm.combines if name in singles for key in singles[name].settings)
+    twice = [key for key, times in keys.items() if times > 1]
+    if twice or len(arm.combines) < 2:
+        fault = f"changes {', '.join(twice)} twice" if twice else "combines one arm only"
+        problems.append(f"{where} {fault}.\n  Combine two arms or more that change different settings.")
+    if unknown or twice or len(arm.combines) < 2:
+        return {}
+    return {key: value for name in arm.combines for key, value in singles[name].settings.items()}
 
 
 def prove(arm: PlannedArm, base: PlannedRun, run: PlannedRun) -> list[str]:
-    """What is wrong with a pair: it must differ in what the arm declares, and else only in what `follows`."""
-    rules, settings = split(arm.settings)
+    """Return the problems of a pair: it may differ only in what the arm declares and in `consequences`."""
+    rules, settings = split_rules(arm.settings)
     lines = {line.partition(":")[0]: line for line in difference(base.config, run.config)}
     by_rule = {key for rule in rules for key in sizes.DERIVES[rule]}
     unchanged = sorted(set(settings) - lines.keys())
-    undeclared = sorted(lines.keys() - set(settings) - by_rule - follows(base, run))
+    undeclared = sorted(lines.keys() - set(settings) - by_rule - consequences(base, run))
     problems = []
     if unchanged:
         problems.append(
@@ -110,52 +121,30 @@ def prove(arm: PlannedArm, base: PlannedRun, run: PlannedRun) -> list[str]:
     return problems
 
 
-def follows(base: PlannedRun, run: PlannedRun) -> set[str]:
-    """What differs because an arm has another batch, and so other steps for the same tokens."""
+def consequences(base: PlannedRun, run: PlannedRun) -> set[str]:
+    """Return the settings that differ because the arm has another batch, and so other steps for the same tokens."""
     if base.config.budget == run.config.budget:
         return set()
     differing = {line.partition(":")[0] for line in difference(base.config, run.config)}
     return differing & {"budget.steps", "optim.warmup_steps"}
 
 
-def _held_out(settings: Mapping[str, Any], file: LadderFile) -> list[str]:
-    """What makes the metric of an arm's run another than the baseline's."""
-    tokens = [key for key in settings if key in ("data.tokenizer", "data.vocab_size")]
-    batch = ("data.micro_batches", "data.micro_batch_sequences")
-    text = [key for key in settings if key.startswith("data.") and key not in (*tokens, *batch)]
-    problems = []
-    if tokens and file.unit == "nats_per_token":
-        problems.append(
-            f"{tokens[0]} makes other tokens, and nats per token of two tokenizers cannot be compared.\n"
-            '  Set unit = "bits_per_byte".'
-        )
-    if text and file.metric == "val":
-        problems.append(
-            f"{text[0]} may change which text is held out, and so what is scored.\n"
-            '  Give a metric that is not cut from the training text: "repo", or a set of eval.sources.'
-        )
-    return problems
-
-
-def difference(one: Config, other: Config) -> list[str]:
-    """A line per setting that two configs disagree on; W&B's and faults do not count."""
+def difference(first: Config, second: Config) -> list[str]:
+    """Return a line for each setting in which two configs differ; W&B's and faults do not count."""
     left, right = (
-        configs.flatten(config.model_dump(mode="json", exclude={"wandb", "faults"})) for config in (one, other)
+        configs.flatten(config.model_dump(mode="json", exclude={"wandb", "faults"})) for config in (first, second)
     )
     return configs.differences(left, right)
 
 
-def split(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(rules, settings)"""
+def split_rules(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return (rules, settings): those named sizes.NAME, without the prefix, and the others."""
     rules = {key.removeprefix("sizes."): value for key, value in settings.items() if key.startswith("sizes.")}
     return rules, {key: value for key, value in settings.items() if not key.startswith("sizes.")}
 
 
-def _rules() -> list[str]:
-    return [f"sizes.{name}" for name in sizes.DERIVES]
-
-
 def near(name: str, known: Iterable[str]) -> str:
+    """Return the nearest known name as a question, else a short list of all; ends the line."""
     known = list(known)
     nearest = difflib.get_close_matches(name, known, n=1)
     there = f" There are {', '.join(known)}." if len(known) < 12 else ""

@@ -1,4 +1,4 @@
-"""A ladder as it is planned: rungs, arms and runs, plain and checked."""
+"""A planned ladder: rungs, arms and runs, all checked."""
 
 import functools
 import hashlib
@@ -15,7 +15,7 @@ from trainer.ladder.plan.sizes import Shape
 from trainer.ladder.stats.records import Criterion
 
 AA = "A/A"
-"""The arm that changes nothing but the draw of the initial weights."""
+"""Name of the arm that changes only the draw of the initial weights."""
 TARGET = "target"
 FIT_RUNGS = 3
 """A curve of three parameters needs as many rungs."""
@@ -26,7 +26,7 @@ class PlannedArm:
     name: str
     question: str
     settings: dict[str, Any]
-    """What it changes: {"model.qk_norm": false}; rules as "sizes.NAME"."""
+    """Changed settings: {"model.qk_norm": false}; rules as "sizes.NAME"."""
     combines: tuple[str, ...] = ()
 
     @property
@@ -36,7 +36,7 @@ class PlannedArm:
 
 @dataclass(frozen=True)
 class PlannedRung:
-    """A size, with the baseline's figures."""
+    """A size, with the figures of the baseline's run."""
 
     name: str
     shape: Shape
@@ -45,7 +45,7 @@ class PlannedRung:
     tokens: int
     """D."""
     flops: float
-    """C: training FLOPs of a run."""
+    """C, the training FLOPs of a run."""
     seeds: tuple[int, ...]
 
 
@@ -61,7 +61,7 @@ class PlannedRun:
     """N of this run."""
     flops_per_token: int
     rate: float | None = None
-    """Of a sweep: multiplier of the learning rate."""
+    """Multiplier of the learning rate in a sweep; None outside of sweeps."""
 
     @property
     def name(self) -> str:
@@ -70,7 +70,7 @@ class PlannedRun:
 
     @functools.cached_property
     def key(self) -> str:
-        """Runs with the same key are the same run, whatever ladder plans them: 16 hex digits."""
+        """Digest of what decides the result, 16 hex digits: runs of two ladders with the same key are one run."""
         scored = json.dumps(configs.flatten(self.config.eval.model_dump(mode="json")), sort_keys=True)
         return hashlib.sha256(f"{configs.fingerprint(self.config)} {scored}".encode()).hexdigest()[:16]
 
@@ -85,7 +85,7 @@ class PlannedRun:
         return float(self.flops_per_token * self.tokens)
 
     def at_rate(self, multiplier: float) -> "PlannedRun":
-        """The same with every learning rate times this."""
+        """Return the run with every learning rate multiplied."""
         optim = self.config.optim
         rates: dict[str, Any] = {"learning_rate": optim.learning_rate * multiplier}
         if optim.optimizer == "muon":
@@ -93,7 +93,7 @@ class PlannedRun:
         return replace(self, config=self.config.model_copy(update={"optim": optim.model_copy(update=rates)}))
 
     def as_sweep(self, seed: int, multiplier: float) -> "PlannedRun":
-        """The run of a sweep that tries this rate here; without faults."""
+        """Return the sweep's run that tries this rate for the same rung and arm, without faults."""
         wandb = self.config.wandb
         tags = (*wandb.tags[:-1], f"seed {seed}", f"rate ×{multiplier:g}")
         update = {"seed": seed, "faults": (), "wandb": wandb.model_copy(update={"tags": tags})}
@@ -103,7 +103,7 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Ladder:
-    """Everything that is to be run, planned and checked."""
+    """All runs of a ladder, planned and checked."""
 
     name: str
     path: Path
@@ -120,22 +120,22 @@ class Ladder:
     arms: list[PlannedArm]
     target_flops: float
     target: PlannedRung | None
-    """None where only its FLOPs are given."""
+    """None if only its FLOPs are given."""
     runs: list[PlannedRun]
-    """All but a sweep's, in the order in which they are wanted: by size, then seed, the baseline before the arms."""
+    """All runs but a sweep's, in the order of execution: by size, then seed, the baseline before the arms."""
     tuning: Tuning | None
     notices: list[str]
     settings: dict[str, Any] = field(repr=False)
-    """The file's contents, flat, to tell what was edited."""
+    """Contents of the file, flat: edits are found by comparing them."""
 
     @property
     def all_rungs(self) -> list[PlannedRung]:
-        """With the target, if it has a size."""
+        """Rungs with the target, if it has a size."""
         return [*self.rungs, *([self.target] if self.target else [])]
 
     def up_to(self, rung: str) -> "Ladder":
-        """The runs of this rung and the smaller ones alone. Raises ConfigError if there is no such rung."""
-        names = [one.name for one in self.rungs]
+        """Return the ladder with this rung and the smaller ones alone. Raises ConfigError if there is no such rung."""
+        names = [planned.name for planned in self.rungs]
         if rung not in names:
             raise ConfigError([f"{self.path}: there is no rung {rung!r}.\n  Name one of {', '.join(names)}."])
         kept = names[: names.index(rung) + 1]
@@ -145,11 +145,11 @@ class Ladder:
 
     @property
     def sweep(self) -> list[PlannedRun]:
-        """The runs of the learning-rate sweep; empty without [tuning]."""
+        """Runs of the learning-rate sweep; empty without [tuning]."""
         if self.tuning is None:
             return []
-        firsts = {(run.rung, run.arm): run for run in reversed(self.runs)}
-        found = []
-        for run in reversed(firsts.values()):
-            found += [run.as_sweep(self.tuning.seed, rate) for rate in self.tuning.rates]
-        return found
+        # The sweep has one seed of its own, so the first run of each rung and arm stands for all of them.
+        firsts: dict[tuple[str, str], PlannedRun] = {}
+        for run in self.runs:
+            firsts.setdefault((run.rung, run.arm), run)
+        return [run.as_sweep(self.tuning.seed, rate) for run in firsts.values() for rate in self.tuning.rates]

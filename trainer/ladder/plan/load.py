@@ -1,11 +1,11 @@
 """Ladder files: a question, sizes and single changes, read and planned as a whole before anything starts.
 
-`load` proves of every pair (an arm's run, the baseline's at the same rung and seed) that the two configs differ in what
-the arm declares and in nothing else.
+`load` proves for every pair (an arm's run and the baseline's run at the same rung and seed) that the two configs differ
+in what the arm declares and in nothing else.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,6 @@ from trainer.ladder.plan.sizes import Rules, Scale, Shape, Size
 from trainer.ladder.stats.records import BASELINE, Criterion
 from trainer.show.units import scientific
 
-__all__ = ["AA", "BASELINE", "TARGET", "Ladder", "PlannedArm", "PlannedRun", "PlannedRung", "load"]
-
 
 def load(path: Path) -> Ladder:
     """Read a ladder file and plan all its runs. Raises ConfigError naming every problem of file and plans.
@@ -33,22 +31,17 @@ def load(path: Path) -> Ladder:
     Loads torch to count parameters, and makes the tokenizer if the cache does not have it.
     """
     file = tomlfile.read_as(path, LadderFile, "ladder")
-    baseline = path.parent / file.baseline
-    config = configs.load(baseline, _overrides(file.set))
-    planner = _Planner(file, config, path.stem)
-    planner.check_file()
-    ladder = planner.plan(path, baseline)
-    if planner.problems:
-        raise ConfigError(list(dict.fromkeys(planner.problems)))
+    overrides = [f"{key}={tomlfile.text(value)}" for key, value in configs.flatten(file.set).items()]
+    builder = _LadderBuilder(file, configs.load(path.parent / file.baseline, overrides), path)
+    builder.check_file()
+    ladder = builder.build()
+    if builder.problems:
+        raise ConfigError(list(dict.fromkeys(builder.problems)))
     return ladder
 
 
-def _overrides(table: Mapping[str, Any]) -> list[str]:
-    return [f"{key}={tomlfile.text(value)}" for key, value in configs.flatten(table).items()]
-
-
-def changed(config: Config, settings: Mapping[str, Any]) -> Config:
-    """The config with these settings ({"optim.beta2": 0.99}). Raises ConfigError."""
+def _changed(config: Config, settings: Mapping[str, Any]) -> Config:
+    """Return the config with these settings ({"optim.beta2": 0.99}). Raises ConfigError."""
     tree = config.model_dump()
     for key, value in settings.items():
         *sections, name = key.split(".")
@@ -59,14 +52,14 @@ def changed(config: Config, settings: Mapping[str, Any]) -> Config:
     return configs.parse(tree)
 
 
-class _Planner:
-    """Runs of a ladder file; problems are collected, not raised."""
+class _LadderBuilder:
+    """Checks a ladder file and plans its runs. Problems are collected, so that all are reported at once."""
 
-    def __init__(self, file: LadderFile, config: Config, name: str) -> None:
-        self._file, self._config, self._name = file, config, name
+    def __init__(self, file: LadderFile, config: Config, path: Path) -> None:
+        self._file, self._config, self._path = file, config, path
         self.problems: list[str] = []
-        self.notices: list[str] = []
-        self._arms = armplans.plan(file, config, self.problems)
+        self._notices: list[str] = []
+        self._arms = armplans.plan_arms(file, config, self.problems)
 
     # The file
 
@@ -79,11 +72,15 @@ class _Planner:
         self._check_names("arms", [arm.name for arm in file.arms], (BASELINE, AA))
         self._check_seeds()
         self._check_target()
-        self._check_metric()
+        if file.metric not in (sets := self._config.eval.sets):
+            self.problems.append(
+                f"metric = {file.metric!r}, but the runs' eval.sets are {', '.join(map(repr, sets))}.\n"
+                "  Name one of them, or add it to eval.sets in [set]."
+            )
         if len(file.rungs) < FIT_RUNGS:
-            self.notices.append(
+            self._notices.append(
                 f"{len(file.rungs)} rungs are too few for a fit: a curve of {FIT_RUNGS} parameters needs {FIT_RUNGS}. "
-                "The runs are made, and no verdict comes of them."
+                "The runs are made, but there will be no verdict."
             )
         if self._config.faults:
             self.problems.append(
@@ -91,30 +88,32 @@ class _Planner:
                 "  Move them to [[faults]] of the ladder, where arm, rung and seed select their runs."
             )
 
-    def _check_names(self, what: str, names: Sequence[str], reserved: Sequence[str]) -> None:
+    def _check_names(self, plural: str, names: Sequence[str], reserved: Sequence[str]) -> None:
         for name, times in Counter(names).items():
             if times > 1:
-                self.problems.append(f"{times} {what} are called {name!r}.\n  Give each a name of its own.")
+                self.problems.append(f"{times} {plural} are called {name!r}.\n  Give each a name of its own.")
             if name in reserved or not name.strip():
-                self.problems.append(f"{what}: {name!r} has a meaning of its own.\n  Give another name.")
+                self.problems.append(f"{plural}: {name!r} has a meaning of its own.\n  Give another name.")
 
     def _check_seeds(self) -> None:
         file = self._file
         lists = {"seeds": file.seeds, "target.seeds": file.target.seeds}
         lists |= {f"rung {rung.name!r}: seeds": rung.seeds for rung in file.rungs if rung.seeds is not None}
         for where, seeds in lists.items():
-            for seed, times in Counter(seeds).items():
-                if times > 1:
-                    self.problems.append(
-                        f"{where} names {seed} {times} times.\n"
-                        "  A run is a function of its config, so the second would be the first. Give each seed once."
-                    )
-        if file.tuning is not None and any(file.tuning.seed in seeds for seeds in lists.values()):
+            self.problems += [
+                f"{where} names {seed} {times} times.\n"
+                "  A run is a function of its config, so the second would be the first. Give each seed once."
+                for seed, times in Counter(seeds).items()
+                if times > 1
+            ]
+        if file.tuning is None:
+            return
+        if any(file.tuning.seed in seeds for seeds in lists.values()):
             self.problems.append(
                 f"tuning.seed = {file.tuning.seed} is also a seed of the ladder.\n"
                 "  The rate that was luckiest with it would be judged by it. Give the sweep a seed of its own."
             )
-        if file.tuning is not None and sorted(set(file.tuning.rates)) != file.tuning.rates:
+        if sorted(set(file.tuning.rates)) != file.tuning.rates:
             self.problems.append(f"tuning.rates = {file.tuning.rates} is not in order.\n  List each once, rising.")
 
     def _check_target(self) -> None:
@@ -130,25 +129,20 @@ class _Planner:
             self.problems.append("target.seeds asks for runs, but [target] has no size.\n  Give a size, or no seeds.")
         if target.arms and not target.seeds:
             self.problems.append("target.arms has no effect without target.seeds.\n  Give seeds, or remove it.")
-        for name in target.arms:
-            if name not in self._arms:
-                self.problems.append(f"target.arms: {name!r} is no arm.{armplans.near(name, self._arms)}")
+        self.problems += [
+            f"target.arms: {name!r} is no arm.{armplans.near(name, self._arms)}"
+            for name in target.arms
+            if name not in self._arms
+        ]
 
-    def _check_metric(self) -> None:
-        sets = self._config.eval.sets
-        if self._file.metric not in sets:
-            self.problems.append(
-                f"metric = {self._file.metric!r}, but the runs' eval.sets are {', '.join(map(repr, sets))}.\n"
-                "  Name one of them, or add it to eval.sets in [set]."
-            )
+    # The runs
 
-    # Runs
-
-    def plan(self, path: Path, baseline: Path) -> Ladder:
+    def build(self) -> Ladder:
+        """Return the planned ladder; of use only if there are no problems."""
         file = self._file
-        runs, rungs, target = [], [], None
+        rungs, target, runs = [], None, []
         try:
-            rungs, target, runs = self._sized()
+            rungs, target, runs = self._plan_rungs()
         except TopropeError as error:
             self.problems += error.problems if isinstance(error, ConfigError) else [str(error)]
         target_flops = file.target.flops or (target.flops if target else 0.0)
@@ -158,102 +152,98 @@ class _Planner:
                 f"{scientific(rungs[-1].flops)}.\n  A verdict is about a scale that was not run. Give a larger "
                 "target, or leave out the rungs above it."
             )
-        criterion = Criterion(**file.criterion.model_dump())
         return Ladder(
-            path.stem, path, file.question, baseline, file.metric, file.unit, file.slots, file.ranks, file.restarts,
-            criterion, rungs, list(self._arms.values()), target_flops, target, runs, file.tuning, self.notices,
-            configs.flatten(_keyed(file.model_dump(mode="json"))),
+            name=self._path.stem, path=self._path, question=file.question, baseline=self._path.parent / file.baseline,
+            metric=file.metric, unit=file.unit, slots=file.slots, ranks=file.ranks, restarts=file.restarts,
+            criterion=Criterion(**file.criterion.model_dump()), rungs=rungs, arms=list(self._arms.values()),
+            target_flops=target_flops, target=target, runs=runs, tuning=file.tuning, notices=self._notices,
+            settings=configs.flatten(_keyed(file.model_dump(mode="json"))),
         )  # fmt: skip
 
-    def _sized(self) -> tuple[list[PlannedRung], PlannedRung | None, list[PlannedRun]]:
-        """Rungs by size, the target, and the runs of all of them."""
+    def _plan_rungs(self) -> tuple[list[PlannedRung], PlannedRung | None, list[PlannedRun]]:
+        """(rungs by size, the target, the runs of all of them)."""
         file = self._file
         vocab = sizes.vocab_of(self._config)
-        sound = [rung for rung in file.rungs if not rung.problems("")]
-        if not sound:
+
+        def measure(size: Size) -> tuple[int, Shape]:
+            shape = sizes.shape_of(size, file.sizes, self._config, vocab)
+            return sizes.counts(sizes.with_shape(self._config, shape).model, vocab)[0], shape
+
+        measured = {rung.name: (*measure(rung), rung) for rung in file.rungs if not rung.problems("")}
+        if not measured:
             return [], None, []
-        shapes = {rung.name: self._shape(rung, vocab) for rung in sound}
-        counted = {name: self._count(shape, vocab) for name, shape in shapes.items()}
-        self._check_sizes(counted)
-        order = sorted(sound, key=lambda rung: counted[rung.name])
-        base = order[0].name
+        self._check_sizes({name: parameters for name, (parameters, *_) in measured.items()})
+        # The smallest rung is the base from which the rules lead away.
+        by_size = sorted(measured.values(), key=lambda entry: entry[0])
+        base = by_size[0][:2]
         rungs, runs = [], []
-        for rung in order:
-            scale = Scale(counted[rung.name], shapes[rung.name], counted[base], shapes[base])
+        for parameters, shape, rung in by_size:
             seeds = rung.seeds or file.seeds
-            found = self._runs(rung.name, scale, seeds, self._arms.values())
-            runs += found
-            rungs += self._rung(rung.name, shapes[rung.name], seeds, found)
+            planned = self._plan_runs(rung.name, Scale(parameters, shape, *base), seeds, self._arms.values())
+            runs += planned
+            rungs += _figures(rung.name, shape, seeds, planned)
         self._check_changes(runs)
         target = None
         if not file.target.flops and not file.target.problems(""):
-            shape = self._shape(file.target, vocab)
-            scale = Scale(self._count(shape, vocab), shape, counted[base], shapes[base])
+            scale = Scale(*measure(file.target), *base)
             arms = [self._arms[name] for name in file.target.arms if name in self._arms]
-            found = self._runs(TARGET, scale, file.target.seeds or file.seeds[:1], arms)
-            target = next(iter(self._rung(TARGET, shape, file.target.seeds, found)), None)
-            runs += found if file.target.seeds else []
+            # Without seeds the target is only predicted. It is planned all the same, for its figures.
+            planned = self._plan_runs(TARGET, scale, file.target.seeds or file.seeds[:1], arms)
+            target = next(iter(_figures(TARGET, scale.shape, file.target.seeds, planned)), None)
+            runs += planned if file.target.seeds else []
         return rungs, target, self._with_faults(runs)
 
-    def _shape(self, size: Size, vocab: int) -> Shape:
-        return sizes.shape_of(size, self._file.sizes, self._config, vocab)
-
-    def _count(self, shape: Shape, vocab: int) -> int:
-        return sizes.counts(sizes.with_shape(self._config, shape).model, vocab)[0]
-
-    def _check_sizes(self, counted: Mapping[str, int]) -> None:
-        for parameters, times in Counter(counted.values()).items():
+    def _check_sizes(self, parameters_of: Mapping[str, int]) -> None:
+        for parameters, times in Counter(parameters_of.values()).items():
             if times > 1:
-                alike = " and ".join(repr(name) for name, count in counted.items() if count == parameters)
+                alike = " and ".join(repr(name) for name, count in parameters_of.items() if count == parameters)
                 self.problems.append(
                     f"rungs {alike} have {parameters:,} parameters each.\n"
-                    "  A second rung of a size tells nothing about scale. Change its size, or give more seeds."
+                    "  A second rung of a size says nothing about scale. Change its size, or give more seeds."
                 )
 
-    def _rung(self, name: str, shape: Shape, seeds: Sequence[int], runs: Sequence[PlannedRun]) -> Iterator[PlannedRung]:
-        for run in runs[:1]:  # the baseline's; none where its config is refused
-            yield PlannedRung(name, shape, run.parameters, run.tokens, run.flops, tuple(seeds))
-
-    def _runs(self, rung: str, scale: Scale, seeds: Sequence[int], arms: Iterable[PlannedArm]) -> list[PlannedRun]:
-        """The baseline's runs and the arms', seed by seed."""
+    def _plan_runs(self, rung: str, scale: Scale, seeds: Sequence[int], arms: Iterable[PlannedArm]) -> list[PlannedRun]:
+        """The baseline's runs and the arms' at one rung, seed by seed."""
+        rules = self._file.sizes
         try:
-            rules = self._file.sizes
             decay = sizes.inverse_steps(self._config, rules, scale)
-            config = changed(self._config, sizes.scaled(self._config, rules, scale.shape, scale, decay))
-            planned = [self._run(BASELINE, rung, config)]
+            config = _changed(self._config, sizes.scaled(self._config, rules, scale.shape, scale, decay))
+            base = self._plan_run(BASELINE, rung, config)
         except ConfigError as error:
             self.problems += [f"{rung}: {problem}" for problem in error.problems]
             return []
+        planned = [base]
         for arm in arms:
             try:
-                run = self._run(arm.name, rung, self._arm_config(arm, scale, decay))
+                run = self._plan_run(arm.name, rung, self._arm_config(arm, scale, decay))
+                found = armplans.prove(arm, base, run)
             except ConfigError as error:
                 self.problems += [f"arm {arm.name!r}: {problem}" for problem in error.problems]
                 continue
-            self.problems += [f"arm {arm.name!r}: {problem}" for problem in armplans.prove(arm, planned[0], run)]
-            if armplans.follows(planned[0], run):
+            self.problems += [f"arm {arm.name!r}: {problem}" for problem in found]
+            if armplans.consequences(base, run):
                 self._note(f"arm {arm.name!r} takes other steps, so that its tokens stay equal.")
             planned.append(run)
         return [self._at_seed(run, seed) for seed in seeds for run in planned]
 
-    def _at_seed(self, run: PlannedRun, seed: int) -> PlannedRun:
-        wandb = run.config.wandb
-        shown = {"group": wandb.group or self._name, "tags": (*wandb.tags, run.rung, run.arm, f"seed {seed}")}
-        update = {"seed": seed, "wandb": wandb.model_copy(update=shown)}
-        return replace(run, seed=seed, config=run.config.model_copy(update=update))
-
-    def _note(self, notice: str) -> None:
-        if notice not in self.notices:
-            self.notices.append(notice)
-
-    def _run(self, arm: str, rung: str, config: Config) -> PlannedRun:
+    def _plan_run(self, arm: str, rung: str, config: Config) -> PlannedRun:
         configs.check_world(config, self._file.ranks)
         parameters, flops_per_token = sizes.counts(config.model, sizes.vocab_of(config))
         return PlannedRun(arm, rung, config.seed, config, parameters, flops_per_token)
 
+    def _at_seed(self, run: PlannedRun, seed: int) -> PlannedRun:
+        wandb = run.config.wandb
+        shown = {"group": wandb.group or self._path.stem, "tags": (*wandb.tags, run.rung, run.arm, f"seed {seed}")}
+        update = {"seed": seed, "wandb": wandb.model_copy(update=shown)}
+        return replace(run, seed=seed, config=run.config.model_copy(update=update))
+
+    def _note(self, notice: str) -> None:
+        if notice not in self._notices:
+            self._notices.append(notice)
+
     def _arm_config(self, arm: PlannedArm, scale: Scale, decay: float) -> Config:
-        rules, settings = armplans.split(arm.settings)
-        config = changed(self._config, settings)
+        rules, settings = armplans.split_rules(arm.settings)
+        config = _changed(self._config, settings)
         try:
             own = Rules.model_validate(self._file.sizes.model_dump() | rules)
         except ValueError as error:
@@ -263,7 +253,7 @@ class _Planner:
         shape = scale.shape
         if own.head_width != self._file.sizes.head_width:
             shape = replace(shape, n_heads=max(1, round(shape.width / own.head_width)))
-        return changed(config, sizes.scaled(config, own, shape, scale, decay))
+        return _changed(config, sizes.scaled(config, own, shape, scale, decay))
 
     def _check_changes(self, runs: Sequence[PlannedRun]) -> None:
         """A rule may do nothing at one rung, but not at all of them."""
@@ -281,17 +271,21 @@ class _Planner:
     # Faults
 
     def _with_faults(self, runs: Sequence[PlannedRun]) -> list[PlannedRun]:
-        tables = [_Selected(number, table) for number, table in enumerate(self._file.faults)]
-        for table in tables:
-            if not any(table.selects(run) for run in runs):
-                self.problems.append(f"{table.where} selects no run.\n  Check its arm, rung and seed.")
-        return [self._with_own_faults(run, [table.fault for table in tables if table.selects(run)]) for run in runs]
+        """Give each run the [[faults]] tables that select it by arm, rung and seed."""
+        for number, table in enumerate(self._file.faults):
+            if not any(_selects(table, run) for run in runs):
+                where = f"faults[{number}] ({table.get('kind', '?')})"
+                self.problems.append(f"{where} selects no run.\n  Check its arm, rung and seed.")
+        planned = []
+        for run in runs:
+            tables = [table for table in self._file.faults if _selects(table, run)]
+            faults = [{key: value for key, value in table.items() if key not in SELECTORS} for table in tables]
+            planned.append(self._with_own_faults(run, faults) if faults else run)
+        return planned
 
     def _with_own_faults(self, run: PlannedRun, faults: Sequence[Mapping[str, Any]]) -> PlannedRun:
-        if not faults:
-            return run
         try:
-            config = changed(run.config, {"faults": faults})
+            config = _changed(run.config, {"faults": faults})
             for fault in faultplan.make(config, self._file.ranks):
                 self._check_fault(fault)
             return replace(run, config=config)
@@ -312,22 +306,22 @@ class _Planner:
             self.problems.append(f"{name} would damage tokens that all runs read.\n  Leave it out.")
 
 
-class _Selected:
-    """One [[faults]] table: a fault, and for which runs."""
+SELECTORS = ("arm", "rung", "seed")
+"""Keys of a [[faults]] table that select runs; the other keys are the fault's."""
 
-    def __init__(self, number: int, table: Mapping[str, Any]) -> None:
-        self.where = f"faults[{number}] ({table.get('kind', '?')})"
-        self._by = {key: value for key, value in table.items() if key in ("arm", "rung", "seed")}
-        self.fault = {key: value for key, value in table.items() if key not in self._by}
 
-    def selects(self, run: PlannedRun) -> bool:
-        return all(
-            getattr(run, key) in (wanted if isinstance(wanted, list) else [wanted]) for key, wanted in self._by.items()
-        )
+def _selects(table: Mapping[str, Any], run: PlannedRun) -> bool:
+    wanted = {key: value if isinstance(value, list) else [value] for key, value in table.items() if key in SELECTORS}
+    return all(getattr(run, key) in values for key, values in wanted.items())
+
+
+def _figures(name: str, shape: Shape, seeds: Sequence[int], runs: Sequence[PlannedRun]) -> list[PlannedRung]:
+    """The rung with the figures of its baseline, the first run; empty if the baseline's config was refused."""
+    return [PlannedRung(name, shape, run.parameters, run.tokens, run.flops, tuple(seeds)) for run in runs[:1]]
 
 
 def _keyed(tree: Any) -> Any:
-    """Lists of tables as tables by name or number, without what is not set: so that edits can be told one by one."""
+    """Turn lists of tables into tables by name or number, without unset values, so that edits can be compared."""
     if isinstance(tree, dict):
         return {key: _keyed(value) for key, value in tree.items() if isinstance(value, bool) or value}
     if isinstance(tree, list) and all(isinstance(item, dict) for item in tree):

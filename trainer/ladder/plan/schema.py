@@ -1,4 +1,4 @@
-"""The tables of a ladder file, as strict models."""
+"""Schema of a ladder file: its tables as strict models."""
 
 from typing import Any, Literal
 
@@ -14,21 +14,21 @@ Unit = Literal["nats_per_token", "bits_per_byte"]
 class Rung(Size):
     name: str
     seeds: list[int] | None = Field(default=None, min_length=1)
-    """None: as the ladder."""
+    """None: the ladder's seeds."""
 
 
 class Target(Size):
-    """The scale that is really cared about: a size, or its compute."""
+    """The scale that the verdicts are about: a size, or its compute."""
 
     flops: float = Field(default=0.0, ge=0)
     seeds: list[int] = Field(default_factory=list)
-    """The baseline is run there too, after all rungs, to check the prediction; empty: only predicted."""
+    """Seeds of the baseline's runs at the target, which check the prediction; empty: it is only predicted."""
     arms: list[str] = Field(default_factory=list)
-    """Arms that are run there beside the baseline."""
+    """Arms that are run at the target too."""
 
 
 class CriterionTable(Section):
-    """results.Criterion, as a table of the file."""
+    """The fields of stats.records.Criterion, which explains them, as a table of the file."""
 
     level: float = Field(default=Criterion.level, gt=0, lt=0.5)
     min_gain: float = Field(default=Criterion.min_gain, ge=1)
@@ -40,38 +40,38 @@ class Arm(Section):
     name: str
     question: str = ""
     set: dict[str, Any] = Field(default_factory=dict)
-    """One setting that decides the weights, or one rule as sizes.NAME."""
+    """One setting that changes the weights, or one rule as sizes.NAME."""
     combines: list[str] = Field(default_factory=list)
     """Names of arms whose changes are made together."""
 
 
 class Tuning(Section):
-    """A sweep of the learning rate for every rung and arm; its best is what the seeds' runs take."""
+    """A sweep of the learning rate for every rung and arm; the runs of the seeds use its best rate."""
 
     rates: list[float] = Field(default=[0.5, 1.0, 2.0], min_length=2)
-    """Multipliers of what the sizes' rule gives."""
+    """Multipliers of the learning rate that the rule in [sizes] gives."""
     seed: int = Field(default=1_000_003, ge=0)
-    """Not one of the ladder's: the best of a sweep is also the luckiest."""
+    """Must not be one of the ladder's: the best rate of a sweep was also lucky with its seed."""
 
 
 class LadderFile(Section):
     question: str
     baseline: str
-    """Path of the baseline's config, relative to the ladder file."""
+    """Path of the baseline's config, relative to the ladder file's directory."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Overrides for all runs."""
     seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
     metric: str = "val"
-    """A held-out set of the runs."""
+    """Name of the held-out set whose loss is compared."""
     unit: Unit = "nats_per_token"
     slots: int = Field(default=0, ge=0)
-    """Runs side by side; 0: as many as the machine has cores, or GPUs, for."""
+    """Number of runs at the same time; 0: as many as the machine has cores, or GPUs, for."""
     ranks: int = Field(default=1, ge=1)
-    """Of each run."""
+    """Number of ranks of each run."""
     restarts: int = Field(default=5, ge=0)
-    """Of a run that died, in a row and without progress."""
+    """Number of restarts of a run that dies, in a row and without progress, before it is given up."""
     aa: bool = True
-    """An arm without a change, but for the draw of the initial weights: what it seems to be worth is noise."""
+    """Add an arm that changes only the draw of the initial weights: its apparent gain is noise."""
     sizes: Rules
     rungs: list[Rung] = Field(min_length=1)
     target: Target
@@ -79,4 +79,4 @@ class LadderFile(Section):
     arms: list[Arm] = Field(default_factory=list)
     tuning: Tuning | None = None
     faults: list[dict[str, Any]] = Field(default_factory=list)
-    """Fault tables of a run's config, each for the runs that its `arm`, `rung` and `seed` select; all, without."""
+    """Fault tables of a run's config; `arm`, `rung` and `seed` select runs, and a table without them is for all."""

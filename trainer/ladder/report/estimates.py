@@ -17,8 +17,8 @@ from trainer.errors import FitError
 from trainer.ladder.plan.ladder import TARGET
 from trainer.ladder.stats import decision, verdict
 from trainer.ladder.stats import fit as fits
-from trainer.ladder.stats.multiplier import Line, Noise, OtherFloor
-from trainer.ladder.stats.pairs import Baseline, match
+from trainer.ladder.stats.multiplier import Line, OtherFloor
+from trainer.ladder.stats.pairs import Baseline, can_extrapolate
 from trainer.ladder.stats.records import BASELINE, Criterion, CurveFit, Interval, RunResult, Verdict
 
 Tree = dict[str, Any]
@@ -144,16 +144,15 @@ def _columns(intervals: Sequence[Interval]) -> Tree:
 def _line(results: Sequence[RunResult], arm: str, fit: CurveFit, plan: EstimatePlan) -> Tree | None:
     """The arm's multiplier against compute: as a line, and if its floor differs. None if a rung has no usable pairs."""
     baseline = Baseline.from_results(results, fit)
-    rungs = list(match(results, arm, baseline))
-    pairs = [rung.arrays() for rung in rungs if rung.usable]
-    if len(pairs) < fits.FEWEST_RUNGS or any(rung.pairs and not rung.usable for rung in rungs):
+    rungs = list(baseline.match(results, arm))
+    if not can_extrapolate(rungs):
         return None
-    noise, half = Noise.from_pairs(pairs), plan.criterion.level / 2
-    line = Line(pairs, fit.curve, baseline.influence, noise)
+    comparison, half = baseline.compare(rungs), plan.criterion.level / 2
+    line = Line(comparison)
     grid = _grid(plan)
     points = [line.multiplier_at(flops) for flops in grid]
     band = _columns([_from_logs(point.value, point.bound(half, -1), point.bound(half, 1)) for point in points])
-    floors = [OtherFloor(pairs, fit.curve, baseline.influence, noise, flops).value for flops in grid]
+    floors = [OtherFloor(comparison, flops).value for flops in grid]
     return {
         "flops": grid,
         **band,

@@ -1,1 +1,1 @@
-"""A ladder's statistics: fits, multipliers, verdicts."""
+"""Statistics of a ladder: loss against compute, the multiplier of each arm, the verdict. Works on numbers alone."""

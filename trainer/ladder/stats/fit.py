@@ -1,23 +1,23 @@
-"""Loss against compute along the baseline's rungs: L(C) = E + A·C^−alpha, with E and alpha uncertain.
+"""Loss against compute along the baseline's rungs, L(C) = E + A·C^−alpha, with intervals for E, alpha, predictions.
 
-For fixed alpha the form is linear in (E, A), which non-negative least squares gives at once; alpha is searched for in
-one dimension (variable projection, Golub & Pereyra 1973). The sum of squares along that search is also the profile
-likelihood, so intervals of E, alpha and any prediction come from it: they stay honest where E is badly determined and
-the curve of the likelihood is no parabola. forms.py has the same by Huber losses on log L, and forms in N and D.
+For a fixed alpha the form is linear in (E, A), so weighted least squares gives both at once, and only alpha has to be
+searched (variable projection, Golub & Pereyra 1973). The same search gives the profile likelihood: the smallest sum of
+squares at each alpha. All intervals are read from it, since they stay valid where E is badly determined and the
+likelihood is no parabola. forms.py fits the same form by Huber losses on log L, and forms in N and D.
 
-Squares are of nats and not of logs: the noise of seeds is taken for equally large at every rung, as it is for the
-multipliers, and `unequal_noise_p` says how well that goes with the data.
+Squares are of nats, not of log nats: noise between seeds is assumed equally large at every rung, as it is for the
+multipliers. `unequal_noise_p` says how well the data agree with that.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
-from scipy import special
 
 from trainer.errors import FitError
-from trainer.ladder.stats import forms
+from trainer.ladder.stats import forms, significance
 from trainer.ladder.stats.records import (
     BASELINE,
     Bootstrap,
@@ -32,76 +32,88 @@ from trainer.ladder.stats.records import (
 Array = np.ndarray
 ALPHAS = np.geomspace(0.005, 4.0, 161)  # 4 % apart; published exponents of compute lie between 0.05 and 0.5
 FEWEST_RUNGS = 3
-LACK_OF_FIT = 0.05
 
 
 @dataclass(frozen=True)
 class Rungs:
-    """Rung means of a baseline, by compute."""
+    """The baseline's rungs, by compute."""
 
     names: list[str]
     flops: Array
-    seeds: Array
-    loss: Array
-    squares: float
-    """Sum over runs of (loss − rung mean)²."""
-    variances: list[float | None]
+    losses: list[Array]
+    """For each rung, the losses of its seeds."""
+
+    @classmethod
+    def from_results(cls, results: Iterable[RunResult]) -> "Rungs":
+        """Group the baseline's finished runs. Raises FitError unless there are three rungs, each of other compute."""
+        losses: dict[str, list[float]] = {}
+        flops: dict[str, list[float]] = {}
+        for result in results:
+            if result.arm == BASELINE and math.isfinite(result.loss):
+                losses.setdefault(result.rung, []).append(result.loss)
+                flops.setdefault(result.rung, []).append(math.log(result.flops))
+        log_flops = {name: math.fsum(values) / len(values) for name, values in flops.items()}
+        names = sorted(losses, key=log_flops.__getitem__)
+        if len({round(log_flops[name], 6) for name in names}) < max(FEWEST_RUNGS, len(names)):
+            raise FitError(
+                f"the baseline has finished runs at {len(names)} rungs ({', '.join(names) or 'none'}).\n"
+                "  E, A and alpha need at least three, each of another compute. Run more rungs."
+            )
+        return cls(names, np.exp([log_flops[name] for name in names]), [np.array(losses[name]) for name in names])
+
+    @cached_property
+    def seeds(self) -> Array:
+        """Number of seeds of each rung: the weights of the rung means."""
+        return np.array([len(losses) for losses in self.losses], dtype=float)
+
+    @cached_property
+    def loss(self) -> Array:
+        """Mean loss of each rung."""
+        return np.array([losses.mean() for losses in self.losses])
+
+    @cached_property
+    def squares(self) -> float:
+        """Sum over runs of (loss − rung mean)²."""
+        return math.fsum(float(((losses - losses.mean()) ** 2).sum()) for losses in self.losses)
 
     @property
+    def variances(self) -> list[float | None]:
+        """Variance over the seeds of each rung; None with one seed."""
+        return [float(losses.var(ddof=1)) if len(losses) > 1 else None for losses in self.losses]
+
+    @cached_property
     def scale(self) -> float:
-        """Geometric mean of compute: with it E, A and alpha are least entangled."""
+        """Geometric mean of compute. With it as unit, the estimates of E, A and alpha are least correlated."""
         return float(np.exp(np.mean(np.log(self.flops))))
 
-    @property
+    @cached_property
     def x(self) -> Array:
+        """ln(C / scale)."""
         return np.log(self.flops / self.scale)
 
     @property
-    def spare(self) -> int:
-        """Degrees of freedom that seeds leave within rungs."""
+    def seed_freedom(self) -> int:
+        """Degrees of freedom that the seeds leave within rungs."""
         return int(self.seeds.sum()) - len(self.names)
 
-
-def usable(results: Iterable[RunResult], arm: str) -> list[RunResult]:
-    return [one for one in results if one.arm == arm and math.isfinite(one.loss)]
-
-
-def rungs_of(results: Sequence[RunResult]) -> Rungs:
-    """Means over the seeds of each rung. Raises FitError where three rungs of different compute are not there."""
-    losses: dict[str, list[float]] = {}
-    flops: dict[str, list[float]] = {}
-    for result in results:
-        losses.setdefault(result.rung, []).append(result.loss)
-        flops.setdefault(result.rung, []).append(math.log(result.flops))
-    log_flops = {name: math.fsum(values) / len(values) for name, values in flops.items()}
-    names = sorted(losses, key=log_flops.__getitem__)
-    if len({round(log_flops[name], 6) for name in names}) < max(FEWEST_RUNGS, len(names)):
-        raise FitError(
-            f"the baseline has finished runs at {len(names)} rungs ({', '.join(names) or 'none'}).\n"
-            "  E, A and alpha need at least three, each of another compute. Run more rungs."
-        )
-    groups = [np.array(losses[name]) for name in names]
-    return Rungs(
-        names,
-        np.exp([log_flops[name] for name in names]),
-        np.array([len(group) for group in groups], dtype=float),
-        np.array([group.mean() for group in groups]),
-        math.fsum(float(((group - group.mean()) ** 2).sum()) for group in groups),
-        [float(group.var(ddof=1)) if len(group) > 1 else None for group in groups],
-    )
+    def lack_of_fit_p(self, squares: float) -> float | None:
+        """p of the F test for rung means with this weighted sum of squares about a curve of three parameters."""
+        return significance.lack_of_fit_p(squares, len(self.names) - 3, self.squares, self.seed_freedom)
 
 
 # Variable projection
 
 
 def project(alphas: Array, x: Array, loss: Array, weights: Array) -> tuple[Array, Array, Array]:
-    """(E, A, weighted sum of squares) of the best curve with E, A ≥ 0, for each alpha."""
+    """Return (E, A, weighted sum of squares) of the best curve with E, A ≥ 0, for each alpha."""
+    # Weighted regression of the loss on z = (C / scale)^−alpha: the slope is A, the intercept is E.
     z = np.exp(-np.outer(alphas, x))
     total = weights.sum()
     z_mean, mean = z @ weights / total, float(loss @ weights) / total
     deviation = z - z_mean[:, None]
     A = np.maximum(deviation @ (weights * loss) / (deviation**2 @ weights), 0.0)
     E = mean - A * z_mean
+    # Where E would be negative, the best admissible curve has E = 0: a regression through the origin.
     negative = E < 0
     if negative.any():
         A = np.where(negative, z @ (weights * loss) / (z**2 @ weights), A)
@@ -111,29 +123,34 @@ def project(alphas: Array, x: Array, loss: Array, weights: Array) -> tuple[Array
 
 
 def solve(flops: Array, loss: Array, weights: Array) -> tuple[Curve, float]:
-    """(the least-squares curve, its weighted sum of squares)."""
+    """Return the least-squares curve and its weighted sum of squares."""
     scale = float(np.exp(np.mean(np.log(flops))))
-    x, grid = np.log(flops / scale), ALPHAS
-    for _ in range(4):  # each round narrows alpha by a factor of 20; the sum of squares has a kink where E reaches 0
-        E, A, squares = project(grid, x, loss, weights)
-        best = int(squares.argmin())
-        low, high = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
-        grid = np.linspace(low, high, 41)
-    E, A, squares = project(grid, x, loss, weights)
+    x, alphas = np.log(flops / scale), ALPHAS
+    E, A, squares = project(alphas, x, loss, weights)
     best = int(squares.argmin())
-    return Curve(float(E[best]), float(A[best]), float(grid[best]), scale), float(squares[best])
+    # Four times, a 20 times finer grid around the best. No gradient: the sum of squares has a kink where E reaches 0.
+    for _ in range(4):
+        alphas = np.linspace(alphas[max(best - 1, 0)], alphas[min(best + 1, len(alphas) - 1)], 41)
+        E, A, squares = project(alphas, x, loss, weights)
+        best = int(squares.argmin())
+    return Curve(float(E[best]), float(A[best]), float(alphas[best]), scale), float(squares[best])
 
 
-def curve_at(rungs: Rungs, alpha: float) -> Curve:
-    """The best curve with this exponent."""
+def curve_with_alpha(rungs: Rungs, alpha: float) -> Curve:
+    """Return the best curve with this exponent."""
     E, A, _ = project(np.array([alpha]), rungs.x, rungs.loss, rungs.seeds)
     return Curve(float(E[0]), float(A[0]), alpha, rungs.scale)
 
 
-def sensitivity(rungs: Rungs, curve: Curve) -> Array:
-    """d(E, A, alpha) / d(rung means), shape (3, rungs): the delta method's derivative."""
+def _jacobian(rungs: Rungs, curve: Curve) -> Array:
+    """d(fitted values) / d(E, A, alpha), shape (rungs, 3)."""
     z = np.exp(-curve.alpha * rungs.x)
-    jacobian = np.stack([np.ones_like(z), z, -curve.A * rungs.x * z], axis=1)
+    return np.stack([np.ones_like(z), z, -curve.A * rungs.x * z], axis=1)
+
+
+def sensitivity(rungs: Rungs, curve: Curve) -> Array:
+    """d(E, A, alpha) / d(rung means), shape (3, rungs): the derivative that the delta method needs."""
+    jacobian = _jacobian(rungs, curve)
     if curve.E == 0.0:
         jacobian[:, 0] = 0.0  # at its bound, E does not move
     root = np.sqrt(rungs.seeds)
@@ -146,156 +163,143 @@ def sensitivity(rungs: Rungs, curve: Curve) -> Array:
 def fit_curve(results: Iterable[RunResult], level: float = 0.05, second_opinion: bool = True) -> CurveFit:
     """Fit the baseline's finished runs among `results`.
 
-    Intervals are two-sided and cover with probability 1 − level. `second_opinion` adds the fit by Huber losses, which
-    takes longer. Raises FitError with fewer than three rungs, or where loss does not fall with compute.
+    Intervals are two-sided and cover the truth with probability 1 − level. `second_opinion` adds the slower fit by
+    Huber losses. Raises FitError with fewer than three rungs, or if the loss does not fall with compute.
     """
-    rungs = rungs_of(usable(results, BASELINE))
-    curve, squares = solve(rungs.flops, rungs.loss, rungs.seeds)
+    rungs = Rungs.from_results(results)
+    profile = Profile.from_rungs(rungs, level)
+    curve = profile.curve
     if curve.A <= 0 or rungs.loss[-1] >= rungs.loss[0]:
         raise FitError(
             f"the baseline's loss does not fall with compute: {rungs.loss[0]:.4f} at {rungs.names[0]}, "
             f"{rungs.loss[-1]:.4f} at {rungs.names[-1]}.\n"
-            "  Without a slope there is no compute multiplier. Look at the largest rung's learning rate and tokens."
+            "  Without a slope there is no compute multiplier. Check the largest rung's learning rate and tokens."
         )
-    profile = Profile.from_fit(rungs, curve, squares, level)
-    E, alpha = profile.floor(), profile.alpha()
+    E = profile.floor()
     return CurveFit(
-        curve, E, alpha,
-        forms.huber_curve(rungs.flops, rungs.loss) if second_opinion else None,
-        _rung_fits(rungs, curve),
-        profile.sd, profile.degrees_of_freedom,
-        math.sqrt(rungs.squares / rungs.spare) if rungs.spare else None,
-        _lack_of_fit(rungs, squares), _unequal_noise(rungs),
-        _determined(E, rungs),
+        curve=curve, E=E, alpha=profile.alpha(),
+        huber=forms.huber_curve(rungs.flops, rungs.loss) if second_opinion else None,
+        rungs=_rung_fits(rungs, curve), sd=profile.sd, degrees_of_freedom=profile.degrees_of_freedom,
+        seed_sd=math.sqrt(rungs.squares / rungs.seed_freedom) if rungs.seed_freedom else None,
+        lack_of_fit_p=rungs.lack_of_fit_p(profile.squares),
+        unequal_noise_p=significance.unequal_variances_p(rungs.variances, rungs.seeds.tolist()),
+        E_determined=E.low is not None and E.high is not None and E.low > 0 and E.high < float(rungs.loss.min()),
     )  # fmt: skip
 
 
 def _rung_fits(rungs: Rungs, curve: Curve) -> list[RungFit]:
-    z = np.exp(-curve.alpha * rungs.x)
-    jacobian = np.stack([np.ones_like(z), z, -curve.A * rungs.x * z], axis=1)
+    jacobian = _jacobian(rungs, curve)
+    # Diagonal of the hat matrix, d(fitted values) / d(rung means).
     leverage = np.einsum("kj,jk->k", jacobian, sensitivity(rungs, curve))
-    fitted = curve.E + curve.A * z
+    fitted = curve.E + curve.A * jacobian[:, 1]
     return [
         RungFit(
             name, float(rungs.flops[k]), int(rungs.seeds[k]), float(rungs.loss[k]),
-            None if (variance := rungs.variances[k]) is None else math.sqrt(variance),
+            None if variance is None else math.sqrt(variance),
             float(rungs.loss[k] - fitted[k]), float(leverage[k]),
         )
-        for k, name in enumerate(rungs.names)
+        for k, (name, variance) in enumerate(zip(rungs.names, rungs.variances, strict=True))
     ]  # fmt: skip
-
-
-def _lack_of_fit(rungs: Rungs, squares: float) -> float | None:
-    between = len(rungs.names) - 3
-    if between < 1 or not rungs.spare or rungs.squares <= 0:
-        return None
-    return float(special.fdtrc(between, rungs.spare, squares / between / (rungs.squares / rungs.spare)))
-
-
-def _unequal_noise(rungs: Rungs) -> float | None:
-    """Bartlett's test on the variances, which needs no more than they and their degrees of freedom."""
-    known = [(v, n - 1) for v, n in zip(rungs.variances, rungs.seeds, strict=True) if v is not None and v > 0]
-    if len(known) < 2:
-        return None
-    variances, freedom = np.array(known).T
-    pooled = float(variances @ freedom) / freedom.sum()
-    statistic = freedom.sum() * math.log(pooled) - float(freedom @ np.log(variances))
-    correction = 1 + (float((1 / freedom).sum()) - 1 / freedom.sum()) / (3 * (len(known) - 1))
-    return float(special.chdtrc(len(known) - 1, statistic / correction))
-
-
-def _determined(E: Interval, rungs: Rungs) -> bool:
-    return E.low is not None and E.high is not None and E.low > 0 and E.high < float(rungs.loss.min())
 
 
 @dataclass(frozen=True)
 class Profile:
-    """The sum of squares as a function of alpha: what lies little enough above its minimum goes with the data."""
+    """The smallest sum of squares at each alpha. An alpha is in the interval if its sum is little above the minimum."""
 
     rungs: Rungs
     curve: Curve
     squares: float
+    """The minimum: the weighted sum of squares of rung means about the curve."""
     level: float
     alphas: Array
 
     @classmethod
-    def from_fit(cls, rungs: Rungs, curve: Curve, squares: float, level: float) -> "Profile":
-        """With a grid that is fine where the sum of squares is under the limit."""
+    def from_rungs(cls, rungs: Rungs, level: float) -> "Profile":
+        """Fit the curve and choose the grid of alphas."""
+        curve, squares = solve(rungs.flops, rungs.loss, rungs.seeds)
         coarse = cls(rungs, curve, squares, level, np.sort(np.append(ALPHAS, curve.alpha)))
         if coarse.sd is None:
             return coarse
-        inside = np.flatnonzero(coarse._room() >= 0)
+        # A finer grid over the interval alone, so that its ends and those of predictions are exact enough.
+        inside = np.flatnonzero(coarse._room >= 0)
         low, high = coarse.alphas[max(inside[0] - 1, 0)], coarse.alphas[min(inside[-1] + 1, len(ALPHAS))]
-        fine = np.append(np.geomspace(low, high, 200), curve.alpha)
-        return cls(rungs, curve, squares, level, np.sort(fine))
+        return replace(coarse, alphas=np.sort(np.append(np.geomspace(low, high, 200), curve.alpha)))
 
-    @property
+    @cached_property
     def form_fails(self) -> bool:
-        p = _lack_of_fit(self.rungs, self.squares)
-        return p is not None and p < LACK_OF_FIT
+        p = self.rungs.lack_of_fit_p(self.squares)
+        return p is not None and p < significance.LACK_OF_FIT
 
     @property
     def degrees_of_freedom(self) -> int:
-        return len(self.rungs.names) - 3 if self.form_fails else int(self.rungs.seeds.sum()) - 3
+        return (len(self.rungs.names) if self.form_fails else int(self.rungs.seeds.sum())) - 3
 
-    @property
+    @cached_property
     def sd(self) -> float | None:
-        """Seeds and lack of fit pooled; where the form fails, its failure alone says how far to trust it."""
+        """Standard deviation of a run about the curve; None if unknown.
+
+        Seeds and lack of fit pooled. If the form fails, its lack of fit alone: more seeds would not repair it.
+        """
         freedom = self.degrees_of_freedom
         total = self.squares + (0.0 if self.form_fails else self.rungs.squares)
-        return math.sqrt(total / freedom) if freedom > 0 and total > 0 else None  # 0: made up, and says nothing
+        # A total of 0 means made-up losses, which say nothing about noise.
+        return math.sqrt(total / freedom) if freedom > 0 and total > 0 else None
 
     @property
-    def quantile(self) -> float:
-        return -float(special.stdtrit(self.degrees_of_freedom, self.level / 2))
+    def _quantile(self) -> float:
+        return significance.student_quantile(self.level / 2, self.degrees_of_freedom)
 
+    @cached_property
+    def _projection(self) -> tuple[Array, Array, Array]:
+        """(E, A, sum of squares) at each alpha."""
+        return project(self.alphas, self.rungs.x, self.rungs.loss, self.rungs.seeds)
+
+    @cached_property
     def _room(self) -> Array:
-        """How much the sum of squares may still grow at each alpha."""
+        """How much the sum of squares may still grow at each alpha; negative outside of the interval."""
         assert self.sd is not None
-        squares = project(self.alphas, self.rungs.x, self.rungs.loss, self.rungs.seeds)[2]
-        return self.squares + (self.quantile * self.sd) ** 2 + 1e-12 * self.squares - squares
+        # The limit is minimum + (t·sd)²: the likelihood-ratio interval with Student's t in place of the normal's.
+        return self.squares + (self._quantile * self.sd) ** 2 + 1e-12 * self.squares - self._projection[2]
 
     def alpha(self) -> Interval:
+        """Interval of alpha; an end at the edge of the grid is None."""
         if self.sd is None:
             return Interval(self.curve.alpha, None, None, self.level)
-        inside = self.alphas[self._room() >= 0]
+        inside = self.alphas[self._room >= 0]
         low = float(inside[0]) if inside[0] > ALPHAS[0] * 1.001 else None
         high = float(inside[-1]) if inside[-1] < ALPHAS[-1] * 0.999 else None
         return Interval(self.curve.alpha, low, high, self.level)
 
     def floor(self) -> Interval:
-        """Of E."""
-        return self._of(self.curve.E, lambda z: (np.ones(len(z)), np.zeros(len(z))))
+        """Interval of E."""
+        return self._interval(self.curve.E, np.zeros(len(self.alphas)))
 
     def prediction(self, flops: float, seeds: int) -> Interval:
-        """Of the mean loss of `seeds` new runs."""
+        """Interval of the mean loss of `seeds` new runs of this compute."""
         x = math.log(flops / self.curve.scale)
+        return self._interval(self.curve.loss_at(flops), np.exp(-self.alphas * x), extra=1 / seeds)
 
-        def design(z: Array) -> tuple[Array, Array]:
-            return np.ones(len(z)), np.exp(-self.alphas * x)
+    def _interval(self, value: float, v: Array, extra: float = 0.0) -> Interval:
+        """Interval of E + v·A, where v has a value for each alpha; `extra` new noise in units of sd².
 
-        return self._of(self.curve.loss_at(flops), design, extra=1 / seeds)
-
-    def _of(self, value: float, design: Callable[[Array], tuple[Array, Array]], extra: float = 0.0) -> Interval:
-        """Interval of u·E + v·A, (u, v) = design: its ends over all alphas, what is left of the limit spent on E, A.
-
-        Given alpha, the sum of squares grows by (value − best)² / variance, so the ends are known in closed form.
+        For each alpha in the interval, E and A may move until the sum of squares reaches the limit. That sum grows by
+        (E + v·A − best)² / variance, so the ends are known in closed form. The interval spans the ends over all alphas.
         """
         if self.sd is None:
             return Interval(value, None, None, self.level)
+        E, A, _ = self._projection
         z = np.exp(-np.outer(self.alphas, self.rungs.x))
-        u, v = design(z)
-        weights, room = self.rungs.seeds, np.maximum(self._room(), 0.0)
-        E, A, squares = project(self.alphas, self.rungs.x, self.rungs.loss, weights)
-        del squares
+        # Normal equations of (E, A): total, first and second are the weighted moments of z.
+        weights = self.rungs.seeds
         total, first, second = weights.sum(), z @ weights, z**2 @ weights
-        determinant = total * second - first**2
-        free = (u**2 * second - 2 * u * v * first + v**2 * total) / determinant
-        variance = np.where(E > 0, free, np.where(v == 0, free, v**2 / second))
-        best, inside = u * E + v * A, self._room() >= 0
-        half = np.sqrt(room * variance)
+        free = (second - 2 * v * first + v**2 * total) / (total * second - first**2)
+        # Where E is held at 0, A alone is free.
+        variance = np.where((E > 0) | (v == 0), free, v**2 / second)
+        half = np.sqrt(np.maximum(self._room, 0.0) * variance)
+        best, inside = E + v * A, self._room >= 0
         low, high = float((best - half)[inside].min()), float((best + half)[inside].max())
-        noise = self.quantile * self.sd * math.sqrt(extra)
+        # Noise of the new runs is independent of the curve's error, so the two add in squares.
+        noise = self._quantile * self.sd * math.sqrt(extra)
         low = value - math.hypot(value - low, noise)
         high = value + math.hypot(high - value, noise)
         return Interval(value, max(low, 0.0), high, self.level)
@@ -305,18 +309,17 @@ class Profile:
 
 
 def predict(results: Iterable[RunResult], flops: float, seeds: int = 1, level: float = 0.05) -> PredictionCheck:
-    """The loss expected of the mean of `seeds` baseline runs of so much compute, from the baseline's runs in `results`.
+    """Predict the mean loss of `seeds` baseline runs of this compute from the baseline's runs in `results`.
 
-    The interval holds the curve's uncertainty and the seeds' noise, and assumes that the form goes on to hold.
+    The interval contains the curve's uncertainty and the noise of the seeds. It assumes that the form goes on to hold.
+    Raises FitError with fewer than three rungs.
     """
-    rungs = rungs_of(usable(results, BASELINE))
-    curve, squares = solve(rungs.flops, rungs.loss, rungs.seeds)
-    interval = Profile.from_fit(rungs, curve, squares, level).prediction(flops, seeds)
-    return PredictionCheck(flops, interval, seeds)
+    profile = Profile.from_rungs(Rungs.from_results(results), level)
+    return PredictionCheck(flops, profile.prediction(flops, seeds), seeds)
 
 
 def check(prediction: PredictionCheck, losses: Sequence[float]) -> PredictionCheck:
-    """The prediction again with what came out; raises ValueError unless its number of losses is the predicted one."""
+    """Return the prediction with the observed mean added. Raises ValueError unless there are `seeds` losses."""
     if len(losses) != prediction.seeds:
         raise ValueError(f"{len(losses)} losses for a prediction of the mean of {prediction.seeds}")
     observed = math.fsum(losses) / len(losses)
@@ -324,33 +327,29 @@ def check(prediction: PredictionCheck, losses: Sequence[float]) -> PredictionChe
     if value is None or not math.isfinite(observed):
         return prediction
     inside = None if low is None or high is None else low <= observed <= high
-    return PredictionCheck(
-        prediction.flops, prediction.predicted, prediction.seeds,
-        observed, observed - value, (observed - value) / value, inside,
-    )  # fmt: skip
+    error = observed - value
+    return replace(prediction, observed=observed, error=error, relative_error=error / value, inside=inside)
 
 
 def bootstrap(results: Iterable[RunResult], level: float = 0.05, draws: int = 400, seed: int = 0) -> Bootstrap:
-    """Percentiles of E and alpha over ladders resampled by rungs, and within them by seeds.
+    """Return percentiles of E and alpha over ladders resampled by rungs, and within rungs by seeds.
 
-    Rungs are resampled too, so it also shows what rests on a single rung; with few rungs many draws lack three
-    different ones and are refused. Coverage is measured for the profile's intervals, which verdicts stand on.
+    Resampling rungs shows what depends on a single rung. With few rungs, many draws have fewer than three different
+    ones and are refused. Verdicts use the profile's intervals, whose coverage is measured, not these.
     """
-    rows = usable(results, BASELINE)
-    rungs = rungs_of(rows)
-    by_rung = [np.array([one.loss for one in rows if one.rung == name]) for name in rungs.names]
+    rungs = Rungs.from_results(results)
     random = np.random.Generator(np.random.Philox(seed))
-    found: list[tuple[float, float]] = []
+    curves: list[Curve] = []
     for _ in range(draws):
-        chosen, counts = np.unique(random.integers(len(by_rung), size=len(by_rung)), return_counts=True)
+        chosen, counts = np.unique(random.integers(len(rungs.names), size=len(rungs.names)), return_counts=True)
         if len(chosen) < FEWEST_RUNGS:
             continue
-        means = np.array([random.choice(by_rung[k], len(by_rung[k])).mean() for k in chosen])
+        means = np.array([random.choice(rungs.losses[k], len(rungs.losses[k])).mean() for k in chosen])
         curve, _ = solve(rungs.flops[chosen], means, rungs.seeds[chosen] * counts)
         if curve.A > 0:
-            found.append((curve.E, curve.alpha))
-    E, alpha = ([one[k] for one in found] for k in (0, 1))
-    return Bootstrap(_percentiles(E, level), _percentiles(alpha, level), draws, draws - len(found))
+            curves.append(curve)
+    E, alpha = (_percentiles([getattr(curve, name) for curve in curves], level) for name in ("E", "alpha"))
+    return Bootstrap(E, alpha, draws, draws - len(curves))
 
 
 def _percentiles(values: Sequence[float], level: float) -> Interval:

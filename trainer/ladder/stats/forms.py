@@ -1,8 +1,8 @@
-"""Forms of the scaling law, each by two estimators: the sum of Huber losses on log L, and variable projection.
+"""Forms of the scaling law, each fitted by two estimators: Huber losses on log L, and variable projection.
 
-Every form is a sum of exponentials of terms that are linear in its parameters (log E, log A − alpha·log C, …), so one
-Huber fit in log-sum-exp form serves them all. Variable projection is the better conditioned of the two: for fixed
-exponents non-negative least squares gives the coefficients, and only exponents are searched.
+Every form is a sum of exponentials whose exponents are linear in the parameters (log E, log A − alpha·log C, …), so
+one Huber fit in log-sum-exp form serves all of them. Variable projection is better conditioned: for fixed exponents,
+non-negative least squares gives the coefficients, and only the exponents are searched.
 """
 
 import itertools
@@ -18,68 +18,71 @@ from trainer.ladder.stats.records import Curve, OverTrained, SurfaceND
 
 Array = np.ndarray
 Method = Literal["varpro", "huber"]
-DELTA = 1e-3  # Hoffmann et al. 2022: errors of log L beyond it count linearly
+DELTA = 1e-3  # as Hoffmann et al. 2022: errors of log L beyond it count linearly
 
 
 def huber_curve(flops: Array, loss: Array) -> Curve:
-    """E + A·(C / scale)^−alpha by the sum of Huber losses on log L."""
+    """Fit E + A·(C / scale)^−alpha by the sum of Huber losses on log L."""
     scale = float(np.exp(np.mean(np.log(flops))))
     x = np.log(flops / scale)
-    one, zero = np.ones_like(x), np.zeros_like(x)
-    terms = np.stack([np.stack([one, zero, zero], axis=1), np.stack([zero, one, -x], axis=1)])
-    lowest = float(loss.min())
+    ones, zeros = np.ones_like(x), np.zeros_like(x)
+    # Parameters (log E, log A, alpha); a row per run in each of the two terms log E and log A − alpha·x.
+    terms = np.stack([_columns(ones, zeros, zeros), _columns(zeros, ones, -x)])
+    lowest, mean = float(loss.min()), float(loss.mean())
     starts = [
-        [math.log(share * lowest), math.log(max(float(loss.mean()) - share * lowest, 1e-3)), alpha]
+        [math.log(share * lowest), math.log(max(mean - share * lowest, 1e-3)), alpha]
         for share, alpha in itertools.product((0.05, 0.3, 0.6, 0.9), (0.05, 0.15, 0.35, 0.8))
     ]
-    e, a, alpha = huber(terms, loss, starts)
-    return Curve(math.exp(e), math.exp(a), alpha, scale)
+    log_E, log_A, alpha = huber(terms, loss, starts)
+    return Curve(math.exp(log_E), math.exp(log_A), alpha, scale)
 
 
 def fit_surface(parameters: Array, tokens: Array, loss: Array, method: Method = "varpro") -> SurfaceND:
-    """E + A / N^alpha + B / D^beta. Raises FitError with fewer than five runs, or where N and D rise together."""
-    _enough(loss, 5)
+    """Fit E + A / N^alpha + B / D^beta. Raises FitError with fewer than five runs, or if N and D rise together."""
+    _require_runs(loss, 5)
     n, d = np.log(parameters), np.log(tokens)
-    if np.linalg.matrix_rank(np.stack([np.ones_like(n), n, d])) < 3:
+    ones, zeros = np.ones_like(n), np.zeros_like(n)
+    if np.linalg.matrix_rank(_columns(ones, n, d)) < 3:
         raise FitError(
-            "N and D rise together along these runs, so what each is worth cannot be told apart.\n"
+            "N and D rise together along these runs, so their effects cannot be told apart.\n"
             "  Vary the tokens per parameter, or fit loss against compute."
         )
 
+    # N and D in units of the first run, so that no column is tiny.
     def columns(exponents: Sequence[float]) -> Array:
-        return np.stack([np.ones_like(n), np.exp(-exponents[0] * (n - n[0])), np.exp(-exponents[1] * (d - d[0]))], 1)
+        return _columns(ones, np.exp(-exponents[0] * (n - n[0])), np.exp(-exponents[1] * (d - d[0])))
 
     grid = np.geomspace(0.05, 1.5, 18)
     (alpha, beta), (E, A, B) = varpro(columns, loss, list(itertools.product(grid, grid)))
     A, B = A * math.exp(alpha * n[0]), B * math.exp(beta * d[0])
     if method == "huber":
-        one, zero = np.ones_like(n), np.zeros_like(n)
-        terms = np.stack([_rows(one, zero, zero, zero, zero), _rows(zero, one, zero, -n, zero),
-                          _rows(zero, zero, one, zero, -d)])  # fmt: skip
-        exponents = itertools.product((0.15, 0.3, 0.6), (0.15, 0.3, 0.6), (0.3, 0.7))
+        terms = np.stack([_columns(ones, zeros, zeros, zeros, zeros), _columns(zeros, ones, zeros, -n, zeros),
+                          _columns(zeros, zeros, ones, zeros, -d)])  # fmt: skip
         starts = [
-            [math.log(s * loss.min()), a * n.mean() - 0.5, b * d.mean() - 0.5, a, b] for a, b, s in exponents
-        ]  # fmt: skip
+            [math.log(share * loss.min()), a * n.mean() - 0.5, b * d.mean() - 0.5, a, b]
+            for a, b, share in itertools.product((0.15, 0.3, 0.6), (0.15, 0.3, 0.6), (0.3, 0.7))
+        ]
         starts.append([_log(E), _log(A), _log(B), alpha, beta])
-        e, a, b, alpha, beta = huber(terms, loss, starts)
-        E, A, B = math.exp(e), math.exp(a), math.exp(b)
+        log_E, log_A, log_B, alpha, beta = huber(terms, loss, starts)
+        E, A, B = math.exp(log_E), math.exp(log_A), math.exp(log_B)
     return SurfaceND(E, A, alpha, B, beta)
 
 
 def fit_overtrained(
     parameters: Array, tokens_per_parameter: Array, loss: Array, method: Method = "varpro"
 ) -> OverTrained:
-    """E + a·N^eta + b·6^(eta/2)·(M·N)^eta of Gadre et al. 2024. Raises FitError with fewer than four runs."""
-    _enough(loss, 4)
+    """Fit E + a·N^eta + b·6^(eta/2)·(M·N)^eta of Gadre et al. 2024. Raises FitError with fewer than four runs."""
+    _require_runs(loss, 4)
     n, d = np.log(parameters), np.log(tokens_per_parameter * parameters) + math.log(6) / 2
+    ones, zeros = np.ones_like(n), np.zeros_like(n)
 
     def columns(exponents: Sequence[float]) -> Array:
-        return np.stack([np.ones_like(n), np.exp(exponents[0] * n), np.exp(exponents[0] * d)], 1)
+        return _columns(ones, np.exp(exponents[0] * n), np.exp(exponents[0] * d))
 
     (eta,), (E, a, b) = varpro(columns, loss, [(-value,) for value in np.geomspace(0.02, 1.5, 60)])
     if method == "huber":
-        one, zero = np.ones_like(n), np.zeros_like(n)
-        terms = np.stack([_rows(one, zero, zero, zero), _rows(zero, one, zero, n), _rows(zero, zero, one, d)])
+        terms = np.stack([_columns(ones, zeros, zeros, zeros), _columns(zeros, ones, zeros, n),
+                          _columns(zeros, zeros, ones, d)])  # fmt: skip
         starts = [
             [math.log(share * loss.min()), -value * n.mean(), -value * d.mean(), value]
             for share, value in itertools.product((0.2, 0.5, 0.8), (-0.1, -0.2, -0.3, -0.5, -0.8))
@@ -90,7 +93,7 @@ def fit_overtrained(
     return OverTrained(E, a, b, eta)
 
 
-def _rows(*columns: Array) -> Array:
+def _columns(*columns: Array) -> Array:
     return np.stack(columns, axis=1)
 
 
@@ -98,33 +101,35 @@ def _log(value: float) -> float:
     return math.log(max(value, 1e-6))
 
 
-def _enough(loss: Array, wanted: int) -> None:
-    if len(loss) < wanted:
-        raise FitError(f"{len(loss)} runs are too few for this form.\n  It needs {wanted} or more.")
+def _require_runs(loss: Array, fewest: int) -> None:
+    if len(loss) < fewest:
+        raise FitError(f"{len(loss)} runs are too few for this form.\n  It needs {fewest} or more.")
 
 
 # Estimators
 
 
 def huber(terms: Array, loss: Array, starts: Sequence[Sequence[float]]) -> tuple[float, ...]:
-    """Parameters p that minimise Σ Huber(log Σ_t exp(terms[t] @ p) − log L) from the best of many starts.
+    """Return the parameters p that minimise Σ Huber(log Σ_t exp(terms[t] @ p) − log L), the best of many starts.
 
-    `terms` has shape (terms, runs, parameters). The sum, not the mean: with the mean, L-BFGS stops on its tolerance
-    before it has arrived (Besiroglu et al. 2024, arXiv:2404.10102).
+    `terms` has shape (terms, runs, parameters). The sum over runs, not the mean: with the mean, L-BFGS reaches its
+    tolerance before the minimum (Besiroglu et al. 2024, arXiv:2404.10102).
     """
     target = np.log(loss)
 
     def objective(p: Array) -> tuple[float, Array]:
         values = terms @ p
         error = special.logsumexp(values, axis=0) - target
+        # Chain rule: Huber's slope, times the softmax that is log-sum-exp's gradient, times the terms.
         slope = np.clip(error, -DELTA, DELTA)
         share = special.softmax(values, axis=0)
         gradient = np.einsum("n,tn,tnp->p", slope, share, terms)
         return float(special.huber(DELTA, error).sum()) / DELTA**2, gradient / DELTA**2
 
-    found = [optimize.minimize(objective, start, jac=True, method="L-BFGS-B") for start in starts]
-    best = min(found, key=lambda one: one.fun)
-    for _ in range(5):  # flat valleys end L-BFGS early; its Hessian is better begun anew
+    solutions = [optimize.minimize(objective, start, jac=True, method="L-BFGS-B") for start in starts]
+    best = min(solutions, key=lambda solution: solution.fun)
+    # In flat valleys L-BFGS stops early. Each restart begins with a fresh approximation of the Hessian.
+    for _ in range(5):
         best = optimize.minimize(
             objective, best.x, jac=True, method="L-BFGS-B", options={"maxiter": 2000, "ftol": 1e-15}
         )
@@ -134,7 +139,11 @@ def huber(terms: Array, loss: Array, starts: Sequence[Sequence[float]]) -> tuple
 def varpro(
     columns: Callable[[Sequence[float]], Array], loss: Array, grid: Sequence[Sequence[float]]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(exponents, coefficients ≥ 0) that minimise the sum of squares in nats, searched from a grid's best."""
+    """Return (exponents, coefficients ≥ 0) that minimise the sum of squares in nats.
+
+    `columns` gives the design matrix of some exponents, shape (runs, coefficients). The search starts from the best
+    exponents of `grid`.
+    """
 
     def squares(exponents: Sequence[float]) -> float:
         return _coefficients(columns(exponents), loss)[1]
@@ -147,6 +156,8 @@ def varpro(
 
 
 def _coefficients(design: Array, loss: Array) -> tuple[Array, float]:
-    length = np.linalg.norm(design, axis=0)  # of one length: it judges columns by their absolute size
+    """(coefficients ≥ 0, sum of squares)."""
+    # nnls compares columns by absolute size, so all get the same length.
+    length = np.linalg.norm(design, axis=0)
     scaled, rest = optimize.nnls(design / length, loss)
     return scaled / length, float(rest) ** 2

@@ -1,17 +1,18 @@
-"""What an arm is worth in compute at each rung, and at a target beyond them, with its uncertainty.
+"""The compute multiplier m of an arm at each rung, and at a target beyond the rungs, with its uncertainty.
 
-At rung k and seed i, ln m = (1/alpha)·ln[(L_base − E)/(L_arm − E)] − ln(C_arm/C_base): how many times the baseline's
-compute would have to grow to reach the arm's loss. If the arm changes nothing, L_base and L_arm are exchangeable, so
-ln m is symmetric about 0 whatever E and alpha are: there the test of no gain is exact, also of a wrong curve.
+At rung k and seed i, ln m = (1/alpha)·ln[(L_base − E) / (L_arm − E)] − ln(C_arm / C_base): the baseline needs m times
+its compute to reach the arm's loss. If the arm changes nothing, L_base and L_arm are exchangeable, so ln m is symmetric
+about 0 for every E and alpha. There the test of no gain is exact, even with a wrong curve.
 
-A loss's noise moves ln m by 1 / (alpha·(L − E)), which grows with scale; with weights of that squared, noise that is
-equal in nats gives a weighted regression on ln C with one variance. It is pooled over the rungs from what pairs differ
-by within them and from the lack of fit of the line. The error of E and alpha is carried in by the delta method: losses
-of the baseline act on the line directly and through the curve, and both are counted together, as they are one noise.
+Noise in a loss moves ln m by 1 / (alpha·(L − E)) per nat, which grows with scale. Weights of the inverse square turn
+noise of equal size in nats into a weighted regression on ln C with one variance. That variance is pooled over the rungs
+from the scatter of pairs within a rung and the lack of fit of the line. The error of E and alpha comes in by the delta
+method: the baseline's losses act on the line directly and through the curve, and both paths are counted together
+because they carry the same noise.
 
-Extrapolating needs a form. `Line` has ln m linear in ln C, which is what an arm of the same floor E and another A or
-alpha does. `OtherFloor` has the arm's loss linear in the baseline's, which is an arm whose own floor is higher or
-lower: a fading gain then fades ever faster. A constant gain is both. Within the ladder they can seldom be told apart.
+Extrapolation needs a form. `Line`: ln m is linear in ln C, as for an arm with the same floor E and another A or alpha.
+`OtherFloor`: the arm's loss is linear in the baseline's, as for an arm with a higher or lower floor, so that a fading
+gain fades faster and faster. A constant gain has both forms. Within the ladder the data can seldom tell them apart.
 """
 
 import math
@@ -20,33 +21,29 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-from scipy import special
 
-from trainer.ladder.stats.records import Curve
+from trainer.ladder.stats import significance
+from trainer.ladder.stats.records import Curve, Pairing
+from trainer.ladder.stats.significance import student_quantile
 
 Array = np.ndarray
-LACK_OF_FIT = 0.05
-"""Below this, rungs do not lie on a line, and only their own scatter about it says how far to trust it."""
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Runs of baseline and arm at one rung, by seed."""
+    """Losses of baseline and arm at one rung, paired by seed, in nats (or bits)."""
 
     rung: str
     flops: float
-    """Of the baseline."""
+    """Compute of the baseline's run."""
     base: Array
     arm: Array
     log_cost: Array
     """ln(C_arm / C_base)."""
 
     def log_multipliers(self, curve: Curve) -> Array:
+        """ln m of each pair."""
         return np.log((self.base - curve.E) / (self.arm - curve.E)) / curve.alpha - self.log_cost
-
-    def above(self, floor: float) -> bool:
-        """Whether all losses lie above; at the curve's floor no compute is enough, and near it noise decides."""
-        return bool(min(self.base.min(), self.arm.min()) > floor)
 
 
 @dataclass(frozen=True)
@@ -54,13 +51,19 @@ class Noise:
     """Covariance of baseline and arm within pairs, pooled over rungs, in nats²."""
 
     base: float
+    """Variance of the baseline's losses."""
     arm: float
+    """Variance of the arm's losses."""
     both: float
+    """Covariance of the two."""
     freedom: int
+    """Degrees of freedom; 0 without repeated seeds, and then the rest means nothing."""
 
     @classmethod
     def from_pairs(cls, rungs: Sequence[Pairs]) -> "Noise":
-        base, arm = (np.concatenate([getattr(one, name) - getattr(one, name).mean() for one in rungs])
+        if not rungs:
+            return cls(0.0, 0.0, 0.0, 0)
+        base, arm = (np.concatenate([getattr(rung, name) - getattr(rung, name).mean() for rung in rungs])
                      for name in ("base", "arm"))  # fmt: skip
         freedom = len(base) - len(rungs)
         divisor = max(freedom, 1)
@@ -71,19 +74,21 @@ class Noise:
         """Variance of arm minus baseline."""
         return self.base + self.arm - 2 * self.both
 
+    @property
+    def pairing(self) -> Pairing:
+        if not self.freedom or min(self.base, self.arm, self.paired) <= 0:
+            return Pairing(None, None)
+        return Pairing((self.base + self.arm) / self.paired, self.both / math.sqrt(self.base * self.arm))
+
 
 @dataclass(frozen=True)
 class Influence:
-    """How the baseline's rung means move its curve."""
+    """Effect of the baseline's rung means on its curve."""
 
     flops: Array
     seeds: Array
     derivative: Array
     """d(E, A, alpha) / d(rung means), shape (3, rungs)."""
-
-    def columns_of(self, rungs: Sequence[Pairs]) -> list[int]:
-        """The baseline's rung of each of an arm's."""
-        return [int(np.abs(np.log(self.flops / one.flops)).argmin()) for one in rungs]
 
 
 @dataclass(frozen=True)
@@ -95,277 +100,303 @@ class Estimate:
     freedom: int
 
     def bound(self, level: float, side: int) -> float:
-        """One-sided bound (side −1: lower) that misses the truth with probability `level`."""
-        return self.value + side * quantile(level, self.freedom) * self.error
+        """One-sided bound (side −1: lower, +1: upper) that misses the truth with probability `level`."""
+        return self.value + side * student_quantile(level, self.freedom) * self.error
 
 
-def quantile(level: float, freedom: int) -> float:
-    """Student's t that is exceeded with probability `level`; scipy.stats would take a tenth of a millisecond."""
-    return -float(special.stdtrit(freedom, level))
+@dataclass(frozen=True)
+class Comparison:
+    """An arm's pairs and the baseline's curve: the input of every estimate."""
 
+    rungs: list[Pairs]
+    """Smallest compute first."""
+    curve: Curve
+    influence: Influence
 
-def _variance(
-    variance: float, direct: Array, through: Array, rungs: Sequence[Pairs], influence: Influence, noise: Noise
-) -> Array:
-    """Covariance of estimates, shape (estimates, estimates), given the variance of a paired difference in nats².
+    @cached_property
+    def noise(self) -> Noise:
+        return Noise.from_pairs(self.rungs)
 
-    `direct` is their derivative by the pairs' mean losses (baseline's plus, arm's minus), shape (estimates, arm's
-    rungs); `through` that by the baseline's means by way of its curve, shape (estimates, baseline's rungs).
-    """
-    # As the pairs show it, scaled to the variance asked for; without repeated seeds, as if uncorrelated.
-    known = noise.freedom > 0 and noise.paired > 0
-    base, both = (noise.base / noise.paired, noise.both / noise.paired) if known else (0.5, 0.0)
-    own = direct / np.array([len(one.base) for one in rungs]) @ direct.T
-    spread = np.zeros_like(through)
-    spread[:, influence.columns_of(rungs)] = direct
-    cross = spread / influence.seeds @ through.T
-    return variance * (own + (base - both) * (cross + cross.T) + base * (through / influence.seeds) @ through.T)
+    @cached_property
+    def counts(self) -> Array:
+        """Number of pairs of each rung."""
+        return np.array([len(rung.base) for rung in self.rungs], dtype=float)
 
+    @cached_property
+    def slopes(self) -> Array:
+        """Slope of the curve at each rung, in nats per unit of ln C; noise in ln m is noise in nats over the slope."""
+        return np.array([self.curve.slope(rung.flops) for rung in self.rungs])
 
-def _of_rows(
-    rows: Array, variance: float, rungs: Sequence[Pairs], curve: Curve, influence: Influence, noise: Noise
-) -> Array:
-    """Covariance of rows @ (the rungs' mean ln m)."""
-    means = np.array([one.log_multipliers(curve).mean() for one in rungs])
-    steepness = np.array([curve.slope(one.flops) for one in rungs])
-    by_E = [float(np.mean(1 / (one.arm - curve.E) - 1 / (one.base - curve.E))) / curve.alpha for one in rungs]
-    by_alpha = -(means + [float(one.log_cost.mean()) for one in rungs]) / curve.alpha
-    through = np.outer(rows @ np.array(by_E), influence.derivative[0])
-    through += np.outer(rows @ by_alpha, influence.derivative[2])
-    return _variance(variance, rows / steepness, through, rungs, influence, noise)
+    def covariance(self, variance: float, direct: Array, through: Array) -> Array:
+        """Covariance of some estimates, shape (estimates, estimates), by the delta method.
 
+        `variance` is that of a paired difference, in nats². `direct` holds the derivatives of the estimates by the mean
+        paired difference (baseline minus arm) of each of the arm's rungs; `through` those by the baseline's rung means
+        by way of its curve.
+        """
+        # Var(baseline) and Cov(baseline, arm) in units of `variance`: as the pairs show them, or as if uncorrelated.
+        noise = self.noise
+        known = noise.freedom > 0 and noise.paired > 0
+        base, both = (noise.base / noise.paired, noise.both / noise.paired) if known else (0.5, 0.0)
+        own = direct / self.counts @ direct.T
+        # Cov(baseline − arm, baseline) = base − both, at the rung of the baseline that each of the arm's belongs to.
+        aligned = np.zeros_like(through)
+        columns = [int(np.abs(np.log(self.influence.flops / rung.flops)).argmin()) for rung in self.rungs]
+        aligned[:, columns] = direct
+        cross = aligned / self.influence.seeds @ through.T
+        curve = base * (through / self.influence.seeds) @ through.T
+        return variance * (own + (base - both) * (cross + cross.T) + curve)
 
-def at_rungs(rungs: Sequence[Pairs], curve: Curve, influence: Influence, noise: Noise) -> list[Estimate]:
-    """The rungs' own mean ln m, without any form in C; the error is infinite without repeated seeds."""
-    means = [float(one.log_multipliers(curve).mean()) for one in rungs]
-    if not noise.freedom or not rungs:
-        return [Estimate(mean, math.inf, 1) for mean in means]
-    covariance = _of_rows(np.eye(len(rungs)), noise.paired, rungs, curve, influence, noise)
-    errors = np.sqrt(np.maximum(np.diag(covariance), 0.0))
-    return [Estimate(mean, float(error), noise.freedom) for mean, error in zip(means, errors, strict=True)]
+    def covariance_of_means(self, rows: Array, variance: float) -> Array:
+        """Covariance of rows @ (mean ln m of each rung)."""
+        curve, rungs = self.curve, self.rungs
+        means = np.array([rung.log_multipliers(curve).mean() for rung in rungs])
+        # Derivatives of mean ln m by E and by alpha. A cancels in the formula of ln m.
+        by_E = [float(np.mean(1 / (rung.arm - curve.E) - 1 / (rung.base - curve.E))) / curve.alpha for rung in rungs]
+        by_alpha = -(means + [float(rung.log_cost.mean()) for rung in rungs]) / curve.alpha
+        through = np.outer(rows @ np.array(by_E), self.influence.derivative[0])
+        through += np.outer(rows @ by_alpha, self.influence.derivative[2])
+        return self.covariance(variance, rows / self.slopes, through)
+
+    def rung_estimates(self) -> list[Estimate]:
+        """Mean ln m of each rung alone, without any form in C; the error is infinite without repeated seeds."""
+        means = [float(rung.log_multipliers(self.curve).mean()) for rung in self.rungs]
+        if not self.noise.freedom:
+            return [Estimate(mean, math.inf, 1) for mean in means]
+        variances = np.diag(self.covariance_of_means(np.eye(len(means)), self.noise.paired))
+        errors = np.sqrt(np.maximum(variances, 0.0))
+        return [Estimate(mean, float(error), self.noise.freedom) for mean, error in zip(means, errors, strict=True)]
 
 
 @dataclass(frozen=True)
 class ExtraRuns:
-    """Runs that might be added: seeds at every rung, or pairs at a new one."""
+    """Runs that might be added: seeds at every rung, or pairs at a new rung."""
 
     seeds: int = 0
     rung: tuple[float, int] | None = None
     """(FLOPs, pairs)"""
 
-    def extend(self, n: Array, coordinate: Array, of: Callable[[float], float]) -> tuple[Array, Array]:
-        if self.rung is None:
-            return n + self.seeds, coordinate
-        return np.append(n, self.rung[1]), np.append(coordinate, of(self.rung[0]))
-
 
 @dataclass(frozen=True)
 class RegressionDesign:
-    """Where the pairs of a straight line lie, how steep (1 / noise) it is there, and where it is read."""
+    """Where the pairs of a straight line lie, and where the line is read: its error follows from that alone."""
 
     n: Array
+    """Number of pairs of each rung."""
     x: Array
     steepness: Array
-    at: float
+    """1 / noise of a pair at each rung, where a pair's noise in nats is 1."""
+    read_at: float
 
     @property
     def spread(self) -> float:
-        """Variance of the line's value there, in units of a pair's in nats."""
+        """Variance of the line's value at `read_at`, in units of the variance of a pair in nats."""
         weights = self.n * self.steepness**2
         centre = weights @ self.x / weights.sum()
-        return float(1 / weights.sum() + (self.at - centre) ** 2 / (weights @ (self.x - centre) ** 2))
+        # Textbook formula of weighted regression: variance of the level plus variance of the slope times distance².
+        return float(1 / weights.sum() + (self.read_at - centre) ** 2 / (weights @ (self.x - centre) ** 2))
+
+    def extended(
+        self, extra: ExtraRuns, x: Callable[[float], float], steepness: Callable[[float], float]
+    ) -> "RegressionDesign":
+        """Return the design with more runs; `x` and `steepness` are functions of a new rung's FLOPs."""
+        if extra.rung is None:
+            return replace(self, n=self.n + extra.seeds)
+        flops, pairs = extra.rung
+        return replace(
+            self, n=np.append(self.n, pairs), x=np.append(self.x, x(flops)),
+            steepness=np.append(self.steepness, steepness(flops)),
+        )  # fmt: skip
 
     def error(self, variance: float, error_before: float, before: "RegressionDesign") -> float:
-        """Standard error with this layout; what the curve adds shrinks as the number of runs grows."""
+        """Standard error with this design, given the error with the design `before`."""
+        # What `before` does not explain comes from the curve, and shrinks as the number of runs grows.
         curve = max(error_before**2 - variance * before.spread, 0.0)
         return math.sqrt(variance * self.spread + curve * float(before.n.sum() / self.n.sum()))
 
 
 class Line:
-    """ln m against ln C by weighted least squares. Needs three rungs, all of whose multipliers are known."""
+    """ln m against ln C by weighted least squares. Needs three rungs, and every multiplier must exist."""
 
-    def __init__(self, rungs: Sequence[Pairs], curve: Curve, influence: Influence, noise: Noise) -> None:
-        self.rungs, self.curve, self._influence, self._noise = list(rungs), curve, influence, noise
-        logs = [one.log_multipliers(curve) for one in rungs]
-        self.means = np.array([one.mean() for one in logs])
-        self.pairs = np.array([len(one) for one in logs], dtype=float)
-        self.x = np.log([one.flops for one in rungs])
-        self.steepness = np.array([curve.slope(one.flops) for one in rungs])
-        weights = self.pairs * self.steepness**2
-        self.centre = float(weights @ self.x / weights.sum())
-        away = self.x - self.centre
-        # Rows give intercept (at the centre) and slope as sums over rung means.
-        self._rows = np.stack([weights / weights.sum(), weights * away / (weights @ away**2)])
-        self.intercept, self.slope_value = (float(value) for value in self._rows @ self.means)
-        residuals = self.means - self.intercept - self.slope_value * away
-        self._lack = float(weights @ residuals**2)
-        self._within = math.fsum(
-            float(((one - one.mean()) ** 2).sum()) * steep**2 for one, steep in zip(logs, self.steepness, strict=True)
-        )
-        self._spare, self._between = int(self.pairs.sum()) - len(rungs), len(rungs) - 2
+    def __init__(self, comparison: Comparison) -> None:
+        self._comparison = comparison
+        logs = [rung.log_multipliers(comparison.curve) for rung in comparison.rungs]
+        self.counts, self._slopes = comparison.counts, comparison.slopes
+        self._means = np.array([log_m.mean() for log_m in logs])
+        self.x = np.log([rung.flops for rung in comparison.rungs])
+        self._weights = self.counts * self._slopes**2
+        self._centre = float(self._weights @ self.x / self._weights.sum())
+        away = self.x - self._centre
+        # Rows give the intercept (at the centre) and the slope as weighted sums of the rung means.
+        self._rows = np.stack(
+            [self._weights / self._weights.sum(), self._weights * away / (self._weights @ away**2)]
+        )  # fmt: skip
+        self._intercept, self._slope = (float(value) for value in self._rows @ self._means)
+        # Sums of squares in nats²: of rung means about the line, and of pairs about their rung mean.
+        residuals = self._means - self._intercept - self._slope * away
+        self._lack, self._lack_freedom = float(self._weights @ residuals**2), len(logs) - 2
+        self._pure, self._pure_freedom = math.fsum(
+            float(((log_m - log_m.mean()) ** 2).sum()) * slope**2
+            for log_m, slope in zip(logs, self._slopes, strict=True)
+        ), int(self.counts.sum()) - len(logs)  # fmt: skip
 
     @cached_property
     def lack_of_fit_p(self) -> float | None:
-        """None without repeated seeds."""
-        if self._spare < 1 or self._within <= 0:
-            return None
-        ratio = self._lack / self._between / (self._within / self._spare)
-        return float(special.fdtrc(self._between, self._spare, ratio))
+        """p of the F test for rungs off the line; None without repeated seeds."""
+        return significance.lack_of_fit_p(self._lack, self._lack_freedom, self._pure, self._pure_freedom)
 
     @property
     def widened(self) -> bool:
-        return self.lack_of_fit_p is not None and self.lack_of_fit_p < LACK_OF_FIT
+        """True if the rungs do not lie on a line: then their scatter about it alone gives the variance."""
+        return self.lack_of_fit_p is not None and self.lack_of_fit_p < significance.LACK_OF_FIT
 
     @cached_property
     def _scatter(self) -> tuple[float, int]:
         """(variance of a paired difference in nats², its degrees of freedom)."""
         if self.widened:
-            return self._lack / self._between, self._between
-        freedom = self._spare + self._between
-        return (self._within + self._lack) / freedom, freedom
-
-    @property
-    def freedom(self) -> int:
-        return self._scatter[1]
+            return self._lack / self._lack_freedom, self._lack_freedom
+        freedom = self._pure_freedom + self._lack_freedom
+        return (self._pure + self._lack) / freedom, freedom
 
     @cached_property
-    def covariance(self) -> Array:
-        """Of (intercept, slope)."""
-        return _of_rows(self._rows, self._scatter[0], self.rungs, self.curve, self._influence, self._noise)
-
-    # What is asked of it
+    def _covariance(self) -> Array:
+        """Covariance of (intercept, slope)."""
+        return self._comparison.covariance_of_means(self._rows, self._scatter[0])
 
     def multiplier_at(self, flops: float) -> Estimate:
-        u = math.log(flops) - self.centre
+        """ln m at this compute."""
+        u = math.log(flops) - self._centre
         row = np.array([1.0, u])
-        variance = float(row @ self.covariance @ row)
-        return Estimate(self.intercept + u * self.slope_value, math.sqrt(max(variance, 0.0)), self.freedom)
+        variance = float(row @ self._covariance @ row)
+        return Estimate(self._intercept + u * self._slope, math.sqrt(max(variance, 0.0)), self._scatter[1])
 
     @property
     def slope(self) -> Estimate:
-        return Estimate(self.slope_value, math.sqrt(max(self.covariance[1, 1], 0.0)), self.freedom)
+        """d ln m / d ln C."""
+        return Estimate(self._slope, math.sqrt(max(self._covariance[1, 1], 0.0)), self._scatter[1])
 
     @property
     def middle(self) -> Estimate:
-        """At the centre of the rungs, where it is best known."""
-        return Estimate(self.intercept, math.sqrt(max(self.covariance[0, 0], 0.0)), self.freedom)
+        """ln m at the centre of the rungs, where it is best known."""
+        return Estimate(self._intercept, math.sqrt(max(self._covariance[0, 0], 0.0)), self._scatter[1])
 
-    def without(self, k: int, flops: float) -> float | None:
-        """ln m at `flops` by the other rungs; None where they are fewer than two."""
-        if len(self.rungs) < 3:
-            return None
-        weights = self.pairs * self.steepness**2 * (np.arange(len(self.rungs)) != k)
+    def without(self, k: int, flops: float) -> float:
+        """ln m at `flops` by a line through the rungs other than number `k`."""
+        weights = self._weights * (np.arange(len(self.x)) != k)
         centre = weights @ self.x / weights.sum()
         away = self.x - centre
-        slope = float(weights * away @ self.means / (weights @ away**2))
-        return float(weights @ self.means / weights.sum()) + slope * (math.log(flops) - centre)
+        slope = float(weights * away @ self._means / (weights @ away**2))
+        return float(weights @ self._means / weights.sum()) + slope * (math.log(flops) - centre)
 
     def crossing(self, level: float, reach: tuple[float, float]) -> tuple[float, float | None, float | None] | None:
-        """(ln C where ln m = 0, ends of its interval or None) by Fieller's theorem; None outside of `reach` (ln C)."""
-        root = self.centre - self.intercept / self.slope_value if self.slope_value else math.inf
+        """Return (ln C where ln m = 0, the ends of its interval); None if it lies outside of `reach` (in ln C).
+
+        Method: Fieller's theorem for the ratio intercept / slope. Both ends are None if the slope may be 0.
+        """
+        root = self._centre - self._intercept / self._slope if self._slope else math.inf
         if not reach[0] <= root <= reach[1]:
             return None
-        t = quantile(level / 2, self.freedom) ** 2
-        (v00, v01), (_, v11) = self.covariance
-        a = self.slope_value**2 - t * v11
-        b = self.intercept * self.slope_value - t * v01
-        inside = b**2 - a * (self.intercept**2 - t * v00)
-        if a <= 0 or inside < 0:  # the slope is not told from 0: the line may cross anywhere
+        # u = ln C − centre is in the interval if (intercept + slope·u)² ≤ t²·Var(intercept + slope·u), that is if
+        # a·u² + 2·b·u + c ≤ 0.
+        t = student_quantile(level / 2, self._scatter[1]) ** 2
+        (v00, v01), (_, v11) = self._covariance
+        a = self._slope**2 - t * v11
+        b = self._intercept * self._slope - t * v01
+        discriminant = b**2 - a * (self._intercept**2 - t * v00)
+        if a <= 0 or discriminant < 0:
             return root, None, None
-        half = math.sqrt(inside) / a
-        return root, self.centre - b / a - half, self.centre - b / a + half
+        half = math.sqrt(discriminant) / a
+        return root, self._centre - b / a - half, self._centre - b / a + half
 
-    def layout(self, flops: float, more: "ExtraRuns") -> "RegressionDesign":
-        n, x = more.extend(self.pairs, self.x, math.log)
-        steep = self.steepness if more.rung is None else np.append(self.steepness, self.curve.slope(more.rung[0]))
-        return RegressionDesign(n, x, steep, math.log(flops))
-
-    def planned(self, flops: float, more: "ExtraRuns") -> Estimate:
-        """The estimate at `flops` if runs were added and nothing else changed."""
-        now, before, after = self.multiplier_at(flops), self.layout(flops, ExtraRuns()), self.layout(flops, more)
+    def planned(self, flops: float, extra: ExtraRuns) -> Estimate:
+        """The estimate at `flops` if runs were added and the estimates of line and noise stayed the same."""
+        now = self.multiplier_at(flops)
+        before = RegressionDesign(self.counts, self.x, self._slopes, math.log(flops))
+        after = before.extended(extra, math.log, self._comparison.curve.slope)
         freedom = len(after.n) - 2 if self.widened else int(after.n.sum()) - 2
         return Estimate(now.value, after.error(self._scatter[0], now.error, before), freedom)
 
 
 class OtherFloor:
-    """The arm's loss as E' + s·(the baseline's − E): its difference from the baseline's is a line in the latter.
+    """The arm's loss as E' + s·(the baseline's − E): arm minus baseline is a straight line in the baseline's loss.
 
-    In nats, so its variance is the same at every rung, and no change is again a difference of 0 whatever the curve.
+    It is fitted in nats, so its variance is the same at every rung, and an arm without a change again has a difference
+    of 0 whatever the curve.
     """
 
-    def __init__(self, rungs: Sequence[Pairs], curve: Curve, influence: Influence, noise: Noise, target: float) -> None:
-        self._rungs, self._curve, self._target = list(rungs), curve, target
-        self._pairs = np.array([len(one.base) for one in rungs], dtype=float)
-        self._paid = any(one.log_cost.any() for one in rungs)
-        self._paired = [one.arm - one.base for one in rungs]
-        self.difference, row, line = self._solve(curve)
-        scatter = math.fsum(
-            float(((one - on) ** 2).sum()) for one, on in zip(self._differences(curve), line, strict=True)
-        )
-        self._freedom = int(self._pairs.sum()) - 2
-        self._scatter = scatter / self._freedom
-        through = (self._by_curve() @ influence.derivative)[None, :]
-        covariance = _variance(self._scatter, -row[None, :], through, rungs, influence, noise)
+    def __init__(self, comparison: Comparison, target: float) -> None:
+        self._comparison, self._curve, self._target = comparison, comparison.curve, target
+        self.difference, row, fitted = self._solve(self._curve)
+        differences = self._differences(self._curve)
+        squares = math.fsum(float(((each - fit) ** 2).sum()) for each, fit in zip(differences, fitted, strict=True))
+        self._freedom = int(comparison.counts.sum()) - 2
+        self._variance = squares / self._freedom
+        through = (self._by_curve() @ comparison.influence.derivative)[None, :]
+        covariance = comparison.covariance(self._variance, -row[None, :], through)
         self._error = math.sqrt(max(float(covariance[0, 0]), 0.0))
 
     def _differences(self, curve: Curve) -> list[Array]:
-        """In nats, by rung. An arm of other compute is held against the baseline's curve there."""
-        if not self._paid:
-            return self._paired
-        return [
-            paired - [curve.loss_at(one.flops * math.exp(cost)) - curve.loss_at(one.flops) for cost in one.log_cost]
-            for paired, one in zip(self._paired, self._rungs, strict=True)
-        ]
+        """Arm minus baseline of each pair, by rung. An arm of other compute is compared with the baseline's curve."""
+        differences = []
+        for rung in self._comparison.rungs:
+            difference = rung.arm - rung.base
+            if rung.log_cost.any():
+                here = curve.loss_at(rung.flops)
+                difference = difference - [curve.loss_at(rung.flops * math.exp(c)) - here for c in rung.log_cost]
+            differences.append(difference)
+        return differences
 
     def _solve(self, curve: Curve) -> tuple[float, Array, Array]:
         """(difference at the target in nats, its derivative by the rungs' differences, the line at the rungs)."""
-        means = np.array([one.sum() for one in self._differences(curve)]) / self._pairs
-        above = np.array([curve.above(one.flops) for one in self._rungs])
-        level_row = self._pairs / self._pairs.sum()
+        counts = self._comparison.counts
+        means = np.array([difference.sum() for difference in self._differences(curve)]) / counts
+        # Regression of the differences on the baseline's loss above its floor, read at the target's.
+        above = np.array([curve.above(rung.flops) for rung in self._comparison.rungs])
+        level_row = counts / counts.sum()
         centre = level_row @ above
         away = above - centre
-        slope_row = self._pairs * away / (self._pairs @ away**2)
+        slope_row = counts * away / (counts @ away**2)
         row = level_row + (curve.above(self._target) - centre) * slope_row
         return float(row @ means), row, level_row @ means + away * (slope_row @ means)
 
-    def _worth(self, curve: Curve, difference: float) -> tuple[float, float]:
-        """(ln m of a difference at the target, its derivative); infinite at or under the floor."""
+    def _log_multiplier(self, curve: Curve, difference: float) -> tuple[float, float]:
+        """(ln m of a loss difference at the target, its derivative); infinite at or below the floor."""
         above = curve.above(self._target)
         if above + difference <= 0:
             return math.inf, -math.inf
         return math.log(above / (above + difference)) / curve.alpha, -1 / (curve.alpha * (above + difference))
 
     def _by_curve(self) -> Array:
-        """d / d(E, A, alpha) of ln m at the target, by differences, and as a difference in nats that does the same."""
-        curve, slopes = self._curve, []
-        value, by_difference = self._worth(curve, self.difference)
+        """d ln m / d(E, A, alpha) by finite differences, expressed as the loss difference with the same effect."""
+        curve, derivatives = self._curve, []
+        value, by_difference = self._log_multiplier(curve, self.difference)
         for name, step in (("E", 1e-6), ("A", 1e-5 * curve.A), ("alpha", 1e-5 * curve.alpha)):
             sides = []
             for sign in (-1, 1):
                 moved = replace(curve, **{name: getattr(curve, name) + sign * step})
-                sides.append(self._worth(moved, self._solve(moved)[0])[0])
-            slopes.append((sides[1] - sides[0]) / (2 * step))
-        known = math.isfinite(value) and all(math.isfinite(slope) for slope in slopes)
-        return np.array(slopes) / by_difference if known else np.zeros(3)  # at the floor there is nothing to move
+                sides.append(self._log_multiplier(moved, self._solve(moved)[0])[0])
+            derivatives.append((sides[1] - sides[0]) / (2 * step))
+        if not all(map(math.isfinite, (value, *derivatives))):
+            return np.zeros(3)  # at the floor ln m is infinite and does not move
+        return np.array(derivatives) / by_difference
 
     @property
     def value(self) -> float:
         """ln m at the target."""
-        return self._worth(self._curve, self.difference)[0]
+        return self._log_multiplier(self._curve, self.difference)[0]
 
     def bound(self, level: float, side: int) -> float:
-        """One-sided bound of ln m (side −1: lower); infinite where the difference may reach the floor."""
+        """One-sided bound of ln m (side −1: lower); infinite if the difference may reach the floor."""
         return self._bound(level, side, self._error, self._freedom)
 
-    def planned_bound(self, level: float, side: int, more: ExtraRuns) -> float:
-        """`bound` if runs were added and nothing else changed."""
-        before, after = self._layout(ExtraRuns()), self._layout(more)
-        return self._bound(level, side, after.error(self._scatter, self._error, before), int(after.n.sum()) - 2)
+    def planned_bound(self, level: float, side: int, extra: ExtraRuns) -> float:
+        """`bound` if runs were added and the estimates of line and noise stayed the same."""
+        curve, counts = self._curve, self._comparison.counts
+        above = np.array([curve.above(rung.flops) for rung in self._comparison.rungs])
+        before = RegressionDesign(counts, above, np.ones_like(counts), curve.above(self._target))
+        after = before.extended(extra, curve.above, lambda _: 1.0)
+        return self._bound(level, side, after.error(self._variance, self._error, before), int(after.n.sum()) - 2)
 
     def _bound(self, level: float, side: int, error: float, freedom: int) -> float:
-        return self._worth(self._curve, self.difference - side * quantile(level, freedom) * error)[0]
-
-    def _layout(self, more: ExtraRuns) -> RegressionDesign:
-        above = np.array([self._curve.above(one.flops) for one in self._rungs])
-        n, above = more.extend(self._pairs, above, self._curve.above)
-        return RegressionDesign(n, above, np.ones_like(n), self._curve.above(self._target))
+        # A larger loss difference is a smaller multiplier.
+        return self._log_multiplier(self._curve, self.difference - side * student_quantile(level, freedom) * error)[0]

@@ -1,4 +1,4 @@
-"""What goes into a ladder's statistics and what comes out: plain records, in JSON and back.
+"""Input and output of the ladder's statistics: plain records, to JSON and back.
 
 A value that nobody measured, or that the data do not determine, is None, never 0 and never NaN.
 """
@@ -12,15 +12,18 @@ BASELINE = "baseline"
 
 Decision = Literal["promote", "reject", "inconclusive"]
 Trend = Literal["none", "persists", "shrinks", "reverses", "grows", "unknown"]
-"""Of ln m over ln C. none: no gain that could have a trend. persists: a gain (or loss) whose slope is not told from 0.
-shrinks, grows: the slope is below, above 0. reverses: it shrinks, from surely a gain to surely a loss."""
+"""How ln m changes with ln C, where m is the compute multiplier and C the compute.
+
+none: neither a gain nor a loss is visible. persists: a gain or loss whose slope cannot be told from 0. shrinks, grows:
+the slope is below, above 0. reverses: it shrinks from a certain gain to a certain loss. unknown: no line can be fitted.
+"""
 
 
 class JsonRecord:
-    """to_json of the dataclasses below."""
+    """Base of the dataclasses below."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON; a number that is not finite becomes None."""
+        """Return plain JSON; a number that is not finite becomes None."""
         assert dataclasses.is_dataclass(self) and not isinstance(self, type)
         return _plain(dataclasses.asdict(self))
 
@@ -37,44 +40,42 @@ def _plain(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class RunResult(JsonRecord):
-    """One finished run."""
+    """One run that finished or diverged."""
 
     arm: str
     """BASELINE for the baseline."""
     rung: str
     seed: int
     flops: float
-    """Training FLOPs of the run: forward and backward, head counted, embedding lookups not."""
+    """Training FLOPs of the run: forward and backward, with the head, without embedding lookups."""
     parameters: int
-    """The ladder's N of this run."""
+    """N of this run, counted as the ladder counts (trainer/ladder/plan/sizes.py)."""
     tokens: int
     loss: float
-    """The ladder's metric on the held-out set at the last step: nats per token, or bits per byte. Not finite where
-    the run diverged."""
+    """The ladder's metric on the held-out set at the last step, in nats per token or bits per byte. Not finite if the
+    run diverged."""
     seconds: float | None
-    """Of training, without start-up, faults and evaluation; None where not comparable."""
+    """Training time without start-up, faults and evaluation; None if not comparable with other runs."""
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> Self:
-        """The inverse of `to_json`: a loss of None was not finite."""
-        known = dict(tree)
-        if known["loss"] is None:
-            known["loss"] = math.nan
+        """Invert `to_json`. A loss of None was not finite and becomes NaN."""
+        known: dict[str, Any] = tree | {"loss": math.nan} if tree["loss"] is None else tree
         return cls(**known)
 
 
 @dataclass(frozen=True)
 class Criterion(JsonRecord):
-    """What decides, written down before the runs."""
+    """The rule of decision, written down before the runs."""
 
     level: float = 0.05
-    """Chance of promoting an arm that is worth less than min_gain, over the whole ladder."""
+    """Probability of promoting an arm that is worth less than min_gain, over the whole ladder."""
     min_gain: float = 1.02
-    """Least useful compute multiplier at the target."""
+    """Smallest useful compute multiplier at the target."""
     max_slowdown: float = 1.25
-    """Most a step may take relative to the baseline's, at equal tokens."""
+    """Largest acceptable seconds per token, relative to the baseline's."""
     looks: int = 1
-    """How often the report may be looked at with the intent to stop."""
+    """Number of times that the report may be read with the intent to stop."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Interval(JsonRecord):
 
 @dataclass(frozen=True)
 class Curve(JsonRecord):
-    """Loss against compute: E + A·(C / scale)^−alpha, in nats (or whatever the losses are in); C and scale in FLOPs."""
+    """Loss against compute: E + A·(C / scale)^−alpha. C and scale in FLOPs; E, A and the loss in nats (or bits)."""
 
     E: float
     A: float
@@ -101,17 +102,17 @@ class Curve(JsonRecord):
         return self.E + self.above(flops)
 
     def above(self, flops: float) -> float:
-        """Predicted loss minus E: what compute can still win."""
+        """Predicted loss minus E: the part that more compute can still remove."""
         return self.A * (flops / self.scale) ** -self.alpha
 
     def slope(self, flops: float) -> float:
-        """−dL / d ln C: nats won by e-fold compute."""
+        """−dL / d ln C: nats gained by e times the compute."""
         return self.alpha * self.above(flops)
 
 
 @dataclass(frozen=True)
 class RungFit(JsonRecord):
-    """One rung of the baseline as the fit sees it."""
+    """One rung of the baseline beside the fitted curve."""
 
     rung: str
     flops: float
@@ -119,35 +120,36 @@ class RungFit(JsonRecord):
     loss: float
     """Mean over seeds."""
     seed_sd: float | None
-    """None with one seed."""
+    """Standard deviation over seeds; None with one seed."""
     residual: float
-    """Mean minus curve."""
+    """Mean loss minus curve."""
     leverage: float
-    """Share of the fitted value that is this rung's own mean, 0 to 1: near 1, the curve goes through it whatever it
-    is."""
+    """Derivative of the fitted value by this rung's own mean, 0 to 1. Near 1 the curve passes through the rung whatever
+    its loss is."""
 
 
 @dataclass(frozen=True)
 class CurveFit(JsonRecord):
-    """The baseline's curve with its uncertainty and how well it fits."""
+    """The baseline's curve, its uncertainty, and how well it fits."""
 
     curve: Curve
     E: Interval
     alpha: Interval
     huber: Curve | None
-    """The same form by the sum of Huber losses on log L: a second opinion, without intervals."""
+    """The same form fitted by the sum of Huber losses on log L: a second opinion, without intervals."""
     rungs: list[RungFit]
     sd: float | None
-    """Of a run about the curve: seeds and lack of fit pooled; None without a degree of freedom."""
+    """Standard deviation of a run about the curve, from seeds and lack of fit; None without a degree of freedom."""
     degrees_of_freedom: int
     seed_sd: float | None
-    """Pooled within rungs; None where no rung has two seeds."""
+    """Standard deviation over seeds, pooled over rungs; None if no rung has two seeds."""
     lack_of_fit_p: float | None
-    """Chance of rung means as far from the curve as these, if the form is right; None with three rungs or one seed."""
+    """Probability of rung means as far from the curve as these if the form is right (F test); None with three rungs or
+    with one seed each."""
     unequal_noise_p: float | None
-    """Chance of seed noise differing so much between rungs, if it is the same at all (Bartlett)."""
+    """Probability of seed variances as different between rungs as these if all are equal (Bartlett's test)."""
     E_determined: bool
-    """Whether the interval of E excludes 0 and ends below the lowest fitted loss."""
+    """True if the interval of E excludes 0 and ends below the lowest fitted loss."""
 
 
 @dataclass(frozen=True)
@@ -158,16 +160,16 @@ class Bootstrap(JsonRecord):
     alpha: Interval
     draws: int
     refused: int
-    """Draws that no curve could be fitted to."""
+    """Number of draws to which no curve could be fitted."""
 
 
 @dataclass(frozen=True)
 class PredictionCheck(JsonRecord):
-    """A prediction of the target's loss, and what came out."""
+    """A prediction of the mean loss of some runs, beside the observed mean."""
 
     flops: float
     predicted: Interval
-    """For the mean of `seeds` new runs."""
+    """Interval for the mean of `seeds` new runs."""
     seeds: int
     observed: float | None = None
     error: float | None = None
@@ -178,7 +180,7 @@ class PredictionCheck(JsonRecord):
 
 @dataclass(frozen=True)
 class SurfaceND(JsonRecord):
-    """L(N, D) = E + A / N^alpha + B / D^beta; Hoffmann et al. 2022 (arXiv:2203.15556)."""
+    """L(N, D) = E + A / N^alpha + B / D^beta. Source: Hoffmann et al. 2022 (arXiv:2203.15556)."""
 
     E: float
     A: float
@@ -192,7 +194,10 @@ class SurfaceND(JsonRecord):
 
 @dataclass(frozen=True)
 class OverTrained(JsonRecord):
-    """E + a·N^eta + b·6^(eta/2)·(M·N)^eta, eta < 0, M tokens per parameter; Gadre et al. 2024 (arXiv:2403.08540)."""
+    """E + a·N^eta + b·6^(eta/2)·(M·N)^eta with eta < 0 and M tokens per parameter.
+
+    Source: Gadre et al. 2024 (arXiv:2403.08540).
+    """
 
     E: float
     a: float
@@ -206,80 +211,80 @@ class OverTrained(JsonRecord):
 
 @dataclass(frozen=True)
 class RungMultiplier(JsonRecord):
-    """What an arm is worth at one rung."""
+    """An arm's worth at one rung."""
 
     rung: str
     flops: float
-    """Of the baseline."""
+    """Compute of the baseline's run."""
     pairs: int
     multiplier: Interval
     wall_clock: float | None
     """Multiplier in seconds: how many times longer the baseline would have to train."""
     slowdown: float | None
-    """Seconds per token relative to the baseline's."""
+    """Seconds per token, relative to the baseline's."""
     loss_difference: float | None
     """Mean of arm minus baseline."""
     pairing: float | None
-    """Var(unpaired) / Var(paired) of the difference; over 1: pairing helped."""
+    """Var(unpaired) / Var(paired) of the loss difference; above 1, pairing reduced noise."""
     without: float | None = None
-    """Multiplier at the target if this rung is left out: what rests on it."""
+    """Multiplier at the target without this rung: shows what depends on it."""
     gap: str = ""
-    """Why a number is missing."""
+    """Reason why a number is missing."""
 
 
 @dataclass(frozen=True)
 class Pairing(JsonRecord):
-    """What it was worth to give both runs of a pair the same seed and data order."""
+    """The benefit of giving both runs of a pair the same seed and data order."""
 
     ratio: float | None
-    """Var(unpaired) / Var(paired), pooled over rungs: how many times more seeds would be needed without."""
+    """Var(unpaired) / Var(paired), pooled over rungs: how many times more seeds unpaired runs would need."""
     correlation: float | None
 
 
 @dataclass(frozen=True)
 class Remedy(JsonRecord):
-    """Runs that would settle an inconclusive verdict if the estimates stayed as they are."""
+    """Runs that would settle an inconclusive verdict if the estimates stayed the same."""
 
     what: Literal["seeds", "rung"]
     seeds: int
-    """ExtraRuns at every rung, or of the new rung."""
+    """Additional seeds at every rung, or seeds of the new rung."""
     flops: float | None
-    """Compute of the new rung's runs."""
+    """Compute of a run of the new rung."""
 
 
 @dataclass(frozen=True)
 class Verdict(JsonRecord):
-    """What became of one arm."""
+    """The decision about one arm, with the numbers behind it."""
 
     arm: str
     decision: Decision
     why: str
-    """One plain sentence."""
+    """Reason, in one sentence."""
     trend: Trend
     target_flops: float
     multiplier: Interval
-    """At the target, two-sided, if ln m is a line in ln C."""
+    """Multiplier at the target if ln m is a line in ln C."""
     other_floor: Interval
-    """The same if the arm's floor E differs from the baseline's, so that gains fade or rise ever faster."""
+    """Multiplier at the target if the arm's floor E differs from the baseline's."""
     lower: float | None
-    """One-sided bounds of the multiplier at the target that decide, corrected for arms and looks: the lower and the
-    higher one of both forms."""
+    """One-sided bounds of the multiplier at the target, corrected for the number of arms and looks; the decision rests
+    on them. `lower` is the smaller of both forms' lower bounds, `upper` the larger of their upper bounds."""
     upper: float | None
     bound_level: float
-    """Level of each of those two bounds."""
+    """Error probability of each of the two bounds."""
     slope: Interval
     """d ln m / d ln C."""
     crossing: Interval | None
-    """FLOPs where the arm stops (or starts) being worth anything, where that is in reach; an end that the data do not
-    bound is None."""
+    """FLOPs at which the multiplier crosses 1, if that is in reach; an end is None if the data do not bound it."""
     rungs: list[RungMultiplier]
     slowdown: Interval
+    """Seconds per token, relative to the baseline's."""
     wall_clock: Interval
     """Multiplier in seconds at the target."""
     faster_per_flop_slower_per_second: bool
     lack_of_fit_p: float | None
-    """Chance of multipliers as far from a line in ln C as these."""
+    """Probability of multipliers as far from a line in ln C as these if the line is right (F test)."""
     pairing: Pairing
     remedies: list[Remedy] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    """What a reader should know: gaps, runs that diverged, intervals widened."""
+    """Cautions for the reader: gaps, runs that diverged, widened intervals."""

@@ -1,9 +1,9 @@
-"""What each arm is worth at the target, and whether to promote it.
+"""The worth of each arm at the target, and the verdict: promote, reject or inconclusive.
 
-Two errors are held under the criterion's level, each by a one-sided bound: promoting an arm that is worth less than
-min_gain, and rejecting one that is worth it. Both bounds are Bonferroni-corrected for the arms that were tried and for
-the looks; an arm that changes nothing on purpose is judged by the same rule and does not count. Both must hold for
-either form of extrapolation (trainer/ladder/stats/multiplier.py). What is left in between is inconclusive.
+Two error probabilities are held below the criterion's level, each by a one-sided bound: promoting an arm that is worth
+less than min_gain, and rejecting an arm that is worth at least that. Both bounds are Bonferroni-corrected for the
+number of arms tried and for the looks; an A/A arm is judged by the same rule and not counted. Both bounds must hold
+under either form of extrapolation (trainer/ladder/stats/multiplier.py). Everything in between is inconclusive.
 """
 
 import math
@@ -14,12 +14,11 @@ from functools import cached_property
 import numpy as np
 
 from trainer.ladder.stats import fit as fits
-from trainer.ladder.stats.multiplier import Estimate, ExtraRuns, Line, Noise, OtherFloor, at_rungs
-from trainer.ladder.stats.pairs import Baseline, match, pairing_of
+from trainer.ladder.stats.multiplier import Estimate, ExtraRuns, Line, Noise, OtherFloor
+from trainer.ladder.stats.pairs import Baseline, MatchedRung, can_extrapolate
 from trainer.ladder.stats.records import (
     BASELINE,
     Criterion,
-    Curve,
     CurveFit,
     Decision,
     Interval,
@@ -32,9 +31,9 @@ from trainer.ladder.stats.records import (
 from trainer.show.units import scientific
 
 MOST_SEEDS = 64
-"""ExtraRuns than so many further seeds are no advice."""
+"""Advice to add more seeds than this is not given."""
 REACH = 10.0
-"""Crossings are told from the smallest rung to this times the target."""
+"""Crossings are reported from the smallest rung to this multiple of the target."""
 
 
 def judge(
@@ -42,23 +41,23 @@ def judge(
     fit: CurveFit | None = None, arms: Sequence[str] | None = None, unchanged: Collection[str] = (),
     remedies: bool = True,
 ) -> list[Verdict]:  # fmt: skip
-    """One verdict for each of `arms` (default: those that have results, in their order).
+    """Return one verdict for each of `arms` (default: all arms in `results`, in their order).
 
-    `target_flops` is the baseline's compute at the target; `unchanged` names arms that are no change (A/A). Without
-    `remedies`, nothing is planned for inconclusive ones, which takes most of the time. Raises FitError where the
-    baseline has no curve.
+    `target_flops` is the baseline's compute at the target; `unchanged` names the A/A arms. Planning the remedies of
+    inconclusive verdicts takes most of the time; `remedies=False` skips it. Raises FitError if the baseline has no
+    curve.
     """
     fit = fit or fits.fit_curve(results, criterion.level, second_opinion=False)
-    names = list(arms) if arms is not None else list(dict.fromkeys(one.arm for one in results if one.arm != BASELINE))
-    tried = max(sum(name not in unchanged for name in names), 1)
+    if arms is None:
+        arms = list(dict.fromkeys(result.arm for result in results if result.arm != BASELINE))
+    tried = max(sum(name not in unchanged for name in arms), 1)
     bound_level = criterion.level / tried / criterion.looks
     baseline = Baseline.from_results(results, fit)
-    judgements = [Judgement(baseline, results, name, criterion, target_flops, bound_level) for name in names]
-    return [one.verdict(remedies) for one in judgements]
+    return [Judgement(baseline, results, arm, criterion, target_flops, bound_level).verdict(remedies) for arm in arms]
 
 
 class Judgement:
-    """One arm against the baseline."""
+    """One arm compared with the baseline."""
 
     def __init__(
         self, baseline: Baseline, results: Sequence[RunResult], arm: str, criterion: Criterion, target_flops: float,
@@ -66,259 +65,237 @@ class Judgement:
     ) -> None:  # fmt: skip
         self._baseline, self._arm, self._criterion = baseline, arm, criterion
         self._target, self._level = target_flops, bound_level
-        self._diverged = [one for one in results if one.arm == arm and not math.isfinite(one.loss)]
-        self._rungs = list(match(results, arm, baseline))
-        mine = dict.fromkeys(one.rung for one in results if one.arm == arm)
-        self._alone = [rung for rung in mine if rung not in baseline.rungs.names]
-        self._pairs = [one.arrays() for one in self._rungs if one.usable]
-        self._noise = Noise.from_pairs(self._pairs) if self._pairs else Noise(0.0, 0.0, 0.0, 0)
-        self._line = self._line_with(baseline.fit.curve)
-        self._other = self._other_with(baseline.fit.curve)
+        own = [result for result in results if result.arm == arm]
+        self._diverged = [result for result in own if not math.isfinite(result.loss)]
+        self._rungs = list(baseline.match(results, arm))
+        self._without_baseline = [
+            rung for rung in dict.fromkeys(result.rung for result in own) if rung not in baseline.rungs.names
+        ]
+        self._comparison = baseline.compare(self._rungs)
+        self.line: Line | None = None
+        self._other: OtherFloor | None = None
+        if can_extrapolate(self._rungs):
+            self.line, self._other = Line(self._comparison), OtherFloor(self._comparison, target_flops)
 
-    def _line_with(self, curve: Curve) -> Line | None:
-        if not self._compares_at(curve):
-            return None
-        return Line(self._pairs, curve, self._baseline.influence, self._noise)
-
-    def _other_with(self, curve: Curve) -> OtherFloor | None:
-        if not self._compares_at(curve):
-            return None
-        return OtherFloor(self._pairs, curve, self._baseline.influence, self._noise, self._target)
-
-    def _compares_at(self, curve: Curve) -> bool:
-        """Whether there is something to extrapolate. To leave out a rung for its low loss would be to judge by it."""
-        known = [one for one in self._rungs if one.pairs]
-        enough = len(known) >= fits.FEWEST_RUNGS and all(one.usable for one in known)
-        return enough and all(one.above(curve.E) for one in self._pairs)
-
-    # What decides
+    # The decision
 
     @property
     def _least(self) -> float:
+        """ln of the smallest useful multiplier."""
         return math.log(self._criterion.min_gain)
 
     @cached_property
     def _bounds(self) -> tuple[float, float] | None:
-        """(lower, upper) of ln m at the target that both forms grant."""
-        if self._line is None or self._other is None:
+        """(lower, upper) bound of ln m at the target that hold under both forms."""
+        if self.line is None or self._other is None:
             return None
-        estimate = self._line.multiplier_at(self._target)
+        estimate = self.line.multiplier_at(self._target)
         lower, upper = ([form.bound(self._level, side) for form in (estimate, self._other)] for side in (-1, 1))
         return min(lower), max(upper)
 
     @cached_property
     def _slowdown(self) -> Estimate | None:
-        return _mean_of_rungs([one.log_seconds(per_token=True) for one in self._rungs])
+        """ln of seconds per token, arm over baseline."""
+        return _mean_of_rungs([rung.log_seconds(per_token=True) for rung in self._rungs])
 
-    @cached_property
-    def _seconds(self) -> Estimate | None:
-        return _mean_of_rungs([one.log_seconds(per_token=False) for one in self._rungs])
-
-    def _flips(self, promote: bool) -> bool:
-        """Whether the estimate changes sides of min_gain within the interval of (E, alpha)."""
-        for curve in self._baseline.extremes():
-            line = self._line_with(curve)
-            if line is None or (line.multiplier_at(self._target).value >= self._least) != promote:
+    def _depends_on_curve(self, worth_it: bool) -> bool:
+        """True if the estimate falls on the other side of min_gain for an (E, alpha) inside their interval."""
+        for curve in self._baseline.extreme_curves():
+            # A loss below this curve's floor has no multiplier: then anything is possible.
+            if any(min(rung.base.min(), rung.arm.min()) <= curve.E for rung in self._comparison.rungs):
+                return True
+            line = Line(replace(self._comparison, curve=curve))
+            if (line.multiplier_at(self._target).value >= self._least) != worth_it:
                 return True
         return False
 
     def _decide(self) -> tuple[Decision, str]:
-        most, slow = math.log(self._criterion.max_slowdown), self._slowdown
-        if slow is not None and slow.bound(self._level, -1) > most:
+        """Return the decision and its reason."""
+        # Too slow a step rejects an arm whatever it is worth in compute.
+        slowdown = self._slowdown
+        allowed = f"{self._criterion.max_slowdown:g}×"
+        most = math.log(self._criterion.max_slowdown)
+        if slowdown is not None and (fastest := slowdown.bound(self._level, -1)) > most:
             return "reject", (
-                f"a step takes at least {_times(slow.bound(self._level, -1))} as long as the baseline's, "
-                f"more than the {self._criterion.max_slowdown:g}× allowed."
+                f"a step takes at least {_times(fastest)} as long as the baseline's, more than the {allowed} allowed."
             )
-        bounds = self._bounds
-        if bounds is None:
+        if self._bounds is None:
             return "inconclusive", self._why_no_line()
-        lower, upper = bounds
-        if upper < self._least and not self._flips(promote=False):
-            return (
-                "reject",
-                f"at the target it is worth at most {_times(upper)}, less than {self._wanted}{self._story()}.",
-            )
-        if lower >= self._least and not self._diverged and not self._flips(promote=True):
-            return self._promote(lower, slow, most)
-        return "inconclusive", self._why_inconclusive(lower, upper)
-
-    def _promote(self, lower: float, slow: Estimate | None, most: float) -> tuple[Decision, str]:
+        lower, upper = self._bounds
+        if upper < self._least and not self._depends_on_curve(worth_it=False):
+            useful = f"the {self._criterion.min_gain:g}× that would be useful"
+            return "reject", f"at the target it is worth at most {_times(upper)}, less than {useful}{self._ending()}."
+        if lower < self._least or self._diverged or self._depends_on_curve(worth_it=True):
+            return "inconclusive", self._why_inconclusive(lower, upper)
+        # Worth its compute. It is promoted if its steps are known to be fast enough.
         worth = f"at the target it is worth at least {_times(lower)} the baseline's compute"
-        if slow is None:
+        if slowdown is None:
             return "inconclusive", f"{worth}, but how long its steps take is not known."
-        if slow.bound(self._level, 1) > most:
+        if (slowest := slowdown.bound(self._level, 1)) > most:
             return "inconclusive", (
-                f"{worth}, but a step may take up to {_times(slow.bound(self._level, 1))} as long as the baseline's, "
-                f"and {self._criterion.max_slowdown:g}× is allowed."
+                f"{worth}, but a step may take up to {_times(slowest)} as long as the baseline's, and {allowed} is "
+                "allowed."
             )
-        return "promote", f"{worth}, and a step takes {_times(slow.value)} as long."
-
-    @property
-    def _wanted(self) -> str:
-        return f"the {self._criterion.min_gain:g}× that would be useful"
+        return "promote", f"{worth}, and a step takes {_times(slowdown.value)} as long."
 
     def _why_no_line(self) -> str:
-        low = [one for one in self._rungs if one.pairs and not one.usable]
+        low = [rung for rung in self._rungs if rung.pairs and not rung.usable]
         if low:
             return f"at {low[0].name} {low[0].gap}, where no amount of compute compares."
-        return f"it can be compared at {len(self._pairs)} rungs, and a trend needs three."
+        return f"it can be compared at {len(self._comparison.rungs)} rungs, and a trend needs three."
 
     def _why_inconclusive(self, lower: float, upper: float) -> str:
         if upper < self._least or (lower >= self._least and not self._diverged):
-            return "the answer changes sides within what the baseline's runs leave open for E and alpha."
+            return "the answer depends on E and alpha, which the baseline's runs do not determine well enough."
         if lower >= self._least:
-            where = ", ".join(f"{one.rung} seed {one.seed}" for one in self._diverged)
+            where = ", ".join(f"{run.rung} seed {run.seed}" for run in self._diverged)
             return f"the runs that finished are good enough, but its loss was not finite at {where}."
-        assert self._line is not None and self._other is not None
-        line, other = self._line.multiplier_at(self._target), self._other
+        assert self.line is not None and self._other is not None
+        line = self.line.multiplier_at(self._target)
+        elsewhere = "but if its loss levels off elsewhere than the baseline's it may be worth"
         if line.bound(self._level, -1) >= self._least:
-            return (
-                f"as a line its gain would hold, but if its loss levels off elsewhere than the baseline's "
-                f"it may be worth only {_times(lower)} at the target."
-            )
-        if line.bound(self._level, 1) < self._least <= other.bound(self._level, 1):
-            return (
-                f"as a line its gain falls short, but if its loss levels off elsewhere than the baseline's "
-                f"it may be worth {_times(upper)} at the target."
-            )
-        return f"at the target it may be worth anything from {_times(lower)} to {_times(upper)}{self._story()}."
+            return f"as a line its gain would hold, {elsewhere} only {_times(lower)} at the target."
+        if line.bound(self._level, 1) < self._least <= self._other.bound(self._level, 1):
+            return f"as a line its gain falls short, {elsewhere} {_times(upper)} at the target."
+        return f"at the target it may be worth anything from {_times(lower)} to {_times(upper)}{self._ending()}."
 
-    def _story(self) -> str:
+    def _ending(self) -> str:
+        """Where a shrinking gain ends, as a clause."""
         crossing = self._crossing
         if crossing is None or crossing.value is None or self._trend not in ("shrinks", "reverses"):
             return ""
-        return f"; what it gains is gone at {scientific(crossing.value)} FLOPs"
+        return f"; its gain is gone at {scientific(crossing.value)} FLOPs"
 
-    # What would settle it
+    # Remedies of an inconclusive verdict
 
     def _remedies(self) -> list[Remedy]:
-        bounds = self._bounds
-        if self._line is None or bounds is None or self._diverged:
+        if self.line is None or self._bounds is None or self._diverged:
             return []
-        seeds, sizes = int(np.median(self._line.pairs)), self._further_sizes(self._line)
-        if bounds[0] >= self._least or bounds[1] < self._least:  # told already, but for E and alpha, or for time
-            told = self._flips(promote=bounds[0] >= self._least)
-            return [Remedy("rung", seeds, sizes[0])] if told and sizes else []
-        found = []
-        if not self._line.widened and self._settled(
-            ExtraRuns(seeds=MOST_SEEDS)
-        ):  # more seeds bring no rung to the line
-            few = next(n for n in range(1, MOST_SEEDS + 1) if self._settled(ExtraRuns(seeds=n)))
-            found.append(Remedy("seeds", few, None))
+        lower, upper = self._bounds
+        seeds, sizes = int(np.median(self.line.counts)), self._further_sizes(self.line)
+        # The bounds decide already. What is missing is E and alpha, which a larger rung determines, or seconds.
+        if lower >= self._least or upper < self._least:
+            curve = self._depends_on_curve(worth_it=lower >= self._least)
+            return [Remedy("rung", seeds, sizes[0])] if curve and sizes else []
+        remedies = []
+        # Rungs that lie off the line stay there with more seeds.
+        if not self.line.widened and self._settles(ExtraRuns(seeds=MOST_SEEDS)):
+            fewest = next(n for n in range(1, MOST_SEEDS + 1) if self._settles(ExtraRuns(seeds=n)))
+            remedies.append(Remedy("seeds", fewest, None))
         rungs = ((size, pairs) for pairs in (seeds, 2 * seeds, 4 * seeds) for size in sizes)
-        settling = next((rung for rung in rungs if self._settled(ExtraRuns(rung=rung))), None)
-        return [*found, Remedy("rung", settling[1], settling[0])] if settling else found
+        settling = next((rung for rung in rungs if self._settles(ExtraRuns(rung=rung))), None)
+        return [*remedies, Remedy("rung", settling[1], settling[0])] if settling else remedies
 
     def _further_sizes(self, line: Line) -> list[float]:
-        """FLOPs of possible further rungs: on in the ladder's own steps, the last one at the target."""
+        """FLOPs of possible further rungs: the ladder's steps continued, the last one at the target."""
         x, goal, sizes = float(line.x[-1]), math.log(self._target), []
         while x < goal - 1e-9:
             x += float(np.mean(np.diff(line.x)))
             sizes.append(math.exp(x) if x < goal - 1e-9 else self._target)
         return sizes
 
-    def _settled(self, more: ExtraRuns) -> bool:
-        assert self._line is not None and self._other is not None
-        line = self._line.planned(self._target, more)
+    def _settles(self, extra: ExtraRuns) -> bool:
+        """True if the bounds would decide with these runs added."""
+        assert self.line is not None and self._other is not None
+        line = self.line.planned(self._target, extra)
         lower, upper = (
-            (line.bound(self._level, side), self._other.planned_bound(self._level, side, more)) for side in (-1, 1)
+            (line.bound(self._level, side), self._other.planned_bound(self._level, side, extra)) for side in (-1, 1)
         )
         return min(lower) >= self._least or max(upper) < self._least
 
-    # What is told
+    # The record
 
     def verdict(self, remedies: bool = True) -> Verdict:
         decision, why = self._decide()
-        level, bounds = self._criterion.level, self._bounds
-        worth = _interval(self._line and self._line.multiplier_at(self._target), level)
+        level, bounds, line = self._criterion.level, self._bounds, self.line
+        worth = _ratio_interval(line and line.multiplier_at(self._target), level)
         seconds = self._wall_clock()
         both_known = worth.value is not None and seconds.value is not None
+        slope = Interval(None, None, None, level)
+        if line is not None:
+            low, high = (line.slope.bound(level / 2, side) for side in (-1, 1))
+            slope = Interval(line.slope.value, low, high, level)
         verdict = Verdict(
             arm=self._arm, decision=decision, why=why[0].upper() + why[1:], trend=self._trend,
-            target_flops=self._target, multiplier=worth, other_floor=_interval(self._other, level),
+            target_flops=self._target, multiplier=worth, other_floor=_ratio_interval(self._other, level),
             lower=_exp(bounds[0]) if bounds else None, upper=_exp(bounds[1]) if bounds else None,
-            bound_level=self._level, slope=self._slope(), crossing=self._crossing, rungs=self._rung_multipliers(),
-            slowdown=_interval(self._slowdown, level), wall_clock=seconds,
+            bound_level=self._level, slope=slope, crossing=self._crossing, rungs=self._rung_multipliers(),
+            slowdown=_ratio_interval(self._slowdown, level), wall_clock=seconds,
             faster_per_flop_slower_per_second=both_known and worth.value > 1 > seconds.value,  # pyright: ignore
-            lack_of_fit_p=self._line.lack_of_fit_p if self._line else None, pairing=pairing_of(self._noise),
+            lack_of_fit_p=line.lack_of_fit_p if line else None, pairing=self._comparison.noise.pairing,
             remedies=self._remedies() if remedies and decision == "inconclusive" else [],
         )  # fmt: skip
         return replace(verdict, notes=list(self._notes(verdict)))
 
-    def _slope(self) -> Interval:
-        level = self._criterion.level
-        if self._line is None:
-            return Interval(None, None, None, level)
-        slope = self._line.slope
-        return Interval(slope.value, slope.bound(level / 2, -1), slope.bound(level / 2, 1), level)
-
     @cached_property
     def _trend(self) -> Trend:
-        if self._line is None:
+        if self.line is None:
             return "unknown"
-        half, slope = self._criterion.level / 2, self._line.slope
+        half, slope = self._criterion.level / 2, self.line.slope
         if slope.bound(half, -1) > 0:
             return "grows"
         if slope.bound(half, 1) < 0:
-            first, last = self._line.multiplier_at(self._pairs[0].flops), self._line.multiplier_at(self._target)
+            first = self.line.multiplier_at(self._comparison.rungs[0].flops)
+            last = self.line.multiplier_at(self._target)
             return "reverses" if first.bound(half, -1) > 0 > last.bound(half, 1) else "shrinks"
-        middle = self._line.middle
+        middle = self.line.middle
         return "none" if middle.bound(half, -1) <= 0 <= middle.bound(half, 1) else "persists"
 
     @cached_property
     def _crossing(self) -> Interval | None:
-        if self._line is None or self._trend in ("none", "persists"):
+        if self.line is None or self._trend in ("none", "persists"):
             return None
-        reach = (float(self._line.x[0]), math.log(self._target * REACH))
-        found = self._line.crossing(self._criterion.level, reach)
-        if found is None:
+        reach = (float(self.line.x[0]), math.log(self._target * REACH))
+        crossing = self.line.crossing(self._criterion.level, reach)
+        if crossing is None:
             return None
-        value, low, high = (_exp(one) for one in found)
+        value, low, high = map(_exp, crossing)
         return Interval(value, low, high, self._criterion.level)
 
     def _wall_clock(self) -> Interval:
-        """m·(C_arm / C_base) / (seconds' ratio), compute's ratio as at the largest rung."""
+        """Multiplier in seconds, m·(C_arm / C_base) / (t_arm / t_base), with the compute ratio of the largest rung."""
         level = self._criterion.level
-        if self._line is None or self._seconds is None:
+        seconds = _mean_of_rungs([rung.log_seconds(per_token=False) for rung in self._rungs])
+        if self.line is None or seconds is None:
             return Interval(None, None, None, level)
-        worth, seconds = self._line.multiplier_at(self._target), self._seconds
-        value = worth.value + float(self._pairs[-1].log_cost.mean()) - seconds.value
-        half = math.hypot(*(one.bound(level / 2, 1) - one.value for one in (worth, seconds)))
+        worth = self.line.multiplier_at(self._target)
+        value = worth.value + float(self._comparison.rungs[-1].log_cost.mean()) - seconds.value
+        # Losses and seconds err independently, so their half widths add in squares.
+        half = math.hypot(*(estimate.bound(level / 2, 1) - estimate.value for estimate in (worth, seconds)))
         return Interval(_exp(value), _exp(value - half), _exp(value + half), level)
 
     def _rung_multipliers(self) -> list[RungMultiplier]:
-        fit, level = self._baseline.fit, self._criterion.level
-        known = at_rungs(self._pairs, fit.curve, self._baseline.influence, self._noise)
-        estimates = dict(zip((one.rung for one in self._pairs), known, strict=True))
-        positions = {one.rung: k for k, one in enumerate(self._pairs)}
-        rows = []
-        for rung in self._rungs:
-            estimate, seconds = estimates.get(rung.name), _mean(rung.log_seconds(per_token=False))
-            without = self._line.without(positions[rung.name], self._target) if self._line and estimate else None
-            wall, arrays = None, rung.arrays() if rung.pairs else None
-            if estimate and arrays and seconds is not None:
-                wall = estimate.value + float(arrays.log_cost.mean()) - seconds
-            rows.append(
-                RungMultiplier(
-                    rung.name, rung.flops, len(rung.pairs), _interval(estimate, level), _exp(wall),
-                    _exp(_mean(rung.log_seconds(per_token=True))),
-                    float((arrays.arm - arrays.base).mean()) if arrays else None,
-                    pairing_of(Noise.from_pairs([arrays])).ratio if arrays else None, _exp(without), rung.gap,
-                )
-            )  # fmt: skip
-        return rows
+        estimates = iter(enumerate(self._comparison.rung_estimates()))
+        return [self._rung_multiplier(rung, *(next(estimates) if rung.usable else (0, None))) for rung in self._rungs]
+
+    def _rung_multiplier(self, rung: MatchedRung, number: int, estimate: Estimate | None) -> RungMultiplier:
+        """`number` is the rung's place among the usable ones; `estimate` is None for a rung that is not usable."""
+        losses = rung.losses() if rung.pairs else None
+        seconds = _mean(rung.log_seconds(per_token=False))
+        wall_clock = None
+        if estimate and losses and seconds is not None:
+            wall_clock = estimate.value + float(losses.log_cost.mean()) - seconds
+        return RungMultiplier(
+            rung=rung.name, flops=rung.flops, pairs=len(rung.pairs),
+            multiplier=_ratio_interval(estimate, self._criterion.level),
+            wall_clock=_exp(wall_clock), slowdown=_exp(_mean(rung.log_seconds(per_token=True))),
+            loss_difference=float((losses.arm - losses.base).mean()) if losses else None,
+            pairing=Noise.from_pairs([losses]).pairing.ratio if losses else None,
+            without=_exp(self.line.without(number, self._target)) if self.line and estimate else None,
+            gap=rung.gap,
+        )  # fmt: skip
 
     def _notes(self, verdict: Verdict) -> Iterator[str]:
         for rung in self._rungs:
             if rung.gap:
                 yield f"{rung.name}: {rung.gap}."
-        for rung in self._alone:
-            yield f"{rung}: the baseline has no finished run there."
-        for one in self._diverged:
-            yield f"{one.rung} seed {one.seed}: its loss was not finite."
-        if self._line and self._line.widened:
+        for name in self._without_baseline:
+            yield f"{name}: the baseline has no finished run there."
+        for run in self._diverged:
+            yield f"{run.rung} seed {run.seed}: its loss was not finite."
+        if self.line and self.line.widened:
             yield "The rungs do not lie on a line within seed noise; intervals come from their scatter about it."
-        if not self._noise.freedom and self._pairs:
+        if self._comparison.rungs and not self._comparison.noise.freedom:
             yield "No rung has two seeds: noise is only known from the rungs' scatter about a line."
         if not self._baseline.fit.E_determined:
             yield "The baseline's E is badly determined."
@@ -329,17 +306,15 @@ class Judgement:
             )
 
 
-# Small things
-
-
 def _mean(values: Sequence[float]) -> float | None:
     return math.fsum(values) / len(values) if values else None
 
 
 def _mean_of_rungs(groups: Sequence[Sequence[float]]) -> Estimate | None:
-    """Their mean, by what rungs differ; by what the pairs of one differ where only one is known. None if too few.
+    """Mean over rungs of the means of their pairs, with the error from the scatter between rungs.
 
-    Taken as the same at every size: where it is not, the error is larger.
+    If only one rung has values, its pairs take the place of rungs; None with fewer than two values. The ratio is
+    assumed equal at every size; if it is not, the error comes out larger.
     """
     known = [group for group in groups if group]
     values = [math.fsum(group) / len(group) for group in known] if len(known) > 1 else [*known[0]] if known else []
@@ -349,7 +324,7 @@ def _mean_of_rungs(groups: Sequence[Sequence[float]]) -> Estimate | None:
 
 
 def _exp(value: float | None) -> float | None:
-    """None for what is unknown or too large to mean anything."""
+    """exp(value); None for a value that is unknown or too large to mean anything."""
     return math.exp(value) if value is not None and value < 100 else None
 
 
@@ -357,8 +332,8 @@ def _times(log_ratio: float) -> str:
     return f"{math.exp(log_ratio):.3g}×" if log_ratio < math.log(1e4) else "any number of times"
 
 
-def _interval(estimate: Estimate | OtherFloor | None, level: float) -> Interval:
-    """Two-sided, of a ratio whose logarithm was estimated."""
+def _ratio_interval(estimate: Estimate | OtherFloor | None, level: float) -> Interval:
+    """Two-sided interval of a ratio whose logarithm was estimated."""
     if estimate is None:
         return Interval(None, None, None, level)
     low, high = (estimate.bound(level / 2, side) for side in (-1, 1))
