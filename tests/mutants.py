@@ -88,7 +88,7 @@ def truncated_still_chosen() -> None:
 def a_damaged_checkpoint_is_fatal() -> None:
     agreed = loading._agreed  # pyright: ignore[reportPrivateUsage]
 
-    def fatal(world: Any, problem: Callable[[], str | None]) -> None:
+    def fatal(world: Any, problem: str | None) -> None:
         reason = agreed(world, problem)
         if reason is not None:
             raise CheckpointError(reason)

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trainer import data as package
 from trainer.config import Data, Eval
 from trainer.data import Prepared, cache, prepare, tokenizer_for, tokens
 from trainer.data.tokens import _SAFE_CUT, open_store, shared_digests, token_dtype
@@ -56,7 +55,7 @@ def test_every_document_is_on_exactly_one_side_and_comes_back_whole(stories, set
     assert not set(train) & set(val)
     if tokenizer != "chars":
         assert sorted(train + val) == sorted(expected)
-    assert prepared.documents == len(expected) == len(train) + len(val)
+    assert prepared.train.tally.documents == len(expected) == len(train) + len(val)
     assert [text for text in expected if text in set(train)] == train, "in the order of the corpus"
 
 
@@ -64,7 +63,7 @@ def test_duplicates_are_dropped_before_the_split(stories, settings):
     once = prepare(settings(stories), VAL, CONTEXT)
     stories.write_text(stories.read_text() * 3)
     thrice = prepare(settings(stories), VAL, CONTEXT)
-    assert (thrice.duplicates, thrice.documents) == (120, 60)
+    assert (thrice.train.tally.duplicates, thrice.train.tally.documents) == (120, 60)
     assert thrice.sha256 == once.sha256
 
 
@@ -336,7 +335,7 @@ def test_further_evaluation_sets_are_read_whole_with_the_same_tokenizer_and_cach
     assert list(prepared.eval_sets) == ["other", "val"]
     assert decoded(prepared, other.tokens) == ["something else entirely"]
     assert (other.documents, other.bytes) == (1, 23)
-    assert other.digest == again.eval_sets["other"].digest != prepared.eval_sets["val"].digest
+    assert other.sha256 == again.eval_sets["other"].sha256 != prepared.eval_sets["val"].sha256
     assert len(builds.phases) == 2
 
 
@@ -383,7 +382,3 @@ def test_digests_that_end_in_zero_bytes_are_compared_like_others():
 def test_a_missing_tokenizer_is_refused_before_the_corpus_is_read(stories, settings):
     with pytest.raises(TokenizerError, match="gpt2 does not exist"):
         prepare(settings(stories, tokenizer="gpt2"), VAL, CONTEXT)
-
-
-def test_the_package_exposes_what_it_lists():
-    assert all(hasattr(package, name) for name in package.__all__)

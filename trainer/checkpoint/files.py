@@ -1,9 +1,9 @@
-"""Checkpoints as files: names, manifest, commit, verification, retention. No torch here, so that looking is fast.
+"""Checkpoints as files: names, manifest, commit, verification, retention. No torch here, so `inspect` starts fast.
 
 A checkpoint is written into a hidden directory that nobody else uses, made durable, described by a manifest, and
-committed by one rename. What has no committed name does not exist for anyone, with one exception: where a checkpoint
-replaces one of the same step, the old one steps aside as `.step-N.replaced` and counts until the new one has been
-read back, so that there is never a moment without it.
+committed by one rename. Without a committed name it does not exist for any reader. One exception: if a checkpoint
+replaces one of the same step, the old one is renamed to `.step-N.replaced` and counts until the new one has been read
+back, so that there is always one of the two.
 """
 
 import contextlib
@@ -31,12 +31,12 @@ _COMMITTED = re.compile(r"(?:step-([0-9]+)|\.step-([0-9]+)\.replaced)")
 _LEFTOVER = re.compile(r"\.step-[0-9]+\.[0-9a-f]+\.(?:partial|pruned)")
 
 ByteProgress = Callable[[int, int], None]
-"""Told how many bytes of how many are done."""
+"""Called with (bytes done, bytes in all)."""
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A committed checkpoint, by its name; not necessarily intact."""
+    """A checkpoint with a committed name; not necessarily intact."""
 
     path: Path
     step: int
@@ -55,7 +55,7 @@ def final_path(run: Path, step: int) -> Path:
 
 
 def committed(run: Path) -> list[Saved]:
-    """All committed checkpoints of a run, newest first. Raises CheckpointError if they cannot be listed."""
+    """Return a run's committed checkpoints, newest first. Raises CheckpointError if they cannot be listed."""
     found = []
     for path in _entries(directory(run)):
         match = _COMMITTED.fullmatch(path.name)
@@ -65,7 +65,7 @@ def committed(run: Path) -> list[Saved]:
 
 
 def open_saved(path: Path) -> Saved:
-    """The checkpoint in this directory. Raises NoCheckpointError if there is none of that name."""
+    """Return the checkpoint in this directory. Raises NoCheckpointError if the path is not that of one."""
     match = _COMMITTED.fullmatch(path.name)
     if not (match and path.is_dir()):
         raise NoCheckpointError(
@@ -76,9 +76,9 @@ def open_saved(path: Path) -> Saved:
 
 
 def newest_intact(run: Path, report: Callable[[str], None] = lambda message: None) -> Saved | None:
-    """The newest checkpoint that passes `verify`; every one that is damaged is reported and passed over.
+    """Return the newest checkpoint that passes `verify`; damaged ones are reported and skipped.
 
-    Raises NewerFormatError where a newer toprope's comes first.
+    Raises NewerFormatError on meeting one that a newer toprope wrote.
     """
     for saved in committed(run):
         refuse_newer(saved)
@@ -92,9 +92,9 @@ def newest_intact(run: Path, report: Callable[[str], None] = lambda message: Non
 def verify(
     saved: Saved, progress: ByteProgress = lambda done, total: None, names: Collection[str] | None = None
 ) -> list[str]:
-    """What is wrong with a checkpoint, a line each; empty if it is intact. Nothing in it is executed.
+    """Return a checkpoint's problems, a line each; empty if it is intact. Nothing in it is executed.
 
-    `names` limits the reading of contents to these files. The step and the list of files are always checked.
+    With `names`, only these files' contents are read. The step and the list of files are always checked.
     """
     try:
         manifest = read_manifest(saved)
@@ -102,6 +102,7 @@ def verify(
     except CheckpointError as error:
         return [one_line(error)]
     problems = []
+    # A directory copied under another name passes every checksum, so the step is compared as well.
     if manifest["step"] != saved.step:
         problems.append(f"{MANIFEST} is that of step {manifest['step']}")
     files: dict[str, dict[str, Any]] = manifest["files"]
@@ -119,9 +120,9 @@ def verify(
 
 
 def read_manifest(saved: Saved) -> dict[str, Any]:
-    """The manifest of a checkpoint. Raises CheckpointError, one line, if it is missing or damaged.
+    """Return the body of a checkpoint's manifest. Raises CheckpointError (one line) if it is missing or damaged.
 
-    Raises NewerFormatError if it is whole, but of a format that only a newer toprope reads.
+    Raises NewerFormatError if it is whole, but in a format that only a newer toprope reads.
     """
     try:
         manifest = json.loads((saved.path / MANIFEST).read_text(encoding="utf-8"))
@@ -143,7 +144,7 @@ def read_manifest(saved: Saved) -> dict[str, Any]:
 
 
 def refuse_newer(saved: Saved) -> None:
-    """Raise NewerFormatError if a newer toprope wrote this checkpoint. What is damaged is for `verify` to say."""
+    """Raise NewerFormatError if a newer toprope wrote this checkpoint. Damage is left to `verify`."""
     try:
         read_manifest(saved)
     except NewerFormatError:
@@ -153,9 +154,9 @@ def refuse_newer(saved: Saved) -> None:
 
 
 def stage(run: Path, step: int) -> Path:
-    """A new hidden directory to write the checkpoint of `step` into. Raises OSError.
+    """Make a hidden directory to write the checkpoint of `step` into. Raises OSError.
 
-    The run directory itself must be there: where it has vanished (a disk that went away), nothing is made up for it.
+    A run directory that has vanished (a disk that went away) is not made again: it would lie on another disk.
     """
     directory(run).mkdir(exist_ok=True)
     staging = directory(run) / f".step-{step:08d}.{secrets.token_hex(4)}.partial"
@@ -165,19 +166,19 @@ def stage(run: Path, step: int) -> Path:
 
 
 def clean(run: Path, progress: ByteProgress = lambda done, total: None) -> None:
-    """Remove what saves of dead attempts left behind. Only for the job that holds the run's lock."""
+    """Remove what saves of dead attempts left. The caller must hold the run's lock."""
     for path in _entries(directory(run)):
         if _LEFTOVER.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
         elif _COMMITTED.fullmatch(path.name) and _is_hidden(path):
             successor = final_path(run, open_saved(path).step)
-            # Else this one may be the last that is intact.
+            # If its successor is damaged or missing, the replaced one may be the last that is intact.
             if successor.is_dir() and not verify(open_saved(successor), progress):
                 _remove(path)
 
 
 def write_manifest(staging: Path, body: Mapping[str, Any]) -> int:
-    """Write `body` (step, identity, files) as the manifest of a checkpoint; its size in bytes. Raises OSError."""
+    """Write `body` (step, identity, files) as a checkpoint's manifest. Returns its bytes. Raises OSError."""
     body = {"format": FORMAT, **body, "written": time.time()}
     content = json.dumps({"sha256": _digest(body), "body": body}, indent=1).encode()
     with (staging / MANIFEST).open("wb") as file:
@@ -188,8 +189,8 @@ def write_manifest(staging: Path, body: Mapping[str, Any]) -> int:
 
 
 def commit(staging: Path, final: Path) -> None:
-    """Give a complete checkpoint its name, durably. One of the same name steps aside. Raises OSError."""
-    sync(staging)
+    """Give a complete checkpoint its name, durably. One of the same step is renamed out of the way. Raises OSError."""
+    sync(staging)  # the names of its files, before it gets its own
     if final.exists():
         aside = _aside(final)
         if aside.exists():
@@ -200,13 +201,13 @@ def commit(staging: Path, final: Path) -> None:
 
 
 def forget_replaced(final: Path) -> None:
-    """The checkpoint at `final` has been read back: the one that stepped aside for it may go."""
+    """Remove the checkpoint that `final` has replaced, once `final` has been read back."""
     if _aside(final).exists():
         _remove(_aside(final))
 
 
 def discard(path: Path) -> None:
-    """Remove a checkpoint or what should have become one, as far as the disk lets us."""
+    """Remove a checkpoint or a staging directory; errors are ignored."""
     with contextlib.suppress(OSError):
         _remove(path)
 
@@ -214,9 +215,9 @@ def discard(path: Path) -> None:
 def prune(run: Path, keep_last: int, keep_every_steps: int = 0, verified: Saved | None = None) -> list[str]:
     """Remove old checkpoints: keep the newest `keep_last` and those whose step `keep_every_steps` divides.
 
-    Nothing goes before something newer is known to be intact: `verified`, or else the newest that `verify` passes.
-    Checkpoints after that one were damaged or refused; they are replaced when the run gets there again. Returns what
-    could not be removed, a line each.
+    Nothing is removed unless a newer one is known to be intact: `verified`, or else the newest that `verify` passes.
+    Checkpoints after that one are damaged or were refused; the run replaces them when it gets there again. Returns
+    what could not be removed, a line each.
     """
     newest = verified or newest_intact(run)
     if newest is None:
@@ -226,7 +227,7 @@ def prune(run: Path, keep_last: int, keep_every_steps: int = 0, verified: Saved 
         if saved.step > newest.step or _is_hidden(saved.path):
             continue
         if kept < keep_last:
-            kept += saved == newest or not verify(saved, names=())  # one that is visibly damaged is no fallback
+            kept += saved == newest or not verify(saved, names=())  # one with missing files is no fallback
         elif not (keep_every_steps and saved.step % keep_every_steps == 0):
             try:
                 _remove(saved.path)
@@ -236,7 +237,7 @@ def prune(run: Path, keep_last: int, keep_every_steps: int = 0, verified: Saved 
 
 
 def forget_cached(path: Path) -> None:
-    """Ask the system to drop its copy of a durable file, so that the next read comes from the disk. Best effort."""
+    """Ask the system to drop a durable file from the page cache, so that the next read is from disk. Best effort."""
     if hasattr(os, "posix_fadvise"):
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -246,18 +247,18 @@ def forget_cached(path: Path) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """An error as a reason inside another message: as the system calls it, where it is the system's."""
+    """Return an error as a reason inside another message; for an OSError, the system's words."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror} ({Path(os.fsdecode(error.filename)).name})" if error.filename else error.strerror
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
-    said_for_people = isinstance(error, CheckpointError | pickle.UnpicklingError)
-    return lines[0][:300] if said_for_people else f"{type(error).__name__}: {lines[0][:300]}"
+    is_readable = isinstance(error, CheckpointError | pickle.UnpicklingError)  # our own words
+    return lines[0][:300] if is_readable else f"{type(error).__name__}: {lines[0][:300]}"
 
 
 def _entries(path: Path) -> list[Path]:
-    """Of a directory that may not exist; one that cannot be read must never look like an empty one."""
+    """List a directory. A missing one is empty; one that cannot be read must not look empty, so it raises."""
     try:
         return sorted(path.iterdir())
     except FileNotFoundError:
@@ -275,7 +276,7 @@ def _aside(final: Path) -> Path:
 
 
 def _remove(path: Path) -> None:
-    """First invisible, then gone: a half-removed checkpoint is never seen. Raises OSError if it cannot be hidden."""
+    """Hide, then remove: no reader sees a half-removed checkpoint. Raises OSError if it cannot be hidden."""
     step = re.search("step-[0-9]+", path.name)
     assert step is not None
     doomed = path.with_name(f".{step[0]}.{secrets.token_hex(4)}.pruned")
@@ -286,7 +287,7 @@ def _remove(path: Path) -> None:
 def _damage(saved: Saved, name: str, expected: Mapping[str, Any], progress: Callable[[int], None]) -> str | None:
     path = saved.path / name
     try:
-        status = path.lstat()
+        status = path.lstat()  # a link or a pipe is not followed: reading it might never end
         if not stat.S_ISREG(status.st_mode):
             return f"{name} is no regular file"
         if status.st_size == 0 < expected["bytes"]:
@@ -303,7 +304,7 @@ def _damage(saved: Saved, name: str, expected: Mapping[str, Any], progress: Call
 
 
 def _origin(saved: Saved, path: Path) -> str:
-    """Whose file it is instead, if it belongs to another checkpoint beside this one."""
+    """Return a remark if the file belongs to another checkpoint of this run: a copy gone wrong."""
     actual = _sha256(path)
     for sibling in sorted(saved.path.parent.glob("step-*")):
         with contextlib.suppress(CheckpointError):

@@ -1,11 +1,10 @@
 """Reading a checkpoint back: at any world size and sharding, bitwise, and without trusting a byte of it.
 
-Checksums find accidents. They do not find malice: who can write a file can write its checksum. So nothing is
-unpickled that is not a plain record of DCP, only files that the manifest lists are opened, and only tensors are read
-from them, with torch's weights-only reader.
+Checksums find accidents, not malice: whoever can write a file can write its checksum. So only plain records of DCP are
+unpickled, only files that the manifest lists are opened, and only tensors are read from them, with torch's
+weights-only reader.
 """
 
-import functools
 import math
 import pickle
 from collections.abc import Callable, Collection
@@ -13,7 +12,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
@@ -36,30 +34,30 @@ def restore(
     hook: Hook = no_hook,
     run_id: str | None = None,
 ) -> int | None:
-    """Load the newest intact checkpoint in place; its step, or None if there has never been one. A collective.
+    """Load the newest intact checkpoint in place. Returns its step; None if there has never been one. Collective.
 
-    A checkpoint that is damaged, belongs to another run, or fails while loading on any rank is passed over by all;
-    rank 0 reports it. Raises CheckpointError, on all ranks, if there was progress and none of it is intact, and
-    NewerFormatError rather than pass over what a newer toprope saved.
+    A checkpoint that is damaged, belongs to another run, or fails to load on any rank is skipped by all ranks; rank 0
+    reports it. Raises CheckpointError on all ranks if the run has saved before and no checkpoint is intact;
+    NewerFormatError instead of skipping one that a newer toprope saved.
     """
     for saved in world.from_main(lambda: committed(run)):
-        world.from_main(functools.partial(refuse_newer, saved))
-        reason = _agreed(world, functools.partial(_refusal, saved, world, fingerprint, run_id))
+        world.from_main(lambda saved=saved: refuse_newer(saved))
+        reason = _agreed(world, _refusal(saved, world, fingerprint, run_id))
         if reason is None:
             hook(Phase.IN_LOAD, saved.step)
-            reason = _agreed(world, functools.partial(_failure, saved, tensors))
+            reason = _agreed(world, _failure(saved, tensors))
         if reason is None:
             return saved.step
         if world.is_main:
             report(CheckpointRejected(step=saved.step, reason=reason))
-    world.from_main(functools.partial(_refuse_to_forget, run))
+    world.from_main(lambda: _refuse_to_forget(run))
     return None
 
 
 def load(saved: Saved, tensors: dict[str, Tensor]) -> None:
-    """Copy a checkpoint into `tensors`, in place, whatever its sharding was and theirs is. Every rank for itself.
+    """Copy a checkpoint into `tensors`, in place; the two shardings may differ. Not collective: each rank for itself.
 
-    Raises CheckpointError if it does not hold what is asked for; `tensors` are then partly overwritten.
+    Raises CheckpointError if it does not hold all of `tensors`, which are then partly overwritten.
     """
     reason = _failure(saved, tensors)
     if reason is not None:
@@ -69,18 +67,13 @@ def load(saved: Saved, tensors: dict[str, Tensor]) -> None:
         )
 
 
-def _agreed(world: World, problem: Callable[[], str | None]) -> str | None:
-    """All that any rank has to object to, in one line, alike on all ranks; None if none has."""
-    found: list[str | None] = [None] * world.size
-    if world.size > 1:
-        dist.all_gather_object(found, problem())
-    else:
-        found = [problem()]
-    return "; ".join(dict.fromkeys(reason for reason in found if reason)) or None
+def _agreed(world: World, problem: str | None) -> str | None:
+    """Return all ranks' problems in one line, equal on all ranks; None if no rank has one. Collective."""
+    return "; ".join(dict.fromkeys(reason for reason in world.gather(problem) if reason)) or None
 
 
 def _refusal(saved: Saved, world: World, fingerprint: str, run_id: str | None) -> str | None:
-    """Why a checkpoint must not be loaded. Ranks share the reading: each checks the contents of some files."""
+    """Return why a checkpoint must not be loaded. Ranks share the reading: each checks the contents of some files."""
     try:
         manifest = read_manifest(saved)
         problems = verify(saved, names=sorted(manifest["files"])[world.rank :: world.size])
@@ -94,7 +87,7 @@ def _refusal(saved: Saved, world: World, fingerprint: str, run_id: str | None) -
 
 
 def _failure(saved: Saved, tensors: dict[str, Tensor]) -> str | None:
-    """Load; why it failed, in one line."""
+    """Load, and return why it failed, in one line; None if it did not."""
     try:
         reader = _Reader(saved.path, read_manifest(saved)["files"])
         planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -102,10 +95,10 @@ def _failure(saved: Saved, tensors: dict[str, Tensor]) -> str | None:
         _check_fits(metadata, tensors)
         planner.set_up_planner(tensors, metadata, is_coordinator=False)
         reader.set_up_storage_reader(metadata, is_coordinator=False)
-        plan = planner.create_local_plan()  # a rank reads what it needs: nothing to agree on, no collective to hang in
+        plan = planner.create_local_plan()  # each rank reads what it needs: no collective, so nothing to hang in
         _check_complete(plan, tensors)
         reader.read_data(plan, planner).wait()
-    except Exception as error:  # damage of any kind, found by torch in any way
+    except Exception as error:  # torch reports damage by exceptions of any type
         return one_line(error)
     return None
 
@@ -123,7 +116,7 @@ def _check_fits(metadata: Metadata, tensors: dict[str, Tensor]) -> None:
 
 
 def _check_complete(plan: Any, tensors: dict[str, Tensor]) -> None:
-    """DCP leaves as it was what no stored piece covers; here that is an error."""
+    """Raise if stored pieces do not cover all that this rank needs: DCP would leave the rest as it was."""
     planned = dict.fromkeys(tensors, 0)
     for item in plan.items:
         planned[item.dest_index.fqn] += math.prod(item.lengths)
@@ -134,10 +127,10 @@ def _check_complete(plan: Any, tensors: dict[str, Tensor]) -> None:
 
 
 def _refuse_to_forget(run: Path) -> None:
-    """Raise if something was saved once. A run that never came to its first save simply starts again.
+    """Raise CheckpointError if the run has saved before. A run that died before its first save simply starts again.
 
-    To remove the directory, or to give another, is to tell us so. There is no switch for it: in a command that is typed
-    again at every restart it would stay, and then throw away progress that nobody meant.
+    Starting from zero takes another --run or removing this one. A switch for it would stay in a command that is typed
+    again at every restart, and would then throw away progress.
     """
     damaged = bool(committed(run))
     if damaged or any(isinstance(entry.event, CheckpointSaved) for entry in events.read(run)):
@@ -150,7 +143,7 @@ def _refuse_to_forget(run: Path) -> None:
 
 
 class _Reader(dcp.FileSystemReader):
-    """DCP's reader, for the files of the manifest and for tensors only."""
+    """DCP's reader, restricted to files of the manifest and to tensors."""
 
     def __init__(self, path: Path, names: Collection[str]) -> None:
         super().__init__(path)
@@ -171,7 +164,7 @@ class _Reader(dcp.FileSystemReader):
 
 
 class _RecordsOnly(pickle.Unpickler):
-    """Unpickles DCP's `.metadata` and nothing that could run code: only these names may be looked up."""
+    """Unpickles DCP's `.metadata`. Only these names may be looked up, so nothing in the file can run code."""
 
     ALLOWED = frozenset(
         {
@@ -194,15 +187,18 @@ class _RecordsOnly(pickle.Unpickler):
     )
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("builtins", "getattr"):  # as Python 3.11.0 to 3.11.3 write a member of an enumeration
+        if (module, name) == ("builtins", "getattr"):  # how Python 3.11.0 to 3.11.3 pickle a member of an enumeration
             return _member
         if (module, name) not in self.ALLOWED:
             raise pickle.UnpicklingError(f".metadata asks for {module}.{name}, which no checkpoint of ours contains")
         return super().find_class(module, name)
 
 
-def _member(of: Any, name: str) -> Enum:
-    """Of an enumeration, and nothing else of anything."""
-    if not (isinstance(of, type) and issubclass(of, Enum) and name in of.__members__):
-        raise pickle.UnpicklingError(f".metadata asks for {name!r} of {of!r}, which no checkpoint of ours contains")
-    return of[name]
+def _member(enumeration: Any, name: str) -> Enum:
+    """A getattr that returns members of enumerations and nothing else."""
+    is_enumeration = isinstance(enumeration, type) and issubclass(enumeration, Enum)
+    if not (is_enumeration and name in enumeration.__members__):
+        raise pickle.UnpicklingError(
+            f".metadata asks for {name!r} of {enumeration!r}, which no checkpoint of ours contains"
+        )
+    return enumeration.__members__[name]

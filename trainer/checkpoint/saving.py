@@ -1,11 +1,11 @@
 """Writing checkpoints beside training: the loop waits for a copy in memory, and a thread does the rest.
 
-A save goes in rounds. In each, every rank does its part and then all learn what became of everyone's (`_together`), on
-a process group of their own. So an error anywhere is an error everywhere, with one reason, and nobody waits for a rank
-that has given up. The rounds: make the directory; write the shards; commit; read back. Then rank 0 prunes.
+A save has four rounds: make the directory, write the shards, commit, read back. In each, every rank does its part, and
+then all ranks exchange the results (`_together`), on a process group of their own. So an error on any rank fails the
+save on all, with one reason, and no rank waits for one that has given up. At the end rank 0 removes old checkpoints.
 
-A slow disk is no hang, a dead one is. While a rank's part gets on it says so to the others, now and then, and a loop
-that waits for a save passes every such sign on: its watchdog sees no progress only where one rank really makes none.
+A slow disk is no hang, a dead one is. While a rank makes progress it tells the others, and a loop that waits for a save
+passes that on as heartbeats: its watchdog reports a hang only if some rank really makes no progress.
 
 DCP plans who writes what and lays out the bytes. Its `save` is not used: it would plan anew each time, and its own
 collectives know nothing of the rounds.
@@ -40,24 +40,24 @@ from trainer.phases import Hook, Phase, no_hook
 
 T = TypeVar("T")
 
-PEER_TIMEOUT_SECONDS = 1800.0  # without a word from a peer, where no watchdog is waiting for it
-TELL_SECONDS = 0.5  # how often a rank at work says that it gets on
-POLL_SECONDS = 0.1  # how often a waiting loop looks for signs of that
-# Of the writing thread. With two ranks on two full cores, steps took 1.02 times as long beside a save of 74 MB a rank,
-# and 1.17 times at niceness 10. The price: the save took 1.3 s instead of 0.6 s.
+PEER_TIMEOUT_SECONDS = 1800.0  # without a message from a peer, when no watchdog is waiting for it
+PROGRESS_SECONDS = 0.5  # how often a rank at work tells the others that it makes progress
+POLL_SECONDS = 0.1  # how often a waiting loop checks for that
+# Niceness of the writing thread. With two ranks on two full cores, steps took 1.02 times as long beside a save of 74 MB
+# a rank, and 1.17 times at niceness 10. The price: the save took 1.3 s instead of 0.6 s.
 NICENESS = 19
 
 
 class Saver:
-    """Saves a run's state beside its training, one save at a time. Made, and called, on all ranks alike.
+    """Saves a run's state beside its training, one save at a time. Constructed and called on all ranks alike.
 
-    A save that fails never raises: it becomes a CheckpointFailed event, and earlier checkpoints stay as they are.
+    A failed save raises nothing: it becomes a CheckpointFailed event, and earlier checkpoints stay as they are.
     """
 
     failures_in_a_row: int
-    """Of the saves that `begin` and `finish` have waited for: alike on all ranks after either, unless one has died."""
+    """Number of the last saves that failed, as of `begin` or `finish`; equal on all ranks unless one has died."""
     lost_peer: str | None
-    """Set once another rank is gone: no save can succeed any more, and this says how it was noticed."""
+    """How it was noticed that another rank is gone; None while all are there. No save can succeed after that."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class Saver:
         heartbeat: Hook = no_hook,
         peer_timeout_seconds: float = PEER_TIMEOUT_SECONDS,
     ) -> None:
-        """`identity` goes into the manifest: what a loader must agree with.
+        """`identity` goes into the manifest: a loader compares it.
 
         `hook` is called from the writing thread. `begin` and `finish` call `heartbeat` with "waiting_for_save" whenever
         the save that they wait for has made progress.
@@ -77,41 +77,41 @@ class Saver:
         self._run, self._world, self._identity, self._settings, self._hook = run, world, dict(identity), settings, hook
         self._heartbeat = heartbeat
         self._group = None
-        if world.size > 1:  # never the one that training uses: collectives of two threads would mix there
+        if world.size > 1:  # never training's group: there, collectives of the two threads would mix
             timeout = datetime.timedelta(seconds=peer_timeout_seconds)
             self._group = dist.new_group(backend="gloo", timeout=timeout, group_desc="checkpoint")
         self._lost: str | None = None
-        """Why the ranks cannot agree on anything any more."""
+        """Why the ranks can no longer agree on anything."""
         self._plan: _RankPlan | None = None
         self._save: _Save | None = None
         self._ended: list[Event] = []
         self._failures = 0
         self.failures_in_a_row = 0
         self.lost_peer = None
-        self._got_on = self._told = time.monotonic()
-        """When the save under way last got on, on any rank, and when all ranks last told each other."""
+        # Monotonic times: when any rank last made progress in this save, and when the ranks last exchanged a message.
+        self._last_progress = self._last_exchange = time.monotonic()
 
     def begin(self, step: int, tensors: Mapping[str, Tensor]) -> None:
-        """Save `tensors` (plain ones alike on all ranks, or DTensors) as the checkpoint of `step`.
+        """Save `tensors` (plain ones equal on all ranks, or DTensors) as the checkpoint of `step`.
 
         Waits for an earlier save still under way, copies what this rank will write, and returns.
         """
         started = time.perf_counter()
         self._wait(step)
-        trouble = None
+        error = None
         try:
             if self._plan is None:
                 self._plan = self._make_plan(tensors)
             self._plan.copy(tensors)
-        except Exception as error:  # out of memory, a dead peer: the first round tells all ranks
-            trouble = error
-        self._save = save = _Save(step, started, trouble)
+        except Exception as caught:  # out of memory, a dead peer: the first round fails the save on all ranks
+            error = caught
+        self._save = save = _Save(step, started, error)
         save.thread = threading.Thread(target=self._write, args=(save,), name="checkpoint", daemon=True)
         save.thread.start()
         save.stall = time.perf_counter() - started
 
     def poll(self) -> list[Event]:
-        """What became of saves that ended since the last call. Cheap; alike on all ranks, but not at the same step."""
+        """Return events of the saves that ended since the last call. Cheap. Ranks get them at different steps."""
         if self._save is not None and self._save.outcome is not None:
             self._collect()
         ended, self._ended = self._ended, []
@@ -128,11 +128,11 @@ class Saver:
         return self.poll()
 
     def close(self, grace_seconds: float = 5.0) -> None:
-        """Give a save under way a little time to end, then leave it. Never raises."""
+        """Wait a little for the save under way, then abandon it. Never raises."""
         if self._save is not None:
             self._save.thread.join(grace_seconds)
             if self._save.thread.is_alive():
-                return  # it may be inside a collective: its group is left to the end of the process
+                return  # it may be inside a collective, so its group is left to the end of the process
         if self._group is not None:
             with contextlib.suppress(Exception):
                 dist.destroy_process_group(cast(dist.ProcessGroup, self._group))
@@ -145,32 +145,39 @@ class Saver:
         self.failures_in_a_row = self._failures
 
     def _join(self, save: "_Save", step: int) -> None:
-        seen = self._got_on
+        """Wait for the writing thread; the main thread's watchdog sees the progress of all ranks as its own."""
+        seen = self._last_progress
         while save.thread.is_alive():
             save.thread.join(POLL_SECONDS)
-            if self._got_on != seen:
-                seen = self._got_on
+            if self._last_progress != seen:
+                seen = self._last_progress
                 self._heartbeat(Phase.WAITING_FOR_SAVE, step)
 
     def _collect(self) -> None:
+        """Turn the save that has ended into events."""
         save, self._save = self._save, None
         assert save is not None and save.outcome is not None
-        told = save.outcome
-        if isinstance(told, _SaveError):
+        outcome = save.outcome
+        if isinstance(outcome, _SaveError):
             self._failures += 1
-            ended = CheckpointFailed(
-                step=save.step, reason=str(told), in_a_row=self._failures, on_rank=told.rank, stall_seconds=save.stall
+            event = CheckpointFailed(
+                step=save.step,
+                reason=str(outcome),
+                in_a_row=self._failures,
+                on_rank=outcome.rank,
+                stall_seconds=save.stall,
             )
         else:
             self._failures = 0
-            ended = CheckpointSaved(step=save.step, bytes=told, seconds=save.seconds, stall_seconds=save.stall)
-        self._ended += [ended, *(Warned(message=message) for message in save.warnings)]
+            event = CheckpointSaved(step=save.step, bytes=outcome, seconds=save.seconds, stall_seconds=save.stall)
+        self._ended += [event, *(Warned(message=message) for message in save.warnings)]
 
     def _make_plan(self, tensors: Mapping[str, Tensor]) -> "_RankPlan":
-        """Who writes what: planned once, the state keeps its shapes. Replicas share the writing."""
+        """Decide who writes what. Done once: the state keeps its shapes. Replicas share the writing."""
         plans = self._together(lambda: _local_plan(tensors))
+        # All ranks have the same input here, so all compute the same global plan.
         planner = dcp.DefaultSavePlanner(flatten_state_dict=False, dedup_save_to_lowest_rank=False)
-        plans, metadata = planner.create_global_plan(plans)  # the same input and so the same plan on all ranks
+        plans, metadata = planner.create_global_plan(plans)
         plans = Writer(self._run, lambda: None).prepare_global_plan(plans)  # gives each rank the names of its files
         return _RankPlan(plans[self._world.rank], metadata, tensors)
 
@@ -178,15 +185,15 @@ class Saver:
         """The writing thread."""
         _lower_priority()
         try:
-            save.outcome = self._rounds(save)
+            save.outcome = self._write_and_commit(save)
         except _SaveError as error:
             save.outcome = error
-        except BaseException as error:  # no thread dies silently
+        except BaseException as error:  # a thread that died without an outcome would be waited for without end
             self._lost = self._lost or f"the writing thread failed: {files.one_line(error)}"
             save.outcome = _SaveError(self._lost)
 
-    def _rounds(self, save: "_Save") -> int:
-        """Write, commit, read back, prune; the checkpoint's size in bytes. Raises _SaveError, alike on all ranks."""
+    def _write_and_commit(self, save: "_Save") -> int:
+        """Do the four rounds, then prune. Returns the checkpoint's bytes. Raises _SaveError, equal on all ranks."""
         staging = self._together(lambda: self._prepare(save))[0]
         assert staging is not None
         try:
@@ -205,19 +212,21 @@ class Saver:
             lines = "; ".join(dict.fromkeys(line for lines in damaged for line in lines))
             rank = next(rank for rank, lines in enumerate(damaged) if lines)
             raise _SaveError(f"it was written, but reads back differently: {lines}", rank)
-        if self._world.is_main:
+        if self._world.is_main:  # only now is there something newer that is known to be intact
             self._prune(save, final)
         return size
 
     def _prepare(self, save: "_Save") -> Path | None:
-        if save.trouble is not None:
-            raise save.trouble
+        """Round 1: rank 0 makes the hidden directory that all ranks write into."""
+        if save.error is not None:
+            raise save.error
         if not self._world.is_main:
             return None
         files.clean(self._run, self._progress(save))
         return files.stage(self._run, save.step)
 
     def _write_shard(self, save: "_Save", staging: Path) -> "_Shard":
+        """Round 2: each rank writes its part and makes it durable."""
         plan = self._plan
         assert plan is not None
         writer = Writer(staging, self._progress(save, Phase.IN_SAVE_SHARD))
@@ -227,11 +236,12 @@ class Saver:
             files.sync(staging)
         else:  # nothing left for this rank: there are more ranks than tensors
             self._hook(Phase.IN_SAVE_SHARD, save.step)
-        if not self._world.is_main:
+        if not self._world.is_main:  # rank 0 passes this phase in the next round, where it commits
             self._hook(Phase.BEFORE_COMMIT, save.step)
         return _Shard(writer.files.digests, results)
 
     def _commit(self, save: "_Save", staging: Path, shards: "list[_Shard]") -> tuple[Path, int]:
+        """Round 3: rank 0 writes metadata and manifest, then renames. Returns the final path and the bytes."""
         final = files.final_path(self._run, save.step)
         if not self._world.is_main:
             return final, 0
@@ -248,7 +258,7 @@ class Saver:
         return final, size
 
     def _read_back(self, save: "_Save", final: Path, own: Mapping[str, Any]) -> list[str]:
-        """What is wrong with what this rank wrote, from the disk and not from the system's copy in memory."""
+        """Round 4: return the problems of what this rank wrote, read from the disk and not from the page cache."""
         self._hook(Phase.AFTER_COMMIT, save.step)
         names = {*own, ".metadata"} if self._world.is_main else {*own}
         for name in names:
@@ -257,101 +267,99 @@ class Saver:
         return files.verify(files.open_saved(final), self._progress(save), names)
 
     def _prune(self, save: "_Save", final: Path) -> None:
-        settings = self._settings
+        keep = self._settings
         try:
             files.forget_replaced(final)
-            save.warnings += files.prune(
-                self._run, settings.keep_last, settings.keep_every_steps, verified=files.open_saved(final)
-            )
-        except (OSError, CheckpointError) as error:
+            verified = files.open_saved(final)
+            save.warnings += files.prune(self._run, keep.keep_last, keep.keep_every_steps, verified)
+        except (OSError, CheckpointError) as error:  # the checkpoint itself is there: no reason to fail the save
             save.warnings.append(f"old checkpoints could not be removed: {files.one_line(error)}")
 
-    def _progress(self, save: "_Save", point: str | None = None) -> Callable[..., None]:
-        """A callback for progress: a sign of it, for all ranks now and then, and the first time `point`."""
-        points = [point] if point else []
+    def _progress(self, save: "_Save", first_phase: str | None = None) -> Callable[..., None]:
+        """Return a progress callback. It passes `first_phase` on its first call, and tells the peers now and then."""
+        phases = [first_phase] if first_phase else []
 
         def progress(*amount: int) -> None:
-            self._got_on = time.monotonic()
-            if points:
-                self._hook(points.pop(), save.step)
-            if time.monotonic() - self._told > TELL_SECONDS:
+            self._last_progress = time.monotonic()
+            if phases:
+                self._hook(phases.pop(), save.step)
+            if time.monotonic() - self._last_exchange > PROGRESS_SECONDS:
                 self._exchange(None)
 
         return progress
 
     def _together(self, work: Callable[[], T]) -> list[T]:
-        """Every rank works; returns what each has to show. Raises _SaveError on all if it failed on any."""
+        """Do `work` on every rank; return all results, by rank. Raises _SaveError on all ranks if it failed on any."""
         if self._lost is not None:
             raise _SaveError(self._lost)
         try:
             mine: Any = work(), None
-        except BaseException as error:  # whatever it is, the others must hear of it
+        except BaseException as error:  # of any type: the others must hear of it
             mine = None, files.one_line(error)
-        while None in (all_of_us := self._exchange(mine)):
-            pass  # some are still at it: they have just said that they get on
-        failed = [(rank, reason) for rank, (_, reason) in enumerate(all_of_us) if reason is not None]
+        while None in (everyone := self._exchange(mine)):
+            pass  # a rank is still at work: it has just reported progress
+        failed = [(rank, reason) for rank, (_, reason) in enumerate(everyone) if reason is not None]
         if failed:
-            by_rank = [f"rank {rank}: {why}" if self._group else why for rank, why in failed]
-            all_alike = len({why for _, why in failed}) == 1 < len(failed)
+            by_rank = [f"rank {rank}: {reason}" if self._group else reason for rank, reason in failed]
+            all_alike = len({reason for _, reason in failed}) == 1 < len(failed)
             raise _SaveError(failed[0][1] if all_alike else "; ".join(by_rank), failed[0][0])
-        return [result for result, _ in all_of_us]
+        return [result for result, _ in everyone]
 
     def _exchange(self, mine: Any) -> list[Any]:
-        """What each rank has to say, None if only that it gets on. Raises _SaveError if one is lost."""
+        """Return every rank's message; None is a mere report of progress. Raises _SaveError if a rank is lost."""
         if self._lost is not None:
             raise _SaveError(self._lost)
-        all_of_us: list[Any] = [mine] * self._world.size
+        everyone: list[Any] = [mine] * self._world.size
         if self._group is not None:
             try:
-                dist.all_gather_object(all_of_us, mine, group=self._group)
+                dist.all_gather_object(everyone, mine, group=self._group)
             except Exception as error:  # gloo raises RuntimeError, pickle anything
                 detail = files.one_line(error).partition(". This is typically")[0]  # gloo's advice for programmers
                 self._lost = self.lost_peer = f"another rank was lost while saving ({detail})"
                 raise _SaveError(self._lost) from None
-        self._got_on = self._told = time.monotonic()
-        return all_of_us
+        self._last_progress = self._last_exchange = time.monotonic()
+        return everyone
 
 
 class _SaveError(CheckpointError):
-    """A save failed, with the same message on all ranks. Becomes a CheckpointFailed event."""
+    """A save failed; the same on all ranks. `rank` is the first that it failed on, None if one was lost."""
 
     def __init__(self, reason: str, rank: int | None = None) -> None:
-        """`rank` is the first that it failed on; None if one was lost."""
         super().__init__(reason)
         self.rank = rank
 
 
 class _Save:
-    """One save under way."""
+    """A save under way."""
 
     thread: threading.Thread
 
-    def __init__(self, step: int, started: float, trouble: Exception | None) -> None:
-        self.step, self.started, self.trouble = step, started, trouble
+    def __init__(self, step: int, started: float, error: Exception | None) -> None:
+        self.step, self.started, self.error = step, started, error
         self.stall = 0.0
+        """Seconds for which training waited."""
         self.seconds = 0.0
         self.warnings: list[str] = []
         self.outcome: int | _SaveError | None = None
-        """The checkpoint's size in bytes, or why there is none; set last, by the writing thread."""
+        """The checkpoint's bytes, or the error; set last, by the writing thread."""
 
 
 @dataclass(frozen=True)
 class _Shard:
-    """What a rank has written: digest and size by file name, and DCP's record of what lies where."""
+    """A rank's part: {bytes, sha256} by file name, and DCP's record of the position of each tensor."""
 
     digests: dict[str, dict[str, Any]]
     results: list[Any]
 
 
 class _RankPlan:
-    """What this rank writes, and the buffers that hold it while it is written; they are used again by every save."""
+    """This rank's part of every save, and the buffers that hold a copy of it; each save uses them again."""
 
     def __init__(self, plan: SavePlan, metadata: Metadata, tensors: Mapping[str, Tensor]) -> None:
-        self.dcp_plan = SavePlan(
-            [item for item in plan.items if item.tensor_storage_size()], storage_data=plan.storage_data
-        )
+        items = [item for item in plan.items if item.tensor_storage_size()]
+        self.dcp_plan = SavePlan(items, storage_data=plan.storage_data)
         self.metadata = metadata
-        self._buffers = {item.index.fqn: _buffer(tensors[item.index.fqn]) for item in self.dcp_plan.items}
+        self._buffers = {item.index.fqn: _buffer(tensors[item.index.fqn]) for item in items}
 
     def copy(self, tensors: Mapping[str, Tensor]) -> None:
         if not self._buffers:
@@ -359,11 +367,11 @@ class _RankPlan:
         with torch.no_grad():
             sources = [_local(tensors[name]) for name in self._buffers]
             torch._foreach_copy_(list(self._buffers.values()), sources, non_blocking=True)
-            if sources[0].is_cuda:
+            if sources[0].is_cuda:  # the next step may overwrite the sources as soon as this returns
                 torch.cuda.current_stream().synchronize()
 
     def resolve_data(self, item: WriteItem) -> Tensor:
-        """What DCP's writer asks its planner: the bytes of an item of the plan."""
+        """Called by DCP's writer for the data of an item of the plan."""
         return self._buffers[item.index.fqn]
 
 
@@ -381,7 +389,7 @@ def _buffer(tensor: Tensor) -> Tensor:
 
 
 def _lower_priority() -> None:
-    """Let training go first. Only Linux gives single threads a niceness."""
+    """Let training run first. Only Linux gives single threads a niceness."""
     if sys.platform == "linux":
         thread = threading.get_native_id()
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""DCP's writer of files, on streams that hash what they are given and report the disk's errors as they are."""
+"""DCP's file writer on streams that hash what they are given and report the disk's errors unchanged."""
 
 import contextlib
 import hashlib
@@ -13,21 +13,21 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 
 
 class Writer(dcp.FileSystemWriter):
-    """Writes a plan's items into `staging`; `files.digests` then describes every file. Calls `progress` on the way."""
+    """Writes a plan's items into `staging`; `files.digests` then describes every file. Calls `progress` as it goes."""
 
     def __init__(self, staging: Path, progress: Callable[[], None]) -> None:
-        # Our streams flush to disk themselves. Copying ahead is for tensors on a GPU, and waits for training's stream.
+        # Our streams sync themselves. Copying ahead is for tensors on a GPU, and would wait for training's stream.
         super().__init__(staging, sync_files=False, thread_count=1, per_thread_copy_ahead=0)
         self.files = self.fs = _HashingFiles(progress)
 
     def storage_meta(self) -> StorageMeta:
-        return StorageMeta()  # no paths: a checkpoint may be moved
+        return StorageMeta()  # without paths, so that a checkpoint may be moved
 
 
 class _HashingFiles(FileSystem):
     def __init__(self, progress: Callable[[], None]) -> None:
         self.digests: dict[str, dict[str, Any]] = {}
-        """Of what was meant to be written, by file name; a disk that does something else is found out."""
+        """{bytes, sha256} of the data given to each file; reading back finds a disk that wrote something else."""
         self._progress = progress
 
     @contextlib.contextmanager
@@ -45,10 +45,9 @@ class _HashingFiles(FileSystem):
 
 
 class _HashingStream:
-    """A file to write to, once and in order. Small pieces are gathered; large ones go in chunks, without the GIL.
+    """A file that is written once and in order. Small pieces are gathered; large ones go in chunks, without the GIL.
 
-    What is written is made durable piece by piece: the system would take all of it at once and then be silent, on a
-    slow disk for minutes, in one single sync.
+    It syncs piece by piece, because one sync at the end reports no progress, on a slow disk for minutes.
     """
 
     _GATHERED = 2**20
@@ -65,7 +64,7 @@ class _HashingStream:
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         self._written += len(view)
-        if self._error is None:  # raised at the end: torch's zip writer would lose the reason on the way
+        if self._error is None:  # raised at the end, because torch's zip writer would hide the reason
             try:
                 self._put(view)
             except BaseException as error:
@@ -82,7 +81,7 @@ class _HashingStream:
         pass
 
     def end(self) -> None:
-        """Make everything durable. Raises what went wrong since the beginning."""
+        """Make everything durable. Raises the first error since the beginning."""
         if self._error is None:
             self._flush()
         if self._error is not None:
@@ -107,7 +106,7 @@ class _HashingStream:
             chunk = view[start : start + self._CHUNK]
             self.sha256.update(chunk)
             while chunk:
-                done = self._raw.write(chunk)
+                done = self._raw.write(chunk)  # may be less than asked for
                 chunk, self._unsynced = chunk[done:], self._unsynced + done
                 self._progress()
             if self._unsynced >= self._SYNCED:

@@ -2,13 +2,12 @@
 
 from trainer.data.batches import Batches, EvalWindows, MicroBatch, digest
 from trainer.data.cache import ProgressCallback
-from trainer.data.prepare import EvalTokens, Prepared, prepare, tokenizer_for
+from trainer.data.prepare import Prepared, prepare, tokenizer_for
 from trainer.data.tokenizer import Tokenizer
 from trainer.data.tokens import TokenStore
 
 __all__ = [
     "Batches",
-    "EvalTokens",
     "EvalWindows",
     "MicroBatch",
     "Prepared",

@@ -1,4 +1,4 @@
-"""Which tokens a micro-batch holds: a pure function of (seed, step, micro-batch), so there is no loader state to lose.
+"""The tokens of a micro-batch: a pure function of (seed, step, micro-batch), so there is no loader state to lose.
 
 Axes: B sequences in a micro-batch, T tokens in a sequence.
 """
@@ -31,7 +31,7 @@ class Batches:
         self.n_windows = len(self._windows)
         self.micro_batches, self.sequences = micro_batches, sequences
 
-        # A cache, not state: a step near an epoch's end needs two orders again and again.
+        # A cache, not state. Two entries, because a step near an epoch's end needs both orders.
         @lru_cache(maxsize=2)
         def order(epoch: int) -> np.ndarray:
             return permutation(seed, epoch, self.n_windows)
@@ -39,10 +39,11 @@ class Batches:
         self._order = order
 
     def for_step(self, step: int) -> list[MicroBatch]:
-        """The micro-batches of the update that follows `step` finished ones (the first is step 0)."""
+        """Return the micro-batches of the update that follows `step` finished ones (the first is step 0)."""
         return [self.micro_batch(step, index) for index in range(self.micro_batches)]
 
     def micro_batch(self, step: int, index: int) -> MicroBatch:
+        """Return micro-batch `index` of the M of a step."""
         assert step >= 0, step
         assert 0 <= index < self.micro_batches, index
         first = (step * self.micro_batches + index) * self.sequences
@@ -51,20 +52,21 @@ class Batches:
         return MicroBatch(sample_ids, gathered[:, :-1], gathered[:, 1:])
 
     def _window_ids(self, first: int) -> np.ndarray:
-        """Windows at positions first … first + B − 1 of the endless sequence of epochs; int64[B]."""
+        """Return the windows at positions first … first + B − 1 of the endless sequence of epochs; int64[B]."""
         epoch, offset = divmod(first, self.n_windows)
         if offset + self.sequences <= self.n_windows:
             return self._order(epoch)[offset : offset + self.sequences]
+        # The micro-batch straddles epochs: the end of one order and the start of the next.
         positions = np.arange(first, first + self.sequences)
         epochs, offsets = np.divmod(positions, self.n_windows)
         return np.concatenate([self._order(int(e))[offsets[epochs == e]] for e in np.unique(epochs)])
 
 
 class EvalWindows:
-    """An evaluation set as batches of windows that do not overlap, spread evenly if there are more than wanted.
+    """An evaluation set as batches of windows that do not overlap.
 
-    Of a set of more than `max_tokens`, max_tokens // context windows are read (at least one). A set shorter than one
-    window is read as one shorter window. `tokens` holds at least 2 token ids.
+    Of more than `max_tokens` tokens, max_tokens // context windows (at least one) are read, spread evenly. A set
+    shorter than one window is one shorter window. `tokens` holds at least 2 token ids.
     """
 
     def __init__(self, tokens: np.ndarray, *, context: int, sequences: int, max_tokens: int) -> None:
@@ -79,39 +81,37 @@ class EvalWindows:
         return (len(self._windows) + self._sequences - 1) // self._sequences
 
     def batch(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """(inputs, targets), both int64[B, T]."""
+        """Return (inputs, targets), both int64[B, T]."""
         assert 0 <= index < len(self), index
         rows = self._windows[index * self._sequences : (index + 1) * self._sequences].astype(np.int64)
         return rows[:, :-1], rows[:, 1:]
 
     @property
     def n_tokens(self) -> int:
-        """Targets that are scored."""
+        """Number of targets that are scored."""
         return self._windows.shape[0] * (self._windows.shape[1] - 1)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 (hex) of the window tokens as little-endian int64: which tokens a score is about."""
+        """SHA-256 (hex) of the window tokens as little-endian int64; identifies the tokens of a score."""
         return hashlib.sha256(self._windows.astype("<i8").tobytes()).hexdigest()
 
 
 def windows(tokens: np.ndarray, context: int) -> np.ndarray:
-    """A view [N, context + 1] of the tokens: neighbours share one token, the target of one and input of the next."""
+    """Return a view [N, context + 1]. Neighbours share a token: the last target of one, the first input of the next."""
     assert len(tokens) > context, (len(tokens), context)
     view = np.lib.stride_tricks.sliding_window_view(np.asarray(tokens), context + 1)
     return view[::context]
 
 
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-    """The order in which an epoch reads its n windows; int64[n].
-
-    NumPy keeps the streams of bit generators stable between versions but not Generator.permutation, so the raw
-    stream is sorted here. `seed` and `epoch` below 2^63 make the two halves of Philox's 128-bit key.
-    """
+    """Return the order in which an epoch reads its n windows; int64[n]. `seed` and `epoch` are below 2^63."""
+    # NumPy keeps the streams of bit generators stable between versions, but not Generator.permutation: so the raw
+    # stream is sorted here. Seed and epoch are the two halves of Philox's 128-bit key.
     stream = np.random.Philox(key=(seed << 64) | epoch).random_raw(n)
     return np.argsort(stream, kind="stable")
 
 
 def digest(sample_ids: np.ndarray) -> int:
-    """48 bits of SHA-256 over sample ids as little-endian int64: few enough to pass a float64 unchanged."""
+    """Return 48 bits of SHA-256 over sample ids as little-endian int64: few enough for a float64 to hold exactly."""
     return int.from_bytes(hashlib.sha256(sample_ids.astype("<i8").tobytes()).digest()[:6], "big")

@@ -1,6 +1,6 @@
-"""Documents: what a source holds, each once, in a fixed order; and which side of the split each is on.
+"""Documents of a source, each once, in a fixed order, and the split into training and held-out text.
 
-Nothing is held in memory but the document at hand and 16 bytes per document seen (to drop exact duplicates).
+Memory holds one document, and 16 bytes for each one seen (to drop exact duplicates).
 """
 
 import codecs
@@ -29,14 +29,14 @@ _EVAL_HUB = re.compile(r"hub:(?P<name>[^@:]+)@(?P<revision>[0-9a-f]{40})(:(?P<sp
 class Document:
     text: str
     digest: bytes
-    """SHA-256 of the text's UTF-8 bytes: what "the same document" means everywhere."""
+    """SHA-256 of the text's UTF-8 bytes. Two documents are the same if their digests are."""
     origin: str
-    """Where it came from, for people: a file's name, or a hub row."""
+    """Source for messages: a file's name, or a hub dataset."""
 
 
 @dataclass
 class Tally:
-    """What an iteration over a corpus has met so far."""
+    """Counts of an iteration over a corpus, so far."""
 
     documents: int = 0
     duplicates: int = 0
@@ -58,7 +58,7 @@ class Hub:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A source that can be iterated any number of times, each time giving the same documents in the same order."""
+    """A source that can be iterated any number of times, always with the same documents in the same order."""
 
     source: str
     files: tuple[SourceFile, ...]
@@ -66,10 +66,10 @@ class Corpus:
     unit: str
     text_column: str
     max_bytes: int
-    """Stop after so many bytes of text (the last document is cut there); 0 reads all."""
+    """Bytes of text after which reading stops (the last document is cut there); 0 reads all."""
 
     def shaped_by(self) -> dict[str, Any]:
-        """Everything that decides the documents, without reading them: files are known by size and time of change."""
+        """Return everything that decides the documents, without reading them: files by size and time of change."""
         shape: dict[str, Any] = {"source": self.source, "unit": self.unit, "text_column": self.text_column}
         shape |= {"max_bytes": self.max_bytes, "datasets": version("datasets")}
         if self.source == "python-stdlib":
@@ -79,9 +79,9 @@ class Corpus:
         return shape | {"files": [_identity(file) for file in self.files]}
 
     def documents(self, tally: Tally | None = None) -> Iterator[Document]:
-        """Documents that are neither empty (nothing but white space) nor an exact copy of an earlier one.
+        """Yield the documents that are neither blank nor an exact copy of an earlier one, and count in `tally`.
 
-        Raises CorpusError naming the file if one cannot be read as what its name says.
+        Raises CorpusError naming the file if it cannot be read as the format that its name says.
         """
         tally = tally if tally is not None else Tally()
         seen: set[bytes] = set()
@@ -105,13 +105,13 @@ class Corpus:
         if not self.max_bytes or len(data) <= room:
             return data
         whole_characters = data[:room].decode(errors="ignore").encode()
-        # A character wider than the room left would never fill it; taking one more ends the reading.
+        # If not even one character fits, take it all the same: otherwise the limit would never be reached.
         return whole_characters or data.decode()[:1].encode()
 
     def _texts(self) -> Iterator[tuple[str, str]]:
         if self.hub is not None:
-            rows = partial(_hub_rows, self.hub)
-            yield from _texts(rows, self.text_column, partial(_explain_hub, self.hub))
+            yield from _texts(partial(_hub_rows, self.hub), self.text_column, partial(_explain_hub, self.hub))
+        # Neighbouring text files that are one document each are read in one call; all else file by file.
         for is_whole, files in groupby(self.files, key=self._is_whole):
             if is_whole:
                 group = tuple(files)
@@ -126,27 +126,29 @@ class Corpus:
 
 
 def open_corpus(data: Data) -> Corpus:
-    """The training corpus that `data` describes. Raises CorpusError if a local source names no file."""
-    hub = _training_hub(data) if data.source.startswith("hub:") else None
+    """Return the training corpus that `data` describes. Raises CorpusError if a local source names no file."""
+    hub = None
+    if data.source.startswith("hub:"):
+        hub = Hub(data.source.removeprefix("hub:"), data.revision, data.subset, data.hub_split, data.streaming)
     files = () if hub else source_files(data.source)
     return Corpus(data.source, files, hub, data.unit, data.text_column, round(data.max_megabytes * MEGABYTE))
 
 
 def open_eval_corpus(name: str, source: str, data: Data) -> Corpus:
-    """An evaluation set's whole corpus, read with the units and columns of `data`. Raises CorpusError.
+    """Return an evaluation set's whole corpus, read with the units and columns of `data`. Raises CorpusError.
 
     A hub source pins its own commit and may name its split: "hub:OWNER/NAME@COMMIT" or "hub:OWNER/NAME@COMMIT:SPLIT".
-    "repo" is always read file by file: single lines of code are shared by any two programs.
     """
     hub = _eval_hub(name, source, data) if source.startswith("hub:") else None
+    # The repository is always read file by file: any two programs share single lines of code.
     unit = "document" if source == "repo" else data.unit
     return Corpus(source, () if hub else source_files(source), hub, unit, data.text_column, 0)
 
 
 def split(document: Document, heldout: str, fraction: float) -> tuple[str, str]:
-    """The document's (training text, held-out text); either may be empty.
+    """Return the document's (training text, held-out text); either may be empty.
 
-    "hash" gives the whole document to one side by its content, so a copy elsewhere lands on the same side.
+    `heldout` "hash" gives the whole document to one side by its content, so a copy elsewhere lands on the same side.
     "tail" cuts every document at a code point, as nanoGPT does: the last `fraction` of its characters is held out.
     """
     if heldout == "tail":
@@ -154,10 +156,6 @@ def split(document: Document, heldout: str, fraction: float) -> tuple[str, str]:
         return document.text[:cut], document.text[cut:]
     is_heldout = int.from_bytes(document.digest[:8], "big") < fraction * 2**64
     return ("", document.text) if is_heldout else (document.text, "")
-
-
-def _training_hub(data: Data) -> Hub:
-    return Hub(data.source.removeprefix("hub:"), data.revision, data.subset, data.hub_split, data.streaming)
 
 
 def _eval_hub(name: str, source: str, data: Data) -> Hub:
@@ -190,7 +188,7 @@ def _utf8(text: str, origin: str) -> bytes:
 
 Row = Mapping[str, Any]
 Rows = Iterable[tuple[str, Row]]
-"""(origin, row) pairs."""
+"""Pairs (origin, row)."""
 
 
 def _texts(
@@ -201,7 +199,7 @@ def _texts(
             yield origin, _text(row, column, origin)
     except CorpusError:
         raise
-    except Exception as error:  # whatever `datasets`, pyarrow or fsspec raise, the user's file is the reason
+    except Exception as error:  # `datasets`, pyarrow and fsspec raise many types; the cause is the user's file
         raise explain(error) from error
 
 
@@ -229,7 +227,7 @@ def _format(file: SourceFile) -> str:
 
 
 def _whole_file_rows(files: Sequence[SourceFile]) -> Rows:
-    """One row per text file, all in one call: for many small files that is ten times as fast as a call for each."""
+    """One row per text file, all in one call: ten times as fast for many small files as a call for each."""
     for file in files:
         _check_text(file)
     rows = _load_files("text", files, sample_by="document")
@@ -237,12 +235,12 @@ def _whole_file_rows(files: Sequence[SourceFile]) -> Rows:
 
 
 def _file_rows(file: SourceFile, unit: str) -> Rows:
-    """Rows of one file, so that an error can name it."""
+    """Rows of a single file, so that an error can name it."""
     kind = _format(file)
     if kind != "parquet":
         _check_text(file)
     if _identity(file)[1] == 0:
-        return [(file.name, {})]  # `datasets` stumbles over an empty jsonl or parquet file
+        return [(file.name, {})]  # `datasets` fails on an empty jsonl or parquet file
     options = {"sample_by": unit} if kind == "text" else {"parse_agent_traces": False} if kind == "json" else {}
     return ((file.name, row) for row in _load_files(kind, [file], **options))
 
@@ -258,18 +256,18 @@ def _hub_rows(hub: Hub) -> Rows:
 
 
 def _load_files(kind: str, files: Sequence[SourceFile], **options: Any) -> Iterable[Row]:
-    """Local files are streamed, so that no copy lands in the cache of `datasets`."""
+    """Stream local files, so that `datasets` puts no copy into its cache."""
     paths = [glob.escape(str(file.path.absolute())) for file in files]  # data_files are patterns
     return _load(kind, data_files=paths, split="train", streaming=True, **options)
 
 
 def _load(path: str, **options: Any) -> Iterable[Row]:
-    """`datasets.load_dataset`, no_progress and never phoning home. Code in a dataset's repository is never run."""
-    import datasets  # late: it costs 0.7 s, which a run whose store exists need not pay
+    """`datasets.load_dataset` without output and telemetry. Code in a dataset's repository is never run."""
+    import datasets  # late: it takes 0.7 s, which a run whose store exists need not wait for
     import datasets.config
 
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are raised, and reported once by us
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are raised; we report them once
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else each local file costs a request to the hub
     try:
         return datasets.load_dataset(path, **options)
@@ -278,7 +276,7 @@ def _load(path: str, **options: Any) -> Iterable[Row]:
 
 
 def _check_text(file: SourceFile) -> None:
-    """Refuse a file that is no text before any of it reaches training."""
+    """Raise CorpusError if a file is no text, before any of it reaches training."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset = 0
     with file.path.open("rb") as stream:
@@ -313,8 +311,10 @@ def _explain_file(file: SourceFile, error: Exception) -> CorpusError:
         )
     where = _first_broken_line(file) if kind == "json" else None
     if where is not None:
-        return CorpusError(f"{file.name}:{where}\n  Every line of a .jsonl file is one JSON object. Mend or remove it.")
-    return CorpusError(f"{file.name} cannot be read as {kind}: {_first_line(error)}\n  Mend it, or leave it out.")
+        return CorpusError(
+            f"{file.name}:{where}\n  Each line of a .jsonl file is one JSON object. Repair or remove it."
+        )
+    return CorpusError(f"{file.name} cannot be read as {kind}: {_first_line(error)}\n  Repair it, or leave it out.")
 
 
 def _explain_group(files: Sequence[SourceFile], error: Exception) -> CorpusError:

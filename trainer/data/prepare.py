@@ -17,41 +17,25 @@ from trainer.errors import CorpusError
 
 
 @dataclass(frozen=True)
-class EvalTokens:
-    """One evaluation set."""
-
-    name: str
-    tokens: np.ndarray
-    """uint16 or uint32, memory-mapped; at least 2."""
-    digest: str
-    """SHA-256 (hex) of the tokens."""
-    documents: int
-    bytes: int
-    """UTF-8 bytes of text."""
-
-
-@dataclass(frozen=True)
 class Prepared:
     """Everything a run needs of its data."""
 
     train: TokenStore
     tokenizer: Tokenizer
-    eval_sets: Mapping[str, EvalTokens]
+    eval_sets: Mapping[str, Part]
     sha256: str
-    """Over the training tokens and the tokenizer: two runs with the same value read the same data."""
-    documents: int
-    duplicates: int
+    """SHA-256 (hex) over training tokens and tokenizer: two runs with the same value read the same data."""
 
 
 def prepare(
     data: Data, eval: Eval, context: int, *, progress: ProgressCallback = no_progress, verify: bool = False
 ) -> Prepared:
-    """Training tokens, tokenizer and evaluation sets, built in the cache on first use and mapped from it later.
+    """Return training tokens, tokenizer and evaluation sets, from the cache if they have been built before.
 
     `context` is tokens per sequence. Any number of processes may call this at once; one builds. With `verify`,
-    stores that were there are read and checked against their checksums, and built again if damaged. Raises CorpusError
-    if the corpus or a set cannot be read, is empty, too short for one sequence, or if a set shares a document with
-    the training split; TokenizerError if a given tokenizer is unusable.
+    existing stores are checked against their checksums, and built again if damaged. Raises CorpusError if the corpus
+    or a set cannot be read, is empty, or too short for one sequence, or if a set shares a document with the training
+    split; TokenizerError if a given tokenizer is unusable.
     """
     root = cache_root(data.cache_dir)
     store = _training_store(root, data, progress, verify)
@@ -66,13 +50,11 @@ def prepare(
         tokenizer=store.tokenizer,
         eval_sets={name: _eval_set(root, name, data, eval, store, progress, verify) for name in eval.sets},
         sha256=hashlib.sha256(f"{store.sha256} {store.tokenizer.sha256}".encode()).hexdigest(),
-        documents=store.tally.documents,
-        duplicates=store.tally.duplicates,
     )
 
 
 def tokenizer_for(data: Data, *, progress: ProgressCallback = no_progress) -> Tokenizer:
-    """The tokenizer of the runs that use `data`, from the cache if it is there. Raises as `prepare` does."""
+    """Return the tokenizer of runs that use `data`, from the cache if it is there. Raises as `prepare` does."""
     return _training_store(cache_root(data.cache_dir), data, progress).tokenizer
 
 
@@ -80,6 +62,7 @@ def _training_store(root: Path, data: Data, progress: ProgressCallback, verify: 
     corpus = open_corpus(data)
     trained = data.tokenizer in ("bpe", "chars", "bytes")
     given = "" if trained else read_json(Path(data.tokenizer))
+    # Everything beyond the corpus that decides the tokens: part of the store's key.
     shaped_by: dict[str, Any] = {
         "heldout": [data.heldout, data.heldout_fraction],
         "tokenizer": [data.tokenizer, data.vocab_size] if trained else hashlib.sha256(given.encode()).hexdigest(),
@@ -98,6 +81,7 @@ def _training_store(root: Path, data: Data, progress: ProgressCallback, verify: 
 
 
 def _training_texts(corpus: Corpus, data: Data, progress: ProgressCallback) -> Iterator[str]:
+    """Yield the training side of the split, for training the tokenizer. Raises CorpusError if there is none."""
     tally, found = Tally(), False
     for document in reported(corpus, tally, "training the tokenizer", progress):
         text = split(document, data.heldout, data.heldout_fraction)[0]
@@ -110,36 +94,28 @@ def _training_texts(corpus: Corpus, data: Data, progress: ProgressCallback) -> I
 
 def _eval_set(
     root: Path, name: str, data: Data, eval: Eval, store: TokenStore, progress: ProgressCallback, verify: bool
-) -> EvalTokens:
-    if name == "val":
-        part = store.parts["heldout"]
-    else:
-        source = "repo" if name == "repo" else eval.sources[name]
-        part = _eval_part(root, name, source, data, store, progress, verify)
-    return EvalTokens(name, part.tokens, part.sha256, part.documents, part.bytes)
-
-
-def _eval_part(
-    root: Path, name: str, source: str, data: Data, store: TokenStore, progress: ProgressCallback, verify: bool
 ) -> Part:
-    def named(phase: str, done: int, total: int | None) -> None:
+    if name == "val":
+        return store.parts["heldout"]
+
+    def named_progress(phase: str, done: int, total: int | None) -> None:
         progress(f"{phase} eval set {name!r}", done, total)
 
     def route(document: Document) -> Mapping[str, str]:
         return {"eval": document.text}
 
-    shaped_by = {"tokenizer": store.tokenizer.sha256}
+    key = {"tokenizer": store.tokenizer.sha256}
     try:
-        corpus = open_eval_corpus(name, source, data)
-        opened = open_or_build(root, corpus, shaped_by, lambda: store.tokenizer, ("eval",), route, named, verify)
+        corpus = open_eval_corpus(name, "repo" if name == "repo" else eval.sources[name], data)
+        opened = open_or_build(root, corpus, key, lambda: store.tokenizer, ("eval",), route, named_progress, verify)
     except CorpusError as error:
         raise CorpusError(f"eval set {name!r}: {error}") from error
-    part = opened.parts["eval"]
-    _refuse_overlap(name, corpus, part.digests, store)
-    return part
+    _refuse_overlap(name, corpus, opened.parts["eval"].digests, store)
+    return opened.parts["eval"]
 
 
 def _refuse_overlap(name: str, corpus: Corpus, digests: np.ndarray, store: TokenStore) -> None:
+    """Raise CorpusError if the set shares a document with the training split."""
     shared = set(shared_digests(digests, store.parts["train"].digests).tolist())
     if not shared:
         return

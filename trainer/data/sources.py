@@ -1,4 +1,4 @@
-"""Which files a corpus is made of, in an order that does not depend on the file system."""
+"""The files of a corpus, in an order that does not depend on the file system."""
 
 import glob
 import os
@@ -19,11 +19,11 @@ REPO_SUFFIXES = {".py", ".md", ".toml"}
 class SourceFile:
     path: Path
     name: str
-    """As shown to people and put into keys: relative to the source's root, or the path itself."""
+    """Name in messages and keys: relative to the source's root, or the path itself."""
 
 
 def source_files(source: str) -> tuple[SourceFile, ...]:
-    """Files of a local source ("python-stdlib", "repo", a path or a glob), sorted by name. Raises CorpusError."""
+    """Return the files of a local source ("python-stdlib", "repo", path, glob), sorted by name. Raises CorpusError."""
     if source == "python-stdlib":
         return _below(Path(sysconfig.get_path("stdlib")), _stdlib_paths())
     if source == "repo":
@@ -33,13 +33,13 @@ def source_files(source: str) -> tuple[SourceFile, ...]:
 
 
 def repo_root() -> Path:
-    """This repository, or the installed package where there is no repository around it."""
+    """Return this repository, or the installed package if there is no repository around it."""
     package = Path(__file__).resolve().parents[1]
     return package.parent if (package.parent / "pyproject.toml").is_file() else package
 
 
 def _below(root: Path, paths: Iterator[Path]) -> tuple[SourceFile, ...]:
-    # Debian ships the standard library with a link that may lead nowhere.
+    # Debian ships the standard library with a link that may be broken.
     files = [SourceFile(path, path.relative_to(root).as_posix()) for path in paths if path.is_file()]
     return tuple(sorted(files, key=lambda file: file.name))
 
@@ -67,7 +67,7 @@ def _is_repo_text(name: str) -> bool:
 
 
 def _matching(pattern: str) -> list[str]:
-    """Files that a path or glob names. A path that exists is taken as it is, even if it holds glob characters."""
+    """Return the files that a path or glob names. An existing path is taken literally, even with glob characters."""
     expanded = Path(pattern).expanduser()
     if expanded.is_dir():
         raise CorpusError(

@@ -26,7 +26,7 @@ _parallelism_is_ours: set[bool] = set()  # not empty once _threads has set the l
 
 
 class Tokenizer(ABC):
-    """What training, evaluation and sampling need of a tokenizer. One JSON text is its whole identity."""
+    """Text to token ids and back. One JSON text is a tokenizer's whole identity."""
 
     vocab_size: int
     end_of_document: int
@@ -34,11 +34,11 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids (int64) of each text, without any end-of-document token."""
+        """Return the token ids (int64) of each text, without any end-of-document token."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text that the ids stand for; special tokens vanish, torn characters become U+FFFD."""
+        """Return the text of the ids; special tokens are dropped, incomplete characters become U+FFFD."""
 
     @abstractmethod
     def to_json(self) -> str: ...
@@ -48,7 +48,7 @@ class Tokenizer(ABC):
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
-        """int64[vocab]: UTF-8 bytes that each token stands for, 0 for special ones; for bits per byte."""
+        """int64[vocab]: number of UTF-8 bytes of each token, 0 for special ones; for bits per byte."""
         return self._token_bytes()
 
     @cached_property
@@ -86,7 +86,7 @@ class ByteTokenizer(Tokenizer):
 class CharTokenizer(Tokenizer):
     """The characters of the training split, sorted, then <|end|> and <|unk|>.
 
-    An unknown character stands for 0 bytes, so text with unknown characters scores more bits per byte, never fewer.
+    An unknown character counts 0 bytes, so text with unknown characters scores more bits per byte, never fewer.
     """
 
     def __init__(self, characters: str) -> None:
@@ -126,20 +126,20 @@ class CharTokenizer(Tokenizer):
 class LibraryTokenizer(Tokenizer):
     """A tokenizer.json of the `tokenizers` library: our own BPE or one made elsewhere.
 
-    Text that looks like a special token is encoded as plain text: a document cannot end itself.
+    Text that looks like a special token is encoded as plain text, so that a document cannot end itself.
     `token_bytes` is exact for byte-level BPE without a normalizer. Otherwise a token's bytes are those it adds when
     decoded after a letter, which is right for "▁word" and "##ing" and approximate for what a normalizer changed.
     """
 
     def __init__(self, text: str, name: str) -> None:
-        from tokenizers import Tokenizer as Library  # late: byte and character runs do without
+        from tokenizers import Tokenizer as Library  # late: byte and character runs need no library
 
         self._text = text
         try:
             self._library: Any = Library.from_str(text)
         except Exception as error:  # the library raises plain Exception
             raise TokenizerError(_broken(name, str(error))) from None
-        # Settings of whoever published it: our documents are neither cut nor filled up.
+        # The file may set these for its own use; our documents are neither cut nor filled up.
         self._library.no_truncation()
         self._library.no_padding()
         self._library.encode_special_tokens = True
@@ -170,6 +170,7 @@ class LibraryTokenizer(Tokenizer):
 
     def _token_bytes(self) -> np.ndarray:
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        # Byte-level BPE can be weighed from its vocabulary; others only by decoding a token after another one.
         is_byte_level = '"ByteLevel"' in json.dumps(json.loads(self._text).get("decoder"))
         added = self._library.get_added_tokens_decoder()
         anchor = None if is_byte_level else self._anchor()
@@ -185,21 +186,22 @@ class LibraryTokenizer(Tokenizer):
         return lengths
 
     def _anchor(self) -> int:
+        """Return a plain word's id to decode other tokens after: at the start of a text, "▁the" loses its space."""
         plain = {t: i for t, i in self._library.get_vocab().items() if t.isascii() and t.isalnum()}
         return plain[min(plain)] if plain else 0
 
     def _bytes_after(self, anchor: int, token: str, i: int) -> int:
         if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            return 1  # byte fallback
+            return 1  # a raw byte, for characters outside the vocabulary
         with_token, without = self._library.decode([anchor, i]), self._library.decode([anchor])
         return max(len(with_token.encode()) - len(without.encode()), 0)
 
 
 def train(kind: str, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A tokenizer of `kind` ("bpe", "chars" or "bytes") for these training texts; the same texts give the same one.
+    """Train a tokenizer of `kind` ("bpe", "chars" or "bytes"); the same texts give the same tokenizer.
 
-    A BPE has fewer than `vocab_size` tokens where the text has no more pairs to merge. Of more than 8 million
-    characters, BPE sees pieces picked by hash, evenly spread over the whole.
+    A BPE has fewer than `vocab_size` tokens if the text has no more pairs to merge. Of more than 8 million characters,
+    it sees pieces picked by hash, evenly spread over the whole.
     """
     if kind == "bytes":
         return ByteTokenizer()
@@ -207,7 +209,7 @@ def train(kind: str, texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def from_json(text: str, name: str) -> Tokenizer:
-    """The tokenizer that `text` describes; `name` is for errors. Raises TokenizerError."""
+    """Return the tokenizer that `text` describes; `name` is for errors. Raises TokenizerError."""
     try:
         tree = json.loads(text)
     except ValueError as error:
@@ -223,7 +225,7 @@ def from_json(text: str, name: str) -> Tokenizer:
 
 
 def read_json(path: Path) -> str:
-    """Content of a tokenizer.json. Raises TokenizerError if there is none."""
+    """Read a tokenizer.json. Raises TokenizerError if it cannot be read."""
     try:
         return path.expanduser().read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -261,8 +263,8 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _sample(texts: Iterable[str]) -> list[str]:
-    """Pieces of the texts in order, at most BPE_TRAINING_CHARACTERS together, chosen by their hash."""
-    kept: list[tuple[int, int, str]] = []
+    """Return pieces of the texts in order, at most BPE_TRAINING_CHARACTERS together, chosen by their hash."""
+    kept: list[tuple[int, int, str]] = []  # a heap: the piece with the largest hash is dropped first
     total = 0
     for order, piece in enumerate(_pieces(texts)):
         rank = int.from_bytes(hashlib.blake2b(piece.encode(), digest_size=8).digest(), "big")
@@ -280,9 +282,9 @@ def _pieces(texts: Iterable[str]) -> Iterator[str]:
 
 @contextmanager
 def _threads() -> Iterator[None]:
-    """Let the library use all cores now, and leave it no_progress and single-threaded for processes forked later.
+    """Let the library use all cores inside, and one thread afterwards, for processes forked later.
 
-    A forked child has lost the thread pool and would hang on it. A value the user has set is respected.
+    A forked child does not have the thread pool and would hang on it. A value that the user has set is kept.
     """
     name = "TOKENIZERS_PARALLELISM"
     if name in os.environ and not _parallelism_is_ours:

@@ -1,6 +1,6 @@
-"""The token store: a corpus as flat files of token ids, memory-mapped, made once and used by every later run.
+"""The token store: a corpus as flat files of token ids, memory-mapped, built once and used by every later run.
 
-    CACHE/store-<key>/meta.json            what shaped it, counts, sizes and SHA-256 of every token file
+    CACHE/store-<key>/meta.json            settings that shaped it; counts, sizes and SHA-256 of every token file
                       tokenizer.json
                       <part>.bin           uint16 or uint32, little-endian; every document ends in end_of_document
                       <part>.digests.npy   first 16 bytes of each document's SHA-256, sorted
@@ -31,7 +31,7 @@ _BATCH_CHARACTERS = 1 << 20
 _SAFE_CUT = re.compile(r"(?<=\S)[ \n]")
 
 Route = Callable[[Document], Mapping[str, str]]
-"""Which text of a document goes to which part of the store: {part: text}; empty text goes nowhere."""
+"""Splits a document over the parts of the store: {part: text}; empty text goes nowhere."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Part:
     tokens: np.ndarray
     """uint16 or uint32, memory-mapped."""
     digests: np.ndarray
-    """S16, sorted: first 16 bytes of the SHA-256 of each document that has text here."""
+    """S16, sorted: first 16 bytes of the SHA-256 of each document with text in this part."""
     sha256: str
-    """Of the token file (hex)."""
+    """SHA-256 (hex) of the token file."""
     documents: int
     bytes: int
     """UTF-8 bytes of text."""
@@ -57,7 +57,7 @@ class TokenStore:
     tokenizer: Tokenizer
     parts: Mapping[str, Part]
     tally: Tally
-    """Of the whole corpus: documents kept, duplicates and empty ones dropped, bytes."""
+    """Counts of the whole corpus: documents kept, duplicates and empty ones dropped, bytes."""
 
     @property
     def tokens(self) -> np.ndarray:
@@ -78,10 +78,9 @@ def open_or_build(
     progress: ProgressCallback,
     verify: bool = False,
 ) -> TokenStore:
-    """The store of `corpus` in the cache `root`; `shaped_by` is what decides it beyond the corpus itself.
+    """Return the store of `corpus` in the cache `root`; `shaped_by` has all other settings that decide its content.
 
-    `verify` reads the token files and holds them against their checksums. A store that is damaged is then built again:
-    the documents are there, and the new one is the same by its key. `progress` says so.
+    With `verify`, the token files are checked against their checksums, and a damaged store is built again.
 
     Raises CorpusError if the corpus cannot be read, has no text for one of `parts`, or changes while it is read;
     TokenizerError if the store's tokenizer is not the one it was written with.
@@ -92,15 +91,16 @@ def open_or_build(
     def build(directory: Path) -> None:
         meta = _write(directory, corpus, make_tokenizer(), parts, route, progress)
         if corpus.shaped_by() != shape["corpus"]:
-            raise CorpusError(f"{corpus.source} changed while it was read.\n  Start again when it is at rest.")
-        _write_meta(directory, {"key": key, "shaped_by": shape, **meta})
+            raise CorpusError(f"{corpus.source} changed while it was read.\n  Start again when nothing writes to it.")
+        meta = {"key": key, "shaped_by": shape, **meta}
+        (directory / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
     name = f"store-{key[:16]}"
     store = built_once(root, name, build, progress)
     try:
         return open_store(store, verify)
     except CorpusError as error:
-        if not verify:
+        if not verify:  # a store in use: only the first reader, who verifies, may replace it
             raise
         progress(f"{str(error).splitlines()[0]} It is built again.", 0, None)
         remove_built(store)
@@ -110,7 +110,10 @@ def open_or_build(
 def open_store(directory: Path, verify: bool = False) -> TokenStore:
     """Map a store's files. Raises CorpusError if one is missing, has another size or, with `verify`, another checksum;
     TokenizerError as above."""
-    meta = _read_meta(directory)
+    try:
+        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(directory, f"meta.json cannot be read ({error})") from None
     tokenizer = Tokenizer.load(directory / "tokenizer.json")
     if (tokenizer.sha256, tokenizer.vocab_size) != (meta["tokenizer_sha256"], meta["vocab_size"]):
         raise TokenizerError(
@@ -123,21 +126,14 @@ def open_store(directory: Path, verify: bool = False) -> TokenStore:
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The narrowest of uint16 and uint32 that holds every id."""
+    """Return the narrower of uint16 and uint32 that holds every id."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
-def shared_digests(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Digests of documents in both; both sorted. Cheap where `one` is small, however large `other` is."""
-    places = np.minimum(np.searchsorted(other, one), len(other) - 1)
-    return one[other[places] == one]
-
-
-def _read_meta(directory: Path) -> dict[str, Any]:
-    try:
-        return json.loads((directory / "meta.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _damaged(directory, f"meta.json cannot be read ({error})") from None
+def shared_digests(few: np.ndarray, many: np.ndarray) -> np.ndarray:
+    """Return the digests in both arrays, which are sorted. Takes O(len(few) · log len(many))."""
+    positions = np.minimum(np.searchsorted(many, few), len(many) - 1)
+    return few[many[positions] == few]
 
 
 def _damaged(directory: Path, why: str) -> CorpusError:
@@ -167,10 +163,6 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_meta(directory: Path, meta: Mapping[str, Any]) -> None:
-    (directory / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-
-
 def _write(
     directory: Path,
     corpus: Corpus,
@@ -179,7 +171,7 @@ def _write(
     route: Route,
     progress: ProgressCallback,
 ) -> dict[str, Any]:
-    """Encode the corpus into `directory`; returns what meta.json says about it."""
+    """Encode the corpus into `directory`; return the counts for meta.json."""
     tally = Tally()
     with ExitStack() as stack:
         dtype = token_dtype(tokenizer.vocab_size)
@@ -201,15 +193,15 @@ def _write(
 
 
 def reported(corpus: Corpus, tally: Tally, phase: str, progress: ProgressCallback) -> Iterator[Document]:
-    """The corpus's documents, with `progress` told the bytes read about once per megabyte."""
+    """Yield the corpus's documents; report the bytes read to `progress` about once per megabyte."""
     total = corpus.max_bytes or None
     progress(phase, 0, total)
-    told = 0
+    reported_bytes = 0
     for document in corpus.documents(tally):
         yield document
-        if tally.bytes - told >= 1 << 20:
-            told = tally.bytes
-            progress(phase, told, total)
+        if tally.bytes - reported_bytes >= 1 << 20:
+            reported_bytes = tally.bytes
+            progress(phase, reported_bytes, total)
     progress(phase, tally.bytes, tally.bytes)
 
 
@@ -254,7 +246,7 @@ class _PartWriter:
 
 
 def empty_part(part: str, corpus: Corpus, tally: Tally) -> CorpusError:
-    """The error for a corpus with no document for `part` ("train", "heldout", "eval")."""
+    """Return the error for a corpus with no document for `part` ("train", "heldout", "eval")."""
     if not tally.documents:
         return CorpusError(
             f"{corpus.source} holds no text ({tally.empty} empty documents).\n"
@@ -269,7 +261,7 @@ def empty_part(part: str, corpus: Corpus, tally: Tally) -> CorpusError:
 
 
 class _Encoder:
-    """Encodes about a megabyte at a time: enough for all cores, little enough for any memory."""
+    """Encodes about a megabyte at a time: enough work for all cores, and a bound on memory."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -297,9 +289,10 @@ class _Encoder:
 
 
 def _piece_end(text: str, start: int) -> int:
-    """Where to cut a text that is too long to be encoded at once."""
+    """Return where to cut a text that is too long to be encoded at once."""
     if len(text) - start <= _BATCH_CHARACTERS:
         return len(text)
     soft = start + _BATCH_CHARACTERS // 2
+    # Text without a safe place is cut anywhere: one word of a megabyte may then get other tokens.
     cut = _SAFE_CUT.search(text, soft, start + _BATCH_CHARACTERS)
     return cut.start() if cut else start + _BATCH_CHARACTERS
