@@ -1,14 +1,14 @@
-"""Processes forked from one that has its imports behind it: a start costs tenths of a second, not seconds.
+"""Starts processes by forking one that has imported torch already: in tenths of a second, not in seconds.
 
-    caller ── forks (while it has no threads) or spawns ──▶ server: imports what is needed, then waits for requests
+    caller ── forks (while it has no threads) or spawns ──▶ server: imports modules, then waits for requests
     caller ── (arguments, environment, …) ──▶ server ── forks twice ──▶ child: runs `-m MODULE ARGUMENTS`
 
-torchrun starts its workers so, and a campaign its torchruns. The process between server and child ends at once, so that
-the child becomes one of the caller's (its "subreaper"): the caller waits for it, signals it and is its parent, as if it
-had started it in the ordinary way. A child begins with modules and nothing else: no computation is done before the
-fork, no thread is running and no CUDA context exists.
+torchrun starts its workers in this way, and a chaos campaign its agents. The process between server and child ends at
+once, and the caller adopts the child (as its "subreaper"): it is the child's parent, waits for it and signals it, as if
+it had started it in the ordinary way. A child has imported modules and nothing else: before the fork nothing is
+computed, no thread runs and no CUDA context exists.
 
-Linux only. Where there is no server, or none any more, the caller starts its processes in the ordinary way.
+Linux only. Without a server, or once it is gone, the caller must start its processes in the ordinary way.
 """
 
 import atexit
@@ -31,28 +31,30 @@ from typing import Any, NamedTuple, NoReturn
 
 from trainer.parallel import elastic
 
-PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h: who becomes the parent of descendants whose own parent has ended
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h: this process adopts descendants whose own parent has ended
 POLL_SECONDS = 0.01
 UNMARKED = "0" * elastic.MARK_LENGTH
 
 
 class Request(NamedTuple):
+    """A child to be started."""
+
     module: str
     arguments: list[str]
     environment: dict[str, str]
     directory: str
     output: str | None
-    """File for stdout, and for stderr if there is no other; None: where the server's go."""
+    """File for stdout, and for stderr if `errors` is None. None: the server's stdout and stderr."""
     errors: str | None
 
 
 class Child:
-    """A child of ours that somebody else forked: as much of subprocess.Popen as its callers use."""
+    """A child of this process that the server forked, with the part of subprocess.Popen that callers use."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self.returncode: int | None = None
-        self._polling = threading.Lock()  # only one can be told of its end
+        self._polling = threading.Lock()  # waitpid returns the exit status only once
 
     def poll(self) -> int | None:
         """The exit status, negative for a signal; None while it runs."""
@@ -64,7 +66,7 @@ class Child:
             return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        """The exit status. Raises subprocess.TimeoutExpired after `timeout` seconds."""
+        """Return the exit status. Raises subprocess.TimeoutExpired after `timeout` seconds."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while (status := self.poll()) is None:
             if timeout is not None and deadline is not None and time.monotonic() >= deadline:
@@ -98,10 +100,10 @@ class ForkServer:
         output: Path | None = None,
         errors: Path | None = None,
     ) -> Child | None:
-        """A child that runs `-m module arguments`, in a session of its own; None if the server is gone.
+        """Start a child that runs `-m module arguments` in a session of its own. Returns None if the server is gone.
 
-        It works in `directory`, or where its caller does; stdout and stderr go to the file `output`, stderr to
-        `errors` if there is one. PYTHONPATH, and what else an interpreter reads as it begins, is the server's.
+        It works in `directory` (default: the caller's). stdout and stderr go to the file `output`, or stderr to the
+        file `errors`. PYTHONPATH and other variables that an interpreter reads as it starts are those of the server.
         """
         with self._asking:
             try:
@@ -113,37 +115,37 @@ class ForkServer:
             except (OSError, EOFError):
                 return None
             finally:
-                _adopt_orphans(False)  # those that dying workers leave are not ours to wait for
+                _adopt_orphans(False)  # else we had to wait for the children of workers that die
 
     def close(self) -> None:
-        """End the server; what it has started goes on."""
+        """End the server. Its children go on."""
         self._requests.close()
         if self._spawned is not None:
             self._spawned.wait()
 
 
 def fork(modules: Sequence[str]) -> ForkServer | None:
-    """Fork a server that imports `modules`; this process will be the parent of all children that it forks.
+    """Fork a server that imports `modules`. This process will be the parent of the server's children.
 
-    None where that is not safe: without Linux, or if this process has threads.
-    In the children this call never returns.
+    Returns None without Linux, and if this process has threads: a fork copies the locks that they hold, but not the
+    threads. In the children this call never returns.
     """
     if sys.platform != "linux" or len(list(Path("/proc/self/task").iterdir())) > 1:
         return None
     ours, theirs = Pipe()
-    agent = os.getpid()
+    caller = os.getpid()
     if os.fork():
         theirs.close()
         return ForkServer(ours)
     ours.close()
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the agent, which tells its workers
-    request = _serve(theirs, agent, modules)
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, which tells its workers
+    request = _serve(theirs, caller, modules)
     signal.signal(signal.SIGINT, interrupt)
     _run(request)
 
 
 def spawn(modules: Sequence[str]) -> ForkServer | None:
-    """As `fork`, for callers that have threads: the server is a new process. None without Linux."""
+    """Start a server as a new process, for callers that have threads. Returns None without Linux."""
     if sys.platform != "linux":
         return None
     ours, theirs = Pipe()
@@ -158,16 +160,17 @@ def spawn(modules: Sequence[str]) -> ForkServer | None:
 
 
 def serve(descriptor: int, modules: Sequence[str]) -> NoReturn:
-    """The process that `spawn` starts."""
+    """Be the process that `spawn` starts."""
     caller = os.getppid()
-    mark = _where_the_mark_is()
+    mark = _address_of_mark()
     request = _serve(Connection(descriptor), caller, modules)
+    # Processes are found by the mark in /proc/PID/environ. A fork shows its server's, so it is overwritten in place.
     ctypes.memmove(mark, request.environment.get(elastic.JOB_MARK, UNMARKED).encode(), len(UNMARKED))
     _run(request)
 
 
-def _where_the_mark_is() -> int:
-    """The address of the mark in what /proc/PID/environ shows of us: what exec laid there, not what os.environ says."""
+def _address_of_mark() -> int:
+    """Address of the mark in the memory that /proc/PID/environ shows: filled by exec, untouched by os.environ."""
     begin, end = map(int, Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[47:49])
     entry = f"{elastic.JOB_MARK}={UNMARKED}\0".encode()
     return begin + ctypes.string_at(begin, end - begin).index(entry) + len(entry) - 1 - len(UNMARKED)
@@ -179,7 +182,7 @@ def _adopt_orphans(adopt: bool) -> None:
 
 
 def _serve(requests: "Connection[Any, Any]", caller: int, modules: Sequence[str]) -> Request:
-    """The server's life: it ends here with the caller. In each child this returns what the child is to run."""
+    """Serve until the caller is gone; the server ends here. In each child this returns the child's request."""
     for module in modules:
         importlib.import_module(module)
     while True:
@@ -187,25 +190,26 @@ def _serve(requests: "Connection[Any, Any]", caller: int, modules: Sequence[str]
             request = requests.recv()
         except (OSError, EOFError):
             os._exit(0)
-        heard, told = os.pipe()
+        pid_end, child_end = os.pipe()
         between = os.fork()
         if not between:
             if os.fork():
                 os._exit(0)
-            os.setsid()  # before anybody knows of us: torchrun sends its signals to a worker's whole group
-            os.write(told, str(os.getpid()).encode())
+            os.setsid()  # before our pid is known: torchrun sends its signals to a worker's whole process group
+            os.write(child_end, str(os.getpid()).encode())
             requests.close()
-            os.close(heard)
-            os.close(told)
-            _wait_for_parent(caller)
+            os.close(pid_end)
+            os.close(child_end)
+            _wait_for_adoption(caller)
             return request
-        os.close(told)
-        os.waitpid(between, 0)  # from here on it is the caller's child
-        requests.send(int(os.read(heard, 32)))
-        os.close(heard)
+        os.close(child_end)
+        os.waitpid(between, 0)  # from here on the child is the caller's
+        requests.send(int(os.read(pid_end, 32)))
+        os.close(pid_end)
 
 
-def _wait_for_parent(caller: int) -> None:
+def _wait_for_adoption(caller: int) -> None:
+    """Return when `caller` is our parent: workers end themselves when their parent changes."""
     while os.getppid() != caller:
         if not Path(f"/proc/{caller}").exists():
             os._exit(1)
@@ -213,10 +217,10 @@ def _wait_for_parent(caller: int) -> None:
 
 
 def _run(request: Request) -> NoReturn:
-    """Be what `python -u -m module arguments` is in this environment."""
+    """Do what `python -u -m module arguments` does in the environment of the request."""
     os.environ.clear()
     os.environ.update(request.environment)
-    tempfile.tempdir = None  # it may have been asked for, in another environment
+    tempfile.tempdir = None  # the server may have cached its own
     os.chdir(request.directory)
     _redirect(request.output, 1, 2)
     _redirect(request.errors, 2)
@@ -239,11 +243,11 @@ def _run(request: Request) -> NoReturn:
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # to take all modules down one by one would cost a second
+    os._exit(status)  # an ordinary exit takes all modules down one by one, which costs a second
 
 
 def _status(code: object) -> int:
-    """Of a process, as Python makes it of what sys.exit was given."""
+    """Exit status for an argument of sys.exit."""
     if code is None or isinstance(code, int):
         return (code or 0) & 0xFF
     print(code, file=sys.stderr)

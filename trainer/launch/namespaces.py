@@ -1,11 +1,11 @@
-"""Hosts for faults of the network: network namespaces on this machine, each with a link to one switch.
+"""Hosts for network faults: network namespaces on this machine, each with a link to one switch.
 
-The switch is a bridge in a namespace of its own: the machine's interfaces, routes and firewall are not touched. No
-namespace has a name. Each lasts as long as a process in it, the first being one that ends when ours does, however it
-ends, so nothing is left behind to be cleaned up later.
+The switch is a bridge in a namespace of its own, so the machine's interfaces, routes and firewall are not touched.
+Nothing has to be cleaned up after a crash: a namespace has no name and lasts as long as a process in it, and the
+process that holds it ends with ours, even if ours is killed.
 
-For whoever is not root they are made within a user namespace, where the system allows one. Processes there take
-themselves for root; to everybody else they are the user's own, who can find and end them, and so are their files.
+For users other than root the namespaces are made within a user namespace, where the system allows one. Processes there
+take themselves for root. To everybody else they and their files are the user's own.
 """
 
 import contextlib
@@ -20,13 +20,13 @@ from typing import Self
 
 INTERFACE = "eth0"
 TOOLS = {"unshare": "util-linux", "nsenter": "util-linux", "ip": "iproute2", "tc": "iproute2"}
-RATE = "20mbit"  # of a slow link: a gradient of a small model takes some tenths of a second, not many
-SECONDS_A_COMMAND = 10
+RATE = "20mbit"  # of a slow link: a small model's gradient takes some tenths of a second
+COMMAND_SECONDS = 10
 
 
 @functools.cache
 def probe() -> str | None:
-    """Why no such hosts can be made here; None if they can."""
+    """Reason why no hosts can be made here; None if they can."""
     if sys.platform != "linux":
         return "network namespaces need Linux"
     missing = [f"{tool} ({package})" for tool, package in TOOLS.items() if shutil.which(tool) is None]
@@ -44,7 +44,7 @@ def probe() -> str | None:
 
 @functools.cache
 def shaping() -> str | None:
-    """Why a link cannot be made slow here; None if it can."""
+    """Reason why no link can be made slow here; None if one can."""
     if probe() is not None:
         return probe()
     try:
@@ -57,20 +57,20 @@ def shaping() -> str | None:
 
 @dataclass
 class _Link:
-    """What has been done to the way between a host and the switch."""
+    """Faults on the link between a host and the switch."""
 
     drops: bool = False
     milliseconds: float | None = None
 
 
 class Hosts:
-    """`count` hosts that see each other and nobody else. A context manager; every method may be called by any thread.
+    """`count` hosts that see each other and nobody else. A context manager; any thread may call any method.
 
-    Raises OSError where the kernel or a tool refuses.
+    All methods raise OSError if the kernel or a tool refuses.
     """
 
     interface = INTERFACE
-    """Of every host, the one way out."""
+    """Name of every host's only interface."""
 
     def __init__(self, count: int) -> None:
         assert 1 <= count <= 250
@@ -95,7 +95,7 @@ class Hosts:
         self.close()
 
     def close(self) -> None:
-        """Let go of the namespaces: each ends with the last process in it."""
+        """Let the namespaces end, each with the last process in it."""
         for holder in self._holders:
             assert holder.stdin and holder.stdout and holder.stderr
             with contextlib.suppress(OSError):
@@ -103,41 +103,43 @@ class Hosts:
             holder.stdout.close()
             holder.stderr.close()
         for holder in self._holders:
-            holder.wait(SECONDS_A_COMMAND)
+            holder.wait(COMMAND_SECONDS)
         self._holders.clear()
 
     def command(self, host: int) -> list[str]:
-        """What to put before a command so that it runs there. The command keeps the process id that it is given."""
+        """Words before a command that make it run on `host`. The command keeps the process id of the whole."""
         return self._in_namespace(host + 1)
 
     def address(self, host: int) -> str:
         return f"10.99.0.{host + 1}"
 
     def down(self, host: int) -> None:
-        """Take its link down at the switch: it loses the carrier, and nothing passes either way."""
+        """Take the link down at the switch: the host loses the carrier, and nothing passes either way."""
         self._run(0, "ip", "link", "set", f"port{host}", "down")
 
     def up(self, host: int) -> None:
         self._run(0, "ip", "link", "set", f"port{host}", "up")
 
     def drop_outgoing(self, host: int) -> None:
-        """Lose all that it sends. What others send still arrives there."""
+        """Drop every packet that the host sends. Packets for it still arrive."""
         self._change(host, drops=True)
 
     def restore_outgoing(self, host: int) -> None:
         self._change(host, drops=False)
 
     def slow(self, host: int, milliseconds: float) -> None:
-        """Limit its link, either way, and delay what passes: by so long where the kernel can (netem), else by up to
-        so long, as a full queue does."""
+        """Limit the link to RATE and delay its packets, in both directions.
+
+        With netem in the kernel the delay is `milliseconds`; else it is at most that, by a queue that fills up.
+        """
         self._change(host, milliseconds=milliseconds)
 
     def restore_speed(self, host: int) -> None:
         self._change(host, milliseconds=None)
 
-    def _change(self, host: int, **to: float | bool | None) -> None:
+    def _change(self, host: int, **changes: float | bool | None) -> None:
         with self._changing:
-            for name, value in to.items():
+            for name, value in changes.items():
                 setattr(self._links[host], name, value)
             link = self._links[host]
             self._shape(0, f"port{host}", link.milliseconds)
@@ -159,7 +161,7 @@ class Hosts:
             self._run(namespace, *replace, "tbf", "rate", RATE, "burst", "16kb", "latency", delay)
 
     def _make(self) -> None:
-        """Namespace 0 is the switch's, namespace n + 1 that of host n."""
+        """Make namespace 0 for the switch and namespace n + 1 for host n, and link them."""
         self._hold()
         self._run(0, "ip", "link", "add", "switch", "type", "bridge")
         self._run(0, "ip", "link", "set", "switch", "up")
@@ -168,14 +170,14 @@ class Hosts:
             port, peer = f"port{host}", ("peer", "name", INTERFACE, "netns", str(holder.pid))
             self._run(0, "ip", "link", "add", port, "type", "veth", *peer)
             self._run(0, "ip", "link", "set", port, "master", "switch", "up")
-            # No second address: whoever asks for the interface's must get the one that peers are told.
+            # No IPv6 address: a process that looks up its interface's address must get the one that its peers know.
             self._run(host + 1, "ip", "link", "set", INTERFACE, "addrgenmode", "none")
             self._run(host + 1, "ip", "address", "add", f"{self.address(host)}/24", "dev", INTERFACE)
             for device in ("lo", INTERFACE):
                 self._run(host + 1, "ip", "link", "set", device, "up")
 
     def _hold(self) -> subprocess.Popen[bytes]:
-        """A process that keeps a new namespace until its input ends, as it does when we do."""
+        """Start a process that holds a new namespace until its input ends, which it does at the latest when we end."""
         command = ["unshare", "--net", "cat"]
         if self._in_user_namespace and not self._holders:
             command[1:1] = ["--user", "--map-root-user"]
@@ -184,12 +186,12 @@ class Hosts:
         holder = subprocess.Popen(inside, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
         self._holders.append(holder)
         assert holder.stdin and holder.stdout and holder.stderr
-        with contextlib.suppress(BrokenPipeError):  # it has left already
+        with contextlib.suppress(BrokenPipeError):  # it has failed already; the empty answer below shows it
             holder.stdin.write(b"\n")
             holder.stdin.flush()
-        if holder.stdout.readline() != b"\n":  # an answer means that it is inside
-            said, status = holder.stderr.read().decode(errors="replace").strip(), holder.wait()
-            raise OSError(f"{' '.join(command)}: {said or f'exit status {status}'}")
+        if holder.stdout.readline() != b"\n":  # `cat` answers once it is inside the namespace
+            complaint, status = holder.stderr.read().decode(errors="replace").strip(), holder.wait()
+            raise OSError(f"{' '.join(command)}: {complaint or f'exit status {status}'}")
         return holder
 
     def _in_namespace(self, number: int) -> list[str]:
@@ -199,17 +201,17 @@ class Hosts:
         return [*(self._in_the_user_namespace() or ["nsenter"]), net, "--"]
 
     def _in_the_user_namespace(self) -> list[str]:
-        """The switch's holder has made it; nothing where there is none."""
+        """Words before a command that make it run in the user namespace of the first holder; empty for root."""
         if not self._in_user_namespace or not self._holders:
             return []
-        # Without the last, nsenter gives up the user's groups, which is not allowed there.
+        # Without --preserve-credentials nsenter gives up the user's groups, which is not allowed there.
         return ["nsenter", f"--user=/proc/{self._holders[0].pid}/ns/user", "--preserve-credentials"]
 
     def _run(self, namespace: int, *command: str) -> None:
         inside = [*self._in_namespace(namespace), *command]
         try:
-            done = subprocess.run(inside, capture_output=True, text=True, check=False, timeout=SECONDS_A_COMMAND)
+            done = subprocess.run(inside, capture_output=True, text=True, check=False, timeout=COMMAND_SECONDS)
         except subprocess.TimeoutExpired:
-            raise TimeoutError(f"{' '.join(command)} takes longer than {SECONDS_A_COMMAND} s") from None
+            raise TimeoutError(f"{' '.join(command)} takes longer than {COMMAND_SECONDS} s") from None
         if done.returncode:
             raise OSError(f"{' '.join(command)}: {done.stderr.strip() or f'exit status {done.returncode}'}")

@@ -1,4 +1,4 @@
-"""What a run imports on its way, all at once: a server of forks loads this, and each fork has it."""
+"""Imports everything that a run imports on its way. The fork server loads this, so that each fork has it."""
 
 import multiprocessing.synchronize
 import random

@@ -1,4 +1,4 @@
-"""The run directory: claiming it for one job and one config, and what it remembers about itself.
+"""The run directory: claimed by one job for one config, and described by its config.json.
 
 RUN/config.json       resolved config, fingerprint, digest of the data, versions, git commit
 RUN/tokenizer.json    what the run's token ids mean
@@ -6,23 +6,25 @@ RUN/lock              held by rank 0 of the job that is training
 """
 
 import contextlib
-import fcntl
 import importlib.metadata
 import json
 import os
 import platform
 import secrets
 import subprocess
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 from trainer import files
 from trainer.config import Config, differences, fingerprint, mathematics, parse
 from trainer.errors import ConfigError, RunDirectoryError
 
 FORMAT = 1
-STARTS_LEAVE = frozenset({"lock", "live", "stacks", "events", "config.json.partial"})
-"""What may lie in the directory of a run that was never prepared to the end: its watchdogs were there before."""
+LEFT_BY_A_START = frozenset({"lock", "live", "stacks", "events", "config.json.partial"})
+"""Names that a start leaves in the directory if it ends before config.json is written: its watchdogs come first."""
 LIBRARIES = ("torch", "numpy", "tokenizers", "datasets", "wandb")
 
 
@@ -34,32 +36,42 @@ def tokenizer_path(run: Path) -> Path:
     return run / "tokenizer.json"
 
 
-def claim(run: Path, config: Config) -> IO[str]:
-    """Make `run` ours: create or adopt it, refuse another run's, and lock it while the returned file is open.
+def claim(run: Path, config: Config) -> AbstractContextManager[object]:
+    """Create `run` or adopt it for this config, and lock it until the returned context ends.
 
-    Raises RunDirectoryError, having changed nothing in a directory that is not ours.
+    The lock ends with this process too, however it dies. Raises RunDirectoryError if the directory belongs to another
+    config, holds other files, is in use or cannot be written; then nothing in it has been changed.
     """
     if run.exists() and not run.is_dir():
         raise RunDirectoryError(f"{run} is a file.\n  --run takes a directory: a new one, or a run's own.")
     if config_path(run).exists():
         _check_same_run(run, read(run), config)
-    elif run.exists() and any(entry.name not in STARTS_LEAVE for entry in run.iterdir()):
+    elif run.exists() and any(entry.name not in LEFT_BY_A_START for entry in run.iterdir()):
         raise RunDirectoryError(
             f"{run} holds files but no config.json, so it is no run.\n"
             "  A run is started in a new or empty directory, or resumed in its own. Give another --run."
         )
     try:
         run.mkdir(parents=True, exist_ok=True)
-        lock = (run / "lock").open("a+", encoding="utf-8")
+        # No soft lock: it is a mere file, which would keep the run locked after a SIGKILL.
+        lock = FileLock(run / "lock", fallback_to_soft=False).acquire(blocking=False)
+    except Timeout:
+        owner = (run / "lock").read_text(encoding="utf-8").strip() or "another job"
+        raise RunDirectoryError(
+            f"{run} is in use by {owner}.\n"
+            "  Two jobs would write over each other. Wait for it, end it, or give another --run."
+        ) from None
     except OSError as error:
         raise RunDirectoryError(
             f"{run} cannot be written: {error.strerror}.\n  Checkpoints and events go there. Give a writable --run."
         ) from None
-    return _hold(run, lock)
+    with contextlib.suppress(OSError):  # a full disk: the lock holds without a name in it
+        (run / "lock").write_text(f"process {os.getpid()} on {platform.node()}\n", encoding="utf-8")
+    return lock
 
 
 def record(run: Path, config: Config, facts: dict[str, Any]) -> dict[str, Any]:
-    """Write config.json: `facts` (data_sha256, vocab_size, …) beside config and versions. Returns all of it.
+    """Write config.json: `facts` (data_sha256, vocab_size, …) beside config and versions. Returns its contents.
 
     Raises RunDirectoryError if the run was trained on other data before.
     """
@@ -85,7 +97,7 @@ def record(run: Path, config: Config, facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def read(run: Path) -> dict[str, Any]:
-    """What config.json says. Raises RunDirectoryError if `run` is no run."""
+    """Contents of config.json. Raises RunDirectoryError if `run` is no run, or one of a newer toprope."""
     try:
         contents = json.loads(config_path(run).read_text(encoding="utf-8"))
         if contents["format"] > FORMAT:
@@ -105,7 +117,7 @@ def read(run: Path) -> dict[str, Any]:
 
 
 def config_of(run: Path) -> Config:
-    """The config a run was last started with."""
+    """The config that the run was last started with. Raises RunDirectoryError if this toprope refuses it."""
     try:
         return parse(read(run)["config"])
     except ConfigError as error:
@@ -123,34 +135,14 @@ def _check_same_run(run: Path, before: dict[str, Any], config: Config) -> None:
     )
 
 
-def _hold(run: Path, lock: IO[str]) -> IO[str]:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it when we die, however we die
-    except BlockingIOError:
-        lock.seek(0)
-        owner = lock.read().strip() or "another job"
-        lock.close()
-        raise RunDirectoryError(
-            f"{run} is in use by {owner}.\n"
-            "  Two jobs would write over each other. Wait for it, end it, or give another --run."
-        ) from None
-    with contextlib.suppress(OSError):  # a full disk: the lock holds without a name in it
-        lock.truncate(0)
-        os.write(lock.fileno(), f"process {os.getpid()} on {platform.node()}\n".encode())
-    return lock
-
-
 def _git_commit() -> str | None:
-    """Commit of the source tree this runs from, with "+" if it was changed since; None outside a checkout."""
-    root = Path(__file__).resolve().parents[2]
+    """Commit of this source tree, with "+" if files were changed since; None outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).resolve().parents[2])]
     try:
-        commit = subprocess.run(
-            ["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=5
+        commit, changes = (
+            subprocess.run([*git, *command], capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
         )
-        status = subprocess.run(
-            ["git", "-C", root, "status", "--porcelain", "--untracked-files=no"],
-            capture_output=True, text=True, check=True, timeout=5,
-        )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit.stdout.strip() + ("+" if status.stdout.strip() else "")
+    return commit + ("+" if changes else "")
