@@ -26,14 +26,15 @@ from scripts import bench_ladder as ladder
 from scripts import bench_survival as survival
 from scripts.bench_tables import Ratio, record
 from trainer import config as configs
-from trainer import job, loop
+from trainer import costs, job, loop
 from trainer import model as models
+from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.config import Config
 from trainer.data import Prepared, prepare
 from trainer.log import events
 from trainer.parallel import world
 from trainer.show import console
-from trainer.step import TrainState, Work
+from trainer.step import StepContext, TrainState
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -63,20 +64,21 @@ class Ours:
         if ranks.is_main:
             log.subscribe(console.Console(config, is_terminal=False, file=Path(os.devnull).open("w")))  # noqa: SIM115
         self.config = config
-        self.work = Work(config, ranks, job.batches_of(config, self.prepared))
-        self.parts = loop.Parts(self.work, log, lambda model, step: (), NoCheckpoints())
+        self.context = StepContext(config, ranks, job.batches_of(config, self.prepared))
+        self.collaborators = loop.Collaborators(self.context, log, lambda model, step: (), NoCheckpointer())
 
     def __call__(self, steps: int) -> None:
         budget = self.config.budget.model_copy(update={"steps": self.state.step + steps})
-        work = replace(self.work, config=self.config.model_copy(update={"budget": budget}))
-        loop.train(self.state, replace(self.parts, work=work))
+        context = replace(self.context, config=self.config.model_copy(update={"budget": budget}))
+        loop.train(self.state, replace(self.collaborators, context=context))
 
 
-class NoCheckpoints:
+class NoCheckpointer(Checkpointer):
     """Saving has figures of its own."""
 
+    def __init__(self) -> None: ...
     def save(self, state: TrainState) -> None: ...
-    def look(self) -> None: ...
+    def poll(self) -> None: ...
     def finish(self, state: TrainState) -> None: ...
 
 
@@ -86,8 +88,8 @@ class Plain:
     def __init__(self, config: Config) -> None:
         torch.set_num_threads(config.numerics.threads)
         prepared = prepare(config.data, config.eval, config.model.context)
-        self.model = models.GPT(config.model, vocabulary(config, prepared))
-        models.initialise(self.model, config.seed)
+        self.model = models.construct(config.model, vocabulary(config, prepared))
+        models.initialise(self.model, config.model, config.seed)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.optim.learning_rate, fused=True)
         self.batches = job.batches_of(config, prepared)
         self.micro_batches = config.data.micro_batches
@@ -107,7 +109,7 @@ class Plain:
 
 
 def vocabulary(config: Config, prepared: Prepared) -> int:
-    return models.padded_vocab(prepared.tokenizer.vocab_size, config.model.vocab_size)
+    return costs.padded_vocab(prepared.tokenizer.vocab_size, config.model.vocab_size)
 
 
 def alternate(
@@ -140,7 +142,7 @@ def throughput(
         ratio, a, b = alternate(mine, theirs, steps, rounds)
     world.disconnect()
     tokens = ours_config.data.micro_batches * ours_config.data.micro_batch_sequences * ours_config.model.context
-    count = models.parameter_count(mine.state.model)
+    count = costs.parameter_count(mine.state.model)
     return {
         "ratio": vars(ratio),
         "parameters": count.total,
@@ -172,7 +174,7 @@ def memory_worker(strategy: str) -> None:
         mine(3)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     if ranks.is_main:
-        count = models.parameter_count(mine.state.model) if strategy == "replicate" else None
+        count = costs.parameter_count(mine.state.model) if strategy == "replicate" else None
         print(
             "RESULT " + json.dumps({"peak_mib": peak, "libraries_mib": baseline, "parameters": count and count.total})
         )

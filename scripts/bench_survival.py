@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from trainer import checkpoint, job, optim
+from trainer import checkpoint, costs, job, optim
 from trainer import config as configs
 from trainer import model as models
 from trainer.data import prepare
@@ -285,8 +285,8 @@ def plain_worker(directory: str) -> None:
     place = Path(directory)
     prepared = prepare(config.data, config.eval, config.model.context)
     batches = job.batches_of(config, prepared)
-    gpt = models.GPT(config.model, models.padded_vocab(prepared.tokenizer.vocab_size, config.model.vocab_size))
-    models.initialise(gpt, config.seed)
+    gpt = models.construct(config.model, costs.padded_vocab(prepared.tokenizer.vocab_size, config.model.vocab_size))
+    models.initialise(gpt, config.model, config.seed)
     adamw = torch.optim.AdamW(gpt.parameters(), lr=config.optim.learning_rate, fused=True)
     step, saved = 0, place / "checkpoint.pt"
     if saved.exists():

@@ -13,26 +13,28 @@ from typing import Any
 import torch
 
 from trainer import config as configs
-from trainer import job, loop
-from trainer import model as models
+from trainer import costs, job, loop
+from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.data import prepare
 from trainer.log.events import EventLog, StepDone
 from trainer.parallel import world
-from trainer.step import TrainState, Work
+from trainer.step import StepContext, TrainState
 
 
 def train(case: dict[str, Any], ranks: world.World, directory: Path) -> dict[str, Any]:
     config = configs.load(Path(case["config"]), case["set"])
     job.set_numerics(config, ranks.device)
     prepared = prepare(config.data, config.eval, config.model.context)
-    state = job.build(config, models.padded_vocab(prepared.tokenizer.vocab_size, config.model.vocab_size), ranks)
+    state = job.build(config, costs.padded_vocab(prepared.tokenizer.vocab_size, config.model.vocab_size), ranks)
     log = EventLog.open(directory, next(attempts), ranks.rank)
     steps: list[StepDone] = []
     log.subscribe(lambda entry: steps.append(entry.event) if isinstance(entry.event, StepDone) else None)
-    work = Work(config, ranks, job.batches_of(config, prepared))
-    parts = loop.Parts(work, log, job.scorer(config, prepared, ranks), NoCheckpoints())
-    loop.train(state, parts)
-    scores = [(name, score.loss, score.bits_per_byte) for name, _, score, _ in parts.evaluate(state.model, state.step)]
+    context = StepContext(config, ranks, job.batches_of(config, prepared))
+    collaborators = loop.Collaborators(context, log, job.scorer(config, prepared, ranks), NoCheckpointer())
+    loop.train(state, collaborators)
+    scores = [
+        (name, score.loss, score.bits_per_byte) for name, _, score, _ in collaborators.evaluate(state.model, state.step)
+    ]
     log.close()
     return {
         "weights": state.weights_sha256(),
@@ -49,11 +51,12 @@ def train(case: dict[str, Any], ranks: world.World, directory: Path) -> dict[str
 attempts = itertools.count()
 
 
-class NoCheckpoints:
+class NoCheckpointer(Checkpointer):
     """Saving is another test's business."""
 
+    def __init__(self) -> None: ...
     def save(self, state: TrainState) -> None: ...
-    def look(self) -> None: ...
+    def poll(self) -> None: ...
     def finish(self, state: TrainState) -> None: ...
 
 

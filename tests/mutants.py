@@ -14,14 +14,15 @@ from typing import Any
 
 from torch import Tensor
 
-from trainer import checkpoint, cli, job, loop
+from trainer import checkpoint, cli, loop
 from trainer.checkpoint import files, loading, saving
+from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.data import Batches
 from trainer.errors import CheckpointError
 from trainer.faults.checker import ATTRIBUTED, EQUAL, KEPT, SAMPLES, STATUS
 from trainer.log import events
 from trainer.log.events import AttemptStarted, CheckpointFailed
-from trainer.loop import Parts
+from trainer.loop import Collaborators
 from trainer.parallel import elastic
 from trainer.step import TrainState
 
@@ -97,23 +98,23 @@ def a_damaged_checkpoint_is_fatal() -> None:
 
 
 def a_failed_save_is_fatal() -> None:
-    log = job.Checkpoints._log  # pyright: ignore[reportPrivateUsage]
+    log = Checkpointer._record  # pyright: ignore[reportPrivateUsage]
 
     def fatal(checkpoints: Any, ended: list[events.Event]) -> None:
         log(checkpoints, ended)
         if any(isinstance(event, CheckpointFailed) for event in ended):
             raise RuntimeError("a save failed")
 
-    setattr(job.Checkpoints, "_log", fatal)  # noqa: B010
+    setattr(Checkpointer, "_record", fatal)  # noqa: B010
 
 
 def a_finished_run_cannot_resume() -> None:
     train = loop.train
 
-    def forgetful(state: TrainState, parts: Parts) -> bool:
-        if state.step == parts.work.config.budget.steps:
+    def forgetful(state: TrainState, collaborators: Collaborators) -> bool:
+        if state.step == collaborators.context.config.budget.steps:
             raise UnboundLocalError("cannot access local variable 'stop'")
-        return train(state, parts)
+        return train(state, collaborators)
 
     loop.train = forgetful
 

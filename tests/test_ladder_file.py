@@ -7,6 +7,7 @@ import pytest
 
 from tests.support import write_corpus
 from trainer import config as configs
+from trainer import costs
 from trainer import model as models
 from trainer.errors import ConfigError
 from trainer.ladder.plan import arms, sizes
@@ -106,9 +107,9 @@ def test_a_rung_s_figures_are_those_of_its_model_and_its_tokens_those_asked_for(
     ladder = load(home, plain())
     for rung in ladder.rungs:
         run = next(run for run in ladder.runs if run.rung == rung.name)
-        counted = models.parameter_count(models.GPT(run.config.model, 320))
+        counted = costs.parameter_count(models.construct(run.config.model, 320))
         assert rung.parameters == run.parameters == counted.non_embedding
-        assert rung.flops == models.flops_per_token(run.config.model, 320) * rung.tokens
+        assert rung.flops == costs.flops_per_token(run.config.model, 320) * rung.tokens
         assert rung.tokens == pytest.approx(0.2 * rung.parameters, abs=32)
         assert run.config.model.n_heads == rung.shape.width // 8
     assert [rung.name for rung in ladder.rungs] == ["s", "m", "l"]

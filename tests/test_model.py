@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.flop_counter import FlopCounterMode
 
-from trainer import config, model
+from trainer import config, costs, model
 from trainer.errors import TokenizerError
 
 VOCAB = 64
@@ -45,8 +45,8 @@ def one_thread() -> None:
 
 
 def build(seed: int = 0, vocab: int = VOCAB, **switches: Any) -> model.GPT:
-    gpt = model.GPT(config.Model(**(SMALL | switches)), vocab)
-    model.initialise(gpt, seed)
+    gpt = model.construct(config.Model(**(SMALL | switches)), vocab)
+    model.initialise(gpt, gpt.settings, seed)
     return gpt
 
 
@@ -57,10 +57,6 @@ def awake(gpt: model.GPT) -> model.GPT:
         for parameter in gpt.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return gpt
-
-
-def blocks_of(gpt: model.GPT) -> list[model.Block]:
-    return [block for block in gpt.blocks if isinstance(block, model.Block)]
 
 
 def tokens(*shape: int, seed: int = 0, vocab: int = VOCAB) -> Tensor:
@@ -118,8 +114,8 @@ def test_recomputing_blocks_changes_no_bit(switches: dict[str, Any]) -> None:
     gpt = awake(build(**switches))
     torch.manual_seed(3)
     kept = gradients(gpt)
-    for block in blocks_of(gpt):
-        block.recompute = True
+    for block in model.blocks_of(gpt):
+        block.recompute = True  # pyright: ignore[reportArgumentType]
     torch.manual_seed(3)
     recomputed = gradients(gpt)
     assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
@@ -156,7 +152,7 @@ def test_switches_have_the_shapes_they_say() -> None:
 
 def test_a_tied_head_is_the_embedding_table() -> None:
     tied, untied = build(tied_embeddings=True), build()
-    assert model.parameter_count(untied).total - model.parameter_count(tied).total == VOCAB * 32
+    assert costs.parameter_count(untied).total - costs.parameter_count(tied).total == VOCAB * 32
     assert "head.weight" not in dict(tied.named_parameters())
     seen: list[Any] = []
     tied.final_norm.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
@@ -263,7 +259,7 @@ def test_a_model_built_on_the_meta_device_ends_up_the_same() -> None:
         gpt = model.GPT(config.Model(**SMALL), VOCAB)
     gpt.to_empty(device="cpu")
     gpt.reset_buffers()
-    model.initialise(gpt, 7)
+    model.initialise(gpt, gpt.settings, 7)
     assert torch.equal(awake(gpt)(tokens(2, 16)), awake(direct)(tokens(2, 16)))
 
 
@@ -289,11 +285,11 @@ def test_sharded_model_initialises_and_computes_like_the_plain_one(recompute: bo
     switches: dict[str, Any] = {"tied_embeddings": tied, "value_embeddings": True, "bigram_buckets": 37}
     plain, sharded = build(**switches), model.GPT(config.Model(**(SMALL | switches)), VOCAB)
     mesh = init_device_mesh("cpu", (1,))
-    for block in blocks_of(sharded):
-        block.recompute = recompute
+    for block in model.blocks_of(sharded):
+        block.recompute = recompute  # pyright: ignore[reportArgumentType]
         fully_shard(block, mesh=mesh)
     fully_shard(sharded, mesh=mesh)
-    model.initialise(sharded, 0)
+    model.initialise(sharded, sharded.settings, 0)
     found = gradients(sharded)
     assert found.keys() == dict(plain.named_parameters()).keys()
     for name, expected in gradients(plain).items():
@@ -307,7 +303,7 @@ def test_sharded_model_initialises_and_computes_like_the_plain_one(recompute: bo
 def test_blocks_compile_without_graph_breaks_and_agree(switches: dict[str, Any]) -> None:
     gpt = awake(build(**switches))
     eager = gradients(gpt)
-    for block in gpt.blocks:
+    for block in model.blocks_of(gpt):
         block.compile(fullgraph=True, backend="aot_eager")
     compiled = gradients(gpt)
     for name, expected in eager.items():
@@ -316,23 +312,22 @@ def test_blocks_compile_without_graph_breaks_and_agree(switches: dict[str, Any])
 
 @pytest.mark.parametrize("switches", [{}, {"mlp": "swiglu", "n_kv_heads": 2}, {"mlp": "gelu", "tied_embeddings": True}])
 def test_flops_agree_with_what_torch_counts(switches: dict[str, Any]) -> None:
-    with torch.device("meta"):
-        gpt = model.GPT(config.Model(**(SMALL | switches)), VOCAB)
-        inputs_BT = torch.zeros(2, 16, dtype=torch.int64)
+    gpt = model.construct(config.Model(**(SMALL | switches)), VOCAB, "meta")
+    inputs_BT = torch.zeros(2, 16, dtype=torch.int64, device="meta")
     counter = FlopCounterMode(display=False)
     with counter:
         gpt(inputs_BT)
-    ours = model.flops_per_token(gpt.settings, VOCAB) * inputs_BT.numel() / 3
+    ours = costs.flops_per_token(gpt.settings, VOCAB) * inputs_BT.numel() / 3
     assert ours == pytest.approx(counter.get_total_flops(), rel=1e-6)
 
 
 def test_padding_of_the_vocabulary() -> None:
-    assert model.padded_vocab(65, 0) == 128
-    assert model.padded_vocab(64, 0) == 64
-    assert model.padded_vocab(65, 65) == 65
-    assert model.padded_vocab(65, 100) == 100
+    assert costs.padded_vocab(65, 0) == 128
+    assert costs.padded_vocab(64, 0) == 64
+    assert costs.padded_vocab(65, 65) == 65
+    assert costs.padded_vocab(65, 100) == 100
     with pytest.raises(TokenizerError, match=r"model\.vocab_size = 64 is smaller than the tokenizer's 65"):
-        model.padded_vocab(65, 64)
+        costs.padded_vocab(65, 64)
 
 
 def test_parameter_count_of_gpt2_small_is_the_known_one() -> None:
@@ -340,8 +335,7 @@ def test_parameter_count_of_gpt2_small_is_the_known_one() -> None:
         n_layers=12, n_heads=12, width=768, context=1024, norm="layernorm", positions="learned", mlp="gelu",
         qk_norm=False, tied_embeddings=True, biases=True, init="gpt2",
     )  # fmt: skip
-    with torch.device("meta"):
-        counts = model.parameter_count(model.GPT(gpt2, 50257))
+    counts = costs.parameter_count(model.construct(gpt2, 50257, "meta"))
     assert counts.total == 124_439_808
     assert counts.non_embedding == 124_439_808 - (50257 + 1024) * 768
 
@@ -351,15 +345,15 @@ def settings_for(**sections: dict[str, Any]) -> config.Config:
 
 
 def test_memory_is_divided_by_sharding_and_activations_by_recomputing() -> None:
-    plain = model.memory_per_rank(settings_for(), VOCAB, 2)
-    assert plain["master_weights"] == 4 * model.parameter_count(build()).total
+    plain = costs.memory_per_rank(settings_for(), VOCAB, 2)
+    assert plain["master_weights"] == 4 * costs.parameter_count(build()).total
     assert plain["optimizer"] == 2 * plain["master_weights"]
-    sharded = model.memory_per_rank(settings_for(parallel={"strategy": "fsdp"}), VOCAB, 2)
+    sharded = costs.memory_per_rank(settings_for(parallel={"strategy": "fsdp"}), VOCAB, 2)
     assert sharded["master_weights"] * 2 == plain["master_weights"]
     assert 0 == plain["gathered"] < sharded["gathered"] <= plain["master_weights"]
-    recomputed = model.memory_per_rank(settings_for(parallel={"activation_checkpointing": True}), VOCAB, 2)
+    recomputed = costs.memory_per_rank(settings_for(parallel={"activation_checkpointing": True}), VOCAB, 2)
     assert recomputed["activations"] < plain["activations"] / 2
-    muon = model.memory_per_rank(settings_for(optim={"optimizer": "muon"}), VOCAB, 2)
+    muon = costs.memory_per_rank(settings_for(optim={"optimizer": "muon"}), VOCAB, 2)
     assert muon["optimizer"] < plain["optimizer"]
     for parts in (plain, sharded, recomputed, muon):
         assert parts["total"] == sum(parts.values()) - parts["total"]

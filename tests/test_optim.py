@@ -26,9 +26,13 @@ def one_thread() -> None:
 
 
 def build_model(**switches: Any) -> model.GPT:
-    gpt = model.GPT(config.Model(**(SMALL | switches)), VOCAB)
-    model.initialise(gpt, 0)
+    gpt = model.construct(config.Model(**(SMALL | switches)), VOCAB)
+    model.initialise(gpt, gpt.settings, 0)
     return gpt
+
+
+def build(gpt: nn.Module, settings: config.Optim) -> list[Optimizer]:
+    return optim.build(gpt, settings, SMALL["width"])
 
 
 def train(gpt: model.GPT, optimizers: list[Optimizer], steps: int = 3) -> list[Tensor]:
@@ -48,7 +52,6 @@ class Holder(nn.Module):
     def __init__(self, tensors: list[Tensor]) -> None:
         super().__init__()
         self.blocks = nn.ParameterList([nn.Parameter(t, requires_grad=True) for t in tensors])
-        self.settings = config.Model()
 
 
 def unaligned(tensor: Tensor, offset: int) -> Tensor:
@@ -79,7 +82,7 @@ def test_an_update_does_not_depend_on_the_shard_an_element_lies_in(
     whole = Holder([start.clone()])
     pieces = Holder([unaligned(start[part], offset) for part, offset in zip(parts, offsets, strict=True)])
     settings_ = config.Optim(weight_decay=decay, beta2=beta2, learning_rate=3e-3)
-    (one,), (many,) = (optim.build(holder, settings_) for holder in (whole, pieces))
+    (one,), (many,) = (build(holder, settings_) for holder in (whole, pieces))
     for step in range(4):
         magnitude = 10.0 ** torch.randint(-8, 4, (), generator=generator).item()
         gradient = torch.randn(shape, generator=generator) * magnitude
@@ -101,7 +104,7 @@ def test_only_tensors_without_a_scalar_tail_are_fused() -> None:
     assert not optim.is_fused((10, 36))
     assert not optim.is_fused((64,))
     assert not optim.is_fused((1,))
-    (adamw,) = optim.build(build_model(norm="layernorm", biases=True, width=36), config.Optim())
+    (adamw,) = build(build_model(norm="layernorm", biases=True, width=36), config.Optim())
     for group in adamw.param_groups:
         assert group["fused"] != group["foreach"]
         assert all(optim.is_fused(p.shape) == group["fused"] for p in group["params"])
@@ -110,7 +113,7 @@ def test_only_tensors_without_a_scalar_tail_are_fused() -> None:
 def test_every_parameter_is_in_one_group_and_only_matrices_decay() -> None:
     gpt = build_model(norm="layernorm", positions="learned", biases=True, value_embeddings=True, bigram_buckets=37)
     names = {id(p): name for name, p in gpt.named_parameters()}
-    (adamw,) = optim.build(gpt, config.Optim(weight_decay=0.3))
+    (adamw,) = build(gpt, config.Optim(weight_decay=0.3))
     seen = [names[id(p)] for group in adamw.param_groups for p in group["params"]]
     assert sorted(seen) == sorted(names.values())
     decaying = {names[id(p)] for group in adamw.param_groups if group["weight_decay"] for p in group["params"]}
@@ -120,14 +123,14 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay() -> None:
 
 
 def test_a_tied_table_does_not_decay() -> None:
-    kinds = optim.classify(build_model(tied_embeddings=True))
-    assert kinds["embed.weight"] == "embedding"
-    assert "head" not in kinds.values()
+    groups = optim.group_of_parameters(build_model(tied_embeddings=True))
+    assert groups["embed.weight"] == "embedding"
+    assert "head" not in groups.values()
 
 
 def test_muon_takes_hidden_matrices_and_adamw_the_rest() -> None:
     gpt = build_model(value_embeddings=True, norm="layernorm")
-    adamw, muon = optim.build(gpt, config.Optim(optimizer="muon", muon_learning_rate=0.03, muon_momentum=0.9))
+    adamw, muon = build(gpt, config.Optim(optimizer="muon", muon_learning_rate=0.03, muon_momentum=0.9))
     names = {id(p): name for name, p in gpt.named_parameters()}
     assert isinstance(adamw, AdamW)
     assert isinstance(muon, Muon)
@@ -142,7 +145,7 @@ def test_muon_takes_hidden_matrices_and_adamw_the_rest() -> None:
 
 def test_mup_divides_the_rate_of_matrices_with_a_wide_input() -> None:
     gpt = build_model(norm="layernorm")
-    (adamw,) = optim.build(gpt, config.Optim(learning_rate=1e-2, mup_base_width=8))
+    (adamw,) = build(gpt, config.Optim(learning_rate=1e-2, mup_base_width=8))
     names = {id(p): name for name, p in gpt.named_parameters()}
     rates = {names[id(p)]: group["peak_learning_rate"] for group in adamw.param_groups for p in group["params"]}
     assert rates["blocks.0.mlp.up.weight"] == rates["head.weight"] == 1e-2 * 8 / 32
@@ -151,7 +154,7 @@ def test_mup_divides_the_rate_of_matrices_with_a_wide_input() -> None:
 
 def test_weight_decay_is_decoupled_from_the_gradient() -> None:
     holder = Holder([torch.full((4, 16), 2.0)])
-    (adamw,) = optim.build(holder, config.Optim(learning_rate=0.1, weight_decay=0.5))
+    (adamw,) = build(holder, config.Optim(learning_rate=0.1, weight_decay=0.5))
     holder.blocks[0].grad = torch.zeros(4, 16)
     adamw.step()
     torch.testing.assert_close(holder.blocks[0].detach(), torch.full((4, 16), 2.0 * (1 - 0.1 * 0.5)))
@@ -161,7 +164,7 @@ def test_weight_decay_is_decoupled_from_the_gradient() -> None:
 def test_adamw_follows_the_published_update(shape: tuple[int, int]) -> None:
     holder = Holder([torch.randn(shape, generator=torch.Generator().manual_seed(0))])
     settings_ = config.Optim(learning_rate=0.01, weight_decay=0.1, beta1=0.8, beta2=0.9)
-    (adamw,) = optim.build(holder, settings_)
+    (adamw,) = build(holder, settings_)
     weight, m, v = holder.blocks[0].detach().double().clone(), torch.zeros(shape), torch.zeros(shape)
     for t in range(1, 4):
         gradient = torch.randn(shape, generator=torch.Generator().manual_seed(t))
@@ -217,7 +220,7 @@ def test_rates_are_set_from_the_step_alone() -> None:
     settings_ = config.Optim(
         optimizer="muon", learning_rate=4e-3, muon_learning_rate=0.02, mup_base_width=8, schedule="linear"
     )
-    optimizers = optim.build(build_model(), settings_)
+    optimizers = build(build_model(), settings_)
     for step in (7, 3, 3):
         factor = optim.learning_rate_factor(step, settings_, 10)
         assert optim.set_learning_rates(optimizers, step, settings_, 10) == 4e-3 * factor
@@ -232,7 +235,7 @@ def test_state_made_before_the_first_step_is_what_the_optimizer_would_make(kind:
     switches: dict[str, Any] = {"width": width, "norm": "layernorm", "value_embeddings": True}
     early, lazy = build_model(**switches), build_model(**switches)
     settings_ = config.Optim(optimizer=kind)
-    early_optimizers, lazy_optimizers = optim.build(early, settings_), optim.build(lazy, settings_)
+    early_optimizers, lazy_optimizers = build(early, settings_), build(lazy, settings_)
     optim.materialise_state(early_optimizers)
     assert all(len(o.state) == sum(len(g["params"]) for g in o.param_groups) for o in early_optimizers)
     assert not any(value.any() for o in early_optimizers for state in o.state.values() for value in state.values())
@@ -251,7 +254,7 @@ def test_state_made_before_the_first_step_is_what_the_optimizer_would_make(kind:
 
 def test_materialising_twice_keeps_moments() -> None:
     gpt = build_model()
-    optimizers = optim.build(gpt, config.Optim())
+    optimizers = build(gpt, config.Optim())
     train(gpt, optimizers, steps=1)
     before = {id(p): state["exp_avg"].clone() for p, state in optimizers[0].state.items()}
     optim.materialise_state(optimizers)
@@ -274,12 +277,12 @@ def test_sharded_parameters_get_sharded_state_and_the_same_bits() -> None:
         fully_shard(block, mesh=mesh)
     fully_shard(sharded, mesh=mesh)
     settings_ = config.Optim(mup_base_width=8)
-    optimizers = optim.build(sharded, settings_)
+    optimizers = build(sharded, settings_)
     optim.materialise_state(optimizers)
     for parameter, state in optimizers[0].state.items():
         assert type(state["exp_avg"]) is type(parameter.data)
         assert state["step"].shape == ()
     found = train(sharded, optimizers)
-    expected = train(plain, optim.build(plain, settings_))
+    expected = train(plain, build(plain, settings_))
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a.full_tensor(), b)  # pyright: ignore[reportAttributeAccessIssue]

@@ -56,15 +56,15 @@ def test_a_pass_that_is_not_finite_is_told_of_at_once_and_leaves_the_grid_as_it_
     grids.commit()
     before, seen = grids.magnitude.clone(), iter(passes)
 
-    def one_pass(state: Any, work: Any) -> step.Sums:
+    def one_pass(state: Any, context: Any) -> step.StepResult:
         value = next(seen)
         round_gradient(torch.full((3, 4), value))
-        return step.Sums(value, "", 0, None, False)
+        return step.StepResult(value, "", 0, None, False)
 
     monkeypatch.setattr(step, "_one_pass", one_pass)
     state = cast(step.TrainState, SimpleNamespace(step=1, grids=grids))
-    work = cast(step.Work, SimpleNamespace(world=SimpleNamespace(max=lambda tensor: None)))
-    sums = step.compute_gradients(state, work)
-    assert not math.isfinite(sums.loss)
-    assert sums.redone == len(passes) - 1
+    context = cast(step.StepContext, SimpleNamespace(world=SimpleNamespace(max=lambda tensor: None)))
+    result = step.compute_gradients(state, context)
+    assert not math.isfinite(result.loss)
+    assert result.redone == len(passes) - 1
     assert torch.equal(grids.magnitude, before)

@@ -53,6 +53,7 @@ def train(
 ) -> None:
     """Train a config, or resume the run where it stopped. Under torchrun: on all its ranks."""
     from trainer import config as configs
+    from trainer import signals
 
     config = configs.load(config_path, overrides or ())
     if dry_run:
@@ -63,7 +64,7 @@ def train(
         return
     if ranks is not None:
         raise UsageError("--ranks is for --dry-run.\n  To train on N ranks: torchrun --standalone --nproc-per-node N …")
-    stop = elastic.StopSignals()  # before torch is imported: that takes long enough to be asked to leave meanwhile
+    stop = signals.StopSignals()  # before torch is imported: that takes long enough to be asked to leave meanwhile
     from trainer import job
 
     raise typer.Exit(job.train(config, run or Path("runs") / config_path.stem, PROCESS_STARTED, stop))

@@ -87,6 +87,21 @@ class Model(Section):
     init_draw: int = Field(default=0, ge=0)
     """Number of the draw of initial weights at this seed; the order of the data stays the same."""
 
+    @property
+    def kv_heads(self) -> int:
+        """Number of key/value heads of a layer."""
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def head_channels(self) -> int:
+        """Channels of one attention head."""
+        return self.width // self.n_heads
+
+    @property
+    def mlp_width(self) -> int:
+        """Hidden width of the MLP."""
+        return round(self.mlp_ratio * self.width)
+
 
 class Optim(Section):
     optimizer: Literal["adamw", "muon"] = "adamw"

@@ -1,31 +1,146 @@
-"""What a config would cost, without training it: the model is built on the meta device, which holds no numbers."""
+"""Costs of a config, known without training it: parameters, FLOPs, memory.
+
+Models are built on the meta device or with fake tensors, which hold no numbers. Torch is imported only by the functions
+that build one.
+"""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from trainer import model as models
-from trainer.config import Config
+from trainer.config import Config, Model, Parallel
 from trainer.data.tokenizer import ByteTokenizer, Tokenizer
+from trainer.errors import TokenizerError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 ASSUMED_CHARACTERS = 100  # of a text in one alphabet, with digits and signs; Shakespeare has 65
+FLOAT32_BYTES = 4
+
+
+class ParameterCount(NamedTuple):
+    total: int
+    non_embedding: int
+    """Without tables that are looked up: tokens, positions, bigrams, values. An untied head counts, a tied does not."""
+
+
+def parameter_count(model: "nn.Module") -> ParameterCount:
+    """Number of parameters of the full model, sharded or not."""
+    from trainer.model import TABLES, role_of_parameters
+
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    tables = sum(sizes[name] for name, role in role_of_parameters(model).items() if role in TABLES)
+    return ParameterCount(sum(sizes.values()), sum(sizes.values()) - tables)
+
+
+def flops_per_token(model: Model, vocab_size: int) -> int:
+    """Training FLOPs per token: 3 × the forward pass, multiply and add counted apart.
+
+    Matrices: 2 per weight, the head included (Kaplan et al. 2020, with the correction of Porian et al. 2024).
+    Attention: 4·T·D per layer for scores and mixing over all T positions, as if not causal (Chowdhery et al. 2022,
+    PaLM, appendix B), though kernels skip the masked half. Look-ups, norms and activations are not counted.
+    """
+    d, f = model.width, model.mlp_width
+    qkv = d * (model.n_heads + 2 * model.kv_heads) * model.head_channels
+    mlp = (3 if model.mlp == "swiglu" else 2) * d * f
+    weights = model.n_layers * (qkv + d * d + mlp) + d * vocab_size
+    return 3 * (2 * weights + model.n_layers * 4 * model.context * d)
+
+
+def padded_vocab(tokenizer_size: int, vocab_size: int) -> int:
+    """Rows of the embedding table: `vocab_size` (model.vocab_size) if set, else the next multiple of 64.
+
+    Raises TokenizerError if the tokenizer has more tokens than rows.
+    """
+    if not vocab_size:
+        return -(-tokenizer_size // 64) * 64
+    if vocab_size < tokenizer_size:
+        raise TokenizerError(
+            f"model.vocab_size = {vocab_size} is smaller than the tokenizer's {tokenizer_size} tokens.\n"
+            "  Every token needs a row in the embedding table. "
+            f"Set model.vocab_size to {tokenizer_size} or more, or to 0 for the next multiple of 64."
+        )
+    return vocab_size
+
+
+def memory_per_rank(config: Config, vocab_size: int, world_size: int) -> dict[str, int]:
+    """Bytes on the rank that holds most, by purpose and in "total"; nothing is allocated.
+
+    "gathered" are the full weights in use under FSDP. "activations" is what autograd keeps of one micro-batch, an
+    estimate: temporaries come on top.
+    """
+    from trainer import model, optim
+
+    meta = model.construct(config.model, vocab_size, "meta")
+    shards = {"replicate": 1, "fsdp": world_size, "hybrid": config.parallel.shard_ranks}[config.parallel.strategy]
+    # Rows are dealt out in equal chunks, so the first rank holds the rounded-up share of every parameter.
+    held = {name: FLOAT32_BYTES * -(-p.shape[0] // shards) * p[0].numel() for name, p in meta.named_parameters()}
+    weights = sum(held.values())
+    # Muon keeps one moment of each hidden matrix, AdamW two of everything.
+    groups = optim.group_of_parameters(meta)
+    muon = sum(held[name] for name, group in groups.items() if group == "hidden") * (config.optim.optimizer == "muon")
+    parts = {
+        "master_weights": weights,
+        "gradients": weights,
+        "optimizer": 2 * weights - muon,
+        "gathered": _gathered_bytes(meta, config.parallel) if shards > 1 else 0,
+        "activations": _activation_bytes(config, vocab_size),
+    }
+    return parts | {"total": sum(parts.values())}
+
+
+def _gathered_bytes(model: "nn.Module", parallel: Parallel) -> int:
+    """Full weights in use at a time: all of them, or the root's and two blocks' (one computes, the next gathers)."""
+    from trainer.model import blocks_of
+
+    total = FLOAT32_BYTES * parameter_count(model).total
+    if not parallel.reshard_after_forward:
+        return total
+    blocks = sorted(FLOAT32_BYTES * parameter_count(block).total for block in blocks_of(model))
+    return total - sum(blocks[:-2])
+
+
+def _activation_bytes(config: Config, vocab_size: int) -> int:
+    """Bytes that autograd keeps for the backward pass of one micro-batch, counted in a forward pass without data."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from trainer import model
+
+    kept: dict[int, int] = {}
+    bf16 = config.numerics.precision == "bf16"
+    with FakeTensorMode():
+        fake = model.construct(config.model, vocab_size, recompute=config.parallel.activation_checkpointing)
+        weights = {p.untyped_storage()._cdata for p in fake.parameters()}
+        tokens_BT = torch.zeros(config.data.micro_batch_sequences, config.model.context, dtype=torch.int64)
+
+        def note(tensor: "Tensor") -> "Tensor":
+            # Several views of one storage may be saved: it is counted once, and weights not at all.
+            storage = tensor.untyped_storage()
+            kept[storage._cdata] = 0 if storage._cdata in weights else storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), torch.autocast("cpu", torch.bfloat16, bf16):
+            fake(tokens_BT, tokens_BT)
+    return sum(kept.values())
 
 
 def show(config: Config, ranks: int) -> None:
     """Print parameters, FLOPs per token, tokens and memory per rank of `config` on `ranks` ranks."""
-    tokens, whence = vocabulary(config)
-    rows = models.padded_vocab(tokens, config.model.vocab_size)
+    tokens, source = vocabulary(config)
+    rows = padded_vocab(tokens, config.model.vocab_size)
     table = Table(title="dry run: nothing is trained", show_header=False, box=None, title_justify="left")
     for name, value in facts(config, rows, ranks).items():
         table.add_row(name, value)
-    table.add_row("vocabulary", f"{rows:,} rows for {tokens:,} tokens ({whence})")
+    table.add_row("vocabulary", f"{rows:,} rows for {tokens:,} tokens ({source})")
     Console().print(table)
 
 
 def vocabulary(config: Config) -> tuple[int, str]:
-    """How many tokens the run's tokenizer will have, and how that is known: the text itself is not read.
+    """Number of tokens that the run's tokenizer will have, and how that is known: the text itself is not read.
 
     Raises TokenizerError if data.tokenizer is a file that is no tokenizer.
     """
@@ -41,14 +156,14 @@ def vocabulary(config: Config) -> tuple[int, str]:
 
 
 def facts(config: Config, vocab_size: int, ranks: int) -> dict[str, str]:
-    """The rows of the table, by name."""
-    with torch.device("meta"):
-        gpt = models.GPT(config.model, vocab_size)
-    counts = models.parameter_count(gpt)
-    flops = models.flops_per_token(config.model, vocab_size)
+    """Rows of the dry run's table, by name."""
+    from trainer import model
+
+    counts = parameter_count(model.construct(config.model, vocab_size, "meta"))
+    flops = flops_per_token(config.model, vocab_size)
     step_tokens = config.data.micro_batches * config.data.micro_batch_sequences * config.model.context
     total_tokens = step_tokens * config.budget.steps
-    memory = models.memory_per_rank(config, vocab_size, ranks)
+    memory = memory_per_rank(config, vocab_size, ranks)
     return {
         "parameters": f"{counts.total:,} ({counts.non_embedding:,} without embeddings)",
         "FLOPs per token": f"{flops:,} (forward and backward)",

@@ -31,18 +31,18 @@ def evaluate(
     token_bytes: np.ndarray,
     world: World,
     autocast: Callable[[], AbstractContextManager],
-    at: Callable[[], None] = lambda: None,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> Score:
     """Score `model` on all `windows`. `token_bytes[id]` is the number of UTF-8 bytes token `id` stands for.
 
-    A collective: every rank calls it with the same arguments. `at` is called before each batch, as a sign of progress.
+    Collective: every rank calls it with the same arguments. `heartbeat` is called before each batch.
     """
     sums = torch.zeros(len(windows), 3, dtype=torch.float64)  # nats, tokens, bytes of each batch
     was_training = model.training
     model.eval()
     with torch.no_grad(), autocast():
-        for index in world.rounds(len(windows)):
-            at()
+        for index in world.assign_micro_batches(len(windows)):
+            heartbeat()
             # A rank without work repeats the first batch: a sharded forward needs every rank.
             inputs, targets = windows.batch(index or 0)
             losses = model(torch.from_numpy(inputs).to(world.device), torch.from_numpy(targets).to(world.device))

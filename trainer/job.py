@@ -13,26 +13,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer import checkpoint, evaluate, loop, optim
+from trainer import costs, evaluate, loop, optim, signals
 from trainer import model as models
 from trainer import step as steps
+from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.config import Config, check_world
 from trainer.data import Batches, EvalWindows, Prepared, prepare
-from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, CheckpointError, RunDirectoryError, TopropeError
+from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, RunDirectoryError, TopropeError
 from trainer.exact import Grids
 from trainer.faults import injector as faults
 from trainer.log import events, rundir
 from trainer.parallel import elastic, world
 from trainer.parallel.world import World
-from trainer.phases import Phase
+from trainer.phases import Hook, Phase, no_hook
 from trainer.sentinel.hang import Watchdog
 from trainer.show import console
 from trainer.show.wandb import WandbHelper, wandb_mode
-from trainer.step import TrainState, Work
+from trainer.step import StepContext, TrainState
 
-TELL_SECONDS = 0.5  # how often the ranks that wait for the data hear that rank 0 gets on
-Point = Callable[[str, int], None]
-"""Called with (name of a point, step) when a rank passes it."""
+PROGRESS_SECONDS = 0.5  # how often the ranks that wait for the data hear that rank 0 makes progress
 
 
 class Stopwatch:
@@ -52,8 +51,8 @@ def train(
     config: Config,
     run: Path,
     process_started: float,
-    stop: elastic.StopSignals | None = None,
-    inject: Point = lambda point, step: None,
+    stop: signals.StopSignals | None = None,
+    inject: Hook = no_hook,
 ) -> int:
     """Train or resume the run in directory `run`; returns the exit status. `process_started` is a Unix time.
 
@@ -69,7 +68,7 @@ def train(
     hand.startup()
     device = world.pick_device(config.parallel)
     set_numerics(config, device)
-    stop = stop or elastic.StopSignals()
+    stop = stop or signals.StopSignals()
     stopwatch.lap("imports")
     ranks = world.connect(device, _collective_timeout(config))
     with contextlib.ExitStack() as stack:
@@ -82,7 +81,7 @@ def train(
         stack.callback(watchdog.stop)
         stopwatch.lap("connect")
         prepared = _prepare(config, ranks, watchdog)
-        vocab_size = models.padded_vocab(prepared.tokenizer.vocab_size, config.model.vocab_size)
+        vocab_size = costs.padded_vocab(prepared.tokenizer.vocab_size, config.model.vocab_size)
         about = ranks.from_main(lambda: _record(run, config, prepared, vocab_size))
         hand.startup()
         stopwatch.lap("data")
@@ -140,8 +139,8 @@ def _prepare(config: Config, ranks: World, watchdog: Watchdog) -> Prepared:
             nonlocal told
             show(*amount)
             alive()
-            if time.monotonic() - told > TELL_SECONDS:
-                ranks.gets_on()
+            if time.monotonic() - told > PROGRESS_SECONDS:
+                ranks.report_progress()
                 told = time.monotonic()
 
         ranks.from_main(lambda: prepared_data(progress=progress, verify=True) and None, waiting=alive)
@@ -163,24 +162,24 @@ class Attempt:
     about: Mapping[str, Any]
     ranks: World
     log: events.EventLog
-    stop: elastic.StopSignals
+    stop: signals.StopSignals
     hand: faults.FaultInjector
-    inject: Point
+    inject: Hook
     watchdog: Watchdog
 
     def train(self, state: TrainState, stopwatch: Stopwatch) -> int:
         """Restore, train, and record how it ended. Returns the exit status."""
 
-        def at(point: str, step: int) -> None:
-            self.watchdog.heartbeat(point, step)
-            self.inject(point, step)
+        def hook(phase: str, step: int) -> None:
+            self.watchdog.heartbeat(phase, step)
+            self.inject(phase, step)
 
         try:
-            with contextlib.closing(Checkpoints(self, at, self.watchdog.heartbeat)) as checkpoints:
-                checkpoints.restore(state)
+            with contextlib.closing(self._checkpointer(hook)) as checkpointer:
+                checkpointer.restore(state)
                 stopwatch.lap("restore")
                 self._announce(state, stopwatch)
-                finished = loop.train(state, self._parts(checkpoints, at))
+                finished = loop.train(state, self._collaborators(checkpointer, hook))
             return self._finished(state) if finished else self._preempted(state)
         except BaseException as error:
             # A peer's death is told by the next attempt, which knows more than the broken connection does.
@@ -192,10 +191,14 @@ class Attempt:
         finally:
             self.watchdog.stop()  # what is still to be closed has time limits of its own
 
-    def _parts(self, checkpoints: "Checkpoints", at: Point) -> loop.Parts:
+    def _checkpointer(self, hook: Hook) -> Checkpointer:
+        settings, heartbeat = self.config.checkpoint, self.watchdog.heartbeat
+        return Checkpointer(self.run, self.ranks, dict(self.about), settings, self.log, hook, heartbeat)
+
+    def _collaborators(self, checkpointer: Checkpointer, hook: Hook) -> loop.Collaborators:
         batches = self.hand.wrap_batches(batches_of(self.config, self.prepared))
-        work = Work(self.config, self.ranks, batches, at, self.stop.requested)
-        return loop.Parts(work, self.log, scorer(self.config, self.prepared, self.ranks, at), checkpoints)
+        context = StepContext(self.config, self.ranks, batches, hook, self.stop.requested)
+        return loop.Collaborators(context, self.log, scorer(self.config, self.prepared, self.ranks, hook), checkpointer)
 
     def _announce(self, state: TrainState, stopwatch: Stopwatch) -> None:
         self.log.append(
@@ -238,65 +241,6 @@ class Attempt:
         )
 
 
-class Checkpoints:
-    """Saves beside training, as the loop asks for it, and tells the log what became of it."""
-
-    def __init__(self, attempt: Attempt, at: Point, waiting: Point) -> None:
-        """`at` is called at the points of a save, `waiting` whenever a save that the loop waits for gets on."""
-        self._attempt, self._at = attempt, at
-        self._limit = attempt.config.checkpoint.max_failures
-        self._durable = -1
-        identity = {"fingerprint": attempt.about["fingerprint"], "run_id": attempt.about["run_id"]}
-        self._saver = checkpoint.Saver(attempt.run, attempt.ranks, identity, attempt.config.checkpoint, at, waiting)
-
-    def restore(self, state: TrainState) -> None:
-        a = self._attempt
-        found = checkpoint.restore(
-            a.run, state.tensors(), a.ranks, a.about["fingerprint"], a.log.append, self._at, a.about["run_id"]
-        )
-        if found is not None:
-            state.restored(found)
-            self._durable = found
-
-    def save(self, state: TrainState) -> None:
-        self._at(Phase.WAITING_FOR_SAVE, state.step)
-        self._saver.begin(state.step, state.tensors())
-        self._at(Phase.AFTER_SAVE, state.step)
-        self.look()
-        self._stop_if_hopeless()
-
-    def look(self) -> None:
-        self._log(self._saver.poll())
-
-    def finish(self, state: TrainState) -> None:
-        self._at(Phase.WAITING_FOR_SAVE, state.step)
-        self._log(self._saver.finish())
-        while self._durable != state.step:  # the last save is the result: it has no next one to make up for it
-            self._stop_if_hopeless()
-            self._saver.begin(state.step, state.tensors())
-            self._log(self._saver.finish())
-
-    def close(self) -> None:
-        self._saver.close()
-
-    def _log(self, ended: list[events.Event]) -> None:
-        if self._saver.lost_peer is not None:  # the disk is not to blame, and trying again is for the next attempt
-            raise world.PeerLostError(self._saver.lost_peer)
-        for event in ended:
-            if isinstance(event, events.CheckpointSaved):
-                self._durable = event.step
-            if self._attempt.ranks.is_main:
-                self._attempt.log.append(event)
-
-    def _stop_if_hopeless(self) -> None:
-        if self._saver.failures_in_a_row >= self._limit:
-            raise CheckpointError(
-                f"saving failed {self._limit} times in a row; the log has the reasons.\n"
-                "  More work would only be lost. Make room or mend the disk; the same command then goes on from the "
-                "newest checkpoint."
-            )
-
-
 def set_numerics(config: Config, device: torch.device) -> None:
     """Make this process's kernels deterministic."""
     torch.set_num_threads(config.numerics.threads)
@@ -309,23 +253,16 @@ def set_numerics(config: Config, device: torch.device) -> None:
 
 def build(config: Config, vocab_size: int, ranks: World) -> TrainState:
     """The state of step 0: a function of the config alone, laid out as the strategy says."""
-    gpt = models.GPT(config.model, vocab_size)
-    models.initialise(gpt, config.seed)
-    gpt.to(ranks.device)
-    shapes = {name: parameter.shape for name, parameter in gpt.named_parameters()}
-    blocks = [block for block in gpt.blocks if isinstance(block, models.Block)]
-    for block in blocks:
-        block.recompute = config.parallel.activation_checkpointing
-        if config.numerics.compile:
-            block.compile()
-    sharding = world.shard(gpt, blocks, config.parallel, ranks)
-    optimizers = optim.build(gpt, config.optim)
+    model = models.build(config, vocab_size, ranks.device)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    sharding = world.shard(model, models.blocks_of(model), config.parallel, ranks)
+    optimizers = optim.build(model, config.optim, config.model.width)
     optim.materialise_state(optimizers)
     grids = None
     if config.numerics.exact and config.data.micro_batches > 1:  # one micro-batch, one rank: no sum, no order
         grids = Grids(shapes, config.data.micro_batches, config.numerics.headroom_bits, ranks.device)
         sharding.round_with(grids.rounder)
-    return TrainState(0, gpt, sharding, optimizers, grids)
+    return TrainState(0, model, sharding, optimizers, grids)
 
 
 def batches_of(config: Config, prepared: Prepared) -> Batches:
@@ -339,7 +276,7 @@ def batches_of(config: Config, prepared: Prepared) -> Batches:
 
 
 def scorer(
-    config: Config, prepared: Prepared, ranks: World, at: Point = lambda point, step: None
+    config: Config, prepared: Prepared, ranks: World, heartbeat: Hook = no_hook
 ) -> Callable[[nn.Module, int], Iterator[tuple[str, str, evaluate.Score, float]]]:
     """What scores a step's model on every held-out set in turn: (name, digest of its tokens, score, seconds)."""
     windows = {
@@ -354,7 +291,7 @@ def scorer(
     with_precision = functools.partial(steps.autocast, config, ranks.device)
 
     def score(model: nn.Module, step: int) -> Iterator[tuple[str, str, evaluate.Score, float]]:
-        progress = functools.partial(at, Phase.IN_EVAL, step)
+        progress = functools.partial(heartbeat, Phase.IN_EVAL, step)
         for name, of_set in windows.items():
             started = time.perf_counter()
             result = evaluate.evaluate(model, of_set, prepared.tokenizer.token_bytes, ranks, with_precision, progress)
@@ -380,14 +317,12 @@ def _in_wandb(attempt: Attempt, number: int) -> Iterator[None]:
 def _record(run: Path, config: Config, prepared: Prepared, vocab_size: int) -> dict[str, Any]:
     """What config.json now says. Raises RunDirectoryError if it cannot be written or is of a run on other data."""
     data = config.data
-    with torch.device("meta"):
-        gpt = models.GPT(config.model, vocab_size)
     facts = {
         "data_sha256": prepared.sha256,
         "vocab_size": vocab_size,
-        "parameters": models.parameter_count(gpt).total,
+        "parameters": costs.parameter_count(models.construct(config.model, vocab_size, "meta")).total,
         "tokens_per_step": data.micro_batches * data.micro_batch_sequences * config.model.context,
-        "flops_per_token": models.flops_per_token(config.model, vocab_size),
+        "flops_per_token": costs.flops_per_token(config.model, vocab_size),
     }
     try:
         contents = rundir.record(run, config, facts)  # first: what makes the directory a run, and refuses other data

@@ -1,123 +1,128 @@
-"""The training loop: the whole story of a run, from its state to its last step.
+"""The training loop: a run from its state to its last step. Start reading here.
 
-A step is: every micro-batch forward and backward, one reduction, one decision whether the sums hold, one update.
-Nothing here knows how many ranks there are, how the model is sharded, or who asked to stop.
+A step is: every micro-batch forward and backward, one reduction over ranks, one check that the sums are exact and
+finite, one update. The loop does not know how many ranks there are, how the model is sharded, or who asked it to stop.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import nn
 
 from trainer import optim
+from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.errors import NumericsError
 from trainer.evaluate import Score
 from trainer.log.events import EvalDone, Event, EventLog, NotFinite, StepDone
 from trainer.phases import Phase
-from trainer.step import Sums, TrainState, Work, apply, clip_gradients, compute_gradients, find_not_finite
-
-
-class Checkpoints(Protocol):
-    """Where states are saved; each method is a collective."""
-
-    def save(self, state: TrainState) -> None:
-        """Begin to save, beside the next steps. Raises CheckpointError after too many failures in a row."""
-        ...
-
-    def look(self) -> None:
-        """Log saves that have ended since."""
-        ...
-
-    def finish(self, state: TrainState) -> None:
-        """Wait until the newest state is durable. Raises CheckpointError if it cannot be made so."""
-        ...
+from trainer.step import (
+    StepContext,
+    StepResult,
+    TrainState,
+    apply,
+    clip_gradients,
+    compute_gradients,
+    find_not_finite,
+)
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What the loop works with; wired in `job`."""
+class Collaborators:
+    """The objects that the loop works with; `job` makes them."""
 
-    work: Work
+    context: StepContext
     log: EventLog
     evaluate: Callable[[nn.Module, int], Iterable[tuple[str, str, Score, float]]]
-    """Scores a step's model on every held-out set: (name, digest of its tokens, score, seconds)."""
-    checkpoints: Checkpoints
+    """Scores the model of a step on every held-out set: yields (name, digest of its tokens, score, seconds)."""
+    checkpointer: Checkpointer
 
     def record(self, event: Event) -> None:
-        """All ranks know what a step came to; rank 0 writes it down."""
-        if self.work.world.is_main:
+        """Append an event that all ranks know alike: rank 0 writes it once for all."""
+        if self.context.world.is_main:
             self.log.append(event)
 
 
-def train(state: TrainState, parts: Parts) -> bool:
-    """Train from `state.step` to the end of the budget. Returns False if it was asked to stop before, state saved.
+def train(state: TrainState, collaborators: Collaborators) -> bool:
+    """Train from `state.step` to the end of the budget.
 
-    Raises NumericsError if a step's loss or gradient is not finite twice, CheckpointError if saving keeps failing.
+    Returns False if a stop was requested before the end; the state is then saved. Raises NumericsError if the loss or
+    gradient of a step is not finite twice, CheckpointError if saving keeps failing.
     """
-    config = parts.work.config
+    config, checkpointer = collaborators.context.config, collaborators.checkpointer
     steps = config.budget.steps
-    stop = parts.work.any_stop_requested()  # while data were prepared, say
+    # A stop signal may have come while the data were prepared: then no step is begun.
+    stop = collaborators.context.any_stop_requested()
     while state.step < steps and not stop:
-        stop = take_step(state, parts)
+        stop = take_step(state, collaborators)
         if due(state.step, config.eval.every_steps, steps):
-            score(state, parts)
+            score(state, collaborators)
         if stop or due(state.step, config.checkpoint.every_steps, steps):
-            parts.checkpoints.save(state)
-        parts.checkpoints.look()
-    parts.checkpoints.finish(state)
+            # Copies the state and returns; a thread writes it beside the next steps.
+            checkpointer.save(state)
+        checkpointer.poll()
+    # The newest state must be durable before the run may call itself finished or preempted.
+    checkpointer.finish(state)
     return state.step == steps
 
 
 def due(step: int, every: int, last: int) -> bool:
+    """True after the last step, and after each step that `every` divides; `every` = 0 means only the last."""
     return step == last or (every > 0 and step % every == 0)
 
 
-def take_step(state: TrainState, parts: Parts) -> bool:
-    """One step, applied on every rank or on none. Returns whether any rank was asked to stop."""
-    work, started = parts.work, time.perf_counter()
-    config = work.config
-    sums, norm = finite_gradients(state, parts)
+def take_step(state: TrainState, collaborators: Collaborators) -> bool:
+    """Take one step: it is applied on every rank or on none. Returns True if any rank received a stop signal."""
+    context, started = collaborators.context, time.perf_counter()
+    config = context.config
+    result, norm = finite_gradients(state, collaborators)
     rate = optim.set_learning_rates(state.optimizers, state.step, config.optim, config.budget.steps)
-    work.at(Phase.BEFORE_UPDATE, state.step)
+    # Between these two phases the ranks do not communicate. A rank that dies here leaves no half-applied step behind:
+    # all ranks start again from a checkpoint.
+    context.hook(Phase.BEFORE_UPDATE, state.step)
     apply(state)
-    work.at(Phase.AFTER_UPDATE, state.step)
-    parts.record(
+    context.hook(Phase.AFTER_UPDATE, state.step)
+    collaborators.record(
         StepDone(
             step=state.step,
-            loss=sums.loss,
+            loss=result.loss,
             grad_norm=norm,
             learning_rate=rate,
             tokens=config.data.micro_batches * config.data.micro_batch_sequences * config.model.context,
             seconds=time.perf_counter() - started,
-            samples=sums.samples,
-            redone=sums.redone,
-            flushed=sums.flushed,
+            samples=result.samples,
+            redone=result.redone,
+            flushed=result.flushed,
         )
     )
-    return sums.stop
+    return result.stop
 
 
-def finite_gradients(state: TrainState, parts: Parts) -> tuple[Sums, float]:
-    """The step's sums and gradient norm, both finite. A passing fault is computed away; one that stays is named."""
+def finite_gradients(state: TrainState, collaborators: Collaborators) -> tuple[StepResult, float]:
+    """Return the step's result and its gradient norm, both finite.
+
+    A step is a function of the config, so a value that is finite when computed again was a fault of the machine, and
+    training goes on. Raises NumericsError with the place of the first non-finite value if it is not.
+    """
     for trial in range(2):
-        sums = compute_gradients(state, parts.work)
-        norm = clip_gradients(state, parts.work.config.optim.clip_norm)
-        if math.isfinite(sums.loss) and math.isfinite(norm):
-            return sums, norm
-        parts.record(NotFinite(step=state.step + 1, loss=sums.loss, grad_norm=norm, trial=trial))
+        result = compute_gradients(state, collaborators.context)
+        norm = clip_gradients(state, collaborators.context.config.optim.clip_norm)
+        # Loss and norm are the same bits on all ranks, so all ranks decide alike.
+        if math.isfinite(result.loss) and math.isfinite(norm):
+            return result, norm
+        collaborators.record(NotFinite(step=state.step + 1, loss=result.loss, grad_norm=norm, trial=trial))
     raise NumericsError(
         f"step {state.step + 1}: loss or gradient is not finite, also when computed again. It was not applied.\n"
-        f"  First not finite: {find_not_finite(state, parts.work)}.\n"
+        f"  First not finite: {find_not_finite(state, collaborators.context)}.\n"
         "  Look at these samples, or lower optim.learning_rate in a new run."
     )
 
 
-def score(state: TrainState, parts: Parts) -> None:
-    for name, tokens_digest, result, seconds in parts.evaluate(state.model, state.step):
-        parts.record(
+def score(state: TrainState, collaborators: Collaborators) -> None:
+    """Evaluate the model on every held-out set and record the scores. Collective."""
+    for name, tokens_digest, result, seconds in collaborators.evaluate(state.model, state.step):
+        collaborators.record(
             EvalDone(
                 step=state.step,
                 set=name,

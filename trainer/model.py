@@ -8,22 +8,85 @@ Parameters are touched only inside `forward`, so that FSDP2 may gather them just
 
 import hashlib
 import math
+from enum import StrEnum
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from trainer import config
-from trainer.errors import TokenizerError
 
 NORM_EPSILON = 1e-6
 EMBEDDING_STD = 0.02
 VALUE_GATE_START = 0.5  # as modded-nanogpt
 BIGRAM_MULTIPLIERS = (2_654_435_769, 2_246_822_519)  # odd, near 2^31; × a token id below 2^20 stays in int64
+
+
+class Role(StrEnum):
+    """The part that a module plays. Optimizer groups, sharding, initialisation, faults and costs ask for roles.
+
+    A parameter has the role of the innermost module around it that declares one (`role_of_parameters`).
+    """
+
+    EMBEDDING = "embedding"
+    """A table that is looked up: it costs no FLOPs and is not decayed."""
+    BIGRAMS = "bigrams"
+    """An embedding that adds to another one, so that "zero_proj" starts it at zero."""
+    BLOCK = "block"
+    """One layer: the unit of sharding, of compilation and of recomputing activations."""
+    OUTPUT = "output"
+    """A projection of a block back into the residual stream."""
+    NORM = "norm"
+    GATE = "gate"
+    """A learned scalar."""
+    HEAD = "head"
+    """The projection to logits, if it has weights of its own."""
+
+
+TABLES = (Role.EMBEDDING, Role.BIGRAMS)
+
+
+def build(config: config.Config, vocab_size: int, device: torch.device) -> "GPT":
+    """Build the model of a config with its initial values, on `device`, alike on every rank; not yet sharded."""
+    model = construct(config.model, vocab_size, recompute=config.parallel.activation_checkpointing)
+    initialise(model, config.model, config.seed)
+    model.to(device)
+    if config.numerics.compile:
+        for block in blocks_of(model):
+            block.compile()
+    return model
+
+
+def construct(settings: config.Model, vocab_size: int, device: str = "cpu", *, recompute: bool = False) -> "GPT":
+    """Make a model without filling its parameters; on device "meta" it holds no numbers.
+
+    Every model of this package is made here, so a model of the user's own has one place to enter. Called with token
+    ids a model returns logits, called with targets too it returns `Losses`; its modules may declare a `role`.
+    `recompute` makes the backward pass compute each block's activations again instead of keeping them.
+    """
+    with torch.device(device):
+        model = GPT(settings, vocab_size)
+    for block in model.blocks:
+        block.recompute = recompute  # pyright: ignore[reportArgumentType]
+    return model
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """Return the model's blocks in the order of computing."""
+    return [module for module in model.modules() if getattr(module, "role", None) is Role.BLOCK]
+
+
+def role_of_parameters(model: nn.Module) -> dict[str, Role | None]:
+    """Return each parameter's name and role, in the model's order; None where no module around it declares one."""
+    roles: dict[str, Role | None] = dict.fromkeys(name for name, _ in model.named_parameters())
+    for prefix, module in model.named_modules():  # outer modules come first, so inner ones overrule them
+        role = getattr(module, "role", None)
+        if role is not None:
+            roles |= dict.fromkeys((name for name, _ in module.named_parameters(prefix)), role)
+    return roles
 
 
 class Losses(NamedTuple):
@@ -51,9 +114,11 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(model, layer, vocab_size) for layer in range(model.n_layers))
         self.final_norm = _norm(model)
         # A tied head has no module of its own: one name per tensor for checkpoints, hashes and shards.
-        self.head = None if model.tied_embeddings else Linear(model.width, vocab_size, bias=False)
+        self.head = None if model.tied_embeddings else Linear(model.width, vocab_size, bias=False, role=Role.HEAD)
         if model.positions == "rope":
-            self.register_buffer("rotation_TP2", torch.empty(model.context, _channels(model) // 2, 2), persistent=False)
+            self.register_buffer(
+                "rotation_TP2", torch.empty(model.context, model.head_channels // 2, 2), persistent=False
+            )
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
@@ -88,6 +153,8 @@ class GPT(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)) (pre-norm: Xiong et al. 2020)."""
 
+    role = Role.BLOCK
+
     def __init__(self, model: config.Model, layer: int, vocab_size: int) -> None:
         super().__init__()
         self.attention_norm = _norm(model)
@@ -120,10 +187,10 @@ class Attention(nn.Module):
 
     def __init__(self, model: config.Model, layer: int, vocab_size: int) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.channels = model.n_heads, _kv_heads(model), _channels(model)
+        self.heads, self.kv_heads, self.channels = model.n_heads, model.kv_heads, model.head_channels
         self.qk_norm, self.dropout = model.qk_norm, model.dropout
         self.qkv = Linear(model.width, (self.heads + 2 * self.kv_heads) * self.channels, bias=model.biases)
-        self.out = Linear(model.width, model.width, bias=model.biases)
+        self.out = Linear(model.width, model.width, bias=model.biases, role=Role.OUTPUT)
         has_values = model.value_embeddings and layer % 2 == 1
         self.embed_values = ValueEmbedding(vocab_size, self.kv_heads * self.channels) if has_values else None
 
@@ -173,9 +240,9 @@ class MLP(nn.Module):
     def __init__(self, model: config.Model) -> None:
         super().__init__()
         self.kind = model.mlp
-        up_width = _mlp_width(model) * (2 if model.mlp == "swiglu" else 1)
+        up_width = model.mlp_width * (2 if model.mlp == "swiglu" else 1)
         self.up = Linear(model.width, up_width, bias=model.biases)
-        self.out = Linear(_mlp_width(model), model.width, bias=model.biases)
+        self.out = Linear(model.mlp_width, model.width, bias=model.biases, role=Role.OUTPUT)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         h_BTF = self.up(x_BTD)
@@ -188,17 +255,25 @@ class MLP(nn.Module):
 
 
 class Embedding(nn.Embedding):
+    role = Role.EMBEDDING
+
     def reset_parameters(self) -> None:
-        """Leave it to `initialise`. On the meta device torch would import its compiler for this: a second and more."""
+        """Do nothing: `initialise` does it. On the meta device torch would import its compiler here, over a second."""
 
 
 class Linear(nn.Linear):
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, role: Role | None = None) -> None:
+        super().__init__(inputs, outputs, bias=bias)
+        self.role = role
+
     def reset_parameters(self) -> None:
-        """As for Embedding."""
+        """Do nothing, as for Embedding."""
 
 
 class Bigrams(Embedding):
     """Embedding of hash(previous token, token); the first position sees token 0 before it (modded-nanogpt, 2025)."""
+
+    role = Role.BIGRAMS
 
     def forward(self, input: Tensor) -> Tensor:
         previous_BT = F.pad(input[:, :-1], (1, 0))
@@ -208,6 +283,8 @@ class Bigrams(Embedding):
 
 class ValueEmbedding(nn.Module):
     """A table of values by token, times one learned gate (modded-nanogpt; after Zhou et al. 2024, value residuals)."""
+
+    role = Role.GATE
 
     def __init__(self, vocab_size: int, width: int) -> None:
         super().__init__()
@@ -269,39 +346,38 @@ def losses(logits_BTV: Tensor, targets_BT: Tensor, z_loss: float) -> Losses:
     return Losses(cross_entropy + z_loss * penalty, cross_entropy)
 
 
-def initialise(model: nn.Module, seed: int) -> None:
+def initialise(model: nn.Module, settings: config.Model, seed: int) -> None:
     """Fill every parameter from (seed, draw, its name, its full shape) alone: device, order, sharding do not matter.
 
     "gpt2": normal, sd 0.02, residual output projections divided by sqrt(2·n_layers) (Radford et al. 2019).
-    "zero_proj": matrices normal with sd 1/sqrt(input width), residual output projections, an untied head and bigrams
+    "zero_proj": matrices normal with sd 1/sqrt(input width); residual output projections, an untied head and bigrams
     zero, so that every block starts as the identity (Zhang et al. 2019, Fixup; Yang et al. 2022, table 8).
     Drawn on the CPU in float32. Each rank draws whole tensors and keeps its shard, without communication.
     """
-    settings = model.settings
-    assert isinstance(settings, config.Model)
+    roles = role_of_parameters(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(_like(_initial(name, parameter.shape, settings, seed), parameter))
+            parameter.copy_(_like(_initial(name, roles[name], parameter.shape, settings, seed), parameter))
 
 
-def _initial(name: str, shape: torch.Size, settings: config.Model, seed: int) -> Tensor:
-    if name.endswith(".gate"):
+def _initial(name: str, role: Role | None, shape: torch.Size, settings: config.Model, seed: int) -> Tensor:
+    if role is Role.GATE:
         return torch.full(shape, VALUE_GATE_START)
     if len(shape) < 2:
         return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+    # The generator is keyed by the parameter's name, so a new parameter changes no other parameter's values.
     draw = f"/{settings.init_draw}" if settings.init_draw else ""
     key = hashlib.sha256(f"{seed}/{name}{draw}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little"))
-    return torch.randn(shape, generator=generator) * _deviation(name, shape, settings)
+    return torch.randn(shape, generator=generator) * _deviation(role, shape, settings)
 
 
-def _deviation(name: str, shape: torch.Size, settings: config.Model) -> float:
-    is_output = name.endswith(".out.weight")
+def _deviation(role: Role | None, shape: torch.Size, settings: config.Model) -> float:
     if settings.init == "gpt2":
-        return EMBEDDING_STD / math.sqrt(2 * settings.n_layers) if is_output else EMBEDDING_STD
-    if is_output or name.startswith(("head.", "embed_bigrams.")):
+        return EMBEDDING_STD / math.sqrt(2 * settings.n_layers) if role is Role.OUTPUT else EMBEDDING_STD
+    if role in (Role.OUTPUT, Role.HEAD, Role.BIGRAMS):
         return 0.0
-    return EMBEDDING_STD if "embed" in name else shape[1] ** -0.5
+    return EMBEDDING_STD if role is Role.EMBEDDING else shape[1] ** -0.5
 
 
 def _like(full: Tensor, parameter: Tensor) -> Tensor:
@@ -311,124 +387,17 @@ def _like(full: Tensor, parameter: Tensor) -> Tensor:
     return full.to(parameter.device)
 
 
-class ParameterCount(NamedTuple):
-    total: int
-    non_embedding: int
-    """Without tables that are looked up: tokens, positions, bigrams, values. An untied head counts, a tied does not."""
-
-
-def parameter_count(model: nn.Module) -> ParameterCount:
-    """Number of parameters of the full model, sharded or not."""
-    tables = [m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)]
-    total = sum(parameter.numel() for parameter in model.parameters())
-    return ParameterCount(total, total - sum(tables))
-
-
-def flops_per_token(model: config.Model, vocab_size: int) -> int:
-    """Training FLOPs per token: 3 × the forward pass, multiply and add counted apart.
-
-    Matrices: 2 per weight, the head included (Kaplan et al. 2020, with the correction of Porian et al. 2024).
-    Attention: 4·T·D per layer for scores and mixing over all T positions, as if not causal (Chowdhery et al. 2022,
-    PaLM, appendix B), though kernels skip the masked half. Look-ups, norms and activations are not counted.
-    """
-    d, f = model.width, _mlp_width(model)
-    qkv = d * (model.n_heads + 2 * _kv_heads(model)) * _channels(model)
-    mlp = (3 if model.mlp == "swiglu" else 2) * d * f
-    weights = model.n_layers * (qkv + d * d + mlp) + d * vocab_size
-    return 3 * (2 * weights + model.n_layers * 4 * model.context * d)
-
-
-def padded_vocab(tokenizer_size: int, vocab_size: int) -> int:
-    """Rows of the embedding table: `vocab_size` (model.vocab_size) if set, else the next multiple of 64.
-
-    Raises TokenizerError if the tokenizer has more tokens than rows.
-    """
-    if not vocab_size:
-        return -(-tokenizer_size // 64) * 64
-    if vocab_size < tokenizer_size:
-        raise TokenizerError(
-            f"model.vocab_size = {vocab_size} is smaller than the tokenizer's {tokenizer_size} tokens.\n"
-            "  Every token needs a row in the embedding table. "
-            f"Set model.vocab_size to {tokenizer_size} or more, or to 0 for the next multiple of 64."
-        )
-    return vocab_size
-
-
-def memory_per_rank(config: config.Config, vocab_size: int, world_size: int) -> dict[str, int]:
-    """Bytes on the rank that holds most, by purpose and in "total"; nothing is allocated.
-
-    "gathered" are the full weights in use under FSDP. "activations" is what autograd keeps of one micro-batch, an
-    estimate: temporaries come on top.
-    """
-    with torch.device("meta"):
-        model = GPT(config.model, vocab_size)
-    shards = {"replicate": 1, "fsdp": world_size, "hybrid": config.parallel.shard_ranks}[config.parallel.strategy]
-    held = {name: 4 * -(-p.shape[0] // shards) * p[0].numel() for name, p in model.named_parameters()}
-    weights = sum(held.values())
-    # Muon keeps one moment of each hidden matrix, AdamW two of everything.
-    muon = {name for name in held if config.optim.optimizer == "muon" and name.startswith("blocks.")}
-    one_moment = sum(held[name] for name in muon if name.endswith((".qkv.weight", ".up.weight", ".out.weight")))
-    parts = {
-        "master_weights": weights,
-        "gradients": weights,
-        "optimizer": 2 * weights - one_moment,
-        "gathered": _gathered_bytes(model, config.parallel) if shards > 1 else 0,
-        "activations": _activation_bytes(config, vocab_size),
-    }
-    return parts | {"total": sum(parts.values())}
-
-
-def _gathered_bytes(model: GPT, parallel: config.Parallel) -> int:
-    """Full weights in use at a time: all of them, or the root's and two blocks' (one computes, the next gathers)."""
-    total, blocks = (sum(4 * p.numel() for p in m.parameters()) for m in (model, model.blocks))
-    if not parallel.reshard_after_forward:
-        return total
-    largest = sorted(sum(4 * p.numel() for p in block.parameters()) for block in model.blocks)[-2:]
-    return total - blocks + sum(largest)
-
-
-def _activation_bytes(config: config.Config, vocab_size: int) -> int:
-    """What autograd keeps for the backward pass of one micro-batch, counted in a forward pass without data."""
-    kept: dict[int, int] = {}
-    bf16 = config.numerics.precision == "bf16"
-    with FakeTensorMode():
-        gpt = GPT(config.model, vocab_size)
-        for block in gpt.blocks:
-            block.recompute = config.parallel.activation_checkpointing  # pyright: ignore[reportArgumentType]
-        weights = {p.untyped_storage()._cdata for p in gpt.parameters()}
-        tokens_BT = torch.zeros(config.data.micro_batch_sequences, config.model.context, dtype=torch.int64)
-
-        def note(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            kept[storage._cdata] = 0 if storage._cdata in weights else storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), torch.autocast("cpu", torch.bfloat16, bf16):
-            gpt(tokens_BT, tokens_BT)
-    return sum(kept.values())
-
-
 def _norm(model: config.Model) -> nn.Module:
     if model.norm == "rmsnorm":
         return RMSNorm()
-    return nn.LayerNorm(model.width, bias=model.biases)  # Ba et al. 2016
-
-
-def _kv_heads(model: config.Model) -> int:
-    return model.n_kv_heads or model.n_heads
-
-
-def _channels(model: config.Model) -> int:
-    return model.width // model.n_heads
-
-
-def _mlp_width(model: config.Model) -> int:
-    return round(model.mlp_ratio * model.width)
+    norm = nn.LayerNorm(model.width, bias=model.biases)  # Ba et al. 2016
+    norm.role = Role.NORM  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+    return norm
 
 
 def _rotations(model: config.Model) -> Tensor:
     """cos and sin of position × frequency, float32, computed in float64: axes T, P, 2. Su et al. 2021 (RoPE)."""
-    pairs = _channels(model) // 2
+    pairs = model.head_channels // 2
     frequency_P = model.rope_base ** -(torch.arange(pairs, dtype=torch.float64, device="cpu") / pairs)
     angle_TP = torch.arange(model.context, dtype=torch.float64, device="cpu")[:, None] * frequency_P
     return torch.stack((angle_TP.cos(), angle_TP.sin()), dim=-1).float()

@@ -9,17 +9,16 @@ fused. All others take the foreach path, which is elementwise throughout.
 import inspect
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trainer import config
+from trainer.model import TABLES, Role, role_of_parameters
 
 VECTOR_ELEMENTS = 16  # float32 per AVX-512 register; a multiple of every narrower vector
-
-Kind = Literal["hidden", "head", "embedding", "vector"]
 
 
 class _WithoutCompiler(Optimizer):
@@ -39,50 +38,50 @@ class Muon(_WithoutCompiler, torch.optim.Muon):
     pass
 
 
-def build(model: nn.Module, optim: config.Optim) -> list[Optimizer]:
+def build(model: nn.Module, optim: config.Optim, width: int) -> list[Optimizer]:
     """[AdamW], or [AdamW, Muon] with the hidden matrices in Muon. May be called after `fully_shard`.
 
     Weight decay is decoupled (Loshchilov & Hutter 2019) and applies to matrices, not to embeddings, norms, biases and
     gates; a tied table counts as an embedding. Each group carries "name" and "peak_learning_rate".
     With mup_base_width, AdamW's rate for hidden matrices and an untied head is divided by width / base: Yang et al.
-    2022 (Tensor Programs V, arXiv:2203.03466), table 8. Doubt: a tied head gets no multiplier, so it is not full µP.
+    2022 (Tensor Programs V, arXiv:2203.03466), table 8. `width` is that of the model.
+    Doubt: a tied head gets no multiplier, so it is not full µP.
     """
-    kinds = classify(model)
     parameters = dict(model.named_parameters())
-    muon_names = [name for name, kind in kinds.items() if kind == "hidden" and optim.optimizer == "muon"]
+    muon: list[Tensor] = []
     groups: dict[str, dict[str, Any]] = {}
-    for name, kind in kinds.items():
-        if name not in muon_names:
-            settings = _adamw_group(kind, parameters[name], model, optim)
+    for name, group in group_of_parameters(model).items():
+        if group == "hidden" and optim.optimizer == "muon":
+            muon.append(parameters[name])
+        else:
+            settings = _adamw_group(group, parameters[name].shape, width, optim)
             groups.setdefault(settings["name"], settings | {"params": []})["params"].append(parameters[name])
     adamw = AdamW(
         list(groups.values()), lr=optim.learning_rate, betas=(optim.beta1, optim.beta2), eps=optim.eps, weight_decay=0.0
     )
-    return [adamw, _muon([parameters[name] for name in muon_names], optim)] if muon_names else [adamw]
+    return [adamw, _muon(muon, optim)] if muon else [adamw]
 
 
-def classify(model: nn.Module) -> dict[str, Kind]:
-    """Each parameter's name and what it is to an optimizer."""
-    tables = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+def group_of_parameters(model: nn.Module) -> dict[str, str]:
+    """Each parameter's name and group: "embedding", "head", "hidden" (other matrices) or "vector"."""
 
-    def kind(name: str, parameter: Tensor) -> Kind:
-        if name in tables:
+    def group(role: Role | None, parameter: Tensor) -> str:
+        if role in TABLES:
             return "embedding"
         if parameter.ndim < 2:
             return "vector"
-        return "hidden" if name.startswith("blocks.") else "head"
+        return "head" if role is Role.HEAD else "hidden"
 
-    return {name: kind(name, parameter) for name, parameter in model.named_parameters()}
+    roles = role_of_parameters(model)
+    return {name: group(roles[name], parameter) for name, parameter in model.named_parameters()}
 
 
-def _adamw_group(kind: Kind, parameter: Tensor, model: nn.Module, optim: config.Optim) -> dict[str, Any]:
-    is_matrix = kind in ("hidden", "head")
-    scale = 1.0
-    if is_matrix and optim.mup_base_width:
-        scale = optim.mup_base_width / _width(model)
-    fused = is_fused(parameter.shape)
+def _adamw_group(group: str, shape: Sequence[int], width: int, optim: config.Optim) -> dict[str, Any]:
+    is_matrix = group in ("hidden", "head")
+    scale = optim.mup_base_width / width if is_matrix and optim.mup_base_width else 1.0
+    fused = is_fused(shape)
     return {
-        "name": f"{kind}/{'fused' if fused else 'foreach'}",
+        "name": f"{group}/{'fused' if fused else 'foreach'}",
         "weight_decay": optim.weight_decay if is_matrix else 0.0,
         "peak_learning_rate": optim.learning_rate * scale,
         "lr": optim.learning_rate * scale,
@@ -92,14 +91,8 @@ def _adamw_group(kind: Kind, parameter: Tensor, model: nn.Module, optim: config.
 
 
 def is_fused(shape: Sequence[int]) -> bool:
-    """Whether any run of whole rows fills whole vectors, by the full shape: the same answer at every world size."""
+    """True if any run of whole rows fills whole vectors. `shape` is the full one, so every world size agrees."""
     return len(shape) >= 2 and math.prod(shape[1:]) % VECTOR_ELEMENTS == 0
-
-
-def _width(model: nn.Module) -> int:
-    settings = model.settings
-    assert isinstance(settings, config.Model)
-    return settings.width
 
 
 def _muon(parameters: list[Tensor], optim: config.Optim) -> Muon:

@@ -54,7 +54,7 @@ def draw(logits_V: Tensor, temperature: float, top_k: int, generator: torch.Gene
 def restore(run: Path) -> models.GPT:
     """The model of a run's newest intact checkpoint, on the CPU, in evaluation mode; says on stderr what is damaged."""
     config = rundir.config_of(run)
-    model = models.GPT(config.model, rundir.read(run)["vocab_size"])
+    model = models.construct(config.model, rundir.read(run)["vocab_size"])
     damaged: list[str] = []
     found = checkpoint.newest_intact(run, report=damaged.append)
     if found is None:

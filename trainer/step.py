@@ -1,6 +1,6 @@
 """One optimizer step: gradients of all micro-batches, summed exactly, then one update or none.
 
-Nothing here knows how many ranks there are or how the model is sharded. `at(point, step)` is called at named points,
+Nothing here knows how many ranks there are or how the model is sharded. `hook(phase, step)` is called at named points,
 on every rank, as a sign of progress: before_forward and before_backward (of each micro-batch), before_reduce,
 after_reduce, before_update, after_update.
 """
@@ -22,7 +22,7 @@ from trainer.data import Batches, MicroBatch, digest
 from trainer.errors import NumericsError
 from trainer.exact import Grids
 from trainer.parallel.world import Rounder, Sharding, World, whole
-from trainer.phases import Phase
+from trainer.phases import Hook, Phase, no_hook
 
 COUNT_FLUSHED_EVERY = 32  # steps; counting zeros costs more than the rounding itself
 
@@ -68,25 +68,25 @@ class TrainState:
 
 
 @dataclass(frozen=True)
-class Work:
+class StepContext:
     """What a step is computed from, and by whom."""
 
     config: Config
     world: World
     batches: Batches
-    at: Callable[[str, int], None] = lambda point, step: None
+    hook: Hook = no_hook
     stop_requested: Callable[[], bool] = lambda: False
     """Whether this rank was asked to save and leave."""
 
     def any_stop_requested(self) -> bool:
-        """Whether any rank was. A collective; within a step, `Sums.stop` tells without one of its own."""
+        """Whether any rank was. A collective; within a step, `StepResult.stop` tells without one of its own."""
         asked = torch.tensor(float(self.stop_requested()), device=self.world.device)
         self.world.max(asked)
         return bool(asked)
 
 
 @dataclass(frozen=True)
-class Sums:
+class StepResult:
     """What a step's micro-batches add up to, alike on all ranks. The gradients are in `sharding`."""
 
     loss: float
@@ -97,7 +97,7 @@ class Sums:
     """Whether any rank was asked to stop: all learn it in the same step."""
 
 
-def compute_gradients(state: TrainState, work: Work) -> Sums:
+def compute_gradients(state: TrainState, context: StepContext) -> StepResult:
     """Gradient of the mean loss over the step's micro-batches, exact; computed again if it overflows its grid.
 
     A widened grid is kept only if the second computation sees what the first saw, to the bit. If not, one of them was
@@ -106,73 +106,73 @@ def compute_gradients(state: TrainState, work: Work) -> Sums:
     """
     grids = state.grids
     if grids is None:
-        return _one_pass(state, work)
+        return _one_pass(state, context)
     counting = state.step % COUNT_FLUSHED_EVERY == 0
     for redone in (0, 2):
         grids.begin(counting)
-        sums = _one_pass(state, work)
-        if not grids.overflowed(work.world.max):
-            return replace(sums, redone=redone)
+        result = _one_pass(state, context)
+        if not grids.overflowed(context.world.max):
+            return replace(result, redone=redone)
         seen, before = grids.widen()
         grids.begin(counting)
-        sums = _one_pass(state, work)
-        if not grids.overflowed(work.world.max) and grids.seen.equal(seen):
-            return replace(sums, redone=redone + 1)
+        result = _one_pass(state, context)
+        if not grids.overflowed(context.world.max) and grids.seen.equal(seen):
+            return replace(result, redone=redone + 1)
         grids.restore(before)
         if not grids.finite:
-            return replace(sums, redone=redone + 1)
+            return replace(result, redone=redone + 1)
     raise NumericsError(
         f"step {state.step + 1}: a gradient is beyond the coarsest grid, or computing it twice gives two results. "
         "The step was not applied.\n  Lower optim.learning_rate, or suspect the machine."
     )
 
 
-def _one_pass(state: TrainState, work: Work) -> Sums:
+def _one_pass(state: TrainState, context: StepContext) -> StepResult:
     """Forward and backward over this rank's micro-batches, then the reduction over ranks."""
-    world, sharding, count = work.world, state.sharding, work.config.data.micro_batches
+    world, sharding, count = context.world, state.sharding, context.config.data.micro_batches
     losses = torch.zeros(count, dtype=torch.float64, device=world.device)
     digests = torch.zeros(count, dtype=torch.float64)
     sharding.zero_gradients()
-    for index, batch in _own_micro_batches(state, work):
-        loss = backward(state, work, index, batch)
+    for index, batch in _own_micro_batches(state, context):
+        loss = backward(state, context, index, batch)
         if index is not None:
             losses[index] = loss
             digests[index] = float(digest(batch.sample_ids))
-    work.at(Phase.BEFORE_REDUCE, state.step)
+    context.hook(Phase.BEFORE_REDUCE, state.step)
     sharding.reduce_gradients()
     nonzero = torch.zeros(2, dtype=torch.float64, device=world.device) if state.grids is None else state.grids.nonzero
-    stops = torch.tensor([work.stop_requested()], dtype=torch.float64, device=world.device)
+    stops = torch.tensor([context.stop_requested()], dtype=torch.float64, device=world.device)
     slots = torch.cat([losses, digests.to(world.device), nonzero, stops])
     world.sum(slots)  # exact: losses and digests have one owner each, the rest are counts
-    work.at(Phase.AFTER_REDUCE, state.step)
+    context.hook(Phase.AFTER_REDUCE, state.step)
     values = slots.tolist()
     before, after, stops_asked = values[2 * count :]
     samples = hashlib.sha256(repr([int(value) for value in values[count : 2 * count]]).encode()).hexdigest()[:16]
     loss = math.fsum(values[:count]) / count
-    return Sums(loss, samples, 0, 1 - after / before if before else None, bool(stops_asked))
+    return StepResult(loss, samples, 0, 1 - after / before if before else None, bool(stops_asked))
 
 
-def _own_micro_batches(state: TrainState, work: Work) -> Iterator[tuple[int | None, MicroBatch]]:
+def _own_micro_batches(state: TrainState, context: StepContext) -> Iterator[tuple[int | None, MicroBatch]]:
     """(index, batch) of this rank's share; index None where it runs along without work for a sharded model's sake."""
-    rounds = list(work.world.rounds(work.config.data.micro_batches))
+    rounds = list(context.world.assign_micro_batches(context.config.data.micro_batches))
     for number, index in enumerate(rounds, start=1):
         if index is not None or state.sharding.needs_lockstep:
             state.sharding.last_micro_batch(number == len(rounds))
-            work.at(Phase.BEFORE_FORWARD, state.step)
-            yield index, work.batches.micro_batch(state.step, index or 0)
+            context.hook(Phase.BEFORE_FORWARD, state.step)
+            yield index, context.batches.micro_batch(state.step, index or 0)
 
 
-def backward(state: TrainState, work: Work, index: int | None, batch: MicroBatch) -> Tensor:
+def backward(state: TrainState, context: StepContext, index: int | None, batch: MicroBatch) -> Tensor:
     """Add a micro-batch's share of the gradient; returns its cross-entropy in nats per token (scalar).
 
     The objective is divided by the number of micro-batches; without an index its weight, and so the gradient, is 0.
     """
-    config, device = work.config, work.world.device
+    config, device = context.config, context.world.device
     if config.model.dropout:
         torch.manual_seed(_key(config.seed, state.step, index or 0))
     with autocast(config, device):
         result = state.model(_to(batch.inputs, device), _to(batch.targets, device))
-    work.at(Phase.BEFORE_BACKWARD, state.step)
+    context.hook(Phase.BEFORE_BACKWARD, state.step)
     (result.objective * (0.0 if index is None else 1.0 / config.data.micro_batches)).backward()
     return result.cross_entropy.detach()
 
@@ -211,22 +211,22 @@ def apply(state: TrainState) -> None:
     state.step += 1
 
 
-def find_not_finite(state: TrainState, work: Work) -> str:
+def find_not_finite(state: TrainState, context: StepContext) -> str:
     """Compute the step once more and name where it first is not finite: micro-batch, samples, module. A collective."""
     found: list[tuple[int, str]] = []
     gradients: list[str] = []
     state.sharding.round_with(functools.partial(_note_not_finite, gradients))  # for good: the run ends here
     state.sharding.zero_gradients()
-    for index, batch in _own_micro_batches(state, work):
+    for index, batch in _own_micro_batches(state, context):
         gradients.clear()
         with _first_output_not_finite(state.model) as modules:
-            loss = backward(state, work, index, batch)
+            loss = backward(state, context, index, batch)
         where = f"output of module {modules[0]}" if modules else "the loss" if not loss.isfinite() else ""
         if not where and gradients:
             where = f"gradient of {gradients[0]}"
         if where and index is not None:
             found.append((index, f"micro-batch {index} (samples {', '.join(map(str, batch.sample_ids))}), {where}"))
-    everywhere = sorted(finding for part in work.world.gather(found) for finding in part)
+    everywhere = sorted(finding for part in context.world.gather(found) for finding in part)
     return everywhere[0][1] if everywhere else "nowhere when computed again: a passing fault"
 
 

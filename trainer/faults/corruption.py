@@ -87,10 +87,11 @@ class NanWeights(VisibleFault):
 
     def fire(self, planned: "PlannedFault", rank: "RankContext") -> None:
         from trainer.faults import tensors
+        from trainer.model import blocks_of
 
         # A matrix of a block, because every token passes through it.
-        parameters = rank.state.sharding.parameters.items()
-        matrices = [tensors.local(p) for name, p in parameters if name.startswith("blocks.") and p.ndim == 2]
+        parameters = [p for block in blocks_of(rank.state.model) for p in block.parameters()]
+        matrices = [tensors.local(p) for p in parameters if p.ndim == 2]
         tensors.spoil(matrices, planned.settings["value"], rank.chance(planned))
 
 

@@ -13,9 +13,8 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainer.config import Config
 from trainer.data import Batches, Prepared
@@ -26,6 +25,7 @@ from trainer.faults.plan import PlannedFault
 from trainer.faults.rank import RankContext
 from trainer.log import events, rundir
 from trainer.log.events import AttemptStarted, EventLog, Warned
+from trainer.model import blocks_of
 from trainer.phases import Hook, Phase
 from trainer.step import TrainState
 
@@ -92,7 +92,7 @@ class FaultInjector:
         mine = self._mine()
         phases = {fault.phase for fault in mine}
         if phases & {Phase.IN_FORWARD, Phase.IN_BACKWARD}:
-            blocks = cast(nn.ModuleList, state.model.blocks)
+            blocks = blocks_of(state.model)
             tensors.after_forward(blocks[(len(blocks) - 1) // 2], self._after_block)
         if Phase.IN_UPDATE in phases:
             for optimizer in state.optimizers:

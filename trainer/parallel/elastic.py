@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import signal
 import tempfile
 import threading
 import time
@@ -25,28 +24,6 @@ SHARED_STORE_WARNING = (
     f"torchrun was started without {SHARED_STORE}=1. With torch 2.13 a node that joins then hangs the job, and "
     "restarts are unreliable. Export it before torchrun, or use the torchrun that toprope installs."
 )
-
-
-class StopSignals:
-    """SIGTERM (a scheduler's notice), SIGUSR1 (Slurm's --signal) and Ctrl-C ask the run to save and leave.
-
-    A second Ctrl-C ends it at once. Where SIGINT is somebody else's business it stays so.
-    """
-
-    def __init__(self) -> None:
-        self.received = ""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._note)
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, self._note)
-
-    def _note(self, number: int, _frame: Any) -> None:
-        self.received = signal.Signals(number).name
-        if number == signal.SIGINT:
-            signal.signal(number, signal.default_int_handler)
-
-    def requested(self) -> bool:
-        return bool(self.received)
 
 
 def started_by_torchrun() -> bool:

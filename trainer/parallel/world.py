@@ -37,7 +37,7 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def rounds(self, count: int) -> Iterator[int | None]:
+    def assign_micro_batches(self, count: int) -> Iterator[int | None]:
         """This rank's share of `count` items, dealt out in turn, one a round; None in a round with nothing left.
 
         All ranks get the same number of rounds: collectives inside the model (FSDP's all-gathers) need every rank.
@@ -69,7 +69,7 @@ class World:
     def from_main(self, compute: Callable[[], T], waiting: Callable[[], None] = lambda: None) -> T:
         """Rank 0 computes, all ranks return its value, or raise its error: no rank is left waiting for a dead one.
 
-        The others call `waiting` whenever `compute` calls `gets_on`.
+        The others call `waiting` whenever `compute` calls `report_progress`.
         """
         outcome: Any = None
         if self.is_main:
@@ -83,7 +83,7 @@ class World:
             raise outcome
         return outcome
 
-    def gets_on(self) -> None:
+    def report_progress(self) -> None:
         """Rank 0, inside `from_main`: tell the others, who wait for its result."""
         self._tell(Ellipsis)
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from trainer import config as configs
+from trainer import costs
 from trainer.config import Config, Section
 
 DIGITS = 6
@@ -121,21 +122,16 @@ def counts(model: configs.Model, vocab_size: int) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=1024)
 def _counts(settings: str, vocab_size: int) -> tuple[int, int]:
-    import torch
-
-    from trainer import model as models
+    from trainer.model import construct
 
     model = configs.Model.model_validate_json(settings)
-    with torch.device("meta"):
-        gpt = models.GPT(model, vocab_size)
-    return models.parameter_count(gpt).non_embedding, models.flops_per_token(model, vocab_size)
+    parameters = costs.parameter_count(construct(model, vocab_size, "meta")).non_embedding
+    return parameters, costs.flops_per_token(model, vocab_size)
 
 
 def vocab_of(config: Config) -> int:
     """Rows of the embedding table, known for certain: the tokenizer is made where the cache does not have it."""
-    from trainer import model as models
-
-    return models.padded_vocab(_tokens(config.data.model_dump_json()), config.model.vocab_size)
+    return costs.padded_vocab(_tokens(config.data.model_dump_json()), config.model.vocab_size)
 
 
 @functools.lru_cache(maxsize=64)
