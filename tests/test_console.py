@@ -29,7 +29,7 @@ CONFIG: Config = parse({"budget": {"steps": 60}, "checkpoint": {"max_failures": 
 
 
 def lines_of(*events: tuple[float, Event], earlier: list[Entry] | None = None) -> list[str]:
-    """What is printed of the events of an attempt, the second if there were `earlier` ones."""
+    """The lines printed for the events of an attempt; if there are `earlier` entries, of the second attempt."""
     out = io.StringIO()
     with Console(CONFIG, is_terminal=False, file=out, earlier=earlier or ()) as console:
         for seconds, event in events:
@@ -80,18 +80,18 @@ def test_a_restart_is_one_line_with_what_where_lost_steps_and_seconds(killed_fir
     ) in lines
 
 
-def test_a_restart_that_no_launcher_explains_is_told_at_the_next_progress():
+def test_a_restart_that_no_launcher_explains_is_printed_at_the_next_progress():
     lines = lines_of((50, started(40)), (51, step(41)), earlier=KILLED_AT_47)
     assert lines[1].startswith("restart  attempt 1: ended without a word after step 47; resumed from step 40, 7 steps")
     assert lines[2].startswith("step 41/60")
 
 
-def test_a_first_start_tells_of_no_restart():
+def test_a_first_start_prints_no_restart():
     assert len(lines_of((0, started()), (1, step(1)))) == 2
     assert "resumed" not in "".join(lines_of((0, started(40)), (0, KILLED), (1, step(41))))
 
 
-def test_a_preempted_run_tells_the_signal_and_later_how_it_went_on():
+def test_a_preempted_run_names_the_signal_and_later_how_it_went_on():
     stop, end = StopRequested(signal="SIGTERM", step=47), ended("preempted", 47, None)
     before = [*KILLED_AT_47, entry(stop, 48), entry(end, 49)]
     assert lines_of((48, stop), (49, end)) == [
@@ -104,7 +104,7 @@ def test_a_preempted_run_tells_the_signal_and_later_how_it_went_on():
     )
 
 
-def test_a_save_that_failed_is_loud_and_says_what_follows():
+def test_a_failed_save_is_loud_and_says_what_follows():
     reason = "[Errno 28] No space left on device\n  somewhere"
     assert lines_of(
         (0, CheckpointFailed(step=40, reason=reason, in_a_row=1)),
@@ -136,18 +136,6 @@ def test_damage_hangs_and_values_that_are_not_finite_are_a_line_each():
         "stacks in stacks/a; this process ends",
         "hung  rank 0 hung at in_eval (no progress for 10.0 s); this process ends",
     ]
-
-
-def test_on_a_terminal_incidents_stay_above_the_live_line():
-    out = io.StringIO()
-    with Console(CONFIG, is_terminal=True, file=out, earlier=KILLED_AT_47) as console:
-        console(entry(started(40), 50, attempt=1))
-        console(entry(KILLED, 50, attempt=1))
-        console(entry(step(41), 51, attempt=1))
-        console(entry(CheckpointFailed(step=41, reason="EIO", in_a_row=1), 51, attempt=1))
-    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
-    assert "restart  attempt 1: rank 1 was killed (SIGKILL) after step 47; resumed from step 40" in shown
-    assert "SAVE FAILED  the save of step 41 failed (EIO)" in shown
 
 
 def test_the_last_line_of_a_finished_run_names_its_weights():

@@ -162,19 +162,6 @@ def test_metrics_are_readable_back_from_the_offline_file(run: Run):
     )
 
 
-def test_a_resumed_run_keeps_its_id_and_shows_the_replayed_steps_too(run: Run):
-    for from_step in (0, 4):
-        with shown(run):
-            run.start(from_step)
-            run.steps(from_step + 1, from_step + 5)
-    runs = offline_records(run.path, "run")
-    assert len(runs) == 2
-    assert {rows[0]["id"] for rows in runs.values()} == {rundir.read(run.path)["run_id"]}
-    histories = offline_records(run.path, "history").values()
-    steps = sorted([row["step"] for row in rows if "train/loss" in row] for rows in histories)
-    assert steps == [[1, 2, 3, 4, 5], [5, 6, 7, 8, 9]]
-
-
 def figures(rows: list[dict[str, Any]], name: str) -> list[Any]:
     """What a chart of `name` over the step shows."""
     return [(row["step"], row[name]) for row in rows if name in row]

@@ -77,7 +77,7 @@ def _entries_on_steady_clocks(run: Path) -> Iterator[Entry]:
 
 
 def _steady(log: Iterable[Entry], jumps: list[float]) -> Iterator[Entry]:
-    """Yield the entries of one process in the order it wrote them, none earlier than the one before.
+    """Yield the entries of one process in the order it wrote them, put right where the clock jumped.
 
     `jumps` are the times at which a fault was about to set its clock. The entry after a jump was written no later than
     the duration that it states. Without that knowledge a clock set forward looks like a long wait; only one that was
@@ -93,7 +93,7 @@ def _steady(log: Iterable[Entry], jumps: list[float]) -> Iterator[Entry]:
             steady = latest if read > latest + CLOCK_SLACK_SECONDS else read
         offset += steady - read
         last = max(last, steady)
-        yield replace(entry, time=last)
+        yield replace(entry, time=steady)
 
 
 def _ended_as(run: Path) -> dict[int, str | None]:

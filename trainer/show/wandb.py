@@ -57,12 +57,8 @@ def wandb_mode(config: Config, environ: Mapping[str, str] = os.environ) -> Wandb
         case "auto":
             return "online" if environ.get("WANDB_API_KEY") or _in_netrc(environ) else "offline"
         case _:
-            raise errors.ConfigError(
-                [
-                    f"WANDB_MODE = {chosen!r} is no mode.\n"
-                    "  Set it to online, offline or disabled, or unset it to let wandb.mode decide."
-                ]
-            )
+            remedy = "Set it to online, offline or disabled, or unset it to let wandb.mode decide."
+            raise errors.ConfigError([f"WANDB_MODE = {chosen!r} is no mode.\n  {remedy}"])
 
 
 def _in_netrc(environ: Mapping[str, str]) -> bool:
