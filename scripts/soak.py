@@ -1,19 +1,16 @@
-"""The long campaign: small runs under random kills, each of which must end with the bits of the calm run.
+"""The long campaign: small runs under random kills, each of which must end with the bits of a run without kills.
 
 Run number n of seed s is drawn from a generator seeded with "s-n": two runs of the campaign differ in when a kill from
 outside hits, and in nothing else. Each run is one to three jobs, of random world size and strategy; all but the last
-are asked to stop at a random step. Kills come from inside, at a named point, or from outside, at a wall time. Only
+are asked to stop at a random step. Kills come from inside, at a phase of a step, or from outside, at a wall time. Only
 kills that really fired are counted. Every finished run is a line of DIR/runs.jsonl, so a campaign that is ended goes
 on where it stopped; the summary is DIR/summary.json.
 """
 
 import argparse
-import contextlib
 import json
-import os
 import random
 import shutil
-import signal
 import sys
 import threading
 import time
@@ -23,98 +20,74 @@ from pathlib import Path
 from typing import Any
 
 from scripts.bench_tables import record
-from tests.support import SMOKE, Job, fired, outcome, settings, trainer, write_corpus, write_plan
+from tests.support import SMOKE, outcome, settings, trainer, with_faults, write_corpus
+from trainer import config as configs
 from trainer.errors import EXIT_FINISHED, EXIT_PREEMPTED
+from trainer.faults import plan
 from trainer.faults.checker import strays
+from trainer.faults.fault import SAVE, STEP
+from trainer.faults.nemesis import Nemesis
+from trainer.launch.cluster import Cluster
+from trainer.phases import Phase
 
 STEPS, EVERY, EVAL_EVERY = 24, 6, 12
-ENDINGS = ("kill", "kill", "kill", "segv", "abort")
-IN_STEP = (
-    "before_forward", "in_forward", "before_backward", "in_backward", "before_reduce", "after_reduce", "before_update",
-    "in_update", "after_update",
-)  # fmt: skip
-OF_SAVE = ("in_save_shard", "before_commit", "after_commit")
-MAIN_ONLY = ("before_commit", "after_commit")
+KILLS = ("sigkill", "sigkill", "sigkill", "sigsegv", "sigabrt")
 SECONDS_A_JOB = 150
+
+Table = dict[str, Any]
+"""One [[faults]] table."""
 
 
 def draw(seed: str) -> list[dict[str, Any]]:
-    """The jobs of one run: {ranks, strategy, faults, outside: [{after, action, rank}], until}."""
+    """The jobs of one run: {ranks, strategy, faults, until}."""
     rng = random.Random(seed)
-    cuts = [*sorted(rng.sample(range(4, STEPS - 2), rng.choice((0, 0, 1, 1, 2)))), STEPS]
-    jobs, begin = [], 0
-    for until in cuts:
-        ranks = rng.choices((1, 2, 3, 4), (1, 3, 2, 1))[0]
+    ends = [*sorted(rng.sample(range(4, STEPS - 2), rng.choice((0, 0, 1, 1, 2)))), STEPS]
+    sizes = [rng.choices((1, 2, 3, 4), (1, 3, 2, 1))[0] for _ in ends]
+    jobs, begin, taken = [], 0, set[tuple[Any, ...]]()
+    for until, ranks in zip(ends, sizes, strict=True):
         strategy = rng.choice(("replicate", "fsdp", "hybrid") if ranks % 2 == 0 else ("replicate", "fsdp"))
-        inside = sorted((_inside(rng, ranks, begin, until) for _ in range(rng.randint(1, 3))), key=_moment)
-        outside = [_outside(rng, ranks) for _ in range(rng.choice((0, 0, 1, 1)))]
+        # A fault stays in the config of later jobs, so it names a rank that all of them have.
+        drawn = [_inside(rng, min(sizes), begin, until) for _ in range(rng.randint(1, 3))]
         if until < STEPS:
-            inside.append(
-                {"point": "before_forward", "step": until, "action": "term", "rank": rng.randrange(ranks), "nth": 0}
-            )
-        jobs.append({"ranks": ranks, "strategy": strategy, "faults": inside, "outside": outside, "until": until})
+            drawn.append({"kind": "sigterm", "at_step": until + 1, "rank": rng.randrange(min(sizes))})
+        faults = []
+        for fault in drawn:  # no two at the same moment
+            moment = (fault.get("at_step"), fault.get("phase", Phase.BEFORE_FORWARD))
+            if moment not in taken:
+                taken.add(moment)
+                faults.append(fault)
+        faults += [_outside(rng, min(sizes)) for _ in range(rng.choice((0, 0, 1, 1)))]
+        jobs.append({"ranks": ranks, "strategy": strategy, "faults": faults, "until": until})
         begin = until + 1
     return jobs
 
 
-def _inside(rng: random.Random, ranks: int, begin: int, until: int) -> dict[str, Any]:
-    kind = rng.choices(("step", "save", "eval", "load", "start", "end"), (10, 5, 1, 1, 1, 1))[0]
-    saves = [step for step in range(1, STEPS + 1) if begin < step < until and step % EVERY == 0]
-    saves += [STEPS] if until == STEPS else []
-    fault: dict[str, Any] = {"action": rng.choice((*ENDINGS, "exit", "exception")), "rank": rng.randrange(ranks)}
-    if kind == "save" and saves:
-        point = rng.choice(OF_SAVE)
-        fault["action"] = rng.choice(ENDINGS)  # an exception in a save is a failed save and kills nobody
-        fault |= {"point": point, "step": rng.choice(saves)} | ({"rank": 0} if point in MAIN_ONLY else {})
-    elif kind == "eval" and any(step % EVAL_EVERY == 0 for step in range(begin + 1, until + (until == STEPS))):
-        fault |= {"point": "in_eval", "step": None, "nth": rng.randrange(3)}
-    elif kind == "load":
-        fault |= {"point": "in_load", "step": None}
-    elif kind == "start":
-        fault |= {"point": "START", "step": None}
-    elif kind == "end" and until == STEPS:
-        fault |= {"point": "before_end", "step": STEPS}
-    else:
-        fault |= {"point": rng.choice(IN_STEP), "step": rng.randrange(begin, max(begin + 1, until - 1)), "nth": 0}
-        fault["pause"] = rng.choice((0, 0, 0.1))
-    return fault
+def _inside(rng: random.Random, ranks: int, begin: int, until: int) -> Table:
+    """A kill between the steps `begin` and `until`: in a step, a save or an evaluation, or at the start or end."""
+    where = rng.choices(("step", "save", "eval", "load", "start", "end"), (10, 5, 1, 1, 1, 1))[0]
+    steps = [*range(begin + 1, until), *([STEPS] if until == STEPS else [])]
+    saves = [step for step in steps if step % EVERY == 0]
+    evaluations = [step for step in steps if step % EVAL_EVERY == 0]
+    fault: Table = {"kind": rng.choice((*KILLS, "exit", "exception")), "rank": rng.randrange(ranks)}
+    if where == "save" and saves:
+        # An exception in a save is a failed save and kills nobody. Only rank 0 commits.
+        phase = rng.choice(SAVE)
+        fault |= {"kind": rng.choice(KILLS), "phase": phase, "at_step": rng.choice(saves)}
+        return fault | ({} if phase == Phase.IN_SAVE_SHARD else {"rank": 0})
+    if where == "eval" and evaluations:
+        return fault | {"phase": Phase.IN_EVAL, "at_step": rng.choice(evaluations)}
+    if where == "load":
+        return fault | {"phase": Phase.IN_LOAD}
+    if where == "start":
+        return fault | {"phase": Phase.STARTUP}
+    if where == "end" and until == STEPS:
+        return fault | {"phase": Phase.BEFORE_END}
+    return fault | {"phase": rng.choice(STEP), "at_step": rng.randrange(begin + 1, max(begin + 2, until))}
 
 
-def _moment(fault: dict[str, Any]) -> int:
-    """For reading: the order in which faults are likely to come."""
-    return -1 if fault["point"] == "START" else fault["step"] or 0
-
-
-def _outside(rng: random.Random, ranks: int) -> dict[str, Any]:
-    """A kill some seconds after workers were started: importing, connecting, loading, training or saving."""
-    return {"after": round(rng.uniform(0.2, 5.0), 2), "action": rng.choice(ENDINGS), "rank": rng.randrange(ranks)}
-
-
-class Nemesis(threading.Thread):
-    """Kills workers of a job from outside, one after each start of them."""
-
-    def __init__(self, job: Job, kills: list[dict[str, Any]]) -> None:
-        super().__init__(daemon=True)
-        self._job, self._kills, self.fired = job, kills, list[dict[str, Any]]()
-
-    def run(self) -> None:
-        known: set[int] = set()
-        for kill in self._kills:
-            while not (fresh := set(self._job.workers().values()) - known):
-                if self._job.process.poll() is not None:
-                    return
-                time.sleep(0.05)
-            time.sleep(kill["after"])
-            living = [pid for _, pid in sorted(self._job.workers().items())]
-            known |= fresh | set(living)
-            if not living:
-                continue
-            victim = living[kill["rank"] % len(living)]
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(
-                    victim, getattr(signal, {"kill": "SIGKILL", "segv": "SIGSEGV", "abort": "SIGABRT"}[kill["action"]])
-                )
-                self.fired.append(kill)
+def _outside(rng: random.Random, ranks: int) -> Table:
+    """A kill some seconds after a job was started: importing, connecting, loading, training or saving."""
+    return {"kind": rng.choice(KILLS), "at_seconds": round(rng.uniform(0.5, 8.0), 2), "rank": rng.randrange(ranks)}
 
 
 class Campaign:
@@ -129,8 +102,9 @@ class Campaign:
         )  # fmt: skip
         self._writing = threading.Lock()
 
-    def calm(self) -> dict[str, Any]:
-        run = self.directory / "calm"
+    def reference(self) -> dict[str, Any]:
+        """What the run without kills comes to."""
+        run = self.directory / "reference"
         trainer("train", SMOKE, "--run", run, *self._settings)
         return outcome(run)
 
@@ -138,17 +112,22 @@ class Campaign:
         lines = self._lines.read_text().splitlines() if self._lines.exists() else []
         return [record for record in map(json.loads, lines) if record["seed"] == self.seed]
 
-    def one(self, number: int, calm: dict[str, Any]) -> dict[str, Any]:
+    def do_run(self, number: int, reference: dict[str, Any]) -> dict[str, Any]:
         """Do run `number`, print its line and keep its record. A run that ended well is removed."""
         directory, started = self.directory / f"run-{self.seed}-{number}", time.monotonic()
         shutil.rmtree(directory, ignore_errors=True)
         jobs = draw(f"{self.seed}-{number}")
         record: dict[str, Any] = {"seed": self.seed, "number": number, "drawn": jobs, "kills": [], "problems": []}
-        for place, job in enumerate(jobs):
+        for place in range(len(jobs)):
             if not record["problems"]:
-                self._job(directory, job, place == len(jobs) - 1, record)
+                self._do_job(directory, jobs[: place + 1], place == len(jobs) - 1, record)
+        record["kills"] = [
+            {"action": event.fault, "point": event.phase or "wall time", "rank": event.victim}
+            for event in plan.firings(directory / "run")
+            if event.fault != "sigterm"
+        ]
         if not record["problems"]:
-            record["problems"] = _differences(directory / "run", calm)
+            record["problems"] = _differences(directory / "run", reference)
         record["seconds"] = round(time.monotonic() - started, 1)
         with self._writing, self._lines.open("a") as lines:
             lines.write(json.dumps(record) + "\n")
@@ -157,36 +136,36 @@ class Campaign:
             shutil.rmtree(directory)
         return record
 
-    def _job(self, directory: Path, drawn: dict[str, Any], is_last: bool, record: dict[str, Any]) -> None:
-        plan = write_plan(directory / "jobs", drawn["faults"])
-        restarts = len(drawn["faults"]) + len(drawn["outside"]) + 1
-        options = ["--standalone", f"--nproc-per-node={drawn['ranks']}", f"--max-restarts={restarts}"]
-        chosen = [*self._settings, *settings(parallel__strategy=drawn["strategy"])]
-        with Job(plan, SMOKE, directory / "run", chosen, [*options, "--monitor-interval=0.1"]) as job:
-            nemesis = Nemesis(job, drawn["outside"])
+    def _do_job(self, directory: Path, jobs: list[dict[str, Any]], is_last: bool, record: dict[str, Any]) -> None:
+        """Do the last of `jobs`. The faults of those before it stay in the config, so that each keeps its number."""
+        job, faults = jobs[-1], [fault for job in jobs for fault in job["faults"]]
+        chosen = [*self._settings, *settings(parallel__strategy=job["strategy"]), *with_faults(faults)]
+        planned = plan.make(configs.load(SMOKE, chosen[1::2]), job["ranks"])
+        new = planned[len(faults) - len(job["faults"]) :]
+        cluster = Cluster(
+            SMOKE, directory / "run", chosen[1::2], ranks=job["ranks"], restarts=len(faults) + 1,
+            directory=directory / f"job-{len(jobs)}", warm=True,
+        )  # fmt: skip
+        with cluster:
+            nemesis = Nemesis(new, directory / "run", cluster, time.time())
+            cluster.start()
             nemesis.start()
-            try:
-                status = job.wait(SECONDS_A_JOB)
-            except AssertionError as error:
-                record["problems"].append(str(error))
-                return
-            nemesis.join(10)
-            record["kills"] += [
-                {"action": drawn["faults"][index]["action"], "point": mark["point"], "rank": mark["rank"]}
-                for index, mark in sorted(fired(plan).items())
-                if drawn["faults"][index]["action"] != "term"
-            ]
-            record["kills"] += [{"action": k["action"], "point": "wall time", "rank": k["rank"]} for k in nemesis.fired]
+            status = cluster.wait(SECONDS_A_JOB)
+            nemesis.stop()
             # The notice may come when nothing is left to do: then the job has finished.
             wanted = (EXIT_FINISHED,) if is_last else (EXIT_PREEMPTED, EXIT_FINISHED)
             if status not in wanted:
-                record["problems"].append(f"exit status {status}, wanted {wanted}\n{job.output[-6000:]}")
-            record["problems"] += job.leftovers()
+                record["problems"].append(f"exit status {status}, wanted {wanted}\n{cluster.output[-6000:]}")
+            record["problems"] += [*nemesis.problems, *(cluster.leftovers() if status is not None else [])]
 
 
-def _differences(run: Path, calm: dict[str, Any]) -> list[str]:
+def _differences(run: Path, reference: dict[str, Any]) -> list[str]:
     seen = outcome(run)
-    wrong = [f"{key} differs from the calm run: {str(seen[key])[:200]}" for key in calm if seen[key] != calm[key]]
+    wrong = [
+        f"{key} differs from the reference run: {str(seen[key])[:200]}"
+        for key in reference
+        if seen[key] != reference[key]
+    ]
     return wrong + [f"stray file {path}" for path in strays(run)]
 
 
@@ -221,9 +200,8 @@ def summarise(records: list[dict[str, Any]], seed: int, wanted: int) -> dict[str
 
 def campaign(directory: Path, seed: int, wanted_kills: int, at_once: int) -> dict[str, Any]:
     """Do runs until so many kills have fired, in this and earlier calls; returns and writes the summary."""
-    it = Campaign(directory, seed)
-    records = it.done()
-    calm = it.calm()
+    runs = Campaign(directory, seed)
+    records, reference = runs.done(), runs.reference()
     numbers = iter(number for number in range(10**6) if number not in {record["number"] for record in records})
     lock = threading.Lock()
 
@@ -233,7 +211,7 @@ def campaign(directory: Path, seed: int, wanted_kills: int, at_once: int) -> dic
                 if sum(len(record["kills"]) for record in records) >= wanted_kills:
                     return
                 number = next(numbers)
-            record = it.one(number, calm)
+            record = runs.do_run(number, reference)
             with lock:
                 records.append(record)
 
@@ -259,7 +237,7 @@ def main() -> None:
     if arguments.record:
         record("soak", summary)
     if summary["failed"]:
-        sys.exit(f"{len(summary['failed'])} runs did not end as the calm one; they are kept in {out}")
+        sys.exit(f"{len(summary['failed'])} runs did not end as the reference run; they are kept in {out}")
 
 
 if __name__ == "__main__":

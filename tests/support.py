@@ -90,39 +90,28 @@ def with_faults(faults: Iterable[dict[str, Any]]) -> list[str]:
 NO_FAULTS: list[dict[str, Any]] = []
 
 
-def write_plan(directory: Path, faults: list[dict[str, Any]]) -> Path:
-    """A plan for tests.survival_worker in a directory of its own."""
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"plan-{uuid.uuid4().hex[:8]}.json"
-    path.write_text(json.dumps(faults), encoding="utf-8")
-    return path
-
-
-def fired(plan: Path) -> dict[int, dict[str, Any]]:
-    """The faults of a plan that fired, by index: {rank, point, step, time}."""
-    return {int(mark.name): json.loads(mark.read_text()) for mark in plan.with_suffix(".fired").glob("*")}
-
-
 class Job(Agent):
-    """A job of tests.survival_worker, with its plan of faults, its logs and temporary files beside the plan."""
+    """A job of tests.worker, with its output and temporary files in `directory`."""
 
     def __init__(
         self,
-        plan: Path,
+        directory: Path,
         config: Path,
         run: Path,
         overrides: Sequence[str],
         options: Sequence[str],
         launch: Sequence[str] = LAUNCH,
         environment: dict[str, str] | None = None,
+        slow: dict[str, float] | None = None,
     ) -> None:
-        worker = [] if "tests.survival_worker" in launch else ["-m", "tests.survival_worker"]
-        worker += [str(plan), str(config), "--run", str(run)]
+        """`slow` are seconds that every rank sleeps whenever it passes a phase (tests/worker.py)."""
+        directory.mkdir(parents=True, exist_ok=True)
+        worker = [] if "tests.worker" in launch else ["-m", "tests.worker"]
         super().__init__(
-            [*options, *worker, *overrides],
-            plan.with_name(f"output-{uuid.uuid4().hex[:8]}.txt"),
+            [*options, *worker, "train", str(config), "--run", str(run), *overrides],
+            directory / f"output-{uuid.uuid4().hex[:8]}.txt",
             launch=launch,
-            environment={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(environment or {})},
+            environment=worker_environment(slow) | (environment or {}),
             directory=ROOT,
             warm=True,
         )
@@ -134,6 +123,11 @@ class Job(Agent):
         except subprocess.TimeoutExpired:
             self.kill()
             raise AssertionError(f"still running after {timeout} s\n{self.output[-6000:]}") from None
+
+
+def worker_environment(slow: dict[str, float] | None = None) -> dict[str, str]:
+    """For tests.worker."""
+    return {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOPROPE_TEST_SLOW": json.dumps(slow or {})}
 
 
 def wait_until(condition: Callable[[], Any], seconds: float) -> Any:

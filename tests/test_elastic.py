@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import SMOKE, Job, settings, trainer, wait_until, write_plan
+from tests.support import SMOKE, Job, settings, trainer, wait_until
 from trainer.log import events, summary
 from trainer.parallel import elastic
 
@@ -37,8 +37,7 @@ class Nodes:
 
     def __init__(self, directory: Path, jobs: ExitStack, seconds_a_step: float) -> None:
         self._jobs, self.run = jobs, directory / "run"
-        self._directory = directory / "jobs"
-        self._faults = [{"point": "before_update", "action": "sleep", "lasting": True, "seconds": seconds_a_step}]
+        self._directory, self._slow = directory / "jobs", {"before_update": seconds_a_step}
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self._port = probe.getsockname()[1]
@@ -49,8 +48,8 @@ class Nodes:
             "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{self._port}", f"--rdzv-id={self._port}",
             f"--rdzv-conf={RENDEZVOUS}", "--local-addr=127.0.0.1",
         ]  # fmt: skip
-        plan = write_plan(self._directory, self._faults)
-        return self._jobs.enter_context(Job(plan, SMOKE, self.run, SETTINGS, options, **more))
+        job = Job(self._directory, SMOKE, self.run, SETTINGS, options, slow=self._slow, **more)
+        return self._jobs.enter_context(job)
 
     def host(self) -> Job:
         """Start the first agent and wait until its store can be reached."""
@@ -139,12 +138,11 @@ def test_an_agent_dies_alone_and_its_worker_does_not_outlive_the_job(nodes, calm
 
 def test_a_worker_under_torchs_own_torchrun_says_which_variable_is_missing(tmp_path):
     run = tmp_path / "run"
-    plan = write_plan(tmp_path / "jobs", [])
     few = settings(budget__steps=2, checkpoint__every_steps=0, eval__every_steps=0)
     options = ["--standalone", "--nproc-per-node=1"]
     # "--", or Python before 3.12.8 takes our --run for an abbreviation of torchrun's --run-path
-    plain = [sys.executable, "-m", "torch.distributed.run", *options, "-m", "--", "tests.survival_worker"]
-    with Job(plan, SMOKE, run, few, [], launch=plain, environment={elastic.SHARED_STORE: "0"}) as job:
+    plain = [sys.executable, "-m", "torch.distributed.run", *options, "-m", "--", "tests.worker"]
+    with Job(tmp_path / "jobs", SMOKE, run, few, [], launch=plain, environment={elastic.SHARED_STORE: "0"}) as job:
         assert job.wait(60) == 0, job.output
     assert elastic.SHARED_STORE in job.output
     warned = [entry.event.message for entry in events.read(run) if isinstance(entry.event, events.Warned)]

@@ -26,7 +26,6 @@ import torch
 import torch.distributed as dist
 
 from tests.support import (
-    NO_FAULTS,
     ROOT,
     SMOKE,
     Job,
@@ -37,7 +36,6 @@ from tests.support import (
     trainer,
     with_faults,
     write_corpus,
-    write_plan,
 )
 from trainer import checkpoint, config
 from trainer.checkpoint import files
@@ -77,9 +75,10 @@ class Place:
 
     def survive(self, ranks: int, faults: list[dict[str, Any]], *overrides: str, status: int = EXIT_FINISHED) -> str:
         """A job with these faults to its end; what it printed."""
-        empty = write_plan(self.directory / "jobs", NO_FAULTS)
         options = ["--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={RESTARTS}", "--monitor-interval=0.1"]
-        with Job(empty, SMOKE, self.run, [*self.settings, *with_faults(faults), *overrides], options) as job:
+        with Job(
+            self.directory / "jobs", SMOKE, self.run, [*self.settings, *with_faults(faults), *overrides], options
+        ) as job:
             assert job.wait() == status, job.output[-8000:]
             assert job.leftovers() == []
         return job.output

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import ROOT, SMOKE, settings, trainer, wait_until, write_plan
+from tests.support import SMOKE, settings, trainer, wait_until, worker_environment
 from trainer import config as configs
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED
 from trainer.faults import plan as plans
@@ -310,14 +310,13 @@ class Attack:
 
     def go(self, *extra: str) -> dict[str, Any]:
         """Until it has finished; returns what became of it. Nothing may be left behind by any launch."""
-        slow = [{"point": "before_update", "action": "sleep", "lasting": True, "seconds": self._seconds_a_step}]
-        worker = ("tests.survival_worker", str(write_plan(self.directory / "jobs", slow)))
+        environment = worker_environment({"before_update": self._seconds_a_step})
         began = time.time()
         for number in range(LAUNCHES):
             with Cluster(
                 SMOKE, self.run, [*SETTINGS[1::2], *extra], ranks=self.ranks, nodes=self.nodes, hosts=self.hosts,
-                directory=self.directory / f"launch-{number}", environment={"PYTHONPATH": str(ROOT)},
-                own_store=any(fault.kind.needs_store for fault in self.plan), worker=worker,
+                directory=self.directory / f"launch-{number}", environment=environment,
+                own_store=any(fault.kind.needs_store for fault in self.plan), worker=("tests.worker", "train"),
             ) as cluster:  # fmt: skip
                 cluster.start()
                 nemesis = Nemesis(self.plan, self.run, cluster, began)

@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from tests.support import SMOKE, settings, torchrun, write_plan
+from tests.support import SMOKE, settings, torchrun, with_faults
 from trainer import step
 from trainer.errors import EXIT_FAILED
 from trainer.exact import Grids
@@ -27,20 +27,10 @@ def test_a_gradient_that_stays_not_finite_is_named_where_nothing_is_rounded_too(
     tmp_path: Path, ranks: int, overrides: dict[str, Any], micro_batch: int
 ):
     """Behind outputs that are finite, and in no other micro-batch of the same round."""
-    each = 8 // ranks if ranks > 1 else 1  # micro-batches of a rank
-    where = {"rank": ranks - 1, "step": 1, "every": each, "nth": micro_batch // ranks + 1}
-    poison = {"point": "before_forward", "action": "nan", "where": "gradient", "lasting": True}
-    plan = write_plan(tmp_path, [poison | where])
-    ended = torchrun(
-        ranks,
-        plan,
-        SMOKE,
-        "--run",
-        tmp_path / "run",
-        *settings(**overrides),
-        module="tests.survival_worker",
-        check=False,
-    )
+    nth = micro_batch // ranks + 1  # of the rank's own
+    fault = {"kind": "nan_sample", "rank": ranks - 1, "at_step": 2, "nth": nth, "where": "gradient"}
+    command = ["train", SMOKE, "--run", tmp_path / "run", *settings(**overrides), *with_faults([fault])]
+    ended = torchrun(ranks, *command, module="tests.worker", check=False)
     assert ended.returncode == EXIT_FAILED
     for named in ("step 2:", f"micro-batch {micro_batch} (samples ", "gradient of blocks.0.mlp."):
         assert named in ended.stderr, ended.stderr

@@ -26,7 +26,6 @@ from tests.support import (
     SMOKE,
     Job,
     committed_samples,
-    fired,
     look,
     outcome,
     run,
@@ -35,12 +34,12 @@ from tests.support import (
     wait_until,
     with_faults,
     write_corpus,
-    write_plan,
 )
 from trainer import checkpoint
 from trainer import config as configs
 from trainer.data import Batches, digest, prepare
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USAGE
+from trainer.faults import plan
 from trainer.faults.checker import strays
 from trainer.log import events
 
@@ -50,17 +49,14 @@ STEPS, EVERY = 24, 6
 STEP_SECONDS = 1.5
 LIMITS = settings(elastic__step_timeout_seconds=STEP_SECONDS, elastic__startup_timeout_seconds=30.0)
 RESTARTS = 10
+SLOW_WRITE = 0.4
 
 
-def fault(
-    point: str, action: str = "kill", step: int | None = None, rank: int | None = 1, **more: Any
-) -> dict[str, Any]:
-    return {"point": point, "action": action, "step": step, "rank": rank, **more}
+SLOW = {"before_update": 0.1}  # steps long enough to be met from outside
 
 
-def slow(seconds: float = 0.1) -> dict[str, Any]:
-    """Steps long enough to be met from outside."""
-    return fault("before_update", "sleep", rank=None, lasting=True, seconds=seconds)
+def fault(kind: str, at_step: int | None = None, rank: int = 1, **more: Any) -> dict[str, Any]:
+    return {"kind": kind, "rank": rank, **({} if at_step is None else {"at_step": at_step}), **more}
 
 
 @dataclass
@@ -71,28 +67,37 @@ class Place:
     settings: list[str]
     calm: dict[str, Any] = field(default_factory=dict)
     calm_run: Path = Path()
+    faults: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def run(self) -> Path:
         return self.directory / "run"
 
-    def start(self, ranks: int, faults: list[dict[str, Any]], *overrides: str, monitor: float = 0.1) -> Job:
-        self.plan = write_plan(self.directory / "jobs", faults)
+    def start(
+        self, ranks: int, faults: list[dict[str, Any]], *overrides: str, monitor: float = 0.1,
+        slow: dict[str, float] | None = None,
+    ) -> Job:  # fmt: skip
+        """A job with these faults. Those of earlier jobs on the run stay in its config: they have fired."""
+        self.faults += faults
         options = [
             "--standalone",
             f"--nproc-per-node={ranks}",
             f"--max-restarts={RESTARTS}",
             f"--monitor-interval={monitor}",
         ]
-        return Job(self.plan, SMOKE, self.run, [*self.settings, *overrides], options)
+        settings = [*self.settings, *with_faults(self.faults), *overrides]
+        return Job(self.directory / "jobs", SMOKE, self.run, settings, options, slow=slow)
 
-    def survive(self, ranks: int, faults: list[dict[str, Any]], *overrides: str, status: int = EXIT_FINISHED) -> str:
+    def survive(
+        self, ranks: int, faults: list[dict[str, Any]], *overrides: str, status: int = EXIT_FINISHED,
+        slow: dict[str, float] | None = None,
+    ) -> str:  # fmt: skip
         """Run a job to its end: this status, every fault fired, nothing left behind. Returns its output."""
-        with self.start(ranks, faults, *overrides) as job:
+        with self.start(ranks, faults, *overrides, slow=slow) as job:
             assert job.wait() == status, job.output[-8000:]
             assert job.leftovers() == []
-        missing = [fault for n, fault in enumerate(faults) if n not in fired(self.plan) and not fault.get("lasting")]
-        assert not missing, (missing, job.output[-8000:])
+        fired = {event.index for event in plan.firings(self.run)}
+        assert fired == set(range(len(self.faults))), (self.faults, job.output[-8000:])
         return job.output
 
     def look(self) -> dict[str, Any]:
@@ -133,8 +138,8 @@ def place(calm: Place, tmp_path: Path) -> Place:
 
 
 def dies(kind: str, phase: str, at_step: int | None = None, rank: int = 1, **more: Any) -> dict[str, Any]:
-    """A fault of the config that ends its attempt."""
-    return {"kind": kind, "phase": phase, "rank": rank, **({} if at_step is None else {"at_step": at_step}), **more}
+    """A fault that ends its attempt."""
+    return fault(kind, at_step, rank, phase=phase, **more)
 
 
 # One list is one job: each fault ends an attempt, in this order. Every way to die, every phase, either rank.
@@ -167,6 +172,7 @@ DEATHS = {
         dies("sigkill", "before_commit", STEPS, rank=0),
         dies("sigsegv", "after_commit", STEPS, rank=0),
         dies("sigkill", "before_end", rank=0),
+        dies("sigkill", "after_end", rank=0),  # it has said that it is finished
     ],
     "during recovery, and again at once": [
         dies("sigkill", "before_forward", 14),  # the save of step 6 is over by then: that of step 12 waited for it
@@ -175,21 +181,20 @@ DEATHS = {
         dies("repeated_kill", "before_forward", 15, times=2),  # the second time rank 1 dies while it loads
     ],
 }
-LEAVING = fault("leaving", "kill", rank=0)  # it has said that it is finished
 
 
 @pytest.mark.parametrize("when", DEATHS)
 def test_killed_at_every_phase_boundary_a_run_ends_as_the_calm_one(place: Place, when: str):
     sharding = "fsdp" if when in ("in each part of a save", "from the reduction to the next step") else "replicate"
-    deaths, after = DEATHS[when], [LEAVING] if when == "at the end" else NO_FAULTS
-    place.survive(2, after, *settings(parallel__strategy=sharding), *with_faults(deaths))
+    deaths = DEATHS[when]
+    place.survive(2, deaths, *settings(parallel__strategy=sharding))
     seen = place.look()
     assert all(row["fired"] for row in seen["faults"]), seen["faults"]
     # Who dies before it trains has made no attempt.
     before_training = sum(death["phase"] in ("startup", "in_load") for death in deaths)
-    place.ends_as_calm(attempts=1 + len(deaths) - before_training + len(after))
+    place.ends_as_calm(attempts=1 + len(deaths) - before_training)
     causes = of_kind(place.run, events.WorkersLost)
-    assert len(causes) == sum(death.get("times", 1) for death in deaths) + len(after)
+    assert len(causes) == sum(death.get("times", 1) for death in deaths)
     assert all(len(cause.failures) >= 1 and cause.reason for cause in causes)
     by_signal = [row for row in seen["faults"] if row["kind"] not in ("exception", "exit", "memory_limit")]
     assert [row["detected_as"] for row in by_signal] == ["worker_lost"] * len(by_signal), seen["incidents"]
@@ -205,15 +210,14 @@ def test_stopped_by_signals_and_gone_on_with_at_other_world_sizes_and_shardings(
         place.survive(ranks, list(faults), *settings(parallel__strategy=strategy), status=status)
         return place.look()
 
-    first = go(2, "replicate", fault("before_forward", "term", 0))
+    first = go(2, "replicate", fault("sigterm", 1))
     assert first["status"] == "preempted" and first["step"] == 1
     assert [saved["step"] for saved in first["checkpoints"]] == [1]
     asked = of_kind(place.run, events.StopRequested)
     assert [(stop.signal, stop.step) for stop in asked] == [("SIGTERM", 1)]
-    go(3, "fsdp", fault("before_backward", "usr1", 9, rank=2), fault("after_update", "kill", 7))
-    assert of_kind(place.run, events.StopRequested)[-1].signal == "SIGUSR1"
-    go(4, "hybrid", fault("before_update", "term", 13, rank=3))
-    go(1, "replicate", fault("before_forward", "term", 17, rank=0))
+    go(3, "fsdp", fault("sigterm", 10, phase="before_backward"), fault("sigkill", 7, phase="after_update"))
+    go(4, "hybrid", fault("sigterm", 14, phase="before_update"))
+    go(1, "replicate", fault("sigterm", 18, rank=0))
     finished = go(2, "fsdp", status=EXIT_FINISHED)
     sizes = [(attempt["world_size"], attempt["from_step"]) for attempt in finished["attempts"]]
     assert [size for size, _ in sizes] == [2, 3, 3, 4, 1, 2]
@@ -222,7 +226,7 @@ def test_stopped_by_signals_and_gone_on_with_at_other_world_sizes_and_shardings(
 
 def test_a_peer_that_dies_in_the_last_save_is_no_failing_disk(place: Place):
     """The launcher looks every 3 s only, so the survivor has the time to notice, and to try again in vain."""
-    with place.start(2, [fault("in_save_shard", "kill", STEPS)], monitor=3.0) as job:
+    with place.start(2, [fault("sigkill", STEPS, phase="in_save_shard")], monitor=3.0) as job:
         assert job.wait() == EXIT_FINISHED, job.output[-8000:]
     place.ends_as_calm(attempts=2)
     assert of_kind(place.run, events.CheckpointFailed) == []
@@ -230,7 +234,7 @@ def test_a_peer_that_dies_in_the_last_save_is_no_failing_disk(place: Place):
 
 def test_an_agent_that_is_killed_takes_its_workers_along_and_the_same_command_goes_on(place: Place):
     """Else they would train on unsupervised, and keep the run directory from whoever starts the job again."""
-    with place.start(2, [slow()]) as job:
+    with place.start(2, NO_FAULTS, slow=SLOW) as job:
         assert wait_until(lambda: begun(place.run, step=7), seconds=40), job.output
         job.process.kill()
         job.process.wait()
@@ -251,12 +255,12 @@ def test_asked_to_stop_before_it_trains_a_run_saves_its_beginning_and_goes_on_fr
         alone.send_signal(signal.SIGINT)  # as Ctrl-C does; the other signals come below
         (gate / "open").touch()
         assert alone.wait(60) == EXIT_PREEMPTED
-    place.survive(2, [fault("in_data", "usr1", rank=0)], status=EXIT_PREEMPTED)
+    place.survive(2, [fault("sigterm", rank=0, phase="startup")], status=EXIT_PREEMPTED)
     stopped = place.look()
     assert stopped["step"] == 0 and stopped["status"] == "preempted"
     assert [(saved["step"], saved["intact"]) for saved in stopped["checkpoints"]] == [(0, True)]
     asked = of_kind(place.run, events.StopRequested)
-    assert [(one.signal, one.step) for one in asked] == [("SIGINT", 0), ("SIGUSR1", 0)]
+    assert [(one.signal, one.step) for one in asked] == [("SIGINT", 0), ("SIGTERM", 0)]
     place.survive(2, NO_FAULTS, *settings(parallel__strategy="fsdp"))
     place.ends_as_calm(attempts=3)
 
@@ -285,7 +289,7 @@ def test_a_signal_to_the_agent_is_answered_with_75_in_time_and_the_same_command_
     place: Place, notice: signal.Signals
 ):
     """Meanwhile a second job on the directory is refused, and the first is not harmed."""
-    with place.start(2, [slow(0.6)]) as job:
+    with place.start(2, NO_FAULTS, slow={"before_update": 0.6}) as job:
         assert wait_until(lambda: begun(place.run, step=2), seconds=40), job.output
         second = trainer("train", SMOKE, "--run", place.run, *place.settings, check=False)
         assert second.returncode == 2 and "is in use by process" in second.stderr
@@ -305,16 +309,12 @@ def test_a_signal_to_the_agent_is_answered_with_75_in_time_and_the_same_command_
 
 def test_slow_is_not_hung(place: Place):
     """A first step, an evaluation and the wait for a save, each longer than the limit of a step in all."""
-    place.survive(
-        2,
-        [
-            fault("before_backward", "sleep", 0, seconds=3),
-            fault("in_eval", "sleep", rank=None, lasting=True, seconds=0.2),
-            fault("waiting_for_save", "slow_disk", 6, seconds=0.4),
-            fault("waiting_for_save", "fast_disk", 18),
-        ],
-        *LIMITS,
-    )
+    faults = [
+        fault("slow_rank", 1, seconds=3.0, steps=1),
+        fault("slow_write", 6, seconds=SLOW_WRITE),
+        fault("slow_write", 12, seconds=SLOW_WRITE),
+    ]
+    place.survive(2, faults, *LIMITS, slow={"in_eval": 0.2})
     place.ends_as_calm(attempts=1)
     assert of_kind(place.run, events.Hung) == []
     stalls = {saved.step: saved.stall_seconds for saved in of_kind(place.run, events.CheckpointSaved)}
@@ -322,12 +322,13 @@ def test_slow_is_not_hung(place: Place):
 
 
 def test_a_rank_that_hangs_in_the_preparation_is_named_and_slow_data_are_no_hang(place: Place):
-    """9 s of data that get on, with 5 s allowed; before that the rank that prepares them is stopped."""
-    slow_data = fault("in_data", "sleep", rank=0, lasting=True, seconds=0.3)
-    asked = time.monotonic()
-    place.survive(
-        2, [fault("in_data", "stop", rank=0, nth=2), slow_data], *settings(elastic__startup_timeout_seconds=5.0)
-    )
+    """9 s of data that make progress, with 5 s allowed; in the first attempt the rank that prepares is stopped."""
+    limit, asked = settings(elastic__startup_timeout_seconds=5.0), time.monotonic()
+    with place.start(2, NO_FAULTS, *limit, slow={"data": 0.3}) as job:
+        assert wait_until((place.run / "config.json").exists, seconds=40), job.output
+        time.sleep(1)  # the run is claimed, so the data come next
+        assert job.send(job.workers()[0], signal.SIGSTOP)
+        assert job.wait() == EXIT_FINISHED, job.output[-8000:]
     assert time.monotonic() - asked < 90
     place.ends_as_calm(attempts=1)  # the other did not come to training
     (hung,) = of_kind(place.run, events.Hung)
@@ -335,7 +336,7 @@ def test_a_rank_that_hangs_in_the_preparation_is_named_and_slow_data_are_no_hang
 
 
 def test_a_disk_that_answers_no_more_is_a_hang_of_its_rank(place: Place):
-    place.survive(2, [fault("in_save_shard", "sleep", 6, seconds=1000)], *LIMITS)
+    place.survive(2, [fault("stalled_disk", 6, seconds=1000.0)], *LIMITS)
     place.ends_as_calm(attempts=2)
     hung = of_kind(place.run, events.Hung)
     assert hung and {one.point for one in hung} == {"waiting_for_save"}
@@ -343,26 +344,17 @@ def test_a_disk_that_answers_no_more_is_a_hang_of_its_rank(place: Place):
 
 
 def test_a_full_disk_fails_saves_and_not_the_run(place: Place):
-    """From step 5 no file may exceed 20 kB, until the last save is due: by then the saves of 6 and 12 are over."""
-    place.survive(
-        2,
-        [
-            fault("before_forward", "limit_files", 5, bytes=20_000, rank=0),
-            fault("waiting_for_save", "unlimit_files", STEPS, rank=0),
-        ],
-        *settings(checkpoint__max_failures=9),
-    )
+    place.survive(2, [fault("no_space", step, rank=0) for step in (6, 12)], *settings(checkpoint__max_failures=9))
     place.ends_as_calm(attempts=1)
     failed = of_kind(place.run, events.CheckpointFailed)
-    # That of step 18 goes on beside the next steps, and may see the room that comes back.
-    assert [(one.step, one.in_a_row) for one in failed][:2] == [(6, 1), (12, 2)] and len(failed) <= 3
+    assert [(event.step, event.in_a_row) for event in failed] == [(6, 1), (12, 2)]
     assert all(one.reason for one in failed)
     saved = {one["step"] for one in place.look()["checkpoints"]}
     assert saved | {one.step for one in failed} == {6, 12, 18, 24} and 24 in saved
 
 
 def test_a_disk_that_stays_full_stops_the_run_with_its_reason(place: Place):
-    full = [fault("before_forward", "limit_files", rank=1, lasting=True, bytes=20_000)]
+    full = [fault("no_space", step) for step in (6, 12)]
     with place.start(2, full, *settings(checkpoint__max_failures=2)) as job:
         assert job.wait() == EXIT_FAILED, job.output
         assert job.leftovers() == []
@@ -400,7 +392,7 @@ def test_a_disk_without_room_for_one_more_checkpoint_keeps_the_ones_it_has(
     )
     assert [saved.step for saved in checkpoint.committed(place.run)] == [EVERY]
     filler = fill(small_disk, leaving=30_000)
-    with place.start(2, [slow(0.2)], *settings(checkpoint__max_failures=9)) as job:
+    with place.start(2, NO_FAULTS, *settings(checkpoint__max_failures=9), slow={"before_update": 0.2}) as job:
         assert wait_until(lambda: begun(place.run, step=15), seconds=40), job.output
         assert [saved.step for saved in checkpoint.committed(place.run)] == [EVERY]
         filler.unlink()
@@ -415,7 +407,7 @@ def test_a_disk_without_room_for_one_more_checkpoint_keeps_the_ones_it_has(
 @pytest.mark.parametrize("small_disk", ["run"], indirect=True)
 def test_a_disk_too_full_for_the_log_itself_stops_nothing_and_loses_no_event(place: Place, small_disk: Path):
     """ENOSPC for all of the run, from step 3 until it was told of."""
-    with place.start(2, [slow(0.2)], *settings(checkpoint__max_failures=9)) as job:
+    with place.start(2, NO_FAULTS, *settings(checkpoint__max_failures=9), slow={"before_update": 0.2}) as job:
         assert wait_until(lambda: begun(place.run, step=3), seconds=40), job.output
         filler = fill(small_disk)
         assert wait_until(lambda: "jsonl cannot be written: No space left on device" in job.output, seconds=30)
@@ -444,8 +436,7 @@ def fill(disk: Path, leaving: int = 0) -> Path:
 
 def test_a_nan_that_stays_stops_the_run_and_is_named(place: Place):
     """Rank 1's third micro-batch of four is number 5 of eight. It would only come again: torchrun does not restart."""
-    lasting = [fault("before_forward", "nan", 8, nth=3, every=4, lasting=True)]
-    with place.start(2, lasting) as job:
+    with place.start(2, [fault("nan_sample", 9, nth=3)]) as job:
         assert job.wait() == EXIT_FAILED, job.output
         assert job.leftovers() == []
     ids = batches(place).micro_batch(8, 5).sample_ids

@@ -1,6 +1,7 @@
-"""The invariants: what must hold after a run with faults, whatever they were. Each answers pass, fail or unknown.
+"""The invariants: what must hold after a run with faults, whatever the faults were.
 
-Everything is held against the reference run: the same config, no faults.
+Each invariant answers pass, fail, unknown or undetected. Runs are compared with the reference run, which has the same
+config and no faults.
 """
 
 import math
@@ -11,7 +12,8 @@ from typing import Any, Literal
 
 from trainer.checkpoint import files as checkpoint
 from trainer.errors import EXIT_FINISHED, CheckpointError, TopropeError
-from trainer.faults.evidence import Attribution, Evidence, Firing, Reference, finished, reference_of
+from trainer.faults.attribution import Firing
+from trainer.faults.evidence import Evidence, Reference, reference_of
 from trainer.faults.fault import Fault
 from trainer.faults.plan import PlannedFault
 from trainer.log import goodput
@@ -21,23 +23,12 @@ from trainer.log.events import (
     CheckpointRejected,
     CheckpointSaved,
     Entry,
-    StepDone,
     Warned,
+    select,
 )
 from trainer.log.incidents import Incident
 
-__all__ = [
-    "INVARIANTS",
-    "Answer",
-    "Answers",
-    "Attribution",
-    "Evidence",
-    "Firing",
-    "Reference",
-    "check",
-    "measure",
-    "reference_of",
-]
+__all__ = ["INVARIANTS", "Answer", "Answers", "Evidence", "Reference", "check", "measure", "reference_of"]
 
 Answers = Literal["pass", "fail", "unknown", "undetected"]
 
@@ -65,10 +56,10 @@ KNOWN_FILES = {
     "timeline.svg",
 }
 BREAKING = {"worker_lost", "hung", "preempted", "checkpoint_rejected"}
-"""Incidents at which all workers start again. What damages a checkpoint kills its rank too."""
-UNTOLD_SECONDS = 60.0
-"""In each start of a job, before the first worker is there and after the last: torchrun's, on a machine that is shared,
-and of a rank that dies before it has written anything."""
+"""Incidents that make all workers start again. Damage to a checkpoint comes with the death of a rank."""
+UNLOGGED_SECONDS = 60.0
+"""Bound, for each start of a job, of the time that is in no log: torchrun's before the first worker and after the last,
+and that of ranks that die before they have written anything. The machine may be shared."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +73,7 @@ class Answer:
 def check(evidence: Evidence) -> list[Answer]:
     """An answer to each of INVARIANTS, in their order."""
     try:
-        _ = evidence.entries, evidence.firings
+        _ = evidence.entries, evidence.firings  # reads the log
     except TopropeError as error:
         return [Answer(name, "fail", f"the log cannot be read: {error}".splitlines()[0]) for name in INVARIANTS]
     return [
@@ -91,17 +82,17 @@ def check(evidence: Evidence) -> list[Answer]:
         _every_sample_once(evidence),
         _answer(KEPT, _lost_checkpoints(evidence)),
         _answer(CLEAN, [*evidence.leftovers, *(f"stray file {name}" for name in strays(evidence.run))]),
-        _about_attributions(evidence, DETECTED, _late_detections(evidence)),
-        _about_attributions(evidence, RECOVERED, _late_recoveries(evidence)),
-        _about_attributions(evidence, ATTRIBUTED, _misnamed(evidence)),
+        _answer_if_fired(evidence, DETECTED, _late_detections(evidence)),
+        _answer_if_fired(evidence, RECOVERED, _late_recoveries(evidence)),
+        _answer_if_fired(evidence, ATTRIBUTED, _wrong_attributions(evidence)),
         _answer(TIME, _time_problems(evidence)),
         _answer(STATUS, _status_problems(evidence)),
     ]
 
 
 def measure(evidence: Evidence) -> list[dict[str, Any]]:
-    """[{index, kind, victim, step, fired, detect_seconds, recover_seconds, detected_as, attributed_correctly}] of what
-    fired.
+    """For each fault that fired: {index, kind, victim, step, fired, detect_seconds, recover_seconds, detected_as,
+    attributed_correctly}. Times in seconds, `fired` in Unix seconds.
     """
     return [
         {
@@ -120,7 +111,7 @@ def measure(evidence: Evidence) -> list[dict[str, Any]]:
 
 
 def strays(run: Path) -> list[str]:
-    """Files in a run directory that no later reader has a use for."""
+    """Files that should not be left in a run directory: temporary and unknown ones."""
     if not run.is_dir():
         return []
     odd = [path for path in run.iterdir() if path.name not in KNOWN_FILES]
@@ -146,13 +137,14 @@ def _every_fault_fired(evidence: Evidence) -> Answer:
         return Answer(FIRED, "pass")
     warned = [entry.event.message for entry in evidence.entries if isinstance(entry.event, Warned)]
     said = list(dict.fromkeys([*(message for message in warned if "did not fire" in message), *evidence.notes]))
-    reasons = [next((one for one in said if _is_about(one, fault)), f"{fault} never fired") for fault in missing]
-    of_none = [one for one in said if not any(_is_about(one, fault) for fault in evidence.planned)]
-    return Answer(FIRED, "unknown", _joined([*reasons, *of_none]))
+    reasons = [next((text for text in said if _is_about(text, fault)), f"{fault} never fired") for fault in missing]
+    general = [text for text in said if not any(_is_about(text, fault) for fault in evidence.planned)]
+    return Answer(FIRED, "unknown", _joined([*reasons, *general]))
 
 
 def _is_about(reason: str, fault: PlannedFault) -> bool:
-    """Whether it says why this fault was not made; the fault's own words may be the beginning of another's."""
+    """True if a message says why this fault was not made."""
+    # The description of one fault may be the beginning of another's, so what follows it must match too.
     return any(f"{fault}{then}" in reason for then in (" did not fire", " cannot be made", ":"))
 
 
@@ -162,39 +154,34 @@ def _weights_and_state_equal(evidence: Evidence) -> Answer:
         return Answer(EQUAL, "unknown", "numerics.exact = false: sums depend on their order, so nothing can be equal")
     if reference.weights_sha256 is None:
         return Answer(EQUAL, "unknown", "the reference run did not finish")
-    end = finished(evidence.entries)
-    if end is None:
+    if evidence.history.finish is None:
         return Answer(EQUAL, "fail", "the run did not finish")
     silent = [firing for firing in evidence.firings if firing.fault.kind.silent]
-    differing = _differing(evidence)
-    if differing:
-        return Answer(EQUAL, "undetected" if silent else "fail", differing)
-    told = {incident.kind for incident in evidence.incidents}
-    why = f"{_joined([str(f) for f in silent])} left no trace by itself" if silent and not told else ""
+    difference = _difference(evidence)
+    if difference:
+        return Answer(EQUAL, "undetected" if silent else "fail", difference)
+    harmless = silent and not evidence.incidents
+    why = f"{_joined([str(firing) for firing in silent])} left no trace by itself" if harmless else ""
     return Answer(EQUAL, "pass", why)
 
 
-def _differing(evidence: Evidence) -> str:
-    """How the end, or a replay on the way there, differs; empty if it does not."""
+def _difference(evidence: Evidence) -> str:
+    """How the end, or a step that was computed again, differs; empty if nothing does."""
     reference = evidence.reference
-    for entry in evidence.entries:
-        end = entry.event
-        if isinstance(end, AttemptEnded) and end.status == "finished":
-            for what in ("weights_sha256", "state_sha256"):
-                if getattr(end, what) != getattr(reference, what):
-                    return f"{what} of rank {entry.rank} differs from the reference run's"
+    for entry, end in select(evidence.entries, AttemptEnded):
+        for name in ("weights_sha256", "state_sha256") if end.status == "finished" else ():
+            if getattr(end, name) != getattr(reference, name):
+                return f"{name} of rank {entry.rank} differs from the reference run's"
     seen: dict[int, str] = {}
-    for event in (entry.event for entry in evidence.entries):
-        if isinstance(event, StepDone):
-            result = repr((event.loss, event.grad_norm, event.samples))  # as text, since a NaN must equal itself
-            if seen.setdefault(event.step, result) != result:
-                return f"step {event.step} gave another result when it was computed again"
+    for _, event in evidence.history.steps:
+        result = repr((event.loss, event.grad_norm, event.samples))  # as text, since a NaN must equal itself
+        if seen.setdefault(event.step, result) != result:
+            return f"step {event.step} gave another result when it was computed again"
     return ""
 
 
 def _every_sample_once(evidence: Evidence) -> Answer:
-    done = evidence.history.committed
-    samples, reference = {step: event.samples for step, event in done.items()}, evidence.reference.samples
+    samples, reference = evidence.history.committed_samples, evidence.reference.samples
     if not reference:
         return Answer(SAMPLES, "unknown", "the reference run has no steps to compare with")
     wrong = [f"step {step} was computed from other samples" for step in samples if samples[step] != reference.get(step)]
@@ -216,13 +203,13 @@ def _lost_checkpoints(evidence: Evidence) -> list[str]:
     newest = sorted(logged | there, reverse=True)[: settings.keep_last]
     kept = {step for step in logged if settings.keep_every_steps and step % settings.keep_every_steps == 0}
     problems += [f"the checkpoint of step {step} is gone" for step in sorted({*newest, *kept} - there)]
-    if finished(evidence.entries) and evidence.config.budget.steps not in there:
+    if evidence.history.finish is not None and evidence.config.budget.steps not in there:
         problems.append(f"the run finished without a checkpoint of step {evidence.config.budget.steps}")
     return problems + _forgotten(evidence.entries)
 
 
 def _forgotten(entries: Iterable[Entry]) -> list[str]:
-    """Attempts that began before a checkpoint that had been committed and that nobody passed over."""
+    """Attempts that began before a checkpoint that was committed and that no attempt had rejected."""
     problems, durable = [], set[int]()
     for entry in entries:
         match entry.event:
@@ -237,14 +224,14 @@ def _forgotten(entries: Iterable[Entry]) -> list[str]:
     return problems
 
 
-def _about_attributions(evidence: Evidence, invariant: str, problems: list[str]) -> Answer:
+def _answer_if_fired(evidence: Evidence, invariant: str, problems: list[str]) -> Answer:
     if problems or evidence.firings:
         return _answer(invariant, problems)
     return Answer(invariant, "unknown", "no fault fired")
 
 
 def _patience(evidence: Evidence, firing: Firing) -> float:
-    """Seconds that the config lets pass before a rank is taken for hung."""
+    """Seconds without progress after which the config takes a rank for hung; 0 for a fault that is no hang."""
     if "hung" not in firing.fault.kind.expected_incidents:
         return 0.0
     settings = evidence.config.elastic
@@ -283,37 +270,33 @@ def _late_recoveries(evidence: Evidence) -> list[str]:
     return problems
 
 
-def _misnamed(evidence: Evidence) -> list[str]:
-    wrong = [
-        f"{attribution.firing}: {attribution.problem}"
-        for attribution in evidence.attributions
-        if attribution.correct is False
-    ]
+def _wrong_attributions(evidence: Evidence) -> list[str]:
+    wrong = [f"{found.firing}: {found.problem}" for found in evidence.attributions if found.correct is False]
     return wrong + [f"false alarm: {incident.text}" for incident in _false_alarms(evidence)]
 
 
 def _false_alarms(evidence: Evidence) -> list[Incident]:
-    """Incidents that nothing we did can have caused."""
+    """Incidents that none of the faults can have caused."""
     kinds = [firing.fault.kind for firing in evidence.firings]
     if any(kind.shows_anywhere for kind in kinds):
-        return []  # they may show in any way, in any attempt
-    told = {name for kind in kinds for name in kind.expected_incidents}
+        return []
+    expected = {name for kind in kinds for name in kind.expected_incidents}
     broken = {firing.attempt for firing in evidence.firings if _breaks(firing.fault.kind)}
     explained = [attribution.incident for attribution in evidence.attributions]
     caused = {(name, firing.attempt) for firing in evidence.firings for name in firing.fault.kind.may_cause}
-    secondary = ("worker_lost", "save_failed")  # what ends one rank breaks the others and the save under way
+    secondary = ("worker_lost", "save_failed")  # the death of one rank breaks the others and the save under way
     return [
         incident
         for incident in evidence.incidents
-        if not any(incident is one for one in explained)
+        if not any(incident is other for other in explained)
         and (incident.kind, incident.attempt) not in caused
-        and (incident.kind not in told or incident.kind in secondary)
+        and (incident.kind not in expected or incident.kind in secondary)
         and not (incident.kind in secondary and incident.attempt in broken)
     ]
 
 
 def _breaks(kind: Fault) -> bool:
-    """Whether it ends the attempt that it hits."""
+    """True if a kind ends the attempt that it hits."""
     return kind.exits != (EXIT_FINISHED,) or bool(BREAKING & {*kind.expected_incidents})
 
 
@@ -330,9 +313,9 @@ def _time_problems(evidence: Evidence) -> list[str]:
         return problems
     there = max(ended) - evidence.launches[0]["started"]
     if wall > there + 0.5:
-        problems.append(f"the log tells of {wall:.1f} s, which is longer than the job was there")
-    if wall < there - UNTOLD_SECONDS * len(evidence.launches):
-        problems.append(f"the log tells of {wall:.1f} s only, and the job was there for {there:.1f} s")
+        problems.append(f"the log covers {wall:.1f} s, which is longer than the job was there")
+    if wall < there - UNLOGGED_SECONDS * len(evidence.launches):
+        problems.append(f"the log covers {wall:.1f} s only, and the job was there for {there:.1f} s")
     return problems
 
 
@@ -347,7 +330,7 @@ def _status_problems(evidence: Evidence) -> list[str]:
             continue
         before = [firing.fault.kind for firing in evidence.firings if ended is None or firing.time <= ended]
         if status != EXIT_FINISHED and not any(status in kind.exits for kind in before):
-            problems.append(f"start {number + 1} left with {status}, which nothing that had fired explains")
+            problems.append(f"start {number + 1} left with {status}, which no fault that had fired explains")
     if not evidence.launches or evidence.launches[-1]["status"] != EXIT_FINISHED:
         problems.append("the last start did not leave with 0")
     return problems
