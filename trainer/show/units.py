@@ -4,7 +4,7 @@ Intervals are JSON objects {value, low, high}; each of the three may be None.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -27,41 +27,19 @@ def known(value: Any) -> str:
     return UNKNOWN if value is None else str(value)
 
 
-def scientific(value: float) -> str:
+def scientific(value: float | None) -> str:
     """3.2e12 as "3.2·10¹²"."""
+    if value is None:
+        return UNKNOWN
     digits, power = f"{value:.1e}".split("e")
     return f"{digits}·10{str(int(power)).translate(_SUPERSCRIPTS)}"
 
 
-def flops(value: float | None) -> str:
-    """3.2e12 as "3.2·10¹²"."""
-    return UNKNOWN if value is None else scientific(value)
-
-
-def flops_interval(interval: Mapping[str, Any]) -> str:
-    """ "3.2·10¹² (1.1·10¹² to 5.0·10¹²)"; without the brackets unless both ends are known."""
-    if interval["low"] is None or interval["high"] is None:
-        return flops(interval["value"])
-    return f"{flops(interval['value'])} ({flops(interval['low'])} to {flops(interval['high'])})"
-
-
 def ratio(value: float | None) -> str:
     """1.15 as "1.15×"."""
-    return UNKNOWN if value is None else f"{_ratio(value)}×"
-
-
-def _ratio(value: float) -> str:
-    return f"{value:.3g}" if value >= 10 or value < 0.1 else f"{value:.2f}"
-
-
-def ratio_interval(interval: Mapping[str, Any] | None) -> str:
-    """ "1.15× (1.08 to 1.22)"; without the brackets if no end is known."""
-    if interval is None or interval["value"] is None:
+    if value is None:
         return UNKNOWN
-    if interval["low"] is None and interval["high"] is None:
-        return ratio(interval["value"])
-    low, high = (UNKNOWN if interval[end] is None else _ratio(interval[end]) for end in ("low", "high"))
-    return f"{ratio(interval['value'])} ({low} to {high})"
+    return f"{value:.3g}×" if value >= 10 or value < 0.1 else f"{value:.2f}×"
 
 
 def loss(value: float | None, digits: int = 4) -> str:
@@ -69,12 +47,12 @@ def loss(value: float | None, digits: int = 4) -> str:
     return UNKNOWN if value is None else f"{value:.{digits}f}"
 
 
-def loss_interval(interval: Mapping[str, Any] | None, digits: int = 4) -> str:
-    """ "2.9132 (2.9051 to 2.9211)"; without the brackets if no end is known."""
-    if interval is None or interval["value"] is None:
+def interval(found: Mapping[str, Any] | None, number: Callable[..., str], *digits: int) -> str:
+    """ "1.15× (1.08 to 1.22)", numbers as the function `number` writes them; without brackets if no end is known."""
+    if found is None or found["value"] is None:
         return UNKNOWN
-    value, low, high = (loss(interval[key], digits) for key in ("value", "low", "high"))
-    return value if low == high == UNKNOWN else f"{value} ({low} to {high})"
+    value, low, high = (number(found[key], *digits) for key in ("value", "low", "high"))
+    return value if low == high == UNKNOWN else f"{value} ({low.rstrip('×')} to {high.rstrip('×')})"
 
 
 def mean_and_sd(noise: Mapping[str, Any]) -> str:
@@ -85,12 +63,6 @@ def mean_and_sd(noise: Mapping[str, Any]) -> str:
 def signed(value: float | None, digits: int = 4) -> str:
     """0.0031 as "+0.0031", -0.012 as "−0.0120"."""
     return UNKNOWN if value is None else f"{value:+.{digits}f}".replace("-", "−")
-
-
-def signed_interval(interval: Mapping[str, Any], digits: int = 4) -> str:
-    """ "+0.012 (−0.003 to +0.027)"; without the brackets if the lower end is not known."""
-    value, low, high = (signed(interval[key], digits) for key in ("value", "low", "high"))
-    return value if UNKNOWN in (value, low) else f"{value} ({low} to {high})"
 
 
 def amount(number: float | None) -> str:
@@ -161,6 +133,6 @@ def remedies(found: Sequence[Mapping[str, Any]]) -> str:
     return ", or ".join(
         f"{plural(remedy['seeds'], 'more seed')} at every rung"
         if remedy["what"] == "seeds"
-        else f"a further rung of {flops(remedy['flops'])} FLOPs with {plural(remedy['seeds'], 'seed')}"
+        else f"a further rung of {scientific(remedy['flops'])} FLOPs with {plural(remedy['seeds'], 'seed')}"
         for remedy in found
     )

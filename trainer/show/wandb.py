@@ -139,19 +139,14 @@ class WandbHelper:
             self._forget(self._last_words() if status else None)
 
     def _start(self, attempt: int) -> None:
-        package_root = Path(__file__).resolve().parents[2]
-        environ = {key: value for key, value in os.environ.items() if key != "WANDB_SERVICE"}
-        environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(package_root), environ.get("PYTHONPATH")]))
-        environ["WANDB_SILENT"] = "true"
-        environ.setdefault("WANDB_ERROR_REPORTING", "false")
         run = self._run.resolve()
         call = f"follow({str(run)!r}, {attempt}, {self.mode!r}, {self._close_timeout_seconds})"
+        command, environ = helper_command(f"from trainer.show.wandb import follow; {call}")
         try:
             (run / "wandb").mkdir(parents=True, exist_ok=True)  # without it, W&B would silently move to /tmp
             self._output = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the helper
             self._helper = subprocess.Popen(
-                # -P: a wandb.py in the working directory is not W&B.
-                [sys.executable, "-P", "-c", f"from trainer.show.wandb import follow; {call}"],
+                command,
                 stdin=subprocess.PIPE,
                 # Not our standard output: whoever reads that would wait for the helper too.
                 stdout=self._output,
@@ -184,6 +179,17 @@ class WandbHelper:
     def _read_output(self, size: int) -> str:
         # pread: the helper shares the file's offset.
         return "" if self._output is None else os.pread(self._output.fileno(), size, 0).decode(errors="replace")
+
+
+def helper_command(code: str) -> tuple[list[str], dict[str, str]]:
+    """Return (command, environment) of a Python process that talks to W&B."""
+    package_root = Path(__file__).resolve().parents[2]
+    environ = {key: value for key, value in os.environ.items() if key != "WANDB_SERVICE"}
+    environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(package_root), environ.get("PYTHONPATH")]))
+    environ["WANDB_SILENT"] = "true"
+    environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    # -P: a wandb.py in the working directory is not W&B.
+    return [sys.executable, "-P", "-c", code], environ
 
 
 def follow(run_directory: str, attempt: int, mode: str, finish_timeout_seconds: float) -> None:

@@ -3,16 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from trainer.ladder.report.drawing import (
-    arm_rows,
-    error_bar,
-    final,
-    hollow,
-    least_useful,
-    looks,
-    multiplier_axis,
-    reference_lines,
-)
+from trainer.ladder.report import drawing
 from trainer.ladder.report.estimates import Tree
 from trainer.show import units
 from trainer.show.figure import PAPER, SOFT, new_figure, shortened
@@ -41,7 +32,7 @@ def draw_predictions(tree: Tree) -> "Figure | None":
     figure = new_figure(9 if multipliers else 6.6, 0.34 * len(shown) + 1.6)
     grid = figure.subplots(1, panels, squeeze=False, sharey=True)[0]
     names = [(p["arm"], shortened(f"{p['arm']}, {p['rung']}", 30)) for p in shown]
-    arm_rows(grid[0], tree, names)
+    drawing.arm_rows(grid[0], tree, names)
     for number in range(1, len(shown)):
         if shown[number]["rung"] != shown[number - 1]["rung"]:
             grid[0].axhline(number - 0.5, color=SOFT, linewidth=0.8)
@@ -51,7 +42,7 @@ def draw_predictions(tree: Tree) -> "Figure | None":
         grid[1].grid(visible=False, axis="y")
         _draw_multipliers(grid[1], tree, [multipliers.get((p["rung"], p["arm"])) for p in shown])
     legend = [
-        Line2D([], [], color=SOFT, **hollow("D"), label="predicted from the smaller rungs"),
+        Line2D([], [], color=SOFT, **drawing.hollow("D"), label="predicted from the smaller rungs"),
         Line2D([], [], color=SOFT, marker="o", linestyle="", label="observed"),
     ]
     figure.legend(handles=legend, loc="outside lower center", ncols=3, fontsize=8.5)
@@ -64,10 +55,10 @@ def _draw_losses(axes: "Axes", tree: Tree, shown: Sequence[Tree]) -> None:
     axes.axvline(0, color=SOFT, linewidth=1.1)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     for y, prediction in enumerate(shown):
-        colour, _ = looks(tree)[prediction["arm"]]
+        colour, _ = drawing.looks(tree)[prediction["arm"]]
         # The prediction is 0 in every row, so that intervals of very different losses share an axis.
-        error_bar(axes, 0, y, prediction["predicted"], horizontal=True, color=colour, markersize=5.5, capsize=3,
-                  linewidth=1.3, alpha=0.75, **hollow("D"))  # fmt: skip
+        style: Any = {"color": colour, "markersize": 5.5, "capsize": 3, "linewidth": 1.3, "alpha": 0.75}
+        drawing.error_bar(axes, 0, y, prediction["predicted"], horizontal=True, **style, **drawing.hollow("D"))
         if prediction["error"] is not None:
             axes.plot([prediction["error"]], [y], color=colour, markersize=7, zorder=5, **FULL)
     axes.set_xlabel(f"loss minus its prediction ({units.SHORT_LOSS_UNITS[tree['unit']]})")
@@ -82,18 +73,18 @@ def _draw_multipliers(axes: "Axes", tree: Tree, rows: Sequence[Tree | None]) -> 
         if row is None:
             continue
         for interval, offset, style in (
-            (row["predicted"], -0.12, {"markersize": 5.5, "alpha": 0.75, **hollow("D")}),
+            (row["predicted"], -0.12, {"markersize": 5.5, "alpha": 0.75, **drawing.hollow("D")}),
             (row["measured"], 0.12, {"markersize": 6, **FULL}),
         ):
-            error_bar(axes, interval["value"], y + offset, interval, horizontal=True, color=looks(tree)[row["arm"]][0],
-                      capsize=2.5, linewidth=1.2, **style)  # fmt: skip
+            style |= {"color": drawing.looks(tree)[row["arm"]][0], "capsize": 2.5, "linewidth": 1.2}
+            drawing.error_bar(axes, interval["value"], y + offset, interval, horizontal=True, **style)
             values.append(interval["value"])
             ends += [interval[end] for end in ("low", "high") if interval[end] is not None]
     # Wide intervals are cut off at the axis' ends rather than squeezing all points together.
     low, high = min(values), max(values)
     room = max((high / low) ** 0.8, 1.2)
     axes.set_xlim(max(min(values + ends), low / room) / 1.03, min(max(values + ends), high * room) * 1.03)
-    multiplier_axis(axes.xaxis)
+    drawing.multiplier_axis(axes.xaxis)
     axes.set_xlabel("compute multiplier")
     axes.set_title("Multiplier")
 
@@ -102,7 +93,7 @@ def draw_cost(tree: Tree) -> "Figure | None":
     """Each arm's multiplier at the target in compute and in time; None if no time is known."""
     from matplotlib.lines import Line2D
 
-    verdicts = [final(tree, arm["name"]) for arm in tree["arms"]]
+    verdicts = [drawing.final(tree, arm["name"]) for arm in tree["arms"]]
     shown = [verdict for verdict in verdicts if verdict and verdict["multiplier"]["value"]]
     if not any(verdict.get("wall_clock", {}).get("value") for verdict in shown):
         return None
@@ -112,28 +103,29 @@ def draw_cost(tree: Tree) -> "Figure | None":
     for y, verdict in enumerate(shown):
         for key, offset, style in (
             ("multiplier", -0.14, {"markersize": 7, **FULL}),
-            ("wall_clock", 0.14, {"markersize": 6.5, **hollow("s")}),
+            ("wall_clock", 0.14, {"markersize": 6.5, **drawing.hollow("s")}),
         ):
             value = verdict[key]["value"]
             if value is not None:
                 values.append(value)
-                error_bar(axes, value, y + offset, verdict[key], horizontal=True, capsize=3, linewidth=1.3,
-                          color=looks(tree)[verdict["arm"]][0], **style)  # fmt: skip
+                style |= {"color": drawing.looks(tree)[verdict["arm"]][0], "capsize": 3, "linewidth": 1.3}
+                drawing.error_bar(axes, value, y + offset, verdict[key], horizontal=True, **style)
         slowdown = verdict.get("slowdown", {}).get("value")
         if slowdown is not None:
-            axes.annotate(f"a step takes {slowdown:.2f}×", (1.0, y), xytext=(6, 0), textcoords="offset points",
-                          xycoords=axes.get_yaxis_transform(), fontsize=8.5, va="center", color=SOFT)  # fmt: skip
+            # To the right of the axes: 1.0 of their width, 6 points on.
+            place: Any = {"xycoords": axes.get_yaxis_transform(), "xytext": (6, 0), "textcoords": "offset points"}
+            axes.annotate(f"a step takes {slowdown:.2f}×", (1.0, y), fontsize=8.5, va="center", color=SOFT, **place)
     axes.set_xscale("log")
     room = max((max(values) / min(values)) ** 0.6, 1.25)
     axes.set_xlim(min(values) / room, max(values) * room)
-    multiplier_axis(axes.xaxis)
-    reference_lines(tree, axes.axvline)
-    arm_rows(axes, tree, [(verdict["arm"], shortened(verdict["arm"], 30)) for verdict in shown])
+    drawing.multiplier_axis(axes.xaxis)
+    drawing.reference_lines(tree, axes.axvline)
+    drawing.arm_rows(axes, tree, [(verdict["arm"], shortened(verdict["arm"], 30)) for verdict in shown])
     axes.set_xlabel("multiplier at the target")
     legend = [
-        *least_useful(tree),
+        *drawing.least_useful(tree),
         Line2D([], [], color=SOFT, marker="o", label="in compute"),
-        Line2D([], [], color=SOFT, **hollow("s"), label="in time on this machine"),
+        Line2D([], [], color=SOFT, **drawing.hollow("s"), label="in time on this machine"),
     ]
     figure.legend(handles=legend, loc="outside lower center", ncols=3, fontsize=8.5)
     return figure

@@ -4,19 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from trainer.ladder.report.drawing import (
-    DASHED,
-    DOTTED,
-    compute_axis,
-    error_bar,
-    final,
-    floats,
-    hollow,
-    least_useful,
-    looks,
-    multiplier_axis,
-    reference_lines,
-)
+from trainer.ladder.report import drawing
 from trainer.ladder.report.estimates import Tree
 from trainer.show import units
 from trainer.show.figure import BAD, GOOD, GREY, PAPER, SOFT, UNSURE, new_figure, shortened
@@ -82,22 +70,25 @@ def _limits(tree: Tree, verdict: Tree) -> tuple[float, float]:
 
 def _draw_arm(axes: "Axes", tree: Tree, verdict: Tree, limits: tuple[float, float]) -> None:
     arm = verdict["arm"]
-    colour, mark = looks(tree)[arm]
-    compute_axis(axes, tree)
+    colour, mark = drawing.looks(tree)[arm]
+    drawing.compute_axis(axes, tree)
     axes.set_yscale("log")
     axes.set_ylim(*limits)
-    multiplier_axis(axes.yaxis)
-    reference_lines(tree, axes.axhline)
+    drawing.multiplier_axis(axes.yaxis)
+    drawing.reference_lines(tree, axes.axhline)
     line, target = tree["lines"].get(arm), tree["target"]
     if line is not None:
         _draw_line(axes, line, tree["rungs"][-1]["flops"], colour)
     for rung in filter(_known, verdict["rungs"]):
-        error_bar(axes, rung["flops"], rung["multiplier"]["value"], rung["multiplier"], marker=mark, color=colour,
-                  markersize=5.5, capsize=2.5, linewidth=1.2, markeredgecolor=PAPER, markeredgewidth=0.6,
-                  zorder=4)  # fmt: skip
+        style: Any = {"marker": mark, "markersize": 5.5, "markeredgecolor": PAPER, "markeredgewidth": 0.6, "zorder": 4}
+        value = rung["multiplier"]["value"]
+        drawing.error_bar(
+            axes, rung["flops"], value, rung["multiplier"], color=colour, capsize=2.5, linewidth=1.2, **style
+        )
     if verdict["multiplier"]["value"] is not None:
-        error_bar(axes, target["flops"], verdict["multiplier"]["value"], verdict["multiplier"], markersize=6,
-                  color=colour, linewidth=1.8, capsize=4, zorder=5, **hollow("D"))  # fmt: skip
+        style = {"markersize": 6, "linewidth": 1.8, "capsize": 4, "zorder": 5, **drawing.hollow("D")}
+        value = verdict["multiplier"]["value"]
+        drawing.error_bar(axes, target["flops"], value, verdict["multiplier"], color=colour, **style)
     for prediction in _measured_at_target(tree):
         if prediction["arm"] == arm:
             axes.plot([target["flops"]], [prediction["measured"]["value"]], marker="*", markersize=13, color=colour,
@@ -107,20 +98,21 @@ def _draw_arm(axes: "Axes", tree: Tree, verdict: Tree, limits: tuple[float, floa
         if rung["name"] not in known:
             axes.annotate("no pair", (rung["flops"], 0.02), xycoords=axes.get_xaxis_transform(), rotation=90,
                           ha="center", va="bottom", fontsize=7.5, color=SOFT)  # fmt: skip
-    decided = (final(tree, arm) or verdict)["decision"]
+    decided = (drawing.final(tree, arm) or verdict)["decision"]
     axes.set_title(shortened(arm, 24), color=colour if colour != GREY else SOFT)
     axes.set_title(f"{units.SIGNS[decided]} {decided}", loc="right", fontsize=9, color=DECISION_COLOURS[decided])
 
 
 def _draw_line(axes: "Axes", line: Tree, last_rung: float, colour: str) -> None:
     """The line and its band: solid up to the largest rung, dashed where it extrapolates."""
-    flops, value = line["flops"], floats(line["value"])
+    flops = line["flops"]
+    value, low, high, other = (drawing.floats(line[key]) for key in ("value", "low", "high", "other_floor"))
     known = sum(point <= last_rung * 1.001 for point in flops)
     beyond = slice(known - 1, None)
-    axes.fill_between(flops, floats(line["low"]), floats(line["high"]), color=colour, alpha=0.14, linewidth=0)
+    axes.fill_between(flops, low, high, color=colour, alpha=0.14, linewidth=0)
     axes.plot(flops[:known], value[:known], color=colour, linewidth=1.6)
-    axes.plot(flops[beyond], value[beyond], color=colour, linewidth=1.4, linestyle=DASHED)
-    axes.plot(flops[beyond], floats(line["other_floor"])[beyond], color=colour, linewidth=1.2, linestyle=OTHER_FLOOR)
+    axes.plot(flops[beyond], value[beyond], color=colour, linewidth=1.4, linestyle=drawing.DASHED)
+    axes.plot(flops[beyond], other[beyond], color=colour, linewidth=1.2, linestyle=OTHER_FLOOR)
 
 
 def _measured_at_target(tree: Tree) -> Sequence[Tree]:
@@ -134,10 +126,10 @@ def _legend(tree: Tree) -> list[Any]:
     percent = units.percent(1 - tree["criterion"]["level"])
     entries = [
         Line2D([], [], color=SOFT, marker="o", linewidth=1.2, label=f"measured, {percent} interval"),
-        Line2D([], [], color=SOFT, linestyle=DASHED, label="as a line, predicted", **hollow("D")),
+        Line2D([], [], color=SOFT, linestyle=drawing.DASHED, label="as a line, predicted", **drawing.hollow("D")),
         Line2D([], [], color=SOFT, linestyle=OTHER_FLOOR, label="if its loss levels off elsewhere"),
-        *least_useful(tree),
-        Line2D([], [], color=SOFT, linestyle=DOTTED, marker="|", linewidth=0, markersize=11, label="target"),
+        *drawing.least_useful(tree),
+        Line2D([], [], color=SOFT, linestyle=drawing.DOTTED, marker="|", linewidth=0, markersize=11, label="target"),
     ]
     if _measured_at_target(tree):
         star = Line2D([], [], color=SOFT, marker="*", markersize=11, linestyle="", label="measured at the target")

@@ -6,7 +6,6 @@ of its own that is ended when it takes too long, because a report does not wait 
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from trainer.ladder.report.drawing import final
 from trainer.ladder.report.estimates import Tree
 from trainer.ladder.report.pictures import Picture
 from trainer.show import units
-from trainer.show.wandb import open_run, wandb_mode
+from trainer.show.wandb import helper_command, open_run, wandb_mode
 
 TIMEOUT_SECONDS = 60.0
 """For W&B to take the whole message."""
@@ -73,8 +72,8 @@ def tables(tree: Tree) -> dict[str, dict[str, list[Any]]]:
         "verdicts": {
             "columns": ["arm", "decision", "at the target", "trend", "in time", "why"],
             "data": [
-                [verdict["arm"], verdict["decision"], units.ratio_interval(verdict["multiplier"]), verdict["trend"],
-                 units.ratio_interval(verdict.get("wall_clock")), verdict["why"]]
+                [verdict["arm"], verdict["decision"], units.interval(verdict["multiplier"], units.ratio),
+                 verdict["trend"], units.interval(verdict.get("wall_clock"), units.ratio), verdict["why"]]
                 for verdict in _verdicts(tree)
             ],
         },
@@ -103,13 +102,7 @@ def tables(tree: Tree) -> dict[str, dict[str, list[Any]]]:
 
 def _deliver(message: dict[str, Any]) -> str:
     """Send the message by a process of its own and return what went wrong, "" if nothing did."""
-    root = Path(__file__).resolve().parents[3]
-    environ = {key: value for key, value in os.environ.items() if key != "WANDB_SERVICE"}
-    environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), environ.get("PYTHONPATH")]))
-    environ["WANDB_SILENT"] = "true"
-    environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    # -P: a wandb.py in the working directory must not be taken for W&B.
-    command = [sys.executable, "-P", "-c", "from trainer.ladder.report.summary_run import relay; relay()"]
+    command, environ = helper_command("from trainer.ladder.report.summary_run import relay; relay()")
     try:
         done = subprocess.run(
             command, input=json.dumps(message), capture_output=True, text=True, timeout=TIMEOUT_SECONDS, env=environ,

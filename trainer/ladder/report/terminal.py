@@ -42,7 +42,7 @@ def _table(verdicts: list[Tree]) -> Any:
         name = verdict["decision"]
         table.add_row(
             Text(verdict["arm"]), Text(f"{units.SIGNS[name]} {name}", STYLES[name]),
-            units.ratio_interval(verdict["multiplier"]), units.ratio(verdict.get("wall_clock", {}).get("value")),
+            units.interval(verdict["multiplier"], units.ratio), units.ratio(verdict.get("wall_clock", {}).get("value")),
             units.TRENDS[verdict["trend"]], units.ratio(verdict.get("slowdown", {}).get("value")),
         )  # fmt: skip
     return table
@@ -72,17 +72,16 @@ def _lines(tree: Tree) -> Iterator[str]:
     fit, execution = tree["fit"], tree.get("course")
     if fit is not None:
         yield (
-            f"baseline: E {units.loss_interval(fit['E'], 3)}, α {units.loss_interval(fit['alpha'], 3)}, "
+            f"baseline: E {units.interval(fit['E'], units.loss, 3)}, α {units.interval(fit['alpha'], units.loss, 3)}, "
             f"seeds' sd {units.loss(fit['seed_sd'])}, lack of fit p {units.p_value(fit['lack_of_fit_p'])}"
         )
-    for prediction in tree["predictions"]:
-        if prediction["arm"] == BASELINE and prediction["predicted"] is not None:
-            known = prediction["observed"] is not None
-            observed = f"observed {units.loss(prediction['observed'])}" if known else "not run"
-            yield f"predicted for {prediction['rung']}: {units.loss_interval(prediction['predicted'])}, {observed}"
+    for guess in tree["predictions"]:
+        if guess["arm"] == BASELINE and guess["predicted"] is not None:
+            observed = "not run" if guess["observed"] is None else f"observed {units.loss(guess['observed'])}"
+            yield f"predicted for {guess['rung']}: {units.interval(guess['predicted'], units.loss)}, {observed}"
     counts = ", ".join(f"{number} {status}" for status, number in tree["counts"].items())
     hours = f" in {units.duration(execution['time']['busy_seconds'])}" if execution else ""
-    yield f"runs: {counts or 'none'}; {units.flops(tree['flops'] + tree['sweep_flops'])} FLOPs{hours}"
+    yield f"runs: {counts or 'none'}; {units.scientific(tree['flops'] + tree['sweep_flops'])} FLOPs{hours}"
     if execution and (faults := execution["survived"]["faults"]):
         yield "faults survived: " + ", ".join(
             f"{number['survived']} of {number['made']} {kind}" for kind, number in faults.items()
