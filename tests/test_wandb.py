@@ -163,7 +163,7 @@ def test_metrics_are_readable_back_from_the_offline_file(run: Run):
 
 
 def figures(rows: list[dict[str, Any]], name: str) -> list[Any]:
-    """What a chart of `name` over the step shows."""
+    """The points of a chart of `name` over the step."""
     return [(row["step"], row[name]) for row in rows if name in row]
 
 

@@ -87,8 +87,10 @@ def _steady(log: Iterable[Entry], jumps: list[float]) -> Iterator[Entry]:
     for entry in log:
         read = steady = entry.time + offset
         if read < last - CLOCK_SLACK_SECONDS:
+            # Set back. Time went on from the jump if it is known, else from the entry before.
             steady = max(last, jumps.pop(0)) if jumps else last
         elif jumps and read > jumps[0]:
+            # Set forward, if the entry lies beyond the end of what the process was doing when the clock jumped.
             latest = jumps.pop(0) + getattr(entry.event, "seconds", 0.0)
             steady = latest if read > latest + CLOCK_SLACK_SECONDS else read
         offset += steady - read
@@ -97,7 +99,7 @@ def _steady(log: Iterable[Entry], jumps: list[float]) -> Iterator[Entry]:
 
 
 def _ended_as(run: Path) -> dict[int, str | None]:
-    """How each attempt ended, as `inspect` says."""
+    """The end of each attempt, in the words of `inspect`."""
     try:
         return {attempt["attempt"]: attempt["ended"] for attempt in summary.summarise(run)["attempts"]}
     except RunDirectoryError:  # it has a log, but died before it wrote config.json

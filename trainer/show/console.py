@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a live line on a terminal, plain and rate-limited lines anywhere else.
+"""The display of a run that trains: a live line on a terminal, plain and rate-limited lines anywhere else.
 
 A subscriber to the event log: it only reads, and may neither slow training nor stop it.
 """
@@ -67,11 +67,7 @@ class Console:
     """
 
     def __init__(
-        self,
-        config: Config,
-        is_terminal: bool | None = None,
-        file: TextIO | None = None,
-        earlier: Iterable[Entry] = (),
+        self, config: Config, is_terminal: bool | None = None, file: TextIO | None = None, earlier: Iterable[Entry] = ()
     ) -> None:
         self._steps = config.budget.steps
         self._max_failures = config.checkpoint.max_failures
@@ -110,7 +106,7 @@ class Console:
         if self._first_step is None:
             self._first_step = (event.step, now)
         elif 0 <= now - self._printed_at < self._interval_seconds and event.step != self._steps:
-            return
+            return  # most steps end here, within a microsecond; a negative interval means that the clock was set back
         self._printed_at = now
         first_step, first_time = self._first_step
         # By the wall clock since this attempt's first step, so evaluations and checkpoints count.

@@ -228,7 +228,7 @@ def _turn(path: Path, timeout_seconds: float) -> Iterator[None]:
 
 
 def _arguments(run: Path, mode: str) -> dict[str, Any]:
-    """What the helper gives to `wandb.init` for a training run."""
+    """The arguments of `wandb.init` for a training run."""
     about = rundir.read(run)
     wishes = about["config"]["wandb"]
     return {
