@@ -1,4 +1,4 @@
-"""Campaigns: what is planned, how it is run, and that nothing of it is lost or left behind."""
+"""Campaigns: planning, running, and that no result is lost and nothing is left behind."""
 
 import itertools
 import json
@@ -126,12 +126,12 @@ def test_a_sample_of_pairs_is_drawn_by_its_seed_and_each_pair_can_be_planned():
     kinds = [kind for kind in KINDS.values() if NODES not in kind.needs]
     pairs = schedule.sample_pairs(kinds, 60, seed=1)
     assert pairs == schedule.sample_pairs(kinds, 60, seed=1) != schedule.sample_pairs(kinds, 60, seed=2)
-    assert len({frozenset((one.name, other.name)) for one, other in pairs}) == 60
+    assert len({frozenset((first.name, second.name)) for first, second in pairs}) == 60
     config = small(budget={"steps": 30}, checkpoint={"every_steps": 6})
-    for one, other in pairs:
+    for first, second in pairs:
         for ranks in (1, 2):
-            if ranks > 1 or not {one.name, other.name} & {"stopped", "skipped_collective"}:
-                faults = schedule.pair(one, other, config, ranks)
+            if ranks > 1 or not {first.name, second.name} & {"stopped", "skipped_collective"}:
+                faults = schedule.pair(first, second, config, ranks)
                 assert len(plan.make(configs.parse(config.model_dump() | {"faults": faults}), ranks)) == 2
 
 
@@ -342,14 +342,14 @@ def test_what_is_wrong_with_a_fault_is_said_with_the_rule(tmp_path):
         assert hint in said, (hint, said)
 
 
-def test_a_fault_of_a_node_says_of_which():
+def test_a_fault_of_a_node_names_the_node():
     faults = [{"kind": "node_killed", "at_step": 3, "node": node} for node in (0, -1)]
     assert [str(fault) for fault in plan.make(small(faults=[*faults, {"kind": "partition", "at_step": 4}]), 2)] == [
         "node_killed on node 0 at step 3", "node_killed on the last node at step 3", "partition at step 4",
     ]  # fmt: skip
 
 
-def test_a_runs_config_is_told_from_a_campaign():
+def test_a_runs_config_is_not_taken_for_a_campaign():
     for path in (SMOKE, ROOT / "configs" / "gpt_tiny_storm.toml"):
         assert problems(path).startswith(f"{path} is a run's config, not a campaign.")
 
@@ -767,10 +767,8 @@ def test_the_smoke_campaign_is_interrupted_and_gone_on_with_and_every_case_passe
     assert whole == results.read(out / "report.json") and whole.passed and not whole.interrupted
     assert whole.results[0] == partial.results[0], "what was done is not done again"
     assert [len(found.launches) for found in whole.results] == [1, 1, 1, 2, 2]
-    measured = [one for found in whole.results for one in found.measured]
-    assert [one["kind"] for one in measured if one["attributed_correctly"] is not True] == ["spike"], (
-        "which nobody need tell of"
-    )
+    measured = [fault for found in whole.results for fault in found.measured]
+    assert [fault["kind"] for fault in measured if fault["attributed_correctly"] is not True] == ["spike"]
     assert {answer.answer for found in whole.results for answer in found.answers} == {"pass"}
     assert "a rank hangs, a save is torn" in (out / "report.html").read_text()
     assert jobs_under(out) == []

@@ -110,12 +110,6 @@ def test_the_terminal_shows_the_matrix_without_colours(full: Report, width: int)
     assert f"weights_sha256{'ab' * 32}" in "".join(page.split())
 
 
-def test_every_kind_has_its_name_whole_on_80_columns():
-    lines = shown(empty(results=[result(kind, "undetected", nodes=2) for kind in KINDS]), width=80)
-    assert {line.split()[0] for line in lines if line.startswith("  ")} >= KINDS.keys()
-    assert max(map(len, lines)) <= 80
-
-
 def test_runs_that_failed_alike_share_a_line_and_repeats_are_numbered():
     found = [result("sigkill", "fail", "weights differ", repeat=n) for n in (1, 2)]
     page = "\n".join(shown(empty(results=[*found, result("exit", "fail", "weights differ")], interrupted=False)))
@@ -258,8 +252,8 @@ def test_the_matrix_becomes_a_png_and_nothing_else_is_left(full: Report, tmp_pat
 def follow(live: report.CampaignProgress, found: list[Result], wait: Callable[[], None] = lambda: None) -> None:
     with live:
         live.update([], "reference")
-        for number, one in enumerate(found):
-            live.update(found[:number], one.name)
+        for number, result in enumerate(found):
+            live.update(found[:number], result.name)
             wait()
         live.update(found, "")
 

@@ -1,4 +1,4 @@
-"""What is promised of running ladders: on real processes, in seconds."""
+"""Promises about running ladders, kept with real processes in seconds."""
 
 import dataclasses
 import json
@@ -70,10 +70,10 @@ def plan(home: Path, *parts: str, name: str = "ladder") -> Ladder:
 
 
 @pytest.fixture(scope="module")
-def calm(home, backend) -> tuple[Ladder, Path, LadderResult]:
+def reference(home, backend) -> tuple[Ladder, Path, LadderResult]:
     """A ladder without faults, and where its runs are."""
-    ladder = plan(home, PLAIN, ARM, name="calm")
-    out = home / "ladders" / "calm"
+    ladder = plan(home, PLAIN, ARM, name="reference")
+    out = home / "ladders" / "reference"
     return ladder, run.pool_of(out), run.run(ladder, out, backend=backend)
 
 
@@ -84,28 +84,28 @@ def run_results(ladder: Ladder, pool: Path) -> list[RunResult]:
 def hashed_results(ladder: Ladder, pool: Path) -> list[tuple[RunResult, str | None]]:
     """Results without their times, with the hash of the weights."""
     known = collect.collect_runs(ladder, pool)
-    hashes = {(one.arm, one.rung, one.seed): one.weights_sha256 for one in known}
+    hashes = {(collected.arm, collected.rung, collected.seed): collected.weights_sha256 for collected in known}
     return [
         (dataclasses.replace(result, seconds=None), hashes[result.arm, result.rung, result.seed])
         for result in run_results(ladder, pool)
     ]
 
 
-def test_every_run_finishes_and_is_what_the_plain_command_makes_of_its_config(calm, home):
-    ladder, pool, done = calm
+def test_every_run_finishes_and_is_what_the_plain_command_makes_of_its_config(reference, home):
+    ladder, pool, done = reference
     assert done.exit_status == EXIT_FINISHED
     assert [run.arm for run in done.status.runs] == [BASELINE, AA, "no qk-norm"] * 2
     planned = ladder.runs[1]
-    place = StoredRun(pool / planned.key)
-    trainer("train", place.config, "--run", home / "plain")
-    one, other = look(place.run), look(home / "plain")
+    stored = StoredRun(pool / planned.key)
+    trainer("train", stored.config, "--run", home / "plain")
+    made, plain = look(stored.run), look(home / "plain")
     for key in ("weights_sha256", "state_sha256", "train", "eval", "fingerprint"):
-        assert one[key] == other[key], key
-    assert one["weights_sha256"] is not None
+        assert made[key] == plain[key], key
+    assert made["weights_sha256"] is not None
 
 
-def test_points_are_what_the_logs_say(calm):
-    ladder, pool, _ = calm
+def test_points_are_what_the_logs_say(reference):
+    ladder, pool, _ = reference
     results = run_results(ladder, pool)
     assert len(results) == len(ladder.runs)
     for result, planned in zip(results, ladder.runs, strict=True):
@@ -119,8 +119,8 @@ def test_points_are_what_the_logs_say(calm):
     assert len(set(first.values())) == 3  # also of the A/A arm, whose weights were drawn anew
 
 
-def test_a_run_that_was_scored_on_another_text_is_missing_and_says_why(calm, home):
-    ladder, pool, _ = calm
+def test_a_run_that_was_scored_on_another_text_is_missing_and_says_why(reference, home):
+    ladder, pool, _ = reference
     copied = home / "rescored" / "pool"
     shutil.copytree(pool, copied)
     (log,) = events.events_directory(StoredRun(copied / ladder.runs[2].key).run).glob("*.jsonl")
@@ -128,14 +128,14 @@ def test_a_run_that_was_scored_on_another_text_is_missing_and_says_why(calm, hom
     assert digest is not None
     log.write_text(log.read_text().replace(digest, "f" * 64))
     found = collect.collect_runs(ladder, copied)
-    assert [one.status for one in found] == ["finished"] * 2 + ["missing"] + ["finished"] * 3
+    assert [collected.status for collected in found] == ["finished"] * 2 + ["missing"] + ["finished"] * 3
     assert "scored on another text" in found[2].reason
     assert len(run_results(ladder, copied)) == 5
 
 
-def test_a_finished_run_is_never_run_again_and_two_ladders_share_it(calm, home, backend):
-    ladder, pool, _ = calm
-    again = run.run(ladder, home / "ladders" / "calm", backend=backend)
+def test_a_finished_run_is_never_run_again_and_two_ladders_share_it(reference, home, backend):
+    ladder, pool, _ = reference
+    again = run.run(ladder, home / "ladders" / "reference", backend=backend)
     assert (again.started, again.exit_status) == (0, EXIT_FINISHED)
     wider = plan(home, PLAIN, ARM, WILD, name="wider")
     done = run.run(wider, home / "ladders" / "wider", backend=backend)
@@ -143,15 +143,15 @@ def test_a_finished_run_is_never_run_again_and_two_ladders_share_it(calm, home, 
     assert done.exit_status == EXIT_FAILED
     assert set(done.missing) == {"s wild seed 0", "m wild seed 0"}
     assert all("not finite" in why for why in done.missing.values())
-    assert hashed_results(ladder, pool) == [one for one in hashed_results(wider, pool) if one[0].arm != "wild"]
+    assert hashed_results(ladder, pool) == [pair for pair in hashed_results(wider, pool) if pair[0].arm != "wild"]
     wild = [result for result in run_results(wider, pool) if result.arm == "wild"]
     assert [result.loss != result.loss for result in wild] == [True, True]
     assert [result.seconds for result in wild] == [None, None]
 
 
-def test_small_rungs_can_be_run_alone_and_the_rest_later(calm, home, backend):
-    ladder, _, _ = calm
-    out = home / "parts" / "calm"
+def test_small_rungs_can_be_run_alone_and_the_rest_later(reference, home, backend):
+    ladder, _, _ = reference
+    out = home / "parts" / "reference"
     refused = verb("run", ladder.path, "--out", out, "--up-to", "l").exception
     assert isinstance(refused, ConfigError)
     assert "there is no rung 'l'" in str(refused)
@@ -162,31 +162,35 @@ def test_small_rungs_can_be_run_alone_and_the_rest_later(calm, home, backend):
     assert len((preregistration.read(out) or {})["runs"]) == 6  # what is planned is the whole
     whole = run.run(ladder, out, backend=backend)
     assert (whole.started, whole.exit_status) == (3, EXIT_FINISHED)
-    assert hashed_results(ladder, run.pool_of(out)) == hashed_results(*calm[:2])
+    assert hashed_results(ladder, run.pool_of(out)) == hashed_results(*reference[:2])
 
 
-def test_a_storm_leaves_every_run_with_the_bits_of_the_calm_ladder(calm, home, backend):
-    ladder, pool, _ = calm
+def test_a_storm_leaves_every_run_with_the_bits_of_the_undisturbed_ladder(reference, home, backend):
+    ladder, pool, _ = reference
     storm = plan(home, PLAIN, ARM, STORM, name="storm")
     out = home / "stormy" / "storm"
     done = run.run(storm, out, backend=backend)
     assert done.exit_status == EXIT_FINISHED, done.missing
     assert hashed_results(storm, run.pool_of(out)) == hashed_results(ladder, pool)
-    stormy, quiet = reported(storm, out), reported(ladder, home / "ladders" / "calm")
+    stormy, quiet = reported(storm, out), reported(ladder, home / "ladders" / "reference")
     assert {key for key in quiet if stormy[key] != quiet[key]} == {"name", "file"}
     seen = collect.collect_runs(storm, run.pool_of(out))
-    assert [sorted({fault["kind"] for fault in one.faults}) for one in seen] == [
-        ["sigkill", "torn_save"] if one.rung == "s" else ["exit", "sigkill"] for one in seen
+    assert [sorted({fault["kind"] for fault in collected.faults}) for collected in seen] == [
+        ["sigkill", "torn_save"] if collected.rung == "s" else ["exit", "sigkill"] for collected in seen
     ]
-    assert all(one.attempts > 1 and one.replayed > 0 for one in seen)
-    told = [incident["kind"] for incident in look(StoredRun(run.pool_of(out) / storm.runs[0].key).run)["incidents"]]
-    assert "worker_lost" in told  # the run's own log says why it was started again
+    assert all(collected.attempts > 1 and collected.replayed > 0 for collected in seen)
+    incidents = [
+        incident["kind"] for incident in look(StoredRun(run.pool_of(out) / storm.runs[0].key).run)["incidents"]
+    ]
+    assert "worker_lost" in incidents  # the run's own log says why it was started again
 
 
 @pytest.mark.timeout(300)
-def test_a_ladder_killed_at_random_five_times_gives_the_report_of_one_that_was_not_byte_for_byte(calm, home, backend):
+def test_a_ladder_killed_at_random_five_times_gives_the_report_of_one_that_was_not_byte_for_byte(
+    reference, home, backend
+):
     ladder = plan(home, PLAIN, ARM, '[[rungs]]\nname = "l"\nwidth = 64\nn_layers = 2\n', name="three")
-    whole = home / "ladders" / "three"  # beside the calm one, which has two of its rungs
+    whole = home / "ladders" / "three"  # beside the reference ladder, which has two of its rungs
     assert run.run(ladder, whole, backend=backend).started == 3
     assert reported(ladder, whole)["fit"] is not None
     out, rng = home / "killed" / "three", random.Random(1)
@@ -203,7 +207,7 @@ def test_a_ladder_killed_at_random_five_times_gives_the_report_of_one_that_was_n
     assert done.exit_status == EXIT_FINISHED, done.missing
     assert hashed_results(ladder, killed) == hashed_results(ladder, run.pool_of(whole))
     assert json.dumps(reported(ladder, out)) == json.dumps(reported(ladder, whole))
-    assert sum(one.attempts for one in collect.collect_runs(ladder, killed)) > len(ladder.runs)
+    assert sum(collected.attempts for collected in collect.collect_runs(ladder, killed)) > len(ladder.runs)
 
 
 def reported(ladder: Ladder, out: Path) -> dict[str, Any]:
@@ -211,9 +215,9 @@ def reported(ladder: Ladder, out: Path) -> dict[str, Any]:
     return report.without_execution(report.build_report(report.collect_ladder(ladder, out)))
 
 
-def test_the_report_of_a_real_ladder_lies_beside_its_record_and_knows_its_runs(calm, home):
-    ladder, _, _ = calm
-    out = home / "ladders" / "calm"
+def test_the_report_of_a_real_ladder_lies_beside_its_record_and_knows_its_runs(reference, home):
+    ladder, _, _ = reference
+    out = home / "ladders" / "reference"
     done = verb("report", ladder.path, "--out", out)
     assert done.exit_code == EXIT_FINISHED, done.output
     assert "2 rungs, and a curve of 3 parameters needs 3" in " ".join(done.output.split())
@@ -221,7 +225,7 @@ def test_the_report_of_a_real_ladder_lies_beside_its_record_and_knows_its_runs(c
     assert report.without_execution(tree) == reported(ladder, out)
     assert tree["counts"] == {"finished": 6}
     assert (len(tree["noise"]), len(tree["differences"])) == (6, 4)
-    assert [one["attempts"] for one in tree["course"]["runs"]] == [1] * 6
+    assert [row["attempts"] for row in tree["course"]["runs"]] == [1] * 6
     assert tree["course"]["criterion_history"][0]["finished_runs"] == 0
     assert str(home) not in (out / "report.html").read_text()
     assert (out / "loss.png").exists()
@@ -274,14 +278,14 @@ def test_a_run_that_cannot_start_is_given_up_with_its_reason_and_tried_once_more
     assert set(done.missing) == {"s A/A seed 0", "m A/A seed 0"}
     assert all("is not valid TOML" in why for why in done.missing.values())
     assert (done.status.count("finished"), done.started) == (2, 4)
-    assert [one.arm for one in run_results(ladder, run.pool_of(out))] == [BASELINE, BASELINE]
-    mended = run.run(ladder, out, backend=backend)
-    assert (mended.exit_status, mended.started) == (EXIT_FINISHED, 2)
+    assert [collected.arm for collected in run_results(ladder, run.pool_of(out))] == [BASELINE, BASELINE]
+    repaired = run.run(ladder, out, backend=backend)
+    assert (repaired.exit_status, repaired.started) == (EXIT_FINISHED, 2)
 
 
 def test_a_run_that_dies_again_and_again_without_coming_further_is_given_up(home, backend):
     """Each start dies before the first checkpoint, and no fault of the plan explains it."""
-    one = PLAIN.replace("[0]", "[4]\naa = false\nrestarts = 2").replace(RUNGS, RUNGS[: RUNGS.index("[[rungs]]", 1)])
+    text = PLAIN.replace("[0]", "[4]\naa = false\nrestarts = 2").replace(RUNGS, RUNGS[: RUNGS.index("[[rungs]]", 1)])
 
     class Deadly(Backend):
         def start(self, task: Task) -> Process:
@@ -289,15 +293,15 @@ def test_a_run_that_dies_again_and_again_without_coming_further_is_given_up(home
             process.kill()
             return process
 
-    done = run.run(plan(home, one, name="deadly"), home / "deadly" / "deadly", backend=Deadly())
+    done = run.run(plan(home, text, name="deadly"), home / "deadly" / "deadly", backend=Deadly())
     (why,) = done.missing.values()
     assert why.startswith("It was ended by SIGKILL, 3 times in a row without progress.")
     assert done.started == 3
 
 
-def test_a_sweep_decides_the_rate_of_the_runs_that_follow_and_the_edge_is_told(home, backend):
-    one = PLAIN.replace("[0]", "[0]\naa = false")
-    ladder = plan(home, one, "[tuning]\nrates = [0.001, 0.3, 1.0]\nseed = 9\n", name="tuned")
+def test_a_sweep_decides_the_rate_of_the_runs_that_follow_and_an_edge_is_reported(home, backend):
+    text = PLAIN.replace("[0]", "[0]\naa = false")
+    ladder = plan(home, text, "[tuning]\nrates = [0.001, 0.3, 1.0]\nseed = 9\n", name="tuned")
     out = home / "tuned" / "tuned"
     assert tuning.final(ladder, run.pool_of(out)) == []
     done = run.run(ladder, out, backend=backend)
@@ -315,8 +319,8 @@ def test_a_sweep_decides_the_rate_of_the_runs_that_follow_and_the_edge_is_told(h
     assert len(run_results(ladder, run.pool_of(out))) == 2
 
 
-def test_runs_of_two_ranks_are_torchrun_s_and_end_with_the_same_bits(calm, home, backend):
-    _, pool, _ = calm
+def test_runs_of_two_ranks_are_torchrun_s_and_end_with_the_same_bits(reference, home, backend):
+    _, pool, _ = reference
     small = PLAIN.replace(RUNGS, RUNGS[: RUNGS.index("[[rungs]]", 1)])
     small = small.replace("slots = 2", "slots = 1\nranks = 2\naa = false")
     fault = '[[faults]]\nkind = "sigkill"\nrank = 1\nat_step = 8\n'
@@ -324,10 +328,10 @@ def test_runs_of_two_ranks_are_torchrun_s_and_end_with_the_same_bits(calm, home,
     out = home / "pairs" / "pairs"
     done = run.run(ladder, out, backend=backend)
     assert done.exit_status == EXIT_FINISHED, done.missing
-    (one,) = collect.collect_runs(ladder, run.pool_of(out))
-    assert one.key == next(iter(calm[0].runs)).key
-    assert one.weights_sha256 == look(pool / one.key / "run")["weights_sha256"]
-    assert (one.machine or ("", "", 0))[2] == 2
+    (collected,) = collect.collect_runs(ladder, run.pool_of(out))
+    assert collected.key == next(iter(reference[0].runs)).key
+    assert collected.weights_sha256 == look(pool / collected.key / "run")["weights_sha256"]
+    assert (collected.machine or ("", "", 0))[2] == 2
 
 
 def test_gpus_are_shared_out_among_slots_and_each_run_sees_its_own(home, monkeypatch):
@@ -345,15 +349,15 @@ def test_gpus_are_shared_out_among_slots_and_each_run_sees_its_own(home, monkeyp
     assert speed.devices_of(alone, 1) == {}
 
 
-def test_an_edited_file_is_told_and_a_criterion_changed_after_the_fact_is_recorded(calm, home):
-    ladder, pool, _ = calm
-    out = home / "ladders" / "calm"
+def test_an_edited_file_is_reported_and_a_criterion_changed_after_the_fact_is_recorded(reference, home):
+    ladder, pool, _ = reference
+    out = home / "ladders" / "reference"
     assert preregistration.compare(ladder, out, pool).lines == []
-    text = (home / "calm.toml").read_text().replace('name = "m"\nwidth = 24', 'name = "m"\nwidth = 48')
+    text = (home / "reference.toml").read_text().replace('name = "m"\nwidth = 24', 'name = "m"\nwidth = 48')
     elsewhere = home / "edited"
     elsewhere.mkdir()
     (elsewhere / "tiny.toml").write_text((home / "tiny.toml").read_text())
-    changed = load.load(write(elsewhere, text + "[criterion]\nmin_gain = 1.1\n", "calm"))
+    changed = load.load(write(elsewhere, text + "[criterion]\nmin_gain = 1.1\n", "reference"))
     edits = preregistration.compare(changed, out, pool)
     assert edits.lines == ["criterion.min_gain: 1.02 → 1.1", "rungs.m.width: 24 → 48"]
     assert (edits.kept, edits.dropped) == (3, 3)
@@ -363,7 +367,7 @@ def test_an_edited_file_is_told_and_a_criterion_changed_after_the_fact_is_record
     assert [entry["criterion"]["min_gain"] for entry in history] == [1.02, 1.1]
     assert [entry["finished_runs"] for entry in history] == [0, 6]
     preregistration.write(ladder, out, pool)
-    with pytest.raises(RunDirectoryError, match="belongs to ladder 'calm'"):
+    with pytest.raises(RunDirectoryError, match="belongs to ladder 'reference'"):
         preregistration.compare(plan(home, PLAIN, name="other"), out, pool)
 
 
@@ -372,7 +376,7 @@ def test_a_plan_measures_a_few_steps_and_starts_nothing_else(home, backend, tmp_
     found = json.loads(verb("plan", path, "--out", tmp_path / "planned", "--json").stdout)
     assert (len(found["runs"]), found["measured"]) == (6, "6 steps of s and m, now")
     assert 0 < found["hours"] == pytest.approx(found["hours_left"])
-    assert found["flops"] == pytest.approx(sum(one["flops"] for one in found["runs"]))
+    assert found["flops"] == pytest.approx(sum(row["flops"] for row in found["runs"]))
     assert not (tmp_path / "pool").exists()
     status = json.loads(verb("status", path, "--out", tmp_path / "planned", "--json").stdout)
     assert status["counts"] == {"finished": 0, "running": 0, "stopped": 0, "waiting": 6, "missing": 0}
@@ -404,11 +408,11 @@ def test_a_baseline_that_fails_is_refused_before_any_run(home, backend, tmp_path
     assert not (tmp_path / "pool").exists()
 
 
-def test_plan_and_status_show_a_person_sizes_and_a_matrix(calm, home, backend):
-    shown = verb("plan", home / "calm.toml", "--out", home / "ladders" / "calm").stdout
+def test_plan_and_status_show_a_person_sizes_and_a_matrix(reference, home, backend):
+    shown = verb("plan", home / "reference.toml", "--out", home / "ladders" / "reference").stdout
     for part in ("no qk-norm", "16 × 1", "8.19k", "6 runs, 6 of them finished", "1.02× compute at"):
         assert part in shown, shown
-    stands = verb("status", home / "calm.toml", "--out", home / "ladders" / "calm").stdout
+    stands = verb("status", home / "reference.toml", "--out", home / "ladders" / "reference").stdout
     assert "100% of" in stands
     assert "6 finished" in stands
 
@@ -421,9 +425,9 @@ def test_a_wrong_ladder_leaves_with_2_and_makes_nothing(home, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_time_left_is_that_of_the_runs_left_at_the_speed_measured(calm):
-    ladder, _, _ = calm
-    first, *rest = [one for one in ladder.runs if one.rung == "s"]
+def test_time_left_is_that_of_the_runs_left_at_the_speed_measured(reference):
+    ladder, _, _ = reference
+    first, *rest = [planned for planned in ladder.runs if planned.rung == "s"]
     steps = first.config.budget.steps
     states = {first.key: RunState("finished", steps, "", 0.5, 2.0), rest[0].key: RunState("running", steps // 2)}
     status = LadderStatus([first, *rest], states, 2)

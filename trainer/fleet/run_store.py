@@ -10,11 +10,11 @@
 The files are the only state: a scheduler may be killed at any time, and the next one reads where it stopped.
 """
 
+import contextlib
 import fcntl
 import json
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -50,31 +50,15 @@ class RunState:
     """Sum over all held-out sets; None where none has been scored lately."""
 
 
-@dataclass(frozen=True)
 class StoredRun:
-    """Directory of one run in the store."""
+    """Directory of one run in the store, and the files in it."""
 
-    directory: Path
-
-    @property
-    def config(self) -> Path:
-        return self.directory / "config.toml"
-
-    @property
-    def run(self) -> Path:
-        return self.directory / "run"
-
-    @property
-    def log(self) -> Path:
-        return self.directory / "log.txt"
-
-    @property
-    def failures(self) -> Path:
-        return self.directory / "failures.json"
-
-    @property
-    def failed(self) -> Path:
-        return self.directory / "failed.json"
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.config, self.run = directory / "config.toml", directory / "run"
+        self.log, self.failures, self.failed = (
+            directory / name for name in ("log.txt", "failures.json", "failed.json")
+        )
 
     def claim(self) -> FileLock | None:
         """Lock the run for this scheduler, until the lock is released; None if another scheduler holds it."""
@@ -119,17 +103,15 @@ class StoredRun:
         log = _LogTails(self.run)
         if log.finished:
             return RunState("finished", steps, "", *log.speeds)
+        status: RunStatus = "stopped" if log.tails else "waiting"
+        reason = ""
         if is_held(self.directory / "lock") or is_held(self.run / "lock"):
-            return RunState("running", log.newest_step, "", *log.speeds)
-        if self.failed.exists():
-            return RunState("missing", log.newest_step, self._read_reason(), *log.speeds)
-        return RunState("stopped" if log.tails else "waiting", log.newest_step, "", *log.speeds)
-
-    def _read_reason(self) -> str:
-        try:
-            return str(json.loads(self.failed.read_text(encoding="utf-8"))["reason"])
-        except (OSError, ValueError, KeyError):
-            return "unknown"
+            status = "running"
+        elif self.failed.exists():
+            status, reason = "missing", "unknown"
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                reason = str(json.loads(self.failed.read_text(encoding="utf-8"))["reason"])
+        return RunState(status, log.newest_step, reason, *log.speeds)
 
 
 def hold(path: Path) -> FileLock | None:
@@ -196,12 +178,8 @@ def _tail(path: Path) -> list[dict[str, Any]]:
             lines = file.read().split(b"\n")
     except OSError:
         return []
-    return list(_decode(lines[1 if start else 0 : -1]))
-
-
-def _decode(lines: list[bytes]) -> Iterator[dict[str, Any]]:
-    for line in lines:
-        try:
-            yield json.loads(line)
-        except ValueError:
-            continue
+    records = []
+    for line in lines[1 if start else 0 : -1]:
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return records

@@ -5,6 +5,7 @@ A campaign supervises one job at a time (`running`), a ladder many runs (`Superv
 
 import contextlib
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ FINAL = (f"{NumericsError.__name__}: ", f"{CheckpointError.__name__}: ")
 """Errors that the next start would meet again; torchrun reports them in its output alone."""
 IN_USE = "is in use by"
 POLL_SECONDS = 0.02
+LEAVING_SECONDS = 10.0
 
 
 # Signals
@@ -55,6 +57,26 @@ def deferred_signals() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def ended_processes() -> Iterator[list[Process]]:
+    """Yields a list for processes: those still there when the context is left save and leave, or are killed."""
+    processes: list[Process] = []
+    try:
+        yield processes
+    finally:
+        living = [process for process in processes if process.poll() is None]
+        try:
+            for process in living:
+                process.send_signal(signal.SIGTERM)
+            for process in living:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(LEAVING_SECONDS)
+        finally:  # a second signal does not wait
+            for process in living:
+                process.kill()
+                process.wait()
 
 
 # One job

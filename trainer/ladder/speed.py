@@ -1,29 +1,29 @@
 """Duration of runs on this machine, by what was measured on it; slots for runs, and their devices."""
 
-import contextlib
 import math
 import os
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
 from trainer.config import Config
 from trainer.errors import UsageError
 from trainer.fleet import supervision
-from trainer.fleet.backend import Backend, Process, Task
+from trainer.fleet.backend import Backend, Task
 from trainer.fleet.run_store import RunState, StoredRun
 from trainer.ladder.plan.ladder import Ladder, PlannedRun
 
-LEAVING_SECONDS = 10.0
 PROBE_STEPS = 6  # the first pays for what is done once; the median does not see it
+PROBE_SETTINGS: dict[str, dict[str, Any]] = {
+    "budget": {"steps": PROBE_STEPS}, "optim": {"warmup_steps": 0}, "checkpoint": {"every_steps": 0},
+    "eval": {"every_steps": 0}, "wandb": {"mode": "disabled"},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,7 @@ class Speed:
         return Speed(_scale_earlier(self.steps, earlier.steps), _scale_earlier(self.evals, earlier.evals))
 
     def to_json(self) -> dict[str, dict[str, float]]:
-        return {
-            name: {str(size): seconds for size, seconds in getattr(self, name).items()} for name in ("steps", "evals")
-        }
+        return {name: {str(size): s for size, s in getattr(self, name).items()} for name in ("steps", "evals")}
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Mapping[str, float]]) -> Self:
@@ -120,21 +118,13 @@ def probe(ladder: Ladder, slots: int, backend: Backend) -> Speed:
 
 
 def _short(run: PlannedRun) -> PlannedRun:
-    config = run.config
-    update = {
-        "budget": config.budget.model_copy(update={"steps": PROBE_STEPS}),
-        "optim": config.optim.model_copy(update={"warmup_steps": 0}),
-        "checkpoint": config.checkpoint.model_copy(update={"every_steps": 0}),
-        "eval": config.eval.model_copy(update={"every_steps": 0}),
-        "wandb": config.wandb.model_copy(update={"mode": "disabled"}),
-        "faults": (),
-    }
-    return replace(run, config=config.model_copy(update=update))
+    sections = {name: getattr(run.config, name).model_copy(update=keys) for name, keys in PROBE_SETTINGS.items()}
+    return replace(run, config=run.config.model_copy(update={**sections, "faults": ()}))
 
 
 def _timed(ladder: Ladder, run: PlannedRun, directory: Path, slots: int, backend: Backend) -> RunState:
     copies = [StoredRun(directory / f"{run.key}-{slot}") for slot in range(slots)]
-    with _stopped_on_error() as processes:
+    with supervision.ended_processes() as processes:
         for slot, stored in enumerate(copies):
             stored.directory.mkdir(parents=True)
             stored.prepare(run.config, run.name)
@@ -147,26 +137,6 @@ def _timed(ladder: Ladder, run: PlannedRun, directory: Path, slots: int, backend
         if status and supervision.is_final(status, words):
             raise UsageError(f"{run.rung}: the baseline fails in its first {PROBE_STEPS} steps.\n{words}")
     return copies[0].read_state(PROBE_STEPS)
-
-
-@contextlib.contextmanager
-def _stopped_on_error() -> Iterator[list[Process]]:
-    """Yields a list for processes. If an exception leaves the context, they save and leave, or are killed."""
-    processes: list[Process] = []
-    try:
-        yield processes
-    except BaseException:
-        try:
-            for process in processes:
-                process.send_signal(signal.SIGTERM)
-            for process in processes:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(LEAVING_SECONDS)
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-        raise
 
 
 def slots_of(ladder: Ladder) -> int:
