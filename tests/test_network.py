@@ -132,9 +132,8 @@ def test_hosts_see_each_other_and_not_the_machine_nor_it_them():
 
 
 def test_a_link_that_is_down_loses_all_until_it_is_up(pair):
-    pair.down(1)
-    assert ask(pair, 1, 0, limit=1.0) in ("TimeoutError", "OSError")
-    pair.up(1)
+    with pair.down(1):
+        assert ask(pair, 1, 0, limit=1.0) in ("TimeoutError", "OSError")
     assert isinstance(ask(pair, 1, 0), float)
 
 
@@ -149,9 +148,8 @@ def test_one_way_loss_loses_what_a_host_sends_and_nothing_else(hosts):
                 python(hosts, host, TELL, hosts.address(1 - host), word).communicate(timeout=20)
 
         tell("before")  # they know each other's link addresses from here on
-        hosts.drop_outgoing(1)
-        tell("during")
-        hosts.restore_outgoing(1)
+        with hosts.dropping(1):
+            tell("during")
         tell("after")
         heard = [[output.readline().strip() for _ in range(2 + host)] for host, output in enumerate(outputs) if output]
         assert heard == [["before", "after"], ["before", "during", "after"]]
@@ -165,13 +163,12 @@ def test_one_way_loss_loses_what_a_host_sends_and_nothing_else(hosts):
 def test_a_slow_link_is_slow_until_it_is_restored_even_while_it_also_loses_all(pair):
     """A megabyte each way through 20 megabit a second takes 0.4 s at least, if both ways overlap wholly."""
     fast = ask(pair, 1, 0, 10**6)
-    pair.slow(1, 20)
-    slow = ask(pair, 1, 0, 10**6, limit=20)
-    assert isinstance(slow, float) and slow > 0.35, (fast, slow)
-    pair.drop_outgoing(1)
-    pair.restore_speed(1)
-    assert ask(pair, 1, 0, limit=0.5) == "TimeoutError", "what is restored is the speed alone"
-    pair.restore_outgoing(1)
+    with contextlib.ExitStack() as dropping:
+        with pair.slow(1, 20):
+            slow = ask(pair, 1, 0, 10**6, limit=20)
+            assert isinstance(slow, float) and slow > 0.35, (fast, slow)
+            dropping.enter_context(pair.dropping(1))
+        assert ask(pair, 1, 0, limit=0.5) == "TimeoutError", "what is restored is the speed alone"
     restored = ask(pair, 1, 0, 10**6)
     assert isinstance(restored, float) and restored < 0.35, (fast, slow, restored)
 
@@ -188,7 +185,7 @@ def test_nothing_is_left_of_hosts_whose_making_fails_or_whose_use_raises(monkeyp
         fail_inside()
     assert len(inside) == 3 and not held(inside) and of_the_machine() == before
     with pytest.raises(OSError, match="closed"):
-        hosts.up(0)
+        hosts.command(0)
     hold = Hosts._hold
     monkeypatch.setattr(Hosts, "_hold", lambda self: (hold(self), inside.update(namespaces(self)))[0])
     monkeypatch.setattr(network, "INTERFACE", "a name too long for a link")

@@ -37,11 +37,8 @@ class Partition(NetworkFault):
 
     def fire_from_outside(self, planned: "PlannedFault", outside: "Outside", victims: Mapping[int, int]) -> None:
         hosts, host = outside.last_host()
-        try:
-            hosts.down(host)
+        with hosts.down(host):
             outside.wait(planned.settings["seconds"])
-        finally:
-            hosts.up(host)
 
 
 class OneWayLoss(NetworkFault):
@@ -52,11 +49,8 @@ class OneWayLoss(NetworkFault):
 
     def fire_from_outside(self, planned: "PlannedFault", outside: "Outside", victims: Mapping[int, int]) -> None:
         hosts, host = outside.last_host()
-        try:
-            hosts.drop_outgoing(host)
+        with hosts.dropping(host):
             outside.wait(planned.settings["seconds"])
-        finally:
-            hosts.restore_outgoing(host)
 
 
 class LinkFlap(Partition):
@@ -87,11 +81,8 @@ class SlowLink(NetworkFault):
 
     def fire_from_outside(self, planned: "PlannedFault", outside: "Outside", victims: Mapping[int, int]) -> None:
         hosts, host = outside.last_host()
-        try:
-            hosts.slow(host, planned.settings["milliseconds"])
+        with hosts.slow(host, planned.settings["milliseconds"]):
             outside.wait(planned.settings["seconds"])
-        finally:
-            hosts.restore_speed(host)
 
 
 class StoreKilled(StoreFault):

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
 
@@ -33,8 +34,8 @@ def probe() -> str | None:
     if missing:
         return f"network namespaces need {', '.join(missing)}"
     try:
-        with Hosts(1) as hosts:
-            hosts.drop_outgoing(0)
+        with Hosts(1) as hosts, hosts.dropping(0):
+            pass
     except OSError as error:
         if os.geteuid() != 0:
             return f"network namespaces need root, or a user namespace: {error}"
@@ -48,8 +49,8 @@ def shaping() -> str | None:
     if probe() is not None:
         return probe()
     try:
-        with Hosts(1) as hosts:
-            hosts.slow(0, 10)
+        with Hosts(1) as hosts, hosts.slow(0, 10):
+            pass
     except OSError as error:
         return f"tc cannot shape traffic here: {error}"
     return None
@@ -113,29 +114,35 @@ class Hosts:
     def address(self, host: int) -> str:
         return f"10.99.0.{host + 1}"
 
-    def down(self, host: int) -> None:
-        """Take the link down at the switch: the host loses the carrier, and nothing passes either way."""
-        self._run(0, "ip", "link", "set", f"port{host}", "down")
+    @contextlib.contextmanager
+    def down(self, host: int) -> Iterator[None]:
+        """Inside this context the link is down at the switch: no carrier, and nothing passes either way."""
+        try:
+            self._run(0, "ip", "link", "set", f"port{host}", "down")
+            yield
+        finally:
+            self._run(0, "ip", "link", "set", f"port{host}", "up")
 
-    def up(self, host: int) -> None:
-        self._run(0, "ip", "link", "set", f"port{host}", "up")
+    @contextlib.contextmanager
+    def dropping(self, host: int) -> Iterator[None]:
+        """Inside this context every packet that the host sends is dropped. Packets for it still arrive."""
+        try:
+            self._change(host, drops=True)
+            yield
+        finally:
+            self._change(host, drops=False)
 
-    def drop_outgoing(self, host: int) -> None:
-        """Drop every packet that the host sends. Packets for it still arrive."""
-        self._change(host, drops=True)
-
-    def restore_outgoing(self, host: int) -> None:
-        self._change(host, drops=False)
-
-    def slow(self, host: int, milliseconds: float) -> None:
-        """Limit the link to RATE and delay its packets, in both directions.
+    @contextlib.contextmanager
+    def slow(self, host: int, milliseconds: float) -> Iterator[None]:
+        """Inside this context the link is limited to RATE and its packets are delayed, in both directions.
 
         With netem in the kernel the delay is `milliseconds`; else it is at most that, by a queue that fills up.
         """
-        self._change(host, milliseconds=milliseconds)
-
-    def restore_speed(self, host: int) -> None:
-        self._change(host, milliseconds=None)
+        try:
+            self._change(host, milliseconds=milliseconds)
+            yield
+        finally:
+            self._change(host, milliseconds=None)
 
     def _change(self, host: int, **changes: float | bool | None) -> None:
         with self._changing:

@@ -1,8 +1,8 @@
-"""The event log: what happened in a run, as typed records, one JSONL file per attempt and rank.
+"""The event log: typed records of what happened in a run, one JSONL file per attempt and rank.
 
-It is the one source of truth: console, W&B, plots, `inspect` and later the fault checker read nothing else.
-Files are append-only. A process may die in the middle of a line, so a torn last line is dropped on reading;
-damage anywhere else is an error.
+It is the one source of truth: console, W&B, plots, `inspect` and the fault checker read nothing else. Files are
+append-only. A process may die in the middle of a line, so a torn last line is dropped on reading; damage anywhere else
+is an error.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ class AttemptStarted(Event):
     parameters: int
     tokens_per_step: int
     startup_seconds: dict[str, float]
-    """Seconds from the process's start, by cause."""
+    """From the start of the process to this event, by cause."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +59,15 @@ class StepDone(Event):
     samples: str
     """Digest of the sample ids that the ranks really computed, in micro-batch order."""
     redone: int
-    """Times the step was computed again on a coarser grid."""
+    """Number of times the step was computed again on a coarser grid."""
     flushed: float | None
     """Share of non-zero gradient entries rounded to zero; None where it was not measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalDone(Event):
+    """A held-out set was scored with the weights of `step`."""
+
     kind = "eval"
     step: int
     set: str
@@ -75,12 +77,12 @@ class EvalDone(Event):
     tokens: int
     seconds: float
     digest: str
-    """Of the tokens that were scored."""
+    """Digest of the tokens that were scored."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSaved(Event):
-    """Committed and verified as written. Rank 0 writes it when the loop next looks, so its time is a little late."""
+    """A checkpoint was committed and verified. Rank 0 notes it when the loop next polls, so a little late."""
 
     kind = "checkpoint"
     step: int
@@ -88,7 +90,7 @@ class CheckpointSaved(Event):
     seconds: float
     """From the beginning of the save to its commit, most of it beside the next steps."""
     stall_seconds: float
-    """How long the loop waited: for the copy in memory, and for an earlier save still under way."""
+    """Wait of the loop: for the copy in memory, and for an earlier save still under way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,9 +102,9 @@ class CheckpointFailed(Event):
     reason: str
     in_a_row: int
     on_rank: int | None = None
-    """Where it failed first; None if a rank was lost meanwhile."""
+    """The rank that failed first; None if a rank was lost meanwhile."""
     stall_seconds: float | None = None
-    """How long the loop waited for it; None where it was not measured."""
+    """Wait of the loop; None where it was not measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,14 +118,14 @@ class CheckpointRejected(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class NotFinite(Event):
-    """A step's loss or gradient was not finite. It was not applied, and is computed again once."""
+    """A step's loss or gradient was not finite. It was not applied; the step is computed again once."""
 
     kind = "not_finite"
     step: int
     loss: float
     grad_norm: float
     trial: int
-    """0 for the first computation, 1 for the second: then the run stops."""
+    """0 for the first computation, 1 for the second, after which the run stops."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,9 +135,9 @@ class Hung(Event):
     kind = "hung"
     step: int
     point: str
-    """Where in the step this rank is; the points are those of loop.py."""
+    """The phase that this rank is in (trainer/phases.py)."""
     seconds: float
-    """Without progress."""
+    """Time without progress."""
     culprits: list[dict[str, Any]]
     """Ranks that hold up the others, each {rank, point, step, why}."""
     collective: str | None
@@ -146,7 +148,7 @@ class Hung(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class WorkersLost(Event):
-    """What ended the attempt before this one, as the launcher saw it. Written by rank 0 of the next attempt."""
+    """The launcher's view of what ended the attempt before this one. Written by rank 0 of the next attempt."""
 
     kind = "workers_lost"
     failures: list[dict[str, Any]]
@@ -157,19 +159,19 @@ class WorkersLost(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class FaultFired(Event):
-    """A fault on purpose is about to act. In events/faults.jsonl, written by whoever makes it."""
+    """A fault on purpose is about to act. In events/faults.jsonl, written by the process that makes it."""
 
     kind = "fault_fired"
     index: int
-    """In the plan."""
+    """Position in the plan."""
     fault: str
-    """Its kind."""
+    """Kind of the fault."""
     victim: int | None
-    """The rank it hits; None where it hits none in particular."""
+    """The rank that it hits; None if it hits no particular one."""
     step: int | None
     phase: str | None
     pid: int
-    """Of whoever made it."""
+    """Process that made the fault."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +185,7 @@ class StopRequested(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Warned(Event):
-    """Something a person should know that does not stop the run."""
+    """Something that a person should know and that does not stop the run."""
 
     kind = "warning"
     message: str
@@ -204,7 +206,7 @@ class AttemptEnded(Event):
 
 @dataclass(frozen=True)
 class Entry:
-    """One event with where and when it was written."""
+    """One event, with the rank, attempt and time at which it was written."""
 
     attempt: int
     rank: int
@@ -214,16 +216,16 @@ class Entry:
 
 
 LOST_A_PEER = "lost a peer"
-"""The reason of an AttemptEnded whose rank failed only because another was gone."""
+"""Reason in the AttemptEnded of a rank that failed only because another was gone."""
 
 _KINDS: dict[str, type[Event]] = {cls.kind: cls for cls in Event.__subclasses__()}
 
 
 class EventLog:
-    """Appends one rank's events and hands each to the subscribers (console, W&B) in this process.
+    """Appends one rank's events to its file and passes each to the subscribers in this process.
 
-    A disk that takes no more does not end the run: what it refuses is kept, and tried again with the next event and on
-    closing. The file has one writer while it is open, so a line that was cut short goes on where it ended.
+    A full disk does not end the run: bytes that could not be written are kept, and tried again with the next event and
+    on closing. The file has one writer while it is open, so a line that was cut short continues where it ended.
     """
 
     def __init__(self, path: Path, attempt: int, rank: int, clock: Callable[[], float] = time.time) -> None:
@@ -231,7 +233,7 @@ class EventLog:
         self._subscribers: list[Callable[[Entry], None]] = []
         self._file: IO[bytes] | None = None
         self._unwritten = b""
-        self._writing = threading.Lock()  # the watchdog reports from a thread of its own
+        self._writing = threading.Lock()  # the watchdog reports from its own thread
         self._in_trouble = False
         self._write(b"")
 
@@ -267,7 +269,7 @@ class EventLog:
             self._file.close()
 
     def _write(self, line: bytes) -> str | None:
-        """Write what is to be written, oldest first; why some of it could not be."""
+        """Write what is waiting, then `line`. Returns the reason if some of it could not be written."""
         with self._writing:
             self._unwritten += line
             try:
@@ -285,7 +287,7 @@ class EventLog:
             f"the log {self._path} cannot be written: {trouble}. Its events are kept in memory until it can, and lost "
             "if the process dies before. Make room."
         )
-        if not self._subscribers:  # they show what is appended
+        if not self._subscribers:  # else they show the warning
             print(f"rank {self._rank}: {message}", file=sys.stderr, flush=True)
         self.append(Warned(message=message))
 
@@ -294,7 +296,7 @@ E = TypeVar("E", bound=Event)
 
 
 def select(entries: Iterable[Entry], kind: type[E], rank: int | None = None) -> list[tuple[Entry, E]]:
-    """The entries with an event of this kind, each with its event; of one rank alone if `rank` is given."""
+    """Return the entries with an event of this kind, each with its event; those of one rank if `rank` is given."""
     return [(e, e.event) for e in entries if isinstance(e.event, kind) and rank in (None, e.rank)]
 
 
@@ -303,7 +305,7 @@ def events_directory(run: Path) -> Path:
 
 
 def next_attempt(run: Path) -> int:
-    """Attempts are counted from the log: 0 for a new run."""
+    """Number of the attempt that starts now, counted from the log: 0 for a new run."""
     names = [path.name for path in events_directory(run).glob("attempt-*-rank-*.jsonl")]
     return max((int(name.split("-")[1]) for name in names), default=-1) + 1
 
@@ -353,7 +355,7 @@ class _File:
             with self._path.open("rb") as file:
                 file.seek(self._bytes)
                 *whole, _torn = file.read().split(b"\n")
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return
         for line in whole:
             self._bytes, self._lines = self._bytes + len(line) + 1, self._lines + 1

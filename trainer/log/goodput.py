@@ -1,29 +1,27 @@
-"""Where a run's wall time went, from its event log alone.
+"""Accounts for the wall time of a run, from its event log alone.
 
 Wall time runs from the start of the first attempt's process to rank 0's last event (for a run that is going on: to
-now), and ends with the first attempt that finished: starting a finished run again costs no goodput. Only rank 0's log
-is read, since clocks of hosts differ. A cursor moves along its events, never back; each stretch that it passes is
-shared out among the parts below, a duration that an event states being cut to the stretch. So parts are never negative
-and sum to the wall time.
+now). It ends with the first attempt that finished: starting a finished run again costs no goodput. Only rank 0's log is
+read, since clocks of hosts differ. A cursor moves along its events, never back, and each stretch that it passes is
+shared out among the parts below. A duration that an event states is cut to the stretch. So parts are never negative and
+sum to the wall time. Goodput is `productive` over wall time.
 
 - `productive`: computing steps whose result survived. A step is lost when a later attempt resumes before it, so each
-  step that the run stands on counts once.
-- `redone`: computations of such steps that were thrown away, for a coarser grid or a value that is not finite. Those
-  of one step are alike, so each is taken for an equal share of its time.
-- `lost_steps`: computing steps, and evaluating them, whose result was lost.
-- `evaluation`, `save_stall`: scoring held-out sets; the loop waiting for a save, where the log says how long.
+  committed step counts once.
+- `redone`: computations of such steps that were thrown away, for a coarser grid or a value that is not finite. The
+  computations of one step are taken to be equally long.
+- `lost_steps`: computing and evaluating steps whose result was lost.
+- `evaluation`, `save_stall`: scoring held-out sets; the loop waiting for a save, where the log has it.
 - `startup`: from a process's start to its first step, by cause in `startup` beside the parts.
 - `hung`: without progress until a watchdog noticed.
 - `down`: from the last progress of an attempt that died or failed (its last step, evaluation or save) to the start of
-  the next process: the step in progress, noticing, rendezvous, or a person who starts it again.
+  the next process: the step in progress, detection, rendezvous, or a person who starts it again.
 - `preempted`: the same after an attempt that was asked to stop, from its end.
-- `shutdown`: from the last step or evaluation of an attempt that ended in order to its end, but for the stall: the last
+- `shutdown`: from the last step or evaluation of an attempt that ended in order to its end, without the stall: the last
   save, hashing.
-- `other`: what is left between events: batches, logging, a save whose stall nobody recorded.
+- `other`: the rest between events: batches, logging, a save whose stall is not in the log.
 
-Goodput is `productive` over wall time.
-
-A value nobody measured is None, never 0.
+A value that nobody measured is None, never 0.
 """
 
 import math
@@ -55,7 +53,10 @@ def account(history: History, now: float | None = None) -> dict[str, Any]:
     `now`, a Unix time, is given for a run that is going on. Before the first attempt is ready all values are None and
     there are no parts.
     """
-    attempts = _until_finished(history)
+    finish = history.finish
+    attempts = [attempt for attempt in history.attempts if attempt.main_entries]
+    if finish is not None:
+        attempts = [attempt for attempt in attempts if attempt.number <= finish[0].attempt]
     if not any(attempt.start for attempt in attempts):
         return {"wall_seconds": None, "productive_seconds": None, "ratio": None, "parts": {}, "startup": {}}
     first, last = attempts[0], attempts[-1]
@@ -80,21 +81,10 @@ def account(history: History, now: float | None = None) -> dict[str, Any]:
     return ledger.totals()
 
 
-def _until_finished(history: History) -> list[Attempt]:
-    """The attempts that rank 0 wrote anything in, up to the first that finished."""
-    attempts = []
-    for attempt in history.attempts:
-        if attempt.main_entries:
-            attempts.append(attempt)
-        if attempt.main_status == "finished":
-            break
-    return attempts
-
-
 def _spend(ledger: "_Ledger", attempt: Attempt, from_step: int, resumed: int | None) -> None:
     """Share out an attempt's time from its start to its end, or to its last progress if it did not end in order.
 
-    `resumed` is the earliest step from which a later attempt went on: what this one did after it is lost.
+    `resumed` is the earliest step that a later attempt resumed from: the steps of this attempt after it are lost.
     """
     entries, in_order = attempt.main_entries, attempt.ended_in_order
     stalls = _stalls(entries)
@@ -112,7 +102,7 @@ def _spend(ledger: "_Ledger", attempt: Attempt, from_step: int, resumed: int | N
 
 
 def _claims(event: Event, lost: bool) -> dict[str, float]:
-    """The parts that an event states its duration for."""
+    """{part: seconds} that an event states."""
     match event:
         case StepDone(seconds=seconds) | EvalDone(seconds=seconds) if lost:
             return {"lost_steps": seconds}
@@ -134,7 +124,7 @@ def _stalls(entries: Sequence[Entry]) -> dict[int, float]:
 
 
 class _Ledger:
-    """A cursor on rank 0's clock; what it passes is shared out among the parts."""
+    """A cursor on rank 0's clock, and the seconds of each part up to it."""
 
     def __init__(self, origin: float) -> None:
         self._origin = self._at = origin
@@ -143,7 +133,10 @@ class _Ledger:
         self._startup: dict[str, list[float]] = {}
 
     def advance(self, to: float, rest: str, **claims: float) -> dict[str, float]:
-        """Move to Unix time `to` if that is later; claims take their seconds in turn, `rest` what they leave."""
+        """Move to Unix time `to` if that is later. `claims` take their seconds in turn, part `rest` the remainder.
+
+        Returns the seconds that each claim got.
+        """
         left = max(0.0, to - self._at)
         self._at = max(self._at, to)
         taken = {}
@@ -155,6 +148,7 @@ class _Ledger:
         return taken
 
     def start_up(self, entry: Entry, event: AttemptStarted) -> None:
+        """Move to the end of a start-up, and share its time out among the causes that it states."""
         seconds = max(0.0, entry.time - self._at)
         stated = math.fsum(event.startup_seconds.values())
         for cause, part in event.startup_seconds.items():

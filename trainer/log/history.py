@@ -108,11 +108,6 @@ class Attempt:
         return next((event.from_step for _, event in self.starts.values()), None)
 
     @property
-    def pids(self) -> set[int]:
-        """Process ids of the ranks that became ready."""
-        return {event.pid for _, event in self.starts.values()}
-
-    @property
     def status(self) -> str | None:
         """finished, failed, preempted, or None if no rank wrote its end.
 

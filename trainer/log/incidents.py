@@ -1,9 +1,9 @@
-"""What went wrong in a run and what it cost, from its event log alone.
+"""Incidents of a run and their cost, from its event log alone.
 
-An incident is told of each attempt that ended before the run did, and for each save that failed, checkpoint that was
-passed over, and step that was computed again because it was not finite.
+There is an incident for each attempt that ended before the run did, each save that failed, each checkpoint that was
+passed over, and each step that was computed again because it was not finite.
 
-A value nobody measured is None, never 0.
+A value that nobody measured is None, never 0.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,29 +28,28 @@ from trainer.log.history import PROGRESS, Attempt, History
 
 @dataclass(frozen=True)
 class Incident:
-    """Something went wrong, or stopped the run, and what that cost."""
+    """Something that went wrong or stopped the run, and its cost."""
 
     attempt: int
-    """In which it happened."""
     kind: str
     """worker_lost, hung, preempted, not_finite, save_failed or checkpoint_rejected."""
     ends_attempt: bool
     rank: int | None
-    """That died, hung, or could not save; None where the run cannot know."""
+    """The rank that died, hung or could not save; None if the log does not show it."""
     point: str | None
-    """Where in the step, by the names of the points in step.py."""
+    """Phase of the step (trainer/phases.py)."""
     step: int | None
-    """Of what failed; where an attempt ended, the last step it completed."""
+    """The step that failed; for the end of an attempt, the last step that it completed."""
     lost_steps: int | None
-    """Steps whose result was lost. None until the run goes on."""
+    """Number of steps whose result was lost; None until the run goes on."""
     seconds: float | None
-    """Without training, to the next attempt's readiness; or waiting for a save, or computing what was thrown away."""
+    """Time without training, until the next attempt is ready; or the wait for a save; or computation thrown away."""
     detected_as: str
-    """The kind of event that told of it; "silence" where none did."""
+    """Kind of the event that shows it; "silence" if there is none."""
     text: str
     """One line for people."""
     time: float | None
-    """Unix time when it was noted; where an attempt ended, of its last progress."""
+    """Unix time when it was noted; for the end of an attempt, of its last progress."""
 
 
 class IncidentBuilder:
@@ -62,10 +61,10 @@ class IncidentBuilder:
 
     def __init__(self, earlier: Iterable[Entry] = ()) -> None:
         self.incidents: list[Incident] = []
-        """All so far."""
+        """All that are complete."""
         self._attempt: Attempt | None = None
         self._ended: list[Attempt] = []
-        """Attempts that nothing has gone on from yet: at most the first of them has trained."""
+        """Attempts that no attempt has resumed yet: at most the first of them has trained."""
         self._losses: list[WorkersLost] = []
         self._reached = 0
         self._finished = False
@@ -155,8 +154,9 @@ def incidents_of(history: History, running: bool = False) -> list[Incident]:
 
 def _concerns(loss: WorkersLost, attempt: Attempt) -> bool:
     """True unless the launcher speaks of workers that died before they wrote anything."""
-    pids = {failure.get("pid") for failure in loss.failures} - {None}
-    return not pids or not attempt.pids or not pids.isdisjoint(attempt.pids)
+    lost = {failure.get("pid") for failure in loss.failures} - {None}
+    started = {event.pid for _, event in attempt.starts.values()}
+    return not lost or not started or not lost.isdisjoint(started)
 
 
 def _ending(
@@ -172,7 +172,7 @@ def _ending(
 
 
 def _before(start: Entry, loss: WorkersLost) -> Incident:
-    """Workers that died on the way to `start` and left no trace of their own."""
+    """Incident for workers that died on the way to `start`, before they wrote anything."""
     first = _first_to_fail(loss, {})
     text = f"{_describe_failures(first, {}) or first_line(loss.reason)} before attempt {start.attempt} started"
     return Incident(start.attempt, "worker_lost", True, _rank(first), None, None, 0, None, loss.kind, text, start.time)
@@ -229,28 +229,31 @@ def _rank(failures: Sequence[dict[str, Any]]) -> int | None:
 
 
 def _first_to_fail(loss: WorkersLost, reasons: Mapping[int, str]) -> list[dict[str, Any]]:
-    """Those that a signal ended, or that wrote of no lost peer, if any: the others left because these were gone."""
+    """Failures that are causes: workers that a signal ended, or else that did not write that they lost a peer.
+
+    The others left because these were gone. All of them if there is no such worker.
+    """
     by_signal = [failure for failure in loss.failures if failure.get("signal")]
     alone = [failure for failure in loss.failures if reasons.get(failure["rank"]) != LOST_A_PEER]
     return by_signal or alone or loss.failures
 
 
 def _describe_failures(failures: Sequence[dict[str, Any]], reasons: Mapping[int, str]) -> str:
-    """ "rank 1 was killed (SIGKILL)"; `reasons` is what ranks wrote before they left."""
-    said = []
+    """ "rank 1 was killed (SIGKILL)"; `reasons` holds what ranks wrote before they left."""
+    texts = []
     for failure in failures:
         rank, signal = failure.get("rank"), failure.get("signal")
         if signal:
-            said.append(f"rank {rank} {'was killed' if signal == 'SIGKILL' else 'died'} ({signal})")
+            texts.append(f"rank {rank} {'was killed' if signal == 'SIGKILL' else 'died'} ({signal})")
         elif rank is not None and rank in reasons:
-            said.append(f"rank {rank} failed ({first_line(reasons[rank])})")
+            texts.append(f"rank {rank} failed ({first_line(reasons[rank])})")
         else:
-            said.append(f"rank {rank} left with exit status {failure.get('exitcode')}")
-    return ", ".join(said[:3]) + (f" and {len(said) - 3} more" if len(said) > 3 else "")
+            texts.append(f"rank {rank} left with exit status {failure.get('exitcode')}")
+    return ", ".join(texts[:3]) + (f" and {len(texts) - 3} more" if len(texts) > 3 else "")
 
 
 def describe(event: Event, rank: int = 0) -> str:
-    """What one of the events below says, in one line; `rank` wrote it."""
+    """Describe one of the events below in one line. `rank` wrote it. Raises TypeError for other events."""
     match event:
         case NotFinite(step=step, trial=trial):
             then = "computed again" if trial == 0 else "and not when computed again"
@@ -262,14 +265,15 @@ def describe(event: Event, rank: int = 0) -> str:
         case CheckpointRejected(step=step):
             return f"the checkpoint of step {step} is damaged and was passed over ({first_line(event.reason)})"
         case Hung():
-            who = _culprit(event, rank)
-            why = f"; it {first_line(str(who['why']))}" if who.get("why") else ""
-            return f"rank {who.get('rank')} hung at {who.get('point')} (no progress for {event.seconds:.1f} s{why})"
+            culprit = _culprit(event, rank)
+            why = f"; it {first_line(str(culprit['why']))}" if culprit.get("why") else ""
+            where = f"rank {culprit.get('rank')} hung at {culprit.get('point')}"
+            return f"{where} (no progress for {event.seconds:.1f} s{why})"
         case _:
             raise TypeError(f"no incident: {event!r}")
 
 
 def first_line(text: str) -> str:
-    """What an error says before it goes into detail."""
+    """First line of an error message, at most 200 characters: its fact, without rule and remedy."""
     line = (text.strip().splitlines() or [""])[0]
     return line if len(line) <= 200 else f"{line[:199]}…"

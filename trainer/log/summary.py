@@ -1,4 +1,4 @@
-"""What happened in a run, told from its event log alone: the contract of `inspect --json`.
+"""Summary of a run, from its event log alone: the contract of `inspect --json`.
 
 How the log is read:
 
@@ -6,16 +6,15 @@ How the log is read:
   attempt's value; so do steps that an earlier attempt reached and the present one has not come back to. By the
   promise of exact sums all values of a step are equal; `replayed_differently` lists the steps where they were not.
 - An attempt's `ended` is what its ranks wrote: "finished" as soon as rank 0 did (the weights are final then), else
-  "failed" if any rank failed, else "preempted". If none wrote an end it is null while a process of the attempt lives,
-  "died" once all are gone or a later attempt has started, and "unknown" where nobody can tell: its processes
-  belong to another host.
+  "failed" if any rank failed, else "preempted". If no rank wrote an end it is null while a process of the attempt
+  lives, "died" once all are gone or a later attempt has started, and "unknown" if its processes ran on another host.
 - `status` is "finished" if any attempt finished (starting a finished run again changes nothing), else the last
   attempt's end. An attempt without one is "running" while it lives, "failed" when it died. On another host silence
   decides: a live rank leaves a hung collective after elastic.step_timeout_seconds, so twice that is "failed".
 - `faults` is filled in by faults/attribution.py.
-- `incidents` (incidents.py): what went wrong and what it cost; `goodput` (goodput.py): where the wall time went.
+- `incidents` are described in incidents.py, `goodput` in goodput.py.
 
-A value nobody measured is None, never 0.
+A value that nobody measured is None, never 0.
 """
 
 import dataclasses
@@ -35,10 +34,10 @@ from trainer.log.incidents import incidents_of
 
 
 def summarise(run: Path, checkpoints: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-    """The state of a run directory as plain JSON values: what `inspect --json` prints.
+    """Return the state of a run directory as plain JSON values, as `inspect --json` prints them.
 
-    `checkpoints` is passed through: [{step, intact, bytes}]. Raises RunDirectoryError if `run` is no run, has no
-    events, or its log is damaged. Losses are nats per token, times Unix seconds.
+    `checkpoints` is passed through: [{step, intact, bytes}]. Losses are nats per token, times Unix seconds. Raises
+    RunDirectoryError if `run` is no run, has no events, or its log is damaged.
     """
     identity = rundir.read(run)
     history = History.read(run)
@@ -120,14 +119,14 @@ def _liveness(attempt: Attempt) -> str | None:
 
 
 def _alive(pid: int, since: float) -> bool:
-    """Whether `pid` runs here and is the process that ran at Unix time `since`."""
+    """True if `pid` runs here and is the process that ran at Unix time `since`."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         pass  # another user's; alive
-    try:  # Linux only; elsewhere the signal must do
+    try:  # only Linux has /proc; elsewhere the signal is all that we can ask
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         booted = int(Path("/proc/stat").read_text().partition("btime ")[2].split()[0])
     except (OSError, IndexError):
