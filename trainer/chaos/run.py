@@ -180,6 +180,7 @@ def run_case(campaign: Campaign, case: Case, reference: Reference, out: Path) ->
     if reasons:
         return case.make_result("skipped", "; ".join(dict.fromkeys(reasons)))
     directory, started = out / "cases" / case.slug, time.time()
+    # What an interrupted start of the campaign left is no part of this run.
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     launches, leftovers, notes = _launches(campaign, case, directory, started)
@@ -250,6 +251,7 @@ def _launch(
         nemesis = stack.enter_context(supervision.running(cluster, planned, directory / "run", started))
         status = cluster.wait(campaign.timeout_seconds)
         ended = time.time()
+        # The faults end with the job: one that fired now would hit the next start.
         nemesis.stop()  # before leftovers are counted: it undoes faults that last
         notes = list(nemesis.problems)
         if status is None:

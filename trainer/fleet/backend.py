@@ -64,6 +64,7 @@ class Local:
         environment = {**THREADS, **os.environ, **task.environment}
         if self._server is not None and (child := self._server.start(WORKER, arguments, environment)) is not None:
             return child
+        # No server here, or none any more. A session of its own: Ctrl-C is for the scheduler, which asks runs to stop.
         return subprocess.Popen(
             [sys.executable, "-m", WORKER, *arguments], env=environment, stdin=subprocess.DEVNULL,
             start_new_session=True,

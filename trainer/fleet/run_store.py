@@ -43,7 +43,7 @@ class RunState:
     status: RunStatus
     step: int = 0
     reason: str = ""
-    """Why the run is missing."""
+    """Reason why the run is missing."""
     seconds_per_step: float | None = None
     """Median of its newest steps; None where there are none."""
     seconds_per_eval: float | None = None
@@ -173,12 +173,14 @@ def _tail(path: Path) -> list[dict[str, Any]]:
     """Return the last events of a file as dictionaries, without torn lines."""
     try:
         with path.open("rb") as file:
+            # Only the end is read: the scheduler asks every second, and logs grow to many megabytes.
             start = max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES)
             file.seek(start)
             lines = file.read().split(b"\n")
     except OSError:
         return []
     records = []
+    # The first line is cut where reading began in the middle; the last one may still be being written.
     for line in lines[1 if start else 0 : -1]:
         with contextlib.suppress(ValueError):
             records.append(json.loads(line))

@@ -124,7 +124,7 @@ class SupervisedRun:
     starts_in_vain: int = 0
     """Starts in a row that added nothing to the progress."""
     urgency: int = 0
-    """How often the process was asked to leave."""
+    """Number of requests to leave that the process has received."""
 
 
 @dataclass
@@ -168,7 +168,7 @@ class Supervisor:
         lock = stored.claim()
         if lock is None:
             return False
-        if stored.has_finished():
+        if stored.has_finished():  # between the last look at its files and our claim
             lock.release()
             return False
         stored.prepare(config, name)
@@ -191,6 +191,7 @@ class Supervisor:
             if status is None:
                 continue
             stored = run.task.stored
+            # The log decides, not the exit status: a process may die after its run has finished.
             if not stored.has_finished() and not self.urgency:
                 reason = self._reason_to_give_up(run, status)
                 if not reason:
@@ -220,6 +221,7 @@ class Supervisor:
         words = stored.last_words()
         if is_final(status, words) or elastic.gave_up(stored.failures):
             return words
+        # A start that added a checkpoint, or used up a planned fault, was not in vain.
         progress = stored.progress()
         run.starts_in_vain = 0 if progress > run.progress else run.starts_in_vain + 1
         run.progress = progress

@@ -17,7 +17,7 @@ from trainer.fleet.run_store import START_MARK, StoredRun
 from trainer.parallel import elastic
 
 LOCK_SECONDS = 10.0
-"""How long a run directory may still be held by a process whose scheduler was killed."""
+"""Wait for a process that still holds the run directory: it ends after its scheduler was killed."""
 WATCH_SECONDS = 0.1
 TORCHRUN_RESTARTS = 20  # the scheduler counts those without progress; these are for faults in a row
 
@@ -29,6 +29,7 @@ def main(directory: str, name: str, ranks: str, scheduler: str) -> int:
     _end_with_scheduler(int(scheduler), endings)
     print(f"{START_MARK}{time.strftime('%Y-%m-%d %H:%M:%S')}  {name}  process {os.getpid()}", flush=True)
     os.environ["WANDB_NAME"] = name
+    # The process of a scheduler that was killed may still be ending, with the run directory locked.
     _wait_for_lock(stored.run / "lock")
     return _train(stored) if ranks == "1" else _launch(stored, int(ranks), endings)
 
@@ -85,7 +86,7 @@ def _launch(stored: StoredRun, ranks: int, endings: list[Callable[[], None]]) ->
         stored.config, stored.run, (), ranks=ranks, restarts=TORCHRUN_RESTARTS,
         directory=supervision.new_start_directory(stored.directory),
     )  # fmt: skip
-    endings.append(cluster.kill)
+    endings.append(cluster.kill)  # the agent has a session of its own, and would outlive this process
     with (
         supervision.running(cluster, planned, stored.run, _first_start(stored.run)),
         # A request to stop is passed on to the agent, which passes it on to all ranks.

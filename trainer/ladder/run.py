@@ -26,7 +26,7 @@ from trainer.ladder.speed import Speed
 
 WAIT_SECONDS = 0.2
 REFRESH_SECONDS = 1.0
-"""How often the files of runs are read for the table."""
+"""Interval at which the files of runs are read for the table."""
 
 
 @dataclass(frozen=True)
@@ -162,8 +162,9 @@ def run(
         try:
             with supervision.handle_signals(_raise_stop):
                 measure(part, out, status, backend)
-        except _StopError:
+        except _StopError:  # no run was started yet, so there is nothing to save
             return LadderResult(status, True, 0.0, 0)
+        # Only now, when the baseline is known to run, is the plan put on record.
         pool.mkdir(exist_ok=True)
         preregistration.write(ladder, out, pool)
         slots = speed.slots_of(part)
@@ -211,6 +212,7 @@ class _Scheduler:
         supervisor, began = self.supervisor, time.monotonic()
         self._refresh(self._runs)
         with supervision.handle_signals(self._note_signal):
+            # After a stop no run is started any more, but the loop goes on until the running ones have left.
             while supervisor.runs or (not supervisor.urgency and self._left()):
                 if supervisor.urgency:
                     supervisor.stop()
@@ -234,6 +236,7 @@ class _Scheduler:
 
     def _fill_slots(self) -> None:
         left = self._left()
+        # Runs that another ladder holds are passed over here, and looked at again in the next round.
         while left and self.supervisor.free_slots:
             run = left.pop(self._next(left))
             name = f"{self.ladder.name} {run.name}"
@@ -242,6 +245,7 @@ class _Scheduler:
 
     def _next(self, left: list[PlannedRun]) -> int:
         """Index of the run to start now."""
+        # The target's runs are by far the longest: they wait until no rung is left.
         candidates = [run for run in left if run.rung != TARGET] or left
         status = self._status()
         ours = {run.key for run in self.supervisor.runs}

@@ -63,7 +63,7 @@ UNKNOWN = Speed({}, {})
 
 
 def known(seconds: Iterable[float | None]) -> list[float] | None:
-    """The same numbers; None if one of them is unknown."""
+    """Return the numbers; None if any of them is unknown."""
     numbers = list(seconds)
     return None if None in numbers else [number for number in numbers if number is not None]
 
@@ -111,6 +111,7 @@ def probe(ladder: Ladder, slots: int, backend: Backend) -> Speed:
     """
     firsts = {run.rung: run for run in reversed(ladder.runs)}
     ends = [firsts[name] for name in dict.fromkeys((ladder.rungs[0].name, ladder.rungs[-1].name))]
+    # All slots at once, since runs side by side slow each other down.
     with tempfile.TemporaryDirectory(prefix="toprope-probe-", ignore_cleanup_errors=True) as directory:
         runs = [_short(run) for run in ends]
         states = {run.key: _timed(ladder, run, Path(directory), slots, backend) for run in runs}

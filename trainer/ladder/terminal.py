@@ -2,7 +2,12 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from trainer.fleet.run_store import RunStatus
 from trainer.ladder import speed
@@ -14,19 +19,11 @@ from trainer.ladder.stats.records import BASELINE
 from trainer.show.live import LiveTable
 from trainer.show.units import amount, clock, scientific
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-    from rich.text import Text
-
 PLAIN_SECONDS = 15.0
 STOPPING = "   stopping: runs save and leave; a second signal ends them at once"
 STYLES: dict[RunStatus, str] = {
-    "finished": "green",
-    "running": "cyan",
-    "stopped": "yellow",
-    "waiting": "dim",
-    "missing": "bold red",
-}
+    "finished": "green", "running": "cyan", "stopped": "yellow", "waiting": "dim", "missing": "bold red",
+}  # fmt: skip
 SIGNS: dict[RunStatus, str] = {"finished": "✓", "running": "▸", "stopped": "‖", "waiting": "·", "missing": "✗"}
 MEANINGS = "✓ finished   ▸ running   ‖ stopped   · waiting   ✗ missing"
 
@@ -59,8 +56,8 @@ def plan_json(ladder: Ladder, status: LadderStatus, known: Speed, source: str, e
             for run in status.runs
         ],
         "flops": status.flops,
-        "hours": _hours(_total(status, known)),
-        "hours_left": _hours(_left(status, known)),
+        "hours": _hours(_slot_seconds(status, known)),
+        "hours_left": _hours(_slot_seconds(status, known, left=True)),
         "measured": source,
         "notices": ladder.notices,
         "edits": edits.lines,
@@ -78,27 +75,20 @@ def _hours(seconds: float | None) -> float | None:
     return None if seconds is None else seconds / 3600
 
 
-def _total(status: LadderStatus, known: Speed) -> float | None:
-    """Seconds of all runs, in the slots; None where no speed is known."""
-    seconds = speed.known(known.seconds(run) for run in status.distinct)
+def _slot_seconds(status: LadderStatus, known: Speed, left: bool = False) -> float | None:
+    """Seconds of all runs in the slots, or of what is left of them; None where no speed is known."""
+    runs = [run for run in status.distinct if not left or status.state(run).status != "finished"]
+    seconds = speed.known(known.seconds(run, status.state(run).step if left else 0) for run in runs)
     return None if seconds is None else sum(seconds) / status.slots
 
 
-def _left(status: LadderStatus, known: Speed) -> float | None:
-    left = [run for run in status.distinct if status.state(run).status != "finished"]
-    seconds = speed.known(known.seconds(run, status.state(run).step) for run in left)
-    return None if seconds is None else sum(seconds) / status.slots
-
-
-def plan(ladder: Ladder, status: LadderStatus, known: Speed, source: str, edits: Edits) -> "RenderableType":
+def plan(ladder: Ladder, status: LadderStatus, known: Speed, source: str, edits: Edits) -> RenderableType:
     """The plan of a ladder: a table of sizes, a line for each arm, totals, notices."""
-    from rich.console import Group
-    from rich.text import Text
-
     rule = ladder.criterion
+    whole, left = (_duration(_slot_seconds(status, known, left=left)) for left in (False, True))
     totals = (
         f"{len(status.distinct)} runs, {status.count('finished')} of them finished; {scientific(status.flops)} FLOPs; "
-        f"{_duration(_total(status, known))} in {status.slots} slots, {_duration(_left(status, known))} of it left"
+        f"{whole} in {status.slots} slots, {left} of it left"
     )
     promotion = (
         f"promoted is what is surely worth {rule.min_gain:g}× compute at {scientific(ladder.target_flops)} FLOPs and "
@@ -145,9 +135,6 @@ def _duration(seconds: float | None) -> str:
 
 def empty_table(*columns: str) -> Any:
     """A table without rows: columns of words are aligned left, columns of numbers right."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     table = Table(box=SIMPLE_HEAD, header_style="dim", pad_edge=False, show_edge=False)
     for name in columns:
         left = name in ("rung", "arm", "changes", "question", "verdict", "trend")
@@ -181,11 +168,8 @@ def _counts(status: LadderStatus) -> dict[str, int]:
     return {name: status.count(name) for name in SIGNS}
 
 
-def standing(ladder: Ladder, status: LadderStatus) -> "RenderableType":
+def standing(ladder: Ladder, status: LadderStatus) -> RenderableType:
     """The matrix of rungs and arms with a sign for each run, progress, and the reasons of missing runs."""
-    from rich.console import Group
-    from rich.text import Text
-
     arms = list(dict.fromkeys(run.arm for run in status.runs))
     table = empty_table("rung", *arms)
     for rung in dict.fromkeys(run.rung for run in status.runs):
@@ -199,10 +183,8 @@ def standing(ladder: Ladder, status: LadderStatus) -> "RenderableType":
     )  # fmt: skip
 
 
-def _signs(runs: Sequence[PlannedRun], status: LadderStatus) -> "Text":
+def _signs(runs: Sequence[PlannedRun], status: LadderStatus) -> Text:
     """A sign for each run; beside a running one, its share of steps done."""
-    from rich.text import Text
-
     signs = Text(justify="left")
     for run in runs:
         state = status.state(run)
@@ -211,9 +193,7 @@ def _signs(runs: Sequence[PlannedRun], status: LadderStatus) -> "Text":
     return signs
 
 
-def _progress(status: LadderStatus) -> "Text":
-    from rich.text import Text
-
+def _progress(status: LadderStatus) -> Text:
     share = status.flops_done / status.flops if status.flops else 1.0
     width = min(30, round(30 * share))
     counts = [f"{number} {name}" for name, number in _counts(status).items() if number]
@@ -258,10 +238,7 @@ class LadderProgress(LiveTable):
         self.print_progress(_progress(status).plain.lstrip("━ "), now=finished)
 
 
-def ended(ladder: Ladder, result: LadderResult, command: str) -> "RenderableType":
+def ended(ladder: Ladder, result: LadderResult, command: str) -> RenderableType:
     """The last table, and how to go on: with `command`."""
-    from rich.console import Group
-    from rich.text import Text
-
     stopped = [Text(f"Stopped. Go on with: {command}", "bold yellow")] if result.interrupted else []
     return Group(standing(ladder, result.status), *stopped)

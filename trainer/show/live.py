@@ -97,6 +97,7 @@ class LiveTable:
     def _attempt(self, write: Callable[..., Any], *arguments: Any, **options: Any) -> None:
         if self._broken:
             return
+        # A reader that goes away (`… | head`) must not end the work: nothing more is printed.
         try:
             write(*arguments, **options)
         except (OSError, ValueError):  # ValueError: the file was closed

@@ -3,26 +3,26 @@
 import string
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
+
+from rich.box import SIMPLE_HEAD
+from rich.columns import Columns
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
 
 from trainer.chaos.report import matrix
 from trainer.chaos.results import Report, Result
 from trainer.show.live import LiveTable
 from trainer.show.units import SIGNS, clock
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-    from rich.text import Text
-
 STYLES = {"pass": "green", "fail": "bold red", "undetected": "magenta", "unknown": "yellow", "skipped": "dim"}
 NAMES = {"pass": "pass", "fail": "FAIL", "undetected": "undetected", "unknown": "unknown", "skipped": "skipped"}
 
 
-def terminal(report: Report) -> "RenderableType":
+def terminal(report: Report) -> RenderableType:
     """The matrix, a legend, totals, and a line for each run that did not pass. Fits 80 columns, needs no colour."""
-    from rich.console import Group
-    from rich.text import Text
-
     parts: list[Any] = [Text.assemble(("campaign ", "dim"), (report.campaign, "bold")), Text()]
     if report.results:
         letters = _letters(matrix.invariants(report.results))
@@ -39,25 +39,17 @@ def _letters(invariants: Sequence[str]) -> dict[str, str]:
 
 
 def _table(results: Sequence[Result], letters: dict[str, str]) -> Any:
-    from rich.box import SIMPLE_HEAD
-    from rich.padding import Padding
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table(box=SIMPLE_HEAD, header_style="dim", pad_edge=False, show_edge=False, collapse_padding=True)
     table.add_column("fault", overflow="fold", ratio=1)
-    for name in ("ranks", "outcome"):
-        table.add_column(name, no_wrap=True)
-    for name in ("detect", "recover"):
-        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("ranks", "outcome", "detect", "recover"):
+        table.add_column(name, justify="right" if name in ("detect", "recover") else "left", no_wrap=True)
     table.add_column("".join(letters), no_wrap=True)  # blanks between them would leave names of 10 letters
     for group, members in matrix.groups(results).items():
         table.add_row(Text(group, "bold"))
         for result in members:
+            label = Text(matrix.label(result, members), "dim" if result.outcome == "skipped" else "")
             table.add_row(
-                Padding(
-                    Text(matrix.label(result, members), STYLES["skipped"] * (result.outcome == "skipped")), (0, 0, 0, 2)
-                ),
+                Padding(label, (0, 0, 0, 2)),
                 Text(matrix.world_short(result), "dim"),
                 Text(NAMES[result.outcome], STYLES[result.outcome]),
                 matrix.seconds(matrix.worst(result, "detect_seconds")),
@@ -67,28 +59,20 @@ def _table(results: Sequence[Result], letters: dict[str, str]) -> Any:
     return table
 
 
-def _signs(result: Result, letters: dict[str, str]) -> "Text":
-    from rich.text import Text
-
+def _signs(result: Result, letters: dict[str, str]) -> Text:
     given = matrix.answers(result)
     signs = [given.get(name, ("skipped", ""))[0] for name in letters.values()]
     return Text("").join(Text(SIGNS[sign], STYLES[sign]) for sign in signs)
 
 
 def _legend(letters: dict[str, str]) -> Any:
-    from rich.columns import Columns
-    from rich.console import Group
-    from rich.text import Text
-
     names = [Text.assemble((letter, "bold"), f" {name}") for letter, name in letters.items()]
     signs = [f"{SIGNS[sign]} {matrix.MEANINGS[sign]}" for sign in ("pass", "fail", "undetected", "unknown")]
     last = f"{matrix.NOT_ASKED} not asked, not measured"
     return Group(Columns(names, padding=(0, 3)), Text(f"{'   '.join(signs)}   {last}", "dim"))
 
 
-def _totals(report: Report) -> "Text":
-    from rich.text import Text
-
+def _totals(report: Report) -> Text:
     line = Text(f"{len(report.results)} run{'' if len(report.results) == 1 else 's'}: ", "bold")
     counts = matrix.counts(report.results)
     line.append_text(Text(", ").join(Text(f"{n} {NAMES[name]}", STYLES[name]) for name, n in counts.items()))
@@ -100,9 +84,6 @@ def _totals(report: Report) -> "Text":
 
 def _reasons(results: Sequence[Result]) -> Iterator[Any]:
     """A line for each reason why runs did not pass, with the names of these runs; the worst first."""
-    from rich.table import Table
-    from rich.text import Text
-
     names: dict[tuple[str, str], list[str]] = {}
     for result in results:
         if result.outcome != "pass":
@@ -138,7 +119,7 @@ class CampaignProgress(LiveTable):
     def update(self, results: Sequence[Result], running: str) -> None:
         """Receive all results so far, and the name of what has just begun; empty at the end."""
         if self._done is None:
-            lines = [_earlier_line(len(results), self._total)] if results else []
+            lines = [Text(f"{len(results)} of {self._total} runs had been done before", "dim")] if results else []
         else:
             new = range(len(self._done), len(results))
             lines = [line for number in new for line in _result_lines(results[number], number + 1, self._total)]
@@ -148,9 +129,7 @@ class CampaignProgress(LiveTable):
         for line in lines:
             self.print(line)
 
-    def _progress_line(self) -> "Text":
-        from rich.text import Text
-
+    def _progress_line(self) -> Text:
         now, done = self._clock(), self._done or []
         left = matrix.seconds_left(done, self._total)
         counts = ", ".join(f"{n} {NAMES[name]}" for name, n in matrix.counts(done).items())
@@ -161,15 +140,7 @@ class CampaignProgress(LiveTable):
         return line
 
 
-def _earlier_line(number: int, total: int) -> "Text":
-    from rich.text import Text
-
-    return Text(f"{number} of {total} runs had been done before", "dim")
-
-
-def _result_lines(result: Result, number: int, total: int) -> Iterator["Text"]:
-    from rich.text import Text
-
+def _result_lines(result: Result, number: int, total: int) -> Iterator[Text]:
     figures = [
         f"{verb} {matrix.seconds(value)} s"
         for verb in ("detect", "recover")
