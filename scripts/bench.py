@@ -33,6 +33,7 @@ from trainer.config import Config
 from trainer.data import Prepared, prepare
 from trainer.log import events
 from trainer.parallel import world
+from trainer.parallel.members import AllRanks
 from trainer.show import console
 from trainer.step import StepContext, TrainState
 
@@ -64,7 +65,9 @@ class Ours:
         if ranks.is_main:
             log.subscribe(console.Console(config, is_terminal=False, file=Path(os.devnull).open("w")))  # noqa: SIM115
         self.config = config
-        self.context = StepContext(config, ranks, job.batches_of(config, self.prepared))
+        self.context = StepContext(
+            config, AllRanks(ranks, config.data.micro_batches), job.batches_of(config, self.prepared)
+        )
         self.collaborators = loop.Collaborators(self.context, log, lambda model, step: (), NoCheckpointer())
 
     def __call__(self, steps: int) -> None:

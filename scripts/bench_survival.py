@@ -74,7 +74,7 @@ def saving_worker(make: Callable[[world.World, Path], Any]) -> None:
         saver.begin(mine.state.step, mine.state.tensors())
         stall = time.perf_counter() - started
         (alone,) = [event for event in saver.finish() if isinstance(event, events.CheckpointSaved)]
-        ranks.gather(None)
+        ranks.agree(lambda: None)
         blob = b"".join(copy.numpy().tobytes() for copy in copies)
         plain_write = _seconds(lambda: _write(directory / f"plain-{ranks.rank}", blob))  # noqa: B023
         rows.append(
@@ -88,7 +88,7 @@ def saving_worker(make: Callable[[world.World, Path], Any]) -> None:
         _seconds(lambda: checkpoint.restore(directory, mine.state.tensors(), ranks, "bench", lambda event: None))
         for _ in range(5)
     ]
-    every_rank = zip(*ranks.gather(rows), strict=True)
+    every_rank = zip(*ranks.agree(lambda: rows), strict=True)
     slowest = [{key: max(row[key] for row in of_ranks) for key in of_ranks[0]} for of_ranks in every_rank]
     saver.close()
     if ranks.is_main:

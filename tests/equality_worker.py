@@ -18,6 +18,7 @@ from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.data import prepare
 from trainer.log.events import EventLog, StepDone
 from trainer.parallel import world
+from trainer.parallel.members import AllRanks
 from trainer.step import StepContext, TrainState
 
 
@@ -29,7 +30,7 @@ def train(case: dict[str, Any], ranks: world.World, directory: Path) -> dict[str
     log = EventLog.open(directory, next(attempts), ranks.rank)
     steps: list[StepDone] = []
     log.subscribe(lambda entry: steps.append(entry.event) if isinstance(entry.event, StepDone) else None)
-    context = StepContext(config, ranks, job.batches_of(config, prepared))
+    context = StepContext(config, AllRanks(ranks, config.data.micro_batches), job.batches_of(config, prepared))
     collaborators = loop.Collaborators(context, log, job.scorer(config, prepared, ranks), NoCheckpointer())
     loop.train(state, collaborators)
     scores = [

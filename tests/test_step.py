@@ -12,6 +12,8 @@ from tests.support import SMOKE, settings, torchrun, with_faults
 from trainer import step
 from trainer.errors import EXIT_FAILED
 from trainer.exact import Grids
+from trainer.parallel.members import StepMembers
+from trainer.parallel.world import World
 
 
 @pytest.mark.parametrize(
@@ -46,15 +48,15 @@ def test_a_pass_that_is_not_finite_is_told_of_at_once_and_leaves_the_grid_as_it_
     grids.commit()
     before, seen = grids.magnitude.clone(), iter(passes)
 
-    def one_pass(state: Any, context: Any) -> step.StepResult:
+    def one_pass(state: Any, context: Any, members: Any) -> step.StepResult:
         value = next(seen)
         round_gradient(torch.full((3, 4), value))
         return step.StepResult(value, "", 0, None, False)
 
     monkeypatch.setattr(step, "_one_pass", one_pass)
     state = cast(step.TrainState, SimpleNamespace(step=1, grids=grids))
-    context = cast(step.StepContext, SimpleNamespace(world=SimpleNamespace(max=lambda tensor: None)))
-    result = step.compute_gradients(state, context)
+    members = StepMembers(World(0, 1, torch.device("cpu")), range(4))
+    result = step.compute_gradients(state, cast(step.StepContext, None), members)
     assert not math.isfinite(result.loss)
     assert result.redone == len(passes) - 1
     assert torch.equal(grids.magnitude, before)

@@ -24,6 +24,8 @@ from trainer.exact import Grids
 from trainer.faults import injector as faults
 from trainer.log import events, rundir
 from trainer.parallel import elastic, world
+from trainer.parallel.members import AllRanks
+from trainer.parallel.sharding import shard
 from trainer.parallel.world import World
 from trainer.phases import Hook, Phase, no_hook
 from trainer.sentinel.hang import Watchdog
@@ -197,7 +199,9 @@ class Attempt:
 
     def _collaborators(self, checkpointer: Checkpointer, hook: Hook) -> loop.Collaborators:
         batches = self.hand.wrap_batches(batches_of(self.config, self.prepared))
-        context = StepContext(self.config, self.ranks, batches, hook, self.stop.requested)
+        context = StepContext(
+            self.config, AllRanks(self.ranks, self.config.data.micro_batches), batches, hook, self.stop.requested
+        )
         return loop.Collaborators(context, self.log, scorer(self.config, self.prepared, self.ranks, hook), checkpointer)
 
     def _announce(self, state: TrainState, stopwatch: Stopwatch) -> None:
@@ -255,7 +259,7 @@ def build(config: Config, vocab_size: int, ranks: World) -> TrainState:
     """The state of step 0: a function of the config alone, laid out as the strategy says."""
     model = models.build(config, vocab_size, ranks.device)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    sharding = world.shard(model, models.blocks_of(model), config.parallel, ranks)
+    sharding = shard(model, models.blocks_of(model), config.parallel, ranks)
     optimizers = optim.build(model, config.optim, config.model.width)
     optim.materialise_state(optimizers)
     grids = None

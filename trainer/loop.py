@@ -16,6 +16,7 @@ from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.errors import NumericsError
 from trainer.evaluate import Score
 from trainer.log.events import EvalDone, Event, EventLog, NotFinite, StepDone
+from trainer.parallel.members import StepMembers
 from trainer.phases import Phase
 from trainer.step import (
     StepContext,
@@ -76,7 +77,8 @@ def take_step(state: TrainState, collaborators: Collaborators) -> bool:
     """Take one step: it is applied on every rank or on none. Returns True if any rank received a stop signal."""
     context, started = collaborators.context, time.perf_counter()
     config = context.config
-    result, norm = finite_gradients(state, collaborators)
+    # Only what the step's members commit is applied.
+    result, norm = context.members.commit(state.step, lambda members: finite_gradients(state, collaborators, members))
     rate = optim.set_learning_rates(state.optimizers, state.step, config.optim, config.budget.steps)
     # Between these two phases the ranks do not communicate. A rank that dies here leaves no half-applied step behind:
     # all ranks start again from a checkpoint.
@@ -99,14 +101,14 @@ def take_step(state: TrainState, collaborators: Collaborators) -> bool:
     return result.stop
 
 
-def finite_gradients(state: TrainState, collaborators: Collaborators) -> tuple[StepResult, float]:
+def finite_gradients(state: TrainState, collaborators: Collaborators, members: StepMembers) -> tuple[StepResult, float]:
     """Return the step's result and its gradient norm, both finite.
 
     A step is a function of the config, so a value that is finite when computed again was a fault of the machine, and
     training goes on. Raises NumericsError with the place of the first non-finite value if it is not.
     """
     for trial in range(2):
-        result = compute_gradients(state, collaborators.context)
+        result = compute_gradients(state, collaborators.context, members)
         norm = clip_gradients(state, collaborators.context.config.optim.clip_norm)
         # Loss and norm are the same bits on all ranks, so all ranks decide alike.
         if math.isfinite(result.loss) and math.isfinite(norm):
@@ -114,7 +116,7 @@ def finite_gradients(state: TrainState, collaborators: Collaborators) -> tuple[S
         collaborators.record(NotFinite(step=state.step + 1, loss=result.loss, grad_norm=norm, trial=trial))
     raise NumericsError(
         f"step {state.step + 1}: loss or gradient is not finite, also when computed again. It was not applied.\n"
-        f"  First not finite: {find_not_finite(state, collaborators.context)}.\n"
+        f"  First not finite: {find_not_finite(state, collaborators.context, members)}.\n"
         "  Look at these samples, or lower optim.learning_rate in a new run."
     )
 

@@ -1,8 +1,8 @@
 """One optimizer step: gradients of all micro-batches, summed exactly, then one update or none.
 
-Nothing here knows how many ranks there are or how the model is sharded. `hook(phase, step)` is called at named points,
-on every rank, as a sign of progress: before_forward and before_backward (of each micro-batch), before_reduce,
-after_reduce, before_update, after_update.
+Nothing here knows how many ranks there are or how the model is sharded. Every rank calls `StepContext.hook` at each
+phase of the step: before_forward and before_backward (of each micro-batch), before_reduce, after_reduce; the loop calls
+it at before_update and after_update.
 """
 
 import functools
@@ -21,7 +21,9 @@ from trainer.config import Config
 from trainer.data import Batches, MicroBatch, digest
 from trainer.errors import NumericsError
 from trainer.exact import Grids
-from trainer.parallel.world import Rounder, Sharding, World, whole
+from trainer.parallel.members import Members, StepMembers
+from trainer.parallel.sharding import Rounder, Sharding, whole
+from trainer.parallel.world import World
 from trainer.phases import Hook, Phase, no_hook
 
 COUNT_FLUSHED_EVERY = 32  # steps; counting zeros costs more than the rounding itself
@@ -29,16 +31,17 @@ COUNT_FLUSHED_EVERY = 32  # steps; counting zeros costs more than the rounding i
 
 @dataclass
 class TrainState:
-    """All that a run must remember: everything else is a function of the step."""
+    """Everything that a run must remember; all else is a function of the config and the step."""
 
     step: int
+    """Completed steps."""
     model: nn.Module
     sharding: Sharding
     optimizers: list[torch.optim.Optimizer]
     grids: Grids | None
 
     def tensors(self) -> dict[str, Tensor]:
-        """By name: weights, optimizer moments, grids. The optimizers' own step counts are the run's, so left out."""
+        """Weights, optimizer moments and grids, by name. The optimizers' step counts are the run's, so left out."""
         tensors: dict[str, Tensor] = {f"model.{name}": p.data for name, p in self.sharding.parameters.items()}
         names: dict[Tensor, str] = {parameter: name for name, parameter in self.sharding.parameters.items()}
         for optimizer in self.optimizers:
@@ -49,7 +52,7 @@ class TrainState:
         return tensors
 
     def restored(self, step: int) -> None:
-        """Follow up on tensors that were overwritten in place by the checkpoint of `step`."""
+        """Set what is derived from `tensors()`, after a checkpoint of `step` was loaded into them in place."""
         self.step = step
         for optimizer in self.optimizers:
             for moments in optimizer.state.values():
@@ -59,64 +62,73 @@ class TrainState:
             self.grids.derive()
 
     def weights_sha256(self) -> str:
-        """SHA-256 over name, shape and raw little-endian float32 bytes of every full parameter. A collective."""
+        """SHA-256 over name, shape and raw little-endian float32 bytes of every full parameter. Collective."""
         return _sha256({name: p.data for name, p in self.sharding.parameters.items()})
 
     def state_sha256(self) -> str:
-        """The same over weights, moments and grids. A collective."""
+        """SHA-256 like `weights_sha256`, over weights, moments and grids. Collective."""
         return _sha256(self.tensors())
 
 
 @dataclass(frozen=True)
 class StepContext:
-    """What a step is computed from, and by whom."""
+    """The inputs of every step, and the ranks that may compute it."""
 
     config: Config
-    world: World
+    members: Members
     batches: Batches
     hook: Hook = no_hook
     stop_requested: Callable[[], bool] = lambda: False
-    """Whether this rank was asked to save and leave."""
+    """True if this rank received a stop signal."""
+
+    @property
+    def world(self) -> World:
+        return self.members.world
 
     def any_stop_requested(self) -> bool:
-        """Whether any rank was. A collective; within a step, `StepResult.stop` tells without one of its own."""
-        asked = torch.tensor(float(self.stop_requested()), device=self.world.device)
-        self.world.max(asked)
-        return bool(asked)
+        """True if any rank received a stop signal. Collective; inside a step use `StepResult.stop`."""
+        requested = torch.tensor(float(self.stop_requested()), device=self.world.device)
+        self.world.max(requested)
+        return bool(requested)
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step's micro-batches add up to, alike on all ranks. The gradients are in `sharding`."""
+    """Sums over a step's micro-batches, the same on all ranks. The gradients are in `TrainState.sharding`."""
 
     loss: float
+    """Mean cross-entropy in nats per token."""
     samples: str
+    """Digest of the ids of the samples that were read."""
     redone: int
+    """Number of passes over the micro-batches that were thrown away."""
     flushed: float | None
+    """Share of the non-zero gradient entries that rounding set to zero; None in steps that do not count them."""
     stop: bool
-    """Whether any rank was asked to stop: all learn it in the same step."""
+    """True if any rank received a stop signal: all ranks learn it in the same step."""
 
 
-def compute_gradients(state: TrainState, context: StepContext) -> StepResult:
+def compute_gradients(state: TrainState, context: StepContext, members: StepMembers) -> StepResult:
     """Gradient of the mean loss over the step's micro-batches, exact; computed again if it overflows its grid.
 
-    A widened grid is kept only if the second computation sees what the first saw, to the bit. If not, one of them was
-    wrong, and a grid made from it would leave a trace: both are thrown away. A pass that is not finite ends this at
-    once, on the grid of before: the gradient norm will tell.
+    A widened grid is kept only if the second pass sees the same magnitudes as the first, to the bit. If not, one of the
+    two was wrong, and a grid made from it would leave a trace: both are thrown away. A pass with a non-finite value
+    ends this at once, on the old grid: the gradient norm will show it. Raises NumericsError if no pass fits.
     """
-    grids = state.grids
+    grids, largest = state.grids, members.world.max
     if grids is None:
-        return _one_pass(state, context)
+        return _one_pass(state, context, members)
     counting = state.step % COUNT_FLUSHED_EVERY == 0
     for redone in (0, 2):
         grids.begin(counting)
-        result = _one_pass(state, context)
-        if not grids.overflowed(context.world.max):
+        result = _one_pass(state, context, members)
+        if not grids.overflowed(largest):
             return replace(result, redone=redone)
+        # Some entry exceeded its bound, so these sums are not exact. Make a grid that fits it, and compute again.
         seen, before = grids.widen()
         grids.begin(counting)
-        result = _one_pass(state, context)
-        if not grids.overflowed(context.world.max) and grids.seen.equal(seen):
+        result = _one_pass(state, context, members)
+        if not grids.overflowed(largest) and grids.seen.equal(seen):
             return replace(result, redone=redone + 1)
         grids.restore(before)
         if not grids.finite:
@@ -127,48 +139,56 @@ def compute_gradients(state: TrainState, context: StepContext) -> StepResult:
     )
 
 
-def _one_pass(state: TrainState, context: StepContext) -> StepResult:
-    """Forward and backward over this rank's micro-batches, then the reduction over ranks."""
-    world, sharding, count = context.world, state.sharding, context.config.data.micro_batches
+def _one_pass(state: TrainState, context: StepContext, members: StepMembers) -> StepResult:
+    """Forward and backward over this rank's micro-batches, then the reduction over the members."""
+    world, sharding, count = members.world, state.sharding, context.config.data.micro_batches
     losses = torch.zeros(count, dtype=torch.float64, device=world.device)
     digests = torch.zeros(count, dtype=torch.float64)
     sharding.zero_gradients()
-    for index, batch in _own_micro_batches(state, context):
+    for index, batch in _own_micro_batches(state, context, members):
         loss = backward(state, context, index, batch)
         if index is not None:
             losses[index] = loss
             digests[index] = float(digest(batch.sample_ids))
     context.hook(Phase.BEFORE_REDUCE, state.step)
-    sharding.reduce_gradients()
+    sharding.reduce_gradients(world)
+    # Everything else that ranks must know of one another travels in one small all-reduce. Its sums are exact: losses
+    # and digests have one owner each, the rest are counts.
     nonzero = torch.zeros(2, dtype=torch.float64, device=world.device) if state.grids is None else state.grids.nonzero
     stops = torch.tensor([context.stop_requested()], dtype=torch.float64, device=world.device)
     slots = torch.cat([losses, digests.to(world.device), nonzero, stops])
-    world.sum(slots)  # exact: losses and digests have one owner each, the rest are counts
+    world.sum(slots)
     context.hook(Phase.AFTER_REDUCE, state.step)
     values = slots.tolist()
-    before, after, stops_asked = values[2 * count :]
+    nonzero_before, nonzero_after, stop_requests = values[2 * count :]
     samples = hashlib.sha256(repr([int(value) for value in values[count : 2 * count]]).encode()).hexdigest()[:16]
-    loss = math.fsum(values[:count]) / count
-    return StepResult(loss, samples, 0, 1 - after / before if before else None, bool(stops_asked))
+    flushed = 1 - nonzero_after / nonzero_before if nonzero_before else None
+    return StepResult(math.fsum(values[:count]) / count, samples, 0, flushed, bool(stop_requests))
 
 
-def _own_micro_batches(state: TrainState, context: StepContext) -> Iterator[tuple[int | None, MicroBatch]]:
-    """(index, batch) of this rank's share; index None where it runs along without work for a sharded model's sake."""
-    rounds = list(context.world.assign_micro_batches(context.config.data.micro_batches))
-    for number, index in enumerate(rounds, start=1):
+def _own_micro_batches(
+    state: TrainState, context: StepContext, members: StepMembers
+) -> Iterator[tuple[int | None, MicroBatch]]:
+    """Yield (index, batch) of this rank's share.
+
+    The index is None where the rank has no micro-batch of its own, but must compute one for a sharded model's sake.
+    """
+    own = members.own_micro_batches()
+    for number, index in enumerate(own, start=1):
         if index is not None or state.sharding.needs_lockstep:
-            state.sharding.last_micro_batch(number == len(rounds))
+            state.sharding.last_micro_batch(number == len(own))
             context.hook(Phase.BEFORE_FORWARD, state.step)
             yield index, context.batches.micro_batch(state.step, index or 0)
 
 
 def backward(state: TrainState, context: StepContext, index: int | None, batch: MicroBatch) -> Tensor:
-    """Add a micro-batch's share of the gradient; returns its cross-entropy in nats per token (scalar).
+    """Add a micro-batch's share of the gradient; return its cross-entropy in nats per token (scalar).
 
     The objective is divided by the number of micro-batches; without an index its weight, and so the gradient, is 0.
     """
     config, device = context.config, context.world.device
     if config.model.dropout:
+        # Random numbers depend on the micro-batch alone, so any rank may compute it.
         torch.manual_seed(_key(config.seed, state.step, index or 0))
     with autocast(config, device):
         result = state.model(_to(batch.inputs, device), _to(batch.targets, device))
@@ -178,7 +198,7 @@ def backward(state: TrainState, context: StepContext, index: int | None, batch: 
 
 
 def clip_gradients(state: TrainState, limit: float) -> float:
-    """Scale the reduced gradients to a global norm of at most `limit` (0: leave them); return the norm before.
+    """Scale the reduced gradients to a global norm of at most `limit` (0: leave them); return the norm before scaling.
 
     The norm comes from exact sums, added up in the order of the parameters, so it is the same bits on every rank.
     """
@@ -190,6 +210,7 @@ def clip_gradients(state: TrainState, limit: float) -> float:
 
 
 def gradient_norm(state: TrainState) -> float:
+    """Global L2 norm of the reduced gradients. Collective for sharded models."""
     grids, gradients = state.grids, state.sharding.gradients()
     if grids is None:
         squares = torch.stack([torch.linalg.vector_norm(grad).double().square() for _, grad, _ in gradients])
@@ -203,7 +224,7 @@ def gradient_norm(state: TrainState) -> float:
 
 
 def apply(state: TrainState) -> None:
-    """Update the weights with the gradients at hand: the step is done."""
+    """Update the weights with the gradients at hand, and count the step."""
     for optimizer in state.optimizers:
         optimizer.step()
     if state.grids is not None:
@@ -211,13 +232,16 @@ def apply(state: TrainState) -> None:
     state.step += 1
 
 
-def find_not_finite(state: TrainState, context: StepContext) -> str:
-    """Compute the step once more and name where it first is not finite: micro-batch, samples, module. A collective."""
+def find_not_finite(state: TrainState, context: StepContext, members: StepMembers) -> str:
+    """Compute the step once more; name the first non-finite value: micro-batch, samples, module. Collective.
+
+    The state cannot train on afterwards.
+    """
     found: list[tuple[int, str]] = []
     gradients: list[str] = []
-    state.sharding.round_with(functools.partial(_note_not_finite, gradients))  # for good: the run ends here
+    state.sharding.round_with(functools.partial(_note_not_finite, gradients))
     state.sharding.zero_gradients()
-    for index, batch in _own_micro_batches(state, context):
+    for index, batch in _own_micro_batches(state, context, members):
         gradients.clear()
         with _first_output_not_finite(state.model) as modules:
             loss = backward(state, context, index, batch)
@@ -226,12 +250,12 @@ def find_not_finite(state: TrainState, context: StepContext) -> str:
             where = f"gradient of {gradients[0]}"
         if where and index is not None:
             found.append((index, f"micro-batch {index} (samples {', '.join(map(str, batch.sample_ids))}), {where}"))
-    everywhere = sorted(finding for part in context.world.gather(found) for finding in part)
+    everywhere = sorted(finding for findings in members.world.agree(lambda: found) for finding in findings)
     return everywhere[0][1] if everywhere else "nowhere when computed again: a passing fault"
 
 
 def _note_not_finite(names: list[str], name: str) -> Rounder:
-    """A rounder that rounds nothing, but notes by name each whole gradient of a micro-batch that is not finite."""
+    """Return a rounder that rounds nothing, but adds `name` to `names` where a micro-batch's gradient is not finite."""
 
     def note(gradient: Tensor) -> Tensor:
         if not bool(gradient.isfinite().all()):
@@ -243,18 +267,18 @@ def _note_not_finite(names: list[str], name: str) -> Rounder:
 
 @contextmanager
 def _first_output_not_finite(model: nn.Module) -> Iterator[list[str]]:
-    """Collects the names of modules whose output is not finite, in the order of computing."""
+    """Collect the names of modules whose output is not finite, in the order of computing."""
     names: list[str] = []
 
-    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def look(module: nn.Module, arguments: Any, output: Any) -> None:
+    def check(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def check_output(module: nn.Module, arguments: Any, output: Any) -> None:
             tensors = output if isinstance(output, tuple) else (output,)
             if not all(bool(t.isfinite().all()) for t in tensors if isinstance(t, Tensor)):
                 names.append(name or "the model")
 
-        return look
+        return check_output
 
-    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
+    handles = [module.register_forward_hook(check(name)) for name, module in model.named_modules()]
     try:
         yield names
     finally:

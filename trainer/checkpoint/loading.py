@@ -69,7 +69,7 @@ def load(saved: Saved, tensors: dict[str, Tensor]) -> None:
 
 def _agreed(world: World, problem: str | None) -> str | None:
     """Return all ranks' problems in one line, equal on all ranks; None if no rank has one. Collective."""
-    return "; ".join(dict.fromkeys(reason for reason in world.gather(problem) if reason)) or None
+    return "; ".join(dict.fromkeys(reason for reason in world.agree(lambda: problem) if reason)) or None
 
 
 def _refusal(saved: Saved, world: World, fingerprint: str, run_id: str | None) -> str | None:

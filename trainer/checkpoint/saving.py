@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -39,6 +39,7 @@ from trainer.parallel.world import World
 from trainer.phases import Hook, Phase, no_hook
 
 T = TypeVar("T")
+CLOSED = "the saver is closed"
 
 PEER_TIMEOUT_SECONDS = 1800.0  # without a message from a peer, when no watchdog is waiting for it
 PROGRESS_SECONDS = 0.5  # how often a rank at work tells the others that it makes progress
@@ -76,10 +77,11 @@ class Saver:
         """
         self._run, self._world, self._identity, self._settings, self._hook = run, world, dict(identity), settings, hook
         self._heartbeat = heartbeat
-        self._group = None
+        self._ranks = world
         if world.size > 1:  # never training's group: there, collectives of the two threads would mix
             timeout = datetime.timedelta(seconds=peer_timeout_seconds)
-            self._group = dist.new_group(backend="gloo", timeout=timeout, group_desc="checkpoint")
+            group = dist.new_group(backend="gloo", timeout=timeout, group_desc="checkpoint")
+            self._ranks = replace(world, group=cast(dist.ProcessGroup, group))
         self._lost: str | None = None
         """Why the ranks can no longer agree on anything."""
         self._plan: _RankPlan | None = None
@@ -133,10 +135,10 @@ class Saver:
             self._save.thread.join(grace_seconds)
             if self._save.thread.is_alive():
                 return  # it may be inside a collective, so its group is left to the end of the process
-        if self._group is not None:
+        if self._ranks.group is not None and self._lost != CLOSED:
             with contextlib.suppress(Exception):
-                dist.destroy_process_group(cast(dist.ProcessGroup, self._group))
-            self._group, self._lost = None, "the saver is closed"
+                dist.destroy_process_group(self._ranks.group)
+            self._lost = CLOSED
 
     def _wait(self, step: int) -> None:
         if self._save is not None:
@@ -284,41 +286,46 @@ class Saver:
             if phases:
                 self._hook(phases.pop(), save.step)
             if time.monotonic() - self._last_exchange > PROGRESS_SECONDS:
-                self._exchange(None)
+                self._communicate(self._ranks.report_progress)
 
         return progress
 
     def _together(self, work: Callable[[], T]) -> list[T]:
         """Do `work` on every rank; return all results, by rank. Raises _SaveError on all ranks if it failed on any."""
+
+        def attempt() -> tuple[T | None, str | None]:
+            try:
+                return work(), None
+            except BaseException as error:  # of any type: the others must hear of it
+                if self._lost is not None:  # nobody is left to agree with
+                    raise RuntimeError(self._lost) from None
+                return None, files.one_line(error)
+
+        outcomes = self._communicate(lambda: self._ranks.agree(attempt, waiting=self._note_progress))
+        failed = [(rank, reason) for rank, (_, reason) in enumerate(outcomes) if reason is not None]
+        if failed:
+            by_rank = [f"rank {rank}: {why}" if self._ranks.size > 1 else why for rank, why in failed]
+            all_alike = len({why for _, why in failed}) == 1 < len(failed)
+            raise _SaveError(failed[0][1] if all_alike else "; ".join(by_rank), failed[0][0])
+        return [result for result, _ in outcomes]  # pyright: ignore[reportReturnType]
+
+    def _communicate(self, collective: Callable[[], T]) -> T:
+        """Call a collective of this saver's group. Raises _SaveError if another rank is lost, now or before."""
         if self._lost is not None:
             raise _SaveError(self._lost)
         try:
-            mine: Any = work(), None
-        except BaseException as error:  # of any type: the others must hear of it
-            mine = None, files.one_line(error)
-        while None in (everyone := self._exchange(mine)):
-            pass  # a rank is still at work: it has just reported progress
-        failed = [(rank, reason) for rank, (_, reason) in enumerate(everyone) if reason is not None]
-        if failed:
-            by_rank = [f"rank {rank}: {reason}" if self._group else reason for rank, reason in failed]
-            all_alike = len({reason for _, reason in failed}) == 1 < len(failed)
-            raise _SaveError(failed[0][1] if all_alike else "; ".join(by_rank), failed[0][0])
-        return [result for result, _ in everyone]
-
-    def _exchange(self, mine: Any) -> list[Any]:
-        """Return every rank's message; None is a mere report of progress. Raises _SaveError if a rank is lost."""
-        if self._lost is not None:
-            raise _SaveError(self._lost)
-        everyone: list[Any] = [mine] * self._world.size
-        if self._group is not None:
-            try:
-                dist.all_gather_object(everyone, mine, group=self._group)
-            except Exception as error:  # gloo raises RuntimeError, pickle anything
+            result = collective()
+        except Exception as error:  # gloo raises RuntimeError, pickle anything
+            if self._lost is None:
                 detail = files.one_line(error).partition(". This is typically")[0]  # gloo's advice for programmers
                 self._lost = self.lost_peer = f"another rank was lost while saving ({detail})"
-                raise _SaveError(self._lost) from None
+            raise _SaveError(self._lost) from None
+        self._note_progress()
+        return result
+
+    def _note_progress(self) -> None:
+        """All ranks have just heard of one another."""
         self._last_progress = self._last_exchange = time.monotonic()
-        return everyone
 
 
 class _SaveError(CheckpointError):

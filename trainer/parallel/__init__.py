@@ -1,1 +1,1 @@
-"""Who computes, and how a model is spread over ranks."""
+"""Ranks, who of them takes part in a step, and how a model is spread over them."""

@@ -1,44 +1,44 @@
-"""Who computes: rank, device, mesh, sharding of a model over ranks, and agreement between ranks.
+"""The ranks of a job: rank, device, process group, and the one primitive by which ranks agree (`World.agree`).
 
-Ranks are interchangeable hands. Nothing here may change what is computed, only where.
+Ranks are interchangeable. Nothing here may change what is computed, only where.
 """
 
 import datetime
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 from trainer.config import Parallel
 from trainer.errors import EXIT_FAILED, TopropeError, WorldError
 from trainer.parallel import elastic
 
 T = TypeVar("T")
-Rounder = Callable[[Tensor], Tensor]
+IN_PROGRESS = ...
+"""Sent by a rank that is still computing what the others wait for. Ellipsis stays one object when it is pickled."""
 
 
 @dataclass(frozen=True)
 class World:
-    """One rank's view of all ranks."""
+    """A group of ranks, as one of them sees it."""
 
     rank: int
     size: int
     device: torch.device
+    group: dist.ProcessGroup | None = None
+    """None is torch's default group: all ranks of the job."""
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def assign_micro_batches(self, count: int) -> Iterator[int | None]:
-        """This rank's share of `count` items, dealt out in turn, one a round; None in a round with nothing left.
+        """Yield this rank's share of `count` items, dealt out in turn; None in a round with nothing left for it.
 
         All ranks get the same number of rounds: collectives inside the model (FSDP's all-gathers) need every rank.
         """
@@ -46,68 +46,62 @@ class World:
             yield start + self.rank if start + self.rank < count else None
 
     def max(self, tensor: Tensor) -> None:
-        """In-place elementwise maximum over ranks. No NaN, please: what a maximum does with one is undefined."""
+        """Elementwise maximum over ranks, in place. No NaN, please: what a maximum does with one is undefined."""
         if self.size > 1:
-            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
 
     def sum(self, tensor: Tensor) -> None:
-        """In-place elementwise sum over ranks. It is the caller who makes it exact."""
+        """Elementwise sum over ranks, in place. The caller makes it exact."""
         if self.size > 1:
-            dist.all_reduce(tensor, dist.ReduceOp.SUM)
+            dist.all_reduce(tensor, dist.ReduceOp.SUM, group=self.group)
 
-    def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier()
+    def agree(self, compute: Callable[[], T], waiting: Callable[[], None] = lambda: None) -> list[T]:
+        """Every rank computes; return every rank's value, by rank, or raise the first rank's TopropeError on all.
 
-    def gather(self, value: T) -> list[T]:
-        """Every rank's value, by rank, on every rank."""
-        values: list[Any] = [value] * self.size
-        if self.size > 1:
-            dist.all_gather_object(values, value)
+        No rank is left waiting for one that has failed. A rank that takes long calls `report_progress` in its
+        `compute`; the ranks that wait for it then call `waiting`.
+        """
+        try:
+            mine: Any = compute()
+        except TopropeError as error:
+            mine = error
+        values = self._exchange(mine)
+        while any(value is IN_PROGRESS for value in values):
+            waiting()
+            values = self._exchange(mine)
+        for value in values:
+            if isinstance(value, TopropeError):
+                raise value
         return values
 
     def from_main(self, compute: Callable[[], T], waiting: Callable[[], None] = lambda: None) -> T:
-        """Rank 0 computes, all ranks return its value, or raise its error: no rank is left waiting for a dead one.
-
-        The others call `waiting` whenever `compute` calls `report_progress`.
-        """
-        outcome: Any = None
-        if self.is_main:
-            try:
-                outcome = compute()
-            except TopropeError as error:
-                outcome = error
-        while (outcome := self._tell(outcome)) is Ellipsis:
-            waiting()
-        if isinstance(outcome, TopropeError):
-            raise outcome
-        return outcome
+        """Only rank 0 computes; return its value on all ranks, or raise its TopropeError on all. See `agree`."""
+        return self.agree(compute if self.is_main else lambda: None, waiting)[0]  # pyright: ignore[reportReturnType]
 
     def report_progress(self) -> None:
-        """Rank 0, inside `from_main`: tell the others, who wait for its result."""
-        self._tell(Ellipsis)
+        """Inside the `compute` of `agree`: show the ranks that wait that this one makes progress."""
+        self._exchange(IN_PROGRESS)
 
-    def _tell(self, value: Any) -> Any:
-        """Rank 0's value, on all ranks."""
-        values = [value]
+    def _exchange(self, mine: Any) -> list[Any]:
+        values = [mine] * self.size
         if self.size > 1:
-            dist.broadcast_object_list(values, src=0)
-        return values[0]
+            dist.all_gather_object(values, mine, group=self.group)
+        return values
 
 
 class PeerLostError(RuntimeError):
-    """Another rank is gone, noticed elsewhere than in a collective of training."""
+    """Another rank is gone. Raised where this was noticed outside a collective of training."""
 
 
 CONNECT_SECONDS = 60.0
-"""For all ranks to be there, once each has been started: a node may die while the others wait for it."""
+"""Time for all started ranks to connect: a node may die while the others wait for it."""
 
 
 def connect(device: torch.device, timeout_seconds: float) -> World:
     """Join the process group that torchrun describes in the environment; without torchrun, a group of one.
 
-    `timeout_seconds` is that of collectives. Leaves with status 1, so that torchrun starts all ranks again, if some
-    have not come after CONNECT_SECONDS.
+    `timeout_seconds` is that of collectives. If some ranks have not come after CONNECT_SECONDS, the process exits with
+    status 1, so that torchrun starts all ranks again.
     """
     # The Flight Recorder names a hung collective; the last few are enough and quick to dump.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "256")
@@ -129,9 +123,10 @@ def connect(device: torch.device, timeout_seconds: float) -> World:
 
 
 def lost_peer(error: BaseException) -> bool:
-    """Whether a collective failed because another rank is gone, which is that rank's fault and not this one's."""
+    """True if a collective failed because another rank is gone, so that this rank is not to blame."""
     if isinstance(error, PeerLostError | dist.DistNetworkError | dist.DistBackendError):
         return True
+    # gloo and NCCL raise plain RuntimeErrors; only the text says that they come from a collective.
     text = str(error)
     return isinstance(error, RuntimeError) and any(sign in text for sign in ("gloo", "Connection closed", "NCCL"))
 
@@ -142,7 +137,7 @@ def disconnect() -> None:
 
 
 def pick_device(parallel: Parallel) -> torch.device:
-    """The device this process trains on. Raises WorldError where CUDA is asked for and there is none."""
+    """Return the device this process trains on. Raises WorldError if CUDA is asked for and there is none."""
     available = torch.cuda.is_available()
     if parallel.device == "cuda" and not available:
         raise WorldError(
@@ -158,144 +153,3 @@ def pick_device(parallel: Parallel) -> torch.device:
             "  Every rank takes one. Start fewer processes on this node."
         )
     return torch.device("cuda", local_rank)
-
-
-class Sharding(Protocol):
-    """How a model's parameters and gradients lie on the ranks."""
-
-    parameters: dict[str, nn.Parameter]
-    """By full name, what the optimizer sees: plain tensors, or DTensors that hold this rank's rows."""
-    needs_lockstep: bool
-    """Whether a forward pass is a collective, so that ranks without work must run along."""
-
-    def round_with(self, rounder_of: Callable[[str], Rounder]) -> None:
-        """Pass each parameter's gradient of each micro-batch (full shape) through its rounder before it is added."""
-        ...
-
-    def zero_gradients(self) -> None: ...
-
-    def last_micro_batch(self, is_last: bool) -> None:
-        """Told before each backward pass; lets gradients be reduced once a step where the strategy can."""
-        ...
-
-    def reduce_gradients(self) -> None:
-        """After all micro-batches: make `gradients()` the sums over all ranks."""
-        ...
-
-    def gradients(self) -> Iterator[tuple[str, Tensor, slice]]:
-        """(name, this rank's part of the gradient, which rows of the full parameter that is)."""
-        ...
-
-    def sum_over_shards(self, tensor: Tensor) -> None:
-        """In-place sum over the ranks that together hold one copy of the gradients."""
-        ...
-
-
-def shard(model: nn.Module, blocks: Sequence[nn.Module], parallel: Parallel, world: World) -> Sharding:
-    """Distribute a model, already on its device and alike on all ranks, as the strategy says."""
-    if parallel.strategy == "replicate":
-        return Replicated(model, world)
-    return Sharded(model, blocks, parallel, world)
-
-
-class Replicated:
-    """Every rank holds everything; gradients live in one flat buffer, so that a step needs one all-reduce."""
-
-    needs_lockstep = False
-
-    def __init__(self, model: nn.Module, world: World) -> None:
-        self.parameters = dict(model.named_parameters())
-        self._world = world
-        sizes = [parameter.numel() for parameter in self.parameters.values()]
-        self._flat = torch.zeros(sum(sizes), device=world.device)
-        for parameter, part in zip(self.parameters.values(), self._flat.split(sizes), strict=True):
-            parameter.grad = part.view_as(parameter)  # autograd then accumulates in place
-
-    def round_with(self, rounder_of: Callable[[str], Rounder]) -> None:
-        for name, parameter in self.parameters.items():
-            parameter.register_hook(rounder_of(name))
-
-    def zero_gradients(self) -> None:
-        self._flat.zero_()
-
-    def last_micro_batch(self, is_last: bool) -> None:
-        pass
-
-    def reduce_gradients(self) -> None:
-        self._world.sum(self._flat)
-
-    def gradients(self) -> Iterator[tuple[str, Tensor, slice]]:
-        for name, parameter in self.parameters.items():
-            assert parameter.grad is not None
-            yield name, parameter.grad, slice(0, parameter.shape[0])
-
-    def sum_over_shards(self, tensor: Tensor) -> None:
-        pass
-
-
-class Sharded:
-    """FSDP2: rows of every parameter are spread over ranks (or, hybrid, over `shard_ranks` of them, replicated).
-
-    Gradients are rounded when they are still whole, before the reduce-scatter of each micro-batch, so that what FSDP2
-    adds, in whatever order, is on the grid. A world of one skips the reduce-scatter; the rounding is the same.
-    """
-
-    needs_lockstep = True
-
-    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], parallel: Parallel, world: World) -> None:
-        if parallel.strategy == "hybrid":
-            shape = (world.size // parallel.shard_ranks, parallel.shard_ranks)
-            mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("replica", "shard"))
-            self._shard_mesh = mesh["shard"]
-        else:
-            mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
-            self._shard_mesh = mesh
-        for module in (*blocks, model):
-            fully_shard(module, mesh=mesh, reshard_after_forward=parallel.reshard_after_forward and module is not model)
-        self._model = model
-        self._units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        for unit in self._units:
-            unit.set_gradient_divide_factor(1.0)  # a mean over ranks would depend on how many there are
-            unit.set_force_sum_reduction_for_comms(True)
-        self.parameters = dict(model.named_parameters())
-        self._rows = {name: self._own_rows(parameter.shape[0]) for name, parameter in self.parameters.items()}
-
-    def round_with(self, rounder_of: Callable[[str], Rounder]) -> None:
-        # FSDP2 makes each whole parameter once and only frees and refills its storage, so a hook on it stays.
-        for unit in self._units:
-            unit.unshard()
-        for name, whole in self._model.named_parameters():
-            whole.register_hook(rounder_of(name))
-        for unit in self._units:
-            unit.reshard()
-
-    def zero_gradients(self) -> None:
-        for parameter in self.parameters.values():
-            parameter.grad = None
-
-    def last_micro_batch(self, is_last: bool) -> None:
-        for unit in self._units:
-            unit.set_requires_all_reduce(is_last, recurse=False)
-
-    def reduce_gradients(self) -> None:
-        pass  # every backward pass has done it
-
-    def gradients(self) -> Iterator[tuple[str, Tensor, slice]]:
-        for name, parameter in self.parameters.items():
-            assert isinstance(parameter.grad, DTensor)
-            yield name, parameter.grad.to_local(), self._rows[name]
-
-    def sum_over_shards(self, tensor: Tensor) -> None:
-        if self._shard_mesh.size() > 1:
-            dist.all_reduce(tensor, group=self._shard_mesh.get_group())
-
-    def _own_rows(self, rows: int) -> slice:
-        """FSDP2 cuts dim 0 as torch.chunk does: equal chunks, the last ones smaller or empty."""
-        chunk = -(-rows // self._shard_mesh.size())
-        start = min(rows, chunk * self._shard_mesh.get_local_rank())
-        return slice(start, min(rows, start + chunk))
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The full tensor of a parameter or moment, gathered from its shards: a collective for sharded ones."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
