@@ -1,4 +1,4 @@
-"""Made-up ladders whose runs have all come to something: what reports are tested on."""
+"""Made-up ladders with collected runs, on which reports are tested."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -32,19 +32,19 @@ HISTORY: Any = {
 
 
 def ladder_of(design: Design, arms: Sequence[str], unit: str = "nats_per_token", **more: Any) -> Ladder:
-    """Its plan, without runs: the outcomes say what there was."""
+    """The ladder as planned, without runs: a report takes those from the collected ones."""
     rungs = [
         _rung(f"r{number}", 32 * 2**number, float(flops), tuple(range(design.seeds)))
         for number, flops in enumerate(design.flops)
     ]
     planned = [PlannedArm(arm, f"is {arm} worth it?", _changes(arm)) for arm in arms]
-    told: dict[str, Any] = {
+    values: dict[str, Any] = {
         "name": "made-up", "path": Path("configs/ladders/made-up.toml"), "question": "Does it hold at scale?",
         "baseline": Path("configs/smoke.toml"), "metric": "val", "unit": unit, "slots": 2, "ranks": 1, "restarts": 5,
         "criterion": Criterion(), "rungs": rungs, "arms": planned, "target_flops": design.target,
         "target": _rung(TARGET, 512, design.target, ()), "runs": [], "tuning": None, "notices": [], "settings": {},
     }  # fmt: skip
-    return Ladder(**(told | more))
+    return Ladder(**(values | more))
 
 
 def _changes(arm: str) -> dict[str, Any]:
@@ -56,10 +56,8 @@ def _rung(name: str, width: int, flops: float, seeds: tuple[int, ...]) -> Planne
     return PlannedRung(name, Shape(width, max(1, width // 16), 4), parameters, 20 * parameters, flops, seeds)
 
 
-def outcomes_of(
-    design: Design, arms: Mapping[str, Arm], seed: int = 0, target: Sequence[str] = ()
-) -> list[CollectedRun]:
-    """All finished, on one machine, the arms slower than the baseline by SPEED; at the target one seed of `target`."""
+def runs_of(design: Design, arms: Mapping[str, Arm], seed: int = 0, target: Sequence[str] = ()) -> list[CollectedRun]:
+    """Finished runs on one machine, arms slower than the baseline by SPEED. At the target: one seed of `target`."""
     random = np.random.Generator(np.random.Philox(seed))
     design = replace(design, flops=tuple(map(float, design.flops)))  # numpy's would end up in the tree
     results = ladders.draw(design, ladders.power_law(), arms, random)
@@ -86,7 +84,7 @@ def outcomes_of(
 
 
 def change(found: Sequence[CollectedRun], which: Callable[[CollectedRun], bool], **values: Any) -> list[CollectedRun]:
-    return [replace(one, **values) if which(one) else one for one in found]
+    return [replace(run, **values) if which(run) else run for run in found]
 
 
 def missing(
@@ -98,14 +96,14 @@ def missing(
 
 def tree(design: Design = ladders.SHORT, arms: Mapping[str, Arm] = ARMS, **more: Any) -> dict[str, Any]:
     """The report of a ladder whose runs all finished."""
-    found = outcomes_of(design, arms, target=more.pop("target", ()))
+    found = runs_of(design, arms, target=more.pop("target", ()))
     return build.build_report(CollectedLadder(ladder_of(design, list(arms), **more), found, record=HISTORY))
 
 
-def told_of(
+def report_of(
     found: Sequence[CollectedRun], design: Design = ladders.SHORT, arms: Sequence[str] = tuple(ARMS)
 ) -> dict[str, Any]:
     return build.build_report(CollectedLadder(ladder_of(design, arms), found, record=HISTORY))
 
 
-__all__ = ["AA", "ARMS", "BASELINE", "change", "ladder_of", "missing", "outcomes_of", "told_of", "tree"]
+__all__ = ["AA", "ARMS", "BASELINE", "change", "ladder_of", "missing", "report_of", "runs_of", "tree"]

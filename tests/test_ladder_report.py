@@ -1,6 +1,5 @@
-"""What is promised of a ladder's report: the tree, the page, the terminal, the pictures, W&B."""
+"""Promises about a ladder's report: the tree, the page, the terminal, the pictures, W&B."""
 
-import html.parser
 import io
 import json
 import math
@@ -18,6 +17,7 @@ from rich.console import Console
 from tests import ladder_reports as made
 from tests import ladders
 from tests.ladders import LONG, SHORT
+from tests.pages import Page
 from trainer.config import parse
 from trainer.ladder import report
 from trainer.ladder.collect import CollectedRun
@@ -40,17 +40,17 @@ def full() -> dict[str, Any]:
 
 
 def lacking() -> list[CollectedRun]:
-    """One arm without a rung, one that diverged once, one whose smallest rung is still to come."""
-    found = made.outcomes_of(SHORT, made.ARMS)
-    found = made.missing(found, lambda one: (one.rung, one.arm) == ("r2", "qk-norm"))
+    """One arm without a rung, one that diverged once, one whose smallest rung is still to be run."""
+    found = made.runs_of(SHORT, made.ARMS)
+    found = made.missing(found, lambda run: (run.rung, run.arm) == ("r2", "qk-norm"))
     diverged = {"loss": math.nan, "status": "missing", "reason": "NumericsError: loss is nan at step 40."}
-    found = made.change(found, lambda one: (one.rung, one.arm, one.seed) == ("r3", "fading", 0), **diverged)
-    return made.change(found, lambda one: (one.rung, one.arm) == ("r0", "rope"), status="waiting", loss=None)
+    found = made.change(found, lambda run: (run.rung, run.arm, run.seed) == ("r3", "fading", 0), **diverged)
+    return made.change(found, lambda run: (run.rung, run.arm) == ("r0", "rope"), status="waiting", loss=None)
 
 
 @pytest.fixture(scope="module")
 def gaps() -> dict[str, Any]:
-    return made.told_of(lacking())
+    return made.report_of(lacking())
 
 
 @pytest.fixture(scope="module")
@@ -76,26 +76,6 @@ def screen(tree: dict[str, Any], width: int = 100) -> str:
     return console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-class Text(html.parser.HTMLParser):
-    """What a reader sees, and whether every tag that must be closed is."""
-
-    def __init__(self, source: str) -> None:
-        super().__init__()
-        self.words: list[str] = []
-        self.tags: list[str] = []
-        self.feed(source)
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.tags.append(tag)
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
-
-
 # The tree
 
 
@@ -106,25 +86,25 @@ def test_the_tree_is_plain_json_without_numbers_that_are_none(full, gaps):
 
 def test_every_arm_is_decided_as_its_losses_and_times_say(full):
     found = {arm: final(full, arm) for arm in made.ARMS}
-    told = {arm: (one["decision"], one["trend"]) for arm, one in found.items() if one}
-    assert told["rope"] == ("promote", "persists")
-    assert told["fading"][0] == "reject"
-    assert told["fading"][1] in ("shrinks", "reverses")
-    assert told["qk-norm"][0] == "reject"  # it is worth it in compute, and takes 1.3 times as long
-    by_losses = {one["arm"]: one["decision"] for one in full["verdicts"]}
+    decided = {arm: (row["decision"], row["trend"]) for arm, row in found.items() if row}
+    assert decided["rope"] == ("promote", "persists")
+    assert decided["fading"][0] == "reject"
+    assert decided["fading"][1] in ("shrinks", "reverses")
+    assert decided["qk-norm"][0] == "reject"  # it is worth it in compute, and takes 1.3 times as long
+    by_losses = {row["arm"]: row["decision"] for row in full["verdicts"]}
     assert (by_losses["qk-norm"], by_losses[AA]) == ("promote", "inconclusive")
-    assert "By its losses alone: promote." in Text(page(full)).text
+    assert "By its losses alone: promote." in Page(page(full)).text
 
 
-def test_apart_from_its_course_the_report_is_a_function_of_results_alone(full):
+def test_apart_from_the_execution_the_report_is_a_function_of_results_alone(full):
     """Killed and resumed, on another machine, slower: other times, attempts, faults; the same losses."""
-    found = made.outcomes_of(CLEAR, made.ARMS, target=(BASELINE, *FAST))
+    found = made.runs_of(CLEAR, made.ARMS, target=(BASELINE, *FAST))
     killed = [
-        replace(one, seconds=7.0, undisturbed_seconds=(one.seconds or 0) * (1 + number % 7), wall_seconds=1e6,
+        replace(run, seconds=7.0, undisturbed_seconds=(run.seconds or 0) * (1 + number % 7), wall_seconds=1e6,
                 spent={"productive": 3.0},
                 attempts=1 + number % 3, faults=[{"kind": "sigkill", "step": 4, "attempt": 0}], replayed=number,
                 redone=1, not_finite=2, git_commit="e" * 40, machine=("other", "cuda", 2))
-        for number, one in enumerate(found)
+        for number, run in enumerate(found)
     ]  # fmt: skip
     ladder = made.ladder_of(CLEAR, list(made.ARMS))
     record = {"first_planned": 5.0, "criterion_history": [], "edits": []}
@@ -135,57 +115,57 @@ def test_apart_from_its_course_the_report_is_a_function_of_results_alone(full):
     assert page(plain) == page(other)
 
 
-def test_predictions_know_nothing_of_what_they_predict(full):
+def test_predictions_use_only_smaller_rungs(full):
     """The largest rung's come of the rungs below it, the target's of the rungs."""
     design = CLEAR
-    found = made.outcomes_of(design, made.ARMS, target=(BASELINE, *FAST))
-    moved = made.change(found, lambda one: one.rung in ("r4", TARGET), loss=3.5)
+    found = made.runs_of(design, made.ARMS, target=(BASELINE, *FAST))
+    moved = made.change(found, lambda run: run.rung in ("r4", TARGET), loss=3.5)
     changed = build.build_report(CollectedLadder(made.ladder_of(design, list(made.ARMS)), moved, record=made.HISTORY))
-    for one, other in zip(full["predictions"], changed["predictions"], strict=True):
-        assert (one["rung"], one["arm"]) == (other["rung"], other["arm"])
-        if one["rung"] == "r4":
-            assert one["predicted"] == other["predicted"]
-            assert one["by"] == ["r0", "r1", "r2", "r3"]
+    for row, other in zip(full["predictions"], changed["predictions"], strict=True):
+        assert (row["rung"], row["arm"]) == (other["rung"], other["arm"])
+        if row["rung"] == "r4":
+            assert row["predicted"] == other["predicted"]
+            assert row["by"] == ["r0", "r1", "r2", "r3"]
             assert (other["observed"], other["inside"]) == (pytest.approx(3.5), False)
-    assert {(one["rung"], one["arm"]) for one in full["predictions"]} == {
+    assert {(row["rung"], row["arm"]) for row in full["predictions"]} == {
         *(("r4", arm) for arm in (BASELINE, *made.ARMS)), *((TARGET, arm) for arm in (BASELINE, *FAST)),
     }  # fmt: skip
-    by_rungs = {one["arm"]: one["multiplier"] for one in full["verdicts"]}
-    for one in full["multiplier_predictions"]:
-        if one["rung"] == TARGET:
-            assert one["predicted"] == by_rungs[one["arm"]]
-            assert one["measured"]["value"] == pytest.approx(one["predicted"]["value"], rel=0.15)
+    by_rungs = {row["arm"]: row["multiplier"] for row in full["verdicts"]}
+    for row in full["multiplier_predictions"]:
+        if row["rung"] == TARGET:
+            assert row["predicted"] == by_rungs[row["arm"]]
+            assert row["measured"]["value"] == pytest.approx(row["predicted"]["value"], rel=0.15)
 
 
 def test_rungs_that_were_not_run_are_predicted_from_those_that_were(full):
-    found = made.outcomes_of(CLEAR, made.ARMS, target=(BASELINE, *FAST))
-    part = made.change(found, lambda one: one.rung in ("r3", "r4", TARGET), status="waiting", loss=None)
+    found = made.runs_of(CLEAR, made.ARMS, target=(BASELINE, *FAST))
+    part = made.change(found, lambda run: run.rung in ("r3", "r4", TARGET), status="waiting", loss=None)
     tree = build.build_report(CollectedLadder(made.ladder_of(CLEAR, list(made.ARMS)), part, record=made.HISTORY))
-    mine = {one["rung"]: one for one in tree["predictions"] if one["arm"] == BASELINE}
-    came = {one["rung"]: one for one in full["predictions"] if one["arm"] == BASELINE}
+    mine = {row["rung"]: row for row in tree["predictions"] if row["arm"] == BASELINE}
+    came = {row["rung"]: row for row in full["predictions"] if row["arm"] == BASELINE}
     assert list(mine) == ["r3", "r4", TARGET]
-    for one in mine.values():
-        assert one["by"] == ["r0", "r1", "r2"]
-        assert one["observed"] is None
+    for row in mine.values():
+        assert row["by"] == ["r0", "r1", "r2"]
+        assert row["observed"] is None
     for rung in ("r4", TARGET):
         assert mine[rung]["predicted"]["low"] < came[rung]["observed"] < mine[rung]["predicted"]["high"]
 
 
 def test_runs_at_the_target_move_no_verdict(full):
     without = made.tree(CLEAR)
-    assert [one["multiplier"] for one in without["verdicts"]] == [one["multiplier"] for one in full["verdicts"]]
+    assert [row["multiplier"] for row in without["verdicts"]] == [row["multiplier"] for row in full["verdicts"]]
     assert without["fit"] == full["fit"]
 
 
 def test_a_missing_rung_is_a_gap_everywhere_and_no_number(gaps):
-    qk = next(one for one in gaps["verdicts"] if one["arm"] == "qk-norm")
+    qk = next(row for row in gaps["verdicts"] if row["arm"] == "qk-norm")
     rung = next(rung for rung in qk["rungs"] if rung["rung"] == "r2")
     assert (rung["pairs"], rung["multiplier"]["value"], rung["gap"]) == (0, None, "no finished pair")
-    assert not [one for one in gaps["noise"] if (one["rung"], one["arm"]) == ("r2", "qk-norm")]
-    missing = [one for one in gaps["predictions"] if (one["rung"], one["arm"]) == ("r3", "qk-norm")]
+    assert not [row for row in gaps["noise"] if (row["rung"], row["arm"]) == ("r2", "qk-norm")]
+    missing = [row for row in gaps["predictions"] if (row["rung"], row["arm"]) == ("r3", "qk-norm")]
     assert missing[0]["predicted"] is None
     assert "three" in missing[0]["refused"]
-    seen = Text(page(gaps)).text
+    seen = Page(page(gaps)).text
     assert "r2 qk-norm seed 1 : it ran out of disk" in seen
     assert "3 runs of 60 still to be made" in seen
     diverged = [run for run in gaps["runs"] if run["diverged"]]
@@ -194,86 +174,86 @@ def test_a_missing_rung_is_a_gap_everywhere_and_no_number(gaps):
 
 
 @pytest.mark.parametrize("rungs", [1, 2])
-def test_too_few_rungs_give_no_fit_which_is_said_and_runs_which_are_shown(rungs):
+def test_too_few_rungs_give_no_fit_and_their_losses_are_shown(rungs):
     tree = made.tree(replace(SHORT, flops=SHORT.flops[:rungs]))
     assert tree["fit"] is None
     assert (tree["verdicts"], tree["lines"], tree["multiplier_predictions"]) == ([], {}, [])
     assert f"the ladder has {rungs} rung" in tree["no_fit"]
     assert len(tree["differences"]) == rungs * len(made.ARMS)
-    for seen in (Text(page(tree)).text, screen(tree)):
+    for seen in (Page(page(tree)).text, screen(tree)):
         assert tree["no_fit"].split(",")[0] in seen
         assert f"{tree['noise'][0]['mean']:.4f}" in seen
 
 
 def test_pictures_are_the_same_bytes_every_time(single):
     drawn = pictures.draw(single)
-    assert [one.name for one in drawn] == ["loss"]
+    assert [picture.name for picture in drawn] == ["loss"]
     assert pictures.draw(single) == drawn
 
 
 def test_a_ladder_without_a_single_run_has_a_report(tmp_path):
-    found = made.change(made.outcomes_of(SHORT, made.ARMS), lambda one: True, status="waiting", loss=None, attempts=0,
+    found = made.change(made.runs_of(SHORT, made.ARMS), lambda run: True, status="waiting", loss=None, attempts=0,
                         seconds=None, wall_seconds=None, spent={}, git_commit=None, machine=None)  # fmt: skip
-    tree = made.told_of(found)
+    tree = made.report_of(found)
     assert report.write(tree, tmp_path) == []
-    assert "60 waiting" in Text((tmp_path / "report.html").read_text()).text
+    assert "60 waiting" in Page((tmp_path / "report.html").read_text()).text
     assert "0 rungs" in tree["no_fit"]
     assert "60 waiting" in screen(tree)
 
 
-def test_losses_that_do_not_fall_are_told_as_such():
-    found = [replace(one, loss=3.0 + 0.001 * one.seed) for one in made.outcomes_of(SHORT, made.ARMS)]
-    tree = made.told_of(found)
-    assert "does not fall with compute" in tree["no_fit"]
-    assert "does not fall with compute" in Text(page(tree)).text
+def test_losses_that_do_not_fall_give_no_fit_and_the_page_says_so():
+    found = [replace(run, loss=3.0 + 0.001 * run.seed) for run in made.runs_of(SHORT, made.ARMS)]
+    tree = made.report_of(found)
+    for text in (tree["no_fit"], Page(page(tree)).text):
+        assert "does not fall with compute" in text
 
 
 def test_a_run_that_serves_two_arms_counts_once():
-    found = made.outcomes_of(SHORT, {"rope": ladders.UNCHANGED})
-    twin = {one.seed: one for one in found if (one.arm, one.rung) == (BASELINE, "r0")}
+    found = made.runs_of(SHORT, {"rope": ladders.UNCHANGED})
+    twin = {run.seed: run for run in found if (run.arm, run.rung) == (BASELINE, "r0")}
     shared = [
-        replace(twin[one.seed], arm="rope") if (one.arm, one.rung) == ("rope", "r0") else one for one in found
+        replace(twin[run.seed], arm="rope") if (run.arm, run.rung) == ("rope", "r0") else run for run in found
     ]  # fmt: skip
-    tree, plain = made.told_of(shared, arms=["rope"]), made.told_of(found, arms=["rope"])
+    tree, plain = made.report_of(shared, arms=["rope"]), made.report_of(found, arms=["rope"])
     assert tree["counts"] == {"finished": 21}
     assert plain["flops"] - tree["flops"] == pytest.approx(3 * SHORT.flops[0])
 
 
-def test_a_changed_criterion_is_told_with_how_many_runs_there_were():
+def test_a_changed_criterion_is_shown_with_the_number_of_runs_by_then():
     first = made.HISTORY["criterion_history"][0]
     later = {"time": 1.76e9, "criterion": first["criterion"] | {"min_gain": 1.01}, "finished_runs": 12}
     edits = [{"time": 1.76e9, "lines": ["criterion.min_gain: 1.02 → 1.01"], "finished_runs": 12}]
     record = {"first_planned": 1.75e9, "criterion_history": [first, later], "edits": edits}
     ladder = made.ladder_of(SHORT, ["rope"])
-    found = made.outcomes_of(SHORT, {"rope": ladders.UNCHANGED})
-    seen = Text(page(build.build_report(CollectedLadder(ladder, found, record=record)))).text
+    found = made.runs_of(SHORT, {"rope": ladders.UNCHANGED})
+    seen = Page(page(build.build_report(CollectedLadder(ladder, found, record=record)))).text
     assert "Written before any of its runs had finished: 2025-06-15" in seen
     assert "Changed after 12 runs had finished" in seen
     assert "min_gain 1.02 → 1.01" in seen
-    unknown = Text(page(build.build_report(CollectedLadder(ladder, found)))).text
+    unknown = Page(page(build.build_report(CollectedLadder(ladder, found)))).text
     assert "When it was written is not known" in unknown
 
 
 def test_faults_and_instabilities_are_counted_by_kind_and_by_arm():
     found = made.change(
-        made.outcomes_of(SHORT, made.ARMS), lambda one: (one.rung, one.arm, one.seed) == ("r1", "rope", 0),
+        made.runs_of(SHORT, made.ARMS), lambda run: (run.rung, run.arm, run.seed) == ("r1", "rope", 0),
         faults=[{"kind": kind, "step": 9, "attempt": 0} for kind in ("sigkill", "nan_loss", "sigkill")], attempts=3,
         replayed=20, not_finite=1, redone=2, spikes=[7, 9],
         spent={"productive": 100.0, "lost_steps": 12.0, "down": 40.0},
     )  # fmt: skip
-    course = made.told_of(found)["course"]
+    course = made.report_of(found)["course"]
     assert course["survived"]["faults"] == {
         "nan_loss": {"made": 1, "survived": 1}, "sigkill": {"made": 2, "survived": 2},
     }  # fmt: skip
     assert (course["survived"]["restarts"], course["survived"]["replayed_steps"]) == (2, 20)
     assert (course["time"]["lost_seconds"], course["time"]["away_seconds"]) == (12.0, 40.0)
-    rope = next(one for one in course["arms"] if one["arm"] == "rope")
+    rope = next(arm for arm in course["arms"] if arm["arm"] == "rope")
     assert [rope[key] for key in ("spikes", "not_finite", "redone", "faults")] == [2, 1, 2, 3]
-    seen = Text(page(made.told_of(found))).text
+    seen = Page(page(made.report_of(found))).text
     assert "2 restarts in 1 run; 20 steps replayed; 12 s of computing lost" in seen
 
 
-def test_directories_of_the_user_stay_private(monkeypatch, tmp_path):
+def test_the_report_names_no_directory_of_the_user(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/someone")
     text = f"{tmp_path}/runs/x is gone, so is /home/someone/data"
@@ -287,23 +267,21 @@ def test_directories_of_the_user_stay_private(monkeypatch, tmp_path):
 
 def test_the_page_stands_alone_and_escapes_every_name():
     arms = {EVIL: ladders.line(1.2, 1.2)}
-    found = made.outcomes_of(SHORT, arms)
-    found = [replace(one, rung=EVIL if one.rung == "r1" else one.rung) for one in found]
-    found = made.missing(found, lambda one: (one.rung, one.seed) == ("r2", 0), EVIL)
+    found = made.runs_of(SHORT, arms)
+    found = [replace(run, rung=EVIL if run.rung == "r1" else run.rung) for run in found]
+    found = made.missing(found, lambda run: (run.rung, run.seed) == ("r2", 0), EVIL)
     ladder = made.ladder_of(SHORT, [EVIL], name=EVIL, question=EVIL, notices=[EVIL])
     ladder = replace(ladder, rungs=[replace(r, name=EVIL) if r.name == "r1" else r for r in ladder.rungs])
     tree = build.build_report(CollectedLadder(ladder, found, record=made.HISTORY))
     shown = page(tree, pictures.draw(tree))
     assert "<script" not in shown
-    assert "script" not in Text(shown).tags
-    assert EVIL in Text(shown).text
-    assert not re.search(r"""(src|href)=["'](?!#)""", shown.replace('xlink:href="#', ""))
-    assert "@import" not in shown
+    assert EVIL in Page(shown).text
+    assert all(link.startswith("#") for link in Page(shown).links)
     assert EVIL in screen(tree, width=300)
 
 
-def test_the_page_says_all_that_was_asked_of_it(full, full_page):
-    seen = Text((full_page / "report.html").read_text(encoding="utf-8")).text
+def test_the_page_has_every_section(full, full_page):
+    seen = Page((full_page / "report.html").read_text(encoding="utf-8")).text
     assert len(list(full_page.glob("*.png"))) == 4
     for words in (
         "Does it hold at scale?", "An arm is promoted if", "Written before any of its runs had finished", "lack of fit",
@@ -312,21 +290,21 @@ def test_the_page_says_all_that_was_asked_of_it(full, full_page):
     ):  # fmt: skip
         assert words in seen, words
     for arm in made.ARMS:
-        one = final(full, arm)
-        assert one is not None
-        assert one["why"] in seen
+        verdict = final(full, arm)
+        assert verdict is not None
+        assert verdict["why"] in seen
 
 
 def test_pictures_are_png_and_svg_of_the_page_s_colours(gaps, tmp_path):
     tree, drawn = gaps, report.write(gaps, tmp_path)
-    assert [one.name for one in drawn] == ["multiplier", "loss", "prediction", "cost"]
+    assert [picture.name for picture in drawn] == ["multiplier", "loss", "prediction", "cost"]
     ids: list[str] = []
-    for one in drawn:
-        assert (tmp_path / f"{one.name}.png").read_bytes().startswith(PNG)
-        root = ElementTree.fromstring(one.svg.replace("xlink:href", "href"))
+    for picture in drawn:
+        assert (tmp_path / f"{picture.name}.png").read_bytes().startswith(PNG)
+        root = ElementTree.fromstring(picture.svg.replace("xlink:href", "href"))
         ids += [element.attrib["id"] for element in root.iter() if "id" in element.attrib]
-        assert "var(--ink)" in one.svg
-        assert not re.search(r"(?i)(fill|stroke): #(?!0{6}|f{6})[0-9a-f]{6}", one.svg), "a colour of no name"
+        assert "var(--ink)" in picture.svg
+        assert not re.search(r"(?i)(fill|stroke): #(?!0{6}|f{6})[0-9a-f]{6}", picture.svg), "a colour of no name"
     assert len(ids) == len(set(ids))
     shown = (tmp_path / "report.html").read_text(encoding="utf-8")
     used = set(re.findall(r"var\((--\w+)\)", shown))
@@ -334,13 +312,13 @@ def test_pictures_are_png_and_svg_of_the_page_s_colours(gaps, tmp_path):
     assert json.loads((tmp_path / "report.json").read_text()) == tree
 
 
-def test_a_picture_that_there_is_no_reason_for_goes(tmp_path, single):
+def test_a_picture_without_data_is_removed(tmp_path, single):
     (tmp_path / "cost.png").write_bytes(PNG)
     report.write(single, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "report.html", "report.json"]
 
 
-def test_the_terminal_tells_verdicts_reasons_and_what_is_missing(gaps, full):
+def test_the_terminal_shows_verdicts_reasons_and_missing_runs(gaps, full):
     seen = " ".join(screen(full).split())
     assert "✓ promote" in seen
     assert "By" not in seen
@@ -353,7 +331,7 @@ def test_the_terminal_tells_verdicts_reasons_and_what_is_missing(gaps, full):
 
 
 def send(mode: str, tree: dict[str, Any], written: Path, out: Path) -> list[str]:
-    """What went wrong in showing this report, of which one picture is taken."""
+    """Show this report, with one picture, and return the problems."""
     config = parse({"budget": {"steps": 60}, "wandb": {"mode": mode, "group": "a group"}})
     ladder = made.ladder_of(CLEAR, list(made.ARMS), runs=[PlannedRun(BASELINE, "r0", 0, config, 1000, 6000)])
     shutil.copy(written / "loss.png", out)
