@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests import logs
 from trainer import config as configs
 from trainer.checkpoint import files
 from trainer.faults import checker, plan
@@ -16,17 +17,11 @@ from trainer.faults.checker import Answer, Evidence, Reference
 from trainer.log import events, goodput
 from trainer.log.events import (
     AttemptEnded,
-    AttemptStarted,
     CheckpointFailed,
     CheckpointRejected,
-    CheckpointSaved,
     Event,
-    EventLog,
-    FaultFired,
     Hung,
     NotFinite,
-    StepDone,
-    WorkersLost,
 )
 
 STEPS, EVERY = 12, 6
@@ -35,23 +30,15 @@ REFERENCE = Reference("w" * 64, "s" * 64, {step: f"samples {step}" for step in r
 KILL = {"kind": "sigkill", "rank": 1, "at_step": 10, "phase": "before_forward"}
 
 
-class Log:
+class Log(logs.Run):
     """A run's log, written event by event on a clock of its own."""
 
     def __init__(self, run: Path) -> None:
-        self.run, self.now, self.attempt, self.pid = run, 1000.0, -1, 100
-        self.started = self.now
+        super().__init__(run, now=1000.0)
+        self.run, self.pid, self.started = run, 100, self.now
 
     def write(self, event: Event, rank: int = 0, after: float = 0.1) -> None:
-        self.now += after
-        self._append(
-            events.events_directory(self.run) / f"attempt-{self.attempt:04d}-rank-{rank:05d}.jsonl", rank, event
-        )
-
-    def _append(self, path: Path, rank: int, event: Event) -> None:
-        log = EventLog(path, self.attempt, rank, clock=lambda: self.now)
-        log.append(event)
-        log.close()
+        super().write(event, after, rank)
 
     def start(self, from_step: int, ranks: int = 2, seconds: float = 2.0, after: float = 0.5) -> None:
         """The next attempt: its processes start `after` seconds from now and are ready after `seconds`."""
@@ -59,41 +46,32 @@ class Log:
         self.now += after + seconds
         for rank in range(ranks):
             self.pid += 1
-            event = AttemptStarted(
-                world_size=ranks, from_step=from_step, steps=STEPS, fingerprint="f", host="h", pid=self.pid,
-                device="cpu", strategy="replicate", parameters=1, tokens_per_step=1,
-                startup_seconds={"imports": seconds},
-            )  # fmt: skip
-            self.write(event, rank, after=0.0)
+            startup = {"imports": seconds}
+            self.write(
+                logs.started(from_step, world_size=ranks, pid=self.pid, startup_seconds=startup), rank, after=0.0
+            )
 
     def steps(self, first: int, last: int, **changes: Any) -> None:
         for step in range(first, last + 1):
-            done = StepDone(
-                step=step, loss=1 / step, grad_norm=1.0, learning_rate=1.0, tokens=1, seconds=0.1,
-                samples=f"samples {step}", redone=0, flushed=None,
-            )  # fmt: skip
-            self.write(dataclasses.replace(done, **changes))
+            self.write(logs.step(step, **{"loss": 1 / step, "samples": f"samples {step}"} | changes))
             if step % EVERY == 0:
                 self.save(step)
 
     def save(self, step: int) -> None:
-        self.write(CheckpointSaved(step=step, bytes=1, seconds=0.1, stall_seconds=0.0), after=0.0)
+        self.write(logs.saved(step), after=0.0)
         write_checkpoint(self.run, step)
 
     def fire(self, index: int = 0, kind: str = "sigkill", victim: int | None = 1, step: int | None = 9) -> None:
-        event = FaultFired(index=index, fault=kind, victim=victim, step=step, phase="before_forward", pid=1)
-        self.now += 0.05
-        self._append(plan.log_path(self.run), victim or 0, event)
+        self.fault(kind, 0.05, victim, step, index)
 
     def lose(self, rank: int = 1, pid: int | None = None) -> None:
-        """What rank 0 of this attempt was told of the end of the one before."""
+        """The end of the attempt before, as the launcher reports it to rank 0 of this one."""
         failure = {"rank": rank, "pid": pid, "exitcode": -9, "signal": "SIGKILL"}
-        self.write(WorkersLost(failures=[failure], reason=f"rank {rank} was ended by SIGKILL"), after=0.0)
+        self.write(logs.lost(failure, reason=f"rank {rank} was ended by SIGKILL"), after=0.0)
 
     def finish(self, weights: str = "w" * 64, state: str = "s" * 64, ranks: int = 2) -> None:
         for rank in range(ranks):
-            end = AttemptEnded(status="finished", step=STEPS, reason="", weights_sha256=weights, state_sha256=state)
-            self.write(end, rank, after=0.0)
+            self.write(logs.ended("finished", STEPS, weights, state, reason=""), rank, after=0.0)
         self.now += 0.3
 
 

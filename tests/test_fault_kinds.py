@@ -25,7 +25,6 @@ HEARD: list[tuple[int, int]] = []
 @pytest.fixture
 def beep() -> Iterator[str]:
     class Beep(Fault):
-        name = "beep"
         group = "time"
         imitates = made = detected = recovered = "a beep"
         phases = (Phase.AFTER_REDUCE,)
@@ -45,7 +44,6 @@ def beep() -> Iterator[str]:
 @pytest.fixture
 def knock() -> Iterator[str]:
     class Knock(Fault):
-        name = "knock"
         group = "process"
         imitates = made = detected = recovered = "a knock"
         needs = (LINUX,)
@@ -77,10 +75,11 @@ def test_a_new_kind_fires_inside_a_rank_once_and_is_on_record(beep: str, tmp_pat
 def test_a_new_kind_fires_from_outside_once_and_is_on_record(knock: str, tmp_path: Path):
     run = tmp_path / "run"
     log, cluster = Log(run), Recorded(run)
+    control: Any = cluster
     log.claim()
     log.begin(attempt=0)
     for _ in range(2):
-        nemesis = Nemesis(plan.make(config({"kind": knock, "rank": 1, "at_step": 1}), 2), run, cluster, time.time())
+        nemesis = Nemesis(plan.make(config({"kind": knock, "rank": 1, "at_step": 1}), 2), run, control, time.time())
         nemesis.start()
         assert settled(cluster, 1) == [(101, signal.SIGWINCH)]
         nemesis.stop()

@@ -1,4 +1,4 @@
-"""The inside hand: every kind of fault that a rank can make is made where the plan says, once, in real jobs.
+"""Faults inside a rank: every kind is made where the plan says, once, in real jobs.
 
 Faults share a torchrun job where each starts an attempt of its own, or ends none.
 """
@@ -15,7 +15,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,23 +24,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.support import (
-    ROOT,
-    SMOKE,
-    Job,
-    look,
-    outcome,
-    settings,
-    torchrun,
-    trainer,
-    with_faults,
-    write_corpus,
-)
+from tests.faulty_runs import NO_FAULTS, STEPS, FaultyRun, fault, reference_run
+from tests.support import ROOT, SMOKE, look, settings, torchrun, trainer, with_faults, write_corpus
 from trainer import checkpoint, config
 from trainer.checkpoint import files
-from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USAGE, ConfigError
+from trainer.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USAGE, ConfigError
 from trainer.faults import injector, plan, storage, tensors
-from trainer.faults.checker import strays
 from trainer.faults.disk import Disk, DiskFault
 from trainer.faults.fault import KINDS
 from trainer.faults.rank import RankContext
@@ -50,104 +38,43 @@ from trainer.log import events
 from trainer.log.events import CheckpointFailed, CheckpointSaved, FaultFired, Hung, NotFinite
 from trainer.parallel.world import World
 
-STEPS, EVERY = 24, 6
-RESTARTS = 10
 LIMITS = settings(elastic__step_timeout_seconds=3.0, elastic__startup_timeout_seconds=60.0)
 
 
-def fault(kind: str, at_step: int | None = None, rank: int | str | None = None, **more: Any) -> dict[str, Any]:
-    return {
-        key: value for key, value in dict(kind=kind, at_step=at_step, rank=rank, **more).items() if value is not None
-    }
-
-
-@dataclass
-class Place:
-    """Where a test's runs live, and what a calm run of the same config came to."""
-
-    directory: Path
-    settings: list[str]
-    calm: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def run(self) -> Path:
-        return self.directory / "run"
-
-    def survive(self, ranks: int, faults: list[dict[str, Any]], *overrides: str, status: int = EXIT_FINISHED) -> str:
-        """A job with these faults to its end; what it printed."""
-        options = ["--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={RESTARTS}", "--monitor-interval=0.1"]
-        with Job(
-            self.directory / "jobs", SMOKE, self.run, [*self.settings, *with_faults(faults), *overrides], options
-        ) as job:
-            assert job.wait() == status, job.output[-8000:]
-            assert job.leftovers() == []
-        return job.output
-
-    def fired(self) -> Counter[tuple[int, int | None]]:
-        """How often each (index of a fault, rank) has fired."""
-        fired = [entry.event for entry in plan.fired(self.run)]
-        return Counter((event.index, event.victim) for event in fired if isinstance(event, FaultFired))
-
-    def all_fired_once(self, faults: list[dict[str, Any]]) -> None:
-        fired = self.fired()
-        assert sorted(index for index, _ in fired) == list(range(len(faults))), (fired, faults)
-        assert all(times == faults[index].get("times", 1) for (index, _), times in fired.items()), fired
-
-    def ends_as_calm(self) -> dict[str, Any]:
-        assert outcome(self.run) == self.calm
-        seen = look(self.run)
-        assert seen["checkpoints"][-1]["step"] == STEPS and all(saved["intact"] for saved in seen["checkpoints"])
-        assert strays(self.run) == []
-        return seen
-
-    def detected_as(self, *indices: int) -> list[str | None]:
-        return [row["detected_as"] for row in look(self.run)["faults"] if row["index"] in indices]
-
-
 @pytest.fixture(scope="module")
-def calm(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    directory = tmp_path_factory.mktemp("calm")
-    chosen = settings(
-        data__source=write_corpus(directory / "corpus"), data__heldout_fraction=0.2, budget__steps=STEPS,
-        checkpoint__every_steps=EVERY, checkpoint__max_failures=20, eval__every_steps=12, eval__max_tokens=1024,
-    )  # fmt: skip
-    place = Place(directory, chosen)
-    trainer("train", SMOKE, "--run", place.run, *chosen)
-    place.calm = outcome(place.run)
-    assert place.calm["status"] == "finished"
-    return place
+def reference(tmp_path_factory: pytest.TempPathFactory) -> FaultyRun:
+    return reference_run(tmp_path_factory.mktemp("reference"), checkpoint__max_failures=20)
 
 
 @pytest.fixture
-def place(calm: Place, tmp_path: Path) -> Place:
-    return Place(tmp_path, calm.settings, calm.calm)
+def trial(reference: FaultyRun, tmp_path: Path) -> FaultyRun:
+    return FaultyRun(tmp_path, reference.settings, reference.reference)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_hangs_of_every_kind_are_made_and_survived(place: Place):
+def test_hangs_of_every_kind_are_made_and_survived(trial: FaultyRun):
     faults = [
         fault("stopped", 8, 0, phase="in_update"),
         fault("lock_held", 11, 1, phase="in_reduce"),
         fault("stalled_data", 14, 0),
         fault("skipped_collective", 15, 1),
     ]
-    place.survive(2, faults, *LIMITS)
-    place.all_fired_once(faults)
-    seen = place.ends_as_calm()
-    assert place.detected_as(0, 1, 2) == ["hung"] * 3, seen["incidents"]
-    assert place.detected_as(3) in (["hung"], ["worker_lost"]), seen["incidents"]
-    stopped, locked, *_ = (entry.event for entry in events.read(place.run) if isinstance(entry.event, Hung))
+    trial.survive(2, faults, *LIMITS)
+    seen = trial.ends_as_reference()
+    assert trial.detected_as(0, 1, 2) == ["hung"] * 3, seen["incidents"]
+    assert trial.detected_as(3) in (["hung"], ["worker_lost"]), seen["incidents"]
+    stopped, locked, *_ = (entry.event for entry in events.read(trial.run) if isinstance(entry.event, Hung))
     assert [c["rank"] for c in stopped.culprits] == [0] and [c["rank"] for c in locked.culprits] == [1]
     assert 3 <= stopped.seconds < 8 and stopped.collective
-    assert (place.run / stopped.stacks).read_text().count("Thread") >= 2
+    assert (trial.run / stopped.stacks).read_text().count("Thread") >= 2
     banner = next(w["message"] for w in seen["warnings"] if "on purpose" in w["message"])
     assert banner.startswith("4 faults on purpose are armed: stopped on rank 0 at step 8, in_update; lock_held on rank")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_a_disk_that_fails_fails_one_save_and_not_the_run(place: Place):
+def test_a_disk_that_fails_fails_one_save_and_not_the_run(trial: FaultyRun):
     refused = {
         2: "No space",
         4: "Input/output",
@@ -169,21 +96,20 @@ def test_a_disk_that_fails_fails_one_save_and_not_the_run(place: Place):
         fault("vanished_checkpoints", 21, 1, seconds=0.3),  # the save of 20 has waited for that of 18
         fault("no_space", 24, phase="before_commit"),
     ]
-    place.survive(2, faults, *settings(parallel__strategy="fsdp", checkpoint__every_steps=2))
-    place.all_fired_once(faults)
-    place.ends_as_calm()
-    failed = {e.event.step: e.event.reason for e in events.read(place.run) if isinstance(e.event, CheckpointFailed)}
+    trial.survive(2, faults, *settings(parallel__strategy="fsdp", checkpoint__every_steps=2))
+    trial.ends_as_reference()
+    failed = {e.event.step: e.event.reason for e in events.read(trial.run) if isinstance(e.event, CheckpointFailed)}
     assert {step: words in failed.get(step, "") for step, words in refused.items()} == dict.fromkeys(refused, True), (
         failed
     )
     assert "No space" in failed[24]  # and was tried again
     assert not {14, 16} & set(failed)
-    assert place.detected_as(*range(6), 8) == ["save_failed"] * 6 + ["worker_lost"]
+    assert trial.detected_as(*range(6), 8) == ["save_failed"] * 6 + ["worker_lost"]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_damage_to_the_newest_checkpoint_is_met_by_the_next_start(place: Place):
+def test_damage_to_the_newest_checkpoint_is_met_by_the_next_start(trial: FaultyRun):
     faults = [
         fault("truncated_shard", 13, 0),
         fault("flipped_shard", 14, 1, phase="after_reduce"),
@@ -192,24 +118,22 @@ def test_damage_to_the_newest_checkpoint_is_met_by_the_next_start(place: Place):
         fault("damaged_manifest", 19, 0),
         fault("flipped_shard", 3, 1),
     ]
-    place.survive(2, faults)
-    early = faults.pop()
-    place.all_fired_once(faults)
-    seen = place.ends_as_calm()
-    assert place.detected_as(*range(5)) == ["checkpoint_rejected"] * 5
+    trial.survive(2, faults)
+    seen = trial.ends_as_reference(unfired=1)
+    assert trial.detected_as(*range(5)) == ["checkpoint_rejected"] * 5
     told = [one["text"] for one in seen["incidents"] if one["kind"] == "checkpoint_rejected"]
     for words, text in zip(
         ("bytes instead", "its checksum)", "missing", "file of step", "manifest"), told, strict=True
     ):
         assert words in text, told
     unfired = seen["faults"][-1]
-    assert (unfired["kind"], unfired["fired"], unfired["time"]) == (early["kind"], False, None)
+    assert (unfired["kind"], unfired["fired"], unfired["time"]) == (faults[-1]["kind"], False, None)
     assert any("did not fire: there is no checkpoint" in w["message"] for w in seen["warnings"])
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_wrong_numbers_that_show_are_computed_away_and_a_wrong_clock_or_a_slow_rank_is_none(place: Place):
+def test_wrong_numbers_that_show_are_computed_away_and_a_wrong_clock_or_a_slow_rank_is_none(trial: FaultyRun):
     faults = [
         fault("nan_loss", 3, 1),
         fault("nan_gradient", 5, 0, value="inf"),
@@ -222,21 +146,21 @@ def test_wrong_numbers_that_show_are_computed_away_and_a_wrong_clock_or_a_slow_r
         fault("spike", 5, 1),  # an overflow in the same pass does not hide what is not finite
         fault("spike", 10, 1),
     ]
-    place.survive(2, faults, status=EXIT_PREEMPTED)
-    place.survive(2, faults, status=EXIT_FAILED)
-    place.survive(2, faults)
-    fired = place.fired()
+    trial.survive(2, faults, status=EXIT_PREEMPTED)
+    trial.survive(2, NO_FAULTS, status=EXIT_FAILED)
+    trial.survive(2, NO_FAULTS)
+    fired = trial.fired()
     victims = [(0, 1), (1, 0), (2, 1), (3, 0), (4, 0), (5, 0), (5, 1), (6, 1), (7, 0), (8, 1), (9, 1)]
     assert fired == Counter(victims)
-    seen = place.ends_as_calm()
-    assert place.detected_as(0, 1, 4, 6) == ["not_finite"] * 4 and place.detected_as(5) == ["preempted"] * 2
-    assert place.detected_as(2, 3, 7) == [None] * 3
-    not_finite = [entry.event for entry in events.read(place.run) if isinstance(entry.event, NotFinite)]
+    seen = trial.ends_as_reference()
+    assert trial.detected_as(0, 1, 4, 6) == ["not_finite"] * 4 and trial.detected_as(5) == ["preempted"] * 2
+    assert trial.detected_as(2, 3, 7) == [None] * 3
+    not_finite = [entry.event for entry in events.read(trial.run) if isinstance(entry.event, NotFinite)]
     trials = {step: sorted({one.trial for one in not_finite if one.step == step}) for step in (3, 5, 10, 20)}
     assert trials == {3: [0], 5: [0], 10: [0], 20: [0, 1]}
-    slow = {e.event.step: e.event.seconds for e in events.read(place.run) if isinstance(e.event, events.StepDone)}
+    slow = {e.event.step: e.event.seconds for e in events.read(trial.run) if isinstance(e.event, events.StepDone)}
     assert min(slow[step] for step in (8, 9, 10)) >= 0.1
-    entries = [e for e in events.read(place.run) if e.attempt == seen["attempts"][-1]["attempt"] and e.rank == 0]
+    entries = [e for e in events.read(trial.run) if e.attempt == seen["attempts"][-1]["attempt"] and e.rank == 0]
     times = {e.event.step: e.time for e in entries if isinstance(e.event, events.StepDone)}
     assert times[22] - times[21] > 3600
 
@@ -252,10 +176,10 @@ for number, overrides in enumerate(json.loads(sys.argv[2])):
 
 
 @pytest.mark.slow
-def test_silent_corruption_is_made_and_this_version_does_not_notice(calm: Place, tmp_path: Path):
+def test_silent_corruption_is_made_and_this_version_does_not_notice(reference: FaultyRun, tmp_path: Path):
     """Several runs of one rank in one process."""
     plans = [[fault(kind, 5)] for kind in SILENT] + [[fault("flip_weights", 5, bits=40)], []]
-    few = [text.replace(f"budget.steps={STEPS}", "budget.steps=8") for text in calm.settings[1::2]]
+    few = [text.replace(f"budget.steps={STEPS}", "budget.steps=8") for text in reference.settings[1::2]]
     runs = json.dumps([[*few, with_faults(faults)[1]] for faults in plans])
     command = [sys.executable, "-c", MANY_RUNS, str(SMOKE), runs, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False, cwd=ROOT)
@@ -268,21 +192,20 @@ def test_silent_corruption_is_made_and_this_version_does_not_notice(calm: Place,
 
 
 @pytest.fixture
-def own_cache(place: Place, tmp_path: Path) -> Place:
-    return dataclasses.replace(place, settings=[*place.settings, *settings(data__cache_dir=str(tmp_path / "cache"))])
+def own_cache(trial: FaultyRun, tmp_path: Path) -> FaultyRun:
+    return dataclasses.replace(trial, settings=[*trial.settings, *settings(data__cache_dir=str(tmp_path / "cache"))])
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_a_corrupt_token_store_is_built_again(own_cache: Place, tmp_path: Path):
+def test_a_corrupt_token_store_is_built_again(own_cache: FaultyRun, tmp_path: Path):
     faults = [fault("corrupt_tokens", 9)]
     trainer("train", SMOKE, "--run", tmp_path / "first", *own_cache.settings, *settings(budget__steps=1))
     (store,) = (tmp_path / "cache").glob("store-*/train.bin")
     before, made = store.read_bytes(), store.stat()
     own_cache.survive(1, faults)
-    own_cache.all_fired_once(faults)
     assert store.read_bytes() == before and store.stat().st_mtime_ns > made.st_mtime_ns
-    own_cache.ends_as_calm()
+    own_cache.ends_as_reference()
     assert own_cache.detected_as(0) == ["worker_lost"]
 
 

@@ -1,18 +1,18 @@
-"""The outside hand: real agents, real signals, and a run that must end with the bits of a calm one."""
+"""Faults from outside: real agents, real signals, and a run that must end with the bits of the reference run."""
 
-import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import logs
 from tests.support import SMOKE, settings, trainer, wait_until, worker_environment
 from trainer import config as configs
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED
@@ -24,7 +24,7 @@ from trainer.launch.agent import Agent
 from trainer.launch.cluster import Cluster
 from trainer.launch.namespaces import Hosts
 from trainer.log import events, summary
-from trainer.log.events import AttemptStarted, EventLog, FaultFired, StepDone
+from trainer.log.events import AttemptStarted, FaultFired
 
 STEPS = 60
 SETTINGS = settings(
@@ -75,29 +75,22 @@ class Recorded:
         raise AssertionError("nobody asked for a store")
 
 
-class Log:
+class Log(logs.Run):
     """A run's log, written as its rank 0 would."""
 
     def __init__(self, run: Path) -> None:
-        self._run, self._attempt = run, 0
+        super().__init__(run)
         run.mkdir()
 
     def claim(self) -> None:
-        (self._run / "config.json").write_text("{}")
+        (self.path / "config.json").write_text("{}")
 
     def begin(self, attempt: int, world_size: int = 2) -> None:
-        self._attempt = attempt
-        about = dict.fromkeys(("fingerprint", "host", "device", "strategy"), "")
-        numbers = {"from_step": 0, "steps": STEPS, "pid": 100, "parameters": 0, "tokens_per_step": 0}
-        self._append(AttemptStarted(world_size=world_size, startup_seconds={}, **numbers, **about))
+        self.attempt = attempt
+        self.write(logs.started(world_size=world_size, pid=100))
 
     def step(self, step: int) -> None:
-        values = dict.fromkeys(("loss", "grad_norm", "learning_rate", "seconds"), 1.0)
-        self._append(StepDone(step=step, tokens=1, samples="", redone=0, flushed=None, **values))
-
-    def _append(self, event: events.Event) -> None:
-        with contextlib.closing(EventLog.open(self._run, self._attempt, 0)) as log:
-            log.append(event)
+        self.write(logs.step(step))
 
 
 @pytest.fixture
@@ -105,10 +98,20 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+Start = Callable[..., Nemesis]
+
+
 @pytest.fixture
-def started() -> Iterator[list[Nemesis]]:
+def start(run: Path) -> Iterator[Start]:
+    """Starts a nemesis with these faults, and stops it after the test."""
     made: list[Nemesis] = []
-    yield made
+
+    def start(cluster: Any, *faults: dict[str, Any], started: float | None = None) -> Nemesis:
+        made.append(Nemesis(planned(*faults), run, cluster, time.time() if started is None else started))
+        made[-1].start()
+        return made[-1]
+
+    yield start
     for nemesis in made:
         nemesis.stop()
 
@@ -120,13 +123,9 @@ def settled(cluster: Recorded, count: int) -> list[tuple[int, int]]:
     return cluster.sent
 
 
-def test_a_fault_waits_for_its_step_and_is_on_record_before_it_acts(run, started):
+def test_a_fault_waits_for_its_step_and_is_on_record_before_it_acts(run, start):
     log, cluster = Log(run), Recorded(run)
-    nemesis = Nemesis(
-        planned({"kind": "straggler", "at_step": 3, "rank": 1, "seconds": 0.1}), run, cluster, time.time()
-    )
-    started.append(nemesis)
-    nemesis.start()
+    start(cluster, {"kind": "straggler", "at_step": 3, "rank": 1, "seconds": 0.1})
     log.claim()
     log.begin(attempt=0)
     log.step(1)
@@ -141,14 +140,10 @@ def test_a_fault_waits_for_its_step_and_is_on_record_before_it_acts(run, started
     assert fired.event.pid == os.getpid()
 
 
-def test_a_fault_after_so_many_seconds_counts_from_the_first_launch_and_waits_for_its_attempt(run, started):
+def test_a_fault_after_so_many_seconds_counts_from_the_first_launch_and_waits_for_its_attempt(run, start):
     log, cluster = Log(run), Recorded(run)
-    faults = planned(
-        {"kind": "sigkill", "at_seconds": 5, "rank": 0}, {"kind": "stopped", "at_seconds": 0, "attempt": 1}
-    )
-    nemesis = Nemesis(faults, run, cluster, started=time.time() - 4.5)
-    started.append(nemesis)
-    nemesis.start()
+    later = {"kind": "stopped", "at_seconds": 0, "attempt": 1}
+    start(cluster, {"kind": "sigkill", "at_seconds": 5, "rank": 0}, later, started=time.time() - 4.5)
     log.claim()
     log.begin(attempt=0)
     assert cluster.sent == []
@@ -158,66 +153,53 @@ def test_a_fault_after_so_many_seconds_counts_from_the_first_launch_and_waits_fo
     assert [entry.attempt for entry in plans.fired(run)] == [0, 1]
 
 
-def test_a_worker_that_has_not_written_yet_belongs_to_the_attempt_that_is_coming(run, started):
+def test_a_worker_that_has_not_written_yet_belongs_to_the_attempt_that_is_coming(run, start):
     log, cluster = Log(run), Recorded(run, ranks={0: 200, 1: 201})
     log.claim()
     log.begin(attempt=3)  # rank 0 as process 100, so these are the next
-    faults = planned({"kind": "sigkill", "at_seconds": 0, "rank": 0}, {"kind": "sigabrt", "at_seconds": 0, "rank": 1})
-    nemesis = Nemesis(faults, run, cluster, time.time())
-    started.append(nemesis)
-    nemesis.start()
+    start(cluster, {"kind": "sigkill", "at_seconds": 0, "rank": 0}, {"kind": "sigabrt", "at_seconds": 0, "rank": 1})
     settled(cluster, 2)
     assert [(entry.attempt, entry.event.step) for entry in plans.fired(run)] == [(4, None), (3, 1)]  # pyright: ignore
 
 
-def test_what_the_record_says_has_fired_does_not_fire_again(run, started):
+def test_what_the_record_says_has_fired_does_not_fire_again(run, start):
     log = Log(run)
     log.claim()
     log.begin(attempt=0)
-    faults = planned(
-        {"kind": "sigterm", "at_seconds": 0, "rank": "all"}, {"kind": "sigkill", "at_seconds": 0, "rank": 1}
-    )
+    faults = {"kind": "sigterm", "at_seconds": 0, "rank": "all"}, {"kind": "sigkill", "at_seconds": 0, "rank": 1}
     first, second = Recorded(run), Recorded(run)
     for cluster in (first, second):
-        nemesis = Nemesis(faults, run, cluster, started=time.time())
-        started.append(nemesis)
-        nemesis.start()
+        start(cluster, *faults)
         settled(cluster, 3 if cluster is first else 0)
     assert sorted(first.sent) == [(100, signal.SIGTERM), (101, signal.SIGKILL), (101, signal.SIGTERM)]
     assert second.sent == []
     assert [(e.event.index, e.event.victim) for e in plans.fired(run)] == [(0, 0), (0, 1), (1, 1)]  # pyright: ignore
 
 
-def test_nothing_is_written_where_the_run_has_not_yet_claimed_its_directory(run, started):
+def test_nothing_is_written_where_the_run_has_not_yet_claimed_its_directory(run, start):
     log, cluster = Log(run), Recorded(run)
-    nemesis = Nemesis(planned({"kind": "sigkill", "at_seconds": 0, "rank": 1}), run, cluster, time.time())
-    started.append(nemesis)
-    nemesis.start()
+    start(cluster, {"kind": "sigkill", "at_seconds": 0, "rank": 1})
     assert settled(cluster, 0) == [] and list(run.iterdir()) == []
     log.claim()
     assert settled(cluster, 1) == [(101, signal.SIGKILL)]
 
 
-def test_a_rank_that_is_not_there_is_waited_for_and_a_smaller_world_has_other_victims(run, started):
+def test_a_rank_that_is_not_there_is_waited_for_and_a_smaller_world_has_other_victims(run, start):
     log, cluster = Log(run), Recorded(run, ranks={0: 100})
     log.claim()
     log.begin(attempt=0)
-    nemesis = Nemesis(planned({"kind": "sigkill", "at_seconds": 0, "rank": 1}), run, cluster, time.time())
-    started.append(nemesis)
-    nemesis.start()
+    start(cluster, {"kind": "sigkill", "at_seconds": 0, "rank": 1})
     assert settled(cluster, 0) == []
     log.begin(attempt=1, world_size=1)
     assert settled(cluster, 1) == [(100, signal.SIGKILL)]
 
 
 @pytest.mark.parametrize("kind", [kind.name for kind in KINDS.values() if kind.group == "network"])
-def test_what_the_cluster_cannot_give_is_a_problem_and_no_firing(run, started, kind):
+def test_what_the_cluster_cannot_give_is_a_problem_and_no_firing(run, start, kind):
     log, cluster = Log(run), Recorded(run)
     log.claim()
     log.begin(attempt=0)
-    nemesis = Nemesis(planned({"kind": kind, "at_step": 1}), run, cluster, time.time())
-    started.append(nemesis)
-    nemesis.start()
+    nemesis = start(cluster, {"kind": kind, "at_step": 1})
     assert wait_until(lambda: nemesis.problems, seconds=5)
     assert kind in nemesis.problems[0] and plans.fired(run) == []
 
@@ -263,7 +245,7 @@ def test_a_job_signals_its_own_processes_and_no_others(tmp_path):
 
 
 @needs_proc
-def test_stopping_lets_a_stopped_straggler_go_on(tmp_path, run, started):
+def test_stopping_lets_a_stopped_straggler_go_on(tmp_path, run, start):
     log = Log(run)
     log.claim()
     log.begin(attempt=0)
@@ -272,9 +254,7 @@ def test_stopping_lets_a_stopped_straggler_go_on(tmp_path, run, started):
         child = int(job.output)
         cluster = Recorded(run, ranks={0: child})
         cluster.send = job.send  # type: ignore[method-assign]
-        faults = planned({"kind": "straggler", "at_step": 1, "seconds": 60, "duty": 1.0}, ranks=1)
-        nemesis = Nemesis(faults, run, cluster, time.time())
-        nemesis.start()
+        nemesis = start(cluster, {"kind": "straggler", "at_step": 1, "rank": 0, "seconds": 60, "duty": 1.0})
         assert wait_until(lambda: state(child) == "T", seconds=5)
         nemesis.stop()
         assert state(child) != "T" and nemesis.problems == []
@@ -284,8 +264,8 @@ def test_stopping_lets_a_stopped_straggler_go_on(tmp_path, run, started):
 
 
 @pytest.fixture(scope="module")
-def calm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    run = tmp_path_factory.mktemp("calm") / "run"
+def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    run = tmp_path_factory.mktemp("reference") / "run"
     trainer("train", SMOKE, "--run", run, *SETTINGS)
     return summary.summarise(run)
 
@@ -332,9 +312,9 @@ class Attack:
                 return summary.summarise(self.run)
         raise AssertionError(f"{self.statuses}\n{self.outputs[-1][-6000:]}")
 
-    def ends_as(self, calm: dict[str, Any], seen: dict[str, Any]) -> None:
+    def ends_as(self, reference: dict[str, Any], seen: dict[str, Any]) -> None:
         wanted = ("status", "step", "weights_sha256", "state_sha256", "train", "eval")
-        assert {key: seen[key] for key in wanted} == {key: calm[key] for key in wanted}
+        assert {key: seen[key] for key in wanted} == {key: reference[key] for key in wanted}
         assert seen["replayed_differently"] == []
         fired = [entry.event.index for entry in plans.fired(self.run) if isinstance(entry.event, FaultFired)]
         assert sorted(set(fired)) == [fault.index for fault in self.plan]
@@ -351,30 +331,30 @@ def real(test: Any) -> Any:
 
 
 @real
-def test_signals_at_a_wall_time_end_as_the_calm_run(tmp_path, calm):
+def test_signals_at_a_wall_time_end_as_the_reference(tmp_path, reference):
     """One after the other, each in the attempt after the last; a rank that is stopped by it is noticed and replaced."""
     kinds = ("sigkill", "sigabrt", "stopped")
     faults = [{"kind": kind, "at_seconds": 0, "attempt": n, "rank": n % 2} for n, kind in enumerate(kinds)]
     attack = Attack(tmp_path, [*faults, {"kind": "straggler", "at_step": 30, "seconds": 0.6, "rank": 1}], nodes=1)
-    attack.ends_as(calm, attack.go())
+    attack.ends_as(reference, attack.go())
     assert attack.statuses == [EXIT_FINISHED]
     assert len(attack.sizes()) == 4
 
 
 @real
-def test_a_notice_then_a_dead_agent_then_a_dead_node_and_the_same_command_goes_on(tmp_path, calm):
+def test_a_notice_then_a_dead_agent_then_a_dead_node_and_the_same_command_goes_on(tmp_path, reference):
     faults = [
         {"kind": "sigterm", "at_seconds": 0, "rank": 1},
         {"kind": "agent_killed", "at_step": 20},
         {"kind": "node_killed", "at_step": 40},
     ]
     attack = Attack(tmp_path, faults, nodes=1)
-    attack.ends_as(calm, attack.go())
+    attack.ends_as(reference, attack.go())
     assert attack.statuses == [EXIT_PREEMPTED, 137, 137, EXIT_FINISHED]
 
 
 @real
-def test_a_node_leaves_another_joins_one_joins_and_dies_and_one_joins_slowly(tmp_path, calm):
+def test_a_node_leaves_another_joins_one_joins_and_dies_and_one_joins_slowly(tmp_path, reference):
     faults = [
         {"kind": "node_leaves", "at_step": 5},
         {"kind": "node_joins", "at_step": 12},
@@ -382,21 +362,21 @@ def test_a_node_leaves_another_joins_one_joins_and_dies_and_one_joins_slowly(tmp
         {"kind": "slow_joiner", "at_step": 45, "seconds": 1.0},
     ]
     attack = Attack(tmp_path, faults, nodes=2, seconds_a_step=0.2)
-    attack.ends_as(calm, attack.go())
+    attack.ends_as(reference, attack.go())
     assert attack.statuses == [EXIT_FINISHED]
     sizes = attack.sizes()
     assert sizes[:3] == [2, 1, 2] and 3 in sizes
 
 
 @real
-def test_the_rendezvous_store_freezes_and_nobody_minds_then_it_comes_back_empty_then_it_is_gone(tmp_path, calm):
+def test_the_rendezvous_store_freezes_and_nobody_minds_then_it_comes_back_empty_then_it_is_gone(tmp_path, reference):
     faults = [
         {"kind": "store_unreachable", "at_step": 5, "seconds": 1.0},
         {"kind": "store_restarted", "at_step": 30},
         {"kind": "store_killed", "at_step": 45},
     ]
     attack = Attack(tmp_path, faults, nodes=2)
-    attack.ends_as(calm, attack.go())
+    attack.ends_as(reference, attack.go())
     assert len(attack.statuses) == 3
     # The agent gives up, or its workers, asked to leave, are the first to have left.
     assert set(attack.statuses[:2]) <= {EXIT_FAILED, EXIT_PREEMPTED}

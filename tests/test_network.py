@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from tests.support import ROOT, wait_until
-from tests.test_nemesis import Attack, calm, real  # noqa: F401
+from tests.test_nemesis import Attack, real, reference  # noqa: F401
 from trainer.errors import EXIT_FINISHED
 from trainer.launch import namespaces as network
 from trainer.launch.agent import Agent
@@ -322,31 +322,31 @@ def test_an_ordinary_user_has_such_hosts_too(as_nobody):
 # Runs
 
 
-def ended(attack: Attack, calm: dict[str, Any]) -> None:  # noqa: F811
-    """With the calm run's bits, as one command or given again: both sides may have lost what they cannot do without."""
-    attack.ends_as(calm, attack.go())
+def ended(attack: Attack, reference: dict[str, Any]) -> None:  # noqa: F811
+    """With the reference run's bits, at once or given again: both sides may have lost what they need."""
+    attack.ends_as(reference, attack.go())
     assert attack.statuses[-1] == EXIT_FINISHED and len(attack.statuses) <= 2
 
 
 @real
-def test_a_node_behind_a_failed_switch_is_gone_and_comes_back(tmp_path, hosts, calm):  # noqa: F811
+def test_a_node_behind_a_failed_switch_is_gone_and_comes_back(tmp_path, hosts, reference):  # noqa: F811
     began = time.monotonic()
     attack = Attack(tmp_path, [{"kind": "partition", "at_step": 10, "seconds": 10.0}], 2, hosts, seconds_a_step=0.1)
-    ended(attack, calm)
+    ended(attack, reference)
     print(f"{time.monotonic() - began:.1f} s, worlds of {attack.sizes()}")
 
 
 @real
-def test_a_node_that_is_heard_by_nobody(tmp_path, hosts, calm):  # noqa: F811
+def test_a_node_that_is_heard_by_nobody(tmp_path, hosts, reference):  # noqa: F811
     attack = Attack(tmp_path, [{"kind": "one_way_loss", "at_step": 10, "seconds": 8.0}], 2, hosts, seconds_a_step=0.1)
-    ended(attack, calm)
+    ended(attack, reference)
 
 
 @real
-def test_a_loose_connector_and_a_congested_network_are_no_faults(tmp_path, hosts, calm):  # noqa: F811
+def test_a_loose_connector_and_a_congested_network_are_no_faults(tmp_path, hosts, reference):  # noqa: F811
     faults: list[dict[str, Any]] = [{"kind": "link_flap", "at_step": 5, "seconds": 0.2, "times": 2}]
     if network.shaping() is None:
         faults.append({"kind": "slow_link", "at_step": 35, "seconds": 2.0})
     attack = Attack(tmp_path, faults, 2, hosts)
-    ended(attack, calm)
+    ended(attack, reference)
     assert len(attack.sizes()) == 1, "it went on"

@@ -1,4 +1,4 @@
-"""Whatever kills, stops or cheats a run, it ends with the bits of a calm one: real processes, real signals.
+"""Whatever kills, stops or cheats a run, it ends with the bits of the reference: real processes, real signals.
 
 Several faults share one torchrun job where that keeps its meaning: each starts an attempt of its own. A start costs
 about 4 s, a restart about 3 s.
@@ -13,104 +13,25 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.support import (
-    NO_FAULTS,
-    ROOT,
-    SMOKE,
-    Job,
-    committed_samples,
-    look,
-    outcome,
-    run,
-    settings,
-    trainer,
-    wait_until,
-    with_faults,
-    write_corpus,
-)
+from tests.faulty_runs import EVERY, NO_FAULTS, STEPS, FaultyRun, fault, reference_run
+from tests.support import ROOT, SMOKE, committed_samples, look, outcome, run, settings, trainer, wait_until
 from trainer import checkpoint
 from trainer import config as configs
 from trainer.data import Batches, digest, prepare
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USAGE
-from trainer.faults import plan
-from trainer.faults.checker import strays
 from trainer.log import events
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]  # the machine may be shared: six attempts take long then
 
-STEPS, EVERY = 24, 6
 STEP_SECONDS = 1.5
 LIMITS = settings(elastic__step_timeout_seconds=STEP_SECONDS, elastic__startup_timeout_seconds=30.0)
-RESTARTS = 10
-SLOW_WRITE = 0.4
-
-
 SLOW = {"before_update": 0.1}  # steps long enough to be met from outside
-
-
-def fault(kind: str, at_step: int | None = None, rank: int = 1, **more: Any) -> dict[str, Any]:
-    return {"kind": kind, "rank": rank, **({} if at_step is None else {"at_step": at_step}), **more}
-
-
-@dataclass
-class Place:
-    """Where a test's runs live, and what a calm run of the same config came to."""
-
-    directory: Path
-    settings: list[str]
-    calm: dict[str, Any] = field(default_factory=dict)
-    calm_run: Path = Path()
-    faults: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def run(self) -> Path:
-        return self.directory / "run"
-
-    def start(
-        self, ranks: int, faults: list[dict[str, Any]], *overrides: str, monitor: float = 0.1,
-        slow: dict[str, float] | None = None,
-    ) -> Job:  # fmt: skip
-        """A job with these faults. Those of earlier jobs on the run stay in its config: they have fired."""
-        self.faults += faults
-        options = [
-            "--standalone",
-            f"--nproc-per-node={ranks}",
-            f"--max-restarts={RESTARTS}",
-            f"--monitor-interval={monitor}",
-        ]
-        settings = [*self.settings, *with_faults(self.faults), *overrides]
-        return Job(self.directory / "jobs", SMOKE, self.run, settings, options, slow=slow)
-
-    def survive(
-        self, ranks: int, faults: list[dict[str, Any]], *overrides: str, status: int = EXIT_FINISHED,
-        slow: dict[str, float] | None = None,
-    ) -> str:  # fmt: skip
-        """Run a job to its end: this status, every fault fired, nothing left behind. Returns its output."""
-        with self.start(ranks, faults, *overrides, slow=slow) as job:
-            assert job.wait() == status, job.output[-8000:]
-            assert job.leftovers() == []
-        fired = {event.index for event in plan.firings(self.run)}
-        assert fired == set(range(len(self.faults))), (self.faults, job.output[-8000:])
-        return job.output
-
-    def look(self) -> dict[str, Any]:
-        return look(self.run)
-
-    def ends_as_calm(self, attempts: int) -> None:
-        """The promise: same bits, same losses, same samples in every step, and no trace on disk."""
-        assert outcome(self.run) == self.calm
-        seen = self.look()
-        begun = [attempt for attempt in seen["attempts"] if attempt["world_size"] is not None]
-        assert len(begun) == attempts, [attempt["reason"] for attempt in seen["attempts"]]
-        assert seen["checkpoints"][-1]["step"] == STEPS and all(saved["intact"] for saved in seen["checkpoints"])
-        assert strays(self.run) == []
 
 
 def of_kind(run: Path, kind: type[events.Event]) -> list[Any]:
@@ -118,23 +39,13 @@ def of_kind(run: Path, kind: type[events.Event]) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def calm(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """One rank, no faults, a corpus of less than two epochs: what every other run is held against."""
-    directory = tmp_path_factory.mktemp("calm")
-    chosen = settings(
-        data__source=write_corpus(directory / "corpus"), data__heldout_fraction=0.2, budget__steps=STEPS,
-        checkpoint__every_steps=EVERY, eval__every_steps=12, eval__max_tokens=1024,
-    )  # fmt: skip
-    place = Place(directory, chosen)
-    trainer("train", SMOKE, "--run", place.run, *chosen)
-    place.calm, place.calm_run = outcome(place.run), place.run
-    assert place.calm["status"] == "finished" and sorted(place.calm["samples"]) == list(range(1, STEPS + 1))
-    return place
+def reference(tmp_path_factory: pytest.TempPathFactory) -> FaultyRun:
+    return reference_run(tmp_path_factory.mktemp("reference"))
 
 
 @pytest.fixture
-def place(calm: Place, tmp_path: Path) -> Place:
-    return Place(tmp_path, calm.settings, calm.calm, calm.calm_run)
+def job(reference: FaultyRun, tmp_path: Path) -> FaultyRun:
+    return FaultyRun(tmp_path, reference.settings, reference.reference)
 
 
 def dies(kind: str, phase: str, at_step: int | None = None, rank: int = 1, **more: Any) -> dict[str, Any]:
@@ -184,85 +95,85 @@ DEATHS = {
 
 
 @pytest.mark.parametrize("when", DEATHS)
-def test_killed_at_every_phase_boundary_a_run_ends_as_the_calm_one(place: Place, when: str):
+def test_killed_at_every_phase_boundary_a_run_ends_as_the_reference(trial: FaultyRun, when: str):
     sharding = "fsdp" if when in ("in each part of a save", "from the reduction to the next step") else "replicate"
     deaths = DEATHS[when]
-    place.survive(2, deaths, *settings(parallel__strategy=sharding))
-    seen = place.look()
+    trial.survive(2, deaths, *settings(parallel__strategy=sharding))
+    seen = look(trial.run)
     assert all(row["fired"] for row in seen["faults"]), seen["faults"]
     # Who dies before it trains has made no attempt.
     before_training = sum(death["phase"] in ("startup", "in_load") for death in deaths)
-    place.ends_as_calm(attempts=1 + len(deaths) - before_training)
-    causes = of_kind(place.run, events.WorkersLost)
+    trial.ends_as_reference(attempts=1 + len(deaths) - before_training)
+    causes = of_kind(trial.run, events.WorkersLost)
     assert len(causes) == sum(death.get("times", 1) for death in deaths)
     assert all(len(cause.failures) >= 1 and cause.reason for cause in causes)
     by_signal = [row for row in seen["faults"] if row["kind"] not in ("exception", "exit", "memory_limit")]
     assert [row["detected_as"] for row in by_signal] == ["worker_lost"] * len(by_signal), seen["incidents"]
 
 
-def test_stopped_by_signals_and_gone_on_with_at_other_world_sizes_and_shardings(place: Place):
+def test_stopped_by_signals_and_gone_on_with_at_other_world_sizes_and_shardings(trial: FaultyRun):
     """2 ranks replicated → 3 FSDP2 → 4 hybrid → 1 → 2 FSDP2, each but the last left with status 75.
 
     The first is asked before its first step: it does one and saves it, moments and all.
     """
 
     def go(ranks: int, strategy: str, *faults: dict[str, Any], status: int = EXIT_PREEMPTED) -> dict[str, Any]:
-        place.survive(ranks, list(faults), *settings(parallel__strategy=strategy), status=status)
-        return place.look()
+        trial.survive(ranks, list(faults), *settings(parallel__strategy=strategy), status=status)
+        return look(trial.run)
 
-    first = go(2, "replicate", fault("sigterm", 1))
+    first = go(2, "replicate", fault("sigterm", 1, rank=1))
     assert first["status"] == "preempted" and first["step"] == 1
     assert [saved["step"] for saved in first["checkpoints"]] == [1]
-    asked = of_kind(place.run, events.StopRequested)
+    asked = of_kind(trial.run, events.StopRequested)
     assert [(stop.signal, stop.step) for stop in asked] == [("SIGTERM", 1)]
-    go(3, "fsdp", fault("sigterm", 10, phase="before_backward"), fault("sigkill", 7, phase="after_update"))
-    go(4, "hybrid", fault("sigterm", 14, phase="before_update"))
+    go(3, "fsdp", dies("sigterm", "before_backward", 10), dies("sigkill", "after_update", 7))
+    go(4, "hybrid", dies("sigterm", "before_update", 14))
     go(1, "replicate", fault("sigterm", 18, rank=0))
     finished = go(2, "fsdp", status=EXIT_FINISHED)
     sizes = [(attempt["world_size"], attempt["from_step"]) for attempt in finished["attempts"]]
     assert [size for size, _ in sizes] == [2, 3, 3, 4, 1, 2]
-    place.ends_as_calm(attempts=6)
+    trial.ends_as_reference(attempts=6)
 
 
-def test_a_peer_that_dies_in_the_last_save_is_no_failing_disk(place: Place):
+def test_a_peer_that_dies_in_the_last_save_is_no_failing_disk(trial: FaultyRun):
     """The launcher looks every 3 s only, so the survivor has the time to notice, and to try again in vain."""
-    with place.start(2, [fault("sigkill", STEPS, phase="in_save_shard")], monitor=3.0) as job:
+    with trial.start(2, [dies("sigkill", "in_save_shard", STEPS)], monitor=3.0) as job:
         assert job.wait() == EXIT_FINISHED, job.output[-8000:]
-    place.ends_as_calm(attempts=2)
-    assert of_kind(place.run, events.CheckpointFailed) == []
+    trial.ends_as_reference(attempts=2)
+    assert of_kind(trial.run, events.CheckpointFailed) == []
 
 
-def test_an_agent_that_is_killed_takes_its_workers_along_and_the_same_command_goes_on(place: Place):
+def test_an_agent_that_is_killed_takes_its_workers_along_and_the_same_command_goes_on(trial: FaultyRun):
     """Else they would train on unsupervised, and keep the run directory from whoever starts the job again."""
-    with place.start(2, NO_FAULTS, slow=SLOW) as job:
-        assert wait_until(lambda: begun(place.run, step=7), seconds=40), job.output
+    with trial.start(2, NO_FAULTS, slow=SLOW) as job:
+        assert wait_until(lambda: begun(trial.run, step=7), seconds=40), job.output
         job.process.kill()
         job.process.wait()
         assert wait_until(lambda: not job.processes(), seconds=5), job.leftovers()
-    place.survive(2, NO_FAULTS)
-    place.ends_as_calm(attempts=2)
+    trial.survive(2, NO_FAULTS)
+    trial.ends_as_reference(attempts=2)
 
 
-def test_asked_to_stop_before_it_trains_a_run_saves_its_beginning_and_goes_on_from_there(place: Place):
+def test_asked_to_stop_before_it_trains_a_run_saves_its_beginning_and_goes_on_from_there(trial: FaultyRun):
     """One process while it is about to import torch, which is held back until then; then two ranks in their data."""
-    gate = place.run.parent / "gate"
+    gate = trial.run.parent / "gate"
     gate.mkdir()
     (gate / "sitecustomize.py").write_text(HOLD_TORCH_BACK)
-    arguments = [sys.executable, "-m", "trainer", "train", str(SMOKE), "--run", str(place.run), *place.settings]
+    arguments = [sys.executable, "-m", "trainer", "train", str(SMOKE), "--run", str(trial.run), *trial.settings]
     paths = {"PYTHONPATH": f"{gate}{os.pathsep}{ROOT}"}
     with subprocess.Popen(arguments, cwd=ROOT, env=os.environ | paths) as alone:
         assert wait_until((gate / "reached").exists, seconds=30)
         alone.send_signal(signal.SIGINT)  # as Ctrl-C does; the other signals come below
         (gate / "open").touch()
         assert alone.wait(60) == EXIT_PREEMPTED
-    place.survive(2, [fault("sigterm", rank=0, phase="startup")], status=EXIT_PREEMPTED)
-    stopped = place.look()
+    trial.survive(2, [fault("sigterm", rank=0, phase="startup")], status=EXIT_PREEMPTED)
+    stopped = look(trial.run)
     assert stopped["step"] == 0 and stopped["status"] == "preempted"
     assert [(saved["step"], saved["intact"]) for saved in stopped["checkpoints"]] == [(0, True)]
-    asked = of_kind(place.run, events.StopRequested)
+    asked = of_kind(trial.run, events.StopRequested)
     assert [(one.signal, one.step) for one in asked] == [("SIGINT", 0), ("SIGTERM", 0)]
-    place.survive(2, NO_FAULTS, *settings(parallel__strategy="fsdp"))
-    place.ends_as_calm(attempts=3)
+    trial.survive(2, NO_FAULTS, *settings(parallel__strategy="fsdp"))
+    trial.ends_as_reference(attempts=3)
 
 
 HOLD_TORCH_BACK = """
@@ -286,84 +197,74 @@ sys.meta_path.insert(0, Gate)
 
 @pytest.mark.parametrize("notice", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_the_agent_is_answered_with_75_in_time_and_the_same_command_goes_on(
-    place: Place, notice: signal.Signals
+    trial: FaultyRun, notice: signal.Signals
 ):
     """Meanwhile a second job on the directory is refused, and the first is not harmed."""
-    with place.start(2, NO_FAULTS, slow={"before_update": 0.6}) as job:
-        assert wait_until(lambda: begun(place.run, step=2), seconds=40), job.output
-        second = trainer("train", SMOKE, "--run", place.run, *place.settings, check=False)
+    with trial.start(2, NO_FAULTS, slow={"before_update": 0.6}) as job:
+        assert wait_until(lambda: begun(trial.run, step=2), seconds=40), job.output
+        second = trainer("train", SMOKE, "--run", trial.run, *trial.settings, check=False)
         assert second.returncode == 2 and "is in use by process" in second.stderr
-        asked, done = time.monotonic(), last_step(place.run)
+        asked, done = time.monotonic(), last_step(trial.run)
         job.process.send_signal(notice)
         assert job.wait(20) == EXIT_PREEMPTED, job.output
         assert time.monotonic() - asked < 10
         assert job.leftovers() == []
-    stopped = place.look()
+    stopped = look(trial.run)
     assert stopped["status"] == "preempted" and done < stopped["step"] <= done + 2 < STEPS
-    assert {stop.signal for stop in of_kind(place.run, events.StopRequested)} == {notice.name}
+    assert {stop.signal for stop in of_kind(trial.run, events.StopRequested)} == {notice.name}
     assert stopped["checkpoints"][-1]["step"] == stopped["step"]
-    assert trainer("inspect", place.run).stdout.count("preempted") >= 1
-    place.survive(2, NO_FAULTS)
-    place.ends_as_calm(attempts=2)
+    assert trainer("inspect", trial.run).stdout.count("preempted") >= 1
+    trial.survive(2, NO_FAULTS)
+    trial.ends_as_reference(attempts=2)
 
 
-def test_slow_is_not_hung(place: Place):
+def test_slow_is_not_hung(trial: FaultyRun):
     """A first step, an evaluation and the wait for a save, each longer than the limit of a step in all."""
     faults = [
-        fault("slow_rank", 1, seconds=3.0, steps=1),
-        fault("slow_write", 6, seconds=SLOW_WRITE),
-        fault("slow_write", 12, seconds=SLOW_WRITE),
+        fault("slow_rank", 1, rank=1, seconds=3.0, steps=1),
+        fault("slow_write", 6, rank=1, seconds=0.4),
+        fault("slow_write", 12, rank=1, seconds=0.4),
     ]
-    place.survive(2, faults, *LIMITS, slow={"in_eval": 0.2})
-    place.ends_as_calm(attempts=1)
-    assert of_kind(place.run, events.Hung) == []
-    stalls = {saved.step: saved.stall_seconds for saved in of_kind(place.run, events.CheckpointSaved)}
+    trial.survive(2, faults, *LIMITS, slow={"in_eval": 0.2})
+    trial.ends_as_reference(attempts=1)
+    assert of_kind(trial.run, events.Hung) == []
+    stalls = {saved.step: saved.stall_seconds for saved in of_kind(trial.run, events.CheckpointSaved)}
     assert stalls[12] > 2 * STEP_SECONDS, "both ranks waited for the save of rank 1"
 
 
-def test_a_rank_that_hangs_in_the_preparation_is_named_and_slow_data_are_no_hang(place: Place):
+def test_a_rank_that_hangs_in_the_preparation_is_named_and_slow_data_are_no_hang(trial: FaultyRun):
     """9 s of data that make progress, with 5 s allowed; in the first attempt the rank that prepares is stopped."""
     limit, asked = settings(elastic__startup_timeout_seconds=5.0), time.monotonic()
-    with place.start(2, NO_FAULTS, *limit, slow={"data": 0.3}) as job:
-        assert wait_until((place.run / "config.json").exists, seconds=40), job.output
+    with trial.start(2, NO_FAULTS, *limit, slow={"data": 0.3}) as job:
+        assert wait_until((trial.run / "lock").exists, seconds=40), job.output
         time.sleep(1)  # the run is claimed, so the data come next
         assert job.send(job.workers()[0], signal.SIGSTOP)
         assert job.wait() == EXIT_FINISHED, job.output[-8000:]
     assert time.monotonic() - asked < 90
-    place.ends_as_calm(attempts=1)  # the other did not come to training
-    (hung,) = of_kind(place.run, events.Hung)
+    trial.ends_as_reference(attempts=1)  # the other did not come to training
+    (hung,) = of_kind(trial.run, events.Hung)
     assert hung.point == "startup" and [culprit["rank"] for culprit in hung.culprits] == [0], hung
 
 
-def test_a_disk_that_answers_no_more_is_a_hang_of_its_rank(place: Place):
-    place.survive(2, [fault("stalled_disk", 6, seconds=1000.0)], *LIMITS)
-    place.ends_as_calm(attempts=2)
-    hung = of_kind(place.run, events.Hung)
+def test_a_disk_that_answers_no_more_is_a_hang_of_its_rank(trial: FaultyRun):
+    trial.survive(2, [fault("stalled_disk", 6, rank=1, seconds=1000.0)], *LIMITS)
+    trial.ends_as_reference(attempts=2)
+    hung = of_kind(trial.run, events.Hung)
     assert hung and {one.point for one in hung} == {"waiting_for_save"}
     assert {culprit["rank"] for one in hung for culprit in one.culprits} == {1}, hung
 
 
-def test_a_full_disk_fails_saves_and_not_the_run(place: Place):
-    place.survive(2, [fault("no_space", step, rank=0) for step in (6, 12)], *settings(checkpoint__max_failures=9))
-    place.ends_as_calm(attempts=1)
-    failed = of_kind(place.run, events.CheckpointFailed)
-    assert [(event.step, event.in_a_row) for event in failed] == [(6, 1), (12, 2)]
-    assert all(one.reason for one in failed)
-    saved = {one["step"] for one in place.look()["checkpoints"]}
-    assert saved | {one.step for one in failed} == {6, 12, 18, 24} and 24 in saved
-
-
-def test_a_disk_that_stays_full_stops_the_run_with_its_reason(place: Place):
-    full = [fault("no_space", step) for step in (6, 12)]
-    with place.start(2, full, *settings(checkpoint__max_failures=2)) as job:
+def test_a_disk_that_stays_full_stops_the_run_with_its_reason(trial: FaultyRun):
+    full = [fault("no_space", step, rank=1) for step in (6, 12, 18)]
+    with trial.start(2, full, *settings(checkpoint__max_failures=2)) as job:
         assert job.wait() == EXIT_FAILED, job.output
         assert job.leftovers() == []
     assert "saving failed 2 times in a row" in job.output and "Traceback" not in job.output
-    stopped = place.look()
+    stopped = look(trial.run)
     assert stopped["status"] == "failed" and stopped["checkpoints"] == []
-    assert [one.in_a_row for one in of_kind(place.run, events.CheckpointFailed)] == [1, 2]
-    place.survive(1, NO_FAULTS)
-    place.ends_as_calm(attempts=2)
+    assert [one.in_a_row for one in of_kind(trial.run, events.CheckpointFailed)] == [1, 2]
+    trial.survive(1, NO_FAULTS)
+    trial.ends_as_reference(attempts=2)
 
 
 @pytest.fixture
@@ -382,46 +283,46 @@ def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]
 
 @pytest.mark.parametrize("small_disk", ["run/checkpoints"], indirect=True)
 def test_a_disk_without_room_for_one_more_checkpoint_keeps_the_ones_it_has(
-    calm: Place, tmp_path: Path, small_disk: Path
+    reference: FaultyRun, tmp_path: Path, small_disk: Path
 ):
-    """ENOSPC for real. The run begins at a calm run's step 6, on a disk that something else has filled."""
-    place = Place(tmp_path, calm.settings, calm.calm)
-    trainer("train", SMOKE, "--run", tmp_path / "start", *calm.settings, *settings(checkpoint__keep_last=9))
+    """ENOSPC for real. The run begins at an undisturbed run's step 6, on a disk that something else has filled."""
+    trial = FaultyRun(tmp_path, reference.settings, reference.reference)
+    trainer("train", SMOKE, "--run", tmp_path / "start", *reference.settings, *settings(checkpoint__keep_last=9))
     shutil.copytree(
-        tmp_path / "start", place.run, dirs_exist_ok=True, ignore=shutil.ignore_patterns("step-*[12348]", "events")
+        tmp_path / "start", trial.run, dirs_exist_ok=True, ignore=shutil.ignore_patterns("step-*[12348]", "events")
     )
-    assert [saved.step for saved in checkpoint.committed(place.run)] == [EVERY]
+    assert [saved.step for saved in checkpoint.committed(trial.run)] == [EVERY]
     filler = fill(small_disk, leaving=30_000)
-    with place.start(2, NO_FAULTS, *settings(checkpoint__max_failures=9), slow={"before_update": 0.2}) as job:
-        assert wait_until(lambda: begun(place.run, step=15), seconds=40), job.output
-        assert [saved.step for saved in checkpoint.committed(place.run)] == [EVERY]
+    with trial.start(2, NO_FAULTS, *settings(checkpoint__max_failures=9), slow={"before_update": 0.2}) as job:
+        assert wait_until(lambda: begun(trial.run, step=15), seconds=40), job.output
+        assert [saved.step for saved in checkpoint.committed(trial.run)] == [EVERY]
         filler.unlink()
         assert job.wait() == EXIT_FINISHED, job.output
-    failed = of_kind(place.run, events.CheckpointFailed)
+    failed = of_kind(trial.run, events.CheckpointFailed)
     assert [one.step for one in failed][:1] == [12] and "No space left" in failed[0].reason
-    seen = outcome(place.run)
+    seen = outcome(trial.run)
     same = ("status", "step", "weights_sha256", "state_sha256")
-    assert {key: seen[key] for key in same} == {key: calm.calm[key] for key in same}
+    assert {key: seen[key] for key in same} == {key: reference.reference[key] for key in same}
 
 
 @pytest.mark.parametrize("small_disk", ["run"], indirect=True)
-def test_a_disk_too_full_for_the_log_itself_stops_nothing_and_loses_no_event(place: Place, small_disk: Path):
+def test_a_disk_too_full_for_the_log_itself_stops_nothing_and_loses_no_event(trial: FaultyRun, small_disk: Path):
     """ENOSPC for all of the run, from step 3 until it was told of."""
-    with place.start(2, NO_FAULTS, *settings(checkpoint__max_failures=9), slow={"before_update": 0.2}) as job:
-        assert wait_until(lambda: begun(place.run, step=3), seconds=40), job.output
+    with trial.start(2, NO_FAULTS, *settings(checkpoint__max_failures=9), slow={"before_update": 0.2}) as job:
+        assert wait_until(lambda: begun(trial.run, step=3), seconds=40), job.output
         filler = fill(small_disk)
         assert wait_until(lambda: "jsonl cannot be written: No space left on device" in job.output, seconds=30)
         filler.unlink()
         assert job.wait() == EXIT_FINISHED, job.output
-    place.ends_as_calm(attempts=1)
-    assert of_kind(place.run, events.CheckpointFailed) != []
-    assert ["the log" in one.message for one in of_kind(place.run, events.Warned)] == [True], "told once"
+    trial.ends_as_reference(attempts=1)
+    assert of_kind(trial.run, events.CheckpointFailed) != []
+    assert ["the log" in one.message for one in of_kind(trial.run, events.Warned)] == [True], "told once"
 
 
 @pytest.mark.parametrize("small_disk", ["run"], indirect=True)
-def test_a_disk_that_is_full_from_the_start_is_wrong_usage(place: Place, small_disk: Path):
+def test_a_disk_that_is_full_from_the_start_is_wrong_usage(trial: FaultyRun, small_disk: Path):
     fill(small_disk)
-    refused = trainer("train", SMOKE, "--run", small_disk / "run", *place.settings, check=False)
+    refused = trainer("train", SMOKE, "--run", small_disk / "run", *trial.settings, check=False)
     assert refused.returncode == EXIT_USAGE and "Traceback" not in refused.stderr, refused.stderr
     assert "cannot be written: No space left on device.\n  Checkpoints and events go there." in refused.stderr
 
@@ -434,47 +335,47 @@ def fill(disk: Path, leaving: int = 0) -> Path:
     return filler
 
 
-def test_a_nan_that_stays_stops_the_run_and_is_named(place: Place):
+def test_a_nan_that_stays_stops_the_run_and_is_named(trial: FaultyRun):
     """Rank 1's third micro-batch of four is number 5 of eight. It would only come again: torchrun does not restart."""
-    with place.start(2, [fault("nan_sample", 9, nth=3)]) as job:
+    with trial.start(2, [fault("nan_sample", 9, rank=1, nth=3)]) as job:
         assert job.wait() == EXIT_FAILED, job.output
         assert job.leftovers() == []
-    ids = batches(place).micro_batch(8, 5).sample_ids
+    ids = batches(trial).micro_batch(8, 5).sample_ids
     for named in ("step 9:", "micro-batch 5 (samples " + ", ".join(map(str, ids)), "module blocks.0.mlp"):
         assert named in job.output, job.output
-    assert {one.trial for one in of_kind(place.run, events.NotFinite)} == {0, 1}
-    assert max(committed_samples(place.run)) == 8, "the step was applied"
-    place.survive(1, NO_FAULTS)
-    place.ends_as_calm(attempts=2)
+    assert {one.trial for one in of_kind(trial.run, events.NotFinite)} == {0, 1}
+    assert max(committed_samples(trial.run)) == 8, "the step was applied"
+    trial.survive(1, NO_FAULTS)
+    trial.ends_as_reference(attempts=2)
 
 
-def test_resuming_a_finished_run_changes_nothing(place: Place):
-    shutil.copytree(place.calm_run, place.run)
-    before = contents(place.run / "checkpoints")
-    place.survive(1, NO_FAULTS, *settings(parallel__strategy="fsdp"))
-    assert contents(place.run / "checkpoints") == before
-    place.ends_as_calm(attempts=2)
-    assert place.look()["attempts"][-1]["from_step"] == STEPS
+def test_resuming_a_finished_run_changes_nothing(reference: FaultyRun, trial: FaultyRun):
+    shutil.copytree(reference.run, trial.run)
+    before = contents(trial.run / "checkpoints")
+    trial.survive(1, NO_FAULTS, *settings(parallel__strategy="fsdp"))
+    assert contents(trial.run / "checkpoints") == before
+    trial.ends_as_reference(attempts=2)
+    assert look(trial.run)["attempts"][-1]["from_step"] == STEPS
 
 
 def contents(directory: Path) -> dict[str, tuple[int, bytes]]:
     return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in directory.rglob("*") if path.is_file()}
 
 
-def test_the_committed_history_holds_every_sample_once_per_epoch(calm: Place):
+def test_the_committed_history_holds_every_sample_once_per_epoch(reference: FaultyRun):
     """By the ids themselves: all other runs here have the digests of this one."""
-    source = batches(calm)
+    source = batches(reference)
     ids = np.concatenate([batch.sample_ids for step in range(STEPS) for batch in source.for_step(step)])
     assert source.n_windows < len(ids) < 2 * source.n_windows, "more than one epoch, less than two"
     assert sorted(ids[: source.n_windows]) == list(range(source.n_windows))
     assert len(set(ids[source.n_windows :])) == len(ids) - source.n_windows
     for step in range(STEPS):
         of_step = repr([digest(batch.sample_ids) for batch in source.for_step(step)])
-        assert calm.calm["samples"][step + 1] == hashlib.sha256(of_step.encode()).hexdigest()[:16]
+        assert reference.reference["samples"][step + 1] == hashlib.sha256(of_step.encode()).hexdigest()[:16]
 
 
-def batches(place: Place) -> Batches:
-    config = configs.load(SMOKE, place.settings[1::2])
+def batches(trial: FaultyRun) -> Batches:
+    config = configs.load(SMOKE, trial.settings[1::2])
     tokens = prepare(config.data, config.eval, config.model.context).train.tokens
     return Batches(
         tokens,
@@ -494,7 +395,7 @@ def last_step(run: Path) -> int:
     return max(committed_samples(run), default=0)
 
 
-def test_random_kills_of_random_worlds_end_as_the_calm_run(tmp_path: Path):
+def test_random_kills_of_random_worlds_end_as_the_reference(tmp_path: Path):
     """The first few of a campaign; scripts/soak goes on for hundreds. To see one again, give it the printed seed."""
     seed = 0 if os.environ.get("CI") else int.from_bytes(os.urandom(3), "big")
     command = [sys.executable, "scripts/soak.py", "--kills", "3", "--seed", str(seed), "--out", str(tmp_path / "soak")]

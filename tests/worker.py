@@ -22,7 +22,6 @@ SLOW = "TOPROPE_TEST_SLOW"
 
 
 class NanSample(VisibleFault):
-    name = "nan_sample"
     imitates = "a sample that overflows whenever it is computed"
     made = "an output or a gradient of the first block's MLP is not finite, from now on"
     detected = "the loss or the gradient norm is not finite, also when computed again"

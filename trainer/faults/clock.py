@@ -3,20 +3,18 @@
 import time
 from typing import TYPE_CHECKING, ClassVar
 
-from trainer.faults.fault import STEP, Fault, Setting
+from trainer.faults.fault import STEP, Harmless, Setting
 
 if TYPE_CHECKING:
     from trainer.faults.plan import PlannedFault
     from trainer.faults.rank import RankContext
 
 
-class ClockJump(Fault):
-    name = "clock_jump"
+class ClockJump(Harmless):
     group = "clock"
     imitates = "a time server's correction"
     made = "the rank's wall clock jumps"
     detected = "no fault: durations come from clocks that do not jump"
-    recovered = "by itself"
     phases = STEP
     settings: ClassVar = {"seconds": Setting(3600.0, "how far; may be negative", -1e6)}
     moves_clock = True

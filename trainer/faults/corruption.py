@@ -51,7 +51,6 @@ class SilentFault(Fault):
 
 
 class NanLoss(VisibleFault):
-    name = "nan_loss"
     imitates = "an overflow in the loss"
     made = "the loss of one micro-batch is not finite"
     detected = "the step's sums are not finite"
@@ -63,7 +62,6 @@ class NanLoss(VisibleFault):
 
 
 class NanGradient(VisibleFault):
-    name = "nan_gradient"
     imitates = "an overflow in a kernel"
     made = "one entry of a gradient is not finite"
     detected = "the gradient norm is not finite"
@@ -78,7 +76,6 @@ class NanGradient(VisibleFault):
 
 
 class NanWeights(VisibleFault):
-    name = "nan_weights"
     imitates = "memory that is overwritten"
     made = "one weight of one rank is not finite"
     detected = "the loss is not finite, also when computed again"
@@ -96,7 +93,6 @@ class NanWeights(VisibleFault):
 
 
 class Spike(VisibleFault):
-    name = "spike"
     imitates = "a gradient far beyond all others"
     made = "a gradient is multiplied by 2^40"
     detected = "it overflows its grid, and does not come again"
@@ -109,7 +105,6 @@ class Spike(VisibleFault):
 
 
 class FlipGradient(SilentFault):
-    name = "flip_gradient"
     imitates = "silent corruption in a device's arithmetic"
     made = "bits of the rank's gradient are flipped before the reduction"
     phases = (Phase.BEFORE_REDUCE,)
@@ -119,14 +114,12 @@ class FlipGradient(SilentFault):
 
 
 class FlipReduced(FlipGradient):
-    name = "flip_reduced"
     imitates = "silent corruption on the way"
     made = "bits of the rank's copy of the summed gradient are flipped"
     phases = (Phase.AFTER_REDUCE,)
 
 
 class FlipWeights(SilentFault):
-    name = "flip_weights"
     imitates = "silent corruption in memory"
     made = "bits of the rank's weights are flipped"
 
@@ -137,7 +130,6 @@ class FlipWeights(SilentFault):
 
 
 class FlipMoments(SilentFault):
-    name = "flip_moments"
     imitates = "silent corruption in memory"
     made = "bits of the rank's optimizer moments are flipped"
     phases = (Phase.BEFORE_UPDATE,)
@@ -150,7 +142,6 @@ class FlipMoments(SilentFault):
 
 
 class FlipActivations(SilentFault):
-    name = "flip_activations"
     imitates = "silent corruption in a device's arithmetic"
     made = "bits of an activation are flipped"
     phases = (Phase.IN_FORWARD,)
@@ -164,7 +155,6 @@ class FlipActivations(SilentFault):
 
 
 class WrongOperator(SilentFault):
-    name = "wrong_operator"
     imitates = "a rarely taken path of torch.sum that is wrong"
     made = "sums over a dimension lose their last element where a rare condition on the data holds"
     settings: ClassVar = {"steps": Setting(5, "for so many steps", 1)}

@@ -3,12 +3,13 @@
 A kind is a class with everything about it: what it imitates, where it strikes, its settings, what it needs and refuses,
 how it fires, and how the run must answer. It fires in one of two ways: inside a rank at a phase of its work (`fire`,
 called by the injector), or from outside, beside torchrun, when the event log has reached a step or after some seconds
-(`fire_from_outside`, called by the nemesis). To add a kind, write a subclass with a `name`.
+(`fire_from_outside`, called by the nemesis). To add a kind, write a subclass that says what it `imitates`.
 
 Importing this module imports no torch: campaigns are planned without. What needs torch is imported where it fires.
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -19,9 +20,10 @@ from trainer.phases import Phase
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainer.faults.nemesis import ClusterControl, Outside
+    from trainer.faults.nemesis import Outside
     from trainer.faults.plan import PlannedFault
     from trainer.faults.rank import RankContext
+    from trainer.launch.cluster import Cluster
 
 # Phases at which a fault can strike, in groups.
 GRADIENT = (
@@ -61,7 +63,8 @@ class Setting:
 class Fault:
     """A kind of fault. Instances have no state: what one fault of a config is told is its `PlannedFault`."""
 
-    name: ClassVar[str] = ""
+    name: ClassVar[str]
+    """As in configs. By default that of the class: TruncatedShard is truncated_shard."""
     group: ClassVar[Literal["process", "time", "network", "storage", "numbers", "membership", "clock"]]
     imitates: ClassVar[str]
     """What it stands for in the field."""
@@ -115,7 +118,8 @@ class Fault:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if "name" in cls.__dict__:  # bases of several kinds have none
+        if "imitates" in cls.__dict__:  # not a base of several kinds
+            cls.name = cls.__dict__.get("name") or re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
             KINDS[cls.name] = cls()
 
     @property
@@ -155,7 +159,7 @@ class Fault:
         self.fire(planned, rank)
         return tensor
 
-    def obstacle_outside(self, planned: "PlannedFault", cluster: "ClusterControl") -> str:
+    def obstacle_outside(self, planned: "PlannedFault", cluster: "Cluster") -> str:
         """Why it cannot be made of this cluster; empty if it can."""
         if NAMESPACES in self.needs and cluster.hosts is None:
             return "its nodes are not on hosts of their own"
@@ -169,6 +173,14 @@ class Fault:
         Raises OSError or ValueError where it could not be made or undone.
         """
         raise NotImplementedError(f"{self.name} does not fire from outside")
+
+
+class Harmless(Fault):
+    """A kind that may delay the run and must not be taken for a failure."""
+
+    detected = "no fault: slow is not hung"
+    recovered = "by itself"
+    expected_incidents = ()
 
 
 KINDS: dict[str, Fault] = {}

@@ -26,7 +26,6 @@ class MembershipFault(Fault):
 
 
 class NodeLeaves(MembershipFault):
-    name = "node_leaves"
     imitates = "a node is taken out for maintenance"
     made = "SIGKILL of the last node's agent and workers; nobody replaces it"
     expected_incidents = ("worker_lost",)
@@ -37,7 +36,6 @@ class NodeLeaves(MembershipFault):
 
 
 class NodeJoins(MembershipFault):
-    name = "node_joins"
     imitates = "a repaired node comes back"
     made = "one more agent starts"
     node_balance = 1
@@ -47,7 +45,6 @@ class NodeJoins(MembershipFault):
 
 
 class NodeFlaps(MembershipFault):
-    name = "node_flaps"
     imitates = "a node that joins and dies again and again"
     made = "an agent starts and is killed, in turn"
     settings: ClassVar = {"times": Setting(2, "how often", 1), "seconds": Setting(6.0, "how long it lives")}
@@ -66,7 +63,6 @@ class NodeFlaps(MembershipFault):
 
 
 class SlowJoiner(MembershipFault):
-    name = "slow_joiner"
     imitates = "a node that takes long to boot"
     made = "one more agent starts, and is stopped for a while as it joins"
     settings: ClassVar = {"seconds": Setting(3.0, "how long it is stopped")}

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from trainer.faults import plan as plans
 from trainer.faults.plan import PlannedFault
@@ -18,6 +18,8 @@ from trainer.log.events import Follower
 from trainer.log.history import Attempt
 
 if TYPE_CHECKING:
+    from trainer.launch.agent import Agent
+    from trainer.launch.cluster import Cluster
     from trainer.launch.namespaces import Hosts
 
 POLL_SECONDS = 0.02
@@ -25,42 +27,10 @@ SETTLE_SECONDS = 5.0  # after which a fault that lasts must be undone when the n
 NEMESIS = -1  # rank in the log
 
 
-class Node(Protocol):
-    """A torchrun agent and its workers."""
-
-    host: int | None
-
-    @property
-    def running(self) -> bool: ...
-    def processes(self) -> list[int]: ...
-    def workers(self) -> dict[int, int]: ...
-    def signal(self, number: int) -> bool: ...
-    def kill(self) -> None: ...
-    def connected(self) -> bool: ...
-
-
-class ClusterControl(Protocol):
-    """The agents of one run (launch/cluster.py). Signals reach nothing but its processes."""
-
-    hosts: "Hosts | None"
-
-    @property
-    def nodes(self) -> Sequence[Node]: ...
-    @property
-    def store(self) -> Node | None: ...
-    @property
-    def running(self) -> bool: ...
-    def workers(self) -> Mapping[int, int]: ...
-    def processes(self) -> list[int]: ...
-    def send(self, pid: int, number: int) -> bool: ...
-    def add_node(self) -> Node: ...
-    def start_store(self) -> None: ...
-
-
 class Outside:
     """What a fault from outside can act on."""
 
-    def __init__(self, cluster: ClusterControl) -> None:
+    def __init__(self, cluster: "Cluster") -> None:
         self.cluster = cluster
         self.stopping = threading.Event()
         """Set when everything that lasts must be undone."""
@@ -74,7 +44,7 @@ class Outside:
         while self.cluster.running and not condition() and not self.wait(POLL_SECONDS):
             pass
 
-    def living_nodes(self) -> list[Node]:
+    def living_nodes(self) -> "list[Agent]":
         return [node for node in self.cluster.nodes if node.running]
 
     def kill_node(self, number: int) -> None:
@@ -89,15 +59,15 @@ class Outside:
             raise ValueError("no node is left on a host of its own")
         return hosts, living[-1].host
 
-    def store(self) -> Node:
+    def store(self) -> "Agent":
         """The process of the rendezvous store."""
         assert self.cluster.store is not None
         return self.cluster.store
 
-    def freeze(self, node: Node, seconds: float) -> None:
+    def freeze(self, node: "Agent", seconds: float) -> None:
         """Stop a process for so long."""
+        node.signal(signal.SIGSTOP)
         try:
-            node.signal(signal.SIGSTOP)
             self.wait(seconds)
         finally:
             node.signal(signal.SIGCONT)
@@ -110,7 +80,7 @@ class Nemesis:
     according to the run's record does not fire again, so each launch of a run gets a new nemesis with the same plan.
     """
 
-    def __init__(self, plan: Sequence[PlannedFault], run: Path, cluster: ClusterControl, started: float) -> None:
+    def __init__(self, plan: Sequence[PlannedFault], run: Path, cluster: "Cluster", started: float) -> None:
         self._waiting = plans.not_fired([fault for fault in plan if fault.from_outside], run)
         self._run, self._cluster, self._started = run, cluster, started
         self._progress = _RunProgress(run)

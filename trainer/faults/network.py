@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from trainer.faults.fault import LINUX, NAMESPACES, NODES, SHAPING, Fault, Setting
+from trainer.faults.fault import LINUX, NAMESPACES, NODES, SHAPING, Fault, Harmless, Setting
 from trainer.faults.process import LOST
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ class StoreFault(NetworkFault):
 
 
 class Partition(NetworkFault):
-    name = "partition"
     imitates = "a failed switch"
     made = "the last node's link goes down"
     settings: ClassVar = {"seconds": Setting(20.0, "how long")}
@@ -42,7 +41,6 @@ class Partition(NetworkFault):
 
 
 class OneWayLoss(NetworkFault):
-    name = "one_way_loss"
     imitates = "a bad cable"
     made = "what the last node sends is dropped; it still receives"
     settings: ClassVar = {"seconds": Setting(20.0, "how long")}
@@ -54,7 +52,6 @@ class OneWayLoss(NetworkFault):
 
 
 class LinkFlap(Partition):
-    name = "link_flap"
     imitates = "a loose connector"
     made = "the last node's link goes down and up again"
     detected = "TCP sends again: no fault, unless it takes too long"
@@ -69,15 +66,11 @@ class LinkFlap(Partition):
                 return
 
 
-class SlowLink(NetworkFault):
-    name = "slow_link"
+class SlowLink(Harmless, NetworkFault):
     imitates = "a congested network"
     made = "the last node's link is delayed and limited"
-    detected = "no fault: slow is not hung"
-    recovered = "by itself"
     needs = (LINUX, NAMESPACES, NODES, SHAPING)
     settings: ClassVar = {"milliseconds": Setting(20.0, "delay"), "seconds": Setting(5.0, "how long")}
-    expected_incidents = ()
 
     def fire_from_outside(self, planned: "PlannedFault", outside: "Outside", victims: Mapping[int, int]) -> None:
         hosts, host = outside.last_host()
@@ -86,7 +79,6 @@ class SlowLink(NetworkFault):
 
 
 class StoreKilled(StoreFault):
-    name = "store_killed"
     imitates = "the rendezvous host dies"
     made = "the rendezvous store is killed"
     detected = "the agents' keep-alives fail"
@@ -97,21 +89,17 @@ class StoreKilled(StoreFault):
         outside.store().kill()
 
 
-class StoreUnreachable(StoreFault):
-    name = "store_unreachable"
+class StoreUnreachable(Harmless, StoreFault):
     imitates = "the way to the rendezvous host fails for a while"
     made = "connections to the rendezvous store are frozen"
     detected = "no fault while nobody needs it"
-    recovered = "by itself"
     settings: ClassVar = {"seconds": Setting(3.0, "how long")}
-    expected_incidents = ()
 
     def fire_from_outside(self, planned: "PlannedFault", outside: "Outside", victims: Mapping[int, int]) -> None:
         outside.freeze(outside.store(), planned.settings["seconds"])
 
 
 class StoreRestarted(StoreFault):
-    name = "store_restarted"
     imitates = "the rendezvous host comes back empty"
     made = "the rendezvous store is killed and started again"
     detected = "the agents' keep-alives fail, or nothing needs the store"

@@ -11,9 +11,10 @@ from trainer.faults.fault import ANYWHERE, LINUX, STEP, Fault, Setting
 from trainer.phases import Phase
 
 if TYPE_CHECKING:
-    from trainer.faults.nemesis import ClusterControl, Outside
+    from trainer.faults.nemesis import Outside
     from trainer.faults.plan import PlannedFault
     from trainer.faults.rank import RankContext
+    from trainer.launch.cluster import Cluster
 
 RESTART = "torchrun starts all workers again; they load the newest intact checkpoint"
 PREEMPTED = (0, 75)
@@ -56,28 +57,24 @@ class RaisedException(ProcessFault):
 
 
 class Sigkill(SignalFault, ProcessFault):
-    name = "sigkill"
     imitates = "the kernel's or the scheduler's kill"
     made = "kill -KILL of the rank by itself"
     signal_number = signal.SIGKILL
 
 
 class Sigsegv(SignalFault, ProcessFault):
-    name = "sigsegv"
     imitates = "a driver or a library that writes where it should not"
     made = "kill -SEGV"
     signal_number = signal.SIGSEGV
 
 
 class Sigabrt(SignalFault, ProcessFault):
-    name = "sigabrt"
     imitates = "an assertion of a library, NCCL's watchdog"
     made = "kill -ABRT"
     signal_number = signal.SIGABRT
 
 
 class Exit(ProcessFault):
-    name = "exit"
     imitates = "a library that ends the process"
     made = "os._exit(3)"
 
@@ -86,7 +83,6 @@ class Exit(ProcessFault):
 
 
 class Sigterm(SignalFault, ProcessFault):
-    name = "sigterm"
     imitates = "a scheduler's notice before it takes the machine"
     made = "kill -TERM"
     detected = "a signal handler notes it; all ranks agree at the end of the step"
@@ -99,7 +95,6 @@ class Sigterm(SignalFault, ProcessFault):
 
 
 class MemoryLimit(ProcessFault):
-    name = "memory_limit"
     imitates = "an allocation that fails"
     made = "RLIMIT_AS at what is in use, then an allocation"
     phases = STEP
@@ -116,7 +111,6 @@ class MemoryLimit(ProcessFault):
 
 
 class MemoryKill(ProcessFault):
-    name = "memory_kill"
     imitates = "the kernel's out-of-memory killer"
     made = "memory is filled up to `megabytes`, then SIGKILL, as the kernel would"
     phases = STEP
@@ -128,7 +122,6 @@ class MemoryKill(ProcessFault):
 
 
 class AgentKilled(ProcessFault):
-    name = "agent_killed"
     imitates = "the launcher dies"
     made = "kill -KILL of torchrun"
     detected = "each worker sees that its parent is gone"
@@ -147,7 +140,6 @@ class AgentKilled(ProcessFault):
 
 
 class NodeKilled(ProcessFault):
-    name = "node_killed"
     imitates = "a machine loses power"
     made = "kill -KILL of torchrun and all its workers at once"
     phases = ()
@@ -158,7 +150,7 @@ class NodeKilled(ProcessFault):
     exits = LOST
     recover_seconds = 60.0
 
-    def obstacle_outside(self, planned: "PlannedFault", cluster: "ClusterControl") -> str:
+    def obstacle_outside(self, planned: "PlannedFault", cluster: "Cluster") -> str:
         return f"the job has {len(cluster.nodes)} nodes" if planned.settings["node"] >= len(cluster.nodes) else ""
 
     def fire_from_outside(self, planned: "PlannedFault", outside: "Outside", victims: Mapping[int, int]) -> None:
@@ -166,7 +158,6 @@ class NodeKilled(ProcessFault):
 
 
 class RepeatedKill(ProcessFault):
-    name = "repeated_kill"
     imitates = "a fault in the middle of recovery"
     made = "kill -KILL, and again in the next starts while the checkpoint is loaded"
     phases = STEP

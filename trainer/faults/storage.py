@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.checkpoint import files
 from trainer.faults.disk import SHARD, DiskFault, PausedWrite
-from trainer.faults.fault import STEP, Fault, Setting
+from trainer.faults.fault import STEP, Fault, Harmless, Setting
 from trainer.faults.process import RESTART, kill_self
 from trainer.phases import Phase
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 
 class NoSpace(DiskFault):
-    name = "no_space"
     imitates = "a full disk"
     made = "writing fails with ENOSPC"
     phases = (Phase.IN_SAVE_SHARD, Phase.BEFORE_COMMIT)
@@ -33,20 +32,17 @@ class NoSpace(DiskFault):
 
 
 class EioWrite(DiskFault):
-    name = "eio_write"
     imitates = "a dying disk"
     made = "writing fails with EIO"
 
 
 class EioFsync(DiskFault):
-    name = "eio_fsync"
     imitates = "a dying disk behind a cache"
     made = "fsync fails with EIO"
     operation = "fsync"
 
 
 class EioRename(DiskFault):
-    name = "eio_rename"
     imitates = "a metadata server that fails"
     made = "the commit's rename fails with EIO"
     phases = (Phase.BEFORE_COMMIT,)
@@ -54,7 +50,6 @@ class EioRename(DiskFault):
 
 
 class EioRead(DiskFault):
-    name = "eio_read"
     imitates = "a disk that cannot read what it wrote"
     made = "reading back fails with EIO"
     phases = (Phase.AFTER_COMMIT,)
@@ -62,7 +57,6 @@ class EioRead(DiskFault):
 
 
 class ShortWrite(DiskFault):
-    name = "short_write"
     imitates = "a file system that lies"
     made = "half of one write is dropped and reported as done"
 
@@ -71,19 +65,15 @@ class ShortWrite(DiskFault):
         return len(data)
 
 
-class SlowWrite(PausedWrite):
-    name = "slow_write"
+class SlowWrite(Harmless, PausedWrite):
     imitates = "a slow disk"
     made = "every write pauses"
     detected = "no fault: the next save waits for it"
-    recovered = "by itself"
     settings: ClassVar = {"seconds": Setting(0.2, "per write")}
-    expected_incidents = ()
     every_write = True
 
 
 class TornSave(DiskFault):
-    name = "torn_save"
     imitates = "power loss while saving"
     made = "kill -KILL while shards are half written"
     detected = "a directory without the rename does not exist"
@@ -141,7 +131,6 @@ class CheckpointDamage(Fault):
 
 
 class TruncatedShard(CheckpointDamage):
-    name = "truncated_shard"
     imitates = "a lost tail of a file"
     made = "a shard of the newest checkpoint is cut in half; then the rank kills itself"
 
@@ -150,7 +139,6 @@ class TruncatedShard(CheckpointDamage):
 
 
 class FlippedShard(CheckpointDamage):
-    name = "flipped_shard"
     imitates = "a bit that rots"
     made = "one bit of a shard of the newest checkpoint is flipped; then the rank kills itself"
 
@@ -159,7 +147,6 @@ class FlippedShard(CheckpointDamage):
 
 
 class MissingShard(CheckpointDamage):
-    name = "missing_shard"
     imitates = "a file that an operator deleted"
     made = "a shard of the newest checkpoint is removed; then the rank kills itself"
 
@@ -168,7 +155,6 @@ class MissingShard(CheckpointDamage):
 
 
 class SwappedShard(CheckpointDamage):
-    name = "swapped_shard"
     imitates = "files mixed up while copying"
     made = "a shard of the newest checkpoint is replaced by an older one; then the rank kills itself"
 
@@ -184,7 +170,6 @@ class SwappedShard(CheckpointDamage):
 
 
 class DamagedManifest(CheckpointDamage):
-    name = "damaged_manifest"
     imitates = "a half-written list of contents"
     made = "the newest checkpoint's manifest loses its second half; then the rank kills itself"
 
@@ -193,7 +178,6 @@ class DamagedManifest(CheckpointDamage):
 
 
 class CorruptTokens(Fault):
-    name = "corrupt_tokens"
     group = "storage"
     imitates = "a bit that rots in the data"
     made = "one byte of the token store is flipped; then the rank kills itself"
@@ -219,7 +203,6 @@ class CorruptTokens(Fault):
 
 
 class VanishedCheckpoints(Fault):
-    name = "vanished_checkpoints"
     group = "storage"
     imitates = "a file system that is unmounted"
     made = "RUN/checkpoints is moved away, and back after some seconds"

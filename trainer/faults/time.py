@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from trainer.config import Config, FaultEntry
 from trainer.faults.disk import PausedWrite
-from trainer.faults.fault import LINUX, STEP, Fault, Setting
+from trainer.faults.fault import LINUX, STEP, Fault, Harmless, Setting
 from trainer.faults.process import RESTART, SignalFault
 from trainer.phases import Phase
 
@@ -29,15 +29,7 @@ class Hang(Fault):
     settings: ClassVar[Mapping[str, Setting]] = {"seconds": Setting(3600.0, "how long it lasts")}
 
 
-class Slowness(Fault):
-    group = "time"
-    detected = "no fault: slow is not hung"
-    recovered = "by itself"
-    expected_incidents = ()
-
-
 class Stopped(SignalFault, Hang):
-    name = "stopped"
     imitates = "a process in uninterruptible sleep"
     made = "kill -STOP"
     phases = (*STEP, Phase.IN_EVAL)
@@ -48,7 +40,6 @@ class Stopped(SignalFault, Hang):
 
 
 class SkippedCollective(Hang):
-    name = "skipped_collective"
     imitates = "ranks that disagree on what to do next"
     made = "the rank leaves out one all-reduce of its step, and waits in the next one"
     phases = (Phase.BEFORE_REDUCE,)
@@ -71,7 +62,6 @@ class SkippedCollective(Hang):
 
 
 class LockHeld(Hang):
-    name = "lock_held"
     imitates = "a deadlock between threads"
     made = "the training thread waits for a lock that a thread keeps"
     phases = (*STEP, Phase.IN_EVAL)
@@ -91,7 +81,6 @@ class LockHeld(Hang):
 
 
 class StalledData(Hang):
-    name = "stalled_data"
     imitates = "a file system that does not answer a read"
     made = "reading a micro-batch does not return"
     phases = (Phase.BEFORE_FORWARD,)
@@ -107,16 +96,16 @@ class StalledData(Hang):
         batches.__dict__["micro_batch"] = stalled
 
 
-class StalledDisk(Slowness, PausedWrite):
-    name = "stalled_disk"
+class StalledDisk(Harmless, PausedWrite):
+    group = "time"
     imitates = "a slow or overloaded storage server"
     made = "writing a shard pauses"
     detected = "no fault: the next save waits for it"
     settings: ClassVar = {"seconds": Setting(3.0, "how long the pause is")}
 
 
-class SlowRank(Slowness):
-    name = "slow_rank"
+class SlowRank(Harmless):
+    group = "time"
     imitates = "a hot or throttled device"
     made = "the rank sleeps in each of some steps"
     phases = (Phase.BEFORE_BACKWARD,)
@@ -133,8 +122,8 @@ class SlowRank(Slowness):
         rank.followers.append(sleep)
 
 
-class Straggler(Slowness):
-    name = "straggler"
+class Straggler(Harmless):
+    group = "time"
     imitates = "a noisy neighbour on the machine"
     made = "kill -STOP and -CONT in turn"
     needs = (LINUX,)
