@@ -1,7 +1,7 @@
-"""How well the ladder's statistics do on synthetic ladders whose truth is known; the table of trainer/ladder/README.md.
+"""Accuracy of the ladder's statistics on synthetic ladders with a known truth: the tables of trainer/ladder/README.md.
 
-Run it alone (`python -m scripts.bench_ladder [LADDERS]`) or as `scripts/bench ladder`. Every cell is its own seed, so
-that cells are independent, and the same each time.
+Run it alone (`python -m scripts.bench_ladder [LADDERS]`) or as `scripts/bench ladder`. Every row has its own seed, so
+rows are independent and reproducible.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def designs() -> Iterator[tuple[str, Design]]:
 
 
 def troubles() -> Iterator[tuple[str, Design, Law, dict[str, Arm]]]:
-    """What the statistics assume and is not so."""
+    """Ladders that break one assumption of the statistics."""
     for shape, design in SHAPES.items():
         for sd in (0.005, 0.02):
             noisy = replace(design, sd=sd)
@@ -51,21 +51,21 @@ def troubles() -> Iterator[tuple[str, Design, Law, dict[str, Arm]]]:
 
 
 def statistics(count: int = 2000) -> dict[str, Any]:
-    """Simulate all cells, and write the tables."""
+    """Simulate all rows and write the tables."""
     started, regular, odd = time.perf_counter(), [], []
     for seed, (name, design) in enumerate(designs()):
-        regular.append(cell(name, ladders.simulate(design, ARMS, count, seed=seed)))
+        regular.append(shares(name, ladders.simulate(design, ARMS, count, seed=seed)))
         print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
     for seed, (name, design, base, arms) in enumerate(troubles()):
-        odd.append(cell(name, ladders.simulate(design, arms, count // 2, base=base, seed=100 + seed)))
+        odd.append(shares(name, ladders.simulate(design, arms, count // 2, base=base, seed=100 + seed)))
         print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
     figure = {"ladders": count, "regular": regular, "odd": odd}
     write(figure)
     return figure
 
 
-def cell(name: str, done: Simulated) -> dict[str, Any]:
-    """Shares of ladders."""
+def shares(name: str, done: Simulated) -> dict[str, Any]:
+    """Turn counts into shares of ladders."""
     arms = {
         arm: {
             "truth": tally.truth, "known": tally.known / tally.ladders, "coverage": tally.coverage,
@@ -76,10 +76,10 @@ def cell(name: str, done: Simulated) -> dict[str, Any]:
         }
         for arm, tally in done.arms.items()
     }  # fmt: skip
-    shares = {"E": done.E_covered, "alpha": done.alpha_covered, "prediction": done.prediction_covered}
+    covered = {"E": done.E_covered, "alpha": done.alpha_covered, "prediction": done.prediction_covered}
     return {
         "name": name, "fits": done.fits, "refused": done.refused, "arms": arms,
-        **{key: value / done.fits for key, value in shares.items()},
+        **{key: value / done.fits for key, value in covered.items()},
     }  # fmt: skip
 
 
@@ -92,11 +92,11 @@ def regular_table(figure: dict[str, Any]) -> list[str]:
         "| ladder | covers the multiplier: " + " | ".join(ARMS) + " | covers E | alpha | target's loss |",
         "|---" * (len(ARMS) + 4) + "|",
     ]
-    for one in figure["regular"]:
-        coverage = [percent(arm["coverage"]) for arm in one["arms"].values()]
+    for row in figure["regular"]:
+        coverage = [percent(arm["coverage"]) for arm in row["arms"].values()]
         lines.append(
-            f"| {one['name']} | "
-            + " | ".join([*coverage, *(percent(one[k]) for k in ("E", "alpha", "prediction"))])
+            f"| {row['name']} | "
+            + " | ".join([*coverage, *(percent(row[k]) for k in ("E", "alpha", "prediction"))])
             + " |"
         )
     return lines
@@ -108,33 +108,34 @@ def decision_table(figure: dict[str, Any]) -> list[str]:
         "| 1.3× → 0.83× rejected · seen to shrink or reverse | 1.3× → 1.05× promoted · rejected |",
         "|---" * 6 + "|",
     ]
-    for one in figure["regular"]:
-        aa, constant, shrinking, reversing, barely = (one["arms"][name] for name in ARMS)
-        told = (
+    for row in figure["regular"]:
+        aa, constant, shrinking, reversing, barely = (row["arms"][name] for name in ARMS)
+        columns = (
             [aa["promote"]],
             [barely["promote"], barely["reject"]],
             [constant["promote"], constant["reject"], constant["shrinks"] + constant["reverses"]],
             [reversing["reject"], reversing["shrinks"] + reversing["reverses"]],
             [shrinking["promote"], shrinking["reject"]],
         )
-        lines.append(f"| {one['name']} | " + " | ".join(" · ".join(map(percent, shares)) for shares in told) + " |")
+        lines.append(f"| {row['name']} | " + " | ".join(" · ".join(map(percent, column)) for column in columns) + " |")
     return lines
 
 
 def trouble_table(figure: dict[str, Any]) -> list[str]:
     lines = ["| what is not so | largest share of wrong verdicts | of which arm | coverage | target's loss |",
              "|---" * 5 + "|"]  # fmt: skip
-    for one in figure["odd"]:
-        worst = max(one["arms"], key=lambda name: one["arms"][name]["wrong"])
-        coverage = [arm["coverage"] for arm in one["arms"].values()]
+    for row in figure["odd"]:
+        arms = row["arms"]
+        worst = max(arms, key=lambda name: arms[name]["wrong"])
+        coverage = [arm["coverage"] for arm in arms.values()]
         span = f"{percent(min(coverage))}–{percent(max(coverage))}" if len(coverage) > 1 else percent(coverage[0])
-        row = (one["name"], percent(one["arms"][worst]["wrong"]), worst, span, percent(one["prediction"]))
-        lines.append(f"| {' | '.join(row)} |")
+        columns = (row["name"], percent(arms[worst]["wrong"]), worst, span, percent(row["prediction"]))
+        lines.append(f"| {' | '.join(columns)} |")
     return lines
 
 
 def write(figure: dict[str, Any]) -> None:
-    """Put the tables between their marks in the README."""
+    """Write the tables between their marks in the README."""
     text = README.read_text(encoding="utf-8")
     for name, table in (("regular", regular_table), ("decisions", decision_table), ("troubles", trouble_table)):
         start, end = MARKS.format(name), MARKS.format(f"end of {name}")
@@ -146,9 +147,9 @@ def write(figure: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "ladders", nargs="?", type=int, default=2000, help="so many for each row; half for the last table"
+        "ladders", nargs="?", type=int, default=2000, help="number for each row; half for the last table"
     )
-    parser.add_argument("--json", type=Path, help="keep the figures here too")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
     arguments = parser.parse_args()
     figure = statistics(arguments.ladders)
     if arguments.json:

@@ -1,4 +1,4 @@
-"""Synthetic ladders whose truth is known: what the ladder's statistics are held against."""
+"""Synthetic ladders with a known truth, to test the ladder's statistics."""
 
 import math
 from collections import Counter
@@ -13,28 +13,28 @@ from trainer.ladder.stats import verdict
 from trainer.ladder.stats.records import BASELINE, Criterion, Interval, RunResult, Verdict
 
 Law = Callable[[float], float]
-"""Loss in nats of a compute in FLOPs."""
+"""Loss in nats as a function of compute in FLOPs."""
 
 
 def power_law(E: float = 1.8, rise: float = 1.14, alpha: float = 0.15, at: float = 1e15) -> Law:
-    """E + rise·(C / at)^−alpha; the defaults are of about a byte-pair model's size: slope 0.48 nats at 1e12 FLOPs."""
+    """E + rise·(C / at)^−alpha; by default about a byte-pair model's: slope 0.48 nats at 1e12 FLOPs."""
     return lambda flops: E + rise * (flops / at) ** -alpha
 
 
 def two_powers(E: float = 1.8) -> Law:
-    """Two power laws, as of parameters and of tokens: no single exponent fits."""
+    """Two power laws, like those of parameters and tokens: no single exponent fits."""
     return lambda flops: E + 0.6 * (flops / 1e15) ** -0.08 + 0.4 * (flops / 1e15) ** -0.3
 
 
 def bent(depth: float = 0.05) -> Law:
-    """A power law with a curvature that none of its form has."""
+    """A power law with an added bend, which no E + A·C^−alpha has."""
     base = power_law()
     return lambda flops: base(flops) + depth * math.tanh(2 * math.log(flops / 3e13))
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A change and its true worth."""
+    """A change with a known worth."""
 
     log_multiplier: Callable[[float], float]
     """ln m as a function of FLOPs."""
@@ -49,7 +49,7 @@ def line(first: float, last: float) -> Arm:
 
 
 def other_floor(first: float, last: float) -> Arm:
-    """The same ends, for `power_law()`, by a loss that levels off at another E: the way between is bent."""
+    """The same ends, for `power_law()`, by a loss that levels off at another E: ln m is bent in between."""
     base, E, rise, alpha = power_law(), 1.8, 1.14, 0.15
     ends = np.array([[1.0, base(1e12) - E], [1.0, base(1e16) - E]])
     shift, share = np.linalg.solve(ends, [base(first * 1e12) - E, base(last * 1e16) - E])
@@ -62,20 +62,20 @@ def other_floor(first: float, last: float) -> Arm:
 
 
 UNCHANGED, CONSTANT, SHRINKING, REVERSING = line(1, 1), line(1.15, 1.15), line(1.3, 1.05), line(1.3, 0.83)
-BARELY = line(1.02, 1.02)  # of exactly the least useful gain: the hardest to hold the level for
+BARELY = line(1.02, 1.02)  # exactly the least useful gain: the hardest case for the level
 LEVELLING = other_floor(1.3, 1.0)
 
 
 @dataclass(frozen=True)
 class Design:
-    """Where a ladder's runs lie, and how noisy they are."""
+    """Compute, seeds and noise of a ladder's runs."""
 
     flops: tuple[float, ...]
     seeds: int = 3
     sd: float = 0.005
-    """Of one run's loss, in nats."""
+    """Standard deviation of one run's loss, in nats."""
     correlation: float = 0.0
-    """Of baseline and arm of the same seed."""
+    """Correlation of baseline and arm of the same seed."""
     growth: float = 1.0
     """sd at the largest rung over that at the smallest."""
     target: float = 1e16
@@ -91,7 +91,7 @@ SHORT = Design.spanning(4, 1.5)
 
 
 def draw(design: Design, base: Law, arms: Mapping[str, Arm], random: np.random.Generator) -> list[RunResult]:
-    """One ladder: the baseline and each arm at every rung and seed."""
+    """Draw one ladder: the baseline and each arm at every rung and seed."""
     results: list[RunResult] = []
     laws = {BASELINE: base, **{name: arm.law(base) for name, arm in arms.items()}}
     sds = design.sd * np.geomspace(design.growth**-0.5, design.growth**0.5, len(design.flops))
@@ -113,32 +113,32 @@ def draw(design: Design, base: Law, arms: Mapping[str, Arm], random: np.random.G
 
 @dataclass
 class Tally:
-    """What became of one arm over many ladders."""
+    """Counts for one arm over many ladders."""
 
     truth: float
     """Multiplier at the target."""
     ladders: int = 0
     known: int = 0
-    """Ladders with an interval at the target."""
+    """Number of ladders with an interval at the target."""
     covered: int = 0
     covered_by_other_floor: int = 0
     wrong: int = 0
-    """Promoted though worth less than min_gain, or rejected though worth it."""
+    """Number of promotions below min_gain and of rejections at or above it."""
     decisions: Counter[str] = field(default_factory=Counter)
     trends: Counter[str] = field(default_factory=Counter)
 
-    def add(self, one: Verdict, criterion: Criterion) -> None:
+    def add(self, judged: Verdict, criterion: Criterion) -> None:
         worth_it = self.truth >= criterion.min_gain - 1e-12
         self.ladders += 1
-        self.known += one.multiplier.value is not None
-        self.covered += covers(one.multiplier, self.truth)
-        self.covered_by_other_floor += covers(one.other_floor, self.truth)
-        self.wrong += one.decision == ("reject" if worth_it else "promote")
-        self.decisions[one.decision] += 1
-        self.trends[one.trend] += 1
+        self.known += judged.multiplier.value is not None
+        self.covered += covers(judged.multiplier, self.truth)
+        self.covered_by_other_floor += covers(judged.other_floor, self.truth)
+        self.wrong += judged.decision == ("reject" if worth_it else "promote")
+        self.decisions[judged.decision] += 1
+        self.trends[judged.trend] += 1
 
     def share(self, name: str) -> float:
-        """Of ladders: of a decision or a trend."""
+        """Share of ladders with this decision or trend."""
         return (self.decisions[name] + self.trends[name]) / self.ladders
 
     @property
@@ -148,19 +148,19 @@ class Tally:
 
 @dataclass
 class Simulated:
-    """What became of all arms, and of the baseline's fit."""
+    """Counts for all arms, and for the baseline's fit."""
 
     arms: dict[str, Tally]
     fits: int = 0
     refused: int = 0
-    """Ladders whose baseline no curve could be fitted to."""
+    """Number of ladders to whose baseline no curve could be fitted."""
     E_covered: int = 0
     alpha_covered: int = 0
     prediction_covered: int = 0
 
 
 def covers(interval: Interval, truth: float) -> bool:
-    """An end that is not known lies beyond everything; no value is no interval."""
+    """True if the interval contains the truth. An unknown end is infinite; without a value there is no interval."""
     low = -math.inf if interval.low is None else interval.low
     high = math.inf if interval.high is None else interval.high
     return interval.value is not None and low <= truth <= high
@@ -170,7 +170,7 @@ def simulate(
     design: Design, arms: Mapping[str, Arm], count: int, base: Law | None = None, seed: int = 0,
     criterion: Criterion | None = None, E: float = 1.8, alpha: float = 0.15,
 ) -> Simulated:  # fmt: skip
-    """Judge so many ladders. No arm is counted, so that the level is the criterion's for each of them."""
+    """Draw and judge `count` ladders. Arms count as unchanged, so each is judged at the criterion's own level."""
     base, criterion = base or power_law(), criterion or Criterion()
     random = np.random.Generator(np.random.Philox(seed))
     done = Simulated({name: Tally(math.exp(arm.log_multiplier(design.target))) for name, arm in arms.items()})
@@ -190,6 +190,6 @@ def simulate(
         verdicts = verdict.judge(
             results, criterion, design.target, fit=fit, arms=list(arms), unchanged=arms.keys(), remedies=False
         )
-        for one in verdicts:
-            done.arms[one.arm].add(one, criterion)
+        for judged in verdicts:
+            done.arms[judged.arm].add(judged, criterion)
     return done

@@ -1,4 +1,4 @@
-"""What is promised of ladder files: what they plan, and what they refuse."""
+"""Promises about ladder files: the plan, and what is refused."""
 
 import dataclasses
 from pathlib import Path
@@ -187,10 +187,10 @@ def test_a_run_s_config_written_as_a_file_is_the_same_when_it_is_read(home, tmp_
 
 def test_faults_and_names_of_a_ladder_do_not_change_which_run_it_is(home):
     fault = '[[faults]]\nkind = "exit"\nat_step = 3\n'
-    calm, storm = load(home, plain(), ARM), load(home, plain(), ARM, fault)
-    assert [run.key for run in calm.runs] == [run.key for run in storm.runs]
+    reference, storm = load(home, plain(), ARM), load(home, plain(), ARM, fault)
+    assert [run.key for run in reference.runs] == [run.key for run in storm.runs]
     scored = load(home, plain(head=HEAD + "set = { eval.max_tokens = 256 }\n"), ARM)
-    assert not {run.key for run in calm.runs} & {run.key for run in scored.runs}
+    assert not {run.key for run in reference.runs} & {run.key for run in scored.runs}
 
 
 def test_the_target_is_predicted_or_run_after_all_rungs(home):
@@ -213,7 +213,7 @@ def test_the_criterion_of_a_file_is_that_of_the_statistics():
     assert CriterionTable().model_dump() == fields
 
 
-def test_two_rungs_can_be_run_and_it_is_said_that_no_fit_comes_of_them(home):
+def test_two_rungs_can_be_run_with_a_notice_that_there_will_be_no_fit(home):
     two = "[[rungs]]".join(RUNGS.split("[[rungs]]")[:3])
     ladder = load(home, plain(rungs=two))
     assert ladder.runs
@@ -223,7 +223,7 @@ def test_two_rungs_can_be_run_and_it_is_said_that_no_fit_comes_of_them(home):
 # What is refused
 
 
-def test_all_that_is_wrong_with_a_ladder_file_is_said_at_once(home):
+def test_all_problems_of_a_ladder_file_are_reported_at_once(home):
     text = plain(head=HEAD.replace("[0, 1]", "[0, 0]") + 'metric = "books"\n', target="[target]\nflops = 1.0\n")
     nothing = '[[arms]]\nname = "nothing"\n'
     same = '[[arms]]\nname = "same"\nset = { model.qk_norm = true }\n'
@@ -232,14 +232,14 @@ def test_all_that_is_wrong_with_a_ladder_file_is_said_at_once(home):
     twins = ARM + ARM.replace("no qk-norm", "twin")
     double = '[[rungs]]\nname = "s"\nwidth = 48\nn_layers = 1\n[[rungs]]\nname = "equal"\nwidth = 32\nn_layers = 1\n'
     combined = '[[arms]]\nname = "mix"\ncombines = ["twin", "nobody"]\n'
-    said = problems(home, text, nothing, same, two, typo, twins, double, combined)
+    message = problems(home, text, nothing, same, two, typo, twins, double, combined)
     for hint in (
         "seeds names 0 2 times", "metric = 'books'", "arm 'nothing' changes nothing",
         "arm 'same': it sets model.qk_norm to what the baseline has", "arm 'two' changes 2 settings",
         "Did you mean model.qk_norm", "'no qk-norm' and 'twin' make the same change", "2 rungs are called 's'",
         "have 22,528 parameters each", "the target takes 1.0·10⁰ FLOPs", "combines 'nobody'",
     ):  # fmt: skip
-        assert hint in said, (hint, said)
+        assert hint in message, (hint, message)
 
 
 @pytest.mark.parametrize(
@@ -275,12 +275,12 @@ def test_a_ladder_that_makes_no_sense_is_refused(home, parts, hint):
 def test_a_pair_that_differs_in_more_than_it_declares_is_refused(home):
     ladder = load(home, plain(), ARM)
     base, aa, arm = ladder.runs[:3]
-    planned = next(one for one in ladder.arms if one.name == "no qk-norm")
+    planned = next(arm for arm in ladder.arms if arm.name == "no qk-norm")
     assert arms.prove(planned, base, arm) == []
     assert "differs in more than it declares: model.init_draw" in arms.prove(planned, base, aa)[-1]
     assert "changes nothing" in arms.prove(planned, base, base)[0]
 
 
-def test_the_ladders_that_come_with_it_can_be_planned():
+def test_the_ladders_in_configs_can_be_planned():
     for path in sorted((Path(__file__).parent.parent / "configs" / "ladders").glob("*.toml")):
         assert loading.load(path).runs

@@ -4,7 +4,6 @@ import csv
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import hypothesis.strategies as st
 import numpy as np
@@ -17,7 +16,7 @@ from tests.support import ROOT
 from trainer.errors import FitError
 from trainer.ladder.stats import fit as fits
 from trainer.ladder.stats import forms
-from trainer.ladder.stats.records import BASELINE, RunResult
+from trainer.ladder.stats.records import RunResult
 
 GADRE = ROOT.parent / "shared" / "data" / "gadre_rpj.csv"
 
@@ -90,11 +89,11 @@ def test_a_curve_without_noise_is_found_exactly_by_both_estimators():
 def test_the_unit_of_compute_does_not_matter(unit: float, seed: int):
     results = baseline(seed=seed)
     here = fits.fit_curve(results, second_opinion=False)
-    there = fits.fit_curve([replace(one, flops=one.flops * unit) for one in results], second_opinion=False)
+    there = fits.fit_curve([replace(run, flops=run.flops * unit) for run in results], second_opinion=False)
     for name in ("curve", "E", "alpha"):
-        one, other = getattr(here, name).to_json(), getattr(there, name).to_json()
-        for key in one.keys() - {"A", "scale"}:
-            assert other[key] == pytest.approx(one[key], rel=1e-3), (name, key)
+        first, second = getattr(here, name).to_json(), getattr(there, name).to_json()
+        for key in first.keys() - {"A", "scale"}:
+            assert second[key] == pytest.approx(first[key], rel=1e-3), (name, key)
 
 
 def test_the_delta_methods_derivative_is_that_of_the_fit():
@@ -150,14 +149,14 @@ def test_a_floor_that_the_data_do_not_show_reaches_down_to_zero():
 
 @pytest.mark.parametrize("rungs", [0, 1, 2])
 def test_fewer_than_three_rungs_are_refused(rungs: int):
-    results = [one for one in baseline() if int(one.rung[1:]) < rungs]
+    results = [run for run in baseline() if int(run.rung[1:]) < rungs]
     with pytest.raises(FitError, match="at least three") as caught:
         fits.fit_curve(results)
     assert f"finished runs at {rungs} rungs" in str(caught.value)
 
 
 def test_rungs_of_the_same_compute_are_refused():
-    results = [replace(one, flops=1e13) if one.rung in ("r1", "r2") else one for one in baseline()]
+    results = [replace(run, flops=1e13) if run.rung in ("r1", "r2") else run for run in baseline()]
     with pytest.raises(FitError, match="each of another compute"):
         fits.fit_curve(results)
 
@@ -169,8 +168,8 @@ def test_a_baseline_that_does_not_improve_is_refused():
 
 def test_a_run_that_diverged_is_left_out_and_never_invented():
     results = baseline()
-    without = [one for one in results if (one.rung, one.seed) != ("r2", 1)]
-    diverged = [one if one in without else replace(one, loss=math.nan) for one in results]
+    without = [run for run in results if (run.rung, run.seed) != ("r2", 1)]
+    diverged = [run if run in without else replace(run, loss=math.nan) for run in results]
     assert fits.fit_curve(diverged, second_opinion=False) == fits.fit_curve(without, second_opinion=False)
     assert [rung.seeds for rung in fits.fit_curve(diverged, second_opinion=False).rungs] == [3, 3, 2, 3, 3]
 
@@ -204,11 +203,8 @@ def test_the_bootstrap_is_the_same_each_time_and_finds_the_truth():
     assert found.E.low is not None and found.E.high is not None and found.E.low < 1.8 < found.E.high
 
 
-def test_points_come_back_from_json(tmp_path: Path):
-    one = baseline()[0]
-    for result in (one, replace(one, seconds=None), replace(one, loss=math.inf)):
-        path = tmp_path / "result.json"
-        path.write_text(json.dumps(result.to_json(), allow_nan=False))
-        back = RunResult.from_json(json.loads(path.read_text()))
+def test_run_results_come_back_from_json():
+    run = baseline()[0]
+    for result in (run, replace(run, seconds=None), replace(run, loss=math.inf)):
+        back = RunResult.from_json(json.loads(json.dumps(result.to_json(), allow_nan=False)))
         assert back == result or (math.isnan(back.loss) and replace(back, loss=0.0) == replace(result, loss=0.0))
-    assert one.arm == BASELINE

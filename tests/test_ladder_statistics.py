@@ -1,7 +1,7 @@
-"""The ladder's statistics on ladders whose truth is known: a fast part of what scripts/bench_ladder.py measures.
+"""The ladder's statistics on simulated ladders: a fast part of what scripts/bench_ladder.py measures.
 
-All is drawn from fixed seeds, so a test that passes goes on passing. Limits leave three standard errors of chance, and
-coverage is held to two points of nominal as measured.
+All draws have fixed seeds, so a test that passes keeps passing. Limits leave three standard errors for chance; coverage
+must be within two points of nominal.
 """
 
 import math
@@ -20,7 +20,7 @@ LEVEL = 0.05
 
 
 def limit(share: float, count: int) -> float:
-    """What a true share stays under but once in a thousand times."""
+    """Limit that an observed share exceeds once in a thousand times if `share` is the true one."""
     return share + 3 * math.sqrt(share * (1 - share) / count)
 
 

@@ -35,7 +35,7 @@ class CollectedRun(JsonRecord):
     key: str
     status: RunStatus
     reason: str
-    """Why the run is missing."""
+    """Reason, if the run is missing."""
     flops: float
     parameters: int
     tokens: int
@@ -141,11 +141,13 @@ def collect_run(planned: PlannedRun, pool: Path, metric: str, unit: str) -> Coll
 def _measure(history: History) -> dict[str, Any]:
     """Everything about a run except its score, by the names of CollectedRun's fields."""
     committed = history.committed
+    # A step that was computed several times, on coarser grids, has the total of its computations.
     durations = sorted(step.seconds / (1 + step.redone) for step in committed.values())
     fastest = durations[: max(1, len(durations) // FASTEST_SHARE)]
     starts = [event for attempt in history.attempts for _, event in attempt.starts.values()]
     machines = {(start.host, start.device, start.world_size) for start in starts}
     account = goodput.account(history)
+    # Runs share a machine, so medians would measure the neighbours. The fastest steps were hardly disturbed.
     return {
         "seconds": math.fsum(durations) if durations else None,
         "undisturbed_seconds": len(durations) * statistics.fmean(fastest) if durations else None,
@@ -175,6 +177,7 @@ def _score(history: History, run: CollectedRun, metric: str, unit: str) -> dict[
     if run.status != "finished":
         diverged = any(end.reason.startswith(NumericsError.__name__) for end in _main_ends(history, "failed")[-1:])
         return {"loss": math.nan if diverged and run.status == "missing" else None}
+    # A run that resumed after its last step was scored again: the newest score counts.
     scores = [event for _, event in events.select(history.entries, EvalDone) if event.set == metric]
     last = next((score for score in reversed(scores) if score.step == run.steps), None)
     if last is None:

@@ -14,6 +14,7 @@ from trainer.ladder.plan.schema import Arm, LadderFile
 
 def plan_arms(file: LadderFile, config: Config, problems: list[str]) -> dict[str, PlannedArm]:
     """Return the arms that can be planned, by name, the A/A arm first; add what is wrong with others to `problems`."""
+    # Combinations are written from single arms, which may stand below them in the file.
     singles: dict[str, PlannedArm] = {}
     for arm in file.arms:
         if not arm.combines and (settings := _single_change(arm, file, problems)):
@@ -104,6 +105,7 @@ def prove(arm: PlannedArm, base: PlannedRun, run: PlannedRun) -> list[str]:
     """Return the problems of a pair: it may differ only in what the arm declares and in `consequences`."""
     rules, settings = split_rules(arm.settings)
     lines = {line.partition(":")[0]: line for line in difference(base.config, run.config)}
+    # A rule may change any setting that it decides; at some rungs it changes none.
     by_rule = {key for rule in rules for key in sizes.DERIVES[rule]}
     unchanged = sorted(set(settings) - lines.keys())
     undeclared = sorted(lines.keys() - set(settings) - by_rule - consequences(base, run))

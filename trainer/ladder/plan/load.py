@@ -141,6 +141,7 @@ class _LadderBuilder:
         """Return the planned ladder; of use only if there are no problems."""
         file = self._file
         rungs, target, runs = [], None, []
+        # Sizes and configs of a file with problems may fail anywhere. Those problems are reported with the others.
         try:
             rungs, target, runs = self._plan_rungs()
         except TopropeError as error:
@@ -206,6 +207,7 @@ class _LadderBuilder:
         """The baseline's runs and the arms' at one rung, seed by seed."""
         rules = self._file.sizes
         try:
+            # The baseline's decay is used for all arms, or they would differ in it too.
             decay = sizes.inverse_steps(self._config, rules, scale)
             config = _changed(self._config, sizes.scaled(self._config, rules, scale.shape, scale, decay))
             base = self._plan_run(BASELINE, rung, config)
@@ -232,6 +234,7 @@ class _LadderBuilder:
         return PlannedRun(arm, rung, config.seed, config, parameters, flops_per_token)
 
     def _at_seed(self, run: PlannedRun, seed: int) -> PlannedRun:
+        # W&B shows the ladder as one group. Its settings do not count for what a run is.
         wandb = run.config.wandb
         shown = {"group": wandb.group or self._path.stem, "tags": (*wandb.tags, run.rung, run.arm, f"seed {seed}")}
         update = {"seed": seed, "wandb": wandb.model_copy(update=shown)}
@@ -250,6 +253,7 @@ class _LadderBuilder:
             raise ConfigError([f"{', '.join(rules)}: {error}"]) from None
         if problems := own.problems():
             raise ConfigError(problems)
+        # The rung gives the width. An arm with another head width divides it into other heads.
         shape = scale.shape
         if own.head_width != self._file.sizes.head_width:
             shape = replace(shape, n_heads=max(1, round(shape.width / own.head_width)))
@@ -260,6 +264,7 @@ class _LadderBuilder:
         base = {(run.rung, run.seed): run.key for run in runs if run.arm == BASELINE}
         for arm in self._arms.values():
             own = [run for run in runs if run.arm == arm.name]
+            # Runs with one key are one run: there the arm is the baseline.
             same = list(dict.fromkeys(run.rung for run in own if run.key == base.get((run.rung, run.seed))))
             if own and len(same) == len({run.rung for run in own}):
                 self.problems.append(

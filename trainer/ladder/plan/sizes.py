@@ -1,9 +1,9 @@
-"""What a size is, what of a config scales with it, and by which published rule.
+"""Sizes: width, depth, parameters and FLOPs of a rung, and the published rules by which settings scale with size.
 
-N is the number of parameters without tables that are looked up, an untied head included: what Kaplan et al. 2020
-counted, with the head that Porian et al. 2024 (arXiv:2406.19146) found missing. The baseline's N decides a rung's
-tokens and scales, for all its arms: so they stay a single variable apart.
-The config that a ladder names is taken at its word at the base rung, the smallest; the rules lead away from there.
+N counts parameters without look-up tables, an untied head included: as Kaplan et al. 2020, with the head that Porian et
+al. 2024 (arXiv:2406.19146) found missing there. The baseline's N decides tokens and scale of a rung for all arms, so
+that runs stay a single change apart. At the base rung, the smallest, the config holds as it is written; the rules
+change it from there on.
 """
 
 import functools
@@ -18,18 +18,18 @@ from trainer import costs
 from trainer.config import Config, Section
 
 DIGITS = 6
-"""Significant digits of a rate or decay that a rule gives, so that a config stays legible."""
+"""Significant digits of a rate or decay that a rule gives: more would make configs hard to read."""
 
 
 class Rules(Section):
-    """[sizes]: what scales with size."""
+    """[sizes]: the rules."""
 
     tokens_per_parameter: float = Field(gt=0)
     """D / N of every rung. About 20 is compute-optimal in Hoffmann et al. 2022 (arXiv:2203.15556), table 3."""
     aspect: float = Field(default=0.0, ge=0)
-    """Width per layer where a size is given by its parameters; 0 takes the config's."""
+    """Width divided by depth, for sizes given by their parameters; 0: the config's."""
     head_width: int = Field(default=0, ge=0)
-    """Channels of a head, fixed, so that n_heads grows with width; 0 takes the config's. A rung's n_heads overrides."""
+    """Channels per head at every size, so n_heads grows with width; 0: the config's. A rung's n_heads overrides it."""
     learning_rate: Literal["fixed", "mup", "power"] = "fixed"
     """"mup": optim.mup_base_width is the base rung's width; hidden rates then fall as 1 / width (Yang et al. 2022,
     arXiv:2203.03466, table 8). "power": rate × (N / N_base)^learning_rate_exponent; −0.25 is DeepSeek's C^−0.125 (Bi
@@ -47,7 +47,7 @@ class Rules(Section):
     2024); 0 leaves it as the config says."""
 
     def problems(self) -> list[str]:
-        """Exponents without a rule, and rules without an exponent."""
+        """Name exponents without a rule, and rules without an exponent."""
         pairs = (
             ("learning_rate", self.learning_rate, self.learning_rate_exponent),
             ("batch", self.batch, self.batch_exponent),
@@ -69,19 +69,19 @@ DERIVES: Mapping[str, tuple[str, ...]] = {
     "weight_decay": ("optim.weight_decay",),
     "warmup_fraction": ("optim.warmup_steps",),
 }
-"""Which settings of the runs each rule decides; an arm may change one rule instead of a setting."""
+"""Settings that each rule decides. An arm may change one rule instead of a setting."""
 SET_BY_RUNGS = ("seed", "model.width", "model.n_layers", "budget.steps")
 
 
 class Size(Section):
-    """By width and depth, or by parameters."""
+    """A model size: by width and depth, or by parameters."""
 
     width: int = Field(default=0, ge=0)
     n_layers: int = Field(default=0, ge=0)
     n_heads: int = Field(default=0, ge=0)
     """0: by sizes.head_width."""
     parameters: float = Field(default=0.0, ge=0)
-    """N to come as near to as whole heads and layers allow."""
+    """N, met as closely as whole heads and layers allow."""
 
     def problems(self, where: str) -> list[str]:
         by_shape = bool(self.width and self.n_layers and not self.parameters)
@@ -103,7 +103,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Scale:
-    """Where a rung stands: the baseline's N and shape there and at the base rung."""
+    """The baseline's N and shape, at a rung and at the base rung."""
 
     parameters: int
     shape: Shape
@@ -116,7 +116,7 @@ class Scale:
 
 
 def counts(model: configs.Model, vocab_size: int) -> tuple[int, int]:
-    """(N, training FLOPs per token) of a model; `vocab_size` rows of the table. Loads torch, but no numbers."""
+    """Return (N, training FLOPs per token) of a model with `vocab_size` rows of embedding. Loads torch."""
     return _counts(model.model_dump_json(), vocab_size)
 
 
@@ -130,38 +130,25 @@ def _counts(settings: str, vocab_size: int) -> tuple[int, int]:
 
 
 def vocab_of(config: Config) -> int:
-    """Rows of the embedding table, known for certain: the tokenizer is made where the cache does not have it."""
+    """Return the exact number of embedding rows. Makes the tokenizer if the cache does not have it."""
     return costs.padded_vocab(_tokens(config.data.model_dump_json()), config.model.vocab_size)
 
 
 @functools.lru_cache(maxsize=64)
 def _tokens(settings: str) -> int:
-    """Of a [data] section's tokenizer."""
-    from trainer import data
+    """Number of tokens of a [data] section's tokenizer."""
+    from trainer.data import tokenizer_for
 
-    return data.tokenizer_for(configs.Data.model_validate_json(settings)).vocab_size
+    return tokenizer_for(configs.Data.model_validate_json(settings)).vocab_size
 
 
 def shape_of(size: Size, rules: Rules, config: Config, vocab_size: int) -> Shape:
-    """Width, depth and heads of a size, by the rules; `config` is the baseline's."""
+    """Return width, depth and heads of a size, by the rules; `config` is the baseline's."""
+    channels = rules.head_width or max(1, config.model.width // config.model.n_heads)
     if size.width:
-        return Shape(size.width, size.n_layers, size.n_heads or _heads(size.width, rules, config))
-    return _nearest(size.parameters, rules, config, vocab_size)
-
-
-def head_width(rules: Rules, config: Config) -> int:
-    return rules.head_width or max(1, config.model.width // config.model.n_heads)
-
-
-def _heads(width: int, rules: Rules, config: Config) -> int:
-    """At least one; a width that is no multiple is refused with the config."""
-    return max(1, round(width / head_width(rules, config)))
-
-
-def _nearest(parameters: float, rules: Rules, config: Config, vocab_size: int) -> Shape:
-    """The shape of the wanted aspect whose N is nearest: widths are whole heads, so N grows with their number."""
+        # A width that is no multiple of the heads is refused with the config.
+        return Shape(size.width, size.n_layers, size.n_heads or max(1, round(size.width / channels)))
     aspect = rules.aspect or config.model.width / config.model.n_layers
-    channels = head_width(rules, config)
 
     def shape(heads: int) -> Shape:
         return Shape(heads * channels, max(1, round(heads * channels / aspect)), heads)
@@ -169,28 +156,28 @@ def _nearest(parameters: float, rules: Rules, config: Config, vocab_size: int) -
     def count(heads: int) -> int:
         return counts(with_shape(config, shape(heads)).model, vocab_size)[0]
 
+    # Width is heads × channels, so N grows with the number of heads: bisect it for the nearest N.
     above = 1
-    while count(above) < parameters:
+    while count(above) < size.parameters:
         above *= 2
     below = above // 2
     while above - below > 1:
         middle = (above + below) // 2
-        below, above = (middle, above) if count(middle) < parameters else (below, middle)
-    best = min((heads for heads in (below, above) if heads), key=lambda heads: abs(count(heads) - parameters))
-    return shape(best)
+        below, above = (middle, above) if count(middle) < size.parameters else (below, middle)
+    return shape(min((heads for heads in (below, above) if heads), key=lambda n: abs(count(n) - size.parameters)))
 
 
 def with_shape(config: Config, shape: Shape) -> Config:
-    """The config at this shape, not checked."""
+    """Return the config at this shape, unchecked."""
     update = {"width": shape.width, "n_layers": shape.n_layers, "n_heads": shape.n_heads}
     return config.model_copy(update={"model": config.model.model_copy(update=update)})
 
 
 def scaled(config: Config, rules: Rules, shape: Shape, scale: Scale, decay: float = 1.0) -> dict[str, Any]:
-    """What the rules make of `config` (the ladder's, with an arm's change) at a rung: {"optim.weight_decay": 0.05, …}.
+    """Return the settings that the rules give `config` at a rung: {"optim.weight_decay": 0.05, …}.
 
-    Tokens are the baseline's D up to half a step, so an arm with another batch takes other steps. `decay` is what
-    `inverse_steps` gives.
+    `config` is the ladder's with an arm's change, `decay` the value of `inverse_steps`. Tokens equal the baseline's D
+    within half a step, so an arm with another batch takes another number of steps.
     """
     settings: dict[str, Any] = {
         "model.width": shape.width, "model.n_layers": shape.n_layers, "model.n_heads": shape.n_heads
@@ -217,12 +204,14 @@ def _steps(config: Config, rules: Rules, parameters: int, settings: Mapping[str,
 
 
 def inverse_steps(config: Config, rules: Rules, scale: Scale) -> float:
-    """By what the weight decay is multiplied at a rung so that rate × decay × steps stays as at the base rung.
+    """Return the factor of weight decay at a rung that keeps rate × decay × steps as at the base rung.
 
-    Of the baseline, for all arms: another rate or batch would else be another decay too.
+    It is computed for the baseline and used for all arms; else an arm with another rate or batch would get another
+    decay too.
     """
     settings = scaled(config, rules, scale.shape, scale)
     base_steps = _steps(config, rules, scale.base_parameters, {})
+    # Rate of the hidden matrices, relative to the base rung's.
     rate = settings.get("optim.learning_rate", config.optim.learning_rate) / config.optim.learning_rate
     if rules.learning_rate == "mup":
         rate *= scale.base.width / scale.shape.width

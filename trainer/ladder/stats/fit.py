@@ -256,7 +256,7 @@ class Profile:
 
     @cached_property
     def _room(self) -> Array:
-        """How much the sum of squares may still grow at each alpha; negative outside of the interval."""
+        """Growth of the sum of squares that is still allowed at each alpha; negative outside of the interval."""
         assert self.sd is not None
         # The limit is minimum + (t·sd)²: the likelihood-ratio interval with Student's t in place of the normal's.
         return self.squares + (self._quantile * self.sd) ** 2 + 1e-12 * self.squares - self._projection[2]

@@ -1,13 +1,14 @@
 """Forms of the scaling law, each fitted by two estimators: Huber losses on log L, and variable projection.
 
-Every form is a sum of exponentials whose exponents are linear in the parameters (log E, log A − alpha·log C, …), so
-one Huber fit in log-sum-exp form serves all of them. Variable projection is better conditioned: for fixed exponents,
-non-negative least squares gives the coefficients, and only the exponents are searched.
+All forms are L = E + Σ_k c_k · exp(−a_j(k) · v_k): power laws of variables with the logarithms v_k, where several terms
+may share an exponent a_j. The logarithm of every term is linear in the parameters (log E, log c_k, a_j), so one Huber
+fit in log-sum-exp form serves all of them. Variable projection is better conditioned: for fixed exponents, non-negative
+least squares gives the coefficients, and only the exponents are searched.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -24,47 +25,29 @@ DELTA = 1e-3  # as Hoffmann et al. 2022: errors of log L beyond it count linearl
 def huber_curve(flops: Array, loss: Array) -> Curve:
     """Fit E + A·(C / scale)^−alpha by the sum of Huber losses on log L."""
     scale = float(np.exp(np.mean(np.log(flops))))
-    x = np.log(flops / scale)
-    ones, zeros = np.ones_like(x), np.zeros_like(x)
-    # Parameters (log E, log A, alpha); a row per run in each of the two terms log E and log A − alpha·x.
-    terms = np.stack([_columns(ones, zeros, zeros), _columns(zeros, ones, -x)])
     lowest, mean = float(loss.min()), float(loss.mean())
     starts = [
         [math.log(share * lowest), math.log(max(mean - share * lowest, 1e-3)), alpha]
         for share, alpha in itertools.product((0.05, 0.3, 0.6, 0.9), (0.05, 0.15, 0.35, 0.8))
     ]
-    log_E, log_A, alpha = huber(terms, loss, starts)
+    log_E, log_A, alpha = huber(_terms([np.log(flops / scale)], [0]), loss, starts)
     return Curve(math.exp(log_E), math.exp(log_A), alpha, scale)
 
 
 def fit_surface(parameters: Array, tokens: Array, loss: Array, method: Method = "varpro") -> SurfaceND:
     """Fit E + A / N^alpha + B / D^beta. Raises FitError with fewer than five runs, or if N and D rise together."""
-    _require_runs(loss, 5)
     n, d = np.log(parameters), np.log(tokens)
-    ones, zeros = np.ones_like(n), np.zeros_like(n)
-    if np.linalg.matrix_rank(_columns(ones, n, d)) < 3:
+    if len(loss) >= 5 and np.linalg.matrix_rank(np.stack([np.ones_like(n), n, d])) < 3:
         raise FitError(
             "N and D rise together along these runs, so their effects cannot be told apart.\n"
             "  Vary the tokens per parameter, or fit loss against compute."
         )
-
-    # N and D in units of the first run, so that no column is tiny.
-    def columns(exponents: Sequence[float]) -> Array:
-        return _columns(ones, np.exp(-exponents[0] * (n - n[0])), np.exp(-exponents[1] * (d - d[0])))
-
     grid = np.geomspace(0.05, 1.5, 18)
-    (alpha, beta), (E, A, B) = varpro(columns, loss, list(itertools.product(grid, grid)))
-    A, B = A * math.exp(alpha * n[0]), B * math.exp(beta * d[0])
-    if method == "huber":
-        terms = np.stack([_columns(ones, zeros, zeros, zeros, zeros), _columns(zeros, ones, zeros, -n, zeros),
-                          _columns(zeros, zeros, ones, zeros, -d)])  # fmt: skip
-        starts = [
-            [math.log(share * loss.min()), a * n.mean() - 0.5, b * d.mean() - 0.5, a, b]
-            for a, b, share in itertools.product((0.15, 0.3, 0.6), (0.15, 0.3, 0.6), (0.3, 0.7))
-        ]
-        starts.append([_log(E), _log(A), _log(B), alpha, beta])
-        log_E, log_A, log_B, alpha, beta = huber(terms, loss, starts)
-        E, A, B = math.exp(log_E), math.exp(log_A), math.exp(log_B)
+    starts = [
+        [math.log(share * loss.min()), a * n.mean() - 0.5, b * d.mean() - 0.5, a, b]
+        for a, b, share in itertools.product((0.15, 0.3, 0.6), (0.15, 0.3, 0.6), (0.3, 0.7))
+    ]
+    (alpha, beta), (E, A, B) = _fit([n, d], [0, 1], loss, method, itertools.product(grid, grid), starts)
     return SurfaceND(E, A, alpha, B, beta)
 
 
@@ -72,38 +55,48 @@ def fit_overtrained(
     parameters: Array, tokens_per_parameter: Array, loss: Array, method: Method = "varpro"
 ) -> OverTrained:
     """Fit E + a·N^eta + b·6^(eta/2)·(M·N)^eta of Gadre et al. 2024. Raises FitError with fewer than four runs."""
-    _require_runs(loss, 4)
     n, d = np.log(parameters), np.log(tokens_per_parameter * parameters) + math.log(6) / 2
-    ones, zeros = np.ones_like(n), np.zeros_like(n)
-
-    def columns(exponents: Sequence[float]) -> Array:
-        return _columns(ones, np.exp(exponents[0] * n), np.exp(exponents[0] * d))
-
-    (eta,), (E, a, b) = varpro(columns, loss, [(-value,) for value in np.geomspace(0.02, 1.5, 60)])
-    if method == "huber":
-        terms = np.stack([_columns(ones, zeros, zeros, zeros), _columns(zeros, ones, zeros, n),
-                          _columns(zeros, zeros, ones, d)])  # fmt: skip
-        starts = [
-            [math.log(share * loss.min()), -value * n.mean(), -value * d.mean(), value]
-            for share, value in itertools.product((0.2, 0.5, 0.8), (-0.1, -0.2, -0.3, -0.5, -0.8))
-        ]
-        starts.append([_log(E), _log(a), _log(b), eta])
-        log_E, log_a, log_b, eta = huber(terms, loss, starts)
-        E, a, b = math.exp(log_E), math.exp(log_a), math.exp(log_b)
-    return OverTrained(E, a, b, eta)
+    starts = [
+        [math.log(share * loss.min()), value * n.mean(), value * d.mean(), value]
+        for share, value in itertools.product((0.2, 0.5, 0.8), (0.1, 0.2, 0.3, 0.5, 0.8))
+    ]
+    grid = ((value,) for value in np.geomspace(0.02, 1.5, 60))
+    (exponent,), (E, a, b) = _fit([n, d], [0, 0], loss, method, grid, starts)
+    return OverTrained(E, a, b, -exponent)
 
 
-def _columns(*columns: Array) -> Array:
-    return np.stack(columns, axis=1)
-
-
-def _log(value: float) -> float:
-    return math.log(max(value, 1e-6))
-
-
-def _require_runs(loss: Array, fewest: int) -> None:
-    if len(loss) < fewest:
+def _fit(
+    variables: Sequence[Array], exponent_of: Sequence[int], loss: Array, method: Method,
+    grid: Iterable[Sequence[float]], starts: list[list[float]],
+) -> tuple[tuple[float, ...], tuple[float, ...]]:  # fmt: skip
+    """Return (exponents, coefficients, E first); `grid` has exponents to start varpro from, `starts` Huber's."""
+    # As many runs as parameters.
+    if len(loss) < (fewest := 1 + len(variables) + len(set(exponent_of))):
         raise FitError(f"{len(loss)} runs are too few for this form.\n  It needs {fewest} or more.")
+
+    # Variables in units of the first run, so that no column is tiny.
+    def columns(exponents: Sequence[float]) -> Array:
+        powers = [np.exp(-exponents[j] * (v - v[0])) for v, j in zip(variables, exponent_of, strict=True)]
+        return np.stack([np.ones_like(loss), *powers], axis=1)
+
+    exponents, (E, *scaled) = varpro(columns, loss, list(grid))
+    units = [math.exp(exponents[j] * v[0]) for v, j in zip(variables, exponent_of, strict=True)]
+    coefficients = (E, *(c * unit for c, unit in zip(scaled, units, strict=True)))
+    if method == "varpro":
+        return exponents, coefficients
+    starts = [*starts, [*(math.log(max(c, 1e-6)) for c in coefficients), *exponents]]
+    found = huber(_terms(variables, exponent_of), loss, starts)
+    return found[len(coefficients) :], tuple(math.exp(value) for value in found[: len(coefficients)])
+
+
+def _terms(variables: Sequence[Array], exponent_of: Sequence[int]) -> Array:
+    """Rows that give the logarithm of a term, times (log E, log c_1, …, a_1, …); shape (terms, runs, parameters)."""
+    terms = np.zeros((1 + len(variables), len(variables[0]), 1 + len(variables) + len(set(exponent_of))))
+    for k, term in enumerate(terms):
+        term[:, k] = 1.0
+        if k:
+            term[:, 1 + len(variables) + exponent_of[k - 1]] = -variables[k - 1]
+    return terms
 
 
 # Estimators

@@ -179,7 +179,7 @@ class ExtraRuns:
 
 @dataclass(frozen=True)
 class RegressionDesign:
-    """Where the pairs of a straight line lie, and where the line is read: its error follows from that alone."""
+    """Positions of a line's pairs, and the position at which it is read: its error follows from these alone."""
 
     n: Array
     """Number of pairs of each rung."""

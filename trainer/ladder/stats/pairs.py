@@ -89,6 +89,7 @@ class Baseline:
                 for seed in sorted(base.keys() & own.keys())
                 if math.isfinite(base[seed].loss) and math.isfinite(own[seed].loss)
             ]
+            # ln(loss − E) means nothing near E. The whole rung is marked, since dropping low losses selects by result.
             at_floor = any(min(pair[0].loss, pair[1].loss) <= self.floor for pair in pairs)
             wanted = len(base.keys() | own.keys())
             gap = "" if len(pairs) == wanted else f"{len(pairs)} pairs of {wanted}"

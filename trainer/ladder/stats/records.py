@@ -12,7 +12,7 @@ BASELINE = "baseline"
 
 Decision = Literal["promote", "reject", "inconclusive"]
 Trend = Literal["none", "persists", "shrinks", "reverses", "grows", "unknown"]
-"""How ln m changes with ln C, where m is the compute multiplier and C the compute.
+"""Change of ln m with ln C, where m is the compute multiplier and C the compute.
 
 none: neither a gain nor a loss is visible. persists: a gain or loss whose slope cannot be told from 0. shrinks, grows:
 the slope is below, above 0. reverses: it shrinks from a certain gain to a certain loss. unknown: no line can be fitted.

@@ -160,7 +160,7 @@ class Judgement:
         return f"at the target it may be worth anything from {_times(lower)} to {_times(upper)}{self._ending()}."
 
     def _ending(self) -> str:
-        """Where a shrinking gain ends, as a clause."""
+        """Clause that says where a shrinking gain ends; "" for other trends."""
         crossing = self._crossing
         if crossing is None or crossing.value is None or self._trend not in ("shrinks", "reverses"):
             return ""
