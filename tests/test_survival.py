@@ -44,7 +44,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> FaultyRun:
 
 
 @pytest.fixture
-def job(reference: FaultyRun, tmp_path: Path) -> FaultyRun:
+def trial(reference: FaultyRun, tmp_path: Path) -> FaultyRun:
     return FaultyRun(tmp_path, reference.settings, reference.reference)
 
 

@@ -16,6 +16,7 @@ from trainer.faults.corruption import VisibleFault
 from trainer.faults.fault import Setting
 from trainer.faults.plan import PlannedFault
 from trainer.faults.rank import RankContext
+from trainer.model import blocks_of
 from trainer.sentinel.hang import Watchdog
 
 SLOW = "TOPROPE_TEST_SLOW"
@@ -40,8 +41,8 @@ class NanSample(VisibleFault):
                 output.register_hook(lambda gradient: gradient * float("nan"))
             return None
 
-        blocks: Any = rank.state.model.blocks
-        blocks[0].mlp.register_forward_hook(spoil)
+        block: Any = blocks_of(rank.state.model)[0]
+        block.mlp.register_forward_hook(spoil)
 
 
 def slow_down(seconds: dict[str, float]) -> None:
