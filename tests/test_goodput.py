@@ -1,4 +1,4 @@
-"""Promises about where a run's time went and what went wrong, told from its event log."""
+"""Promises about the account of a run's wall time, from its event log."""
 
 import math
 import tempfile
@@ -25,10 +25,7 @@ def parts(run: Run, now: float | None = None) -> dict[str, float]:
     return {name: round(seconds, 5) for name, seconds in account(run.history, now)["parts"].items() if seconds > 1e-6}
 
 
-# --- where the time went ----------------------------------------------------------------------------------------------
-
-
-def test_a_calm_runs_time_is_told_apart_by_what_it_was_spent_on(run: Run):
+def test_the_time_of_a_run_without_faults_is_shared_out_by_what_it_was_spent_on(run: Run):
     run.start()
     run.steps(1, 10, idle=0.1)
     run.write(evaluated(10, seconds=3.0), after=3.0)
@@ -37,13 +34,8 @@ def test_a_calm_runs_time_is_told_apart_by_what_it_was_spent_on(run: Run):
     run.write(saved(10, 0.5))
     run.end("finished", 20, after=0.75)
     assert parts(run) == {
-        "productive": 20.0,
-        "evaluation": 3.0,
-        "save_stall": 0.5,
-        "startup": 2.0,
-        "shutdown": 0.75,
-        "other": 2.0,
-    }
+        "productive": 20.0, "evaluation": 3.0, "save_stall": 0.5, "startup": 2.0, "shutdown": 0.75, "other": 2.0,
+    }  # fmt: skip
     goodput = account(run.history)
     assert goodput["startup"] == pytest.approx(STARTUP)
     assert goodput["wall_seconds"] == pytest.approx(28.25, abs=1e-6)
@@ -163,13 +155,8 @@ def test_a_run_that_goes_on_is_accounted_for_until_now(run: Run):
 def test_before_the_first_start_nothing_is_known(run: Run):
     run.start(record=False)
     run.write(Warned(message="the disk is slow"))
-    assert account(run.history) == {
-        "wall_seconds": None,
-        "productive_seconds": None,
-        "ratio": None,
-        "parts": {},
-        "startup": {},
-    }
+    unknown = dict.fromkeys(("wall_seconds", "productive_seconds", "ratio"))
+    assert account(run.history) == {**unknown, "parts": {}, "startup": {}}
     run.start(after=3.0)
     run.steps(1, 1)
     assert parts(run) == {"productive": 1.0, "startup": 2.0, "down": 3.0}
@@ -276,9 +263,6 @@ def test_incidents_and_accounting_agree_on_the_time_without_training(run: Run):
     of = account(run.history)["parts"]
     without = sum(incident.seconds or 0 for incident in incidents_of(run.history))
     assert without == pytest.approx(of["hung"] + of["down"] + of["preempted"] + of["startup"] * 2 / 3, abs=1e-5)
-
-
-# --- the ledger -------------------------------------------------------------------------------------------------------
 
 
 def test_the_committed_samples_are_those_that_the_last_computation_of_each_step_read(run: Run):

@@ -31,9 +31,9 @@ def test_an_attempt_followed_entry_by_entry_is_the_one_read_from_the_log_and_kee
     for entry in whole.entries:
         followed.observe(entry)
     assert followed.entries == []
+    assert (whole.from_step, whole.last_step, whole.furthest_step, list(whole.starts)) == (0, 4, 5, [0, 1, 2])
     whole.entries.clear()
     assert followed == whole
-    assert (whole.from_step, whole.last_step, whole.furthest_step, whole.world_size) == (0, 4, 5, 3)
     assert (whole.status, whole.main_status, whole.failures) == ("failed", "preempted", {1: "a bug"})
 
 

@@ -32,13 +32,8 @@ SCRIPTS = sorted([*VERBS, ROOT / ".ci" / "run"])
 CUDA_COMPANIONS = ("nvidia-", "cuda-", "triton")
 SYSTEMS = [("linux", "Linux", "x86_64"), ("linux", "Linux", "aarch64"), ("darwin", "Darwin", "arm64")]
 PLATFORMS = [
-    {
-        "python_version": python,
-        "python_full_version": f"{python}.0",
-        "implementation_name": "cpython",
-        "os_name": "posix",
-    }
-    | {"sys_platform": system, "platform_system": name, "platform_machine": machine}
+    {"python_version": python, "python_full_version": f"{python}.0", "implementation_name": "cpython"}
+    | {"os_name": "posix", "sys_platform": system, "platform_system": name, "platform_machine": machine}
     for python in ("3.11", "3.12", "3.13", "3.14")
     for system, name, machine in SYSTEMS
 ]
@@ -105,7 +100,7 @@ def test_a_run_that_does_not_compile_starts_without_torchs_compiler(tmp_path: Pa
 
 
 def test_the_hooks_do_nothing_that_scripts_check_does_not():
-    """So that it need not run them, and a commit is judged as everything else is."""
+    """So that scripts/check need not run them, and a commit is checked like everything else."""
     entries = re.findall(r"entry: (\S+)", (ROOT / ".pre-commit-config.yaml").read_text())
     check = (ROOT / "scripts/check").read_text()
     assert entries and all(
@@ -170,10 +165,8 @@ def machine(tmp_path: Path) -> Machine:
 
 
 def test_setup_installs_torch_first_then_the_lock_then_toprope(machine: Machine):
-    status, _, asked = machine.setup()
-    assert status == 0
-    venv, *pips = asked
-    assert venv == "venv"
+    status, _, (venv, *pips) = machine.setup()
+    assert (status, venv) == (0, "venv")
     assert [line.split()[-1] for line in pips] == [f"torch=={VERSIONS['torch']}", "requirements.lock", "."]
     assert all("--no-deps" in line for line in pips[1:])
     assert "--no-build-isolation" in pips[2]
@@ -187,7 +180,9 @@ def test_setup_does_nothing_when_nothing_changed(machine: Machine):
 @pytest.mark.parametrize("breaks_at", ["torch==", "-r requirements.lock", "-e ."])
 def test_setup_interrupted_anywhere_starts_over_next_time(machine: Machine, breaks_at: str):
     whole = machine.setup()[2]
-    machine = Machine(_fresh(machine.folder / "again"))
+    again = machine.folder / "again"
+    again.mkdir()
+    machine = Machine(again)
     assert machine.setup(breaks_at=breaks_at)[0] != 0
     assert machine.setup()[2] == whole[1:]  # all of it but the virtual environment, which is sound
     assert machine.setup()[2] == []
@@ -227,23 +222,16 @@ def test_setup_makes_anew_a_venv_whose_folder_was_moved(machine: Machine):
 def test_setup_refuses_an_unfit_python_with_fact_rule_and_remedy(machine: Machine, fake: str, fact: str):
     machine.python.write_text(f"#!/usr/bin/env bash\n{fake}\n")
     status, message, asked = machine.setup()
-    assert status == 1
-    assert asked == []
+    assert (status, asked) == (1, [])
     first, rule, remedy = message.splitlines()
-    assert first.endswith(fact)
-    assert "3.11 or newer" in rule
-    assert "PYTHON=" in remedy
+    assert first.endswith(fact) and "3.11 or newer" in rule and "PYTHON=" in remedy
     assert not (machine.folder / ".venv").exists()
 
 
 def test_what_passed_only_when_it_was_run_again_is_named_at_the_end(tmp_path: Path):
     (tmp_path / "scripts").mkdir()
-    for name, does in (
-        ("scripts/setup", ""),
-        ("scripts/check", ""),
-        (".venv/bin/python", f'exec {sys.executable} "$@"'),
-    ):
-        stub = tmp_path / name
+    for name, does in {"setup": "", "check": "", "../.venv/bin/python": f'exec {sys.executable} "$@"'}.items():
+        stub = tmp_path / "scripts" / name
         stub.parent.mkdir(parents=True, exist_ok=True)
         stub.write_text(f"#!/usr/bin/env bash\n{does}\n")
         stub.chmod(0o755)
@@ -262,11 +250,6 @@ def test_what_passed_only_when_it_was_run_again_is_named_at_the_end(tmp_path: Pa
     (tmp_path / "test_it.py").write_text("def test_broken(): assert False\n")
     done = subprocess.run(["bash", "scripts/test"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "passed when run again" not in done.stdout
-
-
-def _fresh(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
 
 
 def _imported_modules(path: Path) -> set[str]:

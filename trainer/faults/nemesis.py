@@ -186,8 +186,8 @@ class _RunProgress:
     @property
     def world_size(self) -> int | None:
         """World size of the newest attempt that was ready."""
-        ready = [number for number, attempt in self._attempts.items() if attempt.start is not None]
-        return self._attempts[max(ready)].world_size if ready else None
+        starts = [self._attempts[number].start for number in sorted(self._attempts)]
+        return next((start[1].world_size for start in reversed(starts) if start is not None), None)
 
     def attempt_of(self, rank: int | None, pid: int | None) -> int:
         """The attempt of a worker, who may not have written anything yet; the newest attempt if `rank` is None."""

@@ -28,19 +28,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from trainer.log.events import (
-    AttemptEnded,
-    AttemptStarted,
-    CheckpointFailed,
-    CheckpointSaved,
-    Entry,
-    EvalDone,
-    Event,
-    NotFinite,
-    StepDone,
-)
+from trainer.log import events
+from trainer.log.events import Entry, Event
 from trainer.log.history import PROGRESS, Attempt, History, process_start
 
+WORK = (events.StepDone, events.EvalDone)
 PARTS = (
     "productive", "redone", "lost_steps", "evaluation", "save_stall", "startup",
     "hung", "down", "preempted", "shutdown", "other",
@@ -88,27 +80,33 @@ def _spend(ledger: "_Ledger", attempt: Attempt, from_step: int, resumed: int | N
     """
     entries, in_order = attempt.main_entries, attempt.ended_in_order
     stalls = _stalls(entries)
-    last_work = max((n for n, entry in enumerate(entries) if isinstance(entry.event, StepDone | EvalDone)), default=-1)
+    last_work = max((n for n, entry in enumerate(entries) if isinstance(entry.event, WORK)), default=-1)
     stall = stalls.get(from_step, 0.0)
     for number, entry in enumerate(entries):
         event = entry.event
-        if not isinstance(event, PROGRESS) and not (in_order and isinstance(event, AttemptEnded)):
+        if not isinstance(event, PROGRESS) and not (in_order and isinstance(event, events.AttemptEnded)):
             continue
-        lost = resumed is not None and isinstance(event, StepDone | EvalDone) and event.step > resumed
-        rest = "shutdown" if in_order and number > last_work else "redone" if isinstance(event, NotFinite) else "other"
+        lost = resumed is not None and isinstance(event, WORK) and event.step > resumed
+        rest = (
+            "shutdown"
+            if in_order and number > last_work
+            else "redone"
+            if isinstance(event, events.NotFinite)
+            else "other"
+        )
         taken = ledger.advance(entry.time, rest, **_claims(event, lost), save_stall=stall)
         # A save is reported some steps later; the loop waited for it right after the step that was saved.
-        stall = stalls.get(event.step, 0.0) if isinstance(event, StepDone) else stall - taken["save_stall"]
+        stall = stalls.get(event.step, 0.0) if isinstance(event, events.StepDone) else stall - taken["save_stall"]
 
 
 def _claims(event: Event, lost: bool) -> dict[str, float]:
     """{part: seconds} that an event states."""
     match event:
-        case StepDone(seconds=seconds) | EvalDone(seconds=seconds) if lost:
+        case events.StepDone(seconds=seconds) | events.EvalDone(seconds=seconds) if lost:
             return {"lost_steps": seconds}
-        case StepDone(seconds=seconds, redone=redone):
+        case events.StepDone(seconds=seconds, redone=redone):
             return {"productive": seconds / (1 + redone), "redone": seconds * redone / (1 + redone)}
-        case EvalDone(seconds=seconds):
+        case events.EvalDone(seconds=seconds):
             return {"evaluation": seconds}
         case _:
             return {}
@@ -118,7 +116,7 @@ def _stalls(entries: Sequence[Entry]) -> dict[int, float]:
     """Seconds that the loop waited for the save of each step, where the log has them."""
     stalls: dict[int, float] = {}
     for event in (entry.event for entry in entries):
-        if isinstance(event, CheckpointSaved | CheckpointFailed):
+        if isinstance(event, events.CheckpointSaved | events.CheckpointFailed):
             stalls[event.step] = stalls.get(event.step, 0.0) + (event.stall_seconds or 0.0)
     return stalls
 
@@ -147,7 +145,7 @@ class _Ledger:
         self._parts[rest].append(left)
         return taken
 
-    def start_up(self, entry: Entry, event: AttemptStarted) -> None:
+    def start_up(self, entry: Entry, event: events.AttemptStarted) -> None:
         """Move to the end of a start-up, and share its time out among the causes that it states."""
         seconds = max(0.0, entry.time - self._at)
         stated = math.fsum(event.startup_seconds.values())

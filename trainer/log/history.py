@@ -12,21 +12,10 @@ from pathlib import Path
 from typing import Self
 
 from trainer.log import events
-from trainer.log.events import (
-    AttemptEnded,
-    AttemptStarted,
-    CheckpointFailed,
-    CheckpointSaved,
-    Entry,
-    EvalDone,
-    FaultFired,
-    Hung,
-    NotFinite,
-    StepDone,
-    StopRequested,
-)
+from trainer.log.events import Entry
 
-PROGRESS = (StepDone, EvalDone, CheckpointSaved, CheckpointFailed, NotFinite)
+Start = tuple[Entry, events.AttemptStarted]
+PROGRESS = (events.StepDone, events.EvalDone, events.CheckpointSaved, events.CheckpointFailed, events.NotFinite)
 """Events that show that an attempt is at work."""
 
 
@@ -41,53 +30,45 @@ class Attempt:
     number: int
     entries: list[Entry] = field(default_factory=list)
     """Of all ranks, by time. Filled by `History`; `observe` keeps none, since a long run would fill the memory."""
-    starts: dict[int, tuple[Entry, AttemptStarted]] = field(default_factory=dict)
+    starts: dict[int, Start] = field(default_factory=dict)
     """By rank; the first rank to be ready comes first."""
-    ends: dict[int, tuple[Entry, AttemptEnded]] = field(default_factory=dict)
+    ends: dict[int, tuple[Entry, events.AttemptEnded]] = field(default_factory=dict)
     """By rank; only ranks that could still write how they ended."""
     failures: dict[int, str] = field(default_factory=dict)
     """Reason by rank, of the ranks that wrote that they failed; the first to fail comes first."""
-    hangs: list[tuple[Entry, Hung]] = field(default_factory=list)
+    hangs: list[tuple[Entry, events.Hung]] = field(default_factory=list)
     signal: str | None = None
     """Name of the signal that asked a rank to stop."""
-    fatal_not_finite: NotFinite | None = None
+    fatal_not_finite: events.NotFinite | None = None
     """The second computation of a step that was not finite, which ends the attempt."""
     last_progress: Entry | None = None
     """The newest of rank 0's start, PROGRESS, and its end if it finished or was preempted."""
     last_step: int | None = None
     """Steps completed: by the newest step, or by the checkpoint that the attempt started from."""
-    furthest_step: int | None = None
-    """The greatest number of completed steps that any rank wrote, counting the start."""
 
     def observe(self, entry: Entry) -> None:
         """Take in the next entry of this attempt, in order of time."""
         event, is_main = entry.event, entry.rank == 0
         match event:
-            case AttemptStarted(from_step=step):
+            case events.AttemptStarted(from_step=step):
                 self.starts.setdefault(entry.rank, (entry, event))
                 if is_main:
                     self.last_progress, self.last_step = entry, step
-                self._reach(step)
-            case StepDone(step=step):
-                self.last_step = step if is_main else self.last_step
-                self._reach(step)
-            case AttemptEnded(step=step):
+            case events.StepDone(step=step) if is_main:
+                self.last_step = step
+            case events.AttemptEnded():
                 self.ends[entry.rank] = (entry, event)
                 if event.status == "failed":
                     self.failures.setdefault(entry.rank, event.reason)
-                self._reach(step)
-            case Hung():
+            case events.Hung():
                 self.hangs.append((entry, event))
-            case NotFinite(trial=trial) if trial > 0:
+            case events.NotFinite(trial=trial) if trial > 0:
                 self.fatal_not_finite = event
-            case StopRequested():
+            case events.StopRequested():
                 self.signal = event.signal
         # What a rank writes on its way out after a failure is no progress.
         if is_main and (isinstance(event, PROGRESS) or self.ended_in_order):
             self.last_progress = entry
-
-    def _reach(self, step: int) -> None:
-        self.furthest_step = step if self.furthest_step is None else max(self.furthest_step, step)
 
     @property
     def main_entries(self) -> list[Entry]:
@@ -95,17 +76,19 @@ class Attempt:
         return [entry for entry in self.entries if entry.rank == 0]
 
     @property
-    def start(self) -> tuple[Entry, AttemptStarted] | None:
+    def start(self) -> Start | None:
         """Rank 0's start."""
         return self.starts.get(0)
 
     @property
-    def world_size(self) -> int | None:
-        return next((event.world_size for _, event in self.starts.values()), None)
-
-    @property
     def from_step(self) -> int | None:
         return next((event.from_step for _, event in self.starts.values()), None)
+
+    @property
+    def furthest_step(self) -> int | None:
+        """The greatest number of completed steps that any rank wrote, else `from_step`. Needs `entries`."""
+        written = (events.StepDone, events.AttemptEnded)
+        return max((e.event.step for e in self.entries if isinstance(e.event, written)), default=self.from_step)
 
     @property
     def status(self) -> str | None:
@@ -129,7 +112,7 @@ class Attempt:
         return self.main_status in ("finished", "preempted")
 
 
-def process_start(start: tuple[Entry, AttemptStarted]) -> float:
+def process_start(start: Start) -> float:
     """Unix time at which the process of a rank that is now ready was started."""
     entry, event = start
     return entry.time - math.fsum(event.startup_seconds.values())
@@ -154,7 +137,7 @@ class History:
         attempts: dict[int, Attempt] = {}
         fired: list[Entry] = []
         for entry in sorted(entries, key=lambda entry: (entry.attempt, entry.time, entry.rank)):
-            if isinstance(entry.event, FaultFired):
+            if isinstance(entry.event, events.FaultFired):
                 fired.append(entry)
                 continue
             attempt = attempts.setdefault(entry.attempt, Attempt(entry.attempt))
@@ -168,20 +151,20 @@ class History:
         return [entry for attempt in self.attempts for entry in attempt.entries]
 
     @cached_property
-    def steps(self) -> list[tuple[Entry, StepDone]]:
+    def steps(self) -> list[tuple[Entry, events.StepDone]]:
         """Every computation of a step, replays included."""
-        return events.select(self.entries, StepDone, rank=0)
+        return events.select(self.entries, events.StepDone, rank=0)
 
     @cached_property
-    def committed(self) -> dict[int, StepDone]:
+    def committed(self) -> dict[int, events.StepDone]:
         """The steps that the run's present state stands on: each as computed last, and not lost since."""
-        steps: dict[int, StepDone] = {}
+        steps: dict[int, events.StepDone] = {}
         for attempt in self.attempts:
             if attempt.start is not None:
                 # What lies after the checkpoint that the attempt resumed from is lost.
                 while steps and (newest := next(reversed(steps))) > attempt.start[1].from_step:
                     del steps[newest]
-            steps |= {event.step: event for _, event in events.select(attempt.entries, StepDone, rank=0)}
+            steps |= {event.step: event for _, event in events.select(attempt.entries, events.StepDone, rank=0)}
         return steps
 
     @property
@@ -190,6 +173,6 @@ class History:
         return {step: event.samples for step, event in self.committed.items()}
 
     @property
-    def finish(self) -> tuple[Entry, AttemptEnded] | None:
+    def finish(self) -> tuple[Entry, events.AttemptEnded] | None:
         """Rank 0's end in the first attempt that finished: starting a finished run again changes nothing."""
         return next((attempt.ends[0] for attempt in self.attempts if attempt.main_status == "finished"), None)

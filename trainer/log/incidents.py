@@ -10,20 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.log.events import (
-    LOST_A_PEER,
-    AttemptEnded,
-    AttemptStarted,
-    CheckpointFailed,
-    CheckpointRejected,
-    Entry,
-    Event,
-    Hung,
-    NotFinite,
-    StepDone,
-    WorkersLost,
-)
-from trainer.log.history import PROGRESS, Attempt, History
+from trainer.log import events
+from trainer.log.events import LOST_A_PEER, Entry, Event
+from trainer.log.history import PROGRESS, Attempt, History, Start
+
+_InnerEvent = events.NotFinite | events.CheckpointFailed | events.CheckpointRejected
+"""Events of incidents that need not end their attempt."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +57,7 @@ class IncidentBuilder:
         self._attempt: Attempt | None = None
         self._ended: list[Attempt] = []
         """Attempts that no attempt has resumed yet: at most the first of them has trained."""
-        self._losses: list[WorkersLost] = []
+        self._losses: list[events.WorkersLost] = []
         self._reached = 0
         self._finished = False
         self._reported: set[tuple[Any, ...]] = set()
@@ -82,14 +74,14 @@ class IncidentBuilder:
             if self._attempt is not None and not self._finished:
                 self._ended.append(self._attempt)
             self._attempt = Attempt(entry.attempt)
-        if is_main and isinstance(event, (*PROGRESS, AttemptEnded)):
+        if is_main and isinstance(event, (*PROGRESS, events.AttemptEnded)):
             self._complete_ends()
-        if isinstance(event, NotFinite | CheckpointFailed | CheckpointRejected):
+        if isinstance(event, _InnerEvent):
             self._add_inner(entry, event, self._attempt)  # before the attempt's last progress moves on
         self._attempt.observe(entry)
-        if isinstance(event, StepDone) and is_main:
+        if isinstance(event, events.StepDone) and is_main:
             self._reached = event.step
-        elif isinstance(event, WorkersLost):
+        elif isinstance(event, events.WorkersLost):
             self._losses.append(event)
             self._complete_ends()
         self._finished = self._finished or self._attempt.main_status == "finished"
@@ -106,20 +98,23 @@ class IncidentBuilder:
         return self.incidents[before:]
 
     def _add_inner(
-        self, entry: Entry, event: NotFinite | CheckpointFailed | CheckpointRejected, attempt: Attempt
+        self,
+        entry: Entry,
+        event: events.NotFinite | events.CheckpointFailed | events.CheckpointRejected,
+        attempt: Attempt,
     ) -> None:
         """Add an incident that does not end its attempt."""
         rank, seconds = None, None  # the log does not always know whose it was; the writer need not be the cause
         key: tuple[Any, ...] = (attempt.number, event.kind, event.step)
         match event:
-            case NotFinite(trial=trial):
+            case events.NotFinite(trial=trial):
                 if trial > 0:  # the second in a row ends the attempt
                     return
                 kind, last = "not_finite", attempt.last_progress
                 seconds = max(0.0, entry.time - last.time) if last is not None else None
-            case CheckpointFailed(in_a_row=in_a_row):
+            case events.CheckpointFailed(in_a_row=in_a_row):
                 kind, key, rank, seconds = "save_failed", (*key, in_a_row), event.on_rank, event.stall_seconds
-            case CheckpointRejected():
+            case events.CheckpointRejected():
                 kind = "checkpoint_rejected"
         if key not in self._reported:
             self._reported.add(key)
@@ -152,7 +147,7 @@ def incidents_of(history: History, running: bool = False) -> list[Incident]:
     return builder.incidents
 
 
-def _concerns(loss: WorkersLost, attempt: Attempt) -> bool:
+def _concerns(loss: events.WorkersLost, attempt: Attempt) -> bool:
     """True unless the launcher speaks of workers that died before they wrote anything."""
     lost = {failure.get("pid") for failure in loss.failures} - {None}
     started = {event.pid for _, event in attempt.starts.values()}
@@ -160,7 +155,10 @@ def _concerns(loss: WorkersLost, attempt: Attempt) -> bool:
 
 
 def _ending(
-    attempt: Attempt, loss: WorkersLost | None, next_start: tuple[Entry, AttemptStarted] | None, lost: int | None
+    attempt: Attempt,
+    loss: events.WorkersLost | None,
+    next_start: Start | None,
+    lost: int | None,
 ) -> Incident:
     kind, rank, point, detected_as, cause = _cause(attempt, loss)
     step, last = attempt.last_step, attempt.last_progress
@@ -171,14 +169,14 @@ def _ending(
     return Incident(attempt.number, kind, True, rank, point, step, lost, seconds, detected_as, text, time)
 
 
-def _before(start: Entry, loss: WorkersLost) -> Incident:
+def _before(start: Entry, loss: events.WorkersLost) -> Incident:
     """Incident for workers that died on the way to `start`, before they wrote anything."""
     first = _first_to_fail(loss, {})
     text = f"{_describe_failures(first, {}) or first_line(loss.reason)} before attempt {start.attempt} started"
     return Incident(start.attempt, "worker_lost", True, _rank(first), None, None, 0, None, loss.kind, text, start.time)
 
 
-def _cause(attempt: Attempt, loss: WorkersLost | None) -> tuple[str, int | None, str | None, str, str]:
+def _cause(attempt: Attempt, loss: events.WorkersLost | None) -> tuple[str, int | None, str | None, str, str]:
     """Return (kind, rank, point, detected_as, text) of the first of these that the log shows.
 
     A hang comes first, since the processes that it ends look like a crash to the launcher.
@@ -207,9 +205,7 @@ def _cause(attempt: Attempt, loss: WorkersLost | None) -> tuple[str, int | None,
     return "worker_lost", None, None, "silence", "ended without a word"
 
 
-def _resumption(
-    attempt: Attempt, next_start: tuple[Entry, AttemptStarted] | None, lost: int | None, seconds: float | None
-) -> str:
+def _resumption(attempt: Attempt, next_start: Start | None, lost: int | None, seconds: float | None) -> str:
     if next_start is None:
         return "" if lost is not None else "; nothing has resumed it"
     step, size = next_start[1].from_step, next_start[1].world_size
@@ -220,7 +216,7 @@ def _resumption(
     return text if seconds is None else f"{text}; {seconds:.1f} s without training"
 
 
-def _culprit(event: Hung, noticed_by: int) -> dict[str, Any]:
+def _culprit(event: events.Hung, noticed_by: int) -> dict[str, Any]:
     return event.culprits[0] if event.culprits else {"rank": noticed_by, "point": event.point}
 
 
@@ -228,7 +224,7 @@ def _rank(failures: Sequence[dict[str, Any]]) -> int | None:
     return failures[0].get("rank") if failures else None
 
 
-def _first_to_fail(loss: WorkersLost, reasons: Mapping[int, str]) -> list[dict[str, Any]]:
+def _first_to_fail(loss: events.WorkersLost, reasons: Mapping[int, str]) -> list[dict[str, Any]]:
     """Failures that are causes: workers that a signal ended, or else that did not write that they lost a peer.
 
     The others left because these were gone. All of them if there is no such worker.
@@ -255,16 +251,16 @@ def _describe_failures(failures: Sequence[dict[str, Any]], reasons: Mapping[int,
 def describe(event: Event, rank: int = 0) -> str:
     """Describe one of the events below in one line. `rank` wrote it. Raises TypeError for other events."""
     match event:
-        case NotFinite(step=step, trial=trial):
+        case events.NotFinite(step=step, trial=trial):
             then = "computed again" if trial == 0 else "and not when computed again"
             values = f"loss {event.loss:.4g}, gradient norm {event.grad_norm:.4g}"
             return f"step {step} was not finite ({values}), {then}"
-        case CheckpointFailed(step=step):
+        case events.CheckpointFailed(step=step):
             times = f", {event.in_a_row} in a row" if event.in_a_row > 1 else ""
             return f"the save of step {step} failed ({first_line(event.reason)}){times}"
-        case CheckpointRejected(step=step):
+        case events.CheckpointRejected(step=step):
             return f"the checkpoint of step {step} is damaged and was passed over ({first_line(event.reason)})"
-        case Hung():
+        case events.Hung():
             culprit = _culprit(event, rank)
             why = f"; it {first_line(str(culprit['why']))}" if culprit.get("why") else ""
             where = f"rank {culprit.get('rank')} hung at {culprit.get('point')}"

@@ -45,7 +45,14 @@ def claim(run: Path, config: Config) -> AbstractContextManager[object]:
     if run.exists() and not run.is_dir():
         raise RunDirectoryError(f"{run} is a file.\n  --run takes a directory: a new one, or a run's own.")
     if config_path(run).exists():
-        _check_same_run(run, read(run), config)
+        before = read(run)
+        if before["fingerprint"] != fingerprint(config):
+            changes = "\n".join(f"    {line}" for line in differences(before["mathematics"], mathematics(config)))
+            raise RunDirectoryError(
+                f"{run} belongs to a run with other settings:\n{changes}\n"
+                "  A run is a function of its config, so it cannot go on under another one. "
+                "Undo the change, or give a new --run."
+            )
     elif run.exists() and any(entry.name not in LEFT_BY_A_START for entry in run.iterdir()):
         raise RunDirectoryError(
             f"{run} holds files but no config.json, so it is no run.\n"
@@ -122,17 +129,6 @@ def config_of(run: Path) -> Config:
         return parse(read(run)["config"])
     except ConfigError as error:
         raise RunDirectoryError(f"{config_path(run)} holds a config that this toprope refuses:\n{error}") from None
-
-
-def _check_same_run(run: Path, before: dict[str, Any], config: Config) -> None:
-    if before["fingerprint"] == fingerprint(config):
-        return
-    changes = "\n".join(f"    {line}" for line in differences(before["mathematics"], mathematics(config)))
-    raise RunDirectoryError(
-        f"{run} belongs to a run with other settings:\n{changes}\n"
-        "  A run is a function of its config, so it cannot go on under another one. "
-        "Undo the change, or give a new --run."
-    )
 
 
 def _git_commit() -> str | None:

@@ -99,7 +99,7 @@ def _attempt(attempt: Attempt, ended: str | None) -> dict[str, Any]:
     reasons = (event.reason for _, event in attempt.ends.values() if event.status == ended and event.reason)
     return {
         "attempt": attempt.number,
-        "world_size": attempt.world_size,
+        "world_size": first.world_size if first else None,
         "from_step": attempt.from_step,
         "to_step": attempt.furthest_step,
         "ended": ended,
