@@ -38,11 +38,11 @@ def saver(run: Path, **options: Any) -> checkpoint.Saver:
 
 def save(run: Path, *steps: int, **options: Any) -> list[events.Event]:
     run.mkdir(exist_ok=True)
-    one, ended = saver(run, **options), []
+    writer, ended = saver(run, **options), []
     for step in steps:
-        one.begin(step, small_state(step))
-        ended += one.finish()
-    one.close()
+        writer.begin(step, small_state(step))
+        ended += writer.finish()
+    writer.close()
     return ended
 
 
@@ -112,37 +112,37 @@ def test_a_save_returns_before_it_is_written_and_holds_the_state_of_its_own_step
         while not go_on:
             time.sleep(0.001)
 
-    one, state = saver(tmp_path, hook=slow), small_state(1)
-    one.begin(1, state)
+    writer, state = saver(tmp_path, hook=slow), small_state(1)
+    writer.begin(1, state)
     for tensor in state.values():
         tensor.zero_()  # training goes on
-    assert one.poll() == [] and steps_of(tmp_path) == []
+    assert writer.poll() == [] and steps_of(tmp_path) == []
     go_on.append(True)
-    assert names(one.finish()) == ["CheckpointSaved"]
+    assert names(writer.finish()) == ["CheckpointSaved"]
     step, _, tensors = restore(tmp_path)
     assert step == 1 and holds(tensors, 1)
 
 
 def test_the_next_save_waits_for_the_one_under_way_and_none_is_lost(tmp_path: Path):
-    one = saver(tmp_path, keep_last=5, hook=lambda point, step: time.sleep(0.02))
+    writer = saver(tmp_path, keep_last=5, hook=lambda point, step: time.sleep(0.02))
     for step in range(1, 5):
-        one.begin(step, small_state(step))
-    ended = [event for event in one.finish() if isinstance(event, CheckpointSaved)]
+        writer.begin(step, small_state(step))
+    ended = [event for event in writer.finish() if isinstance(event, CheckpointSaved)]
     assert [event.step for event in ended] == [1, 2, 3, 4]
-    assert all(event.stall_seconds > 0.02 for event in ended[1:]), "the waiting is told"
+    assert all(event.stall_seconds > 0.02 for event in ended[1:]), "the waiting is reported"
     assert steps_of(tmp_path) == [4, 3, 2, 1]
     assert ended[0].bytes == checkpoint.committed(tmp_path)[-1].bytes
 
 
 def test_saving_again_copies_into_the_same_buffers(tmp_path: Path):
-    one = saver(tmp_path)
-    one.begin(1, small_state(1))
-    one.finish()
-    assert one._plan is not None
-    before = [buffer.data_ptr() for buffer in one._plan._buffers.values()]
-    one.begin(2, small_state(2))
-    one.finish()
-    assert [buffer.data_ptr() for buffer in one._plan._buffers.values()] == before
+    writer = saver(tmp_path)
+    writer.begin(1, small_state(1))
+    writer.finish()
+    assert writer._plan is not None
+    before = [buffer.data_ptr() for buffer in writer._plan._buffers.values()]
+    writer.begin(2, small_state(2))
+    writer.finish()
+    assert [buffer.data_ptr() for buffer in writer._plan._buffers.values()] == before
 
 
 def test_the_manifest_lists_every_file_with_step_run_size_and_checksum(tmp_path: Path):
@@ -156,16 +156,16 @@ def test_the_manifest_lists_every_file_with_step_run_size_and_checksum(tmp_path:
 
 
 def test_what_a_name_stands_for_is_durable_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Files before the manifest, the manifest before the rename, the rename before the save is told of."""
-    told: list[tuple[str, int]] = []
+    """Files before the manifest, the manifest before the rename, the rename before the save is reported."""
+    done: list[tuple[str, int]] = []
     sync, rename = os.fsync, os.rename
 
     def noted_sync(file: int) -> None:
         sync(file)
-        told.append(("sync", os.fstat(file).st_ino))
+        done.append(("sync", os.fstat(file).st_ino))
 
     def noted_rename(old: Path, new: Path) -> None:
-        told.append(("rename", Path(old).stat().st_ino))
+        done.append(("rename", Path(old).stat().st_ino))
         rename(old, new)
 
     monkeypatch.setattr(os, "fsync", noted_sync)
@@ -176,10 +176,10 @@ def test_what_a_name_stands_for_is_durable_before_the_name_is(tmp_path: Path, mo
     contents = {("sync", inodes[path]) for path in final.iterdir() if path.name != "manifest.json"}
     manifest, directory = ("sync", inodes[final / "manifest.json"]), ("sync", inodes[final])
     named, name = ("rename", inodes[final]), ("sync", inodes[final.parent])
-    assert ("sync", inodes[tmp_path]) in told, "the directory of checkpoints itself"
-    assert contents <= set(told[: told.index(manifest)])
-    assert directory in told[told.index(manifest) : told.index(named)]
-    assert name in told[told.index(named) :]
+    assert ("sync", inodes[tmp_path]) in done, "the directory of checkpoints itself"
+    assert contents <= set(done[: done.index(manifest)])
+    assert directory in done[done.index(manifest) : done.index(named)]
+    assert name in done[done.index(named) :]
 
 
 def test_a_run_that_never_saved_starts_from_zero(tmp_path: Path):
@@ -204,9 +204,9 @@ def test_killed_anywhere_in_a_save_only_that_save_is_lost_and_the_next_cleans_up
         again = tmp_path / f"{point}-1"  # died while it replaced the only checkpoint by another of the same step
         step, reports, tensors = restore(again)
         assert (step, reports) == (1, []) and holds(tensors, 1), point
-        for one in (run, again):
-            save(one, 5, keep_last=1)
-            assert [path.name for path in checkpoint.directory(one).iterdir()] == ["step-00000005"], point
+        for directory in (run, again):
+            save(directory, 5, keep_last=1)
+            assert [path.name for path in checkpoint.directory(directory).iterdir()] == ["step-00000005"], point
 
 
 def test_killed_between_the_two_renames_of_a_replacement_the_old_checkpoint_still_counts(tmp_path: Path):
@@ -246,7 +246,7 @@ def test_a_rank_that_cannot_write_fails_the_save_on_all_ranks_and_the_next_save_
         assert result["reason"] == "rank 1: No space left on device"
         assert result["counts"] == [0, 1, 1, 0, 0, 0]
         assert (result["found"], result["intact"]) == (2, True), "all ranks pass over what one of them finds damaged"
-    assert [len(result["reports"]) for result in results] == [1, 0], "told once"
+    assert [len(result["reports"]) for result in results] == [1, 0], "reported once"
     assert results[0]["reports"][0] == {"step": 3, "reason": "__1_0.distcp does not match its checksum"}
 
 
@@ -311,22 +311,22 @@ TROUBLE = {
 
 
 @pytest.mark.parametrize(("trouble", "reason"), TROUBLE.items(), ids=[trouble.__name__ for trouble in TROUBLE])
-def test_a_save_that_the_disk_refuses_is_told_and_the_next_one_works(
+def test_a_save_that_the_disk_refuses_is_reported_and_the_next_one_works(
     tmp_path: Path, trouble: Callable[[Path], contextlib.AbstractContextManager[None]], reason: str
 ):
     run = tmp_path / "run"
     save(run, 1)
-    one = saver(run)
+    writer = saver(run)
     with trouble(run):
         for count in (1, 2):
-            one.begin(2, small_state(2, tensors=100))
-            (failed,) = one.finish()
+            writer.begin(2, small_state(2, tensors=100))
+            (failed,) = writer.finish()
             assert isinstance(failed, CheckpointFailed)
             assert reason in failed.reason and "\n" not in failed.reason
-            assert failed.in_a_row == one.failures_in_a_row == count
+            assert failed.in_a_row == writer.failures_in_a_row == count
     assert steps_of(run) == [1] and restore(run)[0] == 1
-    one.begin(3, small_state(3, tensors=100))
-    assert names(one.finish()) == ["CheckpointSaved"] and one.failures_in_a_row == 0
+    writer.begin(3, small_state(3, tensors=100))
+    assert names(writer.finish()) == ["CheckpointSaved"] and writer.failures_in_a_row == 0
     assert sorted(path.name for path in checkpoint.directory(run).iterdir()) == ["step-00000001", "step-00000003"]
 
 
@@ -396,7 +396,7 @@ def test_a_damaged_newer_checkpoint_does_not_push_out_the_one_just_written_and_i
 
 
 def rewrite_manifest(path: Path, **changes: Any) -> None:
-    """As one would who knows how the checksum is made."""
+    """Rewrite it with a checksum that fits, as an attacker would."""
     body = json.loads((path / "manifest.json").read_text())["body"] | changes
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     (path / "manifest.json").write_text(json.dumps({"sha256": digest, "body": body}))
@@ -490,7 +490,7 @@ def test_damage_is_named_in_one_line_and_the_newest_intact_checkpoint_is_used(tm
 
 
 def test_a_newer_topropes_checkpoint_is_neither_damaged_nor_passed_over(tmp_path: Path):
-    """Going on from the older one would end in writing over it."""
+    """Resuming from the older one would overwrite it in the end."""
     save(tmp_path, 2, 4)
     rewrite_manifest(path_of(tmp_path, 4), format=checkpoint.FORMAT + 1)
     with pytest.raises(NewerFormatError, match=r"written by a newer toprope \(format 2, this one reads 1\)") as refused:
@@ -504,7 +504,7 @@ def test_a_newer_topropes_checkpoint_is_neither_damaged_nor_passed_over(tmp_path
     assert restore(tmp_path)[0] == 6, "where this version has gone further since, that is what counts"
 
 
-def test_a_checkpoint_of_another_run_of_the_same_settings_is_told_by_its_run_id(tmp_path: Path):
+def test_a_checkpoint_of_another_run_of_the_same_settings_is_recognised_by_its_run_id(tmp_path: Path):
     save(tmp_path, 2)
     with pytest.raises(CheckpointError, match="none of its checkpoints is intact"):
         restore(tmp_path, run_id="another")
@@ -537,12 +537,12 @@ def test_a_checkpoint_of_another_model_is_not_loaded(tmp_path: Path):
             checkpoint.load(saved, wrong)
 
 
-def test_verify_tells_how_far_it_is(tmp_path: Path):
+def test_verify_reports_its_progress(tmp_path: Path):
     save(tmp_path, 2)
-    saved, told = checkpoint.committed(tmp_path)[0], []
-    assert checkpoint.verify(saved, progress=lambda done, total: told.append((done, total))) == []
+    saved, reports = checkpoint.committed(tmp_path)[0], []
+    assert checkpoint.verify(saved, progress=lambda done, total: reports.append((done, total))) == []
     contents = saved.bytes - (saved.path / "manifest.json").stat().st_size
-    assert told == sorted(told) and told[-1] == (contents, contents)
+    assert reports == sorted(reports) and reports[-1] == (contents, contents)
 
 
 # Hostility
@@ -631,11 +631,11 @@ def test_a_hostile_pickle_in_any_file_runs_nothing(
     assert not crater.exists()
 
 
-class Looked:
-    """Pickled as a look at an attribute."""
+class AttributeLookup:
+    """Pickled as a call of getattr."""
 
-    def __init__(self, of: Any, name: str) -> None:
-        self._reduced = getattr, (of, name)
+    def __init__(self, owner: Any, name: str) -> None:
+        self._reduced = getattr, (owner, name)
 
     def __reduce__(self) -> Any:
         return self._reduced
@@ -651,9 +651,9 @@ def test_what_early_pythons_3_11_have_saved_is_read_and_no_attribute_but_of_an_e
     assert b"getattr" in (path_of(tmp_path, 4) / ".metadata").read_bytes()
     step, reports, tensors = restore(tmp_path)
     assert step == 4 and holds(tensors, 4) and not reports
-    for of, name in ((metadata.TensorProperties, "create_from_tensor"), (kind, "__init__"), (torch.Size, "count")):
+    for owner, name in ((metadata.TensorProperties, "create_from_tensor"), (kind, "__init__"), (torch.Size, "count")):
         written = pickle.loads((path_of(tmp_path, 4) / ".metadata").read_bytes())
-        written.planner_data = Looked(of, name)
+        written.planner_data = AttributeLookup(owner, name)
         (path_of(tmp_path, 4) / ".metadata").write_bytes(pickle.dumps(written))
         list_anew(path_of(tmp_path, 4))
         step, reports, _ = restore(tmp_path)
@@ -663,9 +663,9 @@ def test_what_early_pythons_3_11_have_saved_is_read_and_no_attribute_but_of_an_e
 def test_no_process_thread_or_temporary_file_is_left(tmp_path: Path):
     import threading
 
-    one = saver(tmp_path)
-    one.begin(1, small_state(1))
-    one.close()
+    writer = saver(tmp_path)
+    writer.begin(1, small_state(1))
+    writer.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "checkpoint"]
     assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(
         ["checkpoints", "step-00000001", "manifest.json", ".metadata", "__0_0.distcp"]

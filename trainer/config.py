@@ -233,7 +233,7 @@ class Config(Section):
 
 # These sections decide the weights. Everything else may change between attempts of one run.
 MATHEMATICS = ("seed", "data", "model", "optim", "budget", "numerics")
-NOT_MATHEMATICS = {"data": ("cache_dir", "streaming")}
+NOT_MATHEMATICS = ("data.cache_dir", "data.streaming")
 # Left out at the value that changes nothing, so that runs older than the setting keep their fingerprint.
 ADDED_LATER = {"model.init_draw": 0}
 
@@ -294,11 +294,9 @@ def fingerprint(config: Config) -> str:
 
 def mathematics(config: Config) -> dict[str, Any]:
     """Return the settings that decide the weights, flat: {"optim.learning_rate": 0.001, ...}."""
-    tree = config.model_dump(mode="json", include=set(MATHEMATICS))
-    for section, names in NOT_MATHEMATICS.items():
-        for name in names:
-            del tree[section][name]
-    return {key: value for key, value in flatten(tree).items() if key not in ADDED_LATER or value != ADDED_LATER[key]}
+    flat = flatten(config.model_dump(mode="json", include=set(MATHEMATICS)))
+    left_out = {key for key, unchanged in ADDED_LATER.items() if flat[key] == unchanged}.union(NOT_MATHEMATICS)
+    return {key: value for key, value in flat.items() if key not in left_out}
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -311,12 +309,8 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Return a line for each setting on which two flat trees disagree."""
-    missing = "(absent)"
-    return [
-        f"{key}: {json.dumps(old.get(key, missing))} → {json.dumps(new.get(key, missing))}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key, missing) != new.get(key, missing)
-    ]
+    pairs = [(key, old.get(key, "(absent)"), new.get(key, "(absent)")) for key in sorted(old.keys() | new.keys())]
+    return [f"{key}: {json.dumps(before)} → {json.dumps(after)}" for key, before, after in pairs if before != after]
 
 
 def as_toml(config: Config) -> str:

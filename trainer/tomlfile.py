@@ -170,6 +170,7 @@ def mistakes(error: ValidationError, tree: Mapping[str, Any]) -> list[Mistake]:
 def _place(detail: Any, tree: Any) -> tuple[str | int, ...]:
     """Return where an error is, without the names of alternatives that pydantic puts between the keys."""
     place: list[str | int] = []
+    # A part of pydantic's path counts only if the tree has it there; others name an alternative of a union.
     for part in detail["loc"]:
         if part in tree if isinstance(tree, Mapping) else isinstance(tree, list | tuple) and isinstance(part, int):
             place.append(part)

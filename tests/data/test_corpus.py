@@ -159,12 +159,6 @@ def test_half_a_parquet_file_is_refused_wherever_it_was_cut(tmp_path, settings):
             read(settings(tmp_path / "half.parquet"))
 
 
-def test_a_parquet_file_without_the_column_names_those_it_has(tmp_path, settings):
-    write_parquet(tmp_path / "a.parquet", body=["a"], id=[1])
-    with pytest.raises(CorpusError, match="no column 'text'; it has 'body', 'id'"):
-        read(settings(tmp_path / "a.parquet"))
-
-
 def test_a_directory_is_refused_with_the_glob_to_write(tmp_path, settings):
     with pytest.raises(CorpusError, match=r"is a directory(.|\n)*/\*\.txt"):
         read(settings(tmp_path))

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import CheckpointError, NewerFormatError, NoCheckpointError
-from trainer.files import sync
+from trainer.files import sync, write
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -81,7 +81,7 @@ def newest_intact(run: Path, report: Callable[[str], None] = lambda message: Non
     Raises NewerFormatError on meeting one that a newer toprope wrote.
     """
     for saved in committed(run):
-        refuse_newer(saved)
+        refuse_newer(saved)  # before verify, which would call it damaged
         problems = verify(saved)
         if not problems:
             return saved
@@ -108,7 +108,7 @@ def verify(
     files: dict[str, dict[str, Any]] = manifest["files"]
     problems += [f"{name} is not in the manifest" for name in sorted(present - files.keys())]
     chosen = sorted(files if names is None else files.keys() & set(names))
-    total, before = sum(files[name]["bytes"] for name in chosen), 0
+    total, before = sum(files[name]["bytes"] for name in chosen), 0  # bytes, for the progress
     for name in chosen:
         start = before
         problem = _damage(saved, name, files[name], lambda done, start=start: progress(start + done, total))
@@ -127,7 +127,7 @@ def read_manifest(saved: Saved) -> dict[str, Any]:
     try:
         manifest = json.loads((saved.path / MANIFEST).read_text(encoding="utf-8"))
         body = manifest["body"]
-        if _digest(body) != manifest["sha256"]:
+        if _digest(body) != manifest["sha256"]:  # before the format: a flipped bit there is damage
             raise CheckpointError(f"{MANIFEST} does not match its own checksum")
         if body["format"] > FORMAT:
             raise NewerFormatError(
@@ -181,10 +181,7 @@ def write_manifest(staging: Path, body: Mapping[str, Any]) -> int:
     """Write `body` (step, identity, files) as a checkpoint's manifest. Returns its bytes. Raises OSError."""
     body = {"format": FORMAT, **body, "written": time.time()}
     content = json.dumps({"sha256": _digest(body), "body": body}, indent=1).encode()
-    with (staging / MANIFEST).open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    write(staging / MANIFEST, content)
     return len(content)
 
 
@@ -193,10 +190,10 @@ def commit(staging: Path, final: Path) -> None:
     sync(staging)  # the names of its files, before it gets its own
     if final.exists():
         aside = _aside(final)
-        if aside.exists():
+        if aside.exists():  # of an earlier replacement that was never read back
             _remove(aside)
         final.rename(aside)
-    staging.rename(final)
+    staging.rename(final)  # the commit: before it nothing, after it the whole checkpoint
     sync(final.parent)
 
 
@@ -224,7 +221,7 @@ def prune(run: Path, keep_last: int, keep_every_steps: int = 0, verified: Saved 
         return []
     problems, kept = [], 0
     for saved in committed(run):
-        if saved.step > newest.step or _is_hidden(saved.path):
+        if saved.step > newest.step or _is_hidden(saved.path):  # `clean` removes hidden ones
             continue
         if kept < keep_last:
             kept += saved == newest or not verify(saved, names=())  # one with missing files is no fallback
@@ -280,7 +277,7 @@ def _remove(path: Path) -> None:
     step = re.search("step-[0-9]+", path.name)
     assert step is not None
     doomed = path.with_name(f".{step[0]}.{secrets.token_hex(4)}.pruned")
-    path.rename(doomed)
+    path.rename(doomed)  # if we die after this, `clean` does the rest
     shutil.rmtree(doomed, ignore_errors=True)
 
 

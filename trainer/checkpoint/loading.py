@@ -10,7 +10,7 @@ import pickle
 from collections.abc import Callable, Collection
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -40,6 +40,7 @@ def restore(
     reports it. Raises CheckpointError on all ranks if the run has saved before and no checkpoint is intact;
     NewerFormatError instead of skipping one that a newer toprope saved.
     """
+    # Rank 0 lists for all: on a network file system each rank might see another list.
     for saved in world.from_main(lambda: committed(run)):
         world.from_main(lambda saved=saved: refuse_newer(saved))
         reason = _agreed(world, _refusal(saved, world, fingerprint, run_id))
@@ -76,6 +77,7 @@ def _refusal(saved: Saved, world: World, fingerprint: str, run_id: str | None) -
     """Return why a checkpoint must not be loaded. Ranks share the reading: each checks the contents of some files."""
     try:
         manifest = read_manifest(saved)
+        # Checksums are the slow part, so each rank takes every world-size-th file.
         problems = verify(saved, names=sorted(manifest["files"])[world.rank :: world.size])
     except CheckpointError as error:
         return one_line(error)
@@ -166,30 +168,20 @@ class _Reader(dcp.FileSystemReader):
 class _RecordsOnly(pickle.Unpickler):
     """Unpickles DCP's `.metadata`. Only these names may be looked up, so nothing in the file can run code."""
 
-    ALLOWED = frozenset(
-        {
-            ("torch", "Size"),
-            ("torch", "float32"),
-            ("torch", "float64"),
-            ("torch", "float16"),
-            ("torch", "bfloat16"),
-            ("torch", "int64"),
-            ("torch.serialization", "_get_layout"),
-            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-            ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),
-            ("torch.distributed.checkpoint.metadata", "Metadata"),
-            ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
-            ("torch.distributed.checkpoint.metadata", "StorageMeta"),
-            ("torch.distributed.checkpoint.metadata", "TensorProperties"),
-            ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
-            ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
-        }
-    )
+    ALLOWED: ClassVar[dict[str, set[str]]] = {
+        "torch": {"Size", "float32", "float64", "float16", "bfloat16", "int64"},
+        "torch.serialization": {"_get_layout"},
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "torch.distributed.checkpoint.metadata": {
+            "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+            "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+        },
+    }  # fmt: skip
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("builtins", "getattr"):  # how Python 3.11.0 to 3.11.3 pickle a member of an enumeration
             return _member
-        if (module, name) not in self.ALLOWED:
+        if name not in self.ALLOWED.get(module, ()):
             raise pickle.UnpicklingError(f".metadata asks for {module}.{name}, which no checkpoint of ours contains")
         return super().find_class(module, name)
 
@@ -198,7 +190,6 @@ def _member(enumeration: Any, name: str) -> Enum:
     """A getattr that returns members of enumerations and nothing else."""
     is_enumeration = isinstance(enumeration, type) and issubclass(enumeration, Enum)
     if not (is_enumeration and name in enumeration.__members__):
-        raise pickle.UnpicklingError(
-            f".metadata asks for {name!r} of {enumeration!r}, which no checkpoint of ours contains"
-        )
+        asked = f"{name!r} of {enumeration!r}"
+        raise pickle.UnpicklingError(f".metadata asks for {asked}, which no checkpoint of ours contains")
     return enumeration.__members__[name]

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -159,24 +159,20 @@ class Saver:
         """Turn the save that has ended into events."""
         save, self._save = self._save, None
         assert save is not None and save.outcome is not None
-        outcome = save.outcome
+        outcome, stall = save.outcome, save.stall
         if isinstance(outcome, _SaveError):
             self._failures += 1
-            event = CheckpointFailed(
-                step=save.step,
-                reason=str(outcome),
-                in_a_row=self._failures,
-                on_rank=outcome.rank,
-                stall_seconds=save.stall,
-            )
+            facts = {"reason": str(outcome), "in_a_row": self._failures, "on_rank": outcome.rank}
+            event = CheckpointFailed(step=save.step, stall_seconds=stall, **facts)
         else:
             self._failures = 0
-            event = CheckpointSaved(step=save.step, bytes=outcome, seconds=save.seconds, stall_seconds=save.stall)
+            event = CheckpointSaved(step=save.step, bytes=outcome, seconds=save.seconds, stall_seconds=stall)
         self._ended += [event, *(Warned(message=message) for message in save.warnings)]
 
     def _make_plan(self, tensors: Mapping[str, Tensor]) -> "_RankPlan":
         """Decide who writes what. Done once: the state keeps its shapes. Replicas share the writing."""
-        plans = self._together(lambda: _local_plan(tensors))
+        make_local = dcp.default_planner.create_default_local_save_plan
+        plans = self._together(lambda: make_local(dict(tensors), is_coordinator=True))
         # All ranks have the same input here, so all compute the same global plan.
         planner = dcp.DefaultSavePlanner(flatten_state_dict=False, dedup_save_to_lowest_rank=False)
         plans, metadata = planner.create_global_plan(plans)
@@ -336,19 +332,21 @@ class _SaveError(CheckpointError):
         self.rank = rank
 
 
+@dataclass
 class _Save:
     """A save under way."""
 
-    thread: threading.Thread
-
-    def __init__(self, step: int, started: float, error: Exception | None) -> None:
-        self.step, self.started, self.error = step, started, error
-        self.stall = 0.0
-        """Seconds for which training waited."""
-        self.seconds = 0.0
-        self.warnings: list[str] = []
-        self.outcome: int | _SaveError | None = None
-        """The checkpoint's bytes, or the error; set last, by the writing thread."""
+    step: int
+    started: float
+    error: Exception | None
+    """Raised while the state was copied; fails the save in its first round."""
+    stall: float = 0.0
+    """Seconds for which training waited."""
+    seconds: float = 0.0
+    warnings: list[str] = field(default_factory=list)
+    outcome: int | _SaveError | None = None
+    """The checkpoint's bytes, or the error; set last, by the writing thread."""
+    thread: threading.Thread = field(init=False)
 
 
 @dataclass(frozen=True)
@@ -366,7 +364,9 @@ class _RankPlan:
         items = [item for item in plan.items if item.tensor_storage_size()]
         self.dcp_plan = SavePlan(items, storage_data=plan.storage_data)
         self.metadata = metadata
-        self._buffers = {item.index.fqn: _buffer(tensors[item.index.fqn]) for item in items}
+        owned = {item.index.fqn: _local(tensors[item.index.fqn]) for item in items}
+        # Pinned memory: a copy from a GPU then needs no stop of its stream.
+        self._buffers = {n: torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda) for n, t in owned.items()}
 
     def copy(self, tensors: Mapping[str, Tensor]) -> None:
         if not self._buffers:
@@ -382,17 +382,8 @@ class _RankPlan:
         return self._buffers[item.index.fqn]
 
 
-def _local_plan(tensors: Mapping[str, Tensor]) -> SavePlan:
-    return dcp.default_planner.create_default_local_save_plan(dict(tensors), is_coordinator=True)
-
-
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _buffer(tensor: Tensor) -> Tensor:
-    local = _local(tensor)
-    return torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
 
 
 def _lower_priority() -> None:

@@ -73,7 +73,7 @@ class Corpus:
         shape: dict[str, Any] = {"source": self.source, "unit": self.unit, "text_column": self.text_column}
         shape |= {"max_bytes": self.max_bytes, "datasets": version("datasets")}
         if self.source == "python-stdlib":
-            shape["python"] = python_version()
+            shape["python"] = python_version()  # a patch release changes the library
         if self.hub is not None:
             shape["hub"] = [self.hub.name, self.hub.revision, self.hub.subset, self.hub.split]
         return shape | {"files": [_identity(file) for file in self.files]}
@@ -90,14 +90,14 @@ class Corpus:
             digest = hashlib.sha256(data).digest()
             if not data.strip():
                 tally.empty += 1
-            elif digest[:16] in seen:
+            elif digest[:16] in seen:  # 128 bits: no two texts of any corpus collide by chance
                 tally.duplicates += 1
             else:
                 seen.add(digest[:16])
                 tally.documents += 1
                 tally.bytes += len(data)
                 yield Document(data.decode(), digest, origin)
-            if self.max_bytes and tally.bytes >= self.max_bytes:
+            if self.max_bytes and tally.bytes >= self.max_bytes:  # in the loop: nothing more is even read
                 return
 
     def _cut(self, data: bytes, tally: Tally) -> bytes:
@@ -112,7 +112,7 @@ class Corpus:
         if self.hub is not None:
             yield from _texts(partial(_hub_rows, self.hub), self.text_column, partial(_explain_hub, self.hub))
         # Neighbouring text files that are one document each are read in one call; all else file by file.
-        for is_whole, files in groupby(self.files, key=self._is_whole):
+        for is_whole, files in groupby(self.files, lambda file: _format(file) == "text" and self.unit == "document"):
             if is_whole:
                 group = tuple(files)
                 yield from _texts(partial(_whole_file_rows, group), "text", partial(_explain_group, group))
@@ -120,9 +120,6 @@ class Corpus:
             for file in files:
                 column = self.text_column if _format(file) != "text" else "text"
                 yield from _texts(partial(_file_rows, file, self.unit), column, partial(_explain_file, file))
-
-    def _is_whole(self, file: SourceFile) -> bool:
-        return _format(file) == "text" and self.unit == "document"
 
 
 def open_corpus(data: Data) -> Corpus:

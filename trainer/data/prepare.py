@@ -39,7 +39,7 @@ def prepare(
     """
     root = cache_root(data.cache_dir)
     store = _training_store(root, data, progress, verify)
-    if len(store.tokens) <= context:
+    if len(store.tokens) <= context:  # a window is context + 1 tokens
         raise CorpusError(
             f"model.context = {context} is longer than the training split: {len(store.tokens)} tokens in all.\n"
             f"  A sequence takes context + 1 tokens. Give more text, or set model.context to {len(store.tokens) - 1} "
@@ -60,7 +60,7 @@ def tokenizer_for(data: Data, *, progress: ProgressCallback = no_progress) -> To
 
 def _training_store(root: Path, data: Data, progress: ProgressCallback, verify: bool = False) -> TokenStore:
     corpus = open_corpus(data)
-    trained = data.tokenizer in ("bpe", "chars", "bytes")
+    trained = data.tokenizer in ("bpe", "chars", "bytes")  # else it is a path
     given = "" if trained else read_json(Path(data.tokenizer))
     # Everything beyond the corpus that decides the tokens: part of the store's key.
     shaped_by: dict[str, Any] = {
@@ -106,6 +106,7 @@ def _eval_set(
 
     key = {"tokenizer": store.tokenizer.sha256}
     try:
+        # The training tokenizer, and no split: a held-out set is scored whole.
         corpus = open_eval_corpus(name, "repo" if name == "repo" else eval.sources[name], data)
         opened = open_or_build(root, corpus, key, lambda: store.tokenizer, ("eval",), route, named_progress, verify)
     except CorpusError as error:

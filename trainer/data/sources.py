@@ -77,7 +77,10 @@ def _matching(pattern: str) -> list[str]:
     if expanded.is_file():
         return [str(expanded)]
     if not glob.has_magic(pattern):
-        raise CorpusError(_missing(pattern))
+        raise CorpusError(
+            f"{pattern} does not exist (from {Path.cwd()}).\n"
+            '  A source is "python-stdlib", "repo", a path, a glob, or "hub:OWNER/NAME". Check the spelling.'
+        )
     names = sorted(name for name in glob.glob(str(expanded), recursive=True) if Path(name).is_file())  # noqa: PTH207
     if not names:
         raise CorpusError(
@@ -85,8 +88,3 @@ def _matching(pattern: str) -> list[str]:
             "  A corpus needs at least one. Check the pattern; ** matches any depth of folders."
         )
     return names
-
-
-def _missing(path: str) -> str:
-    known = '"python-stdlib", "repo", a path, a glob, or "hub:OWNER/NAME"'
-    return f"{path} does not exist (from {Path.cwd()}).\n  A source is {known}. Check the spelling."

@@ -2,6 +2,7 @@
 
 import hashlib
 import heapq
+import itertools
 import json
 import os
 from abc import ABC, abstractmethod
@@ -98,10 +99,7 @@ class CharTokenizer(Tokenizer):
 
     @classmethod
     def train(cls, texts: Iterable[str]) -> "CharTokenizer":
-        characters: set[str] = set()
-        for text in texts:
-            characters.update(text)
-        return cls("".join(sorted(characters)))
+        return cls("".join(sorted(set(itertools.chain.from_iterable(texts)))))
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self._encode(text) for text in texts]
@@ -109,6 +107,7 @@ class CharTokenizer(Tokenizer):
     def _encode(self, text: str) -> np.ndarray:
         codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
         ids = np.searchsorted(self._codes, codes)
+        # searchsorted gives the place of an unknown character too, one past the end at most.
         known = self._codes[np.minimum(ids, len(self._codes) - 1)] == codes
         return np.where(known, ids, self.unknown)
 
@@ -144,6 +143,7 @@ class LibraryTokenizer(Tokenizer):
         self._library.no_padding()
         self._library.encode_special_tokens = True
         self._special = {i for i, token in self._library.get_added_tokens_decoder().items() if token.special}
+        # Not the number of tokens: ids may have gaps, and the embedding needs a row up to the largest.
         self.vocab_size = 1 + max(self._library.get_vocab(with_added_tokens=True).values(), default=-1)
         self.end_of_document = self._find_end(name)
 
@@ -270,7 +270,7 @@ def _sample(texts: Iterable[str]) -> list[str]:
         rank = int.from_bytes(hashlib.blake2b(piece.encode(), digest_size=8).digest(), "big")
         heapq.heappush(kept, (-rank, order, piece))
         total += len(piece)
-        while total > BPE_TRAINING_CHARACTERS and len(kept) > 1:
+        while total > BPE_TRAINING_CHARACTERS and len(kept) > 1:  # one piece is always kept
             total -= len(heapq.heappop(kept)[2])
     return [piece for _, _, piece in sorted(kept, key=lambda entry: entry[1])]
 

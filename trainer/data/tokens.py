@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -90,7 +90,7 @@ def open_or_build(
 
     def build(directory: Path) -> None:
         meta = _write(directory, corpus, make_tokenizer(), parts, route, progress)
-        if corpus.shaped_by() != shape["corpus"]:
+        if corpus.shaped_by() != shape["corpus"]:  # sizes or times of its files
             raise CorpusError(f"{corpus.source} changed while it was read.\n  Start again when nothing writes to it.")
         meta = {"key": key, "shaped_by": shape, **meta}
         (directory / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
@@ -103,7 +103,7 @@ def open_or_build(
         if not verify:  # a store in use: only the first reader, who verifies, may replace it
             raise
         progress(f"{str(error).splitlines()[0]} It is built again.", 0, None)
-        remove_built(store)
+        remove_built(store)  # the new one has the same name and, since the key is the same, the same tokens
         return open_store(built_once(root, name, build, progress), verify)
 
 
@@ -115,6 +115,7 @@ def open_store(directory: Path, verify: bool = False) -> TokenStore:
     except (OSError, ValueError) as error:
         raise _damaged(directory, f"meta.json cannot be read ({error})") from None
     tokenizer = Tokenizer.load(directory / "tokenizer.json")
+    # A replaced tokenizer.json would turn every id into other text without any other sign.
     if (tokenizer.sha256, tokenizer.vocab_size) != (meta["tokenizer_sha256"], meta["vocab_size"]):
         raise TokenizerError(
             f"{directory / 'tokenizer.json'} does not match the store it lies in "
@@ -175,12 +176,12 @@ def _write(
     tally = Tally()
     with ExitStack() as stack:
         dtype = token_dtype(tokenizer.vocab_size)
-        writers = {name: stack.enter_context(_PartWriter(directory, name, dtype)) for name in parts}
+        writers = {name: stack.enter_context(closing(_PartWriter(directory, name, dtype))) for name in parts}
         encoder = _Encoder(tokenizer)
         for document in reported(corpus, tally, "encoding", progress):
             for part, text in route(document).items():
                 if text:
-                    writers[part].count(document, text)
+                    writers[part].count(document, text)  # before add, which may cut the text in pieces
                     encoder.add(writers[part], text)
         encoder.flush()
     tokenizer.save(directory / "tokenizer.json")
@@ -213,12 +214,9 @@ class _PartWriter:
         self._hash = hashlib.sha256()
         self._digests: list[bytes] = []
         self._tokens = self._bytes = 0
+        self._file = (directory / f"{name}.bin").open("wb")
 
-    def __enter__(self) -> "_PartWriter":
-        self._file = (self._directory / f"{self._name}.bin").open("wb")
-        return self
-
-    def __exit__(self, *_error: object) -> None:
+    def close(self) -> None:
         self._file.close()
 
     def count(self, document: Document, text: str) -> None:
@@ -226,7 +224,7 @@ class _PartWriter:
         self._bytes += len(text.encode())
 
     def append(self, ids: np.ndarray) -> None:
-        raw = ids.astype(self._dtype).tobytes()
+        raw = ids.astype(self._dtype).tobytes()  # hashed as written, so that opening need not convert
         self._file.write(raw)
         self._hash.update(raw)
         self._tokens += len(ids)
@@ -283,7 +281,7 @@ class _Encoder:
         batches = self._tokenizer.encode_batch([text for _, text, _ in self._pending])
         for (writer, _, is_last), ids in zip(self._pending, batches, strict=True):
             writer.append(ids)
-            if is_last:
+            if is_last:  # a document ends with its last piece
                 writer.append(end)
         self._pending, self._characters = [], 0
 
