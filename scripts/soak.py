@@ -103,7 +103,7 @@ class Campaign:
         self._writing = threading.Lock()
 
     def reference(self) -> dict[str, Any]:
-        """What the run without kills comes to."""
+        """Result of the run without kills."""
         run = self.directory / "reference"
         trainer("train", SMOKE, "--run", run, *self._settings)
         return outcome(run)

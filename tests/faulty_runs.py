@@ -56,7 +56,7 @@ class FaultyRun:
         return job.output
 
     def fired(self) -> Counter[tuple[int, int | None]]:
-        """How often each (index of a fault, rank) has fired."""
+        """Number of firings by (index of a fault, rank)."""
         return Counter((event.index, event.victim) for event in plan.firings(self.run))
 
     def ends_as_reference(self, attempts: int | None = None, unfired: int = 0) -> dict[str, Any]:

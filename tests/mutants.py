@@ -145,7 +145,7 @@ class Mutant:
     breaks: str
     """The invariant that must fail."""
     faults: tuple[str, ...]
-    """What brings it to light, as TOML. After a second save has begun: it has waited for the first to be committed."""
+    """Faults that bring it to light, as TOML; after a second save has begun, which has waited for the first."""
     nodes: int = 1
     set: str = "{}"
     """Overrides of this run, as TOML."""

@@ -287,7 +287,7 @@ def test_of_two_faults_in_one_attempt_the_one_that_is_not_told_of_counts_neither
     log.finish()
     found = evidence(log, KILL, KILL | {"rank": 0})
     assert not_passed(found) == {}
-    assert sorted(str(one["attributed_correctly"]) for one in checker.measure(found)) == ["None", "True"]
+    assert sorted(str(fault["attributed_correctly"]) for fault in checker.measure(found)) == ["None", "True"]
 
 
 def test_a_death_that_came_with_damage_to_a_checkpoint_is_not_held_against_another_fault(log):
@@ -304,7 +304,7 @@ def test_a_death_that_came_with_damage_to_a_checkpoint_is_not_held_against_anoth
     log.finish()
     found = evidence(log, {"kind": "flipped_shard", "rank": 1, "at_step": 9}, KILL | {"rank": 0})
     assert not_passed(found) == {}
-    assert [one["attributed_correctly"] for one in checker.measure(found)] == [True, None]
+    assert [fault["attributed_correctly"] for fault in checker.measure(found)] == [True, None]
 
 
 def test_a_rank_that_died_while_starting_is_told_by_the_next_attempt(log):
@@ -447,7 +447,7 @@ def test_silent_corruption_is_undetected_where_it_shows_and_said_to_leave_no_tra
     log.finish(weights)
     found = answers(evidence(log, FLIP))
     assert found[checker.EQUAL].answer == answer and found[checker.EQUAL].why
-    assert {name for name, one in found.items() if one.answer != "pass"} <= {checker.EQUAL}
+    assert {name for name, answer in found.items() if answer.answer != "pass"} <= {checker.EQUAL}
 
 
 def test_without_exact_sums_equality_is_unknown(log):

@@ -121,11 +121,11 @@ def test_damage_to_the_newest_checkpoint_is_met_by_the_next_start(trial: FaultyR
     trial.survive(2, faults)
     seen = trial.ends_as_reference(unfired=1)
     assert trial.detected_as(*range(5)) == ["checkpoint_rejected"] * 5
-    told = [one["text"] for one in seen["incidents"] if one["kind"] == "checkpoint_rejected"]
+    texts = [row["text"] for row in seen["incidents"] if row["kind"] == "checkpoint_rejected"]
     for words, text in zip(
-        ("bytes instead", "its checksum)", "missing", "file of step", "manifest"), told, strict=True
+        ("bytes instead", "its checksum)", "missing", "file of step", "manifest"), texts, strict=True
     ):
-        assert words in text, told
+        assert words in text, texts
     unfired = seen["faults"][-1]
     assert (unfired["kind"], unfired["fired"], unfired["time"]) == (faults[-1]["kind"], False, None)
     assert any("did not fire: there is no checkpoint" in w["message"] for w in seen["warnings"])
@@ -156,7 +156,7 @@ def test_wrong_numbers_that_show_are_computed_away_and_a_wrong_clock_or_a_slow_r
     assert trial.detected_as(0, 1, 4, 6) == ["not_finite"] * 4 and trial.detected_as(5) == ["preempted"] * 2
     assert trial.detected_as(2, 3, 7) == [None] * 3
     not_finite = [entry.event for entry in events.read(trial.run) if isinstance(entry.event, NotFinite)]
-    trials = {step: sorted({one.trial for one in not_finite if one.step == step}) for step in (3, 5, 10, 20)}
+    trials = {step: sorted({event.trial for event in not_finite if event.step == step}) for step in (3, 5, 10, 20)}
     assert trials == {3: [0], 5: [0], 10: [0], 20: [0, 1]}
     slow = {e.event.step: e.event.seconds for e in events.read(trial.run) if isinstance(e.event, events.StepDone)}
     assert min(slow[step] for step in (8, 9, 10)) >= 0.1
@@ -185,10 +185,10 @@ def test_silent_corruption_is_made_and_this_version_does_not_notice(reference: F
     done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-4000:]
     seen = [look(tmp_path / str(number)) for number in range(len(plans))]
-    assert [one["status"] for one in seen] == ["finished"] * len(plans)
-    assert [[row["fired"] for row in one["faults"]] for one in seen[:-1]] == [[True]] * (len(plans) - 1)
-    assert all(one["weights_sha256"] != seen[-1]["weights_sha256"] for one in seen[:-1])
-    assert all(one["incidents"] == [] for one in seen), "it has been noticed: the kind is not silent any more"
+    assert [run["status"] for run in seen] == ["finished"] * len(plans)
+    assert [[row["fired"] for row in run["faults"]] for run in seen[:-1]] == [[True]] * (len(plans) - 1)
+    assert all(run["weights_sha256"] != seen[-1]["weights_sha256"] for run in seen[:-1])
+    assert all(run["incidents"] == [] for run in seen), "it has been noticed: the kind is not silent any more"
 
 
 @pytest.fixture

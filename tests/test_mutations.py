@@ -51,7 +51,7 @@ def test_every_bug_of_the_past_is_caught_by_what_it_breaks_and_nothing_else_is_c
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     seen = run_mutants({"control": CONTROL} | MUTANTS, tmp_path)
     assert seen.keys() == {"control"} | MUTANTS.keys()
-    told = {name: (result.outcome, result.why) for name, result in seen.items()}
-    assert not_held(seen["control"]) == set(), told
-    assert [name for name in MUTANTS if FIRED in not_held(seen[name])] == [], told
-    assert [name for name, mutant in MUTANTS.items() if mutant.breaks not in failed(seen[name])] == [], told
+    outcomes = {name: (result.outcome, result.why) for name, result in seen.items()}
+    assert not_held(seen["control"]) == set(), outcomes
+    assert [name for name in MUTANTS if FIRED in not_held(seen[name])] == [], outcomes
+    assert [name for name, mutant in MUTANTS.items() if mutant.breaks not in failed(seen[name])] == [], outcomes

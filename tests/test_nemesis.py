@@ -117,7 +117,7 @@ def start(run: Path) -> Iterator[Start]:
 
 
 def settled(cluster: Recorded, count: int) -> list[tuple[int, int]]:
-    """What has been sent once there are so many, and a little later."""
+    """The signals sent, a little after there are so many."""
     wait_until(lambda: len(cluster.sent) >= count, seconds=5)
     time.sleep(0.15)
     return cluster.sent
@@ -326,7 +326,7 @@ class Attack:
 
 
 def real(test: Any) -> Any:
-    """Of real jobs: slow, and the machine may be shared."""
+    """Mark for tests of real jobs: slow, and the machine may be shared."""
     return pytest.mark.slow(pytest.mark.timeout(400)(needs_proc(test)))
 
 

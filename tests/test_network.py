@@ -143,14 +143,14 @@ def test_one_way_loss_loses_what_a_host_sends_and_nothing_else(hosts):
     try:
         assert [output.readline() for output in outputs if output] == ["ready\n", "ready\n"]
 
-        def tell(word: str) -> None:
+        def ping(word: str) -> None:
             for host in (0, 1):
                 python(hosts, host, TELL, hosts.address(1 - host), word).communicate(timeout=20)
 
-        tell("before")  # they know each other's link addresses from here on
+        ping("before")  # they know each other's link addresses from here on
         with hosts.dropping(1):
-            tell("during")
-        tell("after")
+            ping("during")
+        ping("after")
         heard = [[output.readline().strip() for _ in range(2 + host)] for host, output in enumerate(outputs) if output]
         assert heard == [["before", "after"], ["before", "during", "after"]]
     finally:
@@ -308,7 +308,7 @@ def _python_of_all(directory: Path) -> Path:
 
 
 def passed(run: AsNobody, *arguments: str) -> None:
-    """Of this file's tests those that are named, none of them skipped."""
+    """Run the named tests of this file, none of them skipped."""
     done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}", *arguments)
     assert done.returncode == 0 and " passed" in done.stdout and "skipped" not in done.stdout, done.stdout + done.stderr
     print(done.stdout)

@@ -171,7 +171,7 @@ def test_asked_to_stop_before_it_trains_a_run_saves_its_beginning_and_goes_on_fr
     assert stopped["step"] == 0 and stopped["status"] == "preempted"
     assert [(saved["step"], saved["intact"]) for saved in stopped["checkpoints"]] == [(0, True)]
     asked = of_kind(trial.run, events.StopRequested)
-    assert [(one.signal, one.step) for one in asked] == [("SIGINT", 0), ("SIGTERM", 0)]
+    assert [(stop.signal, stop.step) for stop in asked] == [("SIGINT", 0), ("SIGTERM", 0)]
     trial.survive(2, NO_FAULTS, *settings(parallel__strategy="fsdp"))
     trial.ends_as_reference(attempts=3)
 
@@ -250,8 +250,8 @@ def test_a_disk_that_answers_no_more_is_a_hang_of_its_rank(trial: FaultyRun):
     trial.survive(2, [fault("stalled_disk", 6, rank=1, seconds=1000.0)], *LIMITS)
     trial.ends_as_reference(attempts=2)
     hung = of_kind(trial.run, events.Hung)
-    assert hung and {one.point for one in hung} == {"waiting_for_save"}
-    assert {culprit["rank"] for one in hung for culprit in one.culprits} == {1}, hung
+    assert hung and {event.point for event in hung} == {"waiting_for_save"}
+    assert {culprit["rank"] for event in hung for culprit in event.culprits} == {1}, hung
 
 
 def test_a_disk_that_stays_full_stops_the_run_with_its_reason(trial: FaultyRun):
@@ -262,7 +262,7 @@ def test_a_disk_that_stays_full_stops_the_run_with_its_reason(trial: FaultyRun):
     assert "saving failed 2 times in a row" in job.output and "Traceback" not in job.output
     stopped = look(trial.run)
     assert stopped["status"] == "failed" and stopped["checkpoints"] == []
-    assert [one.in_a_row for one in of_kind(trial.run, events.CheckpointFailed)] == [1, 2]
+    assert [event.in_a_row for event in of_kind(trial.run, events.CheckpointFailed)] == [1, 2]
     trial.survive(1, NO_FAULTS)
     trial.ends_as_reference(attempts=2)
 
@@ -299,7 +299,7 @@ def test_a_disk_without_room_for_one_more_checkpoint_keeps_the_ones_it_has(
         filler.unlink()
         assert job.wait() == EXIT_FINISHED, job.output
     failed = of_kind(trial.run, events.CheckpointFailed)
-    assert [one.step for one in failed][:1] == [12] and "No space left" in failed[0].reason
+    assert [event.step for event in failed][:1] == [12] and "No space left" in failed[0].reason
     seen = outcome(trial.run)
     same = ("status", "step", "weights_sha256", "state_sha256")
     assert {key: seen[key] for key in same} == {key: reference.reference[key] for key in same}
@@ -307,7 +307,7 @@ def test_a_disk_without_room_for_one_more_checkpoint_keeps_the_ones_it_has(
 
 @pytest.mark.parametrize("small_disk", ["run"], indirect=True)
 def test_a_disk_too_full_for_the_log_itself_stops_nothing_and_loses_no_event(trial: FaultyRun, small_disk: Path):
-    """ENOSPC for all of the run, from step 3 until it was told of."""
+    """ENOSPC for all of the run, from step 3 until a warning is printed."""
     with trial.start(2, NO_FAULTS, *settings(checkpoint__max_failures=9), slow={"before_update": 0.2}) as job:
         assert wait_until(lambda: begun(trial.run, step=3), seconds=40), job.output
         filler = fill(small_disk)
@@ -316,7 +316,7 @@ def test_a_disk_too_full_for_the_log_itself_stops_nothing_and_loses_no_event(tri
         assert job.wait() == EXIT_FINISHED, job.output
     trial.ends_as_reference(attempts=1)
     assert of_kind(trial.run, events.CheckpointFailed) != []
-    assert ["the log" in one.message for one in of_kind(trial.run, events.Warned)] == [True], "told once"
+    assert ["the log" in event.message for event in of_kind(trial.run, events.Warned)] == [True], "warned once"
 
 
 @pytest.mark.parametrize("small_disk", ["run"], indirect=True)
@@ -343,7 +343,7 @@ def test_a_nan_that_stays_stops_the_run_and_is_named(trial: FaultyRun):
     ids = batches(trial).micro_batch(8, 5).sample_ids
     for named in ("step 9:", "micro-batch 5 (samples " + ", ".join(map(str, ids)), "module blocks.0.mlp"):
         assert named in job.output, job.output
-    assert {one.trial for one in of_kind(trial.run, events.NotFinite)} == {0, 1}
+    assert {event.trial for event in of_kind(trial.run, events.NotFinite)} == {0, 1}
     assert max(committed_samples(trial.run)) == 8, "the step was applied"
     trial.survive(1, NO_FAULTS)
     trial.ends_as_reference(attempts=2)
@@ -387,7 +387,7 @@ def batches(trial: FaultyRun) -> Batches:
 
 
 def begun(run: Path, step: int) -> bool:
-    """Whether the log of a living run has reached this step."""
+    """True if the log of a living run has reached this step."""
     return run.is_dir() and last_step(run) >= step
 
 

@@ -54,7 +54,7 @@ class Firing:
 
 @dataclass(frozen=True)
 class Attribution:
-    """How the run reported a fault."""
+    """The incident by which the run reported a fault, and how fast."""
 
     firing: Firing
     incident: Incident | None
@@ -64,7 +64,7 @@ class Attribution:
     detect_seconds: float | None
     recover_seconds: float | None
     problem: str = ""
-    """What is not correct."""
+    """The mismatch, if it is not correct."""
 
 
 def may_report(kind: Fault, attempt: int, incident: Incident) -> bool:
@@ -123,7 +123,7 @@ def _is_death_after_damage(firing: Firing, incident: Incident) -> bool:
 
 
 def _mismatch(firing: Firing, incident: Incident) -> str:
-    """How the rank or the step of an incident differs from the fault's; empty if they match."""
+    """The difference between an incident's rank or step and the fault's; empty if they match."""
     fault = firing.fault
     if fault.kind.names_rank and None not in firing.victims and incident.rank not in firing.victims:
         victims = ", ".join(str(rank) for rank in sorted(rank for rank in firing.victims if rank is not None))

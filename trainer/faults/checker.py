@@ -166,7 +166,7 @@ def _weights_and_state_equal(evidence: Evidence) -> Answer:
 
 
 def _difference(evidence: Evidence) -> str:
-    """How the end, or a step that was computed again, differs; empty if nothing does."""
+    """The first difference of the end, or of a step that was computed again; empty if there is none."""
     reference = evidence.reference
     for entry, end in select(evidence.entries, AttemptEnded):
         for name in ("weights_sha256", "state_sha256") if end.status == "finished" else ():
@@ -199,7 +199,7 @@ def _lost_checkpoints(evidence: Evidence) -> list[str]:
     there = {saved.step for saved in visible}
     logged = {e.event.step for e in evidence.entries if isinstance(e.event, CheckpointSaved)}
     settings = evidence.config.checkpoint
-    # A checkpoint may have been committed just before its rank died: it counts, though no log tells of it.
+    # A checkpoint may have been committed just before its rank died: it counts, though it is in no log.
     newest = sorted(logged | there, reverse=True)[: settings.keep_last]
     kept = {step for step in logged if settings.keep_every_steps and step % settings.keep_every_steps == 0}
     problems += [f"the checkpoint of step {step} is gone" for step in sorted({*newest, *kept} - there)]

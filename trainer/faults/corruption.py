@@ -167,6 +167,7 @@ class WrongOperator(SilentFault):
     def fire(self, planned: "PlannedFault", rank: "RankContext") -> None:
         from trainer.faults import tensors
 
+        # It ends with its last step, or with the attempt if that comes before.
         wrong = rank.undo.enter_context(contextlib.ExitStack())
         wrong.enter_context(tensors.WrongSum())
 

@@ -120,7 +120,7 @@ class Disk:
         return real
 
     def _sync(self, descriptor: int) -> None:
-        saved = self._open_for_writing.get(descriptor)
+        saved = self._open_for_writing.get(descriptor)  # other files of the process are synced as ever
         if saved is not None and (fault := self._take("fsync", saved.phase, saved.step)):
             _kind(fault).fail()
         self._real[os, "fsync"](descriptor)
@@ -151,6 +151,7 @@ class Disk:
 
     def write(self, saved: SaveFile, write: Callable[[Any], int], data: Any) -> int:
         """Write `data`, or do what a fault makes of it; returns how many bytes were, or are said to be, written."""
+        # A full or slow disk stays so for the whole save, but not for the next one or another try.
         fault = self._every_write.get(saved.directory) or self._take("write", saved.phase, saved.step)
         if fault is None:
             return write(data)

@@ -61,15 +61,15 @@ class Setting:
 
 
 class Fault:
-    """A kind of fault. Instances have no state: what one fault of a config is told is its `PlannedFault`."""
+    """A kind of fault. Instances have no state: the settings of one fault of a config are in its `PlannedFault`."""
 
     name: ClassVar[str]
     """As in configs. By default that of the class: TruncatedShard is truncated_shard."""
     group: ClassVar[Literal["process", "time", "network", "storage", "numbers", "membership", "clock"]]
     imitates: ClassVar[str]
-    """What it stands for in the field."""
+    """The failure in the field that it stands for."""
     made: ClassVar[str]
-    """How it is made here."""
+    """The way it is made here."""
     detected: ClassVar[str]
     recovered: ClassVar[str]
 
@@ -137,7 +137,7 @@ class Fault:
         return False
 
     def refuses(self, entry: FaultEntry, phase: str, config: Config, world_size: int) -> str:
-        """Why this entry of a config can never fire: fact, and remedy on a line of its own. Empty if it can."""
+        """The reason why this entry of a config can never fire, and the remedy on a second line; empty if it can."""
         return ""
 
     def usual_step(self, every: int, steps: int) -> int:
@@ -147,7 +147,7 @@ class Fault:
     # Firing. `planned` is the fault of the config, `rank` and `outside` what it can act on.
 
     def obstacle(self, planned: "PlannedFault", rank: "RankContext") -> str:
-        """Why it cannot fire in this rank now; empty if it can. May wait until it can."""
+        """The reason why it cannot fire in this rank now; empty if it can. May wait until it can."""
         return ""
 
     def fire(self, planned: "PlannedFault", rank: "RankContext") -> None:
@@ -160,7 +160,7 @@ class Fault:
         return tensor
 
     def obstacle_outside(self, planned: "PlannedFault", cluster: "Cluster") -> str:
-        """Why it cannot be made of this cluster; empty if it can."""
+        """The reason why it cannot be made of this cluster; empty if it can."""
         if NAMESPACES in self.needs and cluster.hosts is None:
             return "its nodes are not on hosts of their own"
         if self.needs_store and cluster.store is None:

@@ -54,7 +54,7 @@ class FaultInjector:
     def __init__(self, planned: Sequence[PlannedFault], config: Config, run: Path, rank: int, world_size: int) -> None:
         self.notice = _notice(planned) if planned else ""
         """Warning for the log, so that nobody takes what follows for an accident."""
-        # No rank can have begun its attempt before all are connected.
+        # The number is the same on all ranks: none can have begun its attempt before all are connected.
         self._rank = RankContext(config, run, rank, world_size, events.next_attempt(run))
         self._hits = Counter((event.index, event.fault, event.victim) for event in plan.firings(run))
         inside = [fault for fault in planned if not fault.from_outside]
@@ -91,6 +91,7 @@ class FaultInjector:
         rank.attempt, rank.log, rank.state, rank.prepared = attempt, log, state, prepared
         mine = self._mine()
         phases = {fault.phase for fault in mine}
+        # Hooks cost time in every step, so they are set only for phases at which this rank is hit.
         if phases & {Phase.IN_FORWARD, Phase.IN_BACKWARD}:
             blocks = blocks_of(state.model)
             tensors.after_forward(blocks[(len(blocks) - 1) // 2], self._after_block)
@@ -138,7 +139,7 @@ class FaultInjector:
         return here and fault.attempt in (None, self._rank.attempt)
 
     def _times_fired(self, fault: PlannedFault) -> int:
-        """How often a fault has fired: on this rank if it is planned for all ranks, else on any."""
+        """Number of times a fault has fired: on this rank if it is planned for all ranks, else on any."""
         return sum(
             times
             for (index, kind, victim), times in self._hits.items()
@@ -150,6 +151,7 @@ class FaultInjector:
         """True if the fault is this thread's to make. It is on record then, before it acts."""
         rank = self._rank
         with self._lock:
+            # The saving thread may have claimed it meanwhile.
             if fault.index not in self._waiting:
                 return False
             plan.record(rank.run, fault, rank.attempt, rank.rank, victim=rank.rank, step=fault.at_step, phase=phase)

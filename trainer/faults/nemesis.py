@@ -28,7 +28,7 @@ NEMESIS = -1  # rank in the log
 
 
 class Outside:
-    """What a fault from outside can act on."""
+    """The cluster as faults from outside see it, and their common ways to wait and to undo."""
 
     def __init__(self, cluster: "Cluster") -> None:
         self.cluster = cluster
@@ -88,7 +88,7 @@ class Nemesis:
         self._watching = threading.Thread(target=self._watch, name="toprope-nemesis", daemon=True)
         self._acting: list[threading.Thread] = []
         self.problems: list[str] = []
-        """What could not be made or undone, and why."""
+        """Faults that could not be made or undone, each with the reason."""
 
     def start(self) -> None:
         self._watching.start()
@@ -132,7 +132,7 @@ class Nemesis:
             return
         victims = self._victims(fault) if kind.on_rank else {}
         if kind.on_rank and not victims:
-            return
+            return  # it stays waiting, and is due again at the next poll
         self._waiting.remove(fault)
         # On record before it acts: whatever the fault ends must find it there.
         for victim, pid in victims.items() if kind.on_rank and not kind.hits_agent else [(None, None)]:
@@ -158,7 +158,7 @@ class Nemesis:
 
 
 class _RunProgress:
-    """How far the run has come, by its event log."""
+    """The run's progress, by its event log."""
 
     def __init__(self, run: Path) -> None:
         self._follower = Follower(run, "attempt-*-rank-*.jsonl")

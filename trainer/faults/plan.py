@@ -61,7 +61,7 @@ class PlannedFault:
 
     @property
     def times(self) -> int:
-        """How often it fires on a rank."""
+        """Number of times it fires on a rank."""
         return self.settings["times"] if self.kind.repeats else 1
 
     def victims(self, world_size: int) -> tuple[int, ...]:
@@ -97,6 +97,7 @@ def make(
     for index, entry in zip(range(len(config.faults)) if numbers is None else numbers, config.faults, strict=True):
         found = _problems(index, entry, config, world_size, nodes)
         problems += found
+        # An entry with problems is left out, so that those of the others are reported in the same error.
         if not found:
             planned.append(_resolve(index, entry, config.seed, world_size))
     problems += _contradictions(planned) + _no_rank_left(planned, world_size) + _no_node_left(planned, nodes)
@@ -109,6 +110,7 @@ def _resolve(index: int, entry: FaultEntry, seed: int, world_size: int) -> Plann
     kind = KINDS[entry.kind]
     phase = _phase(entry, kind)
     if entry.rank == "any" and not kind.writer_only(phase):
+        # Drawn by seed and index alone: every process of the run draws the same rank.
         ranks: tuple[int, ...] | None = (random.Random(f"{seed}-{index}").randrange(world_size),)
     else:
         ranks = None if entry.rank == "all" else (entry.rank if isinstance(entry.rank, int) else 0,)
@@ -126,7 +128,7 @@ def _own_settings(entry: FaultEntry) -> dict[str, Any]:
 
 
 def _problems(index: int, entry: FaultEntry, config: Config, world_size: int, nodes: int | None) -> list[str]:
-    """Why an entry cannot fire as it stands: each with the place in the config, the fact, and a remedy."""
+    """The reasons why an entry cannot fire as it stands: place in the config, fact, remedy."""
     where = f"faults[{index}]"
     kind = KINDS.get(entry.kind)
     if kind is None:
@@ -234,7 +236,7 @@ def _setting_problems(where: str, entry: FaultEntry, kind: Fault) -> list[str]:
         elif not setting.least <= value <= setting.most:
             side = f"below {setting.least:g}" if value < setting.least else f"above {setting.most:g}"
             problems.append(f"{where}: {name} = {value} is {side}.\n  It is {setting.meaning}.")
-        elif value == 0 and not setting.zero:
+        elif value == 0 and not setting.zero:  # a fault that does nothing would pass every check
             problems.append(f"{where}: {name} = {value} makes no fault.\n  It is {setting.meaning}.")
     return problems
 
@@ -278,6 +280,7 @@ def _no_node_left(planned: Sequence[PlannedFault], nodes: int | None) -> list[st
 def _contradictions(planned: Sequence[PlannedFault]) -> list[str]:
     """Two faults that hit the same rank at the same moment: only the first could ever be seen to act."""
     problems = []
+    # Faults from outside act one after the other, whenever they are due.
     inside = [fault for fault in planned if not fault.from_outside]
     for number, fault in enumerate(inside):
         for other in inside[:number]:
@@ -333,7 +336,7 @@ def record(
 
 
 def fired(run: Path) -> list[Entry]:
-    """What has fired so far, in order."""
+    """The faults that have fired so far, in order."""
     return [entry for entry in events.read_file(log_path(run)) if isinstance(entry.event, FaultFired)]
 
 

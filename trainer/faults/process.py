@@ -136,7 +136,7 @@ class AgentKilled(ProcessFault):
             if set(victims.values()) & set(node.processes()):
                 node.signal(signal.SIGKILL)
                 return
-        raise ValueError("the agent of the rank is gone already")
+        raise ValueError("the agent of the rank is gone already")  # noted as a problem of the nemesis
 
 
 class NodeKilled(ProcessFault):

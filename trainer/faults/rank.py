@@ -1,4 +1,4 @@
-"""What a fault that fires inside a rank can reach and change."""
+"""The context of a fault that fires inside a rank: everything that it can reach and change."""
 
 import contextlib
 import functools
@@ -38,7 +38,7 @@ class RankContext:
         self.step = 0
         """Completed steps."""
         self.micro_batch = 0
-        """Of this rank's micro-batches in the step under way, the number that have begun."""
+        """Number of this rank's micro-batches that have begun in the step under way."""
         self.finished = False
         """True once the last step is done and saved."""
         self.undo = contextlib.ExitStack()
@@ -55,7 +55,7 @@ class RankContext:
 
     def pass_by(self, phase: str, step: int) -> None:
         """Keep track of where the rank is, and let the followers act."""
-        if not self.in_training_thread:
+        if not self.in_training_thread:  # the saver's, which passes the phases of a save only
             if phase == Phase.AFTER_COMMIT:
                 self._committed = step, time.monotonic()
             return

@@ -1,4 +1,4 @@
-"""What faults do to tensors: flip bits, write values that are not finite, sum wrongly."""
+"""Wrong numbers in tensors: flipped bits, values that are not finite, wrong sums."""
 
 import random
 from collections.abc import Callable, Sequence
