@@ -81,6 +81,7 @@ def new_figure(width: float, height: float, layout: Any = "constrained") -> "Fig
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    # pyplot would choose the canvas by MPLBACKEND or by the machine's displays.
     figure = Figure(figsize=(width, height), layout=layout)
     FigureCanvasAgg(figure)
     return figure
@@ -103,8 +104,10 @@ def svg(figure: "Figure", name: str, title: str, text_as_paths: bool = True) -> 
     font = {} if text_as_paths else {"svg.fonttype": "none", "font.family": ["DejaVu Sans", "sans-serif"]}
     text = _save(figure, "svg", {"Date": None, "Creator": None}, font).decode()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    # Each light shade stands for one name, so the text can be searched for it.
     for variable, (light, _) in PALETTE.items():
         text = text.replace(light, f"var(--{variable})")
+    # Ids must differ between the pictures of a page.
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
     return text.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
 

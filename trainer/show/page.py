@@ -30,6 +30,7 @@ def render(template: str, **values: Any) -> str:
 def _environment() -> "Environment":
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+    # StrictUndefined: a misspelt name is an error, not an empty place on the page.
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,

@@ -35,6 +35,7 @@ def _fault_rows(result: Result) -> Iterator[tuple[Any, ...]]:
             yield fault, _planned(fault), "never", "", "", "", ""
         for measured in fired:
             time, rank, step = measured.get("fired"), measured.get("victim"), measured.get("step")
+            # Each part is there only if the fault has it: one on a link hits no rank.
             hit = [f"rank {rank}"] * (rank is not None) + [f"step {step}"] * (step is not None)
             reported = [str(measured.get("detected_as") or "–").replace("_", " ")]
             if measured.get("attributed_correctly") is not None:

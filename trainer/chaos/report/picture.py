@@ -26,7 +26,7 @@ ROW, ROW_LETTER, COLUMN_LETTER, REASON_LETTER = 0.24, 0.08, 0.066, 0.062
 MARGIN = 0.1
 ROWS_PER_PANEL = 40
 
-Row = tuple[str, Result | None]
+MatrixRow = tuple[str, Result | None]
 """A run with its label, or a group's heading."""
 
 
@@ -43,6 +43,7 @@ def matrix_png(report: Report, path: Path) -> None:
     names = [ROW_LETTER * max([10, *(len(words) for words, _ in panel)]) + 0.2 for panel in panels]
     widths = [name + ROW * (len(asked) + 2.4) for name in names]
     head = COLUMN_LETTER * max([8, *map(len, asked)]) + 0.2
+    # The figure is as large as its rows and names need: nothing is scaled.
     width, height = sum(widths) + 2 * MARGIN, ROW * rows + head + 0.8
     counts = matrix.counts(report.results)
     title = f"{report.campaign}: {', '.join(f'{number} {name}' for name, number in counts.items())}"
@@ -61,10 +62,10 @@ def matrix_png(report: Report, path: Path) -> None:
     files.write(path, png(figure))
 
 
-def _groups(results: Sequence[Result]) -> list[list[Row]]:
+def _groups(results: Sequence[Result]) -> list[list[MatrixRow]]:
     """The rows of each group under its heading. A label names ranks and strategy only where they are unusual."""
     usual = Counter(map(matrix.world, results)).most_common(1)
-    groups: list[list[Row]] = []
+    groups: list[list[MatrixRow]] = []
     for group, members in matrix.groups(results).items():
         groups.append([(group, None)])
         for result in members:
@@ -73,19 +74,20 @@ def _groups(results: Sequence[Result]) -> list[list[Row]]:
     return groups
 
 
-def _panels(groups: list[list[Row]]) -> list[list[Row]]:
+def _panels(groups: list[list[MatrixRow]]) -> list[list[MatrixRow]]:
     """Distribute the groups over panels of about equal length, without cutting one."""
     rows = sum(map(len, groups))
     count = max(1, math.ceil(rows / ROWS_PER_PANEL))
-    panels: list[list[Row]] = [[]]
+    panels: list[list[MatrixRow]] = [[]]
     for group in groups:
+        # The next panel begins where more than half of the group would be beyond this one's share.
         if len(panels) < count and panels[-1] and len(panels[-1]) + len(group) / 2 > rows / count:
             panels.append([])
         panels[-1] += group
     return panels
 
 
-def _draw(axes: "Axes", panel: list[Row], asked: Sequence[str], left: float) -> None:
+def _draw(axes: "Axes", panel: list[MatrixRow], asked: Sequence[str], left: float) -> None:
     from matplotlib.patches import Rectangle
 
     columns = ["outcome", *asked]

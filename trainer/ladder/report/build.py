@@ -81,6 +81,7 @@ def _not_begun(planned: PlannedRun, failed: str | None) -> CollectedRun:
 def build_report(collected: CollectedLadder) -> Tree:
     """Return the report as JSON values."""
     ladder, results = collected.ladder, collect.run_results(collected.runs)
+    # Also of runs to come: predictions of them need their compute.
     flops = {(planned.rung, planned.arm): planned.flops for planned in collected.runs}
     flops |= {(rung.name, BASELINE): rung.flops for rung in ladder.rungs} | {(TARGET, BASELINE): ladder.target_flops}
     plan = EstimatePlan(
@@ -109,7 +110,7 @@ def build_report(collected: CollectedLadder) -> Tree:
     if len(ladder.rungs) < FIT_RUNGS and tree["no_fit"]:
         few = units.plural(len(ladder.rungs), "rung")
         tree["no_fit"] = f"the ladder has {few}, and a curve of {FIT_RUNGS} parameters needs {FIT_RUNGS}."
-    fitted = tree["fit"] is not None
+    fitted = tree["fit"] is not None  # verdicts by time need the curve too
     described = execution.describe(collected.runs, collected.sweep, results, plan, collected.record, fitted)
     return tree | {EXECUTION: described}
 
@@ -158,5 +159,5 @@ def short_path(path: Path) -> str:
 def without_home(text: str) -> str:
     """The text with paths below the working directory made relative, and those below the home directory "~/…"."""
     for place, name in ((f"{Path.cwd()}/", ""), (f"{Path.home()}/", "~/")):
-        text = text.replace(place, name) if len(place) > 2 else text
+        text = text.replace(place, name) if len(place) > 2 else text  # not where it is "/"
     return text

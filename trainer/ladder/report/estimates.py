@@ -1,4 +1,4 @@
-"""What a ladder's losses say, as one JSON tree: fit, predictions, verdicts. A function of the runs' results alone.
+"""Estimates from a ladder's losses, as one JSON tree: fit, predictions, verdicts. A function of results alone.
 
 Verdicts rest on the rungs. Runs at the target, if there are any, are what predictions are compared with. How long a
 run took plays no part here; see execution.py.
@@ -32,7 +32,7 @@ CURVE_ITSELF = 10**12
 
 @dataclass(frozen=True)
 class EstimatePlan:
-    """What was planned, as far as the estimates need it."""
+    """The ladder as planned, as far as the estimates need it."""
 
     criterion: Criterion
     rungs: Sequence[str]
@@ -52,7 +52,7 @@ def estimate(results: Sequence[RunResult], plan: EstimatePlan) -> Tree:
 
     `no_fit` is the reason if no curve fits the baseline; everything that rests on the curve is then empty.
     """
-    results = decision.without_time(results)
+    results = decision.without_time(results)  # seconds would differ at every execution
     rungs = [result for result in results if result.rung != TARGET]
     tree: Tree = {
         "noise": _noise(results),
@@ -198,6 +198,7 @@ def _prediction(results: Sequence[RunResult], arm: str, rung: str, below: Sequen
     tree: Tree = {"rung": rung, "arm": arm, "by": list(below), "runs": len(losses), "refused": None}
     try:
         by = [result for result in own if result.rung in below]
+        # The interval is that of a mean of so many runs: those that there are, or else those to come.
         seeds = len(losses) or plan.seeds.get(rung, 0) or 1
         check = fits.predict(by, plan.flops[rung, arm], seeds, plan.criterion.level)
     except FitError as error:

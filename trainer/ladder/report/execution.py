@@ -1,7 +1,7 @@
-"""How a ladder's runs were executed: seconds, attempts, faults, machines, commits, dates. Another execution differs.
+"""The execution of a ladder's runs: seconds, attempts, faults, machines, commits, dates. A second one would differ.
 
-Also what rests on seconds: the verdicts that know how long a step takes. If an arm's decision here differs from the
-one by its losses alone, time has decided.
+The verdicts here also know how long a step takes. If an arm's decision differs from that by its losses alone, time
+has decided.
 """
 
 import math
@@ -30,6 +30,7 @@ def describe(
     record: Mapping[str, Any], fitted: bool,
 ) -> Tree:  # fmt: skip
     """Return the report's subtree "course". `record` is ladder.json; verdicts need a curve, so `fitted`."""
+    # An arm may share runs with the baseline at a rung where it changes nothing: each counts once.
     distinct = list({run.key: run for run in [*runs, *sweep]}.values())
     return {
         "verdicts": _verdicts(results, plan) if fitted else [],

@@ -31,6 +31,7 @@ def draw_predictions(tree: Tree) -> "Figure | None":
     panels = 2 if multipliers else 1
     figure = new_figure(9 if multipliers else 6.6, 0.34 * len(shown) + 1.6)
     grid = figure.subplots(1, panels, squeeze=False, sharey=True)[0]
+    # Rows are sorted by rung; a line separates one rung from the next.
     names = [(p["arm"], shortened(f"{p['arm']}, {p['rung']}", 30)) for p in shown]
     drawing.arm_rows(grid[0], tree, names)
     for number in range(1, len(shown)):
@@ -116,7 +117,7 @@ def draw_cost(tree: Tree) -> "Figure | None":
             place: Any = {"xycoords": axes.get_yaxis_transform(), "xytext": (6, 0), "textcoords": "offset points"}
             axes.annotate(f"a step takes {slowdown:.2f}×", (1.0, y), fontsize=8.5, va="center", color=SOFT, **place)
     axes.set_xscale("log")
-    room = max((max(values) / min(values)) ** 0.6, 1.25)
+    room = max((max(values) / min(values)) ** 0.6, 1.25)  # by values alone: ends may lie far out
     axes.set_xlim(min(values) / room, max(values) * room)
     drawing.multiplier_axis(axes.xaxis)
     drawing.reference_lines(tree, axes.axvline)

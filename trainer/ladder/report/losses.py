@@ -19,7 +19,7 @@ DIVERGED, WAITING = "not a number", "no run has finished"
 
 
 def draw(tree: Tree) -> "Figure | None":
-    """Losses of all runs; None if no run has one."""
+    """Draw the losses of all runs; None if no run has one."""
     if not any(run["loss"] is not None for run in tree["runs"]) or not tree["rungs"]:
         return None
     figure = new_figure(9, 7.4)
@@ -42,7 +42,7 @@ def draw(tree: Tree) -> "Figure | None":
     below.set_ylabel(f"minus the baseline's {reference}\n({units.SHORT_LOSS_UNITS[tree['unit']]})")
     handles, labels = above.get_legend_handles_labels()
     gaps = [mark for mark in below.get_lines() if mark.get_label() in (DIVERGED, WAITING)]
-    # A dict: each kind of gap has one entry, however many runs show it.
+    # A dict: however many gaps there are, the legend explains each kind once.
     entries = dict(zip(labels, handles, strict=True)) | {str(mark.get_label()): mark for mark in gaps}
     # A falling curve leaves the lower left free; points of few rungs, the middle.
     above.legend(entries.values(), entries.keys(), loc="lower left" if fitted else "upper center",
@@ -55,7 +55,7 @@ def _draw_curve(above: "Axes", below: "Axes", tree: Tree) -> None:
     curve, fit, last_rung = tree["curve"], tree["fit"]["curve"], tree["rungs"][-1]["flops"]
     flops = curve["flops"]
     value, low, high = (floats(curve[key]) for key in ("value", "low", "high"))
-    known = sum(point <= last_rung * 1.001 for point in flops)
+    known = sum(point <= last_rung * 1.001 for point in flops)  # 1.001: the grid is rounded
     percent = units.percent(1 - tree["criterion"]["level"])
     above.fill_between(flops, low, high, color=INK, alpha=0.1, linewidth=0, label=f"{percent} interval of the curve")
     label = f"baseline's curve: E {fit['E']:.3g}, α {fit['alpha']:.3f}"

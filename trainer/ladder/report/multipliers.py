@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 COLUMNS = 3
 SHARED_AXIS_UP_TO = 12.0
-"""Panels share their y axis unless one would need so many times the height of another."""
+"""Panels share their y axis unless a shared one would be this many times as tall as the smallest panel's."""
 OTHER_FLOOR = (0, (1, 1.6))
 DECISION_COLOURS = {"promote": GOOD, "reject": BAD, "inconclusive": UNSURE}
 
 
 def draw(tree: Tree) -> "Figure | None":
-    """Multipliers of each arm at the rungs and at the target; None if no rung has one."""
+    """Draw each arm's multipliers at the rungs and at the target; None if no rung has any."""
     shown = [verdict for verdict in tree["verdicts"] if any(_known(rung) for rung in verdict["rungs"])]
     if not shown:
         return None
@@ -62,6 +62,7 @@ def _limits(tree: Tree, verdict: Tree) -> tuple[float, float]:
     ends = [end for interval in intervals for end in (interval["low"], interval["high"]) if end is not None]
     ends += [] if verdict["other_floor"]["value"] is None else [verdict["other_floor"]["value"]]
     low, high = min(values), max(values)
+    # A wide interval is cut off at the edge: shown whole, it would squeeze all points into a line.
     room = max((high / low) ** 1.5, 1.5)
     low, high = max(min([low, *ends]), low / room), min(max([high, *ends]), high * room)
     margin = (high / low) ** 0.07
@@ -93,6 +94,7 @@ def _draw_arm(axes: "Axes", tree: Tree, verdict: Tree, limits: tuple[float, floa
         if prediction["arm"] == arm:
             axes.plot([target["flops"]], [prediction["measured"]["value"]], marker="*", markersize=13, color=colour,
                       markeredgecolor=PAPER, linestyle="", zorder=6)  # fmt: skip
+    # A rung without a multiplier says so: an empty place could be read as "not planned".
     known = {rung["rung"] for rung in verdict["rungs"] if _known(rung)}
     for rung in tree["rungs"]:
         if rung["name"] not in known:

@@ -8,6 +8,8 @@ from trainer.ladder.report.pictures import Picture
 from trainer.ladder.stats.records import BASELINE
 from trainer.show import page
 
+DECISIONS = ("promote", "reject", "inconclusive")
+
 
 def html(tree: Tree, pictures: Sequence[Picture]) -> str:
     """Return the whole report as one HTML document. `tree` may lack "course"; the page then says nothing of times."""
@@ -18,6 +20,7 @@ def html(tree: Tree, pictures: Sequence[Picture]) -> str:
         for verdict in (execution["verdicts"] if execution else [])
         for rung in verdict["rungs"]
     }  # fmt: skip
+    decided = [verdict["decision"] for verdict in decisions.values() if verdict]
     commits = execution["commits"] if execution else []
     return page.render(
         "ladder.html",
@@ -26,7 +29,7 @@ def html(tree: Tree, pictures: Sequence[Picture]) -> str:
         execution=execution,
         baseline=BASELINE,
         decisions=decisions,
-        decided=[verdict["decision"] for verdict in decisions.values() if verdict is not None],
+        decided={name: number for name in DECISIONS if (number := decided.count(name))},
         by_losses={verdict["arm"]: verdict["decision"] for verdict in tree["verdicts"]},
         rungs=[
             {"arm": verdict["arm"]} | rung | timed.get((verdict["arm"], rung["rung"]), {})
