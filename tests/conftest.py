@@ -1,14 +1,17 @@
-"""What every test stands on: one thread, no network, no real cache or W&B account, and one token store per session."""
+"""Fixtures and surroundings of all tests: one thread, no network, no real W&B account, one cache per session."""
 
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
 
-REPO_ROOT = Path(__file__).resolve().parent.parent
+if TYPE_CHECKING:
+    from tests.logs import Run
 
 # Before anything imports torch, and for the worker processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -48,6 +51,31 @@ def _why_no_gpu() -> str | None:
     return None if torch.cuda.is_available() else "no CUDA device is available"
 
 
-@pytest.fixture(scope="session")
-def repo_root() -> Path:
-    return REPO_ROOT
+@pytest.fixture
+def run(tmp_path: Path) -> "Run":
+    """A pretended run, recorded and not started."""
+    from tests.logs import Run
+
+    run = Run(tmp_path / "run")
+    run.record()
+    return run
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a tiny baseline for ladders, and its corpus."""
+    from tests.support import write_corpus
+    from tests.test_ladder_file import TINY
+
+    directory = tmp_path_factory.mktemp("ladders")
+    (directory / "tiny.toml").write_text(TINY.format(corpus=write_corpus(directory / "corpus")))
+    return directory
+
+
+@pytest.fixture
+def one_rank_group() -> Iterator[None]:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

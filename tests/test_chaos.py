@@ -164,8 +164,7 @@ def test_shrinking_ends_after_so_many_trials_and_says_that_it_did():
 # Campaign files
 
 
-def test_all_plans_of_a_campaign_are_checked_before_anything_starts(tmp_path):
-    text = """
+MISTAKEN_PLANS = """
     [[runs]]
     name = "one"
     faults = [{kind = "sigkil", at_step = 3}, {kind = "exit", at_step = 99}]
@@ -185,14 +184,64 @@ def test_all_plans_of_a_campaign_are_checked_before_anything_starts(tmp_path):
     kinds = ["no_spce"]
     [storm]
     mix = "llama4"
-    """
-    said = problems(write(tmp_path, SETTINGS + text))
-    for hint in (
-        "one: faults[0].kind = 'sigkil'", "at_step = 99 is beyond", "two: 3 ranks",
-        "three: faults[0] (partition) needs two nodes",
-        "four: it has other weights than the reference run (optim.learning_rate", "Did you mean 'no_space'?",
-        "storm.mix = 'llama4'",
-    ):  # fmt: skip
+"""
+MISTAKES_OF_ALL_SORTS = """
+    [[runs]]
+    name = "one"
+    ranks = 9
+    nodes = 2
+    set.optim.learning_rate = 0.1
+    faults = [{at_step = 3}, {kind = "exit", at_step = 0}, {kind = "exit", rank = 1.5, at_step = 3}, {kind = "exid"}]
+    [[runs]]
+    name = "two"
+    rank = 3
+    faults = [{kind = "exit", at_step = 3}]
+    [[runs]]
+    name = "three"
+    set.optim.learning_rates = 0.1
+    faults = [{kind = "exit", at_step = 0}]
+    [catalogue]
+    kinds = ["exit", "sigkil"]
+    [storm]
+    seeds = []
+"""
+MISTAKEN_FAULTS = """
+    [[runs]]
+    name = "alone"
+    ranks = 1
+    faults = [{kind = "stopped", at_step = 3}]
+    [[runs]]
+    name = "two"
+    faults = [{kind = "node_leaves"}, {kind = "exit"}, {kind = "nan_loss", at_step = 3, value = "zero"}]
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "hints"),
+    [
+        (SETTINGS + MISTAKEN_PLANS, [
+            "one: faults[0].kind = 'sigkil'", "at_step = 99 is beyond", "two: 3 ranks",
+            "three: faults[0] (partition) needs two nodes",
+            "four: it has other weights than the reference run (optim.learning_rate", "Did you mean 'no_space'?",
+            "storm.mix = 'llama4'",
+        ]),
+        ("repeat = 0\nrepeats = 2\n" + SETTINGS + MISTAKES_OF_ALL_SORTS, [
+            "one: faults[0] has no kind", "one: faults[1].at_step", "one: faults[2].rank",
+            "one: faults[3].kind = 'exid'", "one: data.micro_batches = 8 leaves 1 of 9 ranks",
+            "one: 9 ranks cannot be spread", "one: it has other weights", "runs[1].rank is no setting",
+            "three: optim.learning_rates", "three: faults[0].at_step", "Did you mean 'sigkill'?", "storm.seeds = []",
+            "repeat = 0", "Did you mean repeat?",
+        ]),
+        (SETTINGS + MISTAKEN_FAULTS, [
+            "faults stop the only rank", "faults[0] (node_leaves) does not say when",
+            "faults[1] (exit) does not say when", "value = 'zero' is none of its values.\n  Give nan or inf.",
+        ]),
+    ],
+    ids=["plans", "all sorts", "faults"],
+)  # fmt: skip
+def test_all_mistakes_of_a_campaign_are_reported_with_their_rules_before_anything_starts(tmp_path, text, hints):
+    said = problems(write(tmp_path, text))
+    for hint in hints:
         assert hint in said, (hint, said)
 
 
@@ -267,37 +316,6 @@ def test_a_value_written_as_toml_is_the_same_when_it_is_read(value):
     assert tomllib.loads(f"value = {tomlfile.text(value)}")["value"] == value
 
 
-def test_a_mistake_of_one_sort_hides_none_of_another(tmp_path):
-    text = """
-    [[runs]]
-    name = "one"
-    ranks = 9
-    nodes = 2
-    set.optim.learning_rate = 0.1
-    faults = [{at_step = 3}, {kind = "exit", at_step = 0}, {kind = "exit", rank = 1.5, at_step = 3}, {kind = "exid"}]
-    [[runs]]
-    name = "two"
-    rank = 3
-    faults = [{kind = "exit", at_step = 3}]
-    [[runs]]
-    name = "three"
-    set.optim.learning_rates = 0.1
-    faults = [{kind = "exit", at_step = 0}]
-    [catalogue]
-    kinds = ["exit", "sigkil"]
-    [storm]
-    seeds = []
-    """
-    said = problems(write(tmp_path, "repeat = 0\nrepeats = 2\n" + SETTINGS + text))
-    for hint in (
-        "one: faults[0] has no kind", "one: faults[1].at_step", "one: faults[2].rank", "one: faults[3].kind = 'exid'",
-        "one: data.micro_batches = 8 leaves 1 of 9 ranks", "one: 9 ranks cannot be spread", "one: it has other weights",
-        "runs[1].rank is no setting", "three: optim.learning_rates", "three: faults[0].at_step",
-        "Did you mean 'sigkill'?", "storm.seeds = []", "repeat = 0", "Did you mean repeat?",
-    ):  # fmt: skip
-        assert hint in said, (hint, said)
-
-
 def test_one_mistake_is_one_line_however_many_readings_of_it_fail(tmp_path):
     text = """
     [[runs]]
@@ -316,24 +334,6 @@ def test_one_mistake_is_one_line_however_many_readings_of_it_fail(tmp_path):
         f"{path}: storm.mix = 7: input should be a valid string or a valid dictionary.",
         "one: faults[0].rank = 1.5: input should be a valid integer or a valid string.",
     ]
-
-
-def test_what_is_wrong_with_a_fault_is_said_with_the_rule(tmp_path):
-    text = """
-    [[runs]]
-    name = "alone"
-    ranks = 1
-    faults = [{kind = "stopped", at_step = 3}]
-    [[runs]]
-    name = "two"
-    faults = [{kind = "node_leaves"}, {kind = "exit"}, {kind = "nan_loss", at_step = 3, value = "zero"}]
-    """
-    said = problems(write(tmp_path, SETTINGS + text))
-    for hint in (
-        "faults stop the only rank", "faults[0] (node_leaves) does not say when", "faults[1] (exit) does not say when",
-        "value = 'zero' is none of its values.\n  Give nan or inf.",
-    ):  # fmt: skip
-        assert hint in said, (hint, said)
 
 
 def test_a_fault_of_a_node_names_the_node():
@@ -449,12 +449,7 @@ def test_results_of_an_older_version_are_read_under_their_present_names_and_not_
 
 @pytest.mark.parametrize(
     ("outcomes", "passed"),
-    [
-        (["pass", "skipped"], True),
-        (["pass", "unknown"], False),
-        (["undetected"], False),
-        (["fail"], False),
-    ],
+    [(["pass", "skipped"], True), (["pass", "unknown"], False), (["undetected"], False), (["fail"], False)],
     ids=str,
 )
 def test_only_a_campaign_whose_cases_all_pass_or_are_skipped_passes(outcomes, passed):

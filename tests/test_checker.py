@@ -15,14 +15,7 @@ from trainer.checkpoint import files
 from trainer.faults import checker, plan
 from trainer.faults.checker import Answer, Evidence, Reference
 from trainer.log import events, goodput
-from trainer.log.events import (
-    AttemptEnded,
-    CheckpointFailed,
-    CheckpointRejected,
-    Event,
-    Hung,
-    NotFinite,
-)
+from trainer.log.events import AttemptEnded, CheckpointFailed, CheckpointRejected, Event, Hung, NotFinite
 
 STEPS, EVERY = 12, 6
 BASE = {"budget": {"steps": STEPS}, "checkpoint": {"every_steps": EVERY}, "optim": {"warmup_steps": 0}}
@@ -46,10 +39,8 @@ class Log(logs.Run):
         self.now += after + seconds
         for rank in range(ranks):
             self.pid += 1
-            startup = {"imports": seconds}
-            self.write(
-                logs.started(from_step, world_size=ranks, pid=self.pid, startup_seconds=startup), rank, after=0.0
-            )
+            known = {"world_size": ranks, "pid": self.pid, "startup_seconds": {"imports": seconds}}
+            self.write(logs.started(from_step, **known), rank, after=0.0)
 
     def steps(self, first: int, last: int, **changes: Any) -> None:
         for step in range(first, last + 1):
@@ -63,6 +54,24 @@ class Log(logs.Run):
 
     def fire(self, index: int = 0, kind: str = "sigkill", victim: int | None = 1, step: int | None = 9) -> None:
         self.fault(kind, 0.05, victim, step, index)
+
+    def strike(self, *fault: Any, last: int = 9, **more: Any) -> None:
+        """The first attempt takes steps up to `last`, then a fault fires."""
+        self.start(0)
+        self.steps(1, last)
+        self.fire(*fault, **more)
+
+    def start_over(self, event: Event) -> None:
+        """The next attempt meets `event` before it is ready, and begins with the first step."""
+        self.attempt += 1
+        self.write(event)
+        self.attempt -= 1
+        self.start(0)
+
+    def complete(self, first: int, *ending: Any) -> None:
+        """The steps from `first` to the last, and the end."""
+        self.steps(first, STEPS)
+        self.finish(*ending)
 
     def lose(self, rank: int = 1, pid: int | None = None) -> None:
         """The end of the attempt before, as the launcher reports it to rank 0 of this one."""
@@ -114,9 +123,7 @@ def not_passed(found: Evidence) -> dict[str, str]:
 
 def survive_a_kill(log: Log, **changes: Any) -> None:
     """Killed in step 10, resumed from 6, finished."""
-    log.start(0)
-    log.steps(1, 9)
-    log.fire()
+    log.strike()
     log.start(changes.pop("resumed", 6), **changes.pop("start", {}))
     log.lose(changes.pop("named", 1))
     log.steps(changes.pop("again", 7), STEPS, **changes.pop("steps", {}))
@@ -159,17 +166,14 @@ def test_what_a_run_did_otherwise_is_found(log, changes, invariant):
 
 
 def test_a_run_that_did_not_finish_is_not_equal(log):
-    log.start(0)
-    log.steps(1, 9)
-    log.fire()
+    log.strike()
     found = not_passed(evidence(log, statuses=(1,)))
     assert found[checker.EQUAL] == found[checker.STATUS] == found[checker.RECOVERED] == "fail"
 
 
 def test_a_fault_that_never_fired_is_unknown_and_never_passed(log):
     log.start(0)
-    log.steps(1, STEPS)
-    log.finish()
+    log.complete(1)
     found = not_passed(evidence(log))
     assert found == dict.fromkeys((checker.FIRED, checker.DETECTED, checker.RECOVERED, checker.ATTRIBUTED), "unknown")
 
@@ -178,8 +182,7 @@ def test_a_fault_that_never_fired_is_told_once_with_its_reason(log):
     faults = [KILL, KILL | {"at_step": 11}, {"kind": "node_killed", "at_step": 10}]
     log.start(0)
     log.write(events.Warned(message="the fault sigkill on rank 1 at step 11, before_forward did not fire: no rank 1"))
-    log.steps(1, STEPS)
-    log.finish()
+    log.complete(1)
     notes = ["node_killed on the last node at step 10 cannot be made: no node", "a job did not end within 9 s"]
     assert answers(evidence(log, *faults, notes=notes))[checker.FIRED].why == (
         "sigkill on rank 1 at step 10, before_forward never fired; "
@@ -189,22 +192,16 @@ def test_a_fault_that_never_fired_is_told_once_with_its_reason(log):
 
 
 def test_a_fault_that_nothing_in_the_log_tells_of_was_not_named(log):
-    log.start(0)
-    log.steps(1, 9)
-    log.fire(kind="nan_loss")
-    log.steps(10, STEPS)
-    log.finish()
+    log.strike(kind="nan_loss")
+    log.complete(10)
     found = not_passed(evidence(log, {"kind": "nan_loss", "rank": 1, "at_step": 10}))
     assert found == {checker.ATTRIBUTED: "fail", checker.DETECTED: "fail"}
 
 
 def test_a_value_that_is_not_finite_is_told_with_its_step(log):
-    log.start(0)
-    log.steps(1, 9)
-    log.fire(kind="nan_loss")
+    log.strike(kind="nan_loss")
     log.write(NotFinite(step=10, loss=float("nan"), grad_norm=1.0, trial=0))
-    log.steps(10, STEPS)
-    log.finish()
+    log.complete(10)
     right = evidence(log, {"kind": "nan_loss", "rank": 1, "at_step": 10})
     assert not_passed(right) == {}
     assert checker.measure(right)[0]["detect_seconds"] == pytest.approx(0.1)
@@ -219,14 +216,11 @@ def hang(step: int, culprit: int) -> Hung:
 
 @pytest.mark.parametrize(("culprit", "answer"), [(1, "pass"), (0, "fail")])
 def test_a_hang_must_name_the_rank_that_hung(log, culprit, answer):
-    log.start(0)
-    log.steps(1, 9)
-    log.fire(kind="stopped")
+    log.strike(kind="stopped")
     log.write(hang(9, culprit), after=3.0)
     log.start(6)
     log.lose(0)
-    log.steps(7, STEPS)
-    log.finish()
+    log.complete(7)
     stop = {"kind": "stopped", "rank": 1, "at_step": 10, "phase": "before_forward"}
     found = evidence(log, stop)
     assert answers(found)[checker.ATTRIBUTED].answer == answer
@@ -234,42 +228,33 @@ def test_a_hang_must_name_the_rank_that_hung(log, culprit, answer):
 
 
 def test_an_alarm_that_nothing_caused_is_false(log):
-    log.start(0)
-    log.steps(1, 9)
-    log.fire(kind="slow_rank")
+    log.strike(kind="slow_rank")
     log.write(hang(9, 1), after=3.0)
     log.start(6)
-    log.steps(7, STEPS)
-    log.finish()
+    log.complete(7)
     found = answers(evidence(log, {"kind": "slow_rank", "rank": 1, "at_step": 10}))[checker.ATTRIBUTED]
     assert found.answer == "fail" and "false alarm" in found.why
 
 
 def test_a_crash_that_nobody_made_is_a_false_alarm_though_one_was_made_just_before(log):
-    log.start(0)
-    log.steps(1, 9)
-    log.fire()
+    log.strike()
     log.start(6)
     log.lose()
     log.steps(7, 8)
     log.start(6)
     log.lose(0)
-    log.steps(7, STEPS)
-    log.finish()
+    log.complete(7)
     found = answers(evidence(log))[checker.ATTRIBUTED]
     assert found.answer == "fail" and "false alarm" in found.why
 
 
 def test_a_peer_that_tells_of_its_loss_has_noticed(log):
-    log.start(0)
-    log.steps(1, 9)
-    log.fire()
+    log.strike()
     lost = AttemptEnded(status="failed", step=9, reason="lost a peer", weights_sha256=None, state_sha256=None)
     log.write(lost, after=0.2)
     log.start(6, after=11.0)
     log.lose(1)
-    log.steps(7, STEPS)
-    log.finish()
+    log.complete(7)
     found = evidence(log)
     assert not_passed(found) == {}
     assert checker.measure(found)[0]["detect_seconds"] == pytest.approx(0.2)
@@ -277,69 +262,47 @@ def test_a_peer_that_tells_of_its_loss_has_noticed(log):
 
 @pytest.mark.parametrize("named", [0, 1])
 def test_of_two_faults_in_one_attempt_the_one_that_is_not_told_of_counts_neither_way(log, named):
-    log.start(0)
-    log.steps(1, 9)
-    log.fire(0)
+    log.strike(0)
     log.fire(1, victim=0)
     log.start(6)
     log.lose(named)
-    log.steps(7, STEPS)
-    log.finish()
+    log.complete(7)
     found = evidence(log, KILL, KILL | {"rank": 0})
     assert not_passed(found) == {}
     assert sorted(str(fault["attributed_correctly"]) for fault in checker.measure(found)) == ["None", "True"]
 
 
 def test_a_death_that_came_with_damage_to_a_checkpoint_is_not_held_against_another_fault(log):
-    log.start(0)
-    log.steps(1, 9)
-    log.fire(0, kind="flipped_shard")
+    log.strike(0, kind="flipped_shard")
     log.fire(1, victim=0)
-    log.attempt += 1
-    log.write(CheckpointRejected(step=6, reason="does not match its checksum"))
-    log.attempt -= 1
-    log.start(0)
+    log.start_over(CheckpointRejected(step=6, reason="does not match its checksum"))
     log.lose(1)
-    log.steps(1, STEPS)
-    log.finish()
+    log.complete(1)
     found = evidence(log, {"kind": "flipped_shard", "rank": 1, "at_step": 9}, KILL | {"rank": 0})
     assert not_passed(found) == {}
     assert [fault["attributed_correctly"] for fault in checker.measure(found)] == [True, None]
 
 
 def test_a_rank_that_died_while_starting_is_told_by_the_next_attempt(log):
-    log.start(0)
-    log.steps(1, 9)
-    log.fire(0)
+    log.strike(0)
     log.attempt += 1
     log.fire(1, victim=0, step=6)  # in_load of attempt 1, which leaves nothing else
     log.start(6)
     log.lose(0, pid=4711)  # of none that wrote anything
-    log.steps(7, STEPS)
-    log.finish()
+    log.complete(7)
     measured = checker.measure(evidence(log, KILL, {"kind": "sigkill", "rank": 0, "phase": "in_load"}))
     assert measured[1]["attributed_correctly"] is True and measured[1]["detected_as"] == "worker_lost"
 
 
 def test_a_damaged_checkpoint_is_told_by_the_attempt_that_met_it_and_may_then_be_older(log):
-    log.start(0)
-    log.steps(1, 7)
-    log.fire(kind="flipped_shard")
-    log.attempt += 1
-    log.write(CheckpointRejected(step=6, reason="does not match its checksum"))
-    log.attempt -= 1
-    log.start(0)
+    log.strike(kind="flipped_shard", last=7)
+    log.start_over(CheckpointRejected(step=6, reason="does not match its checksum"))
     log.lose()
-    log.steps(1, STEPS)
-    log.finish()
+    log.complete(1)
     damage = {"kind": "flipped_shard", "rank": 1, "at_step": 8}
     found = evidence(log, damage)
     assert not_passed(found) == {}
     assert checker.measure(found)[0]["detected_as"] == "checkpoint_rejected"
-
-
-def survive(log: Log) -> None:
-    survive_a_kill(log)
 
 
 BREAKS: dict[str, tuple[Callable[[Path], Any], str]] = {
@@ -353,7 +316,7 @@ BREAKS: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("what", BREAKS)
 def test_what_is_wrong_on_disk_is_found(log, what):
-    survive(log)
+    survive_a_kill(log)
     assert not_passed(evidence(log)) == {}
     act, invariant = BREAKS[what]
     act(log.run)
@@ -361,7 +324,7 @@ def test_what_is_wrong_on_disk_is_found(log, what):
 
 
 def test_an_older_checkpoint_that_retention_removed_is_not_lost(log):
-    survive(log)
+    survive_a_kill(log)
     files.discard(files.final_path(log.run, 6))
     found = evidence(log, config={"checkpoint": {"every_steps": EVERY, "keep_last": 1}})
     assert not_passed(found) == {}
@@ -370,7 +333,7 @@ def test_an_older_checkpoint_that_retention_removed_is_not_lost(log):
 
 
 def test_a_process_that_outlives_its_job_is_a_leftover(log):
-    survive(log)
+    survive_a_kill(log)
     assert not_passed(evidence(log, leftovers=["process 7"])) == {checker.CLEAN: "fail"}
 
 
@@ -380,48 +343,37 @@ def test_a_process_that_outlives_its_job_is_a_leftover(log):
     ids=str,
 )
 def test_a_status_that_no_fault_explains_is_wrong(log, statuses, problem):
-    survive(log)
+    survive_a_kill(log)
     assert not_passed(evidence(log, statuses=statuses)) == ({checker.STATUS: "fail"} if problem else {})
 
 
 def test_notice_to_leave_explains_a_status_of_75_but_not_before_it_was_given(log):
-    log.start(0)
-    log.steps(1, 9)
-    log.fire(kind="sigterm")
+    log.strike(kind="sigterm")
     log.write(events.StopRequested(signal="SIGTERM", step=10), after=0.0)
     log.steps(10, 10)
     log.save(10)
     log.write(AttemptEnded(status="preempted", step=10, reason="SIGTERM", weights_sha256=None, state_sha256=None))
     left = log.now
     log.start(10)
-    log.steps(11, STEPS)
-    log.finish()
+    log.complete(11)
     notice = {"kind": "sigterm", "rank": 1, "at_step": 10}
-    launches = [
-        {"started": 999.5, "ended": left + 0.1, "status": 75},
-        {"started": left + 0.2, "ended": log.now, "status": 0},
-    ]
-    found = evidence(log, notice, launches=launches)
+    last = {"started": left + 0.2, "ended": log.now, "status": 0}
+    found = evidence(log, notice, launches=[{"started": 999.5, "ended": left + 0.1, "status": 75}, last])
     assert not_passed(found) == {}
     assert checker.measure(found)[0]["recover_seconds"] == pytest.approx(2.8, abs=0.1)
-    early = [{"started": 999.0, "ended": 1000.0, "status": 75}, {**launches[1], "started": 1000.0}]
+    early = [{"started": 999.0, "ended": 1000.0, "status": 75}, last | {"started": 1000.0}]
     assert not_passed(evidence(log, notice, launches=early)) == {checker.STATUS: "fail"}
 
 
-def test_a_log_that_tells_of_more_time_than_the_job_had_does_not_add_up(log):
-    survive(log)
-    short = [{"started": log.started, "ended": log.now - 3, "status": 0}]
-    assert not_passed(evidence(log, launches=short)) == {checker.TIME: "fail"}
-
-
-def test_a_job_that_was_there_for_much_longer_than_its_log_tells_does_not_add_up(log):
-    survive(log)
-    long = [{"started": log.started - 0.5, "ended": log.now + 70, "status": 0}]
-    assert not_passed(evidence(log, launches=long)) == {checker.TIME: "fail"}
+@pytest.mark.parametrize("seconds", [-3, 70])
+def test_a_log_of_more_time_than_the_job_had_or_of_much_less_does_not_add_up(log, seconds):
+    survive_a_kill(log)
+    launch = {"started": log.started - 0.5 * (seconds > 0), "ended": log.now + seconds, "status": 0}
+    assert not_passed(evidence(log, launches=[launch])) == {checker.TIME: "fail"}
 
 
 def test_an_account_of_time_that_does_not_add_up_fails_its_run_and_ends_nothing_else(log, monkeypatch):
-    survive(log)
+    survive_a_kill(log)
     advance = goodput._Ledger.advance
 
     def twice(ledger: Any, to: float, rest: str, **claims: float) -> dict[str, float]:
@@ -440,14 +392,11 @@ FLIP = {"kind": "flip_weights", "rank": 1, "at_step": 10}
     ("weights", "answer"), [("x" * 64, "undetected"), ("w" * 64, "pass")], ids=["unequal", "equal"]
 )
 def test_silent_corruption_is_undetected_where_it_shows_and_said_to_leave_no_trace_where_not(log, weights, answer):
-    log.start(0)
-    log.steps(1, 9)
-    log.fire(kind="flip_weights")
-    log.steps(10, STEPS)
-    log.finish(weights)
+    log.strike(kind="flip_weights")
+    log.complete(10, weights)
     found = answers(evidence(log, FLIP))
     assert found[checker.EQUAL].answer == answer and found[checker.EQUAL].why
-    assert {name for name, answer in found.items() if answer.answer != "pass"} <= {checker.EQUAL}
+    assert {name for name, given in found.items() if given.answer != "pass"} <= {checker.EQUAL}
 
 
 def test_without_exact_sums_equality_is_unknown(log):
@@ -457,7 +406,7 @@ def test_without_exact_sums_equality_is_unknown(log):
 
 
 def test_a_damaged_log_fails_everything_in_one_line(log):
-    survive(log)
+    survive_a_kill(log)
     path = next(events.events_directory(log.run).glob("attempt-*"))
     path.write_text("no event\n" + path.read_text())
     assert set(not_passed(evidence(log)).values()) == {"fail"}
@@ -468,33 +417,26 @@ def test_a_failed_save_is_told_with_its_step(log):
     log.fire(kind="no_space")
     log.steps(1, 5)
     log.write(CheckpointFailed(step=6, reason="No space left", in_a_row=1, on_rank=1, stall_seconds=0.0))
-    log.steps(6, STEPS)
-    log.finish()
+    log.complete(6)
     assert not_passed(evidence(log, {"kind": "no_space", "rank": 1, "at_step": 6})) == {}
     found = answers(evidence(log, {"kind": "no_space", "rank": 1, "at_step": 12}))[checker.ATTRIBUTED]
     assert found.answer == "fail" and "step 6" in found.why
 
 
 def test_a_rank_that_dies_of_a_save_that_only_failed_is_a_false_alarm(log):
-    log.start(0)
-    log.steps(1, 5)
-    log.fire(kind="no_space", step=6)
+    log.strike(kind="no_space", step=6, last=5)
     log.write(CheckpointFailed(step=6, reason="No space left on device", in_a_row=1, stall_seconds=0.0))
     log.start(0)
     log.lose(1)
-    log.steps(1, STEPS)
-    log.finish()
+    log.complete(1)
     found = answers(evidence(log, {"kind": "no_space", "rank": 1, "at_step": 6}))[checker.ATTRIBUTED]
     assert found.answer == "fail" and "false alarm" in found.why
 
 
 @pytest.mark.parametrize(("kind", "answer"), [("vanished_checkpoints", "pass"), ("slow_rank", "fail")])
 def test_a_save_may_fail_where_its_directory_had_vanished_and_not_beside_a_slow_rank(log, kind, answer):
-    log.start(0)
-    log.steps(1, 9)
-    log.fire(kind=kind)
+    log.strike(kind=kind)
     log.write(CheckpointFailed(step=6, reason="No such file or directory", in_a_row=1, stall_seconds=0.0))
-    log.steps(10, STEPS)
-    log.finish()
+    log.complete(10)
     found = evidence(log, {"kind": kind, "rank": 1, "at_step": 10})
     assert answers(found)[checker.ATTRIBUTED].answer == answer

@@ -562,10 +562,18 @@ def hostile_metadata(run: Path, bomb: Bomb) -> None:
     (path_of(run, 4) / ".metadata").write_bytes(pickle.dumps(bomb))
 
 
+@contextlib.contextmanager
+def changed_metadata(run: Path) -> Iterator[Any]:
+    """The metadata of step 4, unpickled; written back with the changes made to it."""
+    path = path_of(run, 4) / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    yield metadata
+    path.write_bytes(pickle.dumps(metadata))
+
+
 def hostile_metadata_field(run: Path, bomb: Bomb) -> None:
-    metadata = pickle.loads((path_of(run, 4) / ".metadata").read_bytes())
-    metadata.planner_data = bomb
-    (path_of(run, 4) / ".metadata").write_bytes(pickle.dumps(metadata))
+    with changed_metadata(run) as metadata:
+        metadata.planner_data = bomb
 
 
 def hostile_shard(run: Path, bomb: Bomb) -> None:
@@ -574,11 +582,10 @@ def hostile_shard(run: Path, bomb: Bomb) -> None:
 
 def hostile_torch_shard(run: Path, bomb: Bomb) -> None:
     """Every place where the metadata expects a tensor holds a torch.save of the bomb."""
-    metadata = pickle.loads((path_of(run, 4) / ".metadata").read_bytes())
     torch.save(bomb, shard_of(run, 4))
-    for info in metadata.storage_data.values():
-        info.offset, info.length = 0, shard_of(run, 4).stat().st_size
-    (path_of(run, 4) / ".metadata").write_bytes(pickle.dumps(metadata))
+    with changed_metadata(run) as metadata:
+        for info in metadata.storage_data.values():
+            info.offset, info.length = 0, shard_of(run, 4).stat().st_size
 
 
 def hostile_bytes_item(run: Path, bomb: Bomb) -> None:
@@ -586,17 +593,15 @@ def hostile_bytes_item(run: Path, bomb: Bomb) -> None:
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
     hostile_torch_shard(run, bomb)
-    metadata = pickle.loads((path_of(run, 4) / ".metadata").read_bytes())
-    for name in metadata.state_dict_metadata:
-        metadata.state_dict_metadata[name] = BytesStorageMetadata()
-    (path_of(run, 4) / ".metadata").write_bytes(pickle.dumps(metadata))
+    with changed_metadata(run) as metadata:
+        for name in metadata.state_dict_metadata:
+            metadata.state_dict_metadata[name] = BytesStorageMetadata()
 
 
 def hostile_path(run: Path, bomb: Bomb) -> None:
-    metadata = pickle.loads((path_of(run, 4) / ".metadata").read_bytes())
-    for info in metadata.storage_data.values():
-        info.relative_path = "../step-00000002/__0_0.distcp"
-    (path_of(run, 4) / ".metadata").write_bytes(pickle.dumps(metadata))
+    with changed_metadata(run) as metadata:
+        for info in metadata.storage_data.values():
+            info.relative_path = "../step-00000002/__0_0.distcp"
 
 
 def hostile_manifest(run: Path, bomb: Bomb) -> None:
@@ -652,9 +657,8 @@ def test_what_early_pythons_3_11_have_saved_is_read_and_no_attribute_but_of_an_e
     step, reports, tensors = restore(tmp_path)
     assert step == 4 and holds(tensors, 4) and not reports
     for owner, name in ((metadata.TensorProperties, "create_from_tensor"), (kind, "__init__"), (torch.Size, "count")):
-        written = pickle.loads((path_of(tmp_path, 4) / ".metadata").read_bytes())
-        written.planner_data = AttributeLookup(owner, name)
-        (path_of(tmp_path, 4) / ".metadata").write_bytes(pickle.dumps(written))
+        with changed_metadata(tmp_path) as written:
+            written.planner_data = AttributeLookup(owner, name)
         list_anew(path_of(tmp_path, 4))
         step, reports, _ = restore(tmp_path)
         assert step == 2 and f".metadata asks for {name!r}" in reports[0].reason

@@ -8,23 +8,21 @@ import time
 
 import pytest
 
-from tests.logs import ended, entry, evaluated, started, step
+from tests.logs import ended, entry, evaluated, killed, not_finite, started, step
 from trainer.config import Config, parse
 from trainer.log.events import (
-    AttemptEnded,
     CheckpointFailed,
     CheckpointRejected,
     CheckpointSaved,
     Entry,
     Event,
     Hung,
-    NotFinite,
     StopRequested,
     Warned,
-    WorkersLost,
 )
 from trainer.show.console import Console, preparation
 
+WEIGHTS = f"weights_sha256 {'a' * 64}"
 CONFIG: Config = parse({"budget": {"steps": 60}, "checkpoint": {"max_failures": 3}})
 
 
@@ -58,14 +56,7 @@ def test_off_a_terminal_evals_checkpoints_and_warnings_are_always_printed():
     ]
 
 
-def test_an_attempt_that_failed_says_why_in_one_line():
-    end = AttemptEnded(
-        status="failed", step=7, reason="RuntimeError: gone\n  at x", weights_sha256=None, state_sha256=None
-    )
-    assert lines_of((0, end)) == ["failed step 7/60  RuntimeError: gone"]
-
-
-KILLED = WorkersLost(failures=[{"rank": 1, "pid": 1, "exitcode": -9, "signal": "SIGKILL"}], reason="")
+KILLED = killed(pid=1)
 KILLED_AT_47 = [entry(started(), 0), *[entry(step(n), n) for n in range(1, 48)]]
 
 
@@ -118,34 +109,38 @@ def test_a_failed_save_is_loud_and_says_what_follows():
 
 def test_damage_hangs_and_values_that_are_not_finite_are_a_line_each():
     culprit = {"rank": 1, "point": "before_reduce", "step": 47, "why": "does not answer"}
-    nan = float("nan")
     assert lines_of(
         (0, CheckpointRejected(step=40, reason="rank-0.safetensors: checksum differs")),
-        (1, NotFinite(step=48, loss=nan, grad_norm=nan, trial=0)),
-        (2, NotFinite(step=48, loss=nan, grad_norm=nan, trial=1)),
-        (
-            3,
-            Hung(step=47, point="in_eval", seconds=10.0, culprits=[culprit], collective="allreduce", stacks="stacks/a"),
-        ),
+        (1, not_finite(48)),
+        (2, not_finite(48, trial=1)),
+        (3, Hung(step=47, point="in_eval", seconds=10.0, culprits=[culprit], collective="x", stacks="stacks/a")),
         (4, Hung(step=47, point="in_eval", seconds=10.0, culprits=[], collective=None, stacks="")),
     ) == [
         "checkpoint  the checkpoint of step 40 is damaged and was passed over (rank-0.safetensors: checksum differs)",
-        "not finite  step 48 was not finite (loss nan, gradient norm nan), computed again",
-        "not finite  step 48 was not finite (loss nan, gradient norm nan), and not when computed again: the run stops",
-        "hung  rank 1 hung at before_reduce (no progress for 10.0 s; it does not answer); pending: allreduce; "
+        "not finite  step 48 was not finite (loss nan, gradient norm inf), computed again",
+        "not finite  step 48 was not finite (loss nan, gradient norm inf), and not when computed again: the run stops",
+        "hung  rank 1 hung at before_reduce (no progress for 10.0 s; it does not answer); pending: x; "
         "stacks in stacks/a; this process ends",
         "hung  rank 0 hung at in_eval (no progress for 10.0 s); this process ends",
     ]
 
 
-def test_the_last_line_of_a_finished_run_names_its_weights():
-    lines = lines_of((0, step(60)), (0, evaluated(60)), (0, ended()))
-    assert lines[-1] == f"finished step 60/60  val 2.5000 nats 1.7000 bpb  4,096 tok/s  weights_sha256 {'a' * 64}"
-
-
-def test_what_is_unknown_at_the_end_is_left_out():
-    assert lines_of((0, started(60)), (0, ended()))[-1] == f"finished step 60/60  weights_sha256 {'a' * 64}"
-    assert lines_of((0, ended("preempted", 7, None)))[-1] == "preempted step 7/60  SIGTERM"
+@pytest.mark.parametrize(
+    ("events", "line"),
+    [
+        (
+            [step(60), evaluated(60), ended()],
+            f"finished step 60/60  val 2.5000 nats 1.7000 bpb  4,096 tok/s  {WEIGHTS}",
+        ),
+        ([started(60), ended()], f"finished step 60/60  {WEIGHTS}"),
+        ([started(0), ended("preempted", 7, None)], "preempted step 7/60  SIGTERM"),
+        ([ended("failed", 7, None, reason="RuntimeError: gone\n  at x")], "failed step 7/60  RuntimeError: gone"),
+    ],
+)
+def test_the_last_line_says_how_a_run_ended_with_its_weights_and_leaves_out_what_is_unknown(
+    events: list[Event], line: str
+):
+    assert lines_of(*[(0, event) for event in events])[-1] == line
 
 
 def test_every_line_is_flushed():
@@ -201,7 +196,7 @@ def test_on_a_terminal_redrawing_is_throttled_and_the_end_is_one_uncut_line():
             console(entry(step(n), 0.005 * n))
         assert len(out.getvalue()) == drawn
         console(entry(ended(), 1))
-    assert f"weights_sha256 {'a' * 64}" in out.getvalue()
+    assert WEIGHTS in out.getvalue()
 
 
 def test_the_live_line_leaves_standard_output_as_it_was():

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from tests.faulty_runs import NO_FAULTS, STEPS, FaultyRun, fault, reference_run
+from tests.logs import started
 from tests.support import ROOT, SMOKE, look, settings, torchrun, trainer, with_faults, write_corpus
 from trainer import checkpoint, config
 from trainer.checkpoint import files
@@ -75,14 +76,7 @@ def test_hangs_of_every_kind_are_made_and_survived(trial: FaultyRun):
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_disk_that_fails_fails_one_save_and_not_the_run(trial: FaultyRun):
-    refused = {
-        2: "No space",
-        4: "Input/output",
-        6: "Input/output",
-        8: "Input/output",
-        10: "cannot be read",
-        12: "bytes",
-    }
+    refused = dict.fromkeys((4, 6, 8), "Input/output") | {2: "No space", 10: "cannot be read", 12: "bytes"}
     faults = [
         fault("no_space", 2, 1),
         fault("eio_write", 4, 0),
@@ -99,9 +93,7 @@ def test_a_disk_that_fails_fails_one_save_and_not_the_run(trial: FaultyRun):
     trial.survive(2, faults, *settings(parallel__strategy="fsdp", checkpoint__every_steps=2))
     trial.ends_as_reference()
     failed = {e.event.step: e.event.reason for e in events.read(trial.run) if isinstance(e.event, CheckpointFailed)}
-    assert {step: words in failed.get(step, "") for step, words in refused.items()} == dict.fromkeys(refused, True), (
-        failed
-    )
+    assert [step for step, words in refused.items() if words not in failed.get(step, "")] == [], failed
     assert "No space" in failed[24]  # and was tried again
     assert not {14, 16} & set(failed)
     assert trial.detected_as(*range(6), 8) == ["save_failed"] * 6 + ["worker_lost"]
@@ -121,11 +113,9 @@ def test_damage_to_the_newest_checkpoint_is_met_by_the_next_start(trial: FaultyR
     trial.survive(2, faults)
     seen = trial.ends_as_reference(unfired=1)
     assert trial.detected_as(*range(5)) == ["checkpoint_rejected"] * 5
-    texts = [row["text"] for row in seen["incidents"] if row["kind"] == "checkpoint_rejected"]
-    for words, text in zip(
-        ("bytes instead", "its checksum)", "missing", "file of step", "manifest"), texts, strict=True
-    ):
-        assert words in text, texts
+    texts = [incident["text"] for incident in seen["incidents"] if incident["kind"] == "checkpoint_rejected"]
+    reasons = ("bytes instead", "its checksum)", "missing", "file of step", "manifest")
+    assert all(words in text for words, text in zip(reasons, texts, strict=True)), texts
     unfired = seen["faults"][-1]
     assert (unfired["kind"], unfired["fired"], unfired["time"]) == (faults[-1]["kind"], False, None)
     assert any("did not fire: there is no checkpoint" in w["message"] for w in seen["warnings"])
@@ -307,21 +297,7 @@ def test_a_fault_fires_once_on_a_rank_whatever_starts_again_and_in_the_attempt_t
     before = pointed(tmp_path, pause, later, rank=1, size=2)
     assert passing(before, 1) < 0.15 and passing(before, 2) >= 0.2 and passing(before, 3) < 0.15
     log = events.EventLog.open(tmp_path, 0, 0)
-    log.append(
-        events.AttemptStarted(
-            world_size=2,
-            from_step=0,
-            steps=30,
-            fingerprint="f",
-            host="h",
-            pid=1,
-            device="cpu",
-            strategy="replicate",
-            parameters=1,
-            tokens_per_step=1,
-            startup_seconds={},
-        )
-    )
+    log.append(started())
     log.close()
     again = pointed(tmp_path, pause, later, rank=1, size=2)
     assert passing(again, 2) < 0.15 and passing(again, 3) >= 0.2

@@ -15,11 +15,6 @@ from trainer.log.goodput import PARTS, account
 from trainer.log.incidents import incidents_of
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    return Run(tmp_path)
-
-
 def parts(run: Run, now: float | None = None) -> dict[str, float]:
     """The parts that took any time, rounded to the microsecond that Unix times can hold."""
     return {name: round(seconds, 5) for name, seconds in account(run.history, now)["parts"].items() if seconds > 1e-6}

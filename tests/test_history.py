@@ -1,18 +1,11 @@
 """Promises about reading a run's event log: whole, or while it grows."""
 
-from pathlib import Path
-
 import pytest
 
 from tests.logs import Run, step
 from trainer.errors import RunDirectoryError
 from trainer.log.events import Follower, StepDone, select
 from trainer.log.history import Attempt, History
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    return Run(tmp_path)
 
 
 def steps_of(follower: Follower) -> list[int]:

@@ -1,7 +1,6 @@
 """Promises about the incidents of a run, from its event log."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +11,6 @@ from trainer.log.incidents import Incident, IncidentBuilder, incidents_of
 
 KILLED = [{"rank": 1, "pid": 101, "exitcode": -9, "signal": "SIGKILL"}]
 SURVIVOR = {"rank": 0, "pid": 100, "exitcode": 1, "signal": None}
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    return Run(tmp_path)
 
 
 def killed_and_resumed(run: Run, tell: Callable[[], None] = lambda: None, **changes: Any) -> None:

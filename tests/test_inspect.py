@@ -1,23 +1,14 @@
 """Promises about the page that `inspect` prints for a person."""
 
 import io
-from pathlib import Path
 from typing import Any
 
-import pytest
 from rich.console import Console
 
 from tests.logs import Run, evaluated, killed
 from trainer.log.events import Warned
 from trainer.log.summary import summarise
 from trainer.show.inspect import render
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    run = Run(tmp_path / "run")
-    run.record()
-    return run
 
 
 def page(run: Run, checkpoints: Any = ()) -> str:

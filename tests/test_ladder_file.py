@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import write_corpus
 from trainer import config as configs
 from trainer import costs
 from trainer import model as models
@@ -52,15 +51,6 @@ RUNGS = "".join(
 )
 TARGET_TABLE = "[target]\nwidth = 64\nn_layers = 2\n"
 ARM = '[[arms]]\nname = "no qk-norm"\nquestion = "Is it needed?"\nset = { model.qk_norm = false }\n'
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    """A directory with a tiny baseline."""
-    directory = tmp_path_factory.mktemp("ladders")
-    corpus = write_corpus(directory / "corpus")
-    (directory / "tiny.toml").write_text(TINY.format(corpus=corpus))
-    return directory
 
 
 def write(home: Path, text: str, name: str = "ladder") -> Path:

@@ -18,7 +18,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.support import ROOT, look, trainer, wait_until
-from tests.test_ladder_file import ARM, HEAD, SIZES, TINY, write, write_corpus
+from tests.test_ladder_file import ARM, HEAD, SIZES, TARGET_TABLE, write
 from trainer import cli
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, ConfigError, RunDirectoryError, UsageError
 from trainer.fleet import scheduling
@@ -34,7 +34,6 @@ from trainer.launch import agent
 from trainer.log import events
 
 RUNGS = "".join(f'[[rungs]]\nname = "{n}"\nwidth = {w}\nn_layers = 1\n' for n, w in (("s", 16), ("m", 24)))
-TARGET_TABLE = "[target]\nwidth = 64\nn_layers = 2\n"
 PLAIN = HEAD.replace("[0, 1]", "[0]") + "slots = 2\n" + SIZES + RUNGS + TARGET_TABLE
 STORM = """
 [[faults]]
@@ -50,14 +49,6 @@ at_step = 20
 rung = "s"
 """
 WILD = '[[arms]]\nname = "wild"\nset = { optim.learning_rate = 1e30 }\n'
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("ladders")
-    corpus = write_corpus(directory / "corpus")
-    (directory / "tiny.toml").write_text(TINY.format(corpus=corpus))
-    return directory
 
 
 @pytest.fixture(scope="module")

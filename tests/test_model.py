@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -37,11 +36,6 @@ SWITCHES: dict[str, tuple[Any, ...]] = {
 }
 SINGLE = [(name, value) for name, values in SWITCHES.items() for value in values[1:]]
 switch_sets = st.fixed_dictionaries({name: st.sampled_from(values) for name, values in SWITCHES.items()})
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def build(seed: int = 0, vocab: int = VOCAB, **switches: Any) -> model.GPT:
@@ -97,28 +91,20 @@ def test_no_parameter_is_dead(switches: dict[str, Any]) -> None:
     assert alive == {name for name, _ in gpt.named_parameters()}
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @settings(max_examples=15, deadline=None)
 @given(switch_sets)
-def test_the_same_inputs_give_the_same_bits(switches: dict[str, Any]) -> None:
+def test_the_same_inputs_give_the_same_bits_also_where_blocks_are_recomputed(
+    recompute: bool, switches: dict[str, Any]
+) -> None:
     gpt = awake(build(**switches))
     torch.manual_seed(3)
     first = gradients(gpt)
+    for block in model.blocks_of(gpt):
+        block.recompute = recompute  # pyright: ignore[reportArgumentType]
     torch.manual_seed(3)
     second = gradients(gpt)
     assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-@settings(max_examples=15, deadline=None)
-@given(switch_sets)
-def test_recomputing_blocks_changes_no_bit(switches: dict[str, Any]) -> None:
-    gpt = awake(build(**switches))
-    torch.manual_seed(3)
-    kept = gradients(gpt)
-    for block in model.blocks_of(gpt):
-        block.recompute = True  # pyright: ignore[reportArgumentType]
-    torch.manual_seed(3)
-    recomputed = gradients(gpt)
-    assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
 
 
 @pytest.mark.parametrize(("switch", "value"), SINGLE)
@@ -271,13 +257,6 @@ def test_gpt2_initialisation_has_the_published_deviations() -> None:
     assert not parameters["blocks.1.mlp.up.bias"].any()
 
 
-@pytest.fixture
-def one_rank_group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.mark.usefixtures("one_rank_group")
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
@@ -322,10 +301,8 @@ def test_flops_agree_with_what_torch_counts(switches: dict[str, Any]) -> None:
 
 
 def test_padding_of_the_vocabulary() -> None:
-    assert costs.padded_vocab(65, 0) == 128
-    assert costs.padded_vocab(64, 0) == 64
-    assert costs.padded_vocab(65, 65) == 65
-    assert costs.padded_vocab(65, 100) == 100
+    cases = [(65, 0), (64, 0), (65, 65), (65, 100)]
+    assert [costs.padded_vocab(*case) for case in cases] == [128, 64, 65, 100]
     with pytest.raises(TokenizerError, match=r"model\.vocab_size = 64 is smaller than the tokenizer's 65"):
         costs.padded_vocab(65, 64)
 

@@ -78,9 +78,13 @@ class Recorded:
 class Log(logs.Run):
     """A run's log, written as its rank 0 would."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, attempt: int | None = None) -> None:
+        """With an `attempt`, that has begun."""
         super().__init__(run)
         run.mkdir()
+        if attempt is not None:
+            self.claim()
+            self.begin(attempt)
 
     def claim(self) -> None:
         (self.path / "config.json").write_text("{}")
@@ -154,18 +158,15 @@ def test_a_fault_after_so_many_seconds_counts_from_the_first_launch_and_waits_fo
 
 
 def test_a_worker_that_has_not_written_yet_belongs_to_the_attempt_that_is_coming(run, start):
-    log, cluster = Log(run), Recorded(run, ranks={0: 200, 1: 201})
-    log.claim()
-    log.begin(attempt=3)  # rank 0 as process 100, so these are the next
+    Log(run, attempt=3)  # whose rank 0 is process 100, so these are the next:
+    cluster = Recorded(run, ranks={0: 200, 1: 201})
     start(cluster, {"kind": "sigkill", "at_seconds": 0, "rank": 0}, {"kind": "sigabrt", "at_seconds": 0, "rank": 1})
     settled(cluster, 2)
     assert [(entry.attempt, entry.event.step) for entry in plans.fired(run)] == [(4, None), (3, 1)]  # pyright: ignore
 
 
 def test_what_the_record_says_has_fired_does_not_fire_again(run, start):
-    log = Log(run)
-    log.claim()
-    log.begin(attempt=0)
+    Log(run, attempt=0)
     faults = {"kind": "sigterm", "at_seconds": 0, "rank": "all"}, {"kind": "sigkill", "at_seconds": 0, "rank": 1}
     first, second = Recorded(run), Recorded(run)
     for cluster in (first, second):
@@ -185,9 +186,7 @@ def test_nothing_is_written_where_the_run_has_not_yet_claimed_its_directory(run,
 
 
 def test_a_rank_that_is_not_there_is_waited_for_and_a_smaller_world_has_other_victims(run, start):
-    log, cluster = Log(run), Recorded(run, ranks={0: 100})
-    log.claim()
-    log.begin(attempt=0)
+    log, cluster = Log(run, attempt=0), Recorded(run, ranks={0: 100})
     start(cluster, {"kind": "sigkill", "at_seconds": 0, "rank": 1})
     assert settled(cluster, 0) == []
     log.begin(attempt=1, world_size=1)
@@ -196,10 +195,8 @@ def test_a_rank_that_is_not_there_is_waited_for_and_a_smaller_world_has_other_vi
 
 @pytest.mark.parametrize("kind", [kind.name for kind in KINDS.values() if kind.group == "network"])
 def test_what_the_cluster_cannot_give_is_a_problem_and_no_firing(run, start, kind):
-    log, cluster = Log(run), Recorded(run)
-    log.claim()
-    log.begin(attempt=0)
-    nemesis = start(cluster, {"kind": kind, "at_step": 1})
+    Log(run, attempt=0)
+    nemesis = start(Recorded(run), {"kind": kind, "at_step": 1})
     assert wait_until(lambda: nemesis.problems, seconds=5)
     assert kind in nemesis.problems[0] and plans.fired(run) == []
 
@@ -246,9 +243,7 @@ def test_a_job_signals_its_own_processes_and_no_others(tmp_path):
 
 @needs_proc
 def test_stopping_lets_a_stopped_straggler_go_on(tmp_path, run, start):
-    log = Log(run)
-    log.claim()
-    log.begin(attempt=0)
+    Log(run, attempt=0)
     with sleepers(tmp_path / "log.txt") as job:
         assert wait_until(lambda: job.output, seconds=10)
         child = int(job.output)

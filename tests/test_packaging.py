@@ -13,7 +13,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.support import ROOT
+
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 RUNTIME = [Requirement(line) for line in PYPROJECT["project"]["dependencies"]]
 DEV = [Requirement(line) for line in PYPROJECT["project"]["optional-dependencies"]["dev"]]
@@ -32,11 +33,13 @@ SCRIPTS = sorted([*VERBS, ROOT / ".ci" / "run"])
 CUDA_COMPANIONS = ("nvidia-", "cuda-", "triton")
 SYSTEMS = [("linux", "Linux", "x86_64"), ("linux", "Linux", "aarch64"), ("darwin", "Darwin", "arm64")]
 PLATFORMS = [
-    {"python_version": python, "python_full_version": f"{python}.0", "implementation_name": "cpython"}
-    | {"os_name": "posix", "sys_platform": system, "platform_system": name, "platform_machine": machine}
+    {
+        "python_version": python, "python_full_version": f"{python}.0", "implementation_name": "cpython",
+        "os_name": "posix", "sys_platform": system, "platform_system": name, "platform_machine": machine,
+    }
     for python in ("3.11", "3.12", "3.13", "3.14")
     for system, name, machine in SYSTEMS
-]
+]  # fmt: skip
 
 
 def test_torch_is_pinned_to_the_same_version_everywhere():
@@ -61,10 +64,8 @@ def test_the_lock_satisfies_what_pyproject_asks_for():
 
 
 def test_the_lock_holds_all_that_its_packages_need_on_every_platform_and_nothing_else():
-    needed: set[str] = set()
-    for platform in PLATFORMS:
-        needed |= _closure(RUNTIME + DEV + BUILD, platform)
-    assert needed == set(LOCK)
+    needed = [_closure(RUNTIME + DEV + BUILD, platform) for platform in PLATFORMS]
+    assert set[str]().union(*needed) == set(LOCK)
 
 
 def test_this_environment_is_the_one_that_the_lock_describes():
@@ -76,7 +77,11 @@ def test_every_import_of_the_package_is_a_declared_dependency():
     declared = {canonicalize_name(requirement.name) for requirement in RUNTIME}
     homes = importlib.metadata.packages_distributions()
     for path in sorted((ROOT / "trainer").rglob("*.py")):
-        for module in _imported_modules(path) - sys.stdlib_module_names - {"trainer"}:
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        plain = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        absolute = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+        modules = {name.partition(".")[0] for name in plain + absolute}
+        for module in modules - sys.stdlib_module_names - {"trainer"}:
             owners = {canonicalize_name(name) for name in homes.get(module, [])}
             assert owners & declared, f"{path.relative_to(ROOT)} imports {module}: pyproject.toml does not ask for it"
 
@@ -164,25 +169,20 @@ def machine(tmp_path: Path) -> Machine:
     return Machine(tmp_path)
 
 
-def test_setup_installs_torch_first_then_the_lock_then_toprope(machine: Machine):
+def test_setup_installs_torch_first_then_the_lock_then_toprope_and_nothing_when_nothing_changed(machine: Machine):
     status, _, (venv, *pips) = machine.setup()
     assert (status, venv) == (0, "venv")
     assert [line.split()[-1] for line in pips] == [f"torch=={VERSIONS['torch']}", "requirements.lock", "."]
     assert all("--no-deps" in line for line in pips[1:])
     assert "--no-build-isolation" in pips[2]
-
-
-def test_setup_does_nothing_when_nothing_changed(machine: Machine):
-    machine.setup()
     assert machine.setup() == (0, "", [])
 
 
 @pytest.mark.parametrize("breaks_at", ["torch==", "-r requirements.lock", "-e ."])
 def test_setup_interrupted_anywhere_starts_over_next_time(machine: Machine, breaks_at: str):
     whole = machine.setup()[2]
-    again = machine.folder / "again"
-    again.mkdir()
-    machine = Machine(again)
+    (machine.folder / "again").mkdir()
+    machine = Machine(machine.folder / "again")
     assert machine.setup(breaks_at=breaks_at)[0] != 0
     assert machine.setup()[2] == whole[1:]  # all of it but the virtual environment, which is sound
     assert machine.setup()[2] == []
@@ -230,8 +230,9 @@ def test_setup_refuses_an_unfit_python_with_fact_rule_and_remedy(machine: Machin
 
 def test_what_passed_only_when_it_was_run_again_is_named_at_the_end(tmp_path: Path):
     (tmp_path / "scripts").mkdir()
-    for name, does in {"setup": "", "check": "", "../.venv/bin/python": f'exec {sys.executable} "$@"'}.items():
-        stub = tmp_path / "scripts" / name
+    stubs = {"scripts/setup": "", "scripts/check": "", ".venv/bin/python": f'exec {sys.executable} "$@"'}
+    for name, does in stubs.items():
+        stub = tmp_path / name
         stub.parent.mkdir(parents=True, exist_ok=True)
         stub.write_text(f"#!/usr/bin/env bash\n{does}\n")
         stub.chmod(0o755)
@@ -242,25 +243,13 @@ def test_what_passed_only_when_it_was_run_again_is_named_at_the_end(tmp_path: Pa
         "def test_steady(): pass\n"
         "def test_shaky():\n    mark = Path('mark')\n    seen = mark.exists()\n    mark.touch()\n    assert seen\n"
     )
-    for named in ("test_it.py::test_shaky", ""):
-        done = subprocess.run(["bash", "scripts/test"], cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        told = done.stdout.partition("passed when run again alone:")[2].strip()
-        assert told == named
-    (tmp_path / "test_it.py").write_text("def test_broken(): assert False\n")
-    done = subprocess.run(["bash", "scripts/test"], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "passed when run again" not in done.stdout
-
-
-def _imported_modules(path: Path) -> set[str]:
-    """Top-level names of all absolute imports in a file, wherever they stand."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found.add(node.module.partition(".")[0])
-    return found
+    command = ["bash", "scripts/test", "-n", "0"]
+    for status, named in ((0, "test_it.py::test_shaky"), (0, ""), (1, "")):
+        if status:
+            (tmp_path / "test_it.py").write_text("def test_broken(): assert False\n")
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == status, done.stdout + done.stderr
+        assert done.stdout.partition("passed when run again alone:")[2].strip() == named
 
 
 def _closure(roots: list[Requirement], platform: dict[str, str]) -> set[str]:

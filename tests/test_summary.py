@@ -1,5 +1,7 @@
 """Promises about the summary of a run, from its event log."""
 
+import contextlib
+import itertools
 import json
 import math
 import os
@@ -16,19 +18,10 @@ from tests.logs import NOBODY, ended, evaluated, started, step
 from trainer.config import Config, parse
 from trainer.errors import RunDirectoryError
 from trainer.log import rundir
-from trainer.log.events import CheckpointSaved, Event, EventLog, Warned, events_directory
+from trainer.log.events import AttemptStarted, CheckpointSaved, Event, EventLog, Warned, events_directory
 from trainer.log.summary import summarise
 
 CONFIG: Config = parse({"budget": {"steps": 60}, "elastic": {"step_timeout_seconds": 10.0}})
-
-
-class Clock:
-    def __init__(self, now: float = 1_000.0) -> None:
-        self.now = now
-
-    def __call__(self) -> float:
-        self.now += 1.0
-        return self.now
 
 
 def new_run(path: Path) -> Path:
@@ -39,10 +32,14 @@ def new_run(path: Path) -> Path:
 
 def write(run: Path, attempt: int, *events: Event, rank: int = 0, clock: Any = None) -> None:
     path = events_directory(run) / f"attempt-{attempt:04d}-rank-{rank:05d}.jsonl"
-    log = EventLog(path, attempt, rank, clock or Clock(1_000.0 * (attempt + 1)))
-    for event in events:
-        log.append(event)
-    log.close()
+    clock = clock or itertools.count(1_000.0 * (attempt + 1)).__next__
+    with contextlib.closing(EventLog(path, attempt, rank, clock)) as log:
+        for event in events:
+            log.append(event)
+
+
+def started_here(pid: int, from_step: int = 0, **changes: Any) -> AttemptStarted:
+    return started(from_step, host=socket.gethostname(), pid=pid, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -70,16 +67,14 @@ def test_a_finished_run_says_all_that_inspect_promises(run: Path):
     )
     saved = [{"step": 60, "intact": True, "bytes": 10}]
     summary = summarise(run, saved)
-    assert summary["status"] == "finished"
-    assert (summary["step"], summary["steps"], summary["tokens"]) == (60, 60, 60 * 2_048)
-    assert (summary["weights_sha256"], summary["state_sha256"]) == ("w" * 64, "s" * 64)
-    assert summary["train"][0] == [1, 4.99]
-    assert [n for n, _ in summary["train"]] == list(range(1, 61))
-    assert summary["eval"] == {"val": [[30, 3.0, 1.5], [60, 2.0, 1.0]]}
-    assert (summary["checkpoints"], summary["faults"]) == (saved, [])
-    assert (summary["tokens_per_second"], summary["redone"]) == (2_048 / 0.5, 1)
-    assert summary["flushed"] == pytest.approx(2e-5, rel=1e-12)
-    assert (summary["incidents"], summary["goodput"]["productive_seconds"]) == ([], pytest.approx(59.5 * 0.5))
+    expected = {
+        "status": "finished", "step": 60, "steps": 60, "tokens": 60 * 2_048, "weights_sha256": "w" * 64,
+        "state_sha256": "s" * 64, "train": [[n, 5.0 - n / 100] for n in range(1, 61)],
+        "eval": {"val": [[30, 3.0, 1.5], [60, 2.0, 1.0]]}, "checkpoints": saved, "faults": [], "incidents": [],
+        "tokens_per_second": 2_048 / 0.5, "redone": 1, "flushed": pytest.approx(2e-5, rel=1e-12),
+    }  # fmt: skip
+    assert {key: summary[key] for key in expected} == expected
+    assert summary["goodput"]["productive_seconds"] == pytest.approx(59.5 * 0.5)
     (attempt,) = summary["attempts"]
     expected = {"attempt": 0, "world_size": 2, "from_step": 0, "to_step": 60, "ended": "finished", "seconds": 64.0}
     assert {key: attempt[key] for key in expected} == expected
@@ -87,10 +82,9 @@ def test_a_finished_run_says_all_that_inspect_promises(run: Path):
 
 
 def test_a_replayed_step_counts_once_and_shows_the_last_attempts_value(run: Path, dead_pid: int):
-    here = socket.gethostname()
-    write(run, 0, started(host=here, pid=dead_pid), *[step(n, flushed=0.5) for n in range(1, 48)])
+    write(run, 0, started_here(dead_pid), *[step(n, flushed=0.5) for n in range(1, 48)])
     replay = [step(n, loss=1.0, redone=1, flushed=0.25) for n in range(41, 44)]
-    write(run, 1, started(from_step=40, world_size=1, host=here, pid=dead_pid), *replay)
+    write(run, 1, started_here(dead_pid, from_step=40, world_size=1), *replay)
     summary = summarise(run)
     train = dict(summary["train"])
     assert sorted(train) == list(range(1, 48))
@@ -116,17 +110,13 @@ def test_replays_that_agree_to_the_bit_are_not_called_different_even_where_they_
     assert (summary["replayed"], summary["replayed_differently"]) == (2, [])
 
 
-def test_a_run_whose_process_lives_is_running_and_has_not_ended(run: Path):
-    write(run, 0, started(host=socket.gethostname(), pid=os.getpid()), step(1), clock=time.time)
+@pytest.mark.parametrize("lives", [True, False])
+def test_a_run_is_running_while_its_process_lives_and_has_died_when_that_is_gone(run: Path, dead_pid: int, lives: bool):
+    write(run, 0, started_here(os.getpid() if lives else dead_pid), step(1), clock=time.time)
     summary = summarise(run)
-    assert (summary["status"], summary["attempts"][0]["ended"], summary["ended"]) == ("running", None, None)
-
-
-def test_a_run_whose_process_is_gone_has_died(run: Path, dead_pid: int):
-    write(run, 0, started(host=socket.gethostname(), pid=dead_pid), step(1), clock=time.time)
-    summary = summarise(run)
-    assert (summary["status"], summary["attempts"][0]["ended"]) == ("failed", "died")
-    assert (summary["weights_sha256"], summary["state_sha256"]) == (None, None)
+    assert (summary["status"], summary["attempts"][0]["ended"]) == (("running", None) if lives else ("failed", "died"))
+    assert summary["weights_sha256"] is summary["state_sha256"] is None
+    assert (summary["ended"] is None) == lives
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to see zombies and start times")
@@ -137,20 +127,18 @@ def test_a_zombie_and_a_reused_process_id_are_not_taken_for_the_run(run: Path):
     while "Z" not in Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2]:
         time.sleep(0.01)
     try:
-        write(run, 0, started(host=socket.gethostname(), pid=child.pid), clock=time.time)
+        write(run, 0, started_here(child.pid), clock=time.time)
         assert summarise(run)["status"] == "failed"
     finally:
         child.stdout.close()
         child.wait()
-    long_ago = Clock(1_000.0)  # this process began after that
-    write(run, 1, started(host=socket.gethostname(), pid=os.getpid()), clock=long_ago)
+    write(run, 1, started_here(os.getpid()))  # at the clock's 2,000 s: this process began long after that
     assert summarise(run)["status"] == "failed"
 
 
 def test_one_living_rank_keeps_the_attempt_alive(run: Path, dead_pid: int):
-    here = socket.gethostname()
-    write(run, 0, started(host=here, pid=dead_pid), rank=0, clock=time.time)
-    write(run, 0, started(host=here, pid=os.getpid()), rank=1, clock=time.time)
+    write(run, 0, started_here(dead_pid), rank=0, clock=time.time)
+    write(run, 0, started_here(os.getpid()), rank=1, clock=time.time)
     assert summarise(run)["status"] == "running"
 
 
@@ -165,10 +153,9 @@ def test_a_preempted_run_is_preempted_until_it_is_started_again(run: Path):
     write(run, 0, started(), step(1), ended("preempted", 1, None, "s" * 64))
     summary = summarise(run)
     assert (summary["status"], summary["state_sha256"]) == ("preempted", "s" * 64)
-    write(run, 1, started(from_step=1, host=socket.gethostname(), pid=os.getpid()), clock=time.time)
+    write(run, 1, started_here(os.getpid(), from_step=1), clock=time.time)
     summary = summarise(run)
-    assert (summary["status"], summary["state_sha256"]) == ("running", None)
-    assert summary["step"] == 1
+    assert (summary["status"], summary["state_sha256"], summary["step"]) == ("running", None, 1)
 
 
 def test_an_attempt_that_any_rank_calls_failed_has_failed(run: Path):
@@ -180,7 +167,7 @@ def test_an_attempt_that_any_rank_calls_failed_has_failed(run: Path):
 
 def test_a_finished_run_stays_finished_when_it_is_started_again(run: Path, dead_pid: int):
     write(run, 0, started(), step(60), ended("finished", 60, "w" * 64, "s" * 64))
-    write(run, 1, started(from_step=60, host=socket.gethostname(), pid=dead_pid))
+    write(run, 1, started_here(dead_pid, from_step=60))
     summary = summarise(run)
     assert (summary["status"], summary["weights_sha256"], summary["step"]) == ("finished", "w" * 64, 60)
     assert [a["ended"] for a in summary["attempts"]] == ["finished", "died"]
@@ -229,7 +216,7 @@ def test_steps_that_nobody_computed_are_warned_of(run: Path):
 
 
 def test_a_running_runs_time_is_accounted_for_until_now(run: Path):
-    start, noted = started(host=socket.gethostname(), pid=os.getpid()), time.time() - 1.0
+    start, noted = started_here(os.getpid()), time.time() - 1.0
     write(run, 0, start, clock=lambda: noted)
     summary = summarise(run)
     assert (summary["status"], summary["incidents"]) == ("running", [])

@@ -17,13 +17,6 @@ from trainer.show import figure, timeline
 from trainer.show.timeline import FLAG_ROWS
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    made = Run(tmp_path / "run")
-    made.record()
-    return made
-
-
 def test_a_timeline_holds_attempts_faults_saves_and_incidents_in_seconds_since_the_start(tmp_path: Path):
     seen = read_timeline(killed_once(tmp_path / "run").path)
     assert seen["origin"] == 1_000_000.0

@@ -11,23 +11,25 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.logs import Run, ended, evaluated, killed, started, step
+from tests.support import ROOT, wait_until
 from trainer.config import Config, parse
 from trainer.errors import ConfigError
+from trainer.launch import processes
 from trainer.log import rundir
 from trainer.log.events import CheckpointFailed, CheckpointSaved, EventLog, StepDone, Warned, read
 from trainer.show.console import Console
 from trainer.show.wandb import WandbHelper, wandb_mode
 
 CONFIG: Config = parse({"budget": {"steps": 60}, "wandb": {"mode": "offline"}})
+KEY = "0123456789" * 4
 AUTO: Config = parse({"budget": {"steps": 60}})
-REPO = Path(__file__).resolve().parent.parent
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to list processes")
 
 
@@ -40,14 +42,6 @@ def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     return home
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    """A run whose processes may now be pretended to start."""
-    run = Run(tmp_path)
-    run.record()
-    return run
 
 
 def shown(run: Run, config: Config = CONFIG, on_problem: Any = pytest.fail, **options: Any) -> WandbHelper:
@@ -88,6 +82,11 @@ def test_disabled_starts_no_process(run: Run, monkeypatch: pytest.MonkeyPatch):
 def read_offline(run_directory: Path) -> list[dict[str, Any]]:
     """All metric records of a run's offline W&B files, in the order of the files' names."""
     return [row for _, rows in sorted(offline_records(run_directory, "history").items()) for row in rows]
+
+
+def figures(rows: list[dict[str, Any]], name: str) -> list[Any]:
+    """The points of a chart of `name` over the step."""
+    return [(row["step"], row[name]) for row in rows if name in row]
 
 
 def offline_records(run_directory: Path, kind: str) -> dict[str, list[dict[str, Any]]]:
@@ -136,7 +135,7 @@ def test_metrics_are_readable_back_from_the_offline_file(run: Run):
         run.write(ended())
     rows = read_offline(run.path)
     train = [row for row in rows if "train/loss" in row]
-    assert [(row["step"], row["train/loss"]) for row in train] == [(n, 5.0 - n / 100) for n in range(1, 61)]
+    assert figures(rows, "train/loss") == [(n, 5.0 - n / 100) for n in range(1, 61)]
     assert [row["exact/redone"] for row in train[:6]] == [0, 0, 1, 1, 2, 2]
     last = {key: value for key, value in train[-1].items() if not key.startswith("_")}
     assert last == {
@@ -157,14 +156,11 @@ def test_metrics_are_readable_back_from_the_offline_file(run: Run):
     assert about["id"] == rundir.read(run.path)["run_id"]
     assert about["fingerprint"] == rundir.read(run.path)["fingerprint"]
     assert about["budget"] == {"steps": 60}
-    assert any(
-        row.get("weights_sha256") == "a" * 64 for rows in offline_records(run.path, "summary").values() for row in rows
-    )
-
-
-def figures(rows: list[dict[str, Any]], name: str) -> list[Any]:
-    """The points of a chart of `name` over the step."""
-    return [(row["step"], row[name]) for row in rows if name in row]
+    (summaries,) = offline_records(run.path, "summary").values()
+    assert any(row.get("weights_sha256") == "a" * 64 for row in summaries)
+    for name in ("run/incidents", "run/restarts", "run/lost_steps", "run/seconds_without_training"):
+        assert figures(rows, name) == [(0, 0)], "there were no incidents, and it shows that"
+    assert offline_records(run.path, "alert") == {}
 
 
 def test_a_run_shows_its_restarts_what_they_cost_and_saves_that_failed(run: Run):
@@ -196,17 +192,6 @@ def test_a_run_shows_its_restarts_what_they_cost_and_saves_that_failed(run: Run)
     assert second == {"title": "save failed in attempt 1", "text": failed}
 
 
-def test_a_run_without_incidents_shows_that_there_were_none(run: Run):
-    with shown(run):
-        run.start()
-        run.steps(1, 1)
-        run.write(ended())
-    rows = read_offline(run.path)
-    for name in ("run/incidents", "run/restarts", "run/lost_steps", "run/seconds_without_training"):
-        assert figures(rows, name) == [(0, 0)]
-    assert offline_records(run.path, "alert") == {}
-
-
 def test_a_run_that_fails_raises_an_alert_with_the_reason(run: Run):
     with shown(run):
         run.start()
@@ -214,45 +199,33 @@ def test_a_run_that_fails_raises_an_alert_with_the_reason(run: Run):
     assert offline_records(run.path, "alert").popitem()[1] == [{"title": "attempt 0 failed", "text": "EIO"}]
 
 
-def processes_of_session(leader: int) -> list[int]:
-    """The helper and everything that descends from it; wandb-core opens a session of its own."""
-    parents = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, parent, *_ = path.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if state != "Z":
-            parents[int(path.parent.name)] = int(parent)
+def alive(pid: int) -> bool:
+    return processes.stat(pid)[:1] not in ([], ["Z"])
+
+
+def processes_of(leader: int) -> list[int]:
+    """The helper and its living descendants; wandb-core opens a session of its own."""
+    pids = [int(path.name) for path in processes.PROC.glob("[0-9]*")]
+    parents = {pid: processes.stat(pid)[1:2] for pid in pids if alive(pid)}
     found = [leader] if leader in parents else []
     for pid in found:
-        found += [child for child, parent in parents.items() if parent == pid]
+        found += [child for child, parent in parents.items() if parent == [str(pid)]]
     return found
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return condition()
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+def processes_of_wandb(helper: WandbHelper) -> list[int]:
+    """Those of a helper that has started wandb-core."""
+    leader = helper.pid or 0
+    assert wait_until(lambda: len(processes_of(leader)) >= 2, 20)
+    return processes_of(leader)
 
 
 @needs_proc
 def test_no_process_of_wandb_outlives_its_run(run: Run):
     with shown(run) as helper:
-        assert helper.pid is not None
-        leader = helper.pid
         run.start()
-        assert eventually(lambda: len(processes_of_session(leader)) >= 2)
-        started_by_us = processes_of_session(leader)
-    assert eventually(lambda: not any(alive(pid) for pid in started_by_us), seconds=5)
+        started_by_us = processes_of_wandb(helper)
+    assert wait_until(lambda: not any(alive(pid) for pid in started_by_us), 5)
 
 
 @contextlib.contextmanager
@@ -271,7 +244,7 @@ def killed_trainer(run: Run) -> Iterator[int]:
         print(helper.pid, flush=True)
         time.sleep(600)
     """
-    environ = os.environ | {"PYTHONPATH": str(REPO)}
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environ, text=True) as trainer:
         assert trainer.stdout is not None
         helper = int(trainer.stdout.readline())
@@ -284,7 +257,7 @@ def killed_trainer(run: Run) -> Iterator[int]:
 def test_a_killed_trainer_loses_nothing_that_it_logged_and_leaves_no_process(run: Run):
     with killed_trainer(run) as helper:
         pass  # killed at once, before the helper has read anything
-    assert eventually(lambda: not processes_of_session(helper))
+    assert wait_until(lambda: not processes_of(helper), 20)
     rows = read_offline(run.path)
     assert [step for step, _ in figures(rows, "train/loss")] == list(range(1, 41))
     assert figures(rows, "checkpoint/seconds") == [(35, 0.1)]
@@ -293,7 +266,7 @@ def test_a_killed_trainer_loses_nothing_that_it_logged_and_leaves_no_process(run
 @needs_proc
 def test_the_run_goes_on_under_one_id_after_rank_0_was_killed(run: Run):
     with killed_trainer(run) as helper:
-        assert eventually(lambda: bool(list(run.path.glob("wandb/offline-run-*"))))
+        assert wait_until(lambda: bool(list(run.path.glob("wandb/offline-run-*"))), 20)
     run.attempt, run.now = 0, time.time()
     with shown(run):
         run.start(35)
@@ -319,7 +292,8 @@ def test_a_helper_of_the_attempt_before_that_never_ends_is_not_waited_for_for_ev
         assert "not done after 1 s" in problem
 
 
-def test_offline_nothing_is_sent_anywhere(run: Run, monkeypatch: pytest.MonkeyPatch):
+def test_offline_nothing_is_sent_anywhere_and_no_key_is_written(run: Run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(0.2)
         address = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -330,15 +304,7 @@ def test_offline_nothing_is_sent_anywhere(run: Run, monkeypatch: pytest.MonkeyPa
         with pytest.raises(TimeoutError):
             listener.accept()
     assert read_offline(run.path)
-
-
-def test_no_key_is_written_into_the_run_directory(run: Run, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
-    with shown(run):
-        run.start()
-    files = [path for path in run.path.rglob("*") if path.is_file()]
-    assert list(run.path.glob("wandb/*/*.wandb"))
-    assert not [path for path in files if b"0123456789" * 4 in path.read_bytes()]
+    assert not [path for path in run.path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
 
 
 def train_with(run: Path, config: Config = CONFIG, steps: int = 60) -> list[str]:
@@ -381,7 +347,7 @@ def test_a_directory_that_wandb_cannot_use_costs_one_warning(tmp_path: Path):
 
 @needs_proc
 def test_an_online_wandb_that_never_answers_is_given_up_in_time(run: Run, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
     problems: list[str] = []
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
@@ -390,12 +356,12 @@ def test_an_online_wandb_that_never_answers_is_given_up_in_time(run: Run, monkey
         run.start()
         assert helper.pid is not None
         leader = helper.pid
-        assert eventually(lambda: len(processes_of_session(leader)) >= 2)
-        started_by_us = processes_of_session(leader)
+        assert wait_until(lambda: len(processes_of(leader)) >= 2, 20)
+        started_by_us = processes_of(leader)
         before = time.monotonic()
         helper.close()
         assert time.monotonic() - before < 4.0
-    assert eventually(lambda: not any(alive(pid) for pid in started_by_us), seconds=5)
+    assert wait_until(lambda: not any(alive(pid) for pid in started_by_us), 5)
     (problem,) = problems
     assert "not done after 2 s" in problem
     helper.close()
