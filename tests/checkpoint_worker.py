@@ -34,7 +34,7 @@ LAYOUTS = [("replicate", 1), ("fsdp", 1), ("replicate", 2), ("fsdp", 2), ("repli
 
 
 def content(name: str, shape: torch.Size, step: int) -> Tensor:
-    """What a tensor of this name holds at this step, so that nobody must remember it."""
+    """The content of a tensor by its name and step, so that nothing need be remembered."""
     seed = int.from_bytes(hashlib.sha256(f"{name} {step}".encode()).digest()[:4], "little")
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -74,13 +74,8 @@ def sharded_state(strategy: str, world: World) -> dict[str, Tensor]:
     from trainer import job  # imports much that the other commands do not need
 
     # Width 6: some tensors have fewer rows than there are ranks can share evenly, or fewer than ranks.
-    settings = [
-        f'parallel.strategy="{strategy}"',
-        "model.width=6",
-        "model.n_heads=1",
-        "model.n_layers=1",
-        "model.context=8",
-    ]
+    small = ["model.width=6", "model.n_heads=1", "model.n_layers=1", "model.context=8"]
+    settings = [f'parallel.strategy="{strategy}"', *small]
     return job.build(configs.load(SMOKE, settings), 97, world).tensors()
 
 

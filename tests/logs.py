@@ -126,6 +126,16 @@ class Run:
         for number in range(first, last + 1):
             self.write(step(number, seconds=seconds, **changes), after=idle + seconds)
 
+    def train(self, last: int, **changes: Any) -> None:
+        """A start, and the steps 1 to `last`."""
+        self.start()
+        self.steps(1, last, **changes)
+
+    def finish(self, first: int, last: int, **changes: Any) -> None:
+        """The steps from `first` to the last of the run, and its end."""
+        self.steps(first, last, **changes)
+        self.end("finished", last)
+
     def end(self, status: str, at: int, after: float = 0.0, reason: str = "", rank: int = 0) -> None:
         self.write(ended(status, at, None, reason=reason), after, rank)
 
@@ -170,8 +180,7 @@ def killed_once(path: Path) -> Run:
     """Two seconds of start, 17 steps, a kill, a second until it is noticed, two of start, steps 11 to 60."""
     run = Run(path)
     run.record()
-    run.start()
-    run.steps(1, 10, seconds=0.5)
+    run.train(10, seconds=0.5)
     run.write(evaluated(10), after=0.25)
     run.steps(11, 12, seconds=0.5)
     run.write(saved(10))

@@ -1,5 +1,6 @@
 """Starting real processes from tests: the command line, and torchrun with real gloo ranks."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -8,7 +9,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from trainer.log import events
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOKE = ROOT / "configs" / "smoke.toml"
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def settings(**overrides: Any) -> list[str]:
@@ -49,7 +51,7 @@ def torchrun(
 
 def run(command: list[str], check: bool, timeout: float, *, warm: bool = False) -> subprocess.CompletedProcess[str]:
     """A command to its end. With `warm`, a `python -m` is forked from a process that has torch imported."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | ENVIRONMENT
     with tempfile.TemporaryDirectory() as scratch:
         output, errors = Path(scratch, "output"), Path(scratch, "errors")
         process = None
@@ -85,9 +87,6 @@ def with_faults(faults: Iterable[dict[str, Any]]) -> list[str]:
     """[[faults]] tables as a --set argument."""
     tables = ["{" + ", ".join(f"{key} = {json.dumps(value)}" for key, value in one.items()) + "}" for one in faults]
     return ["--set", f"faults=[{', '.join(tables)}]"]
-
-
-NO_FAULTS: list[dict[str, Any]] = []
 
 
 class Job(Agent):
@@ -127,7 +126,7 @@ class Job(Agent):
 
 def worker_environment(slow: dict[str, float] | None = None) -> dict[str, str]:
     """For tests.worker."""
-    return {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOPROPE_TEST_SLOW": json.dumps(slow or {})}
+    return ENVIRONMENT | {"TOPROPE_TEST_SLOW": json.dumps(slow or {})}
 
 
 def wait_until(condition: Callable[[], Any], seconds: float) -> Any:
@@ -138,6 +137,18 @@ def wait_until(condition: Callable[[], Any], seconds: float) -> Any:
         if value or time.monotonic() > deadline:
             return value
         time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def mounted(disk: Path, options: str) -> Iterator[None]:
+    """A tmpfs mounted over a directory. Skips the test where that is not allowed."""
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", disk], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {done.stderr.decode().strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
 
 
 def write_corpus(directory: Path) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import ROOT, SMOKE, trainer, wait_until
+from tests.support import ENVIRONMENT, ROOT, SMOKE, trainer, wait_until
 from trainer import cli, tomlfile
 from trainer import config as configs
 from trainer.chaos import plan as campaigns
@@ -542,7 +542,7 @@ def fake_cases(monkeypatch: pytest.MonkeyPatch) -> Callable[[Act], list[str]]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_an_interrupted_campaign_keeps_what_it_has_and_goes_on_with_the_rest(planned, fake_cases, tmp_path, number):
+def test_an_interrupted_campaign_keeps_what_it_has_and_resumes_with_the_rest(planned, fake_cases, tmp_path, number):
     out, before = tmp_path / "out", signal.signal(signal.SIGHUP, lambda *_: None)
 
     def interrupted(case: Case) -> Result:
@@ -611,7 +611,7 @@ def test_a_campaign_that_is_to_outlive_its_terminal_does(planned, fake_cases, tm
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_report_of_another_config_is_not_gone_on_with(planned, fake_cases, tmp_path):
+def test_a_report_of_another_config_is_not_resumed(planned, fake_cases, tmp_path):
     out = tmp_path / "out"
     fake_cases(lambda case: case.make_result("pass", ""))
     run.run(planned, out)
@@ -732,12 +732,11 @@ def jobs_under(directory: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)  # the machine may be shared
-def test_the_smoke_campaign_is_interrupted_and_gone_on_with_and_every_case_passes(tmp_path):
+def test_the_smoke_campaign_is_interrupted_and_resumed_and_every_case_passes(tmp_path):
     path, out = ROOT / "configs" / "chaos" / "smoke.toml", tmp_path / "out"
     command = [sys.executable, "-m", "trainer", "chaos", str(path), "--out", str(out)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with (tmp_path / "screen.txt").open("w") as screen:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=screen, stderr=screen)
+        process = subprocess.Popen(command, cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=screen, stderr=screen)
     try:
         second = wait_until(lambda: list(out.glob("cases/a-rank-hangs*/run/events/attempt-0000*")), seconds=150)
         assert second, (tmp_path / "screen.txt").read_text()

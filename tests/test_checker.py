@@ -178,7 +178,7 @@ def test_a_fault_that_never_fired_is_unknown_and_never_passed(log):
     assert found == dict.fromkeys((checker.FIRED, checker.DETECTED, checker.RECOVERED, checker.ATTRIBUTED), "unknown")
 
 
-def test_a_fault_that_never_fired_is_told_once_with_its_reason(log):
+def test_a_fault_that_never_fired_is_reported_once_with_its_reason(log):
     faults = [KILL, KILL | {"at_step": 11}, {"kind": "node_killed", "at_step": 10}]
     log.start(0)
     log.write(events.Warned(message="the fault sigkill on rank 1 at step 11, before_forward did not fire: no rank 1"))
@@ -191,14 +191,14 @@ def test_a_fault_that_never_fired_is_told_once_with_its_reason(log):
     )
 
 
-def test_a_fault_that_nothing_in_the_log_tells_of_was_not_named(log):
+def test_a_fault_that_nothing_in_the_log_reports_was_not_named(log):
     log.strike(kind="nan_loss")
     log.complete(10)
     found = not_passed(evidence(log, {"kind": "nan_loss", "rank": 1, "at_step": 10}))
     assert found == {checker.ATTRIBUTED: "fail", checker.DETECTED: "fail"}
 
 
-def test_a_value_that_is_not_finite_is_told_with_its_step(log):
+def test_a_value_that_is_not_finite_is_reported_with_its_step(log):
     log.strike(kind="nan_loss")
     log.write(NotFinite(step=10, loss=float("nan"), grad_norm=1.0, trial=0))
     log.complete(10)
@@ -248,7 +248,7 @@ def test_a_crash_that_nobody_made_is_a_false_alarm_though_one_was_made_just_befo
     assert found.answer == "fail" and "false alarm" in found.why
 
 
-def test_a_peer_that_tells_of_its_loss_has_noticed(log):
+def test_a_peer_that_reports_its_loss_has_noticed(log):
     log.strike()
     lost = AttemptEnded(status="failed", step=9, reason="lost a peer", weights_sha256=None, state_sha256=None)
     log.write(lost, after=0.2)
@@ -261,7 +261,7 @@ def test_a_peer_that_tells_of_its_loss_has_noticed(log):
 
 
 @pytest.mark.parametrize("named", [0, 1])
-def test_of_two_faults_in_one_attempt_the_one_that_is_not_told_of_counts_neither_way(log, named):
+def test_of_two_faults_in_one_attempt_the_one_that_is_not_reported_counts_neither_way(log, named):
     log.strike(0)
     log.fire(1, victim=0)
     log.start(6)
@@ -283,7 +283,7 @@ def test_a_death_that_came_with_damage_to_a_checkpoint_is_not_held_against_anoth
     assert [fault["attributed_correctly"] for fault in checker.measure(found)] == [True, None]
 
 
-def test_a_rank_that_died_while_starting_is_told_by_the_next_attempt(log):
+def test_a_rank_that_died_while_starting_is_reported_by_the_next_attempt(log):
     log.strike(0)
     log.attempt += 1
     log.fire(1, victim=0, step=6)  # in_load of attempt 1, which leaves nothing else
@@ -294,7 +294,7 @@ def test_a_rank_that_died_while_starting_is_told_by_the_next_attempt(log):
     assert measured[1]["attributed_correctly"] is True and measured[1]["detected_as"] == "worker_lost"
 
 
-def test_a_damaged_checkpoint_is_told_by_the_attempt_that_met_it_and_may_then_be_older(log):
+def test_a_damaged_checkpoint_is_reported_by_the_attempt_that_met_it_and_may_then_be_older(log):
     log.strike(kind="flipped_shard", last=7)
     log.start_over(CheckpointRejected(step=6, reason="does not match its checksum"))
     log.lose()
@@ -338,9 +338,7 @@ def test_a_process_that_outlives_its_job_is_a_leftover(log):
 
 
 @pytest.mark.parametrize(
-    ("statuses", "problem"),
-    [((0,), False), ((75, 0), True), ((1,), True), ((0, None), True), ((), True)],
-    ids=str,
+    ("statuses", "problem"), [((0,), False), ((75, 0), True), ((1,), True), ((0, None), True), ((), True)], ids=str
 )
 def test_a_status_that_no_fault_explains_is_wrong(log, statuses, problem):
     survive_a_kill(log)
@@ -412,7 +410,7 @@ def test_a_damaged_log_fails_everything_in_one_line(log):
     assert set(not_passed(evidence(log)).values()) == {"fail"}
 
 
-def test_a_failed_save_is_told_with_its_step(log):
+def test_a_failed_save_is_reported_with_its_step(log):
     log.start(0)
     log.fire(kind="no_space")
     log.steps(1, 5)

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from tests.checkpoint_worker import IDENTITY, LAYOUTS, flip, holds, names, small_state
-from tests.support import ROOT
+from tests.support import ENVIRONMENT, ROOT, mounted
 from trainer import checkpoint, config
 from trainer.errors import EXIT_USAGE, CheckpointError, NewerFormatError, UsageError
 from trainer.log import events
@@ -76,10 +76,9 @@ def ranks(command: str, count: int, directory: Path, *, timeout: float = 90) -> 
 @contextlib.contextmanager
 def processes(command: str, count: int, directory: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
     (directory / "run").mkdir()
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     arguments = [sys.executable, "-m", "tests.checkpoint_worker", command]
     running = [
-        subprocess.Popen([*arguments, str(rank), str(count), str(directory)], cwd=ROOT, env=environment)
+        subprocess.Popen([*arguments, str(rank), str(count), str(directory)], cwd=ROOT, env=os.environ | ENVIRONMENT)
         for rank in range(count)
     ]
     try:
@@ -288,17 +287,6 @@ def full_disk(run: Path) -> Iterator[None]:
 def read_only(run: Path) -> Iterator[None]:
     with mounted(checkpoint.directory(run), "size=1m,ro"):
         yield
-
-
-@contextlib.contextmanager
-def mounted(path: Path, options: str) -> Iterator[None]:
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", path], capture_output=True, check=False)
-    if made.returncode:
-        pytest.skip(f"no tmpfs can be mounted: {made.stderr.decode().strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", path], check=True)
 
 
 TROUBLE = {

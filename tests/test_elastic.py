@@ -26,8 +26,8 @@ RENDEZVOUS = "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=1
 
 
 @pytest.fixture(scope="module")
-def calm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    run = tmp_path_factory.mktemp("calm") / "run"
+def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    run = tmp_path_factory.mktemp("reference") / "run"
     trainer("train", SMOKE, "--run", run, *SETTINGS)
     return summary.summarise(run)
 
@@ -92,15 +92,15 @@ def nodes(tmp_path: Path) -> Iterator[Callable[[float], Nodes]]:
         yield lambda seconds_a_step: Nodes(tmp_path, jobs, seconds_a_step)
 
 
-def ends_as_calm(run: Path, calm: dict[str, Any]) -> dict[str, Any]:
+def ends_as_reference(run: Path, reference: dict[str, Any]) -> dict[str, Any]:
     seen = summary.summarise(run)
     wanted = ("status", "step", "weights_sha256", "state_sha256", "train")
-    assert {key: seen[key] for key in wanted} == {key: calm[key] for key in wanted}
+    assert {key: seen[key] for key in wanted} == {key: reference[key] for key in wanted}
     assert seen["replayed_differently"] == []
     return seen
 
 
-def test_a_node_joins_another_joins_and_one_dies_and_the_run_ends_as_the_calm_one(nodes, calm, record_property):
+def test_a_node_joins_another_joins_and_one_dies_and_the_run_ends_as_the_reference(nodes, reference, record_property):
     """1 → 2 → 3 (8 micro-batches over 3 ranks) → 2 ranks; the last by SIGKILL of an agent and its worker at once."""
     team = nodes(0.12)
     first = team.host()
@@ -114,14 +114,14 @@ def test_a_node_joins_another_joins_and_one_dies_and_the_run_ends_as_the_calm_on
     last.kill()
     loss = team.await_new_step(2, first, since=killed)
     assert first.wait(60) == 0, first.output[-6000:]
-    seen = ends_as_calm(team.run, calm)
+    seen = ends_as_reference(team.run, reference)
     assert [attempt["world_size"] for attempt in seen["attempts"]] == [1, 2, 3, 2]
     record_property("seconds", {"gain": gains, "loss": loss})
     print(f"node gained → next new step {gains} s, node lost → next new step {loss} s")
     assert first.leftovers() == []
 
 
-def test_an_agent_dies_alone_and_its_worker_does_not_outlive_the_job(nodes, calm):
+def test_an_agent_dies_alone_and_its_worker_does_not_outlive_the_job(nodes, reference):
     """The worker of a dead agent goes on until its peers start again without it; then it must end by itself."""
     team = nodes(0.1)
     first = team.host()
@@ -131,7 +131,7 @@ def test_an_agent_dies_alone_and_its_worker_does_not_outlive_the_job(nodes, calm
     os.kill(second.process.pid, signal.SIGKILL)
     team.await_new_step(1, first, second, since=killed)
     assert first.wait(60) == 0, first.output[-6000:]
-    ends_as_calm(team.run, calm)
+    ends_as_reference(team.run, reference)
     assert second.process.wait(5) == -signal.SIGKILL
     assert wait_until(lambda: not second.processes(), seconds=5), second.leftovers()
 

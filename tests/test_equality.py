@@ -76,12 +76,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any
 @pytest.mark.parametrize("feature", [*FEATURES, "muon"])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_every_world_size_and_sharding_gives_the_bits_of_one_unsharded_process(results, world_size, feature):
-    calm = results[1][f"{feature} / replicate"]
+    reference = results[1][f"{feature} / replicate"]
     compared = 0
     for strategy in STRATEGIES:
         other = results[world_size].get(f"{feature} / {strategy}")
         if other is not None:
-            assert other == calm, f"{strategy} on {world_size} ranks"
+            assert other == reference, f"{strategy} on {world_size} ranks"
             compared += 1
     assert compared == (1 if feature == "muon" else 2 + (world_size % 2 == 0))
 

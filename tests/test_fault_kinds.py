@@ -74,10 +74,9 @@ def test_a_new_kind_fires_inside_a_rank_once_and_is_on_record(beep: str, tmp_pat
 
 def test_a_new_kind_fires_from_outside_once_and_is_on_record(knock: str, tmp_path: Path):
     run = tmp_path / "run"
-    log, cluster = Log(run), Recorded(run)
+    Log(run, attempt=0)
+    cluster = Recorded(run)
     control: Any = cluster
-    log.claim()
-    log.begin(attempt=0)
     for _ in range(2):
         nemesis = Nemesis(plan.make(config({"kind": knock, "rank": 1, "at_step": 1}), 2), run, control, time.time())
         nemesis.start()

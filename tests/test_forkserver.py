@@ -18,13 +18,13 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forked workers 
 
 WORKER = """
 import json, os, pathlib, signal, sys
-told = {
+report = {
     "arguments": sys.argv[1:], "color": os.environ.get("COLOR"), "shape": os.environ.get("SHAPE"),
     "parent": os.getppid(), "leads_session": os.getsid(0) == os.getpid(), "name": __name__,
     "preloaded": "wave" in sys.modules, "comm": pathlib.Path("/proc/self/comm").read_text().strip(),
     "interrupt": signal.getsignal(signal.SIGINT) is signal.default_int_handler,
 }
-print(json.dumps(told))
+print(json.dumps(report))
 {"kill": lambda: os.kill(os.getpid(), signal.SIGKILL), "leave": lambda: sys.exit(7), "raise": lambda: 1 / 0,
  "complain": lambda: sys.exit("no room"), "end": lambda: None}[sys.argv[1]]()
 """
@@ -49,17 +49,17 @@ def test_a_forked_worker_is_its_agents_child_and_has_its_own_session_arguments_a
         "    worker = server.start('worker', [way, '1'], {'SHAPE': 'round', 'RANK': '3', 'PATH': os.environ['PATH']})\n"
         "    print(worker.wait(30), worker.poll(), os.getpid(), flush=True)\n",
     )
-    told, ends = done.stdout.splitlines()[0::2], done.stdout.splitlines()[1::2]
+    report, ends = done.stdout.splitlines()[0::2], done.stdout.splitlines()[1::2]
     assert [line.split()[:2] for line in ends] == [["7", "7"], ["-9", "-9"], ["1", "1"], ["0", "0"]], done.stderr
     agent = int(ends[0].split()[2])
-    assert json.loads(told[0]) == {
+    assert json.loads(report[0]) == {
         "arguments": ["leave", "1"], "color": None, "shape": "round", "parent": agent, "leads_session": True,
         "name": "__main__", "preloaded": True, "comm": "rank 3", "interrupt": True,
     }  # fmt: skip
     assert "ZeroDivisionError" in done.stderr and done.stderr.count("Traceback") == 1
 
 
-def test_when_the_server_is_gone_the_caller_is_told_so(tmp_path):
+def test_when_the_server_is_gone_the_caller_gets_none(tmp_path):
     done = run(
         tmp_path,
         "import os, signal, pathlib; from trainer.launch import forkserver\n"
@@ -107,8 +107,8 @@ def test_a_process_with_threads_can_have_children_forked_and_all_threads_hear_of
     )
     *ends, last = done.stdout.splitlines()
     assert [line.split()[1:] for line in ends] == [["7"], ["-9"], ["1"], ["1"], ["0"]] and last == "None", done.stderr
-    told, environment = (elsewhere / "end.out").read_text().splitlines()
-    assert json.loads(told) == {
+    report, environment = (elsewhere / "end.out").read_text().splitlines()
+    assert json.loads(report) == {
         "arguments": ["end"], "color": None, "shape": "round", "parent": int(ends[0].split()[0]), "leads_session": True,
         "name": "__main__", "preloaded": True, "comm": "python", "interrupt": True,
     }  # fmt: skip

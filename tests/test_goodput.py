@@ -21,8 +21,7 @@ def parts(run: Run, now: float | None = None) -> dict[str, float]:
 
 
 def test_the_time_of_a_run_without_faults_is_shared_out_by_what_it_was_spent_on(run: Run):
-    run.start()
-    run.steps(1, 10, idle=0.1)
+    run.train(10, idle=0.1)
     run.write(evaluated(10, seconds=3.0), after=3.0)
     run.now += 0.5  # the copy of the save
     run.steps(11, 20, idle=0.1)
@@ -39,27 +38,22 @@ def test_the_time_of_a_run_without_faults_is_shared_out_by_what_it_was_spent_on(
 
 
 def test_a_kill_costs_the_steps_that_are_computed_again_the_gap_and_a_second_start_up(run: Run):
-    run.start()
-    run.steps(1, 47)
+    run.train(47)
     run.start(from_step=40, after=5.0)
-    run.steps(41, 60)
-    run.end("finished", 60)
+    run.finish(41, 60)
     assert parts(run) == {"productive": 60.0, "lost_steps": 7.0, "startup": 4.0, "down": 5.0}
 
 
 def test_what_a_failing_rank_0_still_writes_is_no_progress(run: Run):
-    run.start()
-    run.steps(1, 40)
+    run.train(40)
     run.end("failed", 40, after=2.0, reason="RuntimeError: Connection closed by peer")
     run.start(from_step=40, after=3.0)
-    run.steps(41, 60)
-    run.end("finished", 60)
+    run.finish(41, 60)
     assert parts(run) == {"productive": 60.0, "startup": 4.0, "down": 5.0}
 
 
 def test_steps_lost_but_not_yet_computed_again_are_lost_all_the_same(run: Run):
-    run.start()
-    run.steps(1, 47)
+    run.train(47)
     run.start(from_step=40)
     run.steps(41, 43)
     assert parts(run)["lost_steps"] == 7.0
@@ -68,59 +62,50 @@ def test_steps_lost_but_not_yet_computed_again_are_lost_all_the_same(run: Run):
 
 
 def test_a_rejected_checkpoint_makes_work_of_two_attempts_lost(run: Run):
-    run.start()
-    run.steps(1, 47)
+    run.train(47)
     run.write(evaluated(47, seconds=0.5), after=0.5)
     run.start(from_step=40)
     run.steps(41, 43)
     run.start(from_step=20)
-    run.steps(21, 60)
-    run.end("finished", 60)
+    run.finish(21, 60)
     assert parts(run) == {"productive": 60.0, "lost_steps": 47 + 3 - 20 + 0.5, "startup": 6.0}
     assert sum(incident.lost_steps or 0 for incident in incidents_of(run.history)) == 47 + 3 - 20
 
 
 def test_time_in_the_queue_after_a_preemption_is_not_down(run: Run):
-    run.start()
-    run.steps(1, 10)
+    run.train(10)
     run.write(StopRequested(signal="SIGTERM", step=10))
     run.end("preempted", 10, after=1.0)
     run.start(from_step=10, after=3_600.0)
-    run.steps(11, 20)
-    run.end("finished", 20)
+    run.finish(11, 20)
     assert parts(run) == {"productive": 20.0, "startup": 4.0, "preempted": 3_600.0, "shutdown": 1.0}
 
 
 @pytest.mark.parametrize("noticed_by", [0, 1])
 def test_time_without_progress_before_a_watchdog_noticed_is_hung(run: Run, noticed_by: int):
-    run.start()
-    run.steps(1, 10)
+    run.train(10)
     run.write(hung(8.0), after=9.0, rank=noticed_by)
     run.start(from_step=10, after=2.0)
-    run.steps(11, 20)
-    run.end("finished", 20)
+    run.finish(11, 20)
     assert parts(run) == {"productive": 20.0, "startup": 4.0, "hung": 8.0, "down": 3.0}
 
 
 @pytest.mark.parametrize("clock_restarts", [False, True])
 def test_a_step_computed_again_because_it_was_not_finite_counts_once(run: Run, clock_restarts: bool):
-    run.start()
-    run.steps(1, 4)
+    run.train(4)
     run.write(not_finite(5), after=1.5)
     run.write(step(5, seconds=1.0 if clock_restarts else 2.5), after=1.0)
     assert parts(run) == {"productive": 5.0, "redone": 1.5, "startup": 2.0}
 
 
 def test_computations_on_a_grid_that_was_too_fine_are_redone_not_productive(run: Run):
-    run.start()
-    run.steps(1, 2, seconds=2.0, redone=1)
+    run.train(2, seconds=2.0, redone=1)
     run.steps(3, 3, seconds=3.0, redone=2)
     assert parts(run) == {"productive": 3.0, "redone": 4.0, "startup": 2.0}
 
 
 def test_a_stall_is_found_where_the_loop_waited_though_it_is_reported_later(run: Run):
-    run.start()
-    run.steps(1, 10)
+    run.train(10)
     run.now += 0.4
     run.steps(11, 12)
     run.write(saved(10, 0.4), after=0.1)
@@ -130,8 +115,7 @@ def test_a_stall_is_found_where_the_loop_waited_though_it_is_reported_later(run:
 
 
 def test_starting_a_finished_run_again_costs_no_goodput(run: Run):
-    run.start()
-    run.steps(1, 10)
+    run.train(10)
     run.end("finished", 10)
     before = account(run.history)
     run.start(from_step=10, after=86_400.0)
@@ -140,9 +124,8 @@ def test_starting_a_finished_run_again_costs_no_goodput(run: Run):
     assert incidents_of(run.history) == []
 
 
-def test_a_run_that_goes_on_is_accounted_for_until_now(run: Run):
-    run.start()
-    run.steps(1, 10)
+def test_a_run_that_still_runs_is_accounted_for_until_now(run: Run):
+    run.train(10)
     assert parts(run) == {"productive": 10.0, "startup": 2.0}
     assert parts(run, now=run.now + 0.5) == {"productive": 10.0, "startup": 2.0, "other": 0.5}
 
@@ -158,13 +141,11 @@ def test_before_the_first_start_nothing_is_known(run: Run):
 
 
 def test_a_clock_that_is_set_back_makes_no_part_negative(run: Run):
-    run.start()
-    run.steps(1, 5)
+    run.train(5)
     run.now -= 3.0
     run.steps(6, 10)
     run.start(from_step=10, after=-60.0)
-    run.steps(11, 12)
-    run.end("finished", 12)
+    run.finish(11, 12)
     goodput = account(run.history)
     assert min(goodput["parts"].values()) >= 0
     assert sum(goodput["parts"].values()) == pytest.approx(goodput["wall_seconds"], abs=1e-6)
@@ -246,23 +227,20 @@ def test_the_parts_of_any_history_are_never_negative_and_sum_to_its_wall_time(
 
 
 def test_incidents_and_accounting_agree_on_the_time_without_training(run: Run):
-    run.start()
-    run.steps(1, 10)
+    run.train(10)
     run.write(hung(8.0), after=9.0, rank=1)
     run.start(from_step=5, after=2.5)
     run.steps(6, 12)
     run.end("preempted", 12, after=1.0)
     run.start(from_step=12, after=40.0)
-    run.steps(13, 20)
-    run.end("finished", 20)
+    run.finish(13, 20)
     of = account(run.history)["parts"]
     without = sum(incident.seconds or 0 for incident in incidents_of(run.history))
     assert without == pytest.approx(of["hung"] + of["down"] + of["preempted"] + of["startup"] * 2 / 3, abs=1e-5)
 
 
 def test_the_committed_samples_are_those_that_the_last_computation_of_each_step_read(run: Run):
-    run.start()
-    run.steps(1, 47)
+    run.train(47)
     run.start(from_step=40)
     run.write(step(41, samples="other"))
     run.steps(42, 60)

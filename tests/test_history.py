@@ -66,7 +66,7 @@ def test_a_follower_returns_each_line_once_and_waits_for_a_torn_one(run: Run):
     assert [entry.attempt for entry in follower.poll()] == [1, 1]
 
 
-def test_a_follower_names_the_damaged_line_and_goes_on_after_it(run: Run):
+def test_a_follower_names_the_damaged_line_and_continues_after_it(run: Run):
     run.start(world_size=1)
     follower = Follower(run.path)
     follower.poll()

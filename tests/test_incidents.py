@@ -1,29 +1,28 @@
 """Promises about the incidents of a run, from its event log."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from tests.logs import Run, hung, lost, not_finite, started, step
-from trainer.log.events import LOST_A_PEER, CheckpointFailed, CheckpointRejected, StopRequested
+from trainer.log.events import LOST_A_PEER, CheckpointFailed, CheckpointRejected, Event, StopRequested
 from trainer.log.incidents import Incident, IncidentBuilder, incidents_of
 
 KILLED = [{"rank": 1, "pid": 101, "exitcode": -9, "signal": "SIGKILL"}]
 SURVIVOR = {"rank": 0, "pid": 100, "exitcode": 1, "signal": None}
 
 
-def killed_and_resumed(run: Run, tell: Callable[[], None] = lambda: None, **changes: Any) -> None:
-    run.start()
-    run.steps(1, 47)
+def killed_and_resumed(run: Run, *then: Event, **changes: Any) -> None:
+    run.train(47)
     run.start(**({"from_step": 40, "after": 0.9} | changes))
-    tell()
+    for event in then:
+        run.write(event)
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_a_killed_worker_is_one_line_with_what_where_lost_steps_and_seconds(run: Run, order: str):
     if order == "after":
-        killed_and_resumed(run, lambda: run.write(lost(SURVIVOR, *KILLED)))
+        killed_and_resumed(run, lost(SURVIVOR, *KILLED))
     else:
         killed_and_resumed(run, record=False)
         run.write(lost(SURVIVOR, *KILLED))
@@ -47,14 +46,13 @@ def test_a_killed_worker_is_one_line_with_what_where_lost_steps_and_seconds(run:
     ],
 )
 def test_the_launchers_word_says_how_workers_were_lost(run: Run, failures: list[dict[str, Any]], said: str):
-    killed_and_resumed(run, lambda: run.write(lost(*failures, reason="a node is joining")))
+    killed_and_resumed(run, lost(*failures, reason="a node is joining"))
     (incident,) = incidents_of(run.history, running=True)
     assert incident.text.startswith(said)
 
 
 def test_who_lost_a_peer_is_no_cause_though_it_left_first(run: Run):
-    run.start()
-    run.steps(1, 47)
+    run.train(47)
     run.end("failed", 47, reason=LOST_A_PEER, rank=1)
     run.end("failed", 47, reason="RuntimeError: a bug", after=0.1)
     run.start(from_step=40)
@@ -74,8 +72,7 @@ def test_a_change_of_world_size_and_a_start_from_zero_are_said(run: Run):
 
 
 def test_an_exception_is_named_by_the_rank_that_raised_it_first(run: Run):
-    run.start()
-    run.steps(1, 3)
+    run.train(3)
     run.end("failed", 3, after=0.1, reason="CheckpointError: saving failed 3 times.\n  Make room.", rank=1)
     run.end("failed", 3, after=0.1, reason="RuntimeError: Connection closed by peer")
     (incident,) = incidents_of(run.history)
@@ -86,16 +83,14 @@ def test_an_exception_is_named_by_the_rank_that_raised_it_first(run: Run):
 
 
 def test_who_lost_a_peer_is_not_taken_for_the_one_that_was_lost(run: Run):
-    run.start()
-    run.steps(1, 3)
+    run.train(3)
     run.end("failed", 3, after=0.1, reason=LOST_A_PEER)
     (incident,) = incidents_of(run.history)
     assert (incident.rank, incident.text) == (None, "a peer was lost after step 3; nothing has resumed it")
 
 
 def test_of_two_that_left_with_a_status_the_one_that_lost_a_peer_is_not_the_cause(run: Run):
-    run.start()
-    run.steps(1, 3)
+    run.train(3)
     run.end("failed", 3, after=0.1, reason=LOST_A_PEER)
     run.start(from_step=2)
     run.write(lost(SURVIVOR, {"rank": 1, "pid": 101, "exitcode": 9, "signal": None}))
@@ -104,8 +99,7 @@ def test_of_two_that_left_with_a_status_the_one_that_lost_a_peer_is_not_the_caus
 
 
 def test_workers_killed_on_the_way_to_the_next_attempt_are_not_taken_for_those_of_the_last(run: Run):
-    run.start()
-    run.steps(1, 47)
+    run.train(47)
     run.start(from_step=40)
     run.write(lost({"rank": 0, "pid": 999, "exitcode": -9, "signal": "SIGKILL"}))
     first, second = incidents_of(run.history, running=True)
@@ -115,8 +109,7 @@ def test_workers_killed_on_the_way_to_the_next_attempt_are_not_taken_for_those_o
 
 
 def test_an_attempt_killed_while_it_was_starting_loses_no_steps_twice(run: Run):
-    run.start()
-    run.steps(1, 47)
+    run.train(47)
     run.start(record=False)
     run.write(CheckpointRejected(step=40, reason="truncated"))
     run.start(from_step=20)
@@ -131,8 +124,7 @@ def test_an_attempt_killed_while_it_was_starting_loses_no_steps_twice(run: Run):
 
 
 def test_a_hang_names_the_rank_that_held_up_the_others(run: Run):
-    run.start()
-    run.steps(1, 47)
+    run.train(47)
     culprit = {"rank": 1, "point": "before_reduce", "step": 47, "why": "does not answer"}
     run.write(hung(10.0, culprit), after=10.0)
     run.start(from_step=40, after=0.5)
@@ -146,8 +138,7 @@ def test_a_hang_names_the_rank_that_held_up_the_others(run: Run):
 
 
 def test_a_preempted_attempt_says_by_which_signal_and_loses_nothing(run: Run):
-    run.start()
-    run.steps(1, 10)
+    run.train(10)
     run.write(StopRequested(signal="SIGUSR1", step=10), rank=1)
     run.end("preempted", 10)
     run.start(from_step=10, after=60.0)
@@ -160,8 +151,7 @@ def test_a_preempted_attempt_says_by_which_signal_and_loses_nothing(run: Run):
 
 
 def test_a_step_that_is_not_finite_is_an_incident_once_and_the_second_time_ends_the_attempt(run: Run):
-    run.start()
-    run.steps(1, 4)
+    run.train(4)
     for rank in (0, 1):
         run.write(not_finite(5), after=1.5 * (rank == 0), rank=rank)
     run.write(step(5), after=1.0)
@@ -195,11 +185,10 @@ def test_a_failed_save_and_a_damaged_checkpoint_do_not_end_an_attempt(run: Run):
 
 
 def test_incidents_built_entry_by_entry_are_those_read_from_the_log(run: Run):
-    killed_and_resumed(run, lambda: run.write(lost(*KILLED)))
+    killed_and_resumed(run, lost(*KILLED))
     run.steps(41, 43)
     run.start(from_step=40)
-    run.steps(41, 60)
-    run.end("finished", 60)
+    run.finish(41, 60)
     builder = IncidentBuilder(entry for entry in run.entries if entry.attempt == 0)
     found = [incident for entry in run.entries if entry.attempt for incident in builder.add(entry)]
     assert found == incidents_of(run.history)

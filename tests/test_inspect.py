@@ -18,12 +18,10 @@ def page(run: Run, checkpoints: Any = ()) -> str:
 
 
 def test_the_page_shows_status_losses_attempts_checkpoints_and_each_warning_once(run: Run):
-    run.start()
-    run.steps(1, 1, seconds=0.5)
+    run.train(1, seconds=0.5)
     for _ in range(2):
         run.write(Warned(message="[slow] disk"))
-    run.start()
-    run.steps(1, 1, seconds=0.5)
+    run.train(1, seconds=0.5)
     run.steps(60, 60, seconds=0.5, loss=2.0)
     run.write(evaluated(60, 2.5, bits_per_byte=1.25))
     run.end("finished", 60)
@@ -45,12 +43,10 @@ def test_the_page_shows_status_losses_attempts_checkpoints_and_each_warning_once
 
 
 def test_the_page_shows_what_a_kill_was_and_where_the_time_went(run: Run):
-    run.start()
-    run.steps(1, 47, seconds=0.5)
+    run.train(47, seconds=0.5)
     run.start(40, after=1.0)
     run.write(killed())
-    run.steps(41, 60, seconds=0.5)
-    run.end("finished", 60)
+    run.finish(41, 60, seconds=0.5)
     text = page(run)
     for part in ("goodput ", "■ productive", "■ lost steps", " 3.5 ", "rank 1 was killed (SIGKILL) after step 47"):
         assert part in text

@@ -55,7 +55,7 @@ def gaps() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def full_page(full, tmp_path_factory) -> Path:
-    """Where its report was written."""
+    """The directory of its report."""
     out = tmp_path_factory.mktemp("full")
     report.write(full, out)
     return out

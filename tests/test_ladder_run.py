@@ -17,7 +17,7 @@ from unittest import mock
 import pytest
 from typer.testing import CliRunner
 
-from tests.support import ROOT, look, trainer, wait_until
+from tests.support import ENVIRONMENT, ROOT, look, trainer, wait_until
 from tests.test_ladder_file import ARM, HEAD, SIZES, TARGET_TABLE, write
 from trainer import cli
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, ConfigError, RunDirectoryError, UsageError
@@ -237,7 +237,7 @@ def test_asked_to_stop_it_saves_every_run_leaves_nobody_behind_and_says_how_to_g
     slow = PLAIN.replace("tokens_per_parameter = 0.2", "tokens_per_parameter = 20")
     path = write(home, slow, "slow")
     out = home / "stopped" / "slow"
-    process = subprocess.Popen(command(path, out), env=environment(), stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(path, out), env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, text=True)
     pool = run.pool_of(out)
     assert wait_until(lambda: steps_of(pool) > 20, 60)
     ladder = load.load(path)
@@ -378,7 +378,7 @@ def test_a_stop_while_the_baseline_is_tried_leaves_nothing_and_75(home, backend,
     with tempfile.TemporaryDirectory(prefix="t") as short:
         process = subprocess.Popen(
             command(path, tmp_path / "out" / "early"), stdout=subprocess.PIPE, text=True,
-            env=environment() | {"TMPDIR": short, "TOPROPE_CACHE": str(tmp_path / "cache")},
+            env=os.environ | ENVIRONMENT | {"TMPDIR": short, "TOPROPE_CACHE": str(tmp_path / "cache")},
         )  # fmt: skip
         with process:
             assert wait_until(lambda: any(Path(short).glob("toprope-probe-*/*/*")), 60)
@@ -452,10 +452,6 @@ def test_a_spike_is_a_loss_far_above_those_before_it():
 
 def command(path: Path, out: Path) -> list[str]:
     return [sys.executable, "-m", "trainer", "ladder", "run", str(path), "--out", str(out)]
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def verb(*arguments: str | Path) -> Any:

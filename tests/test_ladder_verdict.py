@@ -247,9 +247,7 @@ def test_a_rung_that_the_baseline_lacks_is_noted():
 
 def test_runs_that_diverged_keep_an_arm_from_being_promoted():
     results = change(
-        ladder({"arm": ladders.CONSTANT}),
-        lambda run: (run.arm, run.rung, run.seed) == ("arm", "r3", 1),
-        loss=math.nan,
+        ladder({"arm": ladders.CONSTANT}), lambda run: (run.arm, run.rung, run.seed) == ("arm", "r3", 1), loss=math.nan
     )
     done = judge(results)
     assert done.decision == "inconclusive" and "not finite at r3 seed 1" in done.why

@@ -37,7 +37,7 @@ def _run(name: str, mutant: Mutant) -> str:
 
 
 def not_held(result: Result) -> set[str]:
-    """But for what a slow machine can be blamed for."""
+    """Invariants that did not pass, without those that a slow machine may break."""
     return {answer.invariant for answer in result.answers if answer.answer != "pass"} - {DETECTED, RECOVERED}
 
 

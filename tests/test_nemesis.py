@@ -79,7 +79,7 @@ class Log(logs.Run):
     """A run's log, written as its rank 0 would."""
 
     def __init__(self, run: Path, attempt: int | None = None) -> None:
-        """With an `attempt`, that has begun."""
+        """If an `attempt` is given, it has begun."""
         super().__init__(run)
         run.mkdir()
         if attempt is not None:
@@ -283,13 +283,13 @@ class Attack:
         self.statuses: list[int] = []
         self.outputs: list[str] = []
 
-    def go(self, *extra: str) -> dict[str, Any]:
-        """Until it has finished; returns what became of it. Nothing may be left behind by any launch."""
+    def run_to_end(self) -> dict[str, Any]:
+        """Launch until the run has finished; returns its summary. No launch may leave anything behind."""
         environment = worker_environment({"before_update": self._seconds_a_step})
         began = time.time()
         for number in range(LAUNCHES):
             with Cluster(
-                SMOKE, self.run, [*SETTINGS[1::2], *extra], ranks=self.ranks, nodes=self.nodes, hosts=self.hosts,
+                SMOKE, self.run, SETTINGS[1::2], ranks=self.ranks, nodes=self.nodes, hosts=self.hosts,
                 directory=self.directory / f"launch-{number}", environment=environment,
                 own_store=any(fault.kind.needs_store for fault in self.plan), worker=("tests.worker", "train"),
             ) as cluster:  # fmt: skip
@@ -307,7 +307,9 @@ class Attack:
                 return summary.summarise(self.run)
         raise AssertionError(f"{self.statuses}\n{self.outputs[-1][-6000:]}")
 
-    def ends_as(self, reference: dict[str, Any], seen: dict[str, Any]) -> None:
+    def survive(self, reference: dict[str, Any]) -> None:
+        """Run to the end: it must equal the reference, and every fault must have fired."""
+        seen = self.run_to_end()
         wanted = ("status", "step", "weights_sha256", "state_sha256", "train", "eval")
         assert {key: seen[key] for key in wanted} == {key: reference[key] for key in wanted}
         assert seen["replayed_differently"] == []
@@ -315,6 +317,7 @@ class Attack:
         assert sorted(set(fired)) == [fault.index for fault in self.plan]
 
     def sizes(self) -> list[int]:
+        """World sizes of the attempts."""
         return [
             e.event.world_size for e in events.read(self.run) if e.rank == 0 and isinstance(e.event, AttemptStarted)
         ]
@@ -331,20 +334,20 @@ def test_signals_at_a_wall_time_end_as_the_reference(tmp_path, reference):
     kinds = ("sigkill", "sigabrt", "stopped")
     faults = [{"kind": kind, "at_seconds": 0, "attempt": n, "rank": n % 2} for n, kind in enumerate(kinds)]
     attack = Attack(tmp_path, [*faults, {"kind": "straggler", "at_step": 30, "seconds": 0.6, "rank": 1}], nodes=1)
-    attack.ends_as(reference, attack.go())
+    attack.survive(reference)
     assert attack.statuses == [EXIT_FINISHED]
     assert len(attack.sizes()) == 4
 
 
 @real
-def test_a_notice_then_a_dead_agent_then_a_dead_node_and_the_same_command_goes_on(tmp_path, reference):
+def test_a_notice_then_a_dead_agent_then_a_dead_node_and_the_same_command_resumes(tmp_path, reference):
     faults = [
         {"kind": "sigterm", "at_seconds": 0, "rank": 1},
         {"kind": "agent_killed", "at_step": 20},
         {"kind": "node_killed", "at_step": 40},
     ]
     attack = Attack(tmp_path, faults, nodes=1)
-    attack.ends_as(reference, attack.go())
+    attack.survive(reference)
     assert attack.statuses == [EXIT_PREEMPTED, 137, 137, EXIT_FINISHED]
 
 
@@ -357,7 +360,7 @@ def test_a_node_leaves_another_joins_one_joins_and_dies_and_one_joins_slowly(tmp
         {"kind": "slow_joiner", "at_step": 45, "seconds": 1.0},
     ]
     attack = Attack(tmp_path, faults, nodes=2, seconds_a_step=0.2)
-    attack.ends_as(reference, attack.go())
+    attack.survive(reference)
     assert attack.statuses == [EXIT_FINISHED]
     sizes = attack.sizes()
     assert sizes[:3] == [2, 1, 2] and 3 in sizes
@@ -371,7 +374,7 @@ def test_the_rendezvous_store_freezes_and_nobody_minds_then_it_comes_back_empty_
         {"kind": "store_killed", "at_step": 45},
     ]
     attack = Attack(tmp_path, faults, nodes=2)
-    attack.ends_as(reference, attack.go())
+    attack.survive(reference)
     assert len(attack.statuses) == 3
     # The agent gives up, or its workers, asked to leave, are the first to have left.
     assert set(attack.statuses[:2]) <= {EXIT_FAILED, EXIT_PREEMPTED}

@@ -292,7 +292,7 @@ def as_nobody() -> Iterator[AsNobody]:
 
 
 def _python_of_all(directory: Path) -> Path:
-    """Where this Python lies in a closed home: the system's, of the same version, with our packages."""
+    """This Python; if it lies in a closed home, the system's of the same version with our packages."""
     closed = [path for path in Path(sys.executable).resolve().parents if not path.stat().st_mode & 0o001]
     other = shutil.which(f"python3.{sys.version_info.minor}", path=os.defpath)
     if not closed or other is None:
@@ -324,7 +324,7 @@ def test_an_ordinary_user_has_such_hosts_too(as_nobody):
 
 def ended(attack: Attack, reference: dict[str, Any]) -> None:  # noqa: F811
     """With the reference run's bits, at once or given again: both sides may have lost what they need."""
-    attack.ends_as(reference, attack.go())
+    attack.survive(reference)
     assert attack.statuses[-1] == EXIT_FINISHED and len(attack.statuses) <= 2
 
 

@@ -20,11 +20,12 @@ import numpy as np
 import pytest
 
 from tests.faulty_runs import EVERY, NO_FAULTS, STEPS, FaultyRun, fault, reference_run
-from tests.support import ROOT, SMOKE, committed_samples, look, outcome, run, settings, trainer, wait_until
+from tests.support import ROOT, SMOKE, committed_samples, look, mounted, outcome, run, settings, trainer, wait_until
 from trainer import checkpoint
 from trainer import config as configs
 from trainer.data import Batches, digest, prepare
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USAGE
+from trainer.job import batches_of
 from trainer.log import events
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]  # the machine may be shared: six attempts take long then
@@ -256,10 +257,8 @@ def test_a_disk_that_answers_no_more_is_a_hang_of_its_rank(trial: FaultyRun):
 
 def test_a_disk_that_stays_full_stops_the_run_with_its_reason(trial: FaultyRun):
     full = [fault("no_space", step, rank=1) for step in (6, 12, 18)]
-    with trial.start(2, full, *settings(checkpoint__max_failures=2)) as job:
-        assert job.wait() == EXIT_FAILED, job.output
-        assert job.leftovers() == []
-    assert "saving failed 2 times in a row" in job.output and "Traceback" not in job.output
+    output = trial.survive(2, full, *settings(checkpoint__max_failures=2), status=EXIT_FAILED)
+    assert "saving failed 2 times in a row" in output and "Traceback" not in output
     stopped = look(trial.run)
     assert stopped["status"] == "failed" and stopped["checkpoints"] == []
     assert [event.in_a_row for event in of_kind(trial.run, events.CheckpointFailed)] == [1, 2]
@@ -269,16 +268,11 @@ def test_a_disk_that_stays_full_stops_the_run_with_its_reason(trial: FaultyRun):
 
 @pytest.fixture
 def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
-    """A tmpfs of 4 MB mounted over this directory of the test's."""
+    """A disk of 4 MB mounted over this directory of the test's."""
     disk = tmp_path / request.param
     disk.mkdir(parents=True)
-    mount = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True, text=True, check=False
-    )
-    if mount.returncode:
-        pytest.skip(f"no tmpfs can be mounted here: {mount.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", "-l", disk], check=False)
+    with mounted(disk, "size=4m"):
+        yield disk
 
 
 @pytest.mark.parametrize("small_disk", ["run/checkpoints"], indirect=True)
@@ -337,12 +331,10 @@ def fill(disk: Path, leaving: int = 0) -> Path:
 
 def test_a_nan_that_stays_stops_the_run_and_is_named(trial: FaultyRun):
     """Rank 1's third micro-batch of four is number 5 of eight. It would only come again: torchrun does not restart."""
-    with trial.start(2, [fault("nan_sample", 9, rank=1, nth=3)]) as job:
-        assert job.wait() == EXIT_FAILED, job.output
-        assert job.leftovers() == []
+    output = trial.survive(2, [fault("nan_sample", 9, rank=1, nth=3)], status=EXIT_FAILED)
     ids = batches(trial).micro_batch(8, 5).sample_ids
     for named in ("step 9:", "micro-batch 5 (samples " + ", ".join(map(str, ids)), "module blocks.0.mlp"):
-        assert named in job.output, job.output
+        assert named in output, output
     assert {event.trial for event in of_kind(trial.run, events.NotFinite)} == {0, 1}
     assert max(committed_samples(trial.run)) == 8, "the step was applied"
     trial.survive(1, NO_FAULTS)
@@ -376,14 +368,7 @@ def test_the_committed_history_holds_every_sample_once_per_epoch(reference: Faul
 
 def batches(trial: FaultyRun) -> Batches:
     config = configs.load(SMOKE, trial.settings[1::2])
-    tokens = prepare(config.data, config.eval, config.model.context).train.tokens
-    return Batches(
-        tokens,
-        seed=config.seed,
-        context=config.model.context,
-        micro_batches=config.data.micro_batches,
-        sequences=config.data.micro_batch_sequences,
-    )
+    return batches_of(config, prepare(config.data, config.eval, config.model.context))
 
 
 def begun(run: Path, step: int) -> bool:

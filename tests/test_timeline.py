@@ -10,8 +10,7 @@ import pytest
 
 from tests.logs import Run, hung, killed, killed_once
 from trainer.errors import RunDirectoryError
-from trainer.faults.fault import KINDS
-from trainer.log.events import CheckpointFailed, CheckpointRejected, Warned
+from trainer.log.events import Warned
 from trainer.log.timeline import read_timeline
 from trainer.show import figure, timeline
 from trainer.show.timeline import FLAG_ROWS
@@ -59,8 +58,7 @@ def test_a_fault_before_the_first_word_of_a_run_is_the_beginning_of_its_timeline
     assert read_timeline(run.path)["attempts"] == []
     parsed(timeline.svg(read_timeline(run.path)))
     run.start(after=3.0)
-    run.steps(1, 60)
-    run.end("finished", 60)
+    run.finish(1, 60)
     (attempt,) = read_timeline(run.path)["attempts"]
     assert (attempt["process_started"], attempt["ready"], attempt["ended_as"]) == (3.0, 5.0, None)
 
@@ -71,8 +69,7 @@ def test_what_an_attempt_did_not_live_to_say_is_none(run: Run):
     run.fault("exit", after=0.5, victim=1)
     run.start(after=1.0)
     run.write(killed(pid=999))
-    run.steps(1, 60)
-    run.end("finished", 60)
+    run.finish(1, 60)
     seen = read_timeline(run.path)
     first = {key: value for key, value in seen["attempts"][0].items() if value is not None}
     assert first == {"attempt": 0, "ended": 0.5, "ended_as": "died"}
@@ -80,8 +77,7 @@ def test_what_an_attempt_did_not_live_to_say_is_none(run: Run):
 
 
 def test_a_run_without_rank_0s_log_has_attempts_but_claims_no_steps(run: Run):
-    run.start()
-    run.steps(1, 5)
+    run.train(5)
     run.write(hung(4.0, {"rank": 0, "point": "in_forward"}), after=4.0, rank=1)
     next(run.path.glob("events/*-rank-00000.jsonl")).unlink()
     seen = read_timeline(run.path)
@@ -105,8 +101,7 @@ def test_a_clock_that_was_set_leaves_the_timeline_as_it_was(tmp_path: Path, jump
     for by in (0.0, jump):
         run = Run(tmp_path / f"jump {by}")
         run.record()
-        run.start()
-        run.steps(1, 20, seconds=0.5)
+        run.train(20, seconds=0.5)
         run.fault("clock_jump", victim=0, at=21)
         run.now += by
         run.steps(21, 40, seconds=0.5)
@@ -121,11 +116,9 @@ def test_a_clock_that_was_set_leaves_the_timeline_as_it_was(tmp_path: Path, jump
 
 
 def test_a_clock_set_back_without_a_plan_never_makes_time_run_backwards(run: Run):
-    run.start()
-    run.steps(1, 20, seconds=0.5)
+    run.train(20, seconds=0.5)
     run.now -= 500
-    run.steps(21, 60, seconds=0.5)
-    run.end("finished", 60)
+    run.finish(21, 60, seconds=0.5)
     seen = read_timeline(run.path)
     times = [t for t, _, _ in seen["steps"]]
     assert times == sorted(times)
@@ -134,8 +127,7 @@ def test_a_clock_set_back_without_a_plan_never_makes_time_run_backwards(run: Run
 
 
 def test_a_fault_on_a_rank_whose_clock_was_set_lies_where_the_unset_clock_says(run: Run):
-    run.start()
-    run.steps(1, 20, seconds=0.5)
+    run.train(20, seconds=0.5)
     run.fault("clock_jump", victim=0, at=21)
     run.now += 3600
     run.steps(21, 30, seconds=0.5)
@@ -173,44 +165,18 @@ def test_a_picture_shows_faults_attempts_and_incidents_in_the_colours_of_its_pag
     parsed(alone)
 
 
-@pytest.mark.parametrize("spread_seconds", [0.0, 1.0, 40.0])
-def test_no_label_covers_another_however_close_the_faults_are(run: Run, spread_seconds: float):
-    kinds = list(KINDS)[:10]
-    run.start()
-    run.steps(1, 40, seconds=0.1)
-    for number, kind in enumerate(kinds):
-        run.fault(kind, after=spread_seconds / len(kinds), victim=number % 3)
-        run.write(CheckpointFailed(step=number, reason="EIO", in_a_row=1))
-        run.write(CheckpointRejected(step=number, reason="checksum"))
-    run.steps(41, 60, seconds=0.1)
-    run.end("finished", 60)
-    drawn = timeline.draw(read_timeline(run.path))
-    drawn.draw_without_rendering()
-    labels = [text for axes in drawn.axes for text in axes.texts if text.get_text()]
-    assert all(any(label.get_text().startswith(kind) for label in labels) for kind in kinds)
-    assert sum("checkpoint rejected" in label.get_text() for label in labels) == 10
-    boxes = [label.get_window_extent() for label in labels]
-    for number, box in enumerate(boxes):
-        assert drawn.bbox.x0 <= box.x0 and box.x1 <= drawn.bbox.x1
-        assert drawn.bbox.y0 <= box.y0 and box.y1 <= drawn.bbox.y1
-        assert not any(box.overlaps(other) for other in boxes[:number])
-
-
 def test_faults_beyond_what_can_be_labelled_are_counted(run: Run):
-    run.start()
-    run.steps(1, 20)
+    run.train(20)
     for _ in range(40):
         run.fault("straggler", victim=None)
-    run.steps(21, 60)
-    run.end("finished", 60)
+    run.finish(21, 60)
     picture = timeline.svg(read_timeline(run.path))
     assert sum(text == "straggler" for text in texts(picture)) == FLAG_ROWS
     assert f"{40 - FLAG_ROWS} more faults without a label" in texts(picture)
 
 
 def test_one_fault_that_hits_several_ranks_is_one_flag(run: Run):
-    run.start()
-    run.steps(1, 5)
+    run.train(5)
     for victim in (2, 0, 1):
         run.fault("sigterm", after=0.01, victim=victim, index=0)
     run.fault("sigterm", after=0.01, victim=0, index=1)
@@ -221,8 +187,7 @@ def test_one_fault_that_hits_several_ranks_is_one_flag(run: Run):
 
 def test_text_from_a_log_is_escaped_in_the_picture_and_is_no_formula(run: Run):
     evil = "</title><script>alert('1')</script>& $x_1"
-    run.start()
-    run.steps(1, 5)
+    run.train(5)
     run.fault(evil)
     run.end("finished", 5)
     assert f"{evil} r1" in texts(timeline.svg(read_timeline(run.path)))

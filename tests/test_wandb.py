@@ -264,7 +264,7 @@ def test_a_killed_trainer_loses_nothing_that_it_logged_and_leaves_no_process(run
 
 
 @needs_proc
-def test_the_run_goes_on_under_one_id_after_rank_0_was_killed(run: Run):
+def test_the_run_continues_under_one_id_after_rank_0_was_killed(run: Run):
     with killed_trainer(run) as helper:
         assert wait_until(lambda: bool(list(run.path.glob("wandb/offline-run-*"))), 20)
     run.attempt, run.now = 0, time.time()
@@ -368,7 +368,7 @@ def test_an_online_wandb_that_never_answers_is_given_up_in_time(run: Run, monkey
     assert len(problems) == 1
 
 
-def test_a_helper_killed_in_the_middle_costs_one_warning_while_training_goes_on(run: Run):
+def test_a_helper_killed_in_the_middle_costs_one_warning_while_training_continues(run: Run):
     problems: list[str] = []
     with shown(run, on_problem=problems.append) as helper, contextlib.closing(EventLog.open(run.path, 0, 0)) as log:
         log.subscribe(helper)

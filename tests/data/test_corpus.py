@@ -45,11 +45,7 @@ def test_a_name_with_glob_characters_is_the_file_of_that_name(tmp_path, settings
 
 @pytest.mark.parametrize(
     ("unit", "expected"),
-    [
-        ("document", ["a b\nc\n\nd\n"]),
-        ("paragraph", ["a b\nc", "d\n"]),
-        ("line", ["a b", "c", "d"]),
-    ],
+    [("document", ["a b\nc\n\nd\n"]), ("paragraph", ["a b\nc", "d\n"]), ("line", ["a b", "c", "d"])],
 )
 def test_a_text_file_is_one_document_or_its_paragraphs_or_its_lines(tmp_path, settings, unit, expected):
     (tmp_path / "t.txt").write_text("a b\nc\n\nd\n")
@@ -177,9 +173,7 @@ def test_a_hub_dataset_is_read_at_its_commit_and_without_remote_code(tmp_path, m
     monkeypatch.setattr(datasets, "load_dataset", local)
     data = Data(source="hub:owner/name", revision=COMMIT, subset="en", hub_split="part", streaming=streaming)
     assert read(data) == ["one", "two"]
-    assert calls == [
-        {"path": "owner/name", "name": "en", "revision": COMMIT, "split": "part", "streaming": streaming},
-    ]
+    assert calls == [{"path": "owner/name", "name": "en", "revision": COMMIT, "split": "part", "streaming": streaming}]
 
 
 def test_a_hub_dataset_that_is_a_script_is_refused(tmp_path, monkeypatch):
