@@ -133,7 +133,7 @@ class Agent:
         self.process.wait(10)
 
     def leftovers(self) -> list[str]:
-        """What is left after the agent has ended: processes, temporary files, sockets, shared memory."""
+        """List what is left after the agent has ended: processes, temporary files, sockets, shared memory."""
         wait_until(lambda: not self.processes(), seconds=3)
         orphans = [f"process {pid}: {processes.command_line(pid)!r}" for pid in self.processes()]
         # torch makes a directory for its compiler as it is imported, one for all jobs of a user. And an agent that was

@@ -130,7 +130,7 @@ class Cluster:
             agent.kill()
 
     def leftovers(self) -> list[str]:
-        """What is left after the run has ended. The other agents get some time to see that it has."""
+        """List what is left after the run has ended. The other agents get some time to see that it has."""
         wait_until(lambda: not any(node.running for node in self.nodes), PARTING_SECONDS)
         for store in self._stores:
             store.kill()

@@ -160,7 +160,7 @@ def spawn(modules: Sequence[str]) -> ForkServer | None:
 
 
 def serve(descriptor: int, modules: Sequence[str]) -> NoReturn:
-    """Be the process that `spawn` starts."""
+    """Run the process that `spawn` starts."""
     caller = os.getppid()
     mark = _address_of_mark()
     request = _serve(Connection(descriptor), caller, modules)
@@ -222,8 +222,12 @@ def _run(request: Request) -> NoReturn:
     os.environ.update(request.environment)
     tempfile.tempdir = None  # the server may have cached its own
     os.chdir(request.directory)
-    _redirect(request.output, 1, 2)
-    _redirect(request.errors, 2)
+    for path, descriptors in ((request.output, (1, 2)), (request.errors, (2,))):
+        if path is not None:
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            for descriptor in descriptors:
+                os.dup2(file, descriptor)
+            os.close(file)
     if "RANK" in os.environ:
         elastic.name_process()
     for stream in (sys.stdout, sys.stderr):
@@ -235,28 +239,16 @@ def _run(request: Request) -> NoReturn:
         runpy.run_module(request.module, run_name="__main__", alter_sys=True)
         status = 0
     except SystemExit as leaving:
-        status = _status(leaving.code)
+        status = leaving.code or 0
+        if not isinstance(status, int):  # a message for people
+            print(status, file=sys.stderr)
+            status = 1
     except BaseException as error:
         sys.excepthook(type(error), error, error.__traceback__)
         status = 1
+    # What an interpreter does at its end: wait for threads, run the exit handlers, flush.
     threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # an ordinary exit takes all modules down one by one, which costs a second
-
-
-def _status(code: object) -> int:
-    """Exit status for an argument of sys.exit."""
-    if code is None or isinstance(code, int):
-        return (code or 0) & 0xFF
-    print(code, file=sys.stderr)
-    return 1
-
-
-def _redirect(path: str | None, *descriptors: int) -> None:
-    if path is not None:
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        for descriptor in descriptors:
-            os.dup2(file, descriptor)
-        os.close(file)
+    os._exit(status & 0xFF)  # an ordinary exit takes all modules down one by one, which costs a second

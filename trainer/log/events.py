@@ -249,11 +249,18 @@ class EventLog:
         record = {"event": event.kind, "attempt": entry.attempt, "rank": entry.rank, "time": entry.time}
         # NaN and Infinity are legal here: a loss that is not finite must not be written as something else.
         trouble = self._write(json.dumps(record | dataclasses.asdict(event)).encode() + b"\n")
+        # Subscribers come after the file: what people see is on disk, if the disk takes it.
         for subscriber in self._subscribers:
             subscriber(entry)
         if trouble and not self._in_trouble:
-            self._in_trouble = True
-            self._warn(trouble)
+            self._in_trouble = True  # the warning is an event too
+            message = (
+                f"the log {self._path} cannot be written: {trouble}. Its events are kept in memory until it can, and "
+                "lost if the process dies before. Make room."
+            )
+            if not self._subscribers:  # else they show the warning
+                print(f"rank {self._rank}: {message}", file=sys.stderr, flush=True)
+            self.append(Warned(message=message))
         self._in_trouble = bool(trouble)
 
     def close(self) -> None:
@@ -281,15 +288,6 @@ class EventLog:
             except OSError as error:
                 return error.strerror or str(error)
         return None
-
-    def _warn(self, trouble: str) -> None:
-        message = (
-            f"the log {self._path} cannot be written: {trouble}. Its events are kept in memory until it can, and lost "
-            "if the process dies before. Make room."
-        )
-        if not self._subscribers:  # else they show the warning
-            print(f"rank {self._rank}: {message}", file=sys.stderr, flush=True)
-        self.append(Warned(message=message))
 
 
 E = TypeVar("E", bound=Event)
@@ -358,6 +356,7 @@ class _File:
         except (FileNotFoundError, NotADirectoryError):
             return
         for line in whole:
+            # Before decoding: a damaged line is reported once, not at every poll.
             self._bytes, self._lines = self._bytes + len(line) + 1, self._lines + 1
             try:
                 yield _decode(json.loads(line.decode(errors="replace")))

@@ -52,18 +52,22 @@ def account(history: History, now: float | None = None) -> dict[str, Any]:
     if not any(attempt.start for attempt in attempts):
         return {"wall_seconds": None, "productive_seconds": None, "ratio": None, "parts": {}, "startup": {}}
     first, last = attempts[0], attempts[-1]
+    # The time before a start belongs to the way in which the attempt before it ended.
     ledger = _Ledger(process_start(first.start) if first.start else first.main_entries[0].time)
     gap, hung = "down", 0.0
     for number, attempt in enumerate(attempts):
         if attempt.start is None:  # it died while it was starting
             continue
+        # The hang comes first in it, until the watchdog noticed.
         ledger.advance(process_start(attempt.start), gap, hung=hung)
         ledger.start_up(*attempt.start)
+        # The next attempt may resume late, and one after it earlier still, from an older checkpoint.
         resumed = (later.start[1].from_step for later in attempts[number + 1 :] if later.start is not None)
         _spend(ledger, attempt, attempt.start[1].from_step, min(resumed, default=None))
         gap = "preempted" if attempt.main_status == "preempted" else "down"
         # Any rank may notice a hang. The duration counts, not the time of the report: hosts' clocks differ.
         hung = max((event.seconds for _, event in attempt.hangs), default=0.0)
+    # From the last event that was accounted for to the end of the log, or to now.
     if now is not None:
         ledger.advance(now, "other")
     elif last.start is not None and last.ended_in_order:
@@ -84,6 +88,7 @@ def _spend(ledger: "_Ledger", attempt: Attempt, from_step: int, resumed: int | N
     stall = stalls.get(from_step, 0.0)
     for number, entry in enumerate(entries):
         event = entry.event
+        # Other events pass no stretch of their own: what a failing rank writes on its way out is `down`.
         if not isinstance(event, PROGRESS) and not (in_order and isinstance(event, events.AttemptEnded)):
             continue
         lost = resumed is not None and isinstance(event, WORK) and event.step > resumed
@@ -105,6 +110,7 @@ def _claims(event: Event, lost: bool) -> dict[str, float]:
         case events.StepDone(seconds=seconds) | events.EvalDone(seconds=seconds) if lost:
             return {"lost_steps": seconds}
         case events.StepDone(seconds=seconds, redone=redone):
+            # The step took 1 + redone computations, of which the last one counts.
             return {"productive": seconds / (1 + redone), "redone": seconds * redone / (1 + redone)}
         case events.EvalDone(seconds=seconds):
             return {"evaluation": seconds}

@@ -29,7 +29,7 @@ class Attempt:
 
     number: int
     entries: list[Entry] = field(default_factory=list)
-    """Of all ranks, by time. Filled by `History`; `observe` keeps none, since a long run would fill the memory."""
+    """Entries of all ranks, by time. `History` fills it; `observe` does not: a long run would fill the memory."""
     starts: dict[int, Start] = field(default_factory=dict)
     """By rank; the first rank to be ready comes first."""
     ends: dict[int, tuple[Entry, events.AttemptEnded]] = field(default_factory=dict)
@@ -72,7 +72,7 @@ class Attempt:
 
     @property
     def main_entries(self) -> list[Entry]:
-        """What rank 0 wrote, by time."""
+        """Entries of rank 0, by time."""
         return [entry for entry in self.entries if entry.rank == 0]
 
     @property
@@ -96,6 +96,7 @@ class Attempt:
 
         Rank 0 alone can say "finished": the weights are final then. Else one rank that failed makes the attempt failed.
         """
+        # Ranks may differ: one fails while another still saves and leaves on a signal.
         written = {event.status for _, event in self.ends.values()}
         if self.main_status == "finished":
             return "finished"
@@ -103,7 +104,7 @@ class Attempt:
 
     @property
     def main_status(self) -> str | None:
-        """How rank 0 ended, in its own words."""
+        """Status in rank 0's AttemptEnded; None if it could not write one."""
         return self.ends[0][1].status if 0 in self.ends else None
 
     @property
@@ -147,7 +148,7 @@ class History:
 
     @cached_property
     def entries(self) -> list[Entry]:
-        """What the ranks wrote, by attempt and time, without `fired`."""
+        """Entries of all attempts, by attempt and time, without `fired`."""
         return [entry for attempt in self.attempts for entry in attempt.entries]
 
     @cached_property
@@ -160,6 +161,7 @@ class History:
         """The steps that the run's present state stands on: each as computed last, and not lost since."""
         steps: dict[int, events.StepDone] = {}
         for attempt in self.attempts:
+            # An attempt that died before rank 0 was ready has not gone on from any checkpoint.
             if attempt.start is not None:
                 # What lies after the checkpoint that the attempt resumed from is lost.
                 while steps and (newest := next(reversed(steps))) > attempt.start[1].from_step:

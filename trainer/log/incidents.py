@@ -71,9 +71,11 @@ class IncidentBuilder:
         event, is_main = entry.event, entry.rank == 0
         if self._attempt is None or entry.attempt != self._attempt.number:
             self._complete_ends()
+            # After the run has finished, an attempt that ends is no incident: there was nothing left to do.
             if self._attempt is not None and not self._finished:
                 self._ended.append(self._attempt)
             self._attempt = Attempt(entry.attempt)
+        # By the first progress the launcher has said what it knows: WorkersLost comes before.
         if is_main and isinstance(event, (*PROGRESS, events.AttemptEnded)):
             self._complete_ends()
         if isinstance(event, _InnerEvent):
@@ -116,6 +118,7 @@ class IncidentBuilder:
                 kind, key, rank, seconds = "save_failed", (*key, in_a_row), event.on_rank, event.stall_seconds
             case events.CheckpointRejected():
                 kind = "checkpoint_rejected"
+        # Several ranks may write of one incident.
         if key not in self._reported:
             self._reported.add(key)
             text, step = describe(event), event.step
@@ -130,13 +133,14 @@ class IncidentBuilder:
             return
         ended, losses, from_step = self._ended, self._losses, start[1].from_step
         self._ended, self._losses = [], []
-        lost = max(0, self._reached - from_step)
+        lost = max(0, self._reached - from_step)  # not below 0 where the log lacks steps
         self._reached = from_step
         for number, attempt in enumerate(ended):
             loss = next((loss for loss in losses if _concerns(loss, attempt)), None)
             losses = [other for other in losses if other is not loss]
             # Work and time are lost once, however many starts it took to go on.
             self.incidents.append(_ending(attempt, loss, *((start, lost) if number == 0 else (None, 0))))
+        # Losses that belong to none of these attempts: workers died before they could write anything.
         self.incidents += [_before(start[0], loss) for loss in losses]
 
 

@@ -83,6 +83,7 @@ def record(run: Path, config: Config, facts: dict[str, Any]) -> dict[str, Any]:
     Raises RunDirectoryError if the run was trained on other data before.
     """
     before = read(run) if config_path(run).exists() else {}
+    # The data's digest is not part of the fingerprint: it is known only once the data are prepared.
     old, new = before.get("data_sha256"), facts["data_sha256"]
     if old not in (None, new):
         raise RunDirectoryError(
@@ -99,6 +100,7 @@ def record(run: Path, config: Config, facts: dict[str, Any]) -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in LIBRARIES},
         "git_commit": _git_commit(),
     }
+    # Replaced as a whole: a run without a readable config.json could not be resumed.
     files.write(config_path(run), json.dumps(contents, indent=1, sort_keys=True) + "\n")
     return contents
 

@@ -48,6 +48,7 @@ def summarise(run: Path, checkpoints: Sequence[dict[str, Any]] = ()) -> dict[str
             "  A run writes its first when training begins. Start it with `python -m trainer train CONFIG "
             f"--run {run}`, or wait for it."
         )
+    # Only the last attempt can still be alive: the run directory is locked.
     last_ended = last.status or _liveness(last)
     newest = max(entry.time for entry in entries)
     silent_too_long = time.time() - newest >= 2 * identity["config"]["elastic"]["step_timeout_seconds"]
@@ -57,6 +58,7 @@ def summarise(run: Path, checkpoints: Sequence[dict[str, Any]] = ()) -> dict[str
     attempts.append(_attempt(last, last_ended))
     steps = [event for _, event in history.steps]
     ends = [event for _, event in events.select(entries, AttemptEnded)]
+    # The newest start describes the run: it may go on with other ranks, on another device.
     start = next((event for _, event in reversed(events.select(entries, AttemptStarted))), None)
     step = next((a.furthest_step for a in reversed(history.attempts) if a.furthest_step is not None), None)
     return {
@@ -161,6 +163,7 @@ def _rate(steps: Sequence[StepDone]) -> float | None:
 
 def _exactness(steps: Sequence[StepDone]) -> dict[str, Any]:
     """`redone` and `flushed` over the run's steps, each counted once; how replays compare with what they replayed."""
+    # The entries come by attempt, so a step that is seen again was replayed.
     last: dict[int, StepDone] = {}
     replayed, different = 0, set[int]()
     for event in steps:
@@ -190,6 +193,7 @@ def _warnings(entries: list[Entry], ends: list[AttemptEnded]) -> list[dict[str, 
         {"attempt": entry.attempt, "rank": entry.rank, "message": event.message}
         for entry, event in events.select(entries, Warned)
     ]
+    # All ranks hash the same weights, and so do attempts that end at the same step.
     for name in ("weights_sha256", "state_sha256"):
         by_step: dict[int, set[str]] = {}
         for end in ends:
