@@ -202,7 +202,7 @@ def test_a_ladder_killed_at_random_five_times_gives_the_report_of_one_that_was_n
 
 
 def reported(ladder: Ladder, out: Path) -> dict[str, Any]:
-    """The report but for what another course of the same ladder would change."""
+    """The part of the report that is the same for every execution of the ladder."""
     return report.without_execution(report.build_report(report.collect_ladder(ladder, out)))
 
 

@@ -117,6 +117,13 @@ def test_all_folders_of_python_are_checked_for_types():
     assert {path.parent.name for path in ROOT.glob("[!.]*/*.py")} == set(PYPROJECT["tool"]["pyright"]["include"])
 
 
+def test_every_template_of_the_pages_is_packaged():
+    show = ROOT / "trainer" / "show"
+    globs = PYPROJECT["tool"]["setuptools"]["package-data"]["trainer.show"]
+    packaged = {path for glob in globs for path in show.glob(glob)}
+    assert packaged == set((show / "templates").iterdir()) != set()
+
+
 def test_no_file_used_for_installing_names_a_package_index():
     for file in ["pyproject.toml", "requirements.lock", ".pre-commit-config.yaml", "docker/Dockerfile"]:
         assert "://" not in (ROOT / file).read_text(), file
