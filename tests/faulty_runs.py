@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.support import SMOKE, Job, look, outcome, settings, trainer, with_faults, write_corpus
+from tests.support import SMOKE, Job, outcome, settings, summarise_run, trainer, with_faults, write_corpus
 from trainer.errors import EXIT_FINISHED
 from trainer.faults import plan
 from trainer.faults.checker import strays
@@ -62,7 +62,7 @@ class FaultyRun:
     def ends_as_reference(self, attempts: int | None = None, unfired: int = 0) -> dict[str, Any]:
         """The promise: same bits, losses and samples in every step, no trace on disk, and each fault fired once."""
         assert outcome(self.run) == self.reference
-        seen = look(self.run)
+        seen = summarise_run(self.run)
         begun = [attempt for attempt in seen["attempts"] if attempt["world_size"] is not None]
         assert attempts in (None, len(begun)), [attempt["reason"] for attempt in seen["attempts"]]
         assert seen["checkpoints"][-1]["step"] == STEPS and all(saved["intact"] for saved in seen["checkpoints"])
@@ -73,7 +73,7 @@ class FaultyRun:
         return seen
 
     def detected_as(self, *indices: int) -> list[str | None]:
-        return [row["detected_as"] for row in look(self.run)["faults"] if row["index"] in indices]
+        return [row["detected_as"] for row in summarise_run(self.run)["faults"] if row["index"] in indices]
 
 
 def reference_run(directory: Path, **more: Any) -> FaultyRun:

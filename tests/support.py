@@ -78,14 +78,14 @@ def inspect(run_directory: Path) -> dict[str, Any]:
 
 
 def shared_directory(factory: pytest.TempPathFactory) -> Path:
-    """One for all of pytest's workers in this session."""
+    """A directory for all of pytest's workers in this session."""
     own = factory.getbasetemp()
     return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
 def with_faults(faults: Iterable[dict[str, Any]]) -> list[str]:
     """[[faults]] tables as a --set argument."""
-    tables = ["{" + ", ".join(f"{key} = {json.dumps(value)}" for key, value in one.items()) + "}" for one in faults]
+    tables = ["{" + ", ".join(f"{key} = {json.dumps(value)}" for key, value in f.items()) + "}" for f in faults]
     return ["--set", f"faults=[{', '.join(tables)}]"]
 
 
@@ -116,7 +116,7 @@ class Job(Agent):
         )
 
     def wait(self, timeout: float = 300) -> int:
-        """Its exit status. A job that takes longer is ended and an AssertionError."""
+        """Wait for the exit status. A job that takes longer is ended, with an AssertionError."""
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -160,8 +160,8 @@ def write_corpus(directory: Path) -> str:
     return f"{directory}/*.txt"
 
 
-def look(run: Path) -> dict[str, Any]:
-    """What `inspect --json` says, without the second that a process costs."""
+def summarise_run(run: Path) -> dict[str, Any]:
+    """The object that `inspect --json` prints, without the second that a process costs."""
     found = [
         {"step": saved.step, "intact": not checkpoint.verify(saved), "bytes": saved.bytes}
         for saved in reversed(checkpoint.committed(run))
@@ -176,8 +176,8 @@ def committed_samples(run: Path) -> dict[int, str]:
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """What a run came to: all of it must be equal to the calm run's, to the bit."""
-    seen = look(run)
+    """The result of a run: it must equal the reference run's, to the bit."""
+    seen = summarise_run(run)
     same = (
         "status", "step", "tokens", "weights_sha256", "state_sha256", "train", "eval", "grad_norm", "learning_rate",
         "replayed_differently",

@@ -34,7 +34,7 @@ def micro_batches(draw) -> list[Tensor]:
 
 
 def rounded(grids: Grids, gradients: list[Tensor]) -> list[Tensor]:
-    """What a step does: try, widen once where the grid is too fine, try again."""
+    """Act as a step does: try, widen once where the grid is too fine, try again."""
     rounder = grids.rounder("matrix")
     for _ in range(2):
         grids.begin(counting=False)

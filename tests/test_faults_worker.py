@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from tests.faulty_runs import NO_FAULTS, STEPS, FaultyRun, fault, reference_run
 from tests.logs import started
-from tests.support import ROOT, SMOKE, look, settings, torchrun, trainer, with_faults, write_corpus
+from tests.support import ROOT, SMOKE, settings, summarise_run, torchrun, trainer, with_faults, write_corpus
 from trainer import checkpoint, config
 from trainer.checkpoint import files
 from trainer.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USAGE, ConfigError
@@ -174,7 +174,7 @@ def test_silent_corruption_is_made_and_this_version_does_not_notice(reference: F
     command = [sys.executable, "-c", MANY_RUNS, str(SMOKE), runs, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-4000:]
-    seen = [look(tmp_path / str(number)) for number in range(len(plans))]
+    seen = [summarise_run(tmp_path / str(number)) for number in range(len(plans))]
     assert [run["status"] for run in seen] == ["finished"] * len(plans)
     assert [[row["fired"] for row in run["faults"]] for run in seen[:-1]] == [[True]] * (len(plans) - 1)
     assert all(run["weights_sha256"] != seen[-1]["weights_sha256"] for run in seen[:-1])
@@ -216,7 +216,7 @@ def test_the_users_own_cache_is_not_corrupted(tmp_path: Path):
         [*command, *with_faults([fault("corrupt_tokens", 2)])],
         env=environment | {"HOME": str(tmp_path)}, check=True, capture_output=True, timeout=100, cwd=ROOT,
     )  # fmt: skip
-    seen = look(tmp_path / "run")
+    seen = summarise_run(tmp_path / "run")
     assert seen["status"] == "finished" and [row["fired"] for row in seen["faults"]] == [False]
     assert any("did not fire: the token store is in the user's own cache" in w["message"] for w in seen["warnings"])
 
@@ -267,7 +267,6 @@ def test_without_faults_nothing_is_touched(tmp_path: Path):
         tmp_path, fault("no_space", 4, 1), fault("nan_loss", 3, 1), fault("stalled_data", 4, 1), size=2
     )
     for faults in (armed(tmp_path), of_another_rank):
-        faults.startup()
         if faults is not of_another_rank:
             assert faults.notice == ""
             faults.attach(0, nobodys, nobodys, nobodys)

@@ -17,7 +17,7 @@ from unittest import mock
 import pytest
 from typer.testing import CliRunner
 
-from tests.support import ENVIRONMENT, ROOT, look, trainer, wait_until
+from tests.support import ENVIRONMENT, ROOT, summarise_run, trainer, wait_until
 from tests.test_ladder_file import ARM, HEAD, SIZES, TARGET_TABLE, write
 from trainer import cli
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, ConfigError, RunDirectoryError, UsageError
@@ -89,7 +89,7 @@ def test_every_run_finishes_and_is_what_the_plain_command_makes_of_its_config(re
     planned = ladder.runs[1]
     stored = StoredRun(pool / planned.key)
     trainer("train", stored.config, "--run", home / "plain")
-    made, plain = look(stored.run), look(home / "plain")
+    made, plain = summarise_run(stored.run), summarise_run(home / "plain")
     for key in ("weights_sha256", "state_sha256", "train", "eval", "fingerprint"):
         assert made[key] == plain[key], key
     assert made["weights_sha256"] is not None
@@ -100,7 +100,7 @@ def test_points_are_what_the_logs_say(reference):
     results = run_results(ladder, pool)
     assert len(results) == len(ladder.runs)
     for result, planned in zip(results, ladder.runs, strict=True):
-        seen = look(StoredRun(pool / planned.key).run)
+        seen = summarise_run(StoredRun(pool / planned.key).run)
         assert (result.arm, result.rung, result.seed) == (planned.arm, planned.rung, planned.seed)
         assert [planned.config.budget.steps, result.loss] == seen["eval"]["val"][-1][:2]
         assert result.tokens == seen["tokens"]
@@ -171,7 +171,7 @@ def test_a_storm_leaves_every_run_with_the_bits_of_the_undisturbed_ladder(refere
     ]
     assert all(collected.attempts > 1 and collected.replayed > 0 for collected in seen)
     incidents = [
-        incident["kind"] for incident in look(StoredRun(run.pool_of(out) / storm.runs[0].key).run)["incidents"]
+        incident["kind"] for incident in summarise_run(StoredRun(run.pool_of(out) / storm.runs[0].key).run)["incidents"]
     ]
     assert "worker_lost" in incidents  # the run's own log says why it was started again
 
@@ -250,7 +250,7 @@ def test_asked_to_stop_it_saves_every_run_leaves_nobody_behind_and_says_how_to_g
     states = [run.state_of(pool, planned) for planned in ladder.runs]
     assert [state.status for state in states[:2]] == ["stopped", "stopped"]
     for planned in ladder.runs[:2]:
-        seen = look(StoredRun(pool / planned.key).run)
+        seen = summarise_run(StoredRun(pool / planned.key).run)
         assert (seen["status"], seen["checkpoints"][-1]["step"]) == ("preempted", seen["step"])
 
 
@@ -321,7 +321,7 @@ def test_runs_of_two_ranks_are_torchrun_s_and_end_with_the_same_bits(reference, 
     assert done.exit_status == EXIT_FINISHED, done.missing
     (collected,) = collect.collect_runs(ladder, run.pool_of(out))
     assert collected.key == next(iter(reference[0].runs)).key
-    assert collected.weights_sha256 == look(pool / collected.key / "run")["weights_sha256"]
+    assert collected.weights_sha256 == summarise_run(pool / collected.key / "run")["weights_sha256"]
     assert (collected.machine or ("", "", 0))[2] == 2
 
 

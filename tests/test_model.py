@@ -1,4 +1,4 @@
-"""What the model promises, each against a formula written out or an independent count."""
+"""The model's promises, each against a formula written out or an independent count."""
 
 import hashlib
 import math
@@ -241,8 +241,7 @@ def test_a_draw_is_part_of_the_fingerprint_and_the_first_leaves_it_as_it_was() -
 
 def test_a_model_built_on_the_meta_device_ends_up_the_same() -> None:
     direct = build(seed=7)
-    with torch.device("meta"):
-        gpt = model.GPT(config.Model(**SMALL), VOCAB)
+    gpt = model.construct(config.Model(**SMALL), VOCAB, "meta")
     gpt.to_empty(device="cpu")
     gpt.reset_buffers()
     model.initialise(gpt, gpt.settings, 7)
@@ -262,7 +261,7 @@ def test_gpt2_initialisation_has_the_published_deviations() -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_sharded_model_initialises_and_computes_like_the_plain_one(recompute: bool, tied: bool) -> None:
     switches: dict[str, Any] = {"tied_embeddings": tied, "value_embeddings": True, "bigram_buckets": 37}
-    plain, sharded = build(**switches), model.GPT(config.Model(**(SMALL | switches)), VOCAB)
+    plain, sharded = build(**switches), model.construct(config.Model(**(SMALL | switches)), VOCAB)
     mesh = init_device_mesh("cpu", (1,))
     for block in model.blocks_of(sharded):
         block.recompute = recompute  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,4 @@
-"""What a step says of numbers that it cannot use. That its sums are exact is for test_exact and test_equality."""
+"""A step's answer to numbers that it cannot use. Exact sums are tested in test_exact and test_equality."""
 
 import math
 from pathlib import Path
@@ -39,7 +39,7 @@ def test_a_gradient_that_stays_not_finite_is_named_where_nothing_is_rounded_too(
 
 
 @pytest.mark.parametrize("passes", [[math.nan], [1e6, math.nan], [1e6, 1e5, math.inf]])
-def test_a_pass_that_is_not_finite_is_told_of_at_once_and_leaves_the_grid_as_it_was(monkeypatch, passes: list[float]):
+def test_a_pass_that_is_not_finite_ends_the_step_and_leaves_the_grid_as_it_was(monkeypatch, passes: list[float]):
     """First or after an overflow, in which a wider grid was tried; also after two passes that disagree."""
     grids = Grids({"matrix": torch.Size((3, 4))}, 4, 5, torch.device("cpu"))
     round_gradient = grids.rounder("matrix")

@@ -20,7 +20,18 @@ import numpy as np
 import pytest
 
 from tests.faulty_runs import EVERY, NO_FAULTS, STEPS, FaultyRun, fault, reference_run
-from tests.support import ROOT, SMOKE, committed_samples, look, mounted, outcome, run, settings, trainer, wait_until
+from tests.support import (
+    ROOT,
+    SMOKE,
+    committed_samples,
+    mounted,
+    outcome,
+    run,
+    settings,
+    summarise_run,
+    trainer,
+    wait_until,
+)
 from trainer import checkpoint
 from trainer import config as configs
 from trainer.data import Batches, digest, prepare
@@ -100,7 +111,7 @@ def test_killed_at_every_phase_boundary_a_run_ends_as_the_reference(trial: Fault
     sharding = "fsdp" if when in ("in each part of a save", "from the reduction to the next step") else "replicate"
     deaths = DEATHS[when]
     trial.survive(2, deaths, *settings(parallel__strategy=sharding))
-    seen = look(trial.run)
+    seen = summarise_run(trial.run)
     assert all(row["fired"] for row in seen["faults"]), seen["faults"]
     # Who dies before it trains has made no attempt.
     before_training = sum(death["phase"] in ("startup", "in_load") for death in deaths)
@@ -120,7 +131,7 @@ def test_stopped_by_signals_and_gone_on_with_at_other_world_sizes_and_shardings(
 
     def go(ranks: int, strategy: str, *faults: dict[str, Any], status: int = EXIT_PREEMPTED) -> dict[str, Any]:
         trial.survive(ranks, list(faults), *settings(parallel__strategy=strategy), status=status)
-        return look(trial.run)
+        return summarise_run(trial.run)
 
     first = go(2, "replicate", fault("sigterm", 1, rank=1))
     assert first["status"] == "preempted" and first["step"] == 1
@@ -168,7 +179,7 @@ def test_asked_to_stop_before_it_trains_a_run_saves_its_beginning_and_goes_on_fr
         (gate / "open").touch()
         assert alone.wait(60) == EXIT_PREEMPTED
     trial.survive(2, [fault("sigterm", rank=0, phase="startup")], status=EXIT_PREEMPTED)
-    stopped = look(trial.run)
+    stopped = summarise_run(trial.run)
     assert stopped["step"] == 0 and stopped["status"] == "preempted"
     assert [(saved["step"], saved["intact"]) for saved in stopped["checkpoints"]] == [(0, True)]
     asked = of_kind(trial.run, events.StopRequested)
@@ -210,7 +221,7 @@ def test_a_signal_to_the_agent_is_answered_with_75_in_time_and_the_same_command_
         assert job.wait(20) == EXIT_PREEMPTED, job.output
         assert time.monotonic() - asked < 10
         assert job.leftovers() == []
-    stopped = look(trial.run)
+    stopped = summarise_run(trial.run)
     assert stopped["status"] == "preempted" and done < stopped["step"] <= done + 2 < STEPS
     assert {stop.signal for stop in of_kind(trial.run, events.StopRequested)} == {notice.name}
     assert stopped["checkpoints"][-1]["step"] == stopped["step"]
@@ -259,7 +270,7 @@ def test_a_disk_that_stays_full_stops_the_run_with_its_reason(trial: FaultyRun):
     full = [fault("no_space", step, rank=1) for step in (6, 12, 18)]
     output = trial.survive(2, full, *settings(checkpoint__max_failures=2), status=EXIT_FAILED)
     assert "saving failed 2 times in a row" in output and "Traceback" not in output
-    stopped = look(trial.run)
+    stopped = summarise_run(trial.run)
     assert stopped["status"] == "failed" and stopped["checkpoints"] == []
     assert [event.in_a_row for event in of_kind(trial.run, events.CheckpointFailed)] == [1, 2]
     trial.survive(1, NO_FAULTS)
@@ -347,7 +358,7 @@ def test_resuming_a_finished_run_changes_nothing(reference: FaultyRun, trial: Fa
     trial.survive(1, NO_FAULTS, *settings(parallel__strategy="fsdp"))
     assert contents(trial.run / "checkpoints") == before
     trial.ends_as_reference(attempts=2)
-    assert look(trial.run)["attempts"][-1]["from_step"] == STEPS
+    assert summarise_run(trial.run)["attempts"][-1]["from_step"] == STEPS
 
 
 def contents(directory: Path) -> dict[str, tuple[int, bytes]]:

@@ -1,6 +1,6 @@
-"""The verbs: `python -m trainer train | inspect | verify | sample | plot | chaos | ladder`.
+"""The command line: `python -m trainer train | inspect | verify | sample | plot | chaos | ladder`.
 
-Heavy imports wait inside the verbs, so that `--help` and a mistyped config answer at once.
+Heavy imports are inside the commands, so that `--help` and a mistyped config answer at once.
 """
 
 import json
@@ -64,7 +64,8 @@ def train(
         return
     if ranks is not None:
         raise UsageError("--ranks is for --dry-run.\n  To train on N ranks: torchrun --standalone --nproc-per-node N …")
-    stop = signals.StopSignals()  # before torch is imported: that takes long enough to be asked to leave meanwhile
+    # Listen before torch is imported: that takes seconds, in which a stop signal may come.
+    stop = signals.StopSignals()
     from trainer import job
 
     raise typer.Exit(job.train(config, run or Path("runs") / config_path.stem, PROCESS_STARTED, stop))
@@ -86,11 +87,9 @@ def inspect(run: RunPath, as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps(result))
     else:
-        from rich.console import Console
-
         from trainer.show.inspect import render
 
-        Console().print(render(result))
+        _show(render(result), highlight=True)
 
 
 @app.command()
@@ -107,10 +106,10 @@ def verify(path: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT")]) -
     if not saved:
         print(f"{path} has no checkpoints")
     all_intact = True
-    for one in saved:
-        verdict = _verdict(one)
+    for candidate in saved:
+        verdict = _verdict(candidate)
         all_intact = all_intact and verdict == "intact"
-        print(f"{one.path.name}  {verdict}", flush=True)
+        print(f"{candidate.path.name}  {verdict}", flush=True)
     raise typer.Exit(EXIT_FINISHED if all_intact else EXIT_FAILED)
 
 
@@ -172,12 +171,14 @@ def chaos(
     ] = None,
     as_json: AsJson = False,
     only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this run; may be repeated.")] = None,
-    repeat: Annotated[int | None, typer.Option(min=1, help="Do each run so often; default as the file says.")] = None,
+    repeat: Annotated[
+        int | None, typer.Option(min=1, help="Repeat each run so often; default as the file says.")
+    ] = None,
     shrink: Annotated[
         bool, typer.Option("--shrink", help="Find the smallest part of a failing schedule that still fails.")
     ] = False,
 ) -> None:
-    """Break runs on purpose and check that it leaves no trace: exit 0 only if every one passes."""
+    """Break runs on purpose and check that their results do not change: exit 0 only if every run passes."""
     from trainer.chaos import plan, report, run
 
     planned = plan.load(path, only or (), repeat)
@@ -192,9 +193,7 @@ def chaos(
 
         print(json.dumps(results.to_json(done)))
     else:
-        from rich.console import Console
-
-        Console().print(report.terminal(done))
+        _show(report.terminal(done), highlight=True)
         print(f"\n{out / 'report.html'}")
     if (again := run.keep_replay(planned, done, out)) is not None:
         print(f"what did not pass does the same again: python -m trainer chaos {again}", file=notes)
@@ -203,7 +202,7 @@ def chaos(
     raise typer.Exit(run.EXIT_INTERRUPTED if done.interrupted else EXIT_FINISHED if done.passed else EXIT_FAILED)
 
 
-ladders = typer.Typer(help="Derisk changes on a ladder of sizes: plan, run, look.", no_args_is_help=True)
+ladders = typer.Typer(help="Derisk changes on a ladder of sizes: plan, run, status, report.", no_args_is_help=True)
 app.add_typer(ladders, name="ladder")
 LadderPath = Annotated[Path, typer.Argument(metavar="LADDER", help="A ladder, e.g. configs/ladders/demo.toml.")]
 LadderOut = Annotated[Path | None, typer.Option(help="Default runs/ladders/NAME; the runs go to `pool` beside it.")]
@@ -246,10 +245,10 @@ def ladder_run(
     options += [] if up_to is None else ["--up-to", up_to]
     command = shlex.join(["python", "-m", "trainer", "ladder", "run", str(path), *options])
     ladder, out = load.load(path), out or run.default_out(path)
-    told = sys.stderr if as_json else sys.stdout
+    notes = sys.stderr if as_json else sys.stdout
     if edits := str(preregistration.compare(ladder, out, run.pool_of(out))):
-        print(edits, file=told, flush=True)
-    with terminal.LadderProgress(ladder, file=told) as live:
+        print(edits, file=notes, flush=True)
+    with terminal.LadderProgress(ladder, file=notes) as live:
         done = run.run(ladder, out, up_to=up_to, backend=backend, update=live.update)
     if as_json:
         print(json.dumps(terminal.status_json(ladder, run.read_status(ladder, out))))
@@ -260,7 +259,7 @@ def ladder_run(
 
 @ladders.command("status")
 def ladder_status(path: LadderPath, out: LadderOut = None, as_json: AsJson = False) -> None:
-    """Show how a ladder stands, from its files alone."""
+    """Show the state of a ladder, from its files alone."""
     from trainer.ladder import preregistration, run, terminal
     from trainer.ladder.plan import load
 
@@ -276,7 +275,7 @@ def ladder_status(path: LadderPath, out: LadderOut = None, as_json: AsJson = Fal
 
 @ladders.command("report")
 def ladder_report(path: LadderPath, out: LadderOut = None, as_json: AsJson = False) -> None:
-    """Say what a ladder's runs mean: verdicts here, and OUT/report.html, report.json, pictures and a W&B run."""
+    """Report what a ladder's runs show: verdicts here, and OUT/report.html, report.json, pictures and a W&B run."""
     from trainer.ladder import report, run
     from trainer.ladder.plan import load
 
@@ -289,20 +288,21 @@ def ladder_report(path: LadderPath, out: LadderOut = None, as_json: AsJson = Fal
     print(out / report.PAGE)
 
 
-def _show(what: "RenderableType") -> None:
+def _show(what: "RenderableType", *, highlight: bool = False) -> None:
     from rich.console import Console
 
-    Console(highlight=False).print(what)
+    Console(highlight=highlight).print(what)
 
 
 def main() -> None:
-    """Run a verb; errors meant for the user end as one message on stderr and an exit status, never as a traceback."""
+    """Run a command. An error meant for the user ends as one message on stderr and an exit status, not a traceback."""
     try:
         app()
     except TopropeError as error:
         if elastic.expected_rank() == 0:  # every rank raises the same error; one message is enough
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        else:  # leaving first, we would have torchrun end rank 0 before it has spoken; then it ends us
+        else:
+            # If this rank left first, torchrun would end rank 0 before it has printed. Torchrun ends this rank instead.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(3)
         raise SystemExit(error.exit_status) from None

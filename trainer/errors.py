@@ -18,7 +18,7 @@ class TopropeError(Exception):
 
 
 class UsageError(TopropeError):
-    """Something the user can mend before any work starts."""
+    """Something the user can repair before any work starts."""
 
     exit_status = EXIT_USAGE
 
@@ -29,6 +29,10 @@ class ConfigError(UsageError):
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
         super().__init__("\n".join(self.problems))
+
+    def __reduce__(self) -> tuple[type["ConfigError"], tuple[Sequence[str]]]:
+        """Pickle by `problems`: an error of one rank is raised on all."""
+        return type(self), (self.problems,)
 
 
 class CorpusError(UsageError):

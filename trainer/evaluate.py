@@ -1,7 +1,7 @@
 """Held-out loss in nats per token, and bits per byte, which compares across tokenizers.
 
-The windows of a set are dealt out over the ranks; each batch's sum has one owner and a slot of its own, so the result
-is the same bits at every world size.
+The windows of a set are dealt out over the ranks. Each batch's sums have one owner and a slot of their own, so the
+result has the same bits at every world size.
 """
 
 import math
@@ -22,7 +22,9 @@ class Score:
     loss: float
     """Nats per token."""
     bits_per_byte: float
+    """Bits per byte of UTF-8 text."""
     tokens: int
+    """Number of tokens that were predicted."""
 
 
 def evaluate(

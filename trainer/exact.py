@@ -76,12 +76,16 @@ class Grids:
         self.derive()
 
     def rounder(self, name: str) -> Callable[[Tensor], Tensor]:
-        """What rounds one parameter's micro-batch gradient (full shape) onto its grid and notes how large it was."""
+        """Return the function that rounds one parameter's micro-batch gradient (full shape) onto its grid.
+
+        It also notes the largest magnitude, for `overflowed`.
+        """
         shift, seen, rows = self._shifts[name], self._seen_parts[name], len(self._shapes[name]) == 2
 
         def round_gradient(grad: Tensor) -> Tensor:
             magnitude = grad.abs()
             torch.maximum(seen, magnitude.amax(1) if rows else magnitude.amax(), out=seen)
+            # The buffer of the magnitudes is free now; rounding into it saves an allocation per parameter.
             rounded = torch.add(grad, shift, out=magnitude).sub_(shift)
             if self._counting:
                 self.nonzero += torch.stack([grad.count_nonzero(), rounded.count_nonzero()])
@@ -90,30 +94,31 @@ class Grids:
         return round_gradient
 
     def begin(self, counting: bool) -> None:
-        """A pass over a step's micro-batches begins: forget what was seen."""
+        """Begin a pass over a step's micro-batches: reset what was seen. `counting` turns on `nonzero`."""
         self.seen.zero_()
         self.nonzero.zero_()
         self._counting = counting
 
     def overflowed(self, maximise: Callable[[Tensor], None]) -> bool:
-        """Whether any rank saw a finite magnitude above its bound, so that the sums of this pass are not exact.
+        """True if any rank saw a finite magnitude above its bound, so that the sums of this pass are not exact.
 
-        `maximise` takes the elementwise maximum over ranks, in place. A pass that saw what is not finite has not
-        overflowed, whatever else it saw: the norm of its sums tells the worse news.
+        `maximise` takes the elementwise maximum over ranks, in place. A pass with a non-finite gradient never counts as
+        an overflow: widening the grid cannot help, and the gradient norm shows it. Collective.
         """
         self.seen.nan_to_num_(nan=math.inf, posinf=math.inf)  # a maximum over ranks may drop a NaN
         maximise(self.seen)
+        # After the maximum all ranks hold the same values, so all decide alike.
         return bool((self.seen > self._bound).any()) and self.finite
 
     @property
     def finite(self) -> bool:
-        """Whether all that was seen in this pass is; known once `overflowed` has asked all ranks."""
+        """True if every gradient of this pass is finite, on all ranks. Valid after `overflowed`."""
         return bool(self.seen.isfinite().all())
 
     def widen(self) -> tuple[Tensor, Tensor]:
-        """Make the grid from what was seen in this pass, so that computing the step again fits.
+        """Make the grid fit the magnitudes seen in this pass, before the step is computed again.
 
-        Returns what was seen, and the magnitudes before, for `restore`.
+        Returns a copy of those magnitudes, and the old `magnitude`, for `restore`.
         """
         seen, before = self.seen.clone(), self.magnitude.clone()
         torch.maximum(before, seen, out=self.magnitude)
@@ -125,26 +130,26 @@ class Grids:
         self.derive()
 
     def commit(self) -> None:
-        """The step was applied (so all that was seen is finite): let the bounds follow what was seen."""
+        """After a step was applied: let the bounds follow the magnitudes seen, which are finite."""
         torch.maximum(self.magnitude * DECAY, self.seen, out=self.magnitude)
         self.derive()
 
     def derive(self) -> None:
-        """Bounds and rounding constants from `magnitude`; all powers of two (times 1.5), hence exact."""
+        """Compute bounds and rounding constants from `magnitude`. All are powers of two (times 1.5), hence exact."""
         self._loudest.zero_().scatter_reduce_(0, self._owner, self.magnitude, "amax")
         floor = self._loudest[self._owner].mul_(2.0**-QUIET_ROW_BITS)
         expected = torch.maximum(self.magnitude, floor)
         _, exponent = torch.frexp(expected)  # expected < 2^exponent
-        # Of a tensor that never had a gradient nothing is known: the finest grid makes the first one be measured.
+        # A tensor without a gradient so far gets the finest grid, so that its first gradient overflows and is measured.
         exponent[expected == 0] = FINEST_EXPONENT
         spacing = exponent + (self._headroom_bits + self._sum_bits - SIGNIFICAND_BITS)
         spacing.clamp_(FINEST_EXPONENT, COARSEST_EXPONENT)
-        one = torch.ones_like(self.magnitude)
-        torch.ldexp(one, spacing + (SIGNIFICAND_BITS - self._sum_bits), out=self._bound)
-        torch.ldexp(one.mul_(1.5), spacing + (SIGNIFICAND_BITS - 1), out=self._shift)
+        ones = torch.ones_like(self.magnitude)
+        torch.ldexp(ones, spacing + (SIGNIFICAND_BITS - self._sum_bits), out=self._bound)
+        torch.ldexp(ones.mul_(1.5), spacing + (SIGNIFICAND_BITS - 1), out=self._shift)
 
     def square_sums(self, name: str, grad: Tensor, rows: slice) -> tuple[slice, Tensor]:
-        """Exact sums of squares of a shard of a reduced gradient, float64, and the segments they belong to.
+        """Return the segments of a shard of a reduced gradient, and its exact sums of squares by segment (float64).
 
         `grad` holds `rows` of the full parameter (elements, for a vector). A sum of n squares is exact in float64 when
         every value keeps k bits with 2k + log2(n) ≤ 53, so values are first rounded onto a grid 2^(24−k) coarser. Then

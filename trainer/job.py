@@ -1,11 +1,14 @@
-"""One worker: from a config to objects to the loop. The only place where things are wired together."""
+"""One worker's attempt at a run: claim the run directory, prepare the data, build the state, restore it, train.
+
+The only place where objects are wired together. Each stage returns a value that the next one takes.
+"""
 
 import contextlib
 import functools
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,11 +36,11 @@ from trainer.show import console
 from trainer.show.wandb import WandbHelper, wandb_mode
 from trainer.step import StepContext, TrainState
 
-PROGRESS_SECONDS = 0.5  # how often the ranks that wait for the data hear that rank 0 makes progress
+PROGRESS_SECONDS = 0.5  # how often rank 0 tells the ranks that wait for the data that it makes progress
 
 
 class Stopwatch:
-    """Where the time before the first step went, in seconds by cause."""
+    """Seconds before the first step, by cause."""
 
     def __init__(self, started: float) -> None:
         self._last = started
@@ -49,6 +52,34 @@ class Stopwatch:
         self._last = now
 
 
+@dataclass(frozen=True)
+class Claim:
+    """A run directory that this job holds, and the attempt that it makes there."""
+
+    run: Path
+    attempt: int
+    """Number of the attempt, from 0."""
+    ranks: World
+    log: events.EventLog
+    watchdog: Watchdog
+    earlier: Sequence[events.Entry]
+    """Events of the attempts before, on rank 0."""
+
+    def end(self, status: str, step: int, reason: str, weights: str | None = None, state: str | None = None) -> None:
+        """Log the end of the attempt; `weights` and `state` are SHA-256 digests of a finished run."""
+        self.log.append(
+            events.AttemptEnded(status=status, step=step, reason=reason, weights_sha256=weights, state_sha256=state)
+        )
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Tokens and tokenizer of a run, and the contents of its config.json."""
+
+    prepared: Prepared
+    facts: dict[str, Any]
+
+
 def train(
     config: Config,
     run: Path,
@@ -56,193 +87,265 @@ def train(
     stop: signals.StopSignals | None = None,
     inject: Hook = no_hook,
 ) -> int:
-    """Train or resume the run in directory `run`; returns the exit status. `process_started` is a Unix time.
+    """Train or resume the run in directory `run`; return the exit status. `process_started` is a Unix time.
 
-    `stop` is given by who listened for signals before this module was imported, which takes seconds.
-    `inject` is called at every named point of the run, on every rank: a door for tests. Faults of the config come in by
-    `faults.arm`, which wraps what it must of what is made here; without any, it touches nothing.
-    Raises a TopropeError for everything a user can mend: on all ranks alike, and before any work where possible.
+    `stop` has listened for signals since before this module was imported, which takes seconds. `inject` is called at
+    every phase of the run, on every rank: an entry for tests. Faults of the config come in through `faults.arm`, which
+    changes nothing without them. Raises a TopropeError for every error that a user can repair: on all ranks alike, and
+    before any work where possible.
     """
     stopwatch = Stopwatch(process_started)
     elastic.belong_to_agent()
     check_world(config, elastic.expected_size())
-    hand = faults.arm(config, run, elastic.expected_rank(), elastic.expected_size())
-    hand.startup()
+    injector = faults.arm(config, run, elastic.expected_rank(), elastic.expected_size())
+    hook = injector.wrap_hook(inject)
+    hook(Phase.STARTUP, 0)
     device = world.pick_device(config.parallel)
     set_numerics(config, device)
     stop = stop or signals.StopSignals()
     stopwatch.lap("imports")
     ranks = world.connect(device, _collective_timeout(config))
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:  # closes in reverse order what is entered below
         stack.callback(world.disconnect)
-        stack.callback(hand.close)
-        ranks.from_main(lambda: wandb_mode(config) and None)  # rank 0 logs; a wrong mode is to be said before any work
-        ranks.from_main(lambda: stack.enter_context(rundir.claim(run, config)) and None)
-        number = ranks.from_main(lambda: events.next_attempt(run))
-        watchdog = _watch(config, run, ranks, number)
-        stack.callback(watchdog.stop)
+        stack.callback(injector.close)
+        claim = claim_run(config, run, ranks, stack)
+        hook = _with_heartbeat(claim.watchdog, hook)
         stopwatch.lap("connect")
-        prepared = _prepare(config, ranks, watchdog)
-        vocab_size = costs.padded_vocab(prepared.tokenizer.vocab_size, config.model.vocab_size)
-        about = ranks.from_main(lambda: _record(run, config, prepared, vocab_size))
-        hand.startup()
+        data = prepare_data(config, claim)
+        # From here on the directory is a run's, so a rank that dies now leaves a run that can be resumed.
+        hook(Phase.STARTUP, 0)
         stopwatch.lap("data")
-        state = build(config, vocab_size, ranks)
+        state = build(config, data.facts["vocab_size"], ranks)
         stopwatch.lap("model")
-        earlier: list[events.Entry] = []
-        ranks.from_main(lambda: earlier.extend(_told_before(run, number)))
-        log = stack.enter_context(contextlib.closing(events.EventLog.open(run, number, ranks.rank)))
-        watchdog.report = log.append
-        hand.attach(number, log, state, prepared)
-        attempt = Attempt(config, run, prepared, about, ranks, log, stop, hand, hand.wrap_hook(inject), watchdog)
-        screen = None
-        if ranks.is_main:
-            screen = stack.enter_context(console.Console(config, earlier=earlier))
-            log.subscribe(screen)
-            stack.enter_context(_in_wandb(attempt, number))
+        claim.log.create()  # the file of its log makes an attempt count
+        injector.attach(claim.attempt, claim.log, state, data.prepared)
+        batches = injector.wrap_batches(batches_of(config, data.prepared))
+        context = StepContext(config, AllRanks(ranks, config.data.micro_batches), batches, hook, stop.requested)
+        screen = show(config, claim, stack)
         try:
-            return attempt.train(state, stopwatch)
-        except Exception as error:
-            if not world.lost_peer(error):
-                raise
-            # Taking leave of dead peers can take minutes; torchrun is waiting to start us again.
-            if screen is not None:
-                screen.close()
-            os._exit(EXIT_FAILED)
-
-
-def _told_before(run: Path, number: int) -> list[events.Entry]:
-    """The log of the attempts before. What a fault on purpose says of itself must not show through in it."""
-    told = (entry for entry in events.read(run) if not isinstance(entry.event, events.FaultFired))
-    return [entry for entry in told if entry.attempt < number]
-
-
-def _watch(config: Config, run: Path, ranks: World, attempt: int) -> Watchdog:
-    """A watchdog on duty. Until the attempt has a log, which makes it one, it reports to one that it opens itself."""
-
-    def report(event: events.Event) -> None:
-        with contextlib.closing(events.EventLog.open(run, attempt, ranks.rank)) as log:
-            log.append(event)
-
-    limits = config.elastic.step_timeout_seconds, config.elastic.startup_timeout_seconds
-    watchdog = Watchdog(run, ranks.rank, ranks.size, attempt, *limits, report=report)
-    watchdog.start()
-    return watchdog
-
-
-def _prepare(config: Config, ranks: World, watchdog: Watchdog) -> Prepared:
-    """Tokens and tokenizer. Rank 0 builds what is missing and checks what is there, because it can show progress."""
-    prepared_data = functools.partial(prepare, config.data, config.eval, config.model.context)
-    alive = functools.partial(watchdog.heartbeat, Phase.STARTUP, 0)
-    with console.preparation(enabled=ranks.is_main) as show:
-        told = time.monotonic()
-
-        def progress(*amount: Any) -> None:
-            nonlocal told
-            show(*amount)
-            alive()
-            if time.monotonic() - told > PROGRESS_SECONDS:
-                ranks.report_progress()
-                told = time.monotonic()
-
-        ranks.from_main(lambda: prepared_data(progress=progress, verify=True) and None, waiting=alive)
-        return prepared_data(progress=lambda *amount: alive())
-
-
-def _collective_timeout(config: Config) -> float:
-    """From the first connection on the watchdog is there first, and knows more than a timeout can say."""
-    return 2 * max(config.elastic.step_timeout_seconds, config.elastic.startup_timeout_seconds) + 60
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One attempt at a run, in one worker: everything but the state."""
-
-    config: Config
-    run: Path
-    prepared: Prepared
-    about: Mapping[str, Any]
-    ranks: World
-    log: events.EventLog
-    stop: signals.StopSignals
-    hand: faults.FaultInjector
-    inject: Hook
-    watchdog: Watchdog
-
-    def train(self, state: TrainState, stopwatch: Stopwatch) -> int:
-        """Restore, train, and record how it ended. Returns the exit status."""
-
-        def hook(phase: str, step: int) -> None:
-            self.watchdog.heartbeat(phase, step)
-            self.inject(phase, step)
-
-        try:
-            with contextlib.closing(self._checkpointer(hook)) as checkpointer:
+            heartbeat = claim.watchdog.heartbeat
+            saving = Checkpointer(run, ranks, data.facts, config.checkpoint, claim.log, hook, heartbeat)
+            with contextlib.closing(saving) as checkpointer:
                 checkpointer.restore(state)
                 stopwatch.lap("restore")
-                self._announce(state, stopwatch)
-                finished = loop.train(state, self._collaborators(checkpointer, hook))
-            return self._finished(state) if finished else self._preempted(state)
+                announce(config, claim, data, state.step, stopwatch, injector.notice)
+                score = scorer(config, data.prepared, ranks, hook)
+                finished = loop.train(state, loop.Collaborators(context, claim.log, score, checkpointer))
+            return finish(claim, state, hook) if finished else preempt(claim, state.step, stop)
         except BaseException as error:
-            # A peer's death is told by the next attempt, which knows more than the broken connection does.
-            reason = events.LOST_A_PEER if world.lost_peer(error) else f"{type(error).__name__}: {error}"
-            self._end("failed", state.step, reason)
-            if isinstance(error, TopropeError):
-                elastic.give_up()
+            fail(claim, state.step, error, screen)
             raise
         finally:
-            self.watchdog.stop()  # what is still to be closed has time limits of its own
+            claim.watchdog.stop()  # what is closed after this has time limits of its own
 
-    def _checkpointer(self, hook: Hook) -> Checkpointer:
-        settings, heartbeat = self.config.checkpoint, self.watchdog.heartbeat
-        return Checkpointer(self.run, self.ranks, dict(self.about), settings, self.log, hook, heartbeat)
 
-    def _collaborators(self, checkpointer: Checkpointer, hook: Hook) -> loop.Collaborators:
-        batches = self.hand.wrap_batches(batches_of(self.config, self.prepared))
-        context = StepContext(
-            self.config, AllRanks(self.ranks, self.config.data.micro_batches), batches, hook, self.stop.requested
+def claim_run(config: Config, run: Path, ranks: World, stack: contextlib.ExitStack) -> Claim:
+    """Hold the run directory until `stack` is closed, and start the watchdog. Raises RunDirectoryError on all ranks."""
+    earlier: list[events.Entry] = []
+
+    def claim_on_main() -> int:
+        wandb_mode(config)  # only rank 0 shows the run, but a wrong mode is an error before any work
+        stack.enter_context(rundir.claim(run, config))
+        # The console tells how the last attempt ended. It must not learn from the log that a fault was made on purpose.
+        earlier.extend(entry for entry in events.read(run) if not isinstance(entry.event, events.FaultFired))
+        return events.next_attempt(run)
+
+    attempt = ranks.from_main(claim_on_main)
+    log = stack.enter_context(contextlib.closing(events.EventLog.open(run, attempt, ranks.rank)))
+    limits = config.elastic.step_timeout_seconds, config.elastic.startup_timeout_seconds
+    watchdog = Watchdog(run, ranks.rank, ranks.size, attempt, *limits, report=log.append)
+    watchdog.start()
+    stack.callback(watchdog.stop)
+    return Claim(run, attempt, ranks, log, watchdog, earlier)
+
+
+def prepare_data(config: Config, claim: Claim) -> RunData:
+    """Make tokens and tokenizer where the cache has none, and write config.json, which makes the directory a run's.
+
+    Rank 0 builds and checks the data, because it can show progress; then every rank opens them.
+    """
+    ranks = claim.ranks
+    prepared_data = functools.partial(prepare, config.data, config.eval, config.model.context)
+    heartbeat = functools.partial(claim.watchdog.heartbeat, Phase.STARTUP, 0)
+
+    def build_on_main() -> None:
+        reported = time.monotonic()
+
+        def progress(*amount: Any) -> None:
+            nonlocal reported
+            show_progress(*amount)
+            heartbeat()
+            # The other ranks have watchdogs too: while this rank makes progress, their waiting is no hang.
+            if time.monotonic() - reported > PROGRESS_SECONDS:
+                ranks.report_progress()
+                reported = time.monotonic()
+
+        prepared_data(progress=progress, verify=True)
+
+    with console.preparation(enabled=ranks.is_main) as show_progress:
+        ranks.from_main(build_on_main, waiting=heartbeat)
+        prepared = prepared_data(progress=lambda *amount: heartbeat())
+    return RunData(prepared, ranks.from_main(lambda: _record(claim.run, config, prepared)))
+
+
+def _record(run: Path, config: Config, prepared: Prepared) -> dict[str, Any]:
+    """Write config.json and return its contents.
+
+    Raises RunDirectoryError if it cannot be written or if the run was trained on other data.
+    """
+    data = config.data
+    vocab_size = costs.padded_vocab(prepared.tokenizer.vocab_size, config.model.vocab_size)
+    facts = {
+        "data_sha256": prepared.sha256,
+        "vocab_size": vocab_size,
+        "parameters": costs.parameter_count(models.construct(config.model, vocab_size, "meta")).total,
+        "tokens_per_step": data.micro_batches * data.micro_batch_sequences * config.model.context,
+        "flops_per_token": costs.flops_per_token(config.model, vocab_size),
+    }
+    try:
+        contents = rundir.record(run, config, facts)  # first: it makes the directory a run's, and refuses other data
+        prepared.tokenizer.save(rundir.tokenizer_path(run))
+        return contents
+    except OSError as error:
+        raise RunDirectoryError(
+            f"{run} cannot be written: {error.strerror}.\n"
+            "  Checkpoints and events go there. Make room or repair the disk; the same command then goes on."
+        ) from None
+
+
+def build(config: Config, vocab_size: int, ranks: World) -> TrainState:
+    """Build the state of step 0: a function of the config alone, laid out as the strategy says."""
+    model = models.build(config, vocab_size, ranks.device)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    sharding = shard(model, models.blocks_of(model), config.parallel, ranks)
+    optimizers = optim.build(model, config.optim, config.model.width)
+    optim.materialise_state(optimizers)
+    grids = None
+    # A single micro-batch is computed by one rank: there is no sum whose order could matter.
+    if config.numerics.exact and config.data.micro_batches > 1:
+        grids = Grids(shapes, config.data.micro_batches, config.numerics.headroom_bits, ranks.device)
+        sharding.round_with(grids.rounder)
+    return TrainState(0, model, sharding, optimizers, grids)
+
+
+def batches_of(config: Config, prepared: Prepared) -> Batches:
+    """Training batches of a run, by step and micro-batch."""
+    return Batches(
+        prepared.train.tokens,
+        seed=config.seed,
+        context=config.model.context,
+        micro_batches=config.data.micro_batches,
+        sequences=config.data.micro_batch_sequences,
+    )
+
+
+def scorer(
+    config: Config, prepared: Prepared, ranks: World, hook: Hook = no_hook
+) -> Callable[[nn.Module, int], Iterator[tuple[str, str, evaluate.Score, float]]]:
+    """Return the function that evaluates the model of a step on every held-out set.
+
+    It yields (name, digest of the set's tokens, score, seconds). Collective.
+    """
+    windows = {
+        name: EvalWindows(
+            held_out.tokens,
+            context=config.model.context,
+            sequences=config.data.micro_batch_sequences,
+            max_tokens=config.eval.max_tokens,
         )
-        return loop.Collaborators(context, self.log, scorer(self.config, self.prepared, self.ranks, hook), checkpointer)
+        for name, held_out in prepared.eval_sets.items()
+    }
+    autocast = functools.partial(steps.autocast, config, ranks.device)
 
-    def _announce(self, state: TrainState, stopwatch: Stopwatch) -> None:
-        self.log.append(
-            events.AttemptStarted(
-                world_size=self.ranks.size,
-                from_step=state.step,
-                steps=self.config.budget.steps,
-                fingerprint=self.about["fingerprint"],
-                host=socket.gethostname(),
-                pid=os.getpid(),
-                device=str(self.ranks.device),
-                strategy=self.config.parallel.strategy,
-                parameters=self.about["parameters"],
-                tokens_per_step=self.about["tokens_per_step"],
-                startup_seconds=stopwatch.seconds,
-            )
+    def score(model: nn.Module, step: int) -> Iterator[tuple[str, str, evaluate.Score, float]]:
+        before_batch = functools.partial(hook, Phase.IN_EVAL, step)
+        for name, held_out in windows.items():
+            started = time.perf_counter()
+            result = evaluate.evaluate(model, held_out, prepared.tokenizer.token_bytes, ranks, autocast, before_batch)
+            yield name, held_out.digest, result, time.perf_counter() - started
+
+    return score
+
+
+def show(config: Config, claim: Claim, stack: contextlib.ExitStack) -> console.Console | None:
+    """On rank 0: show the attempt on the console and in W&B until `stack` is closed."""
+    if not claim.ranks.is_main:
+        return None
+    screen = stack.enter_context(console.Console(config, earlier=claim.earlier))
+    claim.log.subscribe(screen)
+    stack.enter_context(_in_wandb(config, claim))
+    return screen
+
+
+@contextlib.contextmanager
+def _in_wandb(config: Config, claim: Claim) -> Iterator[None]:
+    """Show the attempt in W&B while the context lasts. A problem with it becomes a warning in the log."""
+
+    def warn(message: str) -> None:
+        claim.log.append(events.Warned(message=message))
+
+    with WandbHelper(claim.run, config, claim.attempt, on_problem=warn) as helper:
+        claim.log.subscribe(helper)
+        yield
+    if helper.url is not None:
+        print(f"W&B: {helper.url}", flush=True)
+
+
+def announce(config: Config, claim: Claim, data: RunData, step: int, stopwatch: Stopwatch, notice: str) -> None:
+    """Log that the attempt starts from `step`, why the workers were started again, and what a user should know."""
+    ranks, log = claim.ranks, claim.log
+    log.append(
+        events.AttemptStarted(
+            world_size=ranks.size,
+            from_step=step,
+            steps=config.budget.steps,
+            fingerprint=data.facts["fingerprint"],
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            device=str(ranks.device),
+            strategy=config.parallel.strategy,
+            parameters=data.facts["parameters"],
+            tokens_per_step=data.facts["tokens_per_step"],
+            startup_seconds=stopwatch.seconds,
         )
-        for lost in elastic.take_losses():  # other nodes' are of the same events
-            if self.ranks.is_main:
-                self.log.append(events.WorkersLost(failures=lost["failures"], reason=lost["reason"]))
-        shared_store = elastic.SHARED_STORE_WARNING if elastic.shares_rendezvous_store() else ""
-        for message in (shared_store, self.hand.notice):
-            if message and self.ranks.is_main:
-                self.log.append(events.Warned(message=message))
+    )
+    losses = elastic.take_losses()  # taken on every node, so that none tells of them again later
+    if ranks.is_main:
+        for lost in losses:
+            log.append(events.WorkersLost(failures=lost["failures"], reason=lost["reason"]))
+        for message in (elastic.SHARED_STORE_WARNING if elastic.shares_rendezvous_store() else "", notice):
+            if message:
+                log.append(events.Warned(message=message))
 
-    def _finished(self, state: TrainState) -> int:
-        self.inject(Phase.BEFORE_END, state.step)
-        self._end("finished", state.step, "", state.weights_sha256(), state.state_sha256())
-        return EXIT_FINISHED
 
-    def _preempted(self, state: TrainState) -> int:
-        if self.stop.received:
-            self.log.append(events.StopRequested(signal=self.stop.received, step=state.step))
-        self._end("preempted", state.step, self.stop.received or "another rank was asked to stop")
-        return EXIT_PREEMPTED
+def finish(claim: Claim, state: TrainState, hook: Hook) -> int:
+    """Log that the run is finished, with the digests that prove what it ended with."""
+    hook(Phase.BEFORE_END, state.step)
+    claim.end("finished", state.step, "", state.weights_sha256(), state.state_sha256())
+    return EXIT_FINISHED
 
-    def _end(self, status: str, step: int, reason: str, weights: str | None = None, state: str | None = None) -> None:
-        self.log.append(
-            events.AttemptEnded(status=status, step=step, reason=reason, weights_sha256=weights, state_sha256=state)
-        )
+
+def preempt(claim: Claim, step: int, stop: signals.StopSignals) -> int:
+    """Log that the run was asked to stop and can be resumed."""
+    if stop.received:
+        claim.log.append(events.StopRequested(signal=stop.received, step=step))
+    claim.end("preempted", step, stop.received or "another rank was asked to stop")
+    return EXIT_PREEMPTED
+
+
+def fail(claim: Claim, step: int, error: BaseException, screen: console.Console | None) -> None:
+    """Log why the attempt failed. Leaves the process at once if another rank was lost."""
+    if world.lost_peer(error):
+        # The next attempt reports the peer's death: its launcher knows more than the broken connection does.
+        claim.end("failed", step, events.LOST_A_PEER)
+        # Taking leave of dead peers can take minutes, and torchrun waits for this process to start all ranks again.
+        claim.watchdog.stop()
+        if screen is not None:
+            screen.close()
+        os._exit(EXIT_FAILED)
+    claim.end("failed", step, f"{type(error).__name__}: {error}")
+    if isinstance(error, TopropeError):
+        elastic.give_up()
 
 
 def set_numerics(config: Config, device: torch.device) -> None:
@@ -255,85 +358,16 @@ def set_numerics(config: Config, device: torch.device) -> None:
         setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010
 
 
-def build(config: Config, vocab_size: int, ranks: World) -> TrainState:
-    """The state of step 0: a function of the config alone, laid out as the strategy says."""
-    model = models.build(config, vocab_size, ranks.device)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    sharding = shard(model, models.blocks_of(model), config.parallel, ranks)
-    optimizers = optim.build(model, config.optim, config.model.width)
-    optim.materialise_state(optimizers)
-    grids = None
-    if config.numerics.exact and config.data.micro_batches > 1:  # one micro-batch, one rank: no sum, no order
-        grids = Grids(shapes, config.data.micro_batches, config.numerics.headroom_bits, ranks.device)
-        sharding.round_with(grids.rounder)
-    return TrainState(0, model, sharding, optimizers, grids)
+def _with_heartbeat(watchdog: Watchdog, hook: Hook) -> Hook:
+    """Return a hook that reports progress to the watchdog, then calls `hook`."""
+
+    def both(phase: str, step: int) -> None:
+        watchdog.heartbeat(phase, step)
+        hook(phase, step)
+
+    return both
 
 
-def batches_of(config: Config, prepared: Prepared) -> Batches:
-    return Batches(
-        prepared.train.tokens,
-        seed=config.seed,
-        context=config.model.context,
-        micro_batches=config.data.micro_batches,
-        sequences=config.data.micro_batch_sequences,
-    )
-
-
-def scorer(
-    config: Config, prepared: Prepared, ranks: World, heartbeat: Hook = no_hook
-) -> Callable[[nn.Module, int], Iterator[tuple[str, str, evaluate.Score, float]]]:
-    """What scores a step's model on every held-out set in turn: (name, digest of its tokens, score, seconds)."""
-    windows = {
-        name: EvalWindows(
-            held_out.tokens,
-            context=config.model.context,
-            sequences=config.data.micro_batch_sequences,
-            max_tokens=config.eval.max_tokens,
-        )
-        for name, held_out in prepared.eval_sets.items()
-    }
-    with_precision = functools.partial(steps.autocast, config, ranks.device)
-
-    def score(model: nn.Module, step: int) -> Iterator[tuple[str, str, evaluate.Score, float]]:
-        progress = functools.partial(heartbeat, Phase.IN_EVAL, step)
-        for name, of_set in windows.items():
-            started = time.perf_counter()
-            result = evaluate.evaluate(model, of_set, prepared.tokenizer.token_bytes, ranks, with_precision, progress)
-            yield name, of_set.digest, result, time.perf_counter() - started
-
-    return score
-
-
-@contextlib.contextmanager
-def _in_wandb(attempt: Attempt, number: int) -> Iterator[None]:
-    """Show the attempt in W&B while the context lasts. What goes wrong with it becomes a warning in the log."""
-
-    def warn(message: str) -> None:
-        attempt.log.append(events.Warned(message=message))
-
-    with WandbHelper(attempt.run, attempt.config, number, on_problem=warn) as helper:
-        attempt.log.subscribe(helper)
-        yield
-    if helper.url is not None:
-        print(f"W&B: {helper.url}", flush=True)
-
-
-def _record(run: Path, config: Config, prepared: Prepared, vocab_size: int) -> dict[str, Any]:
-    """What config.json now says. Raises RunDirectoryError if it cannot be written or is of a run on other data."""
-    data = config.data
-    facts = {
-        "data_sha256": prepared.sha256,
-        "vocab_size": vocab_size,
-        "parameters": costs.parameter_count(models.construct(config.model, vocab_size, "meta")).total,
-        "tokens_per_step": data.micro_batches * data.micro_batch_sequences * config.model.context,
-        "flops_per_token": costs.flops_per_token(config.model, vocab_size),
-    }
-    try:
-        contents = rundir.record(run, config, facts)  # first: what makes the directory a run, and refuses other data
-        prepared.tokenizer.save(rundir.tokenizer_path(run))
-        return contents
-    except OSError as error:
-        raise RunDirectoryError(
-            f"{run} cannot be written: {error.strerror}.\n"
-            "  Checkpoints and events go there. Make room or mend the disk; the same command then goes on."
-        ) from None
+def _collective_timeout(config: Config) -> float:
+    """Seconds that a collective may take. Longer than the watchdog's limits: it acts first, and can say more."""
+    return 2 * max(config.elastic.step_timeout_seconds, config.elastic.startup_timeout_seconds) + 60

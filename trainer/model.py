@@ -91,7 +91,7 @@ def role_of_parameters(model: nn.Module) -> dict[str, Role | None]:
 
 class Losses(NamedTuple):
     objective: Tensor
-    """What is differentiated: cross-entropy plus penalties. Scalar, float32."""
+    """Cross-entropy plus penalties; the gradient is taken of this. Scalar, float32."""
     cross_entropy: Tensor
     """Mean nats per token. Scalar, float32."""
 
@@ -101,8 +101,8 @@ class GPT(nn.Module):
 
     Without targets `forward` returns logits_BTV in float32, with targets `Losses`. Rows of the vocabulary beyond the
     tokenizer's are not masked: no target names them, so training drives their probability to zero.
-    Parameters are left unfilled: call `initialise`, and after `to_empty` on a model built on the meta device
-    `reset_buffers` before it.
+    Parameters are left unfilled: call `initialise`. A model built on the meta device needs `to_empty` and
+    `reset_buffers` before that.
     """
 
     def __init__(self, model: config.Model, vocab_size: int) -> None:
@@ -122,7 +122,7 @@ class GPT(nn.Module):
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
-        """Fill what is neither parameter nor state: the table of rotations."""
+        """Fill the table of rotations, which is neither a parameter nor part of the state."""
         if self.settings.positions == "rope":
             table = _rotations(self.settings)
             self.rotation_TP2 = table.to(self.rotation_TP2.device)
@@ -166,9 +166,10 @@ class Block(nn.Module):
         """Keep only the block's input for the backward pass and compute the rest again. Changes no bit."""
 
     def forward(self, x_BTD: Tensor, inputs_BT: Tensor, rotation_TP2: Tensor | None) -> Tensor:
+        # Without gradients nothing is kept for a backward pass, so there is nothing to save by recomputing.
         if not (self.recompute and torch.is_grad_enabled()):
             return self._forward(x_BTD, inputs_BT, rotation_TP2)
-        keep_rng = self.dropout > 0
+        keep_rng = self.dropout > 0  # dropout must draw the same mask again; saving the generator's state costs time
         arguments = (x_BTD, inputs_BT, rotation_TP2)
         return checkpoint(self._forward, *arguments, use_reentrant=False, preserve_rng_state=keep_rng)
 

@@ -1,9 +1,9 @@
 """Parameter groups, optimizers, and schedules as pure functions of the step.
 
-Bitwise promise: an element's update does not depend on the shard or buffer it lies in. torch's fused AdamW breaks it on
-CPUs: its vector body computes in float32, its scalar tail (the last size mod 16 elements) in double, and a shard ends
-elsewhere than the whole. Row shards of matrices with a multiple of 16 elements per row have no tail; only those are
-fused. All others take the foreach path, which is elementwise throughout.
+Bitwise promise: an element's update does not depend on the shard or buffer it lies in. torch's fused AdamW breaks this
+on CPUs: its vector body computes in float32, its scalar tail (the last size mod 16 elements) in double, and a shard has
+its tail at other elements than the whole tensor. Row shards of matrices with a multiple of 16 elements per row have no
+tail; only those are fused. All others take the foreach path, which is elementwise throughout.
 """
 
 import inspect
@@ -22,7 +22,7 @@ VECTOR_ELEMENTS = 16  # float32 per AVX-512 register; a multiple of every narrow
 
 
 class _WithoutCompiler(Optimizer):
-    """torch's optimizers import its compiler, only to tell it to keep out: over a second of every start."""
+    """Calls torch's optimizers without their decorators, which import the compiler: over a second of every start."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         inspect.unwrap(Optimizer.add_param_group)(self, param_group)
@@ -39,7 +39,7 @@ class Muon(_WithoutCompiler, torch.optim.Muon):
 
 
 def build(model: nn.Module, optim: config.Optim, width: int) -> list[Optimizer]:
-    """[AdamW], or [AdamW, Muon] with the hidden matrices in Muon. May be called after `fully_shard`.
+    """Return [AdamW], or [AdamW, Muon] with the hidden matrices in Muon. May be called after `fully_shard`.
 
     Weight decay is decoupled (Loshchilov & Hutter 2019) and applies to matrices, not to embeddings, norms, biases and
     gates; a tied table counts as an embedding. Each group carries "name" and "peak_learning_rate".
@@ -49,6 +49,7 @@ def build(model: nn.Module, optim: config.Optim, width: int) -> list[Optimizer]:
     """
     parameters = dict(model.named_parameters())
     muon: list[Tensor] = []
+    # Groups by name, in the order of the model's parameters: the same on all ranks, whatever the sharding.
     groups: dict[str, dict[str, Any]] = {}
     for name, group in group_of_parameters(model).items():
         if group == "hidden" and optim.optimizer == "muon":
@@ -63,7 +64,7 @@ def build(model: nn.Module, optim: config.Optim, width: int) -> list[Optimizer]:
 
 
 def group_of_parameters(model: nn.Module) -> dict[str, str]:
-    """Each parameter's name and group: "embedding", "head", "hidden" (other matrices) or "vector"."""
+    """Return each parameter's name and group: "embedding", "head", "hidden" (other matrices) or "vector"."""
 
     def group(role: Role | None, parameter: Tensor) -> str:
         if role in TABLES:
@@ -96,7 +97,7 @@ def is_fused(shape: Sequence[int]) -> bool:
 
 
 def _muon(parameters: list[Tensor], optim: config.Optim) -> Muon:
-    """Jordan et al. 2024 (kellerjordan.github.io/posts/muon).
+    """Muon for hidden matrices: Jordan et al. 2024 (kellerjordan.github.io/posts/muon).
 
     "original" multiplies the rate by sqrt(max(1, rows / columns)), the scaling that muon_learning_rate = 0.02 was tuned
     with and that needs no µP; "match_rms_adamw" would serve a rate shared with AdamW, and ours is separate.
@@ -117,7 +118,7 @@ def _muon(parameters: list[Tensor], optim: config.Optim) -> Muon:
 
 
 def learning_rate_factor(step: int, optim: config.Optim, steps: int) -> float:
-    """The rate of update `step` (from 0) as a fraction of the peak.
+    """Learning rate of update `step` (from 0) as a fraction of the peak.
 
     Warmup rises linearly from 1/warmup_steps and reaches 1 at update warmup_steps − 1; the decay ends in
     final_fraction at update steps − 1. cosine: Loshchilov & Hutter 2017. wsd: Hu et al. 2024 (MiniCPM), with a
@@ -125,6 +126,7 @@ def learning_rate_factor(step: int, optim: config.Optim, steps: int) -> float:
     """
     if not 0 <= step < steps:
         raise ValueError(f"step = {step} is outside a schedule of {steps} steps.\n  Steps count from 0 to steps - 1.")
+    # The first update already has a rate above zero, so no step is wasted.
     if step < optim.warmup_steps:
         return (step + 1) / optim.warmup_steps
     peak, last = max(optim.warmup_steps - 1, 0), steps - 1
@@ -138,7 +140,7 @@ def learning_rate_factor(step: int, optim: config.Optim, steps: int) -> float:
 
 
 def set_learning_rates(optimizers: Sequence[Optimizer], step: int, optim: config.Optim, steps: int) -> float:
-    """Give every group the rate of update `step`; returns that of AdamW's groups without µP scaling."""
+    """Set every group's rate for update `step`; return the rate of AdamW's groups without µP scaling."""
     factor = learning_rate_factor(step, optim, steps)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -154,7 +156,7 @@ def materialise_state(optimizers: Sequence[Optimizer]) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                if not optimizer.state[parameter]:
+                if not optimizer.state[parameter]:  # keep moments that were loaded
                     optimizer.state[parameter] = _zero_state(optimizer, group, parameter)
 
 
@@ -165,6 +167,7 @@ def _zero_state(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) 
     if isinstance(optimizer, Muon):
         return {"momentum_buffer": zeros()}
     assert isinstance(optimizer, AdamW)
+    # torch keeps the step count on the device only for fused updates.
     step_device = parameter.device if group["fused"] else torch.device("cpu")
     step = torch.zeros((), dtype=torch.float32, device=step_device)
     return {"step": step, "exp_avg": zeros(), "exp_avg_sq": zeros()}

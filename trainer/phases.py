@@ -11,7 +11,7 @@ class Phase(StrEnum):
     STARTUP = "startup"
     IN_LOAD = "in_load"
     BEFORE_FORWARD = "before_forward"
-    """Of each micro-batch, as the three that follow."""
+    """This phase and the three that follow come once per micro-batch."""
     IN_FORWARD = "in_forward"
     BEFORE_BACKWARD = "before_backward"
     IN_BACKWARD = "in_backward"

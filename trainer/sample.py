@@ -1,4 +1,4 @@
-"""Text from a trained run: one token after the other, drawn from the newest intact checkpoint's model."""
+"""Text from a trained run, drawn token by token from the model of its newest intact checkpoint."""
 
 import sys
 from collections.abc import Iterator
@@ -27,6 +27,7 @@ def generate(run: Path, prompt: str, tokens: int, temperature: float, top_k: int
     drawn: list[int] = []
     shown = ""
     for _ in range(tokens):
+        # The model reads at most `context` tokens; older ones are dropped.
         window = torch.tensor([ids[-model.settings.context :]])
         with torch.no_grad():
             logits_V = model(window)[0, -1, : tokenizer.vocab_size]
@@ -42,9 +43,9 @@ def generate(run: Path, prompt: str, tokens: int, temperature: float, top_k: int
 
 
 def draw(logits_V: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
-    """One token id: the likeliest at temperature 0, else drawn from the `top_k` likeliest (0: from all)."""
+    """Return one token id: the likeliest at temperature 0, else drawn from the `top_k` likeliest (0: from all)."""
     if temperature == 0:
-        return int(logits_V.argmax())
+        return int(logits_V.argmax())  # dividing by it would give infinities
     if top_k:
         kth = logits_V.topk(min(top_k, logits_V.numel())).values[-1]
         logits_V = logits_V.masked_fill(logits_V < kth, -torch.inf)
@@ -52,7 +53,10 @@ def draw(logits_V: Tensor, temperature: float, top_k: int, generator: torch.Gene
 
 
 def restore(run: Path) -> models.GPT:
-    """The model of a run's newest intact checkpoint, on the CPU, in evaluation mode; says on stderr what is damaged."""
+    """Load the model of a run's newest intact checkpoint, on the CPU, in evaluation mode.
+
+    Damaged checkpoints are named on stderr. Raises CheckpointError if none is intact.
+    """
     config = rundir.config_of(run)
     model = models.construct(config.model, rundir.read(run)["vocab_size"])
     damaged: list[str] = []

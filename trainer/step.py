@@ -239,10 +239,11 @@ def find_not_finite(state: TrainState, context: StepContext, members: StepMember
     """
     found: list[tuple[int, str]] = []
     gradients: list[str] = []
+    # Hooks cannot be removed again; the run ends here.
     state.sharding.round_with(functools.partial(_note_not_finite, gradients))
     state.sharding.zero_gradients()
     for index, batch in _own_micro_batches(state, context, members):
-        gradients.clear()
+        gradients.clear()  # only those of this micro-batch count
         with _first_output_not_finite(state.model) as modules:
             loss = backward(state, context, index, batch)
         where = f"output of module {modules[0]}" if modules else "the loss" if not loss.isfinite() else ""

@@ -80,11 +80,6 @@ class FaultInjector:
 
         return both
 
-    def startup(self) -> None:
-        """A rank starts: called before it connects, and again once the run has claimed its directory."""
-        if rundir.config_path(self._rank.run).exists():  # else a death now would leave a directory that is no run's
-            self.pass_by(Phase.STARTUP, 0)
-
     def attach(self, attempt: int, log: EventLog, state: TrainState, prepared: Prepared) -> None:
         """The attempt is about to begin with these."""
         rank = self._rank
@@ -117,6 +112,8 @@ class FaultInjector:
 
     def pass_by(self, phase: str, step: int) -> None:
         """The rank passes a phase of its run."""
+        if phase == Phase.STARTUP and not rundir.config_path(self._rank.run).exists():
+            return  # a death now would leave a directory that is no run's; the phase is passed again when it is one
         self._rank.pass_by(phase, step)
         if phase == Phase.BEFORE_REDUCE:
             self._fire_in_reduce(step)

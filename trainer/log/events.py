@@ -235,11 +235,14 @@ class EventLog:
         self._unwritten = b""
         self._writing = threading.Lock()  # the watchdog reports from its own thread
         self._in_trouble = False
-        self._write(b"")
 
     @classmethod
     def open(cls, run: Path, attempt: int, rank: int) -> Self:
         return cls(events_directory(run) / f"attempt-{attempt:04d}-rank-{rank:05d}.jsonl", attempt, rank)
+
+    def create(self) -> None:
+        """Create the file before the first event."""
+        self._write(b"")
 
     def subscribe(self, subscriber: Callable[[Entry], None]) -> None:
         self._subscribers.append(subscriber)
@@ -264,7 +267,7 @@ class EventLog:
         self._in_trouble = bool(trouble)
 
     def close(self) -> None:
-        trouble = self._write(b"")
+        trouble = self._write(b"") if self._unwritten else None
         if trouble:
             print(
                 f"rank {self._rank}: {self._unwritten.count(10)} events are lost: {self._path}: {trouble}.\n"

@@ -1,4 +1,4 @@
-"""What worker and launcher tell each other through the environment. No torch: the command line asks first."""
+"""The environment between a worker and its launcher: ranks, and why workers were started again. No torch here."""
 
 import contextlib
 import json
@@ -12,13 +12,13 @@ from typing import Any
 from trainer.errors import EXIT_FAILED
 
 FAILURES_FILE = "TOPROPE_FAILURES"
-"""Environment: the file in which our launcher notes why it starts the workers again."""
+"""Environment variable: the file in which our launcher notes why it starts the workers again."""
 FAILURES_PREFIX = "toprope-failures-"
 JOB_MARK = "TOPROPE_JOB"
-"""Environment: which job on this machine a process belongs to, as MARK_LENGTH letters."""
+"""Environment variable: the job on this machine that a process belongs to, as MARK_LENGTH letters."""
 MARK_LENGTH = 32
 NAME_PREFIX = "rank "
-"""Of a worker's name among the processes."""
+"""Start of a worker's name in the list of processes."""
 SHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 SHARED_STORE_WARNING = (
     f"torchrun was started without {SHARED_STORE}=1. With torch 2.13 a node that joins then hangs the job, and "
@@ -31,7 +31,7 @@ def started_by_torchrun() -> bool:
 
 
 def expected_size() -> int:
-    """The number of ranks that torchrun says it started; 1 without it. Known before anything connects."""
+    """Number of ranks that torchrun says it started; 1 without torchrun. Known before anything connects."""
     return int(os.environ["WORLD_SIZE"]) if started_by_torchrun() else 1
 
 
@@ -40,14 +40,14 @@ def expected_rank() -> int:
 
 
 def shares_rendezvous_store() -> bool:
-    """Whether torchrun started us in the mode in which joining nodes hang."""
+    """True if torchrun started this process in the mode in which joining nodes hang."""
     return started_by_torchrun() and os.environ.get(SHARED_STORE) != "1"
 
 
 def belong_to_agent() -> None:
-    """Worker: bear its rank's name, and end when the agent that started it is gone.
+    """Worker: name this process after its rank, and end it when the agent that started it is gone.
 
-    It would train on unsupervised, and keep the run directory from whoever starts the job again.
+    Otherwise it would train on unsupervised, and keep the run directory locked when the job is started again.
     """
     if not started_by_torchrun():
         return
@@ -55,6 +55,7 @@ def belong_to_agent() -> None:
     agent = os.getppid()
 
     def watch() -> None:
+        # An orphan gets another parent. A pipe would notice at once, but the agent has none to us.
         while os.getppid() == agent:
             time.sleep(0.2)
         os._exit(EXIT_FAILED)
@@ -63,13 +64,13 @@ def belong_to_agent() -> None:
 
 
 def name_process() -> None:
-    """Worker: call this process "rank N", for `ps` and `top`, and for whoever looks for it. Linux only."""
+    """Worker: call this process "rank N", for `ps`, `top` and `launch.cluster`. Linux only."""
     with contextlib.suppress(OSError):
         Path("/proc/self/comm").write_text(f"{NAME_PREFIX}{os.environ['RANK']}", encoding="utf-8")
 
 
 def make_failures_file() -> Path:
-    """Launcher: make the file that `note_failures` fills; workers find it through the environment."""
+    """Launcher: make the file for `note_failures`; workers find it through the environment."""
     descriptor, name = tempfile.mkstemp(prefix=FAILURES_PREFIX, suffix=".json")
     os.close(descriptor)
     os.environ[FAILURES_FILE] = name
@@ -77,38 +78,38 @@ def make_failures_file() -> Path:
 
 
 def note_failures(failures: list[dict[str, Any]], reason: str, path: Path | None = None) -> None:
-    """Launcher: say why workers are about to be started again; each failure is {rank, pid, exitcode, signal}.
+    """Launcher: note why workers are about to be started again; each failure is {rank, pid, exitcode, signal}.
 
-    `path` is the failures file, if not that of the environment.
+    `path` is the failures file; default: that of the environment.
     """
     with (path or Path(os.environ[FAILURES_FILE])).open("a", encoding="utf-8") as file:
         file.write(json.dumps({"failures": failures, "reason": reason}) + "\n")
 
 
 def give_up() -> None:
-    """Worker: tell our launcher that starting again would end in the same error."""
+    """Worker: tell our launcher not to start it again, because it would end in the same error."""
     path = os.environ.get(FAILURES_FILE)
     if path is not None:
         Path(path).with_suffix(".final").touch()
 
 
 def gave_up(path: Path | None = None) -> bool:
-    """Launcher: whether a worker of this node said so. `path` as above."""
+    """Launcher: True if a worker of this node has called `give_up`. `path` as in `note_failures`."""
     return (path or Path(os.environ[FAILURES_FILE])).with_suffix(".final").exists()
 
 
 def take_losses() -> list[dict[str, Any]]:
-    """Worker: why its node's were started again, {failures, reason} each, since one of them last asked.
+    """Worker: take the notes of `note_failures` since the last call, {failures, reason} each.
 
-    More than one where some died before they could ask. For the node's first worker; empty for the others, for a first
-    start and under another launcher.
+    There are several if workers died before they could call this. Only the node's first worker gets them; for the
+    others, at a first start and under another launcher there are none.
     """
     path = os.environ.get(FAILURES_FILE)
     if path is None or os.environ.get("LOCAL_RANK", "0") != "0":
         return []
     try:
-        told = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
         Path(path).write_text("", encoding="utf-8")
-        return [json.loads(line) for line in told]
+        return [json.loads(line) for line in lines]
     except (OSError, ValueError):
         return []

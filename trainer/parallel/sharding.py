@@ -1,4 +1,4 @@
-"""How a model is spread over ranks: replicated, fully sharded (FSDP2), or sharded within replica groups (hybrid).
+"""Sharding: how a model is spread over ranks. Replicated, fully sharded (FSDP2), or sharded in replica groups (hybrid).
 
 Nothing here may change what is computed, only where.
 """

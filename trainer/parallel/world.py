@@ -109,6 +109,7 @@ def connect(device: torch.device, timeout_seconds: float) -> World:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if elastic.started_by_torchrun():
         try:
+            # torch's own set-up would wait for missing ranks for as long as a collective may take.
             store, rank, size = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=CONNECT_SECONDS)))
         except (dist.DistStoreError, dist.DistNetworkError) as error:
             print(f"rank {elastic.expected_rank()} could not meet the others: {error}", file=sys.stderr, flush=True)
