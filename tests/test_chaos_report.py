@@ -246,13 +246,6 @@ def test_on_a_terminal_what_runs_now_is_shown_with_the_time_left_and_the_cursor_
     assert out.getvalue().rindex("\x1b[?25h") > out.getvalue().rindex("\x1b[?25l"), "the cursor stays hidden"
 
 
-@pytest.mark.parametrize("is_terminal", [False, True])
-def test_with_output_disabled_it_prints_nothing(full: Report, is_terminal: bool):
-    out = io.StringIO()
-    follow(report.CampaignProgress(7, out, enabled=False, is_terminal=is_terminal), full.results)
-    assert out.getvalue() == ""
-
-
 def test_an_output_that_nobody_reads_any_more_does_not_stop_the_campaign(full: Report):
     out = io.StringIO()
     out.close()

@@ -246,7 +246,7 @@ def test_asked_to_stop_it_saves_every_run_leaves_nobody_behind_and_says_how_to_g
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == EXIT_PREEMPTED, said
-    assert f"Go on with: python -m trainer ladder run {path} --out {out}" in " ".join(said.split())
+    assert f"Continue with: python -m trainer ladder run {path} --out {out}" in " ".join(said.split())
     states = [run.state_of(pool, planned) for planned in ladder.runs]
     assert [state.status for state in states[:2]] == ["stopped", "stopped"]
     for planned in ladder.runs[:2]:
@@ -385,7 +385,7 @@ def test_a_stop_while_the_baseline_is_tried_leaves_nothing_and_75(home, backend,
             process.terminate()
             said, _ = process.communicate(timeout=60)
         assert process.returncode == EXIT_PREEMPTED, said
-        assert "Go on with" in said
+        assert "Continue with" in said
         assert list(Path(short).glob("toprope-probe-*")) == []
     assert not (tmp_path / "out" / "pool").exists()
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from trainer import tomlfile
 from trainer.chaos import schedule
 from trainer.chaos.results import Outcome, Result
 from trainer.chaos.schedule import Table
-from trainer.chaos.schema import CampaignFile, read
-from trainer.config import Config, FaultEntry
+from trainer.chaos.schema import CampaignFile, Catalogue, Pairs, Storm, read
+from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.faults import plan
 from trainer.faults.fault import KINDS, NODES, Fault
@@ -84,10 +84,10 @@ class Campaign:
     cases: list[Case] = field(default_factory=list)
     """Cases to run, with their repeats."""
     every: list[Case] = field(default_factory=list)
-    """All cases of the file, once each: also those that `--only` leaves out."""
+    """All cases of the file, once each, including those that `--only` leaves out."""
 
     def restarts_for(self, faults: int) -> int:
-        """Restarts that the workers of a job with so many faults may have."""
+        """Number of restarts that the workers of a job with this number of faults may have."""
         return self.restarts + 2 * faults
 
 
@@ -96,14 +96,15 @@ def load(path: Path, only: Sequence[str] = (), repeat: int | None = None) -> Cam
     file, problems = read(path)
     if file is None:
         raise ConfigError(problems)
+    # The config of the reference run comes first: every case is compared with it.
     config_path = path.parent / file.config
     overrides = [*_override_list(file.set), 'wandb.mode="disabled"']
     config = None
     with _collect_into(problems):
         config = configs.load(config_path, overrides)
-        if config.faults:
-            fact = f"{config_path} has faults of its own, so there is no reference run to compare with."
-            raise ConfigError([f"{fact}\n  Move them to {path}."])
+    if config is not None and config.faults:
+        fact = f"{config_path} has faults of its own, so there is no reference run to compare with."
+        problems.append(f"{fact}\n  Move them to {path}.")
     if config is None or config.faults:
         raise ConfigError(problems)
     limits = (file.timeout_seconds, file.restarts)
@@ -113,10 +114,9 @@ def load(path: Path, only: Sequence[str] = (), repeat: int | None = None) -> Cam
     problems += builder.problems
     if not problems:  # else a case may be unknown only because it could not be planned
         names = list(dict.fromkeys(case.name for case in builder.cases))
-        unknown = [name for name in only if name not in names]
-        problems += [
-            f"--only {name!r} is no run of this campaign.\n  {_hint(name, names, cutoff=0.6)}" for name in unknown
-        ]
+        for name in only:
+            if name not in names:
+                problems.append(f"--only {name!r} is no run of this campaign.\n  {_hint(name, names)}")
     if not builder.cases and not problems:
         problems.append(f"{path} has no runs.\n  Add [[runs]], [catalogue], [pairs] or [storm].")
     if problems:
@@ -130,7 +130,7 @@ def load(path: Path, only: Sequence[str] = (), repeat: int | None = None) -> Cam
 
 @contextlib.contextmanager
 def _collect_into(problems: list[str]) -> Iterator[None]:
-    """Note the problems of a ConfigError and go on, so that problems elsewhere are reported too."""
+    """Add the problems of a ConfigError to the list and continue, so that all problems are reported at once."""
     try:
         yield
     except ConfigError as error:
@@ -141,9 +141,8 @@ def _override_list(table: Mapping[str, Any]) -> list[str]:
     return [f"{key}={tomlfile.text(value)}" for key, value in configs.flatten(table).items()]
 
 
-def _hint(name: str, names: Iterable[str], cutoff: float) -> str:
-    names = list(names)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
+def _hint(name: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(names[:60])}."
 
 
@@ -162,34 +161,30 @@ class _CaseBuilder:
             for strategy in [run.strategy] if run.strategy else file.strategies:
                 self._add(name, run.faults, run.ranks or file.ranks, run.nodes or file.nodes, strategy, run.set)
         for strategy in file.strategies:
-            self._add_catalogue(strategy)
-            self._add_pairs(strategy)
-            self._add_storms(strategy)
+            if file.catalogue is not None:
+                self._add_catalogue(file.catalogue, strategy)
+            if file.pairs is not None:
+                self._add_pairs(file.pairs, strategy)
+            if file.storm is not None:
+                self._add_storms(file.storm, strategy)
         for (name, strategy), times in Counter((case.name, case.strategy) for case in self.cases).items():
             if times > 1:
                 self.problems.append(f"{times} runs are called {name!r} ({strategy}).\n  Give each a name of its own.")
 
-    def _add_catalogue(self, strategy: str) -> None:
-        if self._file.catalogue is None:
-            return
-        for number, kind in enumerate(self._kinds("catalogue", self._file.catalogue.kinds, list(KINDS))):
+    def _add_catalogue(self, catalogue: Catalogue, strategy: str) -> None:
+        for number, kind in enumerate(self._kinds("catalogue", catalogue.kinds, list(KINDS))):
             ranks, nodes = self._shape_for(kind)
             self._add(kind.name, [schedule.usual(kind, self._campaign.config, ranks, number)], ranks, nodes, strategy)
 
-    def _add_pairs(self, strategy: str) -> None:
-        if self._file.pairs is None:
-            return
-        ordinary = [kind.name for kind in KINDS.values() if NODES not in kind.needs]
-        kinds = self._kinds("pairs", self._file.pairs.kinds, ordinary)
-        for first, second in schedule.sample_pairs(kinds, self._file.pairs.sample, self._file.seed):
+    def _add_pairs(self, pairs: Pairs, strategy: str) -> None:
+        kinds = self._kinds("pairs", pairs.kinds, [kind.name for kind in KINDS.values() if NODES not in kind.needs])
+        for first, second in schedule.sample_pairs(kinds, pairs.sample, self._file.seed):
             ranks, nodes = self._shape_for(first, second)
             faults = schedule.pair(first, second, self._campaign.config, ranks)
             self._add(f"pair: {first.name} + {second.name}", faults, ranks, nodes, strategy)
 
-    def _add_storms(self, strategy: str) -> None:
-        storm, file = self._file.storm, self._file
-        if storm is None:
-            return
+    def _add_storms(self, storm: Storm, strategy: str) -> None:
+        file = self._file
         mix: Mapping[str, float] = {}
         with _collect_into(self.problems):
             mix = schedule.weights(storm.mix, file.nodes)
@@ -206,11 +201,11 @@ class _CaseBuilder:
     def _kinds(self, where: str, wanted: list[str] | str, every: list[str]) -> list[Fault]:
         names = every if isinstance(wanted, str) else wanted
         unknown = [name for name in names if name not in KINDS]
-        self.problems += [f"{where}: {name!r} is no kind of fault.\n  {_hint(name, KINDS, 0.5)}" for name in unknown]
+        self.problems += [f"{where}: {name!r} is no kind of fault.\n  {_hint(name, list(KINDS))}" for name in unknown]
         return [KINDS[name] for name in names if name in KINDS]
 
     def _shape_for(self, *kinds: Fault) -> tuple[int, int]:
-        """(ranks, nodes) of a case with these faults: the file's, but two nodes where a fault needs them."""
+        """(ranks, nodes) of a case with these faults: the file's, but at least two nodes if a fault needs them."""
         nodes = max(self._file.nodes, 2 if any(NODES in kind.needs for kind in kinds) else 1)
         return max(self._file.ranks, nodes), nodes
 
@@ -224,7 +219,7 @@ class _CaseBuilder:
         if any(_is_from_outside(fault) for fault in faults):
             overrides += _override_list(self._file.set_outside)
         overrides += _override_list(own or {})
-        # A table that cannot be read is reported, and the others are planned without it: all problems at once.
+        # A table that cannot be read is reported and left out, so that problems of the others are found too.
         numbers = [number for number, fault in enumerate(faults) if _is_readable(number, fault, problems)]
         config, planned = None, None
         with _collect_into(problems):
@@ -242,15 +237,16 @@ class _CaseBuilder:
             self.cases.append(Case(name, ranks, nodes, strategy, seed, 0, overrides, faults, config, planned, limits))
 
     def _misfits(self, config: Config, ranks: int, nodes: int) -> list[str]:
-        """Reasons why a run does not fit into this campaign."""
+        """Problems of a valid run that make it useless or impossible in this campaign."""
         problems = []
         if ranks % nodes:
             problems.append(f"{ranks} ranks cannot be spread evenly over {nodes} nodes.\n  Give a multiple of nodes.")
         restarts = self._campaign.restarts_for(len(config.faults))
-        for kind, times in map(_repeats, config.faults):
-            if times > restarts:
+        for fault in config.faults:
+            times, kind = (fault.model_extra or {}).get("times"), KINDS.get(fault.kind)
+            if kind is not None and kind.repeats and isinstance(times, int) and times > restarts:
                 problems.append(
-                    f"times = {times} of {kind}, but a job may start again {restarts} times.\n"
+                    f"times = {times} of {fault.kind}, but a job may start again {restarts} times.\n"
                     "  Give fewer, or set the campaign's restarts."
                 )
         if configs.fingerprint(config) != configs.fingerprint(self._campaign.config):
@@ -272,20 +268,13 @@ def _is_readable(number: int, fault: Table, problems: list[str]) -> bool:
     return len(problems) == before
 
 
-def _repeats(fault: FaultEntry) -> tuple[str, int]:
-    """(kind, number of deaths in a row that it asks for); 0 where it does not say."""
-    times = (fault.model_extra or {}).get("times")
-    kind = KINDS.get(fault.kind)
-    return fault.kind, times if kind is not None and kind.repeats and isinstance(times, int) else 0
-
-
 def _is_from_outside(fault: Table) -> bool:
     kind = KINDS.get(str(fault.get("kind")))
     return "at_seconds" in fault or (kind is not None and kind.from_outside)
 
 
 def check_exact(campaign: Campaign) -> str | None:
-    """Return a warning for a campaign whose runs cannot be expected to be equal; None for the others."""
+    """Return a warning if the sums are not exact, so that the runs may differ; else None."""
     if campaign.config.numerics.exact:
         return None
     return (

@@ -1,4 +1,4 @@
-"""A campaign file that repeats runs which did not pass, with exactly the same faults."""
+"""A campaign file that repeats failed runs, with exactly the same faults."""
 
 from collections.abc import Iterable, Sequence
 
@@ -10,7 +10,9 @@ from trainer.chaos.results import Result
 def text(campaign: Campaign, results: Iterable[Result]) -> str:
     """Return the text of a campaign file, with absolute paths. Repeats of a run are written once."""
     ours = _split(campaign.overrides)
-    first = {(result.name, result.strategy): result for result in reversed(list(results))}
+    firsts: dict[tuple[str, str], Result] = {}
+    for result in results:
+        firsts.setdefault((result.name, result.strategy), result)
     head = [
         f"config = {tomlfile.text(str(campaign.config_path.absolute()))}",
         f"timeout_seconds = {tomlfile.text(campaign.timeout_seconds)}",
@@ -18,11 +20,11 @@ def text(campaign: Campaign, results: Iterable[Result]) -> str:
         "\n[set]",
         *(f"{key} = {value}" for key, value in ours.items()),
     ]
-    return "\n".join([*head, *(_run(result, ours) for result in reversed(first.values()))])
+    return "\n".join([*head, *(_run(result, ours) for result in firsts.values())])
 
 
 def _run(result: Result, ours: dict[str, str]) -> str:
-    """A [[runs]] table with exactly these faults. Settings that are not the campaign's stand in its own `set`."""
+    """A [[runs]] table with exactly these faults; its `set` holds the settings that the campaign does not have."""
     own = {key: value for key, value in _split(result.overrides).items() if ours.get(key) != value}
     own.pop("parallel.strategy", None)
     lines = [
@@ -40,5 +42,5 @@ def _run(result: Result, ours: dict[str, str]) -> str:
 
 
 def _split(overrides: Sequence[str]) -> dict[str, str]:
-    """{key: value as TOML} of "key=value"; of several with one key the last counts, as with --set."""
+    """Split "key=value" into {key: value as TOML}. The last value of a key counts, as with --set."""
     return {key: value for key, _, value in (override.partition("=") for override in overrides)}

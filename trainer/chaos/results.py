@@ -10,8 +10,6 @@ from trainer import files
 from trainer.errors import RunDirectoryError
 from trainer.faults.checker import Answer, Answers
 
-__all__ = ["Answer", "Answers", "Outcome", "Report", "Result", "from_json", "outcome", "read", "to_json", "write"]
-
 Outcome = Literal["pass", "fail", "unknown", "undetected", "skipped"]
 _RENAMED = {
     "calm": "reference",
@@ -72,7 +70,7 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """True if every case that this machine can make holds all invariants."""
+        """True if the campaign was not interrupted, and each case passed or was skipped."""
         return not self.interrupted and all(result.outcome in ("pass", "skipped") for result in self.results)
 
 
@@ -95,7 +93,7 @@ def to_json(report: Report) -> dict[str, Any]:
 
 
 def from_json(tree: dict[str, Any]) -> Report:
-    """The inverse of `to_json`, also for reports of older versions."""
+    """Inverse of `to_json`; reads reports of older versions too."""
     known = {_RENAMED.get(key, key): value for key, value in tree.items() if key not in ("passed", "results")}
     return Report(**known, results=[_result_from_json(result) for result in tree["results"]])
 
@@ -111,7 +109,7 @@ def _result_from_json(tree: dict[str, Any]) -> Result:
 
 
 def rename_old_layout(out: Path) -> None:
-    """Give the directories of an OUT that an older version wrote their present names."""
+    """Rename the directories that an older version wrote in OUT to their present names."""
     for old, new in (("calm", "reference"), ("cells", "cases")):
         if (out / old).is_dir() and not (out / new).exists():
             (out / old).rename(out / new)

@@ -1,10 +1,10 @@
 """Running a campaign: a reference run once, then every case with its faults, each compared with the reference.
 
-    OUT/report.json, report.html     all results so far; a campaign given the same OUT goes on where it stopped
+    OUT/report.json, report.html     all results so far; a campaign given the same OUT resumes where it stopped
     OUT/reference/run                the run that the others are compared with
-    OUT/replay.toml, shrunk/         campaigns of what did not pass, and of its smallest parts that do not
+    OUT/replay.toml, shrunk/         campaigns of the cases that did not pass, and of their smallest failing parts
     OUT/cases/NAME/run               one run with faults
-    OUT/cases/NAME/start-N           what the job printed when it was given the command for the N-th time
+    OUT/cases/NAME/start-N           output of the job's N-th start
 
 If a job leaves with an exit status that its faults explain, the same command is given again, as a person or a scheduler
 would give it. Any other status is a failure.
@@ -26,6 +26,7 @@ from trainer import config as configs
 from trainer import files, tomlfile
 from trainer.chaos import replay, results, schedule
 from trainer.chaos.plan import Campaign, Case
+from trainer.chaos.report import html
 from trainer.chaos.results import Report, Result
 from trainer.chaos.schedule import Table
 from trainer.errors import EXIT_FINISHED, RunDirectoryError, TopropeError
@@ -39,29 +40,19 @@ from trainer.launch.cluster import Cluster
 from trainer.log.timeline import read_timeline
 
 MORE_STARTS = 3
-"""Starts of a job beyond one for each of its faults."""
+"""Number of starts that a job may have beyond one for each of its faults."""
 EXIT_INTERRUPTED = 130
 TAIL_LINES = 15
 FAILED = ("fail", "undetected")
 
 
-# What this machine can make
-
-
 def missing(kind: Fault) -> str | None:
     """Return the reason why this machine cannot make a kind of fault; None if it can."""
-    return next((reason for need in kind.needs if (reason := _probe(need))), None)
-
-
-def _probe(need: str) -> str | None:
-    if need == LINUX and sys.platform != "linux":
+    if LINUX in kind.needs and sys.platform != "linux":
         return f"needs Linux, this is {platform.system()}"
-    if need == NAMESPACES:
-        return namespaces.probe()
-    return namespaces.shaping() if need == SHAPING else None  # nodes are the job's, not the machine's
-
-
-# Running
+    # The other needs are met by the job itself (two nodes), not by the machine.
+    probes = {NAMESPACES: namespaces.probe, SHAPING: namespaces.shaping}
+    return next((reason for need in kind.needs if need in probes and (reason := probes[need]())), None)
 
 
 def run(
@@ -70,7 +61,7 @@ def run(
 ) -> Report:  # fmt: skip
     """Do what is left of a campaign, and return its report. OUT holds the report too, written after every run.
 
-    `update` receives all results so far and the name of what runs now. SIGINT, SIGTERM and SIGHUP end all processes;
+    `update` receives all results so far and the name of the current run. SIGINT, SIGTERM and SIGHUP end all processes;
     the report then says that it was interrupted. Raises RunDirectoryError if OUT belongs to something else,
     TopropeError if the reference run fails.
     """
@@ -79,7 +70,8 @@ def run(
 
     def show(running: str) -> None:
         report.seconds = before + time.monotonic() - began
-        write(out, report)
+        results.write(out / "report.json", report)
+        files.write(out / "report.html", html(report))
         update(report.results, running)
 
     try:
@@ -87,7 +79,7 @@ def run(
             show("reference")
             reference = _reference(campaign, out, report)
             for case in campaign.cases:
-                # A result of an earlier start of this campaign stands: the case is not run again.
+                # A result of an earlier start of this campaign is kept: the case is not run again.
                 result = next((result for result in report.results if case.is_answered_by(result)), None)
                 if result is None:
                     show(case.name)
@@ -104,7 +96,7 @@ def run(
 
 
 def _open_report(campaign: Campaign, out: Path) -> Report:
-    """The report in OUT, less the results that the campaign file asks for no more; a new one in an empty OUT."""
+    """Return the report in OUT, without the results that the campaign no longer asks for; a new one if OUT is empty."""
     _make_writable(out)
     fingerprint = configs.fingerprint(campaign.config)
     report = results.read(out / "report.json")
@@ -121,10 +113,10 @@ def _open_report(campaign: Campaign, out: Path) -> Report:
     if (report.campaign, report.reference.get("fingerprint")) != (campaign.name, fingerprint):
         raise RunDirectoryError(
             f"{out} holds a report of campaign {report.campaign!r} on another config.\n"
-            "  Results of different configs cannot stand in one report. Give another --out."
+            "  One report cannot hold results of different configs. Give another --out."
         )
     report.interrupted = False
-    # The file may have been edited since: a run that it describes otherwise now is run again.
+    # The campaign file may have been edited since, so only results of cases that are still in it are kept.
     report.results = [
         result for result in report.results if any(case.is_same_run_as(result) for case in campaign.every)
     ]
@@ -144,16 +136,8 @@ def _make_writable(out: Path) -> None:
         ) from None
 
 
-def write(out: Path, report: Report) -> None:
-    """Write OUT/report.json and OUT/report.html."""
-    from trainer.chaos import report as reports
-
-    results.write(out / "report.json", report)
-    files.write(out / "report.html", reports.html(report))
-
-
 def _reference(campaign: Campaign, out: Path, report: Report) -> Reference:
-    """Make the reference run if the report does not know it yet, and read what the others are compared with."""
+    """Make the reference run unless the report has it already, and read it."""
     directory = out / "reference"
     if report.reference["weights_sha256"] is None:
         shutil.rmtree(directory, ignore_errors=True)
@@ -163,7 +147,7 @@ def _reference(campaign: Campaign, out: Path, report: Report) -> Reference:
             tail = "\n".join(f"    {line}" for line in launched.output.strip().splitlines()[-TAIL_LINES:])
             raise TopropeError(
                 f"the reference run left with {launched.status}, so there is nothing to compare with.\n"
-                f"  {directory / 'start-0'} has all it printed; the last lines:\n{tail}"
+                f"  {directory / 'start-0'} has its whole output; the last lines:\n{tail}"
             )
         seconds = launched.ended - launched.started
         found = checker.reference_of(directory / "run", campaign.config, seconds)
@@ -180,10 +164,13 @@ def run_case(campaign: Campaign, case: Case, reference: Reference, out: Path) ->
     if reasons:
         return case.make_result("skipped", "; ".join(dict.fromkeys(reasons)))
     directory, started = out / "cases" / case.slug, time.time()
-    # What an interrupted start of the campaign left is no part of this run.
+    # An interrupted start of the campaign may have left half a run here.
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    launches, leftovers, notes = _launches(campaign, case, directory, started)
+    launched = launch_until_done(campaign, case, directory, started)
+    launches = [{"started": launch.started, "ended": launch.ended, "status": launch.status} for launch in launched]
+    leftovers = [leftover for launch in launched for leftover in launch.leftovers]
+    notes = [note for launch in launched for note in launch.notes]
     evidence = Evidence(directory / "run", case.config, case.planned, reference, launches, leftovers, notes)
     answers = checker.check(evidence)
     outcome, why = results.outcome(answers)
@@ -197,29 +184,8 @@ def run_case(campaign: Campaign, case: Case, reference: Reference, out: Path) ->
     )  # fmt: skip
 
 
-def _launches(
-    campaign: Campaign, case: Case, directory: Path, started: float
-) -> tuple[list[dict[str, Any]], list[str], list[str]]:
-    """Start the job, and start it again while faults explain its exit status: (launches, leftovers, notes)."""
-    overrides = [*case.overrides, f"faults={tomlfile.text(case.faults)}"]
-    if any(fault.kind.damages_tokens for fault in case.planned):
-        # Other runs read the shared token store, so this case gets one of its own to damage.
-        overrides.append(f"data.cache_dir={tomlfile.text(str((directory / 'cache').absolute()))}")
-    explained = {status for fault in case.planned for status in fault.kind.exits}
-    launches, leftovers, notes = [], [], []
-    for _ in range(len(case.planned) + MORE_STARTS):
-        shape = (case.ranks, case.nodes)
-        launched = _launch(campaign, overrides, directory, case.planned, *shape, started, case.worker)
-        launches.append({"started": launched.started, "ended": launched.ended, "status": launched.status})
-        leftovers += launched.leftovers
-        notes += launched.notes
-        if launched.status == EXIT_FINISHED or launched.status not in explained:
-            break
-    return launches, leftovers, notes
-
-
 @dataclass(frozen=True)
-class _Launched:
+class Launch:
     """One start of a job, from command to exit."""
 
     started: float
@@ -228,15 +194,32 @@ class _Launched:
     """Exit status as a shell shows it; None if the job had to be ended."""
     output: str
     leftovers: list[str]
+    """Processes and other traces that the job left behind."""
     notes: list[str]
     """Faults that could not be made, and other problems of the campaign itself."""
+
+
+def launch_until_done(campaign: Campaign, case: Case, directory: Path, started: float) -> list[Launch]:
+    """Start the job, and start it again while its faults explain its exit status."""
+    overrides = [*case.overrides, f"faults={tomlfile.text(case.faults)}"]
+    if any(fault.kind.damages_tokens for fault in case.planned):
+        # Other runs read the shared token store, so this case gets its own store to damage.
+        overrides.append(f"data.cache_dir={tomlfile.text(str((directory / 'cache').absolute()))}")
+    explained = {status for fault in case.planned for status in fault.kind.exits}
+    launches: list[Launch] = []
+    for _ in range(len(case.planned) + MORE_STARTS):
+        shape = (case.ranks, case.nodes)
+        launches.append(_launch(campaign, overrides, directory, case.planned, *shape, started, case.worker))
+        if launches[-1].status == EXIT_FINISHED or launches[-1].status not in explained:
+            break
+    return launches
 
 
 def _launch(
     campaign: Campaign, overrides: Sequence[str], directory: Path, planned: Sequence[PlannedFault], ranks: int,
     nodes: int, started: float, worker: Sequence[str] = ("trainer", "train"),
-) -> _Launched:  # fmt: skip
-    """Start the job once and wait for its end; no process of it lives when this returns."""
+) -> Launch:  # fmt: skip
+    """Start the job once and wait for its end. None of its processes is alive on return."""
     with contextlib.ExitStack() as stack:
         hosts = None
         if any(NAMESPACES in fault.kind.needs for fault in planned):
@@ -251,13 +234,14 @@ def _launch(
         nemesis = stack.enter_context(supervision.running(cluster, planned, directory / "run", started))
         status = cluster.wait(campaign.timeout_seconds)
         ended = time.time()
-        # The faults end with the job: one that fired now would hit the next start.
-        nemesis.stop()  # before leftovers are counted: it undoes faults that last
+        # The faults end with the job, since one that fired now would hit the next start. Stopping also undoes lasting
+        # faults, so it comes before the leftovers are counted.
+        nemesis.stop()
         notes = list(nemesis.problems)
         if status is None:
             notes.append(f"a job did not end within {campaign.timeout_seconds:g} s")
             cluster.kill()
-        return _Launched(began, ended, status, cluster.output, cluster.leftovers(), notes)
+        return Launch(began, ended, status, cluster.output, cluster.leftovers(), notes)
 
 
 def _shrunk_path(out: Path, case: Case) -> Path:
@@ -265,7 +249,7 @@ def _shrunk_path(out: Path, case: Case) -> Path:
 
 
 def _shrink(campaign: Campaign, case: Case, result: Result, reference: Reference, out: Path) -> str:
-    """Find the smallest part of a schedule that fails in the same way, and write it to a file. Returns a remark."""
+    """Find the smallest part of a schedule that fails alike, write it to a campaign file, and return a remark."""
     bad = results.worst(result.answers)
     assert bad is not None
 
@@ -275,7 +259,7 @@ def _shrink(campaign: Campaign, case: Case, result: Result, reference: Reference
         answers = run_case(campaign, part, reference, out).answers
         return any((answer.invariant, answer.answer) == (bad.invariant, bad.answer) for answer in answers)
 
-    # result.faults is fully resolved: what was drawn by a fault's index stays as it was when others are left out.
+    # The faults of a result are fully resolved: values drawn by a fault's index stay the same without its neighbours.
     found = schedule.shrink(fails, result.faults)
     path = _shrunk_path(out, case)
     path.parent.mkdir(exist_ok=True)
@@ -286,12 +270,12 @@ def _shrink(campaign: Campaign, case: Case, result: Result, reference: Reference
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Raise KeyboardInterrupt at the first of these signals; ignore later ones, which would disturb the cleaning up.
+    """Raise KeyboardInterrupt at the first of these signals; ignore later ones, which would disturb the cleanup.
 
-    SIGHUP comes when a terminal is closed. The jobs have sessions of their own, so it does not reach them.
+    SIGHUP is sent when a terminal is closed. The jobs have sessions of their own, so it does not reach them.
     """
     numbers = [*supervision.STOPPING]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # ignored under nohup: the campaign shall go on
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # ignored under nohup: then the campaign continues
         numbers.append(signal.SIGHUP)
 
     def interrupt(_number: int, _frame: Any) -> None:
@@ -304,7 +288,7 @@ def _interruptible() -> Iterator[None]:
 
 
 def keep_replay(campaign: Campaign, report: Report, out: Path) -> Path | None:
-    """Write the cases that did not pass to OUT/replay.toml, a campaign that repeats them. None if there are none."""
+    """Write OUT/replay.toml, a campaign that repeats the failed cases, and return its path; None if none failed."""
     path, failed = out / "replay.toml", [result for result in report.results if result.outcome in FAILED]
     if failed:
         path.write_text(replay.text(campaign, failed), encoding="utf-8")

@@ -1,8 +1,8 @@
-"""Random schedules of faults, and the smallest part of one that still fails.
+"""Random schedules of faults, and the search for the smallest part of a schedule that still fails.
 
-Times between faults are exponential, so faults come as a Poisson process. They are drawn in steps, not in seconds: so a
-fault hits the same moment of the same computation on any machine, and a schedule can be replayed exactly. The same seed
-draws the same schedule.
+Gaps between faults are exponential, so faults arrive as a Poisson process. Gaps are drawn in steps, not in seconds: a
+fault then hits the same moment of the same computation on any machine, and a schedule can be replayed exactly. The same
+seed draws the same schedule.
 """
 
 import itertools
@@ -25,7 +25,7 @@ Moment = tuple[int | None, str, int]
 
 @dataclass(frozen=True)
 class Cause:
-    """A published cause of interruptions, and the kinds that imitate it here: each gets an equal share of `count`."""
+    """A published cause of interruptions, and the kinds that imitate it: each gets an equal share of `count`."""
 
     name: str
     count: int
@@ -62,19 +62,19 @@ PROCESS = ("sigkill", "sigsegv", "sigabrt", "exit", "exception", "memory_kill")
 MIXES = ("llama3", "process")
 
 RESTARTS = {"worker_lost", "hung"}
-"""Incidents after which the workers start again, and load a checkpoint."""
+"""Incidents after which the workers restart and load a checkpoint."""
 _TRIES = 20
-"""Draws for one arrival, until a fault hits a moment that no other fault of the schedule hits."""
+"""Maximum number of draws for an arrival."""
 
 
 def weights(mix: str | Mapping[str, float], nodes: int) -> dict[str, float]:
-    """Return {kind: relative frequency} of a mix, for kinds that so many nodes can make. Raises ConfigError."""
-    if isinstance(mix, str) and mix not in MIXES:
-        raise ConfigError([f"storm.mix = {mix!r} is no mix.\n  Give {' or '.join(MIXES)}, or a table kind = weight."])
-    if mix == "process":
-        mix = dict.fromkeys(PROCESS, 1.0)
+    """Return {kind: relative frequency} of a mix, without the kinds that need more nodes. Raises ConfigError."""
     if not isinstance(mix, str):
         return _check_own_mix(mix)
+    if mix not in MIXES:
+        raise ConfigError([f"storm.mix = {mix!r} is no mix.\n  Give {' or '.join(MIXES)}, or a table kind = weight."])
+    if mix == "process":
+        return dict.fromkeys(PROCESS, 1.0)
     found: dict[str, float] = {}
     for cause in LLAMA3:
         kinds = [kind for kind in cause.kinds if nodes > 1 or NODES not in KINDS[kind].needs]
@@ -84,7 +84,7 @@ def weights(mix: str | Mapping[str, float], nodes: int) -> dict[str, float]:
 
 
 def _check_own_mix(mix: Mapping[str, float]) -> dict[str, float]:
-    """Return the kinds of a user's mix that have a weight. Raises ConfigError."""
+    """Return the kinds of a user's mix with a weight above 0. Raises ConfigError."""
     problems = [
         f"storm.mix.{kind} = {tomlfile.text(weight)} is no weight.\n  Give how often it comes, relative to the others."
         for kind, weight in mix.items()
@@ -100,13 +100,13 @@ def _check_own_mix(mix: Mapping[str, float]) -> dict[str, float]:
 def draw(
     mix: Mapping[str, float], seed: int, *, faults: int, mean_steps: float, config: Config, world_size: int
 ) -> list[Table]:
-    """Draw a schedule of at most so many faults, in the order of their steps, within the steps of the run.
+    """Draw a schedule of at most `faults` faults, in the order of their steps, within the steps of the run.
 
     `mean_steps` is the mean number of steps between two faults. A fault in a save or an evaluation is moved to the next
     one. Of the phases that belong to no step, only loading is drawn.
     """
     rng = random.Random(f"storm-{seed}")
-    if world_size == 1:  # no peer is left that waits, and notices
+    if world_size == 1:  # these faults are detected by a peer that waits, and there is none
         mix = {kind: weight for kind, weight in mix.items() if not KINDS[kind].needs_peers}
     kinds, chances = list(mix), list(mix.values())
     schedule: list[Table] = []
@@ -114,9 +114,10 @@ def draw(
     arrival = 0.0
     while len(schedule) < faults:
         arrival += rng.expovariate(1 / mean_steps)
-        if arrival >= config.budget.steps - 2:  # ranks that are asked to stop need a step more to agree on it
+        if arrival >= config.budget.steps - 2:  # ranks that are asked to stop need another step to agree on it
             break
         kind = KINDS[rng.choices(kinds, chances)[0]]
+        # A fault that would share its moment with an earlier one is drawn again; after _TRIES draws it is left out.
         for _ in range(_TRIES):
             fault = _draw_fault(rng, kind, 1 + int(arrival), schedule, config, world_size)
             if taken.isdisjoint(moments := _moments(fault)):
@@ -148,7 +149,7 @@ def due(phase: str, step: int, config: Config) -> int:
 
 
 def _loads_again(fault: Table, config: Config) -> bool:
-    """True if ranks will surely load a checkpoint after a fault: it restarts them, and a checkpoint exists by then."""
+    """True if ranks surely load a checkpoint after a fault: it restarts them, and a checkpoint exists by then."""
     every = config.checkpoint.every_steps
     return bool(RESTARTS & set(KINDS[fault["kind"]].expected_incidents)) and 0 < 2 * every < fault.get("at_step", 0)
 
@@ -157,13 +158,14 @@ def _moments(fault: Table) -> set[Moment]:
     """Return moments that two faults of a schedule may not share: a rank at a phase, and stopped ranks in one step."""
     kind = KINDS[fault["kind"]]
     if kind.from_outside:
-        return {(None, "node leaves", -1)} if kind.node_balance < 0 else set()  # a node must be left
+        # At most one node leaves for good, so that a node remains.
+        return {(None, "node leaves", -1)} if kind.node_balance < 0 else set()
     moments: set[Moment] = {(fault.get("at_step"), fault.get("phase") or kind.phases[0], fault["rank"])}
     return moments | {(fault.get("at_step"), "stopped", -1)} if kind.stops_rank else moments
 
 
 def usual(kind: Fault, config: Config, world_size: int, number: int = 0) -> Table:
-    """Return a [[faults]] table of a kind, at a moment that surely comes; `number` spreads victims over the ranks."""
+    """Return a [[faults]] table of a kind at a moment that every run reaches; `number` spreads victims over ranks."""
     every = config.checkpoint.every_steps or config.budget.steps
     step = kind.usual_step(every, config.budget.steps)
     if kind.from_outside:
@@ -174,19 +176,19 @@ def usual(kind: Fault, config: Config, world_size: int, number: int = 0) -> Tabl
 
 
 def pair(first: Fault, second: Fault, config: Config, world_size: int) -> list[Table]:
-    """Return tables of two kinds at once: in the same step and on different ranks, as far as both can be there."""
+    """Return tables of two kinds in the same step on different ranks, or as close to that as the kinds allow."""
     faults = [usual(first, config, world_size, 0), usual(second, config, world_size, 1)]
     step = max(fault["at_step"] for fault in faults)
     for fault in faults:
         kind = KINDS[fault["kind"]]
         fault["at_step"] = due(kind.phases[0] if kind.phases else "", step, config)
-    if _moments(faults[0]) & _moments(faults[1]):  # a single rank cannot be hit twice at once: one after the other
+    if _moments(faults[0]) & _moments(faults[1]):  # a single rank cannot be hit twice at once, so the second waits
         faults[1]["at_step"] = due(second.phases[0], step + 1, config)
     return faults
 
 
 def sample_pairs(kinds: Sequence[Fault], sample: int, seed: int) -> list[tuple[Fault, Fault]]:
-    """Draw `sample` different pairs of different kinds; all of them if there are no more."""
+    """Draw `sample` different pairs of different kinds; all pairs if there are fewer."""
     every = list(itertools.combinations(kinds, 2))
     return random.Random(f"pairs-{seed}").sample(every, min(sample, len(every)))
 
@@ -200,7 +202,7 @@ class Shrunk:
 
 
 def shrink(fails: Callable[[list[Table]], bool], faults: Sequence[Table], most_trials: int = 40) -> Shrunk:
-    """Find the smallest part of a failing schedule that still fails; each trial is a real run (`fails`).
+    """Find the smallest part of a failing schedule that still fails. `fails` makes a real run for each trial.
 
     Source: ddmin of Zeller & Hildebrandt 2002, "Simplifying and isolating failure-inducing input".
     """

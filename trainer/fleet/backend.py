@@ -1,11 +1,10 @@
 """Where the processes of a fleet's runs are started: on this machine. Another backend offers the same two classes."""
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from trainer.fleet.run_store import StoredRun
@@ -17,7 +16,7 @@ THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 class Process(Protocol):
-    """A started run, as its scheduler sees it: subprocess.Popen has all of this."""
+    """A started run. subprocess.Popen and forkserver.Child have all of this."""
 
     pid: int
 
@@ -37,8 +36,8 @@ class Task:
     stored: StoredRun
     name: str
     """Name of the run in its log and in W&B."""
-    ranks: int = 1
-    environment: Mapping[str, str] = field(default_factory=dict)
+    ranks: int
+    environment: Mapping[str, str]
     """Added to the scheduler's environment: the devices of a slot."""
 
 
@@ -51,9 +50,9 @@ class Backend(Protocol):
 class Local:
     """Starts runs on this machine.
 
-    On Linux they are forked from a process that has imported torch: a fresh Python takes seconds for that, which a run
-    of a minute cannot afford. Make the object early: its imports then run beside other work. Elsewhere they start in
-    the ordinary way.
+    On Linux they are forked from a process that has imported torch: a new Python process needs seconds for that import,
+    too long for a run of a minute. Create the object early: its imports then run beside other work. Elsewhere each run
+    is a new Python process.
     """
 
     def __init__(self, server: forkserver.ForkServer | None = None) -> None:
@@ -64,13 +63,8 @@ class Local:
         environment = {**THREADS, **os.environ, **task.environment}
         if self._server is not None and (child := self._server.start(WORKER, arguments, environment)) is not None:
             return child
-        # No server here, or none any more. A session of its own: Ctrl-C is for the scheduler, which asks runs to stop.
+        # No server, or it has died. A session of its own keeps Ctrl-C from the run: the scheduler asks it to stop.
         return subprocess.Popen(
             [sys.executable, "-m", WORKER, *arguments], env=environment, stdin=subprocess.DEVNULL,
             start_new_session=True,
         )  # fmt: skip
-
-
-def describe_exit(status: int) -> str:
-    """Describe an exit status as `Process.poll` returns it, as a predicate."""
-    return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"left with exit status {status}"

@@ -15,8 +15,8 @@ import fcntl
 import json
 import os
 import re
+import statistics
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +33,9 @@ RunStatus = Literal["waiting", "running", "stopped", "finished", "missing"]
 """waiting: not begun. stopped: begun, but no process runs it. missing: given up, with a reason."""
 START_MARK = "== "
 """First characters of the line that each start of a run prints to its log first."""
+PROGRESS = {"attempt_started": "from_step", "step": "step"}
+"""Events that say how far a run is, with the key of the step."""
+LAST_LINES = 12
 TAIL_BYTES = 16_384  # an event is well under 1 kB; the last step and the end are among the last few
 
 
@@ -55,10 +58,8 @@ class StoredRun:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.config, self.run = directory / "config.toml", directory / "run"
-        self.log, self.failures, self.failed = (
-            directory / name for name in ("log.txt", "failures.json", "failed.json")
-        )
+        self.config, self.run, self.log = directory / "config.toml", directory / "run", directory / "log.txt"
+        self.failures, self.failed = directory / "failures.json", directory / "failed.json"
 
     def claim(self) -> FileLock | None:
         """Lock the run for this scheduler, until the lock is released; None if another scheduler holds it."""
@@ -66,8 +67,8 @@ class StoredRun:
         return hold(self.directory / "lock")
 
     def prepare(self, config: Config, name: str) -> None:
-        """Write the config that the run is started with, and forget earlier failures: the run is tried anew."""
-        head = f"# {name}, as a ladder planned it. Any start goes on from the newest checkpoint.\n\n"
+        """Write the config that the run is started with, and remove the records of earlier failures."""
+        head = f"# {name}, as a ladder planned it. Any start resumes from the newest checkpoint.\n\n"
         files.write(self.config, head + configs.as_toml(config))
         for old in (self.failed, self.failures, self.failures.with_suffix(".final")):
             old.unlink(missing_ok=True)
@@ -76,34 +77,37 @@ class StoredRun:
         files.write(self.failed, json.dumps({"reason": reason}) + "\n")
 
     def progress(self) -> tuple[int, int]:
-        """Return (step of the newest checkpoint, number of faults fired): what a start can add to for good."""
+        """Return (step of the newest checkpoint, number of faults fired): both only grow from start to start."""
         try:
             saved = checkpoint.committed(self.run)
         except TopropeError:
             saved = []
         return (saved[0].step if saved else -1, len(faultplan.fired(self.run)))
 
-    def last_words(self, lines: int = 12) -> str:
-        """Return the end of what the newest start printed: its error if it was one of ours, else its last lines."""
+    def last_words(self) -> str:
+        """Return the end of the newest start's output: its error if it is one of ours, else its last lines."""
         try:
             text = self.log.read_text(encoding="utf-8", errors="replace")
         except OSError:
             return "It printed nothing."
         printed = text.rpartition(f"\n{START_MARK}")[2].strip().splitlines()
         errors = [number for number, line in enumerate(printed) if re.match(r"\w+Error: ", line)]
-        return "\n".join(printed[errors[-1] :] if errors else printed[-lines:])
+        return "\n".join(printed[errors[-1] :] if errors else printed[-LAST_LINES:])
 
     def has_finished(self) -> bool:
-        return _LogTails(self.run).finished
+        return _has_finished(_newest_records(self.run))
 
     def read_state(self, steps: int) -> RunState:
         """Read the state of this run of `steps` steps from its files."""
         if not self.directory.exists():
             return RunState("waiting")
-        log = _LogTails(self.run)
-        if log.finished:
-            return RunState("finished", steps, "", *log.speeds)
-        status: RunStatus = "stopped" if log.tails else "waiting"
+        records = _newest_records(self.run)
+        seconds = [record["seconds"] for record in records if record["event"] == "step"]
+        evals = {record["set"]: record["seconds"] for record in records if record["event"] == "eval"}
+        speeds = (statistics.median_high(seconds) if seconds else None, sum(evals.values()) if evals else None)
+        if _has_finished(records):
+            return RunState("finished", steps, "", *speeds)
+        status: RunStatus = "stopped" if records else "waiting"
         reason = ""
         if is_held(self.directory / "lock") or is_held(self.run / "lock"):
             status = "running"
@@ -111,14 +115,16 @@ class StoredRun:
             status, reason = "missing", "unknown"
             with contextlib.suppress(OSError, ValueError, KeyError):
                 reason = str(json.loads(self.failed.read_text(encoding="utf-8"))["reason"])
-        return RunState(status, log.newest_step, reason, *log.speeds)
+        # An attempt that has not finished a step yet is at the step from which it resumed.
+        steps_done = [record[PROGRESS[record["event"]]] for record in records if record["event"] in PROGRESS]
+        return RunState(status, steps_done[-1] if steps_done else 0, reason, *speeds)
 
 
 def hold(path: Path) -> FileLock | None:
-    """Lock a file, made if need be, until the lock is released; None if another process holds it."""
+    """Lock a file, created if it is missing, until the lock is released; None if another process holds it."""
     lock = FileLock(path)
     try:
-        lock.acquire(blocking=False)  # the kernel drops it when this process dies, in whichever way
+        lock.acquire(blocking=False)  # the kernel releases it when this process dies, for whatever reason
     except Timeout:
         return None
     return lock
@@ -137,40 +143,18 @@ def is_held(path: Path) -> bool:
     return False
 
 
-class _LogTails:
-    """The last events that rank 0 logged in each attempt of a run."""
+def _newest_records(run: Path) -> list[dict[str, Any]]:
+    """The last events that rank 0 logged in each attempt of a run, oldest first."""
+    paths = sorted(events.events_directory(run).glob("attempt-*-rank-00000.jsonl"))
+    return [record for path in paths for record in _tail(path)]
 
-    def __init__(self, run: Path) -> None:
-        paths = sorted(events.events_directory(run).glob("attempt-*-rank-00000.jsonl"))
-        self.tails = [_tail(path) for path in paths]
 
-    @cached_property
-    def finished(self) -> bool:
-        return any(record["status"] == "finished" for record in self._all("attempt_ended"))
-
-    @property
-    def newest_step(self) -> int:
-        """Last step of the newest attempt that logged where it was."""
-        for tail in reversed(self.tails):
-            steps = [record["step"] for record in tail if record["event"] == "step"]
-            steps = steps or [record["from_step"] for record in tail if record["event"] == "attempt_started"]
-            if steps:
-                return steps[-1]
-        return 0
-
-    @property
-    def speeds(self) -> tuple[float | None, float | None]:
-        """(seconds per step, seconds per evaluation of all sets)."""
-        times = sorted(record["seconds"] for record in self._all("step"))
-        evals = {record["set"]: record["seconds"] for record in self._all("eval")}
-        return (times[len(times) // 2] if times else None, sum(evals.values()) if evals else None)
-
-    def _all(self, event: str) -> list[dict[str, Any]]:
-        return [record for tail in self.tails for record in tail if record["event"] == event]
+def _has_finished(records: list[dict[str, Any]]) -> bool:
+    return any(record["event"] == "attempt_ended" and record["status"] == "finished" for record in records)
 
 
 def _tail(path: Path) -> list[dict[str, Any]]:
-    """Return the last events of a file as dictionaries, without torn lines."""
+    """Return the last events of a file, without torn lines; [] if it cannot be read."""
     try:
         with path.open("rb") as file:
             # Only the end is read: the scheduler asks every second, and logs grow to many megabytes.

@@ -1,10 +1,10 @@
-"""The order of runs: which one a free slot takes next.
+"""The order of runs: which run a free slot takes next.
 
-Smallest rungs first, and in a rung seed by seed with the baseline before the arms: so pairs are complete early, and a
-bad arm shows at its cheapest. Longest first would pack better: smallest first leaves slots idle while the last, long
-runs end, which made the whole 1 to 7 % longer with 2 slots and 3 to 17 % with 4 to 8 (simulated: 3 to 5 rungs, 3 seeds,
-3 to 7 arms). So the smallest run is next as long as longest first could still end as early after it; else the longest.
-That was 0.3 % longer than longest first with 2 slots, and 2 to 4 % with 4 to 8.
+Smallest rungs first, and in a rung seed by seed with the baseline before the arms: pairs are complete early, and a bad
+arm is found while it is cheap. But smallest first leaves slots idle while the last, long runs end: the whole took 1 to
+7 % longer than with longest first in 2 slots, and 3 to 17 % in 4 to 8 (simulated: 3 to 5 rungs, 3 seeds, 3 to 7 arms).
+So the smallest run is next only while longest first could still end as early after it; else the longest run is next.
+This rule took 0.3 % longer than longest first in 2 slots, and 2 to 4 % in 4 to 8.
 """
 
 import heapq
@@ -29,7 +29,7 @@ def next_of(seconds: Sequence[float], busy: Sequence[float]) -> int:
 
 
 def _ends(seconds: Sequence[float], busy: Sequence[float]) -> float:
-    """Time at which the last slot ends if runs start in this order, each in the slot that is free first."""
+    """Seconds until all slots are free if the runs start in this order, each in the first free slot."""
     slots = list(busy)
     heapq.heapify(slots)
     for duration in seconds:

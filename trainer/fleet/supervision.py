@@ -1,4 +1,4 @@
-"""Supervision of runs: started in slots, watched, started again while that gets them further, stopped together.
+"""Supervision of runs: started in slots, watched, restarted while they make progress, stopped together.
 
 A campaign supervises one job at a time (`running`), a ladder many runs (`Supervisor`).
 """
@@ -19,7 +19,7 @@ from trainer.config import Config
 from trainer.errors import EXIT_PREEMPTED, EXIT_USAGE, CheckpointError, NumericsError
 from trainer.faults.nemesis import Nemesis
 from trainer.faults.plan import PlannedFault
-from trainer.fleet.backend import Backend, Process, Task, describe_exit
+from trainer.fleet.backend import Backend, Process, Task
 from trainer.fleet.run_store import StoredRun
 from trainer.launch.cluster import Cluster
 from trainer.parallel import elastic
@@ -27,7 +27,7 @@ from trainer.parallel import elastic
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 """Signals that ask a scheduler to stop."""
 FINAL = (f"{NumericsError.__name__}: ", f"{CheckpointError.__name__}: ")
-"""Errors that the next start would meet again; torchrun reports them in its output alone."""
+"""Errors that the next start would raise again; torchrun reports them in its output alone."""
 IN_USE = "is in use by"
 POLL_SECONDS = 0.02
 LEAVING_SECONDS = 10.0
@@ -61,7 +61,7 @@ def deferred_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def ended_processes() -> Iterator[list[Process]]:
-    """Yields a list for processes: those still there when the context is left save and leave, or are killed."""
+    """Yield a list for processes. At the end of the context, those that still run save and leave, or are killed."""
     processes: list[Process] = []
     try:
         yield processes
@@ -73,7 +73,7 @@ def ended_processes() -> Iterator[list[Process]]:
             for process in living:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(LEAVING_SECONDS)
-        finally:  # a second signal does not wait
+        finally:  # also when a second signal interrupts the wait
             for process in living:
                 process.kill()
                 process.wait()
@@ -84,7 +84,7 @@ def ended_processes() -> Iterator[list[Process]]:
 
 @contextlib.contextmanager
 def running(cluster: Cluster, planned: Sequence[PlannedFault], run: Path, started: float) -> Iterator[Nemesis]:
-    """Start a job and the faults that strike it from outside; no process of it outlives the context.
+    """Start a job and the faults that strike it from outside; none of its processes outlives the context.
 
     `started` is the Unix time of the run's first start.
     """
@@ -113,7 +113,7 @@ def is_final(status: int, words: str) -> bool:
 
 @dataclass
 class SupervisedRun:
-    """A run that a process is at."""
+    """A run with a process that works on it."""
 
     key: str
     task: Task
@@ -122,14 +122,14 @@ class SupervisedRun:
     process: Process
     progress: tuple[int, int]
     starts_in_vain: int = 0
-    """Starts in a row that added nothing to the progress."""
+    """Starts in a row without progress."""
     urgency: int = 0
     """Number of requests to leave that the process has received."""
 
 
 @dataclass
 class Supervisor:
-    """Keeps runs going in `slots` until each has finished or is given up.
+    """Keeps runs in `slots` running until each has finished or is given up.
 
     Use as a context manager: no process that it started outlives the context.
     """
@@ -143,7 +143,7 @@ class Supervisor:
     """Environment that gives a slot its devices."""
     runs: list[SupervisedRun] = field(default_factory=list)
     given_up: set[str] = field(default_factory=set)
-    """Keys of the runs that failed for good."""
+    """Keys of runs that are not started again."""
     started: int = 0
     """Number of processes started."""
     urgency: int = 0
@@ -168,7 +168,7 @@ class Supervisor:
         lock = stored.claim()
         if lock is None:
             return False
-        if stored.has_finished():  # between the last look at its files and our claim
+        if stored.has_finished():  # after its files were last read, and before our claim
             lock.release()
             return False
         stored.prepare(config, name)
@@ -178,13 +178,13 @@ class Supervisor:
         return True
 
     def wait(self, seconds: float) -> None:
-        """Return when a run's process has ended, at the latest after so many seconds."""
+        """Return when the process of a run has ended, at the latest after `seconds`."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and all(run.process.poll() is None for run in self.runs):
             time.sleep(POLL_SECONDS)
 
     def collect(self) -> list[str]:
-        """Start again what has ended too early; return the keys of the runs that need no more starts."""
+        """Restart the runs that ended too early; return the keys of the runs that need no more starts."""
         done: list[str] = []
         for run in list(self.runs):
             status = run.process.poll()
@@ -206,7 +206,7 @@ class Supervisor:
 
     def stop(self) -> None:
         """Ask all runs to save and leave; asked a second time, end them at once."""
-        for run in self.runs:  # also one that was being started when the signal came
+        for run in self.runs:  # including a run that was being started when the signal came
             if run.urgency < self.urgency:
                 run.process.send_signal(signal.SIGTERM if self.urgency == 1 else signal.SIGKILL)
                 run.urgency = self.urgency
@@ -216,21 +216,21 @@ class Supervisor:
         return self.backend.start(task)
 
     def _reason_to_give_up(self, run: SupervisedRun, status: int) -> str:
-        """Return why another start would end as this one did; "" if it may not. Notes the death for the run's log."""
+        """Return why another start would be in vain; "" if it may help. Notes the death for the run's log."""
         stored = run.task.stored
         words = stored.last_words()
         if is_final(status, words) or elastic.gave_up(stored.failures):
             return words
-        # A start that added a checkpoint, or used up a planned fault, was not in vain.
+        # A start that saved a checkpoint, or in which a planned fault fired, was not in vain.
         progress = stored.progress()
         run.starts_in_vain = 0 if progress > run.progress else run.starts_in_vain + 1
         run.progress = progress
-        how = describe_exit(status)
+        signal_name = signal.Signals(-status).name if status < 0 else None
+        how = f"was ended by {signal_name}" if signal_name else f"left with exit status {status}"
         if run.starts_in_vain > self.restarts:
             return f"It {how}, {run.starts_in_vain} times in a row without progress. Its last output:\n{words}"
         # torchrun notes the deaths of its ranks itself. A preempted run has logged why it left.
         if status not in (EXIT_PREEMPTED, EXIT_USAGE) and self.ranks == 1:
-            name = signal.Signals(-status).name if status < 0 else None
-            failure = {"rank": 0, "pid": run.process.pid, "exitcode": status, "signal": name}
+            failure = {"rank": 0, "pid": run.process.pid, "exitcode": status, "signal": signal_name}
             elastic.note_failures([failure], f"rank 0 {how}", stored.failures)
         return ""

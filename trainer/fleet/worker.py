@@ -17,9 +17,9 @@ from trainer.fleet.run_store import START_MARK, StoredRun
 from trainer.parallel import elastic
 
 LOCK_SECONDS = 10.0
-"""Wait for a process that still holds the run directory: it ends after its scheduler was killed."""
+"""Maximum wait for a process of an earlier scheduler that still holds the run directory."""
 WATCH_SECONDS = 0.1
-TORCHRUN_RESTARTS = 20  # the scheduler counts those without progress; these are for faults in a row
+TORCHRUN_RESTARTS = 20  # for faults in a row; the scheduler itself counts starts without progress
 
 
 def main(directory: str, name: str, ranks: str, scheduler: str) -> int:
@@ -29,8 +29,10 @@ def main(directory: str, name: str, ranks: str, scheduler: str) -> int:
     _end_with_scheduler(int(scheduler), endings)
     print(f"{START_MARK}{time.strftime('%Y-%m-%d %H:%M:%S')}  {name}  process {os.getpid()}", flush=True)
     os.environ["WANDB_NAME"] = name
-    # The process of a scheduler that was killed may still be ending, with the run directory locked.
-    _wait_for_lock(stored.run / "lock")
+    # After a scheduler was killed, its process for this run may need a moment to end and to release the directory.
+    deadline = time.monotonic() + LOCK_SECONDS
+    while run_store.is_held(stored.run / "lock") and time.monotonic() < deadline:
+        time.sleep(0.05)
     return _train(stored) if ranks == "1" else _launch(stored, int(ranks), endings)
 
 
@@ -44,7 +46,7 @@ def _print_to(path: Path) -> None:
 def _end_with_scheduler(scheduler: int, endings: list[Callable[[], None]]) -> None:
     """End this process when its scheduler dies; first call the `endings`.
 
-    A run that went on unsupervised would keep its directory from the next scheduler.
+    A run that continued without supervision would keep its directory locked for the next scheduler.
     """
 
     def watch() -> None:
@@ -55,12 +57,6 @@ def _end_with_scheduler(scheduler: int, endings: list[Callable[[], None]]) -> No
         os._exit(EXIT_FAILED)
 
     threading.Thread(target=watch, name="toprope-scheduler", daemon=True).start()
-
-
-def _wait_for_lock(path: Path) -> None:
-    deadline = time.monotonic() + LOCK_SECONDS
-    while run_store.is_held(path) and time.monotonic() < deadline:
-        time.sleep(0.05)
 
 
 def _train(stored: StoredRun) -> int:
@@ -76,19 +72,23 @@ def _train(stored: StoredRun) -> int:
 
 
 def _launch(stored: StoredRun, ranks: int, endings: list[Callable[[], None]]) -> int:
-    """Run one torchrun agent with its workers, and the faults of the plan that come from outside."""
+    """Run a torchrun agent with its workers, and the planned faults that strike from outside."""
     from trainer import config
     from trainer.faults import plan
     from trainer.launch.cluster import Cluster
+    from trainer.log import events
 
     planned = plan.make(config.load(stored.config), ranks)
     cluster = Cluster(
         stored.config, stored.run, (), ranks=ranks, restarts=TORCHRUN_RESTARTS,
         directory=supervision.new_start_directory(stored.directory),
     )  # fmt: skip
-    endings.append(cluster.kill)  # the agent has a session of its own, and would outlive this process
+    endings.append(cluster.kill)  # the agent has a session of its own, so it would outlive this process
+    # The at_seconds of faults count from the run's first start, which may be several starts ago.
+    first_log = events.events_directory(stored.run) / "attempt-0000-rank-00000.jsonl"
+    first_start = next((entry.time for entry in events.read_file(first_log)), time.time())
     with (
-        supervision.running(cluster, planned, stored.run, _first_start(stored.run)),
+        supervision.running(cluster, planned, stored.run, first_start),
         # A request to stop is passed on to the agent, which passes it on to all ranks.
         supervision.handle_signals(lambda number, _frame: cluster.nodes[0].signal(number)),
     ):
@@ -96,14 +96,6 @@ def _launch(stored: StoredRun, ranks: int, endings: list[Callable[[], None]]) ->
             pass
     print(cluster.output, flush=True)
     return status
-
-
-def _first_start(run: Path) -> float:
-    """Unix time of the run's first start, from which at_seconds counts."""
-    from trainer.log import events
-
-    first = events.events_directory(run) / "attempt-0000-rank-00000.jsonl"
-    return next((entry.time for entry in events.read_file(first)), time.time())
 
 
 if __name__ == "__main__":

@@ -1,19 +1,18 @@
 """Running a ladder: its runs side by side in slots, each an ordinary run, until all have finished or are given up.
 
-    OUT/ladder.json    what was planned (preregistration.py)
+    OUT/ladder.json    the plan (preregistration.py)
     OUT/lock           held by the scheduler of this ladder
     OUT/../pool        the runs of all ladders beside this one (fleet/run_store.py): the only state
 
-Smallest rungs first, as far as that costs no time (fleet/scheduling.py); the target's runs after all rungs.
+Smallest rungs first, unless that would cost time (fleet/scheduling.py); the target's runs after all rungs.
 """
 
-import contextlib
 import functools
+import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, RunDirectoryError
 from trainer.fleet import run_store, scheduling, supervision
@@ -31,17 +30,17 @@ REFRESH_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class LadderStatus:
-    """States of all runs of a ladder, and what is left to do."""
+    """States of all runs of a ladder, and estimates of the work that is left."""
 
     runs: list[PlannedRun]
-    """All that are known; with [tuning], more come as sweeps end."""
+    """All known runs; with [tuning], more are added when sweeps end."""
     states: dict[str, RunState]
     """By key."""
     slots: int
     earlier: Speed = speed.UNKNOWN
     """Speed that a plan measured."""
     stopping: bool = False
-    """True once runs were asked to save and leave."""
+    """True after runs were asked to save and leave."""
 
     def state(self, run: PlannedRun) -> RunState:
         return self.states.get(run.key, RunState("waiting"))
@@ -56,11 +55,11 @@ class LadderStatus:
 
     @functools.cached_property
     def speed(self) -> Speed:
-        """Speed by what the runs have taken so far; for sizes that have not begun, by what was measured earlier."""
+        """Speed measured on these runs; for sizes that have not begun, as measured earlier."""
         return speed.measured(self.runs, self.states).scale_earlier(self.earlier)
 
     def estimate(self, run: PlannedRun) -> float:
-        """Seconds that are left of a run; where no speed is known at all, FLOPs."""
+        """Seconds that a run still needs; if no speed is known, its remaining FLOPs instead."""
         seconds = self.speed.seconds(run, self.state(run).step)
         return seconds if seconds is not None else run.flops * (1 - self._share_done(run))
 
@@ -86,17 +85,16 @@ class LadderStatus:
 
 @dataclass
 class LadderResult:
-    """Outcome of a call of `run`."""
+    """The result of a call of `run`."""
 
     status: LadderStatus
     interrupted: bool
-    seconds: float
     started: int
     """Number of processes started."""
 
     @property
     def missing(self) -> dict[str, str]:
-        """{name of a run: why it is missing}"""
+        """{name of a run: reason why it is missing}"""
         states = {run.name: self.status.state(run) for run in self.status.runs}
         return {name: state.reason for name, state in states.items() if state.status == "missing"}
 
@@ -122,7 +120,7 @@ def state_of(pool: Path, run: PlannedRun) -> RunState:
 
 
 def read_status(ladder: Ladder, out: Path) -> LadderStatus:
-    """Read from files alone how a ladder stands."""
+    """Read the states of all runs of a ladder from their files."""
     pool = pool_of(out)
     runs = tuning.wanted(ladder, pool)
     states = {run.key: state_of(pool, run) for run in runs}
@@ -130,13 +128,13 @@ def read_status(ladder: Ladder, out: Path) -> LadderStatus:
 
 
 def measure(ladder: Ladder, out: Path, status: LadderStatus, backend: Backend) -> tuple[Speed, str]:
-    """Return (speed of this machine, source of it): from runs that were made, else from a few steps of the baseline.
+    """Return (speed of this machine, its source): earlier runs, else a few steps of the baseline.
 
-    Raises UsageError if the baseline fails in these steps: no run of such a ladder would finish.
+    Raises UsageError if the baseline fails in these steps, since no run of such a ladder would finish.
     """
     if status.speed.steps:
-        made = speed.measured(status.runs, status.states).steps
-        return status.speed, "runs that were made before" if made else "a few steps, earlier"
+        from_runs = speed.measured(status.runs, status.states).steps
+        return status.speed, "runs that were made before" if from_runs else "a few steps, earlier"
     measured = speed.probe(ladder, status.slots, backend)
     if measured.steps:
         preregistration.keep_speed(out, measured)
@@ -147,24 +145,30 @@ def run(
     ladder: Ladder, out: Path, *, up_to: str | None = None, backend: Backend | None = None,
     update: Callable[[LadderStatus], None] = lambda status: None,
 ) -> LadderResult:  # fmt: skip
-    """Do what is left of a ladder, or of its rungs up to one. May be killed at any time; the same call then goes on.
+    """Do what is left of a ladder, or of its rungs up to `up_to`. After a kill, the same call continues.
 
-    Runs that were given up are tried once more. SIGINT and SIGTERM ask all runs to save and leave; a second one ends
-    them. Raises RunDirectoryError if OUT belongs to another ladder or another scheduler holds it,
+    Runs that were given up are tried once more. SIGINT and SIGTERM ask all runs to save and leave; a second signal
+    ends them at once. Raises RunDirectoryError if OUT belongs to another ladder or another scheduler holds it,
     ConfigError if there is no rung `up_to`, UsageError if the baseline fails in its first steps.
     """
     part, pool, backend = ladder if up_to is None else ladder.up_to(up_to), pool_of(out), backend or Local()
     preregistration.compare(ladder, out, pool)
     out.mkdir(parents=True, exist_ok=True)
-    with _claimed(out):
+    lock = run_store.hold(out / "lock")
+    if lock is None:
+        raise RunDirectoryError(
+            f"{out} is in use by another `ladder run`.\n"
+            "  One scheduler is enough. Wait for it, stop it with Ctrl-C, or watch it with `ladder status`."
+        )
+    with lock:
         status = read_status(part, out)
         update(status)
         try:
-            with supervision.handle_signals(_raise_stop):
+            with supervision.handle_signals(signal.default_int_handler):
                 measure(part, out, status, backend)
-        except _StopError:  # no run was started yet, so there is nothing to save
-            return LadderResult(status, True, 0.0, 0)
-        # Only now, when the baseline is known to run, is the plan put on record.
+        except KeyboardInterrupt:  # no run was started yet, so there is nothing to save
+            return LadderResult(status, True, 0)
+        # The plan is recorded only now: the baseline is known to run.
         pool.mkdir(exist_ok=True)
         preregistration.write(ladder, out, pool)
         slots = speed.slots_of(part)
@@ -173,46 +177,25 @@ def run(
             return _Scheduler(part, pool, supervisor, update, preregistration.speed_of(out)).work()
 
 
-class _StopError(Exception):
-    """SIGINT or SIGTERM came before there was a run to save."""
-
-
-def _raise_stop(_number: int, _frame: Any) -> None:
-    raise _StopError
-
-
-@contextlib.contextmanager
-def _claimed(out: Path) -> Iterator[None]:
-    lock = run_store.hold(out / "lock")
-    if lock is None:
-        raise RunDirectoryError(
-            f"{out} is in use by another `ladder run`.\n"
-            "  One scheduler is enough. Wait for it, stop it with Ctrl-C, or watch it with `ladder status`."
-        )
-    with lock:
-        yield
-
-
 @dataclass
 class _Scheduler:
-    """Decides which run is next, and reports how the ladder stands; the supervisor keeps the runs going."""
+    """Decides which run is next, and reports the ladder's status; the supervisor keeps the runs alive."""
 
     ladder: Ladder
     pool: Path
     supervisor: Supervisor
     update: Callable[[LadderStatus], None]
     earlier: Speed
+    _runs: list[PlannedRun] = field(default_factory=list)
     _states: dict[str, RunState] = field(default_factory=dict)
     _refreshed: float = float("-inf")
 
-    def __post_init__(self) -> None:
-        self._runs = tuning.wanted(self.ladder, self.pool)
-
     def work(self) -> LadderResult:
-        supervisor, began = self.supervisor, time.monotonic()
+        supervisor = self.supervisor
+        self._runs = tuning.wanted(self.ladder, self.pool)
         self._refresh(self._runs)
         with supervision.handle_signals(self._note_signal):
-            # After a stop no run is started any more, but the loop goes on until the running ones have left.
+            # After a request to stop no run is started, but the loop continues until the running ones have left.
             while supervisor.runs or (not supervisor.urgency and self._left()):
                 if supervisor.urgency:
                     supervisor.stop()
@@ -223,20 +206,19 @@ class _Scheduler:
                 self._collect()
             self._refresh(self._runs)
         self._report()
-        return LadderResult(self._status(), supervisor.urgency > 0, time.monotonic() - began, supervisor.started)
+        return LadderResult(self._status(), supervisor.urgency > 0, supervisor.started)
 
-    def _note_signal(self, _number: int, _frame: Any) -> None:
-        self.supervisor.urgency += 1  # acted on in the loop: a handler may come in the middle of a start
+    def _note_signal(self, _number: int, _frame: object) -> None:
+        self.supervisor.urgency += 1  # the loop acts on it: this handler may interrupt the start of a run
 
     def _left(self) -> list[PlannedRun]:
-        """Runs that neither have finished, nor were given up, nor are running here; each once, as planned."""
-        taken = self.supervisor.given_up | {run.key for run in self.supervisor.runs}
-        first = {run.key: run for run in reversed(self._runs) if run.key not in taken}
-        return [run for run in reversed(first.values()) if self._states[run.key].status != "finished"]
+        """Runs that have not finished, were not given up, and are not running here; in the planned order."""
+        taken, status = self.supervisor.given_up | {run.key for run in self.supervisor.runs}, self._status()
+        return [run for run in status.distinct if run.key not in taken and status.state(run).status != "finished"]
 
     def _fill_slots(self) -> None:
         left = self._left()
-        # Runs that another ladder holds are passed over here, and looked at again in the next round.
+        # Runs that another ladder holds are skipped in this round, and tried again in the next one.
         while left and self.supervisor.free_slots:
             run = left.pop(self._next(left))
             name = f"{self.ladder.name} {run.name}"
@@ -245,22 +227,21 @@ class _Scheduler:
 
     def _next(self, left: list[PlannedRun]) -> int:
         """Index of the run to start now."""
-        # The target's runs are by far the longest: they wait until no rung is left.
+        # The target's runs are by far the longest, so they wait until all rungs are done.
         candidates = [run for run in left if run.rung != TARGET] or left
         status = self._status()
         ours = {run.key for run in self.supervisor.runs}
+        # Seconds until each slot is free: those of the runs that we started, and 0 for the slots without one.
         busy = [status.estimate(run) for run in status.distinct if run.key in ours]
         idle = [0.0] * (self.supervisor.slots - len(busy))
         return left.index(candidates[scheduling.next_of([*map(status.estimate, candidates)], [*busy, *idle])])
 
     def _collect(self) -> None:
         done = set(self.supervisor.collect())
-        if not done:
-            return
         ended = [run for run in self._runs if run.key in done]
         self._refresh(ended)
-        if self.ladder.tuning is not None and any(run.rate is not None for run in ended):
-            # A sweep that has ended decides the learning rate of the runs that follow it.
+        if any(run.rate is not None for run in ended):
+            # The end of a sweep decides the learning rate of the runs that follow it.
             self._runs = tuning.wanted(self.ladder, self.pool)
             self._refresh([run for run in self._runs if run.key not in self._states])
 
@@ -272,7 +253,7 @@ class _Scheduler:
         if now - self._refreshed >= REFRESH_SECONDS or not self.supervisor.runs:
             self._refreshed = now
             ours = {run.key for run in self.supervisor.runs}
-            # Runs that are running or stopped may be another scheduler's: they change without us.
+            # Runs that we did not start may belong to another scheduler, so their states change without us.
             changing = ("running", "stopped")
             self._refresh([r for r in self._runs if r.key in ours or self._states[r.key].status in changing])
             self.update(self._status())

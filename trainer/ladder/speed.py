@@ -1,4 +1,4 @@
-"""Duration of runs on this machine, by what was measured on it; slots for runs, and their devices."""
+"""Duration of runs on this machine, estimated from measured speeds; slots for runs, and their devices."""
 
 import math
 import os
@@ -19,7 +19,7 @@ from trainer.fleet.backend import Backend, Task
 from trainer.fleet.run_store import RunState, StoredRun
 from trainer.ladder.plan.ladder import Ladder, PlannedRun
 
-PROBE_STEPS = 6  # the first pays for what is done once; the median does not see it
+PROBE_STEPS = 6  # the first includes work that is done once; the median ignores it
 PROBE_SETTINGS: dict[str, dict[str, Any]] = {
     "budget": {"steps": PROBE_STEPS}, "optim": {"warmup_steps": 0}, "checkpoint": {"every_steps": 0},
     "eval": {"every_steps": 0}, "wandb": {"mode": "disabled"},
@@ -37,7 +37,7 @@ class Speed:
     evals: Mapping[int, float]
 
     def seconds(self, run: PlannedRun, from_step: int = 0) -> float | None:
-        """Seconds for the rest of a run, without start-up and saves; None where nothing was measured."""
+        """Seconds for the rest of a run, without start-up and saves; None if nothing was measured."""
         config = run.config
         per_step = _interpolate(self.steps, run.flops_per_token)
         if per_step is None:
@@ -48,7 +48,7 @@ class Speed:
         return (total - from_step) * per_step * run.flops / total + evals * per_eval * run.flops_per_token
 
     def scale_earlier(self, earlier: "Speed") -> "Speed":
-        """Add sizes that were measured earlier only, scaled to the pace of now: others may share the machine."""
+        """Add the sizes that only `earlier` has, scaled to the present pace: others may share the machine."""
         return Speed(_scale_earlier(self.steps, earlier.steps), _scale_earlier(self.evals, earlier.evals))
 
     def to_json(self) -> dict[str, dict[str, float]]:
@@ -75,7 +75,7 @@ def _scale_earlier(now: Mapping[int, float], earlier: Mapping[int, float]) -> di
 
 
 def measured(runs: Iterable[PlannedRun], states: Mapping[str, RunState]) -> Speed:
-    """Speed by what these runs have taken so far."""
+    """Return the median speed of these runs for each size."""
     steps: dict[int, list[float]] = {}
     evals: dict[int, list[float]] = {}
     for run in runs:
@@ -89,7 +89,7 @@ def measured(runs: Iterable[PlannedRun], states: Mapping[str, RunState]) -> Spee
 
 
 def _interpolate(known: Mapping[int, float], flops_per_token: int) -> float | None:
-    """Linear in logarithms between the sizes that were measured; beyond them, the value of the nearest size."""
+    """Interpolate linearly in logarithms; beyond the measured sizes, take the value of the nearest size."""
     if not known:
         return None
     sizes = sorted(known)
@@ -98,20 +98,20 @@ def _interpolate(known: Mapping[int, float], flops_per_token: int) -> float | No
 
 
 def _evals(config: Config, step: int) -> int:
-    """Number of evaluations done when this step is done."""
+    """Number of evaluations up to this step, inclusive."""
     every, last = config.eval.every_steps, config.budget.steps
     times = step // every if every else 0
     return times + (step == last and (not every or last % every > 0))
 
 
 def probe(ladder: Ladder, slots: int, backend: Backend) -> Speed:
-    """Time a few steps of the smallest and the largest rung, in all slots at once, in a directory that is removed.
+    """Time a few steps of the smallest and the largest rung in a temporary directory.
 
-    Returns UNKNOWN, or a speed of one size, where a process dies by chance. Raises UsageError if the baseline fails.
+    If a process dies by chance, the speed of its size is missing. Raises UsageError if the baseline fails.
     """
     firsts = {run.rung: run for run in reversed(ladder.runs)}
     ends = [firsts[name] for name in dict.fromkeys((ladder.rungs[0].name, ladder.rungs[-1].name))]
-    # All slots at once, since runs side by side slow each other down.
+    # Each rung is timed in all slots at once, since runs side by side slow each other down.
     with tempfile.TemporaryDirectory(prefix="toprope-probe-", ignore_cleanup_errors=True) as directory:
         runs = [_short(run) for run in ends]
         states = {run.key: _timed(ladder, run, Path(directory), slots, backend) for run in runs}
@@ -141,21 +141,18 @@ def _timed(ladder: Ladder, run: PlannedRun, directory: Path, slots: int, backend
 
 
 def slots_of(ladder: Ladder) -> int:
-    """Number of runs side by side: the file's, or as many as the cores (or GPUs) of this machine are enough for."""
+    """Number of runs side by side: the file's, or as many as this machine has cores (or GPUs) for."""
     if ladder.slots:
         return ladder.slots
     config = ladder.runs[0].config
     if gpus := _gpus(config):
         return max(1, gpus // ladder.ranks)
-    return max(1, _cores() // (config.numerics.threads * ladder.ranks))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, cores // (config.numerics.threads * ladder.ranks))
 
 
 def _gpus(config: Config) -> int:
-    """Number of GPUs that runs of this config would use."""
+    """Number of GPUs available to runs of this config."""
     if config.parallel.device == "cpu":
         return 0
     import torch
@@ -164,7 +161,7 @@ def _gpus(config: Config) -> int:
 
 
 def devices_of(ladder: Ladder, slot: int) -> dict[str, str]:
-    """Environment of a slot: its own GPUs, where there are any."""
+    """Environment that gives a slot its own GPUs; {} without GPUs."""
     gpus = _gpus(ladder.runs[0].config)
     if not gpus:
         return {}

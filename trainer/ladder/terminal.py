@@ -1,7 +1,7 @@
 """A ladder on a terminal: its plan, its progress while it runs, its status; plan and status also as JSON."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TextIO
 
 from rich.box import SIMPLE_HEAD
@@ -11,64 +11,65 @@ from rich.text import Text
 
 from trainer.fleet.run_store import RunStatus
 from trainer.ladder import speed
-from trainer.ladder.plan.ladder import Ladder, PlannedRun, PlannedRung
+from trainer.ladder.plan.ladder import Ladder, PlannedRun
 from trainer.ladder.preregistration import Edits
 from trainer.ladder.run import LadderResult, LadderStatus
 from trainer.ladder.speed import Speed
 from trainer.ladder.stats.records import BASELINE
 from trainer.show.live import LiveTable
-from trainer.show.units import amount, clock, scientific
+from trainer.show.units import amount, clock, duration, scientific, setting
 
 PLAIN_SECONDS = 15.0
+"""Interval of the lines of progress without a terminal."""
 STOPPING = "   stopping: runs save and leave; a second signal ends them at once"
 STYLES: dict[RunStatus, str] = {
     "finished": "green", "running": "cyan", "stopped": "yellow", "waiting": "dim", "missing": "bold red",
 }  # fmt: skip
 SIGNS: dict[RunStatus, str] = {"finished": "✓", "running": "▸", "stopped": "‖", "waiting": "·", "missing": "✗"}
-MEANINGS = "✓ finished   ▸ running   ‖ stopped   · waiting   ✗ missing"
+MEANINGS = "   ".join(f"{sign} {name}" for name, sign in SIGNS.items())
 
 
 # The plan
 
 
 def plan_json(ladder: Ladder, status: LadderStatus, known: Speed, source: str, edits: Edits) -> dict[str, Any]:
-    """The plan of a ladder with its cost as JSON; hours are None where no speed is known."""
-    hours = {run.key: _hours(known.seconds(run)) for run in status.distinct}
+    """The plan of a ladder with its cost as JSON; hours are None if no speed is known."""
     return {
-        "name": ladder.name,
-        "question": ladder.question,
-        "metric": ladder.metric,
-        "unit": ladder.unit,
+        **_fields(ladder, "name", "question", "metric", "unit", "target_flops", "notices"),
         "criterion": ladder.criterion.to_json(),
-        "target_flops": ladder.target_flops,
         "slots": status.slots,
-        "rungs": [_rung_json(rung) for rung in ladder.all_rungs],
+        "rungs": [
+            _fields(rung, "name", "parameters", "tokens", "flops")
+            | _fields(rung.shape, "width", "n_layers", "n_heads")
+            | {"seeds": list(rung.seeds)}
+            for rung in ladder.all_rungs
+        ],
         "arms": [
             {"name": arm.name, "question": arm.question, "set": arm.settings, "combines": list(arm.combines)}
             for arm in ladder.arms
         ],
         "runs": [
-            {
-                "arm": run.arm, "rung": run.rung, "seed": run.seed, "rate": run.rate, "key": run.key,
-                "parameters": run.parameters, "tokens": run.tokens, "steps": run.config.budget.steps,
-                "flops": run.flops, "hours": hours[run.key], "status": status.state(run).status,
-            }
+            _run_json(run, status)
+            | _fields(run, "parameters", "tokens", "flops")
+            | {"hours": _hours(known.seconds(run))}
             for run in status.runs
         ],
         "flops": status.flops,
         "hours": _hours(_slot_seconds(status, known)),
         "hours_left": _hours(_slot_seconds(status, known, left=True)),
         "measured": source,
-        "notices": ladder.notices,
         "edits": edits.lines,
         "kept": edits.kept,
-    }  # fmt: skip
+    }
 
 
-def _rung_json(rung: PlannedRung) -> dict[str, Any]:
-    shape = {"width": rung.shape.width, "n_layers": rung.shape.n_layers, "n_heads": rung.shape.n_heads}
-    figures = {"parameters": rung.parameters, "tokens": rung.tokens, "flops": rung.flops, "seeds": list(rung.seeds)}
-    return {"name": rung.name} | shape | figures
+def _run_json(run: PlannedRun, status: LadderStatus) -> dict[str, Any]:
+    steps = {"steps": run.config.budget.steps}
+    return _fields(run, "arm", "rung", "seed", "rate", "key") | steps | {"status": status.state(run).status}
+
+
+def _fields(record: Any, *names: str) -> dict[str, Any]:
+    return {name: getattr(record, name) for name in names}
 
 
 def _hours(seconds: float | None) -> float | None:
@@ -76,7 +77,7 @@ def _hours(seconds: float | None) -> float | None:
 
 
 def _slot_seconds(status: LadderStatus, known: Speed, left: bool = False) -> float | None:
-    """Seconds of all runs in the slots, or of what is left of them; None where no speed is known."""
+    """Seconds of all runs in the slots, or of what is left of them; None if no speed is known."""
     runs = [run for run in status.distinct if not left or status.state(run).status != "finished"]
     seconds = speed.known(known.seconds(run, status.state(run).step if left else 0) for run in runs)
     return None if seconds is None else sum(seconds) / status.slots
@@ -85,7 +86,7 @@ def _slot_seconds(status: LadderStatus, known: Speed, left: bool = False) -> flo
 def plan(ladder: Ladder, status: LadderStatus, known: Speed, source: str, edits: Edits) -> RenderableType:
     """The plan of a ladder: a table of sizes, a line for each arm, totals, notices."""
     rule = ladder.criterion
-    whole, left = (_duration(_slot_seconds(status, known, left=left)) for left in (False, True))
+    whole, left = (duration(_slot_seconds(status, known, left=left)) for left in (False, True))
     totals = (
         f"{len(status.distinct)} runs, {status.count('finished')} of them finished; {scientific(status.flops)} FLOPs; "
         f"{whole} in {status.slots} slots, {left} of it left"
@@ -112,7 +113,7 @@ def _sizes(ladder: Ladder, status: LadderStatus, known: Speed) -> Any:
         table.add_row(
             rung.name, f"{rung.shape.width} × {rung.shape.n_layers}", amount(rung.parameters), amount(rung.tokens),
             f"{base.config.budget.steps:,}" if base else "–", scientific(rung.flops),
-            str(len({run.key for run in runs})) if runs else "–", _duration(known.seconds(base)) if base else "–",
+            str(len({run.key for run in runs})) if runs else "–", duration(known.seconds(base)) if base else "–",
         )  # fmt: skip
     return table
 
@@ -120,17 +121,9 @@ def _sizes(ladder: Ladder, status: LadderStatus, known: Speed) -> Any:
 def _arms(ladder: Ladder) -> Any:
     table = empty_table("arm", "changes", "question")
     for arm in ladder.arms:
-        values = {key: str(value).lower() if isinstance(value, bool) else value for key, value in arm.settings.items()}
-        table.add_row(arm.name, ", ".join(f"{key} = {value}" for key, value in values.items()), arm.question)
+        changes = ", ".join(f"{key} = {setting(value)}" for key, value in arm.settings.items())
+        table.add_row(arm.name, changes, arm.question)
     return table
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "?"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def empty_table(*columns: str) -> Any:
@@ -149,19 +142,12 @@ def status_json(ladder: Ladder, status: LadderStatus) -> dict[str, Any]:
     return {
         "name": ladder.name,
         "counts": _counts(status),
-        "flops": status.flops,
-        "flops_done": status.flops_done,
-        "seconds_left": status.seconds_left,
-        "slots": status.slots,
+        **_fields(status, "flops", "flops_done", "seconds_left", "slots"),
         "runs": [
-            {
-                "arm": run.arm, "rung": run.rung, "seed": run.seed, "rate": run.rate, "key": run.key,
-                "status": status.state(run).status, "step": status.state(run).step, "steps": run.config.budget.steps,
-                "reason": status.state(run).reason or None,
-            }
+            _run_json(run, status) | {"step": status.state(run).step, "reason": status.state(run).reason or None}
             for run in status.runs
         ],
-    }  # fmt: skip
+    }
 
 
 def _counts(status: LadderStatus) -> dict[str, int]:
@@ -184,7 +170,7 @@ def standing(ladder: Ladder, status: LadderStatus) -> RenderableType:
 
 
 def _signs(runs: Sequence[PlannedRun], status: LadderStatus) -> Text:
-    """A sign for each run; beside a running one, its share of steps done."""
+    """A sign for each run; beside a running run, its share of completed steps."""
     signs = Text(justify="left")
     for run in runs:
         state = status.state(run)
@@ -205,17 +191,14 @@ def _progress(status: LadderStatus) -> Text:
 
 
 class LadderProgress(LiveTable):
-    """Shows a ladder at work: on a terminal the table of its status, elsewhere a line for each run that has ended.
+    """Shows the progress of a ladder: a live table on a terminal, else a line for each run that has ended.
 
-    Give `update` to `run.run`.
+    Pass `update` to `run.run`.
     """
 
-    def __init__(
-        self, ladder: Ladder, file: TextIO | None = None, is_terminal: bool | None = None,
-        monotonic: Callable[[], float] = time.monotonic,
-    ) -> None:  # fmt: skip
-        super().__init__(file, is_terminal=is_terminal, plain_seconds=PLAIN_SECONDS, monotonic=monotonic)
-        self._ladder = ladder
+    def __init__(self, ladder: Ladder, file: TextIO | None = None) -> None:
+        super().__init__(file)
+        self._ladder, self._printed_at = ladder, time.monotonic()
         self._printed_statuses: dict[str, str] | None = None
         """Status of each run at the last update; None before the first."""
 
@@ -235,10 +218,12 @@ class LadderProgress(LiveTable):
                 self.print(f"{state.status:<9} {run.name}{f': {state.reason}' if state.reason else ''}")
                 finished |= state.status == "finished"
         self._printed_statuses = {run.key: status.state(run).status for run in status.distinct}
-        self.print_progress(_progress(status).plain.lstrip("━ "), now=finished)
+        if finished or time.monotonic() - self._printed_at >= PLAIN_SECONDS:
+            self._printed_at = time.monotonic()
+            self.print(_progress(status).plain.lstrip("━ "))
 
 
 def ended(ladder: Ladder, result: LadderResult, command: str) -> RenderableType:
-    """The last table, and how to go on: with `command`."""
-    stopped = [Text(f"Stopped. Go on with: {command}", "bold yellow")] if result.interrupted else []
+    """The last table, and the `command` that continues the ladder if it was stopped."""
+    stopped = [Text(f"Stopped. Continue with: {command}", "bold yellow")] if result.interrupted else []
     return Group(standing(ladder, result.status), *stopped)

@@ -1,4 +1,4 @@
-"""A campaign on a terminal: what runs now, then the matrix."""
+"""A campaign on a terminal: its progress, then the matrix of faults and invariants."""
 
 import string
 import time
@@ -15,17 +15,18 @@ from rich.text import Text
 from trainer.chaos.report import matrix
 from trainer.chaos.results import Report, Result
 from trainer.show.live import LiveTable
-from trainer.show.units import SIGNS, clock
+from trainer.show.units import SIGNS, clock, plural
 
 STYLES = {"pass": "green", "fail": "bold red", "undetected": "magenta", "unknown": "yellow", "skipped": "dim"}
-NAMES = {"pass": "pass", "fail": "FAIL", "undetected": "undetected", "unknown": "unknown", "skipped": "skipped"}
+NAMES = {outcome: outcome for outcome in STYLES} | {"fail": "FAIL"}
 
 
 def terminal(report: Report) -> RenderableType:
     """The matrix, a legend, totals, and a line for each run that did not pass. Fits 80 columns, needs no colour."""
     parts: list[Any] = [Text.assemble(("campaign ", "dim"), (report.campaign, "bold")), Text()]
     if report.results:
-        letters = _letters(matrix.invariants(report.results))
+        # Each invariant's column is as wide as its one sign, so letters head them, and a legend explains the letters.
+        letters = dict(zip(string.ascii_letters, matrix.invariants(report.results), strict=False))
         parts += [_table(report.results, letters), Text(), _legend(letters), Text()]
     parts.append(_totals(report))
     parts.append(Text(matrix.reference_line(report), "dim", overflow="fold"))
@@ -33,36 +34,27 @@ def terminal(report: Report) -> RenderableType:
     return Group(*parts)
 
 
-def _letters(invariants: Sequence[str]) -> dict[str, str]:
-    """{letter: invariant}: a name would make a column wider than its one sign."""
-    return dict(zip(string.ascii_lowercase + string.ascii_uppercase, invariants, strict=False))
-
-
 def _table(results: Sequence[Result], letters: dict[str, str]) -> Any:
     table = Table(box=SIMPLE_HEAD, header_style="dim", pad_edge=False, show_edge=False, collapse_padding=True)
     table.add_column("fault", overflow="fold", ratio=1)
     for name in ("ranks", "outcome", "detect", "recover"):
         table.add_column(name, justify="right" if name in ("detect", "recover") else "left", no_wrap=True)
-    table.add_column("".join(letters), no_wrap=True)  # blanks between them would leave names of 10 letters
+    table.add_column("".join(letters), no_wrap=True)  # no blanks: in 80 columns they would cut the faults' names
     for group, members in matrix.groups(results).items():
         table.add_row(Text(group, "bold"))
         for result in members:
             label = Text(matrix.label(result, members), "dim" if result.outcome == "skipped" else "")
+            answers = matrix.answers(result)
+            signs = [answers.get(name, ("skipped", ""))[0] for name in letters.values()]
             table.add_row(
                 Padding(label, (0, 0, 0, 2)),
                 Text(matrix.world_short(result), "dim"),
                 Text(NAMES[result.outcome], STYLES[result.outcome]),
                 matrix.seconds(matrix.worst(result, "detect_seconds")),
                 matrix.seconds(matrix.worst(result, "recover_seconds")),
-                _signs(result, letters),
+                Text("").join(Text(SIGNS[sign], STYLES[sign]) for sign in signs),
             )
     return table
-
-
-def _signs(result: Result, letters: dict[str, str]) -> Text:
-    given = matrix.answers(result)
-    signs = [given.get(name, ("skipped", ""))[0] for name in letters.values()]
-    return Text("").join(Text(SIGNS[sign], STYLES[sign]) for sign in signs)
 
 
 def _legend(letters: dict[str, str]) -> Any:
@@ -73,7 +65,7 @@ def _legend(letters: dict[str, str]) -> Any:
 
 
 def _totals(report: Report) -> Text:
-    line = Text(f"{len(report.results)} run{'' if len(report.results) == 1 else 's'}: ", "bold")
+    line = Text(f"{plural(len(report.results), 'run')}: ", "bold")
     counts = matrix.counts(report.results)
     line.append_text(Text(", ").join(Text(f"{n} {NAMES[name]}", STYLES[name]) for name, n in counts.items()))
     line.append(f"{'' if counts else 'none'} in {clock(report.seconds)}")
@@ -83,10 +75,11 @@ def _totals(report: Report) -> Text:
 
 
 def _reasons(results: Sequence[Result]) -> Iterator[Any]:
-    """A line for each reason why runs did not pass, with the names of these runs; the worst first."""
+    """A table with a line for each reason why runs did not pass, and the names of these runs; the worst first."""
     names: dict[tuple[str, str], list[str]] = {}
     for result in results:
         if result.outcome != "pass":
+            # One cause often fails many runs: without the run's own name their reasons are equal.
             why = result.why.removeprefix(f"{result.name}: ")
             names.setdefault((result.outcome, why), []).append(matrix.label(result, results))
     lines = Table.grid(padding=(0, 2))
@@ -100,24 +93,24 @@ def _reasons(results: Sequence[Result]) -> Iterator[Any]:
 
 
 class CampaignProgress(LiveTable):
-    """Shows a campaign at work: a line for each run that has ended, and on a terminal also what runs now.
+    """Shows the progress of a campaign: a line for each run that has ended; on a terminal, also the current run.
 
-    Give `update` to the runner. `total` is the number of runs, `enabled` False prints nothing.
+    Pass `update` to `run.run`. `total` is the number of runs.
     """
 
     def __init__(
-        self, total: int, file: TextIO | None = None, enabled: bool = True, is_terminal: bool | None = None,
+        self, total: int, file: TextIO | None = None, is_terminal: bool | None = None,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
-        super().__init__(file, enabled=enabled, is_terminal=is_terminal, render=self._progress_line)
+        super().__init__(file, is_terminal=is_terminal, render=self._progress_line)
         self._total, self._clock = total, monotonic
         self._done: Sequence[Result] | None = None
-        """None until the first update: results of earlier starts are counted in one line."""
+        """None until the first update. Its results are those of earlier starts: one line says how many."""
         self._running = ""
         self._began = self._running_since = monotonic()
 
     def update(self, results: Sequence[Result], running: str) -> None:
-        """Receive all results so far, and the name of what has just begun; empty at the end."""
+        """Receive all results so far, and the name of the run that has just begun; "" at the end."""
         if self._done is None:
             lines = [Text(f"{len(results)} of {self._total} runs had been done before", "dim")] if results else []
         else:
