@@ -24,16 +24,15 @@ set = {{ budget.steps = 40, checkpoint.every_steps = 6, eval.every_steps = 0, el
 def run_mutants(mutants: dict[str, Mutant], directory: Path) -> dict[str, Result]:
     """One campaign, one run for each mutant, with the faults that should bring it to light."""
     file = directory / "mutants.toml"
-    file.write_text(CAMPAIGN + "".join(_run(name, mutant) for name, mutant in mutants.items()))
+    runs = [
+        f'[[runs]]\nname = "{name}"\nnodes = {m.nodes}\nset = {m.set}\nfaults = [{", ".join(m.faults)}]\n'
+        for name, m in mutants.items()
+    ]
+    file.write_text(CAMPAIGN + "".join(runs))
     planned = plan.load(file)
     cases = [dataclasses.replace(case, worker=("tests.mutants", case.name)) for case in planned.cases]
     report = run.run(dataclasses.replace(planned, cases=cases), directory / "out")
     return {result.name: result for result in report.results}
-
-
-def _run(name: str, mutant: Mutant) -> str:
-    faults = ", ".join(mutant.faults)
-    return f'[[runs]]\nname = "{name}"\nnodes = {mutant.nodes}\nset = {mutant.set}\nfaults = [{faults}]\n'
 
 
 def not_held(result: Result) -> set[str]:

@@ -186,12 +186,13 @@ def test_nothing_is_left_of_hosts_whose_making_fails_or_whose_use_raises(monkeyp
     assert len(inside) == 3 and not held(inside) and of_the_machine() == before
     with pytest.raises(OSError, match="closed"):
         hosts.command(0)
+    inside.clear()  # the kernel may give the numbers of closed namespaces away again
     hold = Hosts._hold
     monkeypatch.setattr(Hosts, "_hold", lambda self: (hold(self), inside.update(namespaces(self)))[0])
     monkeypatch.setattr(network, "INTERFACE", "a name too long for a link")
     with pytest.raises(OSError, match="a name too long"), Hosts(2):
         pass
-    assert len(inside) == 5 and not held(inside)
+    assert len(inside) == 2 and not held(inside)
 
 
 def test_nothing_is_left_of_hosts_whose_maker_is_killed():
@@ -307,16 +308,10 @@ def _python_of_all(directory: Path) -> Path:
     return environment / "bin" / "python"
 
 
-def passed(run: AsNobody, *arguments: str) -> None:
-    """Run the named tests of this file, none of them skipped."""
-    done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}", *arguments)
-    assert done.returncode == 0 and " passed" in done.stdout and "skipped" not in done.stdout, done.stdout + done.stderr
-    print(done.stdout)
-
-
 @pytest.mark.slow
 def test_an_ordinary_user_has_such_hosts_too(as_nobody):
-    passed(as_nobody, __file__, "-m", "not slow")
+    done = as_nobody("-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}", __file__, "-m", "not slow")
+    assert done.returncode == 0 and " passed" in done.stdout and "skipped" not in done.stdout, done.stdout + done.stderr
 
 
 # Runs

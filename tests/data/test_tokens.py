@@ -1,11 +1,13 @@
 """The token store and `prepare`: built once, whole or absent, and never with a document on both sides."""
 
+import fcntl
 import json
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from trainer.errors import CorpusError, TokenizerError
 
 VAL = Eval(sets=("val",))
 CONTEXT = 16
+SPAWN = multiprocessing.get_context("spawn")
 SHAKESPEARE = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "tinyshakespeare.txt"
 
 
@@ -140,6 +143,16 @@ def test_a_corpus_that_changes_while_it_is_read_is_refused(stories, settings):
     assert not list(Path(settings(stories).cache_dir).glob("store-*/"))
 
 
+def exits(target: Callable[..., None], *arguments: Any, count: int = 1) -> list[int | None]:
+    """The exit statuses of processes that all do this at once."""
+    workers = [SPAWN.Process(target=target, args=arguments) for _ in range(count)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return [worker.exitcode for worker in workers]
+
+
 def _prepare_with_others(barrier: Any, given: Data, results: Path) -> None:
     builds = Builds()
     barrier.wait(timeout=60)
@@ -148,17 +161,10 @@ def _prepare_with_others(barrier: Any, given: Data, results: Path) -> None:
 
 
 def test_four_processes_that_start_at_once_build_the_store_once(tmp_path, stories, settings):
-    context = multiprocessing.get_context("spawn")
-    barrier, results = context.Barrier(4), tmp_path / "results"
+    results = tmp_path / "results"
     results.mkdir()
     given = settings(stories, tokenizer="bpe", vocab_size=300)
-    workers = [context.Process(target=_prepare_with_others, args=(barrier, given, results)) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-        assert worker.exitcode == 0
-        worker.close()
+    assert exits(_prepare_with_others, SPAWN.Barrier(4), given, results, count=4) == [0] * 4
     counts, digests = zip(*[json.loads(path.read_text()) for path in results.iterdir()], strict=True)
     assert (len(counts), sum(counts)) == (4, 1)
     assert len(set(digests)) == 1
@@ -174,11 +180,7 @@ def _die_midway(given: Data) -> None:
 
 def test_a_builder_killed_midway_leaves_nothing_that_the_next_accepts(stories, settings):
     given = settings(stories)
-    worker = multiprocessing.get_context("spawn").Process(target=_die_midway, args=(given,))
-    worker.start()
-    worker.join()
-    assert worker.exitcode == -signal.SIGKILL
-    worker.close()
+    assert exits(_die_midway, given) == [-signal.SIGKILL]
     root = Path(given.cache_dir)
     assert [path.suffix for path in root.iterdir() if path.is_dir()] == [".building"]
     builds = Builds()
@@ -191,22 +193,16 @@ def test_a_builder_killed_midway_leaves_nothing_that_the_next_accepts(stories, s
 def test_waiting_for_another_builder_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "WAIT_NOTICE_SECONDS", 0.0)
     said: list[str] = []
-    lock = tmp_path / "store.lock"
-    program = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(); sys.stdin.read()"
-    arguments = [sys.executable, "-c", program, str(lock)]
-    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
-        assert holder.stdout is not None
-        holder.stdout.readline()
-
-        def build(directory: Path) -> None:
-            (directory / "built").touch()
+    with (tmp_path / "store.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
 
         def note(phase: str, _done: int, _total: int | None) -> None:
             said.append(phase)
-            holder.kill()  # the lock of a dead process vanishes by itself
+            fcntl.flock(held, fcntl.LOCK_UN)
 
-        assert (cache.built_once(tmp_path, "store", build, note) / "built").exists()
-        assert set(said) == {"waiting for another process that prepares the same data"}
+        built = cache.built_once(tmp_path, "store", lambda directory: (directory / "built").touch(), note)
+    assert (built / "built").exists()
+    assert set(said) == {"waiting for another process that prepares the same data"}
 
 
 def test_a_cache_that_cannot_be_written_is_refused_with_the_setting_to_change(tmp_path, stories, settings):
