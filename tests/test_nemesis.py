@@ -378,4 +378,4 @@ def test_the_rendezvous_store_freezes_and_nobody_minds_then_it_comes_back_empty_
     assert len(attack.statuses) == 3
     # The agent gives up, or its workers, asked to leave, are the first to have left.
     assert set(attack.statuses[:2]) <= {EXIT_FAILED, EXIT_PREEMPTED}
-    assert "Traceback" not in attack.outputs[0] and "The same command goes on" in attack.outputs[0]
+    assert "Traceback" not in attack.outputs[0] and "The same command resumes" in attack.outputs[0]
