@@ -58,7 +58,7 @@ class Saver:
     failures_in_a_row: int
     """Number of the last saves that failed, as of `begin` or `finish`; equal on all ranks unless one has died."""
     lost_peer: str | None
-    """How it was noticed that another rank is gone; None while all are there. No save can succeed after that."""
+    """Message about the loss of another rank; None while all are there. No save can succeed after that."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class Saver:
             group = dist.new_group(backend="gloo", timeout=timeout, group_desc="checkpoint")
             self._ranks = replace(world, group=cast(dist.ProcessGroup, group))
         self._lost: str | None = None
-        """Why the ranks can no longer agree on anything."""
+        """Reason for which the ranks can no longer agree on anything."""
         self._plan: _RankPlan | None = None
         self._save: _Save | None = None
         self._ended: list[Event] = []

@@ -33,8 +33,8 @@ class _HashingFiles(FileSystem):
     @contextlib.contextmanager
     def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
         assert mode == "wb"
-        with Path(path).open("xb", buffering=2**20) as file:
-            stream = _HashingStream(file, self._progress)
+        with Path(path).open("xb", buffering=0) as raw:
+            stream = _HashingStream(raw, self._progress)
             yield stream
             stream.end()
         self.digests[Path(path).name] = {"bytes": stream.tell(), "sha256": stream.sha256.hexdigest()}
@@ -45,16 +45,20 @@ class _HashingFiles(FileSystem):
 
 
 class _HashingStream:
-    """A file that is written once and in order; hashing and writing of large pieces release the GIL.
+    """A file that is written once and in order. Small pieces are gathered; large ones go in chunks, without the GIL.
 
     It syncs piece by piece, because one sync at the end reports no progress, on a slow disk for minutes.
     """
 
+    # Not a BufferedWriter: the faults of a disk (trainer/faults/disk.py) stand in for the file, above its buffer, and
+    # would meet every small piece instead of what is really written.
+    _GATHERED = 2**20
     _CHUNK: int = 4 * 2**20
     _SYNCED: int = 64 * 2**20
 
-    def __init__(self, file: IO[bytes], progress: Callable[[], None]) -> None:
-        self._file, self._progress = file, progress
+    def __init__(self, raw: IO[bytes], progress: Callable[[], None]) -> None:
+        self._raw, self._progress = raw, progress
+        self._gathered = bytearray()
         self._written = self._unsynced = 0
         self._error: BaseException | None = None
         self.sha256 = hashlib.sha256()
@@ -64,8 +68,7 @@ class _HashingStream:
         self._written += len(view)
         if self._error is None:  # raised at the end, because torch's zip writer would hide the reason
             try:
-                for start in range(0, len(view), self._CHUNK):
-                    self._put(view[start : start + self._CHUNK])
+                self._put(view)
             except BaseException as error:
                 self._error = error
         return len(view)
@@ -81,20 +84,37 @@ class _HashingStream:
 
     def end(self) -> None:
         """Make everything durable. Raises the first error since the beginning."""
+        if self._error is None:
+            self._flush()
         if self._error is not None:
             raise self._error
         self._sync()
 
-    def _put(self, chunk: memoryview) -> None:
-        self.sha256.update(chunk)
-        self._file.write(chunk)
-        self._unsynced += len(chunk)
-        self._progress()
-        if self._unsynced >= self._SYNCED:
-            self._sync()
+    def _put(self, view: memoryview) -> None:
+        if len(view) < self._GATHERED:
+            self._gathered += view
+            if len(self._gathered) < self._GATHERED:
+                return
+            view = memoryview(b"")
+        self._flush()
+        self._write_out(view)
+
+    def _flush(self) -> None:
+        gathered, self._gathered = self._gathered, bytearray()
+        self._write_out(memoryview(gathered))
+
+    def _write_out(self, view: memoryview) -> None:
+        for start in range(0, len(view), self._CHUNK):
+            chunk = view[start : start + self._CHUNK]
+            self.sha256.update(chunk)
+            while chunk:
+                done = self._raw.write(chunk)  # may be less than asked for
+                chunk, self._unsynced = chunk[done:], self._unsynced + done
+                self._progress()
+            if self._unsynced >= self._SYNCED:
+                self._sync()
 
     def _sync(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        os.fsync(self._raw.fileno())
         self._unsynced = 0
         self._progress()

@@ -1,1 +1,1 @@
-"""What watches a run beside its training."""
+"""Watching a run beside its training."""
