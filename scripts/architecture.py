@@ -20,7 +20,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / "docs" / "architecture.svg"
-GROUND = ("config", "tomlfile", "files", "errors", "phases", "signals")
+GROUND = ("config", "config_rules", "tomlfile", "files", "errors", "phases", "signals")
 """Rooms that nearly all others import: drawn as one box."""
 COLOURS = {"many runs": "#e7e2f0", "one worker": "#f3e3dc", "training": "#fbf1d9", "log and display": "#e2efe2"}
 KINDS = {
@@ -86,6 +86,8 @@ def draw(arrows: list[Edge]) -> str:
                 arrowstyle="-|>",
                 mutation_scale=9,
                 linewidth=0.9,
+                shrinkA=0,
+                shrinkB=0,
                 color="#7b8794",
                 connectionstyle=f"arc3,rad={bend:.2f}",
                 zorder=1,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import bench_tables
+from scripts import architecture, bench_tables
 from tests.support import ROOT, inspect, settings, torchrun, trainer
 from trainer.chaos import plan
 from trainer.ladder.plan import load
@@ -60,6 +60,10 @@ def test_the_house_list_names_every_room():
 def test_the_tables_of_the_benchmarks_are_made_of_their_figures():
     figures = json.loads((ROOT / "BENCHMARKS.json").read_text())
     assert bench_tables.tables(figures) == (ROOT / "BENCHMARKS.md").read_text(encoding="utf-8")
+
+
+def test_the_picture_of_the_rooms_shows_the_imports_of_today():
+    assert architecture.drawn() == architecture.edges(), "run python -m scripts.architecture"
 
 
 def test_everything_the_readme_points_at_exists():

@@ -85,20 +85,18 @@ def train(
     run: Path,
     process_started: float,
     stop: signals.StopSignals | None = None,
-    inject: Hook = no_hook,
 ) -> int:
     """Train or resume the run in directory `run`; return the exit status. `process_started` is a Unix time.
 
-    `stop` has listened for signals since before this module was imported, which takes seconds. `inject` is called at
-    every phase of the run, on every rank: an entry for tests. Faults of the config come in through `faults.arm`, which
-    changes nothing without them. Raises a TopropeError for every error that a user can repair: on all ranks alike, and
-    before any work where possible.
+    `stop` has listened for signals since before this module was imported, which takes seconds. Faults of the config
+    come in through `faults.arm`, which changes nothing without them. Raises a TopropeError for every error that a user
+    can repair: on all ranks alike, and before any work where possible.
     """
     stopwatch = Stopwatch(process_started)
     elastic.belong_to_agent()
     check_world(config, elastic.expected_size())
     injector = faults.arm(config, run, elastic.expected_rank(), elastic.expected_size())
-    hook = injector.wrap_hook(inject)
+    hook = injector.wrap_hook(no_hook)
     hook(Phase.STARTUP, 0)
     device = world.pick_device(config.parallel)
     set_numerics(config, device)
