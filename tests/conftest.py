@@ -39,16 +39,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("gpu") and (reason := _why_no_gpu()):
-        pytest.skip(reason)
+    if item.get_closest_marker("gpu"):
+        import torch
 
-
-def _why_no_gpu() -> str | None:
-    import torch
-
-    if not torch.backends.cuda.is_built():
-        return f"torch {torch.__version__} is built without CUDA"
-    return None if torch.cuda.is_available() else "no CUDA device is available"
+        if not torch.backends.cuda.is_built():
+            pytest.skip(f"torch {torch.__version__} is built without CUDA")
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device is available")
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from trainer.ladder.plan.ladder import AA, TARGET, Ladder, PlannedArm, PlannedRu
 from trainer.ladder.plan.sizes import Shape
 from trainer.ladder.report import build
 from trainer.ladder.report.build import CollectedLadder
-from trainer.ladder.stats.records import BASELINE, Criterion
+from trainer.ladder.stats.records import Criterion
 
 ARMS: Mapping[str, Arm] = {
     AA: ladders.UNCHANGED,
@@ -37,7 +37,8 @@ def ladder_of(design: Design, arms: Sequence[str], unit: str = "nats_per_token",
         _rung(f"r{number}", 32 * 2**number, float(flops), tuple(range(design.seeds)))
         for number, flops in enumerate(design.flops)
     ]
-    planned = [PlannedArm(arm, f"is {arm} worth it?", _changes(arm)) for arm in arms]
+    changes = {arm: {"model.init_draw": 1} if arm == AA else {"model.positions": arm} for arm in arms}
+    planned = [PlannedArm(arm, f"is {arm} worth it?", changes[arm]) for arm in arms]
     values: dict[str, Any] = {
         "name": "made-up", "path": Path("configs/ladders/made-up.toml"), "question": "Does it hold at scale?",
         "baseline": Path("configs/smoke.toml"), "metric": "val", "unit": unit, "slots": 2, "ranks": 1, "restarts": 5,
@@ -45,10 +46,6 @@ def ladder_of(design: Design, arms: Sequence[str], unit: str = "nats_per_token",
         "target": _rung(TARGET, 512, design.target, ()), "runs": [], "tuning": None, "notices": [], "settings": {},
     }  # fmt: skip
     return Ladder(**(values | more))
-
-
-def _changes(arm: str) -> dict[str, Any]:
-    return {"model.init_draw": 1} if arm == AA else {"model.positions": arm}
 
 
 def _rung(name: str, width: int, flops: float, seeds: tuple[int, ...]) -> PlannedRung:
@@ -104,6 +101,3 @@ def report_of(
     found: Sequence[CollectedRun], design: Design = ladders.SHORT, arms: Sequence[str] = tuple(ARMS)
 ) -> dict[str, Any]:
     return build.build_report(CollectedLadder(ladder_of(design, arms), found, record=HISTORY))
-
-
-__all__ = ["AA", "ARMS", "BASELINE", "change", "ladder_of", "missing", "report_of", "runs_of", "tree"]

@@ -45,8 +45,10 @@ def result(name: str, outcome: str = "pass", why: str = "", **changes: Any) -> R
     return Result(name=name, outcome=outcome, why=why, **(values | changes))  # pyright: ignore
 
 
-def every_outcome(path: Path) -> Report:
-    seen = read_timeline(killed_once(path / "run").path)
+@pytest.fixture
+def full(tmp_path: Path) -> Report:
+    """A report in which every outcome occurs."""
+    seen = read_timeline(killed_once(tmp_path / "run").path)
     found = [
         result("sigkill", timeline=seen),
         result("stopped", "fail", "named as something else", timeline=seen),
@@ -58,11 +60,6 @@ def every_outcome(path: Path) -> Report:
     ]
     reference = {"weights_sha256": "ab" * 32, "state_sha256": "cd" * 32, "steps": 60, "seconds": 12.0, "exact": True}
     return Report("catalogue", "Does it hold?", "a.toml", "Linux, 2 cores", 1.7e9, 754.0, reference, found, False)
-
-
-@pytest.fixture
-def full(tmp_path: Path) -> Report:
-    return every_outcome(tmp_path)
 
 
 def empty(**changes: Any) -> Report:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT, SMOKE, inspect, settings, torchrun, trainer
+from tests.support import ROOT, SMOKE, inspect, settings, summarise_run, torchrun, trainer
 from trainer import config as configs
 from trainer.log import rundir
 
@@ -45,6 +45,26 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str | Path, config: 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("tiny") / "run"
+    trainer("train", SMOKE, "--run", run, *TINY)
+    return run
+
+
+@pytest.fixture
+def finished(tiny: Path, run: Path) -> Path:
+    """A run of four steps, with checkpoints of steps 2 and 4."""
+    return shutil.copytree(tiny, run)
+
+
+def taken_back(run: Path) -> Path:
+    """A copy of the run that has not come beyond step 2."""
+    half = shutil.copytree(run, run.with_name("half"))
+    shutil.rmtree(half / "checkpoints" / "step-00000004")
+    return half
 
 
 def test_all_wrong_settings_are_reported_at_once(capsys, run):
@@ -168,7 +188,7 @@ def test_a_run_whose_start_died_at_any_file_can_be_started_again(run):
         assert died.returncode == 9, died.stderr
         assert (run / f"{name}.partial").exists()
     trainer("train", SMOKE, "--run", run, *TINY)
-    assert inspect(run)["status"] == "finished"
+    assert summarise_run(run)["status"] == "finished"
     assert not list(run.glob("*.partial"))
 
 
@@ -201,16 +221,13 @@ def test_errors_that_only_rank_0_can_see_are_raised_by_all_ranks_at_once(run, mo
     assert len(list((run / "events").iterdir())) == 1, "there was work"
 
 
-def test_a_run_goes_on_where_it_stopped_and_another_config_is_refused_with_a_diff(run, capsys):
-    """Train 2 of 4 steps by budget, see the refusal, then finish; equal to an uninterrupted run, twice over."""
-    trainer("train", SMOKE, "--run", run, *TINY)
-    first = inspect(run)
+def test_a_finished_run_stays_as_it_is_and_another_config_is_refused_with_a_diff(finished):
+    run, first = finished, inspect(finished)
     assert first.keys() >= INSPECT_KEYS and len(first["weights_sha256"]) == 64
     assert first["status"] == "finished" and first["step"] == first["steps"] == 4
     assert [step for step, _ in first["train"]] == [1, 2, 3, 4]
     assert [step for step, _, _ in first["eval"]["val"]] == [2, 4]
-    assert [saved["step"] for saved in first["checkpoints"]] == [2, 4]
-    assert all(saved["intact"] for saved in first["checkpoints"])
+    assert [(saved["step"], saved["intact"]) for saved in first["checkpoints"]] == [(2, True), (4, True)]
 
     other = trainer("train", SMOKE, "--run", run, *TINY, "--set", "optim.learning_rate=0.5", check=False)
     assert other.returncode == 2
@@ -218,31 +235,28 @@ def test_a_run_goes_on_where_it_stopped_and_another_config_is_refused_with_a_dif
 
     resumed = trainer("train", SMOKE, "--run", run, *TINY, "--set", 'parallel.strategy="fsdp"')
     assert first["weights_sha256"] in resumed.stdout
-    again = inspect(run)
+    again = summarise_run(run)
     assert again["weights_sha256"] == first["weights_sha256"] and again["state_sha256"] == first["state_sha256"]
     assert len(again["attempts"]) == 2 and again["train"] == first["train"]
 
 
-def test_a_run_resumed_from_its_middle_ends_with_the_same_bits_on_other_ranks_and_sharding(run, tmp_path):
-    trainer("train", SMOKE, "--run", run, *TINY)
-    shutil.copytree(run, tmp_path / "half")
-    shutil.rmtree(tmp_path / "half" / "checkpoints" / "step-00000004")
-    torchrun(3, "train", SMOKE, "--run", tmp_path / "half", *TINY, "--set", 'parallel.strategy="fsdp"')
-    calm, resumed = inspect(run), inspect(tmp_path / "half")
+def test_a_run_resumed_from_its_middle_ends_with_the_same_bits_on_other_ranks_and_sharding(finished):
+    half = taken_back(finished)
+    torchrun(3, "train", SMOKE, "--run", half, *TINY, "--set", 'parallel.strategy="fsdp"')
+    whole, resumed = summarise_run(finished), summarise_run(half)
     assert resumed["attempts"][-1]["from_step"] == 2 and resumed["attempts"][-1]["world_size"] == 3
-    assert (resumed["weights_sha256"], resumed["state_sha256"]) == (calm["weights_sha256"], calm["state_sha256"])
+    assert (resumed["weights_sha256"], resumed["state_sha256"]) == (whole["weights_sha256"], whole["state_sha256"])
 
 
 def test_two_jobs_on_one_run_directory_are_kept_apart(run):
-    config = configs.load(SMOKE)
-    with rundir.claim(run, config):
+    with rundir.claim(run, configs.load(SMOKE)):
         second = trainer("train", SMOKE, "--run", run, check=False)
     assert second.returncode == 2
     assert f"in use by process {os.getpid()}" in second.stderr
 
 
-def test_sample_writes_text_verify_checks_and_plot_draws(run):
-    trainer("train", SMOKE, "--run", run, *TINY)
+def test_sample_writes_text_verify_checks_and_plot_draws(finished):
+    run = finished
     text = trainer("sample", run, "--prompt", "def ", "--tokens", "20").stdout
     assert text.startswith("def ") and len(text) > 5
     assert text == trainer("sample", run, "--prompt", "def ", "--tokens", "20").stdout
@@ -265,16 +279,14 @@ def test_sample_writes_text_verify_checks_and_plot_draws(run):
     assert "is damaged and was passed over" in resumed.stdout
 
 
-def test_a_run_that_a_newer_toprope_has_taken_further_is_refused_and_left_as_it_is(run):
-    trainer("train", SMOKE, "--run", run, *TINY)
+def test_a_run_that_a_newer_toprope_has_taken_further_is_refused_and_left_as_it_is(finished):
+    run = finished
     manifest = run / "checkpoints" / "step-00000004" / "manifest.json"
     body = json.loads(manifest.read_text())["body"] | {"format": 2}
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     manifest.write_text(json.dumps({"sha256": digest, "body": body}))
-    for refused in (
-        torchrun(2, "train", SMOKE, "--run", run, *TINY, check=False),
-        trainer("sample", run, check=False),
-    ):
+    again = torchrun(2, "train", SMOKE, "--run", run, *TINY, check=False)
+    for refused in (again, trainer("sample", run, check=False)):
         assert refused.returncode == 2 and "Traceback" not in refused.stderr, refused.stderr
         assert "written by a newer toprope (format 2" in refused.stderr
     verdict = trainer("verify", run, check=False)
@@ -283,15 +295,11 @@ def test_a_run_that_a_newer_toprope_has_taken_further_is_refused_and_left_as_it_
     assert json.loads(manifest.read_text())["body"] == body
 
 
-def test_verify_of_a_checkpoint_that_is_not_there_is_wrong_usage(tmp_path):
-    done = trainer("verify", tmp_path / "step-00000009", check=False)
-    assert done.returncode == 2 and "step-00000009 is no checkpoint" in done.stderr
-
-
-def test_inspect_and_sample_of_what_is_no_run_say_so(tmp_path):
-    for verb in ("inspect", "sample", "verify", "plot"):
-        done = trainer(verb, tmp_path, check=False)
-        assert done.returncode == 2 and "is no run" in done.stderr, verb
+def test_what_is_no_run_or_checkpoint_is_wrong_usage(tmp_path):
+    wrong = [(verb, tmp_path, "is no run") for verb in ("inspect", "sample", "verify", "plot")]
+    for verb, path, why in (*wrong, ("verify", tmp_path / "step-00000009", "step-00000009 is no checkpoint")):
+        done = trainer(verb, path, check=False)
+        assert done.returncode == 2 and why in done.stderr, verb
 
 
 def test_the_124m_config_passes_a_dry_run_that_shows_its_size():
@@ -349,10 +357,9 @@ def test_extends_goes_one_level_deep(tmp_path):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_a_resumed_run_ends_with_the_bits_of_a_calm_one(run, tmp_path):
+def test_on_a_gpu_a_resumed_run_ends_with_the_bits_of_an_undisturbed_one(run):
     cuda = [*TINY, "--set", 'parallel.device="cuda"']
     trainer("train", SMOKE, "--run", run, *cuda)
-    shutil.copytree(run, tmp_path / "half")
-    shutil.rmtree(tmp_path / "half" / "checkpoints" / "step-00000004")
-    trainer("train", SMOKE, "--run", tmp_path / "half", *cuda, "--set", 'parallel.strategy="fsdp"')
-    assert inspect(run)["state_sha256"] == inspect(tmp_path / "half")["state_sha256"]
+    half = taken_back(run)
+    trainer("train", SMOKE, "--run", half, *cuda, "--set", 'parallel.strategy="fsdp"')
+    assert summarise_run(run)["state_sha256"] == summarise_run(half)["state_sha256"]

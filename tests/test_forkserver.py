@@ -30,6 +30,16 @@ print(json.dumps(report))
 """
 
 
+SEEN = {
+    "color": None,
+    "shape": "round",
+    "leads_session": True,
+    "name": "__main__",
+    "preloaded": True,
+    "interrupt": True,
+}
+
+
 def run(tmp_path: Path, agent: str) -> subprocess.CompletedProcess[str]:
     """Run an agent's script in a process that has no threads; `worker` is a module there."""
     (tmp_path / "worker.py").write_text(WORKER)
@@ -52,10 +62,7 @@ def test_a_forked_worker_is_its_agents_child_and_has_its_own_session_arguments_a
     report, ends = done.stdout.splitlines()[0::2], done.stdout.splitlines()[1::2]
     assert [line.split()[:2] for line in ends] == [["7", "7"], ["-9", "-9"], ["1", "1"], ["0", "0"]], done.stderr
     agent = int(ends[0].split()[2])
-    assert json.loads(report[0]) == {
-        "arguments": ["leave", "1"], "color": None, "shape": "round", "parent": agent, "leads_session": True,
-        "name": "__main__", "preloaded": True, "comm": "rank 3", "interrupt": True,
-    }  # fmt: skip
+    assert json.loads(report[0]) == SEEN | {"arguments": ["leave", "1"], "parent": agent, "comm": "rank 3"}
     assert "ZeroDivisionError" in done.stderr and done.stderr.count("Traceback") == 1
 
 
@@ -108,10 +115,8 @@ def test_a_process_with_threads_can_have_children_forked_and_all_threads_hear_of
     *ends, last = done.stdout.splitlines()
     assert [line.split()[1:] for line in ends] == [["7"], ["-9"], ["1"], ["1"], ["0"]] and last == "None", done.stderr
     report, environment = (elsewhere / "end.out").read_text().splitlines()
-    assert json.loads(report) == {
-        "arguments": ["end"], "color": None, "shape": "round", "parent": int(ends[0].split()[0]), "leads_session": True,
-        "name": "__main__", "preloaded": True, "comm": "python", "interrupt": True,
-    }  # fmt: skip
+    parent = int(ends[0].split()[0])
+    assert json.loads(report) == SEEN | {"arguments": ["end"], "parent": parent, "comm": "python"}
     assert f"TOPROPE_JOB={mark}" in ast.literal_eval(environment)  # that other processes see: it is found by it
     assert "ZeroDivisionError" in (elsewhere / "raise.err").read_text() and done.stderr == ""
     assert (elsewhere / "complain.err").read_text() == "no room\n"

@@ -20,7 +20,6 @@ from tests.ladders import LONG, SHORT
 from tests.pages import Page
 from trainer.config import parse
 from trainer.ladder import report
-from trainer.ladder.collect import CollectedRun
 from trainer.ladder.plan.ladder import AA, TARGET, PlannedRun
 from trainer.ladder.report import build, pictures, summary_run
 from trainer.ladder.report.build import CollectedLadder
@@ -39,18 +38,15 @@ def full() -> dict[str, Any]:
     return made.tree(CLEAR, target=(BASELINE, *FAST))
 
 
-def lacking() -> list[CollectedRun]:
+@pytest.fixture(scope="module")
+def gaps() -> dict[str, Any]:
     """One arm without a rung, one that diverged once, one whose smallest rung is still to be run."""
     found = made.runs_of(SHORT, made.ARMS)
     found = made.missing(found, lambda run: (run.rung, run.arm) == ("r2", "qk-norm"))
     diverged = {"loss": math.nan, "status": "missing", "reason": "NumericsError: loss is nan at step 40."}
     found = made.change(found, lambda run: (run.rung, run.arm, run.seed) == ("r3", "fading", 0), **diverged)
-    return made.change(found, lambda run: (run.rung, run.arm) == ("r0", "rope"), status="waiting", loss=None)
-
-
-@pytest.fixture(scope="module")
-def gaps() -> dict[str, Any]:
-    return made.report_of(lacking())
+    found = made.change(found, lambda run: (run.rung, run.arm) == ("r0", "rope"), status="waiting", loss=None)
+    return made.report_of(found)
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]  # the machine may be 
 
 STEP_SECONDS = 1.5
 LIMITS = settings(elastic__step_timeout_seconds=STEP_SECONDS, elastic__startup_timeout_seconds=30.0)
-SLOW = {"before_update": 0.1}  # steps long enough to be met from outside
 
 
 def of_kind(run: Path, kind: type[events.Event]) -> list[Any]:
@@ -153,17 +152,6 @@ def test_a_peer_that_dies_in_the_last_save_is_no_failing_disk(trial: FaultyRun):
         assert job.wait() == EXIT_FINISHED, job.output[-8000:]
     trial.ends_as_reference(attempts=2)
     assert of_kind(trial.run, events.CheckpointFailed) == []
-
-
-def test_an_agent_that_is_killed_takes_its_workers_along_and_the_same_command_goes_on(trial: FaultyRun):
-    """Else they would train on unsupervised, and keep the run directory from whoever starts the job again."""
-    with trial.start(2, NO_FAULTS, slow=SLOW) as job:
-        assert wait_until(lambda: begun(trial.run, step=7), seconds=40), job.output
-        job.process.kill()
-        job.process.wait()
-        assert wait_until(lambda: not job.processes(), seconds=5), job.leftovers()
-    trial.survive(2, NO_FAULTS)
-    trial.ends_as_reference(attempts=2)
 
 
 def test_asked_to_stop_before_it_trains_a_run_saves_its_beginning_and_goes_on_from_there(trial: FaultyRun):
