@@ -48,6 +48,8 @@ kind = "torn_save"
 at_step = 20
 rung = "s"
 """
+SLOW = PLAIN.replace("tokens_per_parameter = 0.2", "tokens_per_parameter = 20")
+ONE_RUNG = PLAIN.replace(RUNGS, RUNGS[: RUNGS.index("[[rungs]]", 1)])
 WILD = '[[arms]]\nname = "wild"\nset = { optim.learning_rate = 1e30 }\n'
 
 
@@ -234,8 +236,7 @@ def start_scheduler(ladder: Ladder, out: Path) -> Process:
 
 
 def test_asked_to_stop_it_saves_every_run_leaves_nobody_behind_and_says_how_to_go_on(home, backend):
-    slow = PLAIN.replace("tokens_per_parameter = 0.2", "tokens_per_parameter = 20")
-    path = write(home, slow, "slow")
+    path = write(home, SLOW, "slow")
     out = home / "stopped" / "slow"
     process = subprocess.Popen(command(path, out), env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, text=True)
     pool = run.pool_of(out)
@@ -276,7 +277,7 @@ def test_a_run_that_cannot_start_is_given_up_with_its_reason_and_tried_once_more
 
 def test_a_run_that_dies_again_and_again_without_coming_further_is_given_up(home, backend):
     """Each start dies before the first checkpoint, and no fault of the plan explains it."""
-    text = PLAIN.replace("[0]", "[4]\naa = false\nrestarts = 2").replace(RUNGS, RUNGS[: RUNGS.index("[[rungs]]", 1)])
+    text = ONE_RUNG.replace("[0]", "[4]\naa = false\nrestarts = 2")
 
     class Deadly(Backend):
         def start(self, task: Task) -> Process:
@@ -312,8 +313,7 @@ def test_a_sweep_decides_the_rate_of_the_runs_that_follow_and_an_edge_is_reporte
 
 def test_runs_of_two_ranks_are_torchrun_s_and_end_with_the_same_bits(reference, home, backend):
     _, pool, _ = reference
-    small = PLAIN.replace(RUNGS, RUNGS[: RUNGS.index("[[rungs]]", 1)])
-    small = small.replace("slots = 2", "slots = 1\nranks = 2\naa = false")
+    small = ONE_RUNG.replace("slots = 2", "slots = 1\nranks = 2\naa = false")
     fault = '[[faults]]\nkind = "sigkill"\nrank = 1\nat_step = 8\n'
     ladder = plan(home, small, fault, name="pairs")
     out = home / "pairs" / "pairs"
@@ -374,7 +374,7 @@ def test_a_plan_measures_a_few_steps_and_starts_nothing_else(home, backend, tmp_
 
 
 def test_a_stop_while_the_baseline_is_tried_leaves_nothing_and_75(home, backend, tmp_path):
-    path = write(home, PLAIN.replace("tokens_per_parameter = 0.2", "tokens_per_parameter = 20"), "early")
+    path = write(home, SLOW, "early")
     with tempfile.TemporaryDirectory(prefix="t") as short:
         process = subprocess.Popen(
             command(path, tmp_path / "out" / "early"), stdout=subprocess.PIPE, text=True,

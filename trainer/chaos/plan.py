@@ -216,12 +216,14 @@ class _CaseBuilder:
         """Plan one case with its own overrides, or note why it cannot be planned."""
         campaign, problems = self._campaign, list[str]()
         overrides = [*campaign.overrides, f"parallel.strategy={tomlfile.text(strategy)}"]
+        # The nemesis needs time to strike, so such a run lasts longer; its weights stay the same.
         if any(_is_from_outside(fault) for fault in faults):
             overrides += _override_list(self._file.set_outside)
         overrides += _override_list(own or {})
         # A table that cannot be read is reported and left out, so that problems of the others are found too.
         numbers = [number for number, fault in enumerate(faults) if _is_readable(number, fault, problems)]
         config, planned = None, None
+        # Each check runs on what the earlier ones left, since a user wants all problems of a case at once.
         with _collect_into(problems):
             readable = [faults[number] for number in numbers]
             config = configs.load(campaign.config_path, [*overrides, f"faults={tomlfile.text(readable)}"])
@@ -260,12 +262,13 @@ class _CaseBuilder:
 
 
 def _is_readable(number: int, fault: Table, problems: list[str]) -> bool:
-    """True if a [[faults]] table can be parsed; else adds to the problems."""
-    before = len(problems)
-    with _collect_into(problems):
+    """True if a [[faults]] table can be parsed; else adds its problems to the list."""
+    try:
         configs.parse({"faults": [fault]})
-    problems[before:] = [problem.replace("faults[0]", f"faults[{number}]") for problem in problems[before:]]
-    return len(problems) == before
+    except ConfigError as error:
+        problems += [problem.replace("faults[0]", f"faults[{number}]") for problem in error.problems]
+        return False
+    return True
 
 
 def _is_from_outside(fault: Table) -> bool:

@@ -85,12 +85,13 @@ def run(
                     show(case.name)
                     result = run_case(campaign, case, reference, out)
                     report.results.append(result)
+                # A failure of an earlier start is shrunk too, but once: its file says that it was done.
                 failed = result.outcome in FAILED and bool(result.answers)
                 if shrink and failed and len(result.faults) > 1 and not _shrunk_path(out, case).exists():
                     show(f"shrinking {case.name}")
                     result.why += _shrink(campaign, case, result, reference, out)
     except KeyboardInterrupt:
-        report.interrupted = True
+        report.interrupted = True  # the case that was running has no result, so it is run again
     show("")
     return report
 
@@ -149,13 +150,10 @@ def _reference(campaign: Campaign, out: Path, report: Report) -> Reference:
                 f"the reference run left with {launched.status}, so there is nothing to compare with.\n"
                 f"  {directory / 'start-0'} has its whole output; the last lines:\n{tail}"
             )
-        seconds = launched.ended - launched.started
-        found = checker.reference_of(directory / "run", campaign.config, seconds)
-        report.reference |= {
-            "weights_sha256": found.weights_sha256, "state_sha256": found.state_sha256, "steps": found.steps,
-            "seconds": seconds,
-        }  # fmt: skip
-    return checker.reference_of(directory / "run", campaign.config, report.reference["seconds"])
+        report.reference["seconds"] = launched.ended - launched.started
+    found = checker.reference_of(directory / "run", campaign.config, report.reference["seconds"])
+    report.reference |= {name: getattr(found, name) for name in ("weights_sha256", "state_sha256", "steps")}
+    return found
 
 
 def run_case(campaign: Campaign, case: Case, reference: Reference, out: Path) -> Result:
@@ -225,6 +223,7 @@ def _launch(
         if any(NAMESPACES in fault.kind.needs for fault in planned):
             hosts = stack.enter_context(namespaces.Hosts(nodes))
         began = time.time()
+        # A warm cluster forks its ranks from a process that has imported torch: an import would cost seconds per start.
         cluster = Cluster(
             campaign.config_path, directory / "run", overrides, ranks=ranks // nodes, nodes=nodes,
             restarts=campaign.restarts_for(len(planned)), directory=supervision.new_start_directory(directory),

@@ -1,1 +1,1 @@
-"""Many runs: where they are stored, which is next, where their processes start, who supervises them."""
+"""Many runs: their store, their order, the start of their processes, and their supervision."""

@@ -1,4 +1,4 @@
-"""Where the processes of a fleet's runs are started: on this machine. Another backend offers the same two classes."""
+"""Start of a fleet's processes, here on this machine. Another backend implements the same two protocols."""
 
 import os
 import subprocess

@@ -3,8 +3,8 @@
     STORE/KEY/config.toml     the whole config: `torchrun … -m trainer train STORE/KEY/config.toml --run STORE/KEY/run`
     STORE/KEY/run             the run directory
     STORE/KEY/log.txt         output of its workers, start after start
-    STORE/KEY/failed.json     why the last scheduler gave the run up; removed when the run is tried again
-    STORE/KEY/failures.json   how its last process died, for the run's own log
+    STORE/KEY/failed.json     reason why the last scheduler gave the run up; removed when the run is tried again
+    STORE/KEY/failures.json   exit of its last process, for the run's own log
     STORE/KEY/lock            held by the scheduler that supervises the run
 
 The files are the only state: a scheduler may be killed at any time, and the next one reads where it stopped.
@@ -109,6 +109,7 @@ class StoredRun:
             return RunState("finished", steps, "", *speeds)
         status: RunStatus = "stopped" if records else "waiting"
         reason = ""
+        # The second lock is that of the run itself, which the plain `train` command holds without a scheduler.
         if is_held(self.directory / "lock") or is_held(self.run / "lock"):
             status = "running"
         elif self.failed.exists():

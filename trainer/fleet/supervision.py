@@ -174,6 +174,7 @@ class Supervisor:
         stored.prepare(config, name)
         slot = self.free_slots[0]
         task = Task(stored, name, self.ranks, self.devices(slot))
+        # Progress is read again at the end of each start: only a difference makes another start worth while.
         self.runs.append(SupervisedRun(key, task, lock, slot, self._start(task), stored.progress()))
         return True
 
@@ -191,7 +192,8 @@ class Supervisor:
             if status is None:
                 continue
             stored = run.task.stored
-            # The log decides, not the exit status: a process may die after its run has finished.
+            # The log decides, not the exit status: a process may die after its run has finished. After a request to
+            # stop no process is started, whatever the reason of the exit.
             if not stored.has_finished() and not self.urgency:
                 reason = self._reason_to_give_up(run, status)
                 if not reason:

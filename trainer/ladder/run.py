@@ -203,7 +203,7 @@ class _Scheduler:
                     self._fill_slots()
                 self._report()
                 supervisor.wait(WAIT_SECONDS)
-                self._collect()
+                self._collect()  # may add runs: a sweep that ended decides on its followers
             self._refresh(self._runs)
         self._report()
         return LadderResult(self._status(), supervisor.urgency > 0, supervisor.started)

@@ -69,6 +69,7 @@ def known(seconds: Iterable[float | None]) -> list[float] | None:
 
 
 def _scale_earlier(now: Mapping[int, float], earlier: Mapping[int, float]) -> dict[int, float]:
+    # The median ratio over the sizes that both have says how much slower or faster the machine is now.
     paces = [seconds / then for size, seconds in now.items() if (then := _interpolate(earlier, size)) is not None]
     pace = statistics.median(paces) if paces else 1.0
     return {size: seconds * pace for size, seconds in earlier.items()} | dict(now)
@@ -133,6 +134,7 @@ def _timed(ladder: Ladder, run: PlannedRun, directory: Path, slots: int, backend
             with supervision.deferred_signals():
                 processes.append(backend.start(task))
         statuses = [process.wait() for process in processes]
+    # Only an error of the config itself is final: a process that was killed says nothing about the ladder.
     for status, stored in zip(statuses, copies, strict=True):
         words = stored.last_words()
         if status and supervision.is_final(status, words):

@@ -92,9 +92,9 @@ def plan(ladder: Ladder, status: LadderStatus, known: Speed, source: str, edits:
         f"{whole} in {status.slots} slots, {left} of it left"
     )
     promotion = (
-        f"promoted is what is surely worth {rule.min_gain:g}× compute at {scientific(ladder.target_flops)} FLOPs and "
-        f"takes at most {rule.max_slowdown:g}× the time, at level {rule.level:g}; metric: {ladder.metric}, "
-        f"{ladder.unit}"
+        f"an arm is promoted if it is surely worth {rule.min_gain:g}× compute at {scientific(ladder.target_flops)} "
+        f"FLOPs, at level {rule.level:g}, and takes at most {rule.max_slowdown:g}× the time; "
+        f"metric: {ladder.metric}, {ladder.unit}"
     )
     notices = [*(f"notice: {notice}" for notice in ladder.notices), *([str(edits)] if edits.lines else [])]
     return Group(
@@ -224,6 +224,6 @@ class LadderProgress(LiveTable):
 
 
 def ended(ladder: Ladder, result: LadderResult, command: str) -> RenderableType:
-    """The last table, and the `command` that continues the ladder if it was stopped."""
+    """The last table; if the ladder was stopped, also the `command` that continues it."""
     stopped = [Text(f"Stopped. Continue with: {command}", "bold yellow")] if result.interrupted else []
     return Group(standing(ladder, result.status), *stopped)
