@@ -121,11 +121,9 @@ def load(path: Path, only: Sequence[str] = (), repeat: int | None = None) -> Cam
         problems.append(f"{path} has no runs.\n  Add [[runs]], [catalogue], [pairs] or [storm].")
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
-    campaign.every.extend(builder.cases)
     chosen = [case for case in builder.cases if not only or case.name in only]
-    for number in range(repeat or file.repeat):
-        campaign.cases.extend(replace(case, repeat=number) for case in chosen)
-    return campaign
+    repeated = [replace(case, repeat=number) for number in range(repeat or file.repeat) for case in chosen]
+    return replace(campaign, cases=repeated, every=builder.cases)
 
 
 @contextlib.contextmanager
