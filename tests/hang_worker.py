@@ -107,6 +107,6 @@ def _steps(dog: Watchdog, run: Path, rank: int, fault: str) -> None:
             dist.all_reduce(torch.zeros(7, 3))
         hook("before_update")
         hook("after_update")
-    dog.heartbeat("done", STEPS)
+    dog.heartbeat("after_end", STEPS)
     with contextlib.suppress(RuntimeError):
         dist.barrier()

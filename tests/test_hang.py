@@ -94,6 +94,9 @@ def test_without_flight_recorder_the_rank_that_is_behind_is_named() -> None:
     off: dict[str, Any] = {"recorded": False}
     assert named([status(0, **off), status(1, "before_forward", **off), status(2, **off)]) == [1]
     assert named([status(0, **off), status(1, "before_update", 4, **off)]) == [1]
+    # An evaluation and a save of a step come before the next step's forward, which counts the same completed steps.
+    for phase in ("after_update", "in_eval", "waiting_for_save", "after_save"):
+        assert named([status(0, "before_forward", **off), status(1, phase, **off)]) == [1]
     assert named([status(0, **off), status(1, **off)]) == []
     assert named([status(0, **off)]) == []
     assert named([status(0, **off), status(1, "a phase of tomorrow", **off)]) == []

@@ -1,6 +1,8 @@
 """The named moments of a run, in the order in which a rank passes them.
 
-At each of them a rank reports progress (the watchdog's heartbeat) and may be broken on purpose (`faults`).
+A fault on purpose may strike at each of them (`faults`). At most of them a rank also reports progress to its watchdog:
+the exceptions are IN_FORWARD, IN_BACKWARD, IN_REDUCE, IN_UPDATE and AFTER_END, which only an armed injector sees, and
+the phases of the thread that writes checkpoints.
 """
 
 from collections.abc import Callable
@@ -34,7 +36,7 @@ class Phase(StrEnum):
 
 
 Hook = Callable[[str, int], None]
-"""Called with (phase, completed steps) when a rank passes a phase."""
+"""Called with (phase, completed steps) when a rank passes a phase: during step 9 that is 8 until the update, then 9."""
 
 
 def no_hook(phase: str, step: int) -> None:
