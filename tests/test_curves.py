@@ -1,6 +1,9 @@
 """Promises about the picture of a run's losses."""
 
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +54,32 @@ def test_runs_become_one_png_also_without_some_of_their_curves_and_nothing_else_
     draw_curves(runs, tmp_path / "plots" / "curves.png")
     (picture,) = (tmp_path / "plots").iterdir()
     assert picture.name == "curves.png" and picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+PLOT = """
+import sys
+from pathlib import Path
+from trainer.show import figure
+with figure.style():
+    drawn = figure.new_figure(1, 1)
+    drawn.subplots().plot([1, 2])
+Path(sys.argv[1]).write_bytes(figure.png(drawn))
+"""
+
+
+def test_neither_the_environment_nor_a_matplotlibrc_changes_a_picture_or_stops_it(tmp_path: Path):
+    (tmp_path / "matplotlibrc").write_text("lines.linewidth: 9\nfont.size: 30\nbackend: TkAgg\n")
+    (tmp_path / "elsewhere").mkdir()
+    for name, backend, folder in (
+        ("plain.png", "", tmp_path / "elsewhere"),
+        ("notebook.png", "module://matplotlib_inline.backend_inline", tmp_path / "elsewhere"),
+        ("odd.png", "no-such-backend", tmp_path),
+    ):
+        environment = {**os.environ, "MPLBACKEND": backend}
+        subprocess.run([sys.executable, "-c", PLOT, tmp_path / name], env=environment, cwd=folder, check=True)
+    plain = (tmp_path / "plain.png").read_bytes()
+    assert (tmp_path / "notebook.png").read_bytes() == plain
+    assert (tmp_path / "odd.png").read_bytes() == plain
 
 
 def test_incidents_are_labelled_in_words_while_labels_can_be_read():

@@ -63,6 +63,27 @@ def test_auto_is_online_only_with_a_key_in_the_environment_or_in_netrc_for_that_
     assert wandb_mode(AUTO, {"NETRC": str(other)}) == "offline"
 
 
+@pytest.mark.parametrize(
+    "written",
+    [
+        "machine example.org login user password caf\xe9\n".encode("latin-1"),
+        b"\xff\xfem\x00a\x00c\x00h\x00",
+        bytes(range(256)),
+    ],
+    ids=["another service's password is not UTF-8", "UTF-16", "every byte"],
+)
+def test_a_netrc_of_any_bytes_is_as_good_as_none(home: Path, written: bytes):
+    (home / ".netrc").write_bytes(written)
+    assert wandb_mode(AUTO, {}) == "offline"
+    (home / "_netrc").write_text("machine api.wandb.ai login user password secret\n")
+    assert wandb_mode(AUTO, {}) == "online", "the other place for it was not looked at"
+
+
+def test_an_address_that_is_none_and_a_user_without_a_home_have_no_key(monkeypatch: pytest.MonkeyPatch):
+    assert wandb_mode(AUTO, {"WANDB_BASE_URL": "http://[::1"}) == "offline"
+    assert wandb_mode(AUTO, {"NETRC": "~no-such-user/netrc"}) == "offline"
+
+
 def test_the_environments_mode_wins_and_a_misspelt_one_is_refused():
     assert wandb_mode(CONFIG, {"WANDB_API_KEY": "secret"}) == "offline"
     assert wandb_mode(CONFIG, {"WANDB_MODE": "disabled", "WANDB_API_KEY": "secret"}) == "disabled"

@@ -1,9 +1,12 @@
 """The pictures' common ground: palette, matplotlib style, and a figure as PNG or as SVG.
 
-Figures are made without pyplot: it keeps every figure it made, and asks the environment for a backend.
+A picture depends on what it shows alone: neither MPLBACKEND nor anybody's matplotlibrc is asked. So figures are made
+without pyplot, which also keeps every figure it made, and everything that draws enters `style` before it asks for
+another part of matplotlib.
 """
 
 import io
+import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -66,14 +69,29 @@ STYLE: Any = {
 
 
 @contextmanager
-def style() -> Iterator[None]:
-    """Draw in the house style; figures take most of it when their parts are made, so make and draw them within."""
-    import matplotlib
+def style(more: Any = None) -> Iterator[None]:
+    """Draw in the house style; figures take most of it when their parts are made, so make and draw them within.
 
-    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+    `more` are matplotlib's settings that win over the house's.
+    """
+    matplotlib = _matplotlib()
+    # All of its own defaults first: a matplotlibrc has changed the current settings.
+    defaults = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"}
+    with matplotlib.rc_context({**defaults, **STYLE, **(more or {})}), warnings.catch_warnings():
         # Names are the user's: a page has them as text, even where the font lacks a letter.
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
         yield
+
+
+def _matplotlib() -> Any:
+    """The module matplotlib. It refuses to be imported while MPLBACKEND names a backend that is not installed here."""
+    asked = os.environ.pop("MPLBACKEND", None)  # as a notebook's kernel leaves it to what it starts
+    try:
+        import matplotlib
+    finally:
+        if asked is not None:
+            os.environ["MPLBACKEND"] = asked
+    return matplotlib
 
 
 def new_figure(width: float, height: float, layout: Any = "constrained") -> "Figure":
@@ -120,11 +138,10 @@ def standalone(svg: str) -> str:
 
 
 def _save(figure: "Figure", kind: str, metadata: dict[str, None], settings: Any = None) -> bytes:
-    import matplotlib
     from matplotlib.layout_engine import PlaceHolderLayoutEngine
 
     file = io.BytesIO()
-    with style(), matplotlib.rc_context(settings):
+    with style(settings):
         engine = figure.get_layout_engine()
         if engine is not None and not isinstance(engine, PlaceHolderLayoutEngine):
             # Lay it out once for both formats: half of the time would go there.

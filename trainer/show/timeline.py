@@ -86,8 +86,6 @@ def assign_rows(labels: Sequence[Label], begin: float, end: float, inch: float, 
 
 def draw(timeline: Mapping[str, Any]) -> "Figure":
     """Draw the timeline of a run that logged something."""
-    import matplotlib
-
     begin, end = _span(timeline)
     width = WIDTH - LEFT - RIGHT
     inch = (end - begin) / width
@@ -99,7 +97,7 @@ def draw(timeline: Mapping[str, Any]) -> "Figure":
     # Heights from below: legend and seconds, incidents, attempts, steps, flags.
     bottom, lanes_height = 0.5, LANE + 2 * GAP + incident_rows * INCIDENT_ROW
     height = bottom + lanes_height + PLOT + flag_rows * FLAG_ROW + 0.15
-    with figure.style(), matplotlib.rc_context({"font.size": TEXT_POINTS}):
+    with figure.style({"font.size": TEXT_POINTS}):
         drawn = figure.new_figure(WIDTH, height, layout="none")
         left, right = LEFT / WIDTH, width / WIDTH
         plot = drawn.add_axes((left, (bottom + lanes_height) / height, right, PLOT / height))

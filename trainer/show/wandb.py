@@ -62,11 +62,13 @@ def wandb_mode(config: Config, environ: Mapping[str, str] = os.environ) -> Wandb
 
 
 def _in_netrc(environ: Mapping[str, str]) -> bool:
-    host = urlsplit(environ.get("WANDB_BASE_URL") or WANDB_HOST).netloc
     names = [environ["NETRC"]] if environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
     for name in names:
+        # A file that holds no key for us, whatever its bytes are, is as good as none. ValueError: it is not text, or
+        # the URL is none; RuntimeError: nobody's home is known.
         # Not authenticators(): it would take the "default" entry, some other service's password, for a W&B key.
-        with contextlib.suppress(OSError, netrc.NetrcParseError):
+        with contextlib.suppress(OSError, netrc.NetrcParseError, ValueError, RuntimeError):
+            host = urlsplit(environ.get("WANDB_BASE_URL") or WANDB_HOST).netloc
             if netrc.netrc(Path(name).expanduser()).hosts.get(host, ("", "", ""))[2]:
                 return True
     return False

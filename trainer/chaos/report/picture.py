@@ -35,8 +35,6 @@ def matrix_png(report: Report, path: Path) -> None:
 
     A long matrix is broken into panels side by side. The file appears whole or not at all.
     """
-    from matplotlib import rc_context
-
     asked = matrix.invariants(report.results)
     panels = _panels(_groups(report.results))
     rows = max(map(len, panels))
@@ -48,7 +46,7 @@ def matrix_png(report: Report, path: Path) -> None:
     counts = matrix.counts(report.results)
     title = f"{report.campaign}: {', '.join(f'{number} {name}' for name, number in counts.items())}"
     legend = "     ".join(f"{SIGNS[name]} {matrix.MEANINGS[name]}" for name in counts)
-    with style(), rc_context({"font.size": 9}):
+    with style({"font.size": 9}):
         figure = new_figure(width, height, layout="none")
         grid = figure.subplots(1, len(panels), squeeze=False, width_ratios=widths)
         for axes, panel, name in zip(grid[0], panels, names, strict=True):
