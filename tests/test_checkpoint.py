@@ -416,7 +416,6 @@ DAMAGE: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "flipped": (lambda run, p: flip(shard_of(run, 4)), "__0_0.distcp does not match its checksum"),
     "missing": (lambda run, p: shard_of(run, 4).unlink(), "__0_0.distcp is missing"),
     "zero length": (lambda run, p: os.truncate(shard_of(run, 4), 0), "__0_0.distcp is empty"),
-    "extra": (lambda run, p: (p / "__9_0.distcp").write_bytes(b"x"), "__9_0.distcp is not in the manifest"),
     "shard of another step": (
         lambda run, p: shutil.copy(shard_of(run, 2), p),
         "__0_0.distcp does not match its checksum: it is a file of step 2",
@@ -475,6 +474,17 @@ def test_damage_is_named_in_one_line_and_the_newest_intact_checkpoint_is_used(tm
     problems = checkpoint.verify(checkpoint.open_saved(path_of(run, 4)))
     if expected.partition(" ")[0] not in ("", "it"):  # those are found by loading, or by whoever knows the run
         assert len(problems) == 1 and expected in problems[0]
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "._manifest.json", "__9_0.distcp", "notes"])
+def test_a_file_that_no_manifest_lists_is_told_and_no_damage(tmp_path: Path, name: str):
+    run = tmp_path / "run"
+    save(run, 2, 4)
+    (path_of(run, 4) / name).write_bytes(b"x")
+    step, reports, tensors = restore(run)
+    assert (step, reports) == (4, []) and holds(tensors, 4)
+    saved = checkpoint.open_saved(path_of(run, 4))
+    assert checkpoint.verify(saved) == [] and checkpoint.unlisted(saved) == [name]
 
 
 def test_a_newer_topropes_checkpoint_is_neither_damaged_nor_passed_over(tmp_path: Path):

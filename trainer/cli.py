@@ -98,7 +98,8 @@ def verify(path: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT")]) -
     from trainer import checkpoint
     from trainer.log import rundir
 
-    if path.name.startswith("step-"):
+    # What a directory holds says what it is: a run may be called step-lr3e-3.
+    if not rundir.is_run(path) and (path.name.startswith("step-") or (path / checkpoint.MANIFEST).is_file()):
         saved = [checkpoint.open_saved(path)]
     else:
         rundir.read(path)
@@ -108,20 +109,22 @@ def verify(path: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT")]) -
     all_intact = True
     for candidate in saved:
         verdict = _verdict(candidate)
-        all_intact = all_intact and verdict == "intact"
+        all_intact = all_intact and verdict.startswith("intact")
         print(f"{candidate.path.name}  {verdict}", flush=True)
     raise typer.Exit(EXIT_FINISHED if all_intact else EXIT_FAILED)
 
 
-def _verdict(saved: "Saved") -> str:
+def _verdict(candidate: "Saved") -> str:
     from trainer import checkpoint
 
     try:
-        checkpoint.refuse_newer(saved)
+        checkpoint.refuse_newer(candidate)
     except NewerFormatError as error:
         return f"NEWER: {error}"
-    problems = checkpoint.verify(saved, _percent if sys.stderr.isatty() else lambda done, total: None)
-    return f"DAMAGED: {'; '.join(problems)}" if problems else "intact"
+    problems = checkpoint.verify(candidate, _percent if sys.stderr.isatty() else lambda done, total: None)
+    others = checkpoint.unlisted(candidate)
+    beside = f" (also there, listed in no manifest: {', '.join(others)})" if others else ""
+    return f"DAMAGED: {'; '.join(problems)}{beside}" if problems else f"intact{beside}"
 
 
 def _percent(done: int, total: int) -> None:

@@ -20,6 +20,7 @@ from trainer.checkpoint.files import (
     prune,
     read_manifest,
     refuse_newer,
+    unlisted,
     verify,
 )
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 _LATE = {"Saver": "saving", "load": "loading", "restore": "loading"}
 __all__ = ["FORMAT", "MANIFEST", "Saved", "Saver", "committed", "directory", "load", "newest_intact", "open_saved",
-           "prune", "read_manifest", "refuse_newer", "restore", "verify"]  # fmt: skip
+           "prune", "read_manifest", "refuse_newer", "restore", "unlisted", "verify"]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

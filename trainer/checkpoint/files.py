@@ -65,7 +65,9 @@ def committed(run: Path) -> list[Saved]:
 
 
 def open_saved(path: Path) -> Saved:
-    """Return the checkpoint in this directory. Raises NoCheckpointError if the path is not that of one."""
+    """Return the checkpoint in this directory, which "." or a link may name. Raises NoCheckpointError if it is none."""
+    if not _COMMITTED.fullmatch(path.name):
+        path = Path(os.path.realpath(path))
     match = _COMMITTED.fullmatch(path.name)
     if not (match and path.is_dir()):
         raise NoCheckpointError(
@@ -94,11 +96,11 @@ def verify(
 ) -> list[str]:
     """Return a checkpoint's problems, a line each; empty if it is intact. Nothing in it is executed.
 
-    With `names`, only these files' contents are read. The step and the list of files are always checked.
+    With `names`, only these files' contents are read. The step and the list of files are always checked. A file that
+    the manifest does not list is no problem: no reader opens it (`unlisted` tells it).
     """
     try:
         manifest = read_manifest(saved)
-        present = {path.name for path in _entries(saved.path)} - {MANIFEST}
     except CheckpointError as error:
         return [one_line(error)]
     problems = []
@@ -106,7 +108,6 @@ def verify(
     if manifest["step"] != saved.step:
         problems.append(f"{MANIFEST} is that of step {manifest['step']}")
     files: dict[str, dict[str, Any]] = manifest["files"]
-    problems += [f"{name} is not in the manifest" for name in sorted(present - files.keys())]
     chosen = sorted(files if names is None else files.keys() & set(names))
     total, before = sum(files[name]["bytes"] for name in chosen), 0  # bytes, for the progress
     for name in chosen:
@@ -117,6 +118,14 @@ def verify(
         if problem:
             problems.append(problem)
     return problems
+
+
+def unlisted(saved: Saved) -> list[str]:
+    """Return the names in a checkpoint's directory that its manifest does not list: a desktop's or a copier's files."""
+    try:
+        return sorted({path.name for path in _entries(saved.path)} - {MANIFEST} - read_manifest(saved)["files"].keys())
+    except CheckpointError:
+        return []
 
 
 def read_manifest(saved: Saved) -> dict[str, Any]:

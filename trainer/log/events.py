@@ -328,6 +328,8 @@ class Follower:
         Raises RunDirectoryError on a damaged line; the next poll goes on after it.
         """
         for path in sorted(self._directory.glob(self._pattern)):
+            if path.name.startswith("."):  # ._NAME and the like, which a desktop or a copier leaves
+                continue
             self._files.setdefault(path, _File(path))
         new = [entry for file in self._files.values() for entry in file.poll()]
         return sorted(new, key=lambda e: (e.attempt, e.time, e.rank))

@@ -36,6 +36,11 @@ def tokenizer_path(run: Path) -> Path:
     return run / "tokenizer.json"
 
 
+def is_run(path: Path) -> bool:
+    """True if there is a config.json in this directory: that makes it a run, whatever its name."""
+    return os.path.exists(config_path(path))  # noqa: PTH110 - Path.exists raises where a folder above cannot be entered
+
+
 def claim(run: Path, config: Config) -> AbstractContextManager[object]:
     """Create `run` or adopt it for this config, and lock it until the returned context ends.
 
@@ -53,7 +58,7 @@ def claim(run: Path, config: Config) -> AbstractContextManager[object]:
                 "  A run is a function of its config, so it cannot go on under another one. "
                 "Undo the change, or give a new --run."
             )
-    elif run.exists() and any(entry.name not in LEFT_BY_A_START for entry in run.iterdir()):
+    elif run.exists() and any(map(_is_foreign, run.iterdir())):
         raise RunDirectoryError(
             f"{run} holds files but no config.json, so it is no run.\n"
             "  A run is started in a new or empty directory, or resumed in its own. Give another --run."
@@ -98,7 +103,7 @@ def record(run: Path, config: Config, facts: dict[str, Any]) -> dict[str, Any]:
         "mathematics": mathematics(config),
         "config": config.model_dump(mode="json"),
         "versions": {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in LIBRARIES},
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(Path(__file__).resolve().parents[2]),
     }
     # Replaced as a whole: a run without a readable config.json could not be resumed.
     files.write(config_path(run), json.dumps(contents, indent=1, sort_keys=True) + "\n")
@@ -133,14 +138,30 @@ def config_of(run: Path) -> Config:
         raise RunDirectoryError(f"{config_path(run)} holds a config that this toprope refuses:\n{error}") from None
 
 
-def _git_commit() -> str | None:
-    """Commit of this source tree, with "+" if files were changed since; None outside a checkout."""
-    git = ["git", "-C", str(Path(__file__).resolve().parents[2])]
-    try:
-        commit, changes = (
-            subprocess.run([*git, *command], capture_output=True, text=True, check=True, timeout=5).stdout.strip()
-            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+def _is_foreign(entry: Path) -> bool:
+    """True for what is neither left by a start nor a hidden file, which a desktop puts into every directory."""
+    return entry.name not in LEFT_BY_A_START and not (entry.name.startswith(".") and entry.is_file())
+
+
+def git_commit(root: Path) -> str | None:
+    """Commit of the source tree in `root`, with "+" if files were changed since; None if it is no checkout itself.
+
+    An installed toprope lies in some environment that may lie in somebody else's repository.
+    """
+    if not (root / "pyproject.toml").is_file():
+        return None
+    # No repository above `root`, and none that the environment names: a git hook sets GIT_DIR to its own.
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    environ["GIT_CEILING_DIRECTORIES"] = str(root.parent)
+
+    def git(*command: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(root), *command], capture_output=True, text=True, check=True, timeout=5, env=environ
         )
+        return done.stdout.strip()
+
+    try:
+        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):
         return None
     return commit + ("+" if changes else "")

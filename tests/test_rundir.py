@@ -1,0 +1,82 @@
+"""The run directory: what makes it one, whose it is, and what may lie in it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.logs import Run
+from trainer import cli
+from trainer.checkpoint import files
+from trainer.config import Config
+from trainer.log import events, rundir
+
+
+def leave(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
+    """The exit status of a command, run in this process for speed."""
+    monkeypatch.setattr(sys, "argv", ["trainer", *map(str, arguments)])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert isinstance(left.value.code, int)
+    return left.value.code
+
+
+@pytest.mark.parametrize("name", ["step-lr3e-3", "step-00000040", ".step-00000040.replaced", "steps"])
+def test_what_holds_a_config_is_a_run_whatever_its_name(monkeypatch, capsys, tmp_path, name):
+    run = Run(tmp_path / name)
+    run.record()
+    assert leave(monkeypatch, "verify", run.path) == 0
+    assert "has no checkpoints" in capsys.readouterr().out
+
+
+def test_a_checkpoint_is_known_from_within_and_through_a_link(monkeypatch, capsys, run):
+    staging = files.final_path(run.path, 4)
+    staging.mkdir(parents=True)
+    files.write_manifest(staging, {"step": 4, "files": {}})
+    (run.path / "latest").symlink_to(staging)
+    monkeypatch.chdir(staging)
+    for path in (".", run.path / "latest", staging):
+        assert leave(monkeypatch, "verify", path) == 0
+        assert capsys.readouterr().out == "step-00000004  intact\n"
+    (staging / ".DS_Store").touch()
+    assert leave(monkeypatch, "verify", staging) == 0
+    assert capsys.readouterr().out == "step-00000004  intact (also there, listed in no manifest: .DS_Store)\n"
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "._attempt-0007-rank-00000.jsonl", ".nfs0000000000000001.jsonl"])
+def test_hidden_files_of_a_desktop_or_a_file_system_change_nothing(run, name):
+    run.train(3)
+    before = events.read(run.path), events.next_attempt(run.path)
+    (events.events_directory(run.path) / name).write_bytes(b"\x00\x05\x16\x07 no event\n")
+    assert (events.read(run.path), events.next_attempt(run.path)) == before
+    new = run.path.with_name("new")
+    new.mkdir()
+    (new / name).touch()
+    with rundir.claim(new, Config()):
+        assert (new / "lock").exists()
+
+
+def committed(root: Path) -> str:
+    """Make a repository with one commit, and return it."""
+    (root / "file").write_text("theirs")
+    git = ["git", "-C", str(root), "-c", "user.name=x", "-c", "user.email=x@x"]
+    for command in (["init", "-q"], ["add", "file"], ["commit", "-qm", root.name]):
+        subprocess.run([*git, *command], check=True)
+    return subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_the_commit_is_that_of_our_own_checkout_or_unknown(monkeypatch, tmp_path):
+    theirs = committed(tmp_path)
+    ours = tmp_path / "venv" / "ours"
+    ours.mkdir(parents=True)
+    assert rundir.git_commit(ours) is None, "an installed package in somebody's repository"
+    (ours / "pyproject.toml").touch()
+    assert rundir.git_commit(ours) is None, "a source tree copied into somebody's repository"
+    commit = committed(ours)
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
+    assert theirs != commit == rundir.git_commit(ours), "a hook of somebody's repository is running us"
+    (ours / "file").write_text("changed")
+    assert rundir.git_commit(ours) == f"{commit}+"
+    (ours / "pyproject.toml").unlink()
+    assert rundir.git_commit(ours) is None, "an environment that is a repository itself"
