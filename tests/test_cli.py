@@ -279,6 +279,41 @@ def test_sample_writes_text_verify_checks_and_plot_draws(finished):
     assert "is damaged and was passed over" in resumed.stdout
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt", b"\xff"], "--prompt is no text: its character 1 stands for bytes that are not UTF-8"),
+        (["--prompt", "ab\udc80"], "its character 3"),
+        (["--temperature", "nan"], "--temperature = nan is no size"),
+        (["--temperature", "inf"], "--temperature = inf is no size"),
+        (["--seed", str(2**64)], "--seed"),
+        (["--seed", str(-(2**63) - 1)], "--seed"),
+    ],
+)
+def test_what_cannot_be_sampled_with_is_wrong_usage(capsys, tiny, monkeypatch, options, message):
+    from trainer import cli
+
+    monkeypatch.setattr(sys, "argv", ["trainer", "sample", str(tiny), *map(os.fsdecode, options)])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", [-(2**63), -1, 2**64 - 1])
+@pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-10, 1e300])
+def test_a_token_is_drawn_at_any_temperature_and_seed(temperature: float, seed: int):
+    import torch
+
+    from trainer.sample import draw
+
+    generator = torch.Generator().manual_seed(seed)
+    for largest in (1.0, -3e38, 3e38):
+        logits = torch.tensor([-3.4e38, largest, -3.4e38, -3.1e38])
+        token = draw(logits, temperature, 2, generator)
+        assert token == 1 if temperature < 1 else token in (1, 3), "only the two likeliest may be drawn"
+
+
 def test_a_run_that_a_newer_toprope_has_taken_further_is_refused_and_left_as_it_is(finished):
     run = finished
     manifest = run / "checkpoints" / "step-00000004" / "manifest.json"

@@ -46,11 +46,13 @@ def test_off_a_terminal_evals_checkpoints_and_warnings_are_always_printed():
     lines = lines_of(
         (0, step(1)),
         (0, evaluated(1)),
+        (0, evaluated(2, bits_per_byte=None)),
         (0, CheckpointSaved(step=1, bytes=1_500_000, seconds=0.25, stall_seconds=0.1)),
         (0, Warned(message="the disk is slow [really]")),
     )
     assert lines[1:] == [
         "eval  1/60  val 2.5000 nats 1.7000 bpb",
+        "eval  2/60  val 2.5000 nats ? bpb",
         "save  1/60  checkpoint  1.5 MB in 0.25 s",
         "warning: the disk is slow [really]",
     ]

@@ -44,6 +44,7 @@ NOT_FINITE = {"train": [[1, 5.0], [2, math.nan], [3, math.inf]], "attempts": [{"
         {"smoke": summary(restarts=(20, 30)) | {"incidents": MANY_INCIDENTS}},
         {"reference": summary(), "with faults": summary(restarts=(20,))},
         {"nothing yet": {"train": [], "eval": {}, "attempts": []}},
+        {"bits unknown": summary() | {"eval": {"val": [[10, 2.0, None], [20, 1.9, None]], "repo": [[10, 2.0, 1.0]]}}},
         {"never evaluated": summary(sets=())},
         {"evaluations alone": summary() | {"train": []}},
         {"not finite": summary() | NOT_FINITE},

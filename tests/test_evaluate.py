@@ -34,3 +34,20 @@ def test_loss_is_per_token_and_bits_are_per_byte_over_the_whole_set():
     assert score.bits_per_byte == pytest.approx(bits / text_bytes, rel=1e-6)
     assert score.tokens == 6
     assert model.training, "training goes on as it was"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "bits_per_byte"),
+    [
+        ([3, 3, 3, 3, 3], None),  # a set of characters that the tokenizer does not know, or of ends of documents alone
+        ([0, 3, 3], None),  # the first token is never predicted, so its bytes do not count
+        ([3, 3, 3, 3, 0], 10.0),  # text in one batch of two is enough
+    ],
+)
+def test_bits_per_byte_are_unknown_where_the_scored_tokens_stand_for_no_text(
+    tokens: list[int], bits_per_byte: float | None
+):
+    windows = EvalWindows(np.array(tokens), context=2, sequences=1, max_tokens=100)
+    score = evaluate(Unigram(), windows, BYTES, World(0, 1, torch.device("cpu")), nullcontext)
+    assert score.loss > 0
+    assert score.bits_per_byte == (None if bits_per_byte is None else pytest.approx(bits_per_byte, rel=1e-6))

@@ -42,6 +42,15 @@ def test_the_page_shows_status_losses_attempts_checkpoints_and_each_warning_once
         assert part in text
 
 
+def test_bits_per_byte_that_are_unknown_are_a_question_mark_on_the_page(run: Run):
+    run.train(60)
+    run.write(evaluated(30, bits_per_byte=1.25))
+    run.write(evaluated(60, bits_per_byte=None))
+    run.write(evaluated(60, set="greek", bits_per_byte=None))
+    text = page(run)
+    assert "1.2500 → ? bits per byte" in text and "? → ? bits per byte" in text
+
+
 def test_the_page_shows_what_a_kill_was_and_where_the_time_went(run: Run):
     run.train(47, seconds=0.5)
     run.start(40, after=1.0)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -124,6 +125,20 @@ def test_a_run_that_was_scored_on_another_text_is_missing_and_says_why(reference
     assert [collected.status for collected in found] == ["finished"] * 2 + ["missing"] + ["finished"] * 3
     assert "scored on another text" in found[2].reason
     assert len(run_results(ladder, copied)) == 5
+
+
+def test_a_run_whose_bits_per_byte_are_unknown_is_missing_in_a_ladder_of_bits_and_says_why(reference, home):
+    ladder, pool, _ = reference
+    copied = home / "unknown" / "pool"
+    planned = ladder.runs[0]
+    shutil.copytree(pool / planned.key, copied / planned.key)
+    (log,) = events.events_directory(StoredRun(copied / planned.key).run).glob("*.jsonl")
+    assert collect.collect_run(planned, copied, "val", "bits_per_byte").loss is not None
+    log.write_text(re.sub(r'"bits_per_byte": [0-9.]+', '"bits_per_byte": null', log.read_text()))
+    found = collect.collect_run(planned, copied, "val", "bits_per_byte")
+    assert found.status == "missing" and found.loss is None
+    assert "stand for no text" in found.reason
+    assert collect.collect_run(planned, copied, "val", "nats_per_token").status == "finished"
 
 
 def test_a_finished_run_is_never_run_again_and_two_ladders_share_it(reference, home, backend):

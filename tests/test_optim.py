@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import AdamW, Muon, Optimizer
 
 from trainer import config, model, optim
+from trainer.errors import ConfigError
 
 SMALL: dict[str, Any] = {"n_layers": 2, "n_heads": 2, "width": 32, "context": 16}
 VOCAB = 64
@@ -182,6 +183,32 @@ def test_decays_start_at_the_peak_and_end_in_the_final_fraction(schedule: str, w
     assert found[-1] == pytest.approx(0.2, abs=1e-12)
     after = found[max(warmup - 1, 0) :]
     assert after == sorted(after, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("steps", "settings_"),
+    [
+        (2, {"schedule": "wsd", "decay_fraction": 0.2}),
+        (100, {"schedule": "wsd", "decay_fraction": 0.004}),
+        (9, {"schedule": "wsd", "decay_fraction": 0.01, "warmup_steps": 8}),
+        (5, {"schedule": "wsd", "decay_fraction": 1e-300}),
+        (9, {"schedule": "cosine", "warmup_steps": 8}),
+    ],
+)
+def test_the_shortest_decay_has_one_step_and_reaches_the_final_fraction(steps: int, settings_: dict[str, Any]) -> None:
+    found = factors(steps, final_fraction=0.25, **settings_)
+    assert found[-2:] == [1.0, pytest.approx(0.25)]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+def test_a_warmup_that_leaves_no_step_to_decay_in_is_refused(schedule: str) -> None:
+    def parse(name: str, steps: int) -> config.Config:
+        return config.parse({"budget": {"steps": steps}, "optim": {"schedule": name, "warmup_steps": 8}})
+
+    with pytest.raises(ConfigError, match=r"warmup_steps = 8 leaves .* no step to decay in"):
+        parse(schedule, 8)
+    assert parse(schedule, 9).optim.warmup_steps == parse("constant", 8).optim.warmup_steps == 8
+    config.parse({"budget": {"steps": 1}, "optim": {"schedule": schedule, "warmup_steps": 1}})  # a peak and no more
 
 
 def test_schedules_have_their_published_shape() -> None:

@@ -153,6 +153,7 @@ def test_metrics_are_readable_back_from_the_offline_file(run: Run):
         for n in range(1, 61):
             run.write(step(n, redone=int(n in (3, 5)), flushed=1e-5 if n == 60 else None))
         run.write(evaluated(60))
+        run.write(evaluated(60, set="greek", bits_per_byte=None))
         run.write(ended())
     rows = read_offline(run.path)
     train = [row for row in rows if "train/loss" in row]
@@ -172,6 +173,8 @@ def test_metrics_are_readable_back_from_the_offline_file(run: Run):
     }
     assert "exact/flushed" not in train[0], "unknown is not zero"
     (scores,) = [row for row in rows if "eval/val/loss" in row]
+    assert figures(rows, "eval/greek/loss") == [(60, 2.5)]
+    assert not figures(rows, "eval/greek/bits_per_byte"), "unknown is not zero"
     assert (scores["step"], scores["eval/val/loss"], scores["eval/val/bits_per_byte"]) == (60, 2.5, 1.7)
     ((about,),) = offline_records(run.path, "run").values()
     assert about["id"] == rundir.read(run.path)["run_id"]

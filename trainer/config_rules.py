@@ -46,6 +46,11 @@ def contradictions(config: "Config") -> list[str]:
             "  The rate would never reach its peak. Shorten the warmup.",
         ),
         (
+            o.schedule != "constant" and o.warmup_steps == config.budget.steps > 1,
+            f'optim.warmup_steps = {o.warmup_steps} leaves optim.schedule = "{o.schedule}" no step to decay in.\n'
+            '  A decay ends at the last step. Shorten the warmup by a step or more, or use schedule "constant".',
+        ),
+        (
             data.source.startswith("hub:") and not is_pinned,
             f"data.revision = {data.revision!r} does not pin {data.source}.\n"
             "  A branch moves, and the run with it. Give the dataset's commit: 40 hex digits.",

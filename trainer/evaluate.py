@@ -21,8 +21,8 @@ from trainer.parallel.world import World
 class Score:
     loss: float
     """Nats per token."""
-    bits_per_byte: float
-    """Bits per byte of UTF-8 text."""
+    bits_per_byte: float | None
+    """Bits per byte of UTF-8 text; None if the tokens that were predicted stand for no text."""
     tokens: int
     """Number of tokens that were predicted."""
 
@@ -55,4 +55,6 @@ def evaluate(
     on_device = sums.to(world.device)
     world.sum(on_device)  # exact: every slot has one owner
     nats, tokens, count = (math.fsum(column) for column in on_device.T.tolist())
-    return Score(nats / tokens, nats / count / math.log(2), int(tokens))
+    # Characters that a tokenizer does not know, and ends of documents, are predicted but stand for no bytes.
+    bits_per_byte = nats / count / math.log(2) if count else None
+    return Score(nats / tokens, bits_per_byte, int(tokens))

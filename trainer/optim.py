@@ -122,7 +122,7 @@ def learning_rate_factor(step: int, optim: config.Optim, steps: int) -> float:
 
     Warmup rises linearly from 1/warmup_steps and reaches 1 at update warmup_steps − 1; the decay ends in
     final_fraction at update steps − 1. cosine: Loshchilov & Hutter 2017. wsd: Hu et al. 2024 (MiniCPM), with a
-    linear decay over the last decay_fraction of the steps (Hägele et al. 2024).
+    linear decay over the last decay_fraction of the steps, at least one (Hägele et al. 2024).
     """
     if not 0 <= step < steps:
         raise ValueError(f"step = {step} is outside a schedule of {steps} steps.\n  Steps count from 0 to steps - 1.")
@@ -131,7 +131,7 @@ def learning_rate_factor(step: int, optim: config.Optim, steps: int) -> float:
         return (step + 1) / optim.warmup_steps
     peak, last = max(optim.warmup_steps - 1, 0), steps - 1
     if optim.schedule == "wsd":
-        peak = max(peak, last - round(optim.decay_fraction * steps))
+        peak = max(peak, last - max(1, round(optim.decay_fraction * steps)))
     if optim.schedule == "constant" or step <= peak:
         return 1.0
     done = (step - peak) / (last - peak)

@@ -1,5 +1,6 @@
 """Text from a trained run, drawn token by token from the model of its newest intact checkpoint."""
 
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,15 +11,17 @@ from torch import Tensor
 from trainer import checkpoint
 from trainer import model as models
 from trainer.data import Tokenizer
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, UsageError
 from trainer.log import rundir
 
 
 def generate(run: Path, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> Iterator[str]:
     """Yield the prompt, then text piece by piece, until `tokens` are drawn or the document ends.
 
-    An empty prompt starts a new document. Raises CheckpointError if the run has no intact checkpoint.
+    An empty prompt starts a new document. Raises CheckpointError if the run has no intact checkpoint, UsageError for a
+    prompt or temperature that means nothing.
     """
+    refuse_senseless(prompt, temperature)
     model = restore(run)
     tokenizer = Tokenizer.load(rundir.tokenizer_path(run))
     ids = [tokenizer.end_of_document, *tokenizer.encode_batch([prompt])[0].tolist()]
@@ -42,14 +45,28 @@ def generate(run: Path, prompt: str, tokens: int, temperature: float, top_k: int
             shown = text
 
 
+def refuse_senseless(prompt: str, temperature: float) -> None:
+    """Raise UsageError for a prompt that is no text or a temperature that is no size."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # the command line hands on bytes that are no UTF-8 as lone surrogates
+        raise UsageError(
+            f"--prompt is no text: its character {error.start + 1} stands for bytes that are not UTF-8.\n"
+            "  Models are trained on UTF-8. Convert the prompt, e.g. with iconv."
+        ) from None
+    if not 0 <= temperature < math.inf:
+        raise UsageError(f"--temperature = {temperature} is no size.\n  It must be 0 or a finite number above.")
+
+
 def draw(logits_V: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
     """Return one token id: the likeliest at temperature 0, else drawn from the `top_k` likeliest (0: from all)."""
     if temperature == 0:
         return int(logits_V.argmax())  # dividing by it would give infinities
-    if top_k:
-        kth = logits_V.topk(min(top_k, logits_V.numel())).values[-1]
-        logits_V = logits_V.masked_fill(logits_V < kth, -torch.inf)
-    return int(torch.multinomial((logits_V / temperature).softmax(-1), 1, generator=generator))
+    is_out_V = logits_V < logits_V.topk(min(top_k or logits_V.numel(), logits_V.numel())).values[-1]
+    # In double and with 0 as the largest, since a tiny temperature would give 0/0 or inf − inf in float32.
+    weights_V = (logits_V.double() - logits_V.max()) / temperature
+    probabilities_V = weights_V.masked_fill(is_out_V, -torch.inf).softmax(-1).float()
+    return int(torch.multinomial(probabilities_V, 1, generator=generator))
 
 
 def restore(run: Path) -> models.GPT:

@@ -182,6 +182,12 @@ def _score(history: History, run: CollectedRun, metric: str, unit: str) -> dict[
     last = next((score for score in reversed(scores) if score.step == run.steps), None)
     if last is None:
         return {}
+    if unit == "bits_per_byte" and last.bits_per_byte is None:
+        reason = (
+            f"Its tokens of the held-out set {metric!r} stand for no text, so it has no bits per byte.\n"
+            "  A tokenizer that knows none of the set's characters cannot be compared with others on it."
+        )
+        return {"status": "missing", "reason": reason}
     return {"loss": last.bits_per_byte if unit == "bits_per_byte" else last.loss, "digest": last.digest}
 
 

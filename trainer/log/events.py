@@ -73,7 +73,8 @@ class EvalDone(Event):
     set: str
     loss: float
     """Nats per token."""
-    bits_per_byte: float
+    bits_per_byte: float | None
+    """None if the tokens that were scored stand for no text."""
     tokens: int
     seconds: float
     digest: str

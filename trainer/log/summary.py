@@ -148,8 +148,8 @@ def _series(steps: Sequence[StepDone], name: str) -> list[list[float]]:
     return [[step, values[step]] for step in sorted(values)]
 
 
-def _evals(entries: list[Entry]) -> dict[str, list[list[float]]]:
-    sets: dict[str, dict[int, list[float]]] = {}
+def _evals(entries: list[Entry]) -> dict[str, list[list[float | None]]]:
+    sets: dict[str, dict[int, list[float | None]]] = {}
     for _, event in events.select(entries, EvalDone):
         sets.setdefault(event.set, {})[event.step] = [event.step, event.loss, event.bits_per_byte]
     return {name: [rows[step] for step in sorted(rows)] for name, rows in sets.items()}

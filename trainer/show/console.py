@@ -26,7 +26,7 @@ from trainer.log.events import (
 )
 from trainer.log.incidents import IncidentBuilder, describe, first_line
 from trainer.show.live import LiveTable
-from trainer.show.units import clock, megabytes, tokens_per_second
+from trainer.show.units import clock, loss, megabytes, tokens_per_second
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -202,4 +202,4 @@ def _started(attempt: int, event: AttemptStarted) -> str:
 
 
 def _scores(evals: Iterable[EvalDone]) -> str:
-    return "  ".join(f"{e.set} {e.loss:.4f} nats {e.bits_per_byte:.4f} bpb" for e in evals)
+    return "  ".join(f"{e.set} {e.loss:.4f} nats {loss(e.bits_per_byte)} bpb" for e in evals)

@@ -1,11 +1,12 @@
 """Loss curves as a picture."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer import files
-from trainer.show import figure
+from trainer.show import figure, units
 from trainer.show.figure import BAD, GREY, MARKS, SERIES
 
 if TYPE_CHECKING:
@@ -66,7 +67,9 @@ def _draw_run(panels: Sequence["Axes"], prefix: str, summary: Mapping[str, Any],
             "marker": MARKS[number % len(MARKS)], "markersize": 4.5, "linewidth": 1.1, "linestyle": (0, (4, 2)),
         }  # fmt: skip
         panels[0].plot(steps, losses, label=f"{prefix}{set_name}  {losses[-1]:.3f}", **style)
-        panels[-1].plot(steps, bits, label=f"{prefix}{set_name}  {bits[-1]:.3f}", **style)
+        # matplotlib leaves a gap where a value is unknown.
+        known = [math.nan if value is None else value for value in bits]
+        panels[-1].plot(steps, known, label=f"{prefix}{set_name}  {units.loss(bits[-1], 3)}", **style)
     for attempt in summary["attempts"][1:]:
         if attempt["from_step"] is not None:
             for panel in panels:

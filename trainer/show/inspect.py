@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trainer.log.incidents import first_line
-from trainer.show.units import UNKNOWN, clock, megabytes, tokens_per_second
+from trainer.show.units import UNKNOWN, clock, loss, megabytes, tokens_per_second
 
 STATUS_COLOURS = {"finished": "green", "running": "cyan", "preempted": "yellow", "failed": "red"}
 CHECKPOINT_STATES = {True: "[green]intact[/]", False: "[red]damaged[/]", None: "not checked"}
@@ -63,7 +63,8 @@ def _figures(summary: Mapping[str, Any]) -> Table:
         grid.add_row("train", f"{first:.4f} → {last:.4f} nats")
     for name, rows in summary["eval"].items():
         (_, first, first_bits), (_, last, last_bits) = rows[0], rows[-1]
-        grid.add_row(name, f"{first:.4f} → {last:.4f} nats   {first_bits:.4f} → {last_bits:.4f} bits per byte")
+        bits = f"{loss(first_bits)} → {loss(last_bits)} bits per byte"
+        grid.add_row(name, f"{first:.4f} → {last:.4f} nats   {bits}")
     grid.add_row("tokens", f"{_known(summary['tokens'], ',')} at {tokens_per_second(summary['tokens_per_second'])}")
     where = f"{_known(summary['strategy'])} on {_known(summary['device'])}"
     grid.add_row("model", f"{_known(summary['parameters'], ',')} parameters, {where}")

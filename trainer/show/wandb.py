@@ -305,7 +305,8 @@ class _Metrics:
                 if not entry.attempt:  # the curves begin at 0, not at the first incident
                     self._log(step, self._counts())
             case EvalDone(step=step, set=name) as event:
-                self._log(step, {f"eval/{name}/loss": event.loss, f"eval/{name}/bits_per_byte": event.bits_per_byte})
+                bits = {} if event.bits_per_byte is None else {f"eval/{name}/bits_per_byte": event.bits_per_byte}
+                self._log(step, {f"eval/{name}/loss": event.loss} | bits)
             case CheckpointSaved(step=step) as event:
                 times = {"checkpoint/stall_seconds": event.stall_seconds, "checkpoint/seconds": event.seconds}
                 self._log(step, {"checkpoint/failures": self._checkpoint_failures, **times})
