@@ -32,9 +32,9 @@ def write_parquet(path: Path, **columns: list[Any]) -> Path:
 def test_a_glob_reads_jsonl_parquet_and_text_in_order_of_their_names(tmp_path, settings):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "two", "more": 1}\n')
     write_parquet(tmp_path / "b.parquet", text=["three", None, "four"], n=[1, 2, 3])
-    (tmp_path / "c [1].txt").write_text("five\r\nand six")
+    (tmp_path / "c [1].txt").write_text("five\r\nand six", newline="")
     (tmp_path / "d.jsonl").write_text('{"text": "seven"}\n')
-    assert read(settings(tmp_path / "*.*")) == ["one", "two", "three", "four", "five\nand six", "seven"]
+    assert read(settings(tmp_path / "*.*")) == ["one", "two", "three", "four", "five\r\nand six", "seven"]
 
 
 def test_a_name_with_glob_characters_is_the_file_of_that_name(tmp_path, settings):
@@ -134,7 +134,7 @@ NO_TEXT = "is no text"
         ("torn.jsonl", b'{"text": "a"}\n{"text": "b', "torn.jsonl:2 is broken"),
         ("bare.jsonl", b'"a"\n"b"\n', "bare.jsonl:1 is no JSON object"),
         ("columns.jsonl", b'{"body": "a", "id": 1}\n', "it has 'body', 'id'"),
-        ("numbers.jsonl", b'{"text": 1}\n', "int values, not text"),
+        ("numbers.jsonl", b'{"text": 1}\n', "numbers.jsonl:1: column 'text' holds int values, not text"),
     ],
 )
 def test_a_source_that_cannot_be_read_is_refused_by_name(tmp_path, settings, name, content, named):
@@ -145,6 +145,93 @@ def test_a_source_that_cannot_be_read_is_refused_by_name(tmp_path, settings, nam
     assert named in str(caught.value)
     assert name in str(caught.value)
     assert "\n  " in str(caught.value), "fact, rule and remedy"
+
+
+@pytest.mark.parametrize(
+    "row", ['{"n": 1}', '{"text": null}', '{"text": ["a"]}', '{"text": 1.5}', '{"text": {"text": "a"}}', "{", "[]"]
+)
+def test_a_row_without_a_string_is_refused_with_its_line_wherever_it_stands(tmp_path, settings, row):
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n\n' * 50 + row + "\n")
+    with pytest.raises(CorpusError, match=r"a\.jsonl:101[: ]"):
+        read(settings(tmp_path / "a.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("first", "later"),
+    [
+        ("1", "1.5"),
+        ("null", '"a string"'),
+        ("[1]", '{"nested": [[]]}'),
+        ('"2024-01-01"', "9" * 5000),
+    ],
+)
+def test_only_the_text_column_of_a_row_counts(tmp_path, settings, first, later):
+    rows = [f'{{"text": "2024-01-0{n}", "other": {other}}}' for n, other in enumerate([first, first, later], start=1)]
+    (tmp_path / "a.jsonl").write_text("\n".join([*rows, '{"late": 1, "text": "10"}']))
+    assert read(settings(tmp_path / "a.jsonl")) == ["2024-01-01", "2024-01-02", "2024-01-03", "10"]
+
+
+def test_a_parquet_file_of_any_shape_gives_its_strings_and_nothing_else_of_it_is_read(tmp_path, settings):
+    texts = [f"document {n}" for n in range(300)]
+    kinds = {"a": pyarrow.string(), "b": pyarrow.large_string(), "c": pyarrow.dictionary(pyarrow.int32(), "string")}
+    for name, kind in kinds.items():
+        own = [f"{name} {text}" for text in texts]
+        table = pyarrow.table({"text": pyarrow.array(own).cast(kind), "n": list(range(300))})
+        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet", row_group_size=7)
+        pyarrow.parquet.write_table(table.slice(0, 0), tmp_path / f"{name}-empty.parquet")
+    assert read(settings(tmp_path / "*.parquet")) == [f"{name} {text}" for name in kinds for text in texts]
+
+
+@pytest.mark.parametrize("values", [[1, 2], [b"bytes"], [["list"]], [None]])
+def test_a_parquet_column_that_holds_no_strings_is_refused_as_that(tmp_path, settings, values):
+    write_parquet(tmp_path / "a.parquet", text=values)
+    with pytest.raises(CorpusError, match=r"a\.parquet: column 'text' holds .* values, not text"):
+        read(settings(tmp_path / "a.parquet"))
+
+
+@pytest.mark.parametrize("ends", ["one\r\ntwo\rthree\n", "\r\r\n", "a\u2028b\x85c\x0cd\n\r"])
+def test_line_ends_are_kept_alike_in_text_jsonl_and_parquet(tmp_path, settings, ends):
+    (tmp_path / "a.txt").write_bytes(b"1" + ends.encode())
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "2" + ends}))
+    write_parquet(tmp_path / "c.parquet", text=["3" + ends])
+    assert read(settings(tmp_path / "*")) == ["1" + ends, "2" + ends, "3" + ends]
+
+
+@pytest.mark.parametrize(
+    ("unit", "expected"),
+    [("paragraph", ["a\r\nb", "\r\nc\rd", "e"]), ("line", ["a", "b", "c\rd", "e"])],
+)
+def test_units_end_at_windows_line_ends_too(tmp_path, settings, unit, expected):
+    (tmp_path / "t.txt").write_bytes(b"a\r\nb\r\n\r\n\r\nc\rd\n\ne")
+    assert read(settings(tmp_path / "t.txt", unit=unit)) == expected
+
+
+def test_a_byte_order_mark_is_no_text_but_the_same_character_inside_is(tmp_path, settings):
+    (tmp_path / "a.txt").write_bytes("\ufeffa\ufeff".encode())
+    (tmp_path / "b.jsonl").write_bytes('\ufeff{"text": "\ufeffb"}'.encode())
+    assert read(settings(tmp_path / "*")) == ["a\ufeff", "\ufeffb"]
+
+
+@pytest.mark.parametrize("name", [b"a::b.txt", b"zip::x.jsonl", b"\xff\xfe.txt", b"a%20{b}\n.parquet"])
+def test_a_file_may_have_any_name(tmp_path, settings, name):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+    rows = {".txt": b"text", ".jsonl": b'{"text": "text"}'}
+    write_parquet(tmp_path / "made", text=["text"]).rename(path)
+    if path.suffix in rows:
+        path.write_bytes(rows[path.suffix])
+    assert read(settings(tmp_path / "*")) == ["text"]
+    path.write_bytes(b"\0")
+    with pytest.raises(CorpusError) as caught:
+        read(settings(tmp_path / "*"))
+    str(caught.value).encode()  # a name that no terminal can show is shown all the same
+
+
+def test_local_files_need_no_hub_cache(tmp_path, settings, monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_args, **_options: pytest.fail("the hub's library was used"))
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b.jsonl").write_text('{"text": "b"}')
+    write_parquet(tmp_path / "c.parquet", text=["c"])
+    assert read(settings(tmp_path / "*")) == ["a", "b", "c"]
 
 
 def test_half_a_parquet_file_is_refused_wherever_it_was_cut(tmp_path, settings):

@@ -1,12 +1,14 @@
 """The token store and `prepare`: built once, whole or absent, and never with a document on both sides."""
 
 import fcntl
+import hashlib
 import json
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 
 from trainer.config import Data, Eval
-from trainer.data import Prepared, cache, prepare, tokenizer_for, tokens
+from trainer.data import Prepared, cache, identity, prepare, tokenizer_for, tokens
 from trainer.data.tokens import _SAFE_CUT, open_store, shared_digests, token_dtype
 from trainer.errors import CorpusError, TokenizerError
 
@@ -124,6 +126,75 @@ def test_a_changed_file_makes_another_store(stories, settings):
     stories.write_text(stories.read_text().replace("rope", "cord"))
     after = prepare(settings(stories), VAL, CONTEXT)
     assert before.sha256 != after.sha256
+
+
+def _age(path: Path) -> None:
+    """Let a file be old enough for its digest to be remembered."""
+    time.sleep(max(0.0, path.stat().st_ctime - time.time() + 0.03))
+
+
+@pytest.fixture
+def hashed(monkeypatch) -> list[str]:
+    """Names of the source files whose content was read for their identity; files settle at once."""
+    names: list[str] = []
+    real = identity._content
+    monkeypatch.setattr(identity, "_content", lambda path, *rest: (names.append(path.name), real(path, *rest))[1])
+    monkeypatch.setattr(identity, "_SETTLED_NS", 10**7)
+    return names
+
+
+@pytest.mark.parametrize("how", ["in place", "by rename", "another folder"])
+def test_other_content_of_the_same_size_and_time_makes_another_store(stories, settings, hashed, how):
+    _age(stories)
+    before, status = prepare(settings(stories), VAL, CONTEXT), stories.stat()
+    content = stories.read_bytes().replace(b"rope", b"cord")
+    target = stories if how == "in place" else stories.with_name("new")
+    if how == "another folder":
+        (stories.parent / "other").mkdir()
+        target = stories.parent / "other" / stories.name
+    target.write_bytes(content)
+    os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
+    if how == "by rename":
+        target = target.rename(stories)
+    assert (target.stat().st_size, target.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+    after = prepare(settings(target), VAL, CONTEXT)
+    assert "cord" in decoded(after, after.train.tokens)[0] and before.sha256 != after.sha256
+    assert hashed.count(target.name) >= 2
+
+
+def test_the_same_content_under_another_name_and_time_shares_a_store(stories, settings):
+    builds = Builds()
+    first = prepare(settings(stories), VAL, CONTEXT, progress=builds)
+    os.utime(stories, ns=(1, 1))
+    again = prepare(settings(stories.rename(stories.with_name("renamed.jsonl"))), VAL, CONTEXT, progress=builds)
+    assert (builds.count, again.train.directory) == (1, first.train.directory)
+
+
+def test_a_file_is_read_for_its_identity_once_and_never_remembered_while_it_may_still_change(
+    tmp_path, stories, hashed, monkeypatch
+):
+    _age(stories)
+    found = identity.digests(tmp_path / "cache", [stories])
+    assert found == [hashlib.sha256(stories.read_bytes()).hexdigest()]
+    assert identity.digests(tmp_path / "cache", [stories]) == found and hashed == [stories.name]
+    monkeypatch.setattr(identity, "_SETTLED_NS", 10**12)
+    young = tmp_path / "young.txt"
+    young.write_text("young")
+    for _ in range(2):
+        identity.digests(tmp_path / "cache", [young])
+    assert hashed == [stories.name, young.name, young.name]
+
+
+@pytest.mark.parametrize("damage", ["flipped", "torn", "of another kind", "absent"])
+def test_a_damaged_memory_of_digests_only_costs_reading_again(tmp_path, stories, hashed, damage):
+    _age(stories)
+    memory = tmp_path / "cache" / "digests.json"
+    found = identity.digests(memory.parent, [stories])
+    text = memory.read_text()
+    flipped = text.replace(found[0], found[0][:-1] + ("0" if found[0][-1] != "0" else "1"))
+    memory.write_text({"flipped": flipped, "torn": text[:-9], "of another kind": "[]", "absent": ""}[damage])
+    assert identity.digests(memory.parent, [stories]) == found
+    assert len(hashed) == 2 and memory.read_text() == text
 
 
 def test_settings_that_only_group_the_tokens_share_a_store(stories, settings):

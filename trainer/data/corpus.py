@@ -3,21 +3,18 @@
 Memory holds one document, and 16 bytes for each one seen (to drop exact duplicates).
 """
 
-import codecs
-import glob
 import hashlib
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
-from itertools import groupby
 from pathlib import Path
-from platform import python_version
 from typing import Any
 
 from trainer.config import Data
+from trainer.data.cache import ProgressCallback, no_progress
+from trainer.data.identity import digests
+from trainer.data.reading import file_format, no_column, not_text, texts
 from trainer.data.sources import SourceFile, source_files
 from trainer.errors import CorpusError
 
@@ -68,15 +65,18 @@ class Corpus:
     max_bytes: int
     """Bytes of text after which reading stops (the last document is cut there); 0 reads all."""
 
-    def shaped_by(self) -> dict[str, Any]:
-        """Return everything that decides the documents, without reading them: files by size and time of change."""
-        shape: dict[str, Any] = {"source": self.source, "unit": self.unit, "text_column": self.text_column}
-        shape |= {"max_bytes": self.max_bytes, "datasets": version("datasets")}
-        if self.source == "python-stdlib":
-            shape["python"] = python_version()  # a patch release changes the library
+    def shaped_by(self, root: Path, progress: ProgressCallback = no_progress) -> dict[str, Any]:
+        """Return everything that decides the documents: the content of files, never their names or times.
+
+        `root` is the cache, which remembers the digests of files. Raises CorpusError if a file cannot be read.
+        """
+        shape: dict[str, Any] = {"unit": self.unit, "text_column": self.text_column, "max_bytes": self.max_bytes}
         if self.hub is not None:
             shape["hub"] = [self.hub.name, self.hub.revision, self.hub.subset, self.hub.split]
-        return shape | {"files": [_identity(file) for file in self.files]}
+            shape["datasets"] = version("datasets")
+        found = digests(root, [file.path for file in self.files], progress)
+        formats = [file_format(file) for file in self.files]
+        return shape | {"files": [list(pair) for pair in zip(formats, found, strict=True)]}
 
     def documents(self, tally: Tally | None = None) -> Iterator[Document]:
         """Yield the documents that are neither blank nor an exact copy of an earlier one, and count in `tally`.
@@ -110,16 +110,10 @@ class Corpus:
 
     def _texts(self) -> Iterator[tuple[str, str]]:
         if self.hub is not None:
-            yield from _texts(partial(_hub_rows, self.hub), self.text_column, partial(_explain_hub, self.hub))
-        # Neighbouring text files that are one document each are read in one call; all else file by file.
-        for is_whole, files in groupby(self.files, lambda file: _format(file) == "text" and self.unit == "document"):
-            if is_whole:
-                group = tuple(files)
-                yield from _texts(partial(_whole_file_rows, group), "text", partial(_explain_group, group))
-                continue
-            for file in files:
-                column = self.text_column if _format(file) != "text" else "text"
-                yield from _texts(partial(_file_rows, file, self.unit), column, partial(_explain_file, file))
+            yield from _hub_texts(self.hub, self.text_column)
+        for file in self.files:
+            for text in texts(file, self.unit, self.text_column):
+                yield file.name, text
 
 
 def open_corpus(data: Data) -> Corpus:
@@ -166,14 +160,6 @@ def _eval_hub(name: str, source: str, data: Data) -> Hub:
     return Hub(match["name"], match["revision"], data.subset, match["split"] or data.hub_split, data.streaming)
 
 
-def _identity(file: SourceFile) -> tuple[str, int, int]:
-    try:
-        status = file.path.stat()
-    except OSError as error:
-        raise CorpusError(f"{file.name} cannot be read: {error.strerror}.\n  Check that it is there.") from None
-    return file.name, status.st_size, status.st_mtime_ns
-
-
 def _utf8(text: str, origin: str) -> bytes:
     try:
         return text.encode()
@@ -184,78 +170,35 @@ def _utf8(text: str, origin: str) -> bytes:
 
 
 Row = Mapping[str, Any]
-Rows = Iterable[tuple[str, Row]]
-"""Pairs (origin, row)."""
 
 
-def _texts(
-    rows: Callable[[], Rows], column: str, explain: Callable[[Exception], CorpusError]
-) -> Iterator[tuple[str, str]]:
+def _hub_texts(hub: Hub, column: str) -> Iterator[tuple[str, str]]:
+    origin = f"hub:{hub.name}"
     try:
-        for origin, row in rows():
+        for row in _hub_rows(hub):
             yield origin, _text(row, column, origin)
     except CorpusError:
         raise
-    except Exception as error:  # `datasets`, pyarrow and fsspec raise many types; the cause is the user's file
-        raise explain(error) from error
+    except Exception as error:  # `datasets`, pyarrow and fsspec raise many types
+        raise _explain_hub(hub, error) from error
 
 
 def _text(row: Row, column: str, origin: str) -> str:
-    if not row:
-        return ""
     if column not in row:
-        raise CorpusError(
-            f"{origin} has no column {column!r}; it has {', '.join(map(repr, sorted(row)))}.\n"
-            "  data.text_column names the column that holds the text. Set it to one of these."
-        )
+        raise no_column(origin, column, list(row))
     value = row[column]
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise CorpusError(
-            f"{origin}: column {column!r} holds {type(value).__name__} values, not text.\n"
-            "  A document is text. Set data.text_column to a column of strings."
-        )
-    return value
+    if value is not None and not isinstance(value, str):
+        raise not_text(origin, column, value)
+    return value or ""
 
 
-def _format(file: SourceFile) -> str:
-    return {".jsonl": "json", ".parquet": "parquet"}.get(file.path.suffix.lower(), "text")
-
-
-def _whole_file_rows(files: Sequence[SourceFile]) -> Rows:
-    """One row per text file, all in one call: ten times as fast for many small files as a call for each."""
-    for file in files:
-        _check_text(file)
-    rows = _load_files("text", files, sample_by="document")
-    return ((file.name, row) for file, row in zip(files, rows, strict=True))
-
-
-def _file_rows(file: SourceFile, unit: str) -> Rows:
-    """Rows of a single file, so that an error can name it."""
-    kind = _format(file)
-    if kind != "parquet":
-        _check_text(file)
-    if _identity(file)[1] == 0:
-        return [(file.name, {})]  # `datasets` fails on an empty jsonl or parquet file
-    options = {"sample_by": unit} if kind == "text" else {"parse_agent_traces": False} if kind == "json" else {}
-    return ((file.name, row) for row in _load_files(kind, [file], **options))
-
-
-def _hub_rows(hub: Hub) -> Rows:
+def _hub_rows(hub: Hub) -> Iterable[Row]:
     if Path(hub.name).exists():
         raise CorpusError(
             f"hub:{hub.name} is also a folder here ({Path(hub.name).absolute()}).\n"
             "  It would be read instead of the pinned dataset. Start from another directory, or rename the folder."
         )
-    rows = _load(hub.name, name=hub.subset or None, revision=hub.revision, split=hub.split, streaming=hub.streaming)
-    return ((f"hub:{hub.name}", row) for row in rows)
-
-
-def _load_files(kind: str, files: Sequence[SourceFile], **options: Any) -> Iterable[Row]:
-    """Stream local files, so that `datasets` puts no copy into its cache."""
-    paths = [glob.escape(str(file.path.absolute())) for file in files]  # data_files are patterns
-    return _load(kind, data_files=paths, split="train", streaming=True, **options)
+    return _load(hub.name, name=hub.subset or None, revision=hub.revision, split=hub.split, streaming=hub.streaming)
 
 
 def _load(path: str, **options: Any) -> Iterable[Row]:
@@ -266,72 +209,7 @@ def _load(path: str, **options: Any) -> Iterable[Row]:
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are raised; we report them once
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else each local file costs a request to the hub
-    try:
-        return datasets.load_dataset(path, **options)
-    except StopIteration:  # a jsonl file of white space only
-        return []
-
-
-def _check_text(file: SourceFile) -> None:
-    """Raise CorpusError if a file is no text, before any of it reaches training."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    offset = 0
-    with file.path.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            if b"\0" in chunk:
-                raise CorpusError(_no_text(file, f"byte {offset + chunk.index(0)} is NUL"))
-            try:
-                decoder.decode(chunk)
-            except UnicodeDecodeError as error:
-                raise CorpusError(_no_text(file, f"not UTF-8 near byte {offset + error.start}")) from None
-            offset += len(chunk)
-    if decoder.getstate()[0]:
-        raise CorpusError(_no_text(file, "it ends inside a character"))
-
-
-def _no_text(file: SourceFile, why: str) -> str:
-    return (
-        f"{file.name} is no text: {why}.\n"
-        "  Text files are UTF-8. Convert or unpack it, leave it out of the pattern, or name it .jsonl or .parquet "
-        "if it is one."
-    )
-
-
-def _explain_file(file: SourceFile, error: Exception) -> CorpusError:
-    kind = _format(file)
-    if isinstance(error, OSError) and error.errno is not None:
-        return CorpusError(f"{file.name} cannot be read: {error.strerror}.\n  Check its permissions.")
-    if kind == "parquet":
-        return CorpusError(
-            f"{file.name} is no whole parquet file: {_first_line(error)}\n"
-            "  It may have been cut off while it was copied. Copy or write it again."
-        )
-    where = _first_broken_line(file) if kind == "json" else None
-    if where is not None:
-        return CorpusError(
-            f"{file.name}:{where}\n  Each line of a .jsonl file is one JSON object. Repair or remove it."
-        )
-    return CorpusError(f"{file.name} cannot be read as {kind}: {_first_line(error)}\n  Repair it, or leave it out.")
-
-
-def _explain_group(files: Sequence[SourceFile], error: Exception) -> CorpusError:
-    if len(files) == 1:
-        return _explain_file(files[0], error)
-    return CorpusError(
-        f"One of {len(files)} text files ({files[0].name} … {files[-1].name}) cannot be read: {_first_line(error)}\n"
-        "  Check that they are at rest and readable."
-    )
-
-
-def _first_broken_line(file: SourceFile) -> str | None:
-    with file.path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                if line.strip() and not isinstance(json.loads(line), dict):
-                    return f"{number} is no JSON object."
-            except ValueError as error:
-                return f"{number} is broken: {error}."
-    return None
+    return datasets.load_dataset(path, **options)
 
 
 def _explain_hub(hub: Hub, error: Exception) -> CorpusError:

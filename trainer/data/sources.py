@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.data.identity import shown
 from trainer.errors import CorpusError
 
 # Python's tests hold bad encodings and broken syntax on purpose, and are twice as large as the library itself.
@@ -19,7 +20,7 @@ REPO_SUFFIXES = {".py", ".md", ".toml"}
 class SourceFile:
     path: Path
     name: str
-    """Name in messages and keys: relative to the source's root, or the path itself."""
+    """Name in messages: relative to the source's root, or the path itself."""
 
 
 def source_files(source: str) -> tuple[SourceFile, ...]:
@@ -29,7 +30,7 @@ def source_files(source: str) -> tuple[SourceFile, ...]:
     if source == "repo":
         root = repo_root()
         return _below(root, _repo_paths(root))
-    return tuple(SourceFile(Path(name), name) for name in _matching(source))
+    return tuple(SourceFile(Path(name), shown(name)) for name in _matching(source))
 
 
 def repo_root() -> Path:

@@ -25,7 +25,7 @@ from trainer.data.corpus import Corpus, Document, Tally
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import CorpusError, TokenizerError
 
-FORMAT = 1
+FORMAT = 2
 _BATCH_CHARACTERS = 1 << 20
 # Any tokenizer in the GPT-2 family breaks words here, so a cut changes no token.
 _SAFE_CUT = re.compile(r"(?<=\S)[ \n]")
@@ -85,14 +85,20 @@ def open_or_build(
     Raises CorpusError if the corpus cannot be read, has no text for one of `parts`, or changes while it is read;
     TokenizerError if the store's tokenizer is not the one it was written with.
     """
-    shape = {**shaped_by, "corpus": corpus.shaped_by(), "format": FORMAT, "tokenizers": version("tokenizers")}
+    content = corpus.shaped_by(root, progress)
+    shape = {
+        **shaped_by,
+        "corpus": content,
+        "format": FORMAT,
+        "tokenizers": version("tokenizers"),
+    }
     key = hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()
 
     def build(directory: Path) -> None:
         meta = _write(directory, corpus, make_tokenizer(), parts, route, progress)
-        if corpus.shaped_by() != shape["corpus"]:  # sizes or times of its files
+        if corpus.shaped_by(root) != content:
             raise CorpusError(f"{corpus.source} changed while it was read.\n  Start again when nothing writes to it.")
-        meta = {"key": key, "shaped_by": shape, **meta}
+        meta = {"key": key, "source": corpus.source, "shaped_by": shape, **meta}
         (directory / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
     name = f"store-{key[:16]}"
