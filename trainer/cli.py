@@ -85,7 +85,7 @@ def inspect(run: RunPath, as_json: AsJson = False) -> None:
     ]
     result = attribution.summarise(run, found)
     if as_json:
-        print(json.dumps(result))
+        _print_json(result)
     else:
         from trainer.show.inspect import render
 
@@ -194,7 +194,7 @@ def chaos(
     if as_json:
         from trainer.chaos import results
 
-        print(json.dumps(results.to_json(done)))
+        _print_json(results.to_json(done))
     else:
         _show(report.terminal(done), highlight=True)
         print(f"\n{out / 'report.html'}")
@@ -224,7 +224,7 @@ def ladder_plan(path: LadderPath, out: LadderOut = None, as_json: AsJson = False
     known, source = run.measure(ladder, out, status, backend)
     edits = preregistration.write(ladder, out, run.pool_of(out))
     if as_json:
-        print(json.dumps(terminal.plan_json(ladder, status, known, source, edits)))
+        _print_json(terminal.plan_json(ladder, status, known, source, edits))
     else:
         _show(terminal.plan(ladder, status, known, source, edits))
 
@@ -254,7 +254,7 @@ def ladder_run(
     with terminal.LadderProgress(ladder, file=notes) as live:
         done = run.run(ladder, out, up_to=up_to, backend=backend, update=live.update)
     if as_json:
-        print(json.dumps(terminal.status_json(ladder, run.read_status(ladder, out))))
+        _print_json(terminal.status_json(ladder, run.read_status(ladder, out)))
     else:
         _show(terminal.ended(ladder, done, command))
     raise typer.Exit(done.exit_status)
@@ -269,7 +269,7 @@ def ladder_status(path: LadderPath, out: LadderOut = None, as_json: AsJson = Fal
     ladder, out = load.load(path), out or run.default_out(path)
     status = run.read_status(ladder, out)
     if as_json:
-        print(json.dumps(terminal.status_json(ladder, status)))
+        _print_json(terminal.status_json(ladder, status))
         return
     if edits := str(preregistration.compare(ladder, out, run.pool_of(out))):
         print(edits)
@@ -285,7 +285,7 @@ def ladder_report(path: LadderPath, out: LadderOut = None, as_json: AsJson = Fal
     ladder, out = load.load(path), out or run.default_out(path)
     tree = report.make(ladder, out)
     if as_json:
-        print(json.dumps(tree))
+        _print_json(tree)
         return
     _show(report.terminal(tree))
     print(out / report.PAGE)
@@ -294,11 +294,24 @@ def ladder_report(path: LadderPath, out: LadderOut = None, as_json: AsJson = Fal
 def _show(what: "RenderableType", *, highlight: bool = False) -> None:
     from rich.console import Console
 
+    from trainer.show import terminal
+
     Console(highlight=highlight).print(what)
+    terminal.check()
+
+
+def _print_json(what: object) -> None:
+    from trainer.show import terminal
+
+    print(json.dumps(what))
+    terminal.check()
 
 
 def main() -> None:
     """Run a command. An error meant for the user ends as one message on stderr and an exit status, not a traceback."""
+    from trainer.show import terminal
+
+    terminal.take()
     try:
         app()
     except TopropeError as error:

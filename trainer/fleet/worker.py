@@ -15,6 +15,7 @@ from trainer.errors import EXIT_FAILED, TopropeError
 from trainer.fleet import run_store, supervision
 from trainer.fleet.run_store import START_MARK, StoredRun
 from trainer.parallel import elastic
+from trainer.show import terminal
 
 LOCK_SECONDS = 10.0
 """Maximum wait for a process of an earlier scheduler that still holds the run directory."""
@@ -41,6 +42,7 @@ def _print_to(path: Path) -> None:
     for stream in (1, 2):
         os.dup2(log, stream)
     os.close(log)
+    terminal.take(unbuffered=True)  # a log that cannot grow must not end the run
 
 
 def _end_with_scheduler(scheduler: int, endings: list[Callable[[], None]]) -> None:

@@ -14,7 +14,6 @@ Linux only. Without a server, or once it is gone, the caller must start its proc
 import atexit
 import ctypes
 import importlib
-import io
 import os
 import runpy
 import signal
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from trainer.parallel import elastic
+from trainer.show import terminal
 
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h: this process adopts descendants whose own parent has ended
 POLL_SECONDS = 0.01
@@ -230,9 +230,7 @@ def _run(request: Request) -> NoReturn:
             os.close(file)
     if "RANK" in os.environ:
         elastic.name_process()
-    for stream in (sys.stdout, sys.stderr):
-        assert isinstance(stream, io.TextIOWrapper)
-        stream.reconfigure(write_through=True)
+    terminal.take(unbuffered=True)
     sys.path.insert(0, str(Path.cwd()))
     sys.argv = [request.module, *request.arguments]
     try:

@@ -14,6 +14,7 @@ from typing import Any
 from trainer.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USAGE
 from trainer.launch import forkserver, processes
 from trainer.parallel import elastic
+from trainer.show import terminal
 
 ON_PURPOSE = (EXIT_USAGE, EXIT_PREEMPTED)  # exit statuses that are the job's, not a crash
 LAST_WORDS_SECONDS = 3
@@ -26,6 +27,7 @@ LOST_STORE = (
 
 def torchrun() -> None:
     """Run torch.distributed.run on the command line's arguments and leave with the job's exit status."""
+    terminal.take()
     # Trap 1. With one rendezvous store for agents and workers, a node that joins a running job hangs, and restarts
     # under --standalone are unreliable. The agent reads the variable that separates them, so it must be set here.
     os.environ.setdefault(elastic.SHARED_STORE, "1")

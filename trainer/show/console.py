@@ -4,7 +4,6 @@ A subscriber to the event log: it only reads, and may neither slow training nor 
 """
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Self, TextIO
@@ -43,6 +42,7 @@ def preparation(enabled: bool = True, file: TextIO | None = None) -> Iterator[Ca
     During a longer phase it prints its progress at most every 5 seconds. Nothing is printed if nothing is prepared.
     """
     last_phase, printed_at = "", 0.0
+    screen = LiveTable(file, is_terminal=False)
 
     def progress(phase: str, done: int, total: int | None) -> None:
         nonlocal last_phase, printed_at
@@ -52,7 +52,7 @@ def preparation(enabled: bool = True, file: TextIO | None = None) -> Iterator[Ca
         last_phase, printed_at = phase, now
         amount = f"  {megabytes(done)}" if done else ""
         total_amount = f" of {megabytes(total)}" if done and total else ""
-        print(f"{phase}{amount}{total_amount}", file=file or sys.stdout, flush=True)
+        screen.print(f"{phase}{amount}{total_amount}")
 
     yield progress
 

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
+from trainer.show import terminal
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
@@ -23,8 +25,8 @@ class LiveTable:
         self, file: TextIO | None = None, *, is_terminal: bool | None = None,
         render: "Callable[[], RenderableType] | None" = None,
     ) -> None:  # fmt: skip
-        self.file = file or sys.stdout
-        self.is_terminal = self.file.isatty() if is_terminal is None else is_terminal
+        self.file = terminal.stream(file)
+        self.is_terminal = terminal.is_terminal(self.file) if is_terminal is None else is_terminal
         self._broken, self._render = False, render
         self._live: Any = None
 

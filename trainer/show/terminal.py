@@ -1,0 +1,117 @@
+"""Where everything printed goes: a standard output and error that never stop the work.
+
+A reader that leaves (`… | head`), a terminal that was closed, a disk that is full, a process started without a standard
+output: from then on nothing is shown, and that is all. A character that the terminal's encoding lacks is shown as "?".
+"""
+
+import contextlib
+import errno
+import io
+import os
+import select
+import sys
+from typing import Any, TextIO
+
+from trainer.errors import TopropeError
+
+
+class OutputError(TopropeError):
+    """What a command was asked to print could not be written."""
+
+
+class _Sink(io.FileIO):
+    """A descriptor to which writing always succeeds; `problem` remembers the first time that it did not."""
+
+    problem: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        try:
+            while (written := super().write(data)) is None:  # another process has made it non-blocking
+                select.select([], [self], [])
+        except OSError as error:
+            self.problem = self.problem or error
+            return len(data)
+        return written
+
+
+class _Nowhere(io.RawIOBase):
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any, /) -> int:
+        return len(data)
+
+
+def take(unbuffered: bool = False) -> None:
+    """Put streams that never raise in the place of this process's standard output and error. Twice is harmless.
+
+    Streams that somebody else has replaced are left alone. With `unbuffered`, what is printed appears at once.
+    """
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is None:
+            descriptor = _nowhere(descriptor)
+        elif isinstance(getattr(getattr(stream, "buffer", None), "raw", None), _Sink):
+            if unbuffered:
+                stream.reconfigure(line_buffering=True)
+            continue
+        elif stream is not getattr(sys, f"__{name}__") or not isinstance(stream, io.TextIOWrapper):
+            continue
+        else:
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        taken = io.TextIOWrapper(
+            io.BufferedWriter(_Sink(descriptor, "w", closefd=False)),
+            encoding=getattr(stream, "encoding", "utf-8"),
+            errors="backslashreplace" if name == "stderr" else "replace",
+            line_buffering=unbuffered or stream is None or stream.line_buffering or stream.write_through,
+            write_through=True,
+        )
+        setattr(sys, name, taken)
+        setattr(sys, f"__{name}__", taken)
+
+
+def check() -> None:
+    """Raise OutputError if standard output could not be written, unless its reader left: that is the reader's choice.
+
+    For commands whose result is what they print. A run goes on without being shown.
+    """
+    sys.stdout.flush()
+    problem = getattr(getattr(sys.stdout.buffer, "raw", None), "problem", None)
+    if problem is not None and problem.errno != errno.EPIPE:
+        raise OutputError(
+            f"Standard output cannot be written: {problem.strerror}.\n  What was printed is not whole. Send it to a "
+            "place that can be written and has room."
+        )
+
+
+def stream(file: TextIO | None = None) -> TextIO:
+    """`file`, or standard output, or a place for nothing if there is neither; able to show any text, with "?"."""
+    chosen = file or sys.stdout or io.TextIOWrapper(io.BufferedWriter(_Nowhere()), encoding="utf-8")
+    if isinstance(chosen, io.TextIOWrapper) and chosen.errors in ("strict", "surrogateescape"):
+        with contextlib.suppress(OSError, ValueError):
+            chosen.reconfigure(errors="replace")
+    return chosen
+
+
+def is_terminal(file: TextIO) -> bool:
+    """Whether a person looks at `file`. False if it is closed."""
+    try:
+        return file.isatty()
+    except (OSError, ValueError):
+        return False
+
+
+def _nowhere(descriptor: int) -> int:
+    """Open /dev/null, at this descriptor if it is closed: the next file opened there would be printed into."""
+    null = os.open(os.devnull, os.O_RDWR)
+    if null == descriptor:
+        os.set_inheritable(null, True)
+        return null
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        os.dup2(null, descriptor)
+        os.close(null)
+        return descriptor
+    return null
