@@ -57,9 +57,10 @@ def train(
 
     config = configs.load(config_path, overrides or ())
     if dry_run:
-        from trainer import costs
+        from trainer import costs, data
 
         configs.check_world(config, ranks or 1)
+        data.check(config.data)
         costs.show(config, ranks or 1)
         return
     if ranks is not None:

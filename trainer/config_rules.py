@@ -4,6 +4,7 @@ import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from trainer import tomlfile
@@ -11,6 +12,7 @@ from trainer import tomlfile
 if TYPE_CHECKING:
     from trainer.config import Config
 
+TABLES = ("jsonl", "parquet")
 A_FAULT = 'Write [[faults]], and below it its settings: kind = "sigkill", rank = 1, at_step = 9.'
 
 
@@ -81,15 +83,16 @@ def contradictions(config: "Config") -> list[str]:
 def without_effect(config: "Config") -> list[str]:
     """Return a problem for each setting that differs from its default but that another setting makes meaningless."""
     c, hub = config, config.data.source.startswith("hub:")
-    table = hub or config.data.source.endswith((".jsonl", ".parquet"))
+    sources = [config.data.source, *config.eval.sources.values()]
+    tables, plain = any(map(_may_be_tables, sources)), any(map(_may_be_text, sources))
     sums = c.numerics.exact and c.data.micro_batches > 1
     needs = [
         ("data.revision", hub, 'data.source = "hub:…"'),
         ("data.subset", hub, 'data.source = "hub:…"'),
         ("data.hub_split", hub, 'data.source = "hub:…"'),
         ("data.streaming", hub, 'data.source = "hub:…"'),
-        ("data.text_column", table, "a jsonl, parquet or hub source"),
-        ("data.unit", not table, "a source of plain text files"),
+        ("data.text_column", tables, "a jsonl, parquet or hub source"),
+        ("data.unit", plain, "a source of plain text files"),
         ("data.vocab_size", c.data.tokenizer == "bpe", 'data.tokenizer = "bpe"'),
         ("model.rope_base", c.model.positions == "rope", 'model.positions = "rope"'),
         ("optim.muon_learning_rate", c.optim.optimizer == "muon", 'optim.optimizer = "muon"'),
@@ -110,6 +113,18 @@ def without_effect(config: "Config") -> list[str]:
             )
     unused = sorted(set(config.eval.sources) - set(config.eval.sets))
     return problems + [f"eval.sources.{name} has no effect: eval.sets does not name {name!r}." for name in unused]
+
+
+def _may_be_tables(source: str) -> bool:
+    """Whether a source may hold rows with columns: a hub dataset, or files whose names may end as those of tables."""
+    if source.startswith("hub:"):
+        return True
+    ending = PurePath(source).name.rpartition(".")[2].lower()
+    return source not in ("python-stdlib", "repo") and (ending in TABLES or any(c in ending for c in "*?["))
+
+
+def _may_be_text(source: str) -> bool:
+    return not source.startswith("hub:") and PurePath(source).suffix.lower().removeprefix(".") not in TABLES
 
 
 def explain(mistake: tomlfile.Mistake, known: Sequence[str]) -> str:

@@ -196,6 +196,7 @@ def _record(run: Path, config: Config, prepared: Prepared) -> dict[str, Any]:
     vocab_size = costs.padded_vocab(prepared.tokenizer.vocab_size, config.model.vocab_size)
     facts = {
         "data_sha256": prepared.sha256,
+        "tokenizer_sha256": prepared.tokenizer.sha256,
         "vocab_size": vocab_size,
         "parameters": costs.parameter_count(models.construct(config.model, vocab_size, "meta")).total,
         "tokens_per_step": data.micro_batches * data.micro_batch_sequences * config.model.context,

@@ -23,7 +23,7 @@ def generate(run: Path, prompt: str, tokens: int, temperature: float, top_k: int
     """
     refuse_senseless(prompt, temperature)
     model = restore(run)
-    tokenizer = Tokenizer.load(rundir.tokenizer_path(run))
+    tokenizer = Tokenizer.load(rundir.tokenizer_path(run), rundir.read(run).get("tokenizer_sha256"))
     ids = [tokenizer.end_of_document, *tokenizer.encode_batch([prompt])[0].tolist()]
     generator = torch.Generator().manual_seed(seed)
     yield prompt

@@ -299,6 +299,20 @@ def test_a_hub_dataset_must_be_pinned():
     assert (hub.name, hub.revision, hub.split) == ("owner/name", COMMIT, "test")
 
 
+@pytest.mark.parametrize("source", ["a.jsonl", "A.PARQUET", "data/*", "data/*.*", "data/part-?.json[l]", "hub:o/n@c"])
+def test_the_text_column_and_unit_have_an_effect_if_any_source_can_use_them(source):
+    other = {"eval": {"sets": ["val", "other"], "sources": {"other": source}}}
+    assert parse({"data": {"source": "python-stdlib", "text_column": "body"}, **other}).data.text_column == "body"
+    parse({"data": {"source": source.replace("hub:o/n@c", "x.jsonl"), "text_column": "body"}})
+    parse({"data": {"source": "x.jsonl", "unit": "line"}, "eval": {"sets": ["o"], "sources": {"o": "notes.txt"}}})
+
+
+@pytest.mark.parametrize("source", ["python-stdlib", "repo", "a.txt", "data/*.txt", "my.jsonl/a*.md"])
+def test_the_text_column_has_no_effect_if_no_source_has_columns(source):
+    with pytest.raises(ConfigError, match=r"data\.text_column has no effect"):
+        parse({"data": {"source": source, "text_column": "body"}})
+
+
 def test_the_split_by_hash_gives_a_document_to_one_side_whatever_surrounds_it(tmp_path, settings):
     lines = [json.dumps({"text": f"line {n}"}) for n in range(400)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))

@@ -41,6 +41,22 @@ def test_characters_return_every_text_they_know(text):
     assert CHARS.token_bytes[ids].sum() == len(text.encode())
 
 
+@pytest.mark.parametrize("tokenizer", [BPE, BYTES, CHARS])
+@pytest.mark.parametrize("changed", ["a bit", "white space", "another tokenizer"])
+def test_a_tokenizer_file_that_is_not_the_one_recorded_is_refused(tmp_path, tokenizer, changed):
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(path)
+    assert Tokenizer.load(path, tokenizer.sha256).sha256 == tokenizer.sha256
+    whole = path.read_bytes()
+    at = len(whole) * 2 // 3
+    flipped = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
+    path.write_bytes({"a bit": flipped, "white space": whole + b"\r\n"}.get(changed, b'{"toprope": "chars"}'))
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json has changed since the run wrote it"):
+        Tokenizer.load(path, tokenizer.sha256)
+    path.write_bytes(whole)
+    Tokenizer.load(path)  # runs of before the digest was recorded
+
+
 def test_an_unknown_character_is_its_own_token_that_weighs_nothing():
     tokenizer = CharTokenizer("ab")
     (ids,) = tokenizer.encode_batch(["axb~"])

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from trainer.config import Data, Eval
-from trainer.data import Prepared, cache, identity, prepare, tokenizer_for, tokens
+from trainer.data import Prepared, cache, check, identity, prepare, tokenizer_for, tokens
 from trainer.data.tokens import _SAFE_CUT, open_store, shared_digests, token_dtype
 from trainer.errors import CorpusError, TokenizerError
 
@@ -323,6 +323,48 @@ def test_a_store_in_which_a_bit_has_flipped_is_noticed_and_built_again(stories, 
     assert (again.train.directory / name).read_bytes() == whole and again.train.sha256 == store.sha256
     prepare(settings(stories), VAL, CONTEXT, progress=builds, verify=True)
     assert builds.count == 2 and [entry.name for entry in store.directory.parent.glob("*damaged*")] == []
+
+
+@pytest.mark.parametrize("field", ["dtype", "tokens", "documents"])
+@pytest.mark.parametrize("covered", [False, True])
+def test_a_store_whose_header_was_changed_is_refused(stories, settings, field, covered):
+    path = prepare(settings(stories), VAL, CONTEXT).train.directory / "meta.json"
+    meta = json.loads(path.read_text())
+    entry = meta["parts"]["train"]
+    entry[field] = {"dtype": "<f2", "tokens": entry["tokens"] - 1, "documents": entry["documents"] + 1}[field]
+    if covered:  # someone made the checksum fit: the files still do not
+        meta["sha256"] = tokens._meta_sha256(meta)
+    path.write_text(json.dumps(meta))
+    with pytest.raises(CorpusError, match="is damaged" if covered else r"meta\.json has another checksum"):
+        prepare(settings(stories), VAL, CONTEXT)
+
+
+@pytest.mark.parametrize("wanted", ["<u4", ">u2", "<c8", "|O", "nonsense"])
+def test_token_ids_are_of_the_type_that_the_vocabulary_gives(stories, settings, wanted):
+    path = prepare(settings(stories), VAL, CONTEXT).train.directory / "meta.json"
+    meta = json.loads(path.read_text())
+    meta["parts"]["heldout"]["dtype"] = wanted
+    meta["sha256"] = tokens._meta_sha256(meta)
+    path.write_text(json.dumps(meta))
+    with pytest.raises(CorpusError, match=r"heldout\.bin is said to hold"):
+        prepare(settings(stories), VAL, CONTEXT)
+
+
+@pytest.mark.parametrize(
+    ("given", "side"),
+    [({"source": "one.txt"}, "held-out"), ({"source": "same-*.txt"}, "held-out"), ({"heldout_fraction": 1e-9}, "held")],
+)
+def test_what_prepare_refuses_about_the_split_is_found_without_preparing(tmp_path, stories, settings, given, side):
+    for name in ("one.txt", "same-1.txt", "same-2.txt"):
+        (tmp_path / name).write_text("The only document.")
+    data = settings(**{"source": stories, **{k: tmp_path / v if k == "source" else v for k, v in given.items()}})
+    with pytest.raises(CorpusError, match=f"leaves no document on the {side}") as early:
+        check(data)
+    with pytest.raises(CorpusError) as late:
+        prepare(data, VAL, CONTEXT)
+    assert str(early.value) == str(late.value)
+    check(settings(stories))
+    check(settings("not/there/yet-*.parquet"))
 
 
 def test_a_tokenizer_that_does_not_match_its_store_is_refused(stories, settings):

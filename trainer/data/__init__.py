@@ -2,7 +2,7 @@
 
 from trainer.data.batches import Batches, EvalWindows, MicroBatch, digest
 from trainer.data.cache import ProgressCallback
-from trainer.data.prepare import Prepared, prepare, tokenizer_for
+from trainer.data.prepare import Prepared, check, prepare, tokenizer_for
 from trainer.data.tokenizer import Tokenizer
 from trainer.data.tokens import TokenStore
 
@@ -14,6 +14,7 @@ __all__ = [
     "ProgressCallback",
     "TokenStore",
     "Tokenizer",
+    "check",
     "digest",
     "prepare",
     "tokenizer_for",

@@ -53,6 +53,26 @@ def prepare(
     )
 
 
+def check(data: Data) -> None:
+    """Raise the CorpusError that `prepare` would raise for a local corpus whose split leaves one side empty.
+
+    Reads only until both sides have text. Files that are not there yet, and the hub, are left to `prepare`.
+    """
+    try:
+        corpus = open_corpus(data)
+    except CorpusError:
+        return
+    if corpus.hub is not None:
+        return
+    tally, missing = Tally(), {"train", "heldout"}
+    for document in corpus.documents(tally):
+        texts = dict(zip(("train", "heldout"), split(document, data.heldout, data.heldout_fraction), strict=True))
+        missing -= {part for part, text in texts.items() if text}
+        if not missing:
+            return
+    raise empty_part("train" if "train" in missing else "heldout", corpus, tally)
+
+
 def tokenizer_for(data: Data, *, progress: ProgressCallback = no_progress) -> Tokenizer:
     """Return the tokenizer of runs that use `data`, from the cache if it is there. Raises as `prepare` does."""
     return _training_store(cache_root(data.cache_dir), data, progress).tokenizer

@@ -60,9 +60,18 @@ class Tokenizer(ABC):
         files.write(path, self.to_json())
 
     @staticmethod
-    def load(path: Path) -> "Tokenizer":
-        """Read what `save` wrote, or any tokenizer.json of the `tokenizers` library. Raises TokenizerError."""
-        return from_json(read_json(path), str(path))
+    def load(path: Path, sha256: str | None = None) -> "Tokenizer":
+        """Read what `save` wrote, or any tokenizer.json of the `tokenizers` library.
+
+        Raises TokenizerError if it is unusable, or if the file's digest is not `sha256` where that is given.
+        """
+        text = read_json(path)
+        if sha256 is not None and hashlib.sha256(text.encode()).hexdigest() != sha256:
+            raise TokenizerError(
+                f"{path} has changed since the run wrote it (its SHA-256 is not {sha256[:16]}…).\n"
+                "  The run's token ids would mean other text. Restore it, or resume the run, which writes it anew."
+            )
+        return from_json(text, str(path))
 
 
 class ByteTokenizer(Tokenizer):
@@ -227,7 +236,7 @@ def from_json(text: str, name: str) -> Tokenizer:
 def read_json(path: Path) -> str:
     """Read a tokenizer.json. Raises TokenizerError if it cannot be read."""
     try:
-        return path.expanduser().read_text(encoding="utf-8")
+        return path.expanduser().read_bytes().decode()  # as bytes: text mode would alter line ends
     except FileNotFoundError:
         raise TokenizerError(
             f"{path} does not exist (from {Path.cwd()}).\n"

@@ -1,6 +1,6 @@
 """The token store: a corpus as flat files of token ids, memory-mapped, built once and used by every later run.
 
-    CACHE/store-<key>/meta.json            settings that shaped it; counts, sizes and SHA-256 of every token file
+    CACHE/store-<key>/meta.json            settings that shaped it; counts, sizes and SHA-256 of every file, and its own
                       tokenizer.json
                       <part>.bin           uint16 or uint32, little-endian; every document ends in end_of_document
                       <part>.digests.npy   first 16 bytes of each document's SHA-256, sorted
@@ -25,7 +25,7 @@ from trainer.data.corpus import Corpus, Document, Tally
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import CorpusError, TokenizerError
 
-FORMAT = 2
+FORMAT = 3
 _BATCH_CHARACTERS = 1 << 20
 # Any tokenizer in the GPT-2 family breaks words here, so a cut changes no token.
 _SAFE_CUT = re.compile(r"(?<=\S)[ \n]")
@@ -99,6 +99,7 @@ def open_or_build(
         if corpus.shaped_by(root) != content:
             raise CorpusError(f"{corpus.source} changed while it was read.\n  Start again when nothing writes to it.")
         meta = {"key": key, "source": corpus.source, "shaped_by": shape, **meta}
+        meta["sha256"] = _meta_sha256(meta)
         (directory / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
     name = f"store-{key[:16]}"
@@ -116,10 +117,7 @@ def open_or_build(
 def open_store(directory: Path, verify: bool = False) -> TokenStore:
     """Map a store's files. Raises CorpusError if one is missing, has another size or, with `verify`, another checksum;
     TokenizerError as above."""
-    try:
-        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _damaged(directory, f"meta.json cannot be read ({error})") from None
+    meta = _read_meta(directory)
     tokenizer = Tokenizer.load(directory / "tokenizer.json")
     # A replaced tokenizer.json would turn every id into other text without any other sign.
     if (tokenizer.sha256, tokenizer.vocab_size) != (meta["tokenizer_sha256"], meta["vocab_size"]):
@@ -128,7 +126,8 @@ def open_store(directory: Path, verify: bool = False) -> TokenStore:
             f"({tokenizer.vocab_size} tokens; the store was written with {meta['vocab_size']}).\n"
             f"  Its ids would mean other text. Delete {directory}; the next run builds it again."
         )
-    parts = {name: _open_part(directory, name, entry, verify) for name, entry in meta["parts"].items()}
+    dtype = token_dtype(meta["vocab_size"])
+    parts = {name: _open_part(directory, name, entry, dtype, verify) for name, entry in meta["parts"].items()}
     return TokenStore(directory, tokenizer, parts, Tally(**meta["tally"]))
 
 
@@ -150,15 +149,35 @@ def _damaged(directory: Path, why: str) -> CorpusError:
     )
 
 
-def _open_part(directory: Path, name: str, entry: Mapping[str, Any], verify: bool) -> Part:
-    path, dtype = directory / f"{name}.bin", np.dtype(entry["dtype"])
+def _meta_sha256(meta: Mapping[str, Any]) -> str:
+    covered = {name: value for name, value in meta.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
+
+
+def _read_meta(directory: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(directory, f"meta.json cannot be read ({error})") from None
+    if not isinstance(meta, dict) or meta.get("sha256") != _meta_sha256(meta):
+        raise _damaged(directory, "meta.json has another checksum than when it was written")
+    return meta
+
+
+def _open_part(directory: Path, name: str, entry: Mapping[str, Any], dtype: np.dtype[Any], verify: bool) -> Part:
+    path, path_of_digests = directory / f"{name}.bin", directory / f"{name}.digests.npy"
+    if entry["dtype"] != dtype.str:
+        raise _damaged(directory, f"{path.name} is said to hold {entry['dtype']} instead of {dtype.str}")
     try:
         size = path.stat().st_size
         if size != entry["tokens"] * dtype.itemsize:
             raise _damaged(directory, f"{path.name} has {size} bytes instead of {entry['tokens'] * dtype.itemsize}")
-        if verify and _sha256(path) != entry["sha256"]:
-            raise _damaged(directory, f"{path.name} has another checksum than when it was written")
-        digests = np.load(directory / f"{name}.digests.npy", mmap_mode="r")
+        for file, sha256 in ((path, entry["sha256"]), (path_of_digests, entry["digests_sha256"])):
+            if verify and _sha256(file) != sha256:
+                raise _damaged(directory, f"{file.name} has another checksum than when it was written")
+        digests = np.load(path_of_digests, mmap_mode="r")
+        if (digests.dtype.str, digests.shape) != ("|S16", (entry["documents"],)):
+            raise _damaged(directory, f"{path_of_digests.name} holds {digests.dtype.str} {digests.shape}")
         tokens = np.memmap(path, dtype=dtype, mode="r")
     except (OSError, ValueError) as error:
         raise _damaged(directory, str(error)) from None
@@ -239,13 +258,15 @@ class _PartWriter:
         if not self._digests:
             raise empty_part(self._name, corpus, tally)
         digests = np.sort(np.array(self._digests, dtype="S16"))
-        np.save(self._directory / f"{self._name}.digests.npy", digests)
+        path = self._directory / f"{self._name}.digests.npy"
+        np.save(path, digests)
         return {
             "documents": len(self._digests),
             "bytes": self._bytes,
             "tokens": self._tokens,
             "dtype": self._dtype.str,
             "sha256": self._hash.hexdigest(),
+            "digests_sha256": _sha256(path),
         }
 
 
