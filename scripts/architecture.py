@@ -1,4 +1,4 @@
-"""Draw docs/architecture.svg: the rooms of trainer/ and who imports whom, from the import graph itself.
+"""Draw docs/architecture.svg: the rooms of trainer/ and their imports, from the import graph itself.
 
     python -m scripts.architecture            write the picture
     python -m scripts.architecture --check    exit 1 if the picture no longer shows the import graph

@@ -1,4 +1,4 @@
-"""The figures this project claims, each a ratio measured in one run; see scripts/bench.
+"""The figures that this project claims, each a ratio measured in one run; see scripts/bench.
 
 Two things to compare alternate in the same process, so that a drifting machine hurts both alike; medians are quoted
 with the quartiles of the round-by-round ratios.
@@ -140,12 +140,12 @@ def throughput(
     ranks = world.connect(torch.device("cpu"), 60)
     with tempfile.TemporaryDirectory() as directory:
         ours_config = load(base, *ours)
-        mine = Ours(ours_config, ranks, Path(directory))
-        theirs = Plain(load(base, *plain))
-        ratio, a, b = alternate(mine, theirs, steps, rounds)
+        our_loop = Ours(ours_config, ranks, Path(directory))
+        plain_loop = Plain(load(base, *plain))
+        ratio, a, b = alternate(our_loop, plain_loop, steps, rounds)
     world.disconnect()
     tokens = ours_config.data.micro_batches * ours_config.data.micro_batch_sequences * ours_config.model.context
-    count = costs.parameter_count(mine.state.model)
+    count = costs.parameter_count(our_loop.state.model)
     return {
         "ratio": vars(ratio),
         "parameters": count.total,
@@ -168,16 +168,16 @@ def exact_against_plain_worker() -> None:
 
 
 def memory_worker(strategy: str) -> None:
-    """One of two ranks: peak resident memory after three steps, and what the libraries alone take."""
+    """One of two ranks: peak resident memory after three steps, and the memory of the libraries alone."""
     baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     ranks = world.connect(torch.device("cpu"), 120)
     with tempfile.TemporaryDirectory() as directory:
         config = load(BIG, f'parallel.strategy="{strategy}"', "model.width=768", "data.micro_batch_sequences=1")
-        mine = Ours(config, ranks, Path(directory))
-        mine(3)
+        our_loop = Ours(config, ranks, Path(directory))
+        our_loop(3)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     if ranks.is_main:
-        count = costs.parameter_count(mine.state.model) if strategy == "replicate" else None
+        count = costs.parameter_count(our_loop.state.model) if strategy == "replicate" else None
         print(
             "RESULT " + json.dumps({"peak_mib": peak, "libraries_mib": baseline, "parameters": count and count.total})
         )
@@ -207,7 +207,7 @@ def worker(*arguments: str) -> dict[str, Any]:
 
 
 def first_step(repeats: int = 7) -> dict[str, Any]:
-    """Seconds from the command to the first step done, 2 ranks, warm caches, and where they go."""
+    """Seconds from the command to the first step done, 2 ranks, warm caches; and the parts of that time."""
     laps: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as directory:
         for number in range(repeats + 1):
@@ -310,7 +310,7 @@ def nanogpt_worker(source: str) -> None:
 
 
 def seeds() -> dict[str, Any]:
-    """Final validation loss with exact and with plain sums, three seeds each, and what the grid did."""
+    """Final validation loss with exact and with plain sums, three seeds each; steps redone and entries flushed."""
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         for seed in range(3):
@@ -319,7 +319,7 @@ def seeds() -> dict[str, Any]:
                 run = Path(directory) / f"{seed}{exact}"
                 sets = [*SMALL[1], "data.micro_batches=4", "data.micro_batch_sequences=3", "budget.steps=500"]
                 sets += [f"seed={seed}", f"numerics.exact={str(exact).lower()}", 'wandb.mode="disabled"']
-                arguments = [part for one in sets for part in ("--set", one)]
+                arguments = [part for override in sets for part in ("--set", override)]
                 torchrun("-m", "trainer", "train", SMALL[0], "--run", str(run), *arguments)
                 log = [entry.event for entry in events.read(run)]
                 last = [e for e in log if isinstance(e, events.EvalDone) and e.set == "val"][-1]
@@ -333,7 +333,7 @@ def seeds() -> dict[str, Any]:
 
 
 def measure(name: str) -> dict[str, Any]:
-    """One figure by name, in this process or in ones it starts."""
+    """One figure by name, measured in this process or in processes that it starts."""
     match name:
         case "throughput_12m":
             return throughput(BIG, ["numerics.threads=2"], ["numerics.threads=2"], steps=1, rounds=15)
@@ -342,8 +342,8 @@ def measure(name: str) -> dict[str, Any]:
         case "exact_against_plain_sums":
             return worker("exact")
         case "bf16_compile":
-            ours = ["numerics.threads=2", 'numerics.precision="bf16"', "numerics.compile=true"]
-            return throughput(BIG, ours, ["numerics.threads=2"], steps=1, rounds=15)
+            settings = ["numerics.threads=2", 'numerics.precision="bf16"', "numerics.compile=true"]
+            return throughput(BIG, settings, ["numerics.threads=2"], steps=1, rounds=15)
         case "first_step":
             return first_step()
         case "memory":

@@ -50,17 +50,17 @@ def catalogue(repeat: int = 2) -> dict[str, Any]:
         kind = kinds.setdefault(name, {"outcomes": [], "named": [], "detect": [], "recover": [], "why": ""})
         kind["outcomes"].append(result["outcome"])
         kind["why"] = kind["why"] or result["why"]
-        for one in result["measured"]:
-            kind["named"] += [one["attributed_correctly"]] if one["attributed_correctly"] is not None else []
+        for fault in result["measured"]:
+            kind["named"] += [fault["attributed_correctly"]] if fault["attributed_correctly"] is not None else []
             for key in ("detect", "recover"):
-                kind[key] += [one[f"{key}_seconds"]] if one[f"{key}_seconds"] is not None else []
+                kind[key] += [fault[f"{key}_seconds"]] if fault[f"{key}_seconds"] is not None else []
     return {"kinds": kinds, "seconds": report["seconds"]}
 
 
 def storm() -> dict[str, Any]:
     """Random schedules of the llama3 mix: how many faults fired, and how the runs ended."""
     report = campaign("storm-llama3")
-    fired = Counter(one["kind"] for result in report["results"] for one in result["measured"])
+    fired = Counter(fault["kind"] for result in report["results"] for fault in result["measured"])
     equal = [
         answer["answer"] == "pass"
         for result in report["results"]
@@ -84,11 +84,11 @@ def mutants() -> dict[str, Any]:
     from tests.test_mutations import failed, run_mutants
 
     with tempfile.TemporaryDirectory() as directory:
-        seen = run_mutants(MUTANTS, Path(directory))
+        results = run_mutants(MUTANTS, Path(directory))
     rows = [
         {"bug": name.replace("_", " "), "had_by": MUTANTS[name].had_by, "faults": ", ".join(result.kinds),
          "caught_by": ", ".join(sorted(failed(result))) or "nothing"}
-        for name, result in seen.items()
+        for name, result in results.items()
     ]  # fmt: skip
     return {"rows": rows}
 

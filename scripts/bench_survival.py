@@ -1,4 +1,4 @@
-"""The figures of scripts/bench about saving, loading, dying and coming back."""
+"""The figures of scripts/bench about saving, loading, and recovery after a kill."""
 
 import argparse
 import contextlib
@@ -46,32 +46,32 @@ def saving_worker(make: Callable[[world.World, Path], Any]) -> None:
     """
     ranks = world.connect(torch.device("cpu"), 120)
     directory = Path(ranks.from_main(tempfile.mkdtemp))
-    mine = make(ranks, directory)
-    mine(2)
+    our_loop = make(ranks, directory)
+    our_loop(2)
     identity = {"fingerprint": "bench", "run_id": "bench"}
     saver = checkpoint.Saver(directory, ranks, identity, configs.Checkpoint(keep_last=1))
     rows: list[dict[str, Any]] = []
     sources: list[torch.Tensor] = []
     copies: list[torch.Tensor] = []
     for round_ in range(21):
-        before = _seconds(lambda: mine(1))
-        saver.begin(mine.state.step, mine.state.tensors())
+        before = _seconds(lambda: our_loop(1))
+        saver.begin(our_loop.state.step, our_loop.state.tensors())
         if round_ == 0:
             saver.finish()  # makes the buffers and the plan
             layout = saver._plan  # pyright: ignore[reportPrivateUsage]
             assert layout is not None
             names = list(layout._buffers)  # pyright: ignore[reportPrivateUsage]
-            tensors = mine.state.tensors()
+            tensors = our_loop.state.tensors()
             sources = [t.to_local() if isinstance(t := tensors[name], DTensor) else t for name in names]
             copies = [torch.empty_like(source).zero_() for source in sources]
             continue
-        beside = _seconds(lambda: mine(1))
+        beside = _seconds(lambda: our_loop(1))
         (saved,) = [event for event in saver.finish() if isinstance(event, events.CheckpointSaved)]
-        usual = (before + _seconds(lambda: mine(1))) / 2  # just before and just after, as the machine drifts
+        usual = (before + _seconds(lambda: our_loop(1))) / 2  # just before and just after, as the machine drifts
         with torch.no_grad():
             plain_copy = _seconds(lambda: torch._foreach_copy_(copies, sources))  # noqa: B023
         started = time.perf_counter()
-        saver.begin(mine.state.step, mine.state.tensors())
+        saver.begin(our_loop.state.step, our_loop.state.tensors())
         stall = time.perf_counter() - started
         (alone,) = [event for event in saver.finish() if isinstance(event, events.CheckpointSaved)]
         ranks.agree(lambda: None)
@@ -85,7 +85,7 @@ def saving_worker(make: Callable[[world.World, Path], Any]) -> None:
             }
         )  # fmt: skip
     loads = [
-        _seconds(lambda: checkpoint.restore(directory, mine.state.tensors(), ranks, "bench", lambda event: None))
+        _seconds(lambda: checkpoint.restore(directory, our_loop.state.tensors(), ranks, "bench", lambda event: None))
         for _ in range(5)
     ]
     every_rank = zip(*ranks.agree(lambda: rows), strict=True)
@@ -111,7 +111,7 @@ def _write(path: Path, blob: bytes) -> None:
 
 
 def saving(result: dict[str, Any]) -> dict[str, Any]:
-    """From the worker's rows, the slower rank of each, to the figures."""
+    """The figures from the workers' rows: in each row, the slower rank counts."""
     rows = result["rows"]
     of = lambda top, bottom: [row[top] / row[bottom] for row in rows]  # noqa: E731
     return {
@@ -161,7 +161,7 @@ def _first_new_step(log: list[events.Entry], since: float) -> tuple[events.Entry
 
 
 def killed(repeats: int = 9) -> dict[str, Any]:
-    """SIGKILL of one of two workers to the next step that is new: seconds, by part."""
+    """Seconds from SIGKILL of one of two workers to the next new step, by part."""
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         run = Path(directory) / "run"
@@ -253,7 +253,7 @@ def goodput() -> dict[str, Any]:
 
 
 def _harass(job_: Cluster | Agent, started: float) -> int:
-    """Kill rank 1 every so often until time is up; how often it was there to be killed."""
+    """Kill rank 1 every so often until time is up; the number of times that a process was killed."""
     kills = 0
     for number in range(1, SECONDS // PERIOD):
         time.sleep(max(0, started + number * PERIOD - time.time()))
@@ -265,8 +265,8 @@ def _harass(job_: Cluster | Agent, started: float) -> int:
 
 
 def _useful(steps: list[tuple[int, float, int]], started: float) -> dict[str, Any]:
-    """From (step, time, attempt): the furthest step, what a step takes in peace, and the share of time they make."""
-    inside = [one for one in steps if one[1] <= started + SECONDS]
+    """From (step, time, attempt): the furthest step, an undisturbed step's duration, and the share of time in steps."""
+    inside = [row for row in steps if row[1] <= started + SECONDS]
     furthest = max(step for step, _, _ in inside)
     between = [
         b[1] - a[1] for a, b in itertools.pairwise(inside) if a[2] == b[2] and b[0] == a[0] + 1

@@ -3,8 +3,8 @@
 Run number n of seed s is drawn from a generator seeded with "s-n": two runs of the campaign differ in when a kill from
 outside hits, and in nothing else. Each run is one to three jobs, of random world size and strategy; all but the last
 are asked to stop at a random step. Kills come from inside, at a phase of a step, or from outside, at a wall time. Only
-kills that really fired are counted. Every finished run is a line of DIR/runs.jsonl, so a campaign that is ended goes
-on where it stopped; the summary is DIR/summary.json.
+kills that really fired are counted. Every finished run is a line of DIR/runs.jsonl, so an interrupted campaign
+resumes where it stopped; the summary is DIR/summary.json.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def _inside(rng: random.Random, ranks: int, begin: int, until: int) -> Table:
     evaluations = [step for step in steps if step % EVAL_EVERY == 0]
     fault: Table = {"kind": rng.choice((*KILLS, "exit", "exception")), "rank": rng.randrange(ranks)}
     if where == "save" and saves:
-        # An exception in a save is a failed save and kills nobody. Only rank 0 commits.
+        # An exception in a save is a failed save and kills no rank. Only rank 0 commits.
         phase = rng.choice(SAVE)
         fault |= {"kind": rng.choice(KILLS), "phase": phase, "at_step": rng.choice(saves)}
         return fault | ({} if phase == Phase.IN_SAVE_SHARD else {"rank": 0})
@@ -160,11 +160,11 @@ class Campaign:
 
 
 def _differences(run: Path, reference: dict[str, Any]) -> list[str]:
-    seen = outcome(run)
+    result = outcome(run)
     wrong = [
-        f"{key} differs from the reference run: {str(seen[key])[:200]}"
+        f"{key} differs from the reference run: {str(result[key])[:200]}"
         for key in reference
-        if seen[key] != reference[key]
+        if result[key] != reference[key]
     ]
     return wrong + [f"stray file {path}" for path in strays(run)]
 
@@ -225,7 +225,7 @@ def campaign(directory: Path, seed: int, wanted_kills: int, at_once: int) -> dic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--kills", type=int, default=200, help="go on until so many have fired")
+    parser.add_argument("--kills", type=int, default=200, help="continue until so many have fired")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--out", type=Path, default=None, help="default: runs/soak-SEED")

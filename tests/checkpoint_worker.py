@@ -34,13 +34,13 @@ LAYOUTS = [("replicate", 1), ("fsdp", 1), ("replicate", 2), ("fsdp", 2), ("repli
 
 
 def content(name: str, shape: torch.Size, step: int) -> Tensor:
-    """The content of a tensor by its name and step, so that nothing need be remembered."""
+    """The content of a tensor by its name and step, so that no test has to store it."""
     seed = int.from_bytes(hashlib.sha256(f"{name} {step}".encode()).digest()[:4], "little")
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def small_state(step: int | None, tensors: int = 6) -> dict[str, Tensor]:
-    """Plain tensors of a step; of none: all zero."""
+    """Plain tensors of a step; all zero without a step."""
     shapes = {f"w{i}": torch.Size([40 + i, 8]) for i in range(tensors)} | {"scalar": torch.Size([])}
     return {n: torch.zeros(s) if step is None else content(n, s, step) for n, s in shapes.items()}
 

@@ -28,7 +28,7 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 def pytest_configure(config: pytest.Config) -> None:
     """Share one cache among xdist's workers, so that each tokenizer and token store is built once per session.
 
-    Not one that outlives the session: what an older version of the code built would hide what this one does.
+    The cache does not outlive the session: stores that an older version built would hide new errors.
     """
     if hasattr(config, "workerinput"):
         return  # a worker: it has inherited the controller's environment

@@ -53,7 +53,7 @@ attempts = itertools.count()
 
 
 class NoCheckpointer(Checkpointer):
-    """Saving is another test's business."""
+    """No saves: other tests cover them."""
 
     def __init__(self) -> None: ...
     def save(self, state: TrainState) -> None: ...

@@ -23,7 +23,7 @@ def fault(kind: str, at_step: int | None = None, rank: int | str | None = None, 
 
 @dataclass
 class FaultyRun:
-    """A run directory of one test, and what the reference run of the same config came to."""
+    """A run directory of one test, and the result of the reference run of the same config."""
 
     directory: Path
     settings: list[str]
@@ -62,15 +62,17 @@ class FaultyRun:
     def ends_as_reference(self, attempts: int | None = None, unfired: int = 0) -> dict[str, Any]:
         """The promise: same bits, losses and samples in every step, no trace on disk, and each fault fired once."""
         assert outcome(self.run) == self.reference
-        seen = summarise_run(self.run)
-        begun = [attempt for attempt in seen["attempts"] if attempt["world_size"] is not None]
-        assert attempts in (None, len(begun)), [attempt["reason"] for attempt in seen["attempts"]]
-        assert seen["checkpoints"][-1]["step"] == STEPS and all(saved["intact"] for saved in seen["checkpoints"])
+        run_summary = summarise_run(self.run)
+        begun = [attempt for attempt in run_summary["attempts"] if attempt["world_size"] is not None]
+        assert attempts in (None, len(begun)), [attempt["reason"] for attempt in run_summary["attempts"]]
+        assert run_summary["checkpoints"][-1]["step"] == STEPS and all(
+            saved["intact"] for saved in run_summary["checkpoints"]
+        )
         assert strays(self.run) == []
         fired = self.fired()
         assert {index for index, _ in fired} == set(range(len(self.faults) - unfired)), (fired, self.faults)
         assert all(times == self.faults[index].get("times", 1) for (index, _), times in fired.items()), fired
-        return seen
+        return run_summary
 
     def detected_as(self, *indices: int) -> list[str | None]:
         return [row["detected_as"] for row in summarise_run(self.run)["faults"] if row["index"] in indices]

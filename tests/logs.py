@@ -1,4 +1,4 @@
-"""Made-up runs: events with usual values, and a run directory whose clock is moved by hand."""
+"""Made-up runs: events with usual values, and a run directory whose clock the test sets."""
 
 import contextlib
 import math
@@ -100,13 +100,13 @@ def entry(event: Event, seconds: float, attempt: int = 0) -> Entry:
 
 
 class Run:
-    """A pretended run: a clock that is moved by hand, and a log per attempt and rank."""
+    """A pretended run: a clock that the test sets, and a log per attempt and rank."""
 
     def __init__(self, path: Path, now: float = 1_000_000.0) -> None:
         self.path, self.now, self.attempt, self.world_size = path, now, -1, 2
 
     def record(self) -> None:
-        """Write what the run is, which `inspect` wants to know."""
+        """Write config.json, which `inspect` needs."""
         self.path.mkdir(parents=True, exist_ok=True)
         rundir.record(self.path, parse({"budget": {"steps": 60}}), {"data_sha256": "d" * 64})
 

@@ -1,6 +1,6 @@
 """Bugs that other trainers had, put back on purpose: -m tests.mutants NAME CONFIG --run RUN [--set KEY=VALUE …]
 
-Each is a patched copy of the worker and nothing else: without this module none of them exists. A campaign of faults
+Each is a patched copy of the worker: without this module none of them exists. A campaign of faults
 must catch every one of them; MUTANTS says with which faults and by what, and tests/test_mutations.py holds it to that.
 """
 
@@ -178,11 +178,11 @@ MUTANTS = {
 
 
 def nothing() -> None:
-    """The worker as it is: what fails under these faults all the same would be no bug's."""
+    """The unchanged worker: it must pass under these faults, or a failure would not show a bug."""
 
 
 EVERY_FAULT = tuple(dict.fromkeys(fault for mutant in MUTANTS.values() for fault in mutant.faults))
-CONTROL = Mutant(nothing, "nobody", "", EVERY_FAULT, nodes=2, set=MET_OUTSIDE)
+CONTROL = Mutant(nothing, "none", "", EVERY_FAULT, nodes=2, set=MET_OUTSIDE)
 """All of them in one run: it passes, so each list of them alone is survived without a mutant."""
 
 

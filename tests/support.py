@@ -125,7 +125,7 @@ class Job(Agent):
 
 
 def worker_environment(slow: dict[str, float] | None = None) -> dict[str, str]:
-    """For tests.worker."""
+    """Environment of a tests.worker process."""
     return ENVIRONMENT | {"TOPROPE_TEST_SLOW": json.dumps(slow or {})}
 
 
@@ -177,9 +177,9 @@ def committed_samples(run: Path) -> dict[int, str]:
 
 def outcome(run: Path) -> dict[str, Any]:
     """The result of a run: it must equal the reference run's, to the bit."""
-    seen = summarise_run(run)
+    run_summary = summarise_run(run)
     same = (
         "status", "step", "tokens", "weights_sha256", "state_sha256", "train", "eval", "grad_norm", "learning_rate",
         "replayed_differently",
     )  # fmt: skip
-    return {key: seen[key] for key in same} | {"samples": committed_samples(run)}
+    return {key: run_summary[key] for key in same} | {"samples": committed_samples(run)}

@@ -60,9 +60,9 @@ def problems(path: Path, **more: Any) -> str:
 
 
 def check_refused(path: Path, *hints: str) -> None:
-    said = problems(path)
+    message = problems(path)
     for hint in hints:
-        assert hint in said, (hint, said)
+        assert hint in message, (hint, message)
 
 
 def faulty(faults: str) -> str:
@@ -292,10 +292,10 @@ def test_a_storm_takes_no_more_nodes_out_than_there_are():
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 def test_a_number_that_is_not_finite_is_refused_where_it_stands(tmp_path, value):
     faults = f'{{kind = "slow_rank", at_step = 3, seconds = {value}}}, {{kind = "sigkill", at_seconds = {value}}}'
-    said = problems(write(tmp_path, faulty(faults)))
-    assert f"one: faults[0] (slow_rank): seconds = {value} is not finite" in said
-    assert "one: faults[1].at_seconds" in said and "finite number" in said
-    assert "--set" not in said
+    message = problems(write(tmp_path, faulty(faults)))
+    assert f"one: faults[0] (slow_rank): seconds = {value} is not finite" in message
+    assert "one: faults[1].at_seconds" in message and "finite number" in message
+    assert "--set" not in message
 
 
 @pytest.mark.parametrize("value", [0.1, 1e22, float("inf"), 'ä "😀"', [1, {"a.b": True}]], ids=str)
@@ -379,7 +379,7 @@ def test_runs_that_are_met_from_outside_last_longer_and_have_the_same_weights(tm
     assert (left.nodes, parted.nodes, parted.ranks) == (1, 2, 2)
 
 
-def test_without_exact_sums_it_is_said_that_equality_cannot_be_expected(tmp_path):
+def test_without_exact_sums_a_notice_says_that_equality_cannot_be_expected(tmp_path):
     inexact = campaigns.load(write(tmp_path, SETTINGS + "numerics.exact = false\n" + KILL))
     assert "numerics.exact = false" in (campaigns.check_exact(inexact) or "")
     assert campaigns.check_exact(campaigns.load(write(tmp_path, SETTINGS + KILL))) is None
@@ -419,7 +419,7 @@ def test_a_report_is_the_same_after_a_trip_through_its_file(tmp_path):
         results.read(tmp_path / "report.json")
 
 
-def test_results_of_an_older_version_are_read_under_their_present_names_and_not_made_anew(
+def test_results_of_an_older_version_are_read_under_their_present_names_and_not_run_again(
     planned, fake_cases, tmp_path
 ):
     fake_cases(lambda case: case.make_result("pass", "", run=str(tmp_path / "cases" / case.slug / "run")))
@@ -626,7 +626,7 @@ def breaks_at_7(case: Case) -> Result:
     return case.make_result("fail", "it broke", answers=[Answer(broken, "fail")])
 
 
-def test_a_failing_schedule_is_shrunk_to_what_fails_alike_and_kept_as_a_campaign_that_runs(fake_cases, tmp_path):
+def test_a_failing_schedule_is_shrunk_to_the_same_failure_and_kept_as_a_campaign_that_runs(fake_cases, tmp_path):
     path = write(tmp_path, SETTINGS + "[set_outside]\neval.every_steps = 1\n" + FOUR)
     (case,) = campaigns.load(path).cases
     fake_cases(breaks_at_7)
@@ -665,7 +665,7 @@ def test_what_failed_is_replayed_by_the_same_plan_as_often_as_it_is_written_and_
     assert not (tmp_path / "out" / "replay.toml").exists()
 
 
-def test_the_command_says_how_to_go_on_and_how_to_see_a_failure_again(fake_cases, monkeypatch, capsys, tmp_path):
+def test_the_command_says_how_to_resume_and_how_to_repeat_a_failure(fake_cases, monkeypatch, capsys, tmp_path):
     path, out = write(tmp_path, SETTINGS + KILL + '[catalogue]\nkinds = ["sigterm"]'), tmp_path / "out"
 
     def interrupted(case: Case) -> Result:
@@ -677,10 +677,10 @@ def test_the_command_says_how_to_go_on_and_how_to_see_a_failure_again(fake_cases
     monkeypatch.setattr(sys, "argv", ["trainer", "chaos", str(path), "--out", str(out)])
     with pytest.raises(SystemExit) as left:
         cli.main()
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert left.value.code == run.EXIT_INTERRUPTED
-    assert f"the same command with --out {out}" in said
-    assert f"trainer chaos {out / 'replay.toml'}" in said and "[[runs]]" not in said
+    assert f"the same command with --out {out}" in printed
+    assert f"trainer chaos {out / 'replay.toml'}" in printed and "[[runs]]" not in printed
 
 
 @pytest.mark.parametrize(
@@ -693,7 +693,7 @@ def test_a_place_where_no_results_can_go_is_refused(planned, fake_cases, tmp_pat
         run.run(planned, tmp_path / out)
 
 
-def test_a_reference_run_that_fails_ends_the_campaign_with_its_last_words(planned, monkeypatch, tmp_path):
+def test_a_reference_run_that_fails_ends_the_campaign_with_its_last_output(planned, monkeypatch, tmp_path):
     launched = run.Launch(1.0, 2.0, 1, "one\nthe disk is full", [], [])
     monkeypatch.setattr(run, "_launch", lambda *_, **__: launched)
     with pytest.raises(TopropeError, match="the disk is full"):

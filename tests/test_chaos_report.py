@@ -48,15 +48,15 @@ def result(name: str, outcome: str = "pass", why: str = "", **changes: Any) -> R
 @pytest.fixture
 def full(tmp_path: Path) -> Report:
     """A report in which every outcome occurs."""
-    seen = read_timeline(killed_once(tmp_path / "run").path)
+    run_timeline = read_timeline(killed_once(tmp_path / "run").path)
     found = [
-        result("sigkill", timeline=seen),
-        result("stopped", "fail", "named as something else", timeline=seen),
-        result("flip_weights", "undetected", "weights differ", timeline=seen),
-        result("straggler", "unknown", "it never fired", timeline=seen, measured=[]),
+        result("sigkill", timeline=run_timeline),
+        result("stopped", "fail", "named as something else", timeline=run_timeline),
+        result("flip_weights", "undetected", "weights differ", timeline=run_timeline),
+        result("straggler", "unknown", "it never fired", timeline=run_timeline, measured=[]),
         result("slow_link", "skipped", "slow_link: this kernel has no netem"),
-        result("pair: sigkill + no_space", timeline=seen, ranks=4, nodes=2, strategy="fsdp"),
-        result("storm llama3 seed 3", seed=3, timeline=seen, repeat=1),
+        result("pair: sigkill + no_space", timeline=run_timeline, ranks=4, nodes=2, strategy="fsdp"),
+        result("storm llama3 seed 3", seed=3, timeline=run_timeline, repeat=1),
     ]
     reference = {"weights_sha256": "ab" * 32, "state_sha256": "cd" * 32, "steps": 60, "seconds": 12.0, "exact": True}
     return Report("catalogue", "Does it hold?", "a.toml", "Linux, 2 cores", 1.7e9, 754.0, reference, found, False)
@@ -243,7 +243,7 @@ def test_on_a_terminal_what_runs_now_is_shown_with_the_time_left_and_the_cursor_
     assert out.getvalue().rindex("\x1b[?25h") > out.getvalue().rindex("\x1b[?25l"), "the cursor stays hidden"
 
 
-def test_an_output_that_nobody_reads_any_more_does_not_stop_the_campaign(full: Report):
+def test_an_output_whose_reader_has_left_does_not_stop_the_campaign(full: Report):
     out = io.StringIO()
     out.close()
     follow(report.CampaignProgress(7, out, is_terminal=False), full.results)

@@ -236,7 +236,7 @@ def test_an_alarm_that_nothing_caused_is_false(log):
     assert found.answer == "fail" and "false alarm" in found.why
 
 
-def test_a_crash_that_nobody_made_is_a_false_alarm_though_one_was_made_just_before(log):
+def test_a_crash_that_no_fault_made_is_a_false_alarm_though_a_fault_fired_just_before(log):
     log.strike()
     log.start(6)
     log.lose()
@@ -248,7 +248,7 @@ def test_a_crash_that_nobody_made_is_a_false_alarm_though_one_was_made_just_befo
     assert found.answer == "fail" and "false alarm" in found.why
 
 
-def test_a_peer_that_reports_its_loss_has_noticed(log):
+def test_a_peer_that_reports_the_loss_of_a_rank_has_detected_it(log):
     log.strike()
     lost = AttemptEnded(status="failed", step=9, reason="lost a peer", weights_sha256=None, state_sha256=None)
     log.write(lost, after=0.2)
@@ -286,9 +286,9 @@ def test_a_death_that_came_with_damage_to_a_checkpoint_is_not_held_against_anoth
 def test_a_rank_that_died_while_starting_is_reported_by_the_next_attempt(log):
     log.strike(0)
     log.attempt += 1
-    log.fire(1, victim=0, step=6)  # in_load of attempt 1, which leaves nothing else
+    log.fire(1, victim=0, step=6)  # in_load of attempt 1, which leaves no other event
     log.start(6)
-    log.lose(0, pid=4711)  # of none that wrote anything
+    log.lose(0, pid=4711)  # belongs to no attempt that wrote anything
     log.complete(7)
     measured = checker.measure(evidence(log, KILL, {"kind": "sigkill", "rank": 0, "phase": "in_load"}))
     assert measured[1]["attributed_correctly"] is True and measured[1]["detected_as"] == "worker_lost"

@@ -114,7 +114,7 @@ def test_a_save_returns_before_it_is_written_and_holds_the_state_of_its_own_step
     writer, state = saver(tmp_path, hook=slow), small_state(1)
     writer.begin(1, state)
     for tensor in state.values():
-        tensor.zero_()  # training goes on
+        tensor.zero_()  # training continues
     assert writer.poll() == [] and steps_of(tmp_path) == []
     go_on.append(True)
     assert names(writer.finish()) == ["CheckpointSaved"]
@@ -185,7 +185,7 @@ def test_a_run_that_never_saved_starts_from_zero(tmp_path: Path):
     assert restore(tmp_path)[0] is None
 
 
-def test_looking_at_checkpoints_does_not_load_torch():
+def test_inspecting_checkpoints_does_not_load_torch():
     code = "import sys; from trainer import checkpoint; checkpoint.verify; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
@@ -472,7 +472,7 @@ def test_damage_is_named_in_one_line_and_the_newest_intact_checkpoint_is_used(tm
     assert [report.step for report in reports] == [4]
     assert expected in reports[0].reason and "\n" not in reports[0].reason and len(reports[0].reason) < 400
     problems = checkpoint.verify(checkpoint.open_saved(path_of(run, 4)))
-    if expected.partition(" ")[0] not in ("", "it"):  # those are found by loading, or by whoever knows the run
+    if expected.partition(" ")[0] not in ("", "it"):  # those are found by loading, or by a caller that knows the run
         assert len(problems) == 1 and expected in problems[0]
 
 
@@ -499,7 +499,7 @@ def test_a_newer_topropes_checkpoint_is_neither_damaged_nor_passed_over(tmp_path
         checkpoint.newest_intact(tmp_path)
     assert "newer toprope" in checkpoint.verify(checkpoint.open_saved(path_of(tmp_path, 4)))[0]
     save(tmp_path, 6)
-    assert restore(tmp_path)[0] == 6, "where this version has gone further since, that is what counts"
+    assert restore(tmp_path)[0] == 6, "later progress of this version counts"
 
 
 def test_a_checkpoint_of_another_run_of_the_same_settings_is_recognised_by_its_run_id(tmp_path: Path):
@@ -515,7 +515,7 @@ def test_a_run_refuses_to_start_from_zero_over_lost_progress(tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"none of its checkpoints is intact\.\n.*give a new --run"):
         restore(tmp_path)
     shutil.rmtree(checkpoint.directory(tmp_path))
-    assert restore(tmp_path)[0] is None, "for all it can know, it never saved"
+    assert restore(tmp_path)[0] is None, "it cannot know of any save"
     log = events.EventLog.open(tmp_path, 0, 0)
     log.append(CheckpointSaved(step=2, bytes=1, seconds=1.0, stall_seconds=1.0))
     log.close()
@@ -579,7 +579,7 @@ def hostile_shard(run: Path, bomb: Bomb) -> None:
 
 
 def hostile_torch_shard(run: Path, bomb: Bomb) -> None:
-    """Every place where the metadata expects a tensor holds a torch.save of the bomb."""
+    """Puts a torch.save of the bomb in every place where the metadata expects a tensor."""
     torch.save(bomb, shard_of(run, 4))
     with changed_metadata(run) as metadata:
         for info in metadata.storage_data.values():

@@ -108,7 +108,7 @@ def test_compiling_without_a_compiler_is_refused_before_any_work(capsys, run, tm
 
 
 def test_text_needs_no_quotes_where_a_setting_takes_nothing_else():
-    """A shell eats those of --set parallel.strategy="fsdp"."""
+    """A shell removes the quotes of --set parallel.strategy="fsdp"."""
     bare = [
         "parallel.strategy=fsdp",
         "data.source=some/*.txt",
@@ -173,7 +173,7 @@ def test_a_run_directory_that_cannot_be_written_is_refused(capsys, tmp_path):
 
 
 def test_a_directory_that_is_no_run_is_refused_and_left_alone(capsys, tmp_path):
-    (tmp_path / "thesis.txt").write_text("dear to somebody")
+    (tmp_path / "thesis.txt").write_text("a user's file")
     assert "holds files but no config.json" in refusal(capsys, run=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -220,7 +220,7 @@ def test_more_ranks_than_micro_batches_and_meshes_that_do_not_fit_are_refused_by
 
 @pytest.mark.parametrize("start", [trainer, lambda *a, **k: torchrun(2, *a, restarts=2, **k)], ids=["one", "torchrun"])
 def test_errors_that_only_rank_0_can_see_are_raised_by_all_ranks_at_once(run, monkeypatch, start):
-    """With two restarts allowed: an error that is no different next time must not use them up."""
+    """Two restarts are allowed; an error that the next start would repeat must not use them."""
     monkeypatch.setenv("WANDB_MODE", "onlin")
     mode = start("train", SMOKE, "--run", run, check=False)
     assert mode.returncode == 2 and "Traceback" not in mode.stderr, mode.stderr

@@ -75,7 +75,9 @@ def test_a_restart_is_one_line_with_what_where_lost_steps_and_seconds(killed_fir
 
 def test_a_restart_that_no_launcher_explains_is_printed_at_the_next_progress():
     lines = lines_of((50, started(40)), (51, step(41)), earlier=KILLED_AT_47)
-    assert lines[1].startswith("restart  attempt 1: ended without a word after step 47; resumed from step 40, 7 steps")
+    assert lines[1].startswith(
+        "restart  attempt 1: ended without a message after step 47; resumed from step 40, 7 steps"
+    )
     assert lines[2].startswith("step 41/60")
 
 
@@ -84,7 +86,7 @@ def test_a_first_start_prints_no_restart():
     assert "resumed" not in "".join(lines_of((0, started(40)), (0, KILLED), (1, step(41))))
 
 
-def test_a_preempted_run_names_the_signal_and_later_how_it_went_on():
+def test_a_preempted_run_names_the_signal_and_later_how_it_resumed():
     stop, end = StopRequested(signal="SIGTERM", step=47), ended("preempted", 47, None)
     before = [*KILLED_AT_47, entry(stop, 48), entry(end, 49)]
     assert lines_of((48, stop), (49, end)) == [
@@ -104,7 +106,7 @@ def test_a_failed_save_is_loud_and_says_what_follows():
         (9, CheckpointFailed(step=50, reason="EIO", in_a_row=3)),
     ) == [
         "SAVE FAILED  the save of step 40 failed ([Errno 28] No space left on device); "
-        "training goes on, 2 more in a row would stop it",
+        "training continues, 2 more in a row would stop it",
         "SAVE FAILED  the save of step 50 failed (EIO), 3 in a row; the run stops",
     ]
 
@@ -158,7 +160,7 @@ def test_every_line_is_flushed():
     assert out.flushed == out.getvalue() != ""
 
 
-def test_an_output_that_nobody_reads_any_more_does_not_stop_the_run():
+def test_an_output_whose_reader_has_left_does_not_stop_the_run():
     reading, writing = os.pipe()
     os.close(reading)
     file = os.fdopen(writing, "w")

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 STEPS = 60
 SETTINGS = settings(budget__steps=STEPS, checkpoint__every_steps=5, eval__every_steps=0)
-# A node that is gone is known to be after 3 s; a round is closed 1 s after the last call.
+# The loss of a node is detected after 3 s; a round is closed 1 s after the last call.
 RENDEZVOUS = "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=1,join_timeout=60,read_timeout=30"
 
 
@@ -93,11 +93,11 @@ def nodes(tmp_path: Path) -> Iterator[Callable[[float], Nodes]]:
 
 
 def ends_as_reference(run: Path, reference: dict[str, Any]) -> dict[str, Any]:
-    seen = summary.summarise(run)
+    run_summary = summary.summarise(run)
     wanted = ("status", "step", "weights_sha256", "state_sha256", "train")
-    assert {key: seen[key] for key in wanted} == {key: reference[key] for key in wanted}
-    assert seen["replayed_differently"] == []
-    return seen
+    assert {key: run_summary[key] for key in wanted} == {key: reference[key] for key in wanted}
+    assert run_summary["replayed_differently"] == []
+    return run_summary
 
 
 def test_a_node_joins_another_joins_and_one_dies_and_the_run_ends_as_the_reference(nodes, reference, record_property):
@@ -114,15 +114,15 @@ def test_a_node_joins_another_joins_and_one_dies_and_the_run_ends_as_the_referen
     last.kill()
     loss = team.await_new_step(2, first, since=killed)
     assert first.wait(60) == 0, first.output[-6000:]
-    seen = ends_as_reference(team.run, reference)
-    assert [attempt["world_size"] for attempt in seen["attempts"]] == [1, 2, 3, 2]
+    run_summary = ends_as_reference(team.run, reference)
+    assert [attempt["world_size"] for attempt in run_summary["attempts"]] == [1, 2, 3, 2]
     record_property("seconds", {"gain": gains, "loss": loss})
     print(f"node gained → next new step {gains} s, node lost → next new step {loss} s")
     assert first.leftovers() == []
 
 
 def test_an_agent_dies_alone_and_its_worker_does_not_outlive_the_job(nodes, reference):
-    """The worker of a dead agent goes on until its peers start again without it; then it must end by itself."""
+    """The worker of a dead agent continues until its peers start again without it; then it must end on its own."""
     team = nodes(0.1)
     first = team.host()
     second = team.join()

@@ -67,7 +67,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any
             result = directory / f"results{world_size}.json"
             torchrun(world_size, cases, result, module="tests.equality_worker", timeout=300)
 
-    # Pytest's workers may share these tests: whoever comes first trains for all.
+    # Pytest's workers may share these tests: the first worker trains for all.
     trained = cache.built_once(shared_directory(tmp_path_factory), "equality", train, lambda phase, done, total: None)
     return {size: json.loads((trained / f"results{size}.json").read_text()) for size in worlds}
 
@@ -95,7 +95,7 @@ def test_without_exact_sums_world_sizes_disagree(results):
 
 @pytest.mark.timeout(600)
 def test_features_change_the_weights(results):
-    """Guards the matrix itself: a switch that reaches nothing would make its row worthless."""
+    """Guards the matrix itself: a switch without effect would make its row worthless."""
     weights = {feature: results[1][f"{feature} / replicate"]["weights"] for feature in FEATURES}
     assert weights.pop("recomputed") == weights["dropout"], "recomputing must not change a bit"
     assert len(set(weights.values())) == len(weights)

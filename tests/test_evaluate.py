@@ -1,4 +1,4 @@
-"""Held-out loss and bits per byte against figures worked out by hand."""
+"""Held-out loss and bits per byte against figures computed on paper."""
 
 import math
 from contextlib import nullcontext
@@ -33,7 +33,7 @@ def test_loss_is_per_token_and_bits_are_per_byte_over_the_whole_set():
     assert score.loss == pytest.approx(bits / 6 * math.log(2), rel=1e-6)
     assert score.bits_per_byte == pytest.approx(bits / text_bytes, rel=1e-6)
     assert score.tokens == 6
-    assert model.training, "training goes on as it was"
+    assert model.training, "still in training mode"
 
 
 @pytest.mark.parametrize(

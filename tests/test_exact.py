@@ -115,8 +115,8 @@ def test_norm_agrees_with_the_plain_norm_to_a_part_in_ten_thousand():
 
 def test_a_gradient_beyond_the_bound_is_noticed_and_fits_when_computed_again():
     grids = make(4)
-    calm, burst = torch.ones(ROWS, COLUMNS), torch.full((ROWS, COLUMNS), 1000.0)
-    rounded(grids, [calm] * 4)
+    ordinary, burst = torch.ones(ROWS, COLUMNS), torch.full((ROWS, COLUMNS), 1000.0)
+    rounded(grids, [ordinary] * 4)
     grids.commit()
     grids.begin(counting=False)
     grids.rounder("matrix")(burst)

@@ -1,4 +1,4 @@
-"""A fault is a class: a kind that nobody has heard of is planned, refused, fires once and is on record."""
+"""A fault is a class: a kind that only this test defines is planned, refused, fires once and is on record."""
 
 import signal
 import time
@@ -31,7 +31,7 @@ def beep() -> Iterator[str]:
         settings: ClassVar[Mapping[str, Setting]] = {"decibels": Setting(60, "how loud", most=120)}
 
         def refuses(self, entry: FaultEntry, phase: str, config: Config, world_size: int) -> str:
-            return "nobody hears one rank.\n  Start 2." if world_size == 1 else ""
+            return "one rank has no peer.\n  Start 2." if world_size == 1 else ""
 
         def fire(self, planned: PlannedFault, rank: RankContext) -> None:
             HEARD.append((rank.rank, planned.settings["decibels"]))
@@ -88,8 +88,8 @@ def test_a_new_kind_fires_from_outside_once_and_is_on_record(knock: str, tmp_pat
 def test_a_new_kind_refuses_what_it_cannot_do_and_its_settings_are_checked(beep: str):
     with pytest.raises(ConfigError) as refused:
         plan.make(config({"kind": beep, "at_step": 3, "decibels": 130}, {"kind": beep, "phase": "in_eval"}), 1)
-    for said in ("nobody hears one rank", "decibels = 130 is above 120", "'in_eval' is not among after_reduce"):
-        assert said in str(refused.value)
+    for message in ("one rank has no peer", "decibels = 130 is above 120", "'in_eval' is not among after_reduce"):
+        assert message in str(refused.value)
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=lambda kind: kind.name)

@@ -62,14 +62,14 @@ def test_hangs_of_every_kind_are_made_and_survived(trial: FaultyRun):
         fault("skipped_collective", 15, 1),
     ]
     trial.survive(2, faults, *LIMITS)
-    seen = trial.ends_as_reference()
-    assert trial.detected_as(0, 1, 2) == ["hung"] * 3, seen["incidents"]
-    assert trial.detected_as(3) in (["hung"], ["worker_lost"]), seen["incidents"]
+    run_summary = trial.ends_as_reference()
+    assert trial.detected_as(0, 1, 2) == ["hung"] * 3, run_summary["incidents"]
+    assert trial.detected_as(3) in (["hung"], ["worker_lost"]), run_summary["incidents"]
     stopped, locked, *_ = (entry.event for entry in events.read(trial.run) if isinstance(entry.event, Hung))
     assert [c["rank"] for c in stopped.culprits] == [0] and [c["rank"] for c in locked.culprits] == [1]
     assert 3 <= stopped.seconds < 8 and stopped.collective
     assert (trial.run / stopped.stacks).read_text().count("Thread") >= 2
-    banner = next(w["message"] for w in seen["warnings"] if "on purpose" in w["message"])
+    banner = next(w["message"] for w in run_summary["warnings"] if "on purpose" in w["message"])
     assert banner.startswith("4 faults on purpose are armed: stopped on rank 0 at step 8, in_update; lock_held on rank")
 
 
@@ -111,14 +111,14 @@ def test_damage_to_the_newest_checkpoint_is_met_by_the_next_start(trial: FaultyR
         fault("flipped_shard", 3, 1),
     ]
     trial.survive(2, faults)
-    seen = trial.ends_as_reference(unfired=1)
+    run_summary = trial.ends_as_reference(unfired=1)
     assert trial.detected_as(*range(5)) == ["checkpoint_rejected"] * 5
-    texts = [incident["text"] for incident in seen["incidents"] if incident["kind"] == "checkpoint_rejected"]
+    texts = [incident["text"] for incident in run_summary["incidents"] if incident["kind"] == "checkpoint_rejected"]
     reasons = ("bytes instead", "its checksum)", "missing", "file of step", "manifest")
     assert all(words in text for words, text in zip(reasons, texts, strict=True)), texts
-    unfired = seen["faults"][-1]
+    unfired = run_summary["faults"][-1]
     assert (unfired["kind"], unfired["fired"], unfired["time"]) == (faults[-1]["kind"], False, None)
-    assert any("did not fire: there is no checkpoint" in w["message"] for w in seen["warnings"])
+    assert any("did not fire: there is no checkpoint" in w["message"] for w in run_summary["warnings"])
 
 
 @pytest.mark.slow
@@ -142,7 +142,7 @@ def test_wrong_numbers_that_show_are_computed_away_and_a_wrong_clock_or_a_slow_r
     fired = trial.fired()
     victims = [(0, 1), (1, 0), (2, 1), (3, 0), (4, 0), (5, 0), (5, 1), (6, 1), (7, 0), (8, 1), (9, 1)]
     assert fired == Counter(victims)
-    seen = trial.ends_as_reference()
+    run_summary = trial.ends_as_reference()
     assert trial.detected_as(0, 1, 4, 6) == ["not_finite"] * 4 and trial.detected_as(5) == ["preempted"] * 2
     assert trial.detected_as(2, 3, 7) == [None] * 3
     not_finite = [entry.event for entry in events.read(trial.run) if isinstance(entry.event, NotFinite)]
@@ -150,7 +150,7 @@ def test_wrong_numbers_that_show_are_computed_away_and_a_wrong_clock_or_a_slow_r
     assert trials == {3: [0], 5: [0], 10: [0], 20: [0, 1]}
     slow = {e.event.step: e.event.seconds for e in events.read(trial.run) if isinstance(e.event, events.StepDone)}
     assert min(slow[step] for step in (8, 9, 10)) >= 0.1
-    entries = [e for e in events.read(trial.run) if e.attempt == seen["attempts"][-1]["attempt"] and e.rank == 0]
+    entries = [e for e in events.read(trial.run) if e.attempt == run_summary["attempts"][-1]["attempt"] and e.rank == 0]
     times = {e.event.step: e.time for e in entries if isinstance(e.event, events.StepDone)}
     assert times[22] - times[21] > 3600
 
@@ -174,11 +174,11 @@ def test_silent_corruption_is_made_and_this_version_does_not_notice(reference: F
     command = [sys.executable, "-c", MANY_RUNS, str(SMOKE), runs, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-4000:]
-    seen = [summarise_run(tmp_path / str(number)) for number in range(len(plans))]
-    assert [run["status"] for run in seen] == ["finished"] * len(plans)
-    assert [[row["fired"] for row in run["faults"]] for run in seen[:-1]] == [[True]] * (len(plans) - 1)
-    assert all(run["weights_sha256"] != seen[-1]["weights_sha256"] for run in seen[:-1])
-    assert all(run["incidents"] == [] for run in seen), "it has been noticed: the kind is not silent any more"
+    summaries = [summarise_run(tmp_path / str(number)) for number in range(len(plans))]
+    assert [run["status"] for run in summaries] == ["finished"] * len(plans)
+    assert [[row["fired"] for row in run["faults"]] for run in summaries[:-1]] == [[True]] * (len(plans) - 1)
+    assert all(run["weights_sha256"] != summaries[-1]["weights_sha256"] for run in summaries[:-1])
+    assert all(run["incidents"] == [] for run in summaries), "it was detected: the kind is not silent any more"
 
 
 @pytest.fixture
@@ -216,9 +216,11 @@ def test_the_users_own_cache_is_not_corrupted(tmp_path: Path):
         [*command, *with_faults([fault("corrupt_tokens", 2)])],
         env=environment | {"HOME": str(tmp_path)}, check=True, capture_output=True, timeout=100, cwd=ROOT,
     )  # fmt: skip
-    seen = summarise_run(tmp_path / "run")
-    assert seen["status"] == "finished" and [row["fired"] for row in seen["faults"]] == [False]
-    assert any("did not fire: the token store is in the user's own cache" in w["message"] for w in seen["warnings"])
+    run_summary = summarise_run(tmp_path / "run")
+    assert run_summary["status"] == "finished" and [row["fired"] for row in run_summary["faults"]] == [False]
+    assert any(
+        "did not fire: the token store is in the user's own cache" in w["message"] for w in run_summary["warnings"]
+    )
 
 
 def test_a_bad_plan_is_refused_before_anything_starts_with_all_its_problems(tmp_path: Path):
@@ -232,11 +234,11 @@ def test_a_bad_plan_is_refused_before_anything_starts_with_all_its_problems(tmp_
     ]
     done = torchrun(2, "train", SMOKE, "--run", tmp_path / "run", *with_faults(bad), check=False)
     assert done.returncode == EXIT_USAGE
-    for said in (
+    for message in (
         "Did you mean 'sigkill'?", "beyond the run's 60 steps", "the job has ranks 0 to 1", "only rank 0 commits",
         "stop all 2 ranks", "steps = 'x' is no number",
     ):  # fmt: skip
-        assert said in done.stderr, done.stderr
+        assert message in done.stderr, done.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -262,14 +264,14 @@ def test_without_faults_nothing_is_touched(tmp_path: Path):
 
     touchable = (io.open, os.fsync, os.rename, time.time, dist.all_reduce)
     batches: Any = SimpleNamespace()
-    nobodys: Any = None
+    unused: Any = None
     of_another_rank = armed(
         tmp_path, fault("no_space", 4, 1), fault("nan_loss", 3, 1), fault("stalled_data", 4, 1), size=2
     )
     for faults in (armed(tmp_path), of_another_rank):
         if faults is not of_another_rank:
             assert faults.notice == ""
-            faults.attach(0, nobodys, nobodys, nobodys)
+            faults.attach(0, unused, unused, unused)
         assert faults.wrap_hook(hook) is hook
         assert faults.wrap_batches(batches) is batches and vars(batches) == {}
         assert (io.open, os.fsync, os.rename, time.time, dist.all_reduce) == touchable
@@ -325,7 +327,7 @@ def test_a_fault_hits_the_same_place_when_others_are_left_out(tmp_path: Path):
 
 
 def save(run: Path, disk: Disk | None, step: int = 4) -> Any:
-    """One save of one rank; the event that tells how it ended."""
+    """One save of one rank; the event that says how it ended."""
     run.mkdir(exist_ok=True)
     alone = World(0, 1, torch.device("cpu"))
     saver = checkpoint.Saver(run, alone, {"fingerprint": "f", "run_id": "r"}, config.Checkpoint())

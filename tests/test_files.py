@@ -1,4 +1,4 @@
-"""Files that others read while they are written anew."""
+"""Files that others read while they are written again."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Workers that are forked: to whoever started them they are what ordinary ones are."""
+"""Forked workers: to the process that started them they look like ordinary ones."""
 
 import ast
 import json
@@ -86,7 +86,7 @@ def test_the_server_ends_with_its_agent_and_a_process_with_threads_gets_none(tmp
         "threading.Thread(target=time.sleep, args=[0.5]).start()\n"
         "print(forkserver.fork([]))\n",
     )
-    assert done.stdout == "None\n"  # and, or this would wait in vain, nobody holds the output any more
+    assert done.stdout == "None\n"  # no process holds the output open any more, or this would wait forever
 
 
 def test_a_process_with_threads_can_have_children_forked_and_all_threads_hear_of_their_ends(tmp_path):

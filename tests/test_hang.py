@@ -80,7 +80,7 @@ def test_among_waiting_ranks_the_minority_is_named_and_among_equals_none() -> No
     assert named([*WAITING, status(1, pending=collective(sizes="[[1]]"))]) == [1]
     assert named([WAITING[0], ahead]) == []
     assert named([*WAITING, ahead, status(3, step=6, pending=collective())]) == []
-    assert named(WAITING) == []  # a cut network: nobody can tell
+    assert named(WAITING) == []  # a cut network: the cause is unknown
     assert named([status(0)]) == [0], "a rank alone can only blame itself"
 
 
@@ -343,7 +343,7 @@ def hangs(ranks: Ranks, fault: str, size: int = 3) -> events.Hung:
     return reports[0][1]
 
 
-def test_a_stopped_rank_is_named_by_those_who_wait_for_it(ranks: Ranks) -> None:
+def test_a_stopped_rank_is_named_by_the_ranks_that_wait_for_it(ranks: Ranks) -> None:
     hangs(ranks, "stop")
     assert 1 in ranks.exits(0, 2)
     for _, report in ranks.hung():
@@ -387,7 +387,7 @@ def test_a_rank_that_skipped_a_collective_is_named(ranks: Ranks) -> None:
     assert [culprit["rank"] for culprit in reports[0][1].culprits] == [FAULTY_RANK], reports
 
 
-def test_ranks_stopped_for_long_go_on_when_they_are_continued(ranks: Ranks, tmp_path: Path) -> None:
+def test_ranks_stopped_for_long_train_on_when_they_are_continued(ranks: Ranks, tmp_path: Path) -> None:
     ranks.start(2, "slow")
     ranks.wait_until_struck()
     time.sleep(0.1)

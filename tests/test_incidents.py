@@ -51,7 +51,7 @@ def test_the_launchers_word_says_how_workers_were_lost(run: Run, failures: list[
     assert incident.text.startswith(said)
 
 
-def test_who_lost_a_peer_is_no_cause_though_it_left_first(run: Run):
+def test_a_rank_that_lost_a_peer_is_no_cause_though_it_left_first(run: Run):
     run.train(47)
     run.end("failed", 47, reason=LOST_A_PEER, rank=1)
     run.end("failed", 47, reason="RuntimeError: a bug", after=0.1)
@@ -65,7 +65,7 @@ def test_a_change_of_world_size_and_a_start_from_zero_are_said(run: Run):
     killed_and_resumed(run, from_step=0, world_size=1)
     (incident,) = incidents_of(run.history, running=True)
     assert incident.text == (
-        "ended without a word after step 47; started again from step 0 on 1 rank instead of 2, 47 steps to replay; "
+        "ended without a message after step 47; started again from step 0 on 1 rank instead of 2, 47 steps to replay; "
         "2.9 s without training"
     )
     assert incident.detected_as == "silence"
@@ -82,7 +82,7 @@ def test_an_exception_is_named_by_the_rank_that_raised_it_first(run: Run):
     )
 
 
-def test_who_lost_a_peer_is_not_taken_for_the_one_that_was_lost(run: Run):
+def test_a_rank_that_lost_a_peer_is_not_reported_as_lost(run: Run):
     run.train(3)
     run.end("failed", 3, after=0.1, reason=LOST_A_PEER)
     (incident,) = incidents_of(run.history)
@@ -103,7 +103,7 @@ def test_workers_killed_on_the_way_to_the_next_attempt_are_not_taken_for_those_o
     run.start(from_step=40)
     run.write(lost({"rank": 0, "pid": 999, "exitcode": -9, "signal": "SIGKILL"}))
     first, second = incidents_of(run.history, running=True)
-    assert (first.text.split(";")[0], first.lost_steps) == ("ended without a word after step 47", 7)
+    assert (first.text.split(";")[0], first.lost_steps) == ("ended without a message after step 47", 7)
     assert (second.text, second.lost_steps) == ("rank 0 was killed (SIGKILL) before attempt 1 started", 0)
     assert second.seconds is None
 
@@ -120,7 +120,7 @@ def test_an_attempt_killed_while_it_was_starting_loses_no_steps_twice(run: Run):
         ("worker_lost", 0, 27),
         ("worker_lost", 1, 0),
     ]
-    assert found[2].text == "ended without a word while it was starting"
+    assert found[2].text == "ended without a message while it was starting"
 
 
 def test_a_hang_names_the_rank_that_held_up_the_others(run: Run):

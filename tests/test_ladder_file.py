@@ -73,7 +73,7 @@ def plain(head: str = HEAD, sizes: str = SIZES, rungs: str = RUNGS, target: str 
     return head + sizes + rungs + target
 
 
-# What is planned
+# Plans
 
 
 def test_every_pair_differs_in_what_its_arm_declares_and_in_nothing_else(home):
@@ -210,7 +210,7 @@ def test_two_rungs_can_be_run_with_a_notice_that_there_will_be_no_fit(home):
     assert any("too few for a fit" in notice for notice in ladder.notices)
 
 
-# What is refused
+# Refusals
 
 
 def test_all_problems_of_a_ladder_file_are_reported_at_once(home):
@@ -221,13 +221,13 @@ def test_all_problems_of_a_ladder_file_are_reported_at_once(home):
     typo = '[[arms]]\nname = "typo"\nset = { model.qknorm = false }\n'
     twins = ARM + ARM.replace("no qk-norm", "twin")
     double = '[[rungs]]\nname = "s"\nwidth = 48\nn_layers = 1\n[[rungs]]\nname = "equal"\nwidth = 32\nn_layers = 1\n'
-    combined = '[[arms]]\nname = "mix"\ncombines = ["twin", "nobody"]\n'
+    combined = '[[arms]]\nname = "mix"\ncombines = ["twin", "absent"]\n'
     message = problems(home, text, nothing, same, two, typo, twins, double, combined)
     for hint in (
         "seeds names 0 2 times", "metric = 'books'", "arm 'nothing' changes nothing",
         "arm 'same': it sets model.qk_norm to what the baseline has", "arm 'two' changes 2 settings",
         "Did you mean model.qk_norm", "'no qk-norm' and 'twin' make the same change", "2 rungs are called 's'",
-        "have 22,528 parameters each", "the target takes 1.0·10⁰ FLOPs", "combines 'nobody'",
+        "have 22,528 parameters each", "the target takes 1.0·10⁰ FLOPs", "combines 'absent'",
     ):  # fmt: skip
         assert hint in message, (hint, message)
 
@@ -252,7 +252,7 @@ def test_all_problems_of_a_ladder_file_are_reported_at_once(home):
         ((plain(), '[[faults]]\nkind = "agent_killed"\nat_step = 2\n'), "is made from outside"),
         ((plain(), '[[faults]]\nkind = "sigkill"\nat_seconds = 2.0\n'), "is made from outside"),
         ((plain(), '[[faults]]\nkind = "corrupt_tokens"\nat_step = 2\n'), "tokens that all runs read"),
-        ((plain(), '[[faults]]\nkind = "exit"\nat_step = 2\narm = "nobody"\n'), "faults[0] (exit) selects no run"),
+        ((plain(), '[[faults]]\nkind = "exit"\nat_step = 2\narm = "absent"\n'), "faults[0] (exit) selects no run"),
         ((plain(), '[[faults]]\nkind = "exit"\nat_step = 60\n'), "s: faults[0] (exit): at_step = 60"),
         ((plain(), "[tuning]\nseed = 1\n"), "tuning.seed = 1 is also a seed"),
         ((plain(head=HEAD + "ranks = 3\n"),), "leaves 1 of 3 ranks without work"),

@@ -72,7 +72,7 @@ def test_one_bad_run_moves_least_squares_and_not_the_sum_of_hubers():
 
 def test_a_surface_is_refused_where_n_and_d_rise_together():
     n = np.geomspace(1e6, 1e9, 6)
-    with pytest.raises(FitError, match="cannot be told apart"):
+    with pytest.raises(FitError, match="cannot be separated"):
         forms.fit_surface(n, 20 * n, 2 + n**-0.1)
 
 

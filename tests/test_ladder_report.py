@@ -137,14 +137,16 @@ def test_rungs_that_were_not_run_are_predicted_from_those_that_were(full):
     found = made.runs_of(CLEAR, made.ARMS, target=(BASELINE, *FAST))
     part = made.change(found, lambda run: run.rung in ("r3", "r4", TARGET), status="waiting", loss=None)
     tree = build.build_report(CollectedLadder(made.ladder_of(CLEAR, list(made.ARMS)), part, record=made.HISTORY))
-    mine = {row["rung"]: row for row in tree["predictions"] if row["arm"] == BASELINE}
+    baseline_rows = {row["rung"]: row for row in tree["predictions"] if row["arm"] == BASELINE}
     came = {row["rung"]: row for row in full["predictions"] if row["arm"] == BASELINE}
-    assert list(mine) == ["r3", "r4", TARGET]
-    for row in mine.values():
+    assert list(baseline_rows) == ["r3", "r4", TARGET]
+    for row in baseline_rows.values():
         assert row["by"] == ["r0", "r1", "r2"]
         assert row["observed"] is None
     for rung in ("r4", TARGET):
-        assert mine[rung]["predicted"]["low"] < came[rung]["observed"] < mine[rung]["predicted"]["high"]
+        assert (
+            baseline_rows[rung]["predicted"]["low"] < came[rung]["observed"] < baseline_rows[rung]["predicted"]["high"]
+        )
 
 
 def test_runs_at_the_target_move_no_verdict(full):
@@ -161,12 +163,12 @@ def test_a_missing_rung_is_a_gap_everywhere_and_no_number(gaps):
     missing = [row for row in gaps["predictions"] if (row["rung"], row["arm"]) == ("r3", "qk-norm")]
     assert missing[0]["predicted"] is None
     assert "three" in missing[0]["refused"]
-    seen = Page(page(gaps)).text
-    assert "r2 qk-norm seed 1 : it ran out of disk" in seen
-    assert "3 runs of 60 still to be made" in seen
+    text = Page(page(gaps)).text
+    assert "r2 qk-norm seed 1 : it ran out of disk" in text
+    assert "3 runs of 60 still to be made" in text
     diverged = [run for run in gaps["runs"] if run["diverged"]]
     assert [(run["rung"], run["arm"], run["loss"]) for run in diverged] == [("r3", "fading", None)]
-    assert "r3 fading seed 0" in seen
+    assert "r3 fading seed 0" in text
 
 
 @pytest.mark.parametrize("rungs", [1, 2])
@@ -176,9 +178,9 @@ def test_too_few_rungs_give_no_fit_and_their_losses_are_shown(rungs):
     assert (tree["verdicts"], tree["lines"], tree["multiplier_predictions"]) == ([], {}, [])
     assert f"the ladder has {rungs} rung" in tree["no_fit"]
     assert len(tree["differences"]) == rungs * len(made.ARMS)
-    for seen in (Page(page(tree)).text, screen(tree)):
-        assert tree["no_fit"].split(",")[0] in seen
-        assert f"{tree['noise'][0]['mean']:.4f}" in seen
+    for text in (Page(page(tree)).text, screen(tree)):
+        assert tree["no_fit"].split(",")[0] in text
+        assert f"{tree['noise'][0]['mean']:.4f}" in text
 
 
 def test_pictures_are_the_same_bytes_every_time(single):
@@ -222,10 +224,10 @@ def test_a_changed_criterion_is_shown_with_the_number_of_runs_by_then():
     record = {"first_planned": 1.75e9, "criterion_history": [first, later], "edits": edits}
     ladder = made.ladder_of(SHORT, ["rope"])
     found = made.runs_of(SHORT, {"rope": ladders.UNCHANGED})
-    seen = Page(page(build.build_report(CollectedLadder(ladder, found, record=record)))).text
-    assert "Written before any of its runs had finished: 2025-06-15" in seen
-    assert "Changed after 12 runs had finished" in seen
-    assert "min_gain 1.02 → 1.01" in seen
+    text = Page(page(build.build_report(CollectedLadder(ladder, found, record=record)))).text
+    assert "Written before any of its runs had finished: 2025-06-15" in text
+    assert "Changed after 12 runs had finished" in text
+    assert "min_gain 1.02 → 1.01" in text
     unknown = Page(page(build.build_report(CollectedLadder(ladder, found)))).text
     assert "When it was written is not known" in unknown
 
@@ -245,8 +247,8 @@ def test_faults_and_instabilities_are_counted_by_kind_and_by_arm():
     assert (course["time"]["lost_seconds"], course["time"]["away_seconds"]) == (12.0, 40.0)
     rope = next(arm for arm in course["arms"] if arm["arm"] == "rope")
     assert [rope[key] for key in ("spikes", "not_finite", "redone", "faults")] == [2, 1, 2, 3]
-    seen = Page(page(made.report_of(found))).text
-    assert "2 restarts in 1 run; 20 steps replayed; 12 s of computing lost" in seen
+    text = Page(page(made.report_of(found))).text
+    assert "2 restarts in 1 run; 20 steps replayed; 12 s of computing lost" in text
 
 
 def test_the_report_names_no_directory_of_the_user(monkeypatch, tmp_path):
@@ -277,18 +279,18 @@ def test_the_page_stands_alone_and_escapes_every_name():
 
 
 def test_the_page_has_every_section(full, full_page):
-    seen = Page((full_page / "report.html").read_text(encoding="utf-8")).text
+    text = Page((full_page / "report.html").read_text(encoding="utf-8")).text
     assert len(list(full_page.glob("*.png"))) == 4
     for words in (
         "Does it hold at scale?", "An arm is promoted if", "Written before any of its runs had finished", "lack of fit",
         "leverage", "bootstrap", "seed noise", "Pairing", "Predictions", "Instabilities and faults", "climber, cpu",
         "4c1d6a0b4c1d", "python -m trainer ladder run", "78 finished", "crosses 1×", "observed",
     ):  # fmt: skip
-        assert words in seen, words
+        assert words in text, words
     for arm in made.ARMS:
         verdict = final(full, arm)
         assert verdict is not None
-        assert verdict["why"] in seen
+        assert verdict["why"] in text
 
 
 def test_pictures_are_png_and_svg_of_the_page_s_colours(gaps, tmp_path):
@@ -315,11 +317,11 @@ def test_a_picture_without_data_is_removed(tmp_path, single):
 
 
 def test_the_terminal_shows_verdicts_reasons_and_missing_runs(gaps, full):
-    seen = " ".join(screen(full).split())
-    assert "✓ promote" in seen
-    assert "By" not in seen
-    assert "rope: promote. At the target it is worth at least" in seen
-    assert "predicted for target" in seen
+    text = " ".join(screen(full).split())
+    assert "✓ promote" in text
+    assert "By" not in text
+    assert "rope: promote. At the target it is worth at least" in text
+    assert "predicted for target" in text
     assert "missing: r2 qk-norm seed 0: it ran out of disk" in screen(gaps)
 
 

@@ -103,14 +103,14 @@ def test_results_are_what_the_logs_say(reference):
     results = run_results(ladder, pool)
     assert len(results) == len(ladder.runs)
     for result, planned in zip(results, ladder.runs, strict=True):
-        seen = summarise_run(StoredRun(pool / planned.key).run)
+        run_summary = summarise_run(StoredRun(pool / planned.key).run)
         assert (result.arm, result.rung, result.seed) == (planned.arm, planned.rung, planned.seed)
-        assert [planned.config.budget.steps, result.loss] == seen["eval"]["val"][-1][:2]
-        assert result.tokens == seen["tokens"]
+        assert [planned.config.budget.steps, result.loss] == run_summary["eval"]["val"][-1][:2]
+        assert result.tokens == run_summary["tokens"]
         assert result.seconds is not None
-        assert 0 < result.seconds < seen["goodput"]["wall_seconds"]
+        assert 0 < result.seconds < run_summary["goodput"]["wall_seconds"]
     first = {result.arm: result.loss for result in results if result.rung == "s"}
-    assert len(set(first.values())) == 3  # also of the A/A arm, whose weights were drawn anew
+    assert len(set(first.values())) == 3  # also of the A/A arm, whose weights are another draw
 
 
 def test_a_run_that_was_scored_on_another_text_is_missing_and_says_why(reference, home):
@@ -182,11 +182,11 @@ def test_a_storm_leaves_every_run_with_the_bits_of_the_undisturbed_ladder(refere
     assert hashed_results(storm, run.pool_of(out)) == hashed_results(ladder, pool)
     stormy, quiet = reported(storm, out), reported(ladder, home / "ladders" / "reference")
     assert {key for key in quiet if stormy[key] != quiet[key]} == {"name", "file"}
-    seen = collect.collect_runs(storm, run.pool_of(out))
-    assert [sorted({fault["kind"] for fault in collected.faults}) for collected in seen] == [
-        ["sigkill", "torn_save"] if collected.rung == "s" else ["exit", "sigkill"] for collected in seen
+    storm_runs = collect.collect_runs(storm, run.pool_of(out))
+    assert [sorted({fault["kind"] for fault in collected.faults}) for collected in storm_runs] == [
+        ["sigkill", "torn_save"] if collected.rung == "s" else ["exit", "sigkill"] for collected in storm_runs
     ]
-    assert all(collected.attempts > 1 and collected.replayed > 0 for collected in seen)
+    assert all(collected.attempts > 1 and collected.replayed > 0 for collected in storm_runs)
     incidents = [
         incident["kind"] for incident in summarise_run(StoredRun(run.pool_of(out) / storm.runs[0].key).run)["incidents"]
     ]
@@ -250,7 +250,7 @@ def start_scheduler(ladder: Ladder, out: Path) -> Process:
     return subprocess.Popen([sys.executable, "-m", "tests.ladder_scheduler", *arguments], env=environment, cwd=ROOT)
 
 
-def test_asked_to_stop_it_saves_every_run_leaves_nobody_behind_and_says_how_to_go_on(home, backend):
+def test_asked_to_stop_it_saves_every_run_leaves_no_process_and_says_how_to_resume(home, backend):
     path = write(home, SLOW, "slow")
     out = home / "stopped" / "slow"
     process = subprocess.Popen(command(path, out), env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, text=True)
@@ -266,8 +266,8 @@ def test_asked_to_stop_it_saves_every_run_leaves_nobody_behind_and_says_how_to_g
     states = [run.state_of(pool, planned) for planned in ladder.runs]
     assert [state.status for state in states[:2]] == ["stopped", "stopped"]
     for planned in ladder.runs[:2]:
-        seen = summarise_run(StoredRun(pool / planned.key).run)
-        assert (seen["status"], seen["checkpoints"][-1]["step"]) == ("preempted", seen["step"])
+        run_summary = summarise_run(StoredRun(pool / planned.key).run)
+        assert (run_summary["status"], run_summary["checkpoints"][-1]["step"]) == ("preempted", run_summary["step"])
 
 
 def test_a_run_that_cannot_start_is_given_up_with_its_reason_and_tried_once_more_by_the_next_call(home, backend):

@@ -198,7 +198,7 @@ def test_bounds_come_from_both_forms():
     assert max(end for end in ends if end is not None) > done.upper
 
 
-# What is missing
+# Missing data
 
 
 def test_a_missing_rung_is_a_gap_and_nothing_is_invented():

@@ -45,7 +45,7 @@ def build(seed: int = 0, vocab: int = VOCAB, **switches: Any) -> model.GPT:
 
 
 def awake(gpt: model.GPT) -> model.GPT:
-    """Every parameter away from its starting value, so that no path is silent because of a zero."""
+    """Moves every parameter away from its initial value, so that no zero hides a path."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in gpt.parameters():
@@ -295,8 +295,8 @@ def test_flops_agree_with_what_torch_counts(switches: dict[str, Any]) -> None:
     counter = FlopCounterMode(display=False)
     with counter:
         gpt(inputs_BT)
-    ours = costs.flops_per_token(gpt.settings, VOCAB) * inputs_BT.numel() / 3
-    assert ours == pytest.approx(counter.get_total_flops(), rel=1e-6)
+    predicted_flops = costs.flops_per_token(gpt.settings, VOCAB) * inputs_BT.numel() / 3
+    assert predicted_flops == pytest.approx(counter.get_total_flops(), rel=1e-6)
 
 
 def test_padding_of_the_vocabulary() -> None:

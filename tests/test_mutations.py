@@ -1,4 +1,4 @@
-"""The net is tried itself: bugs that other trainers had are put back, and a campaign of faults must catch each."""
+"""A test of the checker: bugs that other trainers had are put back, and a campaign of faults must catch each."""
 
 import dataclasses
 from pathlib import Path
@@ -48,9 +48,9 @@ def test_every_bug_of_the_past_is_caught_by_what_it_breaks_and_nothing_else_is_c
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    seen = run_mutants({"control": CONTROL} | MUTANTS, tmp_path)
-    assert seen.keys() == {"control"} | MUTANTS.keys()
-    outcomes = {name: (result.outcome, result.why) for name, result in seen.items()}
-    assert not_held(seen["control"]) == set(), outcomes
-    assert [name for name in MUTANTS if FIRED in not_held(seen[name])] == [], outcomes
-    assert [name for name, mutant in MUTANTS.items() if mutant.breaks not in failed(seen[name])] == [], outcomes
+    results = run_mutants({"control": CONTROL} | MUTANTS, tmp_path)
+    assert results.keys() == {"control"} | MUTANTS.keys()
+    outcomes = {name: (result.outcome, result.why) for name, result in results.items()}
+    assert not_held(results["control"]) == set(), outcomes
+    assert [name for name in MUTANTS if FIRED in not_held(results[name])] == [], outcomes
+    assert [name for name, mutant in MUTANTS.items() if mutant.breaks not in failed(results[name])] == [], outcomes

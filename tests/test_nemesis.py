@@ -34,14 +34,14 @@ SETTINGS = settings(
 SECONDS_A_LAUNCH = 240
 LAUNCHES = 5
 
-needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc to know who is which rank")
+needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc to find ranks")
 
 
 def planned(*faults: dict[str, Any], ranks: int = 2) -> list[PlannedFault]:
     return plans.make(configs.parse({"faults": faults}), ranks)
 
 
-# Without a job: who is hit, and when
+# Without a job: the ranks that are hit, and the time
 
 
 @dataclass
@@ -69,10 +69,10 @@ class Recorded:
         return True
 
     def add_node(self) -> Any:
-        raise AssertionError("nobody asked for a node")
+        raise AssertionError("no test asked for a node")
 
     def start_store(self) -> None:
-        raise AssertionError("nobody asked for a store")
+        raise AssertionError("no test asked for a store")
 
 
 class Log(logs.Run):
@@ -222,27 +222,27 @@ def state(pid: int) -> str:
 def test_a_job_signals_its_own_processes_and_no_others(tmp_path):
     stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
-        with sleepers(tmp_path / "one.txt") as one, sleepers(tmp_path / "two.txt") as two:
-            assert wait_until(lambda: len(one.processes()) == len(two.processes()) == 2, seconds=10)
-            child = int(one.output)
-            assert one.processes() == [one.process.pid, child]
-            for foreign in (stranger.pid, os.getpid(), *two.processes(), 2**22 + 1):
-                assert not one.send(foreign, signal.SIGKILL)
-            assert one.send(child, signal.SIGSTOP) and wait_until(lambda: state(child) == "T", seconds=5)
-            assert one.send(child, signal.SIGCONT) and wait_until(lambda: state(child) == "S", seconds=5)
-            one.process.kill()
-            one.process.wait()
-            assert one.processes() == [child], "found even when its agent is gone"
-            assert not one.signal(signal.SIGKILL) and len(one.leftovers()) == 1
-            one.kill()
-            assert one.leftovers() == [] and two.running and stranger.poll() is None
+        with sleepers(tmp_path / "first.txt") as first, sleepers(tmp_path / "second.txt") as second:
+            assert wait_until(lambda: len(first.processes()) == len(second.processes()) == 2, seconds=10)
+            child = int(first.output)
+            assert first.processes() == [first.process.pid, child]
+            for foreign in (stranger.pid, os.getpid(), *second.processes(), 2**22 + 1):
+                assert not first.send(foreign, signal.SIGKILL)
+            assert first.send(child, signal.SIGSTOP) and wait_until(lambda: state(child) == "T", seconds=5)
+            assert first.send(child, signal.SIGCONT) and wait_until(lambda: state(child) == "S", seconds=5)
+            first.process.kill()
+            first.process.wait()
+            assert first.processes() == [child], "found even after its agent has ended"
+            assert not first.signal(signal.SIGKILL) and len(first.leftovers()) == 1
+            first.kill()
+            assert first.leftovers() == [] and second.running and stranger.poll() is None
     finally:
         stranger.kill()
         stranger.wait()
 
 
 @needs_proc
-def test_stopping_lets_a_stopped_straggler_go_on(tmp_path, run, start):
+def test_stopping_lets_a_stopped_straggler_continue(tmp_path, run, start):
     Log(run, attempt=0)
     with sleepers(tmp_path / "log.txt") as job:
         assert wait_until(lambda: job.output, seconds=10)
@@ -309,10 +309,10 @@ class Attack:
 
     def survive(self, reference: dict[str, Any]) -> None:
         """Run to the end: it must equal the reference, and every fault must have fired."""
-        seen = self.run_to_end()
+        run_summary = self.run_to_end()
         wanted = ("status", "step", "weights_sha256", "state_sha256", "train", "eval")
-        assert {key: seen[key] for key in wanted} == {key: reference[key] for key in wanted}
-        assert seen["replayed_differently"] == []
+        assert {key: run_summary[key] for key in wanted} == {key: reference[key] for key in wanted}
+        assert run_summary["replayed_differently"] == []
         fired = [entry.event.index for entry in plans.fired(self.run) if isinstance(entry.event, FaultFired)]
         assert sorted(set(fired)) == [fault.index for fault in self.plan]
 
@@ -330,7 +330,7 @@ def real(test: Any) -> Any:
 
 @real
 def test_signals_at_a_wall_time_end_as_the_reference(tmp_path, reference):
-    """One after the other, each in the attempt after the last; a rank that is stopped by it is noticed and replaced."""
+    """One after the other, each in the attempt after the last; a rank that it stops is detected and replaced."""
     kinds = ("sigkill", "sigabrt", "stopped")
     faults = [{"kind": kind, "at_seconds": 0, "attempt": n, "rank": n % 2} for n, kind in enumerate(kinds)]
     attack = Attack(tmp_path, [*faults, {"kind": "straggler", "at_step": 30, "seconds": 0.6, "rank": 1}], nodes=1)
@@ -367,7 +367,7 @@ def test_a_node_leaves_another_joins_one_joins_and_dies_and_one_joins_slowly(tmp
 
 
 @real
-def test_the_rendezvous_store_freezes_and_nobody_minds_then_it_comes_back_empty_then_it_is_gone(tmp_path, reference):
+def test_the_rendezvous_store_freezes_without_effect_then_restarts_empty_then_is_gone(tmp_path, reference):
     faults = [
         {"kind": "store_unreachable", "at_step": 5, "seconds": 1.0},
         {"kind": "store_restarted", "at_step": 30},

@@ -60,7 +60,7 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver:
     while True:
         print(receiver.recv(100).decode(), flush=True)
 """
-TELL = """
+SEND = """
 import socket, sys
 with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
     sender.sendto(sys.argv[2].encode(), (sys.argv[1], 5001))
@@ -100,7 +100,7 @@ def pair(hosts: Hosts) -> Iterator[Hosts]:
 
 
 def of_the_machine() -> set[str]:
-    """Its links, routes and named namespaces."""
+    """Links, routes and named namespaces of this machine."""
     commands = ("ip -o link", "ip route show table all", "ip netns")
     done = [subprocess.run(command.split(), capture_output=True, text=True, check=True).stdout for command in commands]
     return {line for output in done for line in output.splitlines()}
@@ -111,7 +111,7 @@ def namespaces(hosts: Hosts) -> set[str]:
 
 
 def held(namespaces: set[str]) -> list[str]:
-    """Those of these namespaces that a process is still in."""
+    """The given namespaces in which a process still lives."""
     found = []
     for path in Path("/proc").glob("[0-9]*/ns/net"):
         with contextlib.suppress(OSError):
@@ -145,7 +145,7 @@ def test_one_way_loss_loses_what_a_host_sends_and_nothing_else(hosts):
 
         def ping(word: str) -> None:
             for host in (0, 1):
-                python(hosts, host, TELL, hosts.address(1 - host), word).communicate(timeout=20)
+                python(hosts, host, SEND, hosts.address(1 - host), word).communicate(timeout=20)
 
         ping("before")  # they know each other's link addresses from here on
         with hosts.dropping(1):
@@ -211,7 +211,7 @@ def test_nothing_is_left_of_hosts_whose_maker_is_killed():
 
 
 def test_a_job_on_a_host_is_its_starters_own(tmp_path, hosts):
-    """Though it is in namespaces that are not, it is found, signalled and ended, and its files are its starter's."""
+    """A job in foreign namespaces is still found, signalled and ended, and its files belong to its starter."""
     made = tmp_path / "made"
     program = (
         "import pathlib, subprocess, sys\npathlib.Path(sys.argv[1]).touch()\n"
@@ -221,8 +221,8 @@ def test_a_job_on_a_host_is_its_starters_own(tmp_path, hosts):
     with Agent(["-c", program, str(made)], tmp_path / "job.txt", launch=launch) as job:
         found = wait_until(lambda: len(job.processes()) == 2 and job.processes(), seconds=20)
         assert found and found[0] == job.process.pid, job.output
-        inside, ours = (Path(f"/proc/{pid}/ns/net").readlink() for pid in (found[1], os.getpid()))
-        assert inside != ours and job.connected() is False
+        inside, own = (Path(f"/proc/{pid}/ns/net").readlink() for pid in (found[1], os.getpid()))
+        assert inside != own and job.connected() is False
         assert made.stat().st_uid == os.getuid()
         assert job.send(found[1], signal.SIGTERM)
         assert wait_until(lambda: not job.running, seconds=20), "it has waited for the other"
@@ -268,7 +268,7 @@ def as_nobody() -> Iterator[AsNobody]:
     usual = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     of_nobody = dict.fromkeys(("HOME", "TMPDIR", "TOPROPE_CACHE"), str(home)) | dict([mark.split("=")])
     python = _python_of_all(home)
-    # What setpriv starts is still looked up by root's rights; what that starts is not.
+    # setpriv's own command, `env`, is still found with root's rights; the command that `env` starts is not.
     less = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "env", str(python)]
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -318,7 +318,7 @@ def test_an_ordinary_user_has_such_hosts_too(as_nobody):
 
 
 def ended(attack: Attack, reference: dict[str, Any]) -> None:  # noqa: F811
-    """With the reference run's bits, at once or given again: both sides may have lost what they need."""
+    """Ends with the reference run's bits, at once or after another start: both sides may have lost what they need."""
     attack.survive(reference)
     assert attack.statuses[-1] == EXIT_FINISHED and len(attack.statuses) <= 2
 
@@ -332,7 +332,7 @@ def test_a_node_behind_a_failed_switch_is_gone_and_comes_back(tmp_path, hosts, r
 
 
 @real
-def test_a_node_that_is_heard_by_nobody(tmp_path, hosts, reference):  # noqa: F811
+def test_a_node_whose_packets_are_dropped(tmp_path, hosts, reference):  # noqa: F811
     attack = Attack(tmp_path, [{"kind": "one_way_loss", "at_step": 10, "seconds": 8.0}], 2, hosts, seconds_a_step=0.1)
     ended(attack, reference)
 

@@ -77,7 +77,7 @@ def test_an_update_does_not_depend_on_the_shard_an_element_lies_in(
     whole = Holder([start.clone()])
     pieces = Holder([unaligned(start[part], offset) for part, offset in zip(parts, offsets, strict=True)])
     settings_ = config.Optim(weight_decay=decay, beta2=beta2, learning_rate=3e-3)
-    (one,), (many,) = (build(holder, settings_) for holder in (whole, pieces))
+    (from_whole,), (from_pieces,) = (build(holder, settings_) for holder in (whole, pieces))
     for step in range(4):
         magnitude = 10.0 ** torch.randint(-8, 4, (), generator=generator).item()
         gradient = torch.randn(shape, generator=generator) * magnitude
@@ -85,12 +85,12 @@ def test_an_update_does_not_depend_on_the_shard_an_element_lies_in(
         whole.blocks[0].grad = gradient
         for piece, part, offset in zip(pieces.blocks, parts, offsets, strict=True):
             piece.grad = unaligned(gradient[part], (offset * 7 + step) % 41)
-        one.step()
-        many.step()
+        from_whole.step()
+        from_pieces.step()
     assert torch.equal(whole.blocks[0], torch.cat(list(pieces.blocks)))
     for key in ("exp_avg", "exp_avg_sq"):
-        joined = torch.cat([many.state[piece][key] for piece in pieces.blocks])
-        assert torch.equal(one.state[whole.blocks[0]][key], joined), key
+        joined = torch.cat([from_pieces.state[piece][key] for piece in pieces.blocks])
+        assert torch.equal(from_whole.state[whole.blocks[0]][key], joined), key
 
 
 def test_only_tensors_without_a_scalar_tail_are_fused() -> None:
@@ -106,8 +106,8 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay() -> None:
     gpt = build_model(norm="layernorm", positions="learned", biases=True, value_embeddings=True, bigram_buckets=37)
     names = {id(p): name for name, p in gpt.named_parameters()}
     (adamw,) = build(gpt, config.Optim(weight_decay=0.3))
-    seen = [names[id(p)] for group in adamw.param_groups for p in group["params"]]
-    assert sorted(seen) == sorted(names.values())
+    grouped = [names[id(p)] for group in adamw.param_groups for p in group["params"]]
+    assert sorted(grouped) == sorted(names.values())
     decaying = {names[id(p)] for group in adamw.param_groups if group["weight_decay"] for p in group["params"]}
     matrices = ("qkv.weight", "attention.out.weight", "up.weight", "mlp.out.weight", "head.weight")
     assert decaying == {name for name in names.values() if name.endswith(matrices)}

@@ -94,7 +94,7 @@ def test_what_must_start_fast_loads_without_torch():
 
 
 def test_a_run_that_does_not_compile_starts_without_torchs_compiler(tmp_path: Path):
-    """It takes over a second of every start, and torch imports it wherever it may, if only to tell it to keep out."""
+    """The import takes over a second of every start, and many parts of torch import it without need."""
     code = (
         "import sys, time\nfrom pathlib import Path\nfrom trainer import config, job\n"
         "few = ['budget.steps=2', 'optim.warmup_steps=0', 'eval.every_steps=0', 'wandb.mode=\"disabled\"']\n"
@@ -211,7 +211,7 @@ def test_setup_keeps_the_build_of_torch_that_was_asked_for_once(machine: Machine
     assert machine.setup(TOPROPE_TORCH=cuda)[2] == []
 
 
-def test_setup_makes_anew_a_venv_whose_folder_was_moved(machine: Machine):
+def test_setup_makes_again_a_venv_whose_folder_was_moved(machine: Machine):
     machine.setup()
     moved = machine.folder.with_name("moved")
     machine.folder.rename(moved)

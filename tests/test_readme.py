@@ -1,4 +1,4 @@
-"""The README tells the truth: its commands run as written (only shorter), and what it points at exists."""
+"""The README is true: its commands run as written (only shorter), and the files that it names exist."""
 
 import json
 import re

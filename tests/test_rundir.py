@@ -1,4 +1,4 @@
-"""The run directory: what makes it one, whose it is, and what may lie in it."""
+"""The run directory: how it is recognised, which commit it records, which files it may hold."""
 
 import subprocess
 import sys
@@ -70,12 +70,12 @@ def test_the_commit_is_that_of_our_own_checkout_or_unknown(monkeypatch, tmp_path
     theirs = committed(tmp_path)
     ours = tmp_path / "venv" / "ours"
     ours.mkdir(parents=True)
-    assert rundir.git_commit(ours) is None, "an installed package in somebody's repository"
+    assert rundir.git_commit(ours) is None, "an installed package in another repository"
     (ours / "pyproject.toml").touch()
-    assert rundir.git_commit(ours) is None, "a source tree copied into somebody's repository"
+    assert rundir.git_commit(ours) is None, "a source tree copied into another repository"
     commit = committed(ours)
     monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
-    assert theirs != commit == rundir.git_commit(ours), "a hook of somebody's repository is running us"
+    assert theirs != commit == rundir.git_commit(ours), "started by a hook of another repository"
     (ours / "file").write_text("changed")
     assert rundir.git_commit(ours) == f"{commit}+"
     (ours / "pyproject.toml").unlink()

@@ -1,4 +1,4 @@
-"""A step's answer to numbers that it cannot use. Exact sums are tested in test_exact and test_equality."""
+"""A step's reaction to non-finite or too large values. Exact sums are tested in test_exact and test_equality."""
 
 import math
 from pathlib import Path
@@ -28,7 +28,7 @@ from trainer.parallel.world import World
 def test_a_gradient_that_stays_not_finite_is_named_where_nothing_is_rounded_too(
     tmp_path: Path, ranks: int, overrides: dict[str, Any], micro_batch: int
 ):
-    """Behind outputs that are finite, and in no other micro-batch of the same round."""
+    """The value is named behind finite outputs, and in no other micro-batch of the same round."""
     nth = micro_batch // ranks + 1  # of the rank's own
     fault = {"kind": "nan_sample", "rank": ranks - 1, "at_step": 2, "nth": nth, "where": "gradient"}
     command = ["train", SMOKE, "--run", tmp_path / "run", *settings(**overrides), *with_faults([fault])]
@@ -46,10 +46,10 @@ def test_a_pass_that_is_not_finite_ends_the_step_and_leaves_the_grid_as_it_was(m
     grids.begin(counting=False)
     round_gradient(torch.ones(3, 4))
     grids.commit()
-    before, seen = grids.magnitude.clone(), iter(passes)
+    before, remaining = grids.magnitude.clone(), iter(passes)
 
     def one_pass(state: Any, context: Any, members: Any) -> step.StepResult:
-        value = next(seen)
+        value = next(remaining)
         round_gradient(torch.full((3, 4), value))
         return step.StepResult(value, "", 0, None, False)
 

@@ -173,7 +173,7 @@ def test_a_finished_run_stays_finished_when_it_is_started_again(run: Path, dead_
     assert [a["ended"] for a in summary["attempts"]] == ["finished", "died"]
 
 
-def test_what_nobody_measured_is_none_and_never_zero(run: Path):
+def test_a_value_that_was_not_measured_is_none_and_never_zero(run: Path):
     write(run, 0, Warned(message="the disk is slow"))
     summary = summarise(run)
     unknown = ("step", "steps", "tokens", "weights_sha256", "state_sha256", "tokens_per_second", "redone", "flushed")
@@ -209,7 +209,7 @@ def test_ranks_that_disagree_about_the_weights_are_warned_of(run: Path):
     assert "weights_sha256 at step 1 has 2 values" in warning["message"]
 
 
-def test_steps_that_nobody_computed_are_warned_of(run: Path):
+def test_a_warning_names_steps_that_no_rank_computed(run: Path):
     write(run, 0, started(from_step=40), step(41))
     (warning,) = summarise(run)["warnings"]
     assert "40 steps are missing in the log, the first is 1" in warning["message"]

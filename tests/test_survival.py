@@ -110,22 +110,22 @@ def test_killed_at_every_phase_boundary_a_run_ends_as_the_reference(trial: Fault
     sharding = "fsdp" if when in ("in each part of a save", "from the reduction to the next step") else "replicate"
     deaths = DEATHS[when]
     trial.survive(2, deaths, *settings(parallel__strategy=sharding))
-    seen = summarise_run(trial.run)
-    assert all(row["fired"] for row in seen["faults"]), seen["faults"]
-    # Who dies before it trains has made no attempt.
+    run_summary = summarise_run(trial.run)
+    assert all(row["fired"] for row in run_summary["faults"]), run_summary["faults"]
+    # A worker that dies before it trains has made no attempt.
     before_training = sum(death["phase"] in ("startup", "in_load") for death in deaths)
     trial.ends_as_reference(attempts=1 + len(deaths) - before_training)
     causes = of_kind(trial.run, events.WorkersLost)
     assert len(causes) == sum(death.get("times", 1) for death in deaths)
     assert all(len(cause.failures) >= 1 and cause.reason for cause in causes)
-    by_signal = [row for row in seen["faults"] if row["kind"] not in ("exception", "exit", "memory_limit")]
-    assert [row["detected_as"] for row in by_signal] == ["worker_lost"] * len(by_signal), seen["incidents"]
+    by_signal = [row for row in run_summary["faults"] if row["kind"] not in ("exception", "exit", "memory_limit")]
+    assert [row["detected_as"] for row in by_signal] == ["worker_lost"] * len(by_signal), run_summary["incidents"]
 
 
-def test_stopped_by_signals_and_gone_on_with_at_other_world_sizes_and_shardings(trial: FaultyRun):
+def test_stopped_by_signals_and_resumed_at_other_world_sizes_and_shardings(trial: FaultyRun):
     """2 ranks replicated → 3 FSDP2 → 4 hybrid → 1 → 2 FSDP2, each but the last left with status 75.
 
-    The first is asked before its first step: it does one and saves it, moments and all.
+    The first is asked to stop before its first step: it takes one step and saves it with the optimizer's moments.
     """
 
     def go(ranks: int, strategy: str, *faults: dict[str, Any], status: int = EXIT_PREEMPTED) -> dict[str, Any]:
@@ -147,14 +147,14 @@ def test_stopped_by_signals_and_gone_on_with_at_other_world_sizes_and_shardings(
 
 
 def test_a_peer_that_dies_in_the_last_save_is_no_failing_disk(trial: FaultyRun):
-    """The launcher looks every 3 s only, so the survivor has the time to notice, and to try again in vain."""
+    """The launcher checks only every 3 s, so the survivor has time to notice, and to try again in vain."""
     with trial.start(2, [dies("sigkill", "in_save_shard", STEPS)], monitor=3.0) as job:
         assert job.wait() == EXIT_FINISHED, job.output[-8000:]
     trial.ends_as_reference(attempts=2)
     assert of_kind(trial.run, events.CheckpointFailed) == []
 
 
-def test_asked_to_stop_before_it_trains_a_run_saves_its_beginning_and_goes_on_from_there(trial: FaultyRun):
+def test_asked_to_stop_before_it_trains_a_run_saves_its_first_step_and_resumes_from_it(trial: FaultyRun):
     """One process while it is about to import torch, which is held back until then; then two ranks in their data."""
     gate = trial.run.parent / "gate"
     gate.mkdir()
@@ -196,7 +196,7 @@ sys.meta_path.insert(0, Gate)
 
 
 @pytest.mark.parametrize("notice", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_the_agent_is_answered_with_75_in_time_and_the_same_command_goes_on(
+def test_a_signal_to_the_agent_is_answered_with_75_in_time_and_the_same_command_resumes(
     trial: FaultyRun, notice: signal.Signals
 ):
     """Meanwhile a second job on the directory is refused, and the first is not harmed."""
@@ -241,7 +241,7 @@ def test_a_rank_that_hangs_in_the_preparation_is_named_and_slow_data_are_no_hang
         assert job.send(job.workers()[0], signal.SIGSTOP)
         assert job.wait() == EXIT_FINISHED, job.output[-8000:]
     assert time.monotonic() - asked < 90
-    trial.ends_as_reference(attempts=1)  # the other did not come to training
+    trial.ends_as_reference(attempts=1)  # the other did not start to train
     (hung,) = of_kind(trial.run, events.Hung)
     assert hung.point == "startup" and [culprit["rank"] for culprit in hung.culprits] == [0], hung
 
@@ -293,9 +293,9 @@ def test_a_disk_without_room_for_one_more_checkpoint_keeps_the_ones_it_has(
         assert job.wait() == EXIT_FINISHED, job.output
     failed = of_kind(trial.run, events.CheckpointFailed)
     assert [event.step for event in failed][:1] == [12] and "No space left" in failed[0].reason
-    seen = outcome(trial.run)
+    result = outcome(trial.run)
     same = ("status", "step", "weights_sha256", "state_sha256")
-    assert {key: seen[key] for key in same} == {key: reference.reference[key] for key in same}
+    assert {key: result[key] for key in same} == {key: reference.reference[key] for key in same}
 
 
 @pytest.mark.parametrize("small_disk", ["run"], indirect=True)
@@ -321,8 +321,8 @@ def test_a_disk_that_is_full_from_the_start_is_wrong_usage(trial: FaultyRun, sma
 
 
 def fill(disk: Path, leaving: int = 0) -> Path:
-    """A file of somebody else's that takes all room but this."""
-    filler = disk / "step-somebody-elses"
+    """A file that does not belong to the run takes all room but this."""
+    filler = disk / "step-not-ours"
     space = os.statvfs(disk)
     filler.write_bytes(bytes(space.f_bavail * space.f_frsize - leaving))
     return filler
@@ -354,7 +354,7 @@ def contents(directory: Path) -> dict[str, tuple[int, bytes]]:
 
 
 def test_the_committed_history_holds_every_sample_once_per_epoch(reference: FaultyRun):
-    """By the ids themselves: all other runs here have the digests of this one."""
+    """Checks the ids themselves: all other runs here have the digests of this one."""
     source = batches(reference)
     ids = np.concatenate([batch.sample_ids for step in range(STEPS) for batch in source.for_step(step)])
     assert source.n_windows < len(ids) < 2 * source.n_windows, "more than one epoch, less than two"
@@ -380,7 +380,7 @@ def last_step(run: Path) -> int:
 
 
 def test_random_kills_of_random_worlds_end_as_the_reference(tmp_path: Path):
-    """The first few of a campaign; scripts/soak goes on for hundreds. To see one again, give it the printed seed."""
+    """The first few of a campaign; scripts/soak runs hundreds. To repeat one, give it the printed seed."""
     seed = 0 if os.environ.get("CI") else int.from_bytes(os.urandom(3), "big")
     command = [sys.executable, "scripts/soak.py", "--kills", "3", "--seed", str(seed), "--out", str(tmp_path / "soak")]
     print("seed", seed)

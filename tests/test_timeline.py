@@ -17,10 +17,10 @@ from trainer.show.timeline import FLAG_ROWS
 
 
 def test_a_timeline_holds_attempts_faults_saves_and_incidents_in_seconds_since_the_start(tmp_path: Path):
-    seen = read_timeline(killed_once(tmp_path / "run").path)
-    assert seen["origin"] == 1_000_000.0
-    assert seen["steps_budget"] == 60
-    first, second = seen["attempts"]
+    run_timeline = read_timeline(killed_once(tmp_path / "run").path)
+    assert run_timeline["origin"] == 1_000_000.0
+    assert run_timeline["steps_budget"] == 60
+    first, second = run_timeline["attempts"]
     assert first == {
         "attempt": 0, "process_started": 0.0, "ready": 2.0, "ended": 11.0, "from_step": 0, "to_step": 17,
         "world_size": 2, "ended_as": "died",
@@ -29,25 +29,29 @@ def test_a_timeline_holds_attempts_faults_saves_and_incidents_in_seconds_since_t
         "attempt": 1, "process_started": 12.0, "ready": 14.0, "ended": 39.5, "from_step": 10, "to_step": 60,
         "world_size": 2, "ended_as": "finished",
     }  # fmt: skip
-    assert (len(seen["steps"]), seen["steps"][0], seen["steps"][-1]) == (67, [2.5, 1, 0], [39.0, 60, 1])
-    assert (seen["saves"], seen["evals"]) == ([[8.25, 10]], [[7.25, 10]])
-    (fault,) = seen["faults"]
+    assert (len(run_timeline["steps"]), run_timeline["steps"][0], run_timeline["steps"][-1]) == (
+        67,
+        [2.5, 1, 0],
+        [39.0, 60, 1],
+    )
+    assert (run_timeline["saves"], run_timeline["evals"]) == ([[8.25, 10]], [[7.25, 10]])
+    (fault,) = run_timeline["faults"]
     assert fault == {
         "t": 11.0, "kind": "sigkill", "victim": 1, "step": 18, "phase": "before_reduce", "index": 0, "attempt": 0,
     }  # fmt: skip
-    (incident,) = seen["incidents"]
+    (incident,) = run_timeline["incidents"]
     assert {key: incident[key] for key in ("t", "kind", "lost_steps", "seconds", "rank")} == {
         "t": 10.75, "kind": "worker_lost", "lost_steps": 7, "seconds": 3.25, "rank": 1,
     }  # fmt: skip
     assert incident["text"].startswith("rank 1 was killed (SIGKILL) after step 17")
-    assert json.loads(json.dumps(seen)) == seen
+    assert json.loads(json.dumps(run_timeline)) == run_timeline
 
 
 def test_a_directory_without_a_log_gives_a_timeline_that_claims_nothing(tmp_path: Path):
-    seen = read_timeline(tmp_path / "nothing")
-    assert (seen["origin"], seen["steps_budget"]) == (None, None)
-    assert not any(seen[name] for name in ("attempts", "steps", "saves", "evals", "faults", "incidents"))
-    for nothing in (seen, {}):
+    run_timeline = read_timeline(tmp_path / "nothing")
+    assert (run_timeline["origin"], run_timeline["steps_budget"]) == (None, None)
+    assert not any(run_timeline[name] for name in ("attempts", "steps", "saves", "evals", "faults", "incidents"))
+    for nothing in (run_timeline, {}):
         assert any("no timeline" in text for text in texts(timeline.svg(nothing)))
 
 
@@ -63,28 +67,28 @@ def test_a_fault_before_the_first_word_of_a_run_is_the_beginning_of_its_timeline
     assert (attempt["process_started"], attempt["ready"], attempt["ended_as"]) == (3.0, 5.0, None)
 
 
-def test_what_an_attempt_did_not_live_to_say_is_none(run: Run):
+def test_values_that_an_attempt_died_before_it_logged_are_none(run: Run):
     run.attempt = 0
     run.write(Warned(message="starting"), rank=1)
     run.fault("exit", after=0.5, victim=1)
     run.start(after=1.0)
     run.write(killed(pid=999))
     run.finish(1, 60)
-    seen = read_timeline(run.path)
-    first = {key: value for key, value in seen["attempts"][0].items() if value is not None}
+    run_timeline = read_timeline(run.path)
+    first = {key: value for key, value in run_timeline["attempts"][0].items() if value is not None}
     assert first == {"attempt": 0, "ended": 0.5, "ended_as": "died"}
-    parsed(timeline.svg(seen))
+    parsed(timeline.svg(run_timeline))
 
 
 def test_a_run_without_rank_0s_log_has_attempts_but_claims_no_steps(run: Run):
     run.train(5)
     run.write(hung(4.0, {"rank": 0, "point": "in_forward"}), after=4.0, rank=1)
     next(run.path.glob("events/*-rank-00000.jsonl")).unlink()
-    seen = read_timeline(run.path)
-    (attempt,) = seen["attempts"]
+    run_timeline = read_timeline(run.path)
+    (attempt,) = run_timeline["attempts"]
     assert (attempt["ready"], attempt["ended"], attempt["world_size"]) == (2.0, 11.0, 2)
-    assert seen["steps"] == []
-    parsed(timeline.svg(seen))
+    assert run_timeline["steps"] == []
+    parsed(timeline.svg(run_timeline))
 
 
 def test_a_damaged_log_is_an_error(run: Run):
@@ -119,11 +123,11 @@ def test_a_clock_set_back_without_a_plan_never_makes_time_run_backwards(run: Run
     run.train(20, seconds=0.5)
     run.now -= 500
     run.finish(21, 60, seconds=0.5)
-    seen = read_timeline(run.path)
-    times = [t for t, _, _ in seen["steps"]]
+    run_timeline = read_timeline(run.path)
+    times = [t for t, _, _ in run_timeline["steps"]]
     assert times == sorted(times)
     assert times[-1] == pytest.approx(31.5)
-    assert seen["incidents"] == []
+    assert run_timeline["incidents"] == []
 
 
 def test_a_fault_on_a_rank_whose_clock_was_set_lies_where_the_unset_clock_says(run: Run):
@@ -134,10 +138,13 @@ def test_a_fault_on_a_rank_whose_clock_was_set_lies_where_the_unset_clock_says(r
     run.now -= 3600
     run.fault("sigkill", after=0.25, victim=0, at=31)
     run.start(from_step=20, after=1.0)
-    seen = read_timeline(run.path)
-    assert [(fault["kind"], fault["t"]) for fault in seen["faults"]] == [("clock_jump", 12.0), ("sigkill", 17.25)]
-    assert seen["attempts"][0]["ended"] == 17.25
-    assert seen["incidents"][0]["t"] == pytest.approx(17.0)
+    run_timeline = read_timeline(run.path)
+    assert [(fault["kind"], fault["t"]) for fault in run_timeline["faults"]] == [
+        ("clock_jump", 12.0),
+        ("sigkill", 17.25),
+    ]
+    assert run_timeline["attempts"][0]["ended"] == 17.25
+    assert run_timeline["incidents"][0]["t"] == pytest.approx(17.0)
 
 
 # --- pictures of them -------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="ne
 
 @pytest.fixture(autouse=True)
 def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home without anybody's netrc, and no W&B settings in the environment."""
+    """A home directory without a netrc, and no W&B settings in the environment."""
     home = tmp_path_factory.mktemp("home")
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.delenv("NETRC", raising=False)
@@ -76,7 +76,7 @@ def test_a_netrc_of_any_bytes_is_as_good_as_none(home: Path, written: bytes):
     (home / ".netrc").write_bytes(written)
     assert wandb_mode(AUTO, {}) == "offline"
     (home / "_netrc").write_text("machine api.wandb.ai login user password secret\n")
-    assert wandb_mode(AUTO, {}) == "online", "the other place for it was not looked at"
+    assert wandb_mode(AUTO, {}) == "online", "the other place for it was not read"
 
 
 def test_an_address_that_is_none_and_a_user_without_a_home_have_no_key(monkeypatch: pytest.MonkeyPatch):
@@ -200,19 +200,19 @@ def test_a_run_shows_its_restarts_what_they_cost_and_saves_that_failed(run: Run)
         run.write(CheckpointSaved(step=44, bytes=1, seconds=0.75, stall_seconds=0.25))
         run.write(CheckpointFailed(step=45, reason="No space left on device", in_a_row=1))
     rows = read_offline(run.path)
-    said = "rank 1 was killed (SIGKILL) after step 47; resumed from step 40, 7 steps to replay; 3.0 s without training"
+    text = "rank 1 was killed (SIGKILL) after step 47; resumed from step 40, 7 steps to replay; 3.0 s without training"
     failed = "the save of step 45 failed (No space left on device)"
     assert figures(rows, "run/attempt") == [(40, 1), *[(n, 1) for n in range(41, 46)]]
     assert figures(rows, "run/restarts") == [(47, 1), (45, 1)]
     assert figures(rows, "run/incidents") == [(47, 2), (45, 3)]
     assert figures(rows, "run/lost_steps") == [(47, 7), (45, 7)]
     assert figures(rows, "run/seconds_without_training") == [(47, 3.0), (45, 3.0)]
-    assert figures(rows, "run/incident") == [(47, f"attempt 0: {said}"), (45, f"attempt 1: {failed}")]
+    assert figures(rows, "run/incident") == [(47, f"attempt 0: {text}"), (45, f"attempt 1: {failed}")]
     assert figures(rows, "checkpoint/failures") == [(44, 1), (45, 2)]
     assert figures(rows, "checkpoint/stall_seconds") == [(44, 0.25)]
-    assert figures(rows, "exact/redone")[-2:] == [(44, 1), (45, 2)], "counts go on where the run was resumed"
+    assert figures(rows, "exact/redone")[-2:] == [(44, 1), (45, 2)], "counts continue where the run was resumed"
     ((first, second),) = offline_records(run.path, "alert").values()
-    assert first == {"title": "worker lost in attempt 0", "text": said}
+    assert first == {"title": "worker lost in attempt 0", "text": text}
     assert second == {"title": "save failed in attempt 1", "text": failed}
 
 
@@ -238,7 +238,7 @@ def processes_of(leader: int) -> list[int]:
 
 
 def processes_of_wandb(helper: WandbHelper) -> list[int]:
-    """Those of a helper that has started wandb-core."""
+    """The processes of a helper that has started wandb-core."""
     leader = helper.pid or 0
     assert wait_until(lambda: len(processes_of(leader)) >= 2, 20)
     return processes_of(leader)
@@ -359,7 +359,7 @@ def test_a_wandb_that_cannot_be_imported_costs_one_warning(
     (tmp_path / "broken" / "wandb.py").write_text("raise ImportError('no such thing here')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"))
     (warning,) = train_with(tmp_path)
-    assert "W&B stopped: ImportError: no such thing here. Training goes on" in warning
+    assert "W&B stopped: ImportError: no such thing here. Training continues" in warning
     assert f"warning: {warning}" in capsys.readouterr().out
 
 
@@ -400,7 +400,7 @@ def test_a_helper_killed_in_the_middle_costs_one_warning_while_training_continue
         for n in range(1, 10):
             log.append(step(n))
         (problem,) = problems
-    assert "ended without a word" in problem
+    assert "ended without a message" in problem
     assert len(problems) == 1
 
 

@@ -135,7 +135,7 @@ def _percent(done: int, total: int) -> None:
 @app.command()
 def sample(
     run: RunPath,
-    prompt: Annotated[str, typer.Option(help="Text to go on from.")] = "",
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 200,
     temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=0, help="Draw from the k likeliest tokens; 0 from all.")] = 50,
@@ -171,7 +171,7 @@ def plot(
 def chaos(
     path: Annotated[Path, typer.Argument(metavar="CAMPAIGN", help="A campaign, e.g. configs/chaos/smoke.toml.")],
     out: Annotated[
-        Path | None, typer.Option(help="Where runs and report go; default runs/chaos/NAME-TIME. Goes on with it.")
+        Path | None, typer.Option(help="Where runs and report go; default runs/chaos/NAME-TIME. Resumes what is there.")
     ] = None,
     as_json: AsJson = False,
     only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this run; may be repeated.")] = None,
@@ -202,7 +202,7 @@ def chaos(
     if (again := run.keep_replay(planned, done, out)) is not None:
         print(f"what did not pass does the same again: python -m trainer chaos {again}", file=notes)
     if done.interrupted:
-        print(f"to go on: the same command with --out {out}", file=notes)
+        print(f"to resume: the same command with --out {out}", file=notes)
     raise typer.Exit(run.EXIT_INTERRUPTED if done.interrupted else EXIT_FINISHED if done.passed else EXIT_FAILED)
 
 
@@ -214,7 +214,7 @@ LadderOut = Annotated[Path | None, typer.Option(help="Default runs/ladders/NAME;
 
 @ladders.command("plan")
 def ladder_plan(path: LadderPath, out: LadderOut = None, as_json: AsJson = False) -> None:
-    """Show what will run: sizes, tokens, FLOPs, hours on this machine, by a few steps that are tried."""
+    """Show what will run: sizes, tokens, FLOPs, hours on this machine, measured with a few steps."""
     from trainer.fleet.backend import Local
     from trainer.ladder import preregistration, run, terminal
     from trainer.ladder.plan import load
@@ -239,7 +239,7 @@ def ladder_run(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run a ladder, or go on with it: exit 0 if all of it finished, 1 if runs are missing, 75 if it was stopped."""
+    """Run a ladder, or resume it: exit 0 if all of it finished, 1 if runs are missing, 75 if it was stopped."""
     from trainer.fleet.backend import Local
     from trainer.ladder import preregistration, run, terminal
     from trainer.ladder.plan import load

@@ -161,7 +161,7 @@ class Checkpoint(Section):
     keep_last: int = Field(default=2, ge=1)
     """Newest checkpoints that are kept."""
     keep_every_steps: int = Field(default=0, ge=0)
-    """Checkpoints of steps that this number divides are kept for good; 0 keeps none of them."""
+    """Checkpoints of steps that this number divides are never removed; 0 keeps none of them."""
     max_failures: int = Field(default=3, ge=1)
     """Failed saves in a row after which the run stops; until then it trains on and tries again at the next."""
 

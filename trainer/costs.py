@@ -24,7 +24,7 @@ FLOAT32_BYTES = 4
 class ParameterCount(NamedTuple):
     total: int
     non_embedding: int
-    """Without tables that are looked up: tokens, positions, bigrams, values. An untied head counts, a tied does not."""
+    """Excludes look-up tables: tokens, positions, bigrams, values. Includes an untied head, but not a tied one."""
 
 
 def parameter_count(model: "nn.Module") -> ParameterCount:
@@ -140,7 +140,7 @@ def show(config: Config, ranks: int) -> None:
 
 
 def vocabulary(config: Config) -> tuple[int, str]:
-    """Number of tokens that the run's tokenizer will have, and how that is known: the text itself is not read.
+    """Number of tokens that the run's tokenizer will have, and the source of that number: the text is not read.
 
     Raises TokenizerError if data.tokenizer is a file that is no tokenizer.
     """

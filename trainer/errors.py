@@ -18,7 +18,7 @@ class TopropeError(Exception):
 
 
 class UsageError(TopropeError):
-    """Something the user can repair before any work starts."""
+    """An error that the user can repair before any work starts."""
 
     exit_status = EXIT_USAGE
 
@@ -60,7 +60,7 @@ class CheckpointError(TopropeError):
 
 
 class NoCheckpointError(CheckpointError, UsageError):
-    """What was named is no checkpoint."""
+    """The given path is no checkpoint."""
 
 
 class NewerFormatError(CheckpointError, UsageError):

@@ -2,7 +2,7 @@
 
 Float addition rounds, so its result depends on the order of the addends. It does not round, and is associative, when
 every addend is a multiple of one spacing δ = 2^e and no partial sum exceeds 2^24·δ (float32 has 24 significant bits).
-So each micro-batch's gradient is rounded *once*, by itself, onto a grid of spacing δ; after that ordinary float32
+So each micro-batch's gradient is rounded *once*, on its own, onto a grid of spacing δ; after that ordinary float32
 accumulation, all-reduce and reduce-scatter give the same bits in every order.
 
 The bound. With M micro-batches of magnitude at most B each, every partial sum is at most M·B, so
@@ -17,7 +17,7 @@ magnitude, so relative to that magnitude 24 − log2(M') − headroom bits are k
 The delayed choice. B must be known before the gradient is: it comes from the largest magnitudes of the committed
 steps, decaying slowly, one bound per matrix row (a small row next to a large one keeps its digits) and one per vector.
 If any entry of any micro-batch exceeds its bound, and all are finite, the step is computed again on a grid made from
-what was seen, which then fits. That is a property of the micro-batches alone, so it happens alike at every world size.
+what was seen, which then fits. That is a property of the micro-batches alone, so it is the same at every world size.
 
 Sources: pre-rounding is Demmel & Nguyen, Fast Reproducible Floating-Point Summation (2013); the delayed choice of scale
 is that of FP8 training (Micikevicius et al. 2022, arXiv:2209.05433).
@@ -33,7 +33,7 @@ from torch import Tensor
 SIGNIFICAND_BITS = 24  # float32
 DOUBLE_BITS = 53  # float64
 DECAY = 0.98  # per step; untested beyond a few thousand steps
-# Rows of rare tokens wake suddenly: a row quieter than 2^-4 of its tensor's loudest is bounded as if it were that loud.
+# Rows of rare tokens grow suddenly: a row below 2^-4 of its tensor's largest value is bounded by that.
 # Measured on a hard case, 4 micro-batches of one 128-token sequence, BPE: with 6 bits and 4 of headroom 29 % of steps
 # were redone and 0.2 % of the non-zero entries flushed; with 4 and 5, none of 180 steps and 0.4 %.
 QUIET_ROW_BITS = 4

@@ -36,7 +36,7 @@ from trainer.show import console
 from trainer.show.wandb import WandbHelper, wandb_mode
 from trainer.step import StepContext, TrainState
 
-PROGRESS_SECONDS = 0.5  # how often rank 0 tells the ranks that wait for the data that it makes progress
+PROGRESS_SECONDS = 0.5  # how often rank 0 reports progress to the ranks that wait for the data
 
 
 class Stopwatch:
@@ -145,7 +145,7 @@ def claim_run(config: Config, run: Path, ranks: World, stack: contextlib.ExitSta
     def claim_on_main() -> int:
         wandb_mode(config)  # only rank 0 shows the run, but a wrong mode is an error before any work
         stack.enter_context(rundir.claim(run, config))
-        # The console tells how the last attempt ended. It must not learn from the log that a fault was made on purpose.
+        # The console shows how the last attempt ended. It must not learn from the log that a fault was made on purpose.
         earlier.extend(entry for entry in events.read(run) if not isinstance(entry.event, events.FaultFired))
         return events.next_attempt(run)
 
@@ -209,7 +209,7 @@ def _record(run: Path, config: Config, prepared: Prepared) -> dict[str, Any]:
     except OSError as error:
         raise RunDirectoryError(
             f"{run} cannot be written: {error.strerror}.\n"
-            "  Checkpoints and events go there. Make room or repair the disk; the same command then goes on."
+            "  Checkpoints and events go there. Make room or repair the disk; the same command then resumes."
         ) from None
 
 
@@ -309,7 +309,7 @@ def announce(config: Config, claim: Claim, data: RunData, step: int, stopwatch: 
             startup_seconds=stopwatch.seconds,
         )
     )
-    losses = elastic.take_losses()  # taken on every node, so that none tells of them again later
+    losses = elastic.take_losses()  # taken on every node, so that none reports them again later
     if ranks.is_main:
         for lost in losses:
             log.append(events.WorkersLost(failures=lost["failures"], reason=lost["reason"]))
@@ -319,7 +319,7 @@ def announce(config: Config, claim: Claim, data: RunData, step: int, stopwatch: 
 
 
 def finish(claim: Claim, state: TrainState, hook: Hook) -> int:
-    """Log that the run is finished, with the digests that prove what it ended with."""
+    """Log that the run is finished, with the digests of its final weights and state."""
     hook(Phase.BEFORE_END, state.step)
     claim.end("finished", state.step, "", state.weights_sha256(), state.state_sha256())
     return EXIT_FINISHED
@@ -334,11 +334,11 @@ def preempt(claim: Claim, step: int, stop: signals.StopSignals) -> int:
 
 
 def fail(claim: Claim, step: int, error: BaseException, screen: console.Console | None) -> None:
-    """Log why the attempt failed. Leaves the process at once if another rank was lost."""
+    """Log the reason of a failed attempt. Ends the process at once if another rank was lost."""
     if world.lost_peer(error):
         # The next attempt reports the peer's death: its launcher knows more than the broken connection does.
         claim.end("failed", step, events.LOST_A_PEER)
-        # Taking leave of dead peers can take minutes, and torchrun waits for this process to start all ranks again.
+        # Closing connections to dead peers takes up to minutes, and torchrun waits for this process before a restart.
         claim.watchdog.stop()
         if screen is not None:
             screen.close()
@@ -389,5 +389,5 @@ def _with_heartbeat(watchdog: Watchdog, hook: Hook) -> Hook:
 
 
 def _collective_timeout(config: Config) -> float:
-    """Seconds that a collective may take. Longer than the watchdog's limits: it acts first, and can say more."""
+    """Seconds that a collective may take. Longer than the watchdog's limits: it acts first and reports more."""
     return 2 * max(config.elastic.step_timeout_seconds, config.elastic.startup_timeout_seconds) + 60

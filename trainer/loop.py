@@ -1,7 +1,7 @@
 """The training loop: a run from its state to its last step. Start reading here.
 
 A step is: every micro-batch forward and backward, one reduction over ranks, one check that the sums are exact and
-finite, one update. The loop does not know how many ranks there are, how the model is sharded, or who asked it to stop.
+finite, one update. The loop does not know how many ranks there are, how the model is sharded, or what asked it to stop.
 """
 
 import math
@@ -105,7 +105,7 @@ def finite_gradients(state: TrainState, collaborators: Collaborators, members: S
     """Return the step's result and its gradient norm, both finite.
 
     A step is a function of the config, so a value that is finite when computed again was a fault of the machine, and
-    training goes on. Raises NumericsError with the place of the first non-finite value if it is not.
+    training continues. Raises NumericsError with the place of the first non-finite value if it is not.
     """
     for trial in range(2):
         result = compute_gradients(state, collaborators.context, members)
@@ -117,7 +117,7 @@ def finite_gradients(state: TrainState, collaborators: Collaborators, members: S
     raise NumericsError(
         f"step {state.step + 1}: loss or gradient is not finite, also when computed again. It was not applied.\n"
         f"  First not finite: {find_not_finite(state, collaborators.context, members)}.\n"
-        "  Look at these samples, or lower optim.learning_rate in a new run."
+        "  Inspect these samples, or lower optim.learning_rate in a new run."
     )
 
 

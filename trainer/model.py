@@ -82,7 +82,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 def role_of_parameters(model: nn.Module) -> dict[str, Role | None]:
     """Return each parameter's name and role, in the model's order; None where no module around it declares one."""
     roles: dict[str, Role | None] = dict.fromkeys(name for name, _ in model.named_parameters())
-    for prefix, module in model.named_modules():  # outer modules come first, so inner ones overrule them
+    for prefix, module in model.named_modules():  # outer modules come first, so that inner ones override them
         role = getattr(module, "role", None)
         if role is not None:
             roles |= dict.fromkeys((name for name, _ in module.named_parameters(prefix)), role)
@@ -405,7 +405,7 @@ def _rotations(model: config.Model) -> Tensor:
 
 
 def _rotate(x_BTNC: Tensor, rotation_TP2: Tensor) -> Tensor:
-    """Turn each pair of neighbouring channels by its angle: a complex product, one kernel where real ones are four."""
+    """Rotate each pair of neighbouring channels by its angle: a complex product is one kernel, a real one four."""
     pairs_BTNP2 = x_BTNC.float().unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():  # inductor has no complex numbers, and fuses the real product itself
         a, b = pairs_BTNP2.unbind(-1)

@@ -26,7 +26,7 @@ class Phase(StrEnum):
     IN_EVAL = "in_eval"
     WAITING_FOR_SAVE = "waiting_for_save"
     AFTER_SAVE = "after_save"
-    """The loop goes on; the save is written beside the next steps."""
+    """The loop continues; the save is written beside the next steps."""
     IN_SAVE_SHARD = "in_save_shard"
     BEFORE_COMMIT = "before_commit"
     AFTER_COMMIT = "after_commit"

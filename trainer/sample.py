@@ -49,7 +49,7 @@ def refuse_senseless(prompt: str, temperature: float) -> None:
     """Raise UsageError for a prompt that is no text or a temperature that is no size."""
     try:
         prompt.encode()
-    except UnicodeEncodeError as error:  # the command line hands on bytes that are no UTF-8 as lone surrogates
+    except UnicodeEncodeError as error:  # the command line passes on bytes that are no UTF-8 as lone surrogates
         raise UsageError(
             f"--prompt is no text: its character {error.start + 1} stands for bytes that are not UTF-8.\n"
             "  Models are trained on UTF-8. Convert the prompt, e.g. with iconv."

@@ -10,12 +10,12 @@ from typing import Any
 class StopSignals:
     """Listens for requests to save and leave: SIGTERM (a scheduler's notice), SIGUSR1 (Slurm's --signal) and Ctrl-C.
 
-    A second Ctrl-C ends the process at once. A SIGINT handler that somebody else has set is left in place.
+    A second Ctrl-C ends the process at once. A SIGINT handler that other code has set is left in place.
     """
 
     def __init__(self) -> None:
         self.received = ""
-        """Name of the signal that came last; empty until one comes."""
+        """Name of the last signal received; empty before the first."""
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._note)
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -27,5 +27,5 @@ class StopSignals:
             signal.signal(number, signal.default_int_handler)
 
     def requested(self) -> bool:
-        """True once a stop signal has come to this process."""
+        """True once this process has received a stop signal."""
         return bool(self.received)

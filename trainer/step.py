@@ -173,10 +173,10 @@ def _own_micro_batches(
 
     The index is None where the rank has no micro-batch of its own, but must compute one for a sharded model's sake.
     """
-    own = members.own_micro_batches()
-    for number, index in enumerate(own, start=1):
+    own_micro_batches = members.own_micro_batches()
+    for number, index in enumerate(own_micro_batches, start=1):
         if index is not None or state.sharding.needs_lockstep:
-            state.sharding.last_micro_batch(number == len(own))
+            state.sharding.last_micro_batch(number == len(own_micro_batches))
             context.hook(Phase.BEFORE_FORWARD, state.step)
             yield index, context.batches.micro_batch(state.step, index or 0)
 
@@ -233,13 +233,13 @@ def apply(state: TrainState) -> None:
 
 
 def find_not_finite(state: TrainState, context: StepContext, members: StepMembers) -> str:
-    """Compute the step once more; name the first non-finite value: micro-batch, samples, module. Collective.
+    """Compute the step once more and name the first non-finite value: micro-batch, samples, module. Collective.
 
     The state cannot train on afterwards.
     """
     found: list[tuple[int, str]] = []
     gradients: list[str] = []
-    # Hooks cannot be removed again; the run ends here.
+    # The hooks stay: the run ends here.
     state.sharding.round_with(functools.partial(_note_not_finite, gradients))
     state.sharding.zero_gradients()
     for index, batch in _own_micro_batches(state, context, members):

@@ -1,4 +1,4 @@
-"""Tokenizers: text → ids → the same text, and what each token weighs in bytes."""
+"""Tokenizers: text → ids → the same text, and the number of bytes of each token."""
 
 import json
 import os
@@ -130,7 +130,7 @@ def test_a_fork_after_encoding_neither_warns_nor_hangs(monkeypatch):
 
 
 def foreign(path: Path, **changes: object) -> Path:
-    """A word-level tokenizer such as somebody else may have published."""
+    """A word-level tokenizer as it might be published elsewhere."""
     vocab = {"[UNK]": 0, "▁the": 1, "▁rope": 2, "<0x0A>": 3, "s": 4}
     library = Library(models.WordLevel(vocab, unk_token="[UNK]"))
     library.pre_tokenizer = pre_tokenizers.Metaspace()

@@ -483,9 +483,9 @@ def test_an_empty_evaluation_set_is_refused_by_its_name(tmp_path, stories, setti
 
 
 def test_digests_that_end_in_zero_bytes_are_compared_like_others():
-    one = np.sort(np.array([b"a" * 15 + b"\0", b"b" * 16], dtype="S16"))
-    other = np.sort(np.array([b"a" * 15 + b"\0", b"a" * 15 + b"\1", b"z" * 16], dtype="S16"))
-    assert shared_digests(one, other).tolist() == [b"a" * 15]
+    few = np.sort(np.array([b"a" * 15 + b"\0", b"b" * 16], dtype="S16"))
+    many = np.sort(np.array([b"a" * 15 + b"\0", b"a" * 15 + b"\1", b"z" * 16], dtype="S16"))
+    assert shared_digests(few, many).tolist() == [b"a" * 15]
 
 
 def test_a_missing_tokenizer_is_refused_before_the_corpus_is_read(stories, settings):

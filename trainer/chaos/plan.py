@@ -65,9 +65,9 @@ class Case:
 
     def is_same_run_as(self, result: Result) -> bool:
         """True if a stored result came from the same run, whichever its repeat was."""
-        mine = self.make_result("skipped", "")
+        own_result = self.make_result("skipped", "")
         keys = ("name", "faults", "ranks", "nodes", "strategy", "seed", "overrides", "limits")
-        return all(getattr(mine, key) == getattr(result, key) for key in keys)
+        return all(getattr(own_result, key) == getattr(result, key) for key in keys)
 
 
 @dataclass(frozen=True)

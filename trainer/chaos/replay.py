@@ -9,7 +9,7 @@ from trainer.chaos.results import Result
 
 def text(campaign: Campaign, results: Iterable[Result]) -> str:
     """Return the text of a campaign file, with absolute paths. Repeats of a run are written once."""
-    ours = _split(campaign.overrides)
+    campaign_settings = _split(campaign.overrides)
     firsts: dict[tuple[str, str], Result] = {}
     for result in results:
         firsts.setdefault((result.name, result.strategy), result)
@@ -18,15 +18,16 @@ def text(campaign: Campaign, results: Iterable[Result]) -> str:
         f"timeout_seconds = {tomlfile.text(campaign.timeout_seconds)}",
         f"restarts = {campaign.restarts}",
         "\n[set]",
-        *(f"{key} = {value}" for key, value in ours.items()),
+        *(f"{key} = {value}" for key, value in campaign_settings.items()),
     ]
-    return "\n".join([*head, *(_run(result, ours) for result in firsts.values())])
+    return "\n".join([*head, *(_run(result, campaign_settings) for result in firsts.values())])
 
 
-def _run(result: Result, ours: dict[str, str]) -> str:
+def _run(result: Result, campaign_settings: dict[str, str]) -> str:
     """A [[runs]] table with exactly these faults; its `set` holds the settings that the campaign does not have."""
-    own = {key: value for key, value in _split(result.overrides).items() if ours.get(key) != value}
-    own.pop("parallel.strategy", None)
+    every = _split(result.overrides)
+    own_settings = {key: value for key, value in every.items() if campaign_settings.get(key) != value}
+    own_settings.pop("parallel.strategy", None)
     lines = [
         f"\n# {result.outcome}: {' '.join(result.why.split())}",
         "[[runs]]",
@@ -34,7 +35,7 @@ def _run(result: Result, ours: dict[str, str]) -> str:
         f"ranks = {result.ranks}",
         f"nodes = {result.nodes}",
         f"strategy = {tomlfile.text(result.strategy)}",
-        *(f"set.{key} = {value}" for key, value in own.items()),
+        *(f"set.{key} = {value}" for key, value in own_settings.items()),
     ]
     for fault in result.faults:
         lines += ["", "[[runs.faults]]", *tomlfile.lines(fault)]

@@ -59,7 +59,7 @@ def run(
     campaign: Campaign, out: Path, *, update: Callable[[list[Result], str], None] = lambda results, running: None,
     shrink: bool = False,
 ) -> Report:  # fmt: skip
-    """Do what is left of a campaign, and return its report. OUT holds the report too, written after every run.
+    """Run the cases that have no result yet, and return the report. OUT holds the report too, written after every run.
 
     `update` receives all results so far and the name of the current run. SIGINT, SIGTERM and SIGHUP end all processes;
     the report then says that it was interrupted. Raises RunDirectoryError if OUT belongs to something else,
@@ -248,7 +248,7 @@ def _shrunk_path(out: Path, case: Case) -> Path:
 
 
 def _shrink(campaign: Campaign, case: Case, result: Result, reference: Reference, out: Path) -> str:
-    """Find the smallest part of a schedule that fails alike, write it to a campaign file, and return a remark."""
+    """Find the smallest part of a schedule with the same failure, write it to a campaign file, and return a remark."""
     bad = results.worst(result.answers)
     assert bad is not None
 
@@ -263,8 +263,8 @@ def _shrink(campaign: Campaign, case: Case, result: Result, reference: Reference
     path = _shrunk_path(out, case)
     path.parent.mkdir(exist_ok=True)
     path.write_text(replay.text(campaign, [replace(result, faults=found.faults)]), encoding="utf-8")
-    sure = "" if found.smallest else ", perhaps not the smallest"
-    return f" [{len(found.faults)} of {len(result.faults)} faults are enough{sure}: {path}, {found.trials} trials]"
+    caveat = "" if found.smallest else ", perhaps not the smallest"
+    return f" [{len(found.faults)} of {len(result.faults)} faults are enough{caveat}: {path}, {found.trials} trials]"
 
 
 @contextlib.contextmanager

@@ -158,7 +158,7 @@ def _moments(fault: Table) -> set[Moment]:
     """Return moments that two faults of a schedule may not share: a rank at a phase, and stopped ranks in one step."""
     kind = KINDS[fault["kind"]]
     if kind.from_outside:
-        # At most one node leaves for good, so that a node remains.
+        # At most one node leaves permanently, so that a node remains.
         return {(None, "node leaves", -1)} if kind.node_balance < 0 else set()
     moments: set[Moment] = {(fault.get("at_step"), fault.get("phase") or kind.phases[0], fault["rank"])}
     return moments | {(fault.get("at_step"), "stopped", -1)} if kind.stops_rank else moments

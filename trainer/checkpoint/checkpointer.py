@@ -50,7 +50,7 @@ class Checkpointer:
             self._durable_step = step
 
     def save(self, state: "TrainState") -> None:
-        """Begin to save `state`; the writing goes on beside the next steps. Waits for an earlier save first.
+        """Begin to save `state`; the writing continues beside the next steps. Waits for an earlier save first.
 
         Raises CheckpointError after `checkpoint.max_failures` failed saves in a row.
         """
@@ -68,7 +68,7 @@ class Checkpointer:
         """Wait until `state` is durable. Raises CheckpointError if it cannot be made so."""
         self._hook(Phase.WAITING_FOR_SAVE, state.step)
         self._record(self._saver.finish())
-        # A failed save in the middle of a run is made up for by the next one. The last save has no next one, and it is
+        # After a failed save in the middle of a run, the next one takes its place. The last save has no next, and it is
         # the result, so it is tried again here.
         while self._durable_step != state.step:
             self._raise_if_hopeless()
@@ -76,7 +76,7 @@ class Checkpointer:
             self._record(self._saver.finish())
 
     def close(self) -> None:
-        """Give a save under way a few seconds to end, then leave it."""
+        """Give a save under way a few seconds to end, then abandon it."""
         self._saver.close()
 
     def _record(self, ended: list[Event]) -> None:
@@ -93,6 +93,6 @@ class Checkpointer:
         if self._saver.failures_in_a_row >= limit:
             raise CheckpointError(
                 f"saving failed {limit} times in a row; the log has the reasons.\n"
-                "  More work would only be lost. Make room or repair the disk; the same command then goes on from the "
+                "  More work would only be lost. Make room or repair the disk; the same command then resumes from the "
                 "newest checkpoint."
             )

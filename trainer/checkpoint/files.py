@@ -1,6 +1,6 @@
 """Checkpoints as files: names, manifest, commit, verification, retention. No torch here, so `inspect` starts fast.
 
-A checkpoint is written into a hidden directory that nobody else uses, made durable, described by a manifest, and
+A checkpoint is written into a hidden directory that no other process uses, made durable, described by a manifest, and
 committed by one rename. Without a committed name it does not exist for any reader. One exception: if a checkpoint
 replaces one of the same step, the old one is renamed to `.step-N.replaced` and counts until the new one has been read
 back, so that there is always one of the two.
@@ -141,7 +141,7 @@ def read_manifest(saved: Saved) -> dict[str, Any]:
         if body["format"] > FORMAT:
             raise NewerFormatError(
                 f"{saved.path} was written by a newer toprope (format {body['format']}, this one reads {FORMAT}).\n"
-                "  Going on from an older one would write over what it has done. Use that version, or a new --run."
+                "  Resuming from an older one would overwrite its progress. Use that version, or a new --run."
             )
         if not _well_formed(body):
             raise CheckpointError(f"{MANIFEST} is not what a manifest looks like")
@@ -282,7 +282,7 @@ def _aside(final: Path) -> Path:
 
 
 def _remove(path: Path) -> None:
-    """Hide, then remove: no reader sees a half-removed checkpoint. Raises OSError if it cannot be hidden."""
+    """Rename to a hidden name, then remove: no reader sees half a checkpoint. Raises OSError if renaming fails."""
     step = re.search("step-[0-9]+", path.name)
     assert step is not None
     doomed = path.with_name(f".{step[0]}.{secrets.token_hex(4)}.pruned")

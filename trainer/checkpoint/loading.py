@@ -1,7 +1,7 @@
 """Reading a checkpoint back: at any world size and sharding, bitwise, and without trusting a byte of it.
 
-Checksums find accidents, not malice: whoever can write a file can write its checksum. So only plain records of DCP are
-unpickled, only files that the manifest lists are opened, and only tensors are read from them, with torch's
+Checksums find accidents, not malice: an attacker who can write a file can write its checksum. So only plain records of
+DCP are unpickled, only files that the manifest lists are opened, and only tensors are read from them, with torch's
 weights-only reader.
 """
 
@@ -74,7 +74,7 @@ def _agreed(world: World, problem: str | None) -> str | None:
 
 
 def _refusal(saved: Saved, world: World, fingerprint: str, run_id: str | None) -> str | None:
-    """Return why a checkpoint must not be loaded. Ranks share the reading: each checks the contents of some files."""
+    """The reason not to load a checkpoint, or None. Ranks share the reading: each checks the contents of some files."""
     try:
         manifest = read_manifest(saved)
         # Checksums are the slow part, so each rank takes every world-size-th file.
@@ -89,7 +89,7 @@ def _refusal(saved: Saved, world: World, fingerprint: str, run_id: str | None) -
 
 
 def _failure(saved: Saved, tensors: dict[str, Tensor]) -> str | None:
-    """Load, and return why it failed, in one line; None if it did not."""
+    """Load; return the reason of a failure in one line, or None."""
     try:
         reader = _Reader(saved.path, read_manifest(saved)["files"])
         planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)

@@ -4,11 +4,11 @@ A save has four rounds: make the directory, write the shards, commit, read back.
 then all ranks exchange the results (`_together`), on a process group of their own. So an error on any rank fails the
 save on all, with one reason, and no rank waits for one that has given up. At the end rank 0 removes old checkpoints.
 
-A slow disk is no hang, a dead one is. While a rank makes progress it tells the others, and a loop that waits for a save
+A slow disk is no hang, a dead one is. While a rank makes progress it informs the others. A loop that waits for a save
 passes that on as heartbeats: its watchdog reports a hang only if some rank really makes no progress.
 
-DCP plans who writes what and lays out the bytes. Its `save` is not used: it would plan anew each time, and its own
-collectives know nothing of the rounds.
+DCP plans which rank writes what, and the layout of bytes. Its `save` is not used: it plans again each time, and its own
+collectives do not follow these rounds.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ T = TypeVar("T")
 CLOSED = "the saver is closed"
 
 PEER_TIMEOUT_SECONDS = 1800.0  # without a message from a peer, when no watchdog is waiting for it
-PROGRESS_SECONDS = 0.5  # how often a rank at work tells the others that it makes progress
+PROGRESS_SECONDS = 0.5  # how often a rank at work reports its progress to the others
 POLL_SECONDS = 0.1  # how often a waiting loop checks for that
 # Niceness of the writing thread. With two ranks on two full cores, steps took 1.02 times as long beside a save of 74 MB
 # a rank, and 1.17 times at niceness 10. The price: the save took 1.3 s instead of 0.6 s.
@@ -148,11 +148,11 @@ class Saver:
 
     def _join(self, save: "_Save", step: int) -> None:
         """Wait for the writing thread; the main thread's watchdog sees the progress of all ranks as its own."""
-        seen = self._last_progress
+        last_progress = self._last_progress
         while save.thread.is_alive():
             save.thread.join(POLL_SECONDS)
-            if self._last_progress != seen:
-                seen = self._last_progress
+            if self._last_progress != last_progress:
+                last_progress = self._last_progress
                 self._heartbeat(Phase.WAITING_FOR_SAVE, step)
 
     def _collect(self) -> None:
@@ -170,7 +170,7 @@ class Saver:
         self._ended += [event, *(Warned(message=message) for message in save.warnings)]
 
     def _make_plan(self, tensors: Mapping[str, Tensor]) -> "_RankPlan":
-        """Decide who writes what. Done once: the state keeps its shapes. Replicas share the writing."""
+        """Decide which rank writes what. Done once: the state keeps its shapes. Replicas share the writing."""
         make_local = dcp.default_planner.create_default_local_save_plan
         plans = self._together(lambda: make_local(dict(tensors), is_coordinator=True))
         # All ranks have the same input here, so all compute the same global plan.
@@ -186,7 +186,7 @@ class Saver:
             save.outcome = self._write_and_commit(save)
         except _SaveError as error:
             save.outcome = error
-        except BaseException as error:  # a thread that died without an outcome would be waited for without end
+        except BaseException as error:  # without an outcome, the main thread would wait for this thread forever
             self._lost = self._lost or f"the writing thread failed: {files.one_line(error)}"
             save.outcome = _SaveError(self._lost)
 
@@ -202,8 +202,8 @@ class Saver:
                 files.discard(staging)
             raise
         save.seconds = time.perf_counter() - save.started
-        own = shards[self._world.rank].digests
-        damaged = self._together(lambda: self._read_back(save, final, own))
+        own_digests = shards[self._world.rank].digests
+        damaged = self._together(lambda: self._read_back(save, final, own_digests))
         if any(damaged):
             if self._world.is_main:
                 files.discard(final)
@@ -274,7 +274,7 @@ class Saver:
             save.warnings.append(f"old checkpoints could not be removed: {files.one_line(error)}")
 
     def _progress(self, save: "_Save", first_phase: str | None = None) -> Callable[..., None]:
-        """Return a progress callback. It passes `first_phase` on its first call, and tells the peers now and then."""
+        """Return a progress callback. It passes `first_phase` on its first call, and informs the peers at intervals."""
         phases = [first_phase] if first_phase else []
 
         def progress(*amount: int) -> None:
@@ -292,8 +292,8 @@ class Saver:
         def attempt() -> tuple[T | None, str | None]:
             try:
                 return work(), None
-            except BaseException as error:  # of any type: the others must hear of it
-                if self._lost is not None:  # nobody is left to agree with
+            except BaseException as error:  # of any type: the others must learn of it
+                if self._lost is not None:  # there is no peer left to agree with
                     raise RuntimeError(self._lost) from None
                 return None, files.one_line(error)
 
@@ -320,7 +320,7 @@ class Saver:
         return result
 
     def _note_progress(self) -> None:
-        """All ranks have just heard of one another."""
+        """Note that all ranks have just exchanged a message."""
         self._last_progress = self._last_exchange = time.monotonic()
 
 

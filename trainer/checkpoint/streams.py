@@ -1,4 +1,4 @@
-"""DCP's file writer on streams that hash what they are given and report the disk's errors unchanged."""
+"""DCP's file writer on streams that hash their data and report the disk's errors unchanged."""
 
 import contextlib
 import hashlib

@@ -1,7 +1,7 @@
 """Directories built by one process and read by many: whole or absent, wherever a builder dies.
 
 A builder holds a lock, works in a directory of another name, and commits by one rename. The kernel drops the lock of a
-dead process, so nobody waits for the dead; the next builder removes what a dead one left.
+dead process, so no process waits for it; the next builder removes what it left.
 """
 
 import os
@@ -42,7 +42,7 @@ def built_once(root: Path, name: str, build: Callable[[Path], None], progress: P
     with _writing(root):
         root.mkdir(parents=True, exist_ok=True)
         with _locked(FileLock(root / f"{name}.lock"), progress):
-            if not final.is_dir():  # nobody built it while this process waited
+            if not final.is_dir():  # still not built after the wait for the lock
                 _build(final, root / f"{name}.building", build)
     return final
 

@@ -105,7 +105,7 @@ class Corpus:
         if not self.max_bytes or len(data) <= room:
             return data
         whole_characters = data[:room].decode(errors="ignore").encode()
-        # If not even one character fits, take it all the same: otherwise the limit would never be reached.
+        # If not even one character fits, take one anyway: otherwise the limit would never be reached.
         return whole_characters or data.decode()[:1].encode()
 
     def _texts(self) -> Iterator[tuple[str, str]]:

@@ -179,7 +179,7 @@ class LibraryTokenizer(Tokenizer):
 
     def _token_bytes(self) -> np.ndarray:
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
-        # Byte-level BPE can be weighed from its vocabulary; others only by decoding a token after another one.
+        # The bytes of byte-level BPE's tokens are in its vocabulary; others only by decoding a token after another one.
         is_byte_level = '"ByteLevel"' in json.dumps(json.loads(self._text).get("decoder"))
         added = self._library.get_added_tokens_decoder()
         anchor = None if is_byte_level else self._anchor()
@@ -225,10 +225,10 @@ def from_json(text: str, name: str) -> Tokenizer:
         raise TokenizerError(_broken(name, str(error))) from None
     if not isinstance(tree, dict):
         raise TokenizerError(_broken(name, "it is no JSON object"))
-    own = tree.get("toprope")
-    if own == "bytes":
+    kind = tree.get("toprope")
+    if kind == "bytes":
         return ByteTokenizer()
-    if own == "chars" and isinstance(tree.get("characters"), str) and tree["characters"]:
+    if kind == "chars" and isinstance(tree.get("characters"), str) and tree["characters"]:
         return CharTokenizer(tree["characters"])
     return LibraryTokenizer(text, name)
 

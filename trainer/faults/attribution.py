@@ -1,6 +1,6 @@
-"""Which incident of a run's log reports which fault on purpose, and after how many seconds.
+"""Attribution: for each fault on purpose, the incident of the log that reports it, and the seconds until it did.
 
-The truth is RUN/events/faults.jsonl. The diagnosis is the rest of the run's log, read as if nobody knew of the faults.
+The truth is RUN/events/faults.jsonl. The diagnosis is the rest of the run's log, read without knowledge of the faults.
 One rule, `may_report`, serves the fault checker and `inspect`.
 """
 
@@ -117,7 +117,7 @@ def _reports_another(evidence: "Evidence", firing: Firing, incident: Incident) -
 
 
 def _is_death_after_damage(firing: Firing, incident: Incident) -> bool:
-    """True for the death that follows damage to a checkpoint: nothing has to report it."""
+    """True for the death that follows damage to a checkpoint: no incident has to report it."""
     damages = firing.fault.kind.damages_checkpoints
     return damages and incident.attempt == firing.attempt and incident.rank in firing.victims
 
@@ -132,7 +132,7 @@ def _mismatch(firing: Firing, incident: Incident) -> str:
         return ""
     if not incident.ends_attempt:
         differs = incident.step != fault.at_step
-    elif fault.phase in SAVE:  # training has gone on meanwhile
+    elif fault.phase in SAVE:  # training has continued meanwhile
         differs = incident.step < fault.at_step
     else:
         # Ranks are up to a step apart when one of them dies, and rank 0's steps are those that are counted.
@@ -184,10 +184,10 @@ def summarise(run: Path, checkpoints: Sequence[dict[str, Any]] = ()) -> dict[str
     `faults` has those of the config that the run was last started with, and any others that fired: one entry for each
     rank that was hit. `detected_as` is the kind of the first incident that reports it.
     """
-    seen = summary.summarise(run, checkpoints)
+    run_summary = summary.summarise(run, checkpoints)
     history = History.read(run)
-    incidents = incidents_of(history, seen["status"] == "running")
-    return seen | {"faults": _rows(rundir.read(run)["config"].get("faults", ()), history.fired, incidents)}
+    incidents = incidents_of(history, run_summary["status"] == "running")
+    return run_summary | {"faults": _rows(rundir.read(run)["config"].get("faults", ()), history.fired, incidents)}
 
 
 def _rows(
@@ -203,9 +203,9 @@ def _rows(
         about = {"index": index, "kind": kind, "rank": victim, "step": getattr(entries[0].event, "step")}  # noqa: B009
         when = {"fired": True, "time": entries[0].time, "attempt": entries[0].attempt}
         rows.append(about | when | {"detected_as": next(reports, None)})
-    seen = {(index, kind) for index, kind, _ in hits}
+    with_firings = {(index, kind) for index, kind, _ in hits}
     for index, fault in enumerate(planned):
-        if (index, fault["kind"]) not in seen:
+        if (index, fault["kind"]) not in with_firings:
             row = {"index": index, "kind": fault["kind"], "rank": fault["rank"], "step": fault["at_step"]}
             rows.append(row | {"fired": False, "time": None, "attempt": None, "detected_as": None})
     return sorted(rows, key=lambda row: (row["index"], row["time"] or math.inf))

@@ -136,9 +136,9 @@ def _every_fault_fired(evidence: Evidence) -> Answer:
     if not missing:
         return Answer(FIRED, "pass")
     warned = [entry.event.message for entry in evidence.entries if isinstance(entry.event, Warned)]
-    said = list(dict.fromkeys([*(message for message in warned if "did not fire" in message), *evidence.notes]))
-    reasons = [next((text for text in said if _is_about(text, fault)), f"{fault} never fired") for fault in missing]
-    general = [text for text in said if not any(_is_about(text, fault) for fault in evidence.planned)]
+    notes = list(dict.fromkeys([*(message for message in warned if "did not fire" in message), *evidence.notes]))
+    reasons = [next((text for text in notes if _is_about(text, fault)), f"{fault} never fired") for fault in missing]
+    general = [text for text in notes if not any(_is_about(text, fault) for fault in evidence.planned)]
     return Answer(FIRED, "unknown", _joined([*reasons, *general]))
 
 
@@ -161,7 +161,7 @@ def _weights_and_state_equal(evidence: Evidence) -> Answer:
     if difference:
         return Answer(EQUAL, "undetected" if silent else "fail", difference)
     harmless = silent and not evidence.incidents
-    why = f"{_joined([str(firing) for firing in silent])} left no trace by itself" if harmless else ""
+    why = f"{_joined([str(firing) for firing in silent])} alone left no trace" if harmless else ""
     return Answer(EQUAL, "pass", why)
 
 
@@ -196,14 +196,14 @@ def _lost_checkpoints(evidence: Evidence) -> list[str]:
     except CheckpointError as error:
         return [str(error).splitlines()[0]]
     problems = [f"{saved.path.name}: {_joined(bad)}" for saved in visible if (bad := checkpoint.verify(saved))]
-    there = {saved.step for saved in visible}
+    visible_steps = {saved.step for saved in visible}
     logged = {e.event.step for e in evidence.entries if isinstance(e.event, CheckpointSaved)}
     settings = evidence.config.checkpoint
     # A checkpoint may have been committed just before its rank died: it counts, though it is in no log.
-    newest = sorted(logged | there, reverse=True)[: settings.keep_last]
+    newest = sorted(logged | visible_steps, reverse=True)[: settings.keep_last]
     kept = {step for step in logged if settings.keep_every_steps and step % settings.keep_every_steps == 0}
-    problems += [f"the checkpoint of step {step} is gone" for step in sorted({*newest, *kept} - there)]
-    if evidence.history.finish is not None and evidence.config.budget.steps not in there:
+    problems += [f"the checkpoint of step {step} is gone" for step in sorted({*newest, *kept} - visible_steps)]
+    if evidence.history.finish is not None and evidence.config.budget.steps not in visible_steps:
         problems.append(f"the run finished without a checkpoint of step {evidence.config.budget.steps}")
     return problems + _forgotten(evidence.entries)
 
@@ -247,7 +247,7 @@ def _late_detections(evidence: Evidence) -> list[str]:
         firing, seconds = attribution.firing, attribution.detect_seconds
         bound = firing.fault.kind.detect_seconds + _patience(evidence, firing)
         if seconds is None and firing.fault.kind.expected_incidents:
-            problems.append(f"{firing}: nobody noticed")
+            problems.append(f"{firing}: not noticed")
         elif seconds is not None and seconds > bound:
             problems.append(f"{firing}: noticed after {seconds:.1f} s, the bound is {bound:g} s")
     return problems
@@ -311,11 +311,11 @@ def _time_problems(evidence: Evidence) -> list[str]:
     ended = [launch["ended"] for launch in evidence.launches if launch["ended"] is not None]
     if not ended or any(firing.fault.kind.moves_clock for firing in evidence.firings):
         return problems
-    there = max(ended) - evidence.launches[0]["started"]
-    if wall > there + 0.5:
-        problems.append(f"the log covers {wall:.1f} s, which is longer than the job was there")
-    if wall < there - UNLOGGED_SECONDS * len(evidence.launches):
-        problems.append(f"the log covers {wall:.1f} s only, and the job was there for {there:.1f} s")
+    job_seconds = max(ended) - evidence.launches[0]["started"]
+    if wall > job_seconds + 0.5:
+        problems.append(f"the log covers {wall:.1f} s, more than the job lasted")
+    if wall < job_seconds - UNLOGGED_SECONDS * len(evidence.launches):
+        problems.append(f"the log covers {wall:.1f} s only, and the job lasted {job_seconds:.1f} s")
     return problems
 
 
@@ -325,7 +325,7 @@ def _status_problems(evidence: Evidence) -> list[str]:
         status, ended = launch["status"], launch["ended"]
         if status is None:
             problems.append(
-                f"start {number + 1} did not end by itself within {launch['ended'] - launch['started']:.0f} s"
+                f"start {number + 1} did not end on its own within {launch['ended'] - launch['started']:.0f} s"
             )
             continue
         before = [firing.fault.kind for firing in evidence.firings if ended is None or firing.time <= ended]

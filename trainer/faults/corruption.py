@@ -1,4 +1,4 @@
-"""Wrong numbers: values that are not finite, flipped bits, an operator that errs now and then.
+"""Wrong numbers: values that are not finite, flipped bits, an operator that is sometimes wrong.
 
 What is done to tensors is in tensors.py, which needs torch.
 """
@@ -79,7 +79,7 @@ class NanWeights(VisibleFault):
     imitates = "memory that is overwritten"
     made = "one weight of one rank is not finite"
     detected = "the loss is not finite, also when computed again"
-    recovered = "the run stops and says where; the same command goes on from the checkpoint"
+    recovered = "the run stops and says where; the same command resumes from the checkpoint"
     exits = (0, 1)
 
     def fire(self, planned: "PlannedFault", rank: "RankContext") -> None:

@@ -37,13 +37,13 @@ class DiskFault(Fault):
 
     group = "storage"
     detected = "the save fails on every rank with one reason"
-    recovered = "training goes on; the next due save tries again"
+    recovered = "training continues; the next due save tries again"
     phases = (Phase.IN_SAVE_SHARD,)
     expected_incidents = ("save_failed",)
     operation: ClassVar[Operation] = "write"
     error: ClassVar[int] = errno.EIO
     every_write: ClassVar[bool] = False
-    """True if it meets every write of the rank in that save, and not only the first."""
+    """True if it affects every write of the rank in that save, not only the first."""
 
     def writer_only(self, phase: str) -> bool:
         return phase == Phase.BEFORE_COMMIT  # by then the other ranks have nothing left to write
@@ -53,7 +53,7 @@ class DiskFault(Fault):
         raise OSError(self.error, os.strerror(self.error), *([] if path is None else [path]))
 
     def write(self, planned: "PlannedFault", write: Callable[[Any], int], data: memoryview) -> int:
-        """Do this to a write of `data`; returns how many bytes are said to be written."""
+        """Act on a write of `data`; returns the number of bytes to report as written."""
         self.fail()
 
 
@@ -87,7 +87,7 @@ class Disk:
     def __init__(self, run: Path, take: Take) -> None:
         self._root, self._take = files.directory(run).absolute(), take
         self._every_write: dict[str, PlannedFault] = {}
-        """Faults that meet every write, by the directory of the save."""
+        """Faults that affect every write, by the directory of the save."""
         self._open_for_writing: dict[int, SaveFile] = {}
         self._real: dict[tuple[Any, str], Any] = {}
 
@@ -150,7 +150,7 @@ class Disk:
         self._open_for_writing.pop(descriptor, None)
 
     def write(self, saved: SaveFile, write: Callable[[Any], int], data: Any) -> int:
-        """Write `data`, or do what a fault makes of it; returns how many bytes were, or are said to be, written."""
+        """Write `data`, or let a fault act instead; returns the number of bytes to report as written."""
         # A full or slow disk stays so for the whole save, but not for the next one or another try.
         fault = self._every_write.get(saved.directory) or self._take("write", saved.phase, saved.step)
         if fault is None:

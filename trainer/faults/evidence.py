@@ -1,4 +1,4 @@
-"""All that is known of a run with faults: the plan, what fired, the log, and how its jobs ended."""
+"""The evidence of a run with faults: the plan, the faults that fired, the log, and how its jobs ended."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ def reference_of(run: Path, config: Config, seconds: float) -> Reference:
 
 @dataclass(frozen=True)
 class Evidence:
-    """All that is known of a run with faults."""
+    """The plan of a run with faults, and its results."""
 
     run: Path
     config: Config

@@ -36,9 +36,9 @@ STEP = (*GRADIENT, *UPDATE)
 ANYWHERE = (*STEP, *SAVE, Phase.STARTUP, Phase.IN_LOAD, Phase.IN_EVAL, Phase.BEFORE_END, Phase.AFTER_END)
 WITHOUT_STEP = (Phase.STARTUP, Phase.IN_LOAD, Phase.BEFORE_END, Phase.AFTER_END)
 AFTER_THE_UPDATE = (Phase.AFTER_UPDATE, Phase.IN_EVAL, *SAVE)
-"""Phases at which a rank's own count of completed steps already includes the step."""
+"""Phases at which the rank already counts the step as completed."""
 
-# What a kind may need of the machine or the job. A campaign probes, and skips kinds whose needs are not met.
+# Needs of a kind: of the machine or of the job. A campaign probes, and skips kinds whose needs are not met.
 LINUX, NAMESPACES, NODES, SHAPING = (
     "Linux",
     "network namespaces (as root, or where the system lets users make user namespaces)",
@@ -64,17 +64,17 @@ class Fault:
     """A kind of fault. Instances have no state: the settings of one fault of a config are in its `PlannedFault`."""
 
     name: ClassVar[str]
-    """As in configs. By default that of the class: TruncatedShard is truncated_shard."""
+    """Name in configs. By default that of the class: TruncatedShard is truncated_shard."""
     group: ClassVar[Literal["process", "time", "network", "storage", "numbers", "membership", "clock"]]
     imitates: ClassVar[str]
-    """The failure in the field that it stands for."""
+    """The failure in the field that it imitates."""
     made: ClassVar[str]
     """The way it is made here."""
     detected: ClassVar[str]
     recovered: ClassVar[str]
 
     phases: ClassVar[tuple[Phase, ...]] = ()
-    """Where it strikes inside a rank, the usual phase first. None where it comes from outside."""
+    """Phases at which it strikes inside a rank, the usual first. None if it comes from outside."""
     settings: ClassVar[Mapping[str, Setting]] = {}
     needs: ClassVar[tuple[str, ...]] = ()
     signal_number: ClassVar[int] = 0
@@ -83,7 +83,7 @@ class Fault:
     expected_incidents: ClassVar[tuple[str, ...]] = ()
     """Kinds of incident (log/incidents.py), one of which the run must report. Empty: it passes without an incident."""
     may_cause: ClassVar[tuple[str, ...]] = ()
-    """Further kinds of incident that can come of it and are no false alarm."""
+    """Further kinds of incident that it may cause; they are no false alarms."""
     names_rank: ClassVar[bool] = True
     """True if the incident must name the rank that was hit."""
     exits: ClassVar[tuple[int, ...]] = (0,)
@@ -114,7 +114,7 @@ class Fault:
     moves_clock: ClassVar[bool] = False
     """True if the run's own times cannot be trusted afterwards."""
     node_balance: ClassVar[int] = 0
-    """Nodes that join (1) or leave (-1) for good."""
+    """Nodes that join (1) or leave (-1) permanently."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -155,12 +155,12 @@ class Fault:
         raise NotImplementedError(f"{self.name} does not fire inside a rank")
 
     def change(self, planned: "PlannedFault", rank: "RankContext", tensor: "Tensor") -> "Tensor":
-        """Fire where the rank computes `tensor`, in_forward or in_backward; returns the tensor to go on with."""
+        """Fire where the rank computes `tensor`, in_forward or in_backward; returns the tensor to continue with."""
         self.fire(planned, rank)
         return tensor
 
     def obstacle_outside(self, planned: "PlannedFault", cluster: "Cluster") -> str:
-        """The reason why it cannot be made of this cluster; empty if it can."""
+        """The reason why it cannot be made on this cluster; empty if it can."""
         if NAMESPACES in self.needs and cluster.hosts is None:
             return "its nodes are not on hosts of their own"
         if self.needs_store and cluster.store is None:
@@ -179,7 +179,7 @@ class Harmless(Fault):
     """A kind that may delay the run and must not be taken for a failure."""
 
     detected = "no fault: slow is not hung"
-    recovered = "by itself"
+    recovered = "automatically"
     expected_incidents = ()
 
 

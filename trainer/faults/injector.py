@@ -1,9 +1,9 @@
 """Fires the faults of a plan that strike inside a rank, once each, at their phases.
 
-`job` asks `arm` for an injector before any work, and hands it what it makes. Without faults the injector touches
-nothing. Phases that the run itself has no hook for come from here: in_forward and in_backward from hooks on the middle
-block, in_update from hooks on the optimizers, in_reduce from one call of all_reduce taken apart. Only what a fault of
-this rank needs is put in place.
+`job` asks `arm` for an injector before any work, and passes it the objects that it makes. Without faults the injector
+touches nothing. Phases for which the run itself has no hook are made here: in_forward and in_backward by hooks on the
+middle block, in_update by hooks on the optimizers, in_reduce by replacing one call of all_reduce. Only the hooks that a
+fault of this rank needs are set.
 """
 
 import functools
@@ -29,7 +29,7 @@ from trainer.model import blocks_of
 from trainer.phases import Hook, Phase
 from trainer.step import TrainState
 
-PEERS_SECONDS = 0.4  # peers of a rank that is hit in a collective come to it so much later
+PEERS_SECONDS = 0.4  # peers of a rank that is hit in a collective enter it so much later
 
 
 def arm(config: Config, run: Path, rank: int, world_size: int) -> "FaultInjector":
@@ -53,7 +53,7 @@ def _first_world_size(run: Path) -> int | None:
 class FaultInjector:
     def __init__(self, planned: Sequence[PlannedFault], config: Config, run: Path, rank: int, world_size: int) -> None:
         self.notice = _notice(planned) if planned else ""
-        """Warning for the log, so that nobody takes what follows for an accident."""
+        """Warning for the log, so that a reader does not take what follows for an accident."""
         # The number is the same on all ranks: none can have begun its attempt before all are connected.
         self._rank = RankContext(config, run, rank, world_size, events.next_attempt(run))
         self._hits = Counter((event.index, event.fault, event.victim) for event in plan.firings(run))
@@ -63,7 +63,7 @@ class FaultInjector:
         self._said: set[int] = set()
         if self._mine():
             _, hard = resource.getrlimit(resource.RLIMIT_CORE)
-            resource.setrlimit(resource.RLIMIT_CORE, (0, hard))  # nobody wants the core dumps
+            resource.setrlimit(resource.RLIMIT_CORE, (0, hard))  # without core dumps
         if planned and rank == 0:
             storage.bring_back(run)  # the process that moved them away may have died before it moved them back
 
@@ -81,11 +81,11 @@ class FaultInjector:
         return both
 
     def attach(self, attempt: int, log: EventLog, state: TrainState, prepared: Prepared) -> None:
-        """The attempt is about to begin with these."""
+        """Receive the objects of an attempt that is about to begin."""
         rank = self._rank
         rank.attempt, rank.log, rank.state, rank.prepared = attempt, log, state, prepared
-        mine = self._mine()
-        phases = {fault.phase for fault in mine}
+        own_faults = self._mine()
+        phases = {fault.phase for fault in own_faults}
         # Hooks cost time in every step, so they are set only for phases at which this rank is hit.
         if phases & {Phase.IN_FORWARD, Phase.IN_BACKWARD}:
             blocks = blocks_of(state.model)
@@ -93,7 +93,7 @@ class FaultInjector:
         if Phase.IN_UPDATE in phases:
             for optimizer in state.optimizers:
                 optimizer.register_step_post_hook(lambda *_: self.pass_by(Phase.IN_UPDATE, rank.step))
-        if any(isinstance(fault.kind, DiskFault) for fault in mine):
+        if any(isinstance(fault.kind, DiskFault) for fault in own_faults):
             disk = Disk(rank.run, self._take)
             disk.install()
             rank.undo.callback(disk.remove)
@@ -108,7 +108,7 @@ class FaultInjector:
             self.pass_by(Phase.AFTER_END, self._rank.step)
         self._rank.undo.close()
 
-    # What is due, and its record.
+    # Faults that are due, and their record.
 
     def pass_by(self, phase: str, step: int) -> None:
         """The rank passes a phase of its run."""
@@ -145,7 +145,7 @@ class FaultInjector:
         )
 
     def _claim(self, fault: PlannedFault, phase: str) -> bool:
-        """True if the fault is this thread's to make. It is on record then, before it acts."""
+        """True if this thread must make the fault, which is then on record before it acts."""
         rank = self._rank
         with self._lock:
             # The saving thread may have claimed it meanwhile.
@@ -158,7 +158,7 @@ class FaultInjector:
         return True
 
     def _take(self, operation: Operation, phase: str, step: int) -> PlannedFault | None:
-        """For the disk: a fault of this operation that is due, on record as fired."""
+        """The fault of this disk operation that is due, on record as fired; None if there is none."""
         for fault in self._due(phase, step):
             if isinstance(fault.kind, DiskFault) and fault.kind.operation == operation and self._claim(fault, phase):
                 return fault
@@ -182,7 +182,7 @@ class FaultInjector:
         rank = self._rank
         for fault in [f for f in list(self._waiting.values()) if self._is_due(f, Phase.IN_REDUCE, step)]:
             victims = fault.victims(rank.world_size)
-            # A victim must still be waiting in the collective when it is hit, so somebody else has to come late.
+            # A victim must still be waiting in the collective when it is hit, so another rank has to enter it late.
             if rank.rank not in victims or (len(victims) == rank.world_size > 1 and rank.rank == victims[-1]):
                 time.sleep(PEERS_SECONDS)
             if rank.rank not in victims:

@@ -27,7 +27,7 @@ class MembershipFault(Fault):
 
 class NodeLeaves(MembershipFault):
     imitates = "a node is taken out for maintenance"
-    made = "SIGKILL of the last node's agent and workers; nobody replaces it"
+    made = "SIGKILL of the last node's agent and workers; no other node replaces it"
     expected_incidents = ("worker_lost",)
     node_balance = -1
 

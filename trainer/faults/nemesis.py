@@ -1,4 +1,4 @@
-"""Fires the faults of a plan that come from outside: a thread beside torchrun, for what no rank can do to itself.
+"""Fires the faults of a plan that come from outside: a thread beside torchrun, for faults that no rank can make itself.
 
 It follows the run's event log, notes each fault in RUN/events/faults.jsonl before it acts, and signals only processes
 of the cluster it was given. Each fault acts in a thread of its own, and what lasts is undone at its end or at `stop`.
@@ -94,7 +94,7 @@ class Nemesis:
         self._watching.start()
 
     def stop(self) -> None:
-        """Fire nothing more, and undo what lasts: stopped processes go on, links are up. Bounded in time."""
+        """Fire nothing more, and undo what lasts: stopped processes continue, links are up. Bounded in time."""
         self._outside.stopping.set()
         for thread in [self._watching, *self._acting]:
             thread.join(SETTLE_SECONDS)
@@ -104,13 +104,13 @@ class Nemesis:
     def _watch(self) -> None:
         while self._waiting and not self._outside.wait(POLL_SECONDS):
             if not rundir.config_path(self._run).exists():
-                continue  # a file there would make it a directory that no run is started in
+                continue  # a file there would make a run refuse the directory
             try:
                 self._progress.poll()
                 for fault in [fault for fault in self._waiting if self._is_due(fault)]:
                     self._fire(fault)
             except OSError:
-                continue  # the run directory is going away
+                continue  # the run directory is being removed
 
     def _is_due(self, fault: PlannedFault) -> bool:
         progress = self._progress
@@ -190,7 +190,7 @@ class _RunProgress:
         return next((start[1].world_size for start in reversed(starts) if start is not None), None)
 
     def attempt_of(self, rank: int | None, pid: int | None) -> int:
-        """The attempt of a worker, who may not have written anything yet; the newest attempt if `rank` is None."""
+        """The attempt of a worker, which may not have written anything yet; the newest attempt if `rank` is None."""
         newest = self.attempt or 0
         if rank is None:
             return newest

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class NetworkFault(Fault):
     group = "network"
     detected = "the watchdog: no progress within elastic.step_timeout_seconds"
-    recovered = "the side that holds the rendezvous goes on alone; the other joins when it can"
+    recovered = "the side that holds the rendezvous continues alone; the other joins when it can"
     needs = (LINUX, NAMESPACES, NODES)
     expected_incidents = ("hung", "worker_lost")
     on_rank = False
@@ -55,7 +55,7 @@ class LinkFlap(Partition):
     imitates = "a loose connector"
     made = "the last node's link goes down and up again"
     detected = "TCP sends again: no fault, unless it takes too long"
-    recovered = "by itself"
+    recovered = "automatically"
     settings: ClassVar = {"times": Setting(3, "how often", 1), "seconds": Setting(0.3, "down each time")}
     expected_incidents = ()
 
@@ -82,7 +82,7 @@ class StoreKilled(StoreFault):
     imitates = "the rendezvous host dies"
     made = "the rendezvous store is killed"
     detected = "the agents' keep-alives fail"
-    recovered = "the job ends, its workers asked to save and leave; the same command goes on"
+    recovered = "the job ends, its workers asked to save and leave; the same command resumes"
     expected_incidents = ("preempted", "hung", "worker_lost")
 
     def fire_from_outside(self, planned: "PlannedFault", outside: "Outside", victims: Mapping[int, int]) -> None:
@@ -92,7 +92,7 @@ class StoreKilled(StoreFault):
 class StoreUnreachable(Harmless, StoreFault):
     imitates = "the way to the rendezvous host fails for a while"
     made = "connections to the rendezvous store are frozen"
-    detected = "no fault while nobody needs it"
+    detected = "no fault while nothing needs the store"
     settings: ClassVar = {"seconds": Setting(3.0, "how long")}
 
     def fire_from_outside(self, planned: "PlannedFault", outside: "Outside", victims: Mapping[int, int]) -> None:
@@ -103,7 +103,7 @@ class StoreRestarted(StoreFault):
     imitates = "the rendezvous host comes back empty"
     made = "the rendezvous store is killed and started again"
     detected = "the agents' keep-alives fail, or nothing needs the store"
-    recovered = "the job ends; the same command goes on"
+    recovered = "the job ends; the same command resumes"
     expected_incidents = ()
 
     def fire_from_outside(self, planned: "PlannedFault", outside: "Outside", victims: Mapping[int, int]) -> None:

@@ -1,8 +1,8 @@
-"""From `[[faults]]` to what fires when: checked as a whole before anything starts, and recorded so that it fires once.
+"""The plan of `[[faults]]`: checked as a whole before anything starts; what has fired is recorded, so it fires once.
 
 Steps are counted as everywhere: `at_step = 9` is while step 9 is computed, saved or scored. A fault that names no step
-fires at its phase when it first comes by. What has fired is in RUN/events/faults.jsonl, so that no fault fires twice on
-a rank, however often the rank is started again.
+fires the first time that its phase is reached. RUN/events/faults.jsonl lists what has fired: no fault
+fires twice on a rank, however often the rank is started again.
 """
 
 import difflib
@@ -29,7 +29,7 @@ _now = time.time  # the real clock, also after a fault has made `time.time` jump
 
 @dataclass(frozen=True)
 class PlannedFault:
-    """One fault of a config, with nothing left to chance."""
+    """One fault of a config, with every random choice made."""
 
     index: int
     kind: Fault
@@ -149,8 +149,8 @@ def _problems(index: int, entry: FaultEntry, config: Config, world_size: int, no
 
 def _rank_problems(where: str, entry: FaultEntry, kind: Fault, world_size: int) -> list[str]:
     if not kind.on_rank:
-        said = f"{where}: rank = {entry.rank!r}, but it does not hit a rank.\n  Remove rank."
-        return [] if entry.rank == "any" else [said]
+        no_rank = f"{where}: rank = {entry.rank!r}, but it does not hit a rank.\n  Remove rank."
+        return [] if entry.rank == "any" else [no_rank]
     if isinstance(entry.rank, str):
         known = entry.rank in RANKS
         return [] if known else [f"{where}: rank = {entry.rank!r} is no rank.\n  Give a number or {', '.join(RANKS)}."]
@@ -204,13 +204,13 @@ def _phase_problems(where: str, entry: FaultEntry, kind: Fault, config: Config) 
     if phase not in kind.phases:
         return [f"{where}: phase = {phase!r} is not among {', '.join(kind.phases)}.\n  Name one of them."]
     if step is not None and phase in WITHOUT_STEP:
-        return [f"{where}: {phase} belongs to no step.\n  Remove at_step; `attempt` tells which start is meant."]
+        return [f"{where}: {phase} belongs to no step.\n  Remove at_step; `attempt` selects the start."]
     if step is None:
         return [] if phase in WITHOUT_STEP else [f"{where} does not say when.\n  Give at_step."]
     every, setting = interval(phase, config)
     if step != last and (every == 0 or step % every):
         return [
-            f"{where}: {phase} does not come by at step {step}: {setting} = {every}.\n"
+            f"{where}: {phase} is not reached at step {step}: {setting} = {every}.\n"
             f"  Give a step that it divides, or {last}, the last."
         ]
     return []
@@ -221,9 +221,9 @@ def _setting_problems(where: str, entry: FaultEntry, kind: Fault) -> list[str]:
     for name, value in _own_settings(entry).items():
         setting = kind.settings.get(name)
         if setting is None:
-            there = f"It has {', '.join(kind.settings)}." if kind.settings else "It has none of its own."
+            hint = f"It has {', '.join(kind.settings)}." if kind.settings else "It has none of its own."
             near = difflib.get_close_matches(name, [*FaultEntry.model_fields, *kind.settings], n=1)
-            problems.append(f"{where}: {name} is no setting of it.\n  {f'Did you mean {near[0]}?' if near else there}")
+            problems.append(f"{where}: {name} is no setting of it.\n  {f'Did you mean {near[0]}?' if near else hint}")
         elif isinstance(setting.default, str):
             if value not in setting.choices:
                 problems.append(
@@ -255,7 +255,7 @@ def _duration_problems(where: str, entry: FaultEntry, kind: Fault, config: Confi
 
 
 def _no_rank_left(planned: Sequence[PlannedFault], world_size: int) -> list[str]:
-    """Stopped processes notice nothing: another rank must."""
+    """Faults that stop every rank at once: a stopped process notices nothing, so a rank must be left."""
     stopped: dict[tuple[Any, ...], set[int]] = {}
     for fault in planned:
         if fault.kind.stops_rank:
@@ -274,7 +274,7 @@ def _no_node_left(planned: Sequence[PlannedFault], nodes: int | None) -> list[st
     joining = sum(fault.kind.node_balance > 0 for fault in planned)
     if nodes is None or leaving < nodes + joining:
         return []
-    return [f"faults take {leaving} nodes out for good, and the job has {nodes}.\n  Leave one node to go on."]
+    return [f"faults take {leaving} nodes out for good, and the job has {nodes}.\n  Leave one node to continue."]
 
 
 def _contradictions(planned: Sequence[PlannedFault]) -> list[str]:
@@ -347,5 +347,5 @@ def firings(run: Path) -> list[FaultFired]:
 
 def not_fired(planned: Iterable[PlannedFault], run: Path) -> list[PlannedFault]:
     """The faults of a plan that have not fired on any rank yet."""
-    seen = {event.index for event in firings(run)}
-    return [fault for fault in planned if fault.index not in seen]
+    fired_indices = {event.index for event in firings(run)}
+    return [fault for fault in planned if fault.index not in fired_indices]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 RESTART = "torchrun starts all workers again; they load the newest intact checkpoint"
 PREEMPTED = (0, 75)
 LOST = (0, 1, 75, 130, 137, 143)
-"""Exit statuses of a job that lost what it cannot do without; whoever started it starts it again."""
+"""Exit statuses of a job that lost a part that it needs; its user or scheduler starts it again."""
 EXIT_STATUS = 3
 
 
@@ -58,7 +58,7 @@ class RaisedException(ProcessFault):
 
 class Sigkill(SignalFault, ProcessFault):
     imitates = "the kernel's or the scheduler's kill"
-    made = "kill -KILL of the rank by itself"
+    made = "the rank sends itself SIGKILL"
     signal_number = signal.SIGKILL
 
 
@@ -86,7 +86,7 @@ class Sigterm(SignalFault, ProcessFault):
     imitates = "a scheduler's notice before it takes the machine"
     made = "kill -TERM"
     detected = "a signal handler notes it; all ranks agree at the end of the step"
-    recovered = "all save and leave with 75; the same command goes on"
+    recovered = "all save and leave with 75; the same command resumes"
     phases = (*STEP, Phase.STARTUP)
     signal_number = signal.SIGTERM
     expected_incidents = ("preempted",)
@@ -125,7 +125,7 @@ class AgentKilled(ProcessFault):
     imitates = "the launcher dies"
     made = "kill -KILL of torchrun"
     detected = "each worker sees that its parent is gone"
-    recovered = "the workers end; the same command goes on"
+    recovered = "the workers end; the same command resumes"
     phases = ()
     hits_agent = True
     names_rank = False

@@ -72,8 +72,8 @@ class RankContext:
 
     def in_chosen_micro_batch(self) -> bool:
         """True in the micro-batch that in_forward and in_backward mean: the rank's second, or its only one."""
-        own = len(range(self.rank, self.config.data.micro_batches, self.world_size))
-        return self.micro_batch == min(2, own)
+        own_micro_batches = len(range(self.rank, self.config.data.micro_batches, self.world_size))
+        return self.micro_batch == min(2, own_micro_batches)
 
     def chance(self, planned: "PlannedFault") -> random.Random:
         """The generator that draws where a fault hits: the same in every process, whatever other faults there are."""
@@ -99,7 +99,7 @@ class RankContext:
         self.instead_of_all_reduce(entered)
 
     def instead_of_all_reduce(self, act: Callable[[Callable[..., Any]], None]) -> None:
-        """Once, in the training thread: `act` is given the call of all_reduce instead of it being made."""
+        """Once, in the training thread: pass the call of all_reduce to `act` instead of making it."""
         real = dist.all_reduce
 
         def once(*arguments: Any, **more: Any) -> Any:

@@ -207,13 +207,13 @@ class VanishedCheckpoints(Fault):
     imitates = "a file system that is unmounted"
     made = "RUN/checkpoints is moved away, and back after some seconds"
     detected = "a save under way fails on every rank with one reason"
-    recovered = "training goes on; the next due save tries again"
+    recovered = "training continues; the next due save tries again"
     phases = (Phase.BEFORE_FORWARD, Phase.IN_SAVE_SHARD)
     settings: ClassVar = {"seconds": Setting(1.0, "how long it is gone")}
     may_cause = ("save_failed",)
 
     def usual_step(self, every: int, steps: int) -> int:
-        return min(2 * every, steps)  # gone when the next save begins
+        return min(2 * every, steps)  # missing when the next save begins
 
     def obstacle(self, planned: "PlannedFault", rank: "RankContext") -> str:
         there = can_vanish(rank.run)

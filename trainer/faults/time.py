@@ -44,7 +44,7 @@ class SkippedCollective(Hang):
     made = "the rank leaves out one all-reduce of its step, and waits in the next one"
     phases = (Phase.BEFORE_REDUCE,)
     settings: ClassVar = {}
-    # Nobody can tell which of the ranks that disagree is right, or which of them gloo ends.
+    # It is unknown which of the ranks that disagree is right, and which of them gloo ends.
     expected_incidents = ("hung", "worker_lost")
     names_rank = False
     needs_peers = True

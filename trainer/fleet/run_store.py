@@ -84,7 +84,7 @@ class StoredRun:
             saved = []
         return (saved[0].step if saved else -1, len(faultplan.fired(self.run)))
 
-    def last_words(self) -> str:
+    def last_output(self) -> str:
         """Return the end of the newest start's output: its error if it is one of ours, else its last lines."""
         try:
             text = self.log.read_text(encoding="utf-8", errors="replace")

@@ -106,9 +106,9 @@ def new_start_directory(directory: Path) -> Path:
 # Many runs
 
 
-def is_final(status: int, words: str) -> bool:
-    """True if another start would end in the same way, by exit status and last words."""
-    return words.startswith(FINAL) or (status == EXIT_USAGE and IN_USE not in words)
+def is_final(status: int, output: str) -> bool:
+    """True if another start would end in the same way, by exit status and last output."""
+    return output.startswith(FINAL) or (status == EXIT_USAGE and IN_USE not in output)
 
 
 @dataclass
@@ -218,19 +218,19 @@ class Supervisor:
         return self.backend.start(task)
 
     def _reason_to_give_up(self, run: SupervisedRun, status: int) -> str:
-        """Return why another start would be in vain; "" if it may help. Notes the death for the run's log."""
+        """Return the reason why another start would fail too; "" if it may help. Notes the death for the run's log."""
         stored = run.task.stored
-        words = stored.last_words()
-        if is_final(status, words) or elastic.gave_up(stored.failures):
-            return words
-        # A start that saved a checkpoint, or in which a planned fault fired, was not in vain.
+        output = stored.last_output()
+        if is_final(status, output) or elastic.gave_up(stored.failures):
+            return output
+        # A start that saved a checkpoint, or in which a planned fault fired, counts as progress.
         progress = stored.progress()
         run.starts_in_vain = 0 if progress > run.progress else run.starts_in_vain + 1
         run.progress = progress
         signal_name = signal.Signals(-status).name if status < 0 else None
         how = f"was ended by {signal_name}" if signal_name else f"left with exit status {status}"
         if run.starts_in_vain > self.restarts:
-            return f"It {how}, {run.starts_in_vain} times in a row without progress. Its last output:\n{words}"
+            return f"It {how}, {run.starts_in_vain} times in a row without progress. Its last output:\n{output}"
         # torchrun notes the deaths of its ranks itself. A preempted run has logged why it left.
         if status not in (EXIT_PREEMPTED, EXIT_USAGE) and self.ranks == 1:
             failure = {"rank": 0, "pid": run.process.pid, "exitcode": status, "signal": signal_name}

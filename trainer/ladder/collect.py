@@ -107,12 +107,12 @@ def run_results(collected: Sequence[CollectedRun]) -> list[RunResult]:
     compare machines.
     """
     machines = Counter(run.machine for run in collected if run.status == "finished" and run.machine is not None)
-    usual = machines.most_common(1)[0][0] if machines else None
+    usual_machine = machines.most_common(1)[0][0] if machines else None
     results = []
     for run in collected:
         if run.loss is None:
             continue
-        comparable = run.machine is not None and run.machine == usual and math.isfinite(run.loss)
+        comparable = run.machine is not None and run.machine == usual_machine and math.isfinite(run.loss)
         seconds = run.undisturbed_seconds if comparable else None
         results.append(RunResult(run.arm, run.rung, run.seed, run.flops, run.parameters, run.tokens, run.loss, seconds))
     return results

@@ -35,7 +35,7 @@ class LadderStatus:
     runs: list[PlannedRun]
     """All known runs; with [tuning], more are added when sweeps end."""
     states: dict[str, RunState]
-    """By key."""
+    """State of each run, by key."""
     slots: int
     earlier: Speed = speed.UNKNOWN
     """Speed that a plan measured."""
@@ -230,9 +230,9 @@ class _Scheduler:
         # The target's runs are by far the longest, so they wait until all rungs are done.
         candidates = [run for run in left if run.rung != TARGET] or left
         status = self._status()
-        ours = {run.key for run in self.supervisor.runs}
+        own_keys = {run.key for run in self.supervisor.runs}
         # Seconds until each slot is free: those of the runs that we started, and 0 for the slots without one.
-        busy = [status.estimate(run) for run in status.distinct if run.key in ours]
+        busy = [status.estimate(run) for run in status.distinct if run.key in own_keys]
         idle = [0.0] * (self.supervisor.slots - len(busy))
         return left.index(candidates[scheduling.next_of([*map(status.estimate, candidates)], [*busy, *idle])])
 
@@ -252,10 +252,10 @@ class _Scheduler:
         now = time.monotonic()
         if now - self._refreshed >= REFRESH_SECONDS or not self.supervisor.runs:
             self._refreshed = now
-            ours = {run.key for run in self.supervisor.runs}
+            own_keys = {run.key for run in self.supervisor.runs}
             # Runs that we did not start may belong to another scheduler, so their states change without us.
             changing = ("running", "stopped")
-            self._refresh([r for r in self._runs if r.key in ours or self._states[r.key].status in changing])
+            self._refresh([r for r in self._runs if r.key in own_keys or self._states[r.key].status in changing])
             self.update(self._status())
 
     def _status(self) -> LadderStatus:

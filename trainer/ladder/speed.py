@@ -136,9 +136,9 @@ def _timed(ladder: Ladder, run: PlannedRun, directory: Path, slots: int, backend
         statuses = [process.wait() for process in processes]
     # Only an error of the config itself is final: a process that was killed says nothing about the ladder.
     for status, stored in zip(statuses, copies, strict=True):
-        words = stored.last_words()
-        if status and supervision.is_final(status, words):
-            raise UsageError(f"{run.rung}: the baseline fails in its first {PROBE_STEPS} steps.\n{words}")
+        output = stored.last_output()
+        if status and supervision.is_final(status, output):
+            raise UsageError(f"{run.rung}: the baseline fails in its first {PROBE_STEPS} steps.\n{output}")
     return copies[0].read_state(PROBE_STEPS)
 
 
@@ -169,5 +169,5 @@ def devices_of(ladder: Ladder, slot: int) -> dict[str, str]:
         return {}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(number) for number in range(gpus)]
-    own = [names[(slot * ladder.ranks + rank) % gpus] for rank in range(min(ladder.ranks, gpus))]
-    return {"CUDA_VISIBLE_DEVICES": ",".join(own)}
+    devices = [names[(slot * ladder.ranks + rank) % gpus] for rank in range(min(ladder.ranks, gpus))]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(devices)}

@@ -16,7 +16,7 @@ class Choice(JsonRecord):
     arm: str
     rung: str
     rate: float | None
-    """Best multiplier of the learning rate; None while the sweep goes on, or if all of its runs failed."""
+    """Best multiplier of the learning rate; None until the sweep has ended, or if all of its runs failed."""
     losses: dict[str, float | None]
     """Loss by multiplier, written as "0.5"; None: no result."""
     at_edge: bool

@@ -21,7 +21,7 @@ LAUNCH = (sys.executable, "-m", "trainer.launch.torchrun")
 
 
 class Agent:
-    """A torchrun agent, or another command, whose processes and files are found again whatever becomes of it.
+    """A torchrun agent, or another command, whose processes and files are found again however it ends.
 
     The agent has a mark in its environment that every process it starts inherits. The processes with the mark are the
     agent's, and no other process is ever sent a signal. Temporary files go to a directory of the agent's own, beside
@@ -51,8 +51,8 @@ class Agent:
         self.temporary = log.with_suffix(".tmp")
         self.temporary.mkdir(parents=True)
         self._earlier_segments = unused_shared_memory()
-        own = {JOB_MARK: self.mark, "TMPDIR": str(self.temporary)}
-        self.process = _start([*launch, *arguments], os.environ | (environment or {}) | own, directory, log, warm)
+        variables = {JOB_MARK: self.mark, "TMPDIR": str(self.temporary)}
+        self.process = _start([*launch, *arguments], os.environ | (environment or {}) | variables, directory, log, warm)
 
     def __enter__(self) -> Self:
         return self
@@ -102,9 +102,9 @@ class Agent:
     def send(self, pid: int, number: int) -> bool:
         """Send a signal to a process if it is one of this agent's. Returns False if it is not, or is gone."""
         if not PROC.exists():
-            ours = pid in self.processes()
+            is_own = pid in self.processes()
             with contextlib.suppress(ProcessLookupError):
-                return ours and os.kill(pid, number) is None
+                return is_own and os.kill(pid, number) is None
             return False
         try:
             # The handle stands for the process, not for its number, which may be given to another one meanwhile.
@@ -125,7 +125,7 @@ class Agent:
         """End every process of this agent with SIGKILL."""
         for _ in range(3):  # a process may start another while we go through the list
             for pid in self.processes():
-                # Python's resource tracker removes the semaphores of processes that died, then ends by itself.
+                # Python's resource tracker removes the semaphores of processes that died, then ends on its own.
                 if "multiprocessing.resource_tracker" not in processes.command_line(pid):
                     self.send(pid, signal.SIGKILL)
             if wait_until(lambda: not self.processes(), seconds=2):

@@ -24,7 +24,7 @@ PARTING_SECONDS = 10  # until the other agents have left after the first
 class Cluster:
     """The agents of one run on this machine: `nodes` agents, each with `ranks` workers.
 
-    The exit status of the first agent is the run's. One agent runs by itself (--standalone). Several meet at a c10d
+    The exit status of the first agent is the run's. A single agent runs with --standalone. Several meet at a c10d
     store: in the first agent, or with `own_store` in a process of its own. They listen on loopback, or each on one of
     `hosts`. `overrides` are KEY=VALUE for --set. Logs (node-0.txt, …, store-0.txt) and temporary files go to
     `directory`, which is made and must not hold those of another cluster.
@@ -48,7 +48,7 @@ class Cluster:
     ) -> None:
         """`worker` is the module, with its first arguments, that each rank runs. `warm` as for Agent; it has no effect
         with several agents."""
-        assert nodes > 1 or not (own_store or hosts), "one agent by itself has its store in itself"
+        assert nodes > 1 or not (own_store or hosts), "a single agent holds its own store"
         settings = [part for override in overrides for part in ("--set", override)]
         self._command = ["-m", *worker, str(config), "--run", str(run), *settings]
         self._ranks, self._first_nodes, self._restarts = ranks, nodes, restarts
@@ -77,7 +77,7 @@ class Cluster:
     def add_node(self) -> Agent:
         """Start one more agent, which joins the others. Raises ValueError for a cluster of one agent."""
         if self._first_nodes == 1:
-            raise ValueError("a job of one node by itself cannot grow.\n  Start it with two nodes or more.")
+            raise ValueError("a job of a single node cannot grow.\n  Start it with two nodes or more.")
         return self._add()
 
     def start_store(self) -> None:

@@ -118,7 +118,7 @@ class ForkServer:
                 _adopt_orphans(False)  # else we had to wait for the children of workers that die
 
     def close(self) -> None:
-        """End the server. Its children go on."""
+        """End the server. Its children continue to run."""
         self._requests.close()
         if self._spawned is not None:
             self._spawned.wait()
@@ -132,14 +132,14 @@ def fork(modules: Sequence[str]) -> ForkServer | None:
     """
     if sys.platform != "linux" or len(list(Path("/proc/self/task").iterdir())) > 1:
         return None
-    ours, theirs = Pipe()
+    caller_end, server_end = Pipe()
     caller = os.getpid()
     if os.fork():
-        theirs.close()
-        return ForkServer(ours)
-    ours.close()
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, which tells its workers
-    request = _serve(theirs, caller, modules)
+        server_end.close()
+        return ForkServer(caller_end)
+    caller_end.close()
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, which stops its workers
+    request = _serve(server_end, caller, modules)
     signal.signal(signal.SIGINT, interrupt)
     _run(request)
 
@@ -148,15 +148,15 @@ def spawn(modules: Sequence[str]) -> ForkServer | None:
     """Start a server as a new process, for callers that have threads. Returns None without Linux."""
     if sys.platform != "linux":
         return None
-    ours, theirs = Pipe()
+    caller_end, server_end = Pipe()
     threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # read as torch is loaded, and torchrun's default
-    program = f"from trainer.launch import forkserver; forkserver.serve({theirs.fileno()}, {list(modules)!r})"
-    with theirs:
+    program = f"from trainer.launch import forkserver; forkserver.serve({server_end.fileno()}, {list(modules)!r})"
+    with server_end:
         server = subprocess.Popen(
-            [sys.executable, "-c", program], stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()],
+            [sys.executable, "-c", program], stdin=subprocess.DEVNULL, pass_fds=[server_end.fileno()],
             env=threads | os.environ | {elastic.JOB_MARK: UNMARKED}, start_new_session=True,
         )  # fmt: skip
-    return ForkServer(ours, server)
+    return ForkServer(caller_end, server)
 
 
 def serve(descriptor: int, modules: Sequence[str]) -> NoReturn:
@@ -244,7 +244,7 @@ def _run(request: Request) -> NoReturn:
     except BaseException as error:
         sys.excepthook(type(error), error, error.__traceback__)
         status = 1
-    # What an interpreter does at its end: wait for threads, run the exit handlers, flush.
+    # As an interpreter does at its end: wait for threads, run the exit handlers, flush.
     threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
     atexit._run_exitfuncs()
     sys.stdout.flush()

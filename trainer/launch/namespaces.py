@@ -5,7 +5,7 @@ Nothing has to be cleaned up after a crash: a namespace has no name and lasts as
 process that holds it ends with ours, even if ours is killed.
 
 For users other than root the namespaces are made within a user namespace, where the system allows one. Processes there
-take themselves for root. To everybody else they and their files are the user's own.
+see themselves as root. For all others they and their files belong to the user.
 """
 
 import contextlib
@@ -65,7 +65,7 @@ class _Link:
 
 
 class Hosts:
-    """`count` hosts that see each other and nobody else. A context manager; any thread may call any method.
+    """`count` hosts that reach each other and no other machine. A context manager; any thread may call any method.
 
     All methods raise OSError if the kernel or a tool refuses.
     """

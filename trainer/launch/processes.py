@@ -1,4 +1,4 @@
-"""Processes of this machine as /proc shows them: whose they are, what they are called, what they left behind.
+"""Processes of this machine as /proc shows them: their owners, their names, what they left behind.
 
 All answers are empty where there is no /proc (macOS), for a process that is gone, and for one of another user.
 """
@@ -50,7 +50,7 @@ def descendants(pid: int) -> list[int]:
     listed = subprocess.run(["ps", "-axo", "pid=,ppid="], capture_output=True, text=True, check=False).stdout
     parents = [tuple(map(int, line.split())) for line in listed.splitlines()]
     found = [pid]
-    for ancestor in found:  # grows while it is read
+    for ancestor in found:  # the list grows while it is read
         found += [child for child, parent in parents if parent == ancestor]
     return found
 

@@ -17,7 +17,7 @@ from trainer.parallel import elastic
 from trainer.show import terminal
 
 ON_PURPOSE = (EXIT_USAGE, EXIT_PREEMPTED)  # exit statuses that are the job's, not a crash
-LAST_WORDS_SECONDS = 3
+EXIT_GRACE_SECONDS = 3
 RENDEZVOUS_POLL_SECONDS = 0.1
 LOST_STORE = (
     "The node that hosts the rendezvous is gone or out of reach, or the job has ended without this one. "
@@ -39,7 +39,7 @@ def torchrun() -> None:
     from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
     from torch.distributed.elastic.rendezvous import RendezvousError, dynamic_rendezvous
 
-    # Trap 2. While nodes meet, each looks at the rendezvous store once a second, which adds up to 3 s to every change
+    # Trap 2. While nodes meet, each polls the rendezvous store once a second, which adds up to 3 s to every change
     # of membership.
     dynamic_rendezvous._delay = lambda seconds: time.sleep(RENDEZVOUS_POLL_SECONDS)
     _patch_restarts(LocalElasticAgent)
@@ -95,7 +95,7 @@ def _patch_restarts(agent_class: Any) -> None:
 
     Trap 4. torchrun restarts workers that left on purpose, and itself leaves with status 1 and a traceback whatever
     their exit status was. Here wrong usage (2) and preemption (75) are not restarted and are the exit status of the
-    job. Nor are workers restarted after an error that would only come again: a loss that is not finite twice, a disk
+    job. Nor are workers restarted after an error that would only be repeated: a loss that is not finite twice, a disk
     that takes no checkpoint.
     """
     monitor, restart, rendezvous = agent_class._monitor_workers, agent_class._restart_workers, agent_class._rendezvous
@@ -148,7 +148,7 @@ def _patch_close(context_class: Any) -> None:
 
     Trap 5. Before a restart torchrun asks the surviving workers to end, and waits up to 30 s for one that is stopped or
     hangs. They hold nothing that a checkpoint does not, so they are killed: at once after a crash or if they are
-    stopped, and after LAST_WORDS_SECONDS if another worker left with an exit status.
+    stopped, and after EXIT_GRACE_SECONDS if another worker left with an exit status.
     """
     close = context_class.close
 
@@ -158,7 +158,7 @@ def _patch_close(context_class: Any) -> None:
         # A given signal is one that torchrun received and passes on: those workers must have time to save.
         if death_sig is None and statuses and not statuses & set(ON_PURPOSE):
             crashed = min(statuses) < 0
-            death_sig, timeout = (signal.SIGKILL, timeout) if crashed else (signal.SIGTERM, LAST_WORDS_SECONDS)
+            death_sig, timeout = (signal.SIGKILL, timeout) if crashed else (signal.SIGTERM, EXIT_GRACE_SECONDS)
             for worker in (handler.proc for handler in context.subprocess_handlers.values()):
                 if processes.stat(worker.pid)[:1] == ["T"]:  # stopped: no other signal reaches it
                     worker.kill()
@@ -170,7 +170,7 @@ def _patch_close(context_class: Any) -> None:
 def _patch_start(handler_class: Any, server: forkserver.ForkServer | None) -> None:
     """Disarm trap 6.
 
-    Trap 6. Every worker, at every start, imports torch and all the rest anew, which takes seconds. On CPUs under Linux
+    Trap 6. Every worker, at every start, imports torch and all the rest again, which takes seconds. On CPUs under Linux
     workers given as `-m MODULE` are forked from a process that has them imported (trainer/launch/forkserver.py).
     """
     popen = handler_class._popen

@@ -96,7 +96,7 @@ class CheckpointSaved(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointFailed(Event):
-    """A save did not become a checkpoint; training goes on and earlier checkpoints are intact."""
+    """A save did not become a checkpoint; training continues and earlier checkpoints are intact."""
 
     kind = "checkpoint_failed"
     step: int
@@ -326,7 +326,7 @@ class Follower:
     def poll(self) -> list[Entry]:
         """Return what was written since the last poll, in order of attempt, then time.
 
-        Raises RunDirectoryError on a damaged line; the next poll goes on after it.
+        Raises RunDirectoryError on a damaged line; the next poll continues after it.
         """
         for path in sorted(self._directory.glob(self._pattern)):
             if path.name.startswith("."):  # ._NAME and the like, which a desktop or a copier leaves

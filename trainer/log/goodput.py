@@ -1,6 +1,6 @@
 """Accounts for the wall time of a run, from its event log alone.
 
-Wall time runs from the start of the first attempt's process to rank 0's last event (for a run that is going on: to
+Wall time runs from the start of the first attempt's process to rank 0's last event (for a run that still runs: to
 now). It ends with the first attempt that finished: starting a finished run again costs no goodput. Only rank 0's log is
 read, since clocks of hosts differ. A cursor moves along its events, never back, and each stretch that it passes is
 shared out among the parts below. A duration that an event states is cut to the stretch. So parts are never negative and
@@ -21,7 +21,7 @@ sum to the wall time. Goodput is `productive` over wall time.
   save, hashing.
 - `other`: the rest between events: batches, logging, a save whose stall is not in the log.
 
-A value that nobody measured is None, never 0.
+A value that was not measured is None, never 0.
 """
 
 import math
@@ -42,7 +42,7 @@ PARTS = (
 def account(history: History, now: float | None = None) -> dict[str, Any]:
     """Return {wall_seconds, productive_seconds, ratio, parts: {name: seconds}, startup: {cause: seconds}}.
 
-    `now`, a Unix time, is given for a run that is going on. Before the first attempt is ready all values are None and
+    `now`, a Unix time, is given for a run that still runs. Before the first attempt is ready all values are None and
     there are no parts.
     """
     finish = history.finish
@@ -88,7 +88,7 @@ def _spend(ledger: "_Ledger", attempt: Attempt, from_step: int, resumed: int | N
     stall = stalls.get(from_step, 0.0)
     for number, entry in enumerate(entries):
         event = entry.event
-        # Other events pass no stretch of their own: what a failing rank writes on its way out is `down`.
+        # Other events pass no stretch of their own: events that a failing rank writes before it ends count as `down`.
         if not isinstance(event, PROGRESS) and not (in_order and isinstance(event, events.AttemptEnded)):
             continue
         lost = resumed is not None and isinstance(event, WORK) and event.step > resumed

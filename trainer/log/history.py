@@ -1,7 +1,7 @@
 """The attempts of a run, derived once from its event log.
 
 Goodput, incidents, `inspect`, timelines, the fault checker and ladder results read attempts from here. Two ways in:
-`History` reads a whole log; `Attempt.observe` takes one entry at a time, for those who follow a run while it trains.
+`History` reads a whole log; `Attempt.observe` takes one entry at a time, for readers that follow a run while it trains.
 """
 
 import math
@@ -31,9 +31,9 @@ class Attempt:
     entries: list[Entry] = field(default_factory=list)
     """Entries of all ranks, by time. `History` fills it; `observe` does not: a long run would fill the memory."""
     starts: dict[int, Start] = field(default_factory=dict)
-    """By rank; the first rank to be ready comes first."""
+    """Starts by rank; the first rank to be ready comes first."""
     ends: dict[int, tuple[Entry, events.AttemptEnded]] = field(default_factory=dict)
-    """By rank; only ranks that could still write how they ended."""
+    """Ends by rank; only ranks that wrote how they ended."""
     failures: dict[int, str] = field(default_factory=dict)
     """Reason by rank, of the ranks that wrote that they failed; the first to fail comes first."""
     hangs: list[tuple[Entry, events.Hung]] = field(default_factory=list)
@@ -66,7 +66,7 @@ class Attempt:
                 self.fatal_not_finite = event
             case events.StopRequested():
                 self.signal = event.signal
-        # What a rank writes on its way out after a failure is no progress.
+        # Events that a rank writes after its failure are no progress.
         if is_main and (isinstance(event, PROGRESS) or self.ended_in_order):
             self.last_progress = entry
 
@@ -161,9 +161,9 @@ class History:
         """The steps that the run's present state stands on: each as computed last, and not lost since."""
         steps: dict[int, events.StepDone] = {}
         for attempt in self.attempts:
-            # An attempt that died before rank 0 was ready has not gone on from any checkpoint.
+            # An attempt that died before rank 0 was ready has not resumed from any checkpoint.
             if attempt.start is not None:
-                # What lies after the checkpoint that the attempt resumed from is lost.
+                # Steps after the checkpoint that the attempt resumed from are lost.
                 while steps and (newest := next(reversed(steps))) > attempt.start[1].from_step:
                     del steps[newest]
             steps |= {event.step: event for _, event in events.select(attempt.entries, events.StepDone, rank=0)}

@@ -3,7 +3,7 @@
 There is an incident for each attempt that ended before the run did, each save that failed, each checkpoint that was
 passed over, and each step that was computed again because it was not finite.
 
-A value that nobody measured is None, never 0.
+A value that was not measured is None, never 0.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,7 +33,7 @@ class Incident:
     step: int | None
     """The step that failed; for the end of an attempt, the last step that it completed."""
     lost_steps: int | None
-    """Number of steps whose result was lost; None until the run goes on."""
+    """Number of steps whose result was lost; None until the run resumes."""
     seconds: float | None
     """Time without training, until the next attempt is ready; or the wait for a save; or computation thrown away."""
     detected_as: str
@@ -53,7 +53,7 @@ class IncidentBuilder:
 
     def __init__(self, earlier: Iterable[Entry] = ()) -> None:
         self.incidents: list[Incident] = []
-        """All that are complete."""
+        """All complete incidents."""
         self._attempt: Attempt | None = None
         self._ended: list[Attempt] = []
         """Attempts that no attempt has resumed yet: at most the first of them has trained."""
@@ -75,7 +75,7 @@ class IncidentBuilder:
             if self._attempt is not None and not self._finished:
                 self._ended.append(self._attempt)
             self._attempt = Attempt(entry.attempt)
-        # By the first progress the launcher has said what it knows: WorkersLost comes before.
+        # The launcher's report, WorkersLost, is written before the first progress.
         if is_main and isinstance(event, (*PROGRESS, events.AttemptEnded)):
             self._complete_ends()
         if isinstance(event, _InnerEvent):
@@ -106,7 +106,7 @@ class IncidentBuilder:
         attempt: Attempt,
     ) -> None:
         """Add an incident that does not end its attempt."""
-        rank, seconds = None, None  # the log does not always know whose it was; the writer need not be the cause
+        rank, seconds = None, None  # the log does not always name the rank; the writer need not be the cause
         key: tuple[Any, ...] = (attempt.number, event.kind, event.step)
         match event:
             case events.NotFinite(trial=trial):
@@ -138,7 +138,7 @@ class IncidentBuilder:
         for number, attempt in enumerate(ended):
             loss = next((loss for loss in losses if _concerns(loss, attempt)), None)
             losses = [other for other in losses if other is not loss]
-            # Work and time are lost once, however many starts it took to go on.
+            # Work and time are lost once, however many starts it took to resume.
             self.incidents.append(_ending(attempt, loss, *((start, lost) if number == 0 else (None, 0))))
         # Losses that belong to none of these attempts: workers died before they could write anything.
         self.incidents += [_before(start[0], loss) for loss in losses]
@@ -152,7 +152,7 @@ def incidents_of(history: History, running: bool = False) -> list[Incident]:
 
 
 def _concerns(loss: events.WorkersLost, attempt: Attempt) -> bool:
-    """True unless the launcher speaks of workers that died before they wrote anything."""
+    """True unless the launcher reports workers that died before they wrote anything."""
     lost = {failure.get("pid") for failure in loss.failures} - {None}
     started = {event.pid for _, event in attempt.starts.values()}
     return not lost or not started or not lost.isdisjoint(started)
@@ -206,7 +206,7 @@ def _cause(attempt: Attempt, loss: events.WorkersLost | None) -> tuple[str, int 
         return "worker_lost", _rank(first), None, detected_as, text
     if attempt.failures:
         return "worker_lost", None, None, detected_as, "a peer was lost"
-    return "worker_lost", None, None, "silence", "ended without a word"
+    return "worker_lost", None, None, "silence", "ended without a message"
 
 
 def _resumption(attempt: Attempt, next_start: Start | None, lost: int | None, seconds: float | None) -> str:

@@ -1,7 +1,7 @@
 """The run directory: claimed by one job for one config, and described by its config.json.
 
 RUN/config.json       resolved config, fingerprint, digest of the data, versions, git commit
-RUN/tokenizer.json    what the run's token ids mean
+RUN/tokenizer.json    tokenizer of the run's token ids
 RUN/lock              held by rank 0 of the job that is training
 """
 
@@ -55,7 +55,7 @@ def claim(run: Path, config: Config) -> AbstractContextManager[object]:
             changes = "\n".join(f"    {line}" for line in differences(before["mathematics"], mathematics(config)))
             raise RunDirectoryError(
                 f"{run} belongs to a run with other settings:\n{changes}\n"
-                "  A run is a function of its config, so it cannot go on under another one. "
+                "  A run is a function of its config, so it cannot resume with another one. "
                 "Undo the change, or give a new --run."
             )
     elif run.exists() and any(map(_is_foreign, run.iterdir())):
@@ -146,7 +146,7 @@ def _is_foreign(entry: Path) -> bool:
 def git_commit(root: Path) -> str | None:
     """Commit of the source tree in `root`, with "+" if files were changed since; None if it is no checkout itself.
 
-    An installed toprope lies in some environment that may lie in somebody else's repository.
+    An installed toprope lies in some environment that may lie in another repository.
     """
     if not (root / "pyproject.toml").is_file():
         return None

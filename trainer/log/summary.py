@@ -3,7 +3,7 @@
 How the log is read:
 
 - A step appears once per attempt that computed it. `train`, `eval`, `learning_rate` and `grad_norm` show the last
-  attempt's value; so do steps that an earlier attempt reached and the present one has not come back to. By the
+  attempt's value; so do steps that an earlier attempt reached and the present one has not reached. By the
   promise of exact sums all values of a step are equal; `replayed_differently` lists the steps where they were not.
 - An attempt's `ended` is what its ranks wrote: "finished" as soon as rank 0 did (the weights are final then), else
   "failed" if any rank failed, else "preempted". If no rank wrote an end it is null while a process of the attempt
@@ -14,7 +14,7 @@ How the log is read:
 - `faults` is filled in by faults/attribution.py.
 - `incidents` are described in incidents.py, `goodput` in goodput.py.
 
-A value that nobody measured is None, never 0.
+A value that was not measured is None, never 0.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ def summarise(run: Path, checkpoints: Sequence[dict[str, Any]] = ()) -> dict[str
     attempts.append(_attempt(last, last_ended))
     steps = [event for _, event in history.steps]
     ends = [event for _, event in events.select(entries, AttemptEnded)]
-    # The newest start describes the run: it may go on with other ranks, on another device.
+    # The newest start describes the run: it may have resumed with other ranks, on another device.
     start = next((event for _, event in reversed(events.select(entries, AttemptStarted))), None)
     step = next((a.furthest_step for a in reversed(history.attempts) if a.furthest_step is not None), None)
     return {

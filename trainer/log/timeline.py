@@ -57,7 +57,7 @@ def read_timeline(run: Path) -> dict[str, Any]:
 
 
 def _entries_on_steady_clocks(run: Path) -> Iterator[Entry]:
-    """Yield all entries of a run, with times as if nobody had set a clock while it ran: a jump would hide all else.
+    """Yield all entries of a run, with times as if no clock had been set while it ran: a jump would hide all else.
 
     Faults keep the time of the clock before it jumped, which is when they were written.
     """
@@ -77,7 +77,7 @@ def _entries_on_steady_clocks(run: Path) -> Iterator[Entry]:
 
 
 def _steady(log: Iterable[Entry], jumps: list[float]) -> Iterator[Entry]:
-    """Yield the entries of one process in the order it wrote them, put right where the clock jumped.
+    """Yield the entries of one process in the order it wrote them, corrected where the clock jumped.
 
     `jumps` are the times at which a fault was about to set its clock. The entry after a jump was written no later than
     the duration that it states. Without that knowledge a clock set forward looks like a long wait; only one that was
@@ -87,7 +87,7 @@ def _steady(log: Iterable[Entry], jumps: list[float]) -> Iterator[Entry]:
     for entry in log:
         read = steady = entry.time + offset
         if read < last - CLOCK_SLACK_SECONDS:
-            # Set back. Time went on from the jump if it is known, else from the entry before.
+            # Set back. Time continued from the jump if it is known, else from the entry before.
             steady = max(last, jumps.pop(0)) if jumps else last
         elif jumps and read > jumps[0]:
             # Set forward, if the entry lies beyond the end of what the process was doing when the clock jumped.

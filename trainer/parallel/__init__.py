@@ -1,1 +1,1 @@
-"""Ranks, who of them takes part in a step, and how a model is spread over them."""
+"""Ranks, those that take part in a step, and the distribution of a model over them."""

@@ -55,7 +55,7 @@ def belong_to_agent() -> None:
     agent = os.getppid()
 
     def watch() -> None:
-        # An orphan gets another parent. A pipe would notice at once, but the agent has none to us.
+        # An orphan gets another parent. A pipe would show that at once, but the agent has none to this process.
         while os.getppid() == agent:
             time.sleep(0.2)
         os._exit(EXIT_FAILED)
@@ -87,7 +87,7 @@ def note_failures(failures: list[dict[str, Any]], reason: str, path: Path | None
 
 
 def give_up() -> None:
-    """Worker: tell our launcher not to start it again, because it would end in the same error."""
+    """Worker: ask our launcher not to start it again, because it would end in the same error."""
     path = os.environ.get(FAILURES_FILE)
     if path is not None:
         Path(path).with_suffix(".final").touch()

@@ -1,9 +1,9 @@
-"""Who takes part in a step.
+"""The ranks that take part in a step.
 
-A step is a set of micro-batches, fixed by the config; any set of ranks may compute it, with the same bits. So who does
-is a value of the step and not of the job: the loop asks `Members` to have a step computed, and applies only the result
-that was committed. Today there is one kind: all ranks of the job, and a rank that is lost ends the attempt. A kind that
-survives a loss would call `compute` again with the ranks and micro-batches that remain.
+A step is a set of micro-batches, fixed by the config; any set of ranks may compute it, with the same bits. So the
+members are a value of the step and not of the job: the loop asks `Members` to have a step computed, and applies only
+the result that was committed. Today there is one kind: all ranks of the job, and a rank that is lost ends the attempt.
+A kind that survives a loss would call `compute` again with the ranks and micro-batches that remain.
 """
 
 from collections.abc import Callable, Sequence

@@ -23,7 +23,7 @@ class Sharding(Protocol):
     """The layout of a model's parameters and gradients on the ranks."""
 
     parameters: dict[str, nn.Parameter]
-    """By full name: plain tensors, or DTensors that hold this rank's rows. The optimizer updates them."""
+    """Parameters by full name: plain tensors, or DTensors that hold this rank's rows. The optimizer updates them."""
     needs_lockstep: bool
     """True if a forward pass is collective, so that ranks without a micro-batch must compute one too."""
 

@@ -31,7 +31,7 @@ class World:
     size: int
     device: torch.device
     group: dist.ProcessGroup | None = None
-    """None is torch's default group: all ranks of the job."""
+    """None: torch's default group, all ranks of the job."""
 
     @property
     def is_main(self) -> bool:
@@ -46,7 +46,7 @@ class World:
             yield start + self.rank if start + self.rank < count else None
 
     def max(self, tensor: Tensor) -> None:
-        """Elementwise maximum over ranks, in place. No NaN, please: what a maximum does with one is undefined."""
+        """Elementwise maximum over ranks, in place. Must hold no NaN: the maximum with one is undefined."""
         if self.size > 1:
             dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
 
@@ -62,13 +62,13 @@ class World:
         `compute`; the ranks that wait for it then call `waiting`.
         """
         try:
-            mine: Any = compute()
+            own_error: Any = compute()
         except TopropeError as error:
-            mine = error
-        values = self._exchange(mine)
+            own_error = error
+        values = self._exchange(own_error)
         while any(value is IN_PROGRESS for value in values):
             waiting()
-            values = self._exchange(mine)
+            values = self._exchange(own_error)
         for value in values:
             if isinstance(value, TopropeError):
                 raise value
@@ -90,7 +90,7 @@ class World:
 
 
 class PeerLostError(RuntimeError):
-    """Another rank is gone. Raised where this was noticed outside a collective of training."""
+    """Another rank is lost. Raised if this was detected outside a collective of training."""
 
 
 CONNECT_SECONDS = 60.0

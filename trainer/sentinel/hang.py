@@ -102,7 +102,7 @@ class Watchdog:
         return self._step_timeout if self._stepped else self._startup_timeout
 
     def _publish(self) -> None:
-        """Thread: publish this rank's position and answer requests, so that a peer can find out who holds it up."""
+        """Thread: publish this rank's position and answer requests: peers use both to find the rank at fault."""
         published, armed = None, 0.0
         while not self._stopping.wait(self._interval):
             if monotonic() - armed > self._limit / 4:
@@ -154,7 +154,7 @@ class Watchdog:
         request = self._files.request()
         with self._answering:
             own, published = self._answer(request)
-        # If this rank cannot ask or answer, say because the disk is full, the others' silence proves nothing.
+        # If this rank cannot ask or answer, e.g. on a full disk, missing answers of the others prove nothing.
         statuses = self._wait_for_answers(request, last, noticed) if request and published else [own]
         if self._stopping.is_set() or self._last is not last:
             return None

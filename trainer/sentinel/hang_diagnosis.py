@@ -1,4 +1,4 @@
-"""Who holds up whom: from what the ranks publish about themselves to the ranks that are to blame. No I/O here.
+"""The diagnosis of a hang: finds the ranks at fault from what all ranks publish about themselves. No I/O here.
 
 A rank that waits in a collective is usually a victim. `diagnose` looks for the cause in this order: ranks that do not
 answer, ranks that are stuck outside any collective, ranks that are merely slow, and, if all wait, ranks that wait for
@@ -55,7 +55,7 @@ class RankStatus:
 
 
 def diagnose(statuses: Sequence[RankStatus], limit_seconds: float) -> list[dict[str, Any]]:
-    """Return the ranks that hold up the others, each as {rank, point, step, why}; empty if they cannot be told.
+    """Return the ranks that hold up the others, each as {rank, point, step, why}; empty if unknown.
 
     `statuses` has every rank whose position is known; `limit_seconds` is the timeout that one of them exceeded.
     """
@@ -64,7 +64,7 @@ def diagnose(statuses: Sequence[RankStatus], limit_seconds: float) -> list[dict[
     outside = [status for status in living if not status.pending]
     culprits = [_silent(status, waiting) for status in statuses if not status.alive]
     if any(not status.recorded for status in outside):
-        # Such a rank may be in a collective that nobody recorded, so only positions can be compared.
+        # Such a rank may be in a collective that was not recorded, so only positions can be compared.
         return culprits or _behind(living)
     meanwhile = f", while rank {waiting[0].rank} waits in {waiting[0].pending}" if waiting else ""
     for status in outside:
@@ -73,7 +73,7 @@ def diagnose(statuses: Sequence[RankStatus], limit_seconds: float) -> list[dict[
             why = f"has made no progress for {status.idle_seconds:.1f} s and is in no collective{meanwhile}"
             culprits.append(_culprit(status, why))
     if not culprits and waiting:
-        # Nobody is stuck: the others wait for a rank that is slow, or that has skipped their collective.
+        # No rank is stuck: the others wait for a rank that is slow, or that has skipped their collective.
         culprits = [_culprit(status, f"makes progress, but is not in the collective{meanwhile}") for status in outside]
     return culprits or _minority(waiting)
 

@@ -1,11 +1,11 @@
-"""Files through which the watchdogs of an attempt's ranks talk to each other, and the dumps that they leave.
+"""Files by which the watchdogs of an attempt's ranks exchange messages, and the dumps that they leave.
 
     RUN/live/attempt-0000-rank-00000.json     position of the rank, and how much of the requests it has answered
              attempt-0000-rank-00000.forced   stacks written by C when no Python thread could run
              attempt-0000-requests            a line per request for all ranks' stacks; its size numbers the requests
     RUN/stacks/attempt-0000-rank-00000.txt    stacks; beside it .collectives.json, torch's Flight Recorder
 
-What cannot be written is left out: whoever deletes the run directory must not end the training.
+Failed writes are ignored: a run directory that is deleted must not end the training.
 """
 
 import contextlib
@@ -63,7 +63,7 @@ class HangFiles:
         _remove(self._own.with_suffix(suffix) for suffix in (".json", ".forced", ".partial", ".stacks"))
 
     def arm_forced_dump(self, seconds: float) -> None:
-        """Have C write the stacks if no Python thread gets the GIL for so long. Each call starts the time anew."""
+        """Have C write the stacks if no Python thread gets the GIL for so long. Each call restarts the timer."""
         if self._forced is not None:
             with contextlib.suppress(OSError, RuntimeError):
                 self._forced.truncate(0)
@@ -80,7 +80,7 @@ class HangFiles:
     def requested(self) -> int:
         """Bytes of requests so far."""
         try:
-            # Opened, not only looked at: network file systems ask the server only then.
+            # Opened, not only listed: network file systems ask the server only then.
             with self._requests.open("rb") as file:
                 return os.fstat(file.fileno()).st_size
         except OSError:

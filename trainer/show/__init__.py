@@ -1,1 +1,1 @@
-"""What people see: terminal, pictures, pages, W&B."""
+"""The display for people: terminal, pictures, pages, W&B."""

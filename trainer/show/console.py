@@ -81,7 +81,7 @@ class Console:
 
     def __call__(self, entry: Entry) -> None:
         for incident in self._incidents.add(entry):
-            # How an earlier attempt ended is known only now, as this one goes on.
+            # How an earlier attempt ended is known only now, as this one resumes.
             if incident.ends_attempt:
                 verb = "resume" if incident.kind == "preempted" else "restart"
                 self._screen.print(f"{verb}  attempt {entry.attempt}: {incident.text}", "bold yellow")
@@ -97,7 +97,7 @@ class Console:
         self.close()
 
     def close(self) -> None:
-        """Erase the live line and give the cursor back. Harmless when called twice."""
+        """Erase the live line and show the cursor again. Harmless when called twice."""
         self._screen.close()
 
     def _show_step(self, event: StepDone, now: float) -> None:
@@ -134,7 +134,7 @@ class Console:
                 show(f"save {self._place(event.step)}  checkpoint  {size}", "dim")
             case CheckpointFailed() as event:
                 left = self._max_failures - event.in_a_row
-                then = f"training goes on, {left} more in a row would stop it" if left > 0 else "the run stops"
+                then = f"training continues, {left} more in a row would stop it" if left > 0 else "the run stops"
                 show(f"SAVE FAILED  {describe(event)}; {then}", "bold red")
             case CheckpointRejected() as event:
                 show(f"checkpoint  {describe(event)}", "bold red")

@@ -62,7 +62,7 @@ def _draw_run(panels: Sequence["Axes"], prefix: str, summary: Mapping[str, Any],
     for number, (set_name, rows) in enumerate(summary["eval"].items()):
         steps, losses, bits = zip(*rows, strict=True)
         style: Any = {
-            # The only run may give each set a colour; several runs need the colour to be told apart.
+            # The only run may give each set a colour; for several runs, the colour shows the run.
             "color": colour if prefix else SERIES[(number + 1) % len(SERIES)],
             "marker": MARKS[number % len(MARKS)], "markersize": 4.5, "linewidth": 1.1, "linestyle": (0, (4, 2)),
         }  # fmt: skip

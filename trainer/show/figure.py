@@ -1,6 +1,6 @@
-"""The pictures' common ground: palette, matplotlib style, and a figure as PNG or as SVG.
+"""Shared by all pictures: palette, matplotlib style, and a figure as PNG or as SVG.
 
-A picture depends on what it shows alone: neither MPLBACKEND nor anybody's matplotlibrc is asked. So figures are made
+A picture depends on its contents alone, not on MPLBACKEND or a matplotlibrc. So figures are made
 without pyplot, which also keeps every figure it made, and everything that draws enters `style` before it asks for
 another part of matplotlib.
 """
@@ -53,7 +53,7 @@ def colour(name: str) -> str:
 PAPER, LINE, INK, SOFT, GREY = map(colour, ("paper", "line", "ink", "soft", "grey"))
 GOOD, BAD, UNSURE, SILENT = map(colour, ("good", "bad", "unsure", "silent"))
 SERIES = tuple(colour(name) for name in PALETTE if name.startswith("series"))
-"""For arms, runs and held-out sets, in this order."""
+"""Colours of arms, runs and held-out sets, in this order."""
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "h")
 DPI = 160
 
@@ -70,9 +70,9 @@ STYLE: Any = {
 
 @contextmanager
 def style(more: Any = None) -> Iterator[None]:
-    """Draw in the house style; figures take most of it when their parts are made, so make and draw them within.
+    """Use the house style. It applies both when a figure's parts are made and when it is drawn: do both in here.
 
-    `more` are matplotlib's settings that win over the house's.
+    `more` are settings of matplotlib that override the house style.
     """
     matplotlib = _matplotlib()
     # All of its own defaults first: a matplotlibrc has changed the current settings.
@@ -115,7 +115,7 @@ def svg(figure: "Figure", name: str, title: str, text_as_paths: bool = True) -> 
 
     Args:
         name: prefix of all ids in it; pages hold several pictures.
-        title: plain text for who cannot see it.
+        title: plain text for readers who cannot see the picture.
         text_as_paths: draw letters as shapes, the same on every machine; else as text, ten times smaller and found by
             a search, but as wide as the reader's font makes it.
     """
@@ -144,7 +144,7 @@ def _save(figure: "Figure", kind: str, metadata: dict[str, None], settings: Any 
     with style(settings):
         engine = figure.get_layout_engine()
         if engine is not None and not isinstance(engine, PlaceHolderLayoutEngine):
-            # Lay it out once for both formats: half of the time would go there.
+            # Lay it out once for both formats: layout takes half of the time.
             figure.draw_without_rendering()
             figure.set_layout_engine("none")
         figure.savefig(file, format=kind, dpi=DPI, metadata=metadata)

@@ -39,7 +39,7 @@ class LiveTable:
         self.close()
 
     def close(self) -> None:
-        """Erase the table and give the cursor back. Harmless when called twice."""
+        """Erase the table and show the cursor again. Harmless when called twice."""
         if self._live is not None:
             with contextlib.suppress(OSError, ValueError):
                 self._live.stop()
@@ -69,10 +69,10 @@ class LiveTable:
     def _start(self) -> None:
         from rich.live import Live
 
-        ours = self.file in (sys.stdout, sys.stderr)  # redirected, the output of others appears above the table
+        redirect = self.file in (sys.stdout, sys.stderr)  # redirected, the output of others appears above the table
         self._live = Live(
             console=self._console, get_renderable=self._render, refresh_per_second=4,
-            auto_refresh=self._render is not None, transient=True, redirect_stdout=ours, redirect_stderr=ours,
+            auto_refresh=self._render is not None, transient=True, redirect_stdout=redirect, redirect_stderr=redirect,
         )  # fmt: skip
         self._live.start()
 

@@ -162,7 +162,7 @@ def _draw_progress(plot: "Axes", timeline: Mapping[str, Any]) -> None:
     attempts, times = timeline["attempts"], _progress_times(timeline)
     idle_since, before = plot.get_xlim()[0], None
     for number, attempt in enumerate(attempts):
-        # Nobody trains from the last progress of an attempt until the next one is ready.
+        # No rank trains from the last progress of an attempt until the next one is ready.
         if attempt["ready"] is not None and attempt["ready"] > idle_since:
             plot.axvspan(idle_since, attempt["ready"], color=figure.colour("idle-back"), linewidth=0, zorder=0)
         idle_since = max([idle_since, *(t for t in times if t <= attempt["ended"])])

@@ -65,7 +65,7 @@ def _in_netrc(environ: Mapping[str, str]) -> bool:
     names = [environ["NETRC"]] if environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
     for name in names:
         # A file that holds no key for us, whatever its bytes are, is as good as none. ValueError: it is not text, or
-        # the URL is none; RuntimeError: nobody's home is known.
+        # the URL is none; RuntimeError: no home directory is known.
         # Not authenticators(): it would take the "default" entry, some other service's password, for a W&B key.
         with contextlib.suppress(OSError, netrc.NetrcParseError, ValueError, RuntimeError):
             host = urlsplit(environ.get("WANDB_BASE_URL") or WANDB_HOST).netloc
@@ -78,7 +78,7 @@ class WandbHelper:
     """The helper process that shows one attempt of a run in W&B, as the trainer sees it. For rank 0 only.
 
     Subscribe it to the event log: a call costs microseconds and notices a helper that died. Whatever goes wrong is
-    reported once, through `on_problem`, on the thread that calls or closes it; training goes on.
+    reported once, through `on_problem`, on the thread that calls or closes it; training continues.
 
     The run must have its config.json. Its run id is the W&B run's id, so all attempts are one run there. Offline, each
     attempt leaves its own folder in RUN/wandb: `wandb sync` joins them later.
@@ -104,7 +104,7 @@ class WandbHelper:
 
     def __call__(self, _: Entry) -> None:
         if self._helper is not None and self._helper.poll() is not None:
-            self._forget(self._last_words())
+            self._forget(self._last_output())
 
     def __enter__(self) -> Self:
         return self
@@ -138,7 +138,7 @@ class WandbHelper:
             self._helper.wait()
             self._forget(f"it was not done after {self._close_timeout_seconds:g} s and was ended")
         else:
-            self._forget(self._last_words() if status else None)
+            self._forget(self._last_output() if status else None)
 
     def _start(self, attempt: int) -> None:
         run = self._run.resolve()
@@ -150,7 +150,7 @@ class WandbHelper:
             self._helper = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
-                # Not our standard output: whoever reads that would wait for the helper too.
+                # Not our standard output: its reader would wait for the helper too.
                 stdout=self._output,
                 stderr=subprocess.STDOUT,
                 env=environ,
@@ -160,23 +160,23 @@ class WandbHelper:
             self._forget(str(error))
 
     def _forget(self, problem: str | None) -> None:
-        """The helper is gone, in order if there was no problem."""
+        """Note that the helper has ended, in order if there was no problem."""
         if self._helper is not None and self._helper.stdin is not None:
             self._helper.stdin.close()
         self._helper = None
-        _ = self.url  # remembered for those who ask later
+        _ = self.url  # kept for later calls
         if self._output is not None:
             self._output.close()
             self._output = None
         if problem is not None:
             self._on_problem(
-                f"W&B stopped: {problem.rstrip('.')}. Training goes on and the event log keeps every metric; "
+                f"W&B stopped: {problem.rstrip('.')}. Training continues and the event log keeps every metric; "
                 f"what reached {self._run / 'wandb'} can be uploaded with `wandb sync`."
             )
 
-    def _last_words(self) -> str:
+    def _last_output(self) -> str:
         lines = [line for line in self._read_output(2**20).splitlines() if line.strip()]
-        return lines[-1].strip()[:500] if lines else "its helper process ended without a word"
+        return lines[-1].strip()[:500] if lines else "its helper process ended without a message"
 
     def _read_output(self, size: int) -> str:
         # pread: the helper shares the file's offset.
@@ -196,7 +196,7 @@ def helper_command(code: str) -> tuple[list[str], dict[str, str]]:
 
 def follow(run_directory: str, attempt: int, mode: str, finish_timeout_seconds: float) -> None:
     """The helper process: show rank 0's events of an attempt in W&B until standard input ends."""
-    # The trainer decides when it is over: signals to a whole session or job are not for the helper.
+    # The trainer decides when to end: the helper ignores signals to a whole session or job.
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     run = Path(run_directory)

@@ -30,7 +30,7 @@ def answers(result: Result) -> dict[str, tuple[str, str]]:
 
 
 def groups(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """Results by the kind of thing that was broken, in the catalogue's order."""
+    """Results by the part of the system that the fault breaks, in the catalogue's order."""
     names = [*dict.fromkeys(kind.group for kind in KINDS.values()), SEVERAL, STORMS, OTHER]
     found = {name: [result for result in results if _group(result) == name] for name in names}
     return {name: members for name, members in found.items() if members}

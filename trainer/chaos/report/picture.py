@@ -62,12 +62,12 @@ def matrix_png(report: Report, path: Path) -> None:
 
 def _groups(results: Sequence[Result]) -> list[list[MatrixRow]]:
     """The rows of each group under its heading. A label names ranks and strategy only where they are unusual."""
-    usual = Counter(map(matrix.world, results)).most_common(1)
+    usual_world = Counter(map(matrix.world, results)).most_common(1)
     groups: list[list[MatrixRow]] = []
     for group, members in matrix.groups(results).items():
         groups.append([(group, None)])
         for result in members:
-            world = matrix.world(result).removeprefix(usual[0][0])
+            world = matrix.world(result).removeprefix(usual_world[0][0])
             groups[-1].append((f"{matrix.label(result, members)}  {world.strip()}".rstrip(), result))
     return groups
 

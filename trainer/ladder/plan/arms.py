@@ -45,7 +45,7 @@ def _single_change(arm: Arm, file: LadderFile, problems: list[str]) -> dict[str,
         change = f"changes {len(settings)} settings: {', '.join(settings)}" if settings else "changes nothing"
         problems.append(
             f"arm {arm.name!r} {change}.\n"
-            "  An arm is a single change, or nobody knows which one made the difference. Set one setting; make "
+            "  An arm is a single change: of several, it is unknown which made the difference. Set one setting; make "
             "several arms and one that `combines` them."
         )
         return {}
@@ -149,5 +149,5 @@ def near(name: str, known: Iterable[str]) -> str:
     """Return the nearest known name as a question, else a short list of all; ends the line."""
     known = list(known)
     nearest = difflib.get_close_matches(name, known, n=1)
-    there = f" There are {', '.join(known)}." if len(known) < 12 else ""
-    return f"{f' Did you mean {nearest[0]}?' if nearest else there}\n"
+    listed = f" There are {', '.join(known)}." if len(known) < 12 else ""
+    return f"{f' Did you mean {nearest[0]}?' if nearest else listed}\n"

@@ -174,7 +174,7 @@ class _LadderBuilder:
         if not measured:
             return [], None, []
         self._check_sizes({name: parameters for name, (parameters, *_) in measured.items()})
-        # The smallest rung is the base from which the rules lead away.
+        # The rules scale settings from the smallest rung.
         by_size = sorted(measured.values(), key=lambda entry: entry[0])
         base = by_size[0][:2]
         rungs, runs = [], []
@@ -248,25 +248,25 @@ class _LadderBuilder:
         rules, settings = armplans.split_rules(arm.settings)
         config = _changed(self._config, settings)
         try:
-            own = Rules.model_validate(self._file.sizes.model_dump() | rules)
+            arm_rules = Rules.model_validate(self._file.sizes.model_dump() | rules)
         except ValueError as error:
             raise ConfigError([f"{', '.join(rules)}: {error}"]) from None
-        if problems := own.problems():
+        if problems := arm_rules.problems():
             raise ConfigError(problems)
         # The rung gives the width. An arm with another head width divides it into other heads.
         shape = scale.shape
-        if own.head_width != self._file.sizes.head_width:
-            shape = replace(shape, n_heads=max(1, round(shape.width / own.head_width)))
-        return _changed(config, sizes.scaled(config, own, shape, scale, decay))
+        if arm_rules.head_width != self._file.sizes.head_width:
+            shape = replace(shape, n_heads=max(1, round(shape.width / arm_rules.head_width)))
+        return _changed(config, sizes.scaled(config, arm_rules, shape, scale, decay))
 
     def _check_changes(self, runs: Sequence[PlannedRun]) -> None:
-        """A rule may do nothing at one rung, but not at all of them."""
+        """Problems of arms that change nothing: a rule may have no effect at one rung, but not at all of them."""
         base = {(run.rung, run.seed): run.key for run in runs if run.arm == BASELINE}
         for arm in self._arms.values():
-            own = [run for run in runs if run.arm == arm.name]
+            arm_runs = [run for run in runs if run.arm == arm.name]
             # Runs with one key are one run: there the arm is the baseline.
-            same = list(dict.fromkeys(run.rung for run in own if run.key == base.get((run.rung, run.seed))))
-            if own and len(same) == len({run.rung for run in own}):
+            same = list(dict.fromkeys(run.rung for run in arm_runs if run.key == base.get((run.rung, run.seed))))
+            if arm_runs and len(same) == len({run.rung for run in arm_runs}):
                 self.problems.append(
                     f"arm {arm.name!r} is the baseline at every rung, so it changes nothing.\n  Give another value."
                 )

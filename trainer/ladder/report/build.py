@@ -73,7 +73,7 @@ def _not_begun(planned: PlannedRun, failed: str | None) -> CollectedRun:
     """A run whose learning rate is not known yet; `failed` is the reason if it never will be."""
     return CollectedRun(
         planned.arm, planned.rung, planned.seed, None, planned.key, "missing" if failed else "waiting",
-        failed or "its learning-rate sweep goes on", planned.flops, planned.parameters, planned.tokens,
+        failed or "its learning-rate sweep has not finished", planned.flops, planned.parameters, planned.tokens,
         planned.config.budget.steps, 0,
     )  # fmt: skip
 

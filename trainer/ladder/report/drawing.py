@@ -24,7 +24,7 @@ def final(tree: Tree, arm: str) -> Tree | None:
     return final_verdict(tree["verdicts"], tree.get("course", {}).get("verdicts", []), arm)
 
 
-def looks(tree: Tree) -> dict[str, tuple[str, str]]:
+def arm_styles(tree: Tree) -> dict[str, tuple[str, str]]:
     """(colour, mark) of each arm. The baseline is drawn in ink, arms without a change (A/A) in grey."""
     colours = itertools.cycle(SERIES)
     arms = {arm["name"]: GREY if arm["unchanged"] else next(colours) for arm in tree["arms"]}
@@ -109,4 +109,4 @@ def arm_rows(axes: "Axes", tree: Tree, labels: Sequence[tuple[str, str]]) -> Non
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
     for text, (arm, _) in zip(axes.get_yticklabels(), labels, strict=True):
-        text.set_color(looks(tree)[arm][0])
+        text.set_color(arm_styles(tree)[arm][0])

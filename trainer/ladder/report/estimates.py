@@ -25,7 +25,7 @@ Tree = dict[str, Any]
 GRID = 61
 """Number of compute values at which curves and their bands are given."""
 MARGIN = 1.25
-"""Curves go on beyond the smallest rung and the target by this factor of compute."""
+"""Curves extend beyond the smallest rung and the target by this factor of compute."""
 CURVE_ITSELF = 10**12
 """Number of seeds: the mean of so many has no noise, so a prediction's interval is that of the curve itself."""
 
@@ -193,11 +193,11 @@ def _predictions(results: Sequence[RunResult], plan: EstimatePlan) -> list[Tree]
 
 def _prediction(results: Sequence[RunResult], arm: str, rung: str, below: Sequence[str], plan: EstimatePlan) -> Tree:
     # The arm's own curve: fit_curve and predict know only the baseline.
-    own = [replace(result, arm=BASELINE) for result in results if result.arm == arm]
-    losses = [result.loss for result in own if result.rung == rung and math.isfinite(result.loss)]
+    arm_results = [replace(result, arm=BASELINE) for result in results if result.arm == arm]
+    losses = [result.loss for result in arm_results if result.rung == rung and math.isfinite(result.loss)]
     tree: Tree = {"rung": rung, "arm": arm, "by": list(below), "runs": len(losses), "refused": None}
     try:
-        by = [result for result in own if result.rung in below]
+        by = [result for result in arm_results if result.rung in below]
         # The interval is that of a mean of so many runs: those that there are, or else those to come.
         seeds = len(losses) or plan.seeds.get(rung, 0) or 1
         check = fits.predict(by, plan.flops[rung, arm], seeds, plan.criterion.level)
@@ -223,22 +223,22 @@ def _multiplier_predictions(
             if (rung, arm) not in plan.flops:
                 continue
             rungs = measured[arm].rungs if arm in measured else []
-            there = next((point for point in rungs if point.rung == rung), None)
+            estimate = next((point for point in rungs if point.rung == rung), None)
             yield {
                 "rung": rung, "arm": arm, "by": list(below), "flops": flops,
                 "predicted": by[arm].multiplier.to_json() if arm in by else None,
                 "other_floor": by[arm].other_floor.to_json() if arm in by else None,
-                "measured": there.multiplier.to_json() if there else None,
-                "pairs": there.pairs if there else 0,
+                "measured": estimate.multiplier.to_json() if estimate else None,
+                "pairs": estimate.pairs if estimate else 0,
             }  # fmt: skip
 
 
 def _judge(results: Sequence[RunResult], rungs: Sequence[str], plan: EstimatePlan, flops: float) -> dict[str, Verdict]:
     """Verdicts by these rungs alone, by arm; empty if no curve can be fitted to them."""
-    own = [result for result in results if result.rung in rungs]
+    rung_results = [result for result in results if result.rung in rungs]
     try:
         verdicts = verdict.judge(
-            own, plan.criterion, flops, arms=plan.arms, unchanged=plan.unchanged, remedies=False
+            rung_results, plan.criterion, flops, arms=plan.arms, unchanged=plan.unchanged, remedies=False
         )  # fmt: skip
     except FitError:
         return {}

@@ -95,17 +95,17 @@ def _survived(runs: Sequence[CollectedRun]) -> Tree:
 
 def _arm(arm: str, runs: Sequence[CollectedRun]) -> Tree:
     """Instabilities and interruptions of an arm's runs."""
-    own = [run for run in runs if run.arm == arm]
+    arm_runs = [run for run in runs if run.arm == arm]
     return {
         "arm": arm,
-        "runs": len(own),
-        "spikes": sum(len(run.spikes) for run in own),
-        "redone": sum(run.redone for run in own),
-        "not_finite": sum(run.not_finite for run in own),
-        "diverged": sum(run.loss is not None and not math.isfinite(run.loss) for run in own),
-        "faults": sum(len(run.faults) for run in own),
-        "attempts": sum(run.attempts for run in own),
-        "replayed": sum(run.replayed for run in own),
+        "runs": len(arm_runs),
+        "spikes": sum(len(run.spikes) for run in arm_runs),
+        "redone": sum(run.redone for run in arm_runs),
+        "not_finite": sum(run.not_finite for run in arm_runs),
+        "diverged": sum(run.loss is not None and not math.isfinite(run.loss) for run in arm_runs),
+        "faults": sum(len(run.faults) for run in arm_runs),
+        "attempts": sum(run.attempts for run in arm_runs),
+        "replayed": sum(run.replayed for run in arm_runs),
     }
 
 

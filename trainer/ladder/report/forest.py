@@ -1,4 +1,4 @@
-"""Pictures with a row for each arm: predictions beside observations, and worth in compute beside worth in time."""
+"""Pictures with a row for each arm: predictions beside observations, and gains in compute beside gains in time."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ FULL: Any = {"marker": "o", "markeredgecolor": PAPER}
 
 
 def draw_predictions(tree: Tree) -> "Figure | None":
-    """Losses and multipliers as predicted from smaller rungs, and as they were; None before there is a comparison."""
+    """Losses and multipliers as predicted from smaller rungs, and as measured; None before there is a comparison."""
     from matplotlib.lines import Line2D
 
     shown = [prediction for prediction in tree["predictions"] if prediction["predicted"] is not None]
@@ -56,7 +56,7 @@ def _draw_losses(axes: "Axes", tree: Tree, shown: Sequence[Tree]) -> None:
     axes.axvline(0, color=SOFT, linewidth=1.1)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     for y, prediction in enumerate(shown):
-        colour, _ = drawing.looks(tree)[prediction["arm"]]
+        colour, _ = drawing.arm_styles(tree)[prediction["arm"]]
         # The prediction is 0 in every row, so that intervals of very different losses share an axis.
         style: Any = {"color": colour, "markersize": 5.5, "capsize": 3, "linewidth": 1.3, "alpha": 0.75}
         drawing.error_bar(axes, 0, y, prediction["predicted"], horizontal=True, **style, **drawing.hollow("D"))
@@ -77,7 +77,7 @@ def _draw_multipliers(axes: "Axes", tree: Tree, rows: Sequence[Tree | None]) -> 
             (row["predicted"], -0.12, {"markersize": 5.5, "alpha": 0.75, **drawing.hollow("D")}),
             (row["measured"], 0.12, {"markersize": 6, **FULL}),
         ):
-            style |= {"color": drawing.looks(tree)[row["arm"]][0], "capsize": 2.5, "linewidth": 1.2}
+            style |= {"color": drawing.arm_styles(tree)[row["arm"]][0], "capsize": 2.5, "linewidth": 1.2}
             drawing.error_bar(axes, interval["value"], y + offset, interval, horizontal=True, **style)
             values.append(interval["value"])
             ends += [interval[end] for end in ("low", "high") if interval[end] is not None]
@@ -109,7 +109,7 @@ def draw_cost(tree: Tree) -> "Figure | None":
             value = verdict[key]["value"]
             if value is not None:
                 values.append(value)
-                style |= {"color": drawing.looks(tree)[verdict["arm"]][0], "capsize": 3, "linewidth": 1.3}
+                style |= {"color": drawing.arm_styles(tree)[verdict["arm"]][0], "capsize": 3, "linewidth": 1.3}
                 drawing.error_bar(axes, value, y + offset, verdict[key], horizontal=True, **style)
         slowdown = verdict.get("slowdown", {}).get("value")
         if slowdown is not None:

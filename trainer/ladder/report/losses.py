@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from trainer.ladder.report.drawing import DASHED, compute_axis, error_bar, floats, hollow, looks
+from trainer.ladder.report.drawing import DASHED, arm_styles, compute_axis, error_bar, floats, hollow
 from trainer.ladder.report.estimates import Tree
 from trainer.ladder.stats.records import BASELINE
 from trainer.show import units
@@ -27,7 +27,7 @@ def draw(tree: Tree) -> "Figure | None":
     fitted = tree["curve"] is not None
     if fitted:
         _draw_curve(above, below, tree)
-    for number, arm in enumerate(looks(tree)):
+    for number, arm in enumerate(arm_styles(tree)):
         _draw_runs(above, below, tree, arm, number)
     _draw_target(above, below, tree)
     for axes in (above, below):
@@ -68,7 +68,7 @@ def _draw_curve(above: "Axes", below: "Axes", tree: Tree) -> None:
 
 def _draw_runs(above: "Axes", below: "Axes", tree: Tree, arm: str, number: int) -> None:
     """Draw each seed small and their mean large. In the lower panel, arms of equal compute stand side by side."""
-    colour, mark = looks(tree)[arm]
+    colour, mark = arm_styles(tree)[arm]
     step = math.log(tree["target"]["flops"] / tree["rungs"][0]["flops"]) * 0.014
     shift = math.exp(step * (number - len(tree["arms"]) / 2))
     means: list[tuple[float, float, float]] = []

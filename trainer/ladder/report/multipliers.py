@@ -55,7 +55,7 @@ def _known(rung: Tree) -> bool:
 
 
 def _limits(tree: Tree, verdict: Tree) -> tuple[float, float]:
-    """Ends of the y axis: all values, and their intervals as far as these do not dwarf them."""
+    """Ends of the y axis: all values, and their intervals unless these are far wider."""
     intervals = [verdict["multiplier"], *(rung["multiplier"] for rung in verdict["rungs"])]
     values = [interval["value"] for interval in intervals if interval["value"] is not None]
     values += [1.0, tree["criterion"]["min_gain"]]
@@ -71,7 +71,7 @@ def _limits(tree: Tree, verdict: Tree) -> tuple[float, float]:
 
 def _draw_arm(axes: "Axes", tree: Tree, verdict: Tree, limits: tuple[float, float]) -> None:
     arm = verdict["arm"]
-    colour, mark = drawing.looks(tree)[arm]
+    colour, mark = drawing.arm_styles(tree)[arm]
     drawing.compute_axis(axes, tree)
     axes.set_yscale("log")
     axes.set_ylim(*limits)

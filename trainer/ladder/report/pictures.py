@@ -1,4 +1,4 @@
-"""A report's pictures: what there is to draw, as PNG for files and as SVG for the page.
+"""A report's pictures: all that the data allow, as PNG for files and as SVG for the page.
 
 A run that is missing leaves a gap; no line is drawn over it.
 """
@@ -14,7 +14,7 @@ from trainer.show import figure
 KINDS: Sequence[tuple[str, Callable[[Tree], Any], str, str]] = (
     (
         "multiplier", multipliers.draw, "Compute multiplier against compute",
-        "How many times more compute the baseline would need to reach the arm's loss. Points: each rung by itself. "
+        "How many times more compute the baseline would need to reach the arm's loss. Points: each rung alone. "
         "Line and band: all rungs, extrapolated to the target. Dotted: the same if the arm's loss levels off at "
         "another value than the baseline's. A verdict must hold for both.",
     ),
@@ -30,7 +30,7 @@ KINDS: Sequence[tuple[str, Callable[[Tree], Any], str, str]] = (
     ),
     (
         "cost", forest.draw_cost, "Worth in compute and in time",
-        "What an arm is worth in compute, and in time if steps go on to take as long as here. Times are those of a "
+        "What an arm is worth in compute, and in time if steps keep the duration measured here. Times are those of a "
         "run's fastest steps: sharing a machine only makes steps slower.",
     ),
 )  # fmt: skip

@@ -20,7 +20,7 @@ from trainer.show import units
 from trainer.show.wandb import helper_command, open_run, wandb_mode
 
 TIMEOUT_SECONDS = 60.0
-"""For W&B to take the whole message."""
+"""Maximum time that W&B may take for the whole message."""
 
 
 def send(
@@ -46,7 +46,7 @@ def send(
         "summary": summary(tree), "tables": tables(tree),
         "pictures": {picture.name: str(out.resolve() / f"{picture.name}.png") for picture in drawn},
     }  # fmt: skip
-    (out / "wandb").mkdir(exist_ok=True)  # if it cannot write there, W&B moves to /tmp without a word
+    (out / "wandb").mkdir(exist_ok=True)  # if it cannot write there, W&B moves to /tmp silently
     if problem := _deliver(message):
         on_problem(f"W&B has no summary of this ladder: {problem}. The report is in {out}.")
 
@@ -112,8 +112,8 @@ def _deliver(message: dict[str, Any]) -> str:
         return f"it was not done after {TIMEOUT_SECONDS:g} s and was ended"
     except OSError as error:
         return str(error)
-    said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-    return "" if done.returncode == 0 else (said[-1].strip()[:500] if said else "its process ended without a word")
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    return "" if done.returncode == 0 else (lines[-1].strip()[:500] if lines else "its process ended without a message")
 
 
 def relay() -> None:

@@ -311,7 +311,7 @@ class Profile:
 def predict(results: Iterable[RunResult], flops: float, seeds: int = 1, level: float = 0.05) -> PredictionCheck:
     """Predict the mean loss of `seeds` baseline runs of this compute from the baseline's runs in `results`.
 
-    The interval contains the curve's uncertainty and the noise of the seeds. It assumes that the form goes on to hold.
+    The interval contains the curve's uncertainty and the noise of the seeds. It assumes that the form holds there.
     Raises FitError with fewer than three rungs.
     """
     profile = Profile.from_rungs(Rungs.from_results(results), level)

@@ -39,7 +39,7 @@ def fit_surface(parameters: Array, tokens: Array, loss: Array, method: Method = 
     n, d = np.log(parameters), np.log(tokens)
     if len(loss) >= 5 and np.linalg.matrix_rank(np.stack([np.ones_like(n), n, d])) < 3:
         raise FitError(
-            "N and D rise together along these runs, so their effects cannot be told apart.\n"
+            "N and D rise together along these runs, so their effects cannot be separated.\n"
             "  Vary the tokens per parameter, or fit loss against compute."
         )
     grid = np.geomspace(0.05, 1.5, 18)

@@ -12,7 +12,7 @@ because they carry the same noise.
 
 Extrapolation needs a form. `Line`: ln m is linear in ln C, as for an arm with the same floor E and another A or alpha.
 `OtherFloor`: the arm's loss is linear in the baseline's, as for an arm with a higher or lower floor, so that a fading
-gain fades faster and faster. A constant gain has both forms. Within the ladder the data can seldom tell them apart.
+gain fades faster and faster. A constant gain has both forms. Within the ladder the data can seldom distinguish them.
 """
 
 import math
@@ -138,14 +138,14 @@ class Comparison:
         noise = self.noise
         known = noise.freedom > 0 and noise.paired > 0
         base, both = (noise.base / noise.paired, noise.both / noise.paired) if known else (0.5, 0.0)
-        own = direct / self.counts @ direct.T
+        from_arm = direct / self.counts @ direct.T
         # Cov(baseline − arm, baseline) = base − both, at the rung of the baseline that each of the arm's belongs to.
         aligned = np.zeros_like(through)
         columns = [int(np.abs(np.log(self.influence.flops / rung.flops)).argmin()) for rung in self.rungs]
         aligned[:, columns] = direct
         cross = aligned / self.influence.seeds @ through.T
         curve = base * (through / self.influence.seeds) @ through.T
-        return variance * (own + (base - both) * (cross + cross.T) + curve)
+        return variance * (from_arm + (base - both) * (cross + cross.T) + curve)
 
     def covariance_of_means(self, rows: Array, variance: float) -> Array:
         """Covariance of rows @ (mean ln m of each rung)."""
@@ -210,7 +210,7 @@ class RegressionDesign:
 
     def error(self, variance: float, error_before: float, before: "RegressionDesign") -> float:
         """Standard error with this design, given the error with the design `before`."""
-        # What `before` does not explain comes from the curve, and shrinks as the number of runs grows.
+        # The part that `before` does not explain comes from the curve, and shrinks as the number of runs grows.
         curve = max(error_before**2 - variance * before.spread, 0.0)
         return math.sqrt(variance * self.spread + curve * float(before.n.sum() / self.n.sum()))
 

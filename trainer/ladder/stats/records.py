@@ -1,6 +1,6 @@
 """Input and output of the ladder's statistics: plain records, to JSON and back.
 
-A value that nobody measured, or that the data do not determine, is None, never 0 and never NaN.
+A value that was not measured, or that the data do not determine, is None, never 0 and never NaN.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ Decision = Literal["promote", "reject", "inconclusive"]
 Trend = Literal["none", "persists", "shrinks", "reverses", "grows", "unknown"]
 """Change of ln m with ln C, where m is the compute multiplier and C the compute.
 
-none: neither a gain nor a loss is visible. persists: a gain or loss whose slope cannot be told from 0. shrinks, grows:
+none: neither a gain nor a loss is visible. persists: a gain or loss whose slope may be 0. shrinks, grows:
 the slope is below, above 0. reverses: it shrinks from a certain gain to a certain loss. unknown: no line can be fitted.
 """
 

@@ -65,11 +65,11 @@ class Judgement:
     ) -> None:  # fmt: skip
         self._baseline, self._arm, self._criterion = baseline, arm, criterion
         self._target, self._level = target_flops, bound_level
-        own = [result for result in results if result.arm == arm]
-        self._diverged = [result for result in own if not math.isfinite(result.loss)]
+        arm_results = [result for result in results if result.arm == arm]
+        self._diverged = [result for result in arm_results if not math.isfinite(result.loss)]
         self._rungs = list(baseline.match(results, arm))
         self._without_baseline = [
-            rung for rung in dict.fromkeys(result.rung for result in own) if rung not in baseline.rungs.names
+            rung for rung in dict.fromkeys(result.rung for result in arm_results) if rung not in baseline.rungs.names
         ]
         self._comparison = baseline.compare(self._rungs)
         self.line: Line | None = None
@@ -314,7 +314,7 @@ def _mean_of_rungs(groups: Sequence[Sequence[float]]) -> Estimate | None:
     """Mean over rungs of the means of their pairs, with the error from the scatter between rungs.
 
     If only one rung has values, its pairs take the place of rungs; None with fewer than two values. The ratio is
-    assumed equal at every size; if it is not, the error comes out larger.
+    assumed equal at every size; if it is not, the error is larger.
     """
     known = [group for group in groups if group]
     values = [math.fsum(group) / len(group) for group in known] if len(known) > 1 else [*known[0]] if known else []
