@@ -187,7 +187,7 @@ real, name = files.write, sys.argv.pop(1)
 
 def write(path, content):
     if path.name == name:
-        path.with_name(f"{name}.partial").write_text("half")
+        path.with_name(f".{name}.0123abcd.partial").write_text("half")
         os._exit(9)
     real(path, content)
 
@@ -201,7 +201,7 @@ def test_a_run_whose_start_died_at_any_file_can_be_started_again(run):
         code = ["-c", DIES_WRITING, name, "train", str(SMOKE), "--run", str(run), *TINY]
         died = subprocess.run([sys.executable, *code], cwd=ROOT, capture_output=True, text=True, check=False)
         assert died.returncode == 9, died.stderr
-        assert (run / f"{name}.partial").exists()
+        assert (run / f".{name}.0123abcd.partial").exists()
     trainer("train", SMOKE, "--run", run, *TINY)
     assert summarise_run(run)["status"] == "finished"
     assert not list(run.glob("*.partial"))

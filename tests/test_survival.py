@@ -317,7 +317,8 @@ def test_a_disk_that_is_full_from_the_start_is_wrong_usage(trial: FaultyRun, sma
     fill(small_disk)
     refused = trainer("train", SMOKE, "--run", small_disk / "run", *trial.settings, check=False)
     assert refused.returncode == EXIT_USAGE and "Traceback" not in refused.stderr, refused.stderr
-    assert "cannot be written: No space left on device.\n  Checkpoints and events go there." in refused.stderr
+    assert "cannot be written: No space left on device" in refused.stderr
+    assert "\n  The disk is full. Checkpoints and events go there. " in refused.stderr
 
 
 def fill(disk: Path, leaving: int = 0) -> Path:

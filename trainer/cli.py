@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trainer.errors import EXIT_FAILED, EXIT_FINISHED, NewerFormatError, TopropeError, UsageError
+from trainer.errors import EXIT_FAILED, EXIT_FINISHED, NewerFormatError, TopropeError, UsageError, of_system
 from trainer.parallel import elastic
 
 if TYPE_CHECKING:
@@ -323,3 +323,10 @@ def main() -> None:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(3)
         raise SystemExit(error.exit_status) from None
+    except OSError as error:
+        # Only where a file is named, and not of a rank that trains: its traceback says what it was doing.
+        if error.filename is None or sys.argv[1:2] == ["train"]:
+            raise
+        remedy = "Mend that, or name another place, and give the same command again."
+        print(f"OSError: {of_system(error, 'A file cannot be used', '', remedy)}", file=sys.stderr)
+        raise SystemExit(EXIT_FAILED) from None

@@ -3,12 +3,39 @@
 The command line prints `str(error)` and leaves with `error.exit_status`; a traceback means a bug of ours.
 """
 
+import errno
+import os
 from collections.abc import Sequence
 
 EXIT_FINISHED = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_PREEMPTED = 75  # sysexits.h EX_TEMPFAIL: try the same command again
+
+
+_MEANING = {
+    errno.EACCES: "Its mode, or that of a folder above it, keeps this user out.",
+    errno.EPERM: "The system keeps this user from doing it.",
+    errno.ENAMETOOLONG: "No file system takes a name of that length.",
+    errno.ENOSPC: "The disk is full.",
+    errno.EDQUOT: "The quota of this user or project is used up.",
+    errno.EROFS: "Its file system is mounted read-only.",
+    errno.EIO: "The disk or its connection fails.",
+    errno.ESTALE: "The file server no longer knows it.",
+    errno.ELOOP: "It is a link where none is followed, or links lead in a circle.",
+    errno.EMFILE: "This process may open no more files (ulimit -n).",
+    errno.ENOSYS: "Its file system may lack what toprope needs: locks, or making the names in a folder durable.",
+    errno.ENOLCK: "Its file system gives no locks.",
+}
+for _same in (errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL):
+    _MEANING[_same] = _MEANING[errno.ENOSYS]
+
+
+def of_system(error: OSError, fact: str, rule: str, remedy: str) -> str:
+    """Return the message for what the operating system refuses: `fact` ("X cannot be written"), its reason, remedy."""
+    where = f" ({os.fsdecode(error.filename)})" if isinstance(error.filename, str | bytes) else ""
+    meaning = _MEANING.get(error.errno or 0, "")
+    return f"{fact}: {error.strerror or error}{where}.\n  {' '.join(filter(None, (meaning, rule, remedy)))}"
 
 
 class TopropeError(Exception):

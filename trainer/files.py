@@ -1,18 +1,28 @@
-"""Files that others read while they are replaced: a reader sees the old content or the new, never a part."""
+"""Files: written so that a reader sees the old content or the new, never a part; read as what they should be."""
 
+import contextlib
 import fcntl
+import json
 import os
+import re
+import secrets
+import stat
 from pathlib import Path
-from typing import IO
+from typing import Any
+
+
+class NotJsonError(ValueError):
+    """A file is not the JSON that was expected of it; the message says why, in one line."""
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Replace the whole file `path`, durably; text as UTF-8. Concurrent writers take turns. Raises OSError.
+    """Replace the whole file `path`, durably; text as UTF-8. Raises OSError.
 
-    A process that dies on the way leaves NAME.partial, which the next write uses.
+    Of several writers at once, the last one's content stays. A process that dies on the way leaves a hidden
+    .NAME.….partial, which the next write removes.
     """
-    partial = path.with_name(f"{path.name}.partial")
-    while not _written(partial, path, content.encode() if isinstance(content, str) else content):
+    _remove_leftovers(path)
+    while not _written(path, content.encode() if isinstance(content, str) else content):
         pass
 
 
@@ -25,24 +35,79 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _written(partial: Path, path: Path, content: bytes) -> bool:
-    """False if another writer has moved `partial` to `path` while this one waited for the lock."""
-    with partial.open("ab") as file:
-        # Not filelock: it locks a file of its own that stays beside every file ever written. The lock here is on the
-        # very file that is renamed, so a writer must check afterwards that its file still has that name.
-        fcntl.flock(file, fcntl.LOCK_EX)
-        if not _is_still(partial, file):
+def no_follow(path: str | Path, flags: int) -> int:
+    """Open a file that is not a link: `open(…, opener=no_follow)`. A link may lead out of the directory."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def home() -> Path | None:
+    """Return the user's home; None if there is no $HOME and no entry in the password file, as in many containers."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
+
+
+def exists(path: Path) -> bool:
+    """False also for a path that no file can have, or that lies below a folder that cannot be entered."""
+    return os.path.exists(path)  # noqa: PTH110 - Path.exists raises in these cases before Python 3.14
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object. Raises NotJsonError if it holds anything else, and OSError."""
+    # Not blocking: whoever opens a pipe would wait for a writer.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise NotJsonError("it is no regular file")
+    with os.fdopen(descriptor, "rb") as file:
+        return parse_object(file.read())
+
+
+def parse_object(text: str | bytes) -> dict[str, Any]:
+    """Return the JSON object that `text` is. Raises NotJsonError if it is anything else."""
+    try:
+        tree = json.loads(text.decode() if isinstance(text, bytes) else text)
+    except RecursionError:
+        raise NotJsonError("it is nested too deeply") from None
+    except UnicodeDecodeError as error:
+        raise NotJsonError(f"it is not UTF-8 from byte {error.start} on") from None
+    except ValueError as error:
+        raise NotJsonError(str(error) if text else "it is empty") from None
+    if not isinstance(tree, dict):
+        raise NotJsonError(f"it holds a {type(tree).__name__} and no object")
+    return tree
+
+
+def _written(path: Path, content: bytes) -> bool:
+    """False if the new file vanished before it had its name."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    with os.fdopen(descriptor, "wb") as file:
+        try:
+            with contextlib.suppress(OSError):  # some file systems have no locks: there, leftovers stay
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        try:
+            partial.replace(path)
+        except FileNotFoundError:  # taken for a leftover before it was locked
             return False
-        file.truncate(0)
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-        partial.replace(path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
     return True
 
 
-def _is_still(path: Path, file: IO[bytes]) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False
+def _remove_leftovers(path: Path) -> None:
+    """Remove what dead writers of `path` left: a living one holds the lock of its file."""
+    leftover = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.partial")
+    with contextlib.suppress(OSError):
+        for name in filter(leftover.fullmatch, os.listdir(path.parent)):  # noqa: PTH208 - names are enough
+            with contextlib.suppress(OSError), os.fdopen(no_follow(path.with_name(name), os.O_RDONLY)) as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.with_name(name).unlink()

@@ -22,7 +22,15 @@ from trainer import step as steps
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.config import Config, check_world
 from trainer.data import Batches, EvalWindows, Prepared, prepare
-from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, ConfigError, RunDirectoryError, TopropeError
+from trainer.errors import (
+    EXIT_FAILED,
+    EXIT_FINISHED,
+    EXIT_PREEMPTED,
+    ConfigError,
+    RunDirectoryError,
+    TopropeError,
+    of_system,
+)
 from trainer.exact import Grids
 from trainer.faults import injector as faults
 from trainer.log import events, rundir
@@ -207,10 +215,11 @@ def _record(run: Path, config: Config, prepared: Prepared) -> dict[str, Any]:
         prepared.tokenizer.save(rundir.tokenizer_path(run))
         return contents
     except OSError as error:
-        raise RunDirectoryError(
-            f"{run} cannot be written: {error.strerror}.\n"
-            "  Checkpoints and events go there. Make room or repair the disk; the same command then resumes."
-        ) from None
+        rule, remedy = (
+            "Checkpoints and events go there.",
+            "Make room or repair the disk; the same command then resumes.",
+        )
+        raise RunDirectoryError(of_system(error, f"{run} cannot be written", rule, remedy)) from None
 
 
 def build(config: Config, vocab_size: int, ranks: World) -> TrainState:

@@ -75,7 +75,7 @@ def restore(run: Path) -> models.GPT:
     Damaged checkpoints are named on stderr. Raises CheckpointError if none is intact.
     """
     config = rundir.config_of(run)
-    model = models.construct(config.model, rundir.read(run)["vocab_size"])
+    model = models.construct(config.model, rundir.fact(run, "vocab_size"))
     damaged: list[str] = []
     found = checkpoint.newest_intact(run, report=damaged.append)
     if found is None:

@@ -123,7 +123,7 @@ def write(path: Path, report: Report) -> None:
 def read(path: Path) -> Report | None:
     """Read a report; None if the file does not exist. Raises RunDirectoryError if it is no report."""
     try:
-        return from_json(json.loads(path.read_text(encoding="utf-8")))
+        return from_json(files.read_object(path))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

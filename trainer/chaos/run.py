@@ -16,6 +16,7 @@ import platform
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from trainer.chaos.plan import Campaign, Case
 from trainer.chaos.report import html
 from trainer.chaos.results import Report, Result
 from trainer.chaos.schedule import Table
-from trainer.errors import EXIT_FINISHED, RunDirectoryError, TopropeError
+from trainer.errors import EXIT_FINISHED, RunDirectoryError, TopropeError, of_system
 from trainer.faults import checker, plan
 from trainer.faults.checker import Evidence, Reference
 from trainer.faults.fault import LINUX, NAMESPACES, SHAPING, Fault
@@ -129,12 +130,10 @@ def _make_writable(out: Path) -> None:
         if out.exists() and not out.is_dir():
             raise RunDirectoryError(f"{out} is a file.\n  --out takes a directory: a new one, or a campaign's own.")
         out.mkdir(parents=True, exist_ok=True)
-        (out / "report.json.partial").touch()
-        (out / "report.json.partial").unlink()
+        tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
-        raise RunDirectoryError(
-            f"{out} cannot be written: {error.strerror}.\n  Runs and report go there. Give a writable --out."
-        ) from None
+        rule, remedy = "Runs and report go there.", "Give an --out that can be written."
+        raise RunDirectoryError(of_system(error, f"{out} cannot be written", rule, remedy)) from None
 
 
 def _reference(campaign: Campaign, out: Path, report: Report) -> Reference:

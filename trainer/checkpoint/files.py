@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import CheckpointError, NewerFormatError, NoCheckpointError
-from trainer.files import sync, write
+from trainer.files import read_object, sync, write
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -134,7 +134,7 @@ def read_manifest(saved: Saved) -> dict[str, Any]:
     Raises NewerFormatError if it is whole, but in a format that only a newer toprope reads.
     """
     try:
-        manifest = json.loads((saved.path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_object(saved.path / MANIFEST)
         body = manifest["body"]
         if _digest(body) != manifest["sha256"]:  # before the format: a flipped bit there is damage
             raise CheckpointError(f"{MANIFEST} does not match its own checksum")
@@ -148,7 +148,7 @@ def read_manifest(saved: Saved) -> dict[str, Any]:
         return body
     except FileNotFoundError:
         raise CheckpointError(f"{MANIFEST} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{MANIFEST} is damaged ({type(error).__name__})") from None
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from trainer import files
+from trainer import errors, files
 from trainer.errors import CorpusError
 
 ProgressCallback = Callable[[str, int, int | None], None]
@@ -27,7 +27,14 @@ def no_progress(phase: str, done: int, total: int | None) -> None:
 
 def cache_root(configured: str) -> Path:
     """Return data.cache_dir if it is set, else $TOPROPE_CACHE, else ~/.cache/toprope."""
-    return Path(configured or os.environ.get("TOPROPE_CACHE") or "~/.cache/toprope").expanduser()
+    chosen = configured or os.environ.get("TOPROPE_CACHE")
+    try:
+        return Path(chosen or "~/.cache/toprope").expanduser()
+    except RuntimeError:  # "~" of a user who is not known, as in many containers
+        raise CorpusError(
+            f"{chosen or '~/.cache/toprope'} has no place: the home directory is not known.\n"
+            "  Tokens are kept there between runs. Set data.cache_dir, $TOPROPE_CACHE or $HOME."
+        ) from None
 
 
 def built_once(root: Path, name: str, build: Callable[[Path], None], progress: ProgressCallback) -> Path:
@@ -37,7 +44,8 @@ def built_once(root: Path, name: str, build: Callable[[Path], None], progress: P
     be written, and whatever `build` raises.
     """
     final = root / name
-    if final.is_dir():  # checked without the lock: a read-only cache that holds the store is good enough
+    if os.path.isdir(final):  # noqa: PTH112 - Path.is_dir raises below a folder that cannot be entered
+        # checked without the lock: a read-only cache that holds the store is good enough
         return final
     with _writing(root):
         root.mkdir(parents=True, exist_ok=True)
@@ -63,11 +71,9 @@ def _writing(root: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:  # only of the cache: a source that cannot be read is a CorpusError already
-        raise CorpusError(
-            f"The cache {root} cannot be written: {error.strerror or error}.\n"
-            "  Tokens are kept there between runs. Set data.cache_dir or $TOPROPE_CACHE to a writable directory with "
-            "room for the corpus."
-        ) from error
+        rule = "Tokens are kept there between runs."
+        remedy = "Set data.cache_dir or $TOPROPE_CACHE to a writable directory with room for the corpus."
+        raise CorpusError(errors.of_system(error, f"The cache {root} cannot be written", rule, remedy)) from error
 
 
 def _locked(lock: FileLock, progress: ProgressCallback) -> AbstractContextManager[object]:

@@ -69,7 +69,12 @@ def _is_repo_text(name: str) -> bool:
 
 def _matching(pattern: str) -> list[str]:
     """Return the files that a path or glob names. An existing path is taken literally, even with glob characters."""
-    expanded = Path(pattern).expanduser()
+    try:
+        expanded = Path(pattern).expanduser()
+    except RuntimeError:
+        raise CorpusError(
+            f"{pattern} has no place: the home directory is not known.\n  Write the whole path, or set $HOME."
+        ) from None
     if expanded.is_dir():
         raise CorpusError(
             f"{pattern} is a directory.\n"

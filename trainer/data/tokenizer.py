@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer import files
+from trainer import errors, files
 from trainer.errors import TokenizerError
 
 END = "<|end|>"
@@ -220,11 +220,9 @@ def train(kind: str, texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def from_json(text: str, name: str) -> Tokenizer:
     """Return the tokenizer that `text` describes; `name` is for errors. Raises TokenizerError."""
     try:
-        tree = json.loads(text)
+        tree = files.parse_object(text)
     except ValueError as error:
         raise TokenizerError(_broken(name, str(error))) from None
-    if not isinstance(tree, dict):
-        raise TokenizerError(_broken(name, "it is no JSON object"))
     kind = tree.get("toprope")
     if kind == "bytes":
         return ByteTokenizer()
@@ -242,8 +240,15 @@ def read_json(path: Path) -> str:
             f"{path} does not exist (from {Path.cwd()}).\n"
             '  data.tokenizer is "bpe", "bytes", "chars", or the path of a tokenizer.json. Check the spelling.'
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        rule, remedy = "It says what the token ids mean.", "Make it readable."
+        raise TokenizerError(errors.of_system(error, f"{path} cannot be read", rule, remedy)) from None
+    except UnicodeDecodeError as error:
         raise TokenizerError(_broken(str(path), str(error))) from None
+    except RuntimeError:
+        raise TokenizerError(
+            f"{path} has no place: the home directory is not known.\n  Write the whole path, or set $HOME."
+        ) from None
 
 
 def _broken(name: str, why: str) -> str:

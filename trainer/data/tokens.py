@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from trainer import files
 from trainer.data.cache import ProgressCallback, built_once, remove_built
 from trainer.data.corpus import Corpus, Document, Tally
 from trainer.data.tokenizer import Tokenizer
@@ -156,10 +157,10 @@ def _meta_sha256(meta: Mapping[str, Any]) -> str:
 
 def _read_meta(directory: Path) -> dict[str, Any]:
     try:
-        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+        meta = files.read_object(directory / "meta.json")
     except (OSError, ValueError) as error:
         raise _damaged(directory, f"meta.json cannot be read ({error})") from None
-    if not isinstance(meta, dict) or meta.get("sha256") != _meta_sha256(meta):
+    if meta.get("sha256") != _meta_sha256(meta):
         raise _damaged(directory, "meta.json has another checksum than when it was written")
     return meta
 

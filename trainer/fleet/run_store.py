@@ -115,7 +115,7 @@ class StoredRun:
         elif self.failed.exists():
             status, reason = "missing", "unknown"
             with contextlib.suppress(OSError, ValueError, KeyError):
-                reason = str(json.loads(self.failed.read_text(encoding="utf-8"))["reason"])
+                reason = str(files.read_object(self.failed)["reason"])
         # An attempt that has not finished a step yet is at the step from which it resumed.
         steps_done = [record[PROGRESS[record["event"]]] for record in records if record["event"] in PROGRESS]
         return RunState(status, steps_done[-1] if steps_done else 0, reason, *speeds)
@@ -168,5 +168,5 @@ def _tail(path: Path) -> list[dict[str, Any]]:
     # The first line is cut where reading began in the middle; the last one may still be being written.
     for line in lines[1 if start else 0 : -1]:
         with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
+            records.append(files.parse_object(line))
     return records

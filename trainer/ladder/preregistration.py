@@ -51,7 +51,7 @@ def path(out: Path) -> Path:
 def read(out: Path) -> dict[str, Any] | None:
     """Return the recorded plan; None if there is none. Raises RunDirectoryError if the file cannot be read as one."""
     try:
-        tree = json.loads(path(out).read_text(encoding="utf-8"))
+        tree = files.read_object(path(out))
         if tree["format"] > FORMAT:
             raise RunDirectoryError(f"{path(out)} was written by a newer toprope.\n  Use that, or give another --out.")
         return tree
@@ -124,6 +124,6 @@ def keep_speed(out: Path, measured: Speed) -> None:
 def speed_of(out: Path) -> Speed:
     """Read OUT/speed.json; UNKNOWN if there is none, or if it cannot be read."""
     try:
-        return Speed.from_json(json.loads((out / "speed.json").read_text(encoding="utf-8")))
+        return Speed.from_json(files.read_object(out / "speed.json"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return speed.UNKNOWN

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, ClassVar, Self, TypeVar
 
-from trainer.errors import RunDirectoryError
+from trainer import files
+from trainer.errors import RunDirectoryError, of_system
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,7 +287,7 @@ class EventLog:
             try:
                 if self._file is None:
                     self._path.parent.mkdir(parents=True, exist_ok=True)
-                    self._file = self._path.open("ab", buffering=0)
+                    self._file = open(self._path, "ab", buffering=0, opener=files.no_follow)  # noqa: SIM115
                 while self._unwritten:
                     self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
             except OSError as error:
@@ -315,12 +316,12 @@ def next_attempt(run: Path) -> int:
 class Follower:
     """Reads a run's log while it grows. Each line is returned once; a torn last line waits until it is whole.
 
-    A poll that finds nothing new costs one stat per file. `files` is a pattern of names in RUN/events: by default the
+    A poll that finds nothing new costs one stat per file. `names` is a pattern of names in RUN/events: by default the
     ranks' logs and the faults made on purpose.
     """
 
-    def __init__(self, run: Path, files: str = "*.jsonl") -> None:
-        self._directory, self._pattern = events_directory(run), files
+    def __init__(self, run: Path, names: str = "*.jsonl") -> None:
+        self._directory, self._pattern = events_directory(run), names
         self._files: dict[Path, _File] = {}
 
     def poll(self) -> list[Entry]:
@@ -361,12 +362,15 @@ class _File:
                 *whole, _torn = file.read().split(b"\n")
         except (FileNotFoundError, NotADirectoryError):
             return
+        except OSError as error:
+            rule, remedy = "It is part of the run's log.", "Make it readable, or move it away to read the rest."
+            raise RunDirectoryError(of_system(error, f"{self._path} cannot be read", rule, remedy)) from None
         for line in whole:
             # Before decoding: a damaged line is reported once, not at every poll.
             self._bytes, self._lines = self._bytes + len(line) + 1, self._lines + 1
             try:
-                yield _decode(json.loads(line.decode(errors="replace")))
-            except (ValueError, KeyError, TypeError) as error:
+                yield _decode(files.parse_object(line.decode(errors="replace")))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise RunDirectoryError(
                     f"{self._path}:{self._lines} is no event: {error}.\n"
                     "  The log is append-only; only its last line may be torn. Restore the file, or move it away to "
@@ -375,6 +379,11 @@ class _File:
 
 
 def _decode(record: dict[str, Any]) -> Entry:
-    cls = _KINDS[record.pop("event")]
+    kind = record.pop("event")
+    if kind not in _KINDS:
+        raise ValueError(f"this toprope knows no {kind!r}; a newer one may have written it, and can read it")
+    cls = _KINDS[kind]
     attempt, rank, at = (record.pop(name) for name in ("attempt", "rank", "time"))
+    if not (isinstance(attempt, int) and isinstance(rank, int) and isinstance(at, int | float)):
+        raise ValueError("attempt, rank or time is no number")
     return Entry(attempt, rank, at, cls(**record))

@@ -20,11 +20,13 @@ from filelock import FileLock, Timeout
 
 from trainer import files
 from trainer.config import Config, differences, fingerprint, mathematics, parse
-from trainer.errors import ConfigError, RunDirectoryError
+from trainer.errors import ConfigError, RunDirectoryError, of_system
 
 FORMAT = 1
 LEFT_BY_A_START = frozenset({"lock", "live", "stacks", "events", "config.json.partial"})
 """Names that a start leaves in the directory if it ends before config.json is written: its watchdogs come first."""
+_KINDS = {"fingerprint": str, "data_sha256": str, "mathematics": dict, "config": dict}
+"""Keys of config.json that every format has."""
 LIBRARIES = ("torch", "numpy", "tokenizers", "datasets", "wandb")
 
 
@@ -38,7 +40,7 @@ def tokenizer_path(run: Path) -> Path:
 
 def is_run(path: Path) -> bool:
     """True if there is a config.json in this directory: that makes it a run, whatever its name."""
-    return os.path.exists(config_path(path))  # noqa: PTH110 - Path.exists raises where a folder above cannot be entered
+    return files.exists(config_path(path))
 
 
 def claim(run: Path, config: Config) -> AbstractContextManager[object]:
@@ -47,9 +49,17 @@ def claim(run: Path, config: Config) -> AbstractContextManager[object]:
     The lock ends with this process too, however it dies. Raises RunDirectoryError if the directory belongs to another
     config, holds other files, is in use or cannot be written; then nothing in it has been changed.
     """
+    try:
+        return _claim(run, config)
+    except OSError as error:
+        rule, remedy = "Checkpoints and events go there.", "Give a --run that can be written."
+        raise RunDirectoryError(of_system(error, f"{run} cannot be written", rule, remedy)) from None
+
+
+def _claim(run: Path, config: Config) -> AbstractContextManager[object]:
     if run.exists() and not run.is_dir():
         raise RunDirectoryError(f"{run} is a file.\n  --run takes a directory: a new one, or a run's own.")
-    if config_path(run).exists():
+    if is_run(run):
         before = read(run)
         if before["fingerprint"] != fingerprint(config):
             changes = "\n".join(f"    {line}" for line in differences(before["mathematics"], mathematics(config)))
@@ -66,19 +76,17 @@ def claim(run: Path, config: Config) -> AbstractContextManager[object]:
     try:
         run.mkdir(parents=True, exist_ok=True)
         # No soft lock: it is a mere file, which would keep the run locked after a SIGKILL.
-        lock = FileLock(run / "lock", fallback_to_soft=False).acquire(blocking=False)
+        lock = FileLock(run / "lock", fallback_to_soft=False)
+        os.close(files.no_follow(lock.lock_file, os.O_RDWR | os.O_CREAT))  # a link: the file that it names is not ours
+        lock.acquire(blocking=False)
     except Timeout:
         owner = (run / "lock").read_text(encoding="utf-8").strip() or "another job"
         raise RunDirectoryError(
             f"{run} is in use by {owner}.\n"
             "  Two jobs would write over each other. Wait for it, end it, or give another --run."
         ) from None
-    except OSError as error:
-        raise RunDirectoryError(
-            f"{run} cannot be written: {error.strerror}.\n  Checkpoints and events go there. Give a writable --run."
-        ) from None
-    with contextlib.suppress(OSError):  # a full disk: the lock holds without a name in it
-        (run / "lock").write_text(f"process {os.getpid()} on {platform.node()}\n", encoding="utf-8")
+    with contextlib.suppress(OSError), open(run / "lock", "w", encoding="utf-8", opener=files.no_follow) as file:
+        file.write(f"process {os.getpid()} on {platform.node()}\n")  # on a full disk, it holds without a name in it
     return lock
 
 
@@ -87,7 +95,7 @@ def record(run: Path, config: Config, facts: dict[str, Any]) -> dict[str, Any]:
 
     Raises RunDirectoryError if the run was trained on other data before.
     """
-    before = read(run) if config_path(run).exists() else {}
+    before = read(run) if is_run(run) else {}
     # The data's digest is not part of the fingerprint: it is known only once the data are prepared.
     old, new = before.get("data_sha256"), facts["data_sha256"]
     if old not in (None, new):
@@ -113,21 +121,44 @@ def record(run: Path, config: Config, facts: dict[str, Any]) -> dict[str, Any]:
 def read(run: Path) -> dict[str, Any]:
     """Contents of config.json. Raises RunDirectoryError if `run` is no run, or one of a newer toprope."""
     try:
-        contents = json.loads(config_path(run).read_text(encoding="utf-8"))
+        contents = files.read_object(config_path(run))
         if contents["format"] > FORMAT:
             raise RunDirectoryError(
                 f"{run} was written by a newer toprope (format {contents['format']}, this one reads {FORMAT}).\n"
                 "  Use that version, or a new --run."
             )
+        for name, kind in _KINDS.items():
+            if not isinstance(contents.get(name), kind):
+                raise files.NotJsonError(f"it holds no {name!r} of the right kind")
         return contents
     except (FileNotFoundError, NotADirectoryError):
         raise RunDirectoryError(
             f"{run} is no run: it has no config.json.\n  Name the directory of a run, e.g. runs/smoke."
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        rule, remedy = "It says what the run is.", "Make it readable."
+        raise RunDirectoryError(of_system(error, f"{config_path(run)} cannot be read", rule, remedy)) from None
+    except (ValueError, KeyError, TypeError) as error:
         raise RunDirectoryError(
             f"{config_path(run)} is damaged ({error}).\n  Restore it, or give a new --run."
         ) from None
+
+
+def fact(run: Path, name: str) -> int:
+    """A number in config.json, such as vocab_size. Raises RunDirectoryError as `read`, or if there is none."""
+    found = read(run).get(name)
+    if not isinstance(found, int):
+        raise RunDirectoryError(
+            f"{config_path(run)} is damaged (it holds no number {name!r}).\n  Restore it, or give a new --run."
+        )
+    return found
+
+
+def step_timeout(contents: dict[str, Any]) -> float:
+    """elastic.step_timeout_seconds of a config.json; today's default if another version wrote it without."""
+    section = contents["config"].get("elastic")
+    found = section.get("step_timeout_seconds") if isinstance(section, dict) else None
+    return found if isinstance(found, int | float) else Config().elastic.step_timeout_seconds
 
 
 def config_of(run: Path) -> Config:

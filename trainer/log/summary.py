@@ -51,7 +51,7 @@ def summarise(run: Path, checkpoints: Sequence[dict[str, Any]] = ()) -> dict[str
     # Only the last attempt can still be alive: the run directory is locked.
     last_ended = last.status or _liveness(last)
     newest = max(entry.time for entry in entries)
-    silent_too_long = time.time() - newest >= 2 * identity["config"]["elastic"]["step_timeout_seconds"]
+    silent_too_long = time.time() - newest >= 2 * rundir.step_timeout(identity)
     status = _status("finished" if history.finish else last_ended, silent_too_long)
     running = status == "running"
     attempts = [_attempt(attempt, attempt.status or "died") for attempt in history.attempts[:-1]]

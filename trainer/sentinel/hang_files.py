@@ -21,6 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from trainer import files
 from trainer.sentinel.hang_diagnosis import Collective, RankStatus
 
 
@@ -45,8 +46,8 @@ class HangFiles:
         with contextlib.suppress(OSError):
             self._live.mkdir(parents=True, exist_ok=True)
             _remove(path for path in self._live.iterdir() if not path.name.startswith(self._attempt))
-            self._requests.open("ab").close()
-            self._forced = self._own.with_suffix(".forced").open("ab")
+            os.close(files.no_follow(self._requests, os.O_WRONLY | os.O_CREAT))
+            self._forced = open(self._own.with_suffix(".forced"), "ab", opener=files.no_follow)  # noqa: SIM115
 
     def close(self) -> None:
         if self._forced is not None:
@@ -88,7 +89,7 @@ class HangFiles:
 
     def request(self) -> int:
         """Ask all ranks for their stacks. Returns what a rank's `answers` must reach; 0 if nothing can be asked."""
-        with contextlib.suppress(OSError), self._requests.open("ab") as file:
+        with contextlib.suppress(OSError), open(self._requests, "ab", opener=files.no_follow) as file:
             file.write(f"{self._rank}\n".encode())
             file.flush()
             return os.fstat(file.fileno()).st_size
@@ -110,7 +111,7 @@ class HangFiles:
         statuses = []
         for rank in range(self._world_size):
             with contextlib.suppress(OSError, ValueError, TypeError):
-                fields = json.loads((self._live / self._name(rank, "json")).read_bytes())
+                fields = files.read_object(self._live / self._name(rank, "json"))
                 pending = fields.pop("pending")
                 statuses.append(RankStatus(**fields, pending=Collective(**pending) if pending else None))
         return statuses
@@ -123,7 +124,7 @@ class HangFiles:
         partial = self._own.with_suffix(".stacks")
         try:
             self.stacks.parent.mkdir(exist_ok=True)
-            with partial.open("w", encoding="utf-8") as file:
+            with open(partial, "w", encoding="utf-8", opener=files.no_follow) as file:
                 _write_stacks(title, file)
             partial.replace(self.stacks)
         except OSError:
@@ -134,7 +135,8 @@ class HangFiles:
         # Not files.write: it waits for locks and for the disk, and both may be what hangs.
         partial = self._own.with_suffix(".partial")
         try:
-            partial.write_bytes(content)
+            with open(partial, "wb", opener=files.no_follow) as file:
+                file.write(content)
             partial.replace(path)
         except OSError:
             _remove([partial])

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trainer import files
 from trainer.ladder import collect, preregistration, run, tuning
 from trainer.ladder.collect import CollectedRun
 from trainer.ladder.plan.ladder import FIT_RUNGS, TARGET, Ladder, PlannedRun
@@ -158,6 +159,7 @@ def short_path(path: Path) -> str:
 
 def without_home(text: str) -> str:
     """The text with paths below the working directory made relative, and those below the home directory "~/…"."""
-    for place, name in ((f"{Path.cwd()}/", ""), (f"{Path.home()}/", "~/")):
-        text = text.replace(place, name) if len(place) > 2 else text  # not where it is "/"
+    for place, name in ((Path.cwd(), ""), (files.home(), "~/")):
+        if place and str(place) != "/":
+            text = text.replace(f"{place}/", name)
     return text
