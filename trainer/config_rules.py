@@ -116,7 +116,7 @@ def without_effect(config: "Config") -> list[str]:
 
 
 def _may_be_tables(source: str) -> bool:
-    """Whether a source may hold rows with columns: a hub dataset, or files whose names may end as those of tables."""
+    """True if a source may hold rows with columns: a hub dataset, or files whose names may end as those of tables."""
     if source.startswith("hub:"):
         return True
     ending = PurePath(source).name.rpartition(".")[2].lower()

@@ -1,4 +1,4 @@
-"""Where everything printed goes: a standard output and error that never stop the work.
+"""The streams for all that is printed: a standard output and error that never stop the work.
 
 A reader that leaves (`… | head`), a terminal that was closed, a disk that is full, a process started without a standard
 output: from then on nothing is shown, and that is all. A character that the terminal's encoding lacks is shown as "?".
@@ -16,7 +16,7 @@ from trainer.errors import TopropeError
 
 
 class OutputError(TopropeError):
-    """What a command was asked to print could not be written."""
+    """The output that a command was asked for could not be written."""
 
 
 class _Sink(io.FileIO):
@@ -74,7 +74,7 @@ def take(unbuffered: bool = False) -> None:
 def check() -> None:
     """Raise OutputError if standard output could not be written, unless its reader left: that is the reader's choice.
 
-    For commands whose result is what they print. A run goes on without being shown.
+    For commands whose result is what they print. A run continues without being shown.
     """
     sys.stdout.flush()
     problem = getattr(getattr(sys.stdout.buffer, "raw", None), "problem", None)
@@ -95,7 +95,7 @@ def stream(file: TextIO | None = None) -> TextIO:
 
 
 def is_terminal(file: TextIO) -> bool:
-    """Whether a person looks at `file`. False if it is closed."""
+    """True if `file` is a terminal; False if it is closed."""
     try:
         return file.isatty()
     except (OSError, ValueError):
