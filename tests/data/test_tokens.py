@@ -185,6 +185,15 @@ def test_a_file_is_read_for_its_identity_once_and_never_remembered_while_it_may_
     assert hashed == [stories.name, young.name, young.name]
 
 
+def test_reading_for_identity_is_reported_by_the_bytes_of_all_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(identity, "_REPORTED_BYTES", 10)
+    for name in "abcde":
+        (tmp_path / name).write_text("6 byte")
+    said: list[int] = []
+    identity.digests(tmp_path / "cache", sorted(tmp_path.iterdir()), lambda _phase, done, _total: said.append(done))
+    assert said == [12, 24, 30]
+
+
 @pytest.mark.parametrize("damage", ["flipped", "torn", "of another kind", "absent"])
 def test_a_damaged_memory_of_digests_only_costs_reading_again(tmp_path, stories, hashed, damage):
     _age(stories)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -30,8 +30,15 @@ def digests(root: Path, paths: Iterable[Path], progress: ProgressCallback = no_p
 
     Raises CorpusError if a file cannot be read or changes while it is read.
     """
-    memory = _Memory(root / "digests.json")
-    found = [_digest(path, memory, progress) for path in paths]
+    memory, done = _Memory(root / "digests.json"), 0
+
+    def count(size: int) -> None:
+        nonlocal done
+        if (done + size) // _REPORTED_BYTES > done // _REPORTED_BYTES:
+            progress("reading the source for its checksum", done + size, None)
+        done += size
+
+    found = [_digest(path, memory, count) for path in paths]
     memory.save()
     return found
 
@@ -41,13 +48,13 @@ def shown(path: Path | str) -> str:
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
-def _digest(path: Path, memory: "_Memory", progress: ProgressCallback) -> str:
+def _digest(path: Path, memory: "_Memory", count: Callable[[int], None]) -> str:
     try:
         before = path.stat()
         if (known := memory.known.get(_state(before))) is not None:
             return known
         now = time.time_ns()
-        found = _content(path, progress)
+        found = _content(path, count)
         after = path.stat()
     except OSError as error:
         raise CorpusError(
@@ -60,14 +67,12 @@ def _digest(path: Path, memory: "_Memory", progress: ProgressCallback) -> str:
     return found
 
 
-def _content(path: Path, progress: ProgressCallback) -> str:
-    sha, done = hashlib.sha256(), 0
+def _content(path: Path, count: Callable[[int], None]) -> str:
+    sha = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             sha.update(chunk)
-            done += len(chunk)
-            if done % _REPORTED_BYTES == 0:
-                progress(f"reading {shown(path)} for its checksum", done, None)
+            count(len(chunk))
     return sha.hexdigest()
 
 
