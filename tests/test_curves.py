@@ -1,5 +1,6 @@
 """Promises about the picture of a run's losses."""
 
+import itertools
 import math
 import os
 import subprocess
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from trainer.show.curves import draw_curves, incident_labels, smooth
+from trainer.show.curves import draw, draw_curves, incident_labels, smooth
 
 
 def summary(steps: int = 40, sets: tuple[str, ...] = ("val", "repo"), restarts: tuple[int, ...] = ()) -> dict[str, Any]:
@@ -89,6 +90,26 @@ def test_incidents_are_labelled_in_words_while_labels_can_be_read():
         "rank 1 lost", "rank 0 hung", "not finite", "save failed, damaged checkpoint", "preempted", "workers lost",
     ]  # fmt: skip
     assert incident_labels([incident("hung", step, rank=0) for step in range(100)]) == []
+
+
+@pytest.mark.parametrize("sets", [("val", "repo"), ()], ids=["evaluated", "never evaluated"])
+@pytest.mark.parametrize("steps", [range(30, 40), range(1, 24), [40] * 3], ids=["close together", "many", "at the end"])
+def test_labels_cover_neither_curves_nor_one_another(sets: tuple[str, ...], steps: list[int]):
+    incidents = [incident("worker_lost", step, 1, rank=1) for step in steps]
+    drawn = draw({"smoke": summary(sets=sets) | {"incidents": incidents}})
+    drawn.draw_without_rendering()
+    *panels, band = drawn.axes
+    labels = [label.get_window_extent() for label in band.texts]
+    assert len(labels) == len(set(steps))
+    for label in labels:
+        assert not any(label.overlaps(panel.get_window_extent()) for panel in panels)
+        assert band.get_window_extent().padded(1).contains(label.x0, label.y0), "the band is too low for it"
+    assert not any(one.overlaps(next_one) for one, next_one in itertools.pairwise(labels))
+
+
+def test_the_legend_has_the_losses_that_inspect_has_and_says_that_the_line_is_smoothed():
+    _, (text,) = draw({"smoke": summary(400, sets=())}).axes[0].get_legend_handles_labels()
+    assert text == "train  0.250  (line: mean of 9 steps)"
 
 
 def test_smoothing_neither_lags_nor_spreads_what_is_not_finite():

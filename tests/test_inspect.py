@@ -1,19 +1,21 @@
 """Promises about the page that `inspect` prints for a person."""
 
 import io
+import re
 from typing import Any
 
+import pytest
 from rich.console import Console
 
-from tests.logs import Run, evaluated, killed
+from tests.logs import Run, ended, evaluated, killed
 from trainer.log.events import Warned
 from trainer.log.summary import summarise
 from trainer.show.inspect import render
 
 
-def page(run: Run, checkpoints: Any = ()) -> str:
+def page(run: Run, checkpoints: Any = (), width: int = 130) -> str:
     out = io.StringIO()
-    Console(file=out, width=130).print(render(summarise(run.path, checkpoints)))
+    Console(file=out, width=width).print(render(summarise(run.path, checkpoints)))
     return out.getvalue()
 
 
@@ -59,6 +61,23 @@ def test_the_page_shows_what_a_kill_was_and_where_the_time_went(run: Run):
     text = page(run)
     for part in ("goodput ", "■ productive", "■ lost steps", " 3.5 ", "rank 1 was killed (SIGKILL) after step 47"):
         assert part in text
+
+
+@pytest.mark.parametrize("width", [60, 80, 82, 83, 120])
+def test_a_hash_is_on_one_line_however_narrow_the_terminal(run: Run, width: int):
+    run.train(20, seconds=0.5)
+    run.write(Warned(message=f"the weights are {'c' * 64} here and {'d' * 64} there"))
+    run.end("failed", 20, reason=f"the data are {'e' * 64}")
+    run.start()
+    run.steps(1, 60, seconds=0.5)
+    run.write(ended("finished", 60, "a" * 64))
+    text = page(run, width=width)
+    hashes = re.findall(r"([0-9a-f])(?:\1){7,}…?", text)
+    assert sorted(hashes) == list("acdeef"), "a hash goes on in the next line"  # e: as an end, and as an incident
+    whole = [line.split()[-1] for line in text.splitlines() if line.strip().startswith(("weights_sha", "fingerprint"))]
+    assert len(whole) == 2
+    assert all(len(word) == 64 or word.endswith("…") for word in whole)
+    assert (width < 83) == any(word.endswith("…") for word in whole)
 
 
 def test_a_run_that_knows_nothing_yet_has_a_page_too(run: Run):

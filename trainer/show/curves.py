@@ -11,9 +11,13 @@ from trainer.show.figure import BAD, GREY, MARKS, SERIES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 INCIDENT_COLOURS = {"preempted": SERIES[4], "not_finite": SERIES[3], "save_failed": SERIES[4]}
 MOST_LABELS = 24  # more would cover each other
+LETTER_INCHES = 0.062  # of a label, which is written upwards
+LABEL_SHARE = 0.019  # of the picture's width
+X_MARGIN = 0.02
 SMOOTHING = 0.02  # width of the moving average, as a share of the run's steps
 
 
@@ -21,35 +25,46 @@ def draw_curves(summaries: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """Write a PNG of the loss curves of one or more runs: names and values of `log.summary.summarise`.
 
     The upper panel has the training loss (faint: each step; solid: moving average) and every held-out set, in nats per
-    token. The lower one has bits per byte of the held-out sets, which can be compared across tokenizers. Each run has a
+    token. The next one has bits per byte of the held-out sets, which can be compared across tokenizers. Each run has a
     colour and each set a mark; dotted vertical lines are restarts, at the step they resumed from. A single run also
-    shows its incidents as labelled ticks, with the steps that they cost shaded. The file appears whole or not at all.
+    shows its incidents, labelled in a band of their own, with the steps that they cost shaded. The file appears whole
+    or not at all.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write(path, figure.png(draw(summaries)))
+
+
+def draw(summaries: Mapping[str, Mapping[str, Any]]) -> "Figure":
+    """The figure that `draw_curves` writes."""
     is_evaluated = any(summary["eval"] for summary in summaries.values())
     is_single = len(summaries) == 1
+    incidents = [i for i in next(iter(summaries.values())).get("incidents", []) if is_single and i["step"] is not None]
+    labels = incident_labels(incidents)
+    heights = [4.1, 2.5] if is_evaluated else [4.6]
+    if incidents:
+        heights.append(0.2 + LETTER_INCHES * max([0, *(len(text) for _, _, text in labels)]))
     with figure.style():
-        drawn = figure.new_figure(9, 6.6 if is_evaluated else 4.6)
-        heights = [5, 3] if is_evaluated else [1]
+        drawn = figure.new_figure(9, sum(heights))
         panels: list[Axes] = list(
             drawn.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
         )
+        lowest, band = panels[-1], panels.pop() if incidents else None
         for number, (name, summary) in enumerate(summaries.items()):
             _draw_run(panels, "" if is_single else f"{name} · ", summary, SERIES[number % len(SERIES)])
-            if is_single:
-                _draw_incidents(panels, summary.get("incidents", []))
         for panel, unit in zip(panels, ("loss (nats per token)", "bits per byte"), strict=False):
             panel.set_ylabel(unit)
-            panel.margins(x=0.02)
+            panel.margins(x=X_MARGIN)
             if panel.get_legend_handles_labels()[0]:
                 panel.legend(loc="best", ncols=min(3, len(summaries)), title="at the last step", title_fontsize=8)
-        panels[-1].set_xlabel("step")
+        if band is not None:
+            _draw_incidents(panels, band, incidents, labels)
+        lowest.set_xlabel("step")
         if not panels[0].lines:
             panels[0].text(
                 0.5, 0.5, "no step has been completed", transform=panels[0].transAxes, ha="center", color=GREY
             )
         panels[0].set_title(_title(summaries), fontsize=12, pad=12)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.write(path, figure.png(drawn))
+    return drawn
 
 
 def _draw_run(panels: Sequence["Axes"], prefix: str, summary: Mapping[str, Any], colour: str) -> None:
@@ -57,8 +72,9 @@ def _draw_run(panels: Sequence["Axes"], prefix: str, summary: Mapping[str, Any],
     if summary["train"]:
         steps, losses = zip(*summary["train"], strict=True)
         panels[0].plot(steps, losses, color=colour, alpha=0.22, linewidth=0.8)
-        means = smooth(losses)
-        panels[0].plot(steps, means, color=colour, linewidth=1.8, label=f"{prefix}train  {means[-1]:.3f}")
+        # The number is the loss itself, as `inspect` has it; the line is not.
+        label = f"{prefix}train  {losses[-1]:.3f}  (line: mean of {2 * _half_window(len(losses)) + 1} steps)"
+        panels[0].plot(steps, smooth(losses), color=colour, linewidth=1.8, label=label)
     for number, (set_name, rows) in enumerate(summary["eval"].items()):
         steps, losses, bits = zip(*rows, strict=True)
         style: Any = {
@@ -76,19 +92,39 @@ def _draw_run(panels: Sequence["Axes"], prefix: str, summary: Mapping[str, Any],
                 panel.axvline(attempt["from_step"], color=colour if prefix else GREY, linewidth=0.8, linestyle=":")
 
 
-def _draw_incidents(panels: Sequence["Axes"], incidents: Sequence[Mapping[str, Any]]) -> None:
-    transform = panels[-1].get_xaxis_transform()  # x in steps, y from 0 at the axis to 1
-    known = [incident for incident in incidents if incident["step"] is not None]
-    for incident in known:
+def _draw_incidents(
+    panels: Sequence["Axes"],
+    band: "Axes",
+    incidents: Sequence[Mapping[str, Any]],
+    labels: Sequence[tuple[int, str, str]],
+) -> None:
+    """Shade lost steps in the panels; mark and label the incidents in the band, where there are no curves."""
+    band.set(ylim=(0, 1), yticks=[])
+    band.grid(visible=False)
+    band.spines["left"].set_visible(False)
+    band.margins(x=X_MARGIN)
+    for incident in incidents:
         colour = INCIDENT_COLOURS.get(incident["kind"], BAD)
         step, lost = incident["step"], incident["lost_steps"] or 0
         for panel in panels if lost else ():
             panel.axvspan(step - lost, step, color=colour, alpha=0.07, linewidth=0)
-        panels[-1].plot([step], [0], marker="^", color=colour, markersize=5, clip_on=False, zorder=5,
-                        transform=transform)  # fmt: skip
-    for step, kind, text in incident_labels(known):
-        panels[-1].annotate(text, (step, 0.04), xycoords=transform, rotation=90, fontsize=7, ha="center", va="bottom",
-                            color=INCIDENT_COLOURS.get(kind, BAD))  # fmt: skip
+        band.plot([step], [1], marker="^", color=colour, markersize=5, clip_on=False, zorder=5)
+    first, last = band.get_xlim()
+    places = spread([step for step, _, _ in labels], (last - first) * LABEL_SHARE, last)
+    for place, (_, kind, text) in zip(places, labels, strict=True):
+        colour = INCIDENT_COLOURS.get(kind, BAD)
+        band.annotate(text, (place, 1), (0, -6), textcoords="offset points", rotation=90, fontsize=7, ha="center",
+                      va="top", color=colour)  # fmt: skip
+
+
+def spread(wanted: Sequence[float], apart: float, most: float) -> list[float]:
+    """Places near the `wanted` ones, which rise: at least `apart` from one another, none beyond `most` if they fit."""
+    places = list(wanted)
+    for n in range(1, len(places)):
+        places[n] = max(places[n], places[n - 1] + apart)
+    for n in reversed(range(len(places))):
+        places[n] = min(places[n], most if n == len(places) - 1 else places[n + 1] - apart)
+    return places
 
 
 def incident_labels(incidents: Sequence[Mapping[str, Any]]) -> list[tuple[int, str, str]]:
@@ -98,7 +134,9 @@ def incident_labels(incidents: Sequence[Mapping[str, Any]]) -> list[tuple[int, s
         by_step.setdefault(incident["step"], []).append(incident)
     if len(by_step) > MOST_LABELS:
         return []
-    return [(step, same[0]["kind"], ", ".join(dict.fromkeys(map(_label, same)))) for step, same in by_step.items()]
+    return [
+        (step, same[0]["kind"], ", ".join(dict.fromkeys(map(_label, same)))) for step, same in sorted(by_step.items())
+    ]
 
 
 def _label(incident: Mapping[str, Any]) -> str:
@@ -116,6 +154,10 @@ def _title(summaries: Mapping[str, Mapping[str, Any]]) -> str:
     return names + (f"   ({restarts} restart{'s' if restarts > 1 else ''}, dotted)" if restarts else "")
 
 
+def _half_window(values: int) -> int:
+    return max(1, round(SMOOTHING * values / 2))
+
+
 def smooth(values: Sequence[float]) -> list[float]:
     """Return the mean over a window of about 2 % of the values, narrower towards both ends.
 
@@ -127,7 +169,7 @@ def smooth(values: Sequence[float]) -> list[float]:
     array = numpy.asarray(values, dtype=numpy.float64)
     finite = numpy.isfinite(array)
     index = numpy.arange(len(array))
-    half = numpy.minimum(index, max(1, round(SMOOTHING * len(array) / 2)))
+    half = numpy.minimum(index, _half_window(len(array)))
     first, last = index - half, numpy.minimum(index + half + 1, len(array))
     sums = numpy.concatenate([[0.0], numpy.cumsum(numpy.where(finite, array, 0.0))])
     counts = numpy.concatenate([[0], numpy.cumsum(finite)])

@@ -1,5 +1,6 @@
 """The page that `inspect` prints for a person, drawn with rich from the values of `trainer.log.summary`."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -34,9 +35,9 @@ def render(summary: Mapping[str, Any]) -> RenderableType:
         parts.append(_goodput(summary["goodput"]))
     if summary["incidents"]:
         # Text, since whatever a run wrote must not be read as markup.
-        rows = ((str(incident["attempt"]), Text(incident["text"])) for incident in summary["incidents"])
+        rows = ((str(incident["attempt"]), Text(_short(incident["text"]))) for incident in summary["incidents"])
         parts.append(_table(("attempt", "incident"), rows))
-    warnings = [Text(f"warning: {line}", style="yellow") for line in _warning_lines(summary)]
+    warnings = [Text(_short(f"warning: {line}"), style="yellow") for line in _warning_lines(summary)]
     body = [Padding(part, (1, 0, 0, 2), expand=False) for part in parts]
     return Group(_headline(summary), *body, *([Text()] if warnings else []), *warnings)
 
@@ -74,7 +75,8 @@ def _figures(summary: Mapping[str, Any]) -> Table:
     grid.add_row("exact sums", f"{_known(summary['redone'])} redone   {flushed} flushed   {replayed} replayed{equal}")
     for name in ("fingerprint", "weights_sha256", "state_sha256"):
         if summary[name] is not None:
-            grid.add_row(name, Text(summary[name]))
+            # Cut where the terminal ends, never over two lines: `--json` has it whole.
+            grid.add_row(name, Text(summary[name], no_wrap=True, overflow="ellipsis"))
     return grid
 
 
@@ -84,7 +86,7 @@ def _attempt_row(attempt: Mapping[str, Any]) -> tuple[RenderableType, ...]:
     if attempt["reason"] and ended != "finished":
         ended += f": {first_line(attempt['reason'])}"
     number, ranks = str(attempt["attempt"]), _known(attempt["world_size"])
-    return number, ranks, steps, Text(ended), clock(attempt["seconds"])
+    return number, ranks, steps, Text(_short(ended)), clock(attempt["seconds"])
 
 
 def _checkpoint_row(checkpoint: Mapping[str, Any]) -> tuple[RenderableType, ...]:
@@ -128,6 +130,11 @@ def _warning_lines(summary: Mapping[str, Any]) -> list[str]:
     if different := summary["replayed_differently"]:
         lines.append(f"{len(different)} replayed steps gave another result than before, the first at {different[0]}")
     return lines
+
+
+def _short(text: str) -> str:
+    """`text` with its hashes shortened: in a narrow terminal a whole one would be broken over two lines."""
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{20,}\b", r"\1…", text)
 
 
 def _known(value: Any, style: str = "") -> str:
