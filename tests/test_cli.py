@@ -243,7 +243,7 @@ def test_errors_that_only_rank_0_can_see_are_raised_by_all_ranks_at_once(run, mo
     monkeypatch.delenv("WANDB_MODE")
     (run / "events").mkdir(parents=True)
     (run / "events" / "attempt-0000-rank-00000.jsonl").write_text("no event\n")
-    rundir.record(run, configs.load(SMOKE), {"data_sha256": None})
+    rundir.record(run, configs.load(SMOKE), {"data_sha256": "0" * 64})
     log = start("train", SMOKE, "--run", run, check=False)
     assert log.returncode == 2 and "Traceback" not in log.stderr, log.stderr
     assert log.stderr.count("attempt-0000-rank-00000.jsonl:1 is no event") == 1
