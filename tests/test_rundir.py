@@ -8,8 +8,10 @@ import pytest
 
 from tests.logs import Run
 from trainer import cli
+from trainer import config as configs
 from trainer.checkpoint import files
 from trainer.config import Config
+from trainer.errors import ConfigError
 from trainer.log import events, rundir
 
 
@@ -80,3 +82,21 @@ def test_the_commit_is_that_of_our_own_checkout_or_unknown(monkeypatch, tmp_path
     assert rundir.git_commit(ours) == f"{commit}+"
     (ours / "pyproject.toml").unlink()
     assert rundir.git_commit(ours) is None, "an environment that is a repository itself"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optim": {"warmup_steps": 8}, "budget": {"steps": 8}},
+        {"numerics": {"compile": True}, "model": {"dropout": 0.1},
+         "parallel": {"activation_checkpointing": True, "strategy": "fsdp"}},
+        {"optim": {"decay_fraction": 0.5}},
+    ],
+    ids=["no step to decay in", "bits that may depend on the sharding", "a setting without effect"],
+)  # fmt: skip
+def test_a_rule_that_was_added_since_does_not_close_a_run(run, settings):
+    with pytest.raises(ConfigError):
+        configs.parse(settings)
+    rundir.record(run.path, configs.parse(settings, check_rules=False), {"data_sha256": "d" * 64})
+    stored = rundir.config_of(run.path).model_dump()
+    assert {part: {name: stored[part][name] for name in table} for part, table in settings.items()} == settings

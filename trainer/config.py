@@ -254,16 +254,19 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Config:
     return parse(tree)
 
 
-def parse(tree: Mapping[str, Any]) -> Config:
-    """Validate a tree of settings. Raises ConfigError with all problems at once."""
+def parse(tree: Mapping[str, Any], check_rules: bool = True) -> Config:
+    """Validate a tree of settings. Raises ConfigError with all problems at once.
+
+    Without `check_rules` only keys and types are checked, as for a config that a run was trained with: a rule that was
+    added since must not close the run.
+    """
     try:
         config = Config.model_validate(tomlfile.tuples(tree))
     except ValidationError as error:
         known = list(flatten(Config().model_dump()))
         mistakes = tomlfile.mistakes(error, tree)
         raise ConfigError([config_rules.explain(mistake, known) for mistake in mistakes]) from None
-    problems = config_rules.contradictions(config) + config_rules.without_effect(config)
-    if problems:
+    if check_rules and (problems := config_rules.contradictions(config) + config_rules.without_effect(config)):
         raise ConfigError(problems)
     return config
 
