@@ -16,7 +16,7 @@ class NotJsonError(ValueError):
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Replace the whole file `path`, durably; text as UTF-8. Raises OSError.
+    """Replace the whole file `path`; text as UTF-8. Its content is on disk before it has its name. Raises OSError.
 
     Of several writers at once, the last one's content stays. A process that dies on the way leaves a hidden
     .NAME.….partial, which the next write removes.
