@@ -736,7 +736,7 @@ def test_the_smoke_campaign_is_interrupted_and_resumed_and_every_case_passes(tmp
     assert [len(found.launches) for found in whole.results] == [1, 1, 1, 2, 2]
     measured = [fault for found in whole.results for fault in found.measured]
     assert [fault["kind"] for fault in measured if fault["attributed_correctly"] is not True] == ["spike"]
-    assert {answer.answer for found in whole.results for answer in found.answers} == {"pass"}
+    assert {answer.answer for found in whole.results for answer in found.answers} <= {"pass", checker.NOT_ASKED}
     assert "a rank hangs, a save is torn" in (out / "report.html").read_text()
     assert jobs_under(out) == []
 

@@ -13,7 +13,7 @@ from tests.logs import killed_once
 from tests.pages import Page
 from trainer.chaos import report, results
 from trainer.chaos.results import Report, Result
-from trainer.faults.checker import INVARIANTS, Answer
+from trainer.faults.checker import ATTRIBUTED, DETECTED, INVARIANTS, MEASURED_AS, NOT_ASKED, Answer
 from trainer.faults.fault import KINDS
 from trainer.log.timeline import read_timeline
 
@@ -27,7 +27,8 @@ EVIL = '</title><script>alert("1")</script>&\''
 
 def result(name: str, outcome: str = "pass", why: str = "", **changes: Any) -> Result:
     """A result in which the first invariant has that outcome and all others hold."""
-    others = [Answer(invariant, "pass") for invariant in INVARIANTS[1:]]
+    unmeasured = MEASURED_AS if changes.get("measured") == [] else ()
+    others = [Answer(name, "unknown" if name in unmeasured else "pass") for name in INVARIANTS[1:]]
     answers: list[Any] = [] if outcome == "skipped" else [Answer(FIRST, outcome, why), *others]  # pyright: ignore
     values: dict[str, Any] = {
         "kinds": [name] if name in KINDS else ["sigkill", "no_space"],
@@ -79,6 +80,23 @@ def test_a_report_survives_json_with_its_timelines(full: Report):
     assert report.html(again) == report.html(full)
 
 
+def test_a_report_of_an_older_version_passes_only_what_it_measured(tmp_path: Path):
+    quiet = {"index": 0, "kind": "spike", "recover_seconds": 0.1} | dict.fromkeys(("detect_seconds", "named_rightly"))
+    tree = results.to_json(empty(results=[result("spike", measured=[quiet]), result("sigkill")]))
+    for stored in tree["results"]:
+        for answer in stored["answers"]:
+            answer["invariant"] = answer["invariant"].replace("attributed correctly", "named rightly")
+    (tmp_path / "report.json").write_text(json.dumps(tree))
+    again = results.read(tmp_path / "report.json")
+    assert again is not None
+    unasked = [{a.invariant for a in found.answers if a.answer == NOT_ASKED} for found in again.results]
+    assert unasked == [{DETECTED, ATTRIBUTED}, set()]
+    assert [found.outcome for found in again.results] == ["pass", "pass"]
+    row = next(line for line in shown(again) if line.startswith("  spike"))
+    assert row.split()[-1] == "✓✓✓✓✓–✓–✓✓"
+    assert f"{DETECTED}: not applicable" in Page(report.html(again)).titles
+
+
 def test_the_terminal_shows_the_matrix_without_colours(full: Report):
     lines = shown(full)
     rows = {line.split()[0]: line.split() for line in lines if line.startswith("  ")}
@@ -86,7 +104,7 @@ def test_the_terminal_shows_the_matrix_without_colours(full: Report):
     assert rows["sigkill"] == ["sigkill", "2", "replicate", "pass", "0.02", "3.4", "✓" + held]
     assert rows["stopped"] == ["stopped", "2", "replicate", "FAIL", "0.02", "3.4", "✗" + held]
     assert rows["flip_weights"] == ["flip_weights", "2", "replicate", "undetected", "0.02", "3.4", "!" + held]
-    assert rows["straggler"] == ["straggler", "2", "replicate", "unknown", "–", "–", "?" + held]
+    assert rows["straggler"] == ["straggler", "2", "replicate", "unknown", "–", "–", "?✓✓✓✓???✓✓"]
     assert rows["slow_link"] == ["slow_link", "2", "replicate", "skipped", "–", "–", "–" * len(INVARIANTS)]
     page = "\n".join(lines)
     head = next(line for line in lines if line.startswith("fault"))

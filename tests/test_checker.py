@@ -178,6 +178,33 @@ def test_a_fault_that_never_fired_is_unknown_and_never_passed(log):
     assert found == dict.fromkeys((checker.FIRED, checker.DETECTED, checker.RECOVERED, checker.ATTRIBUTED), "unknown")
 
 
+@pytest.mark.parametrize(
+    ("kinds", "fired", "unasked"),
+    [
+        ([], 0, {checker.FIRED, checker.DETECTED, checker.RECOVERED, checker.ATTRIBUTED}),
+        (["slow_rank"], 1, {checker.DETECTED, checker.ATTRIBUTED}),
+        (["clock_jump"], 1, {checker.DETECTED, checker.RECOVERED, checker.ATTRIBUTED}),
+        (["slow_rank", "sigkill"], 1, set()),
+    ],
+    ids=str,
+)
+def test_what_is_asked_of_no_fault_is_not_applicable_and_never_passed(log, kinds, fired, unasked):
+    log.start(0)
+    log.steps(1, 9)
+    for number, kind in enumerate(kinds[:fired]):
+        log.fire(number, kind)
+    log.complete(10)
+    found = answers(evidence(log, config={"faults": [{"kind": kind, "rank": 1, "at_step": 10} for kind in kinds]}))
+    assert {name for name, answer in found.items() if answer.answer == checker.NOT_ASKED} == unasked
+    if "sigkill" in kinds:  # asked of a fault that did not fire
+        assert {found[name].answer for name in (checker.DETECTED, checker.ATTRIBUTED)} == {"unknown"}
+
+
+def test_a_run_that_ended_before_its_first_save_has_kept_no_checkpoint(log):
+    log.strike(last=3)
+    assert answers(evidence(log, statuses=(1,)))[checker.KEPT].answer == checker.NOT_ASKED
+
+
 def test_a_fault_that_never_fired_is_reported_once_with_its_reason(log):
     faults = [KILL, KILL | {"at_step": 11}, {"kind": "node_killed", "at_step": 10}]
     log.start(0)
@@ -394,7 +421,9 @@ def test_silent_corruption_is_undetected_where_it_shows_and_said_to_leave_no_tra
     log.complete(10, weights)
     found = answers(evidence(log, FLIP))
     assert found[checker.EQUAL].answer == answer and found[checker.EQUAL].why
-    assert {name for name, given in found.items() if given.answer != "pass"} <= {checker.EQUAL}
+    unasked = {name for name, given in found.items() if given.answer == checker.NOT_ASKED}
+    assert unasked == {checker.DETECTED, checker.ATTRIBUTED}
+    assert {name for name, given in found.items() if given.answer != "pass"} <= {checker.EQUAL, *unasked}
 
 
 def test_without_exact_sums_equality_is_unknown(log):
@@ -431,7 +460,7 @@ def test_a_rank_that_dies_of_a_save_that_only_failed_is_a_false_alarm(log):
     assert found.answer == "fail" and "false alarm" in found.why
 
 
-@pytest.mark.parametrize(("kind", "answer"), [("vanished_checkpoints", "pass"), ("slow_rank", "fail")])
+@pytest.mark.parametrize(("kind", "answer"), [("vanished_checkpoints", checker.NOT_ASKED), ("slow_rank", "fail")])
 def test_a_save_may_fail_where_its_directory_had_vanished_and_not_beside_a_slow_rank(log, kind, answer):
     log.strike(kind=kind)
     log.write(CheckpointFailed(step=6, reason="No such file or directory", in_a_row=1, stall_seconds=0.0))

@@ -86,6 +86,7 @@ def test_every_arm_is_decided_as_its_losses_and_times_say(full):
     assert decided["rope"] == ("promote", "persists")
     assert decided["fading"][0] == "reject"
     assert decided["fading"][1] in ("shrinks", "reverses")
+    assert decided[AA][0] == "noise floor"
     assert decided["qk-norm"][0] == "reject"  # it is worth it in compute, and takes 1.3 times as long
     by_losses = {row["arm"]: row["decision"] for row in full["verdicts"]}
     assert (by_losses["qk-norm"], by_losses[AA]) == ("promote", "inconclusive")

@@ -9,7 +9,7 @@ from tests.mutants import CONTROL, MUTANTS, Mutant
 from tests.support import ROOT, SMOKE
 from trainer.chaos import plan, run
 from trainer.chaos.results import Result
-from trainer.faults.checker import DETECTED, FIRED, RECOVERED
+from trainer.faults.checker import DETECTED, FIRED, NOT_ASKED, RECOVERED
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -37,7 +37,8 @@ def run_mutants(mutants: dict[str, Mutant], directory: Path) -> dict[str, Result
 
 def not_held(result: Result) -> set[str]:
     """Invariants that did not pass, without those that a slow machine may break."""
-    return {answer.invariant for answer in result.answers if answer.answer != "pass"} - {DETECTED, RECOVERED}
+    given = {answer.invariant for answer in result.answers if answer.answer not in ("pass", NOT_ASKED)}
+    return given - {DETECTED, RECOVERED}
 
 
 def failed(result: Result) -> set[str]:

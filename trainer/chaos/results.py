@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from trainer import files
 from trainer.errors import RunDirectoryError
+from trainer.faults import checker
 from trainer.faults.checker import Answer, Answers
 
 Outcome = Literal["pass", "fail", "unknown", "undetected", "skipped"]
@@ -82,10 +83,9 @@ def worst(answers: list[Answer]) -> Answer | None:
 
 def outcome(answers: list[Answer]) -> tuple[Outcome, str]:
     """Return (the worst answer, its reason)."""
-    bad = worst(answers)
-    if bad is not None:
-        return bad.answer, f"{bad.invariant}: {bad.why}"
-    return "pass", next((answer.why for answer in answers if answer.why), "")
+    if (bad := worst(answers)) is not None:
+        return bad.answer, f"{bad.invariant}: {bad.why}"  # pyright: ignore[reportReturnType]
+    return "pass", next((answer.why for answer in answers if answer.why and answer.answer == "pass"), "")
 
 
 def to_json(report: Report) -> dict[str, Any]:
@@ -104,6 +104,11 @@ def _result_from_json(tree: dict[str, Any]) -> Result:
         for answer in tree["answers"]
     ]
     measured = [{_RENAMED.get(key, key): value for key, value in fault.items()} for fault in tree["measured"]]
+    # Older versions wrote "pass" too where nothing was measured.
+    for number, answer in enumerate(answers):
+        key = checker.MEASURED_AS.get(answer.invariant)
+        if answer.answer == "pass" and key and all(fault.get(key) is None for fault in measured):
+            answers[number] = Answer(answer.invariant, checker.NOT_ASKED)
     run = tree["run"].replace("/cells/", "/cases/")  # see rename_old_layout
     return Result(**tree | {"answers": answers, "measured": measured, "run": run})
 

@@ -1,7 +1,7 @@
 """The invariants: what must hold after a run with faults, whatever the faults were.
 
-Each invariant answers pass, fail, unknown or undetected. Runs are compared with the reference run, which has the same
-config and no faults.
+Each invariant answers pass, fail, unknown, undetected, or not applicable where the faults asked nothing of it. Runs are
+compared with the reference run, which has the same config and no faults.
 """
 
 import math
@@ -30,7 +30,7 @@ from trainer.log.incidents import Incident
 
 __all__ = ["INVARIANTS", "Answer", "Answers", "Evidence", "Reference", "check", "measure", "reference_of"]
 
-Answers = Literal["pass", "fail", "unknown", "undetected"]
+Answers = Literal["pass", "fail", "unknown", "undetected", "not applicable"]
 
 FIRED, EQUAL, SAMPLES, KEPT, CLEAN, DETECTED, RECOVERED, ATTRIBUTED, TIME, STATUS = INVARIANTS = (
     "every fault fired",
@@ -44,6 +44,9 @@ FIRED, EQUAL, SAMPLES, KEPT, CLEAN, DETECTED, RECOVERED, ATTRIBUTED, TIME, STATU
     "time adds up",
     "exit status",
 )
+NOT_ASKED: Answers = "not applicable"
+MEASURED_AS = {DETECTED: "detect_seconds", RECOVERED: "recover_seconds", ATTRIBUTED: "attributed_correctly"}
+"""The value in `measure` that an invariant tests; None for a fault of which it asks nothing."""
 KNOWN_FILES = {
     "config.json",
     "tokenizer.json",
@@ -80,11 +83,11 @@ def check(evidence: Evidence) -> list[Answer]:
         _every_fault_fired(evidence),
         _weights_and_state_equal(evidence),
         _every_sample_once(evidence),
-        _answer(KEPT, _lost_checkpoints(evidence)),
+        _checkpoints_kept(evidence),
         _answer(CLEAN, [*evidence.leftovers, *(f"stray file {name}" for name in strays(evidence.run))]),
-        _answer_if_fired(evidence, DETECTED, _late_detections(evidence)),
-        _answer_if_fired(evidence, RECOVERED, _late_recoveries(evidence)),
-        _answer_if_fired(evidence, ATTRIBUTED, _wrong_attributions(evidence)),
+        _answer_if_asked(evidence, DETECTED, _late_detections(evidence)),
+        _answer_if_asked(evidence, RECOVERED, _late_recoveries(evidence)),
+        _answer_if_asked(evidence, ATTRIBUTED, _wrong_attributions(evidence)),
         _answer(TIME, _time_problems(evidence)),
         _answer(STATUS, _status_problems(evidence)),
     ]
@@ -131,6 +134,8 @@ def _joined(problems: Sequence[str]) -> str:
 
 
 def _every_fault_fired(evidence: Evidence) -> Answer:
+    if not evidence.planned:
+        return Answer(FIRED, NOT_ASKED, "no fault was planned")
     fired = {firing.fault.index for firing in evidence.firings}
     missing = [fault for fault in evidence.planned if fault.index not in fired]
     if not missing:
@@ -189,6 +194,13 @@ def _every_sample_once(evidence: Evidence) -> Answer:
     return _answer(SAMPLES, wrong + missing)
 
 
+def _checkpoints_kept(evidence: Evidence) -> Answer:
+    problems = _lost_checkpoints(evidence)
+    if not problems and not checkpoint.committed(evidence.run):
+        return Answer(KEPT, NOT_ASKED, "the run ended before it had saved a checkpoint")
+    return _answer(KEPT, problems)
+
+
 def _lost_checkpoints(evidence: Evidence) -> list[str]:
     """Committed checkpoints that are gone, damaged ones that are still there, and progress that was not used."""
     try:
@@ -224,10 +236,16 @@ def _forgotten(entries: Iterable[Entry]) -> list[str]:
     return problems
 
 
-def _answer_if_fired(evidence: Evidence, invariant: str, problems: list[str]) -> Answer:
-    if problems or evidence.firings:
+def _answer_if_asked(evidence: Evidence, invariant: str, problems: list[str]) -> Answer:
+    """The answer of an invariant that asks something of some faults only: it passes if it was tested and held."""
+    if problems or any(fault[MEASURED_AS[invariant]] is not None for fault in measure(evidence)):
         return _answer(invariant, problems)
-    return Answer(invariant, "unknown", "no fault fired")
+    fired = {firing.fault.index for firing in evidence.firings}
+    for fault in evidence.planned:
+        asked = not fault.kind.moves_clock if invariant == RECOVERED else bool(fault.kind.expected_incidents)
+        if asked and fault.index not in fired:
+            return Answer(invariant, "unknown", f"{fault} did not fire")
+    return Answer(invariant, NOT_ASKED, "no fault of this run asks for it")
 
 
 def _patience(evidence: Evidence, firing: Firing) -> float:

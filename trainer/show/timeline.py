@@ -272,7 +272,7 @@ def _draw_legend(drawn: "Figure") -> None:
         Line2D([], [], label="held-out loss", color=WORK, linewidth=0, **EVAL_MARK),
         Line2D([], [], label="fault", color=FAULT, linewidth=0, marker=fault, markersize=5, markeredgewidth=0),
         Patch(label="starting", **HATCHED),
-        Patch(label="nobody trains", facecolor=figure.colour("idle-back"), edgecolor=figure.SOFT, linewidth=0.6),
+        Patch(label="no rank trains", facecolor=figure.colour("idle-back"), edgecolor=figure.SOFT, linewidth=0.6),
         Line2D([], [], label="incident, as the run recorded it", color=INCIDENT, linewidth=3, solid_capstyle="butt"),
     ]
     drawn.legend(handles=handles, loc="lower left", bbox_to_anchor=(LEFT / WIDTH, 0), ncols=len(handles), fontsize=7.5,

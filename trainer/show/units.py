@@ -12,13 +12,14 @@ UNKNOWN = "?"
 LOSS_UNITS = {"nats_per_token": "nats per token", "bits_per_byte": "bits per byte"}
 SHORT_LOSS_UNITS = {"nats_per_token": "nats", "bits_per_byte": "bits"}
 SIGNS = {
-    "promote": "✓", "reject": "✗", "inconclusive": "?",
+    "promote": "✓", "reject": "✗", "inconclusive": "?", "noise floor": "·",
     "pass": "✓", "fail": "✗", "undetected": "!", "unknown": "?", "skipped": "–",
+    "not applicable": "–",
 }  # fmt: skip
 """Signs of a ladder's decisions and of a campaign's outcomes."""
 TRENDS = {
     "none": "no gain", "persists": "persists", "shrinks": "shrinks", "reverses": "reverses", "grows": "grows",
-    "unknown": UNKNOWN,
+    "unknown": UNKNOWN, "noise floor": "–",
 }  # fmt: skip
 
 

@@ -5,17 +5,19 @@ from collections import Counter
 from collections.abc import Sequence
 
 from trainer.chaos.results import Report, Result
+from trainer.faults.checker import NOT_ASKED, Answer
 from trainer.faults.fault import KINDS
+from trainer.show.units import SIGNS
 
 OUTCOMES: Sequence[str] = ("pass", "fail", "undetected", "unknown", "skipped")
-NOT_ASKED = "–"
 MEANINGS = {
     "pass": "held",
     "fail": "did not hold",
     "undetected": "left a trace that no incident reports",
     "unknown": "cannot be decided",
-    "skipped": "this machine cannot make it",
+    "not applicable": "not asked, not measured",
 }
+"""Answers in words, in the order of a legend."""
 SEVERAL, STORMS, OTHER = "several at once", "storms", "other"
 
 
@@ -24,9 +26,10 @@ def invariants(results: Sequence[Result]) -> list[str]:
     return list(dict.fromkeys(answer.invariant for result in results for answer in result.answers))
 
 
-def answers(result: Result) -> dict[str, tuple[str, str]]:
-    """Return {invariant: (answer, why)}."""
-    return {answer.invariant: (answer.answer, answer.why) for answer in result.answers}
+def answers(result: Result, asked: Sequence[str]) -> list[Answer]:
+    """Return an answer for each of the invariants in `asked`."""
+    given = {answer.invariant: answer for answer in result.answers}
+    return [given.get(name, Answer(name, NOT_ASKED)) for name in asked]
 
 
 def groups(results: Sequence[Result]) -> dict[str, list[Result]]:
@@ -77,7 +80,7 @@ def worst(result: Result, name: str) -> float | None:
 
 def seconds(value: float | None) -> str:
     """ "0.02", "3.4"; a dash for seconds that were not measured."""
-    return NOT_ASKED if value is None else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
+    return SIGNS[NOT_ASKED] if value is None else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
 
 
 def seconds_left(done: Sequence[Result], total: int) -> float | None:

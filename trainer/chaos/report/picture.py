@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from trainer import files
 from trainer.chaos.report import matrix
 from trainer.chaos.results import Report, Result
-from trainer.show.figure import BAD, GOOD, INK, SILENT, SOFT, UNSURE, colour, new_figure, png, shortened, style
+from trainer.show.figure import BAD, GOOD, INK, PAPER, SILENT, SOFT, UNSURE, colour, new_figure, png, shortened, style
 from trainer.show.units import SIGNS
 
 if TYPE_CHECKING:
@@ -45,7 +45,9 @@ def matrix_png(report: Report, path: Path) -> None:
     width, height = sum(widths) + 2 * MARGIN, ROW * rows + head + 0.8
     counts = matrix.counts(report.results)
     title = f"{report.campaign}: {', '.join(f'{number} {name}' for name, number in counts.items())}"
-    legend = "     ".join(f"{SIGNS[name]} {matrix.MEANINGS[name]}" for name in counts)
+    # A skipped run says why in its row.
+    given = {answer.answer for result in report.results for answer in result.answers}
+    legend = "     ".join(f"{SIGNS[name]} {meaning}" for name, meaning in matrix.MEANINGS.items() if name in given)
     with style({"font.size": 9}):
         figure = new_figure(width, height, layout="none")
         grid = figure.subplots(1, len(panels), squeeze=False, width_ratios=widths)
@@ -98,14 +100,13 @@ def _draw(axes: "Axes", panel: list[MatrixRow], asked: Sequence[str], left: floa
         if result is None:
             axes.text(-0.3, y + 0.6, words, ha="right", va="center", color=INK, fontweight="bold")
             continue
-        skipped, given = result.outcome == "skipped", matrix.answers(result)
+        skipped = result.outcome == "skipped"
+        answers = [] if skipped else [answer.answer for answer in matrix.answers(result, asked)]
         axes.text(-0.3, y + 0.5, words, ha="right", va="center", color=SOFT if skipped else INK)
-        for x, name in zip(places, columns, strict=True):
-            answer = result.outcome if x == 0 else given.get(name, (None, ""))[0]
-            if answer is not None:
-                back, ink = SHADES[answer]
-                axes.add_patch(Rectangle((x + 0.04, y + 0.06), 0.92, 0.88, facecolor=back, edgecolor="none"))
-                axes.text(x + 0.5, y + 0.52, SIGNS[answer], ha="center", va="center", color=ink, weight="bold")
+        for x, answer in zip(places, [result.outcome, *answers], strict=False):
+            back, ink = SHADES.get(answer, (PAPER, SOFT))
+            axes.add_patch(Rectangle((x + 0.04, y + 0.06), 0.92, 0.88, facecolor=back, edgecolor="none"))
+            axes.text(x + 0.5, y + 0.52, SIGNS[answer], ha="center", va="center", color=ink, weight="bold")
         if skipped:
             # Its row has no answers: the reason stands there instead, as long as the columns are wide.
             why = shortened(result.why.removeprefix(f"{result.name}: "), int(len(asked) * ROW / REASON_LETTER))

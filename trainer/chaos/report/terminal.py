@@ -14,10 +14,12 @@ from rich.text import Text
 
 from trainer.chaos.report import matrix
 from trainer.chaos.results import Report, Result
+from trainer.faults.checker import NOT_ASKED
 from trainer.show.live import LiveTable
 from trainer.show.units import SIGNS, clock, plural
 
 STYLES = {"pass": "green", "fail": "bold red", "undetected": "magenta", "unknown": "yellow", "skipped": "dim"}
+STYLES |= {NOT_ASKED: "dim"}
 NAMES = {outcome: outcome for outcome in STYLES} | {"fail": "FAIL"}
 
 
@@ -44,8 +46,7 @@ def _table(results: Sequence[Result], letters: dict[str, str]) -> Any:
         table.add_row(Text(group, "bold"))
         for result in members:
             label = Text(matrix.label(result, members), "dim" if result.outcome == "skipped" else "")
-            answers = matrix.answers(result)
-            signs = [answers.get(name, ("skipped", ""))[0] for name in letters.values()]
+            signs = [answer.answer for answer in matrix.answers(result, [*letters.values()])]
             table.add_row(
                 Padding(label, (0, 0, 0, 2)),
                 Text(matrix.world_short(result), "dim"),
@@ -59,9 +60,8 @@ def _table(results: Sequence[Result], letters: dict[str, str]) -> Any:
 
 def _legend(letters: dict[str, str]) -> Any:
     names = [Text.assemble((letter, "bold"), f" {name}") for letter, name in letters.items()]
-    signs = [f"{SIGNS[sign]} {matrix.MEANINGS[sign]}" for sign in ("pass", "fail", "undetected", "unknown")]
-    last = f"{matrix.NOT_ASKED} not asked, not measured"
-    return Group(Columns(names, padding=(0, 3)), Text(f"{'   '.join(signs)}   {last}", "dim"))
+    signs = "   ".join(f"{SIGNS[sign]} {meaning}" for sign, meaning in matrix.MEANINGS.items())
+    return Group(Columns(names, padding=(0, 3)), Text(signs, "dim"))
 
 
 def _totals(report: Report) -> Text:

@@ -82,13 +82,14 @@ def _not_begun(planned: PlannedRun, failed: str | None) -> CollectedRun:
 def build_report(collected: CollectedLadder) -> Tree:
     """Return the report as JSON values."""
     ladder, results = collected.ladder, collect.run_results(collected.runs)
+    arms = sorted(ladder.arms, key=lambda arm: arm.is_aa)  # the noise floor comes after what is judged
     # Also of runs to come: predictions of them need their compute.
     flops = {(planned.rung, planned.arm): planned.flops for planned in collected.runs}
     flops |= {(rung.name, BASELINE): rung.flops for rung in ladder.rungs} | {(TARGET, BASELINE): ladder.target_flops}
     plan = EstimatePlan(
         ladder.criterion, [rung.name for rung in ladder.rungs], flops, ladder.target_flops,
-        {rung.name: len(rung.seeds) for rung in ladder.all_rungs}, [arm.name for arm in ladder.arms],
-        [arm.name for arm in ladder.arms if arm.is_aa],
+        {rung.name: len(rung.seeds) for rung in ladder.all_rungs}, [arm.name for arm in arms],
+        [arm.name for arm in arms if arm.is_aa],
     )  # fmt: skip
     tree = {
         "format": FORMAT, "name": ladder.name, "question": ladder.question,
@@ -99,7 +100,7 @@ def build_report(collected: CollectedLadder) -> Tree:
         "arms": [
             {"name": arm.name, "question": arm.question, "changes": arm.settings, "combines": list(arm.combines),
              "unchanged": arm.is_aa}
-            for arm in ladder.arms
+            for arm in arms
         ],
         "notices": list(ladder.notices),
         "counts": dict(Counter(run.status for run in _distinct(collected.runs))),

@@ -14,14 +14,22 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
 
+NOISE_FLOOR = "noise floor"
+"""Stands for the decision about an arm without a change (A/A): it shows how far noise alone moves an arm."""
 DASHED, DOTTED = (0, (4, 2)), (0, (1, 2))
 LINEAR_TICKS_UP_TO = 4.0
 """Largest ratio of an axis' ends at which its ticks are evenly apart."""
 
 
 def final(tree: Tree, arm: str) -> Tree | None:
-    """The arm's verdict with what time overrules; None without a verdict."""
-    return final_verdict(tree["verdicts"], tree.get("course", {}).get("verdicts", []), arm)
+    """The arm's verdict with what time overrules; None without a verdict. An arm without a change is not judged."""
+    found = final_verdict(tree["verdicts"], tree.get("course", {}).get("verdicts", []), arm)
+    if found is None or not any(row["unchanged"] for row in tree["arms"] if row["name"] == arm):
+        return found
+    why = "It equals the baseline but for its initial weights, so its multipliers show what noise looks like."
+    if found["decision"] == "promote":
+        why += " By the criterion it would be promoted: on this ladder noise passes for a gain."
+    return found | {"decision": NOISE_FLOOR, "why": why, "trend": NOISE_FLOOR, "crossing": None, "remedies": []}
 
 
 def arm_styles(tree: Tree) -> dict[str, tuple[str, str]]:

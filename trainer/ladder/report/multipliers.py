@@ -17,7 +17,7 @@ COLUMNS = 3
 SHARED_AXIS_UP_TO = 12.0
 """Panels share their y axis unless a shared one would be this many times as tall as the smallest panel's."""
 OTHER_FLOOR = (0, (1, 1.6))
-DECISION_COLOURS = {"promote": GOOD, "reject": BAD, "inconclusive": UNSURE}
+DECISION_COLOURS = {"promote": GOOD, "reject": BAD, "inconclusive": UNSURE, drawing.NOISE_FLOOR: SOFT}
 
 
 def draw(tree: Tree) -> "Figure | None":

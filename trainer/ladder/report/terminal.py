@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from trainer.ladder import terminal as tables
-from trainer.ladder.report.drawing import final
+from trainer.ladder.report.drawing import NOISE_FLOOR, final
 from trainer.ladder.report.estimates import Tree
 from trainer.ladder.stats.records import BASELINE
 from trainer.show import units
@@ -12,7 +12,7 @@ from trainer.show import units
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-STYLES = {"promote": "bold green", "reject": "red", "inconclusive": "yellow"}
+STYLES = {"promote": "bold green", "reject": "red", "inconclusive": "yellow", NOISE_FLOOR: "dim"}
 
 
 def terminal(tree: Tree) -> "RenderableType":
@@ -71,10 +71,11 @@ def _means(tree: Tree) -> Any:
 def _lines(tree: Tree) -> Iterator[str]:
     fit, execution = tree["fit"], tree.get("course")
     if fit is not None:
-        yield (
-            f"baseline: E {units.interval(fit['E'], units.loss, 3)}, α {units.interval(fit['alpha'], units.loss, 3)}, "
-            f"seeds' sd {units.loss(fit['seed_sd'])}, lack of fit p {units.p_value(fit['lack_of_fit_p'])}"
-        )
+        parts = [f"E {units.interval(fit['E'], units.loss, 3)}, α {units.interval(fit['alpha'], units.loss, 3)}"]
+        parts += [] if fit["seed_sd"] is None else [f"seeds' sd {units.loss(fit['seed_sd'])}"]
+        p = fit["lack_of_fit_p"]
+        parts += [] if p is None else [f"lack of fit p = {units.p_value(p)}"]
+        yield f"baseline: {', '.join(parts)}"
     for guess in tree["predictions"]:
         if guess["arm"] == BASELINE and guess["predicted"] is not None:
             observed = "not run" if guess["observed"] is None else f"observed {units.loss(guess['observed'])}"

@@ -329,7 +329,7 @@ def _exp(value: float | None) -> float | None:
 
 
 def _times(log_ratio: float) -> str:
-    return f"{math.exp(log_ratio):.3g}×" if log_ratio < math.log(1e4) else "any number of times"
+    return f"{math.exp(log_ratio):.3g}×" if log_ratio < math.log(1e4) else "more than 10,000×"
 
 
 def _ratio_interval(estimate: Estimate | OtherFloor | None, level: float) -> Interval:
