@@ -63,7 +63,8 @@ class Ours:
         self.state = job.build(config, vocabulary(config, self.prepared), ranks)
         log = events.EventLog.open(directory, events.next_attempt(directory), ranks.rank)
         if ranks.is_main:
-            log.subscribe(console.Console(config, is_terminal=False, file=Path(os.devnull).open("w")))  # noqa: SIM115
+            nowhere = Path(os.devnull).open("w")  # noqa: SIM115
+            log.subscribe(console.Console(config, directory, is_terminal=False, file=nowhere))
         self.config = config
         self.context = StepContext(
             config, AllRanks(ranks, config.data.micro_batches), job.batches_of(config, self.prepared)

@@ -5,12 +5,15 @@ import os
 import re
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.logs import ended, entry, evaluated, killed, not_finite, started, step
 from trainer.config import Config, parse
 from trainer.log.events import (
+    LOST_A_PEER,
     CheckpointFailed,
     CheckpointRejected,
     CheckpointSaved,
@@ -23,13 +26,14 @@ from trainer.log.events import (
 from trainer.show.console import Console, preparation
 
 WEIGHTS = f"weights_sha256 {'a' * 64}"
+RUN = Path("runs/a run")
 CONFIG: Config = parse({"budget": {"steps": 60}, "checkpoint": {"max_failures": 3}})
 
 
-def lines_of(*events: tuple[float, Event], earlier: list[Entry] | None = None) -> list[str]:
+def lines_of(*events: tuple[float, Event], earlier: list[Entry] | None = None, **options: Any) -> list[str]:
     """The lines printed for the events of an attempt; if there are `earlier` entries, of the second attempt."""
     out = io.StringIO()
-    with Console(CONFIG, is_terminal=False, file=out, earlier=earlier or ()) as console:
+    with Console(CONFIG, RUN, is_terminal=False, file=out, earlier=earlier or (), **options) as console:
         for seconds, event in events:
             console(entry(event, seconds, attempt=int(earlier is not None)))
     return out.getvalue().splitlines()
@@ -68,16 +72,14 @@ def test_a_restart_is_one_line_with_what_where_lost_steps_and_seconds(killed_fir
     lines = lines_of(*(start[::-1] if killed_first else start), (51, step(41)), earlier=KILLED_AT_47)
     assert len(lines) == 3
     assert (
-        "restart  attempt 1: rank 1 was killed (SIGKILL) after step 47; resumed from step 40, 7 steps to replay; "
+        "restart  rank 1 was killed (SIGKILL) after step 47; resumed from step 40, 7 steps to replay; "
         "3.0 s without training"
     ) in lines
 
 
 def test_a_restart_that_no_launcher_explains_is_printed_at_the_next_progress():
     lines = lines_of((50, started(40)), (51, step(41)), earlier=KILLED_AT_47)
-    assert lines[1].startswith(
-        "restart  attempt 1: ended without a message after step 47; resumed from step 40, 7 steps"
-    )
+    assert lines[1].startswith("restart  ended without a message after step 47; resumed from step 40, 7 steps")
     assert lines[2].startswith("step 41/60")
 
 
@@ -92,10 +94,10 @@ def test_a_preempted_run_names_the_signal_and_later_how_it_resumed():
     assert lines_of((48, stop), (49, end)) == [
         "stop  SIGTERM asked to stop: leaving at step 47",
         "preempted step 47/60  SIGTERM",
+        "next  the same command resumes 'runs/a run'",
     ]
     assert lines_of((60, started(47)), (61, step(48)), earlier=before)[1] == (
-        "resume  attempt 1: preempted (SIGTERM) after step 47; resumed from step 47, no steps to replay; "
-        "11.0 s without training"
+        "resume  preempted (SIGTERM) after step 47; resumed from step 47, no steps to replay; 11.0 s without training"
     )
 
 
@@ -141,10 +143,29 @@ def test_damage_hangs_and_values_that_are_not_finite_are_a_line_each():
         ([ended("failed", 7, None, reason="RuntimeError: gone\n  at x")], "failed step 7/60  RuntimeError: gone"),
     ],
 )
-def test_the_last_line_says_how_a_run_ended_with_its_weights_and_leaves_out_what_is_unknown(
-    events: list[Event], line: str
+def test_the_end_says_how_a_run_ended_with_its_weights_and_leaves_out_what_is_unknown(events: list[Event], line: str):
+    assert lines_of(*[(0, event) for event in events])[-2] == line
+
+
+@pytest.mark.parametrize(
+    ("end", "is_restarted", "last"),
+    [
+        (ended(), False, "next  python -m trainer inspect 'runs/a run'"),
+        (ended(), True, "next  python -m trainer inspect 'runs/a run'"),
+        (ended("preempted", 7, None), True, "next  the same command resumes 'runs/a run'"),
+        (
+            ended("failed", 7, None, reason="EIO"),
+            False,
+            "next  python -m trainer inspect 'runs/a run'; the same command resumes the run",
+        ),
+        (ended("failed", 7, None, reason="EIO"), True, "failed step 7/60  EIO"),
+        (ended("failed", 7, None, reason=LOST_A_PEER), True, "lost a peer after step 7/60"),
+    ],
+)
+def test_the_last_line_names_run_directory_and_next_command_unless_workers_start_again(
+    end: Event, is_restarted: bool, last: str
 ):
-    assert lines_of(*[(0, event) for event in events])[-1] == line
+    assert lines_of((0, end), is_restarted=is_restarted)[-1] == last
 
 
 def test_every_line_is_flushed():
@@ -155,7 +176,7 @@ def test_every_line_is_flushed():
             self.flushed = self.getvalue()
 
     out = Watched()
-    console = Console(CONFIG, is_terminal=False, file=out)
+    console = Console(CONFIG, RUN, is_terminal=False, file=out)
     console(entry(step(1), 0))
     assert out.flushed == out.getvalue() != ""
 
@@ -164,7 +185,7 @@ def test_an_output_whose_reader_has_left_does_not_stop_the_run():
     reading, writing = os.pipe()
     os.close(reading)
     file = os.fdopen(writing, "w")
-    with Console(CONFIG, is_terminal=False, file=file) as console:
+    with Console(CONFIG, RUN, is_terminal=False, file=file) as console:
         console(entry(step(1), 0))
         console(entry(step(60), 9))
     with pytest.raises(BrokenPipeError):
@@ -175,7 +196,7 @@ def test_on_a_terminal_permanent_lines_stay_and_the_cursor_comes_back_even_after
     out = io.StringIO()
 
     def interrupted() -> None:
-        with Console(CONFIG, is_terminal=True, file=out) as console:
+        with Console(CONFIG, RUN, is_terminal=True, file=out) as console:
             console(entry(started(), 0))
             console(entry(step(1), 1))
             console(entry(evaluated(1), 1))
@@ -191,21 +212,21 @@ def test_on_a_terminal_permanent_lines_stay_and_the_cursor_comes_back_even_after
     assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l"), "the cursor stays hidden"
 
 
-def test_on_a_terminal_redrawing_is_throttled_and_the_end_is_one_uncut_line():
+def test_on_a_terminal_redrawing_is_throttled_and_the_hash_is_one_uncut_word():
     out = io.StringIO()
-    with Console(CONFIG, is_terminal=True, file=out) as console:
+    with Console(CONFIG, RUN, is_terminal=True, file=out) as console:
         console(entry(step(1), 0))
         drawn = len(out.getvalue())
         for n in range(2, 31):
             console(entry(step(n), 0.005 * n))
         assert len(out.getvalue()) == drawn
         console(entry(ended(), 1))
-    assert WEIGHTS in out.getvalue()
+    assert "a" * 64 in out.getvalue()
 
 
 def test_the_live_line_leaves_standard_output_as_it_was():
     before = sys.stdout, sys.stderr
-    with Console(CONFIG, is_terminal=True, file=sys.stdout) as console:
+    with Console(CONFIG, RUN, is_terminal=True, file=sys.stdout) as console:
         console(entry(step(1), 0))
         console(entry(step(2), 9))
     assert (sys.stdout, sys.stderr) == before
@@ -213,7 +234,7 @@ def test_the_live_line_leaves_standard_output_as_it_was():
 
 def test_a_quiet_step_costs_far_less_than_fifty_microseconds():
     for is_terminal in (False, True):
-        with Console(CONFIG, is_terminal=is_terminal, file=io.StringIO()) as console:
+        with Console(CONFIG, RUN, is_terminal=is_terminal, file=io.StringIO()) as console:
             console(entry(step(1), 0))
             quiet = entry(step(2), 0.001)
             seconds = []

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from tests.faulty_runs import NO_FAULTS, STEPS, FaultyRun, fault, reference_run
-from tests.logs import started
+from tests.logs import Run, started
 from tests.support import ROOT, SMOKE, settings, summarise_run, torchrun, trainer, with_faults, write_corpus
 from trainer import checkpoint, config
 from trainer.checkpoint import files
@@ -69,7 +69,7 @@ def test_hangs_of_every_kind_are_made_and_survived(trial: FaultyRun):
     assert [c["rank"] for c in stopped.culprits] == [0] and [c["rank"] for c in locked.culprits] == [1]
     assert 3 <= stopped.seconds < 8 and stopped.collective
     assert (trial.run / stopped.stacks).read_text().count("Thread") >= 2
-    banner = next(w["message"] for w in run_summary["warnings"] if "on purpose" in w["message"])
+    (banner,) = [w["message"] for w in run_summary["warnings"] if "on purpose" in w["message"]]  # one for all attempts
     assert banner.startswith("4 faults on purpose are armed: stopped on rank 0 at step 8, in_update; lock_held on rank")
 
 
@@ -278,6 +278,16 @@ def test_without_faults_nothing_is_touched(tmp_path: Path):
         faults.close()
     assert not torch.nn.modules.module._global_forward_hooks
     assert not (tmp_path / "events").exists()
+
+
+def test_faults_are_announced_until_all_have_fired(tmp_path: Path):
+    run, plan = Run(tmp_path), (fault("exit", 4), fault("nan_loss", 5))
+    run.start(world_size=1)
+    for kind in ("exit", "nan_loss"):
+        assert armed(tmp_path, *plan).notice.startswith("2 faults on purpose are armed: exit on rank 0 at step 4")
+        run.fault(kind, victim=0)
+    assert armed(tmp_path, *plan).notice == ""
+    assert "1 of them from outside" in armed(tmp_path, *plan, fault("store_killed", 9)).notice
 
 
 def pointed(run: Path, *faults: dict[str, Any], rank: int = 0, size: int = 1) -> Callable[[str, int], None]:

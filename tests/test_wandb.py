@@ -23,7 +23,7 @@ from trainer.config import Config, parse
 from trainer.errors import ConfigError
 from trainer.launch import processes
 from trainer.log import rundir
-from trainer.log.events import CheckpointFailed, CheckpointSaved, EventLog, StepDone, Warned, read
+from trainer.log.events import CheckpointFailed, CheckpointSaved, EventLog, StepDone, StopRequested, Warned, read
 from trainer.show.console import Console
 from trainer.show.wandb import WandbHelper, wandb_mode
 
@@ -216,6 +216,44 @@ def test_a_run_shows_its_restarts_what_they_cost_and_saves_that_failed(run: Run)
     assert second == {"title": "save failed in attempt 1", "text": failed}
 
 
+def is_killed(run: Run) -> None:
+    run.fault("sigkill")
+
+
+def is_preempted(run: Run) -> None:
+    run.write(StopRequested(signal="SIGTERM", step=8))
+    run.end("preempted", 8)
+
+
+def fails(run: Run) -> None:
+    run.write(CheckpointFailed(step=8, reason="EIO", in_a_row=1), rank=1)
+    run.write(CheckpointFailed(step=8, reason="EIO", in_a_row=1))
+    run.end("failed", 8, reason="EIO")
+
+
+def restarts_twice_before_it_is_ready(run: Run) -> None:
+    run.end("failed", 8, reason="lost a peer", rank=1)
+    run.start(record=False)
+    run.write(started(5), rank=1)
+    run.start(record=False)
+    run.write(started(5), rank=1)
+
+
+def test_rows_are_numbered_on_after_a_kill_a_preemption_a_failure_and_starts_that_died(run: Run):
+    first = 0
+    endings = [is_killed, is_preempted, fails, restarts_twice_before_it_is_ready, lambda run: run.write(ended())]
+    for end in endings:
+        with shown(run):
+            run.start(first)
+            run.write(killed())
+            run.steps(first + 1, 8)
+            end(run)
+        first = 5
+    folders = [[row["_step"] for row in rows] for _, rows in sorted(offline_records(run.path, "history").items())]
+    assert len(folders) == len(endings)
+    assert [number for numbers in folders for number in numbers] == list(range(sum(map(len, folders))))
+
+
 def test_a_run_that_fails_raises_an_alert_with_the_reason(run: Run):
     with shown(run):
         run.start()
@@ -339,7 +377,7 @@ def train_with(run: Path, config: Config = CONFIG, steps: int = 60) -> list[str]
     def warn(message: str) -> None:
         log.append(Warned(message=message))
 
-    with Console(config) as screen, WandbHelper(run, config, 0, on_problem=warn) as helper:
+    with Console(config, run) as screen, WandbHelper(run, config, 0, on_problem=warn) as helper:
         log.subscribe(screen)
         log.subscribe(helper)
         log.append(started())

@@ -280,7 +280,8 @@ def show(config: Config, claim: Claim, stack: contextlib.ExitStack) -> console.C
     """On rank 0: show the attempt on the console and in W&B until `stack` is closed."""
     if not claim.ranks.is_main:
         return None
-    screen = stack.enter_context(console.Console(config, earlier=claim.earlier))
+    restarts = elastic.will_restart()
+    screen = stack.enter_context(console.Console(config, claim.run, earlier=claim.earlier, is_restarted=restarts))
     claim.log.subscribe(screen)
     stack.enter_context(_in_wandb(config, claim))
     return screen
@@ -322,8 +323,10 @@ def announce(config: Config, claim: Claim, data: RunData, step: int, stopwatch: 
     if ranks.is_main:
         for lost in losses:
             log.append(events.WorkersLost(failures=lost["failures"], reason=lost["reason"]))
+        # Restarts repeat the circumstances of the start; one warning of them is enough for a run.
+        said = {event.message for _, event in events.select(claim.earlier, events.Warned)}
         for message in (elastic.SHARED_STORE_WARNING if elastic.shares_rendezvous_store() else "", notice):
-            if message:
+            if message and message not in said:
                 log.append(events.Warned(message=message))
 
 

@@ -52,13 +52,13 @@ def _first_world_size(run: Path) -> int | None:
 
 class FaultInjector:
     def __init__(self, planned: Sequence[PlannedFault], config: Config, run: Path, rank: int, world_size: int) -> None:
-        self.notice = _notice(planned) if planned else ""
-        """Warning for the log, so that a reader does not take what follows for an accident."""
         # The number is the same on all ranks: none can have begun its attempt before all are connected.
         self._rank = RankContext(config, run, rank, world_size, events.next_attempt(run))
         self._hits = Counter((event.index, event.fault, event.victim) for event in plan.firings(run))
         inside = [fault for fault in planned if not fault.from_outside]
         self._waiting = {fault.index: fault for fault in inside if self._times_fired(fault) < fault.times}
+        self.notice = _notice(planned) if self._waiting or any(fault.from_outside for fault in planned) else ""
+        """Warning for the log, so that a reader does not take what follows for an accident."""
         self._lock = threading.Lock()
         self._said: set[int] = set()
         if self._mine():

@@ -39,6 +39,12 @@ def expected_rank() -> int:
     return int(os.environ["RANK"]) if started_by_torchrun() else 0
 
 
+def will_restart() -> bool:
+    """True if torchrun has restarts left for workers that fail."""
+    made, most = (os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    return started_by_torchrun() and int(made) < int(most)
+
+
 def shares_rendezvous_store() -> bool:
     """True if torchrun started this process in the mode in which joining nodes hang."""
     return started_by_torchrun() and os.environ.get(SHARED_STORE) != "1"

@@ -4,12 +4,15 @@ A subscriber to the event log: it only reads, and may neither slow training nor 
 """
 
 import contextlib
+import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Self, TextIO
 
 from trainer.config import Config
 from trainer.log.events import (
+    LOST_A_PEER,
     AttemptEnded,
     AttemptStarted,
     CheckpointFailed,
@@ -24,11 +27,11 @@ from trainer.log.events import (
     Warned,
 )
 from trainer.log.incidents import IncidentBuilder, describe, first_line
-from trainer.show.live import LiveTable
+from trainer.show.live import BAR_WIDTH, LiveTable, bar
 from trainer.show.units import clock, loss, megabytes, tokens_per_second
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.text import Text
 
 TERMINAL_SECONDS = 0.2  # a redraw costs about 1 ms of the training thread
 PLAIN_SECONDS = 5.0
@@ -42,7 +45,7 @@ def preparation(enabled: bool = True, file: TextIO | None = None) -> Iterator[Ca
     During a longer phase it prints its progress at most every 5 seconds. Nothing is printed if nothing is prepared.
     """
     last_phase, printed_at = "", 0.0
-    screen = LiveTable(file, is_terminal=False)
+    screen = LiveTable(file)
 
     def progress(phase: str, done: int, total: int | None) -> None:
         nonlocal last_phase, printed_at
@@ -63,14 +66,16 @@ class Console:
     `is_terminal` None asks `file` (default: standard output). Plain lines are flushed one by one; steps are printed at
     the first, at the last, and at most every 5 seconds between. A file that cannot be written any more (a closed pipe
     or terminal) ends the printing, not the run. `earlier` is the log of the attempts before: one line says how the last
-    of them ended and what that cost.
+    of them ended and what that cost. The last line names the directory `run` and the next command, unless a launcher
+    restarts the workers when they fail.
     """
 
     def __init__(
-        self, config: Config, is_terminal: bool | None = None, file: TextIO | None = None, earlier: Iterable[Entry] = ()
-    ) -> None:
-        self._steps = config.budget.steps
-        self._max_failures = config.checkpoint.max_failures
+        self, config: Config, run: Path, is_terminal: bool | None = None, file: TextIO | None = None,
+        earlier: Iterable[Entry] = (), is_restarted: bool = False,
+    ) -> None:  # fmt: skip
+        self._steps, self._max_failures = config.budget.steps, config.checkpoint.max_failures
+        self._run, self._is_restarted = shlex.quote(str(run)), is_restarted
         self._incidents = IncidentBuilder(earlier)
         self._screen = LiveTable(file, is_terminal=is_terminal)
         self._interval_seconds = TERMINAL_SECONDS if self._screen.is_terminal else PLAIN_SECONDS
@@ -84,7 +89,7 @@ class Console:
             # How an earlier attempt ended is known only now, as this one resumes.
             if incident.ends_attempt:
                 verb = "resume" if incident.kind == "preempted" else "restart"
-                self._screen.print(f"{verb}  attempt {entry.attempt}: {incident.text}", "bold yellow")
+                self._screen.print(f"{verb}  {incident.text}", "bold yellow")
         if isinstance(entry.event, StepDone):
             self._show_step(entry.event, entry.time)
         else:
@@ -114,7 +119,7 @@ class Console:
         left = f"left {clock(None if passed is None else passed * (self._steps - event.step))}"
         rate, self._since_printed = str(self._since_printed), _Rate()
         if self._screen.is_terminal:
-            self._screen.refresh(_progress_line(event, self._steps, f"{rate}  {left}"))
+            self._screen.refresh(self._progress_line(event, f"{rate}  {left}"))
         else:
             self._screen.print(
                 f"step {self._place(event.step)}  loss {event.loss:.4f}  grad {event.grad_norm:.3f}  "
@@ -152,18 +157,35 @@ class Console:
                 where = f"rank {entry.rank}: " if entry.rank else ""
                 show(f"warning: {where}{event.message}", "yellow")
             case AttemptEnded() as event:
-                self.close()  # the last line stays where the live line was
+                self.close()  # the last lines stay where the live line was
                 show(self._ended(event), STATUS_STYLES.get(event.status, "bold red"))
+                inspect = f"python -m trainer inspect {self._run}"
+                if event.status == "finished":
+                    show(f"next  {inspect}")
+                elif event.status == "preempted":
+                    show(f"next  the same command resumes {self._run}")
+                elif not self._is_restarted:
+                    show(f"next  {inspect}; the same command resumes the run")
 
     def _ended(self, event: AttemptEnded) -> str:
+        lost_peer = event.status == "failed" and event.reason == LOST_A_PEER
         parts = [
-            f"{event.status} step {event.step}/{self._steps}",
-            "" if event.status == "finished" else first_line(event.reason),
+            f"{f'{LOST_A_PEER} after' if lost_peer else event.status} step {event.step}/{self._steps}",
+            "" if event.status == "finished" or lost_peer else first_line(event.reason),
             _scores(self._evals.values()),
             str(self._whole_attempt) if self._whole_attempt.seconds > 0 else "",
             f"weights_sha256 {event.weights_sha256}" if event.weights_sha256 else "",
         ]
         return "  ".join(part for part in parts if part)
+
+    def _progress_line(self, event: StepDone, figures: str) -> "Text":
+        """One line that is never broken; the bar takes what the words leave."""
+        from rich.text import Text
+
+        place, loss = f"step {event.step}/{self._steps} ", f" loss {event.loss:.4f}"
+        room = self._screen.width - len(f"{place}{loss}  {figures}")
+        done = bar(event.step / self._steps, "bar.complete", max(0, min(BAR_WIDTH, room)))
+        return Text.assemble(place, done, (loss, "bold"), f"  {figures}", no_wrap=True, overflow="ellipsis")
 
     def _place(self, step: int) -> str:
         return f"{step:>{len(str(self._steps))}}/{self._steps}"
@@ -177,16 +199,6 @@ class _Rate:
 
     def __str__(self) -> str:
         return tokens_per_second(self.tokens / self.seconds if self.seconds > 0 else None)
-
-
-def _progress_line(event: StepDone, steps: int, figures: str) -> "RenderableType":
-    from rich.progress_bar import ProgressBar
-    from rich.table import Table
-
-    line = Table.grid(padding=(0, 1))
-    bar = ProgressBar(total=steps, completed=event.step, width=24)
-    line.add_row(f"step {event.step}/{steps}", bar, f"loss [bold]{event.loss:.4f}[/]  {figures}")
-    return line
 
 
 def _started(attempt: int, event: AttemptStarted) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import sys
+import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
@@ -11,6 +12,9 @@ from trainer.show import terminal
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
+
+BAR_WIDTH = 24
+_wrapped = functools.partial(textwrap.fill, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 class LiveTable:
@@ -50,21 +54,33 @@ class LiveTable:
             self._attempt(self._draw, renderable)
 
     def print(self, line: "str | Text", style: str = "") -> None:
-        """Print a permanent line above the table."""
-        from rich.text import Text
-
-        text = Text(line, style) if isinstance(line, str) else line
+        """Print a permanent line above the table. A long one is broken between words; a hash can be copied whole."""
         if self.is_terminal:
-            # soft_wrap: a hash cut over two lines cannot be copied.
-            self._attempt(self._console.print, text, soft_wrap=True)
+            if isinstance(line, str):
+                line = textwrap.fill(
+                    line, self.width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+                )
+            self._attempt(self._print, line, style)
         else:
-            self._attempt(print, text.plain, file=self.file, flush=True)
+            self._attempt(print, line, file=self.file, flush=True)
+
+    @property
+    def width(self) -> int:
+        """Columns of the terminal."""
+        return self._console.width
 
     @functools.cached_property
     def _console(self) -> Any:
         from rich.console import Console
 
-        return Console(file=self.file, force_terminal=True, highlight=False)
+        console = Console(file=self.file, force_terminal=True, highlight=False)
+        # A process that was killed while it was drawing has left its last line there, and the cursor hidden.
+        if not console.is_dumb_terminal:
+            self._attempt(self.file.write, terminal.CLEAR)
+        return console
+
+    def _print(self, line: "str | Text", style: str) -> None:
+        self._console.print(line, style=style or None, markup=False, emoji=False, soft_wrap=True)
 
     def _start(self) -> None:
         from rich.live import Live
@@ -90,3 +106,11 @@ class LiveTable:
             write(*arguments, **options)
         except (OSError, ValueError):  # ValueError: the file was closed
             self._broken = True
+
+
+def bar(share: float, style: str, width: int = BAR_WIDTH) -> "Text":
+    """A line of `width` columns, of which this share is coloured."""
+    from rich.text import Text
+
+    done = round(width * share)
+    return Text.assemble(("━" * done, style), ("━" * (width - done), "bright_black"))

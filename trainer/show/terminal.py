@@ -2,6 +2,9 @@
 
 A reader that leaves (`… | head`), a terminal that was closed, a disk that is full, a process started without a standard
 output: from then on nothing is shown, and that is all. A character that the terminal's encoding lacks is shown as "?".
+
+Several processes share a job's terminal, and one of them draws a live line there (show.live), which it may leave behind
+when it is killed. So whatever goes to standard error begins a line by clearing the one it is on.
 """
 
 import contextlib
@@ -14,32 +17,38 @@ from typing import Any, TextIO
 
 from trainer.errors import TopropeError
 
+CLEAR = "\r\x1b[K\x1b[?25h"
+"""Control codes that erase the line which the cursor is on, and show the cursor."""
+
 
 class OutputError(TopropeError):
     """The output that a command was asked for could not be written."""
 
 
 class _Sink(io.FileIO):
-    """A descriptor to which writing always succeeds; `problem` remembers the first time that it did not."""
+    """A descriptor to which writing always succeeds; `problem` remembers the first time that it did not.
+
+    With `clears`, each line written to a terminal first clears what another process has left on it.
+    """
 
     problem: OSError | None = None
 
+    def __init__(self, descriptor: int, clears: bool = False) -> None:
+        super().__init__(descriptor, "w", closefd=False)
+        self._clears = clears and self.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
+        self._at_line_start = True
+
     def write(self, data: Any, /) -> int:
         try:
+            if self._clears and self._at_line_start:
+                super().write(CLEAR.encode())
             while (written := super().write(data)) is None:  # another process has made it non-blocking
                 select.select([], [self], [])
         except OSError as error:
             self.problem = self.problem or error
             return len(data)
+        self._at_line_start = data[written - 1 : written] == b"\n"
         return written
-
-
-class _Nowhere(io.RawIOBase):
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any, /) -> int:
-        return len(data)
 
 
 def take(unbuffered: bool = False) -> None:
@@ -61,7 +70,7 @@ def take(unbuffered: bool = False) -> None:
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
         taken = io.TextIOWrapper(
-            io.BufferedWriter(_Sink(descriptor, "w", closefd=False)),
+            io.BufferedWriter(_Sink(descriptor, clears=name == "stderr")),
             encoding=getattr(stream, "encoding", "utf-8"),
             errors="backslashreplace" if name == "stderr" else "replace",
             line_buffering=unbuffered or stream is None or stream.line_buffering or stream.write_through,
@@ -87,7 +96,7 @@ def check() -> None:
 
 def stream(file: TextIO | None = None) -> TextIO:
     """`file`, or standard output, or a place for nothing if there is neither; able to show any text, with "?"."""
-    chosen = file or sys.stdout or io.TextIOWrapper(io.BufferedWriter(_Nowhere()), encoding="utf-8")
+    chosen = file or sys.stdout or io.StringIO()
     if isinstance(chosen, io.TextIOWrapper) and chosen.errors in ("strict", "surrogateescape"):
         with contextlib.suppress(OSError, ValueError):
             chosen.reconfigure(errors="replace")
@@ -104,14 +113,12 @@ def is_terminal(file: TextIO) -> bool:
 
 def _nowhere(descriptor: int) -> int:
     """Open /dev/null, at this descriptor if it is closed: the next file opened there would be printed into."""
-    null = os.open(os.devnull, os.O_RDWR)
-    if null == descriptor:
-        os.set_inheritable(null, True)
-        return null
+    null = os.open(os.devnull, os.O_RDWR)  # it may have been opened there already
     try:
         os.fstat(descriptor)
     except OSError:
         os.dup2(null, descriptor)
         os.close(null)
         return descriptor
+    os.set_inheritable(null, True)
     return null

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Literal, Self
 from urllib.parse import urlsplit
@@ -33,8 +33,7 @@ from trainer.log.events import (
     EvalDone,
     StepDone,
 )
-from trainer.log.history import History
-from trainer.log.incidents import Incident, IncidentBuilder
+from trainer.log.incidents import IncidentBuilder
 
 WandbMode = Literal["online", "offline", "disabled"]
 WANDB_HOST = "https://api.wandb.ai"
@@ -200,7 +199,7 @@ def follow(run_directory: str, attempt: int, mode: str, finish_timeout_seconds: 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     run = Path(run_directory)
-    earlier = [entry for entry in events.read(run) if entry.attempt < attempt]
+    earlier = [e for e in events.read(run) if e.attempt < attempt and not isinstance(e.event, events.FaultFired)]
     follower = events.Follower(run, f"attempt-{attempt:04d}-rank-00000.jsonl")
     with _turn(run / "wandb" / "helper.lock", finish_timeout_seconds):
         shown = open_run(_arguments(run, mode), finish_timeout_seconds)
@@ -280,27 +279,38 @@ class _Metrics:
     the run was restarted; steps shown twice were replayed); `run/incidents`, `run/restarts`, `run/lost_steps`,
     `run/seconds_without_training` and the line `run/incident` at each incident's step, which raises an alert too;
     `checkpoint/failures` beside `checkpoint/stall_seconds` and `checkpoint/seconds`.
+
+    W&B numbers its rows by `_step`, and offline each process begins at 0: rows of another attempt under numbers that
+    were given before are lost when the folders are uploaded. The log says how many rows the earlier attempts made.
     """
 
-    def __init__(self, shown: Any, earlier: Sequence[Entry]) -> None:
-        history = History.from_entries(earlier)
+    def __init__(self, shown: Any, earlier: Iterable[Entry]) -> None:
         self.exit_status = errors.EXIT_FAILED
         """The attempt's exit status; a failure until the log says how it ended, since the trainer may be killed."""
+        self._shown: Any = None
+        self._rows = 0
+        self._incidents = IncidentBuilder()
+        self._redone_by_step: dict[int, int] = {}
+        self._redone = self._checkpoint_failures = 0
+        for entry in earlier:
+            self.show(entry)
         self._shown = shown
-        self._incidents = IncidentBuilder(history.entries)
-        self._redone_by_step = {step: done.redone for step, done in history.committed.items()}
-        self._redone = 0
-        self._checkpoint_failures = len(events.select(history.entries, CheckpointFailed, rank=0))
 
     def show(self, entry: Entry) -> None:
         for incident in self._incidents.add(entry):
-            self._show_incident(incident)
+            self._log(incident.step, {**self._counts(), "run/incident": f"attempt {incident.attempt}: {incident.text}"})
+            title = f"{incident.kind.replace('_', ' ')} in attempt {incident.attempt}"
+            self._alert(title, incident.text, "INFO" if incident.kind == "preempted" else "WARN")
+        if entry.rank != 0:  # of the other ranks only their incidents count
+            return
         match entry.event:
             case StepDone() as event:
+                self._redone_by_step[event.step] = event.redone
                 self._redone += event.redone
                 self._show_step(event, entry.attempt)
             case AttemptStarted(from_step=step, world_size=world_size):
-                self._redone = sum(redone for n, redone in self._redone_by_step.items() if n <= step)
+                self._redone_by_step = {n: redone for n, redone in self._redone_by_step.items() if n <= step}
+                self._redone = sum(self._redone_by_step.values())
                 self._log(step, {"run/attempt": entry.attempt, "run/world_size": world_size})
                 if not entry.attempt:  # the curves begin at 0, not at the first incident
                     self._log(step, self._counts())
@@ -313,7 +323,7 @@ class _Metrics:
             case CheckpointFailed(step=step):
                 self._checkpoint_failures += 1
                 self._log(step, {"checkpoint/failures": self._checkpoint_failures})
-            case AttemptEnded(status=status) as event:
+            case AttemptEnded(status=status) as event if self._shown is not None:
                 if status not in ("finished", "preempted"):
                     self._alert(f"attempt {entry.attempt} failed", event.reason, "ERROR")
                 hashes = {"weights_sha256": event.weights_sha256, "state_sha256": event.state_sha256}
@@ -335,12 +345,6 @@ class _Metrics:
             metrics["exact/flushed"] = event.flushed
         self._log(event.step, metrics)
 
-    def _show_incident(self, incident: Incident) -> None:
-        line = f"attempt {incident.attempt}: {incident.text}"
-        self._log(incident.step, {**self._counts(), "run/incident": line})
-        level = "INFO" if incident.kind == "preempted" else "WARN"
-        self._alert(f"{incident.kind.replace('_', ' ')} in attempt {incident.attempt}", incident.text, level)
-
     def _counts(self) -> dict[str, float]:
         ends = [incident for incident in self._incidents.incidents if incident.ends_attempt]
         return {
@@ -351,7 +355,13 @@ class _Metrics:
         }
 
     def _log(self, step: int | None, metrics: Mapping[str, Any]) -> None:
-        self._shown.log(dict(metrics) if step is None else {"step": step, **metrics})
+        if self._shown is not None:
+            # Online, W&B knows of rows that a log of another machine may lack.
+            number = max(self._rows, self._shown.step)
+            self._shown.log(dict(metrics) if step is None else {"step": step, **metrics}, step=number, commit=True)
+            self._rows = number
+        self._rows += 1
 
     def _alert(self, title: str, text: str, level: str) -> None:
-        self._shown.alert(title=title, text=text, level=level, wait_duration=0)
+        if self._shown is not None:
+            self._shown.alert(title=title, text=text, level=level, wait_duration=0)

@@ -22,7 +22,9 @@ def plan_arms(file: LadderFile, config: Config, problems: list[str]) -> dict[str
     arms: dict[str, PlannedArm] = {}
     if file.aa:
         draw = {"model.init_draw": config.model.init_draw + 1}
-        arms[AA] = PlannedArm(AA, "How far apart do two equal arms seem to be, by the noise of their seeds alone?", draw)
+        arms[AA] = PlannedArm(
+            AA, "How far apart do two equal arms seem to be, by the noise of their seeds alone?", draw
+        )
     for arm in file.arms:
         if arm.name in singles:
             arms[arm.name] = singles[arm.name]
