@@ -87,7 +87,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "a number": (lambda path: path.write_text("5"), "no object"),
     "not UTF-8": (lambda path: path.write_bytes(b'{"a": "\xff"}'), "not UTF-8"),
     "empty": (lambda path: path.write_text(""), "empty"),
-    "a directory": (lambda path: path.mkdir(), "regular file"),
+    "a directory": (lambda path: path.mkdir(), "Is a directory"),
     "a pipe": (os.mkfifo, "regular file"),
     "a link in a circle": (lambda path: path.symlink_to(path), "circle"),
     "other keys": (lambda path: path.write_text("{}"), "holds no|damaged|no usable"),
@@ -110,7 +110,10 @@ def test_json_that_is_none_is_told_with_file_and_remedy(tmp_path: Path, kind: st
 NO_EVENTS = [
     "null", "5", '"x"', "[" * 100_000, "{}", '{"event": []}', '{"event": "of_tomorrow"}',
     '{"event": "warning", "attempt": "x", "rank": 0, "time": 0, "message": ""}',
-    '{"event": "warning", "attempt": 0, "rank": 0, "time": 0, "new_key": ""}',
+    '{"event": "warning", "attempt": 0, "rank": 0, "time": 0, "message": "", "new_key": ""}',
+    '{"event": "warning", "attempt": 0, "rank": 0, "time": 0}',
+    '{"event": "warning", "attempt": 0, "rank": 0, "time": 0, "message": 5}',
+    '{"event": "warning", "attempt": 0.5, "rank": 0, "time": 0, "message": ""}',
 ]  # fmt: skip
 
 

@@ -60,7 +60,7 @@ def train(
         from trainer import costs, data
 
         configs.check_world(config, ranks or 1)
-        data.check(config.data)
+        data.check(config.data, config.eval)
         costs.show(config, ranks or 1)
         return
     if ranks is not None:
@@ -96,11 +96,11 @@ def inspect(run: RunPath, as_json: AsJson = False) -> None:
 @app.command()
 def verify(path: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT")]) -> None:
     """Check checkpoints against their manifests: exit 0 if all are intact, 1 otherwise."""
-    from trainer import checkpoint
+    from trainer import checkpoint, files
     from trainer.log import rundir
 
     # What a directory holds says what it is: a run may be called step-lr3e-3.
-    if not rundir.is_run(path) and (path.name.startswith("step-") or (path / checkpoint.MANIFEST).is_file()):
+    if not rundir.is_run(path) and (path.name.startswith("step-") or files.exists(path / checkpoint.MANIFEST)):
         saved = [checkpoint.open_saved(path)]
     else:
         rundir.read(path)

@@ -26,6 +26,7 @@ _MEANING = {
     errno.EMFILE: "This process may open no more files (ulimit -n).",
     errno.ENOSYS: "Its file system may lack what toprope needs: locks, or making the names in a folder durable.",
     errno.ENOLCK: "Its file system gives no locks.",
+    errno.ENXIO: "A pipe or a device cannot be read a second time.",
 }
 for _same in (errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL):
     _MEANING[_same] = _MEANING[errno.ENOSYS]
@@ -34,8 +35,12 @@ for _same in (errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL):
 def of_system(error: OSError, fact: str, rule: str, remedy: str) -> str:
     """Return the message for what the operating system refuses: `fact` ("X cannot be written"), its reason, remedy."""
     where = f" ({os.fsdecode(error.filename)})" if isinstance(error.filename, str | bytes) else ""
-    meaning = _MEANING.get(error.errno or 0, "")
-    return f"{fact}: {error.strerror or error}{where}.\n  {' '.join(filter(None, (meaning, rule, remedy)))}"
+    return f"{fact}: {error.strerror or error}{where}.\n  {' '.join(filter(None, (meaning(error), rule, remedy)))}"
+
+
+def meaning(error: OSError) -> str:
+    """Return a sentence that explains what the operating system says; empty where its own words are plain."""
+    return _MEANING.get(error.errno or 0, "")
 
 
 class TopropeError(Exception):

@@ -1,6 +1,7 @@
 """Files: written so that a reader sees the old content or the new, never a part; read as what they should be."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -53,15 +54,22 @@ def exists(path: Path) -> bool:
     return os.path.exists(path)  # noqa: PTH110 - Path.exists raises in these cases before Python 3.14
 
 
+def is_dir(path: Path) -> bool:
+    """False also where `exists` is."""
+    return os.path.isdir(path)  # noqa: PTH112 - as above
+
+
+def read(path: Path) -> bytes:
+    """Read a regular file. Raises OSError, also for a pipe or a device: whoever opens one may wait forever."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.ENXIO, "it is no regular file", str(path))
+        return file.read()
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """Read a file that holds one JSON object. Raises NotJsonError if it holds anything else, and OSError."""
-    # Not blocking: whoever opens a pipe would wait for a writer.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise NotJsonError("it is no regular file")
-    with os.fdopen(descriptor, "rb") as file:
-        return parse_object(file.read())
+    return parse_object(read(path))
 
 
 def parse_object(text: str | bytes) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from trainer.errors import ConfigError
+from trainer import files
+from trainer.errors import ConfigError, of_system
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -19,20 +20,21 @@ M = TypeVar("M", bound=BaseModel)
 def read(path: Path) -> dict[str, Any]:
     """Read a file of settings as a tree. Raises ConfigError; for a missing file it names the nearest one."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(files.read(path).decode())
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
-        hint = f" Did you mean {path.parent / near[0]}?" if near else " configs/ and configs/chaos/ hold ready ones."
-        raise ConfigError([f"{path} does not exist.{hint}"]) from None
+        hint = f"Did you mean {path.parent / near[0]}?" if near else "configs/ and configs/chaos/ hold ready ones."
+        raise ConfigError([f"{path} does not exist.\n  {hint}"]) from None
     except IsADirectoryError:
         inside = ", ".join(sorted(p.name for p in path.glob("*.toml"))) or "none here; configs/ has ready ones"
         raise ConfigError([f"{path} is a directory.\n  Name one TOML file ({inside})."]) from None
     except OSError as error:
-        raise ConfigError([f"{path} cannot be read: {error.strerror}.\n  Make it readable."]) from None
+        raise ConfigError([of_system(error, f"{path} cannot be read", "", "Name a TOML file.")]) from None
     except UnicodeDecodeError as error:
         raise ConfigError([f"{path} is no text: {error}.\n  TOML is written in UTF-8."]) from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError([f"{path} is not valid TOML: {error}."]) from None
+    except (ValueError, RecursionError) as error:  # beside tomllib's own: numbers of thousands of digits, deep nesting
+        rule = "A setting is a line KEY = VALUE below its [section]; configs/ has examples."
+        raise ConfigError([f"{path} is not valid TOML: {error}.\n  {rule}"]) from None
 
 
 def read_as(path: Path, model: type[M], what: str) -> M:
@@ -73,7 +75,7 @@ def override(tree: dict[str, Any], setting: str, model: type[BaseModel]) -> list
         return [f"--set {setting!r} has no value.\n  Write --set key=value, e.g. --set optim.learning_rate=3e-4."]
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         parsed = _bare_text(key, value.strip(), model)
     if parsed is None:
         quoted = f"'{key}=\"{value.strip()}\"'"

@@ -37,6 +37,17 @@ def test_a_glob_reads_jsonl_parquet_and_text_in_order_of_their_names(tmp_path, s
     assert read(settings(tmp_path / "*.*")) == ["one", "two", "three", "four", "five\r\nand six", "seven"]
 
 
+def test_a_null_is_an_empty_document_in_every_format(tmp_path, settings, monkeypatch):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": null}\n{"text": ""}\n')
+    write_parquet(tmp_path / "b.parquet", text=["b", None, ""])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: [{"text": "c"}, {"text": None}, {"text": ""}])
+    hub = Data(source="hub:owner/name", revision=COMMIT)
+    for data, text in ((settings(tmp_path / "a.jsonl"), "a"), (settings(tmp_path / "b.parquet"), "b"), (hub, "c")):
+        tally = Tally()
+        assert [document.text for document in open_corpus(data).documents(tally)] == [text]
+        assert (tally.documents, tally.empty) == (1, 2)
+
+
 def test_a_name_with_glob_characters_is_the_file_of_that_name(tmp_path, settings):
     (tmp_path / "a[1]*.txt").write_text("itself")
     (tmp_path / "a1x.txt").write_text("another")
@@ -147,9 +158,7 @@ def test_a_source_that_cannot_be_read_is_refused_by_name(tmp_path, settings, nam
     assert "\n  " in str(caught.value), "fact, rule and remedy"
 
 
-@pytest.mark.parametrize(
-    "row", ['{"n": 1}', '{"text": null}', '{"text": ["a"]}', '{"text": 1.5}', '{"text": {"text": "a"}}', "{", "[]"]
-)
+@pytest.mark.parametrize("row", ['{"n": 1}', '{"text": ["a"]}', '{"text": 1.5}', '{"text": {"text": "a"}}', "{", "[]"])
 def test_a_row_without_a_string_is_refused_with_its_line_wherever_it_stands(tmp_path, settings, row):
     (tmp_path / "a.jsonl").write_text('{"text": "good"}\n\n' * 50 + row + "\n")
     with pytest.raises(CorpusError, match=r"a\.jsonl:101[: ]"):

@@ -1,5 +1,6 @@
 """The token store and `prepare`: built once, whole or absent, and never with a document on both sides."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -34,6 +35,11 @@ def decoded(prepared: Prepared, array: np.ndarray) -> list[str]:
         prepared.tokenizer.decode(piece[piece != prepared.tokenizer.end_of_document])
         for piece in np.split(array, ends + 1)[:-1]
     ]
+
+
+def own_sets(path: Path) -> Eval:
+    """The held-out split and the eval set "mine"."""
+    return Eval(sets=("val", "mine"), sources={"mine": str(path)})
 
 
 class Builds:
@@ -291,6 +297,25 @@ def test_a_cache_that_cannot_be_written_is_refused_with_the_setting_to_change(tm
         prepare(settings(stories, cache_dir=str(tmp_path / "file" / "cache")), VAL, CONTEXT)
 
 
+@pytest.mark.parametrize(
+    ("name", "blamed"), [(None, True), ("cache/store.building/x", True), ("cache", True), ("elsewhere/x", False)]
+)
+def test_the_cache_is_blamed_for_its_own_files_alone(tmp_path, name, blamed):
+    def build(_directory: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", name and str(tmp_path / name))
+
+    with pytest.raises(CorpusError, match=r"No space left(.|\n)*The disk is full") as refused:
+        cache.built_once(tmp_path / "cache", "store", build, cache.no_progress)
+    assert ("The cache " in str(refused.value), "data.cache_dir" in str(refused.value)) == (blamed, blamed)
+
+
+def test_a_link_in_the_place_of_the_caches_lock_is_not_followed(tmp_path):
+    (tmp_path / "store.lock").symlink_to(tmp_path / "made")
+    with pytest.raises(CorpusError, match="links lead in a circle"):
+        cache.built_once(tmp_path, "store", Path.touch, cache.no_progress)
+    assert not (tmp_path / "made").exists()
+
+
 def test_the_cache_is_where_the_environment_says_unless_the_config_does(tmp_path, monkeypatch):
     monkeypatch.setenv("TOPROPE_CACHE", str(tmp_path))
     assert cache.cache_root("") == tmp_path
@@ -368,12 +393,26 @@ def test_what_prepare_refuses_about_the_split_is_found_without_preparing(tmp_pat
         (tmp_path / name).write_text("The only document.")
     data = settings(**{"source": stories, **{k: tmp_path / v if k == "source" else v for k, v in given.items()}})
     with pytest.raises(CorpusError, match=f"leaves no document on the {side}") as early:
-        check(data)
+        check(data, VAL)
     with pytest.raises(CorpusError) as late:
         prepare(data, VAL, CONTEXT)
     assert str(early.value) == str(late.value)
-    check(settings(stories))
-    check(settings("not/there/yet-*.parquet"))
+    check(settings(stories), VAL)
+    check(settings("not/there/yet-*.parquet"), VAL)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.txt", b""), ("a.txt", b"\0"), ("a.jsonl", b"[]"), ("a.parquet", b"x")]
+)
+def test_what_prepare_refuses_about_an_eval_set_is_found_without_preparing(tmp_path, stories, settings, name, content):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(CorpusError, match=f"eval set 'mine': .*{name}.*\n  ") as early:
+        check(settings(stories), own_sets(path))
+    with pytest.raises(CorpusError) as late:
+        prepare(settings(stories), own_sets(path), CONTEXT)
+    assert str(early.value) == str(late.value)
+    check(settings(stories), own_sets(tmp_path / "not" / "there" / "yet-*.txt"))
 
 
 def test_a_tokenizer_that_does_not_match_its_store_is_refused(stories, settings):

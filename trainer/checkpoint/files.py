@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import CheckpointError, NewerFormatError, NoCheckpointError
-from trainer.files import read_object, sync, write
+from trainer.errors import CheckpointError, NewerFormatError, NoCheckpointError, meaning, of_system
+from trainer.files import is_dir, read_object, sync, write
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -69,7 +69,7 @@ def open_saved(path: Path) -> Saved:
     if not _COMMITTED.fullmatch(path.name):
         path = Path(os.path.realpath(path))
     match = _COMMITTED.fullmatch(path.name)
-    if not (match and path.is_dir()):
+    if not (match and is_dir(path)):
         raise NoCheckpointError(
             f"{path} is no checkpoint.\n"
             "  They are directories: RUN/checkpoints/step-00000040. `python -m trainer inspect RUN` lists a run's."
@@ -238,7 +238,7 @@ def prune(run: Path, keep_last: int, keep_every_steps: int = 0, verified: Saved 
             try:
                 _remove(saved.path)
             except OSError as error:
-                problems.append(f"{saved.path.name} cannot be removed: {error.strerror}")
+                problems.append(f"{saved.path.name} cannot be removed: {one_line(error)}")
     return problems
 
 
@@ -255,7 +255,8 @@ def forget_cached(path: Path) -> None:
 def one_line(error: BaseException) -> str:
     """Return an error as a reason inside another message; for an OSError, the system's words."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror} ({Path(os.fsdecode(error.filename)).name})" if error.filename else error.strerror
+        where = f" ({Path(os.fsdecode(error.filename)).name})" if error.filename else ""
+        return f"{error.strerror}{where}. {meaning(error)}".removesuffix(". ").removesuffix(".")
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
@@ -270,7 +271,8 @@ def _entries(path: Path) -> list[Path]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be listed: {error.strerror}.\n  Make it readable.") from None
+        rule = "The newest checkpoint may be in it."
+        raise CheckpointError(of_system(error, f"{path} cannot be listed", rule, "Make it readable.")) from None
 
 
 def _is_hidden(path: Path) -> bool:

@@ -44,12 +44,12 @@ def built_once(root: Path, name: str, build: Callable[[Path], None], progress: P
     be written, and whatever `build` raises.
     """
     final = root / name
-    if os.path.isdir(final):  # noqa: PTH112 - Path.is_dir raises below a folder that cannot be entered
+    if files.is_dir(final):
         # checked without the lock: a read-only cache that holds the store is good enough
         return final
     with _writing(root):
         root.mkdir(parents=True, exist_ok=True)
-        with _locked(FileLock(root / f"{name}.lock"), progress):
+        with _locked(FileLock(root / f"{name}.lock", fallback_to_soft=False), progress):
             if not final.is_dir():  # still not built after the wait for the lock
                 _build(final, root / f"{name}.building", build)
     return final
@@ -70,10 +70,13 @@ def remove_built(path: Path) -> None:
 def _writing(root: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:  # only of the cache: a source that cannot be read is a CorpusError already
-        rule = "Tokens are kept there between runs."
+    except OSError as error:
+        fact, rule = f"The cache {root} cannot be written", "Tokens are kept there between runs."
         remedy = "Set data.cache_dir or $TOPROPE_CACHE to a writable directory with room for the corpus."
-        raise CorpusError(errors.of_system(error, f"The cache {root} cannot be written", rule, remedy)) from error
+        named = error.filename and Path(os.path.abspath(os.fsdecode(error.filename)))  # noqa: PTH100
+        if named and not (named.is_relative_to(root.absolute()) or root.absolute().is_relative_to(named)):
+            fact, rule, remedy = "The data cannot be prepared", "", "Mend that, and give the same command again."
+        raise CorpusError(errors.of_system(error, fact, rule, remedy)) from error
 
 
 def _locked(lock: FileLock, progress: ProgressCallback) -> AbstractContextManager[object]:

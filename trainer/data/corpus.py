@@ -14,7 +14,7 @@ from typing import Any
 from trainer.config import Data
 from trainer.data.cache import ProgressCallback, no_progress
 from trainer.data.identity import digests
-from trainer.data.reading import file_format, no_column, not_text, texts
+from trainer.data.reading import file_format, text_of, texts
 from trainer.data.sources import SourceFile, source_files
 from trainer.errors import CorpusError
 
@@ -176,20 +176,11 @@ def _hub_texts(hub: Hub, column: str) -> Iterator[tuple[str, str]]:
     origin = f"hub:{hub.name}"
     try:
         for row in _hub_rows(hub):
-            yield origin, _text(row, column, origin)
+            yield origin, text_of(row, column, origin)
     except CorpusError:
         raise
     except Exception as error:  # `datasets`, pyarrow and fsspec raise many types
         raise _explain_hub(hub, error) from error
-
-
-def _text(row: Row, column: str, origin: str) -> str:
-    if column not in row:
-        raise no_column(origin, column, list(row))
-    value = row[column]
-    if value is not None and not isinstance(value, str):
-        raise not_text(origin, column, value)
-    return value or ""
 
 
 def _hub_rows(hub: Hub) -> Iterable[Row]:

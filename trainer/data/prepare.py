@@ -1,7 +1,8 @@
 """From settings to data: training tokens, tokenizer and evaluation sets, built in the cache or mapped from it."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from trainer.config import Data, Eval
 from trainer.data.cache import ProgressCallback, cache_root, no_progress
 from trainer.data.corpus import Corpus, Document, Tally, open_corpus, open_eval_corpus, split
 from trainer.data.tokenizer import Tokenizer, from_json, read_json, train
-from trainer.data.tokens import Part, TokenStore, empty_part, open_or_build, reported, shared_digests
+from trainer.data.tokens import Part, Route, TokenStore, empty_part, open_or_build, reported, shared_digests
 from trainer.errors import CorpusError
 
 
@@ -53,24 +54,31 @@ def prepare(
     )
 
 
-def check(data: Data) -> None:
-    """Raise the CorpusError that `prepare` would raise for a local corpus whose split leaves one side empty.
+def check(data: Data, eval: Eval) -> None:
+    """Raise the CorpusError that `prepare` would raise for local text that cannot be read or leaves a part empty.
 
-    Reads only until both sides have text. Files that are not there yet, and the hub, are left to `prepare`.
+    Reads only until each part has text. Files that are not there yet, and the hub, are left to `prepare`.
     """
+    _check_parts(lambda: open_corpus(data), {"train", "heldout"}, lambda document: _sides(document, data))
+    for name in eval.sets:
+        if name != "val":
+            with _named(name):
+                _check_parts(lambda name=name: _eval_corpus(name, data, eval), {"eval"}, _whole)
+
+
+def _check_parts(open_source: Callable[[], Corpus], missing: set[str], route: Route) -> None:
     try:
-        corpus = open_corpus(data)
+        corpus = open_source()
     except CorpusError:
         return
     if corpus.hub is not None:
         return
-    tally, missing = Tally(), {"train", "heldout"}
+    tally = Tally()
     for document in corpus.documents(tally):
-        texts = dict(zip(("train", "heldout"), split(document, data.heldout, data.heldout_fraction), strict=True))
-        missing -= {part for part, text in texts.items() if text}
+        missing = missing - {part for part, text in route(document).items() if text}
         if not missing:
             return
-    raise empty_part("train" if "train" in missing else "heldout", corpus, tally)
+    raise empty_part(max(missing), corpus, tally)  # of two, "train"
 
 
 def tokenizer_for(data: Data, *, progress: ProgressCallback = no_progress) -> Tokenizer:
@@ -94,8 +102,7 @@ def _training_store(root: Path, data: Data, progress: ProgressCallback, verify: 
         return train(data.tokenizer, _training_texts(corpus, data, progress), data.vocab_size)
 
     def route(document: Document) -> Mapping[str, str]:
-        train_text, heldout_text = split(document, data.heldout, data.heldout_fraction)
-        return {"train": train_text, "heldout": heldout_text}
+        return _sides(document, data)
 
     return open_or_build(root, corpus, shaped_by, make_tokenizer, ("train", "heldout"), route, progress, verify)
 
@@ -112,6 +119,11 @@ def _training_texts(corpus: Corpus, data: Data, progress: ProgressCallback) -> I
         raise empty_part("train", corpus, tally)
 
 
+def _sides(document: Document, data: Data) -> Mapping[str, str]:
+    train_text, heldout_text = split(document, data.heldout, data.heldout_fraction)
+    return {"train": train_text, "heldout": heldout_text}
+
+
 def _eval_set(
     root: Path, name: str, data: Data, eval: Eval, store: TokenStore, progress: ProgressCallback, verify: bool
 ) -> Part:
@@ -121,18 +133,29 @@ def _eval_set(
     def named_progress(phase: str, done: int, total: int | None) -> None:
         progress(f"{phase} eval set {name!r}", done, total)
 
-    def route(document: Document) -> Mapping[str, str]:
-        return {"eval": document.text}
-
     key = {"tokenizer": store.tokenizer.sha256}
-    try:
-        # The training tokenizer, and no split: a held-out set is scored whole.
-        corpus = open_eval_corpus(name, "repo" if name == "repo" else eval.sources[name], data)
-        opened = open_or_build(root, corpus, key, lambda: store.tokenizer, ("eval",), route, named_progress, verify)
-    except CorpusError as error:
-        raise CorpusError(f"eval set {name!r}: {error}") from error
+    with _named(name):  # the training tokenizer, and no split: a held-out set is scored whole
+        corpus = _eval_corpus(name, data, eval)
+        opened = open_or_build(root, corpus, key, lambda: store.tokenizer, ("eval",), _whole, named_progress, verify)
     _refuse_overlap(name, corpus, opened.parts["eval"].digests, store)
     return opened.parts["eval"]
+
+
+def _eval_corpus(name: str, data: Data, eval: Eval) -> Corpus:
+    return open_eval_corpus(name, "repo" if name == "repo" else eval.sources[name], data)
+
+
+def _whole(document: Document) -> Mapping[str, str]:
+    return {"eval": document.text}
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Put an eval set's name into the errors inside."""
+    try:
+        yield
+    except CorpusError as error:
+        raise CorpusError(f"eval set {name!r}: {error}") from error
 
 
 def _refuse_overlap(name: str, corpus: Corpus, digests: np.ndarray, store: TokenStore) -> None:

@@ -1,8 +1,10 @@
 """Texts of local files. Nothing is repaired: the text is what the file holds, or the file is refused.
 
-    .jsonl     each line is one JSON object, whose text column is a string; nothing else in it is looked at
-    .parquet   the text column alone is read, and must hold strings; a null is an empty document
+    .jsonl     each line is one JSON object; nothing beside its text column is looked at
+    .parquet   the text column alone is read
     any other  UTF-8 text with its line ends as they are: one document, or its paragraphs or lines
+
+The text column holds strings. A null there is an empty document: it is counted, and nobody trains on it.
 
 A byte-order mark at the start of a .jsonl or text file belongs to the encoding, not to the text. Lines end in LF or
 CR LF, which is no part of them.
@@ -10,7 +12,7 @@ CR LF, which is no part of them.
 
 import codecs
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from trainer.data.sources import SourceFile
@@ -44,16 +46,20 @@ def texts(file: SourceFile, unit: str, column: str) -> Iterator[str]:
         ) from error
 
 
-def not_text(origin: str, column: str, value: object) -> CorpusError:
-    """Return the error for a row whose text is something else."""
-    kind = "null" if value is None else f"{type(value).__name__} values"
-    return CorpusError(
-        f"{origin}: column {column!r} holds {kind}, not text.\n"
+def text_of(row: Mapping[str, Any], column: str, origin: str) -> str:
+    """Return a row's text. Raises CorpusError if it has none, or something else."""
+    if column not in row:
+        raise _no_column(origin, column, list(row))
+    value = row[column]
+    if value is None or isinstance(value, str):
+        return value or ""
+    raise CorpusError(
+        f"{origin}: column {column!r} holds {type(value).__name__} values, not text.\n"
         "  A document is text. Set data.text_column to a column of strings, or leave such rows out."
     )
 
 
-def no_column(origin: str, column: str, columns: list[str]) -> CorpusError:
+def _no_column(origin: str, column: str, columns: list[str]) -> CorpusError:
     """Return the error for a row or table without the text column."""
     return CorpusError(
         f"{origin} has no column {column!r}; it has {', '.join(map(repr, sorted(columns))) or 'none'}.\n"
@@ -104,11 +110,7 @@ def _json_texts(file: SourceFile, column: str) -> Iterator[str]:
             raise _no_row(f"{where} is broken: {error}.") from None
         if not isinstance(row, dict):
             raise _no_row(f"{where} is no JSON object.")
-        if column not in row:
-            raise no_column(where, column, list(row))
-        if not isinstance(row[column], str):
-            raise not_text(where, column, row[column])
-        yield row[column]
+        yield text_of(row, column, where)
 
 
 def _no_number(_digits: str) -> int:
@@ -150,7 +152,7 @@ def _check_column(file: SourceFile, schema: Any, column: str) -> None:
 
     matches = schema.get_all_field_indices(column)
     if not matches:
-        raise no_column(file.name, column, list(schema.names))
+        raise _no_column(file.name, column, list(schema.names))
     kind = schema.field(matches[0]).type
     value = kind.value_type if types.is_dictionary(kind) else kind
     is_text = types.is_string(value) or types.is_large_string(value) or types.is_string_view(value)

@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from trainer import checkpoint, files
 from trainer import config as configs
 from trainer.config import Config
-from trainer.errors import TopropeError
+from trainer.errors import RunDirectoryError, TopropeError, of_system
 from trainer.faults import plan as faultplan
 from trainer.log import events
 
@@ -123,11 +123,14 @@ class StoredRun:
 
 def hold(path: Path) -> FileLock | None:
     """Lock a file, created if it is missing, until the lock is released; None if another process holds it."""
-    lock = FileLock(path)
+    lock = FileLock(path, fallback_to_soft=False)
     try:
         lock.acquire(blocking=False)  # the kernel releases it when this process dies, for whatever reason
     except Timeout:
         return None
+    except OSError as error:
+        rule, remedy = "It keeps two schedulers apart.", "Give an --out that can be written and locked."
+        raise RunDirectoryError(of_system(error, f"{path} cannot be locked", rule, remedy)) from None
     return lock
 
 

@@ -6,17 +6,22 @@ is an error.
 """
 
 import dataclasses
+import functools
 import json
 import sys
 import threading
 import time
+import typing
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, ClassVar, Self, TypeVar
 
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
 from trainer import files
 from trainer.errors import RunDirectoryError, of_system
+from trainer.tomlfile import mistakes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +228,16 @@ LOST_A_PEER = "lost a peer"
 _KINDS: dict[str, type[Event]] = {cls.kind: cls for cls in Event.__subclasses__()}
 
 
+@functools.cache
+def _model(cls: type[Event]) -> type[BaseModel]:
+    """Return a strict model of an event's line."""
+    types = typing.get_type_hints(cls)
+    fields: dict[str, Any] = {"attempt": (int, ...), "rank": (int, ...), "time": (float, ...)}
+    for field in dataclasses.fields(cls):
+        fields[field.name] = (types[field.name], ... if field.default is dataclasses.MISSING else field.default)
+    return create_model(cls.__name__, __config__=ConfigDict(strict=True, extra="forbid"), **fields)
+
+
 class EventLog:
     """Appends one rank's events to its file and passes each to the subscribers in this process.
 
@@ -383,7 +398,8 @@ def _decode(record: dict[str, Any]) -> Entry:
     if kind not in _KINDS:
         raise ValueError(f"this toprope knows no {kind!r}; a newer one may have written it, and can read it")
     cls = _KINDS[kind]
-    attempt, rank, at = (record.pop(name) for name in ("attempt", "rank", "time"))
-    if not (isinstance(attempt, int) and isinstance(rank, int) and isinstance(at, int | float)):
-        raise ValueError("attempt, rank or time is no number")
-    return Entry(attempt, rank, at, cls(**record))
+    try:
+        _model(cls).model_validate(record)
+    except ValidationError as error:
+        raise ValueError("; ".join(map(str, mistakes(error, record))).removesuffix(".")) from None
+    return Entry(record.pop("attempt"), record.pop("rank"), record.pop("time"), cls(**record))

@@ -77,7 +77,6 @@ def _claim(run: Path, config: Config) -> AbstractContextManager[object]:
         run.mkdir(parents=True, exist_ok=True)
         # No soft lock: it is a mere file, which would keep the run locked after a SIGKILL.
         lock = FileLock(run / "lock", fallback_to_soft=False)
-        os.close(files.no_follow(lock.lock_file, os.O_RDWR | os.O_CREAT))  # a link: the file that it names is not ours
         lock.acquire(blocking=False)
     except Timeout:
         owner = (run / "lock").read_text(encoding="utf-8").strip() or "another job"

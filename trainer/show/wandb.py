@@ -224,7 +224,7 @@ def _turn(path: Path, timeout_seconds: float) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):  # a timeout, or a file system without locks: no worse than before
-            stack.enter_context(FileLock(path).acquire(timeout=timeout_seconds))
+            stack.enter_context(FileLock(path, fallback_to_soft=False).acquire(timeout=timeout_seconds))
         yield
 
 
