@@ -10,24 +10,15 @@ multipliers. `unequal_noise_p` says how well the data agree with that.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
 from trainer.errors import FitError
-from trainer.ladder.stats import forms, significance
-from trainer.ladder.stats.records import (
-    BASELINE,
-    Bootstrap,
-    Curve,
-    CurveFit,
-    Interval,
-    PredictionCheck,
-    RungFit,
-    RunResult,
-)
+from trainer.ladder.stats import forms, records, significance
+from trainer.ladder.stats.records import Curve, CurveFit, Interval, RunResult
 
 Array = np.ndarray
 ALPHAS = np.geomspace(0.005, 4.0, 161)  # 4 % apart; published exponents of compute lie between 0.05 and 0.5
@@ -40,8 +31,7 @@ class Rungs:
 
     names: list[str]
     flops: Array
-    losses: list[Array]
-    """For each rung, the losses of its seeds."""
+    losses: list[Array]  # For each rung, the losses of its seeds
 
     @classmethod
     def from_results(cls, results: Iterable[RunResult]) -> "Rungs":
@@ -49,7 +39,7 @@ class Rungs:
         losses: dict[str, list[float]] = {}
         flops: dict[str, list[float]] = {}
         for result in results:
-            if result.arm == BASELINE and math.isfinite(result.loss):
+            if result.arm == records.BASELINE and math.isfinite(result.loss):
                 losses.setdefault(result.rung, []).append(result.loss)
                 flops.setdefault(result.rung, []).append(math.log(result.flops))
         log_flops = {name: math.fsum(values) / len(values) for name, values in flops.items()}
@@ -62,38 +52,32 @@ class Rungs:
         return cls(names, np.exp([log_flops[name] for name in names]), [np.array(losses[name]) for name in names])
 
     @cached_property
-    def seeds(self) -> Array:
-        """Number of seeds of each rung: the weights of the rung means."""
+    def seeds(self) -> Array:  # of each rung: the weights of the rung means
         return np.array([len(losses) for losses in self.losses], dtype=float)
 
     @cached_property
-    def loss(self) -> Array:
-        """Mean loss of each rung."""
+    def loss(self) -> Array:  # mean of each rung
         return np.array([losses.mean() for losses in self.losses])
 
     @cached_property
-    def squares(self) -> float:
-        """Sum over runs of (loss − rung mean)²."""
+    def squares(self) -> float:  # sum over runs of (loss − rung mean)²
         return math.fsum(float(((losses - losses.mean()) ** 2).sum()) for losses in self.losses)
 
     @property
-    def variances(self) -> list[float | None]:
-        """Variance over the seeds of each rung; None with one seed."""
+    def variances(self) -> list[float | None]:  # over the seeds of each rung; None with one seed
         return [float(losses.var(ddof=1)) if len(losses) > 1 else None for losses in self.losses]
 
     @cached_property
     def scale(self) -> float:
-        """Geometric mean of compute. With it as unit, the estimates of E, A and alpha are least correlated."""
+        # The geometric mean of compute: with it as unit, the estimates of E, A and alpha are least correlated.
         return float(np.exp(np.mean(np.log(self.flops))))
 
     @cached_property
-    def x(self) -> Array:
-        """ln(C / scale)."""
+    def x(self) -> Array:  # ln(C / scale)
         return np.log(self.flops / self.scale)
 
     @property
-    def seed_freedom(self) -> int:
-        """Degrees of freedom that the seeds leave within rungs."""
+    def seed_freedom(self) -> int:  # degrees of freedom that the seeds leave within rungs
         return int(self.seeds.sum()) - len(self.names)
 
     def lack_of_fit_p(self, squares: float) -> float | None:
@@ -179,7 +163,7 @@ def fit_curve(results: Iterable[RunResult], level: float = 0.05, second_opinion:
     return CurveFit(
         curve=curve, E=E, alpha=profile.alpha(),
         huber=forms.huber_curve(rungs.flops, rungs.loss) if second_opinion else None,
-        rungs=_rung_fits(rungs, curve), sd=profile.sd, degrees_of_freedom=profile.degrees_of_freedom,
+        rungs=list(_rung_fits(rungs, curve)), sd=profile.sd, degrees_of_freedom=profile.degrees_of_freedom,
         seed_sd=math.sqrt(rungs.squares / rungs.seed_freedom) if rungs.seed_freedom else None,
         lack_of_fit_p=rungs.lack_of_fit_p(profile.squares),
         unequal_noise_p=significance.unequal_variances_p(rungs.variances, rungs.seeds.tolist()),
@@ -187,19 +171,15 @@ def fit_curve(results: Iterable[RunResult], level: float = 0.05, second_opinion:
     )  # fmt: skip
 
 
-def _rung_fits(rungs: Rungs, curve: Curve) -> list[RungFit]:
+def _rung_fits(rungs: Rungs, curve: Curve) -> Iterator[records.RungFit]:
     jacobian = _jacobian(rungs, curve)
     # Diagonal of the hat matrix, d(fitted values) / d(rung means).
     leverage = np.einsum("kj,jk->k", jacobian, sensitivity(rungs, curve))
-    fitted = curve.E + curve.A * jacobian[:, 1]
-    return [
-        RungFit(
-            name, float(rungs.flops[k]), int(rungs.seeds[k]), float(rungs.loss[k]),
-            None if variance is None else math.sqrt(variance),
-            float(rungs.loss[k] - fitted[k]), float(leverage[k]),
-        )
-        for k, (name, variance) in enumerate(zip(rungs.names, rungs.variances, strict=True))
-    ]  # fmt: skip
+    residuals = rungs.loss - curve.E - curve.A * jacobian[:, 1]
+    for k, (name, variance) in enumerate(zip(rungs.names, rungs.variances, strict=True)):
+        sd = None if variance is None else math.sqrt(variance)
+        loss, residual, own = map(float, (rungs.loss[k], residuals[k], leverage[k]))
+        yield records.RungFit(name, float(rungs.flops[k]), int(rungs.seeds[k]), loss, sd, residual, own)
 
 
 @dataclass(frozen=True)
@@ -208,8 +188,7 @@ class Profile:
 
     rungs: Rungs
     curve: Curve
-    squares: float
-    """The minimum: the weighted sum of squares of rung means about the curve."""
+    squares: float  # The minimum: the weighted sum of squares of rung means about the curve
     level: float
     alphas: Array
 
@@ -242,7 +221,7 @@ class Profile:
         """
         freedom = self.degrees_of_freedom
         total = self.squares + (0.0 if self.form_fails else self.rungs.squares)
-        # A total of 0 means made-up losses, which say nothing about noise.
+        # A total of 0 means losses without noise, which say nothing about it.
         return math.sqrt(total / freedom) if freedom > 0 and total > 0 else None
 
     @property
@@ -250,8 +229,7 @@ class Profile:
         return significance.student_quantile(self.level / 2, self.degrees_of_freedom)
 
     @cached_property
-    def _projection(self) -> tuple[Array, Array, Array]:
-        """(E, A, sum of squares) at each alpha."""
+    def _projection(self) -> tuple[Array, Array, Array]:  # (E, A, sum of squares) at each alpha
         return project(self.alphas, self.rungs.x, self.rungs.loss, self.rungs.seeds)
 
     @cached_property
@@ -270,8 +248,7 @@ class Profile:
         high = float(inside[-1]) if inside[-1] < ALPHAS[-1] * 0.999 else None
         return Interval(self.curve.alpha, low, high, self.level)
 
-    def floor(self) -> Interval:
-        """Interval of E."""
+    def floor(self) -> Interval:  # of E
         return self._interval(self.curve.E, np.zeros(len(self.alphas)))
 
     def prediction(self, flops: float, seeds: int) -> Interval:
@@ -308,17 +285,17 @@ class Profile:
 # Predictions
 
 
-def predict(results: Iterable[RunResult], flops: float, seeds: int = 1, level: float = 0.05) -> PredictionCheck:
+def predict(results: Iterable[RunResult], flops: float, seeds: int = 1, level: float = 0.05) -> records.PredictionCheck:
     """Predict the mean loss of `seeds` baseline runs of this compute from the baseline's runs in `results`.
 
     The interval contains the curve's uncertainty and the noise of the seeds. It assumes that the form holds there.
     Raises FitError with fewer than three rungs.
     """
     profile = Profile.from_rungs(Rungs.from_results(results), level)
-    return PredictionCheck(flops, profile.prediction(flops, seeds), seeds)
+    return records.PredictionCheck(flops, profile.prediction(flops, seeds), seeds)
 
 
-def check(prediction: PredictionCheck, losses: Sequence[float]) -> PredictionCheck:
+def check(prediction: records.PredictionCheck, losses: Sequence[float]) -> records.PredictionCheck:
     """Return the prediction with the observed mean added. Raises ValueError unless there are `seeds` losses."""
     if len(losses) != prediction.seeds:
         raise ValueError(f"{len(losses)} losses for a prediction of the mean of {prediction.seeds}")
@@ -331,7 +308,7 @@ def check(prediction: PredictionCheck, losses: Sequence[float]) -> PredictionChe
     return replace(prediction, observed=observed, error=error, relative_error=error / value, inside=inside)
 
 
-def bootstrap(results: Iterable[RunResult], level: float = 0.05, draws: int = 400, seed: int = 0) -> Bootstrap:
+def bootstrap(results: Iterable[RunResult], level: float = 0.05, draws: int = 400, seed: int = 0) -> records.Bootstrap:
     """Return percentiles of E and alpha over ladders resampled by rungs, and within rungs by seeds.
 
     Resampling rungs shows what depends on a single rung. With few rungs, many draws have fewer than three different
@@ -348,12 +325,8 @@ def bootstrap(results: Iterable[RunResult], level: float = 0.05, draws: int = 40
         curve, _ = solve(rungs.flops[chosen], means, rungs.seeds[chosen] * counts)
         if curve.A > 0:
             curves.append(curve)
-    E, alpha = (_percentiles([getattr(curve, name) for curve in curves], level) for name in ("E", "alpha"))
-    return Bootstrap(E, alpha, draws, draws - len(curves))
-
-
-def _percentiles(values: Sequence[float], level: float) -> Interval:
-    if not values:
-        return Interval(None, None, None, level)
-    low, middle, high = (float(q) for q in np.quantile(values, [level / 2, 0.5, 1 - level / 2]))
-    return Interval(middle, low, high, level)
+    E = alpha = Interval(None, None, None, level)
+    if curves:
+        found = np.quantile([(curve.E, curve.alpha) for curve in curves], [0.5, level / 2, 1 - level / 2], axis=0)
+        E, alpha = (Interval(middle, low, high, level) for middle, low, high in found.T.tolist())
+    return records.Bootstrap(E, alpha, draws, draws - len(curves))

@@ -34,12 +34,10 @@ class Pairs:
     """Losses of baseline and arm at one rung, paired by seed, in nats (or bits)."""
 
     rung: str
-    flops: float
-    """Compute of the baseline's run."""
+    flops: float  # Compute of the baseline's run
     base: Array
     arm: Array
-    log_cost: Array
-    """ln(C_arm / C_base)."""
+    log_cost: Array  # ln(C_arm / C_base)
 
     def log_multipliers(self, curve: Curve) -> Array:
         """ln m of each pair."""
@@ -50,28 +48,23 @@ class Pairs:
 class Noise:
     """Covariance of baseline and arm within pairs, pooled over rungs, in nats²."""
 
-    base: float
-    """Variance of the baseline's losses."""
-    arm: float
-    """Variance of the arm's losses."""
-    both: float
-    """Covariance of the two."""
-    freedom: int
-    """Degrees of freedom; 0 without repeated seeds, and then the rest means nothing."""
+    base: float  # Variance of the baseline's losses
+    arm: float  # Variance of the arm's losses
+    both: float  # Covariance of the two
+    freedom: int  # Degrees of freedom; 0 without repeated seeds, and then the rest means nothing
 
     @classmethod
     def from_pairs(cls, rungs: Sequence[Pairs]) -> "Noise":
         if not rungs:
             return cls(0.0, 0.0, 0.0, 0)
-        base, arm = (np.concatenate([getattr(rung, name) - getattr(rung, name).mean() for rung in rungs])
-                     for name in ("base", "arm"))  # fmt: skip
+        base = np.concatenate([rung.base - rung.base.mean() for rung in rungs])
+        arm = np.concatenate([rung.arm - rung.arm.mean() for rung in rungs])
         freedom = len(base) - len(rungs)
         divisor = max(freedom, 1)
         return cls(float(base @ base) / divisor, float(arm @ arm) / divisor, float(base @ arm) / divisor, freedom)
 
     @property
-    def paired(self) -> float:
-        """Variance of arm minus baseline."""
+    def paired(self) -> float:  # variance of arm minus baseline
         return self.base + self.arm - 2 * self.both
 
     @property
@@ -87,8 +80,7 @@ class Influence:
 
     flops: Array
     seeds: Array
-    derivative: Array
-    """d(E, A, alpha) / d(rung means), shape (3, rungs)."""
+    derivative: Array  # d(E, A, alpha) / d(rung means), shape (3, rungs)
 
 
 @dataclass(frozen=True)
@@ -108,8 +100,7 @@ class Estimate:
 class Comparison:
     """An arm's pairs and the baseline's curve: the input of every estimate."""
 
-    rungs: list[Pairs]
-    """Smallest compute first."""
+    rungs: list[Pairs]  # Smallest compute first
     curve: Curve
     influence: Influence
 
@@ -118,8 +109,7 @@ class Comparison:
         return Noise.from_pairs(self.rungs)
 
     @cached_property
-    def counts(self) -> Array:
-        """Number of pairs of each rung."""
+    def counts(self) -> Array:  # number of pairs of each rung
         return np.array([len(rung.base) for rung in self.rungs], dtype=float)
 
     @cached_property
@@ -173,46 +163,31 @@ class ExtraRuns:
     """Runs that might be added: seeds at every rung, or pairs at a new rung."""
 
     seeds: int = 0
-    rung: tuple[float, int] | None = None
-    """(FLOPs, pairs)"""
+    rung: tuple[float, int] | None = None  # (FLOPs, pairs)
 
+    def planned_error(
+        self, error: float, variance: float, x: Callable[[float], float], steepness: Callable[[float], float],
+        counts: Array, flops: Sequence[float], target: float,
+    ) -> tuple[float, int]:  # fmt: skip
+        """(Standard error, number of pairs) with these runs of a line read at `target`, whose error is `error` now.
 
-@dataclass(frozen=True)
-class RegressionDesign:
-    """Positions of a line's pairs, and the position at which it is read: its error follows from these alone."""
+        `x` and `steepness` are functions of FLOPs: the line's position, and 1 / noise of a pair, where a pair's noise
+        in nats is 1; `variance` is that of a pair in nats.
+        """
 
-    n: Array
-    """Number of pairs of each rung."""
-    x: Array
-    steepness: Array
-    """1 / noise of a pair at each rung, where a pair's noise in nats is 1."""
-    read_at: float
+        def spread(n: Array, flops: Sequence[float]) -> float:
+            """Variance of the line's value at the target, in units of `variance`."""
+            at, weights = np.array([x(c) for c in flops]), n * np.array([steepness(c) for c in flops]) ** 2
+            centre = weights @ at / weights.sum()
+            # Textbook formula of weighted regression: variance of the level plus variance of the slope times distance².
+            return float(1 / weights.sum() + (x(target) - centre) ** 2 / (weights @ (at - centre) ** 2))
 
-    @property
-    def spread(self) -> float:
-        """Variance of the line's value at `read_at`, in units of the variance of a pair in nats."""
-        weights = self.n * self.steepness**2
-        centre = weights @ self.x / weights.sum()
-        # Textbook formula of weighted regression: variance of the level plus variance of the slope times distance².
-        return float(1 / weights.sum() + (self.read_at - centre) ** 2 / (weights @ (self.x - centre) ** 2))
-
-    def extended(
-        self, extra: ExtraRuns, x: Callable[[float], float], steepness: Callable[[float], float]
-    ) -> "RegressionDesign":
-        """Return the design with more runs; `x` and `steepness` are functions of a new rung's FLOPs."""
-        if extra.rung is None:
-            return replace(self, n=self.n + extra.seeds)
-        flops, pairs = extra.rung
-        return replace(
-            self, n=np.append(self.n, pairs), x=np.append(self.x, x(flops)),
-            steepness=np.append(self.steepness, steepness(flops)),
-        )  # fmt: skip
-
-    def error(self, variance: float, error_before: float, before: "RegressionDesign") -> float:
-        """Standard error with this design, given the error with the design `before`."""
-        # The part that `before` does not explain comes from the curve, and shrinks as the number of runs grows.
-        curve = max(error_before**2 - variance * before.spread, 0.0)
-        return math.sqrt(variance * self.spread + curve * float(before.n.sum() / self.n.sum()))
+        n, rungs = counts + self.seeds, [*flops]
+        if self.rung:
+            n, rungs = np.append(counts, self.rung[1]), [*flops, self.rung[0]]
+        # The part of the error that the line does not explain comes from the curve, and shrinks as runs are added.
+        curve = max(error**2 - variance * spread(counts, flops), 0.0)
+        return math.sqrt(variance * spread(n, rungs) + curve * float(counts.sum() / n.sum())), int(n.sum())
 
 
 class Line:
@@ -228,17 +203,14 @@ class Line:
         self._centre = float(self._weights @ self.x / self._weights.sum())
         away = self.x - self._centre
         # Rows give the intercept (at the centre) and the slope as weighted sums of the rung means.
-        self._rows = np.stack(
-            [self._weights / self._weights.sum(), self._weights * away / (self._weights @ away**2)]
-        )  # fmt: skip
+        self._rows = np.stack([self._weights / self._weights.sum(), self._weights * away / (self._weights @ away**2)])
         self._intercept, self._slope = (float(value) for value in self._rows @ self._means)
         # Sums of squares in nats²: of rung means about the line, and of pairs about their rung mean.
         residuals = self._means - self._intercept - self._slope * away
         self._lack, self._lack_freedom = float(self._weights @ residuals**2), len(logs) - 2
-        self._pure, self._pure_freedom = math.fsum(
-            float(((log_m - log_m.mean()) ** 2).sum()) * slope**2
-            for log_m, slope in zip(logs, self._slopes, strict=True)
-        ), int(self.counts.sum()) - len(logs)  # fmt: skip
+        within = [float(((log_m - log_m.mean()) ** 2).sum()) for log_m in logs]
+        self._pure = math.fsum(squares * slope**2 for squares, slope in zip(within, self._slopes, strict=True))
+        self._pure_freedom = int(self.counts.sum()) - len(logs)
 
     @cached_property
     def lack_of_fit_p(self) -> float | None:
@@ -251,16 +223,14 @@ class Line:
         return self.lack_of_fit_p is not None and self.lack_of_fit_p < significance.LACK_OF_FIT
 
     @cached_property
-    def _scatter(self) -> tuple[float, int]:
-        """(variance of a paired difference in nats², its degrees of freedom)."""
+    def _scatter(self) -> tuple[float, int]:  # (variance of a paired difference in nats², its degrees of freedom)
         if self.widened:
             return self._lack / self._lack_freedom, self._lack_freedom
         freedom = self._pure_freedom + self._lack_freedom
         return (self._pure + self._lack) / freedom, freedom
 
     @cached_property
-    def _covariance(self) -> Array:
-        """Covariance of (intercept, slope)."""
+    def _covariance(self) -> Array:  # of (intercept, slope)
         return self._comparison.covariance_of_means(self._rows, self._scatter[0])
 
     def multiplier_at(self, flops: float) -> Estimate:
@@ -271,13 +241,11 @@ class Line:
         return Estimate(self._intercept + u * self._slope, math.sqrt(max(variance, 0.0)), self._scatter[1])
 
     @property
-    def slope(self) -> Estimate:
-        """d ln m / d ln C."""
+    def slope(self) -> Estimate:  # d ln m / d ln C
         return Estimate(self._slope, math.sqrt(max(self._covariance[1, 1], 0.0)), self._scatter[1])
 
     @property
-    def middle(self) -> Estimate:
-        """ln m at the centre of the rungs, where it is best known."""
+    def middle(self) -> Estimate:  # ln m at the centre of the rungs, where it is best known
         return Estimate(self._intercept, math.sqrt(max(self._covariance[0, 0], 0.0)), self._scatter[1])
 
     def without(self, k: int, flops: float) -> float:
@@ -310,11 +278,12 @@ class Line:
 
     def planned(self, flops: float, extra: ExtraRuns) -> Estimate:
         """The estimate at `flops` if runs were added and the estimates of line and noise stayed the same."""
-        now = self.multiplier_at(flops)
-        before = RegressionDesign(self.counts, self.x, self._slopes, math.log(flops))
-        after = before.extended(extra, math.log, self._comparison.curve.slope)
-        freedom = len(after.n) - 2 if self.widened else int(after.n.sum()) - 2
-        return Estimate(now.value, after.error(self._scatter[0], now.error, before), freedom)
+        now, rungs = self.multiplier_at(flops), [rung.flops for rung in self._comparison.rungs]
+        error, pairs = extra.planned_error(
+            now.error, self._scatter[0], math.log, self._comparison.curve.slope, self.counts, rungs, flops
+        )
+        # Rungs that lie off the line are the sample, whatever the number of their pairs.
+        return Estimate(now.value, error, (len(rungs) + bool(extra.rung) if self.widened else pairs) - 2)
 
 
 class OtherFloor:
@@ -381,8 +350,7 @@ class OtherFloor:
         return np.array(derivatives) / by_difference
 
     @property
-    def value(self) -> float:
-        """ln m at the target."""
+    def value(self) -> float:  # ln m at the target
         return self._log_multiplier(self._curve, self.difference)[0]
 
     def bound(self, level: float, side: int) -> float:
@@ -391,11 +359,11 @@ class OtherFloor:
 
     def planned_bound(self, level: float, side: int, extra: ExtraRuns) -> float:
         """`bound` if runs were added and the estimates of line and noise stayed the same."""
-        curve, counts = self._curve, self._comparison.counts
-        above = np.array([curve.above(rung.flops) for rung in self._comparison.rungs])
-        before = RegressionDesign(counts, above, np.ones_like(counts), curve.above(self._target))
-        after = before.extended(extra, curve.above, lambda _: 1.0)
-        return self._bound(level, side, after.error(self._variance, self._error, before), int(after.n.sum()) - 2)
+        rungs = [rung.flops for rung in self._comparison.rungs]
+        error, pairs = extra.planned_error(
+            self._error, self._variance, self._curve.above, lambda _: 1.0, self._comparison.counts, rungs, self._target
+        )
+        return self._bound(level, side, error, pairs - 2)
 
     def _bound(self, level: float, side: int, error: float, freedom: int) -> float:
         # A larger loss difference is a smaller multiplier.

@@ -13,11 +13,9 @@ from trainer.ladder.stats import fit as fits
 from trainer.ladder.stats.multiplier import Comparison, Influence, Pairs
 from trainer.ladder.stats.records import BASELINE, Curve, CurveFit, RunResult
 
-CLEAR_OF_FLOOR = 2.0
-"""A loss must lie this many standard deviations of a run above E, or noise decides its logarithm."""
+CLEAR_OF_FLOOR = 2.0  # A loss must lie this many standard deviations of a run above E, or noise decides its logarithm
 
-Runs = dict[str, dict[int, RunResult]]
-"""Results by rung and seed."""
+Runs = dict[str, dict[int, RunResult]]  # Results by rung and seed
 
 
 def _runs(results: Iterable[RunResult], arm: str) -> Runs:
@@ -34,10 +32,8 @@ class MatchedRung:
 
     name: str
     flops: float
-    pairs: list[tuple[RunResult, RunResult]]
-    """(baseline, arm) by seed."""
-    gap: str
-    """Reason why there is no multiplier, or why there are fewer pairs; "" if nothing is missing."""
+    pairs: list[tuple[RunResult, RunResult]]  # (baseline, arm) by seed
+    gap: str  # Reason why there is no multiplier, or why there are fewer pairs; "" if nothing is missing
     usable: bool
 
     def losses(self) -> Pairs:

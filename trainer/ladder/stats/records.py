@@ -42,14 +42,11 @@ def _plain(value: Any) -> Any:
 class RunResult(JsonRecord):
     """One run that finished or diverged."""
 
-    arm: str
-    """BASELINE for the baseline."""
+    arm: str  # BASELINE for the baseline
     rung: str
     seed: int
-    flops: float
-    """Training FLOPs of the run: forward and backward, with the head, without embedding lookups."""
-    parameters: int
-    """N of this run, counted as the ladder counts (trainer/ladder/plan/sizes.py)."""
+    flops: float  # Training FLOPs of the run: forward and backward, with the head, without embedding lookups
+    parameters: int  # N of this run, counted as the ladder counts (trainer/ladder/plan/sizes.py)
     tokens: int
     loss: float
     """The ladder's metric on the held-out set at the last step, in nats per token or bits per byte. Not finite if the
@@ -68,14 +65,10 @@ class RunResult(JsonRecord):
 class Criterion(JsonRecord):
     """The rule of decision, written down before the runs."""
 
-    level: float = 0.05
-    """Probability of promoting an arm that is worth less than min_gain, over the whole ladder."""
-    min_gain: float = 1.02
-    """Smallest useful compute multiplier at the target."""
-    max_slowdown: float = 1.25
-    """Largest acceptable seconds per token, relative to the baseline's."""
-    looks: int = 1
-    """Number of times that the report may be read with the intent to stop."""
+    level: float = 0.05  # Probability of promoting an arm that is worth less than min_gain, over the whole ladder
+    min_gain: float = 1.02  # Smallest useful compute multiplier at the target
+    max_slowdown: float = 1.25  # Largest acceptable seconds per token, relative to the baseline's
+    looks: int = 1  # Number of times that the report may be read with the intent to stop
 
 
 @dataclass(frozen=True)
@@ -117,12 +110,9 @@ class RungFit(JsonRecord):
     rung: str
     flops: float
     seeds: int
-    loss: float
-    """Mean over seeds."""
-    seed_sd: float | None
-    """Standard deviation over seeds; None with one seed."""
-    residual: float
-    """Mean loss minus curve."""
+    loss: float  # Mean over seeds
+    seed_sd: float | None  # Standard deviation over seeds; None with one seed
+    residual: float  # Mean loss minus curve
     leverage: float
     """Derivative of the fitted value by this rung's own mean, 0 to 1. Near 1 the curve passes through the rung whatever
     its loss is."""
@@ -135,21 +125,18 @@ class CurveFit(JsonRecord):
     curve: Curve
     E: Interval
     alpha: Interval
-    huber: Curve | None
-    """The same form fitted by the sum of Huber losses on log L: a second opinion, without intervals."""
+    huber: Curve | None  # The same form fitted by the sum of Huber losses on log L: a second opinion, without intervals
     rungs: list[RungFit]
     sd: float | None
     """Standard deviation of a run about the curve, from seeds and lack of fit; None without a degree of freedom."""
     degrees_of_freedom: int
-    seed_sd: float | None
-    """Standard deviation over seeds, pooled over rungs; None if no rung has two seeds."""
+    seed_sd: float | None  # Standard deviation over seeds, pooled over rungs; None if no rung has two seeds
     lack_of_fit_p: float | None
     """Probability of rung means as far from the curve as these if the form is right (F test); None with three rungs or
     with one seed each."""
     unequal_noise_p: float | None
     """Probability of seed variances as different between rungs as these if all are equal (Bartlett's test)."""
-    E_determined: bool
-    """True if the interval of E excludes 0 and ends below the lowest fitted loss."""
+    E_determined: bool  # True if the interval of E excludes 0 and ends below the lowest fitted loss
 
 
 @dataclass(frozen=True)
@@ -159,8 +146,7 @@ class Bootstrap(JsonRecord):
     E: Interval
     alpha: Interval
     draws: int
-    refused: int
-    """Number of draws to which no curve could be fitted."""
+    refused: int  # Number of draws to which no curve could be fitted
 
 
 @dataclass(frozen=True)
@@ -168,12 +154,10 @@ class PredictionCheck(JsonRecord):
     """A prediction of the mean loss of some runs, beside the observed mean."""
 
     flops: float
-    predicted: Interval
-    """Interval for the mean of `seeds` new runs."""
+    predicted: Interval  # Interval for the mean of `seeds` new runs
     seeds: int
     observed: float | None = None
-    error: float | None = None
-    """Observed minus predicted."""
+    error: float | None = None  # Observed minus predicted
     relative_error: float | None = None
     inside: bool | None = None
 
@@ -214,22 +198,15 @@ class RungMultiplier(JsonRecord):
     """An arm's worth at one rung."""
 
     rung: str
-    flops: float
-    """Compute of the baseline's run."""
+    flops: float  # Compute of the baseline's run
     pairs: int
     multiplier: Interval
-    wall_clock: float | None
-    """Multiplier in seconds: how many times longer the baseline would have to train."""
-    slowdown: float | None
-    """Seconds per token, relative to the baseline's."""
-    loss_difference: float | None
-    """Mean of arm minus baseline."""
-    pairing: float | None
-    """Var(unpaired) / Var(paired) of the loss difference; above 1, pairing reduced noise."""
-    without: float | None = None
-    """Multiplier at the target without this rung: shows what depends on it."""
-    gap: str = ""
-    """Reason why a number is missing."""
+    wall_clock: float | None  # Multiplier in seconds: how many times longer the baseline would have to train
+    slowdown: float | None  # Seconds per token, relative to the baseline's
+    loss_difference: float | None  # Mean of arm minus baseline
+    pairing: float | None  # Var(unpaired) / Var(paired) of the loss difference; above 1, pairing reduced noise
+    without: float | None = None  # Multiplier at the target without this rung: shows what depends on it
+    gap: str = ""  # Reason why a number is missing
 
 
 @dataclass(frozen=True)
@@ -246,10 +223,8 @@ class Remedy(JsonRecord):
     """Runs that would settle an inconclusive verdict if the estimates stayed the same."""
 
     what: Literal["seeds", "rung"]
-    seeds: int
-    """Additional seeds at every rung, or seeds of the new rung."""
-    flops: float | None
-    """Compute of a run of the new rung."""
+    seeds: int  # Additional seeds at every rung, or seeds of the new rung
+    flops: float | None  # Compute of a run of the new rung
 
 
 @dataclass(frozen=True)
@@ -258,29 +233,22 @@ class Verdict(JsonRecord):
 
     arm: str
     decision: Decision
-    why: str
-    """Reason, in one sentence."""
+    why: str  # Reason, in one sentence
     trend: Trend
     target_flops: float
-    multiplier: Interval
-    """Multiplier at the target if ln m is a line in ln C."""
-    other_floor: Interval
-    """Multiplier at the target if the arm's floor E differs from the baseline's."""
+    multiplier: Interval  # Multiplier at the target if ln m is a line in ln C
+    other_floor: Interval  # Multiplier at the target if the arm's floor E differs from the baseline's
     lower: float | None
     """One-sided bounds of the multiplier at the target, corrected for the number of arms and looks; the decision rests
     on them. `lower` is the smaller of both forms' lower bounds, `upper` the larger of their upper bounds."""
     upper: float | None
-    bound_level: float
-    """Error probability of each of the two bounds."""
-    slope: Interval
-    """d ln m / d ln C."""
+    bound_level: float  # Error probability of each of the two bounds
+    slope: Interval  # d ln m / d ln C
     crossing: Interval | None
     """FLOPs at which the multiplier crosses 1, if that is in reach; an end is None if the data do not bound it."""
     rungs: list[RungMultiplier]
-    slowdown: Interval
-    """Seconds per token, relative to the baseline's."""
-    wall_clock: Interval
-    """Multiplier in seconds at the target."""
+    slowdown: Interval  # Seconds per token, relative to the baseline's
+    wall_clock: Interval  # Multiplier in seconds at the target
     faster_per_flop_slower_per_second: bool
     lack_of_fit_p: float | None
     """Probability of multipliers as far from a line in ln C as these if the line is right (F test)."""

@@ -30,7 +30,7 @@ def lack_of_fit_p(lack: float, lack_freedom: int, pure: float, pure_freedom: int
 
 def unequal_variances_p(variances: Sequence[float | None], counts: Sequence[float]) -> float | None:
     """p of Bartlett's test that variances of samples of these sizes are equal; None if fewer than two are known."""
-    known = [(v, n - 1) for v, n in zip(variances, counts, strict=True) if v is not None and v > 0]
+    known = [(v, n - 1) for v, n in zip(variances, counts, strict=True) if v]
     if len(known) < 2:
         return None
     variance, freedom = np.array(known).T

@@ -14,26 +14,14 @@ from functools import cached_property
 import numpy as np
 
 from trainer.ladder.stats import fit as fits
+from trainer.ladder.stats import records
 from trainer.ladder.stats.multiplier import Estimate, ExtraRuns, Line, Noise, OtherFloor
 from trainer.ladder.stats.pairs import Baseline, MatchedRung, can_extrapolate
-from trainer.ladder.stats.records import (
-    BASELINE,
-    Criterion,
-    CurveFit,
-    Decision,
-    Interval,
-    Remedy,
-    RungMultiplier,
-    RunResult,
-    Trend,
-    Verdict,
-)
+from trainer.ladder.stats.records import Criterion, CurveFit, Interval, RunResult, Trend, Verdict
 from trainer.show.units import scientific
 
-MOST_SEEDS = 64
-"""Advice to add more seeds than this is not given."""
-REACH = 10.0
-"""Crossings are reported from the smallest rung to this multiple of the target."""
+MOST_SEEDS = 64  # Advice to add more seeds than this is not given
+REACH = 10.0  # Crossings are reported from the smallest rung to this multiple of the target
 
 
 def judge(
@@ -49,7 +37,7 @@ def judge(
     """
     fit = fit or fits.fit_curve(results, criterion.level, second_opinion=False)
     if arms is None:
-        arms = list(dict.fromkeys(result.arm for result in results if result.arm != BASELINE))
+        arms = list(dict.fromkeys(result.arm for result in results if result.arm != records.BASELINE))
     tried = max(sum(name not in unchanged for name in arms), 1)
     bound_level = criterion.level / tried / criterion.looks
     baseline = Baseline.from_results(results, fit)
@@ -64,7 +52,7 @@ class Judgement:
         bound_level: float,
     ) -> None:  # fmt: skip
         self._baseline, self._arm, self._criterion = baseline, arm, criterion
-        self._target, self._level = target_flops, bound_level
+        self._target, self._level, self._least = target_flops, bound_level, math.log(criterion.min_gain)
         arm_results = [result for result in results if result.arm == arm]
         self._diverged = [result for result in arm_results if not math.isfinite(result.loss)]
         self._rungs = list(baseline.match(results, arm))
@@ -79,11 +67,6 @@ class Judgement:
 
     # The decision
 
-    @property
-    def _least(self) -> float:
-        """ln of the smallest useful multiplier."""
-        return math.log(self._criterion.min_gain)
-
     @cached_property
     def _bounds(self) -> tuple[float, float] | None:
         """(lower, upper) bound of ln m at the target that hold under both forms."""
@@ -94,8 +77,7 @@ class Judgement:
         return min(lower), max(upper)
 
     @cached_property
-    def _slowdown(self) -> Estimate | None:
-        """ln of seconds per token, arm over baseline."""
+    def _slowdown(self) -> Estimate | None:  # ln of seconds per token, arm over baseline
         return _mean_of_rungs([rung.log_seconds(per_token=True) for rung in self._rungs])
 
     def _depends_on_curve(self, worth_it: bool) -> bool:
@@ -109,7 +91,7 @@ class Judgement:
                 return True
         return False
 
-    def _decide(self) -> tuple[Decision, str]:
+    def _decide(self) -> tuple[records.Decision, str]:
         """Return the decision and its reason."""
         # Too slow a step rejects an arm whatever it is worth in compute.
         slowdown = self._slowdown
@@ -120,7 +102,10 @@ class Judgement:
                 f"a step takes at least {_times(fastest)} as long as the baseline's, more than the {allowed} allowed."
             )
         if self._bounds is None:
-            return "inconclusive", self._why_no_line()
+            if low := [rung for rung in self._rungs if rung.pairs and not rung.usable]:
+                return "inconclusive", f"at {low[0].name} {low[0].gap}, where no amount of compute compares."
+            compared = len(self._comparison.rungs)
+            return "inconclusive", f"it can be compared at {compared} rungs, and a trend needs three."
         lower, upper = self._bounds
         if upper < self._least and not self._depends_on_curve(worth_it=False):
             useful = f"the {self._criterion.min_gain:g}× that would be useful"
@@ -137,12 +122,6 @@ class Judgement:
                 "allowed."
             )
         return "promote", f"{worth}, and a step takes {_times(slowdown.value)} as long."
-
-    def _why_no_line(self) -> str:
-        low = [rung for rung in self._rungs if rung.pairs and not rung.usable]
-        if low:
-            return f"at {low[0].name} {low[0].gap}, where no amount of compute compares."
-        return f"it can be compared at {len(self._comparison.rungs)} rungs, and a trend needs three."
 
     def _why_inconclusive(self, lower: float, upper: float) -> str:
         if upper < self._least or (lower >= self._least and not self._diverged):
@@ -168,7 +147,7 @@ class Judgement:
 
     # Remedies of an inconclusive verdict
 
-    def _remedies(self) -> list[Remedy]:
+    def _remedies(self) -> list[records.Remedy]:
         if self.line is None or self._bounds is None or self._diverged:
             return []
         lower, upper = self._bounds
@@ -176,15 +155,15 @@ class Judgement:
         # The bounds decide already. What is missing is E and alpha, which a larger rung determines, or seconds.
         if lower >= self._least or upper < self._least:
             curve = self._depends_on_curve(worth_it=lower >= self._least)
-            return [Remedy("rung", seeds, sizes[0])] if curve and sizes else []
+            return [records.Remedy("rung", seeds, sizes[0])] if curve and sizes else []
         remedies = []
         # Rungs that lie off the line stay there with more seeds.
         if not self.line.widened and self._settles(ExtraRuns(seeds=MOST_SEEDS)):
             fewest = next(n for n in range(1, MOST_SEEDS + 1) if self._settles(ExtraRuns(seeds=n)))
-            remedies.append(Remedy("seeds", fewest, None))
+            remedies.append(records.Remedy("seeds", fewest, None))
         rungs = ((size, pairs) for pairs in (seeds, 2 * seeds, 4 * seeds) for size in sizes)
         settling = next((rung for rung in rungs if self._settles(ExtraRuns(rung=rung))), None)
-        return [*remedies, Remedy("rung", settling[1], settling[0])] if settling else remedies
+        return [*remedies, records.Remedy("rung", settling[1], settling[0])] if settling else remedies
 
     def _further_sizes(self, line: Line) -> list[float]:
         """FLOPs of possible further rungs: the ladder's steps continued, the last one at the target."""
@@ -208,18 +187,18 @@ class Judgement:
     def verdict(self, remedies: bool = True) -> Verdict:
         decision, why = self._decide()
         level, bounds, line = self._criterion.level, self._bounds, self.line
+        estimates = iter(enumerate(self._comparison.rung_estimates()))
+        rungs = [self._rung_multiplier(rung, *(next(estimates) if rung.usable else (0, None))) for rung in self._rungs]
         worth = _ratio_interval(line and line.multiplier_at(self._target), level)
         seconds = self._wall_clock()
         both_known = worth.value is not None and seconds.value is not None
-        slope = Interval(None, None, None, level)
-        if line is not None:
-            low, high = (line.slope.bound(level / 2, side) for side in (-1, 1))
-            slope = Interval(line.slope.value, low, high, level)
+        low, high = (line.slope.bound(level / 2, side) if line else None for side in (-1, 1))
+        slope = Interval(line.slope.value if line else None, low, high, level)
         verdict = Verdict(
             arm=self._arm, decision=decision, why=why[0].upper() + why[1:], trend=self._trend,
             target_flops=self._target, multiplier=worth, other_floor=_ratio_interval(self._other, level),
             lower=_exp(bounds[0]) if bounds else None, upper=_exp(bounds[1]) if bounds else None,
-            bound_level=self._level, slope=slope, crossing=self._crossing, rungs=self._rung_multipliers(),
+            bound_level=self._level, slope=slope, crossing=self._crossing, rungs=rungs,
             slowdown=_ratio_interval(self._slowdown, level), wall_clock=seconds,
             faster_per_flop_slower_per_second=both_known and worth.value > 1 > seconds.value,  # pyright: ignore
             lack_of_fit_p=line.lack_of_fit_p if line else None, pairing=self._comparison.noise.pairing,
@@ -264,18 +243,14 @@ class Judgement:
         half = math.hypot(*(estimate.bound(level / 2, 1) - estimate.value for estimate in (worth, seconds)))
         return Interval(_exp(value), _exp(value - half), _exp(value + half), level)
 
-    def _rung_multipliers(self) -> list[RungMultiplier]:
-        estimates = iter(enumerate(self._comparison.rung_estimates()))
-        return [self._rung_multiplier(rung, *(next(estimates) if rung.usable else (0, None))) for rung in self._rungs]
-
-    def _rung_multiplier(self, rung: MatchedRung, number: int, estimate: Estimate | None) -> RungMultiplier:
+    def _rung_multiplier(self, rung: MatchedRung, number: int, estimate: Estimate | None) -> records.RungMultiplier:
         """`number` is the rung's place among the usable ones; `estimate` is None for a rung that is not usable."""
         losses = rung.losses() if rung.pairs else None
         seconds = _mean(rung.log_seconds(per_token=False))
         wall_clock = None
         if estimate and losses and seconds is not None:
             wall_clock = estimate.value + float(losses.log_cost.mean()) - seconds
-        return RungMultiplier(
+        return records.RungMultiplier(
             rung=rung.name, flops=rung.flops, pairs=len(rung.pairs),
             multiplier=_ratio_interval(estimate, self._criterion.level),
             wall_clock=_exp(wall_clock), slowdown=_exp(_mean(rung.log_seconds(per_token=True))),
