@@ -6,8 +6,9 @@ import shlex
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from scripts import architecture, bench_tables
+from scripts import architecture, bench_tables, readme_picture
 from tests.support import ROOT, inspect, settings, torchrun, trainer
 from trainer.chaos import plan
 from trainer.ladder.plan import load
@@ -60,6 +61,17 @@ def test_the_house_list_names_every_room():
 def test_the_tables_of_the_benchmarks_are_made_of_their_figures():
     figures = json.loads((ROOT / "BENCHMARKS.json").read_text())
     assert bench_tables.tables(figures) == (ROOT / "BENCHMARKS.md").read_text(encoding="utf-8")
+
+
+def test_the_first_picture_its_caption_and_the_benchmarks_hold_the_same_figures_and_one_hash():
+    stored = json.loads((ROOT / "docs/same-bits.json").read_text())
+    redraw = "run python -m scripts.readme_picture"
+    assert readme_picture.contents(stored) == stored, redraw
+    assert readme_picture.caption(stored) in README, redraw
+    with Image.open(ROOT / "docs/same-bits.png") as picture:
+        assert picture.info["Source"] == readme_picture.digest(stored), redraw
+    assert len(set(stored["weights_sha256"])) == 1
+    assert dict(stored["calm"]) == dict(stored["storm"])
 
 
 def test_the_picture_of_the_rooms_shows_the_imports_of_today():

@@ -105,9 +105,9 @@ def new_figure(width: float, height: float, layout: Any = "constrained") -> "Fig
     return figure
 
 
-def png(figure: "Figure") -> bytes:
-    """The figure as PNG: the same bytes every time."""
-    return _save(figure, "png", metadata={"Software": None})
+def png(figure: "Figure", source: str | None = None) -> bytes:
+    """The figure as PNG: the same bytes every time. `source` is kept in it as a text."""
+    return _save(figure, "png", metadata={"Software": None, "Source": source})
 
 
 def svg(figure: "Figure", name: str, title: str, text_as_paths: bool = True) -> str:
@@ -137,7 +137,7 @@ def standalone(svg: str) -> str:
     return svg.replace(">", f">{style}", 1)
 
 
-def _save(figure: "Figure", kind: str, metadata: dict[str, None], settings: Any = None) -> bytes:
+def _save(figure: "Figure", kind: str, metadata: dict[str, str | None], settings: Any = None) -> bytes:
     from matplotlib.layout_engine import PlaceHolderLayoutEngine
 
     file = io.BytesIO()
