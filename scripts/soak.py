@@ -123,7 +123,7 @@ class Campaign:
                 self._do_job(directory, jobs[: place + 1], place == len(jobs) - 1, record)
         record["kills"] = [
             {"action": event.fault, "point": event.phase or "wall time", "rank": event.victim}
-            for event in plan.firings(directory / "run")
+            for _, event in plan.fired(directory / "run")
             if event.fault != "sigterm"
         ]
         if not record["problems"]:

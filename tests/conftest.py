@@ -11,6 +11,7 @@ import hypothesis
 import pytest
 
 if TYPE_CHECKING:
+    from tests.faulty_runs import FaultyRun
     from tests.logs import Run
 
 # Before anything imports torch, and for the worker processes that tests start.
@@ -67,6 +68,22 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("ladders")
     (directory / "tiny.toml").write_text(TINY.format(corpus=write_corpus(directory / "corpus")))
     return directory
+
+
+@pytest.fixture(scope="session")
+def reference_run(tmp_path_factory: pytest.TempPathFactory) -> "FaultyRun":
+    """The run without faults that the runs of `trial` must equal."""
+    from tests.faulty_runs import make_reference
+
+    return make_reference(tmp_path_factory.mktemp("reference"))
+
+
+@pytest.fixture
+def trial(reference_run: "FaultyRun", tmp_path: Path) -> "FaultyRun":
+    """A run that may have faults."""
+    from dataclasses import replace
+
+    return replace(reference_run, directory=tmp_path, faults=[])
 
 
 @pytest.fixture

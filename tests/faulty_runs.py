@@ -3,13 +3,15 @@
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tests.support import SMOKE, Job, outcome, settings, summarise_run, trainer, with_faults, write_corpus
 from trainer.errors import EXIT_FINISHED
 from trainer.faults import plan
 from trainer.faults.checker import strays
+from trainer.log import events
 
+E = TypeVar("E", bound=events.Event)
 STEPS, EVERY = 24, 6
 RESTARTS = 10
 NO_FAULTS: list[dict[str, Any]] = []
@@ -57,7 +59,7 @@ class FaultyRun:
 
     def fired(self) -> Counter[tuple[int, int | None]]:
         """Number of firings by (index of a fault, rank)."""
-        return Counter((event.index, event.victim) for event in plan.firings(self.run))
+        return Counter((event.index, event.victim) for _, event in plan.fired(self.run))
 
     def ends_as_reference(self, attempts: int | None = None, unfired: int = 0) -> dict[str, Any]:
         """The promise: same bits, losses and samples in every step, no trace on disk, and each fault fired once."""
@@ -74,15 +76,19 @@ class FaultyRun:
         assert all(times == self.faults[index].get("times", 1) for (index, _), times in fired.items()), fired
         return run_summary
 
+    def events(self, kind: type[E]) -> list[E]:
+        """The events of this kind, in order."""
+        return [event for _, event in events.select(events.read(self.run), kind)]
+
     def detected_as(self, *indices: int) -> list[str | None]:
         return [row["detected_as"] for row in summarise_run(self.run)["faults"] if row["index"] in indices]
 
 
-def reference_run(directory: Path, **more: Any) -> FaultyRun:
+def make_reference(directory: Path) -> FaultyRun:
     """One rank, no faults, a corpus of less than two epochs."""
     chosen = settings(
         data__source=write_corpus(directory / "corpus"), data__heldout_fraction=0.2, budget__steps=STEPS,
-        checkpoint__every_steps=EVERY, eval__every_steps=12, eval__max_tokens=1024, **more,
+        checkpoint__every_steps=EVERY, eval__every_steps=12, eval__max_tokens=1024,
     )  # fmt: skip
     made = FaultyRun(directory, chosen)
     trainer("train", SMOKE, "--run", made.run, *chosen)

@@ -493,7 +493,7 @@ def test_the_same_command_is_given_again_only_where_a_fault_explains_the_status(
     assert len({tuple(overrides) for overrides in given}) == 1, "the identical command"
 
 
-def test_what_this_machine_cannot_make_is_skipped_with_the_reason(planned, monkeypatch, tmp_path):
+def test_a_case_that_this_machine_cannot_make_is_skipped_with_the_reason(planned, monkeypatch, tmp_path):
     monkeypatch.setattr(namespaces, "probe", lambda: "network namespaces need root")
     reference = Reference("w", "s", {}, 24, 1.0, True)
     skipped = run.run_case(planned, case_of(planned, "slow_link"), reference, tmp_path)
@@ -572,7 +572,7 @@ def test_results_of_a_file_that_was_changed_do_not_stand_beside_new_ones(fake_ca
     assert sorted(found.name for found in stored) == sorted(case.name for case in changed.cases)
 
 
-def test_what_is_not_chosen_now_stays_in_the_report(planned, fake_cases, tmp_path):
+def test_cases_that_are_not_chosen_now_stay_in_the_report(planned, fake_cases, tmp_path):
     fake_cases(lambda case: case.make_result("pass", ""))
     run.run(planned, tmp_path / "out")
     ran = fake_cases(lambda case: case.make_result("fail", ""))
@@ -650,7 +650,7 @@ def test_a_failure_that_is_on_record_already_is_shrunk_once(fake_cases, tmp_path
     assert run.run(campaigns.load(path), out, shrink=True).results == [found] and len(ran) == trials
 
 
-def test_what_failed_is_replayed_by_the_same_plan_as_often_as_it_is_written_and_read(fake_cases, tmp_path):
+def test_a_failed_case_is_replayed_by_the_same_plan_as_often_as_it_is_written_and_read(fake_cases, tmp_path):
     path = write(tmp_path, SETTINGS + "[set_outside]\neval.every_steps = 1\n" + FOUR + KILL)
     loaded = campaigns.load(path, repeat=2)
     fake_cases(lambda case: case.make_result("fail" if case.name != "kill" else "pass", "two\nlines"))

@@ -234,7 +234,7 @@ def test_off_a_terminal_each_run_is_a_line_when_it_has_ended_and_says_why_it_did
     ]
 
 
-def test_what_was_done_by_an_earlier_start_is_one_line(full: Report):
+def test_cases_of_an_earlier_start_are_one_line(full: Report):
     out = io.StringIO()
     with report.CampaignProgress(7, out) as live:
         live.update(full.results[:5], "reference")

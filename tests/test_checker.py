@@ -157,7 +157,7 @@ def test_a_run_that_survived_a_kill_passes_every_invariant(log):
     ],
     ids=str,
 )
-def test_what_a_run_did_otherwise_is_found(log, changes, invariant):
+def test_a_deviation_of_a_run_is_found(log, changes, invariant):
     survive_a_kill(log, **changes)
     found = answers(evidence(log))
     assert found[invariant].answer == "fail" and found[invariant].why, {n: a for n, a in found.items() if a.why}
@@ -288,7 +288,7 @@ def test_a_peer_that_reports_the_loss_of_a_rank_has_detected_it(log):
 
 
 @pytest.mark.parametrize("named", [0, 1])
-def test_of_two_faults_in_one_attempt_the_one_that_is_not_reported_counts_neither_way(log, named):
+def test_the_unreported_one_of_two_faults_in_an_attempt_counts_neither_way(log, named):
     log.strike(0)
     log.fire(1, victim=0)
     log.start(6)
@@ -342,7 +342,7 @@ BREAKS: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("what", BREAKS)
-def test_what_is_wrong_on_disk_is_found(log, what):
+def test_damage_on_disk_is_found(log, what):
     survive_a_kill(log)
     assert not_passed(evidence(log)) == {}
     act, invariant = BREAKS[what]

@@ -92,7 +92,7 @@ def processes(command: str, count: int, directory: Path) -> Iterator[list[subpro
 # Saving and loading
 
 
-def test_what_was_saved_in_any_sharding_on_any_number_of_ranks_loads_in_any_other_bitwise(tmp_path: Path):
+def test_a_save_in_any_sharding_on_any_number_of_ranks_loads_in_any_other_bitwise(tmp_path: Path):
     results = ranks("reshard", 4, tmp_path)
     for rank, result in enumerate(results):
         sizes = [size for _, size in LAYOUTS if size > rank]
@@ -154,7 +154,7 @@ def test_the_manifest_lists_every_file_with_step_run_size_and_checksum(tmp_path:
     }
 
 
-def test_what_a_name_stands_for_is_durable_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_content_is_durable_before_its_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Files before the manifest, the manifest before the rename, the rename before the save is reported."""
     done: list[tuple[str, int]] = []
     sync, rename = os.fsync, os.rename
@@ -644,7 +644,7 @@ class AttributeLookup:
         return self._reduced
 
 
-def test_what_early_pythons_3_11_have_saved_is_read_and_no_attribute_but_of_an_enumeration(tmp_path, monkeypatch):
+def test_saves_of_early_pythons_3_11_are_read_and_no_attribute_but_of_an_enumeration(tmp_path, monkeypatch):
     from torch.distributed.checkpoint import metadata
 
     with monkeypatch.context() as patched:

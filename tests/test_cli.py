@@ -319,7 +319,7 @@ def test_sample_writes_text_verify_checks_and_plot_draws(finished):
         (["--seed", str(-(2**63) - 1)], "--seed"),
     ],
 )
-def test_what_cannot_be_sampled_with_is_wrong_usage(capsys, tiny, monkeypatch, options, message):
+def test_sampling_with_impossible_settings_is_wrong_usage(capsys, tiny, monkeypatch, options, message):
     from trainer import cli
 
     monkeypatch.setattr(sys, "argv", ["trainer", "sample", str(tiny), *map(os.fsdecode, options)])
@@ -359,7 +359,7 @@ def test_a_run_that_a_newer_toprope_has_taken_further_is_refused_and_left_as_it_
     assert json.loads(manifest.read_text())["body"] == body
 
 
-def test_what_is_no_run_or_checkpoint_is_wrong_usage(tmp_path):
+def test_a_path_that_is_no_run_or_checkpoint_is_wrong_usage(tmp_path):
     wrong = [(verb, tmp_path, "is no run") for verb in ("inspect", "sample", "verify", "plot")]
     for verb, path, why in (*wrong, ("verify", tmp_path / "step-00000009", "step-00000009 is no checkpoint")):
         done = trainer(verb, path, check=False)

@@ -68,7 +68,7 @@ def test_a_new_kind_fires_inside_a_rank_once_and_is_on_record(beep: str, tmp_pat
             for phase in (Phase.BEFORE_FORWARD, Phase.AFTER_REDUCE, Phase.AFTER_UPDATE):
                 hook(phase, step)
     assert HEARD == [(1, 60)]
-    (event,) = plan.firings(tmp_path)
+    ((_, event),) = plan.fired(tmp_path)
     assert (event.index, event.fault, event.victim, event.step, event.phase) == (0, beep, 1, 3, "after_reduce")
 
 
@@ -82,7 +82,7 @@ def test_a_new_kind_fires_from_outside_once_and_is_on_record(knock: str, tmp_pat
         nemesis.start()
         assert settled(cluster, 1) == [(101, signal.SIGWINCH)]
         nemesis.stop()
-    assert [(event.fault, event.victim) for event in plan.firings(run)] == [(knock, 1)]
+    assert [(event.fault, event.victim) for _, event in plan.fired(run)] == [(knock, 1)]
 
 
 def test_a_new_kind_refuses_what_it_cannot_do_and_its_settings_are_checked(beep: str):

@@ -24,7 +24,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.faulty_runs import NO_FAULTS, STEPS, FaultyRun, fault, reference_run
+from tests.faulty_runs import NO_FAULTS, STEPS, FaultyRun, fault
 from tests.logs import Run, started
 from tests.support import ROOT, SMOKE, settings, summarise_run, torchrun, trainer, with_faults, write_corpus
 from trainer import checkpoint, config
@@ -36,20 +36,10 @@ from trainer.faults.fault import KINDS
 from trainer.faults.rank import RankContext
 from trainer.faults.storage import CheckpointDamage
 from trainer.log import events
-from trainer.log.events import CheckpointFailed, CheckpointSaved, FaultFired, Hung, NotFinite
+from trainer.log.events import CheckpointFailed, CheckpointSaved, Hung, NotFinite
 from trainer.parallel.world import World
 
 LIMITS = settings(elastic__step_timeout_seconds=3.0, elastic__startup_timeout_seconds=60.0)
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> FaultyRun:
-    return reference_run(tmp_path_factory.mktemp("reference"), checkpoint__max_failures=20)
-
-
-@pytest.fixture
-def trial(reference: FaultyRun, tmp_path: Path) -> FaultyRun:
-    return FaultyRun(tmp_path, reference.settings, reference.reference)
 
 
 @pytest.mark.slow
@@ -65,7 +55,7 @@ def test_hangs_of_every_kind_are_made_and_survived(trial: FaultyRun):
     run_summary = trial.ends_as_reference()
     assert trial.detected_as(0, 1, 2) == ["hung"] * 3, run_summary["incidents"]
     assert trial.detected_as(3) in (["hung"], ["worker_lost"]), run_summary["incidents"]
-    stopped, locked, *_ = (entry.event for entry in events.read(trial.run) if isinstance(entry.event, Hung))
+    stopped, locked, *_ = trial.events(Hung)
     assert [c["rank"] for c in stopped.culprits] == [0] and [c["rank"] for c in locked.culprits] == [1]
     assert 3 <= stopped.seconds < 8 and stopped.collective
     assert (trial.run / stopped.stacks).read_text().count("Thread") >= 2
@@ -90,9 +80,11 @@ def test_a_disk_that_fails_fails_one_save_and_not_the_run(trial: FaultyRun):
         fault("vanished_checkpoints", 21, 1, seconds=0.3),  # the save of 20 has waited for that of 18
         fault("no_space", 24, phase="before_commit"),
     ]
-    trial.survive(2, faults, *settings(parallel__strategy="fsdp", checkpoint__every_steps=2))
+    trial.survive(
+        2, faults, *settings(parallel__strategy="fsdp", checkpoint__every_steps=2, checkpoint__max_failures=20)
+    )
     trial.ends_as_reference()
-    failed = {e.event.step: e.event.reason for e in events.read(trial.run) if isinstance(e.event, CheckpointFailed)}
+    failed = {event.step: event.reason for event in trial.events(CheckpointFailed)}
     assert [step for step, words in refused.items() if words not in failed.get(step, "")] == [], failed
     assert "No space" in failed[24]  # and was tried again
     assert not {14, 16} & set(failed)
@@ -145,10 +137,10 @@ def test_wrong_numbers_that_show_are_computed_away_and_a_wrong_clock_or_a_slow_r
     run_summary = trial.ends_as_reference()
     assert trial.detected_as(0, 1, 4, 6) == ["not_finite"] * 4 and trial.detected_as(5) == ["preempted"] * 2
     assert trial.detected_as(2, 3, 7) == [None] * 3
-    not_finite = [entry.event for entry in events.read(trial.run) if isinstance(entry.event, NotFinite)]
+    not_finite = trial.events(NotFinite)
     trials = {step: sorted({event.trial for event in not_finite if event.step == step}) for step in (3, 5, 10, 20)}
     assert trials == {3: [0], 5: [0], 10: [0], 20: [0, 1]}
-    slow = {e.event.step: e.event.seconds for e in events.read(trial.run) if isinstance(e.event, events.StepDone)}
+    slow = {event.step: event.seconds for event in trial.events(events.StepDone)}
     assert min(slow[step] for step in (8, 9, 10)) >= 0.1
     entries = [e for e in events.read(trial.run) if e.attempt == run_summary["attempts"][-1]["attempt"] and e.rank == 0]
     times = {e.event.step: e.time for e in entries if isinstance(e.event, events.StepDone)}
@@ -166,10 +158,10 @@ for number, overrides in enumerate(json.loads(sys.argv[2])):
 
 
 @pytest.mark.slow
-def test_silent_corruption_is_made_and_this_version_does_not_notice(reference: FaultyRun, tmp_path: Path):
+def test_silent_corruption_is_made_and_this_version_does_not_notice(reference_run: FaultyRun, tmp_path: Path):
     """Several runs of one rank in one process."""
     plans = [[fault(kind, 5)] for kind in SILENT] + [[fault("flip_weights", 5, bits=40)], []]
-    few = [text.replace(f"budget.steps={STEPS}", "budget.steps=8") for text in reference.settings[1::2]]
+    few = [text.replace(f"budget.steps={STEPS}", "budget.steps=8") for text in reference_run.settings[1::2]]
     runs = json.dumps([[*few, with_faults(faults)[1]] for faults in plans])
     command = [sys.executable, "-c", MANY_RUNS, str(SMOKE), runs, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False, cwd=ROOT)
@@ -316,10 +308,8 @@ def test_a_fault_fires_once_on_a_rank_whatever_starts_again_and_in_the_attempt_t
     assert passing(other, 2) < 0.15 and passing(other, 3) >= 0.2
     smaller = pointed(tmp_path, pause, later, rank=0, size=1)  # where rank 1 is rank 0 now
     assert passing(smaller, 2) < 0.15 and passing(smaller, 3) < 0.15
-    fired = plan.fired(tmp_path)
-    assert [(e.event.index, e.rank, e.attempt) for e in fired if isinstance(e.event, FaultFired)] == [
-        (0, 1, 0), (1, 1, 1), (1, 0, 1),
-    ]  # fmt: skip
+    fired = [(event.index, entry.rank, entry.attempt) for entry, event in plan.fired(tmp_path)]
+    assert fired == [(0, 1, 0), (1, 1, 1), (1, 0, 1)]
 
 
 def test_a_slow_rank_is_slow_for_its_steps_and_no_longer(tmp_path: Path):

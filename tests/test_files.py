@@ -18,7 +18,7 @@ from trainer.data import cache, sources
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import TopropeError
 from trainer.log import events, rundir, summary
-from trainer.sentinel.hang_files import HangFiles
+from trainer.sentinel.hang import HangFiles
 
 TEXTS = [letter * (1 + 5000 * number) for number, letter in enumerate("abcdef")]
 
@@ -38,7 +38,7 @@ def test_several_writers_and_readers_at_once_see_one_whole_text_or_another(tmp_p
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_a_death_left_is_removed_by_the_next_write(tmp_path: Path):
+def test_remains_of_a_death_are_removed_by_the_next_write(tmp_path: Path):
     (tmp_path / ".file.0123abcd.partial").write_text("half of something longer")
     files.write(tmp_path / "file", "whole")
     assert {found.name: found.read_text() for found in tmp_path.iterdir()} == {"file": "whole"}
@@ -148,7 +148,7 @@ def test_a_config_with_keys_of_another_version_can_be_inspected(run: Run, config
      (errno.EOPNOTSUPP, "locks"), (errno.EROFS, "read-only"),
      (errno.EDQUOT, "quota"), (errno.EIO, "disk")],
 )  # fmt: skip
-def test_what_the_system_refuses_is_told_with_its_meaning_and_the_remedy(tmp_path, monkeypatch, number, meaning):
+def test_a_refusal_of_the_system_is_reported_with_its_meaning_and_the_remedy(tmp_path, monkeypatch, number, meaning):
     def refuse(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 

@@ -44,7 +44,7 @@ def test_a_kill_costs_the_steps_that_are_computed_again_the_gap_and_a_second_sta
     assert parts(run) == {"productive": 60.0, "lost_steps": 7.0, "startup": 4.0, "down": 5.0}
 
 
-def test_what_a_failing_rank_0_still_writes_is_no_progress(run: Run):
+def test_events_of_a_failing_rank_0_are_no_progress(run: Run):
     run.train(40)
     run.end("failed", 40, after=2.0, reason="RuntimeError: Connection closed by peer")
     run.start(from_step=40, after=3.0)

@@ -89,7 +89,7 @@ def test_a_rank_that_lost_a_peer_is_not_reported_as_lost(run: Run):
     assert (incident.rank, incident.text) == (None, "a peer was lost after step 3; nothing has resumed it")
 
 
-def test_of_two_that_left_with_a_status_the_one_that_lost_a_peer_is_not_the_cause(run: Run):
+def test_the_rank_that_lost_a_peer_is_not_the_cause_where_two_left_with_a_status(run: Run):
     run.train(3)
     run.end("failed", 3, after=0.1, reason=LOST_A_PEER)
     run.start(from_step=2)

@@ -129,7 +129,7 @@ def test_a_size_by_parameters_is_the_nearest_of_its_aspect(home, parameters):
     assert found.parameters == min(counts, key=lambda count: abs(count - parameters))
 
 
-def test_what_scales_with_size_follows_its_rule(home):
+def test_settings_that_scale_with_size_follow_their_rule(home):
     rules = (
         'learning_rate = "power"\nlearning_rate_exponent = -0.25\nbatch = "power"\nbatch_exponent = 0.5\n'
         'weight_decay = "inverse_steps"\nwarmup_fraction = 0.1\n'

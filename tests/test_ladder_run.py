@@ -449,7 +449,7 @@ def test_the_smallest_run_is_next_unless_a_long_one_would_then_be_alone_at_the_e
     assert scheduling.next_of([3], [0, 9]) == 0
 
 
-def test_what_was_measured_before_is_taken_at_the_pace_of_now():
+def test_earlier_measurements_are_taken_at_the_pace_of_now():
     earlier = Speed({100: 1.0, 1000: 4.0}, {})
     assert Speed({100: 2.0}, {}).scale_earlier(earlier) == Speed({100: 2.0, 1000: 8.0}, {})
     assert Speed({}, {}).scale_earlier(earlier) == earlier == Speed.from_json(earlier.to_json())

@@ -232,7 +232,7 @@ def test_a_job_on_a_host_is_its_starters_own(tmp_path, hosts):
         assert job.leftovers() == []
 
 
-def test_what_is_missing_is_the_reason(monkeypatch):
+def test_a_missing_need_is_the_reason(monkeypatch):
     monkeypatch.setattr(network.shutil, "which", lambda tool: None if tool == "tc" else f"/usr/bin/{tool}")
     assert network.probe.__wrapped__() == "network namespaces need tc (iproute2)"
     monkeypatch.setattr(network.sys, "platform", "darwin")

@@ -86,7 +86,7 @@ def test_every_import_of_the_package_is_a_declared_dependency():
             assert owners & declared, f"{path.relative_to(ROOT)} imports {module}: pyproject.toml does not ask for it"
 
 
-def test_what_must_start_fast_loads_without_torch():
+def test_modules_that_must_start_fast_load_without_torch():
     contracts = {contract["id"]: contract for contract in PYPROJECT["tool"]["importlinter"]["contracts"]}
     modules = contracts["torch-free"]["source_modules"]
     code = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules)"
@@ -235,7 +235,7 @@ def test_setup_refuses_an_unfit_python_with_fact_rule_and_remedy(machine: Machin
     assert not (machine.folder / ".venv").exists()
 
 
-def test_what_passed_only_when_it_was_run_again_is_named_at_the_end(tmp_path: Path):
+def test_a_test_that_passed_only_when_run_again_is_named_at_the_end(tmp_path: Path):
     (tmp_path / "scripts").mkdir()
     stubs = {"scripts/setup": "", "scripts/check": "", ".venv/bin/python": f'exec {sys.executable} "$@"'}
     for name, does in stubs.items():

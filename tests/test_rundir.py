@@ -25,7 +25,7 @@ def leave(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
 
 
 @pytest.mark.parametrize("name", ["step-lr3e-3", "step-00000040", ".step-00000040.replaced", "steps"])
-def test_what_holds_a_config_is_a_run_whatever_its_name(monkeypatch, capsys, tmp_path, name):
+def test_a_directory_that_holds_a_config_is_a_run_whatever_its_name(monkeypatch, capsys, tmp_path, name):
     run = Run(tmp_path / name)
     run.record()
     assert leave(monkeypatch, "verify", run.path) == 0

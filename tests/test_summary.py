@@ -194,7 +194,7 @@ def test_a_torn_last_line_is_read_past_but_damage_before_it_is_refused(run: Path
         summarise(run)
 
 
-def test_what_is_no_run_or_has_no_events_is_refused_with_a_remedy(tmp_path: Path):
+def test_a_directory_that_is_no_run_or_has_no_events_is_refused_with_a_remedy(tmp_path: Path):
     for path in (tmp_path / "missing", tmp_path):
         with pytest.raises(RunDirectoryError, match=r"config\.json"):
             summarise(path)

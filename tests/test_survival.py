@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.faulty_runs import EVERY, NO_FAULTS, STEPS, FaultyRun, fault, reference_run
+from tests.faulty_runs import EVERY, NO_FAULTS, STEPS, FaultyRun, fault
 from tests.support import (
     ROOT,
     SMOKE,
@@ -43,20 +43,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]  # the machine may be 
 
 STEP_SECONDS = 1.5
 LIMITS = settings(elastic__step_timeout_seconds=STEP_SECONDS, elastic__startup_timeout_seconds=30.0)
-
-
-def of_kind(run: Path, kind: type[events.Event]) -> list[Any]:
-    return [entry.event for entry in events.read(run) if isinstance(entry.event, kind)]
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> FaultyRun:
-    return reference_run(tmp_path_factory.mktemp("reference"))
-
-
-@pytest.fixture
-def trial(reference: FaultyRun, tmp_path: Path) -> FaultyRun:
-    return FaultyRun(tmp_path, reference.settings, reference.reference)
 
 
 def dies(kind: str, phase: str, at_step: int | None = None, rank: int = 1, **more: Any) -> dict[str, Any]:
@@ -115,7 +101,7 @@ def test_killed_at_every_phase_boundary_a_run_ends_as_the_reference(trial: Fault
     # A worker that dies before it trains has made no attempt.
     before_training = sum(death["phase"] in ("startup", "in_load") for death in deaths)
     trial.ends_as_reference(attempts=1 + len(deaths) - before_training)
-    causes = of_kind(trial.run, events.WorkersLost)
+    causes = trial.events(events.WorkersLost)
     assert len(causes) == sum(death.get("times", 1) for death in deaths)
     assert all(len(cause.failures) >= 1 and cause.reason for cause in causes)
     by_signal = [row for row in run_summary["faults"] if row["kind"] not in ("exception", "exit", "memory_limit")]
@@ -135,7 +121,7 @@ def test_stopped_by_signals_and_resumed_at_other_world_sizes_and_shardings(trial
     first = go(2, "replicate", fault("sigterm", 1, rank=1))
     assert first["status"] == "preempted" and first["step"] == 1
     assert [saved["step"] for saved in first["checkpoints"]] == [1]
-    asked = of_kind(trial.run, events.StopRequested)
+    asked = trial.events(events.StopRequested)
     assert [(stop.signal, stop.step) for stop in asked] == [("SIGTERM", 1)]
     go(3, "fsdp", dies("sigterm", "before_backward", 10), dies("sigkill", "after_update", 7))
     go(4, "hybrid", dies("sigterm", "before_update", 14))
@@ -151,7 +137,7 @@ def test_a_peer_that_dies_in_the_last_save_is_no_failing_disk(trial: FaultyRun):
     with trial.start(2, [dies("sigkill", "in_save_shard", STEPS)], monitor=3.0) as job:
         assert job.wait() == EXIT_FINISHED, job.output[-8000:]
     trial.ends_as_reference(attempts=2)
-    assert of_kind(trial.run, events.CheckpointFailed) == []
+    assert trial.events(events.CheckpointFailed) == []
 
 
 def test_asked_to_stop_before_it_trains_a_run_saves_its_first_step_and_resumes_from_it(trial: FaultyRun):
@@ -170,7 +156,7 @@ def test_asked_to_stop_before_it_trains_a_run_saves_its_first_step_and_resumes_f
     stopped = summarise_run(trial.run)
     assert stopped["step"] == 0 and stopped["status"] == "preempted"
     assert [(saved["step"], saved["intact"]) for saved in stopped["checkpoints"]] == [(0, True)]
-    asked = of_kind(trial.run, events.StopRequested)
+    asked = trial.events(events.StopRequested)
     assert [(stop.signal, stop.step) for stop in asked] == [("SIGINT", 0), ("SIGTERM", 0)]
     trial.survive(2, NO_FAULTS, *settings(parallel__strategy="fsdp"))
     trial.ends_as_reference(attempts=3)
@@ -211,7 +197,7 @@ def test_a_signal_to_the_agent_is_answered_with_75_in_time_and_the_same_command_
         assert job.leftovers() == []
     stopped = summarise_run(trial.run)
     assert stopped["status"] == "preempted" and done < stopped["step"] <= done + 2 < STEPS
-    assert {stop.signal for stop in of_kind(trial.run, events.StopRequested)} == {notice.name}
+    assert {stop.signal for stop in trial.events(events.StopRequested)} == {notice.name}
     assert stopped["checkpoints"][-1]["step"] == stopped["step"]
     assert trainer("inspect", trial.run).stdout.count("preempted") >= 1
     trial.survive(2, NO_FAULTS)
@@ -227,8 +213,8 @@ def test_slow_is_not_hung(trial: FaultyRun):
     ]
     trial.survive(2, faults, *LIMITS, slow={"in_eval": 0.2})
     trial.ends_as_reference(attempts=1)
-    assert of_kind(trial.run, events.Hung) == []
-    stalls = {saved.step: saved.stall_seconds for saved in of_kind(trial.run, events.CheckpointSaved)}
+    assert trial.events(events.Hung) == []
+    stalls = {saved.step: saved.stall_seconds for saved in trial.events(events.CheckpointSaved)}
     assert stalls[12] > 2 * STEP_SECONDS, "both ranks waited for the save of rank 1"
 
 
@@ -242,14 +228,14 @@ def test_a_rank_that_hangs_in_the_preparation_is_named_and_slow_data_are_no_hang
         assert job.wait() == EXIT_FINISHED, job.output[-8000:]
     assert time.monotonic() - asked < 90
     trial.ends_as_reference(attempts=1)  # the other did not start to train
-    (hung,) = of_kind(trial.run, events.Hung)
+    (hung,) = trial.events(events.Hung)
     assert hung.point == "startup" and [culprit["rank"] for culprit in hung.culprits] == [0], hung
 
 
 def test_a_disk_that_answers_no_more_is_a_hang_of_its_rank(trial: FaultyRun):
     trial.survive(2, [fault("stalled_disk", 6, rank=1, seconds=1000.0)], *LIMITS)
     trial.ends_as_reference(attempts=2)
-    hung = of_kind(trial.run, events.Hung)
+    hung = trial.events(events.Hung)
     assert hung and {event.point for event in hung} == {"waiting_for_save"}
     assert {culprit["rank"] for event in hung for culprit in event.culprits} == {1}, hung
 
@@ -260,7 +246,7 @@ def test_a_disk_that_stays_full_stops_the_run_with_its_reason(trial: FaultyRun):
     assert "saving failed 2 times in a row" in output and "Traceback" not in output
     stopped = summarise_run(trial.run)
     assert stopped["status"] == "failed" and stopped["checkpoints"] == []
-    assert [event.in_a_row for event in of_kind(trial.run, events.CheckpointFailed)] == [1, 2]
+    assert [event.in_a_row for event in trial.events(events.CheckpointFailed)] == [1, 2]
     trial.survive(1, NO_FAULTS)
     trial.ends_as_reference(attempts=2)
 
@@ -276,11 +262,11 @@ def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]
 
 @pytest.mark.parametrize("small_disk", ["run/checkpoints"], indirect=True)
 def test_a_disk_without_room_for_one_more_checkpoint_keeps_the_ones_it_has(
-    reference: FaultyRun, tmp_path: Path, small_disk: Path
+    reference_run: FaultyRun, tmp_path: Path, small_disk: Path
 ):
     """ENOSPC for real. The run begins at an undisturbed run's step 6, on a disk that something else has filled."""
-    trial = FaultyRun(tmp_path, reference.settings, reference.reference)
-    trainer("train", SMOKE, "--run", tmp_path / "start", *reference.settings, *settings(checkpoint__keep_last=9))
+    trial = FaultyRun(tmp_path, reference_run.settings, reference_run.reference)
+    trainer("train", SMOKE, "--run", tmp_path / "start", *reference_run.settings, *settings(checkpoint__keep_last=9))
     shutil.copytree(
         tmp_path / "start", trial.run, dirs_exist_ok=True, ignore=shutil.ignore_patterns("step-*[12348]", "events")
     )
@@ -291,11 +277,11 @@ def test_a_disk_without_room_for_one_more_checkpoint_keeps_the_ones_it_has(
         assert [saved.step for saved in checkpoint.committed(trial.run)] == [EVERY]
         filler.unlink()
         assert job.wait() == EXIT_FINISHED, job.output
-    failed = of_kind(trial.run, events.CheckpointFailed)
+    failed = trial.events(events.CheckpointFailed)
     assert [event.step for event in failed][:1] == [12] and "No space left" in failed[0].reason
     result = outcome(trial.run)
     same = ("status", "step", "weights_sha256", "state_sha256")
-    assert {key: result[key] for key in same} == {key: reference.reference[key] for key in same}
+    assert {key: result[key] for key in same} == {key: reference_run.reference[key] for key in same}
 
 
 @pytest.mark.parametrize("small_disk", ["run"], indirect=True)
@@ -308,8 +294,8 @@ def test_a_disk_too_full_for_the_log_itself_stops_nothing_and_loses_no_event(tri
         filler.unlink()
         assert job.wait() == EXIT_FINISHED, job.output
     trial.ends_as_reference(attempts=1)
-    assert of_kind(trial.run, events.CheckpointFailed) != []
-    assert ["the log" in event.message for event in of_kind(trial.run, events.Warned)] == [True], "warned once"
+    assert trial.events(events.CheckpointFailed) != []
+    assert ["the log" in event.message for event in trial.events(events.Warned)] == [True], "warned once"
 
 
 @pytest.mark.parametrize("small_disk", ["run"], indirect=True)
@@ -335,14 +321,14 @@ def test_a_nan_that_stays_stops_the_run_and_is_named(trial: FaultyRun):
     ids = batches(trial).micro_batch(8, 5).sample_ids
     for named in ("step 9:", "micro-batch 5 (samples " + ", ".join(map(str, ids)), "module blocks.0.mlp"):
         assert named in output, output
-    assert {event.trial for event in of_kind(trial.run, events.NotFinite)} == {0, 1}
+    assert {event.trial for event in trial.events(events.NotFinite)} == {0, 1}
     assert max(committed_samples(trial.run)) == 8, "the step was applied"
     trial.survive(1, NO_FAULTS)
     trial.ends_as_reference(attempts=2)
 
 
-def test_resuming_a_finished_run_changes_nothing(reference: FaultyRun, trial: FaultyRun):
-    shutil.copytree(reference.run, trial.run)
+def test_resuming_a_finished_run_changes_nothing(reference_run: FaultyRun, trial: FaultyRun):
+    shutil.copytree(reference_run.run, trial.run)
     before = contents(trial.run / "checkpoints")
     trial.survive(1, NO_FAULTS, *settings(parallel__strategy="fsdp"))
     assert contents(trial.run / "checkpoints") == before
@@ -354,16 +340,16 @@ def contents(directory: Path) -> dict[str, tuple[int, bytes]]:
     return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in directory.rglob("*") if path.is_file()}
 
 
-def test_the_committed_history_holds_every_sample_once_per_epoch(reference: FaultyRun):
+def test_the_committed_history_holds_every_sample_once_per_epoch(reference_run: FaultyRun):
     """Checks the ids themselves: all other runs here have the digests of this one."""
-    source = batches(reference)
+    source = batches(reference_run)
     ids = np.concatenate([batch.sample_ids for step in range(STEPS) for batch in source.for_step(step)])
     assert source.n_windows < len(ids) < 2 * source.n_windows, "more than one epoch, less than two"
     assert sorted(ids[: source.n_windows]) == list(range(source.n_windows))
     assert len(set(ids[source.n_windows :])) == len(ids) - source.n_windows
     for step in range(STEPS):
         of_step = repr([digest(batch.sample_ids) for batch in source.for_step(step)])
-        assert reference.reference["samples"][step + 1] == hashlib.sha256(of_step.encode()).hexdigest()[:16]
+        assert reference_run.reference["samples"][step + 1] == hashlib.sha256(of_step.encode()).hexdigest()[:16]
 
 
 def batches(trial: FaultyRun) -> Batches:

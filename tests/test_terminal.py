@@ -51,7 +51,7 @@ def test_a_process_goes_on_whatever_becomes_of_its_output_and_prints_into_no_fil
     assert done.returncode == 0
 
 
-def test_what_is_printed_arrives_in_order_and_whole_with_a_question_mark_for_a_letter_that_is_missing():
+def test_output_arrives_in_order_and_whole_with_a_question_mark_for_a_letter_that_is_missing():
     program = "from trainer.show import terminal; terminal.take(); print('0 → 5 é'); print('x' * 300_000)"
     for encoding, first in (("latin-1", "0 ? 5 é"), ("ascii", "0 ? 5 ?"), ("utf-8", "0 → 5 é")):
         environment = {**os.environ, "PYTHONIOENCODING": encoding}

@@ -388,7 +388,7 @@ def test_token_ids_are_of_the_type_that_the_vocabulary_gives(stories, settings, 
     ("given", "side"),
     [({"source": "one.txt"}, "held-out"), ({"source": "same-*.txt"}, "held-out"), ({"heldout_fraction": 1e-9}, "held")],
 )
-def test_what_prepare_refuses_about_the_split_is_found_without_preparing(tmp_path, stories, settings, given, side):
+def test_a_split_that_prepare_refuses_is_found_without_preparing(tmp_path, stories, settings, given, side):
     for name in ("one.txt", "same-1.txt", "same-2.txt"):
         (tmp_path / name).write_text("The only document.")
     data = settings(**{"source": stories, **{k: tmp_path / v if k == "source" else v for k, v in given.items()}})

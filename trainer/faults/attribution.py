@@ -7,35 +7,45 @@ One rule, `may_report`, serves the fault checker and `inspect`.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from trainer.config import Config
+from trainer.faults import plan
 from trainer.faults.fault import KINDS, SAVE, Fault
 from trainer.faults.plan import PlannedFault
-from trainer.log import rundir, summary
-from trainer.log.events import (
-    CheckpointFailed,
-    CheckpointRejected,
-    Entry,
-    Event,
-    FaultFired,
-    Hung,
-    NotFinite,
-    StopRequested,
-)
+from trainer.log import events, rundir, summary
+from trainer.log.events import Entry, FaultFired
 from trainer.log.history import History, process_start
 from trainer.log.incidents import Incident, incidents_of
 
-if TYPE_CHECKING:
-    from trainer.faults.evidence import Evidence
-
-OWN_EVENT: Mapping[str, type[Event]] = {
-    "hung": Hung, "not_finite": NotFinite, "save_failed": CheckpointFailed,
-    "checkpoint_rejected": CheckpointRejected, "preempted": StopRequested,
+OWN_EVENT: Mapping[str, type[events.Event]] = {
+    "hung": events.Hung, "not_finite": events.NotFinite, "save_failed": events.CheckpointFailed,
+    "checkpoint_rejected": events.CheckpointRejected, "preempted": events.StopRequested,
 }  # fmt: skip
 """The event by which a kind of incident is noticed."""
 SEEN_BY_LAUNCHER = {"worker_lost", "hung", "preempted"}
 """Incidents that end the processes: the next start, or the job's end, shows that they were noticed."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Result of the run without faults."""
+
+    weights_sha256: str | None  # None if the run did not finish, as `state_sha256`
+    state_sha256: str | None
+    samples: dict[int, str]  # digest of the samples by step
+    steps: int
+    seconds: float
+    exact: bool  # True if sums do not depend on their order, so that the weights of other runs can be equal
+
+
+def reference_of(run: Path, config: Config, seconds: float) -> Reference:
+    """The result of the finished run in directory `run`, which took so many seconds."""
+    history = History.read(run)
+    hashes = (end[1].weights_sha256, end[1].state_sha256) if (end := history.finish) is not None else (None, None)
+    return Reference(*hashes, history.committed_samples, config.budget.steps, seconds, config.numerics.exact)
 
 
 @dataclass(frozen=True)
@@ -57,14 +67,56 @@ class Attribution:
     """The incident by which the run reported a fault, and how fast."""
 
     firing: Firing
-    incident: Incident | None
-    """The incident that reports it."""
+    incident: Incident | None  # the incident that reports it
     correct: bool | None
     """None if nothing had to be reported, or if it hit an attempt that another fault was ending already."""
     detect_seconds: float | None
     recover_seconds: float | None
-    problem: str = ""
-    """The mismatch, if it is not correct."""
+    problem: str = ""  # the mismatch, if it is not correct
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A run with faults: the plan, the faults that fired, the log, and how its jobs ended."""
+
+    run: Path
+    config: Config
+    planned: Sequence[PlannedFault]
+    reference: Reference
+    launches: Sequence[Mapping[str, Any]]
+    """{started, ended, status} of each time the command was given, in Unix seconds."""
+    leftovers: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    """Notes of the nemesis and the runner: faults that could not be made, a job that had to be ended."""
+
+    @cached_property
+    def history(self) -> History:
+        return History.read(self.run)
+
+    @property
+    def entries(self) -> list[Entry]:
+        """The run's own log, without the faults that fired: a diagnosis must not be read off the truth."""
+        return self.history.entries
+
+    @cached_property
+    def incidents(self) -> list[Incident]:
+        return incidents_of(self.history)
+
+    @cached_property
+    def firings(self) -> list[Firing]:
+        """The faults that fired, in order: one entry for each fault of the plan, however many ranks it hit."""
+        found: dict[int, Firing] = {}
+        planned = {fault.index: fault for fault in self.planned}
+        for entry, event in plan.fired(self.run):
+            if event.index in planned:
+                firing = found.setdefault(event.index, Firing(planned[event.index], entry.time, entry.attempt, event))
+                firing.victims.add(event.victim)
+        return sorted(found.values(), key=lambda firing: firing.time)
+
+    @cached_property
+    def attributions(self) -> list[Attribution]:
+        taken = set[int]()
+        return [_attribute(self, firing, taken) for firing in self.firings]
 
 
 def may_report(kind: Fault, attempt: int, incident: Incident) -> bool:
@@ -80,19 +132,19 @@ def may_report(kind: Fault, attempt: int, incident: Incident) -> bool:
 # For the checker
 
 
-def attribute(evidence: "Evidence", firing: Firing, taken: set[int]) -> Attribution:
+def _attribute(evidence: Evidence, firing: Firing, taken: set[int]) -> Attribution:
     """Find the incident that reports a fault. `taken` are the numbers of those that report earlier ones; it grows."""
     kind, incidents = firing.fault.kind, evidence.incidents
     possible = [n for n, incident in enumerate(incidents) if may_report(kind, firing.attempt, incident)]
     fresh = [n for n in possible if n not in taken and not _reports_another(evidence, firing, incidents[n])]
-    # One that matches comes before one that does not.
-    fresh.sort(key=lambda n: (_mismatch(firing, incidents[n]), n))
     incident, problem, correct = None, "", None
     if fresh:
-        incident = incidents[fresh[0]]
-        taken.add(fresh[0])
+        # One that matches comes before one that does not.
+        number = min(fresh, key=lambda n: (_mismatch(firing, incidents[n]), n))
+        taken.add(number)
+        incident = incidents[number]
         problem = _mismatch(firing, incident)
-        correct = not problem if kind.expected_incidents else None
+        correct = not problem
     elif kind.expected_incidents:
         # Another fault may have ended the attempt before this one could be noticed.
         ending = next((i for i in incidents if i.ends_attempt and i.attempt == firing.attempt), None)
@@ -104,22 +156,18 @@ def attribute(evidence: "Evidence", firing: Firing, taken: set[int]) -> Attribut
     return Attribution(firing, incident, correct, detected, _recover_seconds(evidence, firing, incident), problem)
 
 
-def _reports_another(evidence: "Evidence", firing: Firing, incident: Incident) -> bool:
+def _reports_another(evidence: Evidence, firing: Firing, incident: Incident) -> bool:
     """True if an incident mismatches this fault but matches a concurrent one."""
     if not _mismatch(firing, incident):
         return False
-    return any(
-        _is_death_after_damage(other, incident)
-        or (may_report(other.fault.kind, other.attempt, incident) and not _mismatch(other, incident))
-        for other in evidence.firings
-        if other is not firing
-    )
-
-
-def _is_death_after_damage(firing: Firing, incident: Incident) -> bool:
-    """True for the death that follows damage to a checkpoint: no incident has to report it."""
-    damages = firing.fault.kind.damages_checkpoints
-    return damages and incident.attempt == firing.attempt and incident.rank in firing.victims
+    for other in evidence.firings:
+        kind = other.fault.kind
+        # Damage to a checkpoint comes with the death of a rank, which no incident has to report.
+        died = kind.damages_checkpoints and incident.attempt == other.attempt and incident.rank in other.victims
+        reported = may_report(kind, other.attempt, incident) and not _mismatch(other, incident)
+        if other is not firing and (died or reported):
+            return True
+    return False
 
 
 def _mismatch(firing: Firing, incident: Incident) -> str:
@@ -141,16 +189,12 @@ def _mismatch(firing: Firing, incident: Incident) -> str:
     return f"reported of step {incident.step}, it was in step {fault.at_step}" if differs else ""
 
 
-def _detect_seconds(evidence: "Evidence", firing: Firing, incident: Incident | None) -> float | None:
+def _detect_seconds(evidence: Evidence, firing: Firing, incident: Incident | None) -> float | None:
     """Seconds until the run's log or the end of its processes showed that the fault was noticed."""
     if incident is None or not firing.fault.kind.expected_incidents:
         return None
-    own, attempts = OWN_EVENT.get(incident.kind), evidence.history.attempts
-    times = [
-        entry.time
-        for entry in evidence.entries
-        if own is not None and isinstance(entry.event, own) and entry.attempt == incident.attempt
-    ]
+    own, attempts = OWN_EVENT.get(incident.kind, ()), evidence.history.attempts
+    times = [e.time for e in evidence.entries if isinstance(e.event, own) and e.attempt == incident.attempt]
     if incident.kind in SEEN_BY_LAUNCHER:
         times += [process_start(attempt.start) for attempt in attempts if attempt.start is not None]
         ends = [end for attempt in attempts if attempt.number >= firing.attempt for end in attempt.ends.values()]
@@ -159,7 +203,7 @@ def _detect_seconds(evidence: "Evidence", firing: Firing, incident: Incident | N
     return min((time - firing.time for time in times if time >= firing.time), default=None)
 
 
-def _recover_seconds(evidence: "Evidence", firing: Firing, incident: Incident | None) -> float | None:
+def _recover_seconds(evidence: Evidence, firing: Firing, incident: Incident | None) -> float | None:
     """Seconds until a step was done that had never been done, or until the end if no step was left."""
     if firing.fault.kind.moves_clock:
         return None  # the times in the log cannot be trusted
@@ -193,30 +237,32 @@ def summarise(run: Path, checkpoints: Sequence[dict[str, Any]] = ()) -> dict[str
 def _rows(
     planned: Sequence[Mapping[str, Any]], fired: Iterable[Entry], incidents: Sequence[Incident]
 ) -> list[dict[str, Any]]:
-    hits: dict[tuple[int, str, int | None], list[Entry]] = {}
-    for entry in fired:
-        if isinstance(event := entry.event, FaultFired):
-            hits.setdefault((event.index, event.fault, event.victim), []).append(entry)
-    rows = []
-    for (index, kind, victim), entries in hits.items():  # one fault on one rank, which may have fired several times
-        reports = (incident.kind for entry in entries for incident in incidents if _reports(incident, entry))
-        about = {"index": index, "kind": kind, "rank": victim, "step": getattr(entries[0].event, "step")}  # noqa: B009
-        when = {"fired": True, "time": entries[0].time, "attempt": entries[0].attempt}
-        rows.append(about | when | {"detected_as": next(reports, None)})
-    with_firings = {(index, kind) for index, kind, _ in hits}
-    for index, fault in enumerate(planned):
-        if (index, fault["kind"]) not in with_firings:
-            row = {"index": index, "kind": fault["kind"], "rank": fault["rank"], "step": fault["at_step"]}
-            rows.append(row | {"fired": False, "time": None, "attempt": None, "detected_as": None})
-    return sorted(rows, key=lambda row: (row["index"], row["time"] or math.inf))
+    rows: dict[tuple[int, str, int | None], dict[str, Any]] = {}
+    for entry, event in events.select(fired, FaultFired):  # one fault on one rank may have fired several times
+        about = {"index": event.index, "kind": event.fault, "rank": event.victim, "step": event.step}
+        when = {"fired": True, "time": entry.time, "attempt": entry.attempt, "detected_as": None}
+        row = rows.setdefault((event.index, event.fault, event.victim), about | when)
+        reports = (incident.kind for incident in incidents if _reports(incident, entry, event))
+        row["detected_as"] = row["detected_as"] or next(reports, None)
+    with_firings = {(index, kind) for index, kind, _ in rows}
+    unfired = {"fired": False, "time": None, "attempt": None, "detected_as": None}
+    return sorted(
+        [
+            *rows.values(),
+            *(
+                {"index": index, "kind": fault["kind"], "rank": fault["rank"], "step": fault["at_step"]} | unfired
+                for index, fault in enumerate(planned)
+                if (index, fault["kind"]) not in with_firings
+            ),
+        ],
+        key=lambda row: (row["index"], row["time"] or math.inf),
+    )
 
 
-def _reports(incident: Incident, firing: Entry) -> bool:
+def _reports(incident: Incident, entry: Entry, event: FaultFired) -> bool:
     """True if an incident reports a fault on one rank, and names rank and step correctly where it must."""
-    event = firing.event
-    assert isinstance(event, FaultFired)
     kind = KINDS.get(event.fault)
-    if kind is None or not may_report(kind, firing.attempt, incident):
+    if kind is None or not may_report(kind, entry.attempt, incident):
         return False
     if kind.names_rank and incident.rank != event.victim:
         return False

@@ -5,27 +5,16 @@ compared with the reference run, which has the same config and no faults.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from trainer.checkpoint import files as checkpoint
 from trainer.errors import EXIT_FINISHED, CheckpointError, TopropeError
-from trainer.faults.attribution import Firing
-from trainer.faults.evidence import Evidence, Reference, reference_of
-from trainer.faults.fault import Fault
+from trainer.faults.attribution import Evidence, Firing, Reference, reference_of
 from trainer.faults.plan import PlannedFault
-from trainer.log import goodput
-from trainer.log.events import (
-    AttemptEnded,
-    AttemptStarted,
-    CheckpointRejected,
-    CheckpointSaved,
-    Entry,
-    Warned,
-    select,
-)
+from trainer.log import events, goodput
 from trainer.log.incidents import Incident
 
 __all__ = ["INVARIANTS", "Answer", "Answers", "Evidence", "Reference", "check", "measure", "reference_of"]
@@ -48,16 +37,8 @@ NOT_ASKED: Answers = "not applicable"
 MEASURED_AS = {DETECTED: "detect_seconds", RECOVERED: "recover_seconds", ATTRIBUTED: "attributed_correctly"}
 """The value in `measure` that an invariant tests; None for a fault of which it asks nothing."""
 KNOWN_FILES = {
-    "config.json",
-    "tokenizer.json",
-    "lock",
-    "events",
-    "checkpoints",
-    "stacks",
-    "wandb",
-    "curves.png",
-    "timeline.svg",
-}
+    "config.json", "tokenizer.json", "lock", "events", "checkpoints", "stacks", "wandb", "curves.png", "timeline.svg",
+}  # fmt: skip
 BREAKING = {"worker_lost", "hung", "preempted", "checkpoint_rejected"}
 """Incidents that make all workers start again. Damage to a checkpoint comes with the death of a rank."""
 UNLOGGED_SECONDS = 60.0
@@ -69,8 +50,7 @@ and that of ranks that die before they have written anything. The machine may be
 class Answer:
     invariant: str
     answer: Answers
-    why: str = ""
-    """One line."""
+    why: str = ""  # one line
 
 
 def check(evidence: Evidence) -> list[Answer]:
@@ -99,17 +79,17 @@ def measure(evidence: Evidence) -> list[dict[str, Any]]:
     """
     return [
         {
-            "index": attribution.firing.fault.index,
-            "kind": attribution.firing.fault.kind.name,
-            "victim": attribution.firing.first.victim,
-            "step": attribution.firing.first.step,
-            "fired": attribution.firing.time,
-            "detect_seconds": attribution.detect_seconds,
-            "recover_seconds": attribution.recover_seconds,
-            "detected_as": attribution.incident.kind if attribution.incident else None,
-            "attributed_correctly": attribution.correct,
+            "index": found.firing.fault.index,
+            "kind": found.firing.fault.kind.name,
+            "victim": found.firing.first.victim,
+            "step": found.firing.first.step,
+            "fired": found.firing.time,
+            "detect_seconds": found.detect_seconds,
+            "recover_seconds": found.recover_seconds,
+            "detected_as": found.incident.kind if found.incident else None,
+            "attributed_correctly": found.correct,
         }
-        for attribution in evidence.attributions
+        for found in evidence.attributions
     ]
 
 
@@ -124,8 +104,9 @@ def strays(run: Path) -> list[str]:
     return sorted({str(path.relative_to(run)) for path in odd})
 
 
-def _answer(invariant: str, problems: Sequence[str]) -> Answer:
-    return Answer(invariant, "fail", _joined(problems)) if problems else Answer(invariant, "pass")
+def _answer(invariant: str, problems: Iterable[str]) -> Answer:
+    found = list(problems)
+    return Answer(invariant, "fail", _joined(found)) if found else Answer(invariant, "pass")
 
 
 def _joined(problems: Sequence[str]) -> str:
@@ -140,17 +121,16 @@ def _every_fault_fired(evidence: Evidence) -> Answer:
     missing = [fault for fault in evidence.planned if fault.index not in fired]
     if not missing:
         return Answer(FIRED, "pass")
-    warned = [entry.event.message for entry in evidence.entries if isinstance(entry.event, Warned)]
+
+    def is_about(reason: str, fault: PlannedFault) -> bool:
+        # The description of one fault may be the beginning of another's, so what follows it must match too.
+        return any(f"{fault}{then}" in reason for then in (" did not fire", " cannot be made", ":"))
+
+    warned = [event.message for _, event in events.select(evidence.entries, events.Warned)]
     notes = list(dict.fromkeys([*(message for message in warned if "did not fire" in message), *evidence.notes]))
-    reasons = [next((text for text in notes if _is_about(text, fault)), f"{fault} never fired") for fault in missing]
-    general = [text for text in notes if not any(_is_about(text, fault) for fault in evidence.planned)]
+    reasons = [next((text for text in notes if is_about(text, fault)), f"{fault} never fired") for fault in missing]
+    general = [text for text in notes if not any(is_about(text, fault) for fault in evidence.planned)]
     return Answer(FIRED, "unknown", _joined([*reasons, *general]))
-
-
-def _is_about(reason: str, fault: PlannedFault) -> bool:
-    """True if a message says why this fault was not made."""
-    # The description of one fault may be the beginning of another's, so what follows it must match too.
-    return any(f"{fault}{then}" in reason for then in (" did not fire", " cannot be made", ":"))
 
 
 def _weights_and_state_equal(evidence: Evidence) -> Answer:
@@ -162,8 +142,7 @@ def _weights_and_state_equal(evidence: Evidence) -> Answer:
     if evidence.history.finish is None:
         return Answer(EQUAL, "fail", "the run did not finish")
     silent = [firing for firing in evidence.firings if firing.fault.kind.silent]
-    difference = _difference(evidence)
-    if difference:
+    if difference := _difference(evidence):
         return Answer(EQUAL, "undetected" if silent else "fail", difference)
     harmless = silent and not evidence.incidents
     why = f"{_joined([str(firing) for firing in silent])} alone left no trace" if harmless else ""
@@ -173,7 +152,7 @@ def _weights_and_state_equal(evidence: Evidence) -> Answer:
 def _difference(evidence: Evidence) -> str:
     """The first difference of the end, or of a step that was computed again; empty if there is none."""
     reference = evidence.reference
-    for entry, end in select(evidence.entries, AttemptEnded):
+    for entry, end in events.select(evidence.entries, events.AttemptEnded):
         for name in ("weights_sha256", "state_sha256") if end.status == "finished" else ():
             if getattr(end, name) != getattr(reference, name):
                 return f"{name} of rank {entry.rank} differs from the reference run's"
@@ -195,51 +174,50 @@ def _every_sample_once(evidence: Evidence) -> Answer:
 
 
 def _checkpoints_kept(evidence: Evidence) -> Answer:
-    problems = _lost_checkpoints(evidence)
+    problems = list(_lost_checkpoints(evidence))
     if not problems and not checkpoint.committed(evidence.run):
         return Answer(KEPT, NOT_ASKED, "the run ended before it had saved a checkpoint")
     return _answer(KEPT, problems)
 
 
-def _lost_checkpoints(evidence: Evidence) -> list[str]:
+def _lost_checkpoints(evidence: Evidence) -> Iterator[str]:
     """Committed checkpoints that are gone, damaged ones that are still there, and progress that was not used."""
     try:
         visible = checkpoint.committed(evidence.run)
     except CheckpointError as error:
-        return [str(error).splitlines()[0]]
-    problems = [f"{saved.path.name}: {_joined(bad)}" for saved in visible if (bad := checkpoint.verify(saved))]
+        yield str(error).splitlines()[0]
+        return
+    for saved in visible:
+        if bad := checkpoint.verify(saved):
+            yield f"{saved.path.name}: {_joined(bad)}"
     visible_steps = {saved.step for saved in visible}
-    logged = {e.event.step for e in evidence.entries if isinstance(e.event, CheckpointSaved)}
-    settings = evidence.config.checkpoint
+    logged = {event.step for _, event in events.select(evidence.entries, events.CheckpointSaved)}
+    settings, last = evidence.config.checkpoint, evidence.config.budget.steps
     # A checkpoint may have been committed just before its rank died: it counts, though it is in no log.
     newest = sorted(logged | visible_steps, reverse=True)[: settings.keep_last]
     kept = {step for step in logged if settings.keep_every_steps and step % settings.keep_every_steps == 0}
-    problems += [f"the checkpoint of step {step} is gone" for step in sorted({*newest, *kept} - visible_steps)]
-    if evidence.history.finish is not None and evidence.config.budget.steps not in visible_steps:
-        problems.append(f"the run finished without a checkpoint of step {evidence.config.budget.steps}")
-    return problems + _forgotten(evidence.entries)
-
-
-def _forgotten(entries: Iterable[Entry]) -> list[str]:
-    """Attempts that began before a checkpoint that was committed and that no attempt had rejected."""
-    problems, durable = [], set[int]()
-    for entry in entries:
+    for step in sorted({*newest, *kept} - visible_steps):
+        yield f"the checkpoint of step {step} is gone"
+    if evidence.history.finish is not None and last not in visible_steps:
+        yield f"the run finished without a checkpoint of step {last}"
+    # Attempts must begin at the newest checkpoint that was committed and that no attempt had rejected.
+    durable = {0}
+    for entry in evidence.entries:
         match entry.event:
-            case CheckpointSaved(step=step):
+            case events.CheckpointSaved(step=step):
                 durable.add(step)
-            case CheckpointRejected(step=step):
+            case events.CheckpointRejected(step=step):
                 durable.discard(step)
-            case AttemptStarted(from_step=begun) if entry.rank == 0 and begun < max(durable, default=0):
-                problems.append(
-                    f"attempt {entry.attempt} began at step {begun}, though that of step {max(durable)} was committed"
-                )
-    return problems
+            case events.AttemptStarted(from_step=begun) if entry.rank == 0 and begun < max(durable):
+                newest_step = max(durable)
+                yield f"attempt {entry.attempt} began at step {begun}, though that of step {newest_step} was committed"
 
 
-def _answer_if_asked(evidence: Evidence, invariant: str, problems: list[str]) -> Answer:
+def _answer_if_asked(evidence: Evidence, invariant: str, problems: Iterable[str]) -> Answer:
     """The answer of an invariant that asks something of some faults only: it passes if it was tested and held."""
-    if problems or any(fault[MEASURED_AS[invariant]] is not None for fault in measure(evidence)):
-        return _answer(invariant, problems)
+    answer = _answer(invariant, problems)
+    if answer.answer == "fail" or any(fault[MEASURED_AS[invariant]] is not None for fault in measure(evidence)):
+        return answer
     fired = {firing.fault.index for firing in evidence.firings}
     for fault in evidence.planned:
         asked = not fault.kind.moves_clock if invariant == RECOVERED else bool(fault.kind.expected_incidents)
@@ -253,53 +231,54 @@ def _patience(evidence: Evidence, firing: Firing) -> float:
     if "hung" not in firing.fault.kind.expected_incidents:
         return 0.0
     settings = evidence.config.elastic
-    starts = (entry.event for entry in evidence.entries if entry.attempt == firing.attempt)
-    begun = [start.from_step for start in starts if isinstance(start, AttemptStarted)]
+    starts = events.select(evidence.entries, events.AttemptStarted)
+    begun = [start.from_step for entry, start in starts if entry.attempt == firing.attempt]
     first_step = not begun or firing.fault.point_step is None or firing.fault.point_step <= min(begun)
     return max(settings.startup_timeout_seconds if first_step else 0.0, settings.step_timeout_seconds)
 
 
-def _late_detections(evidence: Evidence) -> list[str]:
-    problems = []
-    for attribution in evidence.attributions:
-        firing, seconds = attribution.firing, attribution.detect_seconds
-        bound = firing.fault.kind.detect_seconds + _patience(evidence, firing)
-        if seconds is None and firing.fault.kind.expected_incidents:
-            problems.append(f"{firing}: not noticed")
+def _late_detections(evidence: Evidence) -> Iterator[str]:
+    for found in evidence.attributions:
+        firing, seconds, kind = found.firing, found.detect_seconds, found.firing.fault.kind
+        bound = kind.detect_seconds + _patience(evidence, firing)
+        if seconds is None and kind.expected_incidents:
+            yield f"{firing}: not noticed"
         elif seconds is not None and seconds > bound:
-            problems.append(f"{firing}: noticed after {seconds:.1f} s, the bound is {bound:g} s")
-    return problems
+            yield f"{firing}: noticed after {seconds:.1f} s, the bound is {bound:g} s"
 
 
-def _late_recoveries(evidence: Evidence) -> list[str]:
-    problems = []
-    for attribution in evidence.attributions:
-        firing, seconds = attribution.firing, attribution.recover_seconds
+def _late_recoveries(evidence: Evidence) -> Iterator[str]:
+    for found in evidence.attributions:
+        firing, seconds = found.firing, found.recover_seconds
         if firing.fault.kind.moves_clock:
             continue
         if seconds is None:
-            problems.append(f"{firing}: no new step followed")
+            yield f"{firing}: no new step followed"
             continue
         # Faults that hit while this one is being recovered from take their own time.
         meanwhile = [f for f in evidence.firings if firing.time <= f.time <= firing.time + seconds]
         bound = sum(f.fault.kind.recover_seconds + _patience(evidence, f) for f in meanwhile)
         if seconds > bound:
-            problems.append(f"{firing}: the next new step came after {seconds:.1f} s, the bound is {bound:g} s")
-    return problems
+            yield f"{firing}: the next new step came after {seconds:.1f} s, the bound is {bound:g} s"
 
 
-def _wrong_attributions(evidence: Evidence) -> list[str]:
-    wrong = [f"{found.firing}: {found.problem}" for found in evidence.attributions if found.correct is False]
-    return wrong + [f"false alarm: {incident.text}" for incident in _false_alarms(evidence)]
+def _wrong_attributions(evidence: Evidence) -> Iterator[str]:
+    yield from (f"{found.firing}: {found.problem}" for found in evidence.attributions if found.correct is False)
+    yield from (f"false alarm: {incident.text}" for incident in _false_alarms(evidence))
 
 
 def _false_alarms(evidence: Evidence) -> list[Incident]:
     """Incidents that none of the faults can have caused."""
     kinds = [firing.fault.kind for firing in evidence.firings]
-    if any(kind.shows_anywhere for kind in kinds):
+    # Such a fault may cause any incident in any attempt.
+    if any(kind.silent or kind.from_outside or kind.repeats for kind in kinds):
         return []
     expected = {name for kind in kinds for name in kind.expected_incidents}
-    broken = {firing.attempt for firing in evidence.firings if _breaks(firing.fault.kind)}
+    broken = {
+        firing.attempt
+        for firing in evidence.firings
+        if firing.fault.kind.exits != (EXIT_FINISHED,) or BREAKING & {*firing.fault.kind.expected_incidents}
+    }
     explained = [attribution.incident for attribution in evidence.attributions]
     caused = {(name, firing.attempt) for firing in evidence.firings for name in firing.fault.kind.may_cause}
     secondary = ("worker_lost", "save_failed")  # the death of one rank breaks the others and the save under way
@@ -313,42 +292,32 @@ def _false_alarms(evidence: Evidence) -> list[Incident]:
     ]
 
 
-def _breaks(kind: Fault) -> bool:
-    """True if a kind ends the attempt that it hits."""
-    return kind.exits != (EXIT_FINISHED,) or bool(BREAKING & {*kind.expected_incidents})
-
-
-def _time_problems(evidence: Evidence) -> list[str]:
+def _time_problems(evidence: Evidence) -> Iterator[str]:
     account = goodput.account(evidence.history)
     wall, parts = account["wall_seconds"], account["parts"]
     if wall is None:
-        return ["no attempt has started"]
-    problems = [f"{name} took {seconds:.3f} s" for name, seconds in parts.items() if seconds < 0]
+        yield "no attempt has started"
+        return
+    yield from (f"{name} took {seconds:.3f} s" for name, seconds in parts.items() if seconds < 0)
     if abs(math.fsum(parts.values()) - wall) > 1e-3:
-        problems.append(f"the parts sum to {math.fsum(parts.values()):.3f} s, the run took {wall:.3f} s")
+        yield f"the parts sum to {math.fsum(parts.values()):.3f} s, the run took {wall:.3f} s"
     ended = [launch["ended"] for launch in evidence.launches if launch["ended"] is not None]
     if not ended or any(firing.fault.kind.moves_clock for firing in evidence.firings):
-        return problems
+        return
     job_seconds = max(ended) - evidence.launches[0]["started"]
     if wall > job_seconds + 0.5:
-        problems.append(f"the log covers {wall:.1f} s, more than the job lasted")
+        yield f"the log covers {wall:.1f} s, more than the job lasted"
     if wall < job_seconds - UNLOGGED_SECONDS * len(evidence.launches):
-        problems.append(f"the log covers {wall:.1f} s only, and the job lasted {job_seconds:.1f} s")
-    return problems
+        yield f"the log covers {wall:.1f} s only, and the job lasted {job_seconds:.1f} s"
 
 
-def _status_problems(evidence: Evidence) -> list[str]:
-    problems = []
-    for number, launch in enumerate(evidence.launches):
+def _status_problems(evidence: Evidence) -> Iterator[str]:
+    for number, launch in enumerate(evidence.launches, start=1):
         status, ended = launch["status"], launch["ended"]
-        if status is None:
-            problems.append(
-                f"start {number + 1} did not end on its own within {launch['ended'] - launch['started']:.0f} s"
-            )
-            continue
         before = [firing.fault.kind for firing in evidence.firings if ended is None or firing.time <= ended]
-        if status != EXIT_FINISHED and not any(status in kind.exits for kind in before):
-            problems.append(f"start {number + 1} left with {status}, which no fault that had fired explains")
+        if status is None:
+            yield f"start {number} did not end on its own within {ended - launch['started']:.0f} s"
+        elif status != EXIT_FINISHED and not any(status in kind.exits for kind in before):
+            yield f"start {number} left with {status}, which no fault that had fired explains"
     if not evidence.launches or evidence.launches[-1]["status"] != EXIT_FINISHED:
-        problems.append("the last start did not leave with 0")
-    return problems
+        yield "the last start did not leave with 0"

@@ -1,13 +1,11 @@
 """Faults of the wall clock."""
 
 import time
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from trainer.faults.fault import STEP, Harmless, Setting
-
-if TYPE_CHECKING:
-    from trainer.faults.plan import PlannedFault
-    from trainer.faults.rank import RankContext
+from trainer.faults.plan import PlannedFault
+from trainer.faults.rank import RankContext
 
 
 class ClockJump(Harmless):
@@ -19,7 +17,7 @@ class ClockJump(Harmless):
     settings: ClassVar = {"seconds": Setting(3600.0, "how far; may be negative", -1e6)}
     moves_clock = True
 
-    def fire(self, planned: "PlannedFault", rank: "RankContext") -> None:
+    def fire(self, planned: PlannedFault, rank: RankContext) -> None:
         seconds, real = planned.settings["seconds"], time.time
         setattr(time, "time", lambda: real() + seconds)  # noqa: B010
         rank.undo.callback(setattr, time, "time", real)

@@ -8,46 +8,62 @@ from typing import TYPE_CHECKING, ClassVar
 
 from trainer.config import Config, FaultEntry
 from trainer.faults.fault import Fault, Setting
+from trainer.faults.plan import PlannedFault
+from trainer.faults.rank import RankContext
 from trainer.phases import Phase
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainer.faults.plan import PlannedFault
-    from trainer.faults.rank import RankContext
 
-
-class VisibleFault(Fault):
-    """A wrong number that shows: a sum that is not finite, or a gradient beyond its grid."""
+class NumbersFault(Fault):
+    """Corrupts a number of what `tensors` gives, or of the tensor that the rank computes at the fault's phase."""
 
     group = "numbers"
-    recovered = "the step is computed again"
     phases = (Phase.BEFORE_FORWARD,)
-    settings: ClassVar = {"value": Setting("nan", "what is written", choices=("nan", "inf"))}
-    expected_incidents = ("not_finite",)
     names_rank = False
 
-
-class SilentFault(Fault):
-    """A wrong number that nothing in this version notices."""
-
-    group = "numbers"
-    detected = "not yet"
-    recovered = "not yet"
-    phases = (Phase.BEFORE_FORWARD,)
-    settings: ClassVar = {"bits": Setting(1, "how many bits are flipped", 1)}
-    names_rank = False
-    exits = (0, 1)
-    silent = True
-
-    def tensors(self, rank: "RankContext") -> "list[Tensor]":
+    def tensors(self, rank: RankContext) -> "list[Tensor]":
         """The tensors of this rank in which a number is corrupted."""
         raise NotImplementedError
 
-    def fire(self, planned: "PlannedFault", rank: "RankContext") -> None:
+    def corrupt(self, planned: PlannedFault, rank: RankContext, chosen: "list[Tensor]") -> None:
+        """Corrupt these tensors in place."""
         from trainer.faults import tensors
 
-        tensors.flip(self.tensors(rank), planned.settings["bits"], rank.chance(planned))
+        chosen, chance = [tensors.local(tensor) for tensor in chosen], rank.chance(planned)
+        if self.silent:
+            tensors.flip(chosen, planned.settings["bits"], chance)
+        else:
+            tensors.spoil(chosen, planned.settings["value"], chance)
+
+    def fire(self, planned: PlannedFault, rank: RankContext) -> None:
+        self.corrupt(planned, rank, self.tensors(rank))
+
+    def change(self, planned: PlannedFault, rank: RankContext, tensor: "Tensor") -> "Tensor":
+        from trainer.faults import tensors
+
+        changed = tensors.contiguous_copy(tensor)
+        self.corrupt(planned, rank, [changed])
+        return changed
+
+
+class VisibleFault(NumbersFault):
+    """A wrong number that shows: a sum that is not finite, or a gradient beyond its grid."""
+
+    recovered = "the step is computed again"
+    settings: ClassVar = {"value": Setting("nan", "what is written", choices=("nan", "inf"))}
+    expected_incidents = ("not_finite",)
+
+
+class SilentFault(NumbersFault):
+    """A wrong number that nothing in this version notices."""
+
+    detected = "not yet"
+    recovered = "not yet"
+    settings: ClassVar = {"bits": Setting(1, "how many bits are flipped", 1)}
+    exits = (0, 1)
+    silent = True
 
 
 class NanLoss(VisibleFault):
@@ -55,7 +71,7 @@ class NanLoss(VisibleFault):
     made = "the loss of one micro-batch is not finite"
     detected = "the step's sums are not finite"
 
-    def fire(self, planned: "PlannedFault", rank: "RankContext") -> None:
+    def fire(self, planned: PlannedFault, rank: RankContext) -> None:
         from trainer.faults import tensors
 
         tensors.scale_next_output(rank.state.model, float(planned.settings["value"]))
@@ -67,13 +83,6 @@ class NanGradient(VisibleFault):
     detected = "the gradient norm is not finite"
     phases = (Phase.IN_BACKWARD,)
 
-    def change(self, planned: "PlannedFault", rank: "RankContext", tensor: "Tensor") -> "Tensor":
-        from trainer.faults import tensors
-
-        changed = tensors.contiguous_copy(tensor)
-        tensors.spoil([changed], planned.settings["value"], rank.chance(planned))
-        return changed
-
 
 class NanWeights(VisibleFault):
     imitates = "memory that is overwritten"
@@ -82,14 +91,11 @@ class NanWeights(VisibleFault):
     recovered = "the run stops and says where; the same command resumes from the checkpoint"
     exits = (0, 1)
 
-    def fire(self, planned: "PlannedFault", rank: "RankContext") -> None:
-        from trainer.faults import tensors
+    def tensors(self, rank: RankContext) -> "list[Tensor]":
         from trainer.model import blocks_of
 
         # A matrix of a block, because every token passes through it.
-        parameters = [p for block in blocks_of(rank.state.model) for p in block.parameters()]
-        matrices = [tensors.local(p) for p in parameters if p.ndim == 2]
-        tensors.spoil(matrices, planned.settings["value"], rank.chance(planned))
+        return [p for block in blocks_of(rank.state.model) for p in block.parameters() if p.ndim == 2]
 
 
 class Spike(VisibleFault):
@@ -100,7 +106,7 @@ class Spike(VisibleFault):
     settings: ClassVar = {}
     expected_incidents = ()
 
-    def change(self, planned: "PlannedFault", rank: "RankContext", tensor: "Tensor") -> "Tensor":
+    def change(self, planned: PlannedFault, rank: RankContext, tensor: "Tensor") -> "Tensor":
         return tensor * 2.0**40
 
 
@@ -109,7 +115,7 @@ class FlipGradient(SilentFault):
     made = "bits of the rank's gradient are flipped before the reduction"
     phases = (Phase.BEFORE_REDUCE,)
 
-    def tensors(self, rank: "RankContext") -> "list[Tensor]":
+    def tensors(self, rank: RankContext) -> "list[Tensor]":
         return [gradient for _, gradient, _ in rank.state.sharding.gradients()]
 
 
@@ -123,10 +129,8 @@ class FlipWeights(SilentFault):
     imitates = "silent corruption in memory"
     made = "bits of the rank's weights are flipped"
 
-    def tensors(self, rank: "RankContext") -> "list[Tensor]":
-        from trainer.faults import tensors
-
-        return [tensors.local(parameter) for parameter in rank.state.sharding.parameters.values()]
+    def tensors(self, rank: RankContext) -> "list[Tensor]":
+        return list(rank.state.sharding.parameters.values())
 
 
 class FlipMoments(SilentFault):
@@ -134,24 +138,15 @@ class FlipMoments(SilentFault):
     made = "bits of the rank's optimizer moments are flipped"
     phases = (Phase.BEFORE_UPDATE,)
 
-    def tensors(self, rank: "RankContext") -> "list[Tensor]":
-        from trainer.faults import tensors
-
+    def tensors(self, rank: RankContext) -> "list[Tensor]":
         states = [moments for optimizer in rank.state.optimizers for moments in optimizer.state.values()]
-        return [tensors.local(tensor) for state in states for name, tensor in state.items() if name != "step"]
+        return [tensor for state in states for name, tensor in state.items() if name != "step"]
 
 
 class FlipActivations(SilentFault):
     imitates = "silent corruption in a device's arithmetic"
     made = "bits of an activation are flipped"
     phases = (Phase.IN_FORWARD,)
-
-    def change(self, planned: "PlannedFault", rank: "RankContext", tensor: "Tensor") -> "Tensor":
-        from trainer.faults import tensors
-
-        changed = tensors.contiguous_copy(tensor)
-        tensors.flip([changed], planned.settings["bits"], rank.chance(planned))
-        return changed
 
 
 class WrongOperator(SilentFault):
@@ -164,7 +159,7 @@ class WrongOperator(SilentFault):
             return ""
         return "numerics.compile fuses the operators that it replaces.\n  Set numerics.compile = false, or leave it."
 
-    def fire(self, planned: "PlannedFault", rank: "RankContext") -> None:
+    def fire(self, planned: PlannedFault, rank: RankContext) -> None:
         from trainer.faults import tensors
 
         # It ends with its last step, or with the attempt if that comes before.

@@ -7,6 +7,7 @@ try at the same one is touched.
 
 import contextlib
 import errno
+import functools
 import io
 import os
 import re
@@ -15,20 +16,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn
+from typing import Any, ClassVar, Literal, NoReturn
 
 from trainer.checkpoint import files
 from trainer.faults.fault import Fault
+from trainer.faults.plan import PlannedFault
 from trainer.phases import Phase
-
-if TYPE_CHECKING:
-    from trainer.faults.plan import PlannedFault
 
 SHARD = ".distcp"
 _STEP_DIRECTORY = re.compile(r"\.?step-([0-9]+)(\.[0-9a-f]+\.partial)?")
 
 Operation = Literal["write", "fsync", "rename", "read"]
-Take = Callable[[Operation, str, int], "PlannedFault | None"]
+Take = Callable[[Operation, str, int], PlannedFault | None]
 """(operation, phase, step) → a fault of this operation that is due there, now on record as fired; None if none is."""
 
 
@@ -42,8 +41,7 @@ class DiskFault(Fault):
     expected_incidents = ("save_failed",)
     operation: ClassVar[Operation] = "write"
     error: ClassVar[int] = errno.EIO
-    every_write: ClassVar[bool] = False
-    """True if it affects every write of the rank in that save, not only the first."""
+    every_write: ClassVar[bool] = False  # True if it affects every write of the rank in that save, not only the first
 
     def writer_only(self, phase: str) -> bool:
         return phase == Phase.BEFORE_COMMIT  # by then the other ranks have nothing left to write
@@ -52,7 +50,7 @@ class DiskFault(Fault):
         """Raise the operating system's error."""
         raise OSError(self.error, os.strerror(self.error), *([] if path is None else [path]))
 
-    def write(self, planned: "PlannedFault", write: Callable[[Any], int], data: memoryview) -> int:
+    def write(self, planned: PlannedFault, write: Callable[[Any], int], data: memoryview) -> int:
         """Act on a write of `data`; returns the number of bytes to report as written."""
         self.fail()
 
@@ -60,7 +58,7 @@ class DiskFault(Fault):
 class PausedWrite(DiskFault):
     """Writing takes `seconds` longer."""
 
-    def write(self, planned: "PlannedFault", write: Callable[[Any], int], data: memoryview) -> int:
+    def write(self, planned: PlannedFault, write: Callable[[Any], int], data: memoryview) -> int:
         time.sleep(planned.settings["seconds"])
         return write(data)
 
@@ -71,10 +69,8 @@ class SaveFile:
 
     directory: str
     step: int
-    staged: bool
-    """True while it is not committed."""
-    name: str
-    """Empty for the directory itself."""
+    staged: bool  # True while it is not committed
+    name: str  # empty for the directory itself
 
     @property
     def phase(self) -> str:
@@ -88,7 +84,8 @@ class Disk:
         self._root, self._take = files.directory(run).absolute(), take
         self._every_write: dict[str, PlannedFault] = {}
         """Faults that affect every write, by the directory of the save."""
-        self._open_for_writing: dict[int, SaveFile] = {}
+        self._written: dict[int, tuple[Any, SaveFile]] = {}
+        """Files of saves, by descriptor. One that is closed counts no more: its number may be another file's."""
         self._real: dict[tuple[Any, str], Any] = {}
 
     def install(self) -> None:
@@ -110,19 +107,31 @@ class Disk:
         saved = self._save_file(file)
         if saved is None:
             return real
-        if saved.staged and "r" not in mode:
-            return _WrittenFile(real, saved, self)
         # Only the saving thread reads back; the training thread loads.
         saving = threading.current_thread() is not threading.main_thread()
-        if not saved.staged and saved.name.endswith(SHARD) and "r" in mode and saving:
-            fault = self._take("read", Phase.AFTER_COMMIT, saved.step)
-            return real if fault is None else _UnreadableFile(real, fault)
+        if saved.staged and "r" not in mode:
+            self._written[real.fileno()] = real, saved
+            real.write = functools.partial(self._write, saved, real.write)
+        reads_back = not saved.staged and saved.name.endswith(SHARD) and "r" in mode and saving
+        if reads_back and (fault := self._take("read", Phase.AFTER_COMMIT, saved.step)):
+            real.read = lambda size=-1: _kind(fault).fail()
         return real
 
+    def _write(self, saved: SaveFile, write: Callable[[Any], int], data: Any) -> int:
+        """Write `data`, or let a fault act instead; returns the number of bytes to report as written."""
+        # A full or slow disk stays so for the whole save, but not for the next one or another try.
+        fault = self._every_write.get(saved.directory) or self._take("write", saved.phase, saved.step)
+        if fault is None:
+            return write(data)
+        if _kind(fault).every_write:
+            self._every_write[saved.directory] = fault
+        return _kind(fault).write(fault, write, memoryview(data).cast("B"))
+
     def _sync(self, descriptor: int) -> None:
-        saved = self._open_for_writing.get(descriptor)  # other files of the process are synced as ever
-        if saved is not None and (fault := self._take("fsync", saved.phase, saved.step)):
-            _kind(fault).fail()
+        if descriptor in self._written:  # other files of the process are synced as ever
+            file, saved = self._written[descriptor]
+            if not file.closed and (fault := self._take("fsync", saved.phase, saved.step)):
+                _kind(fault).fail()
         self._real[os, "fsync"](descriptor)
 
     def _rename(self, source: Any, target: Any, **more: Any) -> None:
@@ -143,61 +152,7 @@ class Disk:
                 return SaveFile(directory, int(match[1]), match[2] is not None, below[0] if below else "")
         return None
 
-    def opened(self, descriptor: int, saved: SaveFile) -> None:
-        self._open_for_writing[descriptor] = saved
 
-    def closed(self, descriptor: int) -> None:
-        self._open_for_writing.pop(descriptor, None)
-
-    def write(self, saved: SaveFile, write: Callable[[Any], int], data: Any) -> int:
-        """Write `data`, or let a fault act instead; returns the number of bytes to report as written."""
-        # A full or slow disk stays so for the whole save, but not for the next one or another try.
-        fault = self._every_write.get(saved.directory) or self._take("write", saved.phase, saved.step)
-        if fault is None:
-            return write(data)
-        if _kind(fault).every_write:
-            self._every_write[saved.directory] = fault
-        return _kind(fault).write(fault, write, memoryview(data).cast("B"))
-
-
-def _kind(fault: "PlannedFault") -> DiskFault:
+def _kind(fault: PlannedFault) -> DiskFault:
     assert isinstance(fault.kind, DiskFault)
     return fault.kind
-
-
-class _WrittenFile:
-    """A file of a save under way."""
-
-    def __init__(self, real: Any, saved: SaveFile, disk: Disk) -> None:
-        self._real, self._saved, self._disk = real, saved, disk
-        self._descriptor = real.fileno()
-        disk.opened(self._descriptor, saved)
-
-    def __enter__(self) -> "_WrittenFile":
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._disk.closed(self._descriptor)
-        self._real.__exit__(*error)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._real, name)
-
-    def write(self, data: Any) -> int:
-        return self._disk.write(self._saved, self._real.write, data)
-
-
-class _UnreadableFile:
-    """A file that can be opened and not read."""
-
-    def __init__(self, real: Any, fault: "PlannedFault") -> None:
-        self._real, self._fault = real, fault
-
-    def __enter__(self) -> "_UnreadableFile":
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._real.__exit__(*error)
-
-    def read(self, size: int = -1) -> None:
-        _kind(self._fault).fail()

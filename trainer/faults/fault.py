@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from trainer.config import Config, FaultEntry
 from trainer.phases import Phase
@@ -55,21 +55,31 @@ class Setting:
     meaning: str
     least: float = 0
     most: float = math.inf
-    zero: bool = False
-    """True if 0 is a value with an effect."""
+    zero: bool = False  # True if 0 is a value with an effect
     choices: tuple[str, ...] = ()
+
+    def problem(self, value: Any) -> str:
+        """What is wrong with a value that a config gives, and the remedy on a second line; empty if nothing is."""
+        remedy = f".\n  It is {self.meaning}."
+        if isinstance(self.default, str):
+            return "" if value in self.choices else f"is none of its values.\n  Give {' or '.join(self.choices)}."
+        if isinstance(value, bool) or not isinstance(value, int if isinstance(self.default, int) else int | float):
+            return f"is no number{remedy}"
+        if not math.isfinite(value):
+            return f"is not finite{remedy}"
+        if not self.least <= value <= self.most:
+            return (f"is below {self.least:g}" if value < self.least else f"is above {self.most:g}") + remedy
+        # A fault that does nothing would pass every check.
+        return f"makes no fault{remedy}" if value == 0 and not self.zero else ""
 
 
 class Fault:
     """A kind of fault. Instances have no state: the settings of one fault of a config are in its `PlannedFault`."""
 
-    name: ClassVar[str]
-    """Name in configs. By default that of the class: TruncatedShard is truncated_shard."""
+    name: ClassVar[str]  # name in configs. By default that of the class: TruncatedShard is truncated_shard.
     group: ClassVar[Literal["process", "time", "network", "storage", "numbers", "membership", "clock"]]
-    imitates: ClassVar[str]
-    """The failure in the field that it imitates."""
-    made: ClassVar[str]
-    """The way it is made here."""
+    imitates: ClassVar[str]  # the failure in the field that it imitates
+    made: ClassVar[str]  # the way it is made here
     detected: ClassVar[str]
     recovered: ClassVar[str]
 
@@ -82,39 +92,28 @@ class Fault:
 
     expected_incidents: ClassVar[tuple[str, ...]] = ()
     """Kinds of incident (log/incidents.py), one of which the run must report. Empty: it passes without an incident."""
-    may_cause: ClassVar[tuple[str, ...]] = ()
-    """Further kinds of incident that it may cause; they are no false alarms."""
-    names_rank: ClassVar[bool] = True
-    """True if the incident must name the rank that was hit."""
+    may_cause: ClassVar[tuple[str, ...]] = ()  # further kinds of incident that it may cause; they are no false alarms
+    names_rank: ClassVar[bool] = True  # True if the incident must name the rank that was hit
     exits: ClassVar[tuple[int, ...]] = (0,)
     """Exit statuses of the job that it explains. After any but 0 the same command is given again."""
     silent: ClassVar[bool] = False
     """True if nothing in this version notices it. Unequal weights at the end then count as undetected."""
     detect_seconds: ClassVar[float] = 10.0
     """Bound from firing to detection: the processes end, or the log reports it. The machine may be shared."""
-    recover_seconds: ClassVar[float] = 30.0
-    """Bound from firing to the next step that had never been computed."""
+    recover_seconds: ClassVar[float] = 30.0  # bound from firing to the next step that had never been computed
 
     # Traits that planning, firing and checking ask for.
-    on_rank: ClassVar[bool] = True
-    """False if it hits a node, a link or the store."""
-    hits_agent: ClassVar[bool] = False
-    """True if it hits the launcher of the rank, and not the rank itself."""
-    needs_store: ClassVar[bool] = False
-    """True if the rendezvous store must be a process of its own."""
-    needs_peers: ClassVar[bool] = False
-    """True if another rank must be left that waits and notices."""
+    on_rank: ClassVar[bool] = True  # False if it hits a node, a link or the store
+    hits_agent: ClassVar[bool] = False  # True if it hits the launcher of the rank, and not the rank itself
+    needs_store: ClassVar[bool] = False  # True if the rendezvous store must be a process of its own
+    needs_peers: ClassVar[bool] = False  # True if another rank must be left that waits and notices
     stops_rank: ClassVar[bool] = False
     """True if the rank stays stopped: if all ranks are stopped at once, none is left to notice."""
-    repeats: ClassVar[bool] = False
-    """True if it fires `times` times in a row: again in the next starts."""
+    repeats: ClassVar[bool] = False  # True if it fires `times` times in a row: again in the next starts
     damages_checkpoints: ClassVar[bool] = False
-    damages_tokens: ClassVar[bool] = False
-    """True if it writes to the token store, which other runs may share."""
-    moves_clock: ClassVar[bool] = False
-    """True if the run's own times cannot be trusted afterwards."""
-    node_balance: ClassVar[int] = 0
-    """Nodes that join (1) or leave (-1) permanently."""
+    damages_tokens: ClassVar[bool] = False  # True if it writes to the token store, which other runs may share
+    moves_clock: ClassVar[bool] = False  # True if the run's own times cannot be trusted afterwards
+    node_balance: ClassVar[int] = 0  # nodes that join (1) or leave (-1) permanently
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -126,11 +125,6 @@ class Fault:
     def from_outside(self) -> bool:
         """True if no rank can make it itself."""
         return not self.phases
-
-    @property
-    def shows_anywhere(self) -> bool:
-        """True if it may cause any incident in any attempt, so that no incident beside it is a false alarm."""
-        return self.silent or self.from_outside or self.repeats
 
     def writer_only(self, phase: str) -> bool:
         """True if only rank 0, which commits checkpoints, can be hit at this phase."""

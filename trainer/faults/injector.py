@@ -36,25 +36,21 @@ def arm(config: Config, run: Path, rank: int, world_size: int) -> "FaultInjector
     """The injector of a rank of the run. Raises ConfigError naming every problem of the plan, on all ranks alike."""
     planned: list[PlannedFault] = []
     if config.faults:
+        first = events.read_file(events.events_directory(run) / "attempt-0000-rank-00000.jsonl")
+        starts = events.select(first, AttemptStarted)
         try:
             # For the world that the run began with: a world that shrinks must not make a good plan a bad one.
-            planned = plan.make(config, _first_world_size(run) or world_size)
+            planned = plan.make(config, starts[0][1].world_size if starts else world_size)
         except ConfigError:
             planned = plan.make(config, world_size)
     return FaultInjector(planned, config, run, rank, world_size)
-
-
-def _first_world_size(run: Path) -> int | None:
-    first = events.events_directory(run) / "attempt-0000-rank-00000.jsonl"
-    starts = (entry.event for entry in events.read_file(first) if isinstance(entry.event, AttemptStarted))
-    return next((start.world_size for start in starts), None)
 
 
 class FaultInjector:
     def __init__(self, planned: Sequence[PlannedFault], config: Config, run: Path, rank: int, world_size: int) -> None:
         # The number is the same on all ranks: none can have begun its attempt before all are connected.
         self._rank = RankContext(config, run, rank, world_size, events.next_attempt(run))
-        self._hits = Counter((event.index, event.fault, event.victim) for event in plan.firings(run))
+        self._hits = Counter((event.index, event.fault, event.victim) for _, event in plan.fired(run))
         inside = [fault for fault in planned if not fault.from_outside]
         self._waiting = {fault.index: fault for fault in inside if self._times_fired(fault) < fault.times}
         self.notice = _notice(planned) if self._waiting or any(fault.from_outside for fault in planned) else ""
@@ -147,6 +143,11 @@ class FaultInjector:
     def _claim(self, fault: PlannedFault, phase: str) -> bool:
         """True if this thread must make the fault, which is then on record before it acts."""
         rank = self._rank
+        if obstacle := fault.kind.obstacle(fault, rank):
+            if rank.log is not None and fault.index not in self._said:
+                self._said.add(fault.index)
+                rank.log.append(Warned(message=f"the fault {fault} did not fire: {obstacle}"))
+            return False
         with self._lock:
             # The saving thread may have claimed it meanwhile.
             if fault.index not in self._waiting:
@@ -167,15 +168,8 @@ class FaultInjector:
     # Firing.
 
     def _fire(self, fault: PlannedFault, phase: str) -> None:
-        if self._can_fire(fault) and self._claim(fault, phase):
+        if self._claim(fault, phase):
             fault.kind.fire(fault, self._rank)
-
-    def _can_fire(self, fault: PlannedFault) -> bool:
-        obstacle = fault.kind.obstacle(fault, self._rank)
-        if obstacle and self._rank.log is not None and fault.index not in self._said:
-            self._said.add(fault.index)
-            self._rank.log.append(Warned(message=f"the fault {fault} did not fire: {obstacle}"))
-        return not obstacle
 
     def _fire_in_reduce(self, step: int) -> None:
         """All ranks are about to reduce: those that are hit enter the collective and are hit in it."""
@@ -202,7 +196,7 @@ class FaultInjector:
 
     def _change(self, phase: str, tensor: Tensor) -> Tensor:
         for fault in self._due(phase, self._rank.step):
-            if self._can_fire(fault) and self._claim(fault, phase):
+            if self._claim(fault, phase):
                 tensor = fault.kind.change(fault, self._rank, tensor)
         return tensor
 

@@ -1,14 +1,12 @@
 """Faults of membership: nodes that leave, join, or do both again and again. All are made from outside."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from trainer.faults.fault import LINUX, NODES, Fault, Setting
+from trainer.faults.nemesis import Outside
+from trainer.faults.plan import PlannedFault
 from trainer.faults.process import LOST
-
-if TYPE_CHECKING:
-    from trainer.faults.nemesis import Outside
-    from trainer.faults.plan import PlannedFault
 
 JOINING_SECONDS = 0.3  # from an agent's connection to the store until it waits for the next round
 
@@ -31,7 +29,7 @@ class NodeLeaves(MembershipFault):
     expected_incidents = ("worker_lost",)
     node_balance = -1
 
-    def fire_from_outside(self, planned: "PlannedFault", outside: "Outside", victims: Mapping[int, int]) -> None:
+    def fire_from_outside(self, planned: PlannedFault, outside: Outside, victims: Mapping[int, int]) -> None:
         outside.kill_node(-1)
 
 
@@ -40,7 +38,7 @@ class NodeJoins(MembershipFault):
     made = "one more agent starts"
     node_balance = 1
 
-    def fire_from_outside(self, planned: "PlannedFault", outside: "Outside", victims: Mapping[int, int]) -> None:
+    def fire_from_outside(self, planned: PlannedFault, outside: Outside, victims: Mapping[int, int]) -> None:
         outside.cluster.add_node()
 
 
@@ -51,7 +49,7 @@ class NodeFlaps(MembershipFault):
     expected_incidents = ("worker_lost",)
     recover_seconds = 120.0
 
-    def fire_from_outside(self, planned: "PlannedFault", outside: "Outside", victims: Mapping[int, int]) -> None:
+    def fire_from_outside(self, planned: PlannedFault, outside: Outside, victims: Mapping[int, int]) -> None:
         for _ in range(planned.settings["times"]):
             if outside.stopping.is_set() or not outside.cluster.running:
                 return
@@ -67,7 +65,7 @@ class SlowJoiner(MembershipFault):
     made = "one more agent starts, and is stopped for a while as it joins"
     settings: ClassVar = {"seconds": Setting(3.0, "how long it is stopped")}
 
-    def fire_from_outside(self, planned: "PlannedFault", outside: "Outside", victims: Mapping[int, int]) -> None:
+    def fire_from_outside(self, planned: PlannedFault, outside: Outside, victims: Mapping[int, int]) -> None:
         node = outside.cluster.add_node()
         outside.wait_until(node.connected)
         outside.wait(JOINING_SECONDS)

@@ -81,9 +81,11 @@ class Nemesis:
     """
 
     def __init__(self, plan: Sequence[PlannedFault], run: Path, cluster: "Cluster", started: float) -> None:
-        self._waiting = plans.not_fired([fault for fault in plan if fault.from_outside], run)
+        fired = {event.index for _, event in plans.fired(run)}
+        self._waiting = [fault for fault in plan if fault.from_outside and fault.index not in fired]
         self._run, self._cluster, self._started = run, cluster, started
-        self._progress = _RunProgress(run)
+        self._follower = Follower(run, "attempt-*-rank-*.jsonl")
+        self._attempts: dict[int, Attempt] = {}
         self._outside = Outside(cluster)
         self._watching = threading.Thread(target=self._watch, name="toprope-nemesis", daemon=True)
         self._acting: list[threading.Thread] = []
@@ -106,27 +108,31 @@ class Nemesis:
             if not rundir.config_path(self._run).exists():
                 continue  # a file there would make a run refuse the directory
             try:
-                self._progress.poll()
+                for entry in self._follower.poll():
+                    self._attempts.setdefault(entry.attempt, Attempt(entry.attempt)).observe(entry)
                 for fault in [fault for fault in self._waiting if self._is_due(fault)]:
                     self._fire(fault)
             except OSError:
                 continue  # the run directory is being removed
 
     def _is_due(self, fault: PlannedFault) -> bool:
-        progress = self._progress
-        if fault.attempt is not None and fault.attempt != progress.attempt:
+        if fault.attempt is not None and fault.attempt != max(self._attempts, default=None):
             return False
         if fault.at_seconds is not None:
             return time.time() >= self._started + fault.at_seconds
         assert fault.at_step is not None
-        reached = progress.reached if fault.attempt is None else progress.reached_in(fault.attempt)
+        reached = self._reached(fault.attempt)
         return reached is not None and reached >= fault.at_step - 1
+
+    def _reached(self, number: int | None) -> int | None:
+        """Steps completed in this attempt, or in any if `number` is None; None before any rank is ready."""
+        steps = (attempt.last_step for n, attempt in self._attempts.items() if number in (None, n))
+        return max((step for step in steps if step is not None), default=None)
 
     def _fire(self, fault: PlannedFault) -> None:
         """Fire a fault that is due, unless the ranks that it hits do not live yet."""
         kind = fault.kind
-        obstacle = kind.obstacle_outside(fault, self._cluster)
-        if obstacle:
+        if obstacle := kind.obstacle_outside(fault, self._cluster):
             self._waiting.remove(fault)
             self.problems.append(f"{fault} cannot be made: {obstacle}")
             return
@@ -136,8 +142,8 @@ class Nemesis:
         self._waiting.remove(fault)
         # On record before it acts: whatever the fault ends must find it there.
         for victim, pid in victims.items() if kind.on_rank and not kind.hits_agent else [(None, None)]:
-            attempt = self._progress.attempt_of(victim, pid)
-            reached = self._progress.reached_in(attempt)
+            attempt = self._attempt_of(victim, pid)
+            reached = self._reached(attempt)
             step = None if reached is None else reached + 1
             plans.record(self._run, fault, attempt, NEMESIS, victim=victim, step=step, phase=None)
         thread = threading.Thread(target=self._act, args=(fault, victims), name=f"toprope-{kind.name}", daemon=True)
@@ -152,56 +158,20 @@ class Nemesis:
 
     def _victims(self, fault: PlannedFault) -> dict[int, int]:
         """{rank: pid} of the ranks that a fault hits; empty while not all of them live."""
-        workers = self._cluster.workers() or self._progress.living(self._cluster.processes())
-        ranks = fault.victims(self._progress.world_size or max(len(workers), 1))
+        attempts = [self._attempts[number] for number in sorted(self._attempts)]
+        logged = {rank: event.pid for attempt in attempts for rank, (_, event) in attempt.starts.items()}
+        living = self._cluster.processes()
+        workers = self._cluster.workers() or {rank: pid for rank, pid in logged.items() if pid in living}
+        sizes = [attempt.start[1].world_size for attempt in attempts if attempt.start is not None]
+        ranks = fault.victims(sizes[-1] if sizes else max(len(workers), 1))
         return {rank: workers[rank] for rank in ranks} if workers.keys() >= set(ranks) else {}
 
-
-class _RunProgress:
-    """The run's progress, by its event log."""
-
-    def __init__(self, run: Path) -> None:
-        self._follower = Follower(run, "attempt-*-rank-*.jsonl")
-        self._attempts: dict[int, Attempt] = {}
-
-    def poll(self) -> None:
-        for entry in self._follower.poll():
-            self._attempts.setdefault(entry.attempt, Attempt(entry.attempt)).observe(entry)
-
-    @property
-    def attempt(self) -> int | None:
-        """Number of the newest attempt; None before the first has written anything."""
-        return max(self._attempts, default=None)
-
-    @property
-    def reached(self) -> int | None:
-        """Steps completed, in whatever attempt; None before any is ready."""
-        steps = (attempt.last_step for attempt in self._attempts.values())
-        return max((step for step in steps if step is not None), default=None)
-
-    def reached_in(self, attempt: int) -> int | None:
-        """Steps completed by the newest step of an attempt; None until it is ready."""
-        return self._attempts[attempt].last_step if attempt in self._attempts else None
-
-    @property
-    def world_size(self) -> int | None:
-        """World size of the newest attempt that was ready."""
-        starts = [self._attempts[number].start for number in sorted(self._attempts)]
-        return next((start[1].world_size for start in reversed(starts) if start is not None), None)
-
-    def attempt_of(self, rank: int | None, pid: int | None) -> int:
+    def _attempt_of(self, rank: int | None, pid: int | None) -> int:
         """The attempt of a worker, which may not have written anything yet; the newest attempt if `rank` is None."""
-        newest = self.attempt or 0
+        newest = max(self._attempts, default=0)
         if rank is None:
             return newest
         last = max((number for number, attempt in self._attempts.items() if rank in attempt.starts), default=-1)
         if last >= 0 and self._attempts[last].starts[rank][1].pid == pid:
             return last
         return newest + (last == newest)  # a process that has not written yet belongs to the attempt that comes next
-
-    def living(self, processes: Sequence[int]) -> dict[int, int]:
-        """{rank: pid} of the ranks whose newest process is one of these."""
-        newest: dict[int, int] = {}
-        for number in sorted(self._attempts):
-            newest |= {rank: event.pid for rank, (_, event) in self._attempts[number].starts.items()}
-        return {rank: pid for rank, pid in newest.items() if pid in processes}

@@ -1,14 +1,12 @@
 """Faults of the network: links between nodes, and the rendezvous store. All are made from outside."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from trainer.faults.fault import LINUX, NAMESPACES, NODES, SHAPING, Fault, Harmless, Setting
+from trainer.faults.nemesis import Outside
+from trainer.faults.plan import PlannedFault
 from trainer.faults.process import LOST
-
-if TYPE_CHECKING:
-    from trainer.faults.nemesis import Outside
-    from trainer.faults.plan import PlannedFault
 
 
 class NetworkFault(Fault):
@@ -34,7 +32,7 @@ class Partition(NetworkFault):
     made = "the last node's link goes down"
     settings: ClassVar = {"seconds": Setting(20.0, "how long")}
 
-    def fire_from_outside(self, planned: "PlannedFault", outside: "Outside", victims: Mapping[int, int]) -> None:
+    def fire_from_outside(self, planned: PlannedFault, outside: Outside, victims: Mapping[int, int]) -> None:
         hosts, host = outside.last_host()
         with hosts.down(host):
             outside.wait(planned.settings["seconds"])
@@ -45,7 +43,7 @@ class OneWayLoss(NetworkFault):
     made = "what the last node sends is dropped; it still receives"
     settings: ClassVar = {"seconds": Setting(20.0, "how long")}
 
-    def fire_from_outside(self, planned: "PlannedFault", outside: "Outside", victims: Mapping[int, int]) -> None:
+    def fire_from_outside(self, planned: PlannedFault, outside: Outside, victims: Mapping[int, int]) -> None:
         hosts, host = outside.last_host()
         with hosts.dropping(host):
             outside.wait(planned.settings["seconds"])
@@ -59,7 +57,7 @@ class LinkFlap(Partition):
     settings: ClassVar = {"times": Setting(3, "how often", 1), "seconds": Setting(0.3, "down each time")}
     expected_incidents = ()
 
-    def fire_from_outside(self, planned: "PlannedFault", outside: "Outside", victims: Mapping[int, int]) -> None:
+    def fire_from_outside(self, planned: PlannedFault, outside: Outside, victims: Mapping[int, int]) -> None:
         for _ in range(planned.settings["times"]):
             super().fire_from_outside(planned, outside, victims)
             if outside.wait(planned.settings["seconds"]):
@@ -72,7 +70,7 @@ class SlowLink(Harmless, NetworkFault):
     needs = (LINUX, NAMESPACES, NODES, SHAPING)
     settings: ClassVar = {"milliseconds": Setting(20.0, "delay"), "seconds": Setting(5.0, "how long")}
 
-    def fire_from_outside(self, planned: "PlannedFault", outside: "Outside", victims: Mapping[int, int]) -> None:
+    def fire_from_outside(self, planned: PlannedFault, outside: Outside, victims: Mapping[int, int]) -> None:
         hosts, host = outside.last_host()
         with hosts.slow(host, planned.settings["milliseconds"]):
             outside.wait(planned.settings["seconds"])
@@ -85,7 +83,7 @@ class StoreKilled(StoreFault):
     recovered = "the job ends, its workers asked to save and leave; the same command resumes"
     expected_incidents = ("preempted", "hung", "worker_lost")
 
-    def fire_from_outside(self, planned: "PlannedFault", outside: "Outside", victims: Mapping[int, int]) -> None:
+    def fire_from_outside(self, planned: PlannedFault, outside: Outside, victims: Mapping[int, int]) -> None:
         outside.store().kill()
 
 
@@ -95,7 +93,7 @@ class StoreUnreachable(Harmless, StoreFault):
     detected = "no fault while nothing needs the store"
     settings: ClassVar = {"seconds": Setting(3.0, "how long")}
 
-    def fire_from_outside(self, planned: "PlannedFault", outside: "Outside", victims: Mapping[int, int]) -> None:
+    def fire_from_outside(self, planned: PlannedFault, outside: Outside, victims: Mapping[int, int]) -> None:
         outside.freeze(outside.store(), planned.settings["seconds"])
 
 
@@ -106,6 +104,6 @@ class StoreRestarted(StoreFault):
     recovered = "the job ends; the same command resumes"
     expected_incidents = ()
 
-    def fire_from_outside(self, planned: "PlannedFault", outside: "Outside", victims: Mapping[int, int]) -> None:
+    def fire_from_outside(self, planned: PlannedFault, outside: Outside, victims: Mapping[int, int]) -> None:
         outside.store().kill()
         outside.cluster.start_store()

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from trainer.faults.fault import ANYWHERE, LINUX, STEP, Fault, Setting
+from trainer.faults.nemesis import Outside
+from trainer.faults.plan import PlannedFault
+from trainer.faults.rank import RankContext
 from trainer.phases import Phase
 
 if TYPE_CHECKING:
-    from trainer.faults.nemesis import Outside
-    from trainer.faults.plan import PlannedFault
-    from trainer.faults.rank import RankContext
     from trainer.launch.cluster import Cluster
 
 RESTART = "torchrun starts all workers again; they load the newest intact checkpoint"
@@ -38,10 +38,10 @@ class ProcessFault(Fault):
 class SignalFault(Fault):
     """A fault made by `signal_number`: the rank sends it to itself, or the nemesis sends it to the rank."""
 
-    def fire(self, planned: "PlannedFault", rank: "RankContext") -> None:
+    def fire(self, planned: PlannedFault, rank: RankContext) -> None:
         os.kill(os.getpid(), self.signal_number)
 
-    def fire_from_outside(self, planned: "PlannedFault", outside: "Outside", victims: Mapping[int, int]) -> None:
+    def fire_from_outside(self, planned: PlannedFault, outside: Outside, victims: Mapping[int, int]) -> None:
         for pid in victims.values():
             outside.cluster.send(pid, self.signal_number)
 
@@ -52,7 +52,7 @@ class RaisedException(ProcessFault):
     made = "an exception is raised in the training thread"
     phases = (*STEP, Phase.IN_LOAD, Phase.IN_EVAL, Phase.BEFORE_END, Phase.STARTUP)
 
-    def fire(self, planned: "PlannedFault", rank: "RankContext") -> None:
+    def fire(self, planned: PlannedFault, rank: RankContext) -> None:
         raise RuntimeError(f"a fault on purpose: {planned}")
 
 
@@ -78,7 +78,7 @@ class Exit(ProcessFault):
     imitates = "a library that ends the process"
     made = "os._exit(3)"
 
-    def fire(self, planned: "PlannedFault", rank: "RankContext") -> None:
+    def fire(self, planned: PlannedFault, rank: RankContext) -> None:
         os._exit(EXIT_STATUS)
 
 
@@ -100,7 +100,7 @@ class MemoryLimit(ProcessFault):
     phases = STEP
     needs = (LINUX,)
 
-    def fire(self, planned: "PlannedFault", rank: "RankContext") -> None:
+    def fire(self, planned: PlannedFault, rank: RankContext) -> None:
         import torch
 
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
@@ -116,7 +116,7 @@ class MemoryKill(ProcessFault):
     phases = STEP
     settings: ClassVar = {"megabytes": Setting(256, "how much is filled", 1)}
 
-    def fire(self, planned: "PlannedFault", rank: "RankContext") -> None:
+    def fire(self, planned: PlannedFault, rank: RankContext) -> None:
         _filled = [os.urandom(2**20) for _ in range(planned.settings["megabytes"])]
         kill_self()
 
@@ -131,7 +131,7 @@ class AgentKilled(ProcessFault):
     names_rank = False
     exits = LOST
 
-    def fire_from_outside(self, planned: "PlannedFault", outside: "Outside", victims: Mapping[int, int]) -> None:
+    def fire_from_outside(self, planned: PlannedFault, outside: Outside, victims: Mapping[int, int]) -> None:
         for node in outside.living_nodes():
             if set(victims.values()) & set(node.processes()):
                 node.signal(signal.SIGKILL)
@@ -150,10 +150,10 @@ class NodeKilled(ProcessFault):
     exits = LOST
     recover_seconds = 60.0
 
-    def obstacle_outside(self, planned: "PlannedFault", cluster: "Cluster") -> str:
+    def obstacle_outside(self, planned: PlannedFault, cluster: "Cluster") -> str:
         return f"the job has {len(cluster.nodes)} nodes" if planned.settings["node"] >= len(cluster.nodes) else ""
 
-    def fire_from_outside(self, planned: "PlannedFault", outside: "Outside", victims: Mapping[int, int]) -> None:
+    def fire_from_outside(self, planned: PlannedFault, outside: Outside, victims: Mapping[int, int]) -> None:
         outside.kill_node(planned.settings["node"])
 
 
@@ -164,5 +164,5 @@ class RepeatedKill(ProcessFault):
     settings: ClassVar = {"times": Setting(2, "deaths in a row", 2)}
     repeats = True
 
-    def fire(self, planned: "PlannedFault", rank: "RankContext") -> None:
+    def fire(self, planned: PlannedFault, rank: RankContext) -> None:
         kill_self()

@@ -9,15 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
-
 from trainer.config import Config
 from trainer.data import Batches, Prepared
+from trainer.faults.plan import PlannedFault
 from trainer.log.events import EventLog
 from trainer.phases import Hook, Phase
 
 if TYPE_CHECKING:
-    from trainer.faults.plan import PlannedFault
     from trainer.step import TrainState
 
 ENTERED_SECONDS = 0.15  # a rank that is hit in a collective has waited in it for so long
@@ -35,19 +33,15 @@ class RankContext:
     def __init__(self, config: Config, run: Path, rank: int, world_size: int, attempt: int) -> None:
         self.config, self.run, self.rank, self.world_size, self.attempt = config, run, rank, world_size, attempt
         self.log: EventLog | None = None
-        self.step = 0
-        """Completed steps."""
-        self.micro_batch = 0
-        """Number of this rank's micro-batches that have begun in the step under way."""
-        self.finished = False
-        """True once the last step is done and saved."""
-        self.undo = contextlib.ExitStack()
-        """Closed at the end of the attempt."""
+        self.step = 0  # completed steps
+        self.micro_batch = 0  # number of this rank's micro-batches that have begun in the step under way
+        self.finished = False  # True once the last step is done and saved
+        self.undo = contextlib.ExitStack()  # closed at the end of the attempt
         self.followers: list[Hook] = []
         """Called at every phase that the training thread passes from now on: faults that last for some steps."""
         self._training = threading.get_ident()
-        self._saving, self._committed = -1, (-1, 0.0)
-        """The step that is being saved; (the last step that was committed, when by time.monotonic)."""
+        self._saving = -1  # the step that is being saved
+        self._committed = (-1, 0.0)  # the last step that was committed, and when by time.monotonic
 
     @property
     def in_training_thread(self) -> bool:
@@ -75,7 +69,7 @@ class RankContext:
         own_micro_batches = len(range(self.rank, self.config.data.micro_batches, self.world_size))
         return self.micro_batch == min(2, own_micro_batches)
 
-    def chance(self, planned: "PlannedFault") -> random.Random:
+    def chance(self, planned: PlannedFault) -> random.Random:
         """The generator that draws where a fault hits: the same in every process, whatever other faults there are."""
         what = (planned.kind.name, planned.ranks, planned.at_step, planned.phase, planned.attempt)
         return random.Random(f"{self.config.seed}-{what}-place")
@@ -100,6 +94,8 @@ class RankContext:
 
     def instead_of_all_reduce(self, act: Callable[[Callable[..., Any]], None]) -> None:
         """Once, in the training thread: pass the call of all_reduce to `act` instead of making it."""
+        import torch.distributed as dist  # planning reads this module too, and does without torch
+
         real = dist.all_reduce
 
         def once(*arguments: Any, **more: Any) -> Any:

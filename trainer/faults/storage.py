@@ -10,17 +10,15 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from trainer.checkpoint import files
 from trainer.faults.disk import SHARD, DiskFault, PausedWrite
 from trainer.faults.fault import STEP, Fault, Harmless, Setting
+from trainer.faults.plan import PlannedFault
 from trainer.faults.process import RESTART, kill_self
+from trainer.faults.rank import RankContext
 from trainer.phases import Phase
-
-if TYPE_CHECKING:
-    from trainer.faults.plan import PlannedFault
-    from trainer.faults.rank import RankContext
 
 
 class NoSpace(DiskFault):
@@ -60,7 +58,7 @@ class ShortWrite(DiskFault):
     imitates = "a file system that lies"
     made = "half of one write is dropped and reported as done"
 
-    def write(self, planned: "PlannedFault", write: Callable[[Any], int], data: memoryview) -> int:
+    def write(self, planned: PlannedFault, write: Callable[[Any], int], data: memoryview) -> int:
         write(data[: len(data) // 2])
         return len(data)
 
@@ -80,7 +78,7 @@ class TornSave(DiskFault):
     recovered = RESTART
     expected_incidents = ("worker_lost",)
 
-    def write(self, planned: "PlannedFault", write: Callable[[Any], int], data: memoryview) -> int:
+    def write(self, planned: PlannedFault, write: Callable[[Any], int], data: memoryview) -> int:
         write(data[: len(data) // 2])
         kill_self()
         return 0
@@ -105,13 +103,13 @@ class CheckpointDamage(Fault):
         # Two are committed by then: the save of step 3 × every has waited for that of 2 × every.
         return min(3 * every + 1, steps)
 
-    def obstacle(self, planned: "PlannedFault", rank: "RankContext") -> str:
+    def obstacle(self, planned: PlannedFault, rank: RankContext) -> str:
         rank.await_save()  # files that are damaged before the commit never were a checkpoint
         if self.damage(rank.run, rank.chance(planned)) is None:
             return "there is no checkpoint to damage, or, for a swap, only one"
         return ""
 
-    def fire(self, planned: "PlannedFault", rank: "RankContext") -> None:
+    def fire(self, planned: PlannedFault, rank: RankContext) -> None:
         damage = self.damage(rank.run, rank.chance(planned))
         assert damage is not None
         damage()
@@ -120,13 +118,11 @@ class CheckpointDamage(Fault):
     def damage(self, run: Path, chance: random.Random) -> Damage | None:
         """A function that damages the newest committed checkpoint; None where there is not enough to damage."""
         saved = [saved.path for saved in files.committed(run)]
-        return self.damage_newest(saved[0], saved[1:], chance) if saved else None
+        shards = sorted(path for path in saved[0].glob(f"*{SHARD}") if path.stat().st_size) if saved else []
+        return self.damage_shards(shards, saved[1:], chance) if shards else None
 
-    def damage_newest(self, newest: Path, older: list[Path], chance: random.Random) -> Damage | None:
-        shards = sorted(path for path in newest.glob(f"*{SHARD}") if path.stat().st_size)
-        return self.damage_shard(chance.choice(shards), chance) if shards else None
-
-    def damage_shard(self, shard: Path, chance: random.Random) -> Damage:
+    def damage_shards(self, shards: list[Path], older: list[Path], chance: random.Random) -> Damage | None:
+        """`damage` of the newest checkpoint, with these shards; `older` are the directories of the others."""
         raise NotImplementedError
 
 
@@ -134,15 +130,16 @@ class TruncatedShard(CheckpointDamage):
     imitates = "a lost tail of a file"
     made = "a shard of the newest checkpoint is cut in half; then the rank kills itself"
 
-    def damage_shard(self, shard: Path, chance: random.Random) -> Damage:
-        return functools.partial(_halve, shard)
+    def damage_shards(self, shards: list[Path], older: list[Path], chance: random.Random) -> Damage | None:
+        return functools.partial(_halve, chance.choice(shards))
 
 
 class FlippedShard(CheckpointDamage):
     imitates = "a bit that rots"
     made = "one bit of a shard of the newest checkpoint is flipped; then the rank kills itself"
 
-    def damage_shard(self, shard: Path, chance: random.Random) -> Damage:
+    def damage_shards(self, shards: list[Path], older: list[Path], chance: random.Random) -> Damage | None:
+        shard = chance.choice(shards)
         return functools.partial(flip_bit, shard, chance.randrange(shard.stat().st_size), chance.randrange(8))
 
 
@@ -150,22 +147,17 @@ class MissingShard(CheckpointDamage):
     imitates = "a file that an operator deleted"
     made = "a shard of the newest checkpoint is removed; then the rank kills itself"
 
-    def damage_shard(self, shard: Path, chance: random.Random) -> Damage:
-        return shard.unlink
+    def damage_shards(self, shards: list[Path], older: list[Path], chance: random.Random) -> Damage | None:
+        return chance.choice(shards).unlink
 
 
 class SwappedShard(CheckpointDamage):
     imitates = "files mixed up while copying"
     made = "a shard of the newest checkpoint is replaced by an older one; then the rank kills itself"
 
-    def damage_newest(self, newest: Path, older: list[Path], chance: random.Random) -> Damage | None:
-        shards = sorted(path for path in newest.glob(f"*{SHARD}") if path.stat().st_size)
-        candidates = [(directory / shard.name, shard) for shard in shards for directory in older]
-        pairs = [
-            (other, shard)
-            for other, shard in candidates
-            if other.exists() and other.read_bytes() != shard.read_bytes()
-        ]  # fmt: skip
+    def damage_shards(self, shards: list[Path], older: list[Path], chance: random.Random) -> Damage | None:
+        others = [(directory / shard.name, shard) for shard in shards for directory in older]
+        pairs = [(a, b) for a, b in others if a.exists() and a.read_bytes() != b.read_bytes()]
         return functools.partial(shutil.copyfile, *chance.choice(pairs)) if pairs else None
 
 
@@ -173,8 +165,8 @@ class DamagedManifest(CheckpointDamage):
     imitates = "a half-written list of contents"
     made = "the newest checkpoint's manifest loses its second half; then the rank kills itself"
 
-    def damage_newest(self, newest: Path, older: list[Path], chance: random.Random) -> Damage | None:
-        return functools.partial(_halve, newest / files.MANIFEST)
+    def damage_shards(self, shards: list[Path], older: list[Path], chance: random.Random) -> Damage | None:
+        return functools.partial(_halve, shards[0].with_name(files.MANIFEST))
 
 
 class CorruptTokens(Fault):
@@ -187,12 +179,12 @@ class CorruptTokens(Fault):
     expected_incidents = ("worker_lost",)
     damages_tokens = True
 
-    def obstacle(self, planned: "PlannedFault", rank: "RankContext") -> str:
+    def obstacle(self, planned: PlannedFault, rank: RankContext) -> str:
         if rank.config.data.cache_dir or os.environ.get("TOPROPE_CACHE"):
             return ""
         return "the token store is in the user's own cache; name another in data.cache_dir or $TOPROPE_CACHE"
 
-    def fire(self, planned: "PlannedFault", rank: "RankContext") -> None:
+    def fire(self, planned: PlannedFault, rank: RankContext) -> None:
         # A token of the next sample of this rank, replaced by another token that the vocabulary has.
         assert planned.point_step is not None
         store = rank.prepared.train
@@ -215,11 +207,10 @@ class VanishedCheckpoints(Fault):
     def usual_step(self, every: int, steps: int) -> int:
         return min(2 * every, steps)  # missing when the next save begins
 
-    def obstacle(self, planned: "PlannedFault", rank: "RankContext") -> str:
-        there = can_vanish(rank.run)
-        return "" if there else "there is no directory of checkpoints, or it is away already"
+    def obstacle(self, planned: PlannedFault, rank: RankContext) -> str:
+        return "" if can_vanish(rank.run) else "there is no directory of checkpoints, or it is away already"
 
-    def fire(self, planned: "PlannedFault", rank: "RankContext") -> None:
+    def fire(self, planned: PlannedFault, rank: RankContext) -> None:
         rank.undo.callback(vanish(rank.run, planned.settings["seconds"]).join)
 
 

@@ -90,8 +90,7 @@ class WrongSum(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.wrong = 0
-        """Number of wrong sums so far."""
+        self.wrong = 0  # number of wrong sums so far
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

@@ -4,19 +4,17 @@ import signal
 import threading
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from trainer.config import Config, FaultEntry
+from trainer.data import MicroBatch
 from trainer.faults.disk import PausedWrite
 from trainer.faults.fault import LINUX, STEP, Fault, Harmless, Setting
+from trainer.faults.nemesis import Outside
+from trainer.faults.plan import PlannedFault
 from trainer.faults.process import RESTART, SignalFault
+from trainer.faults.rank import RankContext
 from trainer.phases import Phase
-
-if TYPE_CHECKING:
-    from trainer.data import MicroBatch
-    from trainer.faults.nemesis import Outside
-    from trainer.faults.plan import PlannedFault
-    from trainer.faults.rank import RankContext
 
 PERIOD_SECONDS = 0.2  # of a straggler's stops: far below any limit of a step
 
@@ -54,10 +52,10 @@ class SkippedCollective(Hang):
             return ""
         return "some rank must be left that waits in it.\n  Start 2 ranks or more, and name one of them."
 
-    def obstacle(self, planned: "PlannedFault", rank: "RankContext") -> str:
+    def obstacle(self, planned: PlannedFault, rank: RankContext) -> str:
         return "one rank alone has no collectives" if rank.world_size == 1 else ""
 
-    def fire(self, planned: "PlannedFault", rank: "RankContext") -> None:
+    def fire(self, planned: PlannedFault, rank: RankContext) -> None:
         rank.instead_of_all_reduce(lambda call: None)
 
 
@@ -66,7 +64,7 @@ class LockHeld(Hang):
     made = "the training thread waits for a lock that a thread keeps"
     phases = (*STEP, Phase.IN_EVAL)
 
-    def fire(self, planned: "PlannedFault", rank: "RankContext") -> None:
+    def fire(self, planned: PlannedFault, rank: RankContext) -> None:
         lock, held = threading.Lock(), threading.Event()
 
         def keep() -> None:
@@ -85,10 +83,10 @@ class StalledData(Hang):
     made = "reading a micro-batch does not return"
     phases = (Phase.BEFORE_FORWARD,)
 
-    def fire(self, planned: "PlannedFault", rank: "RankContext") -> None:
+    def fire(self, planned: PlannedFault, rank: RankContext) -> None:
         batches = rank.batches
 
-        def stalled(step: int, index: int) -> "MicroBatch":
+        def stalled(step: int, index: int) -> MicroBatch:
             del batches.__dict__["micro_batch"]  # the next read is the ordinary one again
             time.sleep(planned.settings["seconds"])
             return batches.micro_batch(step, index)
@@ -113,7 +111,7 @@ class SlowRank(Harmless):
         "seconds": Setting(0.2, "sleep per step"), "steps": Setting(5, "for so many steps", 1),
     }  # fmt: skip
 
-    def fire(self, planned: "PlannedFault", rank: "RankContext") -> None:
+    def fire(self, planned: PlannedFault, rank: RankContext) -> None:
         def sleep(phase: str, step: int) -> None:
             if phase == Phase.BEFORE_BACKWARD and rank.micro_batch == 1 and step < planned.last_step:
                 time.sleep(planned.settings["seconds"])
@@ -131,7 +129,7 @@ class Straggler(Harmless):
         "seconds": Setting(3.0, "how long"), "duty": Setting(0.5, "share of the time it is stopped", most=1),
     }  # fmt: skip
 
-    def fire_from_outside(self, planned: "PlannedFault", outside: "Outside", victims: Mapping[int, int]) -> None:
+    def fire_from_outside(self, planned: PlannedFault, outside: Outside, victims: Mapping[int, int]) -> None:
         send, stopped = outside.cluster.send, PERIOD_SECONDS * planned.settings["duty"]
         until = time.monotonic() + planned.settings["seconds"]
         try:

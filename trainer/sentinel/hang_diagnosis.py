@@ -26,11 +26,9 @@ class Collective:
     """A collective that a rank has entered and not left."""
 
     name: str
-    sequence: int
-    """Number of collectives on this group so far; equal on ranks that are in step."""
+    sequence: int  # number of collectives on this group so far; equal on ranks that are in step
     group: str
-    sizes: str
-    """Data types and shapes of the inputs."""
+    sizes: str  # data types and shapes of the inputs
 
     def __str__(self) -> str:
         return f'{self.name} #{self.sequence} of group "{self.group}", {self.sizes}'
@@ -43,15 +41,12 @@ class RankStatus:
     rank: int
     phase: str
     step: int
-    idle_seconds: float
-    """Time without progress."""
-    answers: int
-    """Bytes of the file of requests that it has read and answered; -1 before the first."""
+    idle_seconds: float  # time without progress
+    answers: int  # bytes of the file of requests that it has read and answered; -1 before the first
     recorded: bool = False
     """True if the Flight Recorder was on: only then does no `pending` collective mean that the rank is in none."""
     pending: Collective | None = None
-    alive: bool = True
-    """False if it did not answer the request for its stacks."""
+    alive: bool = True  # False if it did not answer the request for its stacks
 
 
 def diagnose(statuses: Sequence[RankStatus], limit_seconds: float) -> list[dict[str, Any]]:
