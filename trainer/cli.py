@@ -50,6 +50,9 @@ def train(
         bool, typer.Option("--dry-run", help="Build on the meta device, print sizes and costs, train nothing.")
     ] = False,
     ranks: Annotated[int | None, typer.Option(min=1, help="World size that --dry-run divides memory by.")] = None,
+    accept_other_bits: Annotated[
+        bool, typer.Option("--accept-other-bits", help="Resume although machine or torch are others than before.")
+    ] = False,
 ) -> None:
     """Train a config, or resume the run where it stopped. Under torchrun: on all its ranks."""
     from trainer import config as configs
@@ -69,7 +72,8 @@ def train(
     stop = signals.StopSignals()
     from trainer import job
 
-    raise typer.Exit(job.train(config, run or Path("runs") / config_path.stem, PROCESS_STARTED, stop))
+    run = run or Path("runs") / config_path.stem
+    raise typer.Exit(job.train(config, run, PROCESS_STARTED, stop, accept_other_bits))
 
 
 @app.command()

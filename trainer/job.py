@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer import costs, evaluate, loop, optim, signals
+from trainer import costs, evaluate, loop, optim, provenance, signals
 from trainer import model as models
 from trainer import step as steps
 from trainer.checkpoint.checkpointer import Checkpointer
@@ -72,6 +72,12 @@ class Claim:
     watchdog: Watchdog
     earlier: Sequence[events.Entry]
     """Events of the attempts before, on rank 0."""
+    computes_with: dict[str, str]
+    """What this rank computes with (provenance.py)."""
+    other_bits: Sequence[str]
+    """Differences between this and what the run was computed with before; accepted on purpose."""
+    notices: Sequence[str]
+    """Messages for the user, on rank 0."""
 
     def end(self, status: str, step: int, reason: str, weights: str | None = None, state: str | None = None) -> None:
         """Log the end of the attempt; `weights` and `state` are SHA-256 digests of a finished run."""
@@ -93,11 +99,13 @@ def train(
     run: Path,
     process_started: float,
     stop: signals.StopSignals | None = None,
+    accept_other_bits: bool = False,
 ) -> int:
     """Train or resume the run in directory `run`; return the exit status. `process_started` is a Unix time.
 
-    `stop` has listened for signals since before this module was imported, which takes seconds. Faults of the config
-    come in through `faults.arm`, which changes nothing without them. Raises a TopropeError for every error that a user
+    `stop` has listened for signals since before this module was imported, which takes seconds. `accept_other_bits`
+    goes on with what the run was not computed with before. Faults of the config come in through `faults.arm`, which
+    changes nothing without them. Raises a TopropeError for every error that a user
     can repair: on all ranks alike, and before any work where possible.
     """
     stopwatch = Stopwatch(process_started)
@@ -115,7 +123,7 @@ def train(
         stack.callback(world.disconnect)
         stack.callback(injector.close)
         ranks.from_main(lambda: check_compiler(config, device))
-        claim = claim_run(config, run, ranks, stack)
+        claim = claim_run(config, run, ranks, accept_other_bits, stack)
         hook = _with_heartbeat(claim.watchdog, hook)
         stopwatch.lap("connect")
         data = prepare_data(config, claim)
@@ -146,24 +154,33 @@ def train(
             claim.watchdog.stop()  # what is closed after this has time limits of its own
 
 
-def claim_run(config: Config, run: Path, ranks: World, stack: contextlib.ExitStack) -> Claim:
+def claim_run(config: Config, run: Path, ranks: World, accept_other_bits: bool, stack: contextlib.ExitStack) -> Claim:
     """Hold the run directory until `stack` is closed, and start the watchdog. Raises RunDirectoryError on all ranks."""
     earlier: list[events.Entry] = []
+    notices: list[str] = []
+    own = provenance.computes_with(config, ranks.device)
+    of_ranks = ranks.agree(lambda: own)
 
-    def claim_on_main() -> int:
+    def claim_on_main() -> tuple[int, list[str]]:
         wandb_mode(config)  # only rank 0 shows the run, but a wrong mode is an error before any work
         stack.enter_context(rundir.claim(run, config))
+        before = rundir.read(run).get("computes_with") if rundir.is_run(run) else {}
+        other_bits = provenance.compare(run, before, of_ranks, accept_other_bits)
+        if before is None:
+            notices.append(provenance.NOT_RECORDED)
+        if other_bits:
+            notices.append(f"the steps from here on may have other bits, which was accepted: {'; '.join(other_bits)}.")
         # The console shows how the last attempt ended. It must not learn from the log that a fault was made on purpose.
         earlier.extend(entry for entry in events.read(run) if not isinstance(entry.event, events.FaultFired))
-        return events.next_attempt(run)
+        return events.next_attempt(run), other_bits
 
-    attempt = ranks.from_main(claim_on_main)
+    attempt, other_bits = ranks.from_main(claim_on_main)
     log = stack.enter_context(contextlib.closing(events.EventLog.open(run, attempt, ranks.rank)))
     limits = config.elastic.step_timeout_seconds, config.elastic.startup_timeout_seconds
     watchdog = Watchdog(run, ranks.rank, ranks.size, attempt, *limits, report=log.append)
     watchdog.start()
     stack.callback(watchdog.stop)
-    return Claim(run, attempt, ranks, log, watchdog, earlier)
+    return Claim(run, attempt, ranks, log, watchdog, earlier, own, other_bits, notices)
 
 
 def prepare_data(config: Config, claim: Claim) -> RunData:
@@ -192,17 +209,18 @@ def prepare_data(config: Config, claim: Claim) -> RunData:
     with console.preparation(enabled=ranks.is_main) as show_progress:
         ranks.from_main(build_on_main, waiting=heartbeat)
         prepared = prepared_data(progress=lambda *amount: heartbeat())
-    return RunData(prepared, ranks.from_main(lambda: _record(claim.run, config, prepared)))
+    return RunData(prepared, ranks.from_main(lambda: _record(claim, config, prepared)))
 
 
-def _record(run: Path, config: Config, prepared: Prepared) -> dict[str, Any]:
+def _record(claim: Claim, config: Config, prepared: Prepared) -> dict[str, Any]:
     """Write config.json and return its contents.
 
     Raises RunDirectoryError if it cannot be written or if the run was trained on other data.
     """
-    data = config.data
+    run, data = claim.run, config.data
     vocab_size = costs.padded_vocab(prepared.tokenizer.vocab_size, config.model.vocab_size)
     facts = {
+        "computes_with": claim.computes_with,
         "data_sha256": prepared.sha256,
         "tokenizer_sha256": prepared.tokenizer.sha256,
         "vocab_size": vocab_size,
@@ -301,7 +319,7 @@ def _in_wandb(config: Config, claim: Claim) -> Iterator[None]:
         print(f"W&B: {helper.url}", flush=True)
 
 
-def announce(config: Config, claim: Claim, data: RunData, step: int, stopwatch: Stopwatch, notice: str) -> None:
+def announce(config: Config, claim: Claim, data: RunData, step: int, stopwatch: Stopwatch, armed: str) -> None:
     """Log that the attempt starts from `step`, why the workers were started again, and what a user should know."""
     ranks, log = claim.ranks, claim.log
     log.append(
@@ -317,6 +335,8 @@ def announce(config: Config, claim: Claim, data: RunData, step: int, stopwatch: 
             parameters=data.facts["parameters"],
             tokens_per_step=data.facts["tokens_per_step"],
             startup_seconds=stopwatch.seconds,
+            computes_with=claim.computes_with,
+            other_bits=claim.other_bits,
         )
     )
     losses = elastic.take_losses()  # taken on every node, so that none reports them again later
@@ -325,8 +345,9 @@ def announce(config: Config, claim: Claim, data: RunData, step: int, stopwatch: 
             log.append(events.WorkersLost(failures=lost["failures"], reason=lost["reason"]))
         # Restarts repeat the circumstances of the start; one warning of them is enough for a run.
         said = {event.message for _, event in events.select(claim.earlier, events.Warned)}
-        for message in (elastic.SHARED_STORE_WARNING if elastic.shares_rendezvous_store() else "", notice):
-            if message and message not in said:
+        shared = elastic.SHARED_STORE_WARNING if elastic.shares_rendezvous_store() else ""
+        for message in filter(None, (shared, armed, *claim.notices)):
+            if message not in said:
                 log.append(events.Warned(message=message))
 
 

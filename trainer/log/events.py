@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, ClassVar, Self, TypeVar
@@ -46,6 +46,10 @@ class AttemptStarted(Event):
     tokens_per_step: int
     startup_seconds: dict[str, float]
     """From the start of the process to this event, by cause."""
+    computes_with: dict[str, str] | None = None
+    """What this rank computes with beside config and data (provenance.py); None in logs from before it was recorded."""
+    other_bits: Sequence[str] = ()
+    """Differences between this and what the run was computed with before, which were accepted on purpose."""
 
 
 @dataclass(frozen=True, kw_only=True)
