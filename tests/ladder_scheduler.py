@@ -10,5 +10,5 @@ from trainer.launch import forkserver
 
 if __name__ == "__main__":
     # Forked itself, it has all imports that its own runs need.
-    backend = Local(forkserver.fork(["trainer.launch.preload", "torch.distributed.run"]))
+    backend = Local(forkserver.fork([*forkserver.PRELOADED, "torch.distributed.run"]))
     run.run(load.load(Path(sys.argv[1])), Path(sys.argv[2]), backend=backend)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer import config as configs
-from trainer import files, tomlfile
+from trainer import files, signals, tomlfile
 from trainer.chaos import replay, results, schedule
 from trainer.chaos.plan import Campaign, Case
 from trainer.chaos.report import html
@@ -268,20 +268,18 @@ def _shrink(campaign: Campaign, case: Case, result: Result, reference: Reference
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Raise KeyboardInterrupt at the first of these signals; ignore later ones, which would disturb the cleanup.
+    """Raise KeyboardInterrupt at the first request to stop; ignore later ones, which would disturb the cleanup.
 
-    SIGHUP is sent when a terminal is closed. The jobs have sessions of their own, so it does not reach them.
+    The jobs have sessions of their own, so no signal of a terminal reaches them.
     """
-    numbers = [*supervision.STOPPING]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # ignored under nohup: then the campaign continues
-        numbers.append(signal.SIGHUP)
+    numbers = signals.heeded()
 
     def interrupt(_number: int, _frame: Any) -> None:
         for number in numbers:
             signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    with supervision.handle_signals(interrupt, numbers):
+    with supervision.handle_signals(interrupt):
         yield
 
 

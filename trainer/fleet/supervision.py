@@ -15,6 +15,7 @@ from typing import Any, Self
 
 from filelock import FileLock
 
+from trainer import signals
 from trainer.config import Config
 from trainer.errors import EXIT_PREEMPTED, EXIT_USAGE, CheckpointError, NumericsError
 from trainer.faults.nemesis import Nemesis
@@ -24,8 +25,6 @@ from trainer.fleet.run_store import StoredRun
 from trainer.launch.cluster import Cluster
 from trainer.parallel import elastic
 
-STOPPING = (signal.SIGINT, signal.SIGTERM)
-"""Signals that ask a scheduler to stop."""
 FINAL = (f"{NumericsError.__name__}: ", f"{CheckpointError.__name__}: ")
 """Errors that the next start would raise again; torchrun reports them in its output alone."""
 IN_USE = "is in use by"
@@ -37,22 +36,20 @@ LEAVING_SECONDS = 10.0
 
 
 @contextlib.contextmanager
-def handle_signals(
-    handler: Callable[[int, FrameType | None], Any], numbers: Sequence[signal.Signals] = STOPPING
-) -> Iterator[None]:
-    """Handle these signals with `handler` while the context lasts."""
-    before = [signal.signal(number, handler) for number in numbers]
+def handle_signals(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    """Handle with `handler`, while the context lasts, those signals that ask to stop and are not ignored."""
+    before = {number: signal.signal(number, handler) for number in signals.heeded()}
     try:
         yield
     finally:
-        for number, earlier in zip(numbers, before, strict=True):
+        for number, earlier in before.items():
             signal.signal(number, earlier)
 
 
 @contextlib.contextmanager
 def deferred_signals() -> Iterator[None]:
-    """Deliver STOPPING signals at the end of the context: a process that starts in it is recorded before."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    """Deliver signals that ask to stop at the end of the context: a process that starts in it is recorded before."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.ASKING)
     try:
         yield
     finally:

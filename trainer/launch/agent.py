@@ -154,7 +154,7 @@ class Agent:
 @functools.cache
 def warm_server() -> forkserver.ForkServer | None:
     """This process's own fork server, which has imported what agents and their workers need. None without Linux."""
-    server = forkserver.spawn(["trainer.launch.preload", "torch.distributed.run"])
+    server = forkserver.spawn([*forkserver.PRELOADED, "torch.distributed.run"])
     if server is not None:
         atexit.register(server.close)
     return server

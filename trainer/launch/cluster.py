@@ -46,8 +46,7 @@ class Cluster:
         worker: Sequence[str] = ("trainer", "train"),
         warm: bool = False,
     ) -> None:
-        """`worker` is the module, with its first arguments, that each rank runs. `warm` as for Agent; it has no effect
-        with several agents."""
+        """`worker` is the module, with its first arguments, that each rank runs. `warm` as for Agent."""
         assert nodes > 1 or not (own_store or hosts), "a single agent holds its own store"
         settings = [part for override in overrides for part in ("--set", override)]
         self._command = ["-m", *worker, str(config), "--run", str(run), *settings]
@@ -56,8 +55,7 @@ class Cluster:
         self._port = _free_port() if nodes > 1 else 0
         self._stores: list[Agent] = []
         self._growing = threading.Lock()  # faults add nodes from threads of their own
-        # A forked node joins and dies so fast that torch's agents can be caught between rendezvous and rank assignment.
-        self._warm = warm and nodes == 1
+        self._warm = warm
         self.hosts = hosts
         self.nodes: list[Agent] = []
 

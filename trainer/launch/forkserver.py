@@ -28,9 +28,15 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from trainer import signals
 from trainer.parallel import elastic
 from trainer.show import terminal
 
+PRELOADED = (
+    "multiprocessing.synchronize", "random", "numpy.random", "rich.console", "torch.distributed.checkpoint",
+    "torch.profiler", "trainer.checkpoint.loading", "trainer.checkpoint.saving", "trainer.job",
+)  # fmt: skip
+"""All that a run imports on its way; a fork server loads it, so that each fork has it."""
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h: this process adopts descendants whose own parent has ended
 POLL_SECONDS = 0.01
 UNMARKED = "0" * elastic.MARK_LENGTH
@@ -138,6 +144,7 @@ def fork(modules: Sequence[str]) -> ForkServer | None:
         server_end.close()
         return ForkServer(caller_end)
     caller_end.close()
+    signals.reset()
     interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, which stops its workers
     request = _serve(server_end, caller, modules)
     signal.signal(signal.SIGINT, interrupt)

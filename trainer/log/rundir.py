@@ -23,6 +23,7 @@ from trainer.config import Config, differences, fingerprint, mathematics, parse
 from trainer.errors import ConfigError, RunDirectoryError, of_system
 
 FORMAT = 1
+DYING_SECONDS = 3.0
 LEFT_BY_A_START = frozenset({"lock", "live", "stacks", "events", "config.json.partial"})
 """Names that a start leaves in the directory if it ends before config.json is written: its watchdogs come first."""
 _KINDS = {"fingerprint": str, "data_sha256": str, "mathematics": dict, "config": dict}
@@ -77,7 +78,7 @@ def _claim(run: Path, config: Config) -> AbstractContextManager[object]:
         run.mkdir(parents=True, exist_ok=True)
         # No soft lock: it is a mere file, which would keep the run locked after a SIGKILL.
         lock = FileLock(run / "lock", fallback_to_soft=False)
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=DYING_SECONDS)  # its owner may be ending: workers that have just lost their agent
     except Timeout:
         owner = (run / "lock").read_text(encoding="utf-8").strip() or "another job"
         raise RunDirectoryError(

@@ -1,15 +1,19 @@
 """The environment between a worker and its launcher: ranks, and why workers were started again. No torch here."""
 
 import contextlib
+import ctypes
+import ipaddress
 import json
 import os
+import signal
+import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import EXIT_FAILED
+from trainer.errors import EXIT_FAILED, WorldError
 
 FAILURES_FILE = "TOPROPE_FAILURES"
 """Environment variable: the file in which our launcher notes why it starts the workers again."""
@@ -17,6 +21,9 @@ FAILURES_PREFIX = "toprope-failures-"
 JOB_MARK = "TOPROPE_JOB"
 """Environment variable: the job on this machine that a process belongs to, as MARK_LENGTH letters."""
 MARK_LENGTH = 32
+LAUNCHERS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+"""Variables in which torchrun and others (mpirun, srun) give the number of processes that they have started."""
+PR_SET_PDEATHSIG = 1  # linux/prctl.h: the kernel sends this signal when the parent ends
 NAME_PREFIX = "rank "
 """Start of a worker's name in the list of processes."""
 SHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
@@ -53,20 +60,42 @@ def shares_rendezvous_store() -> bool:
 def belong_to_agent() -> None:
     """Worker: name this process after its rank, and end it when the agent that started it is gone.
 
-    Otherwise it would train on unsupervised, and keep the run directory locked when the job is started again.
+    Otherwise it would train on unsupervised, and keep the run directory locked when the job is started again. Raises
+    WorldError if another launcher has started this process as one of several ranks.
     """
     if not started_by_torchrun():
-        return
+        return _refuse_other_launchers()
     name_process()
     agent = os.getppid()
+    if sys.platform == "linux":  # the kernel does it, even while this process is stopped
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
     def watch() -> None:
-        # An orphan gets another parent. A pipe would show that at once, but the agent has none to this process.
-        while os.getppid() == agent:
+        while os.getppid() == agent:  # an orphan gets another parent
             time.sleep(0.2)
         os._exit(EXIT_FAILED)
 
     threading.Thread(target=watch, name="toprope-agent", daemon=True).start()
+
+
+def _refuse_other_launchers() -> None:
+    for name in LAUNCHERS:
+        size = os.environ.get(name, "")
+        if size.isdecimal() and int(size) > 1:
+            raise WorldError(
+                f"{name}={size}, but torchrun has not started this process: it would train alone, beside "
+                f"{int(size) - 1} others.\n  On one machine: torchrun --standalone --nproc-per-node={size} -m trainer "
+                f"train …\n  On each of {size} nodes: torchrun --nnodes={size} --node-rank=NODE --nproc-per-node=1 "
+                "--master-addr=ADDRESS --master-port=29500 -m trainer train …"
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """True for an address that only this machine reaches. Other names may mean another address elsewhere."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 def name_process() -> None:

@@ -5,6 +5,7 @@ Ranks are interchangeable. Nothing here may change what is computed, only where.
 
 import datetime
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -107,20 +108,61 @@ def connect(device: torch.device, timeout_seconds: float) -> World:
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "256")
     timeout = datetime.timedelta(seconds=timeout_seconds)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    rank, size = elastic.expected_rank(), elastic.expected_size()
+    store: dist.Store = dist.HashStore()
     if elastic.started_by_torchrun():
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         try:
             # torch's own set-up would wait for missing ranks for as long as a collective may take.
-            store, rank, size = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=CONNECT_SECONDS)))
+            seconds = datetime.timedelta(seconds=CONNECT_SECONDS)
+            store = open_store(host, port, size, rank == 0 and not of_agent, seconds)
         except (dist.DistStoreError, dist.DistNetworkError) as error:
-            print(f"rank {elastic.expected_rank()} could not meet the others: {error}", file=sys.stderr, flush=True)
+            what = str(error).splitlines()[0]
+            print(f"rank {rank} could not meet the others at {host}:{port}: {what}", file=sys.stderr, flush=True)
             raise SystemExit(EXIT_FAILED) from None
         store.set_timeout(timeout)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        if of_agent:  # it still holds what the ranks of earlier attempts told each other
+            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+_hosted: list[dist.TCPStore] = []
+
+
+def open_store(
+    host: str,
+    port: int,
+    world_size: int | None = None,
+    is_master: bool = False,
+    timeout: datetime.timedelta = datetime.timedelta(seconds=CONNECT_SECONDS),
+    *,
+    wait_for_workers: bool = True,
+    alone: bool = False,
+    multi_tenant: bool = False,
+) -> dist.TCPStore:
+    """torch's TCPStore, but a server at a loopback address, or with `alone`, listens at that address and no other."""
+    descriptor = None
+    if is_master and (alone or elastic.is_loopback(host)):
+        try:
+            with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as own:
+                port, descriptor = own.getsockname()[1], os.dup(own.fileno())  # the store closes what it is given
+        except OSError as error:
+            raise dist.DistNetworkError(f"{host}:{port} cannot be listened at: {error.strerror}") from None
+    store = dist.TCPStore(
+        host, port, world_size, is_master, timeout, wait_for_workers, multi_tenant and descriptor is None, descriptor
+    )
+    if is_master:
+        _hosted.append(store)
+    return store
+
+
+def hosts_store() -> bool:
+    """True if this process serves a store to others."""
+    return bool(_hosted)
 
 
 def lost_peer(error: BaseException) -> bool:

@@ -1,0 +1,170 @@
+"""docs/signals.md, row by row: what signals and lost outputs do to a run, alone and under torchrun."""
+
+import contextlib
+import os
+import pty
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import ROOT, SMOKE, Job, committed_samples, settings, summarise_run, wait_until, worker_environment
+from trainer.launch.agent import LAUNCH
+from trainer.log import events
+
+pytestmark = pytest.mark.slow
+
+ALONE, TORCHRUN = "alone", "torchrun"
+STEPS = 40
+SETTINGS = settings(
+    budget__steps=STEPS, checkpoint__every_steps=0, eval__every_steps=0, wandb__mode="disabled"
+)  # fmt: skip
+# What starts the run decides which signals it ignores: `nohup` and the background of a script do, a shell does not.
+BEGIN = """
+import os, signal, sys
+ignore = sys.argv[1] == "ignoring"
+signal.signal(signal.SIGHUP, signal.SIG_IGN if ignore else signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.SIG_IGN if ignore else signal.SIG_DFL)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+OUTPUTS = {
+    "a closed standard output": ">&-",
+    "a full standard output": ">/dev/full 2>/dev/full",
+    "a reader that left (`… | head`)": "2>&1 | true",
+}
+
+
+def table() -> dict[str, dict[str, tuple[str, int]]]:
+    """{row: {way: (what happens, exit status)}} as the document says."""
+    text = (ROOT / "docs" / "signals.md").read_text(encoding="utf-8").replace(r"\|", "!")
+    rows = [
+        [cell.strip().replace("!", "|") for cell in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line
+    ]
+    return {row[0]: {ALONE: (row[1], int(row[2])), TORCHRUN: (row[3], int(row[4]))} for row in rows[2:]}
+
+
+def start(directory: Path, way: str, *, ignoring: bool = False, seconds_a_step: float = 0.15) -> Job:
+    options = ["--standalone", "--nproc-per-node=2", "--monitor-interval=0.1"] if way == TORCHRUN else []
+    launch = [*LAUNCH] if way == TORCHRUN else [sys.executable, "-m", "tests.worker"]
+    prefix = [sys.executable, "-c", BEGIN, "ignoring" if ignoring else "heeding"]
+    slow = {"before_update": seconds_a_step}
+    return Job(directory / "jobs", SMOKE, directory / "run", SETTINGS, options, launch=[*prefix, *launch], slow=slow)
+
+
+@contextlib.contextmanager
+def training(directory: Path, way: str, **more: Any) -> Iterator[Job]:
+    """A job that has done its second step."""
+    with start(directory, way, **more) as job:
+        run = directory / "run"
+        assert wait_until(lambda: run.is_dir() and max(committed_samples(run), default=0) >= 2, seconds=60), job.output
+        yield job
+
+
+def saved_and_left(run: Path, by: str) -> None:
+    summary = summarise_run(run)
+    assert summary["status"] == "preempted" and 2 <= summary["step"] < STEPS
+    assert [saved["step"] for saved in summary["checkpoints"]] == [summary["step"]]
+    asked = {entry.event.signal for entry in events.read(run) if isinstance(entry.event, events.StopRequested)}
+    assert asked == {by}
+
+
+@pytest.mark.parametrize("way", [ALONE, TORCHRUN])
+@pytest.mark.parametrize("row", ["SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT (Ctrl-C)"])
+def test_a_run_that_is_asked_to_stop_saves_and_leaves(tmp_path: Path, row: str, way: str):
+    name, (happens, status) = row.split(maxsplit=1)[0], table()[row][way]
+    assert happens == "saves and leaves"
+    with training(tmp_path, way) as job:
+        job.process.send_signal(signal.Signals[name])
+        assert job.wait(20) == status, job.output
+        assert job.leftovers() == []
+    saved_and_left(tmp_path / "run", name)
+
+
+@pytest.mark.parametrize("way", [ALONE, TORCHRUN])
+def test_signals_that_were_ignored_at_the_start_stay_ignored_by_all_processes(tmp_path: Path, way: str):
+    rows = [table()[row][way] for row in table() if row.endswith(("`nohup`", "that ignores it"))]
+    assert rows == [("is not disturbed", 0)] * 2
+    with training(tmp_path, way, ignoring=True, seconds_a_step=0.1) as job:
+        for number in (signal.SIGHUP, signal.SIGINT):
+            for pid in job.processes():
+                job.send(pid, number)
+        assert job.wait(60) == 0, job.output
+    summary = summarise_run(tmp_path / "run")
+    assert (summary["status"], len(summary["attempts"])) == ("finished", 1)
+
+
+@pytest.mark.parametrize("way", [ALONE, TORCHRUN])
+def test_a_second_ctrl_c_ends_a_run_at_once(tmp_path: Path, way: str):
+    happens, status = table()["Ctrl-C a second time"][way]
+    assert happens.startswith("ends at once")
+    with training(tmp_path, way, seconds_a_step=6.0) as job:
+        job.process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        again = time.monotonic()
+        job.process.send_signal(signal.SIGINT)
+        assert job.wait(20) % 256 == status, job.output
+        assert time.monotonic() - again < 4
+        assert wait_until(lambda: not job.processes(), seconds=2)
+
+
+@pytest.mark.parametrize("way", [ALONE, TORCHRUN])
+def test_a_run_in_a_terminal_that_is_closed_saves_and_leaves(tmp_path: Path, way: str):
+    happens, status = table()["a terminal that is closed"][way]
+    assert happens == "saves and leaves"
+    launch = [*LAUNCH, "--standalone", "--nproc-per-node=2", "-m"] if way == TORCHRUN else [sys.executable, "-m"]
+    command = [*launch, "tests.worker", "train", str(SMOKE), "--run", str(tmp_path / "run"), *SETTINGS]
+    child, terminal = pty.fork()
+    if not child:
+        os.chdir(ROOT)
+        environment = os.environ | worker_environment({"before_update": 0.15})
+        os.execve(command[0], [command[0], "-c", BEGIN, "heeding", *command], environment)
+    run = tmp_path / "run"
+    assert wait_until(lambda: run.is_dir() and max(committed_samples(run), default=0) >= 2, seconds=60)
+    os.close(terminal)
+    left = wait_until(lambda: (found := os.waitpid(child, os.WNOHANG))[0] and found, seconds=20)
+    assert left and os.waitstatus_to_exitcode(left[1]) == status
+    saved_and_left(run, "SIGHUP")
+
+
+@pytest.mark.parametrize("row", OUTPUTS)
+def test_a_lost_output_disturbs_no_run(tmp_path: Path, row: str):
+    assert {table()[row][way] for way in (ALONE, TORCHRUN)} == {("is not disturbed", 0)}
+    few = settings(budget__steps=2, checkpoint__every_steps=0, eval__every_steps=0, wandb__mode="disabled")
+    for way, launch in ((ALONE, [sys.executable]), (TORCHRUN, [*LAUNCH, "--standalone", "--nproc-per-node=2"])):
+        command = [*launch, "-m", "trainer", "train", str(SMOKE), "--run", str(tmp_path / way), *few]
+        shell = ["bash", "-c", f'set -o pipefail; "$@" {OUTPUTS[row]}', "bash", *command]
+        done = subprocess.run(shell, cwd=ROOT, check=False, timeout=60, capture_output=True)
+        assert (done.returncode, summarise_run(tmp_path / way)["status"]) == (0, "finished"), done.stderr
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--node-rank=0 --master-addr=127.0.0.1 --master-port=PORT",
+        "--rdzv-backend=c10d --rdzv-endpoint=127.0.0.1:PORT --rdzv-id=ours --rdzv-conf=is_host=0",
+    ],
+)
+def test_a_torchrun_that_waits_for_nodes_says_so_and_leaves_when_it_is_asked(tmp_path: Path, options: str):
+    assert table()["SIGTERM before there are workers"][TORCHRUN][1] == 75
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    words = ["--nnodes=2", *options.replace("PORT", port).split()]
+    with Job(tmp_path / "jobs", SMOKE, tmp_path / "run", SETTINGS, words) as job:
+        assert wait_until(lambda: f"torchrun waits at 127.0.0.1:{port}" in job.output, seconds=30), job.output
+        assert "until 2 nodes of this job have met" in job.output and "--rdzv-id" in job.output
+        job.process.send_signal(signal.SIGTERM)
+        assert job.wait(5) == 75, job.output
+        assert job.leftovers() == []
+
+
+def test_the_table_has_a_test_for_each_row():
+    asked = {"SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT (Ctrl-C)", "Ctrl-C a second time", "a terminal that is closed"}
+    ignored = {"SIGHUP, under `nohup`", "SIGINT, in a background job that ignores it"}
+    assert set(table()) == asked | ignored | set(OUTPUTS) | {"SIGTERM before there are workers"}
