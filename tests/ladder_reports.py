@@ -12,6 +12,7 @@ from tests import ladders
 from tests.ladders import Arm, Design
 from trainer.ladder.collect import CollectedRun
 from trainer.ladder.plan.ladder import AA, TARGET, Ladder, PlannedArm, PlannedRung
+from trainer.ladder.plan.schema import LadderFile
 from trainer.ladder.plan.sizes import Shape
 from trainer.ladder.report import build
 from trainer.ladder.report.build import CollectedLadder
@@ -39,11 +40,12 @@ def ladder_of(design: Design, arms: Sequence[str], unit: str = "nats_per_token",
     ]
     changes = {arm: {"model.init_draw": 1} if arm == AA else {"model.positions": arm} for arm in arms}
     planned = [PlannedArm(arm, f"is {arm} worth it?", changes[arm]) for arm in arms]
+    question = more.pop("question", "Does it hold at scale?")
+    file = LadderFile.model_construct(question=question, baseline="../smoke.toml", metric="val", unit=unit)
     values: dict[str, Any] = {
-        "name": "made-up", "path": Path("configs/ladders/made-up.toml"), "question": "Does it hold at scale?",
-        "baseline": Path("configs/smoke.toml"), "metric": "val", "unit": unit, "slots": 2, "ranks": 1, "restarts": 5,
-        "criterion": Criterion(), "rungs": rungs, "arms": planned, "target_flops": design.target,
-        "target": _rung(TARGET, 512, design.target, ()), "runs": [], "tuning": None, "notices": [], "settings": {},
+        "name": "made-up", "path": Path("configs/ladders/made-up.toml"), "file": file, "criterion": Criterion(),
+        "rungs": rungs, "arms": planned, "target_flops": design.target,
+        "target": _rung(TARGET, 512, design.target, ()), "runs": [], "notices": [], "settings": {},
     }  # fmt: skip
     return Ladder(**(values | more))
 

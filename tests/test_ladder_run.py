@@ -23,12 +23,13 @@ from tests.test_ladder_file import ARM, HEAD, SIZES, TARGET_TABLE, write
 from trainer import cli
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, ConfigError, RunDirectoryError, UsageError
 from trainer.fleet import scheduling
-from trainer.fleet.backend import Backend, Local, Process, Task
+from trainer.fleet.backend import Local, Process, Task
 from trainer.fleet.run_store import RunState, StoredRun
 from trainer.ladder import collect, preregistration, report, run, speed, tuning
 from trainer.ladder.plan import load
-from trainer.ladder.plan.ladder import AA, Ladder
-from trainer.ladder.run import LadderResult, LadderStatus
+from trainer.ladder.plan.ladder import AA, Ladder, PlannedRun
+from trainer.ladder.preregistration import pool_of
+from trainer.ladder.run import LadderStatus
 from trainer.ladder.speed import Speed
 from trainer.ladder.stats.records import BASELINE, RunResult
 from trainer.launch import agent
@@ -64,20 +65,24 @@ def plan(home: Path, *parts: str, name: str = "ladder") -> Ladder:
 
 
 @pytest.fixture(scope="module")
-def reference(home, backend) -> tuple[Ladder, Path, LadderResult]:
+def reference(home, backend) -> tuple[Ladder, Path, LadderStatus]:
     """A ladder without faults, and where its runs are."""
     ladder = plan(home, PLAIN, ARM, name="reference")
     out = home / "ladders" / "reference"
-    return ladder, run.pool_of(out), run.run(ladder, out, backend=backend)
+    return ladder, pool_of(out), run.run(ladder, out, backend=backend)
+
+
+def final_runs(ladder: Ladder, pool: Path) -> list[PlannedRun]:
+    return tuning.final(ladder, tuning.choices(ladder, pool))
 
 
 def run_results(ladder: Ladder, pool: Path) -> list[RunResult]:
-    return collect.run_results(collect.collect_runs(ladder, pool, tuning.final(ladder, pool)))
+    return collect.run_results(collect.collect_runs(ladder, pool, final_runs(ladder, pool)))
 
 
 def hashed_results(ladder: Ladder, pool: Path) -> list[tuple[RunResult, str | None]]:
     """Results without their times, with the hash of the weights."""
-    known = collect.collect_runs(ladder, pool)
+    known = collect.collect_runs(ladder, pool, ladder.runs)
     hashes = {(collected.arm, collected.rung, collected.seed): collected.weights_sha256 for collected in known}
     return [
         (dataclasses.replace(result, seconds=None), hashes[result.arm, result.rung, result.seed])
@@ -88,7 +93,7 @@ def hashed_results(ladder: Ladder, pool: Path) -> list[tuple[RunResult, str | No
 def test_every_run_finishes_and_is_what_the_plain_command_makes_of_its_config(reference, home):
     ladder, pool, done = reference
     assert done.exit_status == EXIT_FINISHED
-    assert [run.arm for run in done.status.runs] == [BASELINE, AA, "no qk-norm"] * 2
+    assert [run.arm for run in done.runs] == [BASELINE, AA, "no qk-norm"] * 2
     planned = ladder.runs[1]
     stored = StoredRun(pool / planned.key)
     trainer("train", stored.config, "--run", home / "plain")
@@ -118,10 +123,10 @@ def test_a_run_that_was_scored_on_another_text_is_missing_and_says_why(reference
     copied = home / "rescored" / "pool"
     shutil.copytree(pool, copied)
     (log,) = events.events_directory(StoredRun(copied / ladder.runs[2].key).run).glob("*.jsonl")
-    digest = collect.collect_runs(ladder, copied)[2].digest
+    digest = collect.collect_runs(ladder, copied, ladder.runs)[2].digest
     assert digest is not None
     log.write_text(log.read_text().replace(digest, "f" * 64))
-    found = collect.collect_runs(ladder, copied)
+    found = collect.collect_runs(ladder, copied, ladder.runs)
     assert [collected.status for collected in found] == ["finished"] * 2 + ["missing"] + ["finished"] * 3
     assert "scored on another text" in found[2].reason
     assert len(run_results(ladder, copied)) == 5
@@ -167,10 +172,11 @@ def test_small_rungs_can_be_run_alone_and_the_rest_later(reference, home, backen
     part = run.run(ladder, out, up_to="s", backend=backend)
     assert (part.started, part.exit_status) == (3, EXIT_FINISHED)
     assert (run.read_status(ladder, out).count("finished"), run.read_status(ladder, out).count("waiting")) == (3, 3)
-    assert len((preregistration.read(out) or {})["runs"]) == 6  # what is planned is the whole
+    record = preregistration.read(out)
+    assert record is not None and len(record.runs) == 6  # what is planned is the whole
     whole = run.run(ladder, out, backend=backend)
     assert (whole.started, whole.exit_status) == (3, EXIT_FINISHED)
-    assert hashed_results(ladder, run.pool_of(out)) == hashed_results(*reference[:2])
+    assert hashed_results(ladder, pool_of(out)) == hashed_results(*reference[:2])
 
 
 def test_a_storm_leaves_every_run_with_the_bits_of_the_undisturbed_ladder(reference, home, backend):
@@ -179,16 +185,16 @@ def test_a_storm_leaves_every_run_with_the_bits_of_the_undisturbed_ladder(refere
     out = home / "stormy" / "storm"
     done = run.run(storm, out, backend=backend)
     assert done.exit_status == EXIT_FINISHED, done.missing
-    assert hashed_results(storm, run.pool_of(out)) == hashed_results(ladder, pool)
+    assert hashed_results(storm, pool_of(out)) == hashed_results(ladder, pool)
     stormy, quiet = reported(storm, out), reported(ladder, home / "ladders" / "reference")
     assert {key for key in quiet if stormy[key] != quiet[key]} == {"name", "file"}
-    storm_runs = collect.collect_runs(storm, run.pool_of(out))
+    storm_runs = collect.collect_runs(storm, pool_of(out), storm.runs)
     assert [sorted({fault["kind"] for fault in collected.faults}) for collected in storm_runs] == [
         ["sigkill", "torn_save"] if collected.rung == "s" else ["exit", "sigkill"] for collected in storm_runs
     ]
     assert all(collected.attempts > 1 and collected.replayed > 0 for collected in storm_runs)
     incidents = [
-        incident["kind"] for incident in summarise_run(StoredRun(run.pool_of(out) / storm.runs[0].key).run)["incidents"]
+        incident["kind"] for incident in summarise_run(StoredRun(pool_of(out) / storm.runs[0].key).run)["incidents"]
     ]
     assert "worker_lost" in incidents  # the run's own log says why it was started again
 
@@ -202,7 +208,7 @@ def test_a_ladder_killed_at_random_five_times_gives_the_report_of_one_that_was_n
     assert run.run(ladder, whole, backend=backend).started == 3
     assert reported(ladder, whole)["fit"] is not None
     out, rng = home / "killed" / "three", random.Random(1)
-    killed = run.pool_of(out)
+    killed = pool_of(out)
     for _ in range(5):
         before = bytes_of_events(killed)
         scheduler = start_scheduler(ladder, out)
@@ -213,9 +219,9 @@ def test_a_ladder_killed_at_random_five_times_gives_the_report_of_one_that_was_n
     assert run.read_status(ladder, out).count("finished") < len(ladder.runs)
     done = run.run(ladder, out, backend=backend)
     assert done.exit_status == EXIT_FINISHED, done.missing
-    assert hashed_results(ladder, killed) == hashed_results(ladder, run.pool_of(whole))
+    assert hashed_results(ladder, killed) == hashed_results(ladder, pool_of(whole))
     assert json.dumps(reported(ladder, out)) == json.dumps(reported(ladder, whole))
-    assert sum(collected.attempts for collected in collect.collect_runs(ladder, killed)) > len(ladder.runs)
+    assert sum(collected.attempts for collected in collect.collect_runs(ladder, killed, ladder.runs)) > len(ladder.runs)
 
 
 def reported(ladder: Ladder, out: Path) -> dict[str, Any]:
@@ -254,7 +260,7 @@ def test_asked_to_stop_it_saves_every_run_leaves_no_process_and_says_how_to_resu
     path = write(home, SLOW, "slow")
     out = home / "stopped" / "slow"
     process = subprocess.Popen(command(path, out), env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, text=True)
-    pool = run.pool_of(out)
+    pool = pool_of(out)
     assert wait_until(lambda: steps_of(pool) > 20, 60)
     ladder = load.load(path)
     with pytest.raises(RunDirectoryError, match="is in use by another `ladder run`"):
@@ -263,8 +269,8 @@ def test_asked_to_stop_it_saves_every_run_leaves_no_process_and_says_how_to_resu
     said, _ = process.communicate(timeout=60)
     assert process.returncode == EXIT_PREEMPTED, said
     assert f"Continue with: python -m trainer ladder run {path} --out {out}" in " ".join(said.split())
-    states = [run.state_of(pool, planned) for planned in ladder.runs]
-    assert [state.status for state in states[:2]] == ["stopped", "stopped"]
+    states = run.read_status(ladder, out)
+    assert [states.state(planned).status for planned in ladder.runs[:2]] == ["stopped", "stopped"]
     for planned in ladder.runs[:2]:
         run_summary = summarise_run(StoredRun(pool / planned.key).run)
         assert (run_summary["status"], run_summary["checkpoints"][-1]["step"]) == ("preempted", run_summary["step"])
@@ -273,19 +279,18 @@ def test_asked_to_stop_it_saves_every_run_leaves_no_process_and_says_how_to_resu
 def test_a_run_that_cannot_start_is_given_up_with_its_reason_and_tried_once_more_by_the_next_call(home, backend):
     ladder = plan(home, PLAIN.replace("slots = 2", "slots = 2\nset = { seed = 3 }"), name="broken")
 
-    class Breaking(Backend):
-        def start(self, task: Task) -> Process:
-            if AA in task.name:
-                task.stored.config.write_text("this is no TOML")
-            return backend.start(task)
+    def breaking(task: Task) -> Process:
+        if AA in task.name:
+            task.stored.config.write_text("this is no TOML")
+        return backend(task)
 
     out = home / "broken" / "broken"
-    done = run.run(ladder, out, backend=Breaking())
+    done = run.run(ladder, out, backend=breaking)
     assert done.exit_status == EXIT_FAILED
     assert set(done.missing) == {"s A/A seed 0", "m A/A seed 0"}
     assert all("is not valid TOML" in why for why in done.missing.values())
-    assert (done.status.count("finished"), done.started) == (2, 4)
-    assert [collected.arm for collected in run_results(ladder, run.pool_of(out))] == [BASELINE, BASELINE]
+    assert (done.count("finished"), done.started) == (2, 4)
+    assert [collected.arm for collected in run_results(ladder, pool_of(out))] == [BASELINE, BASELINE]
     repaired = run.run(ladder, out, backend=backend)
     assert (repaired.exit_status, repaired.started) == (EXIT_FINISHED, 2)
 
@@ -294,13 +299,12 @@ def test_a_run_that_dies_again_and_again_without_coming_further_is_given_up(home
     """Each start dies before the first checkpoint, and no fault of the plan explains it."""
     text = ONE_RUNG.replace("[0]", "[4]\naa = false\nrestarts = 2")
 
-    class Deadly(Backend):
-        def start(self, task: Task) -> Process:
-            process = backend.start(task)
-            process.kill()
-            return process
+    def deadly(task: Task) -> Process:
+        process = backend(task)
+        process.kill()
+        return process
 
-    done = run.run(plan(home, text, name="deadly"), home / "deadly" / "deadly", backend=Deadly())
+    done = run.run(plan(home, text, name="deadly"), home / "deadly" / "deadly", backend=deadly)
     (why,) = done.missing.values()
     assert why.startswith("It was ended by SIGKILL, 3 times in a row without progress.")
     assert done.started == 3
@@ -310,20 +314,20 @@ def test_a_sweep_decides_the_rate_of_the_runs_that_follow_and_an_edge_is_reporte
     text = PLAIN.replace("[0]", "[0]\naa = false")
     ladder = plan(home, text, "[tuning]\nrates = [0.001, 0.3, 1.0]\nseed = 9\n", name="tuned")
     out = home / "tuned" / "tuned"
-    assert tuning.final(ladder, run.pool_of(out)) == []
+    assert final_runs(ladder, pool_of(out)) == []
     done = run.run(ladder, out, backend=backend)
     assert done.exit_status == EXIT_FINISHED
-    assert len(done.status.runs) == 2 * (3 + 1)
-    for choice in tuning.choices(ladder, run.pool_of(out)):
+    assert len(done.runs) == 2 * (3 + 1)
+    for choice in tuning.choices(ladder, pool_of(out)):
         losses = {float(rate): loss for rate, loss in choice.losses.items() if loss is not None}
         assert len(losses) == 3
         assert choice.rate is not None
         assert choice.rate == min(losses, key=lambda rate: losses[rate])
         assert choice.at_edge == (choice.rate != 0.3)
-        (final,) = [made for made in tuning.final(ladder, run.pool_of(out)) if made.rung == choice.rung]
+        (final,) = [made for made in final_runs(ladder, pool_of(out)) if made.rung == choice.rung]
         assert final.config.optim.learning_rate == pytest.approx(1e-2 * choice.rate)
         assert choice.flops == pytest.approx(3 * final.flops)
-    assert len(run_results(ladder, run.pool_of(out))) == 2
+    assert len(run_results(ladder, pool_of(out))) == 2
 
 
 def test_runs_of_two_ranks_are_torchrun_s_and_end_with_the_same_bits(reference, home, backend):
@@ -334,7 +338,7 @@ def test_runs_of_two_ranks_are_torchrun_s_and_end_with_the_same_bits(reference, 
     out = home / "pairs" / "pairs"
     done = run.run(ladder, out, backend=backend)
     assert done.exit_status == EXIT_FINISHED, done.missing
-    (collected,) = collect.collect_runs(ladder, run.pool_of(out))
+    (collected,) = collect.collect_runs(ladder, pool_of(out), ladder.runs)
     assert collected.key == next(iter(reference[0].runs)).key
     assert collected.weights_sha256 == summarise_run(pool / collected.key / "run")["weights_sha256"]
     assert (collected.machine or ("", "", 0))[2] == 2
@@ -349,32 +353,33 @@ def test_gpus_are_shared_out_among_slots_and_each_run_sees_its_own(home, monkeyp
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,6,3,1,0")
     assert [speed.devices_of(ladder, slot)["CUDA_VISIBLE_DEVICES"] for slot in (0, 1)] == ["7,6", "3,1"]
     tasks: list[Task] = []
-    speed.probe(ladder, 2, mock.Mock(start=lambda task: tasks.append(task) or mock.Mock(wait=lambda: 0)))
+    speed.probe(ladder, 2, lambda task: tasks.append(task) or mock.Mock(wait=lambda: 0))
     assert [task.environment["CUDA_VISIBLE_DEVICES"] for task in tasks] == ["7,6", "3,1"] * 2
     alone = plan(home, PLAIN.replace("slots = 2", ""), "[set]\nparallel.device = 'cpu'\n", name="cores")
     assert speed.devices_of(alone, 1) == {}
 
 
 def test_an_edited_file_is_reported_and_a_criterion_changed_after_the_fact_is_recorded(reference, home):
-    ladder, pool, _ = reference
+    ladder, _, _ = reference
     out = home / "ladders" / "reference"
-    assert preregistration.compare(ladder, out, pool).lines == []
+    assert preregistration.compare(ladder, out).lines == []
     text = (home / "reference.toml").read_text().replace('name = "m"\nwidth = 24', 'name = "m"\nwidth = 48')
     elsewhere = home / "edited"
     elsewhere.mkdir()
     (elsewhere / "tiny.toml").write_text((home / "tiny.toml").read_text())
     changed = load.load(write(elsewhere, text + "[criterion]\nmin_gain = 1.1\n", "reference"))
-    edits = preregistration.compare(changed, out, pool)
+    edits = preregistration.compare(changed, out)
     assert edits.lines == ["criterion.min_gain: 1.02 → 1.1", "rungs.m.width: 24 → 48"]
     assert (edits.kept, edits.dropped) == (3, 3)
     assert "3 finished runs are kept, 3 finished runs are no longer wanted" in str(edits)
-    preregistration.write(changed, out, pool)
-    history = (preregistration.read(out) or {})["criterion_history"]
+    preregistration.write(changed, out)
+    record = preregistration.read(out)
+    history = record.criterion_history if record else []
     assert [entry["criterion"]["min_gain"] for entry in history] == [1.02, 1.1]
     assert [entry["finished_runs"] for entry in history] == [0, 6]
-    preregistration.write(ladder, out, pool)
+    preregistration.write(ladder, out)
     with pytest.raises(RunDirectoryError, match="belongs to ladder 'reference'"):
-        preregistration.compare(plan(home, PLAIN, name="other"), out, pool)
+        preregistration.compare(plan(home, PLAIN, name="other"), out)
 
 
 def test_a_plan_measures_a_few_steps_and_starts_nothing_else(home, backend, tmp_path):
@@ -449,10 +454,12 @@ def test_the_smallest_run_is_next_unless_a_long_one_would_then_be_alone_at_the_e
     assert scheduling.next_of([3], [0, 9]) == 0
 
 
-def test_earlier_measurements_are_taken_at_the_pace_of_now():
+def test_earlier_measurements_are_kept_and_taken_at_the_pace_of_now(tmp_path):
     earlier = Speed({100: 1.0, 1000: 4.0}, {})
     assert Speed({100: 2.0}, {}).scale_earlier(earlier) == Speed({100: 2.0, 1000: 8.0}, {})
-    assert Speed({}, {}).scale_earlier(earlier) == earlier == Speed.from_json(earlier.to_json())
+    assert Speed({}, {}).scale_earlier(earlier) == earlier
+    speed.save(earlier, tmp_path)
+    assert speed.load(tmp_path) == earlier
 
 
 def test_a_spike_is_a_loss_far_above_those_before_it():

@@ -225,13 +225,12 @@ def ladder_plan(path: LadderPath, out: LadderOut = None, as_json: AsJson = False
 
     backend = Local()
     ladder, out = load.load(path), out or run.default_out(path)
-    status = run.read_status(ladder, out)
-    known, source = run.measure(ladder, out, status, backend)
-    edits = preregistration.write(ladder, out, run.pool_of(out))
+    status, source = run.measure(ladder, out, run.read_status(ladder, out), backend)
+    edits = preregistration.write(ladder, out)
     if as_json:
-        _print_json(terminal.plan_json(ladder, status, known, source, edits))
+        _print_json(terminal.plan_json(ladder, status, source, edits))
     else:
-        _show(terminal.plan(ladder, status, known, source, edits))
+        _show(terminal.plan(ladder, status, source, edits))
 
 
 @ladders.command("run")
@@ -254,7 +253,7 @@ def ladder_run(
     command = shlex.join(["python", "-m", "trainer", "ladder", "run", str(path), *options])
     ladder, out = load.load(path), out or run.default_out(path)
     notes = sys.stderr if as_json else sys.stdout
-    if edits := str(preregistration.compare(ladder, out, run.pool_of(out))):
+    if edits := str(preregistration.compare(ladder, out)):
         print(edits, file=notes, flush=True)
     with terminal.LadderProgress(ladder, file=notes) as live:
         done = run.run(ladder, out, up_to=up_to, backend=backend, update=live.update)
@@ -276,7 +275,7 @@ def ladder_status(path: LadderPath, out: LadderOut = None, as_json: AsJson = Fal
     if as_json:
         _print_json(terminal.status_json(ladder, status))
         return
-    if edits := str(preregistration.compare(ladder, out, run.pool_of(out))):
+    if edits := str(preregistration.compare(ladder, out)):
         print(edits)
     _show(terminal.standing(ladder, status))
 

@@ -148,28 +148,19 @@ def is_held(path: Path) -> bool:
 
 
 def _newest_records(run: Path) -> list[dict[str, Any]]:
-    """The last events that rank 0 logged in each attempt of a run, oldest first."""
-    paths = sorted(events.events_directory(run).glob("attempt-*-rank-00000.jsonl"))
-    return [record for path in paths for record in _tail(path)]
+    """The last events that rank 0 logged in each attempt of a run, oldest first, without torn lines."""
+    records: list[dict[str, Any]] = []
+    for path in sorted(events.events_directory(run).glob("attempt-*-rank-00000.jsonl")):
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            # Only the end is read: the scheduler asks every second, and logs grow to many megabytes.
+            start = max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES)
+            file.seek(start)
+            # The first line is cut where reading began in the middle; the last one may still be being written.
+            for line in file.read().split(b"\n")[1 if start else 0 : -1]:
+                with contextlib.suppress(ValueError):
+                    records.append(files.parse_object(line))
+    return records
 
 
 def _has_finished(records: list[dict[str, Any]]) -> bool:
     return any(record["event"] == "attempt_ended" and record["status"] == "finished" for record in records)
-
-
-def _tail(path: Path) -> list[dict[str, Any]]:
-    """Return the last events of a file, without torn lines; [] if it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            # Only the end is read: the scheduler asks every second, and logs grow to many megabytes.
-            start = max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES)
-            file.seek(start)
-            lines = file.read().split(b"\n")
-    except OSError:
-        return []
-    records = []
-    # The first line is cut where reading began in the middle; the last one may still be being written.
-    for line in lines[1 if start else 0 : -1]:
-        with contextlib.suppress(ValueError):
-            records.append(files.parse_object(line))
-    return records

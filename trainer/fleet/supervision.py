@@ -7,11 +7,11 @@ import contextlib
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
+from typing import Any
 
 from filelock import FileLock
 
@@ -32,9 +32,6 @@ POLL_SECONDS = 0.02
 LEAVING_SECONDS = 10.0
 
 
-# Signals
-
-
 @contextlib.contextmanager
 def handle_signals(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
     """Handle with `handler`, while the context lasts, those signals that ask to stop and are not ignored."""
@@ -47,20 +44,17 @@ def handle_signals(handler: Callable[[int, FrameType | None], Any]) -> Iterator[
 
 
 @contextlib.contextmanager
-def deferred_signals() -> Iterator[None]:
-    """Deliver signals that ask to stop at the end of the context: a process that starts in it is recorded before."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.ASKING)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextlib.contextmanager
-def ended_processes() -> Iterator[list[Process]]:
-    """Yield a list for processes. At the end of the context, those that still run save and leave, or are killed."""
+def started(backend: Backend, tasks: Iterable[Task]) -> Iterator[list[Process]]:
+    """Start processes. At the end of the context, those that still run save and leave, or are killed."""
     processes: list[Process] = []
     try:
+        for task in tasks:
+            # A signal is delivered when the process is recorded, else nothing would end it.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.ASKING)
+            try:
+                processes.append(backend(task))
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         yield processes
     finally:
         living = [process for process in processes if process.poll() is None]
@@ -74,9 +68,6 @@ def ended_processes() -> Iterator[list[Process]]:
             for process in living:
                 process.kill()
                 process.wait()
-
-
-# One job
 
 
 @contextlib.contextmanager
@@ -100,9 +91,6 @@ def new_start_directory(directory: Path) -> Path:
     return directory / f"start-{len(list(directory.glob('start-*')))}"
 
 
-# Many runs
-
-
 def is_final(status: int, output: str) -> bool:
     """True if another start would end in the same way, by exit status and last output."""
     return output.startswith(FINAL) or (status == EXIT_USAGE and IN_USE not in output)
@@ -112,7 +100,6 @@ def is_final(status: int, output: str) -> bool:
 class SupervisedRun:
     """A run with a process that works on it."""
 
-    key: str
     task: Task
     lock: FileLock
     slot: int
@@ -125,7 +112,7 @@ class SupervisedRun:
 
 
 @dataclass
-class Supervisor:
+class Supervisor(contextlib.AbstractContextManager["Supervisor"]):
     """Keeps runs in `slots` running until each has finished or is given up.
 
     Use as a context manager: no process that it started outlives the context.
@@ -138,7 +125,8 @@ class Supervisor:
     ranks: int
     devices: Callable[[int], Mapping[str, str]]
     """Environment that gives a slot its devices."""
-    runs: list[SupervisedRun] = field(default_factory=list)
+    runs: dict[str, SupervisedRun] = field(default_factory=dict)
+    """By key."""
     given_up: set[str] = field(default_factory=set)
     """Keys of runs that are not started again."""
     started: int = 0
@@ -146,11 +134,8 @@ class Supervisor:
     urgency: int = 0
     """Number of requests to stop."""
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *_: object) -> None:
-        for run in self.runs:
+        for run in self.runs.values():
             run.process.kill()
             run.process.wait()
             run.lock.release()
@@ -158,7 +143,7 @@ class Supervisor:
 
     @property
     def free_slots(self) -> list[int]:
-        return sorted(set(range(self.slots)) - {run.slot for run in self.runs})
+        return sorted(set(range(self.slots)) - {run.slot for run in self.runs.values()})
 
     def try_start(self, key: str, stored: StoredRun, name: str, config: Config) -> bool:
         """Start a run in a free slot; False if another scheduler has it, or has finished it meanwhile."""
@@ -172,19 +157,19 @@ class Supervisor:
         slot = self.free_slots[0]
         task = Task(stored, name, self.ranks, self.devices(slot))
         # Progress is read again at the end of each start: only a difference makes another start worth while.
-        self.runs.append(SupervisedRun(key, task, lock, slot, self._start(task), stored.progress()))
+        self.runs[key] = SupervisedRun(task, lock, slot, self._start(task), stored.progress())
         return True
 
     def wait(self, seconds: float) -> None:
         """Return when the process of a run has ended, at the latest after `seconds`."""
         deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and all(run.process.poll() is None for run in self.runs):
+        while time.monotonic() < deadline and all(run.process.poll() is None for run in self.runs.values()):
             time.sleep(POLL_SECONDS)
 
     def collect(self) -> list[str]:
         """Restart the runs that ended too early; return the keys of the runs that need no more starts."""
         done: list[str] = []
-        for run in list(self.runs):
+        for key, run in list(self.runs.items()):
             status = run.process.poll()
             if status is None:
                 continue
@@ -197,22 +182,26 @@ class Supervisor:
                     run.process = self._start(run.task)
                     continue
                 stored.give_up(reason)
-                self.given_up.add(run.key)
+                self.given_up.add(key)
             run.lock.release()
-            self.runs.remove(run)
-            done.append(run.key)
+            del self.runs[key]
+            done.append(key)
         return done
+
+    def request_stop(self, *_: object) -> None:
+        """Handle a signal. It may interrupt the start of a run, so nothing is stopped before `stop`."""
+        self.urgency += 1
 
     def stop(self) -> None:
         """Ask all runs to save and leave; asked a second time, end them at once."""
-        for run in self.runs:  # including a run that was being started when the signal came
+        for run in self.runs.values():  # including a run that was being started when the signal came
             if run.urgency < self.urgency:
                 run.process.send_signal(signal.SIGTERM if self.urgency == 1 else signal.SIGKILL)
                 run.urgency = self.urgency
 
     def _start(self, task: Task) -> Process:
         self.started += 1
-        return self.backend.start(task)
+        return self.backend(task)
 
     def _reason_to_give_up(self, run: SupervisedRun, status: int) -> str:
         """Return the reason why another start would fail too; "" if it may help. Notes the death for the run's log."""

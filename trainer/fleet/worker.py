@@ -11,14 +11,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from trainer import config
 from trainer.errors import EXIT_FAILED, TopropeError
 from trainer.fleet import run_store, supervision
-from trainer.fleet.run_store import START_MARK, StoredRun
+from trainer.fleet.run_store import StoredRun
 from trainer.parallel import elastic
 from trainer.show import terminal
 
 LOCK_SECONDS = 10.0
-"""Maximum wait for a process of an earlier scheduler that still holds the run directory."""
 WATCH_SECONDS = 0.1
 TORCHRUN_RESTARTS = 20  # for faults in a row; the scheduler itself counts starts without progress
 
@@ -26,23 +26,30 @@ TORCHRUN_RESTARTS = 20  # for faults in a row; the scheduler itself counts start
 def main(directory: str, name: str, ranks: str, scheduler: str) -> int:
     """Train the run in `directory` and return its exit status."""
     stored, endings = StoredRun(Path(directory)), list[Callable[[], None]]()
-    _print_to(stored.log)
+    log = os.open(stored.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    os.close(log)
+    terminal.take(unbuffered=True)  # a log that cannot grow must not end the run
     _end_with_scheduler(int(scheduler), endings)
-    print(f"{START_MARK}{time.strftime('%Y-%m-%d %H:%M:%S')}  {name}  process {os.getpid()}", flush=True)
+    began = time.strftime("%Y-%m-%d %H:%M:%S")
+    print(f"{run_store.START_MARK}{began}  {name}  process {os.getpid()}", flush=True)
     os.environ["WANDB_NAME"] = name
     # After a scheduler was killed, its process for this run may need a moment to end and to release the directory.
     deadline = time.monotonic() + LOCK_SECONDS
     while run_store.is_held(stored.run / "lock") and time.monotonic() < deadline:
         time.sleep(0.05)
-    return _train(stored) if ranks == "1" else _launch(stored, int(ranks), endings)
+    if ranks != "1":
+        return _launch(stored, int(ranks), endings)
+    started = time.time()
+    os.environ[elastic.FAILURES_FILE] = str(stored.failures)
+    from trainer import job
 
-
-def _print_to(path: Path) -> None:
-    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    for stream in (1, 2):
-        os.dup2(log, stream)
-    os.close(log)
-    terminal.take(unbuffered=True)  # a log that cannot grow must not end the run
+    try:
+        return job.train(config.load(stored.config), stored.run, started)
+    except TopropeError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return error.exit_status
 
 
 def _end_with_scheduler(scheduler: int, endings: list[Callable[[], None]]) -> None:
@@ -61,21 +68,8 @@ def _end_with_scheduler(scheduler: int, endings: list[Callable[[], None]]) -> No
     threading.Thread(target=watch, name="toprope-scheduler", daemon=True).start()
 
 
-def _train(stored: StoredRun) -> int:
-    started = time.time()
-    os.environ[elastic.FAILURES_FILE] = str(stored.failures)
-    from trainer import config, job
-
-    try:
-        return job.train(config.load(stored.config), stored.run, started)
-    except TopropeError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return error.exit_status
-
-
 def _launch(stored: StoredRun, ranks: int, endings: list[Callable[[], None]]) -> int:
     """Run a torchrun agent with its workers, and the planned faults that strike from outside."""
-    from trainer import config
     from trainer.faults import plan
     from trainer.launch.cluster import Cluster
     from trainer.log import events

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import NumericsError, TopropeError
-from trainer.fleet.run_store import RunStatus, StoredRun
+from trainer.fleet.run_store import RunState, RunStatus, StoredRun
 from trainer.ladder.plan.ladder import Ladder, PlannedRun
 from trainer.ladder.stats.records import JsonRecord, RunResult
 from trainer.log import events, goodput, rundir
-from trainer.log.events import AttemptEnded, EvalDone, FaultFired, NotFinite
+from trainer.log.events import EvalDone, FaultFired, NotFinite
 from trainer.log.history import History
 
 FASTEST_SHARE = 200
@@ -71,33 +71,36 @@ class CollectedRun(JsonRecord):
     machine: tuple[str, str, int] | None = None
     """(host, device, ranks); None if the run used more than one machine."""
 
+    @classmethod
+    def of(cls, run: PlannedRun, state: RunState) -> "CollectedRun":
+        """Return what is known of a run without its event log."""
+        return cls(
+            run.arm, run.rung, run.seed, run.rate, run.key, state.status, state.reason, run.flops, run.parameters,
+            run.tokens, run.config.budget.steps, state.step,
+        )  # fmt: skip
 
-def collect_runs(ladder: Ladder, pool: Path, runs: Sequence[PlannedRun] | None = None) -> list[CollectedRun]:
-    """Collect each of `runs` (default: the ladder's), in their order.
+
+def collect_runs(ladder: Ladder, pool: Path, runs: Sequence[PlannedRun]) -> list[CollectedRun]:
+    """Collect each of `runs`, in their order.
 
     A run that was scored on other tokens than most counts as missing: the held-out set changed ("repo" does so).
     """
-    planned = ladder.runs if runs is None else runs
-    return _drop_other_texts(planned, [collect_run(run, pool, ladder.metric, ladder.unit) for run in planned])
-
-
-def _drop_other_texts(planned: Sequence[PlannedRun], collected: list[CollectedRun]) -> list[CollectedRun]:
+    collected = [collect_run(run, pool, ladder.file.metric, ladder.file.unit) for run in runs]
     # An arm's tokenizer or context turns the same text into other tokens, so digests are compared within groups.
     groups: dict[tuple[str, int, int], Counter[str]] = {}
-    for run, result in zip(planned, collected, strict=True):
+    for run, result in zip(runs, collected, strict=True):
         data = run.config.data
         digests = groups.setdefault((data.tokenizer, data.vocab_size, run.config.model.context), Counter())
         digests.update([result.digest] if result.digest is not None else [])
     odd = {digest for digests in groups.values() for digest, _ in digests.most_common()[1:]}
-    return [_on_other_text(result) if result.digest in odd else result for result in collected]
-
-
-def _on_other_text(run: CollectedRun) -> CollectedRun:
-    reason = (
-        "It was scored on another text than most runs: the held-out set has changed since.\n"
-        f"  Losses on two texts cannot be compared. Remove {run.key} from the pool, and it is run again."
-    )
-    return dataclasses.replace(run, status="missing", reason=reason, loss=None)
+    for number, result in enumerate(collected):
+        if result.digest in odd:
+            reason = (
+                "It was scored on another text than most runs: the held-out set has changed since.\n"
+                f"  Losses on two texts cannot be compared. Remove {result.key} from the pool, and it is run again."
+            )
+            collected[number] = dataclasses.replace(result, status="missing", reason=reason, loss=None)
+    return collected
 
 
 def run_results(collected: Sequence[CollectedRun]) -> list[RunResult]:
@@ -107,25 +110,22 @@ def run_results(collected: Sequence[CollectedRun]) -> list[RunResult]:
     compare machines.
     """
     machines = Counter(run.machine for run in collected if run.status == "finished" and run.machine is not None)
-    usual_machine = machines.most_common(1)[0][0] if machines else None
-    results = []
-    for run in collected:
-        if run.loss is None:
-            continue
-        comparable = run.machine is not None and run.machine == usual_machine and math.isfinite(run.loss)
-        seconds = run.undisturbed_seconds if comparable else None
-        results.append(RunResult(run.arm, run.rung, run.seed, run.flops, run.parameters, run.tokens, run.loss, seconds))
-    return results
+    usual_machines = [machine for machine, _ in machines.most_common(1)]
+    return [
+        RunResult(
+            run.arm, run.rung, run.seed, run.flops, run.parameters, run.tokens, run.loss,
+            run.undisturbed_seconds if run.machine in usual_machines and math.isfinite(run.loss) else None,
+        )
+        for run in collected
+        if run.loss is not None
+    ]  # fmt: skip
 
 
 def collect_run(planned: PlannedRun, pool: Path, metric: str, unit: str) -> CollectedRun:
     """Read one run from its files as they are now."""
     stored = StoredRun(pool / planned.key)
-    state = stored.read_state(planned.config.budget.steps)
-    unread = CollectedRun(
-        planned.arm, planned.rung, planned.seed, planned.rate, planned.key, state.status, state.reason, planned.flops,
-        planned.parameters, planned.tokens, planned.config.budget.steps, state.step,
-    )  # fmt: skip
+    # Without a readable log a run is shown as its files have it: waiting, running, or missing with a reason.
+    unread = CollectedRun.of(planned, stored.read_state(planned.config.budget.steps))
     try:
         entries = events.read(stored.run)
         about = rundir.read(stored.run) if entries else {}
@@ -143,11 +143,12 @@ def _measure(history: History) -> dict[str, Any]:
     committed = history.committed
     # A step that was computed several times, on coarser grids, has the total of its computations.
     durations = sorted(step.seconds / (1 + step.redone) for step in committed.values())
+    # Runs share a machine, so medians would measure the neighbours. The fastest steps were hardly disturbed.
     fastest = durations[: max(1, len(durations) // FASTEST_SHARE)]
     starts = [event for attempt in history.attempts for _, event in attempt.starts.values()]
     machines = {(start.host, start.device, start.world_size) for start in starts}
+    ends = [attempt.ends[0][1] for attempt in history.attempts if attempt.main_status == "finished"]
     account = goodput.account(history)
-    # Runs share a machine, so medians would measure the neighbours. The fastest steps were hardly disturbed.
     return {
         "seconds": math.fsum(durations) if durations else None,
         "undisturbed_seconds": len(durations) * statistics.fmean(fastest) if durations else None,
@@ -162,20 +163,17 @@ def _measure(history: History) -> dict[str, Any]:
         "redone": sum(step.redone > 0 for step in committed.values()),
         "not_finite": len(events.select(history.entries, NotFinite, rank=0)),
         "spikes": find_spikes([committed[step].loss for step in sorted(committed)]),
-        "weights_sha256": next((end.weights_sha256 for end in _main_ends(history, "finished")), None),
+        "weights_sha256": ends[0].weights_sha256 if ends else None,
         "machine": machines.pop() if len(machines) == 1 else None,
     }
-
-
-def _main_ends(history: History, status: str) -> list[AttemptEnded]:
-    """Ends of rank 0 with this status."""
-    return [attempt.ends[0][1] for attempt in history.attempts if attempt.main_status == status]
 
 
 def _score(history: History, run: CollectedRun, metric: str, unit: str) -> dict[str, Any]:
     """Loss and digest of a finished run; the loss of a run that diverged is NaN."""
     if run.status != "finished":
-        diverged = any(end.reason.startswith(NumericsError.__name__) for end in _main_ends(history, "failed")[-1:])
+        # A failure of an earlier attempt was repaired by the next one: the last one tells whether the run diverged.
+        failures = [attempt.ends[0][1] for attempt in history.attempts if attempt.main_status == "failed"]
+        diverged = any(end.reason.startswith(NumericsError.__name__) for end in failures[-1:])
         return {"loss": math.nan if diverged and run.status == "missing" else None}
     # A run that resumed after its last step was scored again: the newest score counts.
     scores = [event for _, event in events.select(history.entries, EvalDone) if event.set == metric]
@@ -195,6 +193,7 @@ def find_spikes(losses: Sequence[float]) -> list[int]:
     """Return the steps (from 1) whose loss is a spike: see SPIKE_WINDOW and SPIKE_DEVIATIONS."""
     spikes = []
     for number in range(SPIKE_WINDOW, len(losses)):
+        # Medians, because an earlier spike in the window must not hide this one.
         before = losses[number - SPIKE_WINDOW : number]
         median = statistics.median(before)
         # Median absolute deviation; 1.4826 makes it the standard deviation of normally distributed losses.

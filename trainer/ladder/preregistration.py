@@ -4,31 +4,45 @@ It decides nothing; the runs are read from the pool. It shows whether a criterio
 finished, or changed afterwards.
 """
 
-import json
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from trainer import config as configs
 from trainer import files
 from trainer.errors import RunDirectoryError
 from trainer.fleet.run_store import StoredRun
-from trainer.ladder import speed
 from trainer.ladder.plan.ladder import Ladder
-from trainer.ladder.speed import Speed
 from trainer.log import rundir
 
 FORMAT = 1
+
+
+class Record(BaseModel):
+    """Contents of ladder.json."""
+
+    format: int = FORMAT
+    name: str
+    path: str
+    first_planned: float
+    """Unix time, as all times here."""
+    criterion_history: list[dict[str, Any]] = []
+    """{time, criterion, finished_runs} whenever the criterion changed."""
+    edits: list[dict[str, Any]] = []
+    """{time, lines, finished_runs} of each edit of the file."""
+    settings: dict[str, Any] = {}
+    runs: dict[str, str] = {}
+    """{key: name}"""
 
 
 @dataclass(frozen=True)
 class Edits:
     """Differences between a ladder file and the plan that was recorded."""
 
-    first_planned: float
-    """Unix time."""
     lines: list[str] = field(default_factory=list)
     """One for each edited setting."""
     kept: int = 0
@@ -44,86 +58,61 @@ class Edits:
         return f"The ladder file was edited since it was planned:\n{listed}\n{self.kept} finished runs are kept{lost}."
 
 
-def path(out: Path) -> Path:
-    return out / "ladder.json"
+def pool_of(out: Path) -> Path:
+    """Store of the runs of all ladders beside OUT."""
+    return out.parent / "pool"
 
 
-def read(out: Path) -> dict[str, Any] | None:
+def read(out: Path) -> Record | None:
     """Return the recorded plan; None if there is none. Raises RunDirectoryError if the file cannot be read as one."""
+    path = out / "ladder.json"
     try:
-        tree = files.read_object(path(out))
-        if tree["format"] > FORMAT:
-            raise RunDirectoryError(f"{path(out)} was written by a newer toprope.\n  Use that, or give another --out.")
-        return tree
+        record = Record.model_validate(files.read_object(path))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunDirectoryError(
-            f"{path(out)} is no record of a ladder ({type(error).__name__}: {error}).\n"
-            "  Move it away, or give another --out."
-        ) from None
+    except (OSError, ValueError) as error:
+        fact = f"{path} is no record of a ladder ({type(error).__name__}: {error})"
+        raise RunDirectoryError(f"{fact}.\n  Move it away, or give another --out.") from None
+    if record.format > FORMAT:
+        raise RunDirectoryError(f"{path} was written by a newer toprope.\n  Use that, or give another --out.")
+    return record
 
 
-def compare(ladder: Ladder, out: Path, pool: Path) -> Edits:
+def compare(ladder: Ladder, out: Path) -> Edits:
     """Compare the ladder with the plan recorded in OUT. Raises RunDirectoryError if OUT is another ladder's."""
     before = read(out)
     if before is None and rundir.config_path(out).exists():
         raise RunDirectoryError(f"{out} is a training run's directory.\n  Give another --out.")
     if before is None:
-        return Edits(time.time())
-    if before["name"] != ladder.name:
+        return Edits()
+    if before.name != ladder.name:
         raise RunDirectoryError(
-            f"{out} belongs to ladder {before['name']!r}, and this one is {ladder.name!r}.\n  Give another --out."
+            f"{out} belongs to ladder {before.name!r}, and this one is {ladder.name!r}.\n  Give another --out."
         )
-    finished = _finished(before["runs"], pool)
-    wanted = {run.key for run in [*ladder.runs, *ladder.sweep]}
+    finished, wanted = _finished(before.runs, out), {run.key for run in [*ladder.runs, *ladder.sweep]}
     kept = sum(key in wanted for key in finished)
-    lines = configs.differences(before["settings"], ladder.settings)
-    return Edits(before["first_planned"], lines, kept, len(finished) - kept)
+    return Edits(configs.differences(before.settings, ladder.settings), kept, len(finished) - kept)
 
 
-def write(ladder: Ladder, out: Path, pool: Path) -> Edits:
+def write(ladder: Ladder, out: Path) -> Edits:
     """Record the plan and its edits; return the edits."""
-    recorded, edits, now = read(out), compare(ladder, out, pool), time.time()
+    recorded, edits, now = read(out), compare(ladder, out), time.time()
     if recorded is not None and not edits.lines:
         return edits
-    before: dict[str, Any] = {"runs": {}, "criterion_history": [], "edits": []} | (recorded or {})
-    criterion = ladder.criterion.to_json()
-    finished = len(_finished(before["runs"], pool))
+    record = recorded or Record(name=ladder.name, path="", first_planned=now)
     # History is only appended to, each entry with the number of runs whose results could be known by then.
-    history, edited = list(before["criterion_history"]), list(before["edits"])
-    if not history or history[-1]["criterion"] != criterion:
-        history.append({"time": now, "criterion": criterion, "finished_runs": finished})
+    entry = {"time": now, "finished_runs": len(_finished(record.runs, out))}
+    criterion = ladder.criterion.to_json()
+    if not record.criterion_history or record.criterion_history[-1]["criterion"] != criterion:
+        record.criterion_history.append(entry | {"criterion": criterion})
     if edits.lines:
-        edited.append({"time": now, "lines": edits.lines, "finished_runs": finished})
-    tree = {
-        "format": FORMAT,
-        "name": ladder.name,
-        "path": str(ladder.path),
-        "first_planned": edits.first_planned,
-        "criterion_history": history,
-        "edits": edited,
-        "settings": ladder.settings,
-        "runs": {run.key: run.name for run in [*ladder.runs, *ladder.sweep]},
-    }
+        record.edits.append(entry | {"lines": edits.lines})
+    record.path, record.settings = str(ladder.path), ladder.settings
+    record.runs = {run.key: run.name for run in [*ladder.runs, *ladder.sweep]}
     out.mkdir(parents=True, exist_ok=True)
-    files.write(path(out), json.dumps(tree, indent=1) + "\n")
+    files.write(out / "ladder.json", record.model_dump_json(indent=1) + "\n")
     return edits
 
 
-def _finished(keys: Iterable[str], pool: Path) -> list[str]:
-    return [key for key in keys if StoredRun(pool / key).has_finished()]
-
-
-def keep_speed(out: Path, measured: Speed) -> None:
-    """Write OUT/speed.json: the duration of a few steps, from which time left is estimated before there are runs."""
-    out.mkdir(parents=True, exist_ok=True)
-    files.write(out / "speed.json", json.dumps(measured.to_json()) + "\n")
-
-
-def speed_of(out: Path) -> Speed:
-    """Read OUT/speed.json; UNKNOWN if there is none, or if it cannot be read."""
-    try:
-        return Speed.from_json(files.read_object(out / "speed.json"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return speed.UNKNOWN
+def _finished(keys: Iterable[str], out: Path) -> list[str]:
+    return [key for key in keys if StoredRun(pool_of(out) / key).has_finished()]

@@ -10,8 +10,8 @@ Smallest rungs first, unless that would cost time (fleet/scheduling.py); the tar
 import functools
 import signal
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, RunDirectoryError
@@ -21,6 +21,7 @@ from trainer.fleet.run_store import RunState, RunStatus, StoredRun
 from trainer.fleet.supervision import Supervisor
 from trainer.ladder import preregistration, speed, tuning
 from trainer.ladder.plan.ladder import TARGET, Ladder, PlannedRun
+from trainer.ladder.preregistration import pool_of
 from trainer.ladder.speed import Speed
 
 WAIT_SECONDS = 0.2
@@ -41,6 +42,8 @@ class LadderStatus:
     """Speed that a plan measured."""
     stopping: bool = False
     """True after runs were asked to save and leave."""
+    started: int = 0
+    """Number of processes that this scheduler started."""
 
     def state(self, run: PlannedRun) -> RunState:
         return self.states.get(run.key, RunState("waiting"))
@@ -58,17 +61,17 @@ class LadderStatus:
         """Speed measured on these runs; for sizes that have not begun, as measured earlier."""
         return speed.measured(self.runs, self.states).scale_earlier(self.earlier)
 
+    def share_done(self, run: PlannedRun) -> float:
+        return self.state(run).step / run.config.budget.steps
+
     def estimate(self, run: PlannedRun) -> float:
         """Seconds that a run still needs; if no speed is known, its remaining FLOPs instead."""
         seconds = self.speed.seconds(run, self.state(run).step)
-        return seconds if seconds is not None else run.flops * (1 - self._share_done(run))
-
-    def _share_done(self, run: PlannedRun) -> float:
-        return self.state(run).step / run.config.budget.steps
+        return seconds if seconds is not None else run.flops * (1 - self.share_done(run))
 
     @property
     def flops_done(self) -> float:
-        return sum(run.flops * self._share_done(run) for run in self.distinct)
+        return sum(run.flops * self.share_done(run) for run in self.distinct)
 
     @property
     def flops(self) -> float:
@@ -79,72 +82,62 @@ class LadderStatus:
     def seconds_left(self) -> float | None:
         """Estimate; None while nothing was measured."""
         left = [run for run in self.distinct if self.state(run).status not in ("finished", "missing")]
-        seconds = speed.known([self.speed.seconds(run, self.state(run).step) for run in left])
-        return None if seconds is None else max(sum(seconds) / self.slots, max(seconds, default=0.0))
+        return self.seconds_in_slots(self.speed.seconds(run, self.state(run).step) for run in left)
 
-
-@dataclass
-class LadderResult:
-    """The result of a call of `run`."""
-
-    status: LadderStatus
-    interrupted: bool
-    started: int
-    """Number of processes started."""
+    def seconds_in_slots(self, seconds: Iterable[float | None]) -> float | None:
+        """Time that runs of these durations take side by side; None if one is unknown."""
+        known = list(seconds)
+        if None in known:
+            return None
+        numbers = [number for number in known if number is not None]
+        return max(sum(numbers) / self.slots, max(numbers, default=0.0))
 
     @property
     def missing(self) -> dict[str, str]:
         """{name of a run: reason why it is missing}"""
-        states = {run.name: self.status.state(run) for run in self.status.runs}
-        return {name: state.reason for name, state in states.items() if state.status == "missing"}
+        return {run.name: self.state(run).reason for run in self.runs if self.state(run).status == "missing"}
 
     @property
     def exit_status(self) -> int:
-        if self.interrupted:
+        if self.stopping:
             return EXIT_PREEMPTED
-        finished = all(self.status.state(run).status == "finished" for run in self.status.runs)
-        return EXIT_FINISHED if finished else EXIT_FAILED
+        return EXIT_FINISHED if self.count("finished") == len(self.distinct) else EXIT_FAILED
 
 
 def default_out(ladder_file: Path) -> Path:
     return Path("runs") / "ladders" / ladder_file.stem
 
 
-def pool_of(out: Path) -> Path:
-    return out.parent / "pool"
-
-
-def state_of(pool: Path, run: PlannedRun) -> RunState:
-    """Read the state of a run from its files."""
-    return StoredRun(pool / run.key).read_state(run.config.budget.steps)
+def _read_states(pool: Path, runs: Iterable[PlannedRun]) -> dict[str, RunState]:
+    return {run.key: StoredRun(pool / run.key).read_state(run.config.budget.steps) for run in runs}
 
 
 def read_status(ladder: Ladder, out: Path) -> LadderStatus:
     """Read the states of all runs of a ladder from their files."""
-    pool = pool_of(out)
-    runs = tuning.wanted(ladder, pool)
-    states = {run.key: state_of(pool, run) for run in runs}
-    return LadderStatus(runs, states, speed.slots_of(ladder), preregistration.speed_of(out))
+    runs = tuning.wanted(ladder, pool_of(out))
+    return LadderStatus(runs, _read_states(pool_of(out), runs), speed.slots_of(ladder), speed.load(out))
 
 
-def measure(ladder: Ladder, out: Path, status: LadderStatus, backend: Backend) -> tuple[Speed, str]:
-    """Return (speed of this machine, its source): earlier runs, else a few steps of the baseline.
+def measure(ladder: Ladder, out: Path, status: LadderStatus, backend: Backend) -> tuple[LadderStatus, str]:
+    """Return the status with the speed of this machine, and its source: earlier runs, else a few steps of the baseline.
 
     Raises UsageError if the baseline fails in these steps, since no run of such a ladder would finish.
     """
+    # Runs of earlier calls, or a plan's measurement, save the probe.
     if status.speed.steps:
         from_runs = speed.measured(status.runs, status.states).steps
-        return status.speed, "runs that were made before" if from_runs else "a few steps, earlier"
+        return status, "runs that were made before" if from_runs else "a few steps, earlier"
     measured = speed.probe(ladder, status.slots, backend)
     if measured.steps:
-        preregistration.keep_speed(out, measured)
-    return measured, f"{speed.PROBE_STEPS} steps of {ladder.rungs[0].name} and {ladder.rungs[-1].name}, now"
+        speed.save(measured, out)
+    source = f"{speed.PROBE_STEPS} steps of {ladder.rungs[0].name} and {ladder.rungs[-1].name}, now"
+    return replace(status, earlier=measured), source
 
 
 def run(
     ladder: Ladder, out: Path, *, up_to: str | None = None, backend: Backend | None = None,
     update: Callable[[LadderStatus], None] = lambda status: None,
-) -> LadderResult:  # fmt: skip
+) -> LadderStatus:  # fmt: skip
     """Do what is left of a ladder, or of its rungs up to `up_to`. After a kill, the same call continues.
 
     Runs that were given up are tried once more. SIGINT and SIGTERM ask all runs to save and leave; a second signal
@@ -152,8 +145,9 @@ def run(
     ConfigError if there is no rung `up_to`, UsageError if the baseline fails in its first steps.
     """
     part, pool, backend = ladder if up_to is None else ladder.up_to(up_to), pool_of(out), backend or Local()
-    preregistration.compare(ladder, out, pool)
+    preregistration.compare(ladder, out)
     out.mkdir(parents=True, exist_ok=True)
+    # Two schedulers of one ladder would start each other's runs.
     lock = run_store.hold(out / "lock")
     if lock is None:
         raise RunDirectoryError(
@@ -165,16 +159,15 @@ def run(
         update(status)
         try:
             with supervision.handle_signals(signal.default_int_handler):
-                measure(part, out, status, backend)
+                status, _ = measure(part, out, status, backend)
         except KeyboardInterrupt:  # no run was started yet, so there is nothing to save
-            return LadderResult(status, True, 0)
+            return replace(status, stopping=True)
         # The plan is recorded only now: the baseline is known to run.
         pool.mkdir(exist_ok=True)
-        preregistration.write(ladder, out, pool)
-        slots = speed.slots_of(part)
+        preregistration.write(ladder, out)
         devices = functools.partial(speed.devices_of, part)
-        with Supervisor(backend, slots, part.restarts, part.ranks, devices) as supervisor:
-            return _Scheduler(part, pool, supervisor, update, preregistration.speed_of(out)).work()
+        with Supervisor(backend, status.slots, part.file.restarts, part.file.ranks, devices) as supervisor:
+            return _Scheduler(part, pool, supervisor, update, status.earlier).work()
 
 
 @dataclass
@@ -190,11 +183,11 @@ class _Scheduler:
     _states: dict[str, RunState] = field(default_factory=dict)
     _refreshed: float = float("-inf")
 
-    def work(self) -> LadderResult:
+    def work(self) -> LadderStatus:
         supervisor = self.supervisor
         self._runs = tuning.wanted(self.ladder, self.pool)
         self._refresh(self._runs)
-        with supervision.handle_signals(self._note_signal):
+        with supervision.handle_signals(supervisor.request_stop):
             # After a request to stop no run is started, but the loop continues until the running ones have left.
             while supervisor.runs or (not supervisor.urgency and self._left()):
                 if supervisor.urgency:
@@ -206,35 +199,28 @@ class _Scheduler:
                 self._collect()  # may add runs: a sweep that ended decides on its followers
             self._refresh(self._runs)
         self._report()
-        return LadderResult(self._status(), supervisor.urgency > 0, supervisor.started)
-
-    def _note_signal(self, _number: int, _frame: object) -> None:
-        self.supervisor.urgency += 1  # the loop acts on it: this handler may interrupt the start of a run
+        return self._status()
 
     def _left(self) -> list[PlannedRun]:
         """Runs that have not finished, were not given up, and are not running here; in the planned order."""
-        taken, status = self.supervisor.given_up | {run.key for run in self.supervisor.runs}, self._status()
+        taken, status = self.supervisor.given_up | self.supervisor.runs.keys(), self._status()
         return [run for run in status.distinct if run.key not in taken and status.state(run).status != "finished"]
 
     def _fill_slots(self) -> None:
         left = self._left()
         # Runs that another ladder holds are skipped in this round, and tried again in the next one.
         while left and self.supervisor.free_slots:
-            run = left.pop(self._next(left))
+            status = self._status()
+            # The target's runs are by far the longest, so they wait until all rungs are done.
+            candidates = [run for run in left if run.rung != TARGET] or left
+            # Seconds until each slot is free: those of the runs that we started, and 0 for the slots without one.
+            busy = [status.estimate(run) for run in status.distinct if run.key in self.supervisor.runs]
+            busy += [0.0] * (self.supervisor.slots - len(busy))
+            run = candidates[scheduling.next_of([*map(status.estimate, candidates)], busy)]
+            left.remove(run)
             name = f"{self.ladder.name} {run.name}"
             if not self.supervisor.try_start(run.key, StoredRun(self.pool / run.key), name, run.config):
                 self._refresh([run])  # another ladder has it, or has just finished it
-
-    def _next(self, left: list[PlannedRun]) -> int:
-        """Index of the run to start now."""
-        # The target's runs are by far the longest, so they wait until all rungs are done.
-        candidates = [run for run in left if run.rung != TARGET] or left
-        status = self._status()
-        own_keys = {run.key for run in self.supervisor.runs}
-        # Seconds until each slot is free: those of the runs that we started, and 0 for the slots without one.
-        busy = [status.estimate(run) for run in status.distinct if run.key in own_keys]
-        idle = [0.0] * (self.supervisor.slots - len(busy))
-        return left.index(candidates[scheduling.next_of([*map(status.estimate, candidates)], [*busy, *idle])])
 
     def _collect(self) -> None:
         done = set(self.supervisor.collect())
@@ -243,21 +229,22 @@ class _Scheduler:
         if any(run.rate is not None for run in ended):
             # The end of a sweep decides the learning rate of the runs that follow it.
             self._runs = tuning.wanted(self.ladder, self.pool)
-            self._refresh([run for run in self._runs if run.key not in self._states])
+            self._refresh(run for run in self._runs if run.key not in self._states)
 
-    def _refresh(self, runs: list[PlannedRun]) -> None:
-        self._states |= {run.key: state_of(self.pool, run) for run in runs}
+    def _refresh(self, runs: Iterable[PlannedRun]) -> None:
+        self._states |= _read_states(self.pool, runs)
 
     def _report(self) -> None:
         now = time.monotonic()
         if now - self._refreshed >= REFRESH_SECONDS or not self.supervisor.runs:
             self._refreshed = now
-            own_keys = {run.key for run in self.supervisor.runs}
             # Runs that we did not start may belong to another scheduler, so their states change without us.
-            changing = ("running", "stopped")
-            self._refresh([r for r in self._runs if r.key in own_keys or self._states[r.key].status in changing])
+            changing = {key for key, state in self._states.items() if state.status in ("running", "stopped")}
+            self._refresh(run for run in self._runs if run.key in self.supervisor.runs.keys() | changing)
             self.update(self._status())
 
     def _status(self) -> LadderStatus:
-        runs, stopping = self._runs, self.supervisor.urgency > 0
-        return LadderStatus(runs, dict(self._states), self.supervisor.slots, self.earlier, stopping)
+        supervisor = self.supervisor
+        return LadderStatus(
+            self._runs, dict(self._states), supervisor.slots, self.earlier, supervisor.urgency > 0, supervisor.started
+        )

@@ -1,4 +1,7 @@
-"""Duration of runs on this machine, estimated from measured speeds; slots for runs, and their devices."""
+"""Duration of runs on this machine, estimated from measured speeds; slots for runs, and their devices.
+
+OUT/speed.json holds the duration of a few steps, from which time left is estimated before there are runs.
+"""
 
 import math
 import os
@@ -8,10 +11,12 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
+from pydantic import PositiveFloat, PositiveInt, TypeAdapter
 
+from trainer import files
 from trainer.config import Config
 from trainer.errors import UsageError
 from trainer.fleet import supervision
@@ -33,8 +38,8 @@ class Speed:
     Each by the model's FLOPs per token: larger models use the machine better.
     """
 
-    steps: Mapping[int, float]
-    evals: Mapping[int, float]
+    steps: dict[PositiveInt, PositiveFloat]
+    evals: dict[PositiveInt, PositiveFloat]
 
     def seconds(self, run: PlannedRun, from_step: int = 0) -> float | None:
         """Seconds for the rest of a run, without start-up and saves; None if nothing was measured."""
@@ -49,42 +54,42 @@ class Speed:
 
     def scale_earlier(self, earlier: "Speed") -> "Speed":
         """Add the sizes that only `earlier` has, scaled to the present pace: others may share the machine."""
-        return Speed(_scale_earlier(self.steps, earlier.steps), _scale_earlier(self.evals, earlier.evals))
-
-    def to_json(self) -> dict[str, dict[str, float]]:
-        return {name: {str(size): s for size, s in getattr(self, name).items()} for name in ("steps", "evals")}
-
-    @classmethod
-    def from_json(cls, tree: Mapping[str, Mapping[str, float]]) -> Self:
-        return cls(*({int(size): seconds for size, seconds in tree[name].items()} for name in ("steps", "evals")))
-
-
-UNKNOWN = Speed({}, {})
+        scaled = []
+        for now, before in ((self.steps, earlier.steps), (self.evals, earlier.evals)):
+            # The median ratio over the sizes that both have says how much slower or faster the machine is now.
+            paces = [
+                seconds / then for size, seconds in now.items() if (then := _interpolate(before, size)) is not None
+            ]
+            pace = statistics.median(paces) if paces else 1.0
+            scaled.append({size: seconds * pace for size, seconds in before.items()} | now)
+        return Speed(*scaled)
 
 
-def known(seconds: Iterable[float | None]) -> list[float] | None:
-    """Return the numbers; None if any of them is unknown."""
-    numbers = list(seconds)
-    return None if None in numbers else [number for number in numbers if number is not None]
+UNKNOWN, JSON = Speed({}, {}), TypeAdapter(Speed)
 
 
-def _scale_earlier(now: Mapping[int, float], earlier: Mapping[int, float]) -> dict[int, float]:
-    # The median ratio over the sizes that both have says how much slower or faster the machine is now.
-    paces = [seconds / then for size, seconds in now.items() if (then := _interpolate(earlier, size)) is not None]
-    pace = statistics.median(paces) if paces else 1.0
-    return {size: seconds * pace for size, seconds in earlier.items()} | dict(now)
+def save(measured: Speed, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    files.write(out / "speed.json", JSON.dump_json(measured) + b"\n")
+
+
+def load(out: Path) -> Speed:
+    """Read OUT/speed.json; UNKNOWN if there is none, or if it cannot be read."""
+    try:
+        return JSON.validate_python(files.read_object(out / "speed.json"))
+    except (OSError, ValueError):
+        return UNKNOWN
 
 
 def measured(runs: Iterable[PlannedRun], states: Mapping[str, RunState]) -> Speed:
     """Return the median speed of these runs for each size."""
     steps: dict[int, list[float]] = {}
     evals: dict[int, list[float]] = {}
-    for run in runs:
-        state = states.get(run.key)
-        if state is not None and state.seconds_per_step is not None:
+    for run, state in ((run, states[run.key]) for run in runs if run.key in states):
+        if state.seconds_per_step is not None:
             flops_per_step = run.flops / run.config.budget.steps
             steps.setdefault(run.flops_per_token, []).append(state.seconds_per_step / flops_per_step)
-        if state is not None and state.seconds_per_eval is not None:
+        if state.seconds_per_eval is not None:
             evals.setdefault(run.flops_per_token, []).append(state.seconds_per_eval / run.flops_per_token)
     return Speed(*({size: statistics.median(found) for size, found in some.items()} for some in (steps, evals)))
 
@@ -112,27 +117,25 @@ def probe(ladder: Ladder, slots: int, backend: Backend) -> Speed:
     """
     firsts = {run.rung: run for run in reversed(ladder.runs)}
     ends = [firsts[name] for name in dict.fromkeys((ladder.rungs[0].name, ladder.rungs[-1].name))]
+    runs, states = [], {}
     # Each rung is timed in all slots at once, since runs side by side slow each other down.
     with tempfile.TemporaryDirectory(prefix="toprope-probe-", ignore_cleanup_errors=True) as directory:
-        runs = [_short(run) for run in ends]
-        states = {run.key: _timed(ladder, run, Path(directory), slots, backend) for run in runs}
+        for run in ends:
+            sections = {name: getattr(run.config, name).model_copy(update=new) for name, new in PROBE_SETTINGS.items()}
+            short = replace(run, config=run.config.model_copy(update={**sections, "faults": ()}))
+            states[short.key] = _timed(ladder, short, Path(directory), slots, backend)
+            runs.append(short)
     return measured(runs, states)
-
-
-def _short(run: PlannedRun) -> PlannedRun:
-    sections = {name: getattr(run.config, name).model_copy(update=keys) for name, keys in PROBE_SETTINGS.items()}
-    return replace(run, config=run.config.model_copy(update={**sections, "faults": ()}))
 
 
 def _timed(ladder: Ladder, run: PlannedRun, directory: Path, slots: int, backend: Backend) -> RunState:
     copies = [StoredRun(directory / f"{run.key}-{slot}") for slot in range(slots)]
-    with supervision.ended_processes() as processes:
-        for slot, stored in enumerate(copies):
-            stored.directory.mkdir(parents=True)
-            stored.prepare(run.config, run.name)
-            task = Task(stored, f"probe of {run.rung}", ladder.ranks, devices_of(ladder, slot))
-            with supervision.deferred_signals():
-                processes.append(backend.start(task))
+    tasks = []
+    for slot, stored in enumerate(copies):
+        stored.directory.mkdir(parents=True)
+        stored.prepare(run.config, run.name)
+        tasks.append(Task(stored, f"probe of {run.rung}", ladder.file.ranks, devices_of(ladder, slot)))
+    with supervision.started(backend, tasks) as processes:
         statuses = [process.wait() for process in processes]
     # Only an error of the config itself is final: a process that was killed says nothing about the ladder.
     for status, stored in zip(statuses, copies, strict=True):
@@ -144,13 +147,13 @@ def _timed(ladder: Ladder, run: PlannedRun, directory: Path, slots: int, backend
 
 def slots_of(ladder: Ladder) -> int:
     """Number of runs side by side: the file's, or as many as this machine has cores (or GPUs) for."""
-    if ladder.slots:
-        return ladder.slots
+    if ladder.file.slots:
+        return ladder.file.slots
     config = ladder.runs[0].config
     if gpus := _gpus(config):
-        return max(1, gpus // ladder.ranks)
+        return max(1, gpus // ladder.file.ranks)
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return max(1, cores // (config.numerics.threads * ladder.ranks))
+    return max(1, cores // (config.numerics.threads * ladder.file.ranks))
 
 
 def _gpus(config: Config) -> int:
@@ -169,5 +172,5 @@ def devices_of(ladder: Ladder, slot: int) -> dict[str, str]:
         return {}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(number) for number in range(gpus)]
-    devices = [names[(slot * ladder.ranks + rank) % gpus] for rank in range(min(ladder.ranks, gpus))]
+    devices = [names[(slot * ladder.file.ranks + rank) % gpus] for rank in range(min(ladder.file.ranks, gpus))]
     return {"CUDA_VISIBLE_DEVICES": ",".join(devices)}

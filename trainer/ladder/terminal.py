@@ -10,11 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from trainer.fleet.run_store import RunStatus
-from trainer.ladder import speed
 from trainer.ladder.plan.ladder import Ladder, PlannedRun
 from trainer.ladder.preregistration import Edits
-from trainer.ladder.run import LadderResult, LadderStatus
-from trainer.ladder.speed import Speed
+from trainer.ladder.run import LadderStatus
 from trainer.ladder.stats.records import BASELINE
 from trainer.show.live import LiveTable
 from trainer.show.units import amount, clock, duration, scientific, setting
@@ -26,24 +24,17 @@ STYLES: dict[RunStatus, str] = {
     "finished": "green", "running": "cyan", "stopped": "yellow", "waiting": "dim", "missing": "bold red",
 }  # fmt: skip
 SIGNS: dict[RunStatus, str] = {"finished": "✓", "running": "▸", "stopped": "‖", "waiting": "·", "missing": "✗"}
-MEANINGS = "   ".join(f"{sign} {name}" for name, sign in SIGNS.items())
 
 
-# The plan
-
-
-def plan_json(ladder: Ladder, status: LadderStatus, known: Speed, source: str, edits: Edits) -> dict[str, Any]:
+def plan_json(ladder: Ladder, status: LadderStatus, source: str, edits: Edits) -> dict[str, Any]:
     """The plan of a ladder with its cost as JSON; hours are None if no speed is known."""
     return {
-        **_fields(ladder, "name", "question", "metric", "unit", "target_flops", "notices"),
+        "name": ladder.name,
+        **_fields(ladder.file, "question", "metric", "unit"),
+        **_fields(ladder, "target_flops", "notices"),
         "criterion": ladder.criterion.to_json(),
         "slots": status.slots,
-        "rungs": [
-            _fields(rung, "name", "parameters", "tokens", "flops")
-            | _fields(rung.shape, "width", "n_layers", "n_heads")
-            | {"seeds": list(rung.seeds)}
-            for rung in ladder.all_rungs
-        ],
+        "rungs": [rung.to_json() for rung in ladder.all_rungs],
         "arms": [
             {"name": arm.name, "question": arm.question, "set": arm.settings, "combines": list(arm.combines)}
             for arm in ladder.arms
@@ -51,12 +42,12 @@ def plan_json(ladder: Ladder, status: LadderStatus, known: Speed, source: str, e
         "runs": [
             _run_json(run, status)
             | _fields(run, "parameters", "tokens", "flops")
-            | {"hours": _hours(known.seconds(run))}
+            | {"hours": _hours(status.speed.seconds(run))}
             for run in status.runs
         ],
         "flops": status.flops,
-        "hours": _hours(_slot_seconds(status, known)),
-        "hours_left": _hours(_slot_seconds(status, known, left=True)),
+        "hours": _hours(_whole_seconds(status)),
+        "hours_left": _hours(status.seconds_left),
         "measured": source,
         "edits": edits.lines,
         "kept": edits.kept,
@@ -76,54 +67,42 @@ def _hours(seconds: float | None) -> float | None:
     return None if seconds is None else seconds / 3600
 
 
-def _slot_seconds(status: LadderStatus, known: Speed, left: bool = False) -> float | None:
-    """Seconds of all runs in the slots, or of what is left of them; None if no speed is known."""
-    runs = [run for run in status.distinct if not left or status.state(run).status != "finished"]
-    seconds = speed.known(known.seconds(run, status.state(run).step if left else 0) for run in runs)
-    return None if seconds is None else sum(seconds) / status.slots
+def _whole_seconds(status: LadderStatus) -> float | None:
+    """Time of the whole ladder as if nothing had been run; None if no speed is known."""
+    return status.seconds_in_slots(map(status.speed.seconds, status.distinct))
 
 
-def plan(ladder: Ladder, status: LadderStatus, known: Speed, source: str, edits: Edits) -> RenderableType:
+def plan(ladder: Ladder, status: LadderStatus, source: str, edits: Edits) -> RenderableType:
     """The plan of a ladder: a table of sizes, a line for each arm, totals, notices."""
+    sizes = empty_table("rung", "size", "parameters", "tokens", "steps", "FLOPs", "runs", "each")
+    for rung in ladder.all_rungs:
+        runs = [run for run in status.runs if run.rung == rung.name]
+        base = next((run for run in runs if run.arm == BASELINE), None)
+        sizes.add_row(
+            rung.name, f"{rung.shape.width} × {rung.shape.n_layers}", amount(rung.parameters), amount(rung.tokens),
+            f"{base.config.budget.steps:,}" if base else "–", scientific(rung.flops),
+            str(len({run.key for run in runs})) if runs else "–", duration(status.speed.seconds(base)) if base else "–",
+        )  # fmt: skip
+    arms = empty_table("arm", "changes", "question")
+    for arm in ladder.arms:
+        changes = ", ".join(f"{key} = {setting(value)}" for key, value in arm.settings.items())
+        arms.add_row(arm.name, changes, arm.question)
     rule = ladder.criterion
-    whole, left = (duration(_slot_seconds(status, known, left=left)) for left in (False, True))
     totals = (
         f"{len(status.distinct)} runs, {status.count('finished')} of them finished; {scientific(status.flops)} FLOPs; "
-        f"{whole} in {status.slots} slots, {left} of it left"
+        f"{duration(_whole_seconds(status))} in {status.slots} slots, {duration(status.seconds_left)} of it left"
     )
     promotion = (
         f"an arm is promoted if it is surely worth {rule.min_gain:g}× compute at {scientific(ladder.target_flops)} "
         f"FLOPs, at level {rule.level:g}, and takes at most {rule.max_slowdown:g}× the time; "
-        f"metric: {ladder.metric}, {ladder.unit}"
+        f"metric: {ladder.file.metric}, {ladder.file.unit}"
     )
     notices = [*(f"notice: {notice}" for notice in ladder.notices), *([str(edits)] if edits.lines else [])]
     return Group(
-        Text.assemble(("ladder ", "dim"), (ladder.name, "bold"), f"  {ladder.question}"), Text(),
-        _sizes(ladder, status, known), Text(), _arms(ladder), Text(), Text(totals),
-        Text(f"time measured on {source}", "dim"), Text(promotion, "dim"),
+        Text.assemble(("ladder ", "dim"), (ladder.name, "bold"), f"  {ladder.file.question}"), Text(),
+        sizes, Text(), arms, Text(), Text(totals), Text(f"time measured on {source}", "dim"), Text(promotion, "dim"),
         *(Text(notice, "yellow") for notice in notices),
     )  # fmt: skip
-
-
-def _sizes(ladder: Ladder, status: LadderStatus, known: Speed) -> Any:
-    table = empty_table("rung", "size", "parameters", "tokens", "steps", "FLOPs", "runs", "each")
-    for rung in ladder.all_rungs:
-        runs = [run for run in status.runs if run.rung == rung.name]
-        base = next((run for run in runs if run.arm == BASELINE), None)
-        table.add_row(
-            rung.name, f"{rung.shape.width} × {rung.shape.n_layers}", amount(rung.parameters), amount(rung.tokens),
-            f"{base.config.budget.steps:,}" if base else "–", scientific(rung.flops),
-            str(len({run.key for run in runs})) if runs else "–", duration(known.seconds(base)) if base else "–",
-        )  # fmt: skip
-    return table
-
-
-def _arms(ladder: Ladder) -> Any:
-    table = empty_table("arm", "changes", "question")
-    for arm in ladder.arms:
-        changes = ", ".join(f"{key} = {setting(value)}" for key, value in arm.settings.items())
-        table.add_row(arm.name, changes, arm.question)
-    return table
 
 
 def empty_table(*columns: str) -> Any:
@@ -135,23 +114,16 @@ def empty_table(*columns: str) -> Any:
     return table
 
 
-# The status
-
-
 def status_json(ladder: Ladder, status: LadderStatus) -> dict[str, Any]:
     return {
         "name": ladder.name,
-        "counts": _counts(status),
+        "counts": {name: status.count(name) for name in SIGNS},
         **_fields(status, "flops", "flops_done", "seconds_left", "slots"),
         "runs": [
             _run_json(run, status) | {"step": status.state(run).step, "reason": status.state(run).reason or None}
             for run in status.runs
         ],
     }
-
-
-def _counts(status: LadderStatus) -> dict[str, int]:
-    return {name: status.count(name) for name in SIGNS}
 
 
 def standing(ladder: Ladder, status: LadderStatus) -> RenderableType:
@@ -161,11 +133,10 @@ def standing(ladder: Ladder, status: LadderStatus) -> RenderableType:
     for rung in dict.fromkeys(run.rung for run in status.runs):
         groups = [[run for run in status.runs if (run.rung, run.arm) == (rung, arm)] for arm in arms]
         table.add_row(rung, *(_signs(runs, status) for runs in groups))
-    missing = [run for run in status.runs if status.state(run).status == "missing"]
     return Group(
         Text.assemble(("ladder ", "dim"), (ladder.name, "bold")), Text(), table, Text(), _progress(status),
-        Text(MEANINGS, "dim"),
-        *(Text.assemble((f"missing: {run.name}: ", "bold red"), status.state(run).reason) for run in missing),
+        Text("   ".join(f"{sign} {name}" for name, sign in SIGNS.items()), "dim"),
+        *(Text.assemble((f"missing: {name}: ", "bold red"), reason) for name, reason in status.missing.items()),
     )  # fmt: skip
 
 
@@ -173,16 +144,16 @@ def _signs(runs: Sequence[PlannedRun], status: LadderStatus) -> Text:
     """A sign for each run; beside a running run, its share of completed steps."""
     signs = Text(justify="left")
     for run in runs:
-        state = status.state(run)
-        share = f"{state.step / run.config.budget.steps:.0%} " if state.status == "running" else ""
-        signs.append(SIGNS[state.status] + share, STYLES[state.status])
+        name = status.state(run).status
+        share = f"{status.share_done(run):.0%} " if name == "running" else ""
+        signs.append(SIGNS[name] + share, STYLES[name])
     return signs
 
 
 def _progress(status: LadderStatus) -> Text:
     share = status.flops_done / status.flops if status.flops else 1.0
     width = min(30, round(30 * share))
-    counts = [f"{number} {name}" for name, number in _counts(status).items() if number]
+    counts = [f"{number} {name}" for name in SIGNS if (number := status.count(name))]
     return Text.assemble(
         ("━" * width, "green"), ("━" * (30 - width), "bright_black"),
         f" {share:.0%} of {scientific(status.flops)} FLOPs   ",
@@ -223,7 +194,7 @@ class LadderProgress(LiveTable):
             self.print(_progress(status).plain.lstrip("━ "))
 
 
-def ended(ladder: Ladder, result: LadderResult, command: str) -> RenderableType:
+def ended(ladder: Ladder, status: LadderStatus, command: str) -> RenderableType:
     """The last table; if the ladder was stopped, also the `command` that continues it."""
-    stopped = [Text(f"Stopped. Continue with: {command}", "bold yellow")] if result.interrupted else []
-    return Group(standing(ladder, result.status), *stopped)
+    stopped = [Text(f"Stopped. Continue with: {command}", "bold yellow")] if status.stopping else []
+    return Group(standing(ladder, status), *stopped)

@@ -1,6 +1,7 @@
 """Arms of a ladder file: single changes, combinations of them, and the proof that a pair differs in nothing else."""
 
 import difflib
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -30,13 +31,11 @@ def plan_arms(file: LadderFile, config: Config, problems: list[str]) -> dict[str
             arms[arm.name] = singles[arm.name]
         elif arm.combines and (settings := _combined_changes(arm, singles, problems)):
             arms[arm.name] = PlannedArm(arm.name, arm.question, settings, tuple(arm.combines))
-    planned = list(arms.values())
-    for number, arm in enumerate(planned):
-        problems += [
-            f"arms {other.name!r} and {arm.name!r} make the same change.\n  Keep one."
-            for other in planned[:number]
-            if arm.settings == other.settings
-        ]
+    problems += [
+        f"arms {first.name!r} and {second.name!r} make the same change.\n  Keep one."
+        for first, second in itertools.combinations(arms.values(), 2)
+        if first.settings == second.settings
+    ]
     return arms
 
 
@@ -54,35 +53,30 @@ def _single_change(arm: Arm, file: LadderFile, problems: list[str]) -> dict[str,
     (key,) = settings
     known = [*configs.flatten(Config().model_dump(include=set(configs.MATHEMATICS)))]
     known += [f"sizes.{rule}" for rule in sizes.DERIVES]
+    tokenizer = key in ("data.tokenizer", "data.vocab_size")
+    batch = key in ("data.micro_batches", "data.micro_batch_sequences")
     if key not in known:
-        found = [
+        problem = (
             f" sets {key}, which decides no weights.{near(key, known)}"
             "  An arm changes what is trained, or a rule as sizes.NAME; a setting of all runs belongs in [set]."
-        ]
+        )
     elif key in sizes.SET_BY_RUNGS:
-        found = [f" sets {key}, which rungs and seeds decide.\n  Change another setting."]
-    else:
-        found = [f": {problem}" for problem in _metric_changes(key, file)]
-    problems += [f"arm {arm.name!r}{text}" for text in found]
-    return {} if found else settings
-
-
-def _metric_changes(key: str, file: LadderFile) -> list[str]:
-    """Problems of a setting that would change the metric, so that the arm could not be compared with the baseline."""
-    if key in ("data.tokenizer", "data.vocab_size"):
-        if file.unit != "nats_per_token":
-            return []
-        return [
-            f"{key} makes other tokens, and nats per token of two tokenizers cannot be compared.\n"
+        problem = f" sets {key}, which rungs and seeds decide.\n  Change another setting."
+    # The other two would change the metric, so that the arm could not be compared with the baseline.
+    elif tokenizer and file.unit == "nats_per_token":
+        problem = (
+            f": {key} makes other tokens, and nats per token of two tokenizers cannot be compared.\n"
             '  Set unit = "bits_per_byte".'
-        ]
-    batch = key in ("data.micro_batches", "data.micro_batch_sequences")
-    if key.startswith("data.") and not batch and file.metric == "val":
-        return [
-            f"{key} may change which text is held out, and so what is scored.\n"
+        )
+    elif key.startswith("data.") and not (tokenizer or batch) and file.metric == "val":
+        problem = (
+            f": {key} may change which text is held out, and so what is scored.\n"
             '  Give a metric that is not cut from the training text: "repo", or a set of eval.sources.'
-        ]
-    return []
+        )
+    else:
+        return settings
+    problems.append(f"arm {arm.name!r}{problem}")
+    return {}
 
 
 def _combined_changes(arm: Arm, singles: Mapping[str, PlannedArm], problems: list[str]) -> dict[str, Any]:
@@ -93,24 +87,26 @@ def _combined_changes(arm: Arm, singles: Mapping[str, PlannedArm], problems: lis
     unknown = [name for name in arm.combines if name not in singles]
     for name in unknown:
         problems.append(f"{where} combines {name!r}, which is no arm of a single change.{near(name, singles)}")
-    keys = Counter(key for name in arm.combines if name in singles for key in singles[name].settings)
-    twice = [key for key, times in keys.items() if times > 1]
+    # Where two arms set one key, their combination would silently be only one of them.
+    changes = [change for name in arm.combines if name in singles for change in singles[name].settings.items()]
+    twice = [key for key, times in Counter(key for key, _ in changes).items() if times > 1]
     if twice or len(arm.combines) < 2:
         fault = f"changes {', '.join(twice)} twice" if twice else "combines one arm only"
         problems.append(f"{where} {fault}.\n  Combine two arms or more that change different settings.")
-    if unknown or twice or len(arm.combines) < 2:
         return {}
-    return {key: value for name in arm.combines for key, value in singles[name].settings.items()}
+    return {} if unknown else dict(changes)
 
 
 def prove(arm: PlannedArm, base: PlannedRun, run: PlannedRun) -> list[str]:
-    """Return the problems of a pair: it may differ only in what the arm declares and in `consequences`."""
+    """Return the problems of a pair: it may differ in what the arm declares, in what follows from it, and no more."""
     rules, settings = split_rules(arm.settings)
     lines = {line.partition(":")[0]: line for line in difference(base.config, run.config)}
     # A rule may change any setting that it decides; at some rungs it changes none.
-    by_rule = {key for rule in rules for key in sizes.DERIVES[rule]}
-    unchanged = sorted(set(settings) - lines.keys())
-    undeclared = sorted(lines.keys() - set(settings) - by_rule - consequences(base, run))
+    allowed = settings.keys() | {key for rule in rules for key in sizes.DERIVES[rule]}
+    # An arm with another batch takes other steps for the same tokens.
+    if base.config.budget != run.config.budget:
+        allowed |= {"budget.steps", "optim.warmup_steps"}
+    unchanged, undeclared = sorted(settings.keys() - lines.keys()), sorted(lines.keys() - allowed)
     problems = []
     if unchanged:
         problems.append(
@@ -125,20 +121,10 @@ def prove(arm: PlannedArm, base: PlannedRun, run: PlannedRun) -> list[str]:
     return problems
 
 
-def consequences(base: PlannedRun, run: PlannedRun) -> set[str]:
-    """Return the settings that differ because the arm has another batch, and so other steps for the same tokens."""
-    if base.config.budget == run.config.budget:
-        return set()
-    differing = {line.partition(":")[0] for line in difference(base.config, run.config)}
-    return differing & {"budget.steps", "optim.warmup_steps"}
-
-
 def difference(first: Config, second: Config) -> list[str]:
     """Return a line for each setting in which two configs differ; W&B's and faults do not count."""
-    left, right = (
-        configs.flatten(config.model_dump(mode="json", exclude={"wandb", "faults"})) for config in (first, second)
-    )
-    return configs.differences(left, right)
+    trees = (config.model_dump(mode="json", exclude={"wandb", "faults"}) for config in (first, second))
+    return configs.differences(*map(configs.flatten, trees))
 
 
 def split_rules(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

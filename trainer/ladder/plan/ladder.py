@@ -3,14 +3,15 @@
 import functools
 import hashlib
 import json
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from trainer import config as configs
 from trainer.config import Config
 from trainer.errors import ConfigError
-from trainer.ladder.plan.schema import Tuning, Unit
+from trainer.ladder.plan.schema import LadderFile
 from trainer.ladder.plan.sizes import Shape
 from trainer.ladder.stats.records import Criterion
 
@@ -48,6 +49,18 @@ class PlannedRung:
     """C, the training FLOPs of a run."""
     seeds: tuple[int, ...]
 
+    def to_json(self) -> dict[str, Any]:
+        tree: dict[str, Any] = {"name": self.name} | asdict(self.shape)
+        figures = {"parameters": self.parameters, "tokens": self.tokens, "flops": self.flops}
+        return tree | figures | {"seeds": list(self.seeds)}
+
+    @classmethod
+    def of(cls, run: "PlannedRun", seeds: Iterable[int]) -> "PlannedRung":
+        """Return the rung of this run of the baseline."""
+        model = run.config.model
+        shape = Shape(model.width, model.n_layers, model.n_heads)
+        return cls(run.rung, shape, run.parameters, run.tokens, run.flops, tuple(seeds))
+
 
 @dataclass(frozen=True)
 class PlannedRun:
@@ -71,14 +84,14 @@ class PlannedRun:
     @functools.cached_property
     def key(self) -> str:
         """Digest of what decides the result, 16 hex digits: runs of two ladders with the same key are one run."""
+        # What is held out is no part of the mathematics, but it decides the loss that is read from the run.
         scored = json.dumps(configs.flatten(self.config.eval.model_dump(mode="json")), sort_keys=True)
         return hashlib.sha256(f"{configs.fingerprint(self.config)} {scored}".encode()).hexdigest()[:16]
 
     @property
     def tokens(self) -> int:
-        data = self.config.data
-        tokens_per_step = data.micro_batches * data.micro_batch_sequences * self.config.model.context
-        return self.config.budget.steps * tokens_per_step
+        data, model = self.config.data, self.config.model
+        return self.config.budget.steps * data.micro_batches * data.micro_batch_sequences * model.context
 
     @property
     def flops(self) -> float:
@@ -87,6 +100,7 @@ class PlannedRun:
     def at_rate(self, multiplier: float) -> "PlannedRun":
         """Return the run with every learning rate multiplied."""
         optim = self.config.optim
+        # Muon has a rate of its own for hidden matrices; a sweep scales both, or it would change their ratio too.
         rates: dict[str, Any] = {"learning_rate": optim.learning_rate * multiplier}
         if optim.optimizer == "muon":
             rates["muon_learning_rate"] = optim.muon_learning_rate * multiplier
@@ -107,13 +121,7 @@ class Ladder:
 
     name: str
     path: Path
-    question: str
-    baseline: Path
-    metric: str
-    unit: Unit
-    slots: int
-    ranks: int
-    restarts: int
+    file: LadderFile
     criterion: Criterion
     rungs: list[PlannedRung]
     """Smallest first; without the target."""
@@ -123,7 +131,6 @@ class Ladder:
     """None if only its FLOPs are given."""
     runs: list[PlannedRun]
     """All runs but a sweep's, in the order of execution: by size, then seed, the baseline before the arms."""
-    tuning: Tuning | None
     notices: list[str]
     settings: dict[str, Any] = field(repr=False)
     """Contents of the file, flat: edits are found by comparing them."""
@@ -139,17 +146,16 @@ class Ladder:
         if rung not in names:
             raise ConfigError([f"{self.path}: there is no rung {rung!r}.\n  Name one of {', '.join(names)}."])
         kept = names[: names.index(rung) + 1]
-        return replace(
-            self, rungs=self.rungs[: len(kept)], target=None, runs=[run for run in self.runs if run.rung in kept]
-        )
+        # The target's compute stays: the verdicts are about it, whichever rungs are run.
+        runs = [run for run in self.runs if run.rung in kept]
+        return replace(self, rungs=self.rungs[: len(kept)], target=None, runs=runs)
 
     @property
     def sweep(self) -> list[PlannedRun]:
         """Runs of the learning-rate sweep; empty without [tuning]."""
-        if self.tuning is None:
+        tuning = self.file.tuning
+        if tuning is None:
             return []
-        # The sweep has one seed of its own, so the first run of each rung and arm stands for all of them.
-        firsts: dict[tuple[str, str], PlannedRun] = {}
-        for run in self.runs:
-            firsts.setdefault((run.rung, run.arm), run)
-        return [run.as_sweep(self.tuning.seed, rate) for run in firsts.values() for rate in self.tuning.rates]
+        # The sweep has one seed of its own, so any run of a rung and arm stands for all of them.
+        runs = {(run.rung, run.arm): run for run in self.runs}
+        return [run.as_sweep(tuning.seed, rate) for run in runs.values() for rate in tuning.rates]

@@ -4,6 +4,7 @@
 in what the arm declares and in nothing else.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -20,7 +21,7 @@ from trainer.ladder.plan import arms as armplans
 from trainer.ladder.plan import sizes
 from trainer.ladder.plan.ladder import AA, FIT_RUNGS, TARGET, Ladder, PlannedArm, PlannedRun, PlannedRung
 from trainer.ladder.plan.schema import LadderFile
-from trainer.ladder.plan.sizes import Rules, Scale, Shape, Size
+from trainer.ladder.plan.sizes import Rules, Scale, Size
 from trainer.ladder.stats.records import BASELINE, Criterion
 from trainer.show.units import scientific
 
@@ -33,7 +34,6 @@ def load(path: Path) -> Ladder:
     file = tomlfile.read_as(path, LadderFile, "ladder")
     overrides = [f"{key}={tomlfile.text(value)}" for key, value in configs.flatten(file.set).items()]
     builder = _LadderBuilder(file, configs.load(path.parent / file.baseline, overrides), path)
-    builder.check_file()
     ladder = builder.build()
     if builder.problems:
         raise ConfigError(list(dict.fromkeys(builder.problems)))
@@ -61,17 +61,43 @@ class _LadderBuilder:
         self._notices: list[str] = []
         self._arms = armplans.plan_arms(file, config, self.problems)
 
+    def build(self) -> Ladder:
+        """Check the file and return the planned ladder; of use only if there are no problems."""
+        self._check_file()
+        self._check_seeds()
+        self._check_target()
+        file, rungs, target, runs = self._file, [], None, []
+        # Sizes and configs of a file with problems may fail anywhere. Those problems are reported with the others.
+        try:
+            rungs, target, runs = self._plan_rungs()
+        except TopropeError as error:
+            self.problems += error.problems if isinstance(error, ConfigError) else [str(error)]
+        target_flops = file.target.flops or (target.flops if target else 0.0)
+        if rungs and target_flops and target_flops < rungs[-1].flops:
+            self.problems.append(
+                f"the target takes {scientific(target_flops)} FLOPs, less than rung {rungs[-1].name!r} with "
+                f"{scientific(rungs[-1].flops)}.\n  A verdict is about a scale that was not run. Give a larger "
+                "target, or leave out the rungs above it."
+            )
+        return Ladder(
+            name=self._path.stem, path=self._path, file=file, criterion=Criterion(**file.criterion.model_dump()),
+            rungs=rungs, arms=list(self._arms.values()), target_flops=target_flops, target=target, runs=runs,
+            notices=list(dict.fromkeys(self._notices)), settings=configs.flatten(_keyed(file.model_dump(mode="json"))),
+        )  # fmt: skip
+
     # The file
 
-    def check_file(self) -> None:
+    def _check_file(self) -> None:
         file = self._file
         self.problems += file.sizes.problems()
         for rung in file.rungs:
             self.problems += rung.problems(f"rung {rung.name!r}")
-        self._check_names("rungs", [rung.name for rung in file.rungs], (TARGET,))
-        self._check_names("arms", [arm.name for arm in file.arms], (BASELINE, AA))
-        self._check_seeds()
-        self._check_target()
+        for plural, tables, reserved in (("rungs", file.rungs, (TARGET,)), ("arms", file.arms, (BASELINE, AA))):
+            for name, times in Counter(table.name for table in tables).items():
+                if times > 1:
+                    self.problems.append(f"{times} {plural} are called {name!r}.\n  Give each a name of its own.")
+                if name in reserved or not name.strip():
+                    self.problems.append(f"{plural}: {name!r} has a meaning of its own.\n  Give another name.")
         if file.metric not in (sets := self._config.eval.sets):
             self.problems.append(
                 f"metric = {file.metric!r}, but the runs' eval.sets are {', '.join(map(repr, sets))}.\n"
@@ -87,13 +113,6 @@ class _LadderBuilder:
                 f"{file.baseline} has faults of its own, which all runs would share.\n"
                 "  Move them to [[faults]] of the ladder, where arm, rung and seed select their runs."
             )
-
-    def _check_names(self, plural: str, names: Sequence[str], reserved: Sequence[str]) -> None:
-        for name, times in Counter(names).items():
-            if times > 1:
-                self.problems.append(f"{times} {plural} are called {name!r}.\n  Give each a name of its own.")
-            if name in reserved or not name.strip():
-                self.problems.append(f"{plural}: {name!r} has a meaning of its own.\n  Give another name.")
 
     def _check_seeds(self) -> None:
         file = self._file
@@ -118,6 +137,7 @@ class _LadderBuilder:
 
     def _check_target(self) -> None:
         target = self._file.target
+        # One scale is needed, a size or its compute; runs at it need a size.
         sized = bool(target.width or target.n_layers or target.n_heads or target.parameters)
         if sized == bool(target.flops):
             self.problems.append(
@@ -137,101 +157,78 @@ class _LadderBuilder:
 
     # The runs
 
-    def build(self) -> Ladder:
-        """Return the planned ladder; of use only if there are no problems."""
-        file = self._file
-        rungs, target, runs = [], None, []
-        # Sizes and configs of a file with problems may fail anywhere. Those problems are reported with the others.
-        try:
-            rungs, target, runs = self._plan_rungs()
-        except TopropeError as error:
-            self.problems += error.problems if isinstance(error, ConfigError) else [str(error)]
-        target_flops = file.target.flops or (target.flops if target else 0.0)
-        if rungs and target_flops and target_flops < rungs[-1].flops:
-            self.problems.append(
-                f"the target takes {scientific(target_flops)} FLOPs, less than rung {rungs[-1].name!r} with "
-                f"{scientific(rungs[-1].flops)}.\n  A verdict is about a scale that was not run. Give a larger "
-                "target, or leave out the rungs above it."
-            )
-        return Ladder(
-            name=self._path.stem, path=self._path, question=file.question, baseline=self._path.parent / file.baseline,
-            metric=file.metric, unit=file.unit, slots=file.slots, ranks=file.ranks, restarts=file.restarts,
-            criterion=Criterion(**file.criterion.model_dump()), rungs=rungs, arms=list(self._arms.values()),
-            target_flops=target_flops, target=target, runs=runs, tuning=file.tuning, notices=self._notices,
-            settings=configs.flatten(_keyed(file.model_dump(mode="json"))),
-        )  # fmt: skip
-
     def _plan_rungs(self) -> tuple[list[PlannedRung], PlannedRung | None, list[PlannedRun]]:
         """(rungs by size, the target, the runs of all of them)."""
         file = self._file
-        vocab = sizes.vocab_of(self._config)
 
-        def measure(size: Size) -> tuple[int, Shape]:
+        def measure(size: Size) -> tuple[int, sizes.Shape]:
+            vocab = sizes.vocab_of(self._config.data, self._config.model.vocab_size)
             shape = sizes.shape_of(size, file.sizes, self._config, vocab)
             return sizes.counts(sizes.with_shape(self._config, shape).model, vocab)[0], shape
 
-        measured = {rung.name: (*measure(rung), rung) for rung in file.rungs if not rung.problems("")}
-        if not measured:
-            return [], None, []
-        self._check_sizes({name: parameters for name, (parameters, *_) in measured.items()})
-        # The rules scale settings from the smallest rung.
-        by_size = sorted(measured.values(), key=lambda entry: entry[0])
-        base = by_size[0][:2]
-        rungs, runs = [], []
+        # Sizes that cannot be read have been reported. The rules scale settings from the smallest of the others.
+        by_size = sorted(((*measure(rung), rung) for rung in file.rungs if not rung.problems("")), key=lambda it: it[0])
+        for (parameters, _, first), (above, _, second) in itertools.pairwise(by_size):
+            if parameters == above:
+                self.problems.append(
+                    f"rungs {first.name!r} and {second.name!r} have {parameters:,} parameters each.\n"
+                    "  A second rung of a size says nothing about scale. Change its size, or give more seeds."
+                )
+        rungs, target, runs = [], None, []
+        # Smallest first: this is also the order in which the runs are shown and, unless it costs time, made.
         for parameters, shape, rung in by_size:
-            seeds = rung.seeds or file.seeds
-            planned = self._plan_runs(rung.name, Scale(parameters, shape, *base), seeds, self._arms.values())
+            scale, seeds = Scale(parameters, shape, *by_size[0][:2]), rung.seeds or file.seeds
+            planned = self._plan_runs(rung.name, scale, seeds, self._arms.values())
+            rungs += [PlannedRung.of(run, seeds) for run in planned[:1]]
             runs += planned
-            rungs += _figures(rung.name, shape, seeds, planned)
         self._check_changes(runs)
-        target = None
-        if not file.target.flops and not file.target.problems(""):
-            scale = Scale(*measure(file.target), *base)
+        if by_size and not file.target.flops and not file.target.problems(""):
+            scale = Scale(*measure(file.target), *by_size[0][:2])
             arms = [self._arms[name] for name in file.target.arms if name in self._arms]
             # Without seeds the target is only predicted. It is planned all the same, for its figures.
             planned = self._plan_runs(TARGET, scale, file.target.seeds or file.seeds[:1], arms)
-            target = next(iter(_figures(TARGET, scale.shape, file.target.seeds, planned)), None)
+            target = PlannedRung.of(planned[0], file.target.seeds) if planned else None
             runs += planned if file.target.seeds else []
         return rungs, target, self._with_faults(runs)
 
-    def _check_sizes(self, parameters_of: Mapping[str, int]) -> None:
-        for parameters, times in Counter(parameters_of.values()).items():
-            if times > 1:
-                alike = " and ".join(repr(name) for name, count in parameters_of.items() if count == parameters)
-                self.problems.append(
-                    f"rungs {alike} have {parameters:,} parameters each.\n"
-                    "  A second rung of a size says nothing about scale. Change its size, or give more seeds."
-                )
-
     def _plan_runs(self, rung: str, scale: Scale, seeds: Sequence[int], arms: Iterable[PlannedArm]) -> list[PlannedRun]:
-        """The baseline's runs and the arms' at one rung, seed by seed."""
-        rules = self._file.sizes
-        try:
-            # The baseline's decay is used for all arms, or they would differ in it too.
-            decay = sizes.inverse_steps(self._config, rules, scale)
-            config = _changed(self._config, sizes.scaled(self._config, rules, scale.shape, scale, decay))
-            base = self._plan_run(BASELINE, rung, config)
-        except ConfigError as error:
-            self.problems += [f"{rung}: {problem}" for problem in error.problems]
-            return []
-        planned = [base]
-        for arm in arms:
+        """The baseline's runs and the arms' at one rung, seed by seed; none if the baseline's config is refused."""
+        # The baseline's decay is used for all arms, or they would differ in it too.
+        decay = sizes.inverse_steps(self._config, self._file.sizes, scale)
+        planned: list[PlannedRun] = []
+        for arm in (PlannedArm(BASELINE, "", {}), *arms):
+            where = f"arm {arm.name!r}" if planned else rung
+            # An arm whose config is refused is left out, so that the problems of the other arms are found too.
             try:
-                run = self._plan_run(arm.name, rung, self._arm_config(arm, scale, decay))
-                found = armplans.prove(arm, base, run)
+                config = self._config_of(arm, scale, decay)
+                configs.check_world(config, self._file.ranks)
+                counts = sizes.counts(config.model, sizes.vocab_of(config.data, config.model.vocab_size))
             except ConfigError as error:
-                self.problems += [f"arm {arm.name!r}: {problem}" for problem in error.problems]
+                self.problems += [f"{where}: {problem}" for problem in error.problems]
+                if not planned:
+                    return []
                 continue
-            self.problems += [f"arm {arm.name!r}: {problem}" for problem in found]
-            if armplans.consequences(base, run):
-                self._note(f"arm {arm.name!r} takes other steps, so that its tokens stay equal.")
-            planned.append(run)
+            planned.append(run := PlannedRun(arm.name, rung, config.seed, config, *counts))
+            self.problems += [f"{where}: {problem}" for problem in armplans.prove(arm, planned[0], run)]
+            if run.config.budget != planned[0].config.budget:
+                self._notices.append(f"arm {arm.name!r} takes other steps, so that its tokens stay equal.")
         return [self._at_seed(run, seed) for seed in seeds for run in planned]
 
-    def _plan_run(self, arm: str, rung: str, config: Config) -> PlannedRun:
-        configs.check_world(config, self._file.ranks)
-        parameters, flops_per_token = sizes.counts(config.model, sizes.vocab_of(config))
-        return PlannedRun(arm, rung, config.seed, config, parameters, flops_per_token)
+    def _config_of(self, arm: PlannedArm, scale: Scale, decay: float) -> Config:
+        """The config of an arm at a rung, before its seed is set. The baseline is an arm without a change."""
+        rules, settings = armplans.split_rules(arm.settings)
+        config = _changed(self._config, settings)
+        try:
+            arm_rules = Rules.model_validate(self._file.sizes.model_dump() | rules)
+        except ValueError as error:
+            raise ConfigError([f"{', '.join(rules)}: {error}"]) from None
+        if rules and (problems := arm_rules.problems()):
+            raise ConfigError(problems)
+        # The rung gives the width. An arm with another head width divides it into other heads.
+        shape = scale.shape
+        if arm_rules.head_width != self._file.sizes.head_width:
+            shape = replace(shape, n_heads=max(1, round(shape.width / arm_rules.head_width)))
+        return _changed(config, sizes.scaled(config, arm_rules, shape, scale, decay))
 
     def _at_seed(self, run: PlannedRun, seed: int) -> PlannedRun:
         # W&B shows the ladder as one group. Its settings do not count for what a run is.
@@ -239,25 +236,6 @@ class _LadderBuilder:
         shown = {"group": wandb.group or self._path.stem, "tags": (*wandb.tags, run.rung, run.arm, f"seed {seed}")}
         update = {"seed": seed, "wandb": wandb.model_copy(update=shown)}
         return replace(run, seed=seed, config=run.config.model_copy(update=update))
-
-    def _note(self, notice: str) -> None:
-        if notice not in self._notices:
-            self._notices.append(notice)
-
-    def _arm_config(self, arm: PlannedArm, scale: Scale, decay: float) -> Config:
-        rules, settings = armplans.split_rules(arm.settings)
-        config = _changed(self._config, settings)
-        try:
-            arm_rules = Rules.model_validate(self._file.sizes.model_dump() | rules)
-        except ValueError as error:
-            raise ConfigError([f"{', '.join(rules)}: {error}"]) from None
-        if problems := arm_rules.problems():
-            raise ConfigError(problems)
-        # The rung gives the width. An arm with another head width divides it into other heads.
-        shape = scale.shape
-        if arm_rules.head_width != self._file.sizes.head_width:
-            shape = replace(shape, n_heads=max(1, round(shape.width / arm_rules.head_width)))
-        return _changed(config, sizes.scaled(config, arm_rules, shape, scale, decay))
 
     def _check_changes(self, runs: Sequence[PlannedRun]) -> None:
         """Problems of arms that change nothing: a rule may have no effect at one rung, but not at all of them."""
@@ -271,7 +249,7 @@ class _LadderBuilder:
                     f"arm {arm.name!r} is the baseline at every rung, so it changes nothing.\n  Give another value."
                 )
             elif same:
-                self._note(f"arm {arm.name!r} is the baseline at {', '.join(same)}: one run serves both.")
+                self._notices.append(f"arm {arm.name!r} is the baseline at {', '.join(same)}: one run serves both.")
 
     # Faults
 
@@ -281,22 +259,18 @@ class _LadderBuilder:
             if not any(_selects(table, run) for run in runs):
                 where = f"faults[{number}] ({table.get('kind', '?')})"
                 self.problems.append(f"{where} selects no run.\n  Check its arm, rung and seed.")
-        planned = []
-        for run in runs:
+        planned = list(runs)
+        for number, run in enumerate(runs):
             tables = [table for table in self._file.faults if _selects(table, run)]
             faults = [{key: value for key, value in table.items() if key not in SELECTORS} for table in tables]
-            planned.append(self._with_own_faults(run, faults) if faults else run)
+            try:
+                config = _changed(run.config, {"faults": faults}) if faults else run.config
+                for fault in faultplan.make(config, self._file.ranks):
+                    self._check_fault(fault)
+                planned[number] = replace(run, config=config)
+            except ConfigError as error:
+                self.problems += [f"{run.rung}: {problem}" for problem in error.problems]
         return planned
-
-    def _with_own_faults(self, run: PlannedRun, faults: Sequence[Mapping[str, Any]]) -> PlannedRun:
-        try:
-            config = _changed(run.config, {"faults": faults})
-            for fault in faultplan.make(config, self._file.ranks):
-                self._check_fault(fault)
-            return replace(run, config=config)
-        except ConfigError as error:
-            self.problems += [f"{run.rung}: {problem}" for problem in error.problems]
-            return run
 
     def _check_fault(self, fault: faultplan.PlannedFault) -> None:
         name = fault.kind.name
@@ -318,11 +292,6 @@ SELECTORS = ("arm", "rung", "seed")
 def _selects(table: Mapping[str, Any], run: PlannedRun) -> bool:
     wanted = {key: value if isinstance(value, list) else [value] for key, value in table.items() if key in SELECTORS}
     return all(getattr(run, key) in values for key, values in wanted.items())
-
-
-def _figures(name: str, shape: Shape, seeds: Sequence[int], runs: Sequence[PlannedRun]) -> list[PlannedRung]:
-    """The rung with the figures of its baseline, the first run; empty if the baseline's config was refused."""
-    return [PlannedRung(name, shape, run.parameters, run.tokens, run.flops, tuple(seeds)) for run in runs[:1]]
 
 
 def _keyed(tree: Any) -> Any:

@@ -7,9 +7,9 @@ change it from there on.
 """
 
 import functools
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
@@ -17,8 +17,7 @@ from trainer import config as configs
 from trainer import costs
 from trainer.config import Config, Section
 
-DIGITS = 6
-"""Significant digits of a rate or decay that a rule gives: more would make configs hard to read."""
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Rules(Section):
@@ -48,15 +47,11 @@ class Rules(Section):
 
     def problems(self) -> list[str]:
         """Name exponents without a rule, and rules without an exponent."""
-        pairs = (
-            ("learning_rate", self.learning_rate, self.learning_rate_exponent),
-            ("batch", self.batch, self.batch_exponent),
-        )
         return [
             f'sizes.{name}_exponent = {exponent:g} beside sizes.{name} = "{rule}".\n'
             f'  The exponent is that of "power", and "power" needs one. Give both or none.'
-            for name, rule, exponent in pairs
-            if (rule == "power") != (exponent != 0)
+            for name in ("learning_rate", "batch")
+            if ((rule := getattr(self, name)) == "power") != ((exponent := getattr(self, f"{name}_exponent")) != 0)
         ]
 
 
@@ -84,9 +79,10 @@ class Size(Section):
     """N, met as closely as whole heads and layers allow."""
 
     def problems(self, where: str) -> list[str]:
-        by_shape = bool(self.width and self.n_layers and not self.parameters)
-        by_parameters = bool(self.parameters and not (self.width or self.n_layers or self.n_heads))
-        if by_shape or by_parameters:
+        by_shape = self.width and self.n_layers
+        if (by_shape and not self.parameters) or (
+            self.parameters and not (self.width or self.n_layers or self.n_heads)
+        ):
             return []
         return [f"{where} has no one size.\n  Give width and n_layers (and n_heads, if you like), or parameters alone."]
 
@@ -96,9 +92,6 @@ class Shape:
     width: int
     n_layers: int
     n_heads: int
-
-    def __str__(self) -> str:
-        return f"{self.width}×{self.n_layers}"
 
 
 @dataclass(frozen=True)
@@ -115,31 +108,25 @@ class Scale:
         return self.parameters / self.base_parameters
 
 
+def _cached(function: F) -> F:
+    return functools.lru_cache(maxsize=1024)(function)  # pyright: ignore - it does not see that models are hashable
+
+
+@_cached
 def counts(model: configs.Model, vocab_size: int) -> tuple[int, int]:
     """Return (N, training FLOPs per token) of a model with `vocab_size` rows of embedding. Loads torch."""
-    return _counts(model.model_dump_json(), vocab_size)
-
-
-@functools.lru_cache(maxsize=1024)
-def _counts(settings: str, vocab_size: int) -> tuple[int, int]:
     from trainer.model import construct
 
-    model = configs.Model.model_validate_json(settings)
     parameters = costs.parameter_count(construct(model, vocab_size, "meta")).non_embedding
     return parameters, costs.flops_per_token(model, vocab_size)
 
 
-def vocab_of(config: Config) -> int:
-    """Return the exact number of embedding rows. Makes the tokenizer if the cache does not have it."""
-    return costs.padded_vocab(_tokens(config.data.model_dump_json()), config.model.vocab_size)
-
-
-@functools.lru_cache(maxsize=64)
-def _tokens(settings: str) -> int:
-    """Number of tokens of a [data] section's tokenizer."""
+@_cached
+def vocab_of(data: configs.Data, rows: int) -> int:
+    """Return the exact number of embedding rows; `rows` is model.vocab_size. May have to make the tokenizer."""
     from trainer.data import tokenizer_for
 
-    return tokenizer_for(configs.Data.model_validate_json(settings)).vocab_size
+    return costs.padded_vocab(tokenizer_for(data).vocab_size, rows)
 
 
 def shape_of(size: Size, rules: Rules, config: Config, vocab_size: int) -> Shape:
@@ -169,27 +156,25 @@ def shape_of(size: Size, rules: Rules, config: Config, vocab_size: int) -> Shape
 
 def with_shape(config: Config, shape: Shape) -> Config:
     """Return the config at this shape, unchecked."""
-    update = {"width": shape.width, "n_layers": shape.n_layers, "n_heads": shape.n_heads}
-    return config.model_copy(update={"model": config.model.model_copy(update=update)})
+    return config.model_copy(update={"model": config.model.model_copy(update=asdict(shape))})
 
 
 def scaled(config: Config, rules: Rules, shape: Shape, scale: Scale, decay: float = 1.0) -> dict[str, Any]:
     """Return the settings that the rules give `config` at a rung: {"optim.weight_decay": 0.05, …}.
 
     `config` is the ladder's with an arm's change, `decay` the value of `inverse_steps`. Tokens equal the baseline's D
-    within half a step, so an arm with another batch takes another number of steps.
+    within half a step.
     """
-    settings: dict[str, Any] = {
-        "model.width": shape.width, "model.n_layers": shape.n_layers, "model.n_heads": shape.n_heads
-    }  # fmt: skip
+    settings: dict[str, Any] = {f"model.{name}": value for name, value in asdict(shape).items()}
     if rules.batch == "power":
         settings["data.micro_batches"] = max(1, round(config.data.micro_batches * scale.ratio**rules.batch_exponent))
     if rules.learning_rate == "mup" and shape.width != scale.base.width:
         settings["optim.mup_base_width"] = scale.base.width
     if rules.learning_rate == "power":
-        rate = config.optim.learning_rate * scale.ratio**rules.learning_rate_exponent
-        settings["optim.learning_rate"] = _legible(rate)
+        factor = scale.ratio**rules.learning_rate_exponent
+        settings["optim.learning_rate"] = _legible(config.optim.learning_rate * factor)
     settings["budget.steps"] = steps = _steps(config, rules, scale.parameters, settings)
+    # The number of steps depends on the batch, so what depends on the number of steps comes after it.
     if rules.weight_decay == "inverse_steps":
         settings["optim.weight_decay"] = _legible(config.optim.weight_decay * decay)
     if rules.warmup_fraction:
@@ -198,6 +183,7 @@ def scaled(config: Config, rules: Rules, shape: Shape, scale: Scale, decay: floa
 
 
 def _steps(config: Config, rules: Rules, parameters: int, settings: Mapping[str, Any]) -> int:
+    # The tokens are those of the baseline's N, so an arm with another batch takes another number of steps.
     micro_batches = settings.get("data.micro_batches", config.data.micro_batches)
     tokens_per_step = micro_batches * config.data.micro_batch_sequences * config.model.context
     return max(1, round(rules.tokens_per_parameter * parameters / tokens_per_step))
@@ -210,13 +196,12 @@ def inverse_steps(config: Config, rules: Rules, scale: Scale) -> float:
     decay too.
     """
     settings = scaled(config, rules, scale.shape, scale)
-    base_steps = _steps(config, rules, scale.base_parameters, {})
     # Rate of the hidden matrices, relative to the base rung's.
     rate = settings.get("optim.learning_rate", config.optim.learning_rate) / config.optim.learning_rate
     if rules.learning_rate == "mup":
         rate *= scale.base.width / scale.shape.width
-    return base_steps / (rate * settings["budget.steps"])
+    return _steps(config, rules, scale.base_parameters, {}) / (rate * settings["budget.steps"])
 
 
 def _legible(value: float) -> float:
-    return float(f"{value:.{DIGITS}g}")
+    return float(f"{value:.6g}")  # more digits would make configs hard to read

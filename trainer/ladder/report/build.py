@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer import files
-from trainer.ladder import collect, preregistration, run, tuning
+from trainer.fleet.run_store import RunState
+from trainer.ladder import collect, preregistration, tuning
 from trainer.ladder.collect import CollectedRun
 from trainer.ladder.plan.ladder import FIT_RUNGS, TARGET, Ladder, PlannedRun
 from trainer.ladder.report import estimates, execution
@@ -48,21 +49,22 @@ class CollectedLadder:
 
 def collect_ladder(ladder: Ladder, out: Path) -> CollectedLadder:
     """Read a ladder's runs from their files as they are now. Raises RunDirectoryError if OUT is another ladder's."""
-    pool = run.pool_of(out)
-    preregistration.compare(ladder, out, pool)
+    pool = preregistration.pool_of(out)
+    preregistration.compare(ladder, out)
+    record, chosen = preregistration.read(out), tuning.choices(ladder, pool)
     # A run whose learning rate is still being swept has no final config, so it is in no directory.
-    final = tuning.final(ladder, pool)
+    final = tuning.final(ladder, chosen)
     known = dict(zip(map(_identity, final), collect.collect_runs(ladder, pool, final), strict=True))
-    failed = tuning.failed(ladder, pool)
+    failed = {(choice.rung, choice.arm) for choice in chosen if choice.failed}
     return CollectedLadder(
         ladder,
         [
-            known.get(_identity(planned)) or _not_begun(planned, failed.get((planned.rung, planned.arm)))
+            known.get(_identity(planned)) or _not_begun(planned, (planned.rung, planned.arm) in failed)
             for planned in ladder.runs
         ],
         collect.collect_runs(ladder, pool, ladder.sweep),
-        tuning.choices(ladder, pool),
-        preregistration.read(out) or {},
+        chosen,
+        record.model_dump() if record else {},
     )
 
 
@@ -70,13 +72,11 @@ def _identity(planned: PlannedRun) -> tuple[str, str, int]:
     return planned.rung, planned.arm, planned.seed
 
 
-def _not_begun(planned: PlannedRun, failed: str | None) -> CollectedRun:
-    """A run whose learning rate is not known yet; `failed` is the reason if it never will be."""
-    return CollectedRun(
-        planned.arm, planned.rung, planned.seed, None, planned.key, "missing" if failed else "waiting",
-        failed or "its learning-rate sweep has not finished", planned.flops, planned.parameters, planned.tokens,
-        planned.config.budget.steps, 0,
-    )  # fmt: skip
+def _not_begun(planned: PlannedRun, failed: bool) -> CollectedRun:
+    """A run whose learning rate is not known yet, or never will be."""
+    if failed:
+        return CollectedRun.of(planned, RunState("missing", reason="no run of its learning-rate sweep finished"))
+    return CollectedRun.of(planned, RunState("waiting", reason="its learning-rate sweep has not finished"))
 
 
 def build_report(collected: CollectedLadder) -> Tree:
@@ -92,11 +92,11 @@ def build_report(collected: CollectedLadder) -> Tree:
         [arm.name for arm in arms if arm.is_aa],
     )  # fmt: skip
     tree = {
-        "format": FORMAT, "name": ladder.name, "question": ladder.question,
-        "file": short_path(ladder.path), "baseline": short_path(ladder.baseline),
-        "metric": ladder.metric, "unit": ladder.unit, "criterion": ladder.criterion.to_json(),
-        "target": {"flops": ladder.target_flops, "rung": TARGET, "size": _rung(ladder.target)},
-        "rungs": [_rung(rung) for rung in ladder.rungs],
+        "format": FORMAT, "name": ladder.name, "question": ladder.file.question,
+        "file": short_path(ladder.path), "baseline": short_path(ladder.path.parent / ladder.file.baseline),
+        "metric": ladder.file.metric, "unit": ladder.file.unit, "criterion": ladder.criterion.to_json(),
+        "target": {"flops": ladder.target_flops, "rung": TARGET, "size": ladder.target and ladder.target.to_json()},
+        "rungs": [rung.to_json() for rung in ladder.rungs],
         "arms": [
             {"name": arm.name, "question": arm.question, "changes": arm.settings, "combines": list(arm.combines),
              "unchanged": arm.is_aa}
@@ -120,15 +120,6 @@ def build_report(collected: CollectedLadder) -> Tree:
 def without_execution(tree: Tree) -> Tree:
     """Return the part that is the same to the byte whenever the runs were made, and however often interrupted."""
     return {key: value for key, value in tree.items() if key != EXECUTION}
-
-
-def _rung(rung: Any) -> Tree | None:
-    if rung is None:
-        return None
-    return {
-        "name": rung.name, "width": rung.shape.width, "n_layers": rung.shape.n_layers, "n_heads": rung.shape.n_heads,
-        "parameters": rung.parameters, "tokens": rung.tokens, "flops": rung.flops, "seeds": list(rung.seeds),
-    }  # fmt: skip
 
 
 def _run(run: CollectedRun) -> Tree:
