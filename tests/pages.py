@@ -8,13 +8,15 @@ OPEN_ENDED = ("meta", "th", "td", "li", "br", "tr", "p")
 
 
 class Page(html.parser.HTMLParser):
-    """A page's text, ids, links and tooltips. Fails on unmatched tags and on anything to fetch or run."""
+    """A page's text, ids, links, tooltips and cell names. Fails on unmatched tags and on anything to fetch or run."""
 
     def __init__(self, source: str) -> None:
         super().__init__()
         self.ids: list[str] = []
         self.links: list[str] = []
         self.titles: list[str] = []
+        self.names: list[str] = []
+        """Names of the cells' columns, which a narrow page shows beside the values."""
         self._words, self._open = list[str](), list[str]()
         self.feed(source)
         self.close()
@@ -28,7 +30,13 @@ class Page(html.parser.HTMLParser):
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         assert tag not in ("script", "link", "img", "image", "iframe", "object", "base", "form")
-        lists = {"id": self.ids, "href": self.links, "xlink:href": self.links, "title": self.titles}
+        lists = {
+            "id": self.ids,
+            "href": self.links,
+            "xlink:href": self.links,
+            "title": self.titles,
+            "data-name": self.names,
+        }
         for name, value in attrs:
             assert not name.startswith("on") and name != "src"
             if name in lists:

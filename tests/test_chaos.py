@@ -388,7 +388,7 @@ def test_without_exact_sums_a_notice_says_that_equality_cannot_be_expected(tmp_p
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "chaos").glob("*.toml")), ids=lambda path: path.stem)
 def test_the_campaigns_that_come_with_it_can_be_planned(path):
     planned = campaigns.load(path)
-    assert planned.question and planned.cases
+    assert planned.file.question and planned.cases
     kinds = {fault.kind.name for case in planned.cases for fault in case.planned}
     faults = sum(len(case.planned) for case in planned.cases)
     assert {"smoke": 8 <= len(kinds) <= 12, "catalogue": kinds == KINDS.keys(), "storm-llama3": faults >= 100}.get(
@@ -400,7 +400,7 @@ def test_the_campaigns_that_come_with_it_can_be_planned(path):
 
 
 def result(outcome: results.Outcome = "pass", **changes: Any) -> Result:
-    made = Result("kill", ["sigkill"], [{"kind": "sigkill"}], 2, 1, "replicate", None, 0, outcome, "")
+    made = Result("kill", ["sigkill"], [{"kind": "sigkill"}], 2, 1, "replicate", None, 0, outcome=outcome, why="")
     return replace(made, **changes)
 
 

@@ -168,6 +168,7 @@ def test_the_page_shows_what_was_asked_made_detected_and_answered(full: Report):
     ):  # fmt: skip
         assert part in page.text, part
     assert f"{FIRST}: fail. named as something else" in page.titles
+    assert {"detect s", "recover s", "ranks", "planned", "reported as"} <= set(page.names)
     assert set(INVARIANTS) <= {title.split(":")[0] for title in page.titles}
 
 

@@ -9,8 +9,10 @@ import uuid
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests import support
+from trainer.launch import torchrun
 from trainer.launch.agent import LAUNCH
 from trainer.log import events
 
@@ -122,6 +124,13 @@ def test_a_process_with_threads_can_have_children_forked_and_all_threads_hear_of
     assert (elsewhere / "complain.err").read_text() == "no room\n"
 
 
+@pytest.mark.parametrize(("cuda", "hip", "forks"), [(None, None, True), ("13.0", None, False), (None, "7.1", False)])
+def test_torchrun_forks_no_worker_with_a_build_of_torch_for_gpus(monkeypatch, cuda, hip, forks):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert torchrun._has_no_gpu() == forks
+
+
 def test_under_torchrun_workers_are_forked_and_end_with_the_bits_of_ordinary_ones(tmp_path):
     def imports(run: Path, *options: str) -> float:
         short = support.settings(budget__steps=3, optim__warmup_steps=1, wandb__mode="disabled")
@@ -132,6 +141,7 @@ def test_under_torchrun_workers_are_forked_and_end_with_the_bits_of_ordinary_one
 
     forked = imports(tmp_path / "forked")
     ordinary = imports(tmp_path / "ordinary", "--log-dir", str(tmp_path / "logs"), "--redirects", "3")
-    assert forked < ordinary / 2
+    if torchrun._has_no_gpu():
+        assert forked < ordinary / 2
     hashes = [support.summarise_run(tmp_path / name)["state_sha256"] for name in ("forked", "ordinary")]
     assert hashes[0] == hashes[1] is not None

@@ -93,6 +93,27 @@ def test_every_arm_is_decided_as_its_losses_and_times_say(full):
     assert "By its losses alone: promote." in Page(page(full)).text
 
 
+@pytest.mark.parametrize("decision", ["inconclusive", "reject", "promote"])
+def test_the_arm_without_a_change_is_shown_last_as_the_noise_floor_and_never_counted(full, decision):
+    by_losses, by_time = (
+        [row | {"decision": decision} if row["arm"] == AA else row for row in found]
+        for found in (full["verdicts"], full["course"]["verdicts"])
+    )
+    tree = full | {"verdicts": by_losses, "course": full["course"] | {"verdicts": by_time}}
+    assert next(iter(made.ARMS)) == AA, "the ladder runs it first"
+    text = Page(page(tree)).text
+    head, verdicts = text[: text.index("Verdicts")], text[text.index("Verdicts") : text.index("The criterion")]
+    assert "✓ 1 promote" in head and "✗ 2 reject" in head and "inconclusive" not in head
+    assert verdicts.index("is fading worth it?") < verdicts.index("is A/A worth it?")
+    for shown in (verdicts[verdicts.index(f"{AA} · noise floor") :], screen(tree)[screen(tree).index(f"{AA}: ") :]):
+        assert "multipliers show what noise looks like" in " ".join(shown.split())
+        assert "settle" not in shown and "It would take" not in shown
+        assert ("noise passes for a gain" in " ".join(shown.split())) == (decision == "promote")
+    assert summary_run.summary(tree)[f"{AA}/decision"] == "noise floor"
+    no_fit = Page(page(made.tree(replace(SHORT, flops=SHORT.flops[:1])))).text
+    assert f"{AA} · noise floor" in no_fit
+
+
 def test_apart_from_the_execution_the_report_is_a_function_of_results_alone(full):
     """Killed and resumed, on another machine, slower: other times, attempts, faults; the same losses."""
     found = made.runs_of(CLEAR, made.ARMS, target=(BASELINE, *FAST))
@@ -280,7 +301,10 @@ def test_the_page_stands_alone_and_escapes_every_name():
 
 
 def test_the_page_has_every_section(full, full_page):
-    text = Page((full_page / "report.html").read_text(encoding="utf-8")).text
+    shown = Page((full_page / "report.html").read_text(encoding="utf-8"))
+    text = shown.text
+    # Where a page is narrow, each number stands beside the name of its column.
+    assert {"at the target", "in time there", "trend", "observed", "leverage", "rope", "weights"} <= set(shown.names)
     assert len(list(full_page.glob("*.png"))) == 4
     for words in (
         "Does it hold at scale?", "An arm is promoted if", "Written before any of its runs had finished", "lack of fit",
@@ -324,6 +348,15 @@ def test_the_terminal_shows_verdicts_reasons_and_missing_runs(gaps, full):
     assert "rope: promote. At the target it is worth at least" in text
     assert "predicted for target" in text
     assert "missing: r2 qk-norm seed 0: it ran out of disk" in screen(gaps)
+
+
+def test_what_is_not_known_of_the_fit_is_left_out_of_sentences(full):
+    unknown = dict.fromkeys(("lack_of_fit_p", "unequal_noise_p", "seed_sd"))
+    tree = full | {"fit": full["fit"] | unknown}
+    line = next(line for line in screen(tree).splitlines() if line.startswith("baseline: E "))
+    assert line.split("), ")[-1].startswith("α ") and "?" not in line
+    assert "p = ?" not in Page(page(tree)).text
+    assert "lack of fit p = " in screen(full) and "p = ?" not in Page(page(full)).text
 
 
 # W&B

@@ -14,9 +14,8 @@ from typing import Any
 from trainer import config as configs
 from trainer import tomlfile
 from trainer.chaos import schedule
-from trainer.chaos.results import Outcome, Result
-from trainer.chaos.schedule import Table
-from trainer.chaos.schema import CampaignFile, Catalogue, Pairs, Storm, read
+from trainer.chaos.results import Outcome, Result, Setup, Table
+from trainer.chaos.schema import CampaignFile, read
 from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.faults import plan
@@ -24,24 +23,12 @@ from trainer.faults.fault import KINDS, NODES, Fault
 from trainer.faults.plan import PlannedFault
 
 
-@dataclass(frozen=True)
-class Case:
+@dataclass(kw_only=True)
+class Case(Setup):
     """One run of the campaign, planned and checked."""
 
-    name: str
-    ranks: int
-    nodes: int
-    strategy: str
-    seed: int | None
-    """Seed of the storm that drew the faults; None without one."""
-    repeat: int
-    overrides: list[str]
-    """key=value, without faults."""
-    faults: list[Table]
     config: Config
     planned: list[PlannedFault]
-    limits: dict[str, float]
-    """timeout_seconds and restarts; a run beyond them fails."""
     worker: tuple[str, ...] = ("trainer", "train")
     """Module that each rank runs, with its first arguments."""
 
@@ -53,34 +40,17 @@ class Case:
         return f"{words}-{hashlib.sha256(identity.encode()).hexdigest()[:6]}-{self.repeat}"
 
     def make_result(self, outcome: Outcome, why: str, **more: Any) -> Result:
-        kinds = [fault.kind.name for fault in self.planned]
-        trees = [plan.tree(fault) for fault in self.planned]
-        shape = (self.ranks, self.nodes, self.strategy, self.seed, self.repeat)
-        given = {"overrides": self.overrides, "limits": self.limits}
-        return Result(self.name, kinds, trees, *shape, outcome, why, **given, **more)
-
-    def is_answered_by(self, result: Result) -> bool:
-        """True if a stored result is the result of this case."""
-        return self.repeat == result.repeat and self.is_same_run_as(result)
-
-    def is_same_run_as(self, result: Result) -> bool:
-        """True if a stored result came from the same run, whichever its repeat was."""
-        own_result = self.make_result("skipped", "")
-        keys = ("name", "faults", "ranks", "nodes", "strategy", "seed", "overrides", "limits")
-        return all(getattr(own_result, key) == getattr(result, key) for key in keys)
+        return Result(**self.values(), outcome=outcome, why=why, **more)
 
 
 @dataclass(frozen=True)
 class Campaign:
-    name: str
     path: Path
-    question: str
+    file: CampaignFile
     config_path: Path
     config: Config
     """Config of the reference run."""
     overrides: list[str]
-    timeout_seconds: float
-    restarts: int
     cases: list[Case] = field(default_factory=list)
     """Cases to run, with their repeats."""
     every: list[Case] = field(default_factory=list)
@@ -88,7 +58,7 @@ class Campaign:
 
     def restarts_for(self, faults: int) -> int:
         """Number of restarts that the workers of a job with this number of faults may have."""
-        return self.restarts + 2 * faults
+        return self.file.restarts + 2 * faults
 
 
 def load(path: Path, only: Sequence[str] = (), repeat: int | None = None) -> Campaign:
@@ -107,23 +77,20 @@ def load(path: Path, only: Sequence[str] = (), repeat: int | None = None) -> Cam
         problems.append(f"{fact}\n  Move them to {path}.")
     if config is None or config.faults:
         raise ConfigError(problems)
-    limits = (file.timeout_seconds, file.restarts)
-    campaign = Campaign(path.stem, path, file.question, config_path, config, overrides, *limits)
-    builder = _CaseBuilder(campaign, file)
+    builder = _CaseBuilder(Campaign(path, file, config_path, config, overrides))
     builder.build_all()
     problems += builder.problems
     if not problems:  # else a case may be unknown only because it could not be planned
         names = list(dict.fromkeys(case.name for case in builder.cases))
-        for name in only:
-            if name not in names:
-                problems.append(f"--only {name!r} is no run of this campaign.\n  {_hint(name, names)}")
+        unknown = [name for name in only if name not in names]
+        problems += [f"--only {name!r} is no run of this campaign.\n  {_hint(name, names)}" for name in unknown]
     if not builder.cases and not problems:
         problems.append(f"{path} has no runs.\n  Add [[runs]], [catalogue], [pairs] or [storm].")
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     chosen = [case for case in builder.cases if not only or case.name in only]
     repeated = [replace(case, repeat=number) for number in range(repeat or file.repeat) for case in chosen]
-    return replace(campaign, cases=repeated, every=builder.cases)
+    return replace(builder.campaign, cases=repeated, every=builder.cases)
 
 
 @contextlib.contextmanager
@@ -147,42 +114,38 @@ def _hint(name: str, names: Sequence[str]) -> str:
 class _CaseBuilder:
     """Makes the cases of a campaign file. Collects problems instead of raising the first."""
 
-    def __init__(self, campaign: Campaign, file: CampaignFile) -> None:
-        self._campaign, self._file = campaign, file
+    def __init__(self, campaign: Campaign) -> None:
+        self.campaign, self._file = campaign, campaign.file
         self.cases: list[Case] = []
         self.problems: list[str] = []
 
     def build_all(self) -> None:
-        file = self._file
+        file, config = self._file, self.campaign.config
         for number, run in enumerate(file.runs):
             name = run.name or " + ".join(str(fault.get("kind", "?")) for fault in run.faults) or f"run {number}"
             for strategy in [run.strategy] if run.strategy else file.strategies:
                 self._add(name, run.faults, run.ranks or file.ranks, run.nodes or file.nodes, strategy, run.set)
         for strategy in file.strategies:
             if file.catalogue is not None:
-                self._add_catalogue(file.catalogue, strategy)
+                for number, kind in enumerate(self._kinds("catalogue", file.catalogue.kinds, list(KINDS))):
+                    ranks, nodes = self._shape_for(kind)
+                    self._add(kind.name, [schedule.usual(kind, config, ranks, number)], ranks, nodes, strategy)
             if file.pairs is not None:
-                self._add_pairs(file.pairs, strategy)
+                on_one_node = [kind.name for kind in KINDS.values() if NODES not in kind.needs]
+                kinds = self._kinds("pairs", file.pairs.kinds, on_one_node)
+                for first, second in schedule.sample_pairs(kinds, file.pairs.sample, file.seed):
+                    ranks, nodes = self._shape_for(first, second)
+                    faults = schedule.pair(first, second, config, ranks)
+                    self._add(f"pair: {first.name} + {second.name}", faults, ranks, nodes, strategy)
             if file.storm is not None:
-                self._add_storms(file.storm, strategy)
+                self._add_storms(strategy)
         for (name, strategy), times in Counter((case.name, case.strategy) for case in self.cases).items():
             if times > 1:
                 self.problems.append(f"{times} runs are called {name!r} ({strategy}).\n  Give each a name of its own.")
 
-    def _add_catalogue(self, catalogue: Catalogue, strategy: str) -> None:
-        for number, kind in enumerate(self._kinds("catalogue", catalogue.kinds, list(KINDS))):
-            ranks, nodes = self._shape_for(kind)
-            self._add(kind.name, [schedule.usual(kind, self._campaign.config, ranks, number)], ranks, nodes, strategy)
-
-    def _add_pairs(self, pairs: Pairs, strategy: str) -> None:
-        kinds = self._kinds("pairs", pairs.kinds, [kind.name for kind in KINDS.values() if NODES not in kind.needs])
-        for first, second in schedule.sample_pairs(kinds, pairs.sample, self._file.seed):
-            ranks, nodes = self._shape_for(first, second)
-            faults = schedule.pair(first, second, self._campaign.config, ranks)
-            self._add(f"pair: {first.name} + {second.name}", faults, ranks, nodes, strategy)
-
-    def _add_storms(self, storm: Storm, strategy: str) -> None:
-        file = self._file
+    def _add_storms(self, strategy: str) -> None:
+        file, storm = self._file, self._file.storm
+        assert storm is not None
         mix: Mapping[str, float] = {}
         with _collect_into(self.problems):
             mix = schedule.weights(storm.mix, file.nodes)
@@ -191,7 +154,7 @@ class _CaseBuilder:
         name = storm.mix if isinstance(storm.mix, str) else "own"
         for seed in storm.seeds if mix else []:
             faults = schedule.draw(
-                mix, seed, faults=storm.faults, mean_steps=storm.mean_steps, config=self._campaign.config,
+                mix, seed, faults=storm.faults, mean_steps=storm.mean_steps, config=self.campaign.config,
                 world_size=file.ranks,
             )  # fmt: skip
             self._add(f"storm {name} seed {seed}", faults, file.ranks, file.nodes, strategy, seed=seed)
@@ -212,11 +175,11 @@ class _CaseBuilder:
         own: Mapping[str, Any] | None = None, seed: int | None = None,
     ) -> None:  # fmt: skip
         """Plan one case with its own overrides, or note why it cannot be planned."""
-        campaign, problems = self._campaign, list[str]()
-        overrides = [*campaign.overrides, f"parallel.strategy={tomlfile.text(strategy)}"]
+        file, problems = self._file, list[str]()
+        overrides = [*self.campaign.overrides, f"parallel.strategy={tomlfile.text(strategy)}"]
         # The nemesis needs time to strike, so such a run lasts longer; its weights stay the same.
         if any(_is_from_outside(fault) for fault in faults):
-            overrides += _override_list(self._file.set_outside)
+            overrides += _override_list(file.set_outside)
         overrides += _override_list(own or {})
         # A table that cannot be read is reported and left out, so that problems of the others are found too.
         numbers = [number for number, fault in enumerate(faults) if _is_readable(number, fault, problems)]
@@ -224,7 +187,7 @@ class _CaseBuilder:
         # Each check runs on what the earlier ones left, since a user wants all problems of a case at once.
         with _collect_into(problems):
             readable = [faults[number] for number in numbers]
-            config = configs.load(campaign.config_path, [*overrides, f"faults={tomlfile.text(readable)}"])
+            config = configs.load(self.campaign.config_path, [*overrides, f"faults={tomlfile.text(readable)}"])
         if config is not None:
             with _collect_into(problems):
                 configs.check_world(config, ranks)
@@ -232,16 +195,19 @@ class _CaseBuilder:
             with _collect_into(problems):
                 planned = plan.make(config, ranks, nodes, numbers)
         self.problems += [f"{name}: {problem}" for problem in problems]
-        limits = {"timeout_seconds": campaign.timeout_seconds, "restarts": campaign.restarts}
-        if config is not None and planned is not None and not problems:
-            self.cases.append(Case(name, ranks, nodes, strategy, seed, 0, overrides, faults, config, planned, limits))
+        if config is None or planned is None or problems:
+            return
+        kinds, trees = [fault.kind.name for fault in planned], [plan.tree(fault) for fault in planned]
+        limits: dict[str, float] = {"timeout_seconds": file.timeout_seconds, "restarts": file.restarts}
+        given: Any = (name, kinds, trees, ranks, nodes, strategy, seed, 0, overrides, limits)
+        self.cases.append(Case(*given, config=config, planned=planned))
 
     def _misfits(self, config: Config, ranks: int, nodes: int) -> list[str]:
         """Problems of a valid run that make it useless or impossible in this campaign."""
         problems = []
         if ranks % nodes:
             problems.append(f"{ranks} ranks cannot be spread evenly over {nodes} nodes.\n  Give a multiple of nodes.")
-        restarts = self._campaign.restarts_for(len(config.faults))
+        restarts = self.campaign.restarts_for(len(config.faults))
         for fault in config.faults:
             times, kind = (fault.model_extra or {}).get("times"), KINDS.get(fault.kind)
             if kind is not None and kind.repeats and isinstance(times, int) and times > restarts:
@@ -249,8 +215,8 @@ class _CaseBuilder:
                     f"times = {times} of {fault.kind}, but a job may start again {restarts} times.\n"
                     "  Give fewer, or set the campaign's restarts."
                 )
-        if configs.fingerprint(config) != configs.fingerprint(self._campaign.config):
-            old, new = configs.mathematics(self._campaign.config), configs.mathematics(config)
+        if configs.fingerprint(config) != configs.fingerprint(self.campaign.config):
+            old, new = configs.mathematics(self.campaign.config), configs.mathematics(config)
             changes = "; ".join(configs.differences(old, new))
             problems.append(
                 f"it has other weights than the reference run ({changes}), so there is nothing to compare with.\n"
@@ -276,9 +242,6 @@ def _is_from_outside(fault: Table) -> bool:
 
 def check_exact(campaign: Campaign) -> str | None:
     """Return a warning if the sums are not exact, so that the runs may differ; else None."""
-    if campaign.config.numerics.exact:
-        return None
-    return (
-        "numerics.exact = false: sums then depend on how many ranks add them, so no run can be expected to equal the "
-        "reference one. That invariant will be answered with unknown."
-    )
+    rule = "sums then depend on how many ranks add them, so no run can be expected to equal the reference one."
+    warning = f"numerics.exact = false: {rule} That invariant will be answered with unknown."
+    return None if campaign.config.numerics.exact else warning

@@ -12,6 +12,8 @@ from trainer.faults import checker
 from trainer.faults.checker import Answer, Answers
 
 Outcome = Literal["pass", "fail", "unknown", "undetected", "skipped"]
+Table = dict[str, Any]
+"""One [[faults]] table."""
 _RENAMED = {
     "calm": "reference",
     "told_as": "detected_as",
@@ -23,19 +25,36 @@ _WORST_FIRST: tuple[Answers, ...] = ("fail", "undetected", "unknown")
 
 
 @dataclass
-class Result:
-    """One run of one case."""
+class Setup:
+    """All that decides one run of a campaign, as plain values."""
 
     name: str
     kinds: list[str]
-    faults: list[dict[str, Any]]
-    """plan.tree of each planned fault."""
+    faults: list[Table]
+    """plan.tree of each planned fault: all values that a fault could draw are in it."""
     ranks: int
     nodes: int
     strategy: str
     seed: int | None
     """Seed of the storm that drew the faults; None without a storm."""
     repeat: int
+    overrides: list[str] = field(default_factory=list)
+    """key=value of all settings beside config and faults."""
+    limits: dict[str, float] = field(default_factory=dict)
+    """timeout_seconds and restarts of the campaign; a run beyond them fails."""
+
+    def values(self) -> dict[str, Any]:
+        return {own.name: getattr(self, own.name) for own in dataclasses.fields(Setup)}
+
+    def is_same_run_as(self, other: "Setup") -> bool:
+        """True if both are the same run, whichever their repeats are."""
+        return self.values() | {"repeat": 0} == other.values() | {"repeat": 0}
+
+
+@dataclass(kw_only=True)
+class Result(Setup):
+    """One run of one case."""
+
     outcome: Outcome
     why: str
     """One line: the first of the worst answers, or the reason why the case was skipped."""
@@ -43,17 +62,12 @@ class Result:
     launches: list[dict[str, Any]] = field(default_factory=list)
     """{started, ended, status} of each start of the job; Unix seconds."""
     measured: list[dict[str, Any]] = field(default_factory=list)
-    """One entry for each fault that fired: {index, kind, victim, step, fired, detect_seconds, recover_seconds,
-    detected_as, attributed_correctly}."""
+    """`checker.measure` of the run."""
     timeline: dict[str, Any] = field(default_factory=dict)
     """`log.timeline.read_timeline` of the run; {} if skipped."""
     run: str = ""
     """Run directory; "" if skipped."""
     seconds: float = 0.0
-    overrides: list[str] = field(default_factory=list)
-    """key=value of all settings beside config and faults."""
-    limits: dict[str, float] = field(default_factory=dict)
-    """timeout_seconds and restarts of the campaign at the time of the run."""
 
 
 @dataclass
@@ -94,21 +108,27 @@ def to_json(report: Report) -> dict[str, Any]:
 
 def from_json(tree: dict[str, Any]) -> Report:
     """Inverse of `to_json`; reads reports of older versions too."""
-    known = {_RENAMED.get(key, key): value for key, value in tree.items() if key not in ("passed", "results")}
-    return Report(**known, results=[_result_from_json(result) for result in tree["results"]])
+    known: dict[str, Any] = _renamed({key: value for key, value in tree.items() if key != "passed"})
+    known["results"] = [_result_from_json(result) for result in tree["results"]]
+    return Report(**known)
+
+
+def _present(name: str) -> str:
+    return _RENAMED.get(name, name)
+
+
+def _renamed(tree: dict[str, Any]) -> dict[str, Any]:
+    return {_present(key): value for key, value in tree.items()}
 
 
 def _result_from_json(tree: dict[str, Any]) -> Result:
-    answers = [
-        Answer(**answer | {"invariant": _RENAMED.get(answer["invariant"], answer["invariant"])})
-        for answer in tree["answers"]
-    ]
-    measured = [{_RENAMED.get(key, key): value for key, value in fault.items()} for fault in tree["measured"]]
-    # Older versions wrote "pass" too where nothing was measured.
-    for number, answer in enumerate(answers):
-        key = checker.MEASURED_AS.get(answer.invariant)
-        if answer.answer == "pass" and key and all(fault.get(key) is None for fault in measured):
-            answers[number] = Answer(answer.invariant, checker.NOT_ASKED)
+    measured, answers = [_renamed(fault) for fault in tree["measured"]], []
+    for given in tree["answers"]:
+        invariant, answer = _present(given["invariant"]), given["answer"]
+        key = checker.MEASURED_AS.get(invariant)
+        # Older versions wrote "pass" too where nothing was measured.
+        unasked = answer == "pass" and key and all(fault.get(key) is None for fault in measured)
+        answers.append(Answer(invariant, checker.NOT_ASKED if unasked else answer, given["why"]))
     run = tree["run"].replace("/cells/", "/cases/")  # see rename_old_layout
     return Result(**tree | {"answers": answers, "measured": measured, "run": run})
 
@@ -131,7 +151,7 @@ def read(path: Path) -> Report | None:
         return from_json(files.read_object(path))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunDirectoryError(
             f"{path} is no report of a campaign ({type(error).__name__}: {error}).\n"
             "  Move it away, or give another --out."

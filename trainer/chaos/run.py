@@ -18,23 +18,21 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from trainer import config as configs
 from trainer import files, signals, tomlfile
-from trainer.chaos import replay, results, schedule
+from trainer.chaos import results, schedule
 from trainer.chaos.plan import Campaign, Case
 from trainer.chaos.report import html
-from trainer.chaos.results import Report, Result
-from trainer.chaos.schedule import Table
+from trainer.chaos.results import Report, Result, Table
 from trainer.errors import EXIT_FINISHED, RunDirectoryError, TopropeError, of_system
 from trainer.faults import checker, plan
 from trainer.faults.checker import Evidence, Reference
 from trainer.faults.fault import LINUX, NAMESPACES, SHAPING, Fault
-from trainer.faults.plan import PlannedFault
 from trainer.fleet import supervision
 from trainer.launch import namespaces
 from trainer.launch.cluster import Cluster
@@ -81,7 +79,7 @@ def run(
             reference = _reference(campaign, out, report)
             for case in campaign.cases:
                 # A result of an earlier start of this campaign is kept: the case is not run again.
-                result = next((result for result in report.results if case.is_answered_by(result)), None)
+                result = next((r for r in report.results if r.values() == case.values()), None)
                 if result is None:
                     show(case.name)
                     result = run_case(campaign, case, reference, out)
@@ -109,10 +107,9 @@ def _open_report(campaign: Campaign, out: Path) -> Report:
         machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
         reference: dict[str, Any] = {"fingerprint": fingerprint, "exact": campaign.config.numerics.exact}
         reference |= dict.fromkeys(("weights_sha256", "state_sha256", "steps", "seconds"))
-        return Report(
-            campaign.name, campaign.question, str(campaign.config_path), machine, time.time(), 0.0, reference, [], False
-        )
-    if (report.campaign, report.reference.get("fingerprint")) != (campaign.name, fingerprint):
+        about = (campaign.path.stem, campaign.file.question, str(campaign.config_path), machine)
+        return Report(*about, started=time.time(), seconds=0.0, reference=reference, results=[], interrupted=False)
+    if (report.campaign, report.reference.get("fingerprint")) != (campaign.path.stem, fingerprint):
         raise RunDirectoryError(
             f"{out} holds a report of campaign {report.campaign!r} on another config.\n"
             "  One report cannot hold results of different configs. Give another --out."
@@ -142,7 +139,10 @@ def _reference(campaign: Campaign, out: Path, report: Report) -> Reference:
     if report.reference["weights_sha256"] is None:
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir()
-        launched = _launch(campaign, campaign.overrides, directory, [], ranks=1, nodes=1, started=time.time())
+        alone = Case(
+            "reference", [], [], 1, 1, "", None, 0, campaign.overrides, config=campaign.config, planned=[]
+        )  # fmt: skip
+        launched = _launch(campaign, campaign.overrides, directory, alone, time.time())
         if launched.status != EXIT_FINISHED:
             tail = "\n".join(f"    {line}" for line in launched.output.strip().splitlines()[-TAIL_LINES:])
             raise TopropeError(
@@ -205,39 +205,37 @@ def launch_until_done(campaign: Campaign, case: Case, directory: Path, started: 
     explained = {status for fault in case.planned for status in fault.kind.exits}
     launches: list[Launch] = []
     for _ in range(len(case.planned) + MORE_STARTS):
-        shape = (case.ranks, case.nodes)
-        launches.append(_launch(campaign, overrides, directory, case.planned, *shape, started, case.worker))
+        launches.append(_launch(campaign, overrides, directory, case, started))
         if launches[-1].status == EXIT_FINISHED or launches[-1].status not in explained:
             break
     return launches
 
 
 def _launch(
-    campaign: Campaign, overrides: Sequence[str], directory: Path, planned: Sequence[PlannedFault], ranks: int,
-    nodes: int, started: float, worker: Sequence[str] = ("trainer", "train"),
+    campaign: Campaign, overrides: Sequence[str], directory: Path, case: Case, started: float
 ) -> Launch:  # fmt: skip
     """Start the job once and wait for its end. None of its processes is alive on return."""
     with contextlib.ExitStack() as stack:
         hosts = None
-        if any(NAMESPACES in fault.kind.needs for fault in planned):
-            hosts = stack.enter_context(namespaces.Hosts(nodes))
+        if any(NAMESPACES in fault.kind.needs for fault in case.planned):
+            hosts = stack.enter_context(namespaces.Hosts(case.nodes))
         began = time.time()
         # A warm cluster forks its ranks from a process that has imported torch: an import would cost seconds per start.
         cluster = Cluster(
-            campaign.config_path, directory / "run", overrides, ranks=ranks // nodes, nodes=nodes,
-            restarts=campaign.restarts_for(len(planned)), directory=supervision.new_start_directory(directory),
+            campaign.config_path, directory / "run", overrides, ranks=case.ranks // case.nodes, nodes=case.nodes,
+            restarts=campaign.restarts_for(len(case.planned)), directory=supervision.new_start_directory(directory),
             hosts=hosts, environment={"WANDB_MODE": "disabled"},
-            own_store=any(fault.kind.needs_store for fault in planned), worker=worker, warm=True,
+            own_store=any(fault.kind.needs_store for fault in case.planned), worker=case.worker, warm=True,
         )  # fmt: skip
-        nemesis = stack.enter_context(supervision.running(cluster, planned, directory / "run", started))
-        status = cluster.wait(campaign.timeout_seconds)
+        nemesis = stack.enter_context(supervision.running(cluster, case.planned, directory / "run", started))
+        status = cluster.wait(campaign.file.timeout_seconds)
         ended = time.time()
         # The faults end with the job, since one that fired now would hit the next start. Stopping also undoes lasting
         # faults, so it comes before the leftovers are counted.
         nemesis.stop()
         notes = list(nemesis.problems)
         if status is None:
-            notes.append(f"a job did not end within {campaign.timeout_seconds:g} s")
+            notes.append(f"a job did not end within {campaign.file.timeout_seconds:g} s")
             cluster.kill()
         return Launch(began, ended, status, cluster.output, cluster.leftovers(), notes)
 
@@ -261,7 +259,7 @@ def _shrink(campaign: Campaign, case: Case, result: Result, reference: Reference
     found = schedule.shrink(fails, result.faults)
     path = _shrunk_path(out, case)
     path.parent.mkdir(exist_ok=True)
-    path.write_text(replay.text(campaign, [replace(result, faults=found.faults)]), encoding="utf-8")
+    path.write_text(_replay(campaign, [replace(result, faults=found.faults)]), encoding="utf-8")
     caveat = "" if found.smallest else ", perhaps not the smallest"
     return f" [{len(found.faults)} of {len(result.faults)} faults are enough{caveat}: {path}, {found.trials} trials]"
 
@@ -287,11 +285,36 @@ def keep_replay(campaign: Campaign, report: Report, out: Path) -> Path | None:
     """Write OUT/replay.toml, a campaign that repeats the failed cases, and return its path; None if none failed."""
     path, failed = out / "replay.toml", [result for result in report.results if result.outcome in FAILED]
     if failed:
-        path.write_text(replay.text(campaign, failed), encoding="utf-8")
+        path.write_text(_replay(campaign, failed), encoding="utf-8")
     else:
         path.unlink(missing_ok=True)
     return path if failed else None
 
 
+def _replay(campaign: Campaign, failed: Iterable[Result]) -> str:
+    """Return a campaign file with absolute paths that repeats results with exactly the same faults, each run once."""
+    settings = {"config": str(campaign.config_path.absolute()), "timeout_seconds": campaign.file.timeout_seconds}
+    lines = [*tomlfile.lines(settings | {"restarts": campaign.file.restarts}), "", "[set]"]
+    shared = _split(campaign.overrides)
+    lines += [f"{key} = {value}" for key, value in shared.items()]
+    firsts: dict[tuple[str, str], Result] = {}
+    for result in failed:
+        firsts.setdefault((result.name, result.strategy), result)
+    for result in firsts.values():
+        run = {"name": result.name, "ranks": result.ranks, "nodes": result.nodes, "strategy": result.strategy}
+        lines += ["", f"# {result.outcome}: {' '.join(result.why.split())}", "[[runs]]", *tomlfile.lines(run)]
+        # Its own `set` holds the settings that the campaign does not have.
+        own = {key: value for key, value in _split(result.overrides).items() if shared.get(key) != value}
+        lines += [f"set.{key} = {value}" for key, value in own.items() if key != "parallel.strategy"]
+        for fault in result.faults:
+            lines += ["", "[[runs.faults]]", *tomlfile.lines(fault)]
+    return "\n".join([*lines, ""])
+
+
+def _split(overrides: Iterable[str]) -> dict[str, str]:
+    """Split "key=value" into {key: value as TOML}. The last value of a key counts, as with --set."""
+    return {key: value for key, _, value in (override.partition("=") for override in overrides)}
+
+
 def default_out(campaign: Campaign) -> Path:
-    return Path("runs") / "chaos" / f"{campaign.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return Path("runs") / "chaos" / f"{campaign.path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -9,16 +9,15 @@ import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 from trainer import tomlfile
+from trainer.chaos.results import Table
 from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.faults.fault import KINDS, NODES, WITHOUT_STEP, Fault, interval
 from trainer.phases import Phase
 
-Table = dict[str, Any]
-"""One [[faults]] table."""
 Moment = tuple[int | None, str, int]
 """(step, phase or state, rank)"""
 
@@ -31,7 +30,6 @@ class Cause:
     count: int
     kinds: tuple[str, ...]
     why: str
-    """Reason why these kinds imitate it."""
 
 
 LINKS = ("partition", "one_way_loss", "link_flap")
@@ -193,8 +191,7 @@ def sample_pairs(kinds: Sequence[Fault], sample: int, seed: int) -> list[tuple[F
     return random.Random(f"pairs-{seed}").sample(every, min(sample, len(every)))
 
 
-@dataclass(frozen=True)
-class Shrunk:
+class Shrunk(NamedTuple):
     faults: list[Table]
     trials: int
     smallest: bool

@@ -1,10 +1,9 @@
 """The matrix fault × invariant as data, shared by page, terminal and picture."""
 
-import statistics
 from collections import Counter
 from collections.abc import Sequence
 
-from trainer.chaos.results import Report, Result
+from trainer.chaos.results import Result
 from trainer.faults.checker import NOT_ASKED, Answer
 from trainer.faults.fault import KINDS
 from trainer.show.units import SIGNS
@@ -15,10 +14,9 @@ MEANINGS = {
     "fail": "did not hold",
     "undetected": "left a trace that no incident reports",
     "unknown": "cannot be decided",
-    "not applicable": "not asked, not measured",
+    NOT_ASKED: "not asked, not measured",
 }
 """Answers in words, in the order of a legend."""
-SEVERAL, STORMS, OTHER = "several at once", "storms", "other"
 
 
 def invariants(results: Sequence[Result]) -> list[str]:
@@ -34,19 +32,14 @@ def answers(result: Result, asked: Sequence[str]) -> list[Answer]:
 
 def groups(results: Sequence[Result]) -> dict[str, list[Result]]:
     """Results by the part of the system that the fault breaks, in the catalogue's order."""
-    names = [*dict.fromkeys(kind.group for kind in KINDS.values()), SEVERAL, STORMS, OTHER]
-    found = {name: [result for result in results if _group(result) == name] for name in names}
+    names = [*(kind.group for kind in KINDS.values()), "several at once", "storms", "other"]
+    found: dict[str, list[Result]] = {name: [] for name in names}
+    for result in results:
+        kind = KINDS.get(result.kinds[0]) if result.kinds else None
+        several = len(set(result.kinds)) > 1
+        alone = "several at once" if several else "other" if kind is None else kind.group
+        found["storms" if result.seed is not None else alone].append(result)
     return {name: members for name, members in found.items() if members}
-
-
-def _group(result: Result) -> str:
-    if result.seed is not None:
-        return STORMS
-    kinds = set(result.kinds)
-    if len(kinds) > 1:
-        return SEVERAL
-    kind = KINDS.get(next(iter(kinds), ""))
-    return OTHER if kind is None else kind.group
 
 
 def counts(results: Sequence[Result]) -> dict[str, int]:
@@ -59,12 +52,6 @@ def world(result: Result) -> str:
     """ "4 fsdp on 2 nodes": ranks, strategy, nodes if several."""
     nodes = f" on {result.nodes} nodes" if result.nodes > 1 else ""
     return f"{result.ranks} {result.strategy}{nodes}"
-
-
-def world_short(result: Result) -> str:
-    """ "2 replicate"; "2×1 fsdp" is two nodes of one rank each."""
-    nodes = f"{result.nodes}×{result.ranks // result.nodes}" if result.nodes > 1 else str(result.ranks)
-    return f"{nodes} {result.strategy}"
 
 
 def label(result: Result, results: Sequence[Result]) -> str:
@@ -81,18 +68,3 @@ def worst(result: Result, name: str) -> float | None:
 def seconds(value: float | None) -> str:
     """ "0.02", "3.4"; a dash for seconds that were not measured."""
     return SIGNS[NOT_ASKED] if value is None else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
-
-
-def seconds_left(done: Sequence[Result], total: int) -> float | None:
-    """Estimated seconds until all `total` runs are done, by the median run so far; None while there is none."""
-    took = [result.seconds for result in done if result.outcome != "skipped"]
-    return statistics.median(took) * max(0, total - len(done)) if took else None
-
-
-def reference_line(report: Report) -> str:
-    """One line about the run that all others are compared with."""
-    if not report.reference.get("weights_sha256"):
-        return "no reference run: equality is unknown"
-    exact = "" if report.reference.get("exact") else "; its sums are not exact, so equality is unknown"
-    steps = "?" if report.reference.get("steps") is None else report.reference["steps"]
-    return f"reference run: {steps} steps, weights_sha256 {report.reference['weights_sha256']}{exact}"

@@ -1,8 +1,9 @@
 """A campaign on a terminal: its progress, then the matrix of faults and invariants."""
 
+import statistics
 import string
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
 from rich.box import SIMPLE_HEAD
@@ -16,11 +17,12 @@ from trainer.chaos.report import matrix
 from trainer.chaos.results import Report, Result
 from trainer.faults.checker import NOT_ASKED
 from trainer.show.live import LiveTable
-from trainer.show.units import SIGNS, clock, plural
+from trainer.show.units import SIGNS, clock, known, plural
 
-STYLES = {"pass": "green", "fail": "bold red", "undetected": "magenta", "unknown": "yellow", "skipped": "dim"}
-STYLES |= {NOT_ASKED: "dim"}
-NAMES = {outcome: outcome for outcome in STYLES} | {"fail": "FAIL"}
+STYLES = {
+    "pass": "green", "fail": "bold red", "undetected": "magenta", "unknown": "yellow", "skipped": "dim",
+    NOT_ASKED: "dim",
+}  # fmt: skip
 
 
 def terminal(report: Report) -> RenderableType:
@@ -29,11 +31,28 @@ def terminal(report: Report) -> RenderableType:
     if report.results:
         # Each invariant's column is as wide as its one sign, so letters head them, and a legend explains the letters.
         letters = dict(zip(string.ascii_letters, matrix.invariants(report.results), strict=False))
-        parts += [_table(report.results, letters), Text(), _legend(letters), Text()]
-    parts.append(_totals(report))
-    parts.append(Text(matrix.reference_line(report), "dim", overflow="fold"))
-    parts += _reasons(report.results)
-    return Group(*parts)
+        names = [Text.assemble((letter, "bold"), f" {name}") for letter, name in letters.items()]
+        signs = "   ".join(f"{SIGNS[sign]} {meaning}" for sign, meaning in matrix.MEANINGS.items())
+        parts += [_table(report.results, letters), Text(), Columns(names, padding=(0, 3)), Text(signs, "dim"), Text()]
+    totals = Text(f"{plural(len(report.results), 'run')}: ", "bold")
+    totals.append_text(Text(", ").join(_counts(report.results)) or Text("none"))
+    totals.append(f" in {clock(report.seconds)}")
+    totals.append("; interrupted before the rest" if report.interrupted else "", "bold red")
+    reference, equality = "no reference run", "equality is unknown"
+    if report.reference.get("weights_sha256"):
+        steps, weights = known(report.reference.get("steps")), report.reference["weights_sha256"]
+        reference = f"reference run: {steps} steps, weights_sha256 {weights}"
+        equality = "" if report.reference.get("exact") else f"its sums are not exact, so {equality}"
+    line = ("; " if "run:" in reference else ": ").join(filter(None, (reference, equality)))
+    return Group(*parts, totals, Text(line, "dim", overflow="fold"), *_reasons(report.results))
+
+
+def _word(outcome: str) -> str:
+    return "FAIL" if outcome == "fail" else outcome
+
+
+def _counts(results: Sequence[Result]) -> list[Text]:
+    return [Text(f"{n} {_word(name)}", STYLES[name]) for name, n in matrix.counts(results).items()]
 
 
 def _table(results: Sequence[Result], letters: dict[str, str]) -> Any:
@@ -47,10 +66,12 @@ def _table(results: Sequence[Result], letters: dict[str, str]) -> Any:
         for result in members:
             label = Text(matrix.label(result, members), "dim" if result.outcome == "skipped" else "")
             signs = [answer.answer for answer in matrix.answers(result, [*letters.values()])]
+            # "2×1 fsdp" is two nodes of one rank each.
+            nodes = f"{result.nodes}×{result.ranks // result.nodes}" if result.nodes > 1 else str(result.ranks)
             table.add_row(
                 Padding(label, (0, 0, 0, 2)),
-                Text(matrix.world_short(result), "dim"),
-                Text(NAMES[result.outcome], STYLES[result.outcome]),
+                Text(f"{nodes} {result.strategy}", "dim"),
+                Text(_word(result.outcome), STYLES[result.outcome]),
                 matrix.seconds(matrix.worst(result, "detect_seconds")),
                 matrix.seconds(matrix.worst(result, "recover_seconds")),
                 Text("").join(Text(SIGNS[sign], STYLES[sign]) for sign in signs),
@@ -58,23 +79,7 @@ def _table(results: Sequence[Result], letters: dict[str, str]) -> Any:
     return table
 
 
-def _legend(letters: dict[str, str]) -> Any:
-    names = [Text.assemble((letter, "bold"), f" {name}") for letter, name in letters.items()]
-    signs = "   ".join(f"{SIGNS[sign]} {meaning}" for sign, meaning in matrix.MEANINGS.items())
-    return Group(Columns(names, padding=(0, 3)), Text(signs, "dim"))
-
-
-def _totals(report: Report) -> Text:
-    line = Text(f"{plural(len(report.results), 'run')}: ", "bold")
-    counts = matrix.counts(report.results)
-    line.append_text(Text(", ").join(Text(f"{n} {NAMES[name]}", STYLES[name]) for name, n in counts.items()))
-    line.append(f"{'' if counts else 'none'} in {clock(report.seconds)}")
-    if report.interrupted:
-        line.append("; interrupted before the rest", "bold red")
-    return line
-
-
-def _reasons(results: Sequence[Result]) -> Iterator[Any]:
+def _reasons(results: Sequence[Result]) -> list[Table]:
     """A table with a line for each reason why runs did not pass, and the names of these runs; the worst first."""
     names: dict[tuple[str, str], list[str]] = {}
     for result in results:
@@ -87,9 +92,8 @@ def _reasons(results: Sequence[Result]) -> Iterator[Any]:
     lines.add_column(overflow="fold")
     for (outcome, why), labels in sorted(names.items(), key=lambda item: matrix.OUTCOMES.index(item[0][0])):
         reason = Text.assemble((", ".join(dict.fromkeys(labels)), "bold"), f": {why}")
-        lines.add_row(Text(NAMES[outcome], STYLES[outcome]), reason)
-    if names:
-        yield lines
+        lines.add_row(Text(_word(outcome), STYLES[outcome]), reason)
+    return [lines] if names else []
 
 
 class CampaignProgress(LiveTable):
@@ -111,40 +115,33 @@ class CampaignProgress(LiveTable):
 
     def update(self, results: Sequence[Result], running: str) -> None:
         """Receive all results so far, and the name of the run that has just begun; "" at the end."""
-        if self._done is None:
-            lines = [Text(f"{len(results)} of {self._total} runs had been done before", "dim")] if results else []
-        else:
-            new = range(len(self._done), len(results))
-            lines = [line for number in new for line in _result_lines(results[number], number + 1, self._total)]
+        first, self._done, before = self._done is None, list(results), len(self._done or [])
         if running != self._running:
             self._running, self._running_since = running, self._clock()
-        self._done = list(results)
-        for line in lines:
-            self.print(line)
+        if first and results:
+            self.print(Text(f"{len(results)} of {self._total} runs had been done before", "dim"))
+        for number in range(len(results) if first else before, len(results)):
+            self._print_result(results[number], f"{number + 1:>{len(str(self._total))}}/{self._total}  ")
 
     def _progress_line(self) -> Text:
         now, done = self._clock(), self._done or []
-        left = matrix.seconds_left(done, self._total)
-        counts = ", ".join(f"{n} {NAMES[name]}" for name, n in matrix.counts(done).items())
+        took = [result.seconds for result in done if result.outcome != "skipped"]
+        left = statistics.median(took) * max(0, self._total - len(done)) if took else None
+        counts = ", ".join(count.plain for count in _counts(done))
         parts = [f"{len(done)}/{self._total}", counts, clock(now - self._began), f"left {clock(left)}"]
         running = f"{self._running} ({clock(now - self._running_since)})" if self._running else "…"
         line = Text.assemble(("▸ ", "cyan"), (running, "bold"), "  ", "   ".join(part for part in parts if part))
         line.no_wrap, line.overflow = True, "ellipsis"
         return line
 
-
-def _result_lines(result: Result, number: int, total: int) -> Iterator[Text]:
-    figures = [
-        f"{verb} {matrix.seconds(value)} s"
-        for verb in ("detect", "recover")
-        if (value := matrix.worst(result, f"{verb}_seconds")) is not None
-    ]
-    figures += [clock(result.seconds)] if result.outcome != "skipped" else []
-    yield Text.assemble(
-        (f"{number:>{len(str(total))}}/{total}  ", "dim"),
-        (f"{NAMES[result.outcome]:<11}", STYLES[result.outcome]),
-        f"{result.name}  ",
-        (f"{matrix.world(result)}  {'  '.join(figures)}".rstrip(), "dim"),
-    )
-    if result.outcome != "pass" and result.why:
-        yield Text(f"{'':{2 * len(str(total)) + 3}}{result.why}", STYLES[result.outcome])
+    def _print_result(self, result: Result, place: str) -> None:
+        style = STYLES[result.outcome]
+        measured = {verb: matrix.worst(result, f"{verb}_seconds") for verb in ("detect", "recover")}
+        figures = [f"{verb} {matrix.seconds(value)} s" for verb, value in measured.items() if value is not None]
+        figures += [clock(result.seconds)] if result.outcome != "skipped" else []
+        about = f"{matrix.world(result)}  {'  '.join(figures)}".rstrip()
+        self.print(
+            Text.assemble((place, "dim"), (f"{_word(result.outcome):<11}", style), f"{result.name}  ", (about, "dim"))
+        )
+        if result.outcome != "pass" and result.why:
+            self.print(Text(f"{'':{len(place)}}{result.why}", style))
