@@ -13,7 +13,6 @@ import pytest
 
 from tests.support import ROOT, SMOKE, inspect, settings, summarise_run, torchrun, trainer
 from trainer import config as configs
-from trainer.errors import ConfigError
 from trainer.log import rundir
 
 INSPECT_KEYS = {
@@ -91,19 +90,6 @@ def test_all_wrong_settings_are_reported_at_once(capsys, run):
 )
 def test_a_wrong_setting_is_refused_by_name(capsys, run, override, message):
     assert message in refusal(capsys, "--set", override, run=run)
-
-
-@pytest.mark.parametrize("strategy", ["replicate", "fsdp", "hybrid"])
-@pytest.mark.parametrize("without", [None, "numerics.compile", "model.dropout", "parallel.activation_checkpointing"])
-def test_switches_whose_bits_would_depend_on_the_sharding_are_refused_together(strategy, without):
-    values = {"numerics.compile": "true", "model.dropout": "0.1", "parallel.activation_checkpointing": "true"}
-    overrides = [f"{key}={value}" for key, value in values.items() if key != without]
-    overrides.append(f"parallel.strategy={strategy}")
-    if strategy == "replicate" or without is not None:
-        assert configs.load(SMOKE, overrides).parallel.strategy == strategy
-    else:
-        with pytest.raises(ConfigError, match=f'"{strategy}" cannot run with numerics.compile, model.dropout and'):
-            configs.load(SMOKE, overrides)
 
 
 @pytest.mark.parametrize("named", ["g++", "no-such-compiler", "./not-a-program"])

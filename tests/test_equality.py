@@ -3,12 +3,14 @@
 Each world size trains all cases once on real gloo ranks; the tests hold the results against the single process.
 """
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from scripts import fuzz_equality
 from tests.support import SMOKE, shared_directory, torchrun
 from trainer.data import cache
 
@@ -39,6 +41,12 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 }
 MUON = {"optim.optimizer": "muon"}
 PLAIN_SUMS = {"numerics.exact": False}
+COMPILED = {
+    "data.micro_batches": 5, "model.context": 17, "model.n_layers": 1, "model.dropout": 0.1, "numerics.compile": True,
+    "parallel.activation_checkpointing": True,
+}  # fmt: skip
+DRAWN = [f"0-{number}" for number in range(6)]
+"""A sample of scripts/fuzz_equality, which trains as many as one likes."""
 
 
 def cases_for(world_size: int) -> dict[str, dict[str, Any]]:
@@ -50,7 +58,9 @@ def cases_for(world_size: int) -> dict[str, dict[str, Any]]:
     }
     cases["muon / replicate"] = BASE | MUON
     cases["plain sums / replicate"] = BASE | PLAIN_SUMS
-    return {
+    if world_size < 4:
+        cases |= {f"compiled / {strategy}": BASE | COMPILED | STRATEGIES[strategy] for strategy in strategies}
+    return fuzz_equality.cases(DRAWN, world_size) | {
         name: {"config": str(SMOKE), "set": [f"{key}={json.dumps(value)}" for key, value in case.items()]}
         for name, case in cases.items()
     }
@@ -73,8 +83,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("feature", [*FEATURES, "muon"])
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("feature", "world_size"),
+    [*itertools.product([*FEATURES, "muon"], [1, 2, 3, 4]), ("compiled", 1), ("compiled", 2), ("compiled", 3)],
+)
 def test_every_world_size_and_sharding_gives_the_bits_of_one_unsharded_process(results, world_size, feature):
     reference = results[1][f"{feature} / replicate"]
     compared = 0
@@ -84,6 +96,19 @@ def test_every_world_size_and_sharding_gives_the_bits_of_one_unsharded_process(r
             assert other == reference, f"{strategy} on {world_size} ranks"
             compared += 1
     assert compared == (1 if feature == "muon" else 2 + (world_size % 2 == 0))
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("seed", DRAWN)
+def test_drawn_settings_give_one_result_at_every_world_size_and_sharding(results, seed):
+    layouts = {
+        f"{world_size} ranks, {name.removeprefix(f'{seed} ')}": result
+        for world_size, by_name in results.items()
+        for name, result in by_name.items()
+        if name.startswith(f"{seed} ")
+    }
+    assert len(layouts) >= 2
+    assert fuzz_equality.different(layouts) == []
 
 
 @pytest.mark.timeout(600)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.flop_counter import FlopCounterMode
@@ -286,6 +286,24 @@ def test_blocks_compile_without_graph_breaks_and_agree(switches: dict[str, Any])
     compiled = gradients(gpt)
     for name, expected in eager.items():
         torch.testing.assert_close(compiled[name], expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be:DeprecationWarning")
+def test_every_shape_gets_a_compiled_block_of_its_own_however_many_there_are(monkeypatch) -> None:
+    """One for several shapes, or none for the ninth, would make bits depend on what a rank was given before."""
+    torch._dynamo.reset()
+    graphs: list[Any] = []
+    compile_module = nn.Module.compile
+    backend = lambda graph, _inputs: graphs.append(graph) or graph.forward  # noqa: E731
+    monkeypatch.setattr(nn.Module, "compile", lambda block, **how: compile_module(block, backend=backend, **how))
+    gpt = build(n_layers=1).requires_grad_(False)
+    with torch._dynamo.config.patch(
+        recompile_limit=8, accumulated_recompile_limit=8, fail_on_recompile_limit_hit=False
+    ):
+        model.compile_blocks(gpt)
+        for length in range(2, 13):
+            gpt(tokens(1, length))
+    assert len(graphs) == 11
 
 
 @pytest.mark.parametrize("switches", [{}, {"mlp": "swiglu", "n_kv_heads": 2}, {"mlp": "gelu", "tied_embeddings": True}])

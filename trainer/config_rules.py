@@ -20,8 +20,6 @@ def contradictions(config: "Config") -> list[str]:
     """Return a problem for each rule between settings that `config` breaks."""
     m, o, data, held_out = config.model, config.optim, config.data, config.eval
     strategy = config.parallel.strategy
-    # Some of these runs ended with other bits than replicated ones, from the first loss on. Doubt: why is not known.
-    redraws = config.numerics.compile and m.dropout and config.parallel.activation_checkpointing
     heads_fit = m.width % m.n_heads == 0
     is_pinned = len(data.revision) == 40 and set(data.revision) <= set("0123456789abcdef")
     rules = [
@@ -44,12 +42,6 @@ def contradictions(config: "Config") -> list[str]:
             o.optimizer == "muon" and strategy != "replicate",
             f'optim.optimizer = "muon" cannot run with parallel.strategy = "{strategy}".\n'
             '  Muon orthogonalises whole matrices and shards hold rows. Use strategy "replicate", or "adamw".',
-        ),
-        (
-            redraws and strategy != "replicate",
-            f'parallel.strategy = "{strategy}" cannot run with numerics.compile, model.dropout and '
-            "parallel.activation_checkpointing all together.\n"
-            '  The bits may then depend on the sharding. Switch one of them off, or use "replicate".',
         ),
         (
             o.warmup_steps > config.budget.steps,

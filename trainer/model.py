@@ -55,9 +55,22 @@ def build(config: config.Config, vocab_size: int, device: torch.device) -> "GPT"
     initialise(model, config.model, config.seed)
     model.to(device)
     if config.numerics.compile:
-        for block in blocks_of(model):
-            block.compile()
+        compile_blocks(model)
     return model
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile each block, so that its bits depend on the shapes it is called with and on nothing that came before.
+
+    By default torch makes kernels for any size once it has seen two, and once it has made 8 it runs what is new
+    uncompiled, with other bits and no more than a warning.
+    """
+    from torch._dynamo import config as dynamo
+
+    dynamo.recompile_limit = dynamo.accumulated_recompile_limit = 2**20
+    dynamo.fail_on_recompile_limit_hit = True
+    for block in blocks_of(model):
+        block.compile(dynamic=False)
 
 
 def construct(settings: config.Model, vocab_size: int, device: str = "cpu", *, recompute: bool = False) -> "GPT":
