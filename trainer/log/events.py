@@ -24,12 +24,17 @@ from trainer.errors import RunDirectoryError, of_system
 from trainer.tomlfile import mistakes
 
 
+@typing.dataclass_transform(kw_only_default=True, frozen_default=True)
 @dataclass(frozen=True, kw_only=True)
 class Event:
+    """Base of all events: each class is a frozen dataclass of keyword arguments."""
+
     kind: ClassVar[str]
 
+    def __init_subclass__(cls) -> None:
+        dataclass(frozen=True, kw_only=True)(cls)
 
-@dataclass(frozen=True, kw_only=True)
+
 class AttemptStarted(Event):
     """A rank is about to train. One per rank and attempt."""
 
@@ -52,7 +57,6 @@ class AttemptStarted(Event):
     """Differences between this and what the run was computed with before, which were accepted on purpose."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class StepDone(Event):
     """The weights of `step` are final. Written by rank 0."""
 
@@ -74,7 +78,6 @@ class StepDone(Event):
     """Share of non-zero gradient entries rounded to zero; None where it was not measured."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class EvalDone(Event):
     """A held-out set was scored with the weights of `step`."""
 
@@ -91,7 +94,6 @@ class EvalDone(Event):
     """Digest of the tokens that were scored."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class CheckpointSaved(Event):
     """A checkpoint was committed and verified. Rank 0 notes it when the loop next polls, so a little late."""
 
@@ -104,7 +106,6 @@ class CheckpointSaved(Event):
     """Wait of the loop: for the copy in memory, and for an earlier save still under way."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class CheckpointFailed(Event):
     """A save did not become a checkpoint; training continues and earlier checkpoints are intact."""
 
@@ -118,7 +119,6 @@ class CheckpointFailed(Event):
     """Wait of the loop; None where it was not measured."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class CheckpointRejected(Event):
     """A committed checkpoint is damaged and was passed over on loading."""
 
@@ -127,7 +127,6 @@ class CheckpointRejected(Event):
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True)
 class NotFinite(Event):
     """A step's loss or gradient was not finite. It was not applied; the step is computed again once."""
 
@@ -139,7 +138,6 @@ class NotFinite(Event):
     """0 for the first computation, 1 for the second, after which the run stops."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class Hung(Event):
     """A rank saw no progress for too long and ends its process. Written by the rank that noticed."""
 
@@ -157,7 +155,6 @@ class Hung(Event):
     """File with the stacks of this rank's threads, relative to the run directory."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class WorkersLost(Event):
     """The launcher's view of what ended the attempt before this one. Written by rank 0 of the next attempt."""
 
@@ -168,7 +165,6 @@ class WorkersLost(Event):
     """One line for people."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class FaultFired(Event):
     """A fault on purpose is about to act. In events/faults.jsonl, written by the process that makes it."""
 
@@ -185,7 +181,6 @@ class FaultFired(Event):
     """Process that made the fault."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class StopRequested(Event):
     """A signal asked this rank to save and leave."""
 
@@ -194,7 +189,6 @@ class StopRequested(Event):
     step: int
 
 
-@dataclass(frozen=True, kw_only=True)
 class Warned(Event):
     """Something that a person should know and that does not stop the run."""
 
@@ -202,7 +196,6 @@ class Warned(Event):
     message: str
 
 
-@dataclass(frozen=True, kw_only=True)
 class AttemptEnded(Event):
     """A rank left the loop in order. A rank that was killed leaves no such record."""
 
@@ -290,12 +283,9 @@ class EventLog:
     def close(self) -> None:
         trouble = self._write(b"") if self._unwritten else None
         if trouble:
-            print(
-                f"rank {self._rank}: {self._unwritten.count(10)} events are lost: {self._path}: {trouble}.\n"
-                "  `inspect` will not know of them. The checkpoints do not depend on the log.",
-                file=sys.stderr,
-                flush=True,
-            )
+            lost = f"{self._unwritten.count(10)} events are lost: {self._path}: {trouble}."
+            effect = "`inspect` will not know of them. The checkpoints do not depend on the log."
+            print(f"rank {self._rank}: {lost}\n  {effect}", file=sys.stderr, flush=True)
         if self._file is not None:
             self._file.close()
 
@@ -349,9 +339,8 @@ class Follower:
         Raises RunDirectoryError on a damaged line; the next poll continues after it.
         """
         for path in sorted(self._directory.glob(self._pattern)):
-            if path.name.startswith("."):  # ._NAME and the like, which a desktop or a copier leaves
-                continue
-            self._files.setdefault(path, _File(path))
+            if not path.name.startswith("."):  # ._NAME and the like, which a desktop or a copier leaves
+                self._files.setdefault(path, _File(path))
         new = [entry for file in self._files.values() for entry in file.poll()]
         return sorted(new, key=lambda e: (e.attempt, e.time, e.rank))
 

@@ -25,7 +25,7 @@ A value that was not measured is None, never 0.
 """
 
 import math
-from collections.abc import Sequence
+from collections import defaultdict
 from typing import Any
 
 from trainer.log import events
@@ -83,25 +83,24 @@ def _spend(ledger: "_Ledger", attempt: Attempt, from_step: int, resumed: int | N
     `resumed` is the earliest step that a later attempt resumed from: the steps of this attempt after it are lost.
     """
     entries, in_order = attempt.main_entries, attempt.ended_in_order
-    stalls = _stalls(entries)
+    # Seconds that the loop waited for the save of each step, where the log has them.
+    stalls: dict[int, float] = defaultdict(float)
+    for event in (entry.event for entry in entries):
+        if isinstance(event, events.CheckpointSaved | events.CheckpointFailed):
+            stalls[event.step] += event.stall_seconds or 0.0
     last_work = max((n for n, entry in enumerate(entries) if isinstance(entry.event, WORK)), default=-1)
-    stall = stalls.get(from_step, 0.0)
+    stall = stalls[from_step]
     for number, entry in enumerate(entries):
         event = entry.event
         # Other events pass no stretch of their own: events that a failing rank writes before it ends count as `down`.
         if not isinstance(event, PROGRESS) and not (in_order and isinstance(event, events.AttemptEnded)):
             continue
         lost = resumed is not None and isinstance(event, WORK) and event.step > resumed
-        rest = (
-            "shutdown"
-            if in_order and number > last_work
-            else "redone"
-            if isinstance(event, events.NotFinite)
-            else "other"
-        )
+        redone = "redone" if isinstance(event, events.NotFinite) else "other"
+        rest = "shutdown" if in_order and number > last_work else redone
         taken = ledger.advance(entry.time, rest, **_claims(event, lost), save_stall=stall)
         # A save is reported some steps later; the loop waited for it right after the step that was saved.
-        stall = stalls.get(event.step, 0.0) if isinstance(event, events.StepDone) else stall - taken["save_stall"]
+        stall = stalls[event.step] if isinstance(event, events.StepDone) else stall - taken["save_stall"]
 
 
 def _claims(event: Event, lost: bool) -> dict[str, float]:
@@ -114,17 +113,7 @@ def _claims(event: Event, lost: bool) -> dict[str, float]:
             return {"productive": seconds / (1 + redone), "redone": seconds * redone / (1 + redone)}
         case events.EvalDone(seconds=seconds):
             return {"evaluation": seconds}
-        case _:
-            return {}
-
-
-def _stalls(entries: Sequence[Entry]) -> dict[int, float]:
-    """Seconds that the loop waited for the save of each step, where the log has them."""
-    stalls: dict[int, float] = {}
-    for event in (entry.event for entry in entries):
-        if isinstance(event, events.CheckpointSaved | events.CheckpointFailed):
-            stalls[event.step] = stalls.get(event.step, 0.0) + (event.stall_seconds or 0.0)
-    return stalls
+    return {}
 
 
 class _Ledger:

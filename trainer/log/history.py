@@ -97,10 +97,8 @@ class Attempt:
         Rank 0 alone can say "finished": the weights are final then. Else one rank that failed makes the attempt failed.
         """
         # Ranks may differ: one fails while another still saves and leaves on a signal.
-        written = {event.status for _, event in self.ends.values()}
-        if self.main_status == "finished":
-            return "finished"
-        return next((status for status in ("failed", "preempted") if status in written), None)
+        written = {event.status for _, event in self.ends.values() if event.status != "finished"} | {self.main_status}
+        return next((status for status in ("finished", "failed", "preempted") if status in written), None)
 
     @property
     def main_status(self) -> str | None:
@@ -140,10 +138,10 @@ class History:
         for entry in sorted(entries, key=lambda entry: (entry.attempt, entry.time, entry.rank)):
             if isinstance(entry.event, events.FaultFired):
                 fired.append(entry)
-                continue
-            attempt = attempts.setdefault(entry.attempt, Attempt(entry.attempt))
-            attempt.entries.append(entry)
-            attempt.observe(entry)
+            else:
+                attempt = attempts.setdefault(entry.attempt, Attempt(entry.attempt))
+                attempt.entries.append(entry)
+                attempt.observe(entry)
         return cls(list(attempts.values()), fired)
 
     @cached_property
@@ -161,9 +159,9 @@ class History:
         """The steps that the run's present state stands on: each as computed last, and not lost since."""
         steps: dict[int, events.StepDone] = {}
         for attempt in self.attempts:
-            # An attempt that died before rank 0 was ready has not resumed from any checkpoint.
+            # Steps after the checkpoint that an attempt resumed from are lost. One that died before rank 0 was ready
+            # has not resumed from any.
             if attempt.start is not None:
-                # Steps after the checkpoint that the attempt resumed from are lost.
                 while steps and (newest := next(reversed(steps))) > attempt.start[1].from_step:
                     del steps[newest]
             steps |= {event.step: event for _, event in events.select(attempt.entries, events.StepDone, rank=0)}

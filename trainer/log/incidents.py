@@ -90,35 +90,27 @@ class IncidentBuilder:
         return self.incidents[before:]
 
     def close(self, running: bool = False) -> list[Incident]:
-        """End the log here. `running`: its last attempt is still at work. Returns the incidents that this completes."""
-        before = len(self.incidents)
+        """End the log here and return all incidents. `running`: its last attempt is still at work."""
         self._complete_ends()
         if self._attempt is not None and not running and not self._finished:
             self._ended.append(self._attempt)
-        self.incidents += [_ending(attempt, None, None, None) for attempt in self._ended]
-        self._ended = []
-        return self.incidents[before:]
+        return self.incidents + [_ending(attempt, None, None, None) for attempt in self._ended]
 
-    def _add_inner(
-        self,
-        entry: Entry,
-        event: events.NotFinite | events.CheckpointFailed | events.CheckpointRejected,
-        attempt: Attempt,
-    ) -> None:
+    def _add_inner(self, entry: Entry, event: _InnerEvent, attempt: Attempt) -> None:
         """Add an incident that does not end its attempt."""
-        rank, seconds = None, None  # the log does not always name the rank; the writer need not be the cause
-        key: tuple[Any, ...] = (attempt.number, event.kind, event.step)
+        rank, seconds, in_a_row = None, None, None  # the log does not always name the rank; the writer may be another
         match event:
             case events.NotFinite(trial=trial):
                 if trial > 0:  # the second in a row ends the attempt
                     return
                 kind, last = "not_finite", attempt.last_progress
                 seconds = max(0.0, entry.time - last.time) if last is not None else None
-            case events.CheckpointFailed(in_a_row=in_a_row):
-                kind, key, rank, seconds = "save_failed", (*key, in_a_row), event.on_rank, event.stall_seconds
+            case events.CheckpointFailed():
+                kind, rank, seconds, in_a_row = "save_failed", event.on_rank, event.stall_seconds, event.in_a_row
             case events.CheckpointRejected():
                 kind = "checkpoint_rejected"
         # Several ranks may write of one incident.
+        key = (attempt.number, kind, event.step, in_a_row)
         if key not in self._reported:
             self._reported.add(key)
             text, step = describe(event), event.step
@@ -146,9 +138,7 @@ class IncidentBuilder:
 
 def incidents_of(history: History, running: bool = False) -> list[Incident]:
     """All incidents of a run in order. `running`: its last attempt is still at work."""
-    builder = IncidentBuilder(history.entries)
-    builder.close(running)
-    return builder.incidents
+    return IncidentBuilder(history.entries).close(running)
 
 
 def _concerns(loss: events.WorkersLost, attempt: Attempt) -> bool:
@@ -158,12 +148,7 @@ def _concerns(loss: events.WorkersLost, attempt: Attempt) -> bool:
     return not lost or not started or not lost.isdisjoint(started)
 
 
-def _ending(
-    attempt: Attempt,
-    loss: events.WorkersLost | None,
-    next_start: Start | None,
-    lost: int | None,
-) -> Incident:
+def _ending(attempt: Attempt, loss: events.WorkersLost | None, next_start: Start | None, lost: int | None) -> Incident:
     kind, rank, point, detected_as, cause = _cause(attempt, loss)
     step, last = attempt.last_step, attempt.last_progress
     seconds = max(0.0, next_start[0].time - last.time) if next_start is not None and last is not None else None
@@ -176,8 +161,9 @@ def _ending(
 def _before(start: Entry, loss: events.WorkersLost) -> Incident:
     """Incident for workers that died on the way to `start`, before they wrote anything."""
     first = _first_to_fail(loss, {})
+    rank = first[0].get("rank") if first else None
     text = f"{_describe_failures(first, {}) or first_line(loss.reason)} before attempt {start.attempt} started"
-    return Incident(start.attempt, "worker_lost", True, _rank(first), None, None, 0, None, loss.kind, text, start.time)
+    return Incident(start.attempt, "worker_lost", True, rank, None, None, 0, None, loss.kind, text, start.time)
 
 
 def _cause(attempt: Attempt, loss: events.WorkersLost | None) -> tuple[str, int | None, str | None, str, str]:
@@ -203,7 +189,7 @@ def _cause(attempt: Attempt, loss: events.WorkersLost | None) -> tuple[str, int 
     if loss is not None:
         first = _first_to_fail(loss, attempt.failures)
         text = _describe_failures(first, attempt.failures) or first_line(loss.reason)
-        return "worker_lost", _rank(first), None, detected_as, text
+        return "worker_lost", first[0].get("rank") if first else None, None, detected_as, text
     if attempt.failures:
         return "worker_lost", None, None, detected_as, "a peer was lost"
     return "worker_lost", None, None, "silence", "ended without a message"
@@ -222,10 +208,6 @@ def _resumption(attempt: Attempt, next_start: Start | None, lost: int | None, se
 
 def _culprit(event: events.Hung, noticed_by: int) -> dict[str, Any]:
     return event.culprits[0] if event.culprits else {"rank": noticed_by, "point": event.point}
-
-
-def _rank(failures: Sequence[dict[str, Any]]) -> int | None:
-    return failures[0].get("rank") if failures else None
 
 
 def _first_to_fail(loss: events.WorkersLost, reasons: Mapping[int, str]) -> list[dict[str, Any]]:
@@ -269,11 +251,10 @@ def describe(event: Event, rank: int = 0) -> str:
             why = f"; it {first_line(str(culprit['why']))}" if culprit.get("why") else ""
             where = f"rank {culprit.get('rank')} hung at {culprit.get('point')}"
             return f"{where} (no progress for {event.seconds:.1f} s{why})"
-        case _:
-            raise TypeError(f"no incident: {event!r}")
+    raise TypeError(f"no incident: {event!r}")
 
 
 def first_line(text: str) -> str:
     """First line of an error message, at most 200 characters: its fact, without rule and remedy."""
-    line = (text.strip().splitlines() or [""])[0]
+    line = next(iter(text.strip().splitlines()), "")
     return line if len(line) <= 200 else f"{line[:199]}…"

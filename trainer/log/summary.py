@@ -52,11 +52,16 @@ def summarise(run: Path, checkpoints: Sequence[dict[str, Any]] = ()) -> dict[str
     last_ended = last.status or _liveness(last)
     newest = max(entry.time for entry in entries)
     silent_too_long = time.time() - newest >= 2 * rundir.step_timeout(identity)
-    status = _status("finished" if history.finish else last_ended, silent_too_long)
+    ended = "finished" if history.finish else last_ended
+    if ended is None or (ended == "unknown" and not silent_too_long):
+        status = "running"
+    else:
+        status = "failed" if ended in ("died", "unknown") else ended
     running = status == "running"
     attempts = [_attempt(attempt, attempt.status or "died") for attempt in history.attempts[:-1]]
     attempts.append(_attempt(last, last_ended))
     steps = [event for _, event in history.steps]
+    seconds = sum(event.seconds for event in steps)
     ends = [event for _, event in events.select(entries, AttemptEnded)]
     # The newest start describes the run: it may have resumed with other ranks, on another device.
     start = next((event for _, event in reversed(events.select(entries, AttemptStarted))), None)
@@ -75,7 +80,8 @@ def summarise(run: Path, checkpoints: Sequence[dict[str, Any]] = ()) -> dict[str
         "faults": [],
         "incidents": [dataclasses.asdict(incident) for incident in incidents_of(history, running)],
         "goodput": goodput.account(history, now=time.time() if running else None),
-        "tokens_per_second": _rate(steps),
+        # The time between steps is not counted.
+        "tokens_per_second": sum(event.tokens for event in steps) / seconds if seconds > 0 else None,
         "learning_rate": _series(steps, "learning_rate"),
         "grad_norm": _series(steps, "grad_norm"),
         **_exactness(steps),
@@ -85,15 +91,8 @@ def summarise(run: Path, checkpoints: Sequence[dict[str, Any]] = ()) -> dict[str
         "strategy": start.strategy if start else None,
         "started": entries[0].time,
         "ended": None if running else newest,
-        "warnings": _warnings(entries, ends) + _gaps(history),
+        "warnings": _warnings(history, ends),
     }
-
-
-def _status(ended: str | None, silent_too_long: bool) -> str:
-    """The run's status from how its last attempt ended: finished, preempted, failed or running."""
-    if ended is None or (ended == "unknown" and not silent_too_long):
-        return "running"
-    return "failed" if ended in ("died", "unknown") else ended
 
 
 def _attempt(attempt: Attempt, ended: str | None) -> dict[str, Any]:
@@ -114,10 +113,8 @@ def _attempt(attempt: Attempt, ended: str | None) -> dict[str, Any]:
 
 def _liveness(attempt: Attempt) -> str | None:
     """None if a process of the attempt lives on this host, "died" if all are gone, "unknown" if none is here."""
-    here = [(start.pid, e.time) for e, start in attempt.starts.values() if start.host == socket.gethostname()]
-    if any(_alive(pid, since) for pid, since in here):
-        return None
-    return "died" if here or not attempt.starts else "unknown"
+    here = [_alive(start.pid, e.time) for e, start in attempt.starts.values() if start.host == socket.gethostname()]
+    return None if any(here) else "died" if here or not attempt.starts else "unknown"
 
 
 def _alive(pid: int, since: float) -> bool:
@@ -155,44 +152,30 @@ def _evals(entries: list[Entry]) -> dict[str, list[list[float | None]]]:
     return {name: [rows[step] for step in sorted(rows)] for name, rows in sets.items()}
 
 
-def _rate(steps: Sequence[StepDone]) -> float | None:
-    """Tokens over the seconds inside steps, all attempts; the time between steps is not counted."""
-    seconds = sum(event.seconds for event in steps)
-    return sum(event.tokens for event in steps) / seconds if seconds > 0 else None
-
-
 def _exactness(steps: Sequence[StepDone]) -> dict[str, Any]:
     """`redone` and `flushed` over the run's steps, each counted once; how replays compare with what they replayed."""
     # The entries come by attempt, so a step that is seen again was replayed.
     last: dict[int, StepDone] = {}
-    replayed, different = 0, set[int]()
+    different = set[int]()
     for event in steps:
-        before = last.get(event.step)
-        if before is not None:
-            replayed += 1
-            # As text, since a NaN must equal itself.
-            if repr(_result(before)) != repr(_result(event)):
-                different.add(event.step)
+        before = last.setdefault(event.step, event)
+        # As text, since a NaN must equal itself.
+        if repr((before.loss, before.grad_norm, before.samples)) != repr((event.loss, event.grad_norm, event.samples)):
+            different.add(event.step)
         last[event.step] = event
     flushed = [event.flushed for event in last.values() if event.flushed is not None]
     return {
         "redone": sum(event.redone for event in last.values()) if last else None,
         "flushed": math.fsum(flushed) / len(flushed) if flushed else None,
-        "replayed": replayed,
+        "replayed": len(steps) - len(last),
         "replayed_differently": sorted(different),
     }
 
 
-def _result(event: StepDone) -> tuple[float, float, str]:
-    return event.loss, event.grad_norm, event.samples
-
-
-def _warnings(entries: list[Entry], ends: list[AttemptEnded]) -> list[dict[str, Any]]:
+def _warnings(history: History, ends: list[AttemptEnded]) -> list[dict[str, Any]]:
     """[{attempt, rank, message}]; attempt and rank are null for what only the whole log shows to be wrong."""
-    warnings: list[dict[str, Any]] = [
-        {"attempt": entry.attempt, "rank": entry.rank, "message": event.message}
-        for entry, event in events.select(entries, Warned)
-    ]
+    warned = events.select(history.entries, Warned)
+    warnings: list[Any] = [{"attempt": e.attempt, "rank": e.rank, "message": event.message} for e, event in warned]
     # All ranks hash the same weights, and so do attempts that end at the same step.
     for name in ("weights_sha256", "state_sha256"):
         by_step: dict[int, set[str]] = {}
@@ -203,14 +186,8 @@ def _warnings(entries: list[Entry], ends: list[AttemptEnded]) -> list[dict[str, 
             if len(values) > 1:
                 message = f"{name} at step {step} has {len(values)} values in the log; one of them is corrupt"
                 warnings.append({"attempt": None, "rank": None, "message": message})
+    # A file of the log may be missing, or a checkpoint be of another run.
+    if missing := sorted(set(range(1, max(history.committed, default=0) + 1)) - set(history.committed)):
+        how_many = f"{len(missing)} steps are missing in the log, the first is {missing[0]}"
+        warnings.append({"attempt": None, "rank": None, "message": f"{how_many}; their samples cannot be checked"})
     return warnings
-
-
-def _gaps(history: History) -> list[dict[str, Any]]:
-    """Warn of committed steps that are not in the log: a file of it is missing, or a checkpoint is of another run."""
-    steps = history.committed
-    missing = sorted(set(range(1, max(steps, default=0) + 1)) - set(steps))
-    if not missing:
-        return []
-    message = f"{len(missing)} steps are missing in the log, the first is {missing[0]}; their samples cannot be checked"
-    return [{"attempt": None, "rank": None, "message": message}]

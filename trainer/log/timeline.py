@@ -13,7 +13,7 @@ from trainer.errors import RunDirectoryError
 from trainer.log import events, summary
 from trainer.log.events import CheckpointSaved, Entry, EvalDone, FaultFired
 from trainer.log.history import Attempt, History, process_start
-from trainer.log.incidents import Incident, incidents_of
+from trainer.log.incidents import incidents_of
 
 CLOCK_SLACK_SECONDS = 1.0  # NTP slews a clock a little; a larger jump means that someone set it
 
@@ -39,11 +39,16 @@ def read_timeline(run: Path) -> dict[str, Any]:
     if origin is None:
         lists = ("attempts", "steps", "saves", "evals", "faults", "incidents")
         return {"origin": None, "steps_budget": None} | {name: [] for name in lists}
-    saves = events.select(history.entries, CheckpointSaved, rank=0)
     # The sets of one step are evaluated one after the other: the last one's time stands for all of them.
     evals = {(e.attempt, event.step): e.time for e, event in events.select(history.entries, EvalDone, rank=0)}
     budgets = [event.steps for attempt in history.attempts for _, event in attempt.starts.values()]
-    ended_as = _ended_as(run)
+    saves = events.select(history.entries, CheckpointSaved, rank=0)
+    fired = events.select(sorted(history.fired, key=lambda entry: entry.time), FaultFired)
+    try:
+        ended_as = {attempt["attempt"]: attempt["ended"] for attempt in summary.summarise(run)["attempts"]}
+    except RunDirectoryError:  # it has a log, but died before it wrote config.json
+        ended_as = {}
+    names = ("kind", "text", "lost_steps", "seconds", "attempt", "rank", "step")
     return {
         "origin": origin,
         "steps_budget": budgets[-1] if budgets else None,
@@ -51,9 +56,16 @@ def read_timeline(run: Path) -> dict[str, Any]:
         "steps": [[entry.time - origin, event.step, entry.attempt] for entry, event in history.steps],
         "saves": [[entry.time - origin, event.step] for entry, event in saves],
         "evals": [[time - origin, step] for (_, step), time in evals.items()],
-        "faults": [_fault(entry, origin) for entry in sorted(history.fired, key=lambda entry: entry.time)],
-        "incidents": [_incident(incident, origin) for incident in incidents_of(history)],
-    }
+        "faults": [
+            {"t": entry.time - origin, "kind": event.fault, "attempt": entry.attempt, "victim": event.victim,
+             "step": event.step, "phase": event.phase, "index": event.index}
+            for entry, event in fired
+        ],
+        "incidents": [
+            {"t": incident.time and incident.time - origin, **{name: getattr(incident, name) for name in names}}
+            for incident in incidents_of(history)
+        ],
+    }  # fmt: skip
 
 
 def _entries_on_steady_clocks(run: Path) -> Iterator[Entry]:
@@ -98,14 +110,6 @@ def _steady(log: Iterable[Entry], jumps: list[float]) -> Iterator[Entry]:
         yield replace(entry, time=steady)
 
 
-def _ended_as(run: Path) -> dict[int, str | None]:
-    """The end of each attempt, in the words of `inspect`."""
-    try:
-        return {attempt["attempt"]: attempt["ended"] for attempt in summary.summarise(run)["attempts"]}
-    except RunDirectoryError:  # it has a log, but died before it wrote config.json
-        return {}
-
-
 def _attempt(attempt: Attempt, fired: Sequence[Entry], ended_as: str | None, origin: float) -> dict[str, Any]:
     # Rank 0 may have died before it was ready; then the lowest rank that was ready stands for the attempt.
     start = attempt.starts[min(attempt.starts)] if attempt.starts else None
@@ -114,24 +118,11 @@ def _attempt(attempt: Attempt, fired: Sequence[Entry], ended_as: str | None, ori
     ended = attempt.ends[0][0].time if 0 in attempt.ends else max(entry.time for entry in alive)
     return {
         "attempt": attempt.number,
-        "process_started": None if start is None else process_start(start) - origin,
-        "ready": None if start is None else start[0].time - origin,
+        "process_started": start and process_start(start) - origin,
+        "ready": start and start[0].time - origin,
         "ended": ended - origin,
-        "from_step": None if start is None else start[1].from_step,
+        "from_step": attempt.from_step,
         "to_step": attempt.furthest_step,
-        "world_size": None if start is None else start[1].world_size,
+        "world_size": start and start[1].world_size,
         "ended_as": ended_as,
     }
-
-
-def _fault(entry: Entry, origin: float) -> dict[str, Any]:
-    event = entry.event
-    assert isinstance(event, FaultFired)
-    details = {name: getattr(event, name) for name in ("victim", "step", "phase", "index")}
-    return {"t": entry.time - origin, "kind": event.fault, **details, "attempt": entry.attempt}
-
-
-def _incident(incident: Incident, origin: float) -> dict[str, Any]:
-    names = ("kind", "text", "lost_steps", "seconds", "attempt", "rank", "step")
-    time = None if incident.time is None else incident.time - origin
-    return {"t": time, **{name: getattr(incident, name) for name in names}}

@@ -1,5 +1,6 @@
 """Loss curves as a picture."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,11 +25,9 @@ SMOOTHING = 0.02  # width of the moving average, as a share of the run's steps
 def draw_curves(summaries: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """Write a PNG of the loss curves of one or more runs: names and values of `log.summary.summarise`.
 
-    The upper panel has the training loss (faint: each step; solid: moving average) and every held-out set, in nats per
-    token. The next one has bits per byte of the held-out sets, which can be compared across tokenizers. Each run has a
-    colour and each set a mark; dotted vertical lines are restarts, at the step they resumed from. A single run also
-    shows its incidents, labelled in a band of their own, with the steps that they cost shaded. The file appears whole
-    or not at all.
+    Above the losses (faint: each step; solid: moving average), in nats per token, below the bits per byte of held-out
+    sets, which can be compared across tokenizers. Each run has a colour and each set a mark; dotted lines are restarts,
+    at the step they resumed from. A single run also shows its incidents, with the steps that they cost shaded.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write(path, figure.png(draw(summaries)))
@@ -45,9 +44,8 @@ def draw(summaries: Mapping[str, Mapping[str, Any]]) -> "Figure":
         heights.append(0.2 + LETTER_INCHES * max([0, *(len(text) for _, _, text in labels)]))
     with figure.style():
         drawn = figure.new_figure(9, sum(heights))
-        panels: list[Axes] = list(
-            drawn.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-        )
+        grid = drawn.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)
+        panels: list[Axes] = list(grid[:, 0])
         lowest, band = panels[-1], panels.pop() if incidents else None
         for number, (name, summary) in enumerate(summaries.items()):
             _draw_run(panels, "" if is_single else f"{name} · ", summary, SERIES[number % len(SERIES)])
@@ -60,10 +58,12 @@ def draw(summaries: Mapping[str, Mapping[str, Any]]) -> "Figure":
             _draw_incidents(panels, band, incidents, labels)
         lowest.set_xlabel("step")
         if not panels[0].lines:
-            panels[0].text(
-                0.5, 0.5, "no step has been completed", transform=panels[0].transAxes, ha="center", color=GREY
-            )
-        panels[0].set_title(_title(summaries), fontsize=12, pad=12)
+            where: Any = {"transform": panels[0].transAxes, "ha": "center", "color": GREY}
+            panels[0].text(0.5, 0.5, "no step has been completed", **where)
+        restarts = sum(max(0, len(summary["attempts"]) - 1) for summary in summaries.values())
+        title = ", ".join(summaries) if len(summaries) <= 4 else f"{len(summaries)} runs"
+        title += f"   ({units.plural(restarts, 'restart')}, dotted)" if restarts else ""
+        panels[0].set_title(title, fontsize=12, pad=12)
     return drawn
 
 
@@ -93,11 +93,9 @@ def _draw_run(panels: Sequence["Axes"], prefix: str, summary: Mapping[str, Any],
 
 
 def _draw_incidents(
-    panels: Sequence["Axes"],
-    band: "Axes",
-    incidents: Sequence[Mapping[str, Any]],
+    panels: Sequence["Axes"], band: "Axes", incidents: Sequence[Mapping[str, Any]],
     labels: Sequence[tuple[int, str, str]],
-) -> None:
+) -> None:  # fmt: skip
     """Shade lost steps in the panels; mark and label the incidents in the band, where there are no curves."""
     band.set(ylim=(0, 1), yticks=[])
     band.grid(visible=False)
@@ -119,12 +117,9 @@ def _draw_incidents(
 
 def spread(wanted: Sequence[float], apart: float, most: float) -> list[float]:
     """Places near the `wanted` ones, which rise: at least `apart` from one another, none beyond `most` if they fit."""
-    places = list(wanted)
-    for n in range(1, len(places)):
-        places[n] = max(places[n], places[n - 1] + apart)
-    for n in reversed(range(len(places))):
-        places[n] = min(places[n], most if n == len(places) - 1 else places[n + 1] - apart)
-    return places
+    rising = itertools.accumulate(wanted, lambda before, place: max(place, before + apart))
+    falling = itertools.accumulate(reversed([*rising, most + apart]), lambda after, place: min(place, after - apart))
+    return list(falling)[:0:-1]
 
 
 def incident_labels(incidents: Sequence[Mapping[str, Any]]) -> list[tuple[int, str, str]]:
@@ -134,9 +129,8 @@ def incident_labels(incidents: Sequence[Mapping[str, Any]]) -> list[tuple[int, s
         by_step.setdefault(incident["step"], []).append(incident)
     if len(by_step) > MOST_LABELS:
         return []
-    return [
-        (step, same[0]["kind"], ", ".join(dict.fromkeys(map(_label, same)))) for step, same in sorted(by_step.items())
-    ]
+    texts = {step: ", ".join(dict.fromkeys(map(_label, same))) for step, same in by_step.items()}
+    return [(step, by_step[step][0]["kind"], texts[step]) for step in sorted(by_step)]
 
 
 def _label(incident: Mapping[str, Any]) -> str:
@@ -146,12 +140,6 @@ def _label(incident: Mapping[str, Any]) -> str:
     if rank is not None and kind in ("worker_lost", "hung"):
         return f"rank {rank} {text}"
     return f"workers {text}" if kind == "worker_lost" else text
-
-
-def _title(summaries: Mapping[str, Mapping[str, Any]]) -> str:
-    restarts = sum(max(0, len(summary["attempts"]) - 1) for summary in summaries.values())
-    names = ", ".join(summaries) if len(summaries) <= 4 else f"{len(summaries)} runs"
-    return names + (f"   ({restarts} restart{'s' if restarts > 1 else ''}, dotted)" if restarts else "")
 
 
 def _half_window(values: int) -> int:

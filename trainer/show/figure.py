@@ -74,24 +74,19 @@ def style(more: Any = None) -> Iterator[None]:
 
     `more` are settings of matplotlib that override the house style.
     """
-    matplotlib = _matplotlib()
-    # All of its own defaults first: a matplotlibrc has changed the current settings.
-    defaults = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"}
-    with matplotlib.rc_context({**defaults, **STYLE, **(more or {})}), warnings.catch_warnings():
-        # Names are the user's: a page has them as text, even where the font lacks a letter.
-        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
-        yield
-
-
-def _matplotlib() -> Any:
-    """The module matplotlib. It refuses to be imported while MPLBACKEND names a backend that is not installed here."""
-    asked = os.environ.pop("MPLBACKEND", None)  # as a notebook's kernel leaves it to what it starts
+    # As a notebook's kernel leaves it to what it starts: it may name a backend that is not installed here.
+    asked = os.environ.pop("MPLBACKEND", None)
     try:
         import matplotlib
     finally:
         if asked is not None:
             os.environ["MPLBACKEND"] = asked
-    return matplotlib
+    # All of its own defaults first: a matplotlibrc has changed the current settings.
+    settings: Any = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"}
+    with matplotlib.rc_context({**settings, **STYLE, **(more or {})}), warnings.catch_warnings():
+        # Names are the user's: a page has them as text, even where the font lacks a letter.
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
+        yield
 
 
 def new_figure(width: float, height: float, layout: Any = "constrained") -> "Figure":

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trainer.log.incidents import first_line
+from trainer.show.live import bar
 from trainer.show.units import UNKNOWN, clock, loss, megabytes, tokens_per_second
 
 STATUS_COLOURS = {"finished": "green", "running": "cyan", "preempted": "yellow", "failed": "red"}
@@ -30,7 +31,11 @@ def render(summary: Mapping[str, Any]) -> RenderableType:
     parts: list[RenderableType] = [_figures(summary)]
     parts.append(_table(("attempt", "ranks", "steps", "ended", "time"), map(_attempt_row, summary["attempts"])))
     if summary["checkpoints"]:
-        parts.append(_table(("checkpoint", "size", "state"), map(_checkpoint_row, summary["checkpoints"])))
+        saves = (
+            (f"step {save['step']}", megabytes(save.get("bytes")), CHECKPOINT_STATES[save.get("intact")])
+            for save in summary["checkpoints"]
+        )
+        parts.append(_table(("checkpoint", "size", "state"), saves))
     if summary["goodput"]["wall_seconds"]:
         parts.append(_goodput(summary["goodput"]))
     if summary["incidents"]:
@@ -44,15 +49,9 @@ def render(summary: Mapping[str, Any]) -> RenderableType:
 
 def _headline(summary: Mapping[str, Any]) -> Text:
     status, step, steps = summary["status"], summary["step"], summary["steps"]
-    done = step / steps if steps and step is not None else None
-    width = round(24 * (done or 0))
-    return Text.assemble(
-        (f"● {status}", f"bold {STATUS_COLOURS[status]}"),
-        "  ",
-        ("━" * width, STATUS_COLOURS[status]),
-        ("━" * (24 - width), "bright_black"),
-        f"  step {_known(step)}/{_known(steps)}" + ("" if done is None else f" ({done:.0%})"),
-    )
+    done = step / steps if steps and step is not None else 0
+    place = f"  step {_known(step)}/{_known(steps)}" + (f" ({done:.0%})" if steps and step is not None else "")
+    return Text.assemble((f"● {status}  ", f"bold {STATUS_COLOURS[status]}"), bar(done, STATUS_COLOURS[status]), place)
 
 
 def _figures(summary: Mapping[str, Any]) -> Table:
@@ -87,11 +86,6 @@ def _attempt_row(attempt: Mapping[str, Any]) -> tuple[RenderableType, ...]:
         ended += f": {first_line(attempt['reason'])}"
     number, ranks = str(attempt["attempt"]), _known(attempt["world_size"])
     return number, ranks, steps, Text(_short(ended)), clock(attempt["seconds"])
-
-
-def _checkpoint_row(checkpoint: Mapping[str, Any]) -> tuple[RenderableType, ...]:
-    size = UNKNOWN if checkpoint.get("bytes") is None else megabytes(checkpoint["bytes"])
-    return f"step {checkpoint['step']}", size, CHECKPOINT_STATES[checkpoint.get("intact")]
 
 
 def _goodput(account: Mapping[str, Any]) -> RenderableType:

@@ -5,12 +5,12 @@ attempts, hatched while they start; the incidents as the run recorded them.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trainer.show import figure
-from trainer.show.units import clock
+from trainer.show.units import clock, plural
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,8 +89,15 @@ def draw(timeline: Mapping[str, Any]) -> "Figure":
     begin, end = _span(timeline)
     width = WIDTH - LEFT - RIGHT
     inch = (end - begin) / width
-    flags = [Label(_fault_text(fault), fault["t"]) for fault in _group_victims(timeline["faults"])]
-    incidents = sorted(_bars(timeline), key=lambda incident: incident[0].time)
+    flags = _flags(timeline["faults"])
+    ends = {attempt["attempt"]: attempt["ended"] for attempt in timeline["attempts"]}
+    incidents: list[tuple[Label, float]] = []  # each with the second at which it ended
+    for incident in timeline["incidents"]:
+        # An attempt that died before its first progress has an incident without a time.
+        time = ends.get(incident["attempt"]) if incident["t"] is None else incident["t"]
+        if time is not None:
+            incidents.append((Label(_incident_text(incident), time), time + (incident["seconds"] or 0.0)))
+    incidents.sort(key=lambda incident: incident[0].time)
     flag_rows = assign_rows(flags, begin, end, inch, FLAG_ROWS)
     incident_rows = assign_rows([label for label, _ in incidents], begin, end, inch, len(incidents))
 
@@ -102,9 +109,8 @@ def draw(timeline: Mapping[str, Any]) -> "Figure":
         left, right = LEFT / WIDTH, width / WIDTH
         plot = drawn.add_axes((left, (bottom + lanes_height) / height, right, PLOT / height))
         lanes = drawn.add_axes((left, bottom / height, right, lanes_height / height), sharex=plot)
-        plot.set(
-            xlim=(begin, end), ylim=(0, max([timeline["steps_budget"] or 1, *(row[1] for row in timeline["steps"])]))
-        )
+        highest = max([timeline["steps_budget"] or 1, *(row[1] for row in timeline["steps"])])
+        plot.set(xlim=(begin, end), ylim=(0, highest))
         lanes.set(ylim=(lanes_height, 0), yticks=[])  # inches, downwards
         _dress(plot, lanes)
         _draw_progress(plot, timeline)
@@ -118,24 +124,14 @@ def draw(timeline: Mapping[str, Any]) -> "Figure":
 
 def _span(timeline: Mapping[str, Any]) -> tuple[float, float]:
     """The first and the last second of anything that is known."""
-    times = [fault["t"] for fault in timeline["faults"]]
+    times = [0.0, *(fault["t"] for fault in timeline["faults"]), *_progress_times(timeline)]
     times += [attempt[name] for attempt in timeline["attempts"] for name in ("process_started", "ready", "ended")]
-    known = [0.0, *(t for t in (*times, *_progress_times(timeline)) if t is not None)]
+    known = [time for time in times if time is not None]
     return min(known), max(*known, min(known) + 0.1)
 
 
 def _progress_times(timeline: Mapping[str, Any]) -> list[float]:
     return [row[0] for name in ("steps", "saves", "evals") for row in timeline[name]]
-
-
-def _bars(timeline: Mapping[str, Any]) -> Iterator[tuple[Label, float]]:
-    """Yield the incidents, each with the second at which it ended."""
-    ends = {attempt["attempt"]: attempt["ended"] for attempt in timeline["attempts"]}
-    for incident in timeline["incidents"]:
-        # An attempt that died before its first progress has an incident without a time.
-        time = ends.get(incident["attempt"]) if incident["t"] is None else incident["t"]
-        if time is not None:
-            yield Label(_incident_text(incident), time), time + (incident["seconds"] or 0.0)
 
 
 def _write(axes: "Axes", text: str, xy: tuple[float, float], points: tuple[float, float], **style: Any) -> None:
@@ -166,9 +162,13 @@ def _draw_progress(plot: "Axes", timeline: Mapping[str, Any]) -> None:
         if attempt["ready"] is not None and attempt["ready"] > idle_since:
             plot.axvspan(idle_since, attempt["ready"], color=figure.colour("idle-back"), linewidth=0, zorder=0)
         idle_since = max([idle_since, *(t for t in times if t <= attempt["ended"])])
-        points = _points(attempt, timeline["steps"])
+        points = [(t, step) for t, step, of in timeline["steps"] if of == attempt["attempt"]]
+        if attempt["ready"] is not None and attempt["from_step"] is not None:
+            points.insert(0, (attempt["ready"], attempt["from_step"]))
         if not points:
             continue
+        if (every := len(points) // round(200 * WIDTH)) > 1:  # about two a pixel are enough
+            points = [*points[::every], points[-1]]
         if before is not None:
             dropped = [before, (points[0][0], before[1]), points[0]]
             plot.plot(*zip(*dropped, strict=True), color=figure.SOFT, linewidth=0.8, linestyle=(0, (1, 2)))
@@ -184,16 +184,6 @@ def _draw_progress(plot: "Axes", timeline: Mapping[str, Any]) -> None:
             shape = [*lost, (corner, lost[-1][1]), (corner, resumed), (lost[0][0], resumed)]
             plot.fill(*zip(*shape, strict=True), color=LOST, alpha=0.22, linewidth=0)
         before = points[-1]
-
-
-def _points(attempt: Mapping[str, Any], steps: Iterable[Sequence[Any]]) -> list[tuple[float, int]]:
-    """[(seconds, step)] of an attempt, at most about two a pixel."""
-    points: list[tuple[float, int]] = []
-    if attempt["ready"] is not None and attempt["from_step"] is not None:
-        points.append((attempt["ready"], attempt["from_step"]))
-    points += [(t, step) for t, step, number in steps if number == attempt["attempt"]]
-    every = max(1, len(points) // round(200 * WIDTH))
-    return points[::every] + (points[-1:] if every > 1 else [])
 
 
 def _draw_saves_and_evals(plot: "Axes", timeline: Mapping[str, Any]) -> None:
@@ -229,19 +219,25 @@ def _write_label(axes: "Axes", label: Label, y: float, aside: float, **style: An
     _write(axes, label.text, (label.time, y), (points, 0), ha=side, va="center", bbox=paper, **style)
 
 
+def _name_lane(lanes: "Axes", name: str, y: float) -> None:
+    _write(lanes, name, (0, y), (MARGIN, 0), xycoords=lanes.get_yaxis_transform(), va="center", color=figure.SOFT)
+
+
 def _draw_attempts(lanes: "Axes", attempts: Sequence[Mapping[str, Any]], inch: float) -> None:
     _name_lane(lanes, "attempt", GAP + LANE / 2)
     for attempt in attempts:
-        begin, end = attempt["ready"], attempt["ended"]
-        if begin is None:  # it died before it was ready
-            begin = end - 0.02 * inch
-        else:
+        # Without a beginning, it died before it was ready.
+        begin = attempt["ended"] - 0.02 * inch if attempt["ready"] is None else attempt["ready"]
+        if attempt["ready"] is not None:
             starting = max(begin - attempt["process_started"], 0.01 * inch)
             lanes.barh(GAP, -starting, LANE, begin, align="edge", **HATCHED)
-        width = max(end - begin, 0.02 * inch)
+        width = max(attempt["ended"] - begin, 0.02 * inch)
         colour = ATTEMPT_COLOURS.get(attempt["ended_as"], figure.SOFT)
         lanes.barh(GAP, width, LANE, begin, align="edge", color=colour, linewidth=0)
-        text = next((text for text in _attempt_texts(attempt) if len(text) * LETTER + 0.1 < width / inch), "")
+        number, size, ended = attempt["attempt"], attempt["world_size"], attempt["ended_as"] or "no end known"
+        ranks = "" if size is None else f", {plural(size, 'rank')}"
+        texts = (f"{number}{ranks}, {ended}", f"{number} {ended}", f"{number}", "")
+        text = next(text for text in texts if len(text) * LETTER + 0.1 < width / inch or not text)
         _write(lanes, text, (begin, GAP + LANE / 2), (4, 0), va="center_baseline", weight="bold", color=figure.PAPER)
 
 
@@ -253,10 +249,6 @@ def _draw_incidents(lanes: "Axes", incidents: Sequence[tuple[Label, float]], inc
         y = LANE + 2 * GAP + label.row * INCIDENT_ROW
         lanes.barh(y, max(until - label.time, 0.02 * inch), 0.03, label.time, align="edge", color=INCIDENT, linewidth=0)
         _write_label(lanes, label, y + 0.12, 1.5)
-
-
-def _name_lane(lanes: "Axes", name: str, y: float) -> None:
-    _write(lanes, name, (0, y), (MARGIN, 0), xycoords=lanes.get_yaxis_transform(), va="center", color=figure.SOFT)
 
 
 def _draw_legend(drawn: "Figure") -> None:
@@ -279,22 +271,20 @@ def _draw_legend(drawn: "Figure") -> None:
                  labelcolor=figure.SOFT, columnspacing=1.1, handlelength=1.5, handletextpad=0.5)  # fmt: skip
 
 
-def _group_victims(faults: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Make one of a fault that hits several ranks at once: `victims` are its ranks."""
-    groups: list[dict[str, Any]] = []
+def _flags(faults: Iterable[Mapping[str, Any]]) -> list[Label]:
+    """A flag for each fault; one alone where it hits several ranks at once."""
+    flags: list[tuple[Mapping[str, Any], list[int]]] = []
+    newest: dict[tuple[Any, str], tuple[Mapping[str, Any], list[int]]] = {}
     for fault in faults:
-        same = (group for group in reversed(groups) if all(group.get(k) == fault.get(k) for k in ("index", "kind")))
-        last = next(same, None)
-        if last is not None and fault["t"] - last["t"] < 1.0 and fault["victim"] not in last["victims"]:
-            last["victims"].append(fault["victim"])
+        key, victims = (fault.get("index"), fault["kind"]), [] if fault["victim"] is None else [fault["victim"]]
+        first, ranks = newest.get(key, (fault, victims))
+        if ranks is not victims and fault["t"] - first["t"] < 1.0 and not set(victims) & set(ranks):
+            ranks += victims
         else:
-            groups.append({**fault, "victims": [fault["victim"]]})
-    return groups
-
-
-def _fault_text(fault: Mapping[str, Any]) -> str:
-    ranks = sorted(victim for victim in fault["victims"] if victim is not None)
-    return f"{fault['kind']} r{','.join(map(str, ranks))}" if ranks else str(fault["kind"])
+            newest[key] = (fault, victims)
+            flags.append(newest[key])
+    texts = (f" r{','.join(map(str, sorted(ranks)))}" if ranks else "" for _, ranks in flags)
+    return [Label(fault["kind"] + text, fault["t"]) for (fault, _), text in zip(flags, texts, strict=True)]
 
 
 def _incident_text(incident: Mapping[str, Any]) -> str:
@@ -303,10 +293,3 @@ def _incident_text(incident: Mapping[str, Any]) -> str:
     rank = f" r{incident['rank']}" if is_of_rank else ""
     seconds = f", {incident['seconds']:.1f} s" if (incident["seconds"] or 0.0) >= 0.05 else ""
     return f"{incident['kind'].replace('_', ' ')}{rank}{seconds}"
-
-
-def _attempt_texts(attempt: Mapping[str, Any]) -> list[str]:
-    """Texts for an attempt's bar, the longest first."""
-    number, size, ended = attempt["attempt"], attempt["world_size"], attempt["ended_as"] or "no end known"
-    ranks = f", {size} rank{'' if size == 1 else 's'}" if size is not None else ""
-    return [f"{number}{ranks}, {ended}", f"{number} {ended}", f"{number}"]

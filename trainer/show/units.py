@@ -81,9 +81,9 @@ def tokens_per_second(rate: float | None) -> str:
     return f"{UNKNOWN if rate is None else f'{rate:,.0f}'} tok/s"
 
 
-def megabytes(size: int) -> str:
+def megabytes(size: int | None) -> str:
     """A size in bytes as "1,234.5 MB"."""
-    return f"{size / 1e6:,.1f} MB"
+    return UNKNOWN if size is None else f"{size / 1e6:,.1f} MB"
 
 
 def clock(seconds: float | None) -> str:

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, Literal, Self
 from urllib.parse import urlsplit
@@ -24,15 +24,7 @@ from filelock import FileLock
 from trainer import errors
 from trainer.config import Config
 from trainer.log import events, rundir
-from trainer.log.events import (
-    AttemptEnded,
-    AttemptStarted,
-    CheckpointFailed,
-    CheckpointSaved,
-    Entry,
-    EvalDone,
-    StepDone,
-)
+from trainer.log.events import AttemptEnded, AttemptStarted, Entry, EvalDone, StepDone
 from trainer.log.incidents import IncidentBuilder
 
 WandbMode = Literal["online", "offline", "disabled"]
@@ -50,19 +42,16 @@ def wandb_mode(config: Config, environ: Mapping[str, str] = os.environ) -> Wandb
     """
     chosen = environ.get("WANDB_MODE") or config.wandb.mode
     chosen = {"dryrun": "offline", "run": "online"}.get(chosen, chosen)
-    match chosen:
-        case "online" | "offline" | "disabled":
-            return chosen
-        case "auto":
-            return "online" if environ.get("WANDB_API_KEY") or _in_netrc(environ) else "offline"
-        case _:
-            remedy = "Set it to online, offline or disabled, or unset it to let wandb.mode decide."
-            raise errors.ConfigError([f"WANDB_MODE = {chosen!r} is no mode.\n  {remedy}"])
+    if chosen == "auto":
+        return "online" if environ.get("WANDB_API_KEY") or _in_netrc(environ) else "offline"
+    if chosen not in ("online", "offline", "disabled"):
+        remedy = "Set it to online, offline or disabled, or unset it to let wandb.mode decide."
+        raise errors.ConfigError([f"WANDB_MODE = {chosen!r} is no mode.\n  {remedy}"])
+    return chosen
 
 
 def _in_netrc(environ: Mapping[str, str]) -> bool:
-    names = [environ["NETRC"]] if environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
-    for name in names:
+    for name in [environ["NETRC"]] if environ.get("NETRC") else ["~/.netrc", "~/_netrc"]:
         # A file that holds no key for us, whatever its bytes are, is as good as none. ValueError: it is not text, or
         # the URL is none; RuntimeError: no home directory is known.
         # Not authenticators(): it would take the "default" entry, some other service's password, for a W&B key.
@@ -84,26 +73,21 @@ class WandbHelper:
     """
 
     def __init__(
-        self,
-        run: Path,
-        config: Config,
-        attempt: int,
-        on_problem: Callable[[str], None],
+        self, run: Path, config: Config, attempt: int, on_problem: Callable[[str], None],
         close_timeout_seconds: float = 30.0,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.mode: WandbMode = wandb_mode(config)
-        self._run = run
-        self._on_problem = on_problem
-        self._close_timeout_seconds = close_timeout_seconds
+        self.url: str | None = None
+        """The run's page, known when the helper has ended; None offline."""
+        self._run, self._on_problem, self._close_timeout_seconds = run, on_problem, close_timeout_seconds
         self._helper: subprocess.Popen[bytes] | None = None
         self._output: IO[bytes] | None = None
-        self._url: str | None = None
         if self.mode != "disabled":
             self._start(attempt)
 
     def __call__(self, _: Entry) -> None:
         if self._helper is not None and self._helper.poll() is not None:
-            self._forget(self._last_output())
+            self._forget(failed=True)
 
     def __enter__(self) -> Self:
         return self
@@ -116,14 +100,6 @@ class WandbHelper:
         """The helper's process id while it runs."""
         return self._helper.pid if self._helper is not None else None
 
-    @property
-    def url(self) -> str | None:
-        """The run's page once W&B has named it; None offline or before that."""
-        if self._url is None:
-            first_line, newline, _ = self._read_output(4096).partition("\n")
-            self._url = first_line.removeprefix("url ") if newline and first_line.startswith("url ") else None
-        return self._url
-
     def close(self) -> None:
         """Let W&B write what the log has, for at most `close_timeout_seconds`. Call it before the log is closed."""
         if self._helper is None:
@@ -131,13 +107,11 @@ class WandbHelper:
         assert self._helper.stdin is not None
         self._helper.stdin.close()
         try:
-            status = self._helper.wait(self._close_timeout_seconds)
+            self._forget(failed=self._helper.wait(self._close_timeout_seconds) != 0)
         except subprocess.TimeoutExpired:
             self._helper.kill()  # wandb-core watches its parent and follows within 0.1 s
             self._helper.wait()
             self._forget(f"it was not done after {self._close_timeout_seconds:g} s and was ended")
-        else:
-            self._forget(self._last_output() if status else None)
 
     def _start(self, attempt: int) -> None:
         run = self._run.resolve()
@@ -146,40 +120,34 @@ class WandbHelper:
         try:
             (run / "wandb").mkdir(parents=True, exist_ok=True)  # without it, W&B would silently move to /tmp
             self._output = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the helper
+            # A file, not our standard output, whose reader would wait for the helper too. A session of its own, since
+            # Ctrl-C and a launcher's kill are for the trainer.
             self._helper = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                # Not our standard output: its reader would wait for the helper too.
-                stdout=self._output,
-                stderr=subprocess.STDOUT,
-                env=environ,
-                start_new_session=True,  # Ctrl-C and a launcher's kill are for the trainer
-            )
+                command, stdin=subprocess.PIPE, stdout=self._output, stderr=subprocess.STDOUT, env=environ,
+                start_new_session=True,
+            )  # fmt: skip
         except OSError as error:
             self._forget(str(error))
 
-    def _forget(self, problem: str | None) -> None:
-        """Note that the helper has ended, in order if there was no problem."""
+    def _forget(self, problem: str = "", failed: bool = False) -> None:
+        """Note that the helper has ended. If it `failed`, its last line says why."""
         if self._helper is not None and self._helper.stdin is not None:
             self._helper.stdin.close()
         self._helper = None
-        _ = self.url  # kept for later calls
         if self._output is not None:
+            # pread: the helper shares the file's offset.
+            written = os.pread(self._output.fileno(), 2**20, 0).decode(errors="replace").strip().splitlines()
             self._output.close()
             self._output = None
-        if problem is not None:
+            if written and written[0].startswith("url "):
+                self.url = written[0].removeprefix("url ")
+            if failed:
+                problem = written[-1].strip()[:500] if written else "its helper process ended without a message"
+        if problem:
             self._on_problem(
                 f"W&B stopped: {problem.rstrip('.')}. Training continues and the event log keeps every metric; "
                 f"what reached {self._run / 'wandb'} can be uploaded with `wandb sync`."
             )
-
-    def _last_output(self) -> str:
-        lines = [line for line in self._read_output(2**20).splitlines() if line.strip()]
-        return lines[-1].strip()[:500] if lines else "its helper process ended without a message"
-
-    def _read_output(self, size: int) -> str:
-        # pread: the helper shares the file's offset.
-        return "" if self._output is None else os.pread(self._output.fileno(), size, 0).decode(errors="replace")
 
 
 def helper_command(code: str) -> tuple[list[str], dict[str, str]]:
@@ -201,7 +169,12 @@ def follow(run_directory: str, attempt: int, mode: str, finish_timeout_seconds: 
     run = Path(run_directory)
     earlier = [e for e in events.read(run) if e.attempt < attempt and not isinstance(e.event, events.FaultFired)]
     follower = events.Follower(run, f"attempt-{attempt:04d}-rank-00000.jsonl")
-    with _turn(run / "wandb" / "helper.lock", finish_timeout_seconds):
+    with contextlib.ExitStack() as stack:
+        # A killed trainer may be back before its old helper is done, and two writers of one run number their rows
+        # alike. Suppressed: a timeout, or a file system without locks.
+        lock = FileLock(run / "wandb" / "helper.lock", fallback_to_soft=False)
+        with contextlib.suppress(OSError):
+            stack.enter_context(lock.acquire(timeout=finish_timeout_seconds))
         shown = open_run(_arguments(run, mode), finish_timeout_seconds)
         os.nice(10)  # only now: on a busy machine a start at low priority takes longer than a short run
         metrics = _Metrics(shown, earlier)
@@ -216,33 +189,14 @@ def follow(run_directory: str, attempt: int, mode: str, finish_timeout_seconds: 
         shown.finish(metrics.exit_status)
 
 
-@contextlib.contextmanager
-def _turn(path: Path, timeout_seconds: float) -> Iterator[None]:
-    """Wait, a bounded time, until the helper of the attempt before has written all it has.
-
-    A killed trainer may be back before its old helper is done, and two writers of one run number their rows alike.
-    """
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # a timeout, or a file system without locks: no worse than before
-            stack.enter_context(FileLock(path, fallback_to_soft=False).acquire(timeout=timeout_seconds))
-        yield
-
-
 def _arguments(run: Path, mode: str) -> dict[str, Any]:
     """The arguments of `wandb.init` for a training run."""
     about = rundir.read(run)
-    wishes = about["config"]["wandb"]
-    return {
-        "id": about["run_id"],
-        "name": os.environ.get("WANDB_NAME") or run.name,
-        "mode": mode,
-        "dir": str(run),
-        "project": wishes["project"],
-        "entity": wishes["entity"] or None,
-        "group": wishes["group"] or None,
-        "tags": wishes["tags"] or None,
-        "config": about["config"] | {key: value for key, value in about.items() if key not in NOT_FOR_WANDB},
-    }
+    wishes = {name: about["config"]["wandb"][name] or None for name in ("project", "entity", "group", "tags")}
+    facts = {key: value for key, value in about.items() if key not in NOT_FOR_WANDB}
+    name = os.environ.get("WANDB_NAME") or run.name
+    return {"id": about["run_id"], "name": name, "mode": mode, "dir": str(run), **wishes,
+            "config": about["config"] | facts}  # fmt: skip
 
 
 def open_run(arguments: dict[str, Any], finish_timeout_seconds: float) -> Any:
@@ -250,18 +204,11 @@ def open_run(arguments: dict[str, Any], finish_timeout_seconds: float) -> Any:
     import wandb
 
     settings = wandb.Settings(
-        console="off",
-        disable_git=True,
-        disable_code=True,
-        save_code=False,
-        finish_timeout=finish_timeout_seconds,
-        x_disable_machine_info=True,
-        x_disable_meta=True,
-        x_disable_stats=True,
-        x_save_requirements=False,
+        console="off", disable_git=True, disable_code=True, save_code=False, x_save_requirements=False,
+        x_disable_machine_info=True, x_disable_meta=True, x_disable_stats=True, finish_timeout=finish_timeout_seconds,
         x_sync_dir_suffix=str(os.getpid()),  # folders are named by the second; two attempts may share one
         x_transaction_log_flush_interval=1.0,
-    )
+    )  # fmt: skip
     # allow_val_change: another attempt may use other ranks, devices, intervals.
     run = wandb.init(**arguments, resume="allow", allow_val_change=True, settings=settings)
     if run.url:
@@ -307,7 +254,15 @@ class _Metrics:
             case StepDone() as event:
                 self._redone_by_step[event.step] = event.redone
                 self._redone += event.redone
-                self._show_step(event, entry.attempt)
+                metrics = {
+                    "run/attempt": entry.attempt, "train/loss": event.loss, "train/grad_norm": event.grad_norm,
+                    "train/learning_rate": event.learning_rate, "exact/redone": self._redone,
+                    # The config fixes a step's tokens, so replays count once.
+                    "train/tokens": event.step * event.tokens,
+                    "train/tokens_per_second": event.tokens / event.seconds if event.seconds > 0 else None,
+                    "exact/flushed": event.flushed,
+                }  # fmt: skip
+                self._log(event.step, metrics)
             case AttemptStarted(from_step=step, world_size=world_size):
                 self._redone_by_step = {n: redone for n, redone in self._redone_by_step.items() if n <= step}
                 self._redone = sum(self._redone_by_step.values())
@@ -315,12 +270,12 @@ class _Metrics:
                 if not entry.attempt:  # the curves begin at 0, not at the first incident
                     self._log(step, self._counts())
             case EvalDone(step=step, set=name) as event:
-                bits = {} if event.bits_per_byte is None else {f"eval/{name}/bits_per_byte": event.bits_per_byte}
-                self._log(step, {f"eval/{name}/loss": event.loss} | bits)
-            case CheckpointSaved(step=step) as event:
+                prefix = f"eval/{name}"
+                self._log(step, {f"{prefix}/loss": event.loss, f"{prefix}/bits_per_byte": event.bits_per_byte})
+            case events.CheckpointSaved(step=step) as event:
                 times = {"checkpoint/stall_seconds": event.stall_seconds, "checkpoint/seconds": event.seconds}
                 self._log(step, {"checkpoint/failures": self._checkpoint_failures, **times})
-            case CheckpointFailed(step=step):
+            case events.CheckpointFailed(step=step):
                 self._checkpoint_failures += 1
                 self._log(step, {"checkpoint/failures": self._checkpoint_failures})
             case AttemptEnded(status=status) as event if self._shown is not None:
@@ -329,21 +284,6 @@ class _Metrics:
                 hashes = {"weights_sha256": event.weights_sha256, "state_sha256": event.state_sha256}
                 self._shown.summary.update(hashes)
                 self.exit_status = STATUS_EXIT.get(status, errors.EXIT_FAILED)
-
-    def _show_step(self, event: StepDone, attempt: int) -> None:
-        metrics = {
-            "run/attempt": attempt,
-            "train/loss": event.loss,
-            "train/grad_norm": event.grad_norm,
-            "train/learning_rate": event.learning_rate,
-            "train/tokens": event.step * event.tokens,  # the config fixes a step's tokens, so replays count once
-            "exact/redone": self._redone,
-        }
-        if event.seconds > 0:
-            metrics["train/tokens_per_second"] = event.tokens / event.seconds
-        if event.flushed is not None:
-            metrics["exact/flushed"] = event.flushed
-        self._log(event.step, metrics)
 
     def _counts(self) -> dict[str, float]:
         ends = [incident for incident in self._incidents.incidents if incident.ends_attempt]
@@ -355,11 +295,12 @@ class _Metrics:
         }
 
     def _log(self, step: int | None, metrics: Mapping[str, Any]) -> None:
+        """Make a row of the values that are known."""
         if self._shown is not None:
+            row = {name: value for name, value in {"step": step, **metrics}.items() if value is not None}
             # Online, W&B knows of rows that a log of another machine may lack.
-            number = max(self._rows, self._shown.step)
-            self._shown.log(dict(metrics) if step is None else {"step": step, **metrics}, step=number, commit=True)
-            self._rows = number
+            self._rows = max(self._rows, self._shown.step)
+            self._shown.log(row, step=self._rows, commit=True)
         self._rows += 1
 
     def _alert(self, title: str, text: str, level: str) -> None:
