@@ -29,7 +29,7 @@ def commands() -> list[str]:
 def test_every_command_of_the_readme_runs_and_all_worlds_print_one_hash(tmp_path: Path):
     hashes: dict[str, set[str]] = {}
     found = commands()
-    assert len(found) == 10, found
+    assert len(found) == 12, found
     for command in found:
         for ranks in (1, 2, 3, 4) if "$n" in command else (None,):
             words = shlex.split(command.replace("$n", str(ranks)).replace("runs/", f"{tmp_path}/"))
@@ -39,6 +39,12 @@ def test_every_command_of_the_readme_runs_and_all_worlds_print_one_hash(tmp_path
                 continue
             if arguments[0] == "ladder":  # minutes: tests/test_ladder_run.py runs smaller ones
                 assert load.load(ROOT / arguments[2]).runs
+                continue
+            if arguments[0] in (
+                "forecast",
+                "ready",
+            ):  # tests/test_forecast.py, tests/test_readiness.py run smaller ones
+                assert (ROOT / arguments[2 if arguments[0] == "forecast" else 3]).is_file()
                 continue
             if words[0] == "python":
                 trainer(*arguments)

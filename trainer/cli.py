@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -293,6 +293,94 @@ def ladder_report(path: LadderPath, out: LadderOut = None, as_json: AsJson = Fal
         return
     _show(report.terminal(tree))
     print(out / report.PAGE)
+
+
+forecasts = typer.Typer(help="Training under failures at any scale: run, scale, calibrate.", no_args_is_help=True)
+app.add_typer(forecasts, name="forecast")
+ForecastOut = Annotated[Path | None, typer.Option(help="Write forecast.html, forecast.png and forecast.json there.")]
+
+
+@forecasts.command("run")
+def forecast_run(
+    path: Annotated[Path, typer.Argument(metavar="SCENARIO", help="E.g. configs/forecast/llama3_16k.toml.")],
+    out: ForecastOut = None,
+    as_json: AsJson = False,
+) -> None:
+    """Simulate a job under failures: goodput with its interval, time lost by cause, the best checkpoint interval."""
+    from trainer.forecast import run, scenario
+
+    _forecast(run.forecast(scenario.load(path)), out, as_json)
+
+
+@forecasts.command("scale")
+def forecast_scale(
+    path: Annotated[Path, typer.Argument(metavar="SCALE", help="E.g. configs/forecast/to_ten_million.toml.")],
+    out: ForecastOut = None,
+    as_json: AsJson = False,
+) -> None:
+    """Simulate policies over a range of sizes: goodput by devices, where each fails, what to improve first."""
+    from trainer.forecast import scale
+
+    _forecast(scale.scale(scale.load(path)), out, as_json)
+
+
+@forecasts.command("calibrate")
+def forecast_calibrate(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs, calm ones and ones with failures.")],
+    out: Annotated[Path | None, typer.Option(help="Scenario to write; default: to the terminal.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a scenario's values in the event logs of runs: step, save, restart, detection."""
+    from trainer import files
+    from trainer.forecast import calibrate
+
+    found = calibrate.calibrate(runs)
+    if out is not None:
+        files.write(out, calibrate.to_toml(found, runs))
+    if as_json:
+        _print_json(found)
+    else:
+        print(out if out is not None else calibrate.to_toml(found, runs).rstrip())
+
+
+@app.command()
+def ready(
+    config_path: ConfigPath,
+    plan: Annotated[Path, typer.Option(help="What must hold, e.g. configs/ready/demo.toml.")],
+    out: Annotated[Path | None, typer.Option(help="Page, JSON and the drill's runs; default runs/ready/NAME.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Collect the evidence for a launch: exit 0 for go, 1 for no-go."""
+    from trainer import readiness
+
+    out = out or Path("runs") / "ready" / config_path.stem
+    tree = readiness.check(config_path, plan, out, lambda text: print(text, file=sys.stderr, flush=True))
+    readiness.write(tree, out)
+    if as_json:
+        _print_json(tree)
+    else:
+        for line in tree["lines"]:
+            print(f"{line['answer']:8} {line['topic']:10} {line['evidence']}")
+            if line["decision"]:
+                print(f"{'':19} decided, {line['decision']}")
+        for issue in tree["issues"]:
+            if issue["decision"] in ("", "wait"):
+                print(f"{'open':8} {'issue':10} {issue['title']}")
+        print(f"\n{tree['summary']}\n{out / readiness.PAGE}")
+    raise typer.Exit(EXIT_FINISHED if tree["go"] else EXIT_FAILED)
+
+
+def _forecast(tree: dict[str, Any], out: Path | None, as_json: bool) -> None:
+    from trainer.forecast import report
+
+    if out is not None:
+        report.write(tree, out)
+    if as_json:
+        _print_json(tree)
+        return
+    _show(report.terminal(tree))
+    if out is not None:
+        print(f"\n{out / report.PAGE}")
 
 
 def _show(what: "RenderableType", *, highlight: bool = False) -> None:

@@ -1,0 +1,300 @@
+"""Promises about forecasts: closed forms where there are any, accounts that sum, and honest answers to bad input."""
+
+import json
+import math
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from tests.logs import Run, saved
+from tests.support import trainer as cli
+from trainer.errors import ConfigError
+from trainer.forecast import calibrate, scale
+from trainer.forecast import run as runs
+from trainer.forecast.failures import Strikes
+from trainer.forecast.scenario import DAY, Scenario, daly_goodput, daly_interval, load, parse, write_seconds
+from trainer.forecast.simulator import PARTS, simulate
+
+CONFIGS = Path("configs/forecast")
+QUORUM = {
+    "kind": "quorum",
+    "regroup_seconds": 4.0,
+    "join_seconds": 0.0,
+    "save_stall_seconds": 2.0,
+    "restart_seconds": 60.0,
+}
+ISLANDS = {"kind": "islands", "clusters": 8, "inner_steps": 60, "exchange_seconds": 5.0, "late": "drop",
+           "save_stall_seconds": 2.0, "restart_seconds": 120.0}  # fmt: skip
+PEERS = {
+    "kind": "peer_memory",
+    "copy_every_steps": 1,
+    "copy_cost": 0.02,
+    "save_stall_seconds": 2.0,
+    "restart_seconds": 60.0,
+}
+
+
+def tree(**changes: Any) -> dict[str, Any]:
+    """A scenario with one cause that strikes the job 10 times a day."""
+    return {
+        "days": 30.0, "step_seconds": 5.0, "cluster": {"devices": 4096},
+        "failure": [{"name": "node", "per_day": 10.0, "detect_seconds": 20.0}],
+        "policy": {"kind": "restart", "save_stall_seconds": 10.0, "restart_seconds": 200.0},
+        **changes,
+    }  # fmt: skip
+
+
+def scenario(**changes: Any) -> Scenario:
+    return parse(tree(**changes), Path("scenario.toml"))
+
+
+@pytest.mark.parametrize("per_day", [2.0, 8.0, 24.0, 96.0, 288.0])
+@pytest.mark.parametrize("stall", [1.0, 20.0, 60.0])
+@pytest.mark.parametrize("recovery", [60.0, 600.0])
+def test_goodput_with_one_exponential_cause_is_dalys_within_a_point(per_day: float, stall: float, recovery: float):
+    policy = {"kind": "restart", "save_stall_seconds": stall, "restart_seconds": recovery - 20}
+    days = 2000 / per_day
+    made = scenario(days=days, step_seconds=0.1, policy=policy,
+                    failure=[{"name": "node", "per_day": per_day, "detect_seconds": 20.0}])  # fmt: skip
+    found = np.mean([simulate(made, seed).goodput for seed in range(2)])
+    mttf = DAY / per_day
+    assert found == pytest.approx(daly_goodput(daly_interval(stall, mttf), stall, recovery, mttf), abs=0.01)
+
+
+@pytest.mark.parametrize("per_day", [2.0, 8.0, 24.0])
+def test_the_best_interval_that_is_found_is_dalys(per_day: float):
+    made = scenario(days=1500 / per_day, failure=[{"name": "node", "per_day": per_day, "detect_seconds": 0.0}])
+    found = runs.checkpoint_intervals(made)
+    assert found["best_seconds"] == found["seconds"] == pytest.approx(daly_interval(10.0, DAY / per_day))
+
+
+def test_a_small_loss_is_the_published_ratio_of_effective_time():
+    # Kokolis et al. 2024: (1 - N r (u0 + dt/2)) / (1 + w/dt), for few failures.
+    made = scenario(days=2000.0, failure=[{"name": "node", "per_day": 2.0, "detect_seconds": 0.0}],
+                    policy={"kind": "restart", "checkpoint_every_seconds": 1200.0, "save_stall_seconds": 10.0,
+                            "restart_seconds": 200.0})  # fmt: skip
+    expected = (1 - 2 / DAY * (200 + 600)) / (1 + 10 / 1200)
+    assert simulate(made, 0).goodput == pytest.approx(expected, abs=0.002)
+
+
+@pytest.mark.parametrize("spares", [0, 2, 5])
+def test_the_time_without_enough_nodes_is_that_of_a_queue_with_unlimited_repair(spares: int):
+    # Nodes under repair are Poisson (M/G/infinity): their mean is the failure rate times the repair time.
+    made = scenario(days=6000.0, cluster={"devices": 8000, "spare_nodes": spares},
+                    failure=[{"name": "node", "per_day": 4.0, "detect_seconds": 0.0, "repair_hours": 12.0}],
+                    policy={"kind": "restart", "save_stall_seconds": 0.0, "restart_seconds": 0.0})  # fmt: skip
+    found = simulate(made, 1)
+    assert found.parts["waiting"] / found.wall_seconds == pytest.approx(stats.poisson.sf(spares, 2.0), abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "policy", [QUORUM, ISLANDS, PEERS, {**ISLANDS, "late": "wait"}, {**ISLANDS, "quorum": True}, None]
+)
+@pytest.mark.parametrize("hard", [False, True])
+def test_parts_are_never_negative_and_sum_to_the_wall_time(policy: dict[str, Any] | None, hard: bool):
+    causes = [
+        {
+            "name": "node",
+            "per_day": 40.0,
+            "detect_seconds": 20.0,
+            "repair_hours": 6.0,
+            "shape": 0.7,
+            "lemon_variance": 2.0,
+        },
+        {"name": "rack", "per_day": 1.0, "takes": "rack", "detect_seconds": 20.0, "repair_hours": 3.0},
+        {"name": "job", "per_day": 1.0, "takes": "job", "detect_seconds": 60.0},
+        {"name": "silent", "per_day": 0.2, "detect_seconds": 1.0, "silent_hours": 1.0},
+    ]
+    made = scenario(failure=causes, cluster={"devices": 2048, "spare_nodes": 4, "min_share": 0.9},
+                    maintenance={"every_days": 3.0, "hours": 2.0}, days=20.0 if not hard else 2.0,
+                    **({"policy": policy} if policy else {}))  # fmt: skip
+    if hard:  # failures every few seconds
+        made = made.model_copy(update={"failure": [made.failure[0].model_copy(update={"per_day": 20_000.0})]})
+    found = simulate(made, 3)
+    assert set(found.parts) == set(PARTS)
+    assert min(found.parts.values()) >= -1e-6
+    assert math.fsum(found.parts.values()) == pytest.approx(found.wall_seconds, rel=1e-9)
+    assert 0 <= found.goodput <= 1
+
+
+@pytest.mark.parametrize("policy", [QUORUM, ISLANDS, PEERS])
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(policy: dict[str, Any]):
+    made = scenario(policy=policy)
+    assert simulate(made, 0) == simulate(made, 0)
+    assert simulate(made, 0) != simulate(made, 1)
+
+
+@pytest.mark.parametrize(("shape", "variance"), [(1.0, 0.0), (0.6, 0.0), (1.0, 3.0), (1.5, 1.0)])
+def test_first_failures_come_as_often_as_drawing_every_unit_would_give(shape: float, variance: float):
+    cause = {"name": "node", "per_node_day": 0.02, "detect_seconds": 0.0, "shape": shape, "lemon_variance": variance,
+             "repair_hours": 1e9}  # fmt: skip
+    made = scenario(days=30.0, cluster={"devices": 160_000}, failure=[cause])
+    strikes, times = Strikes(made, np.random.default_rng(0)), []
+    while strikes:
+        times.append(strikes.pop()[0].time)
+    # Unit by unit: a gamma rate, then a Weibull time.
+    random = np.random.default_rng(1)
+    rates = random.gamma(1 / variance, variance, 20_000) if variance else np.ones(20_000)
+    scale = DAY / 0.02 / math.gamma(1 + 1 / shape)
+    direct = scale * (random.exponential(size=20_000) / rates) ** (1 / shape)
+    direct = direct[direct < 30 * DAY]
+    assert len(times) == pytest.approx(len(direct), rel=0.05)
+    same: Any = stats.ks_2samp(times, direct)
+    assert same.pvalue > 0.001
+
+
+def test_lemons_fail_again_more_often_than_nodes_that_are_all_alike():
+    def repeats(variance: float) -> int:
+        cause = {"name": "node", "per_node_day": 0.005, "detect_seconds": 0.0, "lemon_variance": variance}
+        strikes = Strikes(scenario(days=60.0, failure=[cause]), np.random.default_rng(0))
+        units = []
+        while strikes:
+            units.append(strikes.pop()[0].unit)
+        return len(units) - len(set(units))
+
+    assert repeats(4.0) > 2 * repeats(0.0)
+
+
+def test_policies_rank_as_their_recovery_does():
+    causes = [{"name": "node", "per_day": 100.0, "detect_seconds": 10.0}]
+    found = {
+        name: simulate(scenario(failure=causes, policy=policy), 0).goodput
+        for name, policy in {"restart": tree()["policy"], "peers": PEERS, "quorum": QUORUM}.items()
+    }
+    assert found["restart"] < found["peers"] < found["quorum"]
+
+
+def test_islands_that_may_miss_a_round_lose_less_than_those_that_all_wait():
+    causes = [{"name": "node", "per_day": 60.0, "detect_seconds": 10.0}]
+    wait, drop = (
+        simulate(scenario(failure=causes, policy={**ISLANDS, "late": late}), 0).goodput for late in ("wait", "drop")
+    )
+    assert wait < drop
+
+
+def test_silent_corruption_costs_the_work_since_before_it():
+    quick = scenario(failure=[{"name": "flip", "per_day": 1.0, "detect_seconds": 0.0, "silent_hours": 0.1}], days=300.0)
+    slow = scenario(failure=[{"name": "flip", "per_day": 1.0, "detect_seconds": 0.0, "silent_hours": 4.0}], days=300.0)
+    assert simulate(quick, 0).parts["lost_steps"] < simulate(slow, 0).parts["lost_steps"] / 3
+
+
+def test_a_restart_makes_no_progress_where_failures_come_faster_than_it_restarts():
+    made = scenario(failure=[{"name": "node", "per_day": 20_000.0, "detect_seconds": 1.0}], days=0.1, replicates=2)
+    assert simulate(made, 0).goodput == 0
+    assert any("struck before they are done" in finding for finding in runs.forecast(made)["findings"])
+
+
+@pytest.mark.parametrize(("devices", "days", "limit"), [(16_384, 54.0, 1.0), (10_000_000, 30.0, 20.0)])
+def test_a_replicate_takes_seconds_at_any_number_of_devices(devices: int, days: float, limit: float):
+    cause = {"name": "node", "per_node_day": 3.79e-3, "detect_seconds": 5.0, "repair_hours": 12.0}
+    made = scenario(days=days, cluster={"devices": devices, "min_share": 0.9}, failure=[cause], policy=QUORUM)
+    began = time.process_time()
+    assert sum(simulate(made, 0).failures.values()) > 100
+    assert time.process_time() - began < limit
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+def test_each_scenario_gives_a_page_and_holds_against_its_source_as_it_says(path: Path, tmp_path: Path):
+    if "devices" in tomllib.loads(path.read_text()):
+        file = scale.load(path)
+        found = scale.scale(file.model_copy(update={"replicates": 2, "failures": 100, "devices": file.devices[::4]}))
+    else:
+        found = runs.forecast(load(path))
+        assert found["published"]["source"]
+        for check in found["published"]["checks"]:
+            assert check["agrees"] or found["published"]["why"]
+    from trainer.forecast import report
+
+    report.write(found, tmp_path)
+    assert "<svg" in (tmp_path / report.PAGE).read_text()
+    assert json.loads((tmp_path / report.TREE).read_text())["question"] == found["question"]
+
+
+def test_a_setting_that_the_source_leaves_open_widens_the_range():
+    fixed = runs.forecast(scenario(replicates=8, days=60.0))
+    varied = runs.forecast(scenario(replicates=8, days=60.0, vary={"policy.restart_seconds": [20.0, 2000.0]}))
+    assert varied["range"]["high"] - varied["range"]["low"] > 3 * (fixed["range"]["high"] - fixed["range"]["low"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"failure": [{"name": "a", "per_day": -1.0, "detect_seconds": 0.0}]}, "greater than or equal to 0"),
+        ({"failure": [{"name": "a", "per_day": 0.0, "detect_seconds": 0.0}]}, "all failure rates are 0"),
+        ({"failure": [{"name": "a", "detect_seconds": 0.0}]}, "needs exactly one rate"),
+        ({"policy": {"kind": "quorum", "save_stall_seconds": 1.0, "restart_seconds": 1.0}}, "regroup_seconds is"),
+        ({"policy": {"kind": "magic"}}, "magic"),
+        ({"cluster": {"devices": 8, "spare_nodes": 2}}, "spare_nodes = 2"),
+        ({"cluster": {"devices": 8, "min_share": 0.0}}, "min_share"),
+        ({"policy": {**ISLANDS, "clusters": 1000}}, "policy.clusters = 1000"),
+        ({"vary": {"policy.restart_second": [1.0, 2.0]}}, "no such setting"),
+        ({"vary": {"policy.restart_seconds": [2.0, 1.0]}}, "no range"),
+    ],
+)  # fmt: skip
+def test_a_scenario_that_contradicts_itself_is_refused(changes: dict[str, Any], told: str):
+    with pytest.raises(ConfigError, match=told.replace(".", r"\.")):
+        scenario(**changes)
+
+
+def test_all_problems_of_a_scenario_are_reported_at_once():
+    with pytest.raises(ConfigError) as refused:
+        scenario(cluster={"devices": 0}, failure=[{"name": "a", "per_day": -1.0, "detect_seconds": -1.0}])
+    assert len(refused.value.problems) == 3
+
+
+def test_a_save_that_takes_longer_than_its_interval_is_a_finding_and_runs_back_to_back():
+    made = scenario(policy={"kind": "restart", "checkpoint_every_seconds": 10.0, "save_stall_seconds": 1.0,
+                            "save_write_seconds": 300.0, "restart_seconds": 10.0})  # fmt: skip
+    assert write_seconds(made) == 300
+    assert "back to back" in runs.forecast(made)["findings"][0]
+
+
+def test_storage_that_all_writers_share_makes_saves_and_restarts_slower():
+    made = scenario(storage={"checkpoint_bytes": 1e12, "bytes_per_second": 1e9})
+    assert write_seconds(made) == 1000
+    assert simulate(made, 0).goodput < simulate(scenario(), 0).goodput
+
+
+def test_calibration_measures_what_the_log_has_and_leaves_the_rest_unknown(run: Run):
+    run.record()
+    run.train(40)
+    run.write(saved(40, 0.25))
+    run.steps(41, 47)
+    run.start(from_step=40, after=5.0)
+    run.finish(41, 60)
+    found = calibrate.calibrate([run.path])
+    assert found["failures"] == 1
+    assert found["step_seconds"] == 1.0
+    assert found["save_stall_seconds"] == 0.25
+    assert found["restart_seconds"] == pytest.approx(2.0)
+    assert found["detect_seconds"] == pytest.approx(5.0, abs=0.01)
+    text = calibrate.to_toml(found, [run.path])
+    assert parse(tomllib.loads(text), Path("measured.toml")).step_seconds == 1.0
+
+
+def test_a_calm_run_calibrates_no_failure_rate(run: Run):
+    run.record()
+    run.train(60)
+    run.end("finished", 60)
+    found = calibrate.calibrate([run.path])
+    assert found["failures"] == 0 and found["detect_seconds"] is None and found["restart_seconds"] is None
+    assert "# per_day = ?" in calibrate.to_toml(found, [run.path])
+
+
+def test_the_commands_print_tables_or_one_json_object(tmp_path: Path):
+    path = tmp_path / "scenario.toml"
+    path.write_text(
+        'days = 20.0\nstep_seconds = 5.0\nreplicates = 3\n[cluster]\ndevices = 64\n[[failure]]\nname = "node"\n'
+        "per_day = 3.0\ndetect_seconds = 5.0\n[policy]\n"
+        'kind = "restart"\nsave_stall_seconds = 1.0\nrestart_seconds = 30.0\n'
+    )
+    shown = cli("forecast", "run", str(path), "--out", str(tmp_path / "out"))
+    assert shown.returncode == 0 and "goodput" in shown.stdout and (tmp_path / "out" / "forecast.png").stat().st_size
+    assert json.loads(cli("forecast", "run", str(path), "--json").stdout)["goodput"]["value"] > 0.9
+    refused = cli("forecast", "run", str(tmp_path / "none.toml"), check=False)
+    assert refused.returncode == 2 and "does not exist" in refused.stderr

@@ -1,0 +1,168 @@
+"""Promises about `ready`: evidence is found or said to be missing, and what is open stops the launch."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import trainer
+from trainer import readiness
+from trainer.errors import ConfigError
+from trainer.log import rundir
+
+SMOKE = Path("configs/smoke.toml").resolve()
+ROOT = Path(readiness.__file__).resolve().parents[1]
+ACCEPTED = [{"line": topic, "title": topic, "decision": "accept", "why": "a test"}
+            for topic in ("loss", "chaos", "drill", "goodput", "data", "operators", "shapes", "time")]  # fmt: skip
+
+
+def ladder(directory: Path, decision: str, changes: dict[str, Any] | None = None, **more: Any) -> str:
+    """A ladder's report with one arm."""
+    directory.mkdir(parents=True)
+    tree = {
+        "name": "tested",
+        "arms": [{"name": "gelu", "changes": changes or {"model.mlp": "gelu"}, "combines": []}],
+        "verdicts": [{"arm": "gelu", "decision": decision, "why": "Measured."}],
+        "course": None,
+        **more,
+    }
+    (directory / "report.json").write_text(json.dumps(tree))
+    return str(directory)
+
+
+def campaign(directory: Path, *outcomes: str, commit: str | None) -> str:
+    (directory / "reference").mkdir(parents=True)
+    results = [{"outcome": outcome} for outcome in outcomes]
+    (directory / "report.json").write_text(json.dumps({"campaign": "tested", "results": results}))
+    from trainer.config import parse
+
+    rundir.record(directory / "reference", parse({"budget": {"steps": 60}}), {"data_sha256": "d" * 64})
+    path = directory / "reference" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"git_commit": commit}))
+    return str(directory)
+
+
+def check(tmp_path: Path, config: str = "", issues: list[dict[str, Any]] = ACCEPTED, **plan: Any) -> dict[str, Any]:
+    from trainer import tomlfile
+
+    config_path, plan_path = tmp_path / "config.toml", tmp_path / "plan.toml"
+    config_path.write_text(f'extends = "{SMOKE}"\n{config}')
+    lines = [f'baseline = "{SMOKE}"', *tomlfile.lines({**plan, "issue": issues})]
+    plan_path.write_text("\n".join(lines))
+    return readiness.check(config_path, plan_path, tmp_path / "out", lambda text: None)
+
+
+def line(tree: dict[str, Any], topic: str) -> dict[str, Any]:
+    (found,) = [line for line in tree["lines"] if line["topic"] == topic]
+    return found
+
+
+def test_a_config_like_the_baseline_with_every_open_line_decided_may_start(tmp_path: Path):
+    tree = check(tmp_path)
+    assert tree["go"]
+    assert line(tree, "changes")["answer"] == "pass"
+    assert "go." in tree["summary"]
+
+
+@pytest.mark.parametrize(
+    ("decision", "answer", "go"),
+    [("promote", "pass", True), ("reject", "fail", False), ("inconclusive", "unknown", False)],
+)  # fmt: skip
+def test_a_changed_setting_has_the_answer_of_the_ladder_arm_that_is_this_change(
+    tmp_path: Path, decision: str, answer: str, go: bool
+):
+    tree = check(tmp_path, '[model]\nmlp = "gelu"\n', ladders=[ladder(tmp_path / "ladder", decision)])
+    found = line(tree, "changes")
+    assert (found["answer"], tree["go"]) == (answer, go)
+    assert decision in found["evidence"] and found["link"].endswith("report.json")
+
+
+@pytest.mark.parametrize("changes", [{"model.mlp": "swiglu"}, {"model.mlp": "gelu", "model.norm": "layernorm"}])
+def test_an_arm_with_another_change_or_more_changes_covers_nothing(tmp_path: Path, changes: dict[str, Any]):
+    tree = check(tmp_path, '[model]\nmlp = "gelu"\n', ladders=[ladder(tmp_path / "ladder", "promote", changes)])
+    assert "never derisked" in line(tree, "changes")["evidence"] and not tree["go"]
+
+
+def test_a_decision_about_one_setting_lets_that_setting_pass_and_no_other(tmp_path: Path):
+    decided = {"line": "model.mlp", "title": "gelu", "decision": "mitigate", "why": "watched by hand"}
+    changed = '[model]\nmlp = "gelu"\nnorm = "layernorm"\n'
+    tree = check(tmp_path, changed, [*ACCEPTED, decided])
+    answers = {found["what"].split(":")[0]: found["decision"] for found in tree["lines"] if found["topic"] == "changes"}
+    assert answers == {"model.mlp": "mitigate: watched by hand", "model.norm": ""} and not tree["go"]
+
+
+@pytest.mark.parametrize("decision", ["", "wait"])
+def test_an_issue_without_a_decision_or_that_waits_stops_the_launch(tmp_path: Path, decision: str):
+    tree = check(tmp_path, issues=[*ACCEPTED, {"title": "a flaky switch", "decision": decision}])
+    assert not tree["go"] and "a flaky switch" in tree["summary"]
+    assert check(tmp_path, issues=[*ACCEPTED, {"title": "a flaky switch", "decision": "accept"}])["go"]
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "own", "answer"),
+    [
+        (["pass", "skipped"], True, "pass"),
+        (["pass", "fail"], True, "fail"),
+        (["pass", "undetected"], True, "unknown"),
+        (["pass"], False, "unknown"),
+    ],
+)
+def test_a_campaign_counts_only_if_this_commit_ran_it(tmp_path: Path, outcomes: list[str], own: bool, answer: str):
+    commit = rundir.git_commit(ROOT)
+    if commit is None:
+        pytest.skip("this is no git checkout, so no campaign can be of its commit")
+    folder = campaign(tmp_path / "chaos", *outcomes, commit=commit if own else "0" * 40)
+    assert line(check(tmp_path, campaigns=[folder]), "chaos")["answer"] == answer
+
+
+def test_a_report_that_is_missing_or_too_old_is_no_evidence(tmp_path: Path):
+    changed = '[model]\nmlp = "gelu"\n'
+    assert "does not exist" in line(check(tmp_path, changed, ladders=["none"]), "changes")["evidence"]
+    folder = ladder(tmp_path / "ladder", "promote")
+    os.utime(Path(folder, "report.json"), (0, 0))
+    assert "days old" in line(check(tmp_path, changed, ladders=[folder]), "changes")["evidence"]
+
+
+@pytest.mark.parametrize(("at_most", "answer"), [(4.0, "pass"), (3.05, "fail")])
+def test_the_predicted_loss_is_held_against_its_upper_end(tmp_path: Path, at_most: float, answer: str):
+    curve = {"flops": [1e6, 1e18], "value": [3.0, 3.0], "low": [2.9, 2.9], "high": [3.1, 3.1]}
+    folder = ladder(tmp_path / "ladder", "promote", curve=curve)
+    assert line(check(tmp_path, loss={"ladder": folder, "at_most": at_most}), "loss")["answer"] == answer
+
+
+def test_a_curve_that_does_not_reach_the_run_predicts_nothing(tmp_path: Path):
+    curve = {"flops": [1.0, 2.0], "value": [3.0, 3.0], "low": [2.9, 2.9], "high": [3.1, 3.1]}
+    folder = ladder(tmp_path / "ladder", "promote", curve=curve)
+    assert line(check(tmp_path, loss={"ladder": folder, "at_most": 9.0}), "loss")["answer"] == "unknown"
+
+
+@pytest.mark.parametrize(("needs", "topic", "answer"), [
+    ({"disk_gigabytes": 1e9}, "disk", "fail"), ({"disk_gigabytes": 1e-6}, "disk", "pass"), ({}, "disk", "pass"),
+    ({"hours": 1.0, "tokens_per_second": 1e-3}, "time", "fail"),
+    ({"hours": 1.0, "tokens_per_second": 1e6}, "time", "pass"),
+    ({"hours": 1.0}, "time", "unknown"),
+])  # fmt: skip
+def test_disk_and_time_are_held_against_what_is_there(tmp_path: Path, needs: dict[str, float], topic: str, answer: str):
+    assert line(check(tmp_path, needs=needs), topic)["answer"] == answer
+
+
+def test_an_issue_about_no_line_is_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match="is no line"):
+        check(tmp_path, issues=[{"line": "model.mlpp", "title": "a typing error", "decision": "accept"}])
+
+
+@pytest.mark.slow
+def test_the_command_drills_now_and_its_exit_status_is_the_answer(tmp_path: Path):
+    plan = tmp_path / "plan.toml"
+    issues = "".join(f'[[issue]]\nline = "{topic}"\ntitle = "{topic}"\ndecision = "accept"\n'
+                     for topic in ("loss", "chaos", "goodput", "data", "operators", "shapes", "time"))  # fmt: skip
+    plan.write_text(f'baseline = "{SMOKE}"\n[drill]\nat_step = 9\nset = {{ "budget.steps" = 20 }}\n{issues}')
+    done = trainer("ready", SMOKE, "--plan", plan, "--out", tmp_path / "out", "--json", check=False)
+    tree = json.loads(done.stdout)
+    assert "weights_sha256 equal" in line(tree, "drill")["evidence"]
+    assert done.returncode == 0 and tree["go"]
+    assert "Go: " in (tmp_path / "out" / readiness.PAGE).read_text()
+    plan.write_text(plan.read_text() + '[[issue]]\ntitle = "left open"\n')
+    assert trainer("ready", SMOKE, "--plan", plan, "--out", tmp_path / "out", check=False).returncode == 1

@@ -1,0 +1,86 @@
+"""Scenario values measured in runs of this trainer, from their event logs alone."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from trainer import tomlfile
+from trainer.errors import UsageError
+from trainer.log import events, goodput, rundir
+from trainer.log.history import History
+from trainer.log.incidents import IncidentBuilder
+
+
+def calibrate(runs: Sequence[Path]) -> dict[str, Any]:
+    """Return what the runs show, each None where they do not show it.
+
+    Keys: step_seconds, save_stall_seconds, save_write_seconds (medians), restart_seconds (mean start-up of an attempt
+    that resumed), detect_seconds (mean time from the last progress of an attempt that died to the next process),
+    failures, wall_seconds, devices, goodput. Raises UsageError for a directory that is no run.
+    """
+    steps, stalls, writes, starts = list[float](), list[float](), list[float](), list[float]()
+    down = wall = productive = 0.0
+    failures, devices = 0, set[int]()
+    for run in runs:
+        rundir.read(run)
+        history = History.read(run)
+        entries = [entry for attempt in history.attempts for entry in attempt.main_entries]
+        for entry in entries:
+            match entry.event:
+                case events.StepDone(seconds=seconds, redone=0):
+                    steps.append(seconds)
+                case events.CheckpointSaved(seconds=seconds, stall_seconds=stalled):
+                    stalls.append(stalled)
+                    writes.append(max(0.0, seconds - stalled))
+                case events.AttemptStarted(startup_seconds=parts, world_size=ranks):
+                    devices.add(ranks)
+                    if entry.attempt > 0:
+                        starts.append(math.fsum(parts.values()))
+        account = goodput.account(history)
+        if account["wall_seconds"] is None:
+            raise UsageError(f"{run} has not trained yet.\n  Name runs that have made steps.")
+        builder = IncidentBuilder(history.entries)
+        builder.close()
+        ended = [incident for incident in builder.incidents if incident.ends_attempt and incident.kind != "preempted"]
+        failures += len(ended)
+        down += account["parts"]["down"] + account["parts"]["hung"]
+        wall += account["wall_seconds"]
+        productive += account["productive_seconds"]
+    return {
+        "step_seconds": median(steps) if steps else None,
+        "save_stall_seconds": median(stalls) if stalls else None,
+        "save_write_seconds": median(writes) if writes else None,
+        "restart_seconds": fmean(starts) if starts else None,
+        "detect_seconds": down / failures if failures else None,
+        "failures": failures,
+        "wall_seconds": wall,
+        "goodput": productive / wall if wall else None,
+        "devices": max(devices, default=None),
+    }
+
+
+def to_toml(found: dict[str, Any], runs: Sequence[Path]) -> str:
+    """Return a scenario with the measured values; what was not measured is a comment there, to be filled in."""
+
+    def setting(name: str, value: Any) -> str:
+        return (
+            f"# {name} = ?  # not measured: no such event in these runs"
+            if value is None
+            else f"{name} = {tomlfile.text(value)}"
+        )
+
+    rate = found["failures"] / found["wall_seconds"] * 86_400 if found["failures"] else None
+    lines = [
+        f"# Measured in {', '.join(str(run) for run in runs)}: {found['failures']} failures in "
+        f"{found['wall_seconds']:.0f} s, goodput {found['goodput']:.3f}.",
+        "days = 1.0",
+        setting("step_seconds", found["step_seconds"]),
+        "", "[cluster]", setting("devices", found["devices"]), "devices_per_node = 1",
+        "", "[[failure]]", 'name = "measured"', setting("per_day", rate), 'takes = "node"',
+        setting("detect_seconds", found["detect_seconds"]),
+        "", "[policy]", 'kind = "restart"', 'checkpoint_every_seconds = "optimal"',
+        *(setting(name, found[name]) for name in ("save_stall_seconds", "save_write_seconds", "restart_seconds")),
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,110 @@
+"""A forecast: replicates of one scenario, what they say together, and what the source of the scenario says."""
+
+import math
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from trainer.forecast import scenario as scenarios
+from trainer.forecast.scenario import DAY, Scenario
+from trainer.forecast.simulator import PARTS, simulate
+
+INTERVALS = (0.25, 0.5, 1.0, 2.0, 4.0)
+"""Checkpoint intervals that are tried, as multiples of the scenario's own."""
+LEVEL = 0.95
+
+
+def forecast(scenario: Scenario) -> dict[str, Any]:
+    """Return the forecast as a tree: goodput, time by part, time lost by cause, best checkpoint interval, source."""
+    settings = draw(scenario)
+    replicates = [simulate(drawn, seed) for seed, drawn in enumerate(settings)]
+    goodput = [replicate.goodput for replicate in replicates]
+    failures = [sum(replicate.failures.values()) for replicate in replicates]
+    tree = {
+        "question": scenario.question,
+        "scenario": scenario.model_dump(exclude={"question", "published"}),
+        "goodput": mean_interval(goodput),
+        "range": quantiles(goodput),
+        "parts": {name: float(np.mean([replicate.parts[name] for replicate in replicates])) for name in PARTS},
+        "wall_seconds": scenario.days * DAY,
+        "failures": {name: float(np.mean([replicate.failures[name] for replicate in replicates]))
+                     for name in replicates[0].failures},
+        "lost_by_cause": {name: float(np.mean([replicate.lost_by_cause[name] for replicate in replicates]))
+                          for name in replicates[0].lost_by_cause},
+        "mttf_hours": mean_interval([scenario.days * 24 / number for number in failures if number]),
+        "checkpoint": checkpoint_intervals(scenario),
+        "findings": scenarios.findings(scenario),
+        "incidents": replicates[0].incidents,
+    }  # fmt: skip
+    tree["published"] = _held_against(scenario, tree)
+    return tree
+
+
+def draw(scenario: Scenario) -> list[Scenario]:
+    """Return the scenario of each replicate: settings in `vary` are drawn, each range in equal shares of its logarithm.
+
+    A Latin hypercube: few replicates cover every range.
+    """
+    if not scenario.vary:
+        return [scenario] * scenario.replicates
+    random = np.random.default_rng([scenario.seed, 1 << 31])
+    places = stats.qmc.LatinHypercube(len(scenario.vary), rng=random).random(scenario.replicates)
+    drawn = []
+    for row in places:
+        values = {
+            name: math.exp(math.log(low) + place * (math.log(high) - math.log(low)))
+            for (name, (low, high)), place in zip(scenario.vary.items(), row, strict=True)
+        }
+        drawn.append(scenarios.with_values(scenario, values))
+    return drawn
+
+
+def mean_interval(values: list[float]) -> dict[str, float | None]:
+    """The mean and its 95 % interval (Student's t over replicates); None where there is nothing to average."""
+    if not values:
+        return {"value": None, "low": None, "high": None}
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return {"value": mean, "low": None, "high": None}
+    half = float(stats.t.ppf(0.5 + LEVEL / 2, len(values) - 1) * stats.sem(values))
+    return {"value": mean, "low": max(0.0, mean - half), "high": mean + half}
+
+
+def quantiles(values: list[float]) -> dict[str, float]:
+    """The median, and the range in which 95 % of the replicates lie."""
+    low, middle, high = np.quantile(values, [(1 - LEVEL) / 2, 0.5, (1 + LEVEL) / 2])
+    return {"value": float(middle), "low": float(low), "high": float(high)}
+
+
+def checkpoint_intervals(scenario: Scenario) -> dict[str, Any]:
+    """Return the interval in use, and goodput with others: {seconds, tried: [{seconds, goodput}], best_seconds}.
+
+    The same random numbers for each, so that the differences are those of the interval.
+    """
+    used = scenarios.save_interval(scenario)
+    floor = max(scenarios.write_seconds(scenario), scenario.step_seconds)
+    tried = []
+    for seconds in sorted({max(used * factor, floor) for factor in INTERVALS}):
+        other = scenarios.with_values(scenario, {"policy.checkpoint_every_seconds": float(seconds)})
+        runs = [simulate(other, seed).goodput for seed in range(min(scenario.replicates, 8))]
+        tried.append({"seconds": seconds, "goodput": float(np.mean(runs))})
+    return {"seconds": used, "tried": tried, "best_seconds": max(tried, key=lambda row: row["goodput"])["seconds"]}
+
+
+def _held_against(scenario: Scenario, tree: dict[str, Any]) -> dict[str, Any] | None:
+    """Compare with the published figures: each agrees if it overlaps with what 95 % of the replicates show."""
+    published = scenario.published
+    if published is None:
+        return None
+    checks = []
+    if published.goodput is not None:
+        low, high = published.goodput
+        ours = tree["range"]
+        checks.append({"what": "goodput", "published": [low, high], "ours": ours,
+                       "agrees": ours["low"] <= high and ours["high"] >= low})  # fmt: skip
+    if published.mttf_hours is not None:
+        ours = tree["mttf_hours"]
+        checks.append({"what": "mttf_hours", "published": [published.mttf_hours] * 2, "ours": ours,
+                       "agrees": math.isclose(ours["value"], published.mttf_hours, rel_tol=0.1)})  # fmt: skip
+    return {"source": published.source, "figure": published.figure, "why": published.why, "checks": checks}
