@@ -23,6 +23,8 @@ from trainer import files
 from trainer.errors import RunDirectoryError, of_system
 from trainer.tomlfile import mistakes
 
+_KINDS: dict[str, type["Event"]] = {}
+
 
 @typing.dataclass_transform(kw_only_default=True, frozen_default=True)
 @dataclass(frozen=True, kw_only=True)
@@ -31,14 +33,14 @@ class Event:
 
     kind: ClassVar[str]
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, kind: str) -> None:
+        cls.kind, _KINDS[kind] = kind, cls
         dataclass(frozen=True, kw_only=True)(cls)
 
 
-class AttemptStarted(Event):
+class AttemptStarted(Event, kind="attempt_started"):
     """A rank is about to train. One per rank and attempt."""
 
-    kind = "attempt_started"
     world_size: int
     from_step: int
     steps: int
@@ -49,159 +51,120 @@ class AttemptStarted(Event):
     strategy: str
     parameters: int
     tokens_per_step: int
-    startup_seconds: dict[str, float]
-    """From the start of the process to this event, by cause."""
+    startup_seconds: dict[str, float]  # from the start of the process to this event, by cause
     computes_with: dict[str, str] | None = None
     """What this rank computes with beside config and data (provenance.py); None in logs from before it was recorded."""
     other_bits: Sequence[str] = ()
     """Differences between this and what the run was computed with before, which were accepted on purpose."""
 
 
-class StepDone(Event):
+class StepDone(Event, kind="step"):
     """The weights of `step` are final. Written by rank 0."""
 
-    kind = "step"
-    step: int
-    """Steps completed: the first update makes step 1."""
-    loss: float
-    """Mean over the step's tokens, nats per token, of the weights before the update."""
+    step: int  # steps completed: the first update makes step 1
+    loss: float  # mean over the step's tokens, nats per token, of the weights before the update
     grad_norm: float
     learning_rate: float
-    tokens: int
-    """Tokens trained on in this step."""
+    tokens: int  # tokens trained on in this step
     seconds: float
-    samples: str
-    """Digest of the sample ids that the ranks really computed, in micro-batch order."""
-    redone: int
-    """Number of times the step was computed again on a coarser grid."""
-    flushed: float | None
-    """Share of non-zero gradient entries rounded to zero; None where it was not measured."""
+    samples: str  # digest of the sample ids that the ranks really computed, in micro-batch order
+    redone: int  # number of times the step was computed again on a coarser grid
+    flushed: float | None  # share of non-zero gradient entries rounded to zero; None where it was not measured
 
 
-class EvalDone(Event):
+class EvalDone(Event, kind="eval"):
     """A held-out set was scored with the weights of `step`."""
 
-    kind = "eval"
     step: int
     set: str
-    loss: float
-    """Nats per token."""
-    bits_per_byte: float | None
-    """None if the tokens that were scored stand for no text."""
+    loss: float  # nats per token
+    bits_per_byte: float | None  # None if the tokens that were scored stand for no text
     tokens: int
     seconds: float
-    digest: str
-    """Digest of the tokens that were scored."""
+    digest: str  # digest of the tokens that were scored
 
 
-class CheckpointSaved(Event):
+class CheckpointSaved(Event, kind="checkpoint"):
     """A checkpoint was committed and verified. Rank 0 notes it when the loop next polls, so a little late."""
 
-    kind = "checkpoint"
     step: int
     bytes: int
-    seconds: float
-    """From the beginning of the save to its commit, most of it beside the next steps."""
-    stall_seconds: float
-    """Wait of the loop: for the copy in memory, and for an earlier save still under way."""
+    seconds: float  # from the beginning of the save to its commit, most of it beside the next steps
+    stall_seconds: float  # wait of the loop: for the copy in memory, and for an earlier save still under way
 
 
-class CheckpointFailed(Event):
+class CheckpointFailed(Event, kind="checkpoint_failed"):
     """A save did not become a checkpoint; training continues and earlier checkpoints are intact."""
 
-    kind = "checkpoint_failed"
     step: int
     reason: str
     in_a_row: int
-    on_rank: int | None = None
-    """The rank that failed first; None if a rank was lost meanwhile."""
-    stall_seconds: float | None = None
-    """Wait of the loop; None where it was not measured."""
+    on_rank: int | None = None  # the rank that failed first; None if a rank was lost meanwhile
+    stall_seconds: float | None = None  # wait of the loop; None where it was not measured
 
 
-class CheckpointRejected(Event):
+class CheckpointRejected(Event, kind="checkpoint_rejected"):
     """A committed checkpoint is damaged and was passed over on loading."""
 
-    kind = "checkpoint_rejected"
     step: int
     reason: str
 
 
-class NotFinite(Event):
+class NotFinite(Event, kind="not_finite"):
     """A step's loss or gradient was not finite. It was not applied; the step is computed again once."""
 
-    kind = "not_finite"
     step: int
     loss: float
     grad_norm: float
-    trial: int
-    """0 for the first computation, 1 for the second, after which the run stops."""
+    trial: int  # 0 for the first computation, 1 for the second, after which the run stops
 
 
-class Hung(Event):
+class Hung(Event, kind="hung"):
     """A rank saw no progress for too long and ends its process. Written by the rank that noticed."""
 
-    kind = "hung"
     step: int
-    point: str
-    """The phase that this rank is in (trainer/phases.py)."""
-    seconds: float
-    """Time without progress."""
-    culprits: list[dict[str, Any]]
-    """Ranks that hold up the others, each {rank, point, step, why}."""
-    collective: str | None
-    """The pending collective, from torch's Flight Recorder."""
-    stacks: str
-    """File with the stacks of this rank's threads, relative to the run directory."""
+    point: str  # the phase that this rank is in (trainer/phases.py)
+    seconds: float  # time without progress
+    culprits: list[dict[str, Any]]  # ranks that hold up the others, each {rank, point, step, why}
+    collective: str | None  # the pending collective, from torch's Flight Recorder
+    stacks: str  # file with the stacks of this rank's threads, relative to the run directory
 
 
-class WorkersLost(Event):
+class WorkersLost(Event, kind="workers_lost"):
     """The launcher's view of what ended the attempt before this one. Written by rank 0 of the next attempt."""
 
-    kind = "workers_lost"
-    failures: list[dict[str, Any]]
-    """{rank, pid, exitcode, signal} of the workers that failed first."""
-    reason: str
-    """One line for people."""
+    failures: list[dict[str, Any]]  # {rank, pid, exitcode, signal} of the workers that failed first
+    reason: str  # one line for people
 
 
-class FaultFired(Event):
+class FaultFired(Event, kind="fault_fired"):
     """A fault on purpose is about to act. In events/faults.jsonl, written by the process that makes it."""
 
-    kind = "fault_fired"
-    index: int
-    """Position in the plan."""
-    fault: str
-    """Kind of the fault."""
-    victim: int | None
-    """The rank that it hits; None if it hits no particular one."""
+    index: int  # position in the plan
+    fault: str  # kind of the fault
+    victim: int | None  # the rank that it hits; None if it hits no particular one
     step: int | None
     phase: str | None
-    pid: int
-    """Process that made the fault."""
+    pid: int  # process that made the fault
 
 
-class StopRequested(Event):
+class StopRequested(Event, kind="stop_requested"):
     """A signal asked this rank to save and leave."""
 
-    kind = "stop_requested"
     signal: str
     step: int
 
 
-class Warned(Event):
+class Warned(Event, kind="warning"):
     """Something that a person should know and that does not stop the run."""
 
-    kind = "warning"
     message: str
 
 
-class AttemptEnded(Event):
+class AttemptEnded(Event, kind="attempt_ended"):
     """A rank left the loop in order. A rank that was killed leaves no such record."""
 
-    kind = "attempt_ended"
-    status: str
-    """finished, preempted or failed."""
+    status: str  # finished, preempted or failed
     step: int
     reason: str
     weights_sha256: str | None
@@ -214,15 +177,12 @@ class Entry:
 
     attempt: int
     rank: int
-    time: float
-    """Unix time in seconds."""
+    time: float  # Unix time in seconds
     event: Event
 
 
 LOST_A_PEER = "lost a peer"
 """Reason in the AttemptEnded of a rank that failed only because another was gone."""
-
-_KINDS: dict[str, type[Event]] = {cls.kind: cls for cls in Event.__subclasses__()}
 
 
 @functools.cache

@@ -45,10 +45,8 @@ def account(history: History, now: float | None = None) -> dict[str, Any]:
     `now`, a Unix time, is given for a run that still runs. Before the first attempt is ready all values are None and
     there are no parts.
     """
-    finish = history.finish
-    attempts = [attempt for attempt in history.attempts if attempt.main_entries]
-    if finish is not None:
-        attempts = [attempt for attempt in attempts if attempt.number <= finish[0].attempt]
+    final = history.finish[0].attempt if history.finish else math.inf
+    attempts = [attempt for attempt in history.attempts if attempt.main_entries and attempt.number <= final]
     if not any(attempt.start for attempt in attempts):
         return {"wall_seconds": None, "productive_seconds": None, "ratio": None, "parts": {}, "startup": {}}
     first, last = attempts[0], attempts[-1]
@@ -150,11 +148,10 @@ class _Ledger:
 
     def totals(self) -> dict[str, Any]:
         wall = self._at - self._origin
-        parts = {name: math.fsum(seconds) for name, seconds in self._parts.items()}
-        return {
-            "wall_seconds": wall,
-            "productive_seconds": parts["productive"],
-            "ratio": parts["productive"] / wall if wall > 0 else None,
-            "parts": parts,
-            "startup": {cause: math.fsum(seconds) for cause, seconds in self._startup.items()},
-        }
+        parts, startup = (
+            {name: math.fsum(seconds) for name, seconds in of.items()} for of in (self._parts, self._startup)
+        )
+        productive = parts["productive"]
+        ratio = productive / wall if wall > 0 else None
+        return {"wall_seconds": wall, "productive_seconds": productive, "ratio": ratio, "parts": parts,
+                "startup": startup}  # fmt: skip

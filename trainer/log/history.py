@@ -30,15 +30,13 @@ class Attempt:
     number: int
     entries: list[Entry] = field(default_factory=list)
     """Entries of all ranks, by time. `History` fills it; `observe` does not: a long run would fill the memory."""
-    starts: dict[int, Start] = field(default_factory=dict)
-    """Starts by rank; the first rank to be ready comes first."""
+    starts: dict[int, Start] = field(default_factory=dict)  # starts by rank; the first rank to be ready comes first
     ends: dict[int, tuple[Entry, events.AttemptEnded]] = field(default_factory=dict)
     """Ends by rank; only ranks that wrote how they ended."""
     failures: dict[int, str] = field(default_factory=dict)
     """Reason by rank, of the ranks that wrote that they failed; the first to fail comes first."""
     hangs: list[tuple[Entry, events.Hung]] = field(default_factory=list)
-    signal: str | None = None
-    """Name of the signal that asked a rank to stop."""
+    signal: str | None = None  # name of the signal that asked a rank to stop
     fatal_not_finite: events.NotFinite | None = None
     """The second computation of a step that was not finite, which ends the attempt."""
     last_progress: Entry | None = None
@@ -72,7 +70,7 @@ class Attempt:
 
     @property
     def main_entries(self) -> list[Entry]:
-        """Entries of rank 0, by time."""
+        """Entries of rank 0."""
         return [entry for entry in self.entries if entry.rank == 0]
 
     @property
@@ -122,8 +120,7 @@ class History:
     """All attempts of a run, in order."""
 
     attempts: list[Attempt]
-    fired: list[Entry]
-    """Faults made on purpose. They are kept apart: a diagnosis must not be read off the truth."""
+    fired: list[Entry]  # faults made on purpose. They are kept apart: a diagnosis must not be read off the truth.
 
     @classmethod
     def read(cls, run: Path) -> Self:

@@ -14,8 +14,8 @@ from trainer.log import events
 from trainer.log.events import LOST_A_PEER, Entry, Event
 from trainer.log.history import PROGRESS, Attempt, History, Start
 
+# Events of incidents that need not end their attempt.
 _InnerEvent = events.NotFinite | events.CheckpointFailed | events.CheckpointRejected
-"""Events of incidents that need not end their attempt."""
 
 
 @dataclass(frozen=True)
@@ -23,25 +23,17 @@ class Incident:
     """Something that went wrong or stopped the run, and its cost."""
 
     attempt: int
-    kind: str
-    """worker_lost, hung, preempted, not_finite, save_failed or checkpoint_rejected."""
+    kind: str  # worker_lost, hung, preempted, not_finite, save_failed or checkpoint_rejected
     ends_attempt: bool
-    rank: int | None
-    """The rank that died, hung or could not save; None if the log does not show it."""
-    point: str | None
-    """Phase of the step (trainer/phases.py)."""
-    step: int | None
-    """The step that failed; for the end of an attempt, the last step that it completed."""
-    lost_steps: int | None
-    """Number of steps whose result was lost; None until the run resumes."""
+    rank: int | None  # the rank that died, hung or could not save; None if the log does not show it
+    point: str | None  # phase of the step (trainer/phases.py)
+    step: int | None  # the step that failed; for the end of an attempt, the last step that it completed
+    lost_steps: int | None  # number of steps whose result was lost; None until the run resumes
     seconds: float | None
     """Time without training, until the next attempt is ready; or the wait for a save; or computation thrown away."""
-    detected_as: str
-    """Kind of the event that shows it; "silence" if there is none."""
-    text: str
-    """One line for people."""
-    time: float | None
-    """Unix time when it was noted; for the end of an attempt, of its last progress."""
+    detected_as: str  # kind of the event that shows it; "silence" if there is none
+    text: str  # one line for people
+    time: float | None  # Unix time when it was noted; for the end of an attempt, of its last progress
 
 
 class IncidentBuilder:
@@ -52,8 +44,7 @@ class IncidentBuilder:
     """
 
     def __init__(self, earlier: Iterable[Entry] = ()) -> None:
-        self.incidents: list[Incident] = []
-        """All complete incidents."""
+        self.incidents: list[Incident] = []  # all complete incidents
         self._attempt: Attempt | None = None
         self._ended: list[Attempt] = []
         """Attempts that no attempt has resumed yet: at most the first of them has trained."""
@@ -113,10 +104,8 @@ class IncidentBuilder:
         key = (attempt.number, kind, event.step, in_a_row)
         if key not in self._reported:
             self._reported.add(key)
-            text, step = describe(event), event.step
-            self.incidents.append(
-                Incident(attempt.number, kind, False, rank, None, step, 0, seconds, event.kind, text, entry.time)
-            )
+            shown = (event.step, 0, seconds, event.kind, describe(event), entry.time)
+            self.incidents.append(Incident(attempt.number, kind, False, rank, None, *shown))
 
     def _complete_ends(self) -> None:
         """Add how the attempts before this one ended, if this one has started."""
@@ -128,7 +117,10 @@ class IncidentBuilder:
         lost = max(0, self._reached - from_step)  # not below 0 where the log lacks steps
         self._reached = from_step
         for number, attempt in enumerate(ended):
-            loss = next((loss for loss in losses if _concerns(loss, attempt)), None)
+            # Others died before they wrote anything: their process ids are known, and are none of this attempt's.
+            started = {event.pid for _, event in attempt.starts.values()}
+            pids = [({failure.get("pid") for failure in loss.failures} - {None}, loss) for loss in losses]
+            loss = next((loss for died, loss in pids if not died or not started or died & started), None)
             losses = [other for other in losses if other is not loss]
             # Work and time are lost once, however many starts it took to resume.
             self.incidents.append(_ending(attempt, loss, *((start, lost) if number == 0 else (None, 0))))
@@ -141,21 +133,13 @@ def incidents_of(history: History, running: bool = False) -> list[Incident]:
     return IncidentBuilder(history.entries).close(running)
 
 
-def _concerns(loss: events.WorkersLost, attempt: Attempt) -> bool:
-    """True unless the launcher reports workers that died before they wrote anything."""
-    lost = {failure.get("pid") for failure in loss.failures} - {None}
-    started = {event.pid for _, event in attempt.starts.values()}
-    return not lost or not started or not lost.isdisjoint(started)
-
-
 def _ending(attempt: Attempt, loss: events.WorkersLost | None, next_start: Start | None, lost: int | None) -> Incident:
     kind, rank, point, detected_as, cause = _cause(attempt, loss)
     step, last = attempt.last_step, attempt.last_progress
     seconds = max(0.0, next_start[0].time - last.time) if next_start is not None and last is not None else None
-    when = " while it was starting" if step is None else f" after step {step}"
-    text = (cause if kind == "not_finite" else cause + when) + _resumption(attempt, next_start, lost, seconds)
-    time = last.time if last is not None else None
-    return Incident(attempt.number, kind, True, rank, point, step, lost, seconds, detected_as, text, time)
+    when = "" if kind == "not_finite" else " while it was starting" if step is None else f" after step {step}"
+    text = f"{cause}{when}{_resumption(attempt, next_start, lost, seconds)}"
+    return Incident(attempt.number, kind, True, rank, point, step, lost, seconds, detected_as, text, last and last.time)
 
 
 def _before(start: Entry, loss: events.WorkersLost) -> Incident:

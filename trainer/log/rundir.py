@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import secrets
 import subprocess
 from contextlib import AbstractContextManager
@@ -132,25 +133,24 @@ def read(run: Path) -> dict[str, Any]:
                 raise files.NotJsonError(f"it holds no {name!r} of the right kind")
         return contents
     except (FileNotFoundError, NotADirectoryError):
-        raise RunDirectoryError(
-            f"{run} is no run: it has no config.json.\n  Name the directory of a run, e.g. runs/smoke."
-        ) from None
+        remedy = "Name the directory of a run, e.g. runs/smoke."
+        raise RunDirectoryError(f"{run} is no run: it has no config.json.\n  {remedy}") from None
     except OSError as error:
         rule, remedy = "It says what the run is.", "Make it readable."
         raise RunDirectoryError(of_system(error, f"{config_path(run)} cannot be read", rule, remedy)) from None
     except (ValueError, KeyError, TypeError) as error:
-        raise RunDirectoryError(
-            f"{config_path(run)} is damaged ({error}).\n  Restore it, or give a new --run."
-        ) from None
+        raise _damaged(run, error) from None
+
+
+def _damaged(run: Path, why: object) -> RunDirectoryError:
+    return RunDirectoryError(f"{config_path(run)} is damaged ({why}).\n  Restore it, or give a new --run.")
 
 
 def fact(run: Path, name: str) -> int:
     """A number in config.json, such as vocab_size. Raises RunDirectoryError as `read`, or if there is none."""
     found = read(run).get(name)
     if not isinstance(found, int):
-        raise RunDirectoryError(
-            f"{config_path(run)} is damaged (it holds no number {name!r}).\n  Restore it, or give a new --run."
-        )
+        raise _damaged(run, f"it holds no number {name!r}")
     return found
 
 
@@ -184,15 +184,10 @@ def git_commit(root: Path) -> str | None:
     # No repository above `root`, and none that the environment names: a git hook sets GIT_DIR to its own.
     environ = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     environ["GIT_CEILING_DIRECTORIES"] = str(root.parent)
-
-    def git(*command: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(root), *command], capture_output=True, text=True, check=True, timeout=5, env=environ
-        )
-        return done.stdout.strip()
-
+    command = ["git", "-C", str(root), "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
     try:
-        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5, env=environ)
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit + ("+" if changes else "")
+    commit = re.search(r"^# branch\.oid (\w+)$", done.stdout, re.MULTILINE)
+    return commit and commit[1] + ("+" if re.search("^[^#]", done.stdout, re.MULTILINE) else "")

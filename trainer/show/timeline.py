@@ -56,12 +56,9 @@ class Label:
     """Text beside a mark, to be put into a row where it covers no other text."""
 
     text: str
-    time: float
-    """Seconds at which the mark is."""
-    row: int | None = None
-    """None: no row was free."""
-    is_flipped: bool = False
-    """The text is on the left of its mark, since on the right it would leave the picture."""
+    time: float  # seconds at which the mark is
+    row: int | None = None  # None: no row was free
+    is_flipped: bool = False  # the text is on the left of its mark, since on the right it would leave the picture
 
 
 def assign_rows(labels: Sequence[Label], begin: float, end: float, inch: float, most: int) -> int:

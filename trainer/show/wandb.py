@@ -77,8 +77,7 @@ class WandbHelper:
         close_timeout_seconds: float = 30.0,
     ) -> None:  # fmt: skip
         self.mode: WandbMode = wandb_mode(config)
-        self.url: str | None = None
-        """The run's page, known when the helper has ended; None offline."""
+        self.url: str | None = None  # the run's page, known when the helper has ended; None offline
         self._run, self._on_problem, self._close_timeout_seconds = run, on_problem, close_timeout_seconds
         self._helper: subprocess.Popen[bytes] | None = None
         self._output: IO[bytes] | None = None
