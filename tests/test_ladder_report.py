@@ -21,7 +21,8 @@ from tests.pages import Page
 from trainer.config import parse
 from trainer.ladder import report
 from trainer.ladder.plan.ladder import AA, TARGET, PlannedRun
-from trainer.ladder.report import build, pictures, summary_run
+from trainer.ladder.report import build, summary_run
+from trainer.ladder.report import page as pages
 from trainer.ladder.report.build import CollectedLadder
 from trainer.ladder.report.drawing import final
 from trainer.ladder.stats.records import BASELINE
@@ -62,7 +63,7 @@ def single() -> dict[str, Any]:
     return made.tree(replace(SHORT, flops=SHORT.flops[:1]))
 
 
-def page(tree: dict[str, Any], drawn: Sequence[pictures.Picture] = ()) -> str:
+def page(tree: dict[str, Any], drawn: Sequence[pages.Picture] = ()) -> str:
     return report.html(tree, drawn)
 
 
@@ -206,9 +207,9 @@ def test_too_few_rungs_give_no_fit_and_their_losses_are_shown(rungs):
 
 
 def test_pictures_are_the_same_bytes_every_time(single):
-    drawn = pictures.draw(single)
+    drawn = pages.draw(single)
     assert [picture.name for picture in drawn] == ["loss"]
-    assert pictures.draw(single) == drawn
+    assert pages.draw(single) == drawn
 
 
 def test_a_ladder_without_a_single_run_has_a_report(tmp_path):
@@ -293,7 +294,7 @@ def test_the_page_stands_alone_and_escapes_every_name():
     ladder = made.ladder_of(SHORT, [EVIL], name=EVIL, question=EVIL, notices=[EVIL])
     ladder = replace(ladder, rungs=[replace(r, name=EVIL) if r.name == "r1" else r for r in ladder.rungs])
     tree = build.build_report(CollectedLadder(ladder, found, record=made.HISTORY))
-    shown = page(tree, pictures.draw(tree))
+    shown = page(tree, pages.draw(tree))
     assert "<script" not in shown
     assert EVIL in Page(shown).text
     assert all(link.startswith("#") for link in Page(shown).links)
@@ -368,7 +369,7 @@ def send(mode: str, tree: dict[str, Any], written: Path, out: Path) -> list[str]
     ladder = made.ladder_of(CLEAR, list(made.ARMS), runs=[PlannedRun(BASELINE, "r0", 0, config, 1000, 6000)])
     shutil.copy(written / "loss.png", out)
     problems: list[str] = []
-    summary_run.send(ladder, tree, [pictures.Picture("loss", "Loss", "", PNG, "<svg/>")], out, problems.append)
+    summary_run.send(ladder, tree, [pages.Picture("loss", "Loss", "", PNG, "<svg/>")], out, problems.append)
     return problems
 
 

@@ -11,11 +11,10 @@ from pathlib import Path
 
 from trainer import files
 from trainer.ladder.plan.ladder import Ladder
-from trainer.ladder.report import pictures, summary_run
+from trainer.ladder.report import page, summary_run
 from trainer.ladder.report.build import build_report, collect_ladder, without_execution
 from trainer.ladder.report.estimates import Tree
-from trainer.ladder.report.page import html
-from trainer.ladder.report.pictures import Picture
+from trainer.ladder.report.page import Picture, html
 from trainer.ladder.report.terminal import terminal
 
 __all__ = ["PAGE", "build_report", "collect_ladder", "html", "make", "terminal", "without_execution", "write"]
@@ -36,10 +35,10 @@ def make(ladder: Ladder, out: Path) -> Tree:
 
 def write(tree: Tree, out: Path) -> list[Picture]:
     """Write the report's files, each whole or not at all, and return its pictures."""
-    drawn = pictures.draw(tree)
+    drawn = page.draw(tree)
     out.mkdir(parents=True, exist_ok=True)
     # An earlier report may have had a picture for which there are no data now.
-    for name in pictures.NAMES:
+    for name in page.NAMES:
         (out / f"{name}.png").unlink(missing_ok=True)
     for picture in drawn:
         files.write(out / f"{picture.name}.png", picture.png)

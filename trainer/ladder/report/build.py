@@ -18,7 +18,6 @@ from trainer.ladder.collect import CollectedRun
 from trainer.ladder.plan.ladder import FIT_RUNGS, TARGET, Ladder, PlannedRun
 from trainer.ladder.report import estimates, execution
 from trainer.ladder.report.estimates import EstimatePlan, Tree
-from trainer.ladder.stats.records import BASELINE
 from trainer.ladder.tuning import Choice
 from trainer.show import units
 
@@ -83,14 +82,7 @@ def build_report(collected: CollectedLadder) -> Tree:
     """Return the report as JSON values."""
     ladder, results = collected.ladder, collect.run_results(collected.runs)
     arms = sorted(ladder.arms, key=lambda arm: arm.is_aa)  # the noise floor comes after what is judged
-    # Also of runs to come: predictions of them need their compute.
-    flops = {(planned.rung, planned.arm): planned.flops for planned in collected.runs}
-    flops |= {(rung.name, BASELINE): rung.flops for rung in ladder.rungs} | {(TARGET, BASELINE): ladder.target_flops}
-    plan = EstimatePlan(
-        ladder.criterion, [rung.name for rung in ladder.rungs], flops, ladder.target_flops,
-        {rung.name: len(rung.seeds) for rung in ladder.all_rungs}, [arm.name for arm in arms],
-        [arm.name for arm in arms if arm.is_aa],
-    )  # fmt: skip
+    plan = EstimatePlan(ladder, collected.runs)
     tree = {
         "format": FORMAT, "name": ladder.name, "question": ladder.file.question,
         "file": short_path(ladder.path), "baseline": short_path(ladder.path.parent / ladder.file.baseline),

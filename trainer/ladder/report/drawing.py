@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trainer.ladder.report.estimates import Tree
@@ -73,26 +73,17 @@ def compute_axis(axes: "Axes", tree: Tree) -> None:
 
 def multiplier_axis(axis: "Axis") -> None:
     """Make the axis logarithmic with ticks like "1.2×"; set its limits before."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
     low, high = axis.get_view_interval()
     if high / low > LINEAR_TICKS_UP_TO:
         subs = (1, 1.5, 2, 3, 5, 7) if high / low < 10 * LINEAR_TICKS_UP_TO else (1, 2, 5)
         axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=12))
     else:
-        axis.set_major_locator(FixedLocator(list(_round_ratios(low, high))))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}×"))
+        axis.set_major_locator(MaxNLocator(8, steps=[1, 2, 2.5, 5, 10]))
+    axis.set_major_formatter(lambda value, _: f"{value:.4g}×")
     axis.set_minor_formatter(NullFormatter())
     axis.set_minor_locator(NullLocator())
-
-
-def _round_ratios(low: float, high: float) -> Iterator[float]:
-    """Four to nine round values between the two, 1 among them."""
-    for step in (0.01, 0.02, 0.05, 0.1, 0.2, 0.25, 0.5, 1.0):
-        first, last = math.ceil(low / step), math.floor(high / step)
-        if last - first < 8:
-            yield from (round(number * step, 4) for number in range(max(first, 1), last + 1))
-            return
 
 
 def reference_lines(tree: Tree, line: Any) -> None:

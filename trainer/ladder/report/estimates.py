@@ -6,20 +6,21 @@ run took plays no part here; see execution.py.
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from scipy import special
 
 from trainer.errors import FitError
-from trainer.ladder.plan.ladder import TARGET
+from trainer.ladder.collect import CollectedRun
+from trainer.ladder.plan.ladder import TARGET, Ladder
 from trainer.ladder.stats import decision, verdict
 from trainer.ladder.stats import fit as fits
 from trainer.ladder.stats.multiplier import Line, OtherFloor
 from trainer.ladder.stats.pairs import Baseline, can_extrapolate
-from trainer.ladder.stats.records import BASELINE, Criterion, CurveFit, Interval, RunResult, Verdict
+from trainer.ladder.stats.records import BASELINE, CurveFit, Interval, RunResult, Verdict
 
 Tree = dict[str, Any]
 GRID = 61
@@ -30,21 +31,21 @@ CURVE_ITSELF = 10**12
 """Number of seeds: the mean of so many has no noise, so a prediction's interval is that of the curve itself."""
 
 
-@dataclass(frozen=True)
 class EstimatePlan:
     """The ladder as planned, as far as the estimates need it."""
 
-    criterion: Criterion
-    rungs: Sequence[str]
-    """Names, smallest first; without the target."""
-    flops: Mapping[tuple[str, str], float]
-    """FLOPs of a run by (rung, arm), the baseline among the arms; also of runs that are still to be made."""
-    target_flops: float
-    seeds: Mapping[str, int]
-    """Number of planned seeds by rung."""
-    arms: Sequence[str]
-    unchanged: Sequence[str] = ()
-    """Arms without a change (A/A)."""
+    def __init__(self, ladder: Ladder, runs: Iterable[CollectedRun]) -> None:
+        self.criterion, self.target_flops = ladder.criterion, ladder.target_flops
+        self.rungs = [rung.name for rung in ladder.rungs]  # without the target
+        self.seeds = {rung.name: len(rung.seeds) for rung in ladder.all_rungs}
+        self.arms = [arm.name for arm in sorted(ladder.arms, key=lambda arm: arm.is_aa)]
+        self.unchanged = [arm.name for arm in ladder.arms if arm.is_aa]
+        # By (rung, arm), also of runs that are still to be made: predictions of them need their compute.
+        self.flops = {(run.rung, run.arm): run.flops for run in runs} | {(TARGET, BASELINE): ladder.target_flops}
+        self.flops |= {(rung.name, BASELINE): rung.flops for rung in ladder.rungs}
+
+    def judge(self, results: Sequence[RunResult], flops: float, **more: Any) -> list[Verdict]:
+        return verdict.judge(results, self.criterion, flops, arms=self.arms, unchanged=self.unchanged, **more)
 
 
 def estimate(results: Sequence[RunResult], plan: EstimatePlan) -> Tree:
@@ -53,7 +54,7 @@ def estimate(results: Sequence[RunResult], plan: EstimatePlan) -> Tree:
     `no_fit` is the reason if no curve fits the baseline; everything that rests on the curve is then empty.
     """
     results = decision.without_time(results)  # seconds would differ at every execution
-    rungs = [result for result in results if result.rung != TARGET]
+    rungs, level = [result for result in results if result.rung != TARGET], plan.criterion.level
     tree: Tree = {
         "noise": _noise(results),
         "differences": _differences(results, plan),
@@ -61,16 +62,15 @@ def estimate(results: Sequence[RunResult], plan: EstimatePlan) -> Tree:
         "predictions": _predictions(results, plan), "multiplier_predictions": [],
     }  # fmt: skip
     try:
-        fit = fits.fit_curve(rungs, plan.criterion.level)
+        fit = fits.fit_curve(rungs, level)
     except FitError as error:
         return tree | {"no_fit": str(error)}
-    verdicts = verdict.judge(
-        rungs, plan.criterion, plan.target_flops, fit=fit, arms=plan.arms, unchanged=plan.unchanged
-    )  # fmt: skip
+    verdicts, grid = plan.judge(rungs, plan.target_flops, fit=fit), _grid(plan)
     return tree | {
         "fit": fit.to_json(),
-        "bootstrap": fits.bootstrap(rungs, plan.criterion.level).to_json(),
-        "curve": _curve(rungs, plan),
+        "bootstrap": fits.bootstrap(rungs, level).to_json(),
+        "curve": {"flops": grid}
+        | _columns([fits.predict(rungs, flops, CURVE_ITSELF, level).predicted for flops in grid]),
         "verdicts": [decision.loss_tree(found) for found in verdicts],
         "lines": {arm: _line(rungs, arm, fit, plan) for arm in plan.arms},
         "multiplier_predictions": list(_multiplier_predictions(results, plan, verdicts)),
@@ -88,11 +88,9 @@ def _noise(results: Sequence[RunResult]) -> list[Tree]:
     found = []
     for (rung, arm), losses in groups.items():
         finite = [loss for loss in losses if math.isfinite(loss)]
-        found.append({
-            "rung": rung, "arm": arm, "seeds": len(finite), "diverged": len(losses) - len(finite),
-            "mean": math.fsum(finite) / len(finite) if finite else None,
-            "sd": statistics.stdev(finite) if len(finite) > 1 else None,
-        })  # fmt: skip
+        mean, sd = (statistics.fmean(finite) if finite else None), (statistics.stdev(finite) if finite[1:] else None)
+        counts = {"seeds": len(finite), "diverged": len(losses) - len(finite)}
+        found.append({"rung": rung, "arm": arm, **counts, "mean": mean, "sd": sd})
     return found
 
 
@@ -114,7 +112,7 @@ def _differences(results: Sequence[RunResult], plan: EstimatePlan) -> list[Tree]
 
 
 def _mean(values: Sequence[float], level: float) -> Interval:
-    mean = math.fsum(values) / len(values)
+    mean = statistics.fmean(values)
     if len(values) < 2:
         return Interval(mean, None, None, level)
     half = -float(special.stdtrit(len(values) - 1, level / 2)) * statistics.stdev(values) / math.sqrt(len(values))
@@ -127,13 +125,6 @@ def _mean(values: Sequence[float], level: float) -> Interval:
 def _grid(plan: EstimatePlan) -> list[float]:
     first = min(plan.flops[rung, BASELINE] for rung in plan.rungs)
     return np.geomspace(first / MARGIN, plan.target_flops * MARGIN, GRID).tolist()
-
-
-def _curve(results: Sequence[RunResult], plan: EstimatePlan) -> Tree:
-    """The baseline's loss against compute, with the interval of the curve itself."""
-    grid = _grid(plan)
-    found = [fits.predict(results, flops, CURVE_ITSELF, plan.criterion.level).predicted for flops in grid]
-    return {"flops": grid, **_columns(found)}
 
 
 def _columns(intervals: Sequence[Interval]) -> Tree:
@@ -152,18 +143,14 @@ def _line(results: Sequence[RunResult], arm: str, fit: CurveFit, plan: EstimateP
     grid = _grid(plan)
     points = [line.multiplier_at(flops) for flops in grid]
     band = _columns([_from_logs(point.value, point.bound(half, -1), point.bound(half, 1)) for point in points])
-    floors = [OtherFloor(comparison, flops).value for flops in grid]
-    return {
-        "flops": grid,
-        **band,
-        "other_floor": _columns([_from_logs(floor, floor, floor) for floor in floors])["value"],
-    }
+    floors = [_from_logs(OtherFloor(comparison, flops).value).value for flops in grid]
+    return {"flops": grid, **band, "other_floor": floors}
 
 
-def _from_logs(*logs: float) -> Interval:
-    """The interval of a ratio from (value, low, high) of its logarithm; an end too far out for a float is None."""
-    value, low, high = (math.exp(log) if abs(log) < 100 else None for log in logs)
-    return Interval(value, low, high)
+def _from_logs(value: float, low: float = math.inf, high: float = math.inf) -> Interval:
+    """The interval of a ratio from that of its logarithm; what is too far out for a float is None."""
+    ends = [math.exp(log) if abs(log) < 100 else None for log in (value, low, high)]
+    return Interval(ends[0], ends[1], ends[2])
 
 
 # --- predictions ------------------------------------------------------------------------------------------------------
@@ -202,7 +189,7 @@ def _prediction(results: Sequence[RunResult], arm: str, rung: str, below: Sequen
         seeds = len(losses) or plan.seeds.get(rung, 0) or 1
         check = fits.predict(by, plan.flops[rung, arm], seeds, plan.criterion.level)
     except FitError as error:
-        observed = math.fsum(losses) / len(losses) if losses else None
+        observed = statistics.fmean(losses) if losses else None
         return tree | {
             "refused": str(error), "flops": plan.flops[rung, arm], "predicted": None, "seeds": len(losses),
             "observed": observed, "error": None, "relative_error": None, "inside": None,
@@ -223,23 +210,19 @@ def _multiplier_predictions(
             if (rung, arm) not in plan.flops:
                 continue
             rungs = measured[arm].rungs if arm in measured else []
-            estimate = next((point for point in rungs if point.rung == rung), None)
+            estimate, found = next((point for point in rungs if point.rung == rung), None), by.get(arm)
             yield {
                 "rung": rung, "arm": arm, "by": list(below), "flops": flops,
-                "predicted": by[arm].multiplier.to_json() if arm in by else None,
-                "other_floor": by[arm].other_floor.to_json() if arm in by else None,
-                "measured": estimate.multiplier.to_json() if estimate else None,
-                "pairs": estimate.pairs if estimate else 0,
+                "predicted": found and found.multiplier.to_json(),
+                "other_floor": found and found.other_floor.to_json(),
+                "measured": estimate and estimate.multiplier.to_json(), "pairs": estimate.pairs if estimate else 0,
             }  # fmt: skip
 
 
 def _judge(results: Sequence[RunResult], rungs: Sequence[str], plan: EstimatePlan, flops: float) -> dict[str, Verdict]:
     """Verdicts by these rungs alone, by arm; empty if no curve can be fitted to them."""
-    rung_results = [result for result in results if result.rung in rungs]
+    by = [result for result in results if result.rung in rungs]
     try:
-        verdicts = verdict.judge(
-            rung_results, plan.criterion, flops, arms=plan.arms, unchanged=plan.unchanged, remedies=False
-        )  # fmt: skip
+        return {found.arm: found for found in plan.judge(by, flops, remedies=False)}
     except FitError:
         return {}
-    return {found.arm: found for found in verdicts}

@@ -12,7 +12,7 @@ from typing import Any
 from trainer.ladder.collect import CollectedRun
 from trainer.ladder.plan.ladder import TARGET
 from trainer.ladder.report.estimates import EstimatePlan, Tree
-from trainer.ladder.stats import decision, verdict
+from trainer.ladder.stats import decision
 from trainer.ladder.stats.records import BASELINE, RunResult
 
 AWAY = ("down", "preempted")
@@ -32,11 +32,11 @@ def describe(
     """Return the report's subtree "course". `record` is ladder.json; verdicts need a curve, so `fitted`."""
     # An arm may share runs with the baseline at a rung where it changes nothing: each counts once.
     distinct = list({run.key: run for run in [*runs, *sweep]}.values())
+    rungs = [result for result in results if result.rung != TARGET]
     return {
-        "verdicts": _verdicts(results, plan) if fitted else [],
-        "criterion_history": record.get("criterion_history", []),
+        "verdicts": [decision.time_tree(found) for found in plan.judge(rungs, plan.target_flops)] if fitted else [],
         "first_planned": record.get("first_planned"),
-        "edits": record.get("edits", []),
+        **{key: record.get(key, []) for key in ("criterion_history", "edits")},
         "time": _time(distinct, sweep),
         "survived": _survived(distinct),
         "arms": [_arm(arm, runs) for arm in (BASELINE, *plan.arms)],
@@ -44,12 +44,6 @@ def describe(
         "commits": sorted({run.git_commit for run in distinct if run.git_commit}),
         "runs": [{key: tree[key] for key in RUN_KEYS} for tree in (run.to_json() for run in distinct if run.attempts)],
     }
-
-
-def _verdicts(results: Sequence[RunResult], plan: EstimatePlan) -> list[Tree]:
-    rungs = [result for result in results if result.rung != TARGET]
-    verdicts = verdict.judge(rungs, plan.criterion, plan.target_flops, arms=plan.arms, unchanged=plan.unchanged)
-    return [decision.time_tree(found) for found in verdicts]
 
 
 def _time(runs: Sequence[CollectedRun], sweep: Sequence[CollectedRun]) -> Tree:
@@ -96,23 +90,16 @@ def _survived(runs: Sequence[CollectedRun]) -> Tree:
 def _arm(arm: str, runs: Sequence[CollectedRun]) -> Tree:
     """Instabilities and interruptions of an arm's runs."""
     arm_runs = [run for run in runs if run.arm == arm]
-    return {
-        "arm": arm,
-        "runs": len(arm_runs),
-        "spikes": sum(len(run.spikes) for run in arm_runs),
-        "redone": sum(run.redone for run in arm_runs),
-        "not_finite": sum(run.not_finite for run in arm_runs),
-        "diverged": sum(run.loss is not None and not math.isfinite(run.loss) for run in arm_runs),
-        "faults": sum(len(run.faults) for run in arm_runs),
-        "attempts": sum(run.attempts for run in arm_runs),
-        "replayed": sum(run.replayed for run in arm_runs),
+    tree: Tree = {"arm": arm, "runs": len(arm_runs)}
+    tree |= {key: sum(len(getattr(run, key)) for run in arm_runs) for key in ("spikes", "faults")}
+    tree |= {
+        key: sum(getattr(run, key) for run in arm_runs) for key in ("redone", "not_finite", "attempts", "replayed")
     }
+    return tree | {"diverged": sum(run.loss is not None and not math.isfinite(run.loss) for run in arm_runs)}
 
 
 def _machines(runs: Sequence[CollectedRun]) -> list[Tree]:
     # A run that moved between machines has none: host, device and ranks are then None.
     found = Counter(run.machine or (None, None, None) for run in runs if run.attempts)
-    ordered = sorted(found.items(), key=str)
-    return [
-        {"host": host, "device": device, "ranks": ranks, "runs": number} for (host, device, ranks), number in ordered
-    ]
+    names = ("host", "device", "ranks")
+    return [dict(zip(names, place, strict=True)) | {"runs": n} for place, n in sorted(found.items(), key=str)]

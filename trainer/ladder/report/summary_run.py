@@ -15,7 +15,7 @@ from typing import Any
 from trainer.ladder.plan.ladder import Ladder
 from trainer.ladder.report.drawing import final
 from trainer.ladder.report.estimates import Tree
-from trainer.ladder.report.pictures import Picture
+from trainer.ladder.report.page import Picture
 from trainer.show import units
 from trainer.show.wandb import helper_command, open_run, wandb_mode
 
@@ -67,37 +67,33 @@ def _verdicts(tree: Tree) -> list[Tree]:
 
 def tables(tree: Tree) -> dict[str, dict[str, list[Any]]]:
     """Return {name: {columns, data}}."""
-    run_columns = ["arm", "rung", "seed", "status", "flops", "parameters", "tokens", "loss"]
+    ends = ("value", "low", "high")
+    rungs = [{"arm": verdict["arm"]} | rung for verdict in tree["verdicts"] for rung in verdict["rungs"]]
+    rungs = [rung | {end: rung["multiplier"][end] for end in ends} for rung in rungs]
+    predicted = [row | {end: row["predicted"][end] for end in ends} for row in tree["predictions"] if row["predicted"]]
+    decided = [
+        row | {
+            "at the target": units.interval(row["multiplier"], units.ratio),
+            "in time": units.interval(row.get("wall_clock"), units.ratio),
+        }
+        for row in _verdicts(tree)
+    ]  # fmt: skip
     return {
-        "verdicts": {
-            "columns": ["arm", "decision", "at the target", "trend", "in time", "why"],
-            "data": [
-                [verdict["arm"], verdict["decision"], units.interval(verdict["multiplier"], units.ratio),
-                 verdict["trend"], units.interval(verdict.get("wall_clock"), units.ratio), verdict["why"]]
-                for verdict in _verdicts(tree)
-            ],
-        },
-        "multipliers": {
-            "columns": ["arm", "rung", "flops", "pairs", "multiplier", "low", "high", "loss difference"],
-            "data": [
-                [verdict["arm"], rung["rung"], rung["flops"], rung["pairs"],
-                 *(rung["multiplier"][key] for key in ("value", "low", "high")), rung["loss_difference"]]
-                for verdict in tree["verdicts"]
-                for rung in verdict["rungs"]
-            ],
-        },
-        "predictions": {
-            "columns": ["rung", "arm", "predicted", "low", "high", "observed", "error"],
-            "data": [
-                [prediction["rung"], prediction["arm"],
-                 *(prediction["predicted"][key] for key in ("value", "low", "high")),
-                 prediction["observed"], prediction["error"]]
-                for prediction in tree["predictions"]
-                if prediction["predicted"] is not None
-            ],
-        },
-        "runs": {"columns": run_columns, "data": [[run[key] for key in run_columns] for run in tree["runs"]]},
+        "verdicts": _table(decided, ["arm", "decision", "at the target", "trend", "in time", "why"]),
+        "multipliers": _table(
+            rungs, ["arm", "rung", "flops", "pairs", "value", "low", "high", "loss_difference"],
+            value="multiplier", loss_difference="loss difference",
+        ),
+        "predictions": _table(
+            predicted, ["rung", "arm", "value", "low", "high", "observed", "error"], value="predicted"
+        ),
+        "runs": _table(tree["runs"], ["arm", "rung", "seed", "status", "flops", "parameters", "tokens", "loss"]),
     }  # fmt: skip
+
+
+def _table(rows: Sequence[Tree], keys: Sequence[str], **names: str) -> dict[str, list[Any]]:
+    """A table of these keys' values; `names` are the columns' that are not called as their keys."""
+    return {"columns": [names.get(key, key) for key in keys], "data": [[row[key] for key in keys] for row in rows]}
 
 
 def _deliver(message: dict[str, Any]) -> str:
