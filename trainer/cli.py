@@ -1,4 +1,4 @@
-"""The command line: `python -m trainer train | inspect | verify | sample | plot | chaos | ladder`.
+"""The command line: `python -m trainer train | inspect | verify | sample | plot | chaos | ladder | judge`.
 
 Heavy imports are inside the commands, so that `--help` and a mistyped config answer at once.
 """
@@ -293,6 +293,50 @@ def ladder_report(path: LadderPath, out: LadderOut = None, as_json: AsJson = Fal
         return
     _show(report.terminal(tree))
     print(out / report.PAGE)
+
+
+@app.command()
+def judge(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="TABLE",
+            help="A csv, tsv, jsonl or parquet file, a folder of offline W&B runs, or wandb:ENTITY/PROJECT.",
+        ),
+    ],
+    column: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ROLE=NAME", help="Column of arm, rung, params, tokens, flops, seed, loss or seconds."),
+    ] = None,
+    baseline: Annotated[str | None, typer.Option(help="The arm that the others are compared with.")] = None,
+    criterion: Annotated[
+        Path | None, typer.Option(help="A TOML file with level, min_gain, max_slowdown, looks.")
+    ] = None,
+    target: Annotated[
+        float | None, typer.Option(help="FLOPs that verdicts are about; default 10 × the largest.")
+    ] = None,
+    more_is_better: Annotated[
+        bool | None, typer.Option("--more-is-better/--less-is-better", help="Direction of the metric.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Default runs/judged/TABLE's name.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Judge runs that were made elsewhere: verdicts here, and OUT/report.html, report.json and pictures."""
+    from trainer.ladder import judge as judging
+    from trainer.ladder import report
+
+    tree = judging.judge(
+        source, columns=judging.named_columns(column or ()), baseline=baseline, target_flops=target,
+        criterion=judging.read_criterion(criterion) if criterion else None, more_is_better=more_is_better,
+    )  # fmt: skip
+    tree["table"]["command"] = shlex.join(["python", "-m", "trainer", *sys.argv[1:]])
+    directory = out or Path("runs") / "judged" / tree["name"]
+    report.write(tree, directory)
+    if as_json:
+        _print_json(tree)
+        return
+    _show(report.terminal(tree))
+    print(directory / report.PAGE)
 
 
 forecasts = typer.Typer(help="Training under failures at any scale: run, scale, calibrate.", no_args_is_help=True)

@@ -68,11 +68,12 @@ def draw(tree: Tree) -> list[Picture]:
 
 def html(tree: Tree, pictures: Sequence[Picture]) -> str:
     """Return the whole report as one HTML document. `tree` may lack "course"; the page then says nothing of times."""
-    execution = tree.get("course")
+    # Of a table's runs nothing is known but what they cost.
+    execution = None if "table" in tree else tree.get("course")
     decisions = {arm["name"]: final(tree, arm["name"]) for arm in tree["arms"]}
     timed = {
         (verdict["arm"], rung["rung"]): rung
-        for verdict in (execution["verdicts"] if execution else [])
+        for verdict in tree.get("course", {}).get("verdicts", [])
         for rung in verdict["rungs"]
     }  # fmt: skip
     decided = [verdict["decision"] for verdict in decisions.values() if verdict]

@@ -20,9 +20,13 @@ def terminal(tree: Tree) -> "RenderableType":
     from rich.console import Group
     from rich.text import Text
 
-    parts: list[Any] = [Text.assemble(("ladder ", "dim"), (tree["name"], "bold"), f"  {tree['question']}"), Text()]
+    kind = "table " if "table" in tree else "ladder "
+    parts: list[Any] = [Text.assemble((kind, "dim"), (tree["name"], "bold"), f"  {tree['question']}"), Text()]
+    if "table" in tree:  # what was guessed, derived or left out
+        parts += [*(Text(notice, "yellow", overflow="fold") for notice in tree["notices"]), Text()]
     if tree["no_fit"] is not None:
-        parts += [Text(f"no fit: {tree['no_fit']}", "yellow"), Text(), _means(tree), Text()]
+        parts += [Text(f"no fit: {tree['no_fit']}", "yellow"), Text()]
+        parts += [] if tree.get("surface") else [_means(tree), Text()]
     if verdicts := [verdict for arm in tree["arms"] if (verdict := final(tree, arm["name"]))]:
         parts += [_table(verdicts), Text(), *map(_reason, verdicts), Text()]
     parts += [Text(line, "dim", overflow="fold") for line in _lines(tree)]
@@ -69,13 +73,15 @@ def _means(tree: Tree) -> Any:
 
 
 def _lines(tree: Tree) -> Iterator[str]:
-    fit, execution = tree["fit"], tree.get("course")
+    fit, execution = tree["fit"], None if "table" in tree else tree.get("course")
     if fit is not None:
         parts = [f"E {units.interval(fit['E'], units.loss, 3)}, α {units.interval(fit['alpha'], units.loss, 3)}"]
         parts += [] if fit["seed_sd"] is None else [f"seeds' sd {units.loss(fit['seed_sd'])}"]
         p = fit["lack_of_fit_p"]
         parts += [] if p is None else [f"lack of fit p = {units.p_value(p)}"]
         yield f"baseline: {', '.join(parts)}"
+    for form in tree["surface"]["forms"] if tree.get("surface") else ():
+        yield f"{form['name']}, {form['formula']}: {form['refused'] or _surface_form(form)}"
     for guess in tree["predictions"]:
         if guess["arm"] == BASELINE and guess["predicted"] is not None:
             observed = "not run" if guess["observed"] is None else f"observed {units.loss(guess['observed'])}"
@@ -87,3 +93,15 @@ def _lines(tree: Tree) -> Iterator[str]:
         yield "faults survived: " + ", ".join(
             f"{number['survived']} of {number['made']} {kind}" for kind, number in faults.items()
         )
+
+
+def _surface_form(form: Tree) -> str:
+    values = ", ".join(f"{name} {value:.4g}" for name, value in form["values"].items())
+    held_out, target = form["held_out"], form["target"]
+    return (
+        f"{values}; runs lie {units.percent(form['error'])} about it; the largest run, held out: predicted "
+        f"{units.loss(held_out['predicted'])}, observed {units.loss(held_out['observed'])} "
+        f"({held_out['relative_error']:+.2%}); best at {units.scientific(target['flops'])} FLOPs: "
+        f"{units.loss(target['predicted'])} with {units.amount(target['parameters'])} parameters and "
+        f"{units.amount(target['tokens'])} tokens"
+    )

@@ -1,0 +1,317 @@
+"""Promises about tables of runs that were made elsewhere."""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from tests import ladders
+from tests.ladders import Arm, Design
+from trainer import cli
+from trainer.errors import EXIT_FINISHED, ConfigError
+from trainer.ladder import report
+from trainer.ladder.judge import judge, read_criterion
+from trainer.ladder.stats import decision, verdict
+from trainer.ladder.stats.records import BASELINE, Criterion, RunResult
+
+DESIGN = dataclasses.replace(ladders.LONG, seeds=2)
+ONE_SEED = dataclasses.replace(ladders.LONG, seeds=1)
+ARMS: Mapping[str, Arm] = {"better": ladders.line(1.6, 1.6), "worse": ladders.line(0.7, 0.7)}
+Values = dict[str, Any]
+
+
+def results(design: Design = DESIGN, arms: Mapping[str, Arm] = ARMS) -> list[RunResult]:
+    random = np.random.Generator(np.random.Philox(5))
+    return ladders.draw(design, ladders.power_law(), arms, random)
+
+
+def rows(found: Sequence[RunResult]) -> list[Values]:
+    return [
+        {"arm": run.arm, "params": run.parameters, "tokens": run.tokens, "seed": run.seed, "loss": float(run.loss)}
+        for run in found
+    ]
+
+
+def write(path: Path, table: Sequence[Values]) -> Path:
+    """Write a table in the form that the name's ending tells."""
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in table))
+    elif path.suffix == ".parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(list(table)), path)
+    else:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(table[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(table)
+    return path
+
+
+def change(table: Sequence[Values], number: int, **values: Any) -> list[Values]:
+    return [row | values if place == number else row for place, row in enumerate(table)]
+
+
+def problems(path: Path, **options: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        judge(str(path), **options)
+    return str(caught.value)
+
+
+# Verdicts
+
+
+@pytest.mark.parametrize("name", ["runs.csv", "runs.tsv", "runs.jsonl", "runs.parquet"])
+def test_a_table_gets_the_verdicts_that_the_same_runs_get_as_a_ladder(tmp_path, name):
+    found = results()
+    tree = judge(str(write(tmp_path / name, rows(found))), target_flops=DESIGN.target)
+    # The table has N and D, and the ladder's runs were made with C = 120 N² only about: 6·N·D is the table's compute.
+    found = [dataclasses.replace(run, flops=6.0 * run.parameters * run.tokens) for run in found]
+    expected = verdict.judge(decision.without_time(found), Criterion(), DESIGN.target)
+    judged = {row["arm"]: (row["decision"], row["multiplier"]["value"]) for row in tree["verdicts"]}
+    assert judged == {row.arm: (row.decision, pytest.approx(row.multiplier.value)) for row in expected}
+    assert {name: word for name, (word, _) in judged.items()} == {"better": "promote", "worse": "reject"}
+    assert "course" not in tree  # nothing is known of how the runs were executed
+
+
+def test_columns_are_guessed_by_name_or_named_and_said(tmp_path):
+    renamed = [
+        {
+            "Recipe": row["arm"],
+            "n": row["params"],
+            "train tokens": row["tokens"],
+            "note": "x",
+            "c4_val_loss": row["loss"],
+        }
+        for row in rows(results(ONE_SEED))
+    ]
+    path = str(write(tmp_path / "runs.csv", renamed))
+    tree = judge(path)
+    assert tree["table"]["columns"] == {
+        "arm": "Recipe", "params": "n", "tokens": "train tokens", "loss": "c4_val_loss"
+    }  # fmt: skip
+    said = " ".join(tree["notices"])
+    assert "loss = c4_val_loss (guessed)" in said and "Not used: note." in said
+    assert "has no seeds" in said and "No target was given" in said and "compute is 6·params·tokens" in said
+    alone = judge(path, columns={"arm": "", "rung": "Recipe", "loss": "c4_val_loss"})
+    assert alone["arms"] == []
+
+
+@pytest.mark.parametrize(
+    ("metric", "of_loss"),
+    [
+        ("perplexity", math.exp),
+        ("accuracy", lambda loss: 1 - loss / 10),
+        ("accuracy in %", lambda loss: 100 - 10 * loss),
+    ],
+)
+def test_other_metrics_are_turned_into_one_that_falls_as_a_loss_does(
+    tmp_path, metric: str, of_loss: Callable[[float], float]
+):
+    table = rows(results())
+    plain = judge(str(write(tmp_path / "plain.csv", table)), target_flops=DESIGN.target)
+    turned = [{metric: of_loss(row["loss"])} | {key: row[key] for key in row if key != "loss"} for row in table]
+    tree = judge(str(write(tmp_path / "turned.csv", turned)), columns={"loss": metric}, target_flops=DESIGN.target)
+    assert f"{metric}" in " ".join(tree["notices"][1:])
+    for row, expected in zip(tree["verdicts"], plain["verdicts"], strict=True):
+        assert row["decision"] == expected["decision"]
+        assert row["multiplier"]["value"] == pytest.approx(expected["multiplier"]["value"], rel=1e-6)
+
+
+def test_unequal_seeds_missing_rungs_and_missing_losses_are_judged_and_said(tmp_path):
+    table = rows(results())
+    table = change(table, 1, loss="")
+    table = [row for row in table if not (row["arm"] == "worse" and row["params"] == table[0]["params"])]
+    table = [row | {"seed": row["seed"] + 10} if row["arm"] == "better" else row for row in table]
+    tree = judge(str(write(tmp_path / "runs.csv", table)), target_flops=DESIGN.target)
+    said = " ".join(tree["notices"])
+    assert "line 3: no loss: the run is missing." in said
+    assert "No seeds are shared with the baseline by better: compared as independent runs." in said
+    better, worse = ({rung["rung"]: rung for rung in row["rungs"]} for row in tree["verdicts"])
+    first, second, *_ = better
+    assert (better[first]["pairs"], better[second]["pairs"], worse[first]["pairs"]) == (1, 2, 0)
+    assert "no finished pair" in worse[first]["gap"]
+
+
+def test_seconds_decide_as_in_a_ladder_where_the_table_has_them(tmp_path):
+    table = [row | {"seconds": row["tokens"] * (2.0 if row["arm"] == "better" else 1.0)} for row in rows(results())]
+    tree = judge(str(write(tmp_path / "runs.csv", table)), target_flops=DESIGN.target)
+    assert tree["verdicts"][0]["decision"] == "promote"
+    assert tree["course"]["verdicts"][0]["decision"] == "reject"
+    assert "A step takes at least 2× as long" in tree["course"]["verdicts"][0]["why"]
+
+
+def test_one_arm_is_predicted_and_a_form_that_does_not_fit_is_warned_of(tmp_path):
+    base = [run for run in results() if run.arm == BASELINE]
+    tree = judge(str(write(tmp_path / "runs.csv", rows(base))), target_flops=1e17)
+    assert [guess["inside"] for guess in tree["predictions"]] == [True, None]
+    assert not [notice for notice in tree["notices"] if "do not trust" in notice]
+    largest = max(run.flops for run in base)
+    bent = [dataclasses.replace(run, loss=run.loss + 0.2 * (run.flops == largest)) for run in base]
+    tree = judge(str(write(tmp_path / "bent.csv", rows(bent))), target_flops=1e17)
+    assert len([notice for notice in tree["notices"] if "do not trust its target" in notice]) == 2
+
+
+def test_runs_on_no_one_line_of_compute_are_fitted_by_surfaces_that_are_tested_on_the_largest_run(tmp_path):
+    def loss(n: float, d: float) -> float:
+        return 1.8 + 400 / n**0.34 + 1100 / d**0.37
+
+    table = [
+        {"params": n, "tokens": n * ratio, "loss": loss(n, n * ratio)}
+        for n in (1e7, 4e7, 2e8, 1e9)
+        for ratio in (5, 20, 80)
+    ]
+    tree = judge(str(write(tmp_path / "runs.csv", table)), target_flops=1e22)
+    assert tree["fit"] is None and "parameters and tokens vary apart" in tree["no_fit"]
+    form = tree["surface"]["forms"][0]
+    assert form["values"] == pytest.approx({"E": 1.8, "A": 400, "alpha": 0.34, "B": 1100, "beta": 0.37}, rel=0.05)
+    assert form["held_out"]["fits"] and form["held_out"]["parameters"] == 1e9
+    # The best size of a budget, in closed form (Hoffmann et al. 2022, equation 4).
+    ratio = (0.34 * 400 / (0.37 * 1100)) ** (1 / 0.71)
+    assert form["target"]["parameters"] == pytest.approx(ratio * (1e22 / 6) ** (0.37 / 0.71), rel=0.1)
+    assert "E + A / N^α + B / D^β: E 1.8" in shown(tree)
+    assert "Loss against parameters and tokens" in report.html(tree, [])
+    table[-1]["loss"] += 0.2
+    tree = judge(str(write(tmp_path / "odd.csv", table)), target_flops=1e22)
+    assert "misses the largest" in " ".join(tree["notices"])
+
+
+def test_data_that_were_repeated_more_often_than_a_form_knows_of_are_left_out_and_counted(tmp_path):
+    table = [row | {"unique_tokens": row["tokens"] / (8 if row["seed"] else 1)} for row in rows(results())]
+    tree = judge(str(write(tmp_path / "runs.csv", table)))
+    assert len(tree["runs"]) == len(table) / 2
+    assert "15 lines (3, 5, 7, 9, 11, …): data were repeated more than 4 times" in " ".join(tree["notices"])
+
+
+# Faults
+
+
+def test_all_faults_of_a_table_are_reported_at_once_with_their_lines(tmp_path):
+    table = rows(results())
+    table = change(table, 0, loss="oops")
+    table = change(table, 2, tokens=0)
+    table = change(table, 4, params=125)
+    table = change(table, 6, seed=1.5)
+    table = change(table, 8, loss=-1.0)
+    table = [*table, table[10], table[12] | {"loss": 9.0}]
+    path = write(tmp_path / "runs.csv", table)
+    path.write_text(path.read_text() + "one,field,more,than,there,are\n")
+    message = problems(path)
+    for hint in (
+        "line 2: loss = 'oops' is no number", "line 4: tokens = '0' is not positive",
+        "line 6: params = '125' is too few", "line 8: seed = '1.5' is no whole number",
+        "line 10: loss is not positive", "lines 12, 32: are the same run",
+        "lines 14, 33: are one run with different results", "line 34: there are 6 fields, and line 1 names 5 columns",
+    ):  # fmt: skip
+        assert hint in message, (hint, message)
+
+
+@pytest.mark.parametrize(
+    ("edit", "options", "hint"),
+    [
+        (lambda row: row, {"columns": {"loss": "los"}}, "has no column 'los'. Did you mean loss?"),
+        (lambda row: row, {"columns": {"losses": "loss"}}, "there is no such role. Did you mean loss?"),
+        (lambda row: {"score": row["loss"]}, {}, "has no column that is called a loss"),
+        (lambda row: {"loss": row["loss"]}, {}, "has no compute"),
+        (lambda row: row | {"test_loss_a": 1, "loss_b": 1, "loss": None}, {"columns": {"loss": ""}}, "called a loss"),
+        (lambda row: {"loss_a": 1, "loss_b": 2, "c": 1e9}, {}, "several losses: 'loss_a', 'loss_b'"),
+        (lambda row: row, {"baseline": "bettter"}, "has no such arm. Did you mean better?"),
+        (lambda row: row, {"target_flops": 1e9}, "is less than the largest run's"),
+        (lambda row: row | {"flops": 6e-18 * row["params"] * row["tokens"]}, {}, "is too few"),
+        (lambda row: row | {"flops": 6e-4 * row["params"] * row["tokens"]}, {}, "FLOPs / (6·params·tokens) is 0.0001"),
+        (lambda row: row | {"loss": row["loss"] * (1.4427 if row["seed"] else 1)}, {}, "as bits are of nats"),
+        (lambda row: row | {"loss": 100 * row["loss"]}, {"more_is_better": True}, "it is no share"),
+        (lambda row: row | {"loss": ""}, {}, "has no run with a result"),
+    ],
+)  # fmt: skip
+def test_a_table_that_makes_no_sense_is_refused_with_the_remedy(tmp_path, edit, options, hint):
+    path = write(tmp_path / "runs.csv", [edit(row) for row in rows(results())])
+    message = problems(path, **options)
+    assert hint in message
+    assert "\n  " in message
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "hint"),
+    [
+        ("none.csv", None, "does not exist"), ("empty.csv", "", "has no rows"),
+        ("runs.xls", "x", "its name ends with .xls"),
+        ("runs.csv", "loss,loss\n1,2\n", "line 1: 'loss' names several columns"),
+        ("broken.jsonl", "[1]\n", "line 1: no JSON"),
+        ("broken.parquet", "no", "is no whole parquet file"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_table_is_refused(tmp_path, name, text, hint):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    assert hint in problems(tmp_path / name)
+
+
+def test_a_run_whose_loss_is_not_finite_diverged_and_its_arm_is_not_promoted(tmp_path):
+    table = rows(results())
+    number = next(number for number, row in enumerate(table) if row["arm"] == "better")
+    tree = judge(str(write(tmp_path / "runs.csv", change(table, number, loss="nan"))), target_flops=DESIGN.target)
+    assert f"line {number + 2}: loss is not finite: the run diverged." in tree["notices"]
+    assert tree["verdicts"][0]["decision"] == "inconclusive"
+
+
+# Sources and command
+
+
+def test_a_folder_of_offline_wandb_runs_is_a_table_of_their_settings_and_last_metrics(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    found = results(ONE_SEED, {})
+    for row in rows(found):
+        settings = {"size": {"params": row["params"]}, "tokens": row["tokens"]}
+        run = wandb.init(mode="offline", dir=tmp_path, name=f"of {row['params']}", config=settings)
+        run.log({"val_loss": row["loss"] + 1})
+        run.log({"val_loss": row["loss"]})
+        run.finish()
+    tree = judge(str(tmp_path), columns={"params": "size.params"}, target_flops=DESIGN.target)
+    made = [(run["place"], run["parameters"], run["loss"]) for run in tree["runs"]]
+    assert sorted(made) == sorted((f"run of {run.parameters}", run.parameters, run.loss) for run in found)
+
+
+def test_the_command_writes_the_page_of_a_ladder_and_prints_one_json_object(tmp_path):
+    path = write(tmp_path / "runs.csv", rows(results()))
+    rule = tmp_path / "rule.toml"
+    rule.write_text("[criterion]\nmin_gain = 3.0\n")
+    options = [
+        "judge",
+        path,
+        "--out",
+        tmp_path / "out",
+        "--target",
+        f"{DESIGN.target:g}",
+        "--criterion",
+        rule,
+        "--json",
+    ]
+    done = CliRunner().invoke(cli.app, [str(option) for option in options])
+    assert done.exit_code == EXIT_FINISHED, done.output
+    tree = json.loads(done.stdout)
+    assert [row["decision"] for row in tree["verdicts"]] == ["reject", "reject"]  # by the criterion of the file
+    assert tree == json.loads((tmp_path / "out" / "report.json").read_text())
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "better" in page and "Columns: arm = arm (guessed)" in page and "git checkout" not in page
+    rule.write_text("min_gian = 3.0\n")
+    with pytest.raises(ConfigError, match="Did you mean min_gain"):
+        read_criterion(rule)
+    assert isinstance(CliRunner().invoke(cli.app, ["judge", str(path), "--column", "loss"]).exception, ConfigError)
+
+
+def shown(tree: Values) -> str:
+    """The report as a terminal shows it, in one line."""
+    console = Console(file=io.StringIO(), width=100)
+    console.print(report.terminal(tree))
+    assert isinstance(console.file, io.StringIO)
+    return " ".join(console.file.getvalue().split())

@@ -1,0 +1,184 @@
+"""Tables of runs that were made elsewhere: CSV, TSV, JSONL, parquet, or runs in W&B, as rows of named values.
+
+Nothing is checked here but the form of the file; judge.py gives the columns their meaning.
+"""
+
+import csv
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer import files
+from trainer.config import flatten
+from trainer.errors import ConfigError
+
+WANDB = "wandb:"
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    place: str
+    """Place in the source, as people find it: "line 7", "run fast-0"."""
+    values: Values
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of values by column; a value that the source does not have is absent or None."""
+
+    source: str
+    columns: list[str]
+    rows: list[Row]
+    problems: list[str]
+    """Rows that cannot be read."""
+
+
+def read(source: str) -> Table:
+    """Read a table: a file by its ending, a folder of offline W&B runs, or wandb:ENTITY/PROJECT[/GROUP].
+
+    Raises ConfigError if there is no table.
+    """
+    problems: list[str] = []
+    path = Path(source)
+    if source.startswith(WANDB):
+        rows = list(_online_runs(source))
+    elif path.is_dir():
+        rows = list(_offline_runs(path))
+    else:
+        try:
+            rows = list(_file_rows(path, problems))
+        except FileNotFoundError:
+            raise ConfigError([f"{source} does not exist.\n  {FORMS}"]) from None
+        except OSError as error:
+            raise ConfigError([f"{source} cannot be read: {error.strerror}.\n  Make it readable."]) from None
+        except UnicodeDecodeError as error:
+            raise ConfigError([f"{source} is no text: {error}.\n  Write it as UTF-8."]) from None
+    problems = [f"{source}, {problem}" for problem in problems]
+    if not rows:
+        raise ConfigError(problems or [f"{source} has no rows.\n  Give a table with one row for each run."])
+    return Table(source, list(dict.fromkeys(name for row in rows for name in row.values)), rows, problems)
+
+
+FORMS = (
+    "A table is a .csv, .tsv, .jsonl or .parquet file, a folder of offline W&B runs, or wandb:ENTITY/PROJECT[/GROUP]."
+)
+
+
+def _file_rows(path: Path, problems: list[str]) -> Iterator[Row]:
+    match path.suffix.lower():
+        case ".csv" | ".tsv" | ".txt":
+            return _delimited_rows(path.read_text(encoding="utf-8-sig"), problems)
+        case ".jsonl" | ".ndjson":
+            return _json_rows(path.read_text(encoding="utf-8-sig"), problems)
+        case ".parquet":
+            return _parquet_rows(path)
+    raise ConfigError([f"{path} is no table: its name ends with {path.suffix or 'nothing'}.\n  {FORMS}"])
+
+
+def _delimited_rows(text: str, problems: list[str]) -> Iterator[Row]:
+    header = text.partition("\n")[0]
+    reader = csv.reader(text.splitlines(), delimiter=max(",\t;|", key=header.count))
+    columns = [name.strip() for name in next(reader, [])]
+    twice = sorted({name for name in columns if columns.count(name) > 1 or not name})
+    if twice:
+        problems.append(f"line 1: {', '.join(map(repr, twice))} names several columns.\n  Give each its own name.")
+    for fields in reader:
+        if not any(field.strip() for field in fields):
+            continue
+        if len(fields) != len(columns):
+            problems.append(
+                f"line {reader.line_num}: there are {len(fields)} fields, and line 1 names {len(columns)} columns.\n"
+                "  Put a field that contains the separator in quotes."
+            )
+            continue
+        yield Row(f"line {reader.line_num}", dict(zip(columns, (field.strip() for field in fields), strict=True)))
+
+
+def _json_rows(text: str, problems: list[str]) -> Iterator[Row]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            yield Row(f"line {number}", flatten(files.parse_object(line)))
+        except ValueError as error:
+            problems.append(f"line {number}: no JSON object: {error}.\n  Write one object for each run, in one line.")
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        # No threads: one that still holds the file when Python ends makes it abort (arrow#34314).
+        table = pyarrow.parquet.ParquetFile(path, pre_buffer=False).read(use_threads=False)
+    except pyarrow.ArrowException as error:
+        fact = f"{path} is no whole parquet file: {str(error).splitlines()[0]}"
+        raise ConfigError([f"{fact}\n  Copy or write it again."]) from None
+    for number, values in enumerate(table.to_pylist(), 1):
+        yield Row(f"row {number}", flatten(values))
+
+
+# W&B
+
+
+def _offline_runs(folder: Path) -> Iterator[Row]:
+    """The runs in a folder of offline W&B runs, each with its settings and its last metrics."""
+    paths = sorted(folder.rglob("*.wandb"))
+    if not paths:
+        raise ConfigError([f"{folder} holds no offline W&B runs (*.wandb).\n  {FORMS}"])
+    runs: dict[str, Values] = {}
+    for path in paths:
+        for kind, part in _wandb_records(path):
+            # One run may have been continued by several processes: all their files have its id.
+            values = runs.setdefault(path.stem, {})
+            if kind == "run":
+                named = {"name": part.display_name, "group": part.run_group, "job_type": part.job_type}
+                values |= {key: value for key, value in named.items() if value}
+            items = part.item if kind == "history" else part.config.update if kind == "run" else part.update
+            for item in items:
+                key = item.key or ".".join(item.nested_key)
+                values |= flatten({key: json.loads(item.value_json)})
+    for name, values in runs.items():
+        yield Row(f"run {values.get('name', name)}", {key: value for key, value in values.items() if key[0] != "_"})
+
+
+def _wandb_records(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield (kind, content) of the records of a file that have settings or metrics."""
+    from wandb.proto import wandb_internal_pb2
+
+    messages: Any = wandb_internal_pb2
+    # The file is a LevelDB log: blocks of 32 KiB with (crc, length, type) before each part of a record.
+    data, position, parts = path.read_bytes(), 7, b""
+    while position + 7 <= len(data):
+        if 2**15 - position % 2**15 < 7:
+            position += 2**15 - position % 2**15
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, position)
+        parts += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or its last part
+            record = messages.Record.FromString(parts)
+            name, parts = record.WhichOneof("record_type"), b""
+            if name in ("run", "config", "history", "summary"):
+                yield name, getattr(record, name)
+
+
+def _online_runs(source: str) -> Iterator[Row]:
+    """The finished runs of a project, or of one group in it, from W&B's server."""
+    import wandb
+
+    names = source.removeprefix(WANDB).split("/")
+    if len(names) not in (2, 3) or not all(names):
+        raise ConfigError([f"{source} names no project.\n  Write wandb:ENTITY/PROJECT or wandb:ENTITY/PROJECT/GROUP."])
+    filters = {"state": "finished"} | ({"group": names[2]} if len(names) == 3 else {})
+    try:
+        for run in wandb.Api().runs("/".join(names[:2]), filters=filters):
+            values = {"name": run.name, "group": run.group} | flatten(dict(run.config)) | flatten(dict(run.summary))
+            yield Row(f"run {run.name}", {key: value for key, value in values.items() if key[0] != "_"})
+    except Exception as error:  # its own errors, those of requests, and more
+        fact = f"{source} cannot be read: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise ConfigError([f"{fact}.\n  Log in with `wandb login`, and check the name."]) from None
