@@ -97,7 +97,14 @@ def run(
 
 def _open_report(campaign: Campaign, out: Path) -> Report:
     """Return the report in OUT, without the results that the campaign no longer asks for; a new one if OUT is empty."""
-    _make_writable(out)
+    try:
+        if out.exists() and not out.is_dir():
+            raise RunDirectoryError(f"{out} is a file.\n  --out takes a directory: a new one, or a campaign's own.")
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        rule, remedy = "Runs and report go there.", "Give an --out that can be written."
+        raise RunDirectoryError(of_system(error, f"{out} cannot be written", rule, remedy)) from None
     fingerprint = configs.fingerprint(campaign.config)
     report = results.read(out / "report.json")
     results.rename_old_layout(out)
@@ -120,17 +127,6 @@ def _open_report(campaign: Campaign, out: Path) -> Report:
         result for result in report.results if any(case.is_same_run_as(result) for case in campaign.every)
     ]
     return report
-
-
-def _make_writable(out: Path) -> None:
-    try:
-        if out.exists() and not out.is_dir():
-            raise RunDirectoryError(f"{out} is a file.\n  --out takes a directory: a new one, or a campaign's own.")
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-    except OSError as error:
-        rule, remedy = "Runs and report go there.", "Give an --out that can be written."
-        raise RunDirectoryError(of_system(error, f"{out} cannot be written", rule, remedy)) from None
 
 
 def _reference(campaign: Campaign, out: Path, report: Report) -> Reference:

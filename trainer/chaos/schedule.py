@@ -131,7 +131,10 @@ def _draw_fault(
     if kind.from_outside:
         return {"kind": kind.name, "at_step": step}
     phases = [phase for phase in kind.phases if phase not in WITHOUT_STEP]
-    if Phase.IN_LOAD in kind.phases and any(_loads_again(other, config) for other in schedule):
+    # Ranks surely load after an earlier fault that restarts them, once there is a checkpoint.
+    restarting = [other for other in schedule if RESTARTS & {*KINDS[other["kind"]].expected_incidents}]
+    saved = 2 * config.checkpoint.every_steps
+    if Phase.IN_LOAD in kind.phases and any(0 < saved < other.get("at_step", 0) for other in restarting):
         phases.append(Phase.IN_LOAD)
     phase = rng.choice(phases)
     fault = {"kind": kind.name, "rank": rng.randrange(world_size), "phase": phase}
@@ -144,12 +147,6 @@ def due(phase: str, step: int, config: Config) -> int:
     """Return the first step, from this one on, that has a phase; the last step if there is none."""
     (every, _), last = interval(phase, config), config.budget.steps
     return min(last, -(-step // every) * every) if every else last
-
-
-def _loads_again(fault: Table, config: Config) -> bool:
-    """True if ranks surely load a checkpoint after a fault: it restarts them, and a checkpoint exists by then."""
-    every = config.checkpoint.every_steps
-    return bool(RESTARTS & set(KINDS[fault["kind"]].expected_incidents)) and 0 < 2 * every < fault.get("at_step", 0)
 
 
 def _moments(fault: Table) -> set[Moment]:

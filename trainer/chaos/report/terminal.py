@@ -121,7 +121,15 @@ class CampaignProgress(LiveTable):
         if first and results:
             self.print(Text(f"{len(results)} of {self._total} runs had been done before", "dim"))
         for number in range(len(results) if first else before, len(results)):
-            self._print_result(results[number], f"{number + 1:>{len(str(self._total))}}/{self._total}  ")
+            result, place = results[number], f"{number + 1:>{len(str(self._total))}}/{self._total}  "
+            style, word = STYLES[result.outcome], f"{_word(result.outcome):<11}"
+            measured = {verb: matrix.worst(result, f"{verb}_seconds") for verb in ("detect", "recover")}
+            figures = [f"{verb} {matrix.seconds(value)} s" for verb, value in measured.items() if value is not None]
+            figures += [clock(result.seconds)] if result.outcome != "skipped" else []
+            about = f"{matrix.world(result)}  {'  '.join(figures)}".rstrip()
+            self.print(Text.assemble((place, "dim"), (word, style), f"{result.name}  ", (about, "dim")))
+            if result.outcome != "pass" and result.why:
+                self.print(Text(f"{'':{len(place)}}{result.why}", style))
 
     def _progress_line(self) -> Text:
         now, done = self._clock(), self._done or []
@@ -133,15 +141,3 @@ class CampaignProgress(LiveTable):
         line = Text.assemble(("▸ ", "cyan"), (running, "bold"), "  ", "   ".join(part for part in parts if part))
         line.no_wrap, line.overflow = True, "ellipsis"
         return line
-
-    def _print_result(self, result: Result, place: str) -> None:
-        style = STYLES[result.outcome]
-        measured = {verb: matrix.worst(result, f"{verb}_seconds") for verb in ("detect", "recover")}
-        figures = [f"{verb} {matrix.seconds(value)} s" for verb, value in measured.items() if value is not None]
-        figures += [clock(result.seconds)] if result.outcome != "skipped" else []
-        about = f"{matrix.world(result)}  {'  '.join(figures)}".rstrip()
-        self.print(
-            Text.assemble((place, "dim"), (f"{_word(result.outcome):<11}", style), f"{result.name}  ", (about, "dim"))
-        )
-        if result.outcome != "pass" and result.why:
-            self.print(Text(f"{'':{len(place)}}{result.why}", style))

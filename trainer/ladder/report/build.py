@@ -31,6 +31,11 @@ RESULT_KEYS = (
 """Fields of CollectedRun that are the same however it was executed."""
 
 
+# States of a run whose learning rate is not known.
+UNKNOWN_RATE = RunState("waiting", reason="its learning-rate sweep has not finished")
+FAILED = RunState("missing", reason="no run of its learning-rate sweep finished")
+
+
 @dataclass(frozen=True)
 class CollectedLadder:
     """A ladder with everything that is known of its runs: all that a report is made from."""
@@ -58,7 +63,8 @@ def collect_ladder(ladder: Ladder, out: Path) -> CollectedLadder:
     return CollectedLadder(
         ladder,
         [
-            known.get(_identity(planned)) or _not_begun(planned, (planned.rung, planned.arm) in failed)
+            known.get(_identity(planned))
+            or CollectedRun.of(planned, FAILED if (planned.rung, planned.arm) in failed else UNKNOWN_RATE)
             for planned in ladder.runs
         ],
         collect.collect_runs(ladder, pool, ladder.sweep),
@@ -69,13 +75,6 @@ def collect_ladder(ladder: Ladder, out: Path) -> CollectedLadder:
 
 def _identity(planned: PlannedRun) -> tuple[str, str, int]:
     return planned.rung, planned.arm, planned.seed
-
-
-def _not_begun(planned: PlannedRun, failed: bool) -> CollectedRun:
-    """A run whose learning rate is not known yet, or never will be."""
-    if failed:
-        return CollectedRun.of(planned, RunState("missing", reason="no run of its learning-rate sweep finished"))
-    return CollectedRun.of(planned, RunState("waiting", reason="its learning-rate sweep has not finished"))
 
 
 def build_report(collected: CollectedLadder) -> Tree:

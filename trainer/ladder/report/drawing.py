@@ -86,6 +86,18 @@ def multiplier_axis(axis: "Axis") -> None:
     axis.set_minor_locator(NullLocator())
 
 
+def multiplier_limits(intervals: Sequence[Mapping[str, Any]], *more: float) -> tuple[float, float]:
+    """Ends of an axis with all multipliers, `more` and 1, and with the intervals unless they are far wider."""
+    values = [1.0, *more, *(interval["value"] for interval in intervals if interval["value"] is not None)]
+    ends = [interval[key] for interval in intervals for key in ("low", "high") if interval[key] is not None]
+    low, high = min(values), max(values)
+    # A wide interval is cut off at the edge: shown whole, it would squeeze all points into a line.
+    room = max((high / low) ** 1.5, 1.5)
+    low, high = max(min([low, *ends]), low / room), min(max([high, *ends]), high * room)
+    margin = (high / low) ** 0.07
+    return low / margin, high * margin
+
+
 def reference_lines(tree: Tree, line: Any) -> None:
     """Mark a multiplier of 1 and the least useful one by `line`, which is axes.axhline or axes.axvline."""
     line(1, color=SOFT, linewidth=1.1, zorder=1)

@@ -69,7 +69,6 @@ def _draw_losses(axes: "Axes", tree: Tree, shown: Sequence[Tree]) -> None:
 def _draw_multipliers(axes: "Axes", tree: Tree, rows: Sequence[Tree | None]) -> None:
     axes.set_xscale("log")
     axes.axvline(1, color=SOFT, linewidth=1.1)
-    values, ends = [1.0], []
     for y, row in enumerate(rows):
         if row is None:
             continue
@@ -79,12 +78,8 @@ def _draw_multipliers(axes: "Axes", tree: Tree, rows: Sequence[Tree | None]) -> 
         ):
             style |= {"color": drawing.arm_styles(tree)[row["arm"]][0], "capsize": 2.5, "linewidth": 1.2}
             drawing.error_bar(axes, interval["value"], y + offset, interval, horizontal=True, **style)
-            values.append(interval["value"])
-            ends += [interval[end] for end in ("low", "high") if interval[end] is not None]
-    # Wide intervals are cut off at the axis' ends rather than squeezing all points together.
-    low, high = min(values), max(values)
-    room = max((high / low) ** 0.8, 1.2)
-    axes.set_xlim(max(min(values + ends), low / room) / 1.03, min(max(values + ends), high * room) * 1.03)
+    intervals = [row[key] for row in rows if row is not None for key in ("predicted", "measured")]
+    axes.set_xlim(drawing.multiplier_limits(intervals))
     drawing.multiplier_axis(axes.xaxis)
     axes.set_xlabel("compute multiplier")
     axes.set_title("Multiplier")
@@ -100,7 +95,6 @@ def draw_cost(tree: Tree) -> "Figure | None":
         return None
     figure = new_figure(8, 0.62 * len(shown) + 1.5)
     axes = figure.subplots()
-    values = [1.0]
     for y, verdict in enumerate(shown):
         for key, offset, style in (
             ("multiplier", -0.14, {"markersize": 7, **FULL}),
@@ -108,7 +102,6 @@ def draw_cost(tree: Tree) -> "Figure | None":
         ):
             value = verdict[key]["value"]
             if value is not None:
-                values.append(value)
                 style |= {"color": drawing.arm_styles(tree)[verdict["arm"]][0], "capsize": 3, "linewidth": 1.3}
                 drawing.error_bar(axes, value, y + offset, verdict[key], horizontal=True, **style)
         slowdown = verdict.get("slowdown", {}).get("value")
@@ -117,8 +110,8 @@ def draw_cost(tree: Tree) -> "Figure | None":
             place: Any = {"xycoords": axes.get_yaxis_transform(), "xytext": (6, 0), "textcoords": "offset points"}
             axes.annotate(f"a step takes {slowdown:.2f}×", (1.0, y), fontsize=8.5, va="center", color=SOFT, **place)
     axes.set_xscale("log")
-    room = max((max(values) / min(values)) ** 0.6, 1.25)  # by values alone: ends may lie far out
-    axes.set_xlim(min(values) / room, max(values) * room)
+    intervals = [verdict[key] for verdict in shown for key in ("multiplier", "wall_clock")]
+    axes.set_xlim(drawing.multiplier_limits(intervals))
     drawing.multiplier_axis(axes.xaxis)
     drawing.reference_lines(tree, axes.axvline)
     drawing.arm_rows(axes, tree, [(verdict["arm"], shortened(verdict["arm"], 30)) for verdict in shown])

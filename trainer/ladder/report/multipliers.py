@@ -27,7 +27,11 @@ def draw(tree: Tree) -> "Figure | None":
         return None
     columns = 2 if len(shown) == 4 else min(COLUMNS, len(shown))
     rows = math.ceil(len(shown) / columns)
-    limits = [_limits(tree, verdict) for verdict in shown]
+    limits = []
+    for verdict in shown:
+        intervals = [verdict["multiplier"], *(rung["multiplier"] for rung in verdict["rungs"])]
+        beyond = {"value": None, "low": verdict["other_floor"]["value"], "high": None}
+        limits.append(drawing.multiplier_limits([*intervals, beyond], tree["criterion"]["min_gain"]))
     widest = min(low for low, _ in limits), max(high for _, high in limits)
     smallest = min(math.log(high / low) for low, high in limits)
     if math.log(widest[1] / widest[0]) < SHARED_AXIS_UP_TO * smallest:
@@ -52,21 +56,6 @@ def draw(tree: Tree) -> "Figure | None":
 
 def _known(rung: Tree) -> bool:
     return rung["multiplier"]["value"] is not None
-
-
-def _limits(tree: Tree, verdict: Tree) -> tuple[float, float]:
-    """Ends of the y axis: all values, and their intervals unless these are far wider."""
-    intervals = [verdict["multiplier"], *(rung["multiplier"] for rung in verdict["rungs"])]
-    values = [interval["value"] for interval in intervals if interval["value"] is not None]
-    values += [1.0, tree["criterion"]["min_gain"]]
-    ends = [end for interval in intervals for end in (interval["low"], interval["high"]) if end is not None]
-    ends += [] if verdict["other_floor"]["value"] is None else [verdict["other_floor"]["value"]]
-    low, high = min(values), max(values)
-    # A wide interval is cut off at the edge: shown whole, it would squeeze all points into a line.
-    room = max((high / low) ** 1.5, 1.5)
-    low, high = max(min([low, *ends]), low / room), min(max([high, *ends]), high * room)
-    margin = (high / low) ** 0.07
-    return low / margin, high * margin
 
 
 def _draw_arm(axes: "Axes", tree: Tree, verdict: Tree, limits: tuple[float, float]) -> None:

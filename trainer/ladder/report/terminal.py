@@ -1,7 +1,10 @@
 """A ladder's report on a terminal: verdicts with their reasons, the baseline's curve, what is missing."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
 
 from trainer.ladder import terminal as tables
 from trainer.ladder.report.drawing import NOISE_FLOOR, final
@@ -9,17 +12,11 @@ from trainer.ladder.report.estimates import Tree
 from trainer.ladder.stats.records import BASELINE
 from trainer.show import units
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
 STYLES = {"promote": "bold green", "reject": "red", "inconclusive": "yellow", NOISE_FLOOR: "dim"}
 
 
-def terminal(tree: Tree) -> "RenderableType":
+def terminal(tree: Tree) -> RenderableType:
     """Return the report for a terminal: legible at 100 columns, and without colours."""
-    from rich.console import Group
-    from rich.text import Text
-
     kind = "table " if "table" in tree else "ladder "
     parts: list[Any] = [Text.assemble((kind, "dim"), (tree["name"], "bold"), f"  {tree['question']}"), Text()]
     if "table" in tree:  # what was guessed, derived or left out
@@ -28,7 +25,12 @@ def terminal(tree: Tree) -> "RenderableType":
         parts += [Text(f"no fit: {tree['no_fit']}", "yellow"), Text()]
         parts += [] if tree.get("surface") else [_means(tree), Text()]
     if verdicts := [verdict for arm in tree["arms"] if (verdict := final(tree, arm["name"]))]:
-        parts += [_table(verdicts), Text(), *map(_reason, verdicts), Text()]
+        parts += [_table(verdicts), Text()]
+        for verdict in verdicts:
+            name, remedies = verdict["decision"], units.remedies(verdict["remedies"])
+            why = f". {verdict['why']}{f' It would take {remedies}.' if remedies else ''}"
+            parts.append(Text.assemble((f"{verdict['arm']}: ", "bold"), (name, STYLES[name]), why))
+        parts.append(Text())
     parts += [Text(line, "dim", overflow="fold") for line in _lines(tree)]
     parts += [
         Text.assemble((f"missing: {run['rung']} {run['arm']} seed {run['seed']}: ", "bold red"), run["reason"] or "?")
@@ -39,8 +41,6 @@ def terminal(tree: Tree) -> "RenderableType":
 
 
 def _table(verdicts: list[Tree]) -> Any:
-    from rich.text import Text
-
     table = tables.empty_table("arm", "verdict", "at the target", "in time", "trend", "a step takes")
     for verdict in verdicts:
         name = verdict["decision"]
@@ -52,18 +52,8 @@ def _table(verdicts: list[Tree]) -> Any:
     return table
 
 
-def _reason(verdict: Tree) -> Any:
-    from rich.text import Text
-
-    name, remedies = verdict["decision"], units.remedies(verdict["remedies"])
-    settle = f" It would take {remedies}." if remedies else ""
-    return Text.assemble((f"{verdict['arm']}: ", "bold"), (name, STYLES[name]), f". {verdict['why']}{settle}")
-
-
 def _means(tree: Tree) -> Any:
     """Mean losses by rung and arm: all there is to show without a fit."""
-    from rich.text import Text
-
     arms = [BASELINE, *(arm["name"] for arm in tree["arms"])]
     known = {(noise["rung"], noise["arm"]): units.mean_and_sd(noise) for noise in tree["noise"]}
     table = tables.empty_table("rung", *(Text(arm).markup for arm in arms))
