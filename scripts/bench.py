@@ -305,7 +305,7 @@ def nanogpt_worker(source: str) -> None:
         plain.optimizer.zero_grad(set_to_none=True)
     prepared = prepare(config.data, config.eval, config.model.context)
     ranks = world.connect(torch.device("cpu"), 60)
-    ((_, _, score, _),) = job.scorer(config, prepared, ranks)(plain.model, 2000)
+    (score,) = job.scorer(config, prepared, ranks)(plain.model, 2000)
     print("RESULT " + json.dumps({"loss": score.loss}))
     world.disconnect()
 

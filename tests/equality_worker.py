@@ -33,9 +33,7 @@ def train(case: dict[str, Any], ranks: world.World, directory: Path) -> dict[str
     context = StepContext(config, AllRanks(ranks, config.data.micro_batches), job.batches_of(config, prepared))
     collaborators = loop.Collaborators(context, log, job.scorer(config, prepared, ranks), NoCheckpointer())
     loop.train(state, collaborators)
-    scores = [
-        (name, score.loss, score.bits_per_byte) for name, _, score, _ in collaborators.evaluate(state.model, state.step)
-    ]
+    scores = [(done.set, done.loss, done.bits_per_byte) for done in collaborators.evaluate(state.model, state.step)]
     log.close()
     return {
         "weights": state.weights_sha256(),

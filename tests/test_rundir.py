@@ -86,12 +86,9 @@ def test_the_commit_is_that_of_our_own_checkout_or_unknown(monkeypatch, tmp_path
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        {"optim": {"warmup_steps": 8}, "budget": {"steps": 8}},
-        {"optim": {"decay_fraction": 0.5}},
-    ],
+    [{"optim": {"warmup_steps": 8}, "budget": {"steps": 8}}, {"optim": {"decay_fraction": 0.5}}],
     ids=["no step to decay in", "a setting without effect"],
-)  # fmt: skip
+)
 def test_a_rule_that_was_added_since_does_not_close_a_run(run, settings):
     with pytest.raises(ConfigError):
         configs.parse(settings)

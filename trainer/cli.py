@@ -40,19 +40,15 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and 
 def train(
     config_path: ConfigPath,
     run: Annotated[
-        Path | None, typer.Option(help="Run directory; default runs/CONFIG's name. Resumes what is there.")
+        Path | None, typer.Option(help="Directory to start in or resume; default runs/CONFIG's name.")
     ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; the value is TOML or plain text."),
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Build on the meta device, print sizes and costs, train nothing.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print sizes and costs, train nothing.")] = False,
     ranks: Annotated[int | None, typer.Option(min=1, help="World size that --dry-run divides memory by.")] = None,
-    accept_other_bits: Annotated[
-        bool, typer.Option("--accept-other-bits", help="Resume although machine or torch are others than before.")
-    ] = False,
+    accept: Annotated[bool, typer.Option("--accept-other-bits", help="Resume with another machine or torch.")] = False,
 ) -> None:
     """Train a config, or resume the run where it stopped. Under torchrun: on all its ranks."""
     from trainer import config as configs
@@ -73,7 +69,7 @@ def train(
     from trainer import job
 
     run = run or Path("runs") / config_path.stem
-    raise typer.Exit(job.train(config, run, PROCESS_STARTED, stop, accept_other_bits))
+    raise typer.Exit(job.train(config, run, PROCESS_STARTED, stop, accept))
 
 
 @app.command()
@@ -126,14 +122,15 @@ def _verdict(candidate: "Saved") -> str:
         checkpoint.refuse_newer(candidate)
     except NewerFormatError as error:
         return f"NEWER: {error}"
-    problems = checkpoint.verify(candidate, _percent if sys.stderr.isatty() else lambda done, total: None)
+
+    def show_percent(done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            print(f"\r{100 * done // max(total, 1)} %\r", end="", file=sys.stderr, flush=True)
+
+    problems = checkpoint.verify(candidate, show_percent)
     others = checkpoint.unlisted(candidate)
     beside = f" (also there, listed in no manifest: {', '.join(others)})" if others else ""
     return f"DAMAGED: {'; '.join(problems)}{beside}" if problems else f"intact{beside}"
-
-
-def _percent(done: int, total: int) -> None:
-    print(f"\r{100 * done // max(total, 1)} %\r", end="", file=sys.stderr, flush=True)
 
 
 @app.command()
@@ -174,17 +171,11 @@ def plot(
 @app.command()
 def chaos(
     path: Annotated[Path, typer.Argument(metavar="CAMPAIGN", help="A campaign, e.g. configs/chaos/smoke.toml.")],
-    out: Annotated[
-        Path | None, typer.Option(help="Where runs and report go; default runs/chaos/NAME-TIME. Resumes what is there.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory to fill or resume; default runs/chaos/NAME-TIME.")] = None,
     as_json: AsJson = False,
     only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this run; may be repeated.")] = None,
-    repeat: Annotated[
-        int | None, typer.Option(min=1, help="Repeat each run so often; default as the file says.")
-    ] = None,
-    shrink: Annotated[
-        bool, typer.Option("--shrink", help="Find the smallest part of a failing schedule that still fails.")
-    ] = False,
+    repeat: Annotated[int | None, typer.Option(min=1, help="Repeats of each run; default as the file says.")] = None,
+    shrink: Annotated[bool, typer.Option("--shrink", help="Shrink a failing schedule to what still fails.")] = False,
 ) -> None:
     """Break runs on purpose and check that their results do not change: exit 0 only if every run passes."""
     from trainer.chaos import plan, report, run
@@ -237,9 +228,7 @@ def ladder_plan(path: LadderPath, out: LadderOut = None, as_json: AsJson = False
 def ladder_run(
     path: LadderPath,
     out: LadderOut = None,
-    up_to: Annotated[
-        str | None, typer.Option(help="Leave out the rungs above this one: the report predicts them.")
-    ] = None,
+    up_to: Annotated[str | None, typer.Option(help="Last rung to run: the report predicts those above.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a ladder, or resume it: exit 0 if all of it finished, 1 if runs are missing, 75 if it was stopped."""

@@ -89,17 +89,14 @@ class Model(Section):
 
     @property
     def kv_heads(self) -> int:
-        """Number of key/value heads of a layer."""
         return self.n_kv_heads or self.n_heads
 
     @property
     def head_channels(self) -> int:
-        """Channels of one attention head."""
         return self.width // self.n_heads
 
     @property
     def mlp_width(self) -> int:
-        """Hidden width of the MLP."""
         return round(self.mlp_ratio * self.width)
 
 
@@ -195,12 +192,8 @@ class Wandb(Section):
     tags: tuple[str, ...] = ()
 
 
-class FaultEntry(BaseModel):
+class FaultEntry(Section, extra="allow"):
     """One planned fault, as far as all kinds share its settings. The kinds and their own settings: trainer/faults/."""
-
-    model_config = ConfigDict(
-        strict=True, frozen=True, extra="allow", use_attribute_docstrings=True, allow_inf_nan=False
-    )
 
     kind: str
     rank: int | str = "any"
@@ -242,12 +235,8 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Config:
     """Read a TOML config, its `extends` base, then `key=value` overrides. Raises ConfigError naming every problem."""
     tree = tomlfile.read_extended(path)
     if isinstance(tree.get("config"), str):  # every campaign has this key, and no config
-        raise ConfigError(
-            [
-                f"{path} is a campaign: a plan for breaking runs of {path.parent / tree['config']}.\n"
-                f"  `python -m trainer chaos {path}` carries it out; `train` takes a config."
-            ]
-        )
+        fact = f"{path} is a campaign: a plan for breaking runs of {path.parent / tree['config']}."
+        raise ConfigError([f"{fact}\n  `python -m trainer chaos {path}` carries it out; `train` takes a config."])
     problems = [problem for text in overrides for problem in tomlfile.override(tree, text, Config)]
     if problems:
         raise ConfigError(problems)
@@ -322,9 +311,7 @@ def as_toml(config: Config) -> str:
     faults = tree.pop("faults", [])
     tables = {name: tree.pop(name) for name in list(tree) if isinstance(tree[name], dict)}
     lines = tomlfile.lines(tree)
-    for header, table in [
-        *((f"[{name}]", table) for name, table in tables.items()),
-        *(("[[faults]]", f) for f in faults),
-    ]:
+    named = [(f"[{name}]", table) for name, table in tables.items()]
+    for header, table in named + [("[[faults]]", fault) for fault in faults]:
         lines += ["", header, *tomlfile.lines(table)]
     return "\n".join(lines).lstrip() + "\n"

@@ -88,10 +88,7 @@ def without_effect(config: "Config") -> list[str]:
     tables, plain = any(map(_may_be_tables, sources)), any(map(_may_be_text, sources))
     sums = c.numerics.exact and c.data.micro_batches > 1
     needs = [
-        ("data.revision", hub, 'data.source = "hub:…"'),
-        ("data.subset", hub, 'data.source = "hub:…"'),
-        ("data.hub_split", hub, 'data.source = "hub:…"'),
-        ("data.streaming", hub, 'data.source = "hub:…"'),
+        *((f"data.{name}", hub, 'data.source = "hub:…"') for name in ("revision", "subset", "hub_split", "streaming")),
         ("data.text_column", tables, "a jsonl, parquet or hub source"),
         ("data.unit", plain, "a source of plain text files"),
         ("data.vocab_size", c.data.tokenizer == "bpe", 'data.tokenizer = "bpe"'),
@@ -107,11 +104,10 @@ def without_effect(config: "Config") -> list[str]:
     problems = []
     for key, has_effect, condition in needs:
         section_name, name = key.split(".")
-        section = getattr(config, section_name)
+        section = getattr(c, section_name)
         if not has_effect and getattr(section, name) != type(section).model_fields[name].default:
-            problems.append(
-                f"{key} has no effect here: it needs {condition}.\n  Remove it, or change the other setting."
-            )
+            remedy = "Remove it, or change the other setting."
+            problems.append(f"{key} has no effect here: it needs {condition}.\n  {remedy}")
     unused = sorted(set(config.eval.sources) - set(config.eval.sets))
     return problems + [f"eval.sources.{name} has no effect: eval.sets does not name {name!r}." for name in unused]
 

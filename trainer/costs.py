@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from trainer.config import Config, Model, Parallel
+from trainer.config import Config, Model
 from trainer.data.tokenizer import ByteTokenizer, Tokenizer
 from trainer.errors import TokenizerError
 
@@ -82,25 +82,18 @@ def memory_per_rank(config: Config, vocab_size: int, world_size: int) -> dict[st
     # Muon keeps one moment of each hidden matrix, AdamW two of everything.
     groups = optim.group_of_parameters(meta)
     muon = sum(held[name] for name, group in groups.items() if group == "hidden") * (config.optim.optimizer == "muon")
+    # Full weights in use at a time: all, or those of the root and two blocks (one computes, the next gathers).
+    blocks = sorted(FLOAT32_BYTES * parameter_count(block).total for block in model.blocks_of(meta))
+    freed = sum(blocks[:-2]) if config.parallel.reshard_after_forward else 0
+    gathered = FLOAT32_BYTES * parameter_count(meta).total - freed
     parts = {
         "master_weights": weights,
         "gradients": weights,
         "optimizer": 2 * weights - muon,
-        "gathered": _gathered_bytes(meta, config.parallel) if shards > 1 else 0,
+        "gathered": gathered if shards > 1 else 0,
         "activations": _activation_bytes(config, vocab_size),
     }
     return parts | {"total": sum(parts.values())}
-
-
-def _gathered_bytes(model: "nn.Module", parallel: Parallel) -> int:
-    """Full weights in use at a time: all of them, or the root's and two blocks' (one computes, the next gathers)."""
-    from trainer.model import blocks_of
-
-    total = FLOAT32_BYTES * parameter_count(model).total
-    if not parallel.reshard_after_forward:
-        return total
-    blocks = sorted(FLOAT32_BYTES * parameter_count(block).total for block in blocks_of(model))
-    return total - sum(blocks[:-2])
 
 
 def _activation_bytes(config: Config, vocab_size: int) -> int:
@@ -130,11 +123,22 @@ def _activation_bytes(config: Config, vocab_size: int) -> int:
 
 def show(config: Config, ranks: int) -> None:
     """Print parameters, FLOPs per token, tokens and memory per rank of `config` on `ranks` ranks."""
+    from trainer import model
+
     tokens, source = vocabulary(config)
     rows = padded_vocab(tokens, config.model.vocab_size)
+    counts, flops = parameter_count(model.construct(config.model, rows, "meta")), flops_per_token(config.model, rows)
+    step_tokens = config.data.micro_batches * config.data.micro_batch_sequences * config.model.context
+    total_tokens = step_tokens * config.budget.steps
     table = Table(title="dry run: nothing is trained", show_header=False, box=None, title_justify="left")
-    for name, value in facts(config, rows, ranks).items():
-        table.add_row(name, value)
+    table.add_row("parameters", f"{counts.total:,} ({counts.non_embedding:,} without embeddings)")
+    table.add_row("FLOPs per token", f"{flops:,} (forward and backward)")
+    table.add_row("tokens per step", f"{step_tokens:,} in {config.data.micro_batches} micro-batches")
+    table.add_row("tokens in all", f"{total_tokens:,} ({total_tokens / counts.total:.1f} per parameter)")
+    table.add_row("FLOPs in all", f"{flops * total_tokens:.3g}")
+    for name, size in memory_per_rank(config, rows, ranks).items():
+        size_and_ranks = f"{size / 2**20:,.1f} MiB ({config.parallel.strategy}, {ranks} ranks)"
+        table.add_row(f"memory per rank, {name}", size_and_ranks)
     table.add_row("vocabulary", f"{rows:,} rows for {tokens:,} tokens ({source})")
     Console().print(table)
 
@@ -153,25 +157,3 @@ def vocabulary(config: Config) -> tuple[int, str]:
             return ASSUMED_CHARACTERS, "assumed: the text decides"
         case path:
             return Tokenizer.load(Path(path)).vocab_size, path
-
-
-def facts(config: Config, vocab_size: int, ranks: int) -> dict[str, str]:
-    """Rows of the dry run's table, by name."""
-    from trainer import model
-
-    counts = parameter_count(model.construct(config.model, vocab_size, "meta"))
-    flops = flops_per_token(config.model, vocab_size)
-    step_tokens = config.data.micro_batches * config.data.micro_batch_sequences * config.model.context
-    total_tokens = step_tokens * config.budget.steps
-    memory = memory_per_rank(config, vocab_size, ranks)
-    return {
-        "parameters": f"{counts.total:,} ({counts.non_embedding:,} without embeddings)",
-        "FLOPs per token": f"{flops:,} (forward and backward)",
-        "tokens per step": f"{step_tokens:,} in {config.data.micro_batches} micro-batches",
-        "tokens in all": f"{total_tokens:,} ({total_tokens / counts.total:.1f} per parameter)",
-        "FLOPs in all": f"{flops * total_tokens:.3g}",
-        **{
-            f"memory per rank, {name}": f"{size / 2**20:,.1f} MiB ({config.parallel.strategy}, {ranks} ranks)"
-            for name, size in memory.items()
-        },
-    }

@@ -49,9 +49,7 @@ class Grids:
     happens before anything is sharded.
     """
 
-    def __init__(
-        self, shapes: Mapping[str, torch.Size], micro_batches: int, headroom_bits: int, device: torch.device
-    ) -> None:
+    def __init__(self, shapes: Mapping[str, torch.Size], micro_batches: int, headroom_bits: int, device: torch.device):
         self._shapes = dict(shapes)
         self._sum_bits = max(2, math.ceil(math.log2(micro_batches)))
         self._headroom_bits = headroom_bits

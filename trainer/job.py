@@ -16,21 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer import costs, evaluate, loop, optim, provenance, signals
+from trainer import costs, errors, evaluate, loop, optim, provenance, signals
 from trainer import model as models
 from trainer import step as steps
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.config import Config, check_world
 from trainer.data import Batches, EvalWindows, Prepared, prepare
-from trainer.errors import (
-    EXIT_FAILED,
-    EXIT_FINISHED,
-    EXIT_PREEMPTED,
-    ConfigError,
-    RunDirectoryError,
-    TopropeError,
-    of_system,
-)
 from trainer.exact import Grids
 from trainer.faults import injector as faults
 from trainer.log import events, rundir
@@ -76,22 +67,12 @@ class Claim:
     """What this rank computes with (provenance.py)."""
     other_bits: Sequence[str]
     """Differences between this and what the run was computed with before; accepted on purpose."""
-    notices: Sequence[str]
-    """Messages for the user, on rank 0."""
 
     def end(self, status: str, step: int, reason: str, weights: str | None = None, state: str | None = None) -> None:
         """Log the end of the attempt; `weights` and `state` are SHA-256 digests of a finished run."""
         self.log.append(
             events.AttemptEnded(status=status, step=step, reason=reason, weights_sha256=weights, state_sha256=state)
         )
-
-
-@dataclass(frozen=True)
-class RunData:
-    """Tokens and tokenizer of a run, and the contents of its config.json."""
-
-    prepared: Prepared
-    facts: dict[str, Any]
 
 
 def train(
@@ -105,8 +86,8 @@ def train(
 
     `stop` has listened for signals since before this module was imported, which takes seconds. `accept_other_bits`
     goes on with what the run was not computed with before. Faults of the config come in through `faults.arm`, which
-    changes nothing without them. Raises a TopropeError for every error that a user
-    can repair: on all ranks alike, and before any work where possible.
+    changes nothing without them. Raises a TopropeError for every error that a user can repair: on all ranks alike, and
+    before any work where possible.
     """
     stopwatch = Stopwatch(process_started)
     elastic.belong_to_agent()
@@ -118,7 +99,9 @@ def train(
     set_numerics(config, device)
     stop = stop or signals.StopSignals()
     stopwatch.lap("imports")
-    ranks = world.connect(device, _collective_timeout(config))
+    # Collectives may take longer than the watchdog's limits: it acts first and reports more.
+    limits = config.elastic.step_timeout_seconds, config.elastic.startup_timeout_seconds
+    ranks = world.connect(device, timeout_seconds=2 * max(limits) + 60)
     with contextlib.ExitStack() as stack:  # closes in reverse order what is entered below
         stack.callback(world.disconnect)
         stack.callback(injector.close)
@@ -126,27 +109,34 @@ def train(
         claim = claim_run(config, run, ranks, accept_other_bits, stack)
         hook = _with_heartbeat(claim.watchdog, hook)
         stopwatch.lap("connect")
-        data = prepare_data(config, claim)
+        prepared, facts = prepare_data(config, claim)
         # From here on the directory is a run's, so a rank that dies now leaves a run that can be resumed.
         hook(Phase.STARTUP, 0)
         stopwatch.lap("data")
-        state = build(config, data.facts["vocab_size"], ranks)
+        state = build(config, facts["vocab_size"], ranks)
         stopwatch.lap("model")
         claim.log.create()  # the file of its log makes an attempt count
-        injector.attach(claim.attempt, claim.log, state, data.prepared)
-        batches = injector.wrap_batches(batches_of(config, data.prepared))
+        injector.attach(claim.attempt, claim.log, state, prepared)
+        batches = injector.wrap_batches(batches_of(config, prepared))
         context = StepContext(config, AllRanks(ranks, config.data.micro_batches), batches, hook, stop.requested)
         screen = show(config, claim, stack)
         try:
             heartbeat = claim.watchdog.heartbeat
-            saving = Checkpointer(run, ranks, data.facts, config.checkpoint, claim.log, hook, heartbeat)
+            saving = Checkpointer(run, ranks, facts, config.checkpoint, claim.log, hook, heartbeat)
             with contextlib.closing(saving) as checkpointer:
                 checkpointer.restore(state)
                 stopwatch.lap("restore")
-                announce(config, claim, data, state.step, stopwatch, injector.notice)
-                score = scorer(config, data.prepared, ranks, hook)
+                announce(config, claim, facts, state.step, stopwatch, injector.notice)
+                score = scorer(config, prepared, ranks, hook)
                 finished = loop.train(state, loop.Collaborators(context, claim.log, score, checkpointer))
-            return finish(claim, state, hook) if finished else preempt(claim, state.step, stop)
+            if finished:
+                hook(Phase.BEFORE_END, state.step)
+                claim.end("finished", state.step, "", state.weights_sha256(), state.state_sha256())
+                return errors.EXIT_FINISHED
+            if stop.received:
+                claim.log.append(events.StopRequested(signal=stop.received, step=state.step))
+            claim.end("preempted", state.step, stop.received or "another rank was asked to stop")
+            return errors.EXIT_PREEMPTED
         except BaseException as error:
             fail(claim, state.step, error, screen)
             raise
@@ -157,7 +147,6 @@ def train(
 def claim_run(config: Config, run: Path, ranks: World, accept_other_bits: bool, stack: contextlib.ExitStack) -> Claim:
     """Hold the run directory until `stack` is closed, and start the watchdog. Raises RunDirectoryError on all ranks."""
     earlier: list[events.Entry] = []
-    notices: list[str] = []
     own = provenance.computes_with(config, ranks.device)
     of_ranks = ranks.agree(lambda: own)
 
@@ -166,10 +155,6 @@ def claim_run(config: Config, run: Path, ranks: World, accept_other_bits: bool, 
         stack.enter_context(rundir.claim(run, config))
         before = rundir.read(run).get("computes_with") if rundir.is_run(run) else {}
         other_bits = provenance.compare(run, before, of_ranks, accept_other_bits)
-        if before is None:
-            notices.append(provenance.NOT_RECORDED)
-        if other_bits:
-            notices.append(f"the steps from here on may have other bits, which was accepted: {'; '.join(other_bits)}.")
         # The console shows how the last attempt ended. It must not learn from the log that a fault was made on purpose.
         earlier.extend(entry for entry in events.read(run) if not isinstance(entry.event, events.FaultFired))
         return events.next_attempt(run), other_bits
@@ -180,13 +165,14 @@ def claim_run(config: Config, run: Path, ranks: World, accept_other_bits: bool, 
     watchdog = Watchdog(run, ranks.rank, ranks.size, attempt, *limits, report=log.append)
     watchdog.start()
     stack.callback(watchdog.stop)
-    return Claim(run, attempt, ranks, log, watchdog, earlier, own, other_bits, notices)
+    return Claim(run, attempt, ranks, log, watchdog, earlier, own, other_bits)
 
 
-def prepare_data(config: Config, claim: Claim) -> RunData:
+def prepare_data(config: Config, claim: Claim) -> tuple[Prepared, dict[str, Any]]:
     """Make tokens and tokenizer where the cache has none, and write config.json, which makes the directory a run's.
 
-    Rank 0 builds and checks the data, because it can show progress; then every rank opens them.
+    Returns the data and the contents of config.json. Rank 0 builds and checks the data, because it can show progress;
+    then every rank opens them.
     """
     ranks = claim.ranks
     prepared_data = functools.partial(prepare, config.data, config.eval, config.model.context)
@@ -209,7 +195,7 @@ def prepare_data(config: Config, claim: Claim) -> RunData:
     with console.preparation(enabled=ranks.is_main) as show_progress:
         ranks.from_main(build_on_main, waiting=heartbeat)
         prepared = prepared_data(progress=lambda *amount: heartbeat())
-    return RunData(prepared, ranks.from_main(lambda: _record(claim, config, prepared)))
+    return prepared, ranks.from_main(lambda: _record(claim, config, prepared))
 
 
 def _record(claim: Claim, config: Config, prepared: Prepared) -> dict[str, Any]:
@@ -233,11 +219,8 @@ def _record(claim: Claim, config: Config, prepared: Prepared) -> dict[str, Any]:
         prepared.tokenizer.save(rundir.tokenizer_path(run))
         return contents
     except OSError as error:
-        rule, remedy = (
-            "Checkpoints and events go there.",
-            "Make room or repair the disk; the same command then resumes.",
-        )
-        raise RunDirectoryError(of_system(error, f"{run} cannot be written", rule, remedy)) from None
+        rule, remedy = "Checkpoints and events go there.", "Make room; the same command then resumes."
+        raise errors.RunDirectoryError(errors.of_system(error, f"{run} cannot be written", rule, remedy)) from None
 
 
 def build(config: Config, vocab_size: int, ranks: World) -> TrainState:
@@ -257,39 +240,29 @@ def build(config: Config, vocab_size: int, ranks: World) -> TrainState:
 
 def batches_of(config: Config, prepared: Prepared) -> Batches:
     """Training batches of a run, by step and micro-batch."""
-    return Batches(
-        prepared.train.tokens,
-        seed=config.seed,
-        context=config.model.context,
-        micro_batches=config.data.micro_batches,
-        sequences=config.data.micro_batch_sequences,
-    )
+    m, b = config.data.micro_batches, config.data.micro_batch_sequences
+    context = config.model.context
+    return Batches(prepared.train.tokens, seed=config.seed, context=context, micro_batches=m, sequences=b)
 
 
 def scorer(
     config: Config, prepared: Prepared, ranks: World, hook: Hook = no_hook
-) -> Callable[[nn.Module, int], Iterator[tuple[str, str, evaluate.Score, float]]]:
-    """Return the function that evaluates the model of a step on every held-out set.
-
-    It yields (name, digest of the set's tokens, score, seconds). Collective.
-    """
+) -> Callable[[nn.Module, int], Iterator[events.EvalDone]]:
+    """Return the function that evaluates the model of a step on every held-out set. It is collective."""
+    context, b, limit = config.model.context, config.data.micro_batch_sequences, config.eval.max_tokens
     windows = {
-        name: EvalWindows(
-            held_out.tokens,
-            context=config.model.context,
-            sequences=config.data.micro_batch_sequences,
-            max_tokens=config.eval.max_tokens,
-        )
+        name: EvalWindows(held_out.tokens, context=context, sequences=b, max_tokens=limit)
         for name, held_out in prepared.eval_sets.items()
     }
     autocast = functools.partial(steps.autocast, config, ranks.device)
 
-    def score(model: nn.Module, step: int) -> Iterator[tuple[str, str, evaluate.Score, float]]:
+    def score(model: nn.Module, step: int) -> Iterator[events.EvalDone]:
         before_batch = functools.partial(hook, Phase.IN_EVAL, step)
         for name, held_out in windows.items():
             started = time.perf_counter()
             result = evaluate.evaluate(model, held_out, prepared.tokenizer.token_bytes, ranks, autocast, before_batch)
-            yield name, held_out.digest, result, time.perf_counter() - started
+            seconds = time.perf_counter() - started
+            yield events.EvalDone(step=step, set=name, seconds=seconds, digest=held_out.digest, **vars(result))
 
     return score
 
@@ -301,25 +274,15 @@ def show(config: Config, claim: Claim, stack: contextlib.ExitStack) -> console.C
     restarts = elastic.will_restart()
     screen = stack.enter_context(console.Console(config, claim.run, earlier=claim.earlier, is_restarted=restarts))
     claim.log.subscribe(screen)
-    stack.enter_context(_in_wandb(config, claim))
+    helper = WandbHelper(
+        claim.run, config, claim.attempt, lambda message: claim.log.append(events.Warned(message=message))
+    )
+    stack.callback(lambda: helper.url and print(f"W&B: {helper.url}", flush=True))
+    claim.log.subscribe(stack.enter_context(helper))
     return screen
 
 
-@contextlib.contextmanager
-def _in_wandb(config: Config, claim: Claim) -> Iterator[None]:
-    """Show the attempt in W&B while the context lasts. A problem with it becomes a warning in the log."""
-
-    def warn(message: str) -> None:
-        claim.log.append(events.Warned(message=message))
-
-    with WandbHelper(claim.run, config, claim.attempt, on_problem=warn) as helper:
-        claim.log.subscribe(helper)
-        yield
-    if helper.url is not None:
-        print(f"W&B: {helper.url}", flush=True)
-
-
-def announce(config: Config, claim: Claim, data: RunData, step: int, stopwatch: Stopwatch, armed: str) -> None:
+def announce(config: Config, claim: Claim, facts: dict[str, Any], step: int, stopwatch: Stopwatch, armed: str) -> None:
     """Log that the attempt starts from `step`, why the workers were started again, and what a user should know."""
     ranks, log = claim.ranks, claim.log
     log.append(
@@ -327,13 +290,13 @@ def announce(config: Config, claim: Claim, data: RunData, step: int, stopwatch: 
             world_size=ranks.size,
             from_step=step,
             steps=config.budget.steps,
-            fingerprint=data.facts["fingerprint"],
+            fingerprint=facts["fingerprint"],
             host=socket.gethostname(),
             pid=os.getpid(),
             device=str(ranks.device),
             strategy=config.parallel.strategy,
-            parameters=data.facts["parameters"],
-            tokens_per_step=data.facts["tokens_per_step"],
+            parameters=facts["parameters"],
+            tokens_per_step=facts["tokens_per_step"],
             startup_seconds=stopwatch.seconds,
             computes_with=claim.computes_with,
             other_bits=claim.other_bits,
@@ -345,25 +308,16 @@ def announce(config: Config, claim: Claim, data: RunData, step: int, stopwatch: 
             log.append(events.WorkersLost(failures=lost["failures"], reason=lost["reason"]))
         # Restarts repeat the circumstances of the start; one warning of them is enough for a run.
         said = {event.message for _, event in events.select(claim.earlier, events.Warned)}
-        shared = elastic.SHARED_STORE_WARNING if elastic.shares_rendezvous_store() else ""
-        for message in filter(None, (shared, armed, *claim.notices)):
-            if message not in said:
+        before = events.select(claim.earlier, events.AttemptStarted)
+        other_bits = "; ".join(claim.other_bits)
+        for message, holds in (
+            (elastic.SHARED_STORE_WARNING, elastic.shares_rendezvous_store()),
+            (armed, armed),
+            (provenance.NOT_RECORDED, any(event.computes_with is None for _, event in before)),
+            (f"the steps from here on may have other bits, which was accepted: {other_bits}.", other_bits),
+        ):
+            if holds and message not in said:
                 log.append(events.Warned(message=message))
-
-
-def finish(claim: Claim, state: TrainState, hook: Hook) -> int:
-    """Log that the run is finished, with the digests of its final weights and state."""
-    hook(Phase.BEFORE_END, state.step)
-    claim.end("finished", state.step, "", state.weights_sha256(), state.state_sha256())
-    return EXIT_FINISHED
-
-
-def preempt(claim: Claim, step: int, stop: signals.StopSignals) -> int:
-    """Log that the run was asked to stop and can be resumed."""
-    if stop.received:
-        claim.log.append(events.StopRequested(signal=stop.received, step=step))
-    claim.end("preempted", step, stop.received or "another rank was asked to stop")
-    return EXIT_PREEMPTED
 
 
 def fail(claim: Claim, step: int, error: BaseException, screen: console.Console | None) -> None:
@@ -375,9 +329,9 @@ def fail(claim: Claim, step: int, error: BaseException, screen: console.Console 
         claim.watchdog.stop()
         if screen is not None:
             screen.close()
-        os._exit(EXIT_FAILED)
+        os._exit(errors.EXIT_FAILED)
     claim.end("failed", step, f"{type(error).__name__}: {error}")
-    if isinstance(error, TopropeError):
+    if isinstance(error, errors.TopropeError):
         elastic.give_up()
 
 
@@ -403,24 +357,14 @@ def check_compiler(config: Config, device: torch.device) -> None:
         get_cpp_compiler()
     except (InvalidCxxCompiler, OSError):
         tried = ", ".join(name for name in (inductor.cpp.cxx or ()) if name)
-        raise ConfigError(
-            [
-                f"numerics.compile = true needs a C++ compiler, and this machine has none that runs (tried {tried}).\n"
-                "  Install g++, name another one by the environment variable CXX, or set numerics.compile = false."
-            ]
-        ) from None
+        fact = f"numerics.compile = true needs a C++ compiler, and this machine has none that runs (tried {tried})."
+        remedy = "Install g++, name another one by the environment variable CXX, or set numerics.compile = false."
+        raise errors.ConfigError([f"{fact}\n  {remedy}"]) from None
 
 
 def _with_heartbeat(watchdog: Watchdog, hook: Hook) -> Hook:
-    """Return a hook that reports progress to the watchdog, then calls `hook`."""
-
     def both(phase: str, step: int) -> None:
         watchdog.heartbeat(phase, step)
         hook(phase, step)
 
     return both
-
-
-def _collective_timeout(config: Config) -> float:
-    """Seconds that a collective may take. Longer than the watchdog's limits: it acts first and reports more."""
-    return 2 * max(config.elastic.step_timeout_seconds, config.elastic.startup_timeout_seconds) + 60

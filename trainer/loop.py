@@ -11,22 +11,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from trainer import optim
+from trainer import optim, step
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.errors import NumericsError
-from trainer.evaluate import Score
 from trainer.log.events import EvalDone, Event, EventLog, NotFinite, StepDone
 from trainer.parallel.members import StepMembers
 from trainer.phases import Phase
-from trainer.step import (
-    StepContext,
-    StepResult,
-    TrainState,
-    apply,
-    clip_gradients,
-    compute_gradients,
-    find_not_finite,
-)
+from trainer.step import StepContext, StepResult, TrainState
 
 
 @dataclass(frozen=True)
@@ -35,8 +26,8 @@ class Collaborators:
 
     context: StepContext
     log: EventLog
-    evaluate: Callable[[nn.Module, int], Iterable[tuple[str, str, Score, float]]]
-    """Scores the model of a step on every held-out set: yields (name, digest of its tokens, score, seconds)."""
+    evaluate: Callable[[nn.Module, int], Iterable[EvalDone]]
+    """Scores the model of a step on every held-out set. Collective."""
     checkpointer: Checkpointer
 
     def record(self, event: Event) -> None:
@@ -58,7 +49,8 @@ def train(state: TrainState, collaborators: Collaborators) -> bool:
     while state.step < steps and not stop:
         stop = take_step(state, collaborators)
         if due(state.step, config.eval.every_steps, steps):
-            score(state, collaborators)
+            for scored in collaborators.evaluate(state.model, state.step):
+                collaborators.record(scored)
         if stop or due(state.step, config.checkpoint.every_steps, steps):
             # Copies the state and returns; a thread writes it beside the next steps.
             checkpointer.save(state)
@@ -83,7 +75,7 @@ def take_step(state: TrainState, collaborators: Collaborators) -> bool:
     # Between these two phases the ranks do not communicate. A rank that dies here leaves no half-applied step behind:
     # all ranks start again from a checkpoint.
     context.hook(Phase.BEFORE_UPDATE, state.step)
-    apply(state)
+    step.apply(state)
     context.hook(Phase.AFTER_UPDATE, state.step)
     collaborators.record(
         StepDone(
@@ -108,30 +100,14 @@ def finite_gradients(state: TrainState, collaborators: Collaborators, members: S
     training continues. Raises NumericsError with the place of the first non-finite value if it is not.
     """
     for trial in range(2):
-        result = compute_gradients(state, collaborators.context, members)
-        norm = clip_gradients(state, collaborators.context.config.optim.clip_norm)
+        result = step.compute_gradients(state, collaborators.context, members)
+        norm = step.clip_gradients(state, collaborators.context.config.optim.clip_norm)
         # Loss and norm are the same bits on all ranks, so all ranks decide alike.
         if math.isfinite(result.loss) and math.isfinite(norm):
             return result, norm
         collaborators.record(NotFinite(step=state.step + 1, loss=result.loss, grad_norm=norm, trial=trial))
     raise NumericsError(
         f"step {state.step + 1}: loss or gradient is not finite, also when computed again. It was not applied.\n"
-        f"  First not finite: {find_not_finite(state, collaborators.context, members)}.\n"
+        f"  First not finite: {step.find_not_finite(state, collaborators.context, members)}.\n"
         "  Inspect these samples, or lower optim.learning_rate in a new run."
     )
-
-
-def score(state: TrainState, collaborators: Collaborators) -> None:
-    """Evaluate the model on every held-out set and record the scores. Collective."""
-    for name, tokens_digest, result, seconds in collaborators.evaluate(state.model, state.step):
-        collaborators.record(
-            EvalDone(
-                step=state.step,
-                set=name,
-                loss=result.loss,
-                bits_per_byte=result.bits_per_byte,
-                tokens=result.tokens,
-                seconds=seconds,
-                digest=tokens_digest,
-            )
-        )

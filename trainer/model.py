@@ -129,20 +129,23 @@ class GPT(nn.Module):
         # A tied head has no module of its own: one name per tensor for checkpoints, hashes and shards.
         self.head = None if model.tied_embeddings else Linear(model.width, vocab_size, bias=False, role=Role.HEAD)
         if model.positions == "rope":
-            self.register_buffer(
-                "rotation_TP2", torch.empty(model.context, model.head_channels // 2, 2), persistent=False
-            )
+            shape = (model.context, model.head_channels // 2, 2)
+            self.register_buffer("rotation_TP2", torch.empty(shape), persistent=False)
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
         """Fill the table of rotations, which is neither a parameter nor part of the state."""
         if self.settings.positions == "rope":
-            table = _rotations(self.settings)
-            self.rotation_TP2 = table.to(self.rotation_TP2.device)
+            self.rotation_TP2 = _rotations(self.settings).to(self.rotation_TP2.device)
 
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor | None = None) -> Any:
         """Token ids to float32 logits_BTV, or to `Losses` if targets are given. T may be shorter than the context."""
-        x_BTD = self._embed(inputs_BT)
+        x_BTD = self.embed(inputs_BT)
+        if self.embed_positions is not None:
+            x_BTD = x_BTD + self.embed_positions(torch.arange(inputs_BT.shape[1], device=inputs_BT.device))
+        if self.embed_bigrams is not None:
+            x_BTD = x_BTD + self.embed_bigrams(inputs_BT)
+        x_BTD = F.dropout(x_BTD, self.settings.dropout, self.training)
         rotation_TP2 = self.rotation_TP2[: inputs_BT.shape[1]] if self.settings.positions == "rope" else None
         for block in self.blocks:
             x_BTD = block(x_BTD, inputs_BT, rotation_TP2)
@@ -153,14 +156,6 @@ class GPT(nn.Module):
         if targets_BT is None:
             return logits_BTV
         return losses(logits_BTV, targets_BT, self.settings.z_loss)
-
-    def _embed(self, inputs_BT: Tensor) -> Tensor:
-        x_BTD = self.embed(inputs_BT)
-        if self.embed_positions is not None:
-            x_BTD = x_BTD + self.embed_positions(torch.arange(inputs_BT.shape[1], device=inputs_BT.device))
-        if self.embed_bigrams is not None:
-            x_BTD = x_BTD + self.embed_bigrams(inputs_BT)
-        return F.dropout(x_BTD, self.settings.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -219,12 +214,8 @@ class Attention(nn.Module):
         if rotation_TP2 is not None:
             qk_BTNC = _rotate(qk_BTNC, rotation_TP2)
         q_BTHC, k_BTKC = qk_BTNC.split((self.heads, self.kv_heads), dim=2)
-        y_BHTC = _attend(
-            q_BTHC.transpose(1, 2),
-            k_BTKC.transpose(1, 2),
-            v_BTKC.transpose(1, 2),
-            self.dropout if self.training else 0.0,
-        )
+        dropout = self.dropout if self.training else 0.0
+        y_BHTC = _attend(q_BTHC.transpose(1, 2), k_BTKC.transpose(1, 2), v_BTKC.transpose(1, 2), dropout)
         return self.out(y_BHTC.transpose(1, 2).flatten(2))
 
 
@@ -371,7 +362,11 @@ def initialise(model: nn.Module, settings: config.Model, seed: int) -> None:
     roles = role_of_parameters(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(_like(_initial(name, roles[name], parameter.shape, settings, seed), parameter))
+            value = _initial(name, roles[name], parameter.shape, settings, seed).to(parameter.device)
+            if isinstance(parameter, DTensor):
+                mesh, placements = parameter.device_mesh, parameter.placements
+                value = distribute_tensor(value, mesh, placements, src_data_rank=None)
+            parameter.copy_(value)
 
 
 def _initial(name: str, role: Role | None, shape: torch.Size, settings: config.Model, seed: int) -> Tensor:
@@ -379,26 +374,17 @@ def _initial(name: str, role: Role | None, shape: torch.Size, settings: config.M
         return torch.full(shape, VALUE_GATE_START)
     if len(shape) < 2:
         return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+    if settings.init == "gpt2":
+        deviation = EMBEDDING_STD / math.sqrt(2 * settings.n_layers) if role is Role.OUTPUT else EMBEDDING_STD
+    elif role in (Role.OUTPUT, Role.HEAD, Role.BIGRAMS):
+        deviation = 0.0
+    else:
+        deviation = EMBEDDING_STD if role is Role.EMBEDDING else shape[1] ** -0.5
     # The generator is keyed by the parameter's name, so a new parameter changes no other parameter's values.
     draw = f"/{settings.init_draw}" if settings.init_draw else ""
     key = hashlib.sha256(f"{seed}/{name}{draw}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little"))
-    return torch.randn(shape, generator=generator) * _deviation(role, shape, settings)
-
-
-def _deviation(role: Role | None, shape: torch.Size, settings: config.Model) -> float:
-    if settings.init == "gpt2":
-        return EMBEDDING_STD / math.sqrt(2 * settings.n_layers) if role is Role.OUTPUT else EMBEDDING_STD
-    if role in (Role.OUTPUT, Role.HEAD, Role.BIGRAMS):
-        return 0.0
-    return EMBEDDING_STD if role is Role.EMBEDDING else shape[1] ** -0.5
-
-
-def _like(full: Tensor, parameter: Tensor) -> Tensor:
-    if isinstance(parameter, DTensor):
-        mesh = parameter.device_mesh
-        return distribute_tensor(full.to(parameter.device), mesh, parameter.placements, src_data_rank=None)
-    return full.to(parameter.device)
+    return torch.randn(shape, generator=generator) * deviation
 
 
 def _norm(model: config.Model) -> nn.Module:

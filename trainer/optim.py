@@ -104,16 +104,9 @@ def _muon(parameters: list[Tensor], optim: config.Optim) -> Muon:
     Decay is rate × weight_decay, with Muon's own rate. Doubt: the fused qkv is orthogonalised as one matrix.
     """
     rate = optim.muon_learning_rate
-    muon = Muon(
-        parameters,
-        lr=rate,
-        weight_decay=optim.weight_decay,
-        momentum=optim.muon_momentum,
-        nesterov=True,
-        adjust_lr_fn="original",
-    )
-    for group in muon.param_groups:
-        group |= {"name": "hidden/muon", "peak_learning_rate": rate}
+    decay, momentum = optim.weight_decay, optim.muon_momentum
+    muon = Muon(parameters, lr=rate, weight_decay=decay, momentum=momentum, nesterov=True, adjust_lr_fn="original")
+    muon.param_groups[0] |= {"name": "hidden/muon", "peak_learning_rate": rate}
     return muon
 
 
@@ -154,20 +147,14 @@ def materialise_state(optimizers: Sequence[Optimizer]) -> None:
     A checkpoint written before that step would otherwise hold no moments, and one loaded before it would drop them.
     """
     for optimizer in optimizers:
+        moments = ("momentum_buffer",) if isinstance(optimizer, Muon) else ("exp_avg", "exp_avg_sq")
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                if not optimizer.state[parameter]:  # keep moments that were loaded
-                    optimizer.state[parameter] = _zero_state(optimizer, group, parameter)
-
-
-def _zero_state(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> dict[str, Tensor]:
-    def zeros() -> Tensor:
-        return torch.zeros_like(parameter, memory_format=torch.preserve_format, requires_grad=False)
-
-    if isinstance(optimizer, Muon):
-        return {"momentum_buffer": zeros()}
-    assert isinstance(optimizer, AdamW)
-    # torch keeps the step count on the device only for fused updates.
-    step_device = parameter.device if group["fused"] else torch.device("cpu")
-    step = torch.zeros((), dtype=torch.float32, device=step_device)
-    return {"step": step, "exp_avg": zeros(), "exp_avg_sq": zeros()}
+                state = optimizer.state[parameter]
+                if state:  # moments that were loaded stay
+                    continue
+                if isinstance(optimizer, AdamW):
+                    # torch keeps the step count on the device only for fused updates.
+                    state["step"] = torch.zeros((), device=parameter.device if group["fused"] else "cpu")
+                for name in moments:
+                    state[name] = torch.zeros_like(parameter, requires_grad=False)

@@ -21,7 +21,15 @@ def generate(run: Path, prompt: str, tokens: int, temperature: float, top_k: int
     An empty prompt starts a new document. Raises CheckpointError if the run has no intact checkpoint, UsageError for a
     prompt or temperature that means nothing.
     """
-    refuse_senseless(prompt, temperature)
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # the command line passes on bytes that are no UTF-8 as lone surrogates
+        raise UsageError(
+            f"--prompt is no text: its character {error.start + 1} stands for bytes that are not UTF-8.\n"
+            "  Models are trained on UTF-8. Convert the prompt, e.g. with iconv."
+        ) from None
+    if not 0 <= temperature < math.inf:
+        raise UsageError(f"--temperature = {temperature} is no size.\n  It must be 0 or a finite number above.")
     model = restore(run)
     tokenizer = Tokenizer.load(rundir.tokenizer_path(run), rundir.read(run).get("tokenizer_sha256"))
     ids = [tokenizer.end_of_document, *tokenizer.encode_batch([prompt])[0].tolist()]
@@ -43,19 +51,6 @@ def generate(run: Path, prompt: str, tokens: int, temperature: float, top_k: int
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character may span tokens: wait until it is whole
             yield text[len(shown) :]
             shown = text
-
-
-def refuse_senseless(prompt: str, temperature: float) -> None:
-    """Raise UsageError for a prompt that is no text or a temperature that is no size."""
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:  # the command line passes on bytes that are no UTF-8 as lone surrogates
-        raise UsageError(
-            f"--prompt is no text: its character {error.start + 1} stands for bytes that are not UTF-8.\n"
-            "  Models are trained on UTF-8. Convert the prompt, e.g. with iconv."
-        ) from None
-    if not 0 <= temperature < math.inf:
-        raise UsageError(f"--temperature = {temperature} is no size.\n  It must be 0 or a finite number above.")
 
 
 def draw(logits_V: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:

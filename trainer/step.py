@@ -9,11 +9,10 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +21,7 @@ from trainer.data import Batches, MicroBatch, digest
 from trainer.errors import NumericsError
 from trainer.exact import Grids
 from trainer.parallel.members import Members, StepMembers
-from trainer.parallel.sharding import Rounder, Sharding, whole
+from trainer.parallel.sharding import Sharding, whole
 from trainer.parallel.world import World
 from trainer.phases import Hook, Phase, no_hook
 
@@ -189,9 +188,11 @@ def backward(state: TrainState, context: StepContext, index: int | None, batch: 
     config, device = context.config, context.world.device
     if config.model.dropout:
         # Random numbers depend on the micro-batch alone, so any rank may compute it.
-        torch.manual_seed(_key(config.seed, state.step, index or 0))
+        key = repr((config.seed, state.step, index or 0))
+        torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1)
+    tokens = (torch.from_numpy(ids).to(device, non_blocking=True) for ids in (batch.inputs, batch.targets))
     with autocast(config, device):
-        result = state.model(_to(batch.inputs, device), _to(batch.targets, device))
+        result = state.model(*tokens)
     context.hook(Phase.BEFORE_BACKWARD, state.step)
     (result.objective * (0.0 if index is None else 1.0 / config.data.micro_batches)).backward()
     return result.cross_entropy.detach()
@@ -239,8 +240,14 @@ def find_not_finite(state: TrainState, context: StepContext, members: StepMember
     """
     found: list[tuple[int, str]] = []
     gradients: list[str] = []
+
+    def note_not_finite(name: str, gradient: Tensor) -> Tensor:
+        if not bool(gradient.isfinite().all()):
+            gradients.append(name)
+        return gradient
+
     # The hooks stay: the run ends here.
-    state.sharding.round_with(functools.partial(_note_not_finite, gradients))
+    state.sharding.round_with(lambda name: functools.partial(note_not_finite, name))
     state.sharding.zero_gradients()
     for index, batch in _own_micro_batches(state, context, members):
         gradients.clear()  # only those of this micro-batch count
@@ -255,51 +262,26 @@ def find_not_finite(state: TrainState, context: StepContext, members: StepMember
     return everywhere[0][1] if everywhere else "nowhere when computed again: a passing fault"
 
 
-def _note_not_finite(names: list[str], name: str) -> Rounder:
-    """Return a rounder that rounds nothing, but adds `name` to `names` where a micro-batch's gradient is not finite."""
-
-    def note(gradient: Tensor) -> Tensor:
-        if not bool(gradient.isfinite().all()):
-            names.append(name)
-        return gradient
-
-    return note
-
-
 @contextmanager
 def _first_output_not_finite(model: nn.Module) -> Iterator[list[str]]:
     """Collect the names of modules whose output is not finite, in the order of computing."""
     names: list[str] = []
 
-    def check(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def check_output(module: nn.Module, arguments: Any, output: Any) -> None:
-            tensors = output if isinstance(output, tuple) else (output,)
-            if not all(bool(t.isfinite().all()) for t in tensors if isinstance(t, Tensor)):
-                names.append(name or "the model")
+    def check(name: str, _module: nn.Module, _arguments: Any, output: Any) -> None:
+        tensors = output if isinstance(output, tuple) else (output,)
+        if not all(bool(t.isfinite().all()) for t in tensors if isinstance(t, Tensor)):
+            names.append(name or "the model")
 
-        return check_output
-
-    handles = [module.register_forward_hook(check(name)) for name, module in model.named_modules()]
-    try:
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            hooks.callback(module.register_forward_hook(functools.partial(check, name)).remove)
         yield names
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def autocast(config: Config, device: torch.device) -> AbstractContextManager:
     if config.numerics.precision == "bf16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext()
-
-
-def _to(array: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(array).to(device, non_blocking=True)
-
-
-def _key(*parts: int) -> int:
-    """A 63-bit seed from integers."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
 
 
 def _sha256(tensors: Mapping[str, Tensor]) -> str:
