@@ -21,14 +21,22 @@ what was seen, which then fits. That is a property of the micro-batches alone, s
 
 Sources: pre-rounding is Demmel & Nguyen, Fast Reproducible Floating-Point Summation (2013); the delayed choice of scale
 is that of FP8 training (Micikevicius et al. 2022, arXiv:2209.05433).
+
+In a training loop of one's own: `ExactGradients` (docs/exact.md, examples/plain_loop.py).
 """
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from trainer.errors import NumericsError
 
 SIGNIFICAND_BITS = 24  # float32
 DOUBLE_BITS = 53  # float64
@@ -161,3 +169,126 @@ class Grids:
         if matrix:
             return slice(start + rows.start, start + rows.stop), squares.sum(1)
         return slice(start, start + 1), squares.sum().reshape(1)
+
+
+class ExactGradients:
+    """Exact gradient sums for a training loop of one's own: the same bits on any number of ranks.
+
+        gradients = ExactGradients(model, micro_batches=8)
+        for step in range(steps):
+            for _ in gradients.passes():
+                for index in range(rank, 8, ranks):          # any assignment to ranks will do
+                    (loss_of(model, step, index) / 8).backward()
+            optimizer.step()
+
+    The model is a plain module with the same weights on every rank (no DDP), or one that `fully_shard` has spread over
+    all ranks; then every rank must call `backward` equally often, with weight 0 where it has no micro-batch. What a
+    micro-batch contributes must depend on (step, index) alone: data, random numbers, shapes. Gradients are float32.
+    """
+
+    def __init__(self, model: nn.Module, micro_batches: int, headroom_bits: int = 5) -> None:
+        """Take over the gradients of `model`, on whose device they stay.
+
+        `micro_batches` is the number of backward passes in a step, on all ranks together; `headroom_bits` how often
+        (2^bits) a gradient may exceed its recent largest magnitude before a step is computed again.
+        Raises ValueError for a model without parameters, with parameters that are not float32, or partly sharded.
+        """
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        parameters = list(self._parameters.values())
+        if not parameters or any(parameter.dtype != torch.float32 for parameter in parameters):
+            raise ValueError("The model needs float32 parameters.\n  Keep master weights in it; autocast is fine.")
+        sharded = {isinstance(parameter, DTensor) for parameter in parameters}
+        if len(sharded) > 1:
+            raise ValueError("Only some parameters are sharded.\n  Call fully_shard on the whole model, or on no part.")
+        self._sharded = sharded.pop()
+        shapes = {name: parameter.shape for name, parameter in self._parameters.items()}
+        self.grids = Grids(shapes, micro_batches, headroom_bits, parameters[0].device)
+        self._complete = False
+        if self._sharded:
+            self._adopt_shards(model)
+        else:
+            # One flat buffer, so that a step needs one all-reduce; autograd accumulates into it in place.
+            sizes = [parameter.numel() for parameter in parameters]
+            self._flat = torch.zeros(sum(sizes), device=parameters[0].device)
+            for (name, parameter), part in zip(self._parameters.items(), self._flat.split(sizes), strict=True):
+                parameter.grad = part.view_as(parameter)
+                parameter.register_hook(self.grids.rounder(name))
+
+    def passes(self) -> Iterator[int]:
+        """Yield once for each pass over the step's micro-batches: mostly once, again where a gradient was too large.
+
+        Afterwards every rank has the exact sums in `parameter.grad`. The step before counts as applied. A gradient that
+        is not finite ends the pass as it is. Collective. Raises NumericsError if no grid fits.
+        """
+        if self._complete:
+            self.grids.commit()
+        self._complete = False
+        for number in range(4):
+            if self._sharded:
+                for parameter in self._parameters.values():
+                    parameter.grad = None
+            else:
+                self._flat.zero_()
+            self.grids.begin(counting=False)
+            yield number
+            if not self._sharded and dist.is_initialized():
+                dist.all_reduce(self._flat)
+            if not self.grids.overflowed(_maximise):
+                self._complete = self.grids.finite
+                return
+            self.grids.widen()
+        raise NumericsError("A gradient is beyond the coarsest grid.\n  Lower the learning rate.")
+
+    def clip_(self, limit: float) -> float:
+        """Scale the gradients to a global L2 norm of at most `limit`; return the norm before. Exact. Collective."""
+        squares = torch.zeros(self.grids.magnitude.numel(), dtype=torch.float64, device=self.grids.magnitude.device)
+        for name, grad, first in self._own_gradients():
+            segments, sums = self.grids.square_sums(name, grad, slice(first, first + grad.shape[0]))
+            squares[segments] = sums
+        if self._sharded:
+            dist.all_reduce(squares)
+        norm = math.sqrt(squares.sum().item())
+        if norm > limit:
+            for _, grad, _ in self._own_gradients():
+                grad.mul_(limit / norm)
+        return norm
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold beside weights and moments: without it a resumed run has other grids."""
+        if self._complete:
+            self.grids.commit()
+            self._complete = False
+        return {"magnitude": self.grids.magnitude.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.grids.restore(state["magnitude"])
+        self._complete = False
+
+    def _own_gradients(self) -> Iterator[tuple[str, Tensor, int]]:
+        """Yield (name, this rank's part of the gradient, the first row of the full parameter that it holds)."""
+        for name, parameter in self._parameters.items():
+            grad = parameter.grad
+            assert grad is not None
+            if isinstance(grad, DTensor):
+                chunk = -(-parameter.shape[0] // dist.get_world_size())
+                yield name, grad.to_local(), min(parameter.shape[0], chunk * dist.get_rank())
+            else:
+                yield name, grad, 0
+
+    def _adopt_shards(self, model: nn.Module) -> None:
+        units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        for unit in units:
+            unit.set_gradient_divide_factor(1.0)  # a mean over ranks would depend on how many there are
+            unit.set_force_sum_reduction_for_comms(True)
+            unit.unshard()
+        # FSDP2 makes each whole parameter once and only frees and refills its storage, so a hook on it stays.
+        for name, whole in model.named_parameters():
+            if whole.requires_grad:
+                whole.register_hook(self.grids.rounder(name))
+        for unit in units:
+            unit.reshard()
+
+
+def _maximise(tensor: Tensor) -> None:
+    if dist.is_initialized():
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
