@@ -317,9 +317,9 @@ def test_one_mistake_is_one_line_however_many_readings_of_it_fail(tmp_path):
     with pytest.raises(ConfigError) as caught:
         campaigns.load(path)
     assert list(caught.value.problems) == [
-        f"{path}: catalogue.kinds[1] = 3: input should be a valid string.",
-        f"{path}: storm.mix = 7: input should be a valid string or a valid dictionary.",
-        "one: faults[0].rank = 1.5: input should be a valid integer or a valid string.",
+        f"{path}: catalogue.kinds[1] = 3 does not fit.\n  Input should be a valid string.",
+        f"{path}: storm.mix = 7 does not fit.\n  Input should be a valid string or a valid dictionary.",
+        "one: faults[0].rank = 1.5 does not fit.\n  Input should be a valid integer or a valid string.",
     ]
 
 

@@ -78,12 +78,12 @@ def test_all_wrong_settings_are_reported_at_once(capsys, run):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.widht=3", "model.widht is no setting. Did you mean model.width?"),
+        ("model.widht=3", "model.widht is no setting.\n  Did you mean model.width?"),
         ('model.width="wide"', 'model.width = "wide"'),
         ("optim.learning_rate=3e-", "the right side is not TOML"),
         ("data.source=", "the right side is not TOML"),
         ('data.source="some/path', "quotes"),
-        ("parallel.strategy=fdsp", "parallel.strategy = \"fdsp\": input should be 'replicate', "),
+        ("parallel.strategy=fdsp", "parallel.strategy = \"fdsp\" does not fit.\n  Input should be 'replicate', "),
         ("optim.muon_learning_rate=0.1", "has no effect"),
         ("model.vocab_size=100", "model.vocab_size = 100 is smaller than the tokenizer's 257 tokens"),
     ],

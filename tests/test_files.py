@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import stat
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,10 +14,12 @@ import pytest
 
 from tests.logs import Run
 from trainer import cli, errors, files
+from trainer.checkpoint import files as checkpoint
 from trainer.config import Config
 from trainer.data import cache, sources
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import TopropeError
+from trainer.fleet import run_store
 from trainer.log import events, rundir, summary
 from trainer.sentinel.hang import HangFiles
 
@@ -161,6 +164,57 @@ def test_a_refusal_of_the_system_is_reported_with_its_meaning_and_the_remedy(tmp
     assert meaning in errors.of_system(OSError(number, "x"), "f", "", "")
     files.write(tmp_path / "file", "whole")  # needs no lock
     assert (tmp_path / "file").read_text() == "whole"
+
+
+LOCKS: dict[str, Callable[[Path], object]] = {
+    "run": lambda path: rundir.claim(path, Config()),
+    "cache": lambda path: cache.built_once(path, "store", Path.mkdir, cache.no_progress),
+    "store of runs": lambda path: run_store.hold(path / "lock"),
+}
+"""Everything that locks a file in a folder."""
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP], ids=errno.errorcode.get)
+@pytest.mark.parametrize("lock", LOCKS)
+def test_a_file_system_without_locks_is_told_and_no_mere_file_stands_in_for_a_lock(tmp_path, monkeypatch, lock, number):
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(TopropeError, match=r"cannot be (written|locked): .*\n  Its file system .*locks"):
+        LOCKS[lock](tmp_path)
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_a_link_in_the_place_of_a_lock_is_not_followed(tmp_path, lock):
+    (tmp_path / ("store.lock" if lock == "cache" else "lock")).symlink_to(tmp_path / "made")
+    with pytest.raises(TopropeError, match=r"Too many levels of symbolic links.*\n  It is a link where none"):
+        LOCKS[lock](tmp_path)
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_file_system_that_makes_no_folder_durable_is_told(tmp_path, monkeypatch):
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(TopropeError, match=r"Invalid argument.*\n  .*making the names in a folder durable.*cache_dir"):
+        cache.built_once(tmp_path / "cache", "store", lambda path: None, cache.no_progress)
+    with pytest.raises(OSError, match="Invalid argument") as refused:
+        checkpoint.stage(tmp_path, 1)
+    assert "making the names in a folder durable" in checkpoint.one_line(refused.value)
+
+
+def test_what_is_no_file_is_neither_read_nor_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for act in (files.read, lambda path: files.write(path, "x")):
+        with pytest.raises(OSError, match="regular file"):
+            act(tmp_path / "pipe")
+    assert stat.S_ISFIFO((tmp_path / "pipe").lstat().st_mode) and list(tmp_path.iterdir()) == [tmp_path / "pipe"]
 
 
 def test_names_that_no_file_can_have_are_refused_and_no_crash(monkeypatch, capsys, run: Run, tmp_path: Path):

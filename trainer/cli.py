@@ -57,9 +57,12 @@ def train(
     config = configs.load(config_path, overrides or ())
     if dry_run:
         from trainer import costs, data
+        from trainer.faults import plan as faultplan
 
         configs.check_world(config, ranks or 1)
         data.check(config.data, config.eval)
+        if ranks is not None:  # without a number of ranks nobody knows which of them a fault can hit
+            faultplan.make(config, ranks)
         costs.show(config, ranks or 1)
         return
     if ranks is not None:
@@ -98,6 +101,7 @@ def verify(path: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT")]) -
     """Check checkpoints against their manifests: exit 0 if all are intact, 1 otherwise."""
     from trainer import checkpoint, files
     from trainer.log import rundir
+    from trainer.show import terminal
 
     # What a directory holds says what it is: a run may be called step-lr3e-3.
     if not rundir.is_run(path) and (path.name.startswith("step-") or files.exists(path / checkpoint.MANIFEST)):
@@ -112,6 +116,7 @@ def verify(path: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT")]) -
         verdict = _verdict(candidate)
         all_intact = all_intact and verdict.startswith("intact")
         print(f"{candidate.path.name}  {verdict}", flush=True)
+    terminal.check()
     raise typer.Exit(EXIT_FINISHED if all_intact else EXIT_FAILED)
 
 
@@ -144,10 +149,12 @@ def sample(
 ) -> None:
     """Generate text from a run's newest checkpoint."""
     from trainer import sample
+    from trainer.show import terminal
 
     for piece in sample.generate(run, prompt, tokens, temperature, top_k, seed):
         print(piece, end="", flush=True)
     print()
+    terminal.check()
 
 
 @app.command()
@@ -158,7 +165,7 @@ def plot(
     from trainer import files
     from trainer.log import rundir, summary
     from trainer.log.timeline import read_timeline
-    from trainer.show import curves, figure, timeline
+    from trainer.show import curves, figure, terminal, timeline
 
     rundir.read(run)
     path = output or run / "curves.png"
@@ -166,6 +173,7 @@ def plot(
     drawn = path.with_name("timeline.svg")
     files.write(drawn, figure.standalone(timeline.svg(read_timeline(run))))
     print(f"{path}\n{drawn}")
+    terminal.check()
 
 
 @app.command()

@@ -109,7 +109,10 @@ def without_effect(config: "Config") -> list[str]:
             remedy = "Remove it, or change the other setting."
             problems.append(f"{key} has no effect here: it needs {condition}.\n  {remedy}")
     unused = sorted(set(config.eval.sources) - set(config.eval.sets))
-    return problems + [f"eval.sources.{name} has no effect: eval.sets does not name {name!r}." for name in unused]
+    return problems + [
+        f"eval.sources.{name} has no effect: eval.sets does not name {name!r}.\n  Add it there, or remove it."
+        for name in unused
+    ]
 
 
 def _may_be_tables(source: str) -> bool:
@@ -129,7 +132,7 @@ def explain(mistake: tomlfile.Mistake, known: Sequence[str]) -> str:
     path, given = mistake.where, json.dumps(mistake.input, default=str)
     match mistake.type:
         case "extra_forbidden":
-            return f"{path} is no setting.{_nearest(path, known)}"
+            return f"{path} is no setting.\n  {_nearest(path, known)}"
         case "missing":  # a fault's kind: everything else has a default
             owner = replace(mistake, place=mistake.place[:-1]).where
             return f"{owner} has no {mistake.place[-1]}.\n  {A_FAULT}"
@@ -149,4 +152,4 @@ def _nearest(path: str, known: Sequence[str]) -> str:
     # The right name in the wrong section first, then what is spelled alike.
     same_name = [key for key in [*known, *sections] if key.split(".")[-1] == path.rsplit(".", maxsplit=1)[-1]]
     near = same_name or difflib.get_close_matches(path, [*known, *sections], n=1, cutoff=0.5)
-    return f" Did you mean {near[0]}?" if near else f" The sections are {', '.join(sections)}."
+    return f"Did you mean {near[0]}?" if near else f"The sections are {', '.join(sections)}."

@@ -3,11 +3,14 @@
 import contextlib
 import errno
 import fcntl
+import fnmatch
+import hashlib
 import json
 import os
 import re
 import secrets
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +23,24 @@ def write(path: Path, content: str | bytes) -> None:
     """Replace the whole file `path`; text as UTF-8. Its content is on disk before it has its name. Raises OSError.
 
     Of several writers at once, the last one's content stays. A process that dies on the way leaves a hidden
-    .NAME.….partial, which the next write removes.
+    .NAME.….partial, which the next write removes. A link is replaced, not followed; a pipe or a device is neither.
     """
+    if exists(path) and not (is_file(path) or is_dir(path)):
+        raise OSError(errno.ENXIO, "it is no regular file", str(path))
     _remove_leftovers(path)
     while not _written(path, content.encode() if isinstance(content, str) else content):
         pass
+
+
+def sha256(path: Path, progress: Callable[[int], None] = lambda done: None) -> str:
+    """Return the SHA-256 (hex) of a file's content. `progress` gets the number of bytes read so far."""
+    sha, done = hashlib.sha256(), 0
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(4 * 2**20):
+            sha.update(chunk)
+            done += len(chunk)
+            progress(done)
+    return sha.hexdigest()
 
 
 def sync(path: Path) -> None:
@@ -55,8 +71,20 @@ def exists(path: Path) -> bool:
 
 
 def is_dir(path: Path) -> bool:
-    """False also where `exists` is."""
     return os.path.isdir(path)  # noqa: PTH112 - as above
+
+
+def is_file(path: Path) -> bool:
+    return os.path.isfile(path)  # noqa: PTH113 - as above
+
+
+def names(directory: Path, pattern: str = "*") -> list[str]:
+    """Return the names in a directory that match, sorted; none if it is missing. Raises OSError if it cannot be read:
+    `Path.glob` returns nothing then, and what is there would be written over."""
+    try:
+        return sorted(fnmatch.filter(os.listdir(directory), pattern))  # noqa: PTH208 - names are enough
+    except FileNotFoundError:
+        return []
 
 
 def read(path: Path) -> bytes:
@@ -65,6 +93,11 @@ def read(path: Path) -> bytes:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.ENXIO, "it is no regular file", str(path))
         return file.read()
+
+
+def json_sha256(tree: object) -> str:
+    """Return the SHA-256 (hex) of a tree as JSON, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def read_object(path: Path) -> dict[str, Any]:

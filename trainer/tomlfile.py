@@ -1,5 +1,6 @@
 """TOML files: read as a tree or as a strict model, overridden by `--set`, and values written back."""
 
+import copy
 import difflib
 import json
 import tomllib
@@ -20,7 +21,9 @@ M = TypeVar("M", bound=BaseModel)
 def read(path: Path) -> dict[str, Any]:
     """Read a file of settings as a tree. Raises ConfigError; for a missing file it names the nearest one."""
     try:
-        return tomllib.loads(files.read(path).decode())
+        tree = tomllib.loads(files.read(path).decode())
+        copy.deepcopy(tree)  # keys like a.b.c make tables deeper than anybody can walk through
+        return tree
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
         hint = f"Did you mean {path.parent / near[0]}?" if near else "configs/ and configs/chaos/ hold ready ones."
@@ -87,7 +90,7 @@ def override(tree: dict[str, Any], setting: str, model: type[BaseModel]) -> list
     for section in sections:
         node = node.setdefault(section, {})
         if not isinstance(node, dict):
-            return [f"--set {setting}: {section} is a value, not a section."]
+            return [f"--set {setting}: {section} is a value, not a section.\n  Set it whole: --set {section}=…"]
     node[name] = parsed
     return []
 
@@ -152,9 +155,13 @@ class Mistake:
         """The place as people write it: faults[0].rank."""
         return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in self.place).removeprefix(".")
 
+    @property
+    def rule(self) -> str:
+        return " or ".join([self.rules[0], *(rule.removeprefix("input should be ") for rule in self.rules[1:])])
+
     def __str__(self) -> str:
-        rules = " or ".join([self.rules[0], *(rule.removeprefix("input should be ") for rule in self.rules[1:])])
-        return f"{self.where} = {json.dumps(self.input, default=str)}: {rules}."
+        rule = self.rule[0].upper() + self.rule[1:]
+        return f"{self.where} = {json.dumps(self.input, default=str)} does not fit.\n  {rule}."
 
 
 def mistakes(error: ValidationError, tree: Mapping[str, Any]) -> list[Mistake]:

@@ -7,7 +7,6 @@ back, so that there is always one of the two.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import pickle
@@ -22,11 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import CheckpointError, NewerFormatError, NoCheckpointError, meaning, of_system
-from trainer.files import is_dir, read_object, sync, write
+from trainer.files import is_dir, json_sha256, names, read_object, sha256, sync, write
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-_CHUNK = 4 * 2**20
 _COMMITTED = re.compile(r"(?:step-([0-9]+)|\.step-([0-9]+)\.replaced)")
 _LEFTOVER = re.compile(r"\.step-[0-9]+\.[0-9a-f]+\.(?:partial|pruned)")
 
@@ -136,7 +134,7 @@ def read_manifest(saved: Saved) -> dict[str, Any]:
     try:
         manifest = read_object(saved.path / MANIFEST)
         body = manifest["body"]
-        if _digest(body) != manifest["sha256"]:  # before the format: a flipped bit there is damage
+        if json_sha256(body) != manifest["sha256"]:  # before the format: a flipped bit there is damage
             raise CheckpointError(f"{MANIFEST} does not match its own checksum")
         if body["format"] > FORMAT:
             raise NewerFormatError(
@@ -189,7 +187,7 @@ def clean(run: Path, progress: ByteProgress = lambda done, total: None) -> None:
 def write_manifest(staging: Path, body: Mapping[str, Any]) -> int:
     """Write `body` (step, identity, files) as a checkpoint's manifest. Returns its bytes. Raises OSError."""
     body = {"format": FORMAT, **body, "written": time.time()}
-    content = json.dumps({"sha256": _digest(body), "body": body}, indent=1).encode()
+    content = json.dumps({"sha256": json_sha256(body), "body": body}, indent=1).encode()
     write(staging / MANIFEST, content)
     return len(content)
 
@@ -267,9 +265,7 @@ def one_line(error: BaseException) -> str:
 def _entries(path: Path) -> list[Path]:
     """List a directory. A missing one is empty; one that cannot be read must not look empty, so it raises."""
     try:
-        return sorted(path.iterdir())
-    except FileNotFoundError:
-        return []
+        return [path / name for name in names(path)]
     except OSError as error:
         rule = "The newest checkpoint may be in it."
         raise CheckpointError(of_system(error, f"{path} cannot be listed", rule, "Make it readable.")) from None
@@ -302,7 +298,7 @@ def _damage(saved: Saved, name: str, expected: Mapping[str, Any], progress: Call
             return f"{name} is empty"
         if status.st_size != expected["bytes"]:
             return f"{name} has {status.st_size} bytes instead of {expected['bytes']}{_origin(saved, path)}"
-        if _sha256(path, progress) != expected["sha256"]:
+        if sha256(path, progress) != expected["sha256"]:
             return f"{name} does not match its checksum{_origin(saved, path)}"
     except FileNotFoundError:
         return f"{name} is missing"
@@ -313,7 +309,7 @@ def _damage(saved: Saved, name: str, expected: Mapping[str, Any], progress: Call
 
 def _origin(saved: Saved, path: Path) -> str:
     """Return a remark if the file belongs to another checkpoint of this run: a copy gone wrong."""
-    actual = _sha256(path)
+    actual = sha256(path)
     for sibling in sorted(saved.path.parent.glob("step-*")):
         with contextlib.suppress(CheckpointError):
             other = open_saved(sibling)
@@ -327,17 +323,3 @@ def _well_formed(body: Mapping[str, Any]) -> bool:
         "/" not in name and isinstance(file["bytes"], int) and isinstance(file["sha256"], str)
         for name, file in dict(body["files"]).items()
     )
-
-
-def _digest(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path, progress: Callable[[int], None] = lambda done: None) -> str:
-    sha, done = hashlib.sha256(), 0
-    with path.open("rb", buffering=0) as file:
-        while chunk := file.read(_CHUNK):
-            sha.update(chunk)
-            done += len(chunk)
-            progress(done)
-    return sha.hexdigest()

@@ -99,7 +99,7 @@ class Saver:
         Waits for an earlier save still under way, copies what this rank will write, and returns.
         """
         started = time.perf_counter()
-        self._wait(step)
+        self._end_save(step)
         error = None
         try:
             if self._plan is None:
@@ -121,12 +121,7 @@ class Saver:
 
     def finish(self) -> list[Event]:
         """Wait for the save under way; then as `poll`."""
-        if self._save is not None:
-            started = time.perf_counter()
-            self._join(self._save, self._save.step)
-            self._save.stall += time.perf_counter() - started
-            self._collect()
-        self.failures_in_a_row = self._failures
+        self._end_save()
         return self.poll()
 
     def close(self, grace_seconds: float = 5.0) -> None:
@@ -140,20 +135,18 @@ class Saver:
                 dist.destroy_process_group(self._ranks.group)
             self._lost = CLOSED
 
-    def _wait(self, step: int) -> None:
-        if self._save is not None:
-            self._join(self._save, step)
+    def _end_save(self, next_step: int | None = None) -> None:
+        """Wait for the save under way. The wait counts as its own, or as that of the save of `next_step`."""
+        if (save := self._save) is not None:
+            started, last_progress = time.perf_counter(), self._last_progress
+            while save.thread.is_alive():
+                save.thread.join(POLL_SECONDS)
+                if self._last_progress != last_progress:  # of any rank: the main thread's watchdog sees it as its own
+                    last_progress = self._last_progress
+                    self._heartbeat(Phase.WAITING_FOR_SAVE, save.step if next_step is None else next_step)
+            save.stall += time.perf_counter() - started if next_step is None else 0.0
             self._collect()
         self.failures_in_a_row = self._failures
-
-    def _join(self, save: "_Save", step: int) -> None:
-        """Wait for the writing thread; the main thread's watchdog sees the progress of all ranks as its own."""
-        last_progress = self._last_progress
-        while save.thread.is_alive():
-            save.thread.join(POLL_SECONDS)
-            if self._last_progress != last_progress:
-                last_progress = self._last_progress
-                self._heartbeat(Phase.WAITING_FOR_SAVE, step)
 
     def _collect(self) -> None:
         """Turn the save that has ended into events."""
@@ -180,8 +173,11 @@ class Saver:
         return _RankPlan(plans[self._world.rank], metadata, tensors)
 
     def _write(self, save: "_Save") -> None:
-        """The writing thread."""
-        _lower_priority()
+        """The writing thread. Training runs first."""
+        if sys.platform == "linux":  # only there do single threads have a niceness
+            own = threading.get_native_id()
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, own, min(19, os.getpriority(os.PRIO_PROCESS, own) + NICENESS))
         try:
             save.outcome = self._write_and_commit(save)
         except _SaveError as error:
@@ -384,11 +380,3 @@ class _RankPlan:
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _lower_priority() -> None:
-    """Let training run first. Only Linux gives single threads a niceness."""
-    if sys.platform == "linux":
-        thread = threading.get_native_id()
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS))

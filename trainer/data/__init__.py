@@ -6,16 +6,5 @@ from trainer.data.prepare import Prepared, check, prepare, tokenizer_for
 from trainer.data.tokenizer import Tokenizer
 from trainer.data.tokens import TokenStore
 
-__all__ = [
-    "Batches",
-    "EvalWindows",
-    "MicroBatch",
-    "Prepared",
-    "ProgressCallback",
-    "TokenStore",
-    "Tokenizer",
-    "check",
-    "digest",
-    "prepare",
-    "tokenizer_for",
-]
+__all__ = ["Batches", "EvalWindows", "MicroBatch", "Prepared", "ProgressCallback", "TokenStore", "Tokenizer", "check",
+           "digest", "prepare", "tokenizer_for"]  # fmt: skip

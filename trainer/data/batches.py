@@ -46,20 +46,12 @@ class Batches:
         """Return micro-batch `index` of the M of a step."""
         assert step >= 0, step
         assert 0 <= index < self.micro_batches, index
+        # Its positions in the endless sequence of epochs; a micro-batch may straddle several.
         first = (step * self.micro_batches + index) * self.sequences
-        sample_ids = self._window_ids(first)
+        epochs, offsets = np.divmod(np.arange(first, first + self.sequences), self.n_windows)
+        sample_ids = np.concatenate([self._order(int(e))[offsets[epochs == e]] for e in np.unique(epochs)])
         gathered = self._windows[sample_ids].astype(np.int64)
         return MicroBatch(sample_ids, gathered[:, :-1], gathered[:, 1:])
-
-    def _window_ids(self, first: int) -> np.ndarray:
-        """Return the windows at positions first … first + B − 1 of the endless sequence of epochs; int64[B]."""
-        epoch, offset = divmod(first, self.n_windows)
-        if offset + self.sequences <= self.n_windows:
-            return self._order(epoch)[offset : offset + self.sequences]
-        # The micro-batch straddles epochs: the end of one order and the start of the next.
-        positions = np.arange(first, first + self.sequences)
-        epochs, offsets = np.divmod(positions, self.n_windows)
-        return np.concatenate([self._order(int(e))[offsets[epochs == e]] for e in np.unique(epochs)])
 
 
 class EvalWindows:

@@ -50,8 +50,22 @@ def built_once(root: Path, name: str, build: Callable[[Path], None], progress: P
     with _writing(root):
         root.mkdir(parents=True, exist_ok=True)
         with _locked(FileLock(root / f"{name}.lock", fallback_to_soft=False), progress):
-            if not final.is_dir():  # still not built after the wait for the lock
-                _build(final, root / f"{name}.building", build)
+            if final.is_dir():  # built during the wait for the lock
+                return final
+            building = root / f"{name}.building"
+            if building.exists():  # a builder died
+                shutil.rmtree(building)
+            building.mkdir()
+            try:
+                build(building)
+            except BaseException:
+                shutil.rmtree(building, ignore_errors=True)
+                raise
+            # Contents before the name: after a power cut, what has the name must be whole.
+            for path in (*building.iterdir(), building):
+                files.sync(path)
+            building.rename(final)
+            files.sync(root)
     return final
 
 
@@ -85,19 +99,3 @@ def _locked(lock: FileLock, progress: ProgressCallback) -> AbstractContextManage
             return lock.acquire(timeout=WAIT_NOTICE_SECONDS)
         except Timeout:
             progress("waiting for another process that prepares the same data", 0, None)
-
-
-def _build(final: Path, building: Path, build: Callable[[Path], None]) -> None:
-    if building.exists():  # a builder died
-        shutil.rmtree(building)
-    building.mkdir()
-    try:
-        build(building)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
-    # Contents before the name: after a power cut, what has the name must be whole.
-    for path in (*building.iterdir(), building):
-        files.sync(path)
-    building.rename(final)
-    files.sync(final.parent)

@@ -5,20 +5,20 @@ Memory holds one document, and 16 bytes for each one seen (to drop exact duplica
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from trainer import files
 from trainer.config import Data
 from trainer.data.cache import ProgressCallback, no_progress
 from trainer.data.identity import digests
-from trainer.data.reading import file_format, text_of, texts
+from trainer.data.reading import file_format, first_line, text_of, texts
 from trainer.data.sources import SourceFile, source_files
 from trainer.errors import CorpusError
 
-MEGABYTE = 10**6
 _EVAL_HUB = re.compile(r"hub:(?P<name>[^@:]+)@(?P<revision>[0-9a-f]{40})(:(?P<split>[^:]+))?")
 
 
@@ -86,7 +86,13 @@ class Corpus:
         tally = tally if tally is not None else Tally()
         seen: set[bytes] = set()
         for origin, text in self._texts():
-            data = self._cut(_utf8(text, origin), tally)
+            try:
+                data = self._cut(text.encode(), tally)
+            except UnicodeEncodeError as error:
+                raise CorpusError(
+                    f"{origin} holds half a surrogate pair: {error.reason}.\n"
+                    "  A document must be valid Unicode. Repair it."
+                ) from None
             digest = hashlib.sha256(data).digest()
             if not data.strip():
                 tally.empty += 1
@@ -121,8 +127,8 @@ def open_corpus(data: Data) -> Corpus:
     hub = None
     if data.source.startswith("hub:"):
         hub = Hub(data.source.removeprefix("hub:"), data.revision, data.subset, data.hub_split, data.streaming)
-    files = () if hub else source_files(data.source)
-    return Corpus(data.source, files, hub, data.unit, data.text_column, round(data.max_megabytes * MEGABYTE))
+    found = () if hub else source_files(data.source)
+    return Corpus(data.source, found, hub, data.unit, data.text_column, round(data.max_megabytes * 10**6))
 
 
 def open_eval_corpus(name: str, source: str, data: Data) -> Corpus:
@@ -130,7 +136,16 @@ def open_eval_corpus(name: str, source: str, data: Data) -> Corpus:
 
     A hub source pins its own commit and may name its split: "hub:OWNER/NAME@COMMIT" or "hub:OWNER/NAME@COMMIT:SPLIT".
     """
-    hub = _eval_hub(name, source, data) if source.startswith("hub:") else None
+    hub = None
+    if source.startswith("hub:"):
+        match = _EVAL_HUB.fullmatch(source)
+        if match is None:
+            raise CorpusError(
+                f"eval.sources.{name} = {source!r} does not pin a commit.\n"
+                "  A branch moves, and the score with it. Write hub:OWNER/NAME@COMMIT (40 hex digits), or "
+                "hub:OWNER/NAME@COMMIT:SPLIT."
+            )
+        hub = Hub(match["name"], match["revision"], data.subset, match["split"] or data.hub_split, data.streaming)
     # The repository is always read file by file: any two programs share single lines of code.
     unit = "document" if source == "repo" else data.unit
     return Corpus(source, () if hub else source_files(source), hub, unit, data.text_column, 0)
@@ -149,73 +164,39 @@ def split(document: Document, heldout: str, fraction: float) -> tuple[str, str]:
     return ("", document.text) if is_heldout else (document.text, "")
 
 
-def _eval_hub(name: str, source: str, data: Data) -> Hub:
-    match = _EVAL_HUB.fullmatch(source)
-    if match is None:
-        raise CorpusError(
-            f"eval.sources.{name} = {source!r} does not pin a commit.\n"
-            "  A branch moves, and the score with it. Write hub:OWNER/NAME@COMMIT (40 hex digits), or "
-            "hub:OWNER/NAME@COMMIT:SPLIT."
-        )
-    return Hub(match["name"], match["revision"], data.subset, match["split"] or data.hub_split, data.streaming)
-
-
-def _utf8(text: str, origin: str) -> bytes:
-    try:
-        return text.encode()
-    except UnicodeEncodeError as error:
-        raise CorpusError(
-            f"{origin} holds half a surrogate pair: {error.reason}.\n  A document must be valid Unicode. Repair it."
-        ) from None
-
-
-Row = Mapping[str, Any]
-
-
 def _hub_texts(hub: Hub, column: str) -> Iterator[tuple[str, str]]:
     origin = f"hub:{hub.name}"
+    if files.exists(Path(hub.name)):
+        raise CorpusError(
+            f"{origin} is also a folder here ({Path(hub.name).absolute()}).\n"
+            "  It would be read instead of the pinned dataset. Start from another directory, or rename the folder."
+        )
     try:
-        for row in _hub_rows(hub):
+        import datasets  # late: it takes 0.7 s, which a run whose store exists need not wait for
+        import datasets.config
+
+        datasets.disable_progress_bars()
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are raised; we report them once
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # no request beside those for the data
+        # Code in a dataset's repository is never run: `datasets` no longer can.
+        rows: Any = datasets.load_dataset(
+            hub.name, name=hub.subset or None, revision=hub.revision, split=hub.split, streaming=hub.streaming
+        )
+        for row in rows:
             yield origin, text_of(row, column, origin)
     except CorpusError:
         raise
     except Exception as error:  # `datasets`, pyarrow and fsspec raise many types
-        raise _explain_hub(hub, error) from error
-
-
-def _hub_rows(hub: Hub) -> Iterable[Row]:
-    if Path(hub.name).exists():
-        raise CorpusError(
-            f"hub:{hub.name} is also a folder here ({Path(hub.name).absolute()}).\n"
-            "  It would be read instead of the pinned dataset. Start from another directory, or rename the folder."
-        )
-    return _load(hub.name, name=hub.subset or None, revision=hub.revision, split=hub.split, streaming=hub.streaming)
-
-
-def _load(path: str, **options: Any) -> Iterable[Row]:
-    """`datasets.load_dataset` without output and telemetry. Code in a dataset's repository is never run."""
-    import datasets  # late: it takes 0.7 s, which a run whose store exists need not wait for
-    import datasets.config
-
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are raised; we report them once
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else each local file costs a request to the hub
-    return datasets.load_dataset(path, **options)
-
-
-def _explain_hub(hub: Hub, error: Exception) -> CorpusError:
-    if "scripts are no longer supported" in str(error):
-        return CorpusError(
-            f"hub:{hub.name} is a loading script: {_first_line(error)}\n"
-            "  Code from a dataset is never run. Choose a dataset of parquet or jsonl files, or a commit of its "
-            "refs/convert/parquet branch."
-        )
-    return CorpusError(
-        f"hub:{hub.name} (commit {hub.revision}, split {hub.split}) cannot be read: "
-        f"{type(error).__name__}: {_first_line(error)}\n"
-        "  Check name, commit, data.subset, data.hub_split and the network; a private dataset needs HF_TOKEN."
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        why = first_line(error)
+        if "scripts are no longer supported" in str(error):
+            fact = f"{origin} is a loading script: {why}"
+            remedy = (
+                "Code from a dataset is never run. Choose a dataset of parquet or jsonl files, or a commit of its "
+                "refs/convert/parquet branch."
+            )
+        else:
+            fact = f"{origin} (commit {hub.revision}, split {hub.split}) cannot be read: {type(error).__name__}: {why}"
+            remedy = (
+                "Check name, commit, data.subset, data.hub_split and the network; a private dataset needs HF_TOKEN."
+            )
+        raise CorpusError(f"{fact}\n  {remedy}") from error

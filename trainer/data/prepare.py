@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,11 @@ def check(data: Data, eval: Eval) -> None:
 
     Reads only until each part has text. Files that are not there yet, and the hub, are left to `prepare`.
     """
-    _check_parts(lambda: open_corpus(data), {"train", "heldout"}, lambda document: _sides(document, data))
+    _check_parts(partial(open_corpus, data), {"train", "heldout"}, partial(_sides, data=data))
     for name in eval.sets:
         if name != "val":
             with _named(name):
-                _check_parts(lambda name=name: _eval_corpus(name, data, eval), {"eval"}, _whole)
+                _check_parts(partial(_eval_corpus, name, data, eval), {"eval"}, _whole)
 
 
 def _check_parts(open_source: Callable[[], Corpus], missing: set[str], route: Route) -> None:
@@ -101,9 +102,7 @@ def _training_store(root: Path, data: Data, progress: ProgressCallback, verify: 
             return from_json(given, data.tokenizer)
         return train(data.tokenizer, _training_texts(corpus, data, progress), data.vocab_size)
 
-    def route(document: Document) -> Mapping[str, str]:
-        return _sides(document, data)
-
+    route = partial(_sides, data=data)
     return open_or_build(root, corpus, shaped_by, make_tokenizer, ("train", "heldout"), route, progress, verify)
 
 

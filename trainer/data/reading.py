@@ -53,14 +53,17 @@ def text_of(row: Mapping[str, Any], column: str, origin: str) -> str:
     value = row[column]
     if value is None or isinstance(value, str):
         return value or ""
-    raise CorpusError(
-        f"{origin}: column {column!r} holds {type(value).__name__} values, not text.\n"
+    raise _not_text(origin, column, f"{type(value).__name__} values")
+
+
+def _not_text(origin: str, column: str, held: str) -> CorpusError:
+    return CorpusError(
+        f"{origin}: column {column!r} holds {held}, not text.\n"
         "  A document is text. Set data.text_column to a column of strings, or leave such rows out."
     )
 
 
 def _no_column(origin: str, column: str, columns: list[str]) -> CorpusError:
-    """Return the error for a row or table without the text column."""
     return CorpusError(
         f"{origin} has no column {column!r}; it has {', '.join(map(repr, sorted(columns))) or 'none'}.\n"
         "  data.text_column names the column that holds the text. Set it to one of these, or leave such rows out."
@@ -105,16 +108,14 @@ def _json_texts(file: SourceFile, column: str) -> Iterator[str]:
         where = f"{file.name}:{number}"
         try:
             # Numbers are not converted: nobody reads them, and Python refuses those of thousands of digits.
-            row = json.loads(line, parse_int=_no_number)
+            row = json.loads(line, parse_int=lambda digits: 0)
+            problem = "" if isinstance(row, dict) else "no JSON object"
         except (ValueError, RecursionError) as error:
-            raise _no_row(f"{where} is broken: {error}.") from None
-        if not isinstance(row, dict):
-            raise _no_row(f"{where} is no JSON object.")
+            row, problem = {}, f"broken: {error}"
+        if problem:
+            rule = "Each line of a .jsonl file is one JSON object. Repair or remove it."
+            raise CorpusError(f"{where} is {problem}.\n  {rule}")
         yield text_of(row, column, where)
-
-
-def _no_number(_digits: str) -> int:
-    return 0
 
 
 def _parquet_texts(file: SourceFile, column: str) -> Iterator[str]:
@@ -130,7 +131,7 @@ def _parquet_texts(file: SourceFile, column: str) -> Iterator[str]:
             table = pyarrow.parquet.ParquetFile(stream, pre_buffer=False)
         except pyarrow.ArrowException as error:
             raise CorpusError(
-                f"{file.name} is no whole parquet file: {_first_line(error)}\n"
+                f"{file.name} is no whole parquet file: {first_line(error)}\n"
                 "  It may have been cut off while it was copied. Copy or write it again."
             ) from error
         _check_column(file, table.schema_arrow, column)
@@ -142,7 +143,7 @@ def _parquet_texts(file: SourceFile, column: str) -> Iterator[str]:
                     row += 1
         except (pyarrow.ArrowException, UnicodeDecodeError) as error:
             raise CorpusError(
-                f"{file.name} cannot be read beyond row {row}: {_first_line(error)}\n"
+                f"{file.name} cannot be read beyond row {row}: {first_line(error)}\n"
                 "  Every text must be whole and UTF-8. Copy or write the file again."
             ) from error
 
@@ -158,14 +159,7 @@ def _check_column(file: SourceFile, schema: Any, column: str) -> None:
     is_text = types.is_string(value) or types.is_large_string(value) or types.is_string_view(value)
     if len(matches) > 1 or not is_text:
         held = f"{len(matches)} columns of that name" if len(matches) > 1 else f"{kind} values"
-        raise CorpusError(
-            f"{file.name}: column {column!r} holds {held}, not text.\n"
-            "  A document is text. Set data.text_column to a column of strings."
-        )
-
-
-def _no_row(fact: str) -> CorpusError:
-    return CorpusError(f"{fact}\n  Each line of a .jsonl file is one JSON object. Repair or remove it.")
+        raise _not_text(file.name, column, held)
 
 
 def _no_text(file: SourceFile, why: str) -> CorpusError:
@@ -176,5 +170,5 @@ def _no_text(file: SourceFile, why: str) -> CorpusError:
     )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]

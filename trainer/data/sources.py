@@ -3,10 +3,11 @@
 import glob
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer import files
 from trainer.data.identity import shown
 from trainer.errors import CorpusError
 
@@ -26,10 +27,9 @@ class SourceFile:
 def source_files(source: str) -> tuple[SourceFile, ...]:
     """Return the files of a local source ("python-stdlib", "repo", path, glob), sorted by name. Raises CorpusError."""
     if source == "python-stdlib":
-        return _below(Path(sysconfig.get_path("stdlib")), _stdlib_paths())
+        return _below(Path(sysconfig.get_path("stdlib")), lambda folder: folder.name in STDLIB_SKIPPED, {".py"})
     if source == "repo":
-        root = repo_root()
-        return _below(root, _repo_paths(root))
+        return _below(repo_root(), _is_generated, REPO_SUFFIXES)
     return tuple(SourceFile(Path(name), shown(name)) for name in _matching(source))
 
 
@@ -39,32 +39,20 @@ def repo_root() -> Path:
     return package.parent if (package.parent / "pyproject.toml").is_file() else package
 
 
-def _below(root: Path, paths: Iterator[Path]) -> tuple[SourceFile, ...]:
-    # Debian ships the standard library with a link that may be broken.
-    files = [SourceFile(path, path.relative_to(root).as_posix()) for path in paths if path.is_file()]
-    return tuple(sorted(files, key=lambda file: file.name))
-
-
-def _stdlib_paths() -> Iterator[Path]:
-    for folder, folders, names in os.walk(sysconfig.get_path("stdlib")):
-        folders[:] = [name for name in folders if name not in STDLIB_SKIPPED]
-        yield from (Path(folder, name) for name in names if name.endswith(".py"))
-
-
-def _repo_paths(root: Path) -> Iterator[Path]:
+def _below(root: Path, is_skipped: Callable[[Path], bool], suffixes: set[str]) -> tuple[SourceFile, ...]:
+    found: list[SourceFile] = []
     for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not _is_skipped(Path(folder, name))]
-        yield from (Path(folder, name) for name in names if _is_repo_text(name))
+        folders[:] = [name for name in folders if not is_skipped(Path(folder, name))]
+        paths = [Path(folder, name) for name in names if Path(name).suffix in suffixes and not name.startswith(".")]
+        # Debian ships the standard library with a link that may be broken.
+        found += [SourceFile(path, path.relative_to(root).as_posix()) for path in paths if path.is_file()]
+    return tuple(sorted(found, key=lambda file: file.name))
 
 
-def _is_skipped(folder: Path) -> bool:
+def _is_generated(folder: Path) -> bool:
     name = folder.name
-    generated = name in REPO_SKIPPED or name.endswith(".egg-info") or (folder / "pyvenv.cfg").exists()
-    return generated or name.startswith(".")
-
-
-def _is_repo_text(name: str) -> bool:
-    return Path(name).suffix in REPO_SUFFIXES and not name.startswith(".")
+    is_built = name in REPO_SKIPPED or name.endswith(".egg-info") or (folder / "pyvenv.cfg").exists()
+    return is_built or name.startswith(".")
 
 
 def _matching(pattern: str) -> list[str]:
@@ -75,12 +63,12 @@ def _matching(pattern: str) -> list[str]:
         raise CorpusError(
             f"{pattern} has no place: the home directory is not known.\n  Write the whole path, or set $HOME."
         ) from None
-    if expanded.is_dir():
+    if files.is_dir(expanded):
         raise CorpusError(
             f"{pattern} is a directory.\n"
             f"  A corpus is a file or a glob, so that it says what is read. Write e.g. {pattern.rstrip('/')}/*.txt."
         )
-    if expanded.is_file():
+    if files.is_file(expanded):
         return [str(expanded)]
     if not glob.has_magic(pattern):
         raise CorpusError(

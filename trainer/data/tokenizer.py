@@ -106,19 +106,15 @@ class CharTokenizer(Tokenizer):
         self.unknown = len(characters) + 1
         self.vocab_size = len(characters) + 2
 
-    @classmethod
-    def train(cls, texts: Iterable[str]) -> "CharTokenizer":
-        return cls("".join(sorted(set(itertools.chain.from_iterable(texts)))))
-
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [self._encode(text) for text in texts]
-
-    def _encode(self, text: str) -> np.ndarray:
-        codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
-        ids = np.searchsorted(self._codes, codes)
-        # searchsorted gives the place of an unknown character too, one past the end at most.
-        known = self._codes[np.minimum(ids, len(self._codes) - 1)] == codes
-        return np.where(known, ids, self.unknown)
+        encoded = []
+        for text in texts:
+            codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+            ids = np.searchsorted(self._codes, codes)
+            # searchsorted gives the place of an unknown character too, one past the end at most.
+            known = self._codes[np.minimum(ids, len(self._codes) - 1)] == codes
+            encoded.append(np.where(known, ids, self.unknown))
+        return encoded
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         shown = [*self._characters, "", "\ufffd"]
@@ -146,7 +142,7 @@ class LibraryTokenizer(Tokenizer):
         try:
             self._library: Any = Library.from_str(text)
         except Exception as error:  # the library raises plain Exception
-            raise TokenizerError(_broken(name, str(error))) from None
+            raise _broken(name, error) from None
         # The file may set these for its own use; our documents are neither cut nor filled up.
         self._library.no_truncation()
         self._library.no_padding()
@@ -154,17 +150,13 @@ class LibraryTokenizer(Tokenizer):
         self._special = {i for i, token in self._library.get_added_tokens_decoder().items() if token.special}
         # Not the number of tokens: ids may have gaps, and the embedding needs a row up to the largest.
         self.vocab_size = 1 + max(self._library.get_vocab(with_added_tokens=True).values(), default=-1)
-        self.end_of_document = self._find_end(name)
-
-    def _find_end(self, name: str) -> int:
-        for token in _KNOWN_ENDS:
-            found = self._library.token_to_id(token)
-            if found is not None and found in self._special:
-                return found
-        raise TokenizerError(
-            f"{name} has no token that ends a document.\n"
-            f"  One of {', '.join(_KNOWN_ENDS)} must be among its special tokens. Add {END} to its added_tokens."
-        )
+        ends = [i for i in map(self._library.token_to_id, _KNOWN_ENDS) if i in self._special]
+        if not ends:
+            raise TokenizerError(
+                f"{name} has no token that ends a document.\n"
+                f"  One of {', '.join(_KNOWN_ENDS)} must be among its special tokens. Add {END} to its added_tokens."
+            )
+        self.end_of_document = ends[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         with _threads():
@@ -182,28 +174,22 @@ class LibraryTokenizer(Tokenizer):
         # The bytes of byte-level BPE's tokens are in its vocabulary; others only by decoding a token after another one.
         is_byte_level = '"ByteLevel"' in json.dumps(json.loads(self._text).get("decoder"))
         added = self._library.get_added_tokens_decoder()
-        anchor = None if is_byte_level else self._anchor()
+        # A plain word to decode other tokens after: at the start of a text, "▁the" loses its space.
+        plain = {t: i for t, i in self._library.get_vocab().items() if t.isascii() and t.isalnum()}
+        anchor = plain[min(plain)] if plain else 0
+        before = len(self._library.decode([anchor]).encode())
         for token, i in self._library.get_vocab(with_added_tokens=True).items():
             if i in self._special:
                 continue
             if i in added:
                 lengths[i] = len(token.encode())
-            elif anchor is None:
+            elif is_byte_level:
                 lengths[i] = len(token)  # byte-level BPE writes each byte as one character
+            elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+                lengths[i] = 1  # a raw byte, for characters outside the vocabulary
             else:
-                lengths[i] = self._bytes_after(anchor, token, i)
+                lengths[i] = max(len(self._library.decode([anchor, i]).encode()) - before, 0)
         return lengths
-
-    def _anchor(self) -> int:
-        """Return a plain word's id to decode other tokens after: at the start of a text, "▁the" loses its space."""
-        plain = {t: i for t, i in self._library.get_vocab().items() if t.isascii() and t.isalnum()}
-        return plain[min(plain)] if plain else 0
-
-    def _bytes_after(self, anchor: int, token: str, i: int) -> int:
-        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            return 1  # a raw byte, for characters outside the vocabulary
-        with_token, without = self._library.decode([anchor, i]), self._library.decode([anchor])
-        return max(len(with_token.encode()) - len(without.encode()), 0)
 
 
 def train(kind: str, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -214,7 +200,9 @@ def train(kind: str, texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """
     if kind == "bytes":
         return ByteTokenizer()
-    return CharTokenizer.train(texts) if kind == "chars" else _train_bpe(texts, vocab_size)
+    if kind == "chars":
+        return CharTokenizer("".join(sorted(set(itertools.chain.from_iterable(texts)))))
+    return _train_bpe(texts, vocab_size)
 
 
 def from_json(text: str, name: str) -> Tokenizer:
@@ -222,7 +210,7 @@ def from_json(text: str, name: str) -> Tokenizer:
     try:
         tree = files.parse_object(text)
     except ValueError as error:
-        raise TokenizerError(_broken(name, str(error))) from None
+        raise _broken(name, error) from None
     kind = tree.get("toprope")
     if kind == "bytes":
         return ByteTokenizer()
@@ -234,7 +222,7 @@ def from_json(text: str, name: str) -> Tokenizer:
 def read_json(path: Path) -> str:
     """Read a tokenizer.json. Raises TokenizerError if it cannot be read."""
     try:
-        return path.expanduser().read_bytes().decode()  # as bytes: text mode would alter line ends
+        return files.read(path.expanduser()).decode()  # as bytes: text mode would alter line ends
     except FileNotFoundError:
         raise TokenizerError(
             f"{path} does not exist (from {Path.cwd()}).\n"
@@ -244,18 +232,16 @@ def read_json(path: Path) -> str:
         rule, remedy = "It says what the token ids mean.", "Make it readable."
         raise TokenizerError(errors.of_system(error, f"{path} cannot be read", rule, remedy)) from None
     except UnicodeDecodeError as error:
-        raise TokenizerError(_broken(str(path), str(error))) from None
+        raise _broken(str(path), error) from None
     except RuntimeError:
         raise TokenizerError(
             f"{path} has no place: the home directory is not known.\n  Write the whole path, or set $HOME."
         ) from None
 
 
-def _broken(name: str, why: str) -> str:
-    return (
-        f"{name} is no usable tokenizer: {why}.\n"
-        "  It must be a whole tokenizer.json as the tokenizers library saves it. Save or copy it again."
-    )
+def _broken(name: str, why: object) -> TokenizerError:
+    rule = "It must be a whole tokenizer.json as the tokenizers library saves it. Save or copy it again."
+    return TokenizerError(f"{name} is no usable tokenizer: {why}.\n  {rule}")
 
 
 def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -280,18 +266,14 @@ def _sample(texts: Iterable[str]) -> list[str]:
     """Return pieces of the texts in order, at most BPE_TRAINING_CHARACTERS together, chosen by their hash."""
     kept: list[tuple[int, int, str]] = []  # a heap: the piece with the largest hash is dropped first
     total = 0
-    for order, piece in enumerate(_pieces(texts)):
+    pieces = (text[start : start + _PIECE] for text in texts for start in range(0, len(text), _PIECE))
+    for order, piece in enumerate(pieces):
         rank = int.from_bytes(hashlib.blake2b(piece.encode(), digest_size=8).digest(), "big")
         heapq.heappush(kept, (-rank, order, piece))
         total += len(piece)
         while total > BPE_TRAINING_CHARACTERS and len(kept) > 1:  # one piece is always kept
             total -= len(heapq.heappop(kept)[2])
     return [piece for _, _, piece in sorted(kept, key=lambda entry: entry[1])]
-
-
-def _pieces(texts: Iterable[str]) -> Iterator[str]:
-    for text in texts:
-        yield from (text[start : start + _PIECE] for start in range(0, len(text), _PIECE))
 
 
 @contextmanager
@@ -301,12 +283,12 @@ def _threads() -> Iterator[None]:
     A forked child does not have the thread pool and would hang on it. A value that the user has set is kept.
     """
     name = "TOKENIZERS_PARALLELISM"
-    if name in os.environ and not _parallelism_is_ours:
-        yield
-        return
-    _parallelism_is_ours.add(True)
-    os.environ[name] = "true"
+    is_ours = name not in os.environ or _parallelism_is_ours
+    if is_ours:
+        _parallelism_is_ours.add(True)
+        os.environ[name] = "true"
     try:
         yield
     finally:
-        os.environ[name] = "false"
+        if is_ours:
+            os.environ[name] = "false"

@@ -12,11 +12,11 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -87,20 +87,15 @@ def open_or_build(
     TokenizerError if the store's tokenizer is not the one it was written with.
     """
     content = corpus.shaped_by(root, progress)
-    shape = {
-        **shaped_by,
-        "corpus": content,
-        "format": FORMAT,
-        "tokenizers": version("tokenizers"),
-    }
-    key = hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()
+    shape = {**shaped_by, "corpus": content, "format": FORMAT, "tokenizers": version("tokenizers")}
+    key = files.json_sha256(shape)
 
     def build(directory: Path) -> None:
         meta = _write(directory, corpus, make_tokenizer(), parts, route, progress)
         if corpus.shaped_by(root) != content:
             raise CorpusError(f"{corpus.source} changed while it was read.\n  Start again when nothing writes to it.")
         meta = {"key": key, "source": corpus.source, "shaped_by": shape, **meta}
-        meta["sha256"] = _meta_sha256(meta)
+        meta["sha256"] = files.json_sha256(meta)
         (directory / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
     name = f"store-{key[:16]}"
@@ -118,7 +113,12 @@ def open_or_build(
 def open_store(directory: Path, verify: bool = False) -> TokenStore:
     """Map a store's files. Raises CorpusError if one is missing, has another size or, with `verify`, another checksum;
     TokenizerError as above."""
-    meta = _read_meta(directory)
+    try:
+        meta = files.read_object(directory / "meta.json")
+    except (OSError, ValueError) as error:
+        raise _damaged(directory, f"meta.json cannot be read ({error})") from None
+    if meta.pop("sha256", None) != files.json_sha256(meta):
+        raise _damaged(directory, "meta.json has another checksum than when it was written")
     tokenizer = Tokenizer.load(directory / "tokenizer.json")
     # A replaced tokenizer.json would turn every id into other text without any other sign.
     if (tokenizer.sha256, tokenizer.vocab_size) != (meta["tokenizer_sha256"], meta["vocab_size"]):
@@ -150,21 +150,6 @@ def _damaged(directory: Path, why: str) -> CorpusError:
     )
 
 
-def _meta_sha256(meta: Mapping[str, Any]) -> str:
-    covered = {name: value for name, value in meta.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
-
-
-def _read_meta(directory: Path) -> dict[str, Any]:
-    try:
-        meta = files.read_object(directory / "meta.json")
-    except (OSError, ValueError) as error:
-        raise _damaged(directory, f"meta.json cannot be read ({error})") from None
-    if meta.get("sha256") != _meta_sha256(meta):
-        raise _damaged(directory, "meta.json has another checksum than when it was written")
-    return meta
-
-
 def _open_part(directory: Path, name: str, entry: Mapping[str, Any], dtype: np.dtype[Any], verify: bool) -> Part:
     path, path_of_digests = directory / f"{name}.bin", directory / f"{name}.digests.npy"
     if entry["dtype"] != dtype.str:
@@ -174,7 +159,7 @@ def _open_part(directory: Path, name: str, entry: Mapping[str, Any], dtype: np.d
         if size != entry["tokens"] * dtype.itemsize:
             raise _damaged(directory, f"{path.name} has {size} bytes instead of {entry['tokens'] * dtype.itemsize}")
         for file, sha256 in ((path, entry["sha256"]), (path_of_digests, entry["digests_sha256"])):
-            if verify and _sha256(file) != sha256:
+            if verify and files.sha256(file) != sha256:
                 raise _damaged(directory, f"{file.name} has another checksum than when it was written")
         digests = np.load(path_of_digests, mmap_mode="r")
         if (digests.dtype.str, digests.shape) != ("|S16", (entry["documents"],)):
@@ -183,11 +168,6 @@ def _open_part(directory: Path, name: str, entry: Mapping[str, Any], dtype: np.d
     except (OSError, ValueError) as error:
         raise _damaged(directory, str(error)) from None
     return Part(tokens, digests, entry["sha256"], entry["documents"], entry["bytes"])
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write(
@@ -199,24 +179,24 @@ def _write(
     progress: ProgressCallback,
 ) -> dict[str, Any]:
     """Encode the corpus into `directory`; return the counts for meta.json."""
-    tally = Tally()
+    tally, dtype, encoder = Tally(), token_dtype(tokenizer.vocab_size), _Encoder(tokenizer)
     with ExitStack() as stack:
-        dtype = token_dtype(tokenizer.vocab_size)
-        writers = {name: stack.enter_context(closing(_PartWriter(directory, name, dtype))) for name in parts}
-        encoder = _Encoder(tokenizer)
+        opened = {name: stack.enter_context((directory / f"{name}.bin").open("wb")) for name in parts}
+        writers = {name: _PartWriter(file, dtype) for name, file in opened.items()}
         for document in reported(corpus, tally, "encoding", progress):
             for part, text in route(document).items():
                 if text:
-                    writers[part].count(document, text)  # before add, which may cut the text in pieces
+                    writers[part].digests.append(document.digest[:16])
+                    writers[part].text_bytes += len(text.encode())
                     encoder.add(writers[part], text)
         encoder.flush()
+    for name, writer in writers.items():
+        if not writer.digests:
+            raise empty_part(name, corpus, tally)
     tokenizer.save(directory / "tokenizer.json")
-    return {
-        "tokenizer_sha256": tokenizer.sha256,
-        "vocab_size": tokenizer.vocab_size,
-        "tally": asdict(tally),
-        "parts": {name: writer.finish(corpus, tally) for name, writer in writers.items()},
-    }
+    described = {name: writer.describe(directory / f"{name}.digests.npy") for name, writer in writers.items()}
+    counts = {"tokenizer_sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size, "tally": asdict(tally)}
+    return counts | {"parts": described}
 
 
 def reported(corpus: Corpus, tally: Tally, phase: str, progress: ProgressCallback) -> Iterator[Document]:
@@ -232,43 +212,31 @@ def reported(corpus: Corpus, tally: Tally, phase: str, progress: ProgressCallbac
     progress(phase, tally.bytes, tally.bytes)
 
 
+@dataclass
 class _PartWriter:
     """Appends tokens to one file, and keeps its digest and counts."""
 
-    def __init__(self, directory: Path, name: str, dtype: np.dtype[Any]) -> None:
-        self._directory, self._name, self._dtype = directory, name, dtype
-        self._hash = hashlib.sha256()
-        self._digests: list[bytes] = []
-        self._tokens = self._bytes = 0
-        self._file = (directory / f"{name}.bin").open("wb")
-
-    def close(self) -> None:
-        self._file.close()
-
-    def count(self, document: Document, text: str) -> None:
-        self._digests.append(document.digest[:16])
-        self._bytes += len(text.encode())
+    file: IO[bytes]
+    dtype: np.dtype[Any]
+    hash: Any = field(default_factory=hashlib.sha256)
+    digests: list[bytes] = field(default_factory=list)
+    """Of the documents with text in this part."""
+    tokens: int = 0
+    text_bytes: int = 0
 
     def append(self, ids: np.ndarray) -> None:
-        raw = ids.astype(self._dtype).tobytes()  # hashed as written, so that opening need not convert
-        self._file.write(raw)
-        self._hash.update(raw)
-        self._tokens += len(ids)
+        raw = ids.astype(self.dtype).tobytes()  # hashed as written, so that opening need not convert
+        self.file.write(raw)
+        self.hash.update(raw)
+        self.tokens += len(ids)
 
-    def finish(self, corpus: Corpus, tally: Tally) -> dict[str, Any]:
-        if not self._digests:
-            raise empty_part(self._name, corpus, tally)
-        digests = np.sort(np.array(self._digests, dtype="S16"))
-        path = self._directory / f"{self._name}.digests.npy"
-        np.save(path, digests)
+    def describe(self, path_of_digests: Path) -> dict[str, Any]:
+        """Write the documents' digests; return the part's entry in meta.json."""
+        np.save(path_of_digests, np.sort(np.array(self.digests, dtype="S16")))
         return {
-            "documents": len(self._digests),
-            "bytes": self._bytes,
-            "tokens": self._tokens,
-            "dtype": self._dtype.str,
-            "sha256": self._hash.hexdigest(),
-            "digests_sha256": _sha256(path),
-        }
+            "documents": len(self.digests), "bytes": self.text_bytes, "tokens": self.tokens, "dtype": self.dtype.str,
+            "sha256": self.hash.hexdigest(), "digests_sha256": files.sha256(path_of_digests),
+        }  # fmt: skip
 
 
 def empty_part(part: str, corpus: Corpus, tally: Tally) -> CorpusError:
@@ -297,7 +265,11 @@ class _Encoder:
     def add(self, writer: _PartWriter, text: str) -> None:
         start = 0
         while start < len(text):
-            end = _piece_end(text, start)
+            end = len(text)
+            if end - start > _BATCH_CHARACTERS:  # too long to be encoded at once
+                # Text without a safe place is cut anywhere: one word of a megabyte may then get other tokens.
+                cut = _SAFE_CUT.search(text, start + _BATCH_CHARACTERS // 2, start + _BATCH_CHARACTERS)
+                end = cut.start() if cut else start + _BATCH_CHARACTERS
             self._pending.append((writer, text[start:end], end == len(text)))
             self._characters += end - start
             if self._characters >= _BATCH_CHARACTERS:
@@ -312,13 +284,3 @@ class _Encoder:
             if is_last:  # a document ends with its last piece
                 writer.append(end)
         self._pending, self._characters = [], 0
-
-
-def _piece_end(text: str, start: int) -> int:
-    """Return where to cut a text that is too long to be encoded at once."""
-    if len(text) - start <= _BATCH_CHARACTERS:
-        return len(text)
-    soft = start + _BATCH_CHARACTERS // 2
-    # Text without a safe place is cut anywhere: one word of a megabyte may then get other tokens.
-    cut = _SAFE_CUT.search(text, soft, start + _BATCH_CHARACTERS)
-    return cut.start() if cut else start + _BATCH_CHARACTERS

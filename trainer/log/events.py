@@ -278,8 +278,18 @@ def events_directory(run: Path) -> Path:
 
 def next_attempt(run: Path) -> int:
     """Number of the attempt that starts now, counted from the log: 0 for a new run."""
-    names = [path.name for path in events_directory(run).glob("attempt-*-rank-*.jsonl")]
+    names = _names(events_directory(run), "attempt-*-rank-*.jsonl")
     return max((int(name.split("-")[1]) for name in names), default=-1) + 1
+
+
+def _names(directory: Path, pattern: str) -> list[str]:
+    try:
+        return files.names(directory, pattern)
+    except NotADirectoryError:  # the run itself is a file, which its claim refuses
+        return []
+    except OSError as error:
+        fact, rule = f"{directory} cannot be listed", "It holds the run's log."
+        raise RunDirectoryError(of_system(error, fact, rule, "Make it readable.")) from None
 
 
 class Follower:
@@ -291,16 +301,16 @@ class Follower:
 
     def __init__(self, run: Path, names: str = "*.jsonl") -> None:
         self._directory, self._pattern = events_directory(run), names
-        self._files: dict[Path, _File] = {}
+        self._files: dict[str, _File] = {}
 
     def poll(self) -> list[Entry]:
         """Return what was written since the last poll, in order of attempt, then time.
 
         Raises RunDirectoryError on a damaged line; the next poll continues after it.
         """
-        for path in sorted(self._directory.glob(self._pattern)):
-            if not path.name.startswith("."):  # ._NAME and the like, which a desktop or a copier leaves
-                self._files.setdefault(path, _File(path))
+        for name in _names(self._directory, self._pattern):
+            if not name.startswith("."):  # ._NAME and the like, which a desktop or a copier leaves
+                self._files.setdefault(name, _File(self._directory / name))
         new = [entry for file in self._files.values() for entry in file.poll()]
         return sorted(new, key=lambda e: (e.attempt, e.time, e.rank))
 
@@ -354,5 +364,5 @@ def _decode(record: dict[str, Any]) -> Entry:
     try:
         _model(cls).model_validate(record)
     except ValidationError as error:
-        raise ValueError("; ".join(map(str, mistakes(error, record))).removesuffix(".")) from None
+        raise ValueError("; ".join(f"{wrong.where}: {wrong.rule}" for wrong in mistakes(error, record))) from None
     return Entry(record.pop("attempt"), record.pop("rank"), record.pop("time"), cls(**record))

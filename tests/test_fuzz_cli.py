@@ -1,0 +1,504 @@
+"""Every command × what may be wrong around it: a documented exit status, a message, no traceback, nothing spoilt.
+
+The cases are tables: a command, what was done to its surroundings, the right status. Each runs in a process forked from
+one that has imported everything, in a directory of its own. For every case it holds that
+
+- it ends within its time, with 0, 1, 2 or 75, and with the status of the table where there is one;
+- if it fails, it says what is wrong and, in an indented line, what to do; no traceback in any case;
+- what lies beside the places that the command is for is the same afterwards, to the byte.
+"""
+
+import itertools
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT, write_corpus
+from tests.test_ladder_file import ARM, HEAD, RUNGS, SIZES, TINY
+from trainer.launch import forkserver
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="cases are forked, which only Linux does here")
+
+AT_ONCE = 3
+SECONDS = 12.0
+IMPORTED = [
+    *forkserver.PRELOADED,
+    "trainer.cli", "trainer.sample", "trainer.costs", "trainer.chaos.run",
+    "trainer.chaos.report", "trainer.ladder.run", "trainer.ladder.report", "trainer.ladder.terminal",
+    "trainer.faults.attribution", "trainer.show.inspect", "trainer.show.curves", "trainer.show.timeline",
+    "matplotlib.backends.backend_agg", "pyarrow.parquet",
+]  # fmt: skip
+CAMPAIGN = 'question = "Is it told?"\nconfig = "tiny.toml"\nranks = 1\n[[runs]]\nname = "calm"\n'
+MESSAGE = re.compile(r"^\w+: .+?\n  +\S|^ *Usage: |^╭─ Error ", re.MULTILINE | re.DOTALL)
+"""Fact, then an indented remedy; or the usage that typer prints for arguments that make no command."""
+
+Change = Callable[[Path], object]
+"""Makes something wrong with a path, or in a case's directory."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command in a directory where something may be wrong."""
+
+    name: str
+    command: Sequence[str | bytes]
+    change: Change = lambda directory: None
+    """Done to the case's directory beforehand."""
+    status: tuple[int, ...] = (0, 1, 2, 75)
+    """The right ones."""
+    writes: str = ""
+    """Names in the case's directory that the command is for."""
+    environment: dict[str, str | None] = field(default_factory=dict)
+    """Variables that differ; None removes one."""
+    how: dict[str, str] = field(default_factory=dict)
+    """Options of tests.fuzzed_command."""
+    says: str = ""
+    """Part of the message."""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[forkserver.ForkServer]:
+    server = forkserver.spawn(IMPORTED)
+    assert server is not None
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def world(server: forkserver.ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The surroundings of a case: files to start from, and a finished run."""
+    world = tmp_path_factory.mktemp("fuzz") / "world"
+    for folder in ("home", "tmp", "other"):
+        (world / folder).mkdir(parents=True)
+    write_corpus(world / "corpus")
+    (world / "tiny.toml").write_text(TINY.format(corpus="corpus/*.txt") + "[budget]\nsteps = 10\n")
+    (world / "campaign.toml").write_text(CAMPAIGN)
+    (world / "ladder.toml").write_text(HEAD + SIZES + RUNGS + ARM)
+    status, output = run(server, world, Case("", ["train", "tiny.toml", "--run", "run"]))
+    assert status == 0, output
+    return world
+
+
+def run(server: forkserver.ForkServer, directory: Path, case: Case) -> tuple[int, str]:
+    """Return a command's exit status and everything that it printed."""
+    environment = dict(os.environ) | {
+        "HOME": "{}/home", "TMPDIR": "{}/tmp", "XDG_CACHE_HOME": "", "PYTHONPATH": str(ROOT), **case.environment
+    }  # fmt: skip
+    present = {name: value.replace("{}", str(directory)) for name, value in environment.items() if value is not None}
+    output = directory.parent / f"{directory.name}.txt"
+    arguments = [json.dumps(case.how), *map(os.fsdecode, case.command)]
+    child = server.start("tests.fuzzed_command", arguments, present, directory=directory, output=output)
+    assert child is not None
+    try:
+        return child.wait(SECONDS), output.read_text(errors="replace")
+    finally:
+        child.kill()
+
+
+def contents(directory: Path, leaving_out: set[str]) -> dict[str, tuple[int, object]]:
+    """Mode, and content or target, of everything below a directory."""
+    found = {}
+    for folder, folders, names in os.walk(directory):
+        if Path(folder) == directory:
+            folders[:] = [name for name in folders if name not in leaving_out]
+            names = [name for name in names if name not in leaving_out]
+        for path in (Path(folder, name) for name in (*folders, *names)):
+            status = path.lstat()
+            what = path.readlink() if path.is_symlink() else path.read_bytes() if path.is_file() else None
+            found[str(path)] = (status.st_mode, what)
+    return found
+
+
+def problem(server: forkserver.ForkServer, world: Path, directory: Path, case: Case) -> str | None:
+    """Run one case; return what is wrong with how it ended."""
+    shutil.copytree(world, directory, symlinks=True)
+    try:
+        case.change(directory)
+        leaving_out = {"tmp", *case.writes.split()}
+        before = contents(directory, leaving_out)
+        try:
+            status, output = run(server, directory, case)
+        except Exception as error:
+            return f"{type(error).__name__} {error}"
+        wrong = [
+            f"exit status {status} instead of {case.status}" * (status not in case.status),
+            "a traceback" * ("Traceback" in output),
+            "no fact and remedy" * (status in (1, 2) and "DAMAGED" not in output and not MESSAGE.search(output)),
+            f"no {case.says!r}" * (case.says not in output),
+            ", ".join(f"{path} changed" for path, _ in before.items() ^ contents(directory, leaving_out).items()),
+        ]
+        wrong = "; ".join(filter(None, wrong))
+        return f"{wrong}\n{output[-1500:]}" if wrong else None
+    finally:
+        for folder, folders, _ in os.walk(directory):  # top down: modes are given back before a folder is entered
+            for name in folders:
+                if not Path(folder, name).is_symlink():
+                    Path(folder, name).chmod(0o755)
+        shutil.rmtree(directory)
+
+
+COMMANDS: dict[str, list[str]] = {
+    "train": ["train", "{}", "--run", "out"],
+    "dry run": ["train", "{}", "--dry-run"],
+    "inspect": ["inspect", "{}"],
+    "verify": ["verify", "{}"],
+    "sample": ["sample", "{}", "--tokens", "4"],
+    "plot": ["plot", "{}"],
+    "chaos": ["chaos", "{}", "--out", "out"],
+    "ladder plan": ["ladder", "plan", "{}", "--out", "out"],
+    "ladder run": ["ladder", "run", "{}", "--out", "out"],
+    "ladder status": ["ladder", "status", "{}", "--out", "out"],
+    "ladder report": ["ladder", "report", "{}", "--out", "out"],
+}
+OF_RUNS = ("inspect", "verify", "sample", "plot")
+FILES = {"train": "tiny.toml", "dry run": "tiny.toml", "chaos": "campaign.toml"} | dict.fromkeys(OF_RUNS, "run")
+"""What each command takes; others take ladder.toml."""
+
+
+SLOW = ("ladder plan", "ladder run")
+"""They begin to import torch in processes of their own before they look at their files: seconds for each case."""
+FEW = ("missing", "a pipe", "a closed file", "below a file", "a closed folder")
+"""What is tried with them too."""
+
+
+def command(name: str, argument: str | bytes) -> list[str | bytes]:
+    return [argument if part == "{}" else part for part in COMMANDS[name]]
+
+
+def nothing(directory: Path) -> None:
+    pass
+
+
+def holding(name: str, content: bytes) -> Change:
+    return lambda directory: ((directory / name).write_bytes(content), os.mkfifo(directory / "pipe"))
+
+
+def closed(directory: Path) -> None:
+    """A run that nobody may enter or read."""
+    shutil.copytree(directory / "run", directory / "closed")
+    (directory / "closed").chmod(0)
+
+
+def closed_file(directory: Path) -> None:
+    (directory / "file").write_text("seed = 1")
+    (directory / "file").chmod(0)
+
+
+# Paths that are not what a command needs, and what makes them.
+PATHS: dict[str, tuple[str | bytes, Change]] = {
+    "missing": ("none", nothing),
+    "a dangling link": ("link", lambda d: (d / "link").symlink_to("none")),
+    "a link to itself": ("link", lambda d: (d / "link").symlink_to("link")),
+    "a pipe": ("pipe", lambda d: os.mkfifo(d / "pipe")),
+    "a device": ("/dev/null", nothing),
+    "too long": ("x" * 300, nothing),
+    "very long": ("x/" * 3000, nothing),
+    "no UTF-8": (b"\xff\xfe", nothing),
+    "below a file": ("tiny.toml/x", nothing),
+    "a user's home": ("~nobody-known/x", nothing),
+    "an empty folder": ("other", nothing),
+    "another sort of file": ("corpus/00.txt", nothing),
+    "a closed folder": ("closed", closed),
+    "below a closed folder": ("closed/config.json", closed),
+    "a closed file": ("file", closed_file),
+    "a system file": ("/proc/self/mem", nothing),
+}
+
+
+def broken_paths() -> Iterator[Case]:
+    for name, (what, (path, change)) in itertools.product(COMMANDS, PATHS.items()):
+        if name in SLOW and what not in FEW:
+            continue
+        yield Case(f"{name}: {what}", command(name, path), change, (2,), "none")
+
+
+# Places that cannot be written; each is OUT of the commands below. All of them are in the case's directory: root, whom
+# the system lets replace even /dev/null, may run this.
+PLACES: dict[str, tuple[str, Change]] = {
+    "a file": ("file", lambda d: (d / "file").write_text("dear")),
+    "below a file": ("file/x", lambda d: (d / "file").write_text("dear")),
+    "a link to itself": ("link", lambda d: (d / "link").symlink_to("link")),
+    "a pipe": ("pipe", lambda d: os.mkfifo(d / "pipe")),
+    "too long": ("x" * 300, nothing),
+    "very long": ("x/" * 3000, nothing),
+    "a closed folder": ("closed", closed),
+    "below a closed folder": ("closed/x", closed),
+    "below a read-only folder": ("other/x", lambda d: (d / "other").chmod(0o555)),
+    "a read-only folder": ("other", lambda d: (d / "other").chmod(0o555)),
+    "a folder of other files": ("corpus", nothing),
+}
+TO_PLACES = {
+    "train": ["train", "tiny.toml", "--run", "OUT"],
+    "plot": ["plot", "run", "--output", "OUT"],
+    "chaos": ["chaos", "campaign.toml", "--out", "OUT"],
+    "ladder plan": ["ladder", "plan", "ladder.toml", "--out", "OUT"],
+    "ladder run": ["ladder", "run", "ladder.toml", "--out", "OUT"],
+    "ladder report": ["ladder", "report", "ladder.toml", "--out", "OUT"],
+}
+
+
+def broken_places() -> Iterator[Case]:
+    for name, (what, (place, change)) in itertools.product(TO_PLACES, PLACES.items()):
+        if name in SLOW and what not in FEW:
+            continue
+        command = [place if part == "OUT" else part for part in TO_PLACES[name]]
+        if name == "plot" and what in ("a file", "a link to itself"):  # which the user has named to be written
+            yield Case(f"{name} to {what}", command, change, (0,), f"{place} timeline.svg")
+        else:
+            yield Case(f"{name} to {what}", command, change, (1, 2))
+
+
+# What may stand in a file of settings.
+CONTENTS: dict[str, bytes] = {
+    "half": b"[model]\nn_layers = 1\n[optim",
+    "binary": bytes(range(256)),
+    "NUL": b"seed = 1\0",
+    "latin-1": 'question = "für wen?"'.encode("latin-1"),
+    "UTF-16": "seed = 1".encode("utf-16"),
+    "a byte-order mark": b"\xef\xbb\xbfseed = 1",
+    "JSON": b'{"seed": 1}',
+    "deep": b"seed = " + b"[" * 100_000,
+    "deep and whole": b"seed = " + b"[" * 3000 + b"]" * 3000,
+    "a deep table": b"a." * 3000 + b"b = 1",
+    "a number of many digits": b"seed = " + b"9" * 5000,
+    "twice": b"seed = 1\nseed = 2",
+    "a list for a table": b"model = [1]\noptim = 3\nruns = 4\nrungs = 5\narms = {}\nfaults = [1]\nset = 1",
+    "a date": b"seed = 2024-01-01\nquestion = 10:00:00\nbaseline = 2024-01-01T00:00:00Z\n",
+    "of itself": b'extends = "wrong.toml"\nconfig = "wrong.toml"\nbaseline = "wrong.toml"\nquestion = "?"',
+    "of none": b'extends = "none.toml"\nquestion = "?"\nconfig = "none.toml"\nbaseline = "none.toml"',
+    "of a folder": b'extends = "other"\nquestion = "?"\nconfig = "other"\nbaseline = "other"',
+    "of a pipe": b'extends = "pipe"\nquestion = "?"\nconfig = "pipe"\nbaseline = "pipe"',
+    "of a name too long": b'extends = "' + b"x" * 300 + b'"\nquestion = "?"\n',
+    "infinite": b"[optim]\nlearning_rate = inf\n[budget]\nsteps = inf",
+    "negative": b"seed = -1\nranks = -1\nseeds = [-1]\n[budget]\nsteps = -3\n[model]\nwidth = -8",
+    "huge": b"seed = 999999999999999999999\n[budget]\nsteps = 999999999999999999999",
+}
+
+
+def broken_settings() -> Iterator[Case]:
+    for name, (what, content) in itertools.product(("dry run", "chaos", "ladder status"), CONTENTS.items()):
+        yield Case(f"{name}: {what}", command(name, "wrong.toml"), holding("wrong.toml", content), (2,))
+
+
+# What may stand in a file of text: its name, its content, and the right status of a dry run of 10 steps.
+TEXTS: dict[str, tuple[str, bytes, int]] = {
+    "nothing": ("a.txt", b"", 2),
+    "blanks": ("a.txt", b" \n\n \t", 2),
+    "one line": ("a.txt", b"one line", 2),
+    "NUL": ("a.txt", b"a\n\0\n" * 50, 2),
+    "latin-1": ("a.txt", "für\n".encode("latin-1") * 50, 2),
+    "UTF-16": ("a.txt", "one\ntwo\n".encode("utf-16"), 2),
+    "a byte-order mark": ("a.txt", b"\xef\xbb\xbf" + b"".join(b"line %d\n" % n for n in range(99)), 0),
+    "no row": ("a.jsonl", b"\n\n", 2),
+    "half a row": ("a.jsonl", b'{"text": "x"}\n{"te', 2),
+    "null": ("a.jsonl", b'{"text": null}\n', 2),
+    "a number": ("a.jsonl", b'{"text": 5}\n', 2),
+    "no column": ("a.jsonl", b'{"body": "x"}\n', 2),
+    "a list": ("a.jsonl", b"[1]\n", 2),
+    "half a pair": ("a.jsonl", b'{"text": "\\ud800"}\n', 2),
+    "deep": ("a.jsonl", b"[" * 100_000, 2),
+    "many digits": ("a.jsonl", b"".join(b'{"text": "t%d", "n": %s}\n' % (n, b"9" * 9000) for n in range(99)), 0),
+    "no parquet": ("a.parquet", b"PAR1" + bytes(100) + b"PAR1", 2),
+    "empty parquet": ("a.parquet", b"", 2),
+    "text as parquet": ("a.parquet", b"one\n" * 50, 2),
+}
+
+
+def broken_texts() -> Iterator[Case]:
+    for (what, (name, content, status)), kind in itertools.product(TEXTS.items(), ("dry run", "train")):
+        options = ["--set", f"data.source={name}", *(["--set", "data.unit=line"] if name == "a.txt" else [])]
+        line = [*command(kind, "tiny.toml"), *options]
+        yield Case(f"{kind}: {what}", line, holding(name, content), (status,), "out")
+    for what, (path, change) in PATHS.items():
+        options = ["--set", "data.source=" + json.dumps(os.fsdecode(path), ensure_ascii=False)]
+        yield Case(f"text: {what}", [*command("train", "tiny.toml"), *options], change, (2,), "out")
+        options[1] = options[1].replace("data.source", "data.tokenizer")
+        yield Case(f"tokenizer: {what}", [*command("train", "tiny.toml"), *options], change, (2,), "out")
+
+
+SETTINGS = [
+    "", "=", "seed", "seed=", "=3", "seed=x", "seed=1e400", "seed=" + "9" * 5000, "seed=" + "[" * 5000, "seed.x=1",
+    "model=1", "model.x.y=1", ".=1", "..seed=1", "a" * 5000 + "=1", "data.source='\0'", "data.source=\"\"",
+    "data.cache_dir=\"~nobody-known\"", "data.cache_dir='\0'", "data.cache_dir=tiny.toml", "eval.sets=['x']",
+    "eval.sources.x='none'", "budget.steps=0", "model.width=99999999", "parallel.device='tpu'", "wandb.mode='x'",
+    "data.max_megabytes=nan", "data.heldout_fraction=1.0", "optim.learning_rate=nan", "faults=[{}]",
+    "faults=[{kind='x'}]", "data.source='hub:x/y'",
+]  # fmt: skip
+LEFT_TO_TRAIN = (
+    "data.source=\"\"", "data.cache_dir=\"~nobody-known\"", "data.cache_dir=tiny.toml", "faults=[{kind='x'}]",
+)  # fmt: skip
+"""What the dry run does not look at: files that may come later, the cache, and faults, whose ranks it does not know."""
+
+
+def broken_settings_of_the_command_line() -> Iterator[Case]:
+    for setting, name in itertools.product(SETTINGS, ("dry run", "train")):
+        status = (0, 2) if name == "dry run" and setting in LEFT_TO_TRAIN else (2,)
+        yield Case(
+            f"{name} {setting[:60]!r}", [*command(name, "tiny.toml"), "--set", setting], status=status, writes="out"
+        )
+
+
+ARGUMENTS = [
+    [], ["x"], ["--x"], ["train"], ["train", "a", "b"], ["train", "tiny.toml", "--set"], ["train", "--ranks", "x"],
+    ["sample", "run", "--tokens", "0"], ["sample", "run", "--temperature", "x"],
+    ["sample", "run", "--temperature", "-1"], ["sample", "run", "--top-k", "-1"], ["sample", "run", "--seed", "9" * 30],
+    ["sample", "run", "--prompt", b"\xff"], ["chaos", "campaign.toml", "--repeat", "0"], ["ladder"], ["ladder", "x"],
+    ["chaos", "campaign.toml", "--only", "none", "--out", "out"],
+    ["ladder", "run", "ladder.toml", "--up-to", "none", "--out", "out"], ["verify"], ["inspect", "--json"],
+    ["train", "tiny.toml", "--dry-run", "--ranks", "0"], ["train", "tiny.toml", "--dry-run", "--ranks", "99"],
+]  # fmt: skip
+
+
+def broken_arguments() -> Iterator[Case]:
+    for arguments in ARGUMENTS:
+        yield Case(" ".join(map(str, arguments)), arguments, status=(2,))
+
+
+ENVIRONMENTS: dict[str, tuple[dict[str, str | None], Change, dict[str, str]]] = {
+    "no home": ({"HOME": None}, nothing, {}),
+    "an empty home": ({"HOME": ""}, nothing, {}),
+    "no such home": ({"HOME": "{}/nowhere/x"}, nothing, {}),
+    "a file for a home": ({"HOME": "{}/tiny.toml"}, nothing, {}),
+    "a read-only home": ({}, lambda d: (d / "home").chmod(0o555), {}),
+    "a closed home": ({}, lambda d: (d / "home").chmod(0), {}),
+    "no temporary folder": ({"TMPDIR": "{}/nowhere/x"}, nothing, {}),
+    "a closed temporary folder": ({}, lambda d: (d / "tmp").chmod(0), {}),
+    "no PATH": ({"PATH": None}, nothing, {}),
+    "locale C": ({"LC_ALL": "C"}, nothing, {"encoding": "ascii"}),
+    "a locale of old": ({"LC_ALL": "de_DE.ISO-8859-1"}, nothing, {"encoding": "latin-1"}),
+    "no such locale": ({"LC_ALL": "xx_YY.none", "LANG": "xx"}, nothing, {}),
+    "no columns": ({"COLUMNS": "0"}, nothing, {}),
+    "one column": ({"COLUMNS": "1"}, nothing, {}),
+    "columns that are no number": ({"COLUMNS": "x"}, nothing, {}),
+    "no terminal known": ({"TERM": "no-such"}, nothing, {}),
+    "colours": ({"FORCE_COLOR": "1"}, nothing, {}),
+    "a notebook's pictures": ({"MPLBACKEND": "module://matplotlib_inline.backend_inline"}, nothing, {}),
+    "no folder for matplotlib": ({"MPLCONFIGDIR": "{}/nowhere/x"}, nothing, {}),
+    "a full disk for output": ({}, nothing, {"output": "full"}),
+    "output closed": ({}, nothing, {"output": "closed"}),
+    "no such W&B mode": ({"WANDB_MODE": "x"}, nothing, {}),
+    "a netrc of another encoding": ({"NETRC": "netrc"}, lambda d: (d / "netrc").write_bytes(b"machine \xff"), {}),
+    "ranks without torchrun": ({"RANK": "1", "WORLD_SIZE": "2"}, nothing, {}),
+    "a rank that is no number": ({"RANK": "x", "WORLD_SIZE": "y", "LOCAL_RANK": "z"}, nothing, {}),
+    "threads that are no number": ({"OMP_NUM_THREADS": "x"}, nothing, {}),
+    "no such time zone": ({"TZ": "no/such"}, nothing, {}),
+    "a closed cache": ({"TOPROPE_CACHE": "other"}, lambda d: (d / "other").chmod(0), {}),
+    "a file for a cache": ({"TOPROPE_CACHE": "tiny.toml"}, nothing, {}),
+    "a cache below a file": ({"TOPROPE_CACHE": "tiny.toml/x"}, nothing, {}),
+    "a cache of nobody": ({"TOPROPE_CACHE": "~nobody-known/x"}, nothing, {}),
+    "an empty cache": ({"TOPROPE_CACHE": ""}, nothing, {}),
+    "a cache that is a link to itself": ({"TOPROPE_CACHE": "l"}, lambda d: (d / "l").symlink_to("l"), {}),
+}  # fmt: skip
+REFUSED_BY_TRAIN = (
+    "no such W&B mode", "a closed cache", "a file for a cache", "a cache below a file",
+    "a cache of nobody", "a cache that is a link to itself",
+)  # fmt: skip
+
+
+def strange_environments() -> Iterator[Case]:
+    for (what, (environment, change, how)), name in itertools.product(ENVIRONMENTS.items(), FILES):
+        if name in ("chaos", "dry run", "verify"):
+            continue
+        status: tuple[int, ...] = (0,)
+        if how.get("output") in ("full", "closed") and name in OF_RUNS:
+            status = (1,)
+        elif name == "train":
+            status = (2,) if what in REFUSED_BY_TRAIN else (0, 2)
+        yield Case(f"{name}: {what}", command(name, FILES[name]), change, status, "out run home", environment, how)
+
+
+# Damage to a file of a finished run.
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def elsewhere(path: Path) -> None:
+    """A link to the same content outside the run, which is not the run's to write."""
+    target = next(parent for parent in path.parents if parent.name == "run").parent / "other" / path.name
+    path.rename(target)
+    path.symlink_to(target)
+
+
+def folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def to_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+DAMAGES: dict[str, Change] = {
+    "gone": Path.unlink,
+    "emptied": lambda path: path.write_bytes(b""),
+    "halved": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "flipped": flip,
+    "garbage": lambda path: path.write_bytes(bytes(range(256)) * 4),
+    "a folder": folder,
+    "a pipe": to_pipe,
+    "a link": elsewhere,
+    "a link to itself": lambda path: (path.unlink(), path.symlink_to(path.name)),
+    "closed": lambda path: path.chmod(0),
+    "deep": lambda path: path.write_bytes(b"[" * 100_000),
+    "deep objects": lambda path: path.write_bytes(b'{"a":' * 100_000),
+    "null": lambda path: path.write_bytes(b"null\n"),
+    "no keys": lambda path: path.write_bytes(b"{}\n"),
+    "lists": lambda path: path.write_bytes(path.read_bytes().replace(b": {", b": [{").replace(b"}", b"}]")),
+    "other types": lambda path: path.write_bytes(re.sub(rb": \d+", b': "x"', path.read_bytes())),
+}  # fmt: skip
+CHECKPOINT = "checkpoints/step-00000010/"
+OF_JSON = ("deep", "deep objects", "null", "no keys", "lists", "other types")
+DAMAGED: dict[str, dict[str, tuple[int, ...]]] = {
+    "config.json": {"inspect": (0, 2), "verify": (0, 2), "sample": (0, 2), "plot": (0, 2), "train": (0, 2)},
+    "tokenizer.json": {"inspect": (0,), "sample": (0, 2), "train": (0, 2)},
+    "events/attempt-0000-rank-00000.jsonl": {"inspect": (0, 2), "sample": (0,), "plot": (0, 2), "train": (0, 2)},
+    CHECKPOINT + "manifest.json": {"inspect": (0,), "verify": (0, 1), "sample": (0,), "train": (0,)},
+    CHECKPOINT + ".metadata": {"inspect": (0,), "verify": (1,), "sample": (0,)},
+    CHECKPOINT + "__0_0.distcp": {"verify": (1,), "sample": (0,), "train": (0,)},
+}  # fmt: skip
+"""The right statuses, where a command looks at the file. The checkpoint before the damaged one is intact."""
+
+
+def damage_file(name: str, change: Change, directory: Path) -> None:
+    change(directory / "run" / name)
+
+
+def damage() -> Iterator[Case]:
+    for (file, statuses), (what, change) in itertools.product(DAMAGED.items(), DAMAGES.items()):
+        if what in OF_JSON and "json" not in file:
+            continue
+        for name, status in statuses.items():
+            line = ["train", "tiny.toml", "--run", "run"] if name == "train" else command(name, "run")
+            damaged = partial(damage_file, file, change)
+            yield Case(f"{name}: {file} {what}", line, damaged, status, "run" if name in ("train", "plot") else "")
+
+
+GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
+    group.__name__.replace("_", " "): group
+    for group in (broken_paths, broken_places, broken_settings, broken_settings_of_the_command_line, broken_texts,
+                  broken_arguments, strange_environments, damage)
+}  # fmt: skip
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_command_ends_with_a_documented_status_and_a_message(server, world, group):
+    cases = list(GROUPS[group]())
+    assert len({case.name for case in cases}) == len(cases)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        directories = [world.parent / f"{group.replace(' ', '-')}-{number}" for number in range(len(cases))]
+        problems = list(pool.map(lambda case, directory: problem(server, world, directory, case), cases, directories))
+    found = [f"── {case.name}: {wrong}" for case, wrong in zip(cases, problems, strict=True) if wrong]
+    assert not found, f"{len(found)} of {len(cases)}\n" + "\n".join(found)
