@@ -21,7 +21,7 @@ from trainer.log.events import (
     StepDone,
     WorkersLost,
     read,
-)
+)  # fmt: skip
 from trainer.log.history import History
 
 STARTUP = {"imports": 1.5, "data": 0.5}
@@ -30,31 +30,17 @@ NOBODY = "a-host-that-is-not-this-one"
 
 def started(from_step: int = 0, **changes: Any) -> AttemptStarted:
     values: dict[str, Any] = {
-        "world_size": 2,
-        "steps": 60,
-        "fingerprint": "f" * 64,
-        "host": NOBODY,
-        "pid": 1,
-        "device": "cpu",
-        "strategy": "fsdp",
-        "parameters": 1_234_567,
-        "tokens_per_step": 2_048,
-        "startup_seconds": STARTUP,
-    }
+        "world_size": 2, "steps": 60, "fingerprint": "f" * 64, "host": NOBODY, "pid": 1, "device": "cpu",
+        "strategy": "fsdp", "parameters": 1_234_567, "tokens_per_step": 2_048, "startup_seconds": STARTUP,
+    }  # fmt: skip
     return AttemptStarted(from_step=from_step, **(values | changes))
 
 
 def step(number: int, **changes: Any) -> StepDone:
     values: dict[str, Any] = {
-        "loss": 5.0 - number / 100,
-        "grad_norm": 1.25,
-        "learning_rate": 1e-3,
-        "tokens": 2_048,
-        "seconds": 0.5,
-        "samples": f"digest-{number}",
-        "redone": 0,
-        "flushed": None,
-    }
+        "loss": 5.0 - number / 100, "grad_norm": 1.25, "learning_rate": 1e-3, "tokens": 2_048, "seconds": 0.5,
+        "samples": f"digest-{number}", "redone": 0, "flushed": None,
+    }  # fmt: skip
     return StepDone(step=number, **(values | changes))
 
 
@@ -68,12 +54,9 @@ def saved(number: int, stall: float = 0.1) -> CheckpointSaved:
 
 
 def ended(
-    status: str = "finished",
-    number: int = 60,
-    weights: str | None = "a" * 64,
-    state: str | None = None,
+    status: str = "finished", number: int = 60, weights: str | None = "a" * 64, state: str | None = None,
     reason: str = "SIGTERM",
-) -> AttemptEnded:
+) -> AttemptEnded:  # fmt: skip
     return AttemptEnded(status=status, step=number, reason=reason, weights_sha256=weights, state_sha256=state)
 
 
@@ -90,9 +73,8 @@ def killed(rank: int = 1, pid: int = 101) -> WorkersLost:
 
 
 def hung(seconds: float, *culprits: dict[str, Any]) -> Hung:
-    return Hung(
-        step=47, point="before_reduce", seconds=seconds, culprits=list(culprits), collective=None, stacks="stacks/x"
-    )
+    details: Any = {"step": 47, "point": "before_reduce", "collective": None, "stacks": "stacks/x"}
+    return Hung(seconds=seconds, culprits=list(culprits), **details)
 
 
 def entry(event: Event, seconds: float, attempt: int = 0) -> Entry:
@@ -140,26 +122,17 @@ class Run:
         self.write(ended(status, at, None, reason=reason), after, rank)
 
     def fault(
-        self,
-        kind: str,
-        after: float = 0.0,
-        victim: int | None = 1,
-        at: int | None = None,
-        index: int | None = None,
+        self, kind: str, after: float = 0.0, victim: int | None = 1, at: int | None = None, index: int | None = None,
         pid: int | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """A fault fires: its victim writes it down, or the nemesis where it has none."""
         self.now += after
         path = self.path / "events" / "faults.jsonl"
         number = len(path.read_text().splitlines()) if path.exists() else 0
         event = FaultFired(
-            index=number if index is None else index,
-            fault=kind,
-            victim=victim,
-            step=at,
-            phase="before_reduce",
+            index=number if index is None else index, fault=kind, victim=victim, step=at, phase="before_reduce",
             pid=500 + number if pid is None else pid,
-        )
+        )  # fmt: skip
         self._append(path.name, -1 if victim is None else victim, event)
 
     def _append(self, name: str, rank: int, event: Event) -> None:

@@ -162,7 +162,7 @@ def texts(svg: str) -> list[str]:
 
 def test_a_picture_shows_faults_attempts_and_incidents_in_the_colours_of_its_page(tmp_path: Path):
     picture = timeline.svg(read_timeline(killed_once(tmp_path / "run").path), "run-0")
-    assert {"sigkill r1", "0, 2 ranks, died", "1, 2 ranks, finished", "worker lost r1, 3.2 s"} <= set(texts(picture))
+    assert {"sigkill r1", "0, 2 ranks, died", "1, 2 ranks, finished", "rank 1 lost, 3.2 s"} <= set(texts(picture))
     assert 'aria-label="step over 39.5 s: 2 attempts, 1 restarts, 1 faults, 1 incidents"' in picture
     assert all(name.startswith("run-0-") for name in re.findall(r' id="([^"]*)"', picture))
     # Each colour is a variable that a page defines, and a file of its own brings with it.

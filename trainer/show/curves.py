@@ -129,17 +129,8 @@ def incident_labels(incidents: Sequence[Mapping[str, Any]]) -> list[tuple[int, s
         by_step.setdefault(incident["step"], []).append(incident)
     if len(by_step) > MOST_LABELS:
         return []
-    texts = {step: ", ".join(dict.fromkeys(map(_label, same))) for step, same in by_step.items()}
+    texts = {step: ", ".join(dict.fromkeys(map(units.words, same))) for step, same in by_step.items()}
     return [(step, by_step[step][0]["kind"], texts[step]) for step in sorted(by_step)]
-
-
-def _label(incident: Mapping[str, Any]) -> str:
-    kind, rank = incident["kind"], incident["rank"]
-    words = {"worker_lost": "lost", "save_failed": "save failed", "checkpoint_rejected": "damaged checkpoint"}
-    text: str = words.get(kind) or kind.replace("_", " ")
-    if rank is not None and kind in ("worker_lost", "hung"):
-        return f"rank {rank} {text}"
-    return f"workers {text}" if kind == "worker_lost" else text
 
 
 def _half_window(values: int) -> int:

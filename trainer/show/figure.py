@@ -17,31 +17,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# Paper is not plain white: each colour stands for one name, and matplotlib draws in white
 PALETTE: Mapping[str, tuple[str, str]] = {
-    "paper": ("#fffffe", "#14171c"),  # not plain white: each colour stands for one name, and matplotlib draws in white
-    "panel": ("#f7f8fa", "#1b1f26"),
-    "line": ("#e4e7ec", "#2c323b"),
-    "ink": ("#1d2127", "#e6e9ee"),
-    "soft": ("#667085", "#98a2b3"),
-    "grey": ("#8a8f98", "#98a2b3"),
-    "good": ("#1a7343", "#7fd09a"),
-    "good-back": ("#e6f4ea", "#173324"),
-    "bad": ("#b3261e", "#ff9a90"),
-    "bad-back": ("#fce8e6", "#43201d"),
-    "unsure": ("#855b00", "#ecc35c"),
-    "unsure-back": ("#fdf3d7", "#392e12"),
-    "silent": ("#86349b", "#dda0ee"),
-    "silent-back": ("#f6e8fa", "#381f40"),
-    "idle-back": ("#f1f2f5", "#22272f"),
-    "series0": ("#2f6690", "#7fb2dc"),
-    "series1": ("#c8553d", "#f0917b"),
-    "series2": ("#3a7d44", "#84c68e"),
-    "series3": ("#7b5ea7", "#b9a1e0"),
-    "series4": ("#b8860b", "#e0b84d"),
-    "series5": ("#00798c", "#5cc4d4"),
-    "series6": ("#a23b72", "#e08ab8"),
+    "paper": ("#fffffe", "#14171c"), "panel": ("#f7f8fa", "#1b1f26"),
+    "line": ("#e4e7ec", "#2c323b"), "ink": ("#1d2127", "#e6e9ee"),
+    "soft": ("#667085", "#98a2b3"), "grey": ("#8a8f98", "#98a2b3"),
+    "good": ("#1a7343", "#7fd09a"), "good-back": ("#e6f4ea", "#173324"),
+    "bad": ("#b3261e", "#ff9a90"), "bad-back": ("#fce8e6", "#43201d"),
+    "unsure": ("#855b00", "#ecc35c"), "unsure-back": ("#fdf3d7", "#392e12"),
+    "silent": ("#86349b", "#dda0ee"), "silent-back": ("#f6e8fa", "#381f40"),
+    "idle-back": ("#f1f2f5", "#22272f"), "series0": ("#2f6690", "#7fb2dc"),
+    "series1": ("#c8553d", "#f0917b"), "series2": ("#3a7d44", "#84c68e"),
+    "series3": ("#7b5ea7", "#b9a1e0"), "series4": ("#b8860b", "#e0b84d"),
+    "series5": ("#00798c", "#5cc4d4"), "series6": ("#a23b72", "#e08ab8"),
     "series7": ("#6b4226", "#c9a184"),
-}
+}  # fmt: skip
 """Each colour by the name of its CSS variable: on a light page, on a dark one. Pictures are drawn in the light ones."""
 
 
@@ -108,16 +98,13 @@ def png(figure: "Figure", source: str | None = None) -> bytes:
 def svg(figure: "Figure", name: str, title: str, text_as_paths: bool = True) -> str:
     """The figure as an SVG element for a page that defines the palette's variables, so it can be light or dark.
 
-    Args:
-        name: prefix of all ids in it; pages hold several pictures.
-        title: plain text for readers who cannot see the picture.
-        text_as_paths: draw letters as shapes, the same on every machine; else as text, ten times smaller and found by
-            a search, but as wide as the reader's font makes it.
+    `name` begins every id in it: pages hold several pictures. `title` is for readers who cannot see the picture.
+    Letters are drawn as shapes, the same on every machine, or else as text, ten times smaller and found by a search,
+    but as wide as the reader's font makes it.
     """
     font = {} if text_as_paths else {"svg.fonttype": "none", "font.family": ["DejaVu Sans", "sans-serif"]}
     text = _save(figure, "svg", {"Date": None, "Creator": None}, font).decode()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    # Each light shade stands for one name, so the text can be searched for it.
     for variable, (light, _) in PALETTE.items():
         text = text.replace(light, f"var(--{variable})")
     # Ids must differ between the pictures of a page.

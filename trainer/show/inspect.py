@@ -13,7 +13,7 @@ from rich.text import Text
 
 from trainer.log.incidents import first_line
 from trainer.show.live import bar
-from trainer.show.units import UNKNOWN, clock, loss, megabytes, tokens_per_second
+from trainer.show.units import clock, known, loss, megabytes, tokens_per_second
 
 STATUS_COLOURS = {"finished": "green", "running": "cyan", "preempted": "yellow", "failed": "red"}
 CHECKPOINT_STATES = {True: "[green]intact[/]", False: "[red]damaged[/]", None: "not checked"}
@@ -42,7 +42,11 @@ def render(summary: Mapping[str, Any]) -> RenderableType:
         # Text, since whatever a run wrote must not be read as markup.
         rows = ((str(incident["attempt"]), Text(_short(incident["text"]))) for incident in summary["incidents"])
         parts.append(_table(("attempt", "incident"), rows))
-    warnings = [Text(_short(f"warning: {line}"), style="yellow") for line in _warning_lines(summary)]
+    counted = Counter(warning["message"] for warning in summary["warnings"])
+    lines = [message if times == 1 else f"{message} ({times} times)" for message, times in counted.items()]
+    if different := summary["replayed_differently"]:
+        lines.append(f"{len(different)} replayed steps gave another result than before, the first at {different[0]}")
+    warnings = [Text(_short(f"warning: {line}"), style="yellow") for line in lines]
     body = [Padding(part, (1, 0, 0, 2), expand=False) for part in parts]
     return Group(_headline(summary), *body, *([Text()] if warnings else []), *warnings)
 
@@ -50,7 +54,7 @@ def render(summary: Mapping[str, Any]) -> RenderableType:
 def _headline(summary: Mapping[str, Any]) -> Text:
     status, step, steps = summary["status"], summary["step"], summary["steps"]
     done = step / steps if steps and step is not None else 0
-    place = f"  step {_known(step)}/{_known(steps)}" + (f" ({done:.0%})" if steps and step is not None else "")
+    place = f"  step {known(step)}/{known(steps)}" + (f" ({done:.0%})" if steps and step is not None else "")
     return Text.assemble((f"● {status}  ", f"bold {STATUS_COLOURS[status]}"), bar(done, STATUS_COLOURS[status]), place)
 
 
@@ -65,13 +69,13 @@ def _figures(summary: Mapping[str, Any]) -> Table:
         (_, first, first_bits), (_, last, last_bits) = rows[0], rows[-1]
         bits = f"{loss(first_bits)} → {loss(last_bits)} bits per byte"
         grid.add_row(name, f"{first:.4f} → {last:.4f} nats   {bits}")
-    grid.add_row("tokens", f"{_known(summary['tokens'], ',')} at {tokens_per_second(summary['tokens_per_second'])}")
-    where = f"{_known(summary['strategy'])} on {_known(summary['device'])}"
-    grid.add_row("model", f"{_known(summary['parameters'], ',')} parameters, {where}")
+    grid.add_row("tokens", f"{known(summary['tokens'], ',')} at {tokens_per_second(summary['tokens_per_second'])}")
+    where = f"{known(summary['strategy'])} on {known(summary['device'])}"
+    grid.add_row("model", f"{known(summary['parameters'], ',')} parameters, {where}")
     flushed = "unknown" if summary["flushed"] is None else f"{summary['flushed']:.1e}"
     replayed, different = summary["replayed"], len(summary["replayed_differently"])
     equal = f", {different} differed" if different else ", all equal" if replayed else ""
-    grid.add_row("exact sums", f"{_known(summary['redone'])} redone   {flushed} flushed   {replayed} replayed{equal}")
+    grid.add_row("exact sums", f"{known(summary['redone'])} redone   {flushed} flushed   {replayed} replayed{equal}")
     for name in ("fingerprint", "weights_sha256", "state_sha256"):
         if summary[name] is not None:
             # Cut where the terminal ends, never over two lines: `--json` has it whole.
@@ -80,11 +84,11 @@ def _figures(summary: Mapping[str, Any]) -> Table:
 
 
 def _attempt_row(attempt: Mapping[str, Any]) -> tuple[RenderableType, ...]:
-    steps = f"{_known(attempt['from_step'])} → {_known(attempt['to_step'])}"
+    steps = f"{known(attempt['from_step'])} → {known(attempt['to_step'])}"
     ended = attempt["ended"] or "running"
     if attempt["reason"] and ended != "finished":
         ended += f": {first_line(attempt['reason'])}"
-    number, ranks = str(attempt["attempt"]), _known(attempt["world_size"])
+    number, ranks = str(attempt["attempt"]), known(attempt["world_size"])
     return number, ranks, steps, Text(_short(ended)), clock(attempt["seconds"])
 
 
@@ -115,21 +119,6 @@ def _table(columns: Iterable[str], rows: Iterable[tuple[RenderableType, ...]]) -
     return table
 
 
-def _warning_lines(summary: Mapping[str, Any]) -> list[str]:
-    """Each message once, with how often it came."""
-    lines = [
-        f"{message} ({times} times)" if times > 1 else message
-        for message, times in Counter(warning["message"] for warning in summary["warnings"]).items()
-    ]
-    if different := summary["replayed_differently"]:
-        lines.append(f"{len(different)} replayed steps gave another result than before, the first at {different[0]}")
-    return lines
-
-
 def _short(text: str) -> str:
     """`text` with its hashes shortened: in a narrow terminal a whole one would be broken over two lines."""
     return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{20,}\b", r"\1…", text)
-
-
-def _known(value: Any, style: str = "") -> str:
-    return UNKNOWN if value is None else format(value, style)

@@ -60,13 +60,12 @@ class LiveTable:
                 line = textwrap.fill(
                     line, self.width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
                 )
-            self._attempt(self._print, line, style)
+            self._attempt(self._console.print, line, style=style or None, markup=False, emoji=False, soft_wrap=True)
         else:
             self._attempt(print, line, file=self.file, flush=True)
 
     @property
     def width(self) -> int:
-        """Columns of the terminal."""
         return self._console.width
 
     @functools.cached_property
@@ -78,9 +77,6 @@ class LiveTable:
         if not console.is_dumb_terminal:
             self._attempt(self.file.write, terminal.CLEAR)
         return console
-
-    def _print(self, line: "str | Text", style: str) -> None:
-        self._console.print(line, style=style or None, markup=False, emoji=False, soft_wrap=True)
 
     def _start(self) -> None:
         from rich.live import Live

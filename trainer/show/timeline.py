@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trainer.show import figure
-from trainer.show.units import clock, plural
+from trainer.show.units import clock, plural, words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,7 +93,9 @@ def draw(timeline: Mapping[str, Any]) -> "Figure":
         # An attempt that died before its first progress has an incident without a time.
         time = ends.get(incident["attempt"]) if incident["t"] is None else incident["t"]
         if time is not None:
-            incidents.append((Label(_incident_text(incident), time), time + (incident["seconds"] or 0.0)))
+            seconds = incident["seconds"] or 0.0
+            text = words(incident) + (f", {seconds:.1f} s" if seconds >= 0.05 else "")
+            incidents.append((Label(text, time), time + seconds))
     incidents.sort(key=lambda incident: incident[0].time)
     flag_rows = assign_rows(flags, begin, end, inch, FLAG_ROWS)
     incident_rows = assign_rows([label for label, _ in incidents], begin, end, inch, len(incidents))
@@ -102,6 +104,8 @@ def draw(timeline: Mapping[str, Any]) -> "Figure":
     bottom, lanes_height = 0.5, LANE + 2 * GAP + incident_rows * INCIDENT_ROW
     height = bottom + lanes_height + PLOT + flag_rows * FLAG_ROW + 0.15
     with figure.style({"font.size": TEXT_POINTS}):
+        from matplotlib.ticker import MaxNLocator
+
         drawn = figure.new_figure(WIDTH, height, layout="none")
         left, right = LEFT / WIDTH, width / WIDTH
         plot = drawn.add_axes((left, (bottom + lanes_height) / height, right, PLOT / height))
@@ -109,7 +113,17 @@ def draw(timeline: Mapping[str, Any]) -> "Figure":
         highest = max([timeline["steps_budget"] or 1, *(row[1] for row in timeline["steps"])])
         plot.set(xlim=(begin, end), ylim=(0, highest))
         lanes.set(ylim=(lanes_height, 0), yticks=[])  # inches, downwards
-        _dress(plot, lanes)
+        plot.yaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
+        lanes.xaxis.set_major_locator(MaxNLocator(9, steps=[1, 2, 5, 10]))
+        lanes.xaxis.set_major_formatter(lambda t, _: f"{t:g} s" if end - begin < 300 else clock(t))
+        for axes in (plot, lanes):
+            axes.tick_params(length=0, labelcolor=figure.SOFT, labelbottom=axes is lanes)
+            axes.spines[:].set_visible(False)
+        _write(plot, "step", (0, 1), (MARGIN, 5), xycoords="axes fraction", color=figure.SOFT)
+        rows = {"attempt": GAP + LANE / 2, "incident": LANE + 2 * GAP + 0.12}
+        for name, y in rows.items() if incidents else [("attempt", rows["attempt"])]:
+            where = lanes.get_yaxis_transform()
+            _write(lanes, name, (0, y), (MARGIN, 0), xycoords=where, va="center", color=figure.SOFT)
         _draw_progress(plot, timeline)
         _draw_saves_and_evals(plot, timeline)
         _draw_flags(plot, flags)
@@ -134,20 +148,6 @@ def _progress_times(timeline: Mapping[str, Any]) -> list[float]:
 def _write(axes: "Axes", text: str, xy: tuple[float, float], points: tuple[float, float], **style: Any) -> None:
     """Write user text at a place, moved by so many points; outside of the axes too, and never read as a formula."""
     axes.annotate(text, xy, points, textcoords="offset points", annotation_clip=False, parse_math=False, **style)
-
-
-def _dress(plot: "Axes", lanes: "Axes") -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    begin, end = plot.get_xlim()
-    plot.yaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
-    lanes.xaxis.set_major_locator(MaxNLocator(9, steps=[1, 2, 5, 10]))
-    lanes.xaxis.set_major_formatter(lambda t, _: f"{t:g} s" if end - begin < 300 else clock(t))
-    for axes in (plot, lanes):
-        axes.tick_params(length=0, labelcolor=figure.SOFT)
-        axes.spines[:].set_visible(False)
-    plot.tick_params(labelbottom=False)
-    _write(plot, "step", (0, 1), (MARGIN, 5), xycoords="axes fraction", color=figure.SOFT)
 
 
 def _draw_progress(plot: "Axes", timeline: Mapping[str, Any]) -> None:
@@ -205,8 +205,8 @@ def _draw_flags(plot: "Axes", flags: Sequence[Label]) -> None:
         if flag.row is not None:
             _write_label(plot, flag, top, 7.0, xycoords=transform)
     if hidden := sum(flag.row is None for flag in flags):
-        text = f"{hidden} more faults without a label"
-        _write(plot, text, (1, 1), (-4, -4), xycoords="axes fraction", ha="right", va="top", color=figure.SOFT)
+        where: Any = {"xycoords": "axes fraction", "ha": "right", "va": "top", "color": figure.SOFT}
+        _write(plot, f"{hidden} more faults without a label", (1, 1), (-4, -4), **where)
 
 
 def _write_label(axes: "Axes", label: Label, y: float, aside: float, **style: Any) -> None:
@@ -216,12 +216,7 @@ def _write_label(axes: "Axes", label: Label, y: float, aside: float, **style: An
     _write(axes, label.text, (label.time, y), (points, 0), ha=side, va="center", bbox=paper, **style)
 
 
-def _name_lane(lanes: "Axes", name: str, y: float) -> None:
-    _write(lanes, name, (0, y), (MARGIN, 0), xycoords=lanes.get_yaxis_transform(), va="center", color=figure.SOFT)
-
-
 def _draw_attempts(lanes: "Axes", attempts: Sequence[Mapping[str, Any]], inch: float) -> None:
-    _name_lane(lanes, "attempt", GAP + LANE / 2)
     for attempt in attempts:
         # Without a beginning, it died before it was ready.
         begin = attempt["ended"] - 0.02 * inch if attempt["ready"] is None else attempt["ready"]
@@ -239,8 +234,6 @@ def _draw_attempts(lanes: "Axes", attempts: Sequence[Mapping[str, Any]], inch: f
 
 
 def _draw_incidents(lanes: "Axes", incidents: Sequence[tuple[Label, float]], inch: float) -> None:
-    if incidents:
-        _name_lane(lanes, "incident", LANE + 2 * GAP + 0.12)
     for label, until in incidents:
         assert label.row is not None
         y = LANE + 2 * GAP + label.row * INCIDENT_ROW
@@ -270,23 +263,16 @@ def _draw_legend(drawn: "Figure") -> None:
 
 def _flags(faults: Iterable[Mapping[str, Any]]) -> list[Label]:
     """A flag for each fault; one alone where it hits several ranks at once."""
-    flags: list[tuple[Mapping[str, Any], list[int]]] = []
-    newest: dict[tuple[Any, str], tuple[Mapping[str, Any], list[int]]] = {}
+    flags: list[tuple[Mapping[str, Any], list[int | None]]] = []  # a fault and its victims
+    newest: dict[tuple[Any, str], tuple[Mapping[str, Any], list[int | None]]] = {}
     for fault in faults:
-        key, victims = (fault.get("index"), fault["kind"]), [] if fault["victim"] is None else [fault["victim"]]
-        first, ranks = newest.get(key, (fault, victims))
-        if ranks is not victims and fault["t"] - first["t"] < 1.0 and not set(victims) & set(ranks):
-            ranks += victims
+        key, victim = (fault.get("index"), fault["kind"]), fault["victim"]
+        first, victims = newest.get(key, (fault, [victim]))
+        if victim not in victims and fault["t"] - first["t"] < 1.0:
+            victims.append(victim)
         else:
-            newest[key] = (fault, victims)
+            newest[key] = (fault, [victim])
             flags.append(newest[key])
-    texts = (f" r{','.join(map(str, sorted(ranks)))}" if ranks else "" for _, ranks in flags)
+    ranks = (sorted(victim for victim in victims if victim is not None) for _, victims in flags)
+    texts = (f" r{','.join(map(str, hit))}" if hit else "" for hit in ranks)
     return [Label(fault["kind"] + text, fault["t"]) for (fault, _), text in zip(flags, texts, strict=True)]
-
-
-def _incident_text(incident: Mapping[str, Any]) -> str:
-    # Incidents of other kinds carry the rank that wrote them down.
-    is_of_rank = incident["rank"] is not None and incident["kind"] in ("worker_lost", "hung")
-    rank = f" r{incident['rank']}" if is_of_rank else ""
-    seconds = f", {incident['seconds']:.1f} s" if (incident["seconds"] or 0.0) >= 0.05 else ""
-    return f"{incident['kind'].replace('_', ' ')}{rank}{seconds}"

@@ -23,9 +23,9 @@ TRENDS = {
 }  # fmt: skip
 
 
-def known(value: Any) -> str:
-    """The value as text; "?" for None."""
-    return UNKNOWN if value is None else str(value)
+def known(value: Any, style: str = "") -> str:
+    """The value as text, formatted in this style; "?" for None."""
+    return UNKNOWN if value is None else format(value, style)
 
 
 def scientific(value: float | None) -> str:
@@ -97,10 +97,8 @@ def clock(seconds: float | None) -> str:
 
 def duration(seconds: float | None) -> str:
     """A duration as "48 s", "12.5 min" or "3.2 h"."""
-    if seconds is None:
-        return UNKNOWN
-    if seconds < 90:
-        return f"{seconds:.3g} s" if seconds < 10 else f"{seconds:.0f} s"
+    if seconds is None or seconds < 90:
+        return UNKNOWN if seconds is None else f"{seconds:.3g} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
@@ -122,6 +120,16 @@ def p_value(p: float | None) -> str:
 def plural(number: int, noun: str) -> str:
     """ "1 run", "3 runs"."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def words(incident: Mapping[str, Any]) -> str:
+    """An incident as "rank 1 lost" or "save failed"."""
+    kind, rank = incident["kind"], incident["rank"]
+    short = {"worker_lost": "lost", "checkpoint_rejected": "damaged checkpoint"}
+    text: str = short.get(kind) or kind.replace("_", " ")
+    if rank is not None and kind in ("worker_lost", "hung"):  # others carry the rank that wrote them down
+        return f"rank {rank} {text}"
+    return f"workers {text}" if kind == "worker_lost" else text
 
 
 def setting(value: Any) -> str:

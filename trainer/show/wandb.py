@@ -66,10 +66,8 @@ class WandbHelper:
     """The helper process that shows one attempt of a run in W&B, as the trainer sees it. For rank 0 only.
 
     Subscribe it to the event log: a call costs microseconds and notices a helper that died. Whatever goes wrong is
-    reported once, through `on_problem`, on the thread that calls or closes it; training continues.
-
-    The run must have its config.json. Its run id is the W&B run's id, so all attempts are one run there. Offline, each
-    attempt leaves its own folder in RUN/wandb: `wandb sync` joins them later.
+    reported once, through `on_problem`, on the thread that calls or closes it; training continues. The run id in
+    config.json is the W&B run's id. Offline, each attempt leaves a folder in RUN/wandb: `wandb sync` joins them later.
     """
 
     def __init__(
@@ -221,10 +219,8 @@ def open_run(arguments: dict[str, Any], finish_timeout_seconds: float) -> Any:
 class _Metrics:
     """Shows log entries in a W&B run: metrics, incidents, alerts.
 
-    Counts are those of the whole run, `earlier` attempts included: `run/attempt` beside every step (where it changes,
-    the run was restarted; steps shown twice were replayed); `run/incidents`, `run/restarts`, `run/lost_steps`,
-    `run/seconds_without_training` and the line `run/incident` at each incident's step, which raises an alert too;
-    `checkpoint/failures` beside `checkpoint/stall_seconds` and `checkpoint/seconds`.
+    Counts are those of the whole run, `earlier` attempts included. Where `run/attempt` changes, the run was restarted;
+    steps shown twice were replayed. Each incident has a row at its step, and raises an alert.
 
     W&B numbers its rows by `_step`, and offline each process begins at 0: rows of another attempt under numbers that
     were given before are lost when the folders are uploaded. The log says how many rows the earlier attempts made.
