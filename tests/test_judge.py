@@ -179,6 +179,12 @@ def test_runs_on_no_one_line_of_compute_are_fitted_by_surfaces_that_are_tested_o
     assert form["target"]["parameters"] == pytest.approx(ratio * (1e22 / 6) ** (0.37 / 0.71), rel=0.1)
     assert "E + A / N^α + B / D^β: E 1.8" in shown(tree)
     assert "Loss against parameters and tokens" in report.html(tree, [])
+    both = [
+        row | {"arm": arm, "loss": row["loss"] - gain} for row in table for arm, gain in (("base", 0), ("new", 0.01))
+    ]
+    tree = judge(str(write(tmp_path / "both.csv", both)), target_flops=1e22)
+    differences = [row["difference"]["value"] for row in tree["differences"]]
+    assert differences == pytest.approx([-0.01] * 12) and "size by size" in " ".join(tree["notices"])
     table[-1]["loss"] += 0.2
     tree = judge(str(write(tmp_path / "odd.csv", table)), target_flops=1e22)
     assert "misses the largest" in " ".join(tree["notices"])

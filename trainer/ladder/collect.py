@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from trainer.errors import NumericsError, TopropeError
 from trainer.fleet.run_store import RunState, RunStatus, StoredRun
 from trainer.ladder.plan.ladder import Ladder, PlannedRun
@@ -191,13 +193,12 @@ def _score(history: History, run: CollectedRun, metric: str, unit: str) -> dict[
 
 def find_spikes(losses: Sequence[float]) -> list[int]:
     """Return the steps (from 1) whose loss is a spike: see SPIKE_WINDOW and SPIKE_DEVIATIONS."""
-    spikes = []
-    for number in range(SPIKE_WINDOW, len(losses)):
-        # Medians, because an earlier spike in the window must not hide this one.
-        before = losses[number - SPIKE_WINDOW : number]
-        median = statistics.median(before)
-        # Median absolute deviation; 1.4826 makes it the standard deviation of normally distributed losses.
-        deviation = 1.4826 * statistics.median(abs(loss - median) for loss in before)
-        if losses[number] > median + SPIKE_DEVIATIONS * deviation > median:
-            spikes.append(number + 1)
-    return spikes
+    if len(losses) <= SPIKE_WINDOW:
+        return []
+    before = np.lib.stride_tricks.sliding_window_view(np.array(losses[:-1]), SPIKE_WINDOW)
+    # Medians, because an earlier spike in the window must not hide this one. 1.4826 makes the median absolute
+    # deviation the standard deviation of normally distributed losses.
+    median = np.median(before, axis=1)
+    deviation = 1.4826 * np.median(abs(before - median[:, None]), axis=1)
+    found = (np.array(losses[SPIKE_WINDOW:]) > median + SPIKE_DEVIATIONS * deviation) & (deviation > 0)
+    return (np.flatnonzero(found) + SPIKE_WINDOW + 1).tolist()

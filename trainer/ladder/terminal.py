@@ -39,12 +39,7 @@ def plan_json(ladder: Ladder, status: LadderStatus, source: str, edits: Edits) -
             {"name": arm.name, "question": arm.question, "set": arm.settings, "combines": list(arm.combines)}
             for arm in ladder.arms
         ],
-        "runs": [
-            _run_json(run, status)
-            | _fields(run, "parameters", "tokens", "flops")
-            | {"hours": _hours(status.speed.seconds(run))}
-            for run in status.runs
-        ],
+        "runs": [_run_json(run, status) for run in status.runs],
         "flops": status.flops,
         "hours": _hours(_whole_seconds(status)),
         "hours_left": _hours(status.seconds_left),
@@ -55,8 +50,11 @@ def plan_json(ladder: Ladder, status: LadderStatus, source: str, edits: Edits) -
 
 
 def _run_json(run: PlannedRun, status: LadderStatus) -> dict[str, Any]:
-    steps = {"steps": run.config.budget.steps}
-    return _fields(run, "arm", "rung", "seed", "rate", "key") | steps | {"status": status.state(run).status}
+    state, fields = status.state(run), ("arm", "rung", "seed", "rate", "key", "parameters", "tokens", "flops")
+    return _fields(run, *fields) | {
+        "steps": run.config.budget.steps, "status": state.status, "step": state.step, "reason": state.reason or None,
+        "hours": _hours(status.speed.seconds(run)),
+    }  # fmt: skip
 
 
 def _fields(record: Any, *names: str) -> dict[str, Any]:
@@ -119,10 +117,7 @@ def status_json(ladder: Ladder, status: LadderStatus) -> dict[str, Any]:
         "name": ladder.name,
         "counts": {name: status.count(name) for name in SIGNS},
         **_fields(status, "flops", "flops_done", "seconds_left", "slots"),
-        "runs": [
-            _run_json(run, status) | {"step": status.state(run).step, "reason": status.state(run).reason or None}
-            for run in status.runs
-        ],
+        "runs": [_run_json(run, status) for run in status.runs],
     }
 
 

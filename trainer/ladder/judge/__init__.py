@@ -55,7 +55,10 @@ def judge(
         raise ConfigError(problems or [f"{source} has no run with a result.\n  Every row lacks {metric}."])
     runs = meaning.with_baseline(found, runs, baseline, notices)
     runs = meaning.in_nats(runs, metric, more, notices)
-    runs = meaning.with_seeds(meaning.with_rungs(runs), notices)
+    base = [run for run in runs if run.arm == BASELINE and run.params and run.tokens and math.isfinite(run.loss)]
+    parameters, tokens, loss = (np.array([getattr(run, name) for run in base]) for name in ("params", "tokens", "loss"))
+    apart = surface.is_surface(parameters, tokens)
+    runs = meaning.with_seeds(meaning.with_rungs(runs, apart), notices)
     largest = max(run.flops for run in runs)
     if target_flops is None:
         target_flops = REACH * largest
@@ -69,7 +72,15 @@ def judge(
     tree = _report(found, runs, notices, metric, unit, criterion, target_flops)
     shown = build.short_path(Path(source))
     tree["table"] = {"source": shown, "columns": chosen, "command": f"python -m trainer judge {shown}"}
-    return _with_surface(tree, runs, target_flops)
+    if apart:
+        tree |= {
+            "fit": None, "bootstrap": None, "curve": None, "verdicts": [], "lines": {}, "predictions": [],
+            "multiplier_predictions": [], "surface": surface.fit(parameters, tokens, loss, target_flops),
+            "no_fit": "parameters and tokens vary apart, so a curve in compute cannot hold these runs; a surface can.",
+        }  # fmt: skip
+        tree.pop(build.EXECUTION, None)
+    tree["notices"] += _cautions(tree)
+    return tree
 
 
 def named_columns(options: Iterable[str]) -> dict[str, str]:
@@ -137,25 +148,16 @@ def _collected(run: TableRun) -> CollectedRun:
     )  # fmt: skip
 
 
-def _with_surface(tree: Tree, runs: Sequence[TableRun], target_flops: float) -> Tree:
-    """Add what there is to say of how well the form fits; a surface, if the runs lie on no one line of compute."""
-    base = [run for run in runs if run.arm == BASELINE and run.params and run.tokens and math.isfinite(run.loss)]
-    parameters, tokens, loss = (np.array([getattr(run, name) for run in base]) for name in ("params", "tokens", "loss"))
-    tree["surface"] = None
-    if surface.is_surface(parameters, tokens):
-        tree |= {
-            "fit": None, "bootstrap": None, "curve": None, "verdicts": [], "lines": {}, "predictions": [],
-            "multiplier_predictions": [], "surface": surface.fit(parameters, tokens, loss, target_flops),
-            "no_fit": "parameters and tokens vary apart, so a curve in compute cannot hold these runs; a surface can.",
-        }  # fmt: skip
-        tree.pop(build.EXECUTION, None)
-        tree["notices"] += surface.cautions(tree["surface"])
+def _cautions(tree: Tree) -> list[str]:
+    """What shows that a form does not hold for these runs, and so hardly for the target."""
+    found = surface.cautions(tree["surface"]) if "surface" in tree else []
+    if "surface" in tree and tree["arms"]:
+        found.append("Arms are compared size by size: a surface gives no verdict on them.")
     if tree["fit"] and (tree["fit"]["lack_of_fit_p"] or 1.0) < LACK_OF_FIT:
-        tree["notices"].append("The curve E + A·C^−α does not fit the baseline's rungs: do not trust its target.")
-    tree["notices"] += [
+        found.append("The curve E + A·C^−α does not fit the baseline's rungs: do not trust its target.")
+    return found + [
         f"The curve fitted to the smaller rungs misses {guess['rung']} by {guess['relative_error']:+.1%}, outside its "
         "interval: do not trust its target."
         for guess in tree["predictions"]
         if guess["arm"] == BASELINE and guess["inside"] is False
     ]
-    return tree

@@ -295,10 +295,15 @@ def _mixed_losses(found: Table, runs: Sequence[TableRun]) -> list[str]:
     ]
 
 
-def with_rungs(runs: Sequence[TableRun]) -> list[TableRun]:
-    """Give each run the name of its size: the table's, else that of the baseline's run with about its compute."""
-    if any(run.rung for run in runs):
-        return [replace(run, rung=run.rung or "?") for run in runs]
+def with_rungs(runs: Sequence[TableRun], apart: bool) -> list[TableRun]:
+    """Give each run the name of its size: the table's, else that of the baseline's run with about its compute.
+
+    Where parameters and tokens vary `apart`, runs of equal compute may be of different sizes: both name the rung.
+    """
+    if all(run.rung for run in runs):
+        return list(runs)
+    if apart:
+        return [replace(run, rung=f"{amount(run.params)} × {amount(run.tokens)}") for run in runs]
     levels: list[float] = []
     # The baseline's sizes come first, so that an arm with a little more compute falls into its rung.
     for run in sorted(runs, key=lambda run: (run.arm != BASELINE, run.flops)):

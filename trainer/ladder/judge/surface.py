@@ -5,7 +5,7 @@ fit is not shown.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,6 @@ OFF_THE_LINE = 0.2
 MISFIT = 3.0
 """The held-out run does not fit if it is so many times farther off than the other runs are (root of mean squares)."""
 Form = Callable[[Array, Array], Any]
-FORMS: dict[str, tuple[str, Callable[[Array, Array, Array], Form]]] = {}
 
 
 def is_surface(parameters: Array, tokens: Array) -> bool:
@@ -88,7 +87,7 @@ def _best_size(predict: Form, flops: float) -> dict[str, float]:
     return {"flops": flops, "parameters": n, "tokens": flops / (6 * n), "predicted": float(found.fun)}
 
 
-def cautions(tree: dict[str, Any]) -> Sequence[str]:
+def cautions(tree: dict[str, Any]) -> list[str]:
     """Return a sentence for each form that the largest run does not fit."""
     return [
         f"The form of {form['name']}, fitted to the other runs, misses the largest by "

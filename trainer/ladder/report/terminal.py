@@ -70,7 +70,7 @@ def _lines(tree: Tree) -> Iterator[str]:
         p = fit["lack_of_fit_p"]
         parts += [] if p is None else [f"lack of fit p = {units.p_value(p)}"]
         yield f"baseline: {', '.join(parts)}"
-    for form in tree["surface"]["forms"] if tree.get("surface") else ():
+    for form in tree.get("surface", {}).get("forms", ()):
         yield f"{form['name']}, {form['formula']}: {form['refused'] or _surface_form(form)}"
     for guess in tree["predictions"]:
         if guess["arm"] == BASELINE and guess["predicted"] is not None:
