@@ -33,7 +33,7 @@ from trainer.config import Config
 from trainer.data import Prepared, prepare
 from trainer.log import events
 from trainer.parallel import world
-from trainer.parallel.members import AllRanks
+from trainer.parallel.world import AllRanks
 from trainer.show import console
 from trainer.step import StepContext, TrainState
 

@@ -18,7 +18,7 @@ from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.data import prepare
 from trainer.log.events import EventLog, StepDone
 from trainer.parallel import world
-from trainer.parallel.members import AllRanks
+from trainer.parallel.world import AllRanks
 from trainer.step import StepContext, TrainState
 
 

@@ -12,8 +12,7 @@ from tests.support import SMOKE, settings, torchrun, with_faults
 from trainer import step
 from trainer.errors import EXIT_FAILED
 from trainer.exact import Grids
-from trainer.parallel.members import StepMembers
-from trainer.parallel.world import World
+from trainer.parallel.world import StepMembers, World
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,8 @@ from trainer.exact import Grids
 from trainer.faults import injector as faults
 from trainer.log import events, rundir
 from trainer.parallel import elastic, world
-from trainer.parallel.members import AllRanks
 from trainer.parallel.sharding import shard
-from trainer.parallel.world import World
+from trainer.parallel.world import AllRanks, World
 from trainer.phases import Hook, Phase, no_hook
 from trainer.sentinel.hang import Watchdog
 from trainer.show import console

@@ -15,7 +15,7 @@ from trainer import optim, step
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.errors import NumericsError
 from trainer.log.events import EvalDone, Event, EventLog, NotFinite, StepDone
-from trainer.parallel.members import StepMembers
+from trainer.parallel.world import StepMembers
 from trainer.phases import Phase
 from trainer.step import StepContext, StepResult, TrainState
 

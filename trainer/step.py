@@ -20,9 +20,8 @@ from trainer.config import Config
 from trainer.data import Batches, MicroBatch, digest
 from trainer.errors import NumericsError
 from trainer.exact import Grids
-from trainer.parallel.members import Members, StepMembers
 from trainer.parallel.sharding import Sharding, whole
-from trainer.parallel.world import World
+from trainer.parallel.world import AllRanks, StepMembers, World
 from trainer.phases import Hook, Phase, no_hook
 
 COUNT_FLUSHED_EVERY = 32  # steps; counting zeros costs more than the rounding itself
@@ -74,7 +73,7 @@ class StepContext:
     """The inputs of every step, and the ranks that may compute it."""
 
     config: Config
-    members: Members
+    members: AllRanks
     batches: Batches
     hook: Hook = no_hook
     stop_requested: Callable[[], bool] = lambda: False

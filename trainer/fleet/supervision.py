@@ -213,12 +213,11 @@ class Supervisor(contextlib.AbstractContextManager["Supervisor"]):
         progress = stored.progress()
         run.starts_in_vain = 0 if progress > run.progress else run.starts_in_vain + 1
         run.progress = progress
-        signal_name = signal.Signals(-status).name if status < 0 else None
-        how = f"was ended by {signal_name}" if signal_name else f"left with exit status {status}"
+        end = elastic.failure(0, run.process.pid, status)
         if run.starts_in_vain > self.restarts:
-            return f"It {how}, {run.starts_in_vain} times in a row without progress. Its last output:\n{output}"
+            times = f"{run.starts_in_vain} times in a row without progress"
+            return f"It {elastic.how(end)}, {times}. Its last output:\n{output}"
         # torchrun notes the deaths of its ranks itself. A preempted run has logged why it left.
         if status not in (EXIT_PREEMPTED, EXIT_USAGE) and self.ranks == 1:
-            failure = {"rank": 0, "pid": run.process.pid, "exitcode": status, "signal": signal_name}
-            elastic.note_failures([failure], f"rank 0 {how}", stored.failures)
+            elastic.note_failures([end], stored.failures)
         return ""

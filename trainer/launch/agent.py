@@ -32,16 +32,10 @@ class Agent:
     """
 
     def __init__(
-        self,
-        arguments: Sequence[str],
-        log: Path,
-        *,
-        launch: Sequence[str] = LAUNCH,
-        environment: Mapping[str, str] | None = None,
-        directory: Path | None = None,
-        host: int | None = None,
+        self, arguments: Sequence[str], log: Path, *, launch: Sequence[str] = LAUNCH,
+        environment: Mapping[str, str] | None = None, directory: Path | None = None, host: int | None = None,
         warm: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Start `launch` + `arguments` in working directory `directory`, with all output in the file `log`.
 
         `host` is only kept, for callers that run several. `warm` forks the agent from a process that has imported torch
@@ -101,25 +95,16 @@ class Agent:
 
     def send(self, pid: int, number: int) -> bool:
         """Send a signal to a process if it is one of this agent's. Returns False if it is not, or is gone."""
-        if not PROC.exists():
-            is_own = pid in self.processes()
-            with contextlib.suppress(ProcessLookupError):
-                return is_own and os.kill(pid, number) is None
-            return False
-        try:
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            if not PROC.exists():
+                return pid in self.processes() and os.kill(pid, number) is None
             # The handle stands for the process, not for its number, which may be given to another one meanwhile.
             handle = os.pidfd_open(pid)
-        except OSError:
-            return False
-        try:
-            if processes.environment(pid).get(JOB_MARK) != self.mark:
-                return False
-            signal.pidfd_send_signal(handle, number)
-        except ProcessLookupError:
-            return False
-        finally:
-            os.close(handle)
-        return True
+            stack.callback(os.close, handle)
+            if processes.environment(pid).get(JOB_MARK) == self.mark:
+                signal.pidfd_send_signal(handle, number)
+                return True
+        return False
 
     def kill(self) -> None:
         """End every process of this agent with SIGKILL."""
@@ -140,15 +125,11 @@ class Agent:
         # killed could not remove the failures file that every agent has.
         expected = ("torchinductor_", *([elastic.FAILURES_PREFIX] if self.process.poll() == -signal.SIGKILL else []))
         found = [path for path in sorted(self.temporary.rglob("*")) if not path.name.startswith(expected)]
-        segments = self._new_segments()
         # Semaphores of other jobs have a name for an instant, or until the tracker of a killed agent removes them.
-        wait_until(lambda: not segments & self._new_segments(), seconds=5)
-        segments &= self._new_segments()
+        segments = unused_shared_memory() - self._earlier_segments
+        wait_until(lambda: not segments.intersection(unused_shared_memory()), seconds=5)
+        segments &= unused_shared_memory()
         return [*orphans, *(f"file {path}" for path in found), *(f"segment {path}" for path in sorted(segments))]
-
-    def _new_segments(self) -> set[str]:
-        """Unused shared memory that came after the agent was started."""
-        return unused_shared_memory() - self._earlier_segments
 
 
 @functools.cache

@@ -6,13 +6,11 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from trainer.launch.agent import LAUNCH, Agent
+from trainer.launch.namespaces import INTERFACE, Hosts
 from trainer.launch.processes import wait_until
-
-if TYPE_CHECKING:
-    from trainer.launch.namespaces import Hosts
 
 # A lost node is noticed after 3 s; a rendezvous round is closed 1 s after the last call.
 RENDEZVOUS = "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=1,join_timeout=60,read_timeout=30"
@@ -31,21 +29,10 @@ class Cluster:
     """
 
     def __init__(
-        self,
-        config: Path,
-        run: Path,
-        overrides: Sequence[str],
-        *,
-        ranks: int,
-        nodes: int = 1,
-        restarts: int = 20,
-        directory: Path,
-        hosts: "Hosts | None" = None,
-        environment: Mapping[str, str] | None = None,
-        own_store: bool = False,
-        worker: Sequence[str] = ("trainer", "train"),
-        warm: bool = False,
-    ) -> None:
+        self, config: Path, run: Path, overrides: Sequence[str], *, ranks: int, directory: Path, nodes: int = 1,
+        restarts: int = 20, hosts: Hosts | None = None, environment: Mapping[str, str] | None = None,
+        own_store: bool = False, worker: Sequence[str] = ("trainer", "train"), warm: bool = False,
+    ) -> None:  # fmt: skip
         """`worker` is the module, with its first arguments, that each rank runs. `warm` as for Agent."""
         assert nodes > 1 or not (own_store or hosts), "a single agent holds its own store"
         settings = [part for override in overrides for part in ("--set", override)]
@@ -80,11 +67,13 @@ class Cluster:
 
     def start_store(self) -> None:
         """Start the rendezvous store, empty, where the agents expect it. Returns when it listens."""
-        command = ["-c", f"from trainer.launch.torchrun import store; store({self._address(0)!r}, {self._port})"]
-        log = self._directory / f"store-{len(self._stores)}.txt"
+        host, address, enter = self._place(0)
         self._directory.mkdir(parents=True, exist_ok=True)
-        launch = [*self._enter_host(0), sys.executable]
-        store = Agent(command, log, launch=launch, environment=self._environment, host=self._host(0))
+        store = Agent(
+            ["-c", f"from trainer.launch.torchrun import store; store({address!r}, {self._port})"],
+            self._directory / f"store-{len(self._stores)}.txt", launch=[*enter, sys.executable],
+            environment=self._environment, host=host,
+        )  # fmt: skip
         self._stores.append(store)
         wait_until(lambda: "listens" in store.output or not store.running, STORE_SECONDS)
 
@@ -140,15 +129,13 @@ class Cluster:
     def _add(self) -> Agent:
         with self._growing:
             number = len(self.nodes)
+            host, _, enter = self._place(number)
             self._directory.mkdir(parents=True, exist_ok=True)
             node = Agent(
-                [*self._options(number), *self._command],
-                self._directory / f"node-{number}.txt",
-                launch=[*self._enter_host(number), *LAUNCH],
-                environment=self._environment | ({"GLOO_SOCKET_IFNAME": self.hosts.interface} if self.hosts else {}),
-                host=self._host(number),
-                warm=self._warm,
-            )
+                [*self._options(number), *self._command], self._directory / f"node-{number}.txt",
+                launch=[*enter, *LAUNCH], host=host, warm=self._warm,
+                environment=self._environment | ({"GLOO_SOCKET_IFNAME": INTERFACE} if self.hosts else {}),
+            )  # fmt: skip
             self.nodes.append(node)
             return node
 
@@ -159,22 +146,19 @@ class Cluster:
         hosts_store = int(number == 0 and not self._own_store)
         return [
             f"--nnodes=1:{self._first_nodes + SPARE_NODES}", *common, "--rdzv-backend=c10d",
-            f"--rdzv-endpoint={self._address(0)}:{self._port}", f"--rdzv-id={self._port}",
-            f"--rdzv-conf={RENDEZVOUS},is_host={hosts_store}", f"--local-addr={self._address(number)}",
+            f"--rdzv-endpoint={self._place(0)[1]}:{self._port}", f"--rdzv-id={self._port}",
+            f"--rdzv-conf={RENDEZVOUS},is_host={hosts_store}", f"--local-addr={self._place(number)[1]}",
         ]  # fmt: skip
 
-    def _host(self, number: int) -> int | None:
-        """Host of a node. Nodes beyond the last host share it."""
-        return None if self.hosts is None else min(number, len(self.hosts) - 1)
+    def _place(self, number: int) -> tuple[int | None, str, list[str]]:
+        """Host of a node, its address, and words before a command that make it run there.
 
-    def _address(self, number: int) -> str:
-        host = self._host(number)
-        return "127.0.0.1" if self.hosts is None or host is None else self.hosts.address(host)
-
-    def _enter_host(self, number: int) -> list[str]:
-        """Words before a command that make it run on the host of a node."""
-        host = self._host(number)
-        return [] if self.hosts is None or host is None else self.hosts.command(host)
+        Nodes beyond the last host share it.
+        """
+        if self.hosts is None:
+            return None, "127.0.0.1", []
+        host = min(number, len(self.hosts) - 1)
+        return host, self.hosts.address(host), self.hosts.command(host)
 
 
 def _free_port() -> int:

@@ -48,10 +48,10 @@ class Request(NamedTuple):
     module: str
     arguments: list[str]
     environment: dict[str, str]
-    directory: str
-    output: str | None
+    directory: Path
+    output: Path | None
     """File for stdout, and for stderr if `errors` is None. None: the server's stdout and stderr."""
-    errors: str | None
+    errors: Path | None
 
 
 class Child:
@@ -97,24 +97,17 @@ class ForkServer:
         self._asking = threading.Lock()
 
     def start(
-        self,
-        module: str,
-        arguments: Sequence[str],
-        environment: Mapping[str, str],
-        *,
-        directory: Path | None = None,
-        output: Path | None = None,
-        errors: Path | None = None,
-    ) -> Child | None:
+        self, module: str, arguments: Sequence[str], environment: Mapping[str, str], *, directory: Path | None = None,
+        output: Path | None = None, errors: Path | None = None,
+    ) -> Child | None:  # fmt: skip
         """Start a child that runs `-m module arguments` in a session of its own. Returns None if the server is gone.
 
         It works in `directory` (default: the caller's). stdout and stderr go to the file `output`, or stderr to the
         file `errors`. PYTHONPATH and other variables that an interpreter reads as it starts are those of the server.
         """
+        request = Request(module, list(arguments), dict(environment), directory or Path.cwd(), output, errors)
         with self._asking:
             try:
-                files = (None if path is None else str(path) for path in (output, errors))
-                request = Request(module, list(arguments), dict(environment), str(directory or Path.cwd()), *files)
                 _adopt_orphans(True)
                 self._requests.send(request)
                 return Child(self._requests.recv())
@@ -169,18 +162,14 @@ def spawn(modules: Sequence[str]) -> ForkServer | None:
 def serve(descriptor: int, modules: Sequence[str]) -> NoReturn:
     """Run the process that `spawn` starts."""
     caller = os.getppid()
-    mark = _address_of_mark()
-    request = _serve(Connection(descriptor), caller, modules)
-    # Processes are found by the mark in /proc/PID/environ. A fork shows its server's, so it is overwritten in place.
-    ctypes.memmove(mark, request.environment.get(elastic.JOB_MARK, UNMARKED).encode(), len(UNMARKED))
-    _run(request)
-
-
-def _address_of_mark() -> int:
-    """Address of the mark in the memory that /proc/PID/environ shows: filled by exec, untouched by os.environ."""
+    # Processes are found by the mark in /proc/PID/environ. A fork shows its server's, so it is overwritten in place, in
+    # the memory that exec has filled and os.environ leaves alone.
     begin, end = map(int, Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[47:49])
-    entry = f"{elastic.JOB_MARK}={UNMARKED}\0".encode()
-    return begin + ctypes.string_at(begin, end - begin).index(entry) + len(entry) - 1 - len(UNMARKED)
+    mark = begin + ctypes.string_at(begin, end - begin).index(f"{elastic.JOB_MARK}={UNMARKED}\0".encode())
+    request = _serve(Connection(descriptor), caller, modules)
+    own = request.environment.get(elastic.JOB_MARK, UNMARKED).encode()
+    ctypes.memmove(mark + len(elastic.JOB_MARK) + 1, own, len(UNMARKED))
+    _run(request)
 
 
 def _adopt_orphans(adopt: bool) -> None:
@@ -207,20 +196,15 @@ def _serve(requests: "Connection[Any, Any]", caller: int, modules: Sequence[str]
             requests.close()
             os.close(pid_end)
             os.close(child_end)
-            _wait_for_adoption(caller)
+            while os.getppid() != caller:  # workers end themselves when their parent changes
+                if not Path(f"/proc/{caller}").exists():
+                    os._exit(1)
+                time.sleep(0.001)
             return request
         os.close(child_end)
         os.waitpid(between, 0)  # from here on the child is the caller's
         requests.send(int(os.read(pid_end, 32)))
         os.close(pid_end)
-
-
-def _wait_for_adoption(caller: int) -> None:
-    """Return when `caller` is our parent: workers end themselves when their parent changes."""
-    while os.getppid() != caller:
-        if not Path(f"/proc/{caller}").exists():
-            os._exit(1)
-        time.sleep(0.001)
 
 
 def _run(request: Request) -> NoReturn:

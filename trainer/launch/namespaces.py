@@ -16,10 +16,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Self
 
-INTERFACE = "eth0"
+INTERFACE = "eth0"  # every host's only one
 TOOLS = {"unshare": "util-linux", "nsenter": "util-linux", "ip": "iproute2", "tc": "iproute2"}
 RATE = "20mbit"  # of a slow link: a small model's gradient takes some tenths of a second
 COMMAND_SECONDS = 10
@@ -35,12 +34,10 @@ def probe() -> str | None:
         return f"network namespaces need {', '.join(missing)}"
     try:
         with Hosts(1) as hosts, hosts.dropping(0):
-            pass
+            return None
     except OSError as error:
-        if os.geteuid() != 0:
-            return f"network namespaces need root, or a user namespace: {error}"
-        return f"network namespaces cannot be made here: {error}"
-    return None
+        need = "cannot be made here" if os.geteuid() == 0 else "need root, or a user namespace"
+        return f"network namespaces {need}: {error}"
 
 
 @functools.cache
@@ -50,18 +47,9 @@ def shaping() -> str | None:
         return probe()
     try:
         with Hosts(1) as hosts, hosts.slow(0, 10):
-            pass
+            return None
     except OSError as error:
         return f"tc cannot shape traffic here: {error}"
-    return None
-
-
-@dataclass
-class _Link:
-    """Faults on the link between a host and the switch."""
-
-    drops: bool = False
-    milliseconds: float | None = None
 
 
 class Hosts:
@@ -70,26 +58,24 @@ class Hosts:
     All methods raise OSError if the kernel or a tool refuses.
     """
 
-    interface = INTERFACE
-    """Name of every host's only interface."""
-
     def __init__(self, count: int) -> None:
         assert 1 <= count <= 250
         self._count = count
         self._in_user_namespace = os.geteuid() != 0
         self._holders: list[subprocess.Popen[bytes]] = []
-        self._links = [_Link() for _ in range(count)]
+        self._drops: set[int] = set()
+        self._delays: dict[int, float] = {}
+        """Milliseconds that slow links delay a packet, by host."""
         self._changing = threading.Lock()
 
     def __len__(self) -> int:
         return self._count
 
     def __enter__(self) -> Self:
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.close)
             self._make()
-        except BaseException:
-            self.close()
-            raise
+            stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -127,10 +113,12 @@ class Hosts:
     def dropping(self, host: int) -> Iterator[None]:
         """Inside this context every packet that the host sends is dropped. Packets for it still arrive."""
         try:
-            self._change(host, drops=True)
+            self._drops.add(host)
+            self._change(host)
             yield
         finally:
-            self._change(host, drops=False)
+            self._drops.discard(host)
+            self._change(host)
 
     @contextlib.contextmanager
     def slow(self, host: int, milliseconds: float) -> Iterator[None]:
@@ -139,21 +127,20 @@ class Hosts:
         With netem in the kernel the delay is `milliseconds`; else it is at most that, by a queue that fills up.
         """
         try:
-            self._change(host, milliseconds=milliseconds)
+            self._delays[host] = milliseconds
+            self._change(host)
             yield
         finally:
-            self._change(host, milliseconds=None)
+            del self._delays[host]
+            self._change(host)
 
-    def _change(self, host: int, **changes: float | bool | None) -> None:
+    def _change(self, host: int) -> None:
         with self._changing:
-            for name, value in changes.items():
-                setattr(self._links[host], name, value)
-            link = self._links[host]
-            self._shape(0, f"port{host}", link.milliseconds)
-            if link.drops:
+            self._shape(0, f"port{host}", self._delays.get(host))
+            if host in self._drops:
                 self._run(host + 1, "tc", "qdisc", "replace", "dev", INTERFACE, "root", "blackhole")
             else:
-                self._shape(host + 1, INTERFACE, link.milliseconds)
+                self._shape(host + 1, INTERFACE, self._delays.get(host))
 
     def _shape(self, namespace: int, device: str, milliseconds: float | None) -> None:
         replace = ("tc", "qdisc", "replace", "dev", device, "root")

@@ -23,26 +23,25 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
 def with_environment(entry: str) -> list[int]:
     """Processes that were started with `entry` (NAME=VALUE) in their environment."""
     pids = (int(path.name) for path in PROC.glob("[0-9]*"))
-    return [pid for pid in pids if entry.encode() in _read(pid, "environ").split(b"\0")]
+    return [pid for pid in pids if entry in _read(pid, "environ").split("\0")]
 
 
 def environment(pid: int) -> dict[str, str]:
     """The environment that a process was started with."""
-    entries = _read(pid, "environ").decode(errors="replace").split("\0")
-    return dict(entry.split("=", 1) for entry in entries if "=" in entry)
+    return dict(entry.split("=", 1) for entry in _read(pid, "environ").split("\0") if "=" in entry)
 
 
 def name(pid: int) -> str:
-    return _read(pid, "comm").decode(errors="replace").strip()
+    return _read(pid, "comm").strip()
 
 
 def command_line(pid: int) -> str:
-    return _read(pid, "cmdline").replace(b"\0", b" ").decode(errors="replace").strip()
+    return _read(pid, "cmdline").replace("\0", " ").strip()
 
 
 def stat(pid: int) -> list[str]:
     """Fields of /proc/PID/stat from the third on: state, parent, … The name before them may hold blanks."""
-    return _read(pid, "stat").decode(errors="replace").rpartition(")")[2].split()
+    return _read(pid, "stat").rpartition(")")[2].split()
 
 
 def descendants(pid: int) -> list[int]:
@@ -58,14 +57,12 @@ def descendants(pid: int) -> list[int]:
 def unused_shared_memory() -> set[str]:
     """Segments in /dev/shm that no living process has mapped. Those in use belong to others on this machine."""
     segments = {str(path) for path in Path("/dev/shm").glob("*")}
-    if not segments:
-        return segments
-    maps = [_read(int(path.name), "maps").decode(errors="replace").splitlines() for path in PROC.glob("[0-9]*")]
-    mapped = "\n".join(line for lines in maps for line in lines if "/dev/shm/" in line)
+    maps = [_read(int(path.name), "maps") for path in PROC.glob("[0-9]*")] if segments else []
+    mapped = "\n".join(line for text in maps for line in text.splitlines() if "/dev/shm/" in line)
     return {segment for segment in segments if segment not in mapped}
 
 
-def _read(pid: int, file: str) -> bytes:
+def _read(pid: int, file: str) -> str:
     with contextlib.suppress(OSError):
-        return (PROC / str(pid) / file).read_bytes()
-    return b""
+        return (PROC / str(pid) / file).read_text(encoding="utf-8", errors="replace")
+    return ""

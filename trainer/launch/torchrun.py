@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +235,7 @@ def _patch_restarts(config: Any) -> None:
     """
     from torch.distributed import DistStoreError
     from torch.distributed.elastic.agent.server import local_elastic_agent
+    from torch.distributed.elastic.rendezvous import RendezvousStoreInfo
 
     from trainer.parallel import world
 
@@ -250,7 +251,7 @@ def _patch_restarts(config: Any) -> None:
         failed = [(rank, failure) for rank, failure in result.failures.items() if failure.local_rank in first]
         crashed = [(rank, failure) for rank, failure in failed if failure.exitcode < 0]
         # A worker that left with a status beside one that crashed has lost a peer: it is not the cause.
-        agent.latest_failures = [_record(rank, failure) for rank, failure in crashed or failed]
+        agent.latest_failures = [elastic.failure(rank, end.pid, end.exitcode) for rank, end in crashed or failed]
         return result
 
     def restart_workers(agent: Any, worker_group: Any) -> None:
@@ -258,28 +259,23 @@ def _patch_restarts(config: Any) -> None:
         if not any(failure["signal"] for failure in lost) and _is_node_joining(agent):
             # Another agent saw the new node first and ended its workers; ours left because their peers were gone.
             lost = []
-        reason = ", ".join(f"rank {f['rank']} {_describe(f)}" for f in lost) if lost else "a node is joining"
-        elastic.note_failures(lost, reason)
+        elastic.note_failures(lost)
         _free_terminal()
         restart(agent, worker_group)
 
     def rendezvous_until_all_have_ranks(agent: Any, worker_group: Any) -> None:
-        handler = worker_group.spec.rdzv_handler
-        state = getattr(handler, "_state_holder", None)  # None: the nodes are fixed, so no other one can come
-        store, meetings = (handler._store, MEETINGS) if state else (None, 1)
-        for left in reversed(range(meetings)):
-            until_meeting.cancel()
+        until_meeting.cancel()
+        for left in reversed(range(MEETINGS)):
             awaited = _say_soon_what_is_awaited(config)
             try:
-                with _timeout(store, RANK_SECONDS):
-                    rendezvous(agent, worker_group)
+                rendezvous(agent, worker_group)
                 break
             except DistStoreError:
                 if not left:
                     raise
             finally:
                 awaited.cancel()
-        agent.participants = set(state.state.participants) if state else set()
+        agent.participants = _nodes(agent, "participants")
 
     def leave_together(agent: Any) -> None:
         exit_barrier(agent)
@@ -292,7 +288,7 @@ def _patch_restarts(config: Any) -> None:
         # From here on nobody but the hosts of stores needs one; they leave last.
         with contextlib.suppress(RuntimeError):
             gone = agent._store.add("toprope/parted", 1)
-            deadline = time.monotonic() + (PARTING_SECONDS if world.hosts_store() else 0)
+            deadline = time.monotonic() + (PARTING_SECONDS if world.hosted_stores else 0)
             while gone < group.group_world_size and time.monotonic() < deadline:
                 time.sleep(RENDEZVOUS_POLL_SECONDS)
                 gone = agent._store.add("toprope/parted", 0)
@@ -301,21 +297,23 @@ def _patch_restarts(config: Any) -> None:
     Agent._restart_workers = restart_workers
     Agent._stop_workers = lambda agent, worker_group: agent._shutdown(signal.SIGKILL)  # before a restart: see trap 5
     Agent._rendezvous = rendezvous_until_all_have_ranks
+    Agent._assign_worker_ranks = _not_waiting_long(Agent._assign_worker_ranks)
+    setattr(RendezvousStoreInfo, "build", staticmethod(_not_waiting_long(RendezvousStoreInfo.build)))  # noqa: B010
     Agent._exit_barrier = leave_together
 
 
-@contextlib.contextmanager
-def _timeout(store: Any, seconds: float) -> Iterator[None]:
-    """Let a store wait so long for a key."""
-    if store is None:
-        yield
-        return
-    usual = store.timeout
-    store.set_timeout(datetime.timedelta(seconds=seconds))
-    try:
-        yield
-    finally:
-        store.set_timeout(usual)
+def _not_waiting_long(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a function, whose second argument is a store, wait RANK_SECONDS for each key."""
+
+    def call(first: Any, store: Any, *more: Any, **named: Any) -> Any:
+        usual = store.timeout
+        store.set_timeout(datetime.timedelta(seconds=RANK_SECONDS))
+        try:
+            return function(first, store, *more, **named)
+        finally:
+            store.set_timeout(usual)
+
+    return call
 
 
 def _say_soon_what_is_awaited(config: Any) -> threading.Timer:
@@ -335,10 +333,14 @@ def _say_soon_what_is_awaited(config: Any) -> threading.Timer:
 
 def _is_node_joining(agent: Any) -> bool:
     """True if a node that was not in this round waits for the next."""
-    handler = agent._worker_group.spec.rdzv_handler
-    waiting = handler.num_nodes_waiting()  # refreshes the state from the store
-    state = getattr(handler, "_state_holder", None)
-    return waiting > 0 and (state is None or not agent.participants.issuperset(state.state.wait_list))
+    agent._worker_group.spec.rdzv_handler.num_nodes_waiting()  # refreshes the state from the store
+    return not agent.participants >= _nodes(agent, "wait_list")
+
+
+def _nodes(agent: Any, which: str) -> set[Any]:
+    """Participants or wait_list of the meeting. Empty for a rendezvous that keeps no state: its nodes are fixed."""
+    holder = getattr(agent._worker_group.spec.rdzv_handler, "_state_holder", None)
+    return set(getattr(holder.state, which)) if holder else set()
 
 
 # Starting workers
@@ -377,17 +379,6 @@ def _free_terminal() -> None:
     """Erase the live line of a worker that was killed and show the cursor: nothing more is written into that line."""
     if terminal.is_terminal(sys.stdout):
         print("\r\x1b[2K\x1b[?25h", end="", flush=True)
-
-
-def _record(rank: int, failure: Any) -> dict[str, Any]:
-    name = signal.Signals(-failure.exitcode).name if failure.exitcode < 0 else None
-    return {"rank": rank, "pid": failure.pid, "exitcode": failure.exitcode, "signal": name}
-
-
-def _describe(failure: dict[str, Any]) -> str:
-    if failure["signal"] is not None:
-        return f"was ended by {failure['signal']}"
-    return f"left with exit status {failure['exitcode']}"
 
 
 if __name__ == "__main__":

@@ -63,8 +63,17 @@ def belong_to_agent() -> None:
     Otherwise it would train on unsupervised, and keep the run directory locked when the job is started again. Raises
     WorldError if another launcher has started this process as one of several ranks.
     """
+    for name in () if started_by_torchrun() else LAUNCHERS:
+        size = os.environ.get(name, "")
+        if size.isdecimal() and int(size) > 1:
+            raise WorldError(
+                f"{name}={size}, but torchrun has not started this process: it would train alone, beside "
+                f"{int(size) - 1} others.\n  On one machine: torchrun --standalone --nproc-per-node={size} -m trainer "
+                f"train …\n  On each of {size} nodes: torchrun --nnodes={size} --node-rank=NODE --nproc-per-node=1 "
+                "--master-addr=ADDRESS --master-port=29500 -m trainer train …"
+            )
     if not started_by_torchrun():
-        return _refuse_other_launchers()
+        return
     name_process()
     agent = os.getppid()
     if sys.platform == "linux":  # the kernel does it, even while this process is stopped
@@ -76,18 +85,6 @@ def belong_to_agent() -> None:
         os._exit(EXIT_FAILED)
 
     threading.Thread(target=watch, name="toprope-agent", daemon=True).start()
-
-
-def _refuse_other_launchers() -> None:
-    for name in LAUNCHERS:
-        size = os.environ.get(name, "")
-        if size.isdecimal() and int(size) > 1:
-            raise WorldError(
-                f"{name}={size}, but torchrun has not started this process: it would train alone, beside "
-                f"{int(size) - 1} others.\n  On one machine: torchrun --standalone --nproc-per-node={size} -m trainer "
-                f"train …\n  On each of {size} nodes: torchrun --nnodes={size} --node-rank=NODE --nproc-per-node=1 "
-                "--master-addr=ADDRESS --master-port=29500 -m trainer train …"
-            )
 
 
 def is_loopback(host: str) -> bool:
@@ -112,20 +109,30 @@ def make_failures_file() -> Path:
     return Path(name)
 
 
-def note_failures(failures: list[dict[str, Any]], reason: str, path: Path | None = None) -> None:
-    """Launcher: note why workers are about to be started again; each failure is {rank, pid, exitcode, signal}.
+def failure(rank: int, pid: int, exitcode: int) -> dict[str, Any]:
+    """How a worker ended, with an exit code as subprocess gives it."""
+    name = signal.Signals(-exitcode).name if exitcode < 0 else None
+    return {"rank": rank, "pid": pid, "exitcode": exitcode, "signal": name}
+
+
+def how(end: dict[str, Any]) -> str:
+    return f"was ended by {end['signal']}" if end["signal"] else f"left with exit status {end['exitcode']}"
+
+
+def note_failures(failures: list[dict[str, Any]], path: Path | None = None) -> None:
+    """Launcher: note why workers are about to be started again; without failures it is because a node is joining.
 
     `path` is the failures file; default: that of the environment.
     """
+    reason = ", ".join(f"rank {end['rank']} {how(end)}" for end in failures) or "a node is joining"
     with (path or Path(os.environ[FAILURES_FILE])).open("a", encoding="utf-8") as file:
         file.write(json.dumps({"failures": failures, "reason": reason}) + "\n")
 
 
 def give_up() -> None:
     """Worker: ask our launcher not to start it again, because it would end in the same error."""
-    path = os.environ.get(FAILURES_FILE)
-    if path is not None:
-        Path(path).with_suffix(".final").touch()
+    if FAILURES_FILE in os.environ:
+        Path(os.environ[FAILURES_FILE]).with_suffix(".final").touch()
 
 
 def gave_up(path: Path | None = None) -> bool:
@@ -136,15 +143,13 @@ def gave_up(path: Path | None = None) -> bool:
 def take_losses() -> list[dict[str, Any]]:
     """Worker: take the notes of `note_failures` since the last call, {failures, reason} each.
 
-    There are several if workers died before they could call this. Only the node's first worker gets them; for the
-    others, at a first start and under another launcher there are none.
+    There are several if workers died before they could call this. Only the node's first worker gets them.
     """
-    path = os.environ.get(FAILURES_FILE)
-    if path is None or os.environ.get("LOCAL_RANK", "0") != "0":
+    if FAILURES_FILE not in os.environ or os.environ.get("LOCAL_RANK", "0") != "0":
         return []
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-        Path(path).write_text("", encoding="utf-8")
-        return [json.loads(line) for line in lines]
-    except (OSError, ValueError):
-        return []
+    path = Path(os.environ[FAILURES_FILE])
+    with contextlib.suppress(OSError, ValueError):
+        losses = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        path.write_text("", encoding="utf-8")
+        return losses
+    return []

@@ -4,7 +4,6 @@ Nothing here may change what is computed, only where.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,51 +18,16 @@ from trainer.parallel.world import World
 Rounder = Callable[[Tensor], Tensor]
 
 
-class Sharding(Protocol):
-    """The layout of a model's parameters and gradients on the ranks."""
+class Sharding:
+    """The layout of parameters and gradients on the ranks: here every rank holds all of them.
 
-    parameters: dict[str, nn.Parameter]
-    """Parameters by full name: plain tensors, or DTensors that hold this rank's rows. The optimizer updates them."""
-    needs_lockstep: bool
-    """True if a forward pass is collective, so that ranks without a micro-batch must compute one too."""
-
-    def round_with(self, rounder_of: Callable[[str], Rounder]) -> None:
-        """Pass each parameter's gradient of each micro-batch (full shape) through its rounder before it is added."""
-        ...
-
-    def zero_gradients(self) -> None: ...
-
-    def last_micro_batch(self, is_last: bool) -> None:
-        """Called before each backward pass; lets gradients be reduced once a step where the strategy can."""
-        ...
-
-    def reduce_gradients(self, world: World) -> None:
-        """After all micro-batches: make `gradients()` the sums over the ranks of `world`."""
-        ...
-
-    def gradients(self) -> Iterator[tuple[str, Tensor, slice]]:
-        """Yield (name, this rank's part of the gradient, the rows of the full parameter that it covers)."""
-        ...
-
-    def sum_over_shards(self, tensor: Tensor) -> None:
-        """Sum in place over the ranks that together hold one copy of the gradients."""
-        ...
-
-
-def shard(model: nn.Module, units: Sequence[nn.Module], parallel: Parallel, world: World) -> Sharding:
-    """Distribute a model as the strategy says. It is on its device already, with the same values on all ranks.
-
-    `units` are gathered and freed one by one under FSDP.
+    Gradients live in one flat buffer, so that a step needs one all-reduce.
     """
-    if parallel.strategy == "replicate":
-        return Replicated(model, world)
-    return Sharded(model, units, parallel, world)
-
-
-class Replicated:
-    """Every rank holds the whole model; gradients live in one flat buffer, so that a step needs one all-reduce."""
 
     needs_lockstep = False
+    """True if a forward pass is collective, so that ranks without a micro-batch must compute one too."""
+    parameters: dict[str, nn.Parameter]
+    """By full name: plain tensors, or DTensors that hold this rank's rows. The optimizer updates them."""
 
     def __init__(self, model: nn.Module, world: World) -> None:
         self.parameters = dict(model.named_parameters())
@@ -73,6 +37,7 @@ class Replicated:
             parameter.grad = part.view_as(parameter)  # autograd then accumulates in place
 
     def round_with(self, rounder_of: Callable[[str], Rounder]) -> None:
+        """Pass each parameter's gradient of each micro-batch (full shape) through its rounder before it is added."""
         for name, parameter in self.parameters.items():
             parameter.register_hook(rounder_of(name))
 
@@ -80,21 +45,23 @@ class Replicated:
         self._flat.zero_()
 
     def last_micro_batch(self, is_last: bool) -> None:
-        pass
+        """Called before each backward pass; lets gradients be reduced once a step where the strategy can."""
 
     def reduce_gradients(self, world: World) -> None:
+        """After all micro-batches: make `gradients()` the sums over the ranks of `world`."""
         world.sum(self._flat)
 
     def gradients(self) -> Iterator[tuple[str, Tensor, slice]]:
+        """Yield (name, this rank's part of the gradient, the rows of the full parameter that it covers)."""
         for name, parameter in self.parameters.items():
             assert parameter.grad is not None
             yield name, parameter.grad, slice(0, parameter.shape[0])
 
     def sum_over_shards(self, tensor: Tensor) -> None:
-        pass
+        """Sum in place over the ranks that together hold one copy of the gradients."""
 
 
-class Sharded:
+class FullySharded(Sharding):
     """FSDP2: rows of every parameter are spread over ranks (or, hybrid, over `shard_ranks` of them, replicated).
 
     Gradients are rounded when they are still whole, before the reduce-scatter of each micro-batch, so that what FSDP2
@@ -151,12 +118,20 @@ class Sharded:
             dist.all_reduce(tensor, group=self._shard_mesh.get_group())
 
     def _own_rows(self, rows: int) -> slice:
-        """Rows of a parameter that this rank holds. FSDP2 cuts dim 0 as torch.chunk does: the last chunks are smaller
-        or empty.
-        """
+        """FSDP2 cuts dim 0 as torch.chunk does: the last chunks are smaller or empty."""
         chunk = -(-rows // self._shard_mesh.size())
         start = min(rows, chunk * self._shard_mesh.get_local_rank())
         return slice(start, min(rows, start + chunk))
+
+
+def shard(model: nn.Module, units: Sequence[nn.Module], parallel: Parallel, world: World) -> Sharding:
+    """Distribute a model as the strategy says. It is on its device already, with the same values on all ranks.
+
+    `units` are gathered and freed one by one under FSDP.
+    """
+    if parallel.strategy == "replicate":
+        return Sharding(model, world)
+    return FullySharded(model, units, parallel, world)
 
 
 def whole(tensor: Tensor) -> Tensor:

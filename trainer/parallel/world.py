@@ -1,4 +1,5 @@
-"""The ranks of a job: rank, device, process group, and the one primitive by which ranks agree (`World.agree`).
+"""The ranks of a job: rank, device, process group, the one primitive by which ranks agree (`World.agree`), and those
+that take part in a step (`AllRanks`).
 
 Ranks are interchangeable. Nothing here may change what is computed, only where.
 """
@@ -7,7 +8,7 @@ import datetime
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -90,6 +91,38 @@ class World:
         return values
 
 
+@dataclass(frozen=True)
+class StepMembers:
+    """The ranks that compute a step together, and what they compute."""
+
+    world: World
+    """The members, as this rank sees them; reductions go over its group."""
+    micro_batches: Sequence[int]
+
+    def own_micro_batches(self) -> list[int | None]:
+        """This rank's share, one entry a round; None where it has nothing to compute in that round."""
+        rounds = self.world.assign_micro_batches(len(self.micro_batches))
+        return [None if position is None else self.micro_batches[position] for position in rounds]
+
+
+@dataclass(frozen=True)
+class AllRanks:
+    """All ranks of the job take part in every step; a rank that is lost ends the attempt.
+
+    The members are a value of the step and not of the job, because any set of ranks may compute it, with the same bits.
+    """
+
+    world: World
+    """The ranks between two steps: for decisions, evaluation and checkpoints."""
+    micro_batches: int
+    """Number of micro-batches in a step."""
+
+    def commit(self, step: int, compute: Callable[[StepMembers], T]) -> T:
+        """Have a step computed by its members. Return the result, the same on all of them. Collective."""
+        # A lost rank makes the reductions inside `compute` raise on the others, so what returns is complete.
+        return compute(StepMembers(self.world, range(self.micro_batches)))
+
+
 class PeerLostError(RuntimeError):
     """Another rank is lost. Raised if this was detected outside a collective of training."""
 
@@ -104,7 +137,7 @@ def connect(device: torch.device, timeout_seconds: float) -> World:
     `timeout_seconds` is that of collectives. If some ranks have not come after CONNECT_SECONDS, the process exits with
     status 1, so that torchrun starts all ranks again.
     """
-    # The Flight Recorder names a hung collective; the last few are enough and quick to dump.
+    # The Flight Recorder names a hung collective; the last few entries are enough and quick to dump.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "256")
     timeout = datetime.timedelta(seconds=timeout_seconds)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -130,20 +163,15 @@ def connect(device: torch.device, timeout_seconds: float) -> World:
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 
-_hosted: list[dist.TCPStore] = []
+hosted_stores: list[dist.TCPStore] = []
+"""Stores that this process serves to others."""
 
 
 def open_store(
-    host: str,
-    port: int,
-    world_size: int | None = None,
-    is_master: bool = False,
-    timeout: datetime.timedelta = datetime.timedelta(seconds=CONNECT_SECONDS),
-    *,
-    wait_for_workers: bool = True,
-    alone: bool = False,
-    multi_tenant: bool = False,
-) -> dist.TCPStore:
+    host: str, port: int, world_size: int | None = None, is_master: bool = False,
+    timeout: datetime.timedelta = datetime.timedelta(seconds=CONNECT_SECONDS), *, wait_for_workers: bool = True,
+    multi_tenant: bool = False, alone: bool = False,
+) -> dist.TCPStore:  # fmt: skip
     """torch's TCPStore, but a server at a loopback address, or with `alone`, listens at that address and no other."""
     descriptor = None
     if is_master and (alone or elastic.is_loopback(host)):
@@ -152,17 +180,11 @@ def open_store(
                 port, descriptor = own.getsockname()[1], os.dup(own.fileno())  # the store closes what it is given
         except OSError as error:
             raise dist.DistNetworkError(f"{host}:{port} cannot be listened at: {error.strerror}") from None
-    store = dist.TCPStore(
-        host, port, world_size, is_master, timeout, wait_for_workers, multi_tenant and descriptor is None, descriptor
-    )
+    shared = multi_tenant and descriptor is None
+    store = dist.TCPStore(host, port, world_size, is_master, timeout, wait_for_workers, shared, descriptor)
     if is_master:
-        _hosted.append(store)
+        hosted_stores.append(store)
     return store
-
-
-def hosts_store() -> bool:
-    """True if this process serves a store to others."""
-    return bool(_hosted)
 
 
 def lost_peer(error: BaseException) -> bool:
