@@ -249,7 +249,8 @@ def test_rows_are_numbered_on_after_a_kill_a_preemption_a_failure_and_starts_tha
             run.steps(first + 1, 8)
             end(run)
         first = 5
-    folders = [[row["_step"] for row in rows] for _, rows in sorted(offline_records(run.path, "history").items())]
+    # Folders are named by the second.
+    folders = sorted([row["_step"] for row in rows] for rows in offline_records(run.path, "history").values())
     assert len(folders) == len(endings)
     assert [number for numbers in folders for number in numbers] == list(range(sum(map(len, folders))))
 
