@@ -158,6 +158,15 @@ def sample(
 
 
 @app.command()
+def export(run: RunPath, out: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")]) -> None:
+    """Write a run's newest checkpoint for `transformers`: safetensors, config.json and tokenizer files."""
+    from trainer import export
+
+    architecture = export.export(run, out)
+    print(f"{out} opens as {architecture.name}")
+
+
+@app.command()
 def plot(
     run: RunPath, output: Annotated[Path | None, typer.Option(help="PNG to write; default RUN/curves.png.")] = None
 ) -> None:

@@ -1,0 +1,125 @@
+"""Promises about exports: transformers opens them and computes the same."""
+
+import itertools
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support import SMOKE, settings, trainer
+from trainer import config, export, sample
+from trainer.data.tokenizer import CharTokenizer, Tokenizer, train
+from trainer.errors import UsageError
+from trainer.model import construct, initialise
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+pytestmark = pytest.mark.filterwarnings("ignore")  # those of transformers
+
+TEXT = "def main() -> None:\n    print('ünïcode ✓', 3 * x)\n"
+ROWS: list[tuple[str, dict[str, Any]]] = [
+    ("GPT2LMHeadModel", {"norm": "layernorm", "positions": "learned", "mlp": "gelu", "qk_norm": False, "biases": True}),
+    (
+        "GPT2LMHeadModel",
+        {"norm": "layernorm", "positions": "learned", "mlp": "relu2", "qk_norm": False, "biases": False},
+    ),
+    ("LlamaForCausalLM", {"mlp": "swiglu", "qk_norm": False, "biases": False}),
+    ("LlamaForCausalLM", {"mlp": "swiglu", "qk_norm": False, "biases": True}),
+    ("Qwen3ForCausalLM", {"mlp": "swiglu", "qk_norm": True}),
+    ("ArceeForCausalLM", {"mlp": "relu2", "qk_norm": False, "biases": True}),
+    ("ArceeForCausalLM", {"mlp": "gelu", "qk_norm": False}),
+    ("ApertusForCausalLM", {"mlp": "relu2", "qk_norm": True}),
+    ("ApertusForCausalLM", {"mlp": "gelu", "qk_norm": True}),
+    ("StableLmForCausalLM", {"norm": "layernorm", "mlp": "swiglu", "qk_norm": False}),
+    ("Starcoder2ForCausalLM", {"norm": "layernorm", "mlp": "gelu", "qk_norm": False, "biases": True}),
+    ("Starcoder2ForCausalLM", {"norm": "layernorm", "mlp": "relu2", "qk_norm": False, "biases": False}),
+]
+
+
+def made(changes: dict[str, Any], vocab_size: int = 320) -> Any:
+    """A small model with these switches, all of whose parameters have values that matter."""
+    chosen = config.parse({"model": {"n_layers": 2, "n_heads": 4, "width": 32, "context": 48, **changes}}).model
+    model = construct(chosen, vocab_size)
+    initialise(model, chosen, 0)
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters()):
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+    return model.eval()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("name", "changes", "kv_heads"),
+    [(*row, groups) for row in ROWS for groups in (0, 2) if not groups or row[0] != "GPT2LMHeadModel"],
+)
+def test_transformers_computes_the_same_logits(
+    tmp_path: Path, name: str, changes: dict[str, Any], kv_heads: int, tied: bool
+):
+    rope = {} if changes.get("positions") == "learned" else {"rope_base": 5000.0}
+    model = made({**changes, **rope, "n_kv_heads": kv_heads, "tied_embeddings": tied})
+    export.write(model, train("bytes", [], 257), tmp_path / "out")
+    theirs, loading = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert type(theirs).__name__ == name
+    assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), loading
+    ids = torch.randint(257, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.eval()(ids).logits, model(ids), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("changes", "switch"), [
+    ({"logit_softcap": 15.0}, "logit_softcap"), ({"value_embeddings": True}, "value_embeddings"),
+    ({"bigram_buckets": 64}, "bigram_buckets"), ({"positions": "learned"}, "positions"),
+    ({"qk_norm": True, "biases": True}, "biases"), ({"norm": "layernorm", "qk_norm": True}, "qk_norm"),
+    ({"norm": "layernorm", "qk_norm": False, "positions": "learned", "mlp": "swiglu"}, "mlp"),
+    ({"norm": "layernorm", "qk_norm": False, "positions": "learned", "mlp": "gelu", "n_kv_heads": 2}, "n_kv_heads"),
+    ({"norm": "layernorm", "qk_norm": False, "mlp": "swiglu", "biases": True}, "biases"),
+])  # fmt: skip
+def test_a_combination_that_no_architecture_has_is_refused_by_the_switch(changes: dict[str, Any], switch: str):
+    with pytest.raises(UsageError, match=f"model.{switch}"):
+        export.architecture_of(config.parse({"model": {"n_heads": 4, "width": 32, **changes}}).model)
+
+
+def test_every_combination_of_switches_is_exported_or_refused():
+    for norm, positions, mlp, qk_norm, biases in itertools.product(
+        ("layernorm", "rmsnorm"), ("learned", "rope"), ("gelu", "relu2", "swiglu"), (False, True), (False, True)
+    ):
+        chosen = {"norm": norm, "positions": positions, "mlp": mlp, "qk_norm": qk_norm, "biases": biases}
+        try:
+            name = export.architecture_of(config.parse({"model": chosen}).model).name
+        except UsageError:
+            continue
+        assert any(row == name for row, _ in ROWS)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "chars", "bpe"])
+def test_the_tokenizer_gives_the_same_ids_and_the_same_text(tmp_path: Path, kind: str):
+    tokenizer = train(kind, [TEXT * 20], 400)
+    text = TEXT + ("µ" if isinstance(tokenizer, CharTokenizer) else "\x00 \x7f\n\n")
+    export.write(made({"mlp": "swiglu"}, 512), tokenizer, tmp_path / "out")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    ours = tokenizer.encode_batch([text])[0].tolist()
+    assert theirs(text, add_special_tokens=False)["input_ids"] == ours
+    known = [token for token in ours if not isinstance(tokenizer, CharTokenizer) or token != tokenizer.unknown]
+    assert theirs.decode(known, skip_special_tokens=True) == tokenizer.decode(known)
+    assert theirs.eos_token_id == tokenizer.end_of_document
+
+
+@pytest.mark.slow
+def test_a_trained_run_writes_the_same_greedy_text_in_transformers(tmp_path: Path):
+    few = settings(budget__steps=20, eval__every_steps=0, checkpoint__every_steps=0, data__tokenizer="bpe")
+    trainer("train", SMOKE, "--run", tmp_path / "run", *few)
+    done = trainer("export", tmp_path / "run", tmp_path / "out")
+    assert "ApertusForCausalLM" in done.stdout
+    assert "not an empty folder" in trainer("export", tmp_path / "run", tmp_path / "out", check=False).stderr
+    expected = "".join(sample.generate(tmp_path / "run", "def ", 20, 0.0, 0, 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer("def ", add_special_tokens=False)["input_ids"]]])
+        found = model.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=tokenizer.eos_token_id)[0]
+    assert tokenizer.decode(found, skip_special_tokens=True) == expected
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] % 64 == 0
+    assert Tokenizer.load(tmp_path / "out" / "tokenizer.json").vocab_size == tokenizer.vocab_size
