@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -285,6 +286,27 @@ def test_a_folder_of_offline_wandb_runs_is_a_table_of_their_settings_and_last_me
     tree = judge(str(tmp_path), columns={"params": "size.params"}, target_flops=DESIGN.target)
     made = [(run["place"], run["parameters"], run["loss"]) for run in tree["runs"]]
     assert sorted(made) == sorted((f"run of {run.parameters}", run.parameters, run.loss) for run in found)
+
+
+def test_runs_of_a_wandb_project_or_group_are_a_table_and_its_errors_have_a_remedy(monkeypatch):
+    asked = []
+
+    def runs(project: str, filters: Values) -> list[SimpleNamespace]:
+        asked.append((project, filters.get("group")))
+        if project != "lab/sweep":
+            raise ValueError("Could not find project")
+        return [
+            SimpleNamespace(
+                name=f"run {row['params']}", group="g", config=row, summary={"loss": row["loss"], "_step": 3}
+            )
+            for row in rows(results(ONE_SEED, {}))
+        ]
+
+    monkeypatch.setattr("wandb.Api", lambda: SimpleNamespace(runs=runs))
+    assert len(judge("wandb:lab/sweep")["runs"]) == len(judge("wandb:lab/sweep/g")["runs"]) == 5
+    assert asked == [("lab/sweep", None), ("lab/sweep", "g")]
+    for source, hint in (("wandb:lab/none", "wandb login"), ("wandb:lab", "names no project")):
+        assert hint in problems(Path(source))
 
 
 def test_the_command_writes_the_page_of_a_ladder_and_prints_one_json_object(tmp_path):

@@ -186,6 +186,7 @@ class _Scheduler:
     def work(self) -> LadderStatus:
         supervisor = self.supervisor
         self._runs = tuning.wanted(self.ladder, self.pool)
+        # Runs may have finished since the status that `run` began with.
         self._refresh(self._runs)
         with supervision.handle_signals(supervisor.request_stop):
             # After a request to stop no run is started, but the loop continues until the running ones have left.

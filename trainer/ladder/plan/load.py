@@ -108,6 +108,7 @@ class _LadderBuilder:
                 f"{len(file.rungs)} rungs are too few for a fit: a curve of {FIT_RUNGS} parameters needs {FIT_RUNGS}. "
                 "The runs are made, but there will be no verdict."
             )
+        # Faults of the baseline's config would not be told apart from those that the ladder asks for.
         if self._config.faults:
             self.problems.append(
                 f"{file.baseline} has faults of its own, which all runs would share.\n"
@@ -118,6 +119,7 @@ class _LadderBuilder:
         file = self._file
         lists = {"seeds": file.seeds, "target.seeds": file.target.seeds}
         lists |= {f"rung {rung.name!r}: seeds": rung.seeds for rung in file.rungs if rung.seeds is not None}
+        # Each list is checked alone: rungs may well share seeds, and pairs need them to.
         for where, seeds in lists.items():
             self.problems += [
                 f"{where} names {seed} {times} times.\n"
@@ -259,6 +261,7 @@ class _LadderBuilder:
             if not any(_selects(table, run) for run in runs):
                 where = f"faults[{number}] ({table.get('kind', '?')})"
                 self.problems.append(f"{where} selects no run.\n  Check its arm, rung and seed.")
+        # A fault changes no bit of a run, so runs with and without it have one key.
         planned = list(runs)
         for number, run in enumerate(runs):
             tables = [table for table in self._file.faults if _selects(table, run)]

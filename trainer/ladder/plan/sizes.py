@@ -165,6 +165,7 @@ def scaled(config: Config, rules: Rules, shape: Shape, scale: Scale, decay: floa
     `config` is the ladder's with an arm's change, `decay` the value of `inverse_steps`. Tokens equal the baseline's D
     within half a step.
     """
+    # A rule that is "fixed" sets nothing: the config's own value stays.
     settings: dict[str, Any] = {f"model.{name}": value for name, value in asdict(shape).items()}
     if rules.batch == "power":
         settings["data.micro_batches"] = max(1, round(config.data.micro_batches * scale.ratio**rules.batch_exponent))

@@ -90,7 +90,7 @@ def _draw_arm(axes: "Axes", tree: Tree, verdict: Tree, limits: tuple[float, floa
             axes.annotate("no pair", (rung["flops"], 0.02), xycoords=axes.get_xaxis_transform(), rotation=90,
                           ha="center", va="bottom", fontsize=7.5, color=SOFT)  # fmt: skip
     decided = (drawing.final(tree, arm) or verdict)["decision"]
-    axes.set_title(shortened(arm, 24), color=colour if colour != GREY else SOFT)
+    axes.set_title(shortened(arm, 30 - len(decided)), color=colour if colour != GREY else SOFT)
     axes.set_title(f"{units.SIGNS[decided]} {decided}", loc="right", fontsize=9, color=DECISION_COLOURS[decided])
 
 
