@@ -1,6 +1,7 @@
 """Promises about running ladders, kept with real processes in seconds."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import random
@@ -20,7 +21,8 @@ from typer.testing import CliRunner
 
 from tests.support import ENVIRONMENT, ROOT, summarise_run, trainer, wait_until
 from tests.test_ladder_file import ARM, HEAD, SIZES, TARGET_TABLE, write
-from trainer import cli
+from trainer import cli, provenance
+from trainer import config as configs
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, ConfigError, RunDirectoryError, UsageError
 from trainer.fleet import scheduling
 from trainer.fleet.backend import Local, Process, Task
@@ -380,6 +382,27 @@ def test_an_edited_file_is_reported_and_a_criterion_changed_after_the_fact_is_re
     preregistration.write(ladder, out)
     with pytest.raises(RunDirectoryError, match="belongs to ladder 'reference'"):
         preregistration.compare(plan(home, PLAIN, name="other"), out)
+
+
+def test_runs_by_other_code_are_made_anew_and_the_functions_that_changed_are_named(reference, home, monkeypatch):
+    before, pool, _ = reference
+    code = {file: dict(parts) for file, parts in provenance.code().items()}
+    code["model.py"]["MLP.forward"] = "0" * 16
+    monkeypatch.setattr(provenance, "code", lambda: code)
+    ladder = plan(home, PLAIN, ARM, name="reference")
+    assert not {run.key for run in ladder.runs} & {run.key for run in before.runs}
+    assert {run.read_status(ladder, pool.parent / "reference").state(made).status for made in ladder.runs} == {
+        "waiting"
+    }
+    edits = preregistration.compare(ladder, pool.parent / "reference")
+    assert (edits.lines, edits.kept, edits.dropped) == (["code: model.py: MLP.forward"], 0, 6)
+
+
+def test_runs_that_were_made_before_code_was_recorded_keep_their_keys_while_it_is_the_same(home, monkeypatch):
+    monkeypatch.setattr(provenance, "CODE_BEFORE_RECORDS", provenance.code_digest())
+    planned = plan(home, PLAIN, name="older").runs[0]
+    scored = json.dumps(configs.flatten(planned.config.eval.model_dump(mode="json")), sort_keys=True)
+    assert planned.key == hashlib.sha256(f"{configs.fingerprint(planned.config)} {scored}".encode()).hexdigest()[:16]
 
 
 def test_a_plan_measures_a_few_steps_and_starts_nothing_else(home, backend, tmp_path):

@@ -1,26 +1,25 @@
-"""What a run was computed with is part of what it is: something else is found before its first new step."""
+"""What a run is computed with is part of what it is: another machine, torch or code is found before any new step."""
 
+import ast
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import grimp
 import pytest
 
 from tests import support
-from tests.support import SMOKE, settings
+from tests.support import ROOT, SMOKE, settings
 from trainer import provenance
 from trainer.errors import RunDirectoryError
 from trainer.log import events, rundir
 
 RUN = Path("runs/mine")
-RECORDED = {
-    "device": "cpu",
-    "CPU capability": "AVX512",
-    "CPU threads": "2",
-    "torch": "2.13.0+cpu of commit cf30153c4c13",
-}
+RECORDED = {"code": "0123456789abcdef", "device": "cpu", "CPU capability": "AVX512", "CPU threads": "2"}
 
 
 @pytest.mark.parametrize(
@@ -34,18 +33,19 @@ RECORDED = {
 )
 def test_a_difference_is_refused_with_old_and_new_and_can_be_accepted(change: dict[str, str], line: str):
     now = RECORDED | change
+    contents = {"computes_with": RECORDED}
     with pytest.raises(RunDirectoryError) as refused:
-        provenance.compare(RUN, RECORDED, [now, now], accept=False)
+        provenance.compare(RUN, contents, [now, now], accept=False)
     assert f"\n    {line}\n" in str(refused.value)
     assert "--accept-other-bits, or give a new --run" in str(refused.value)
-    assert provenance.compare(RUN, RECORDED, [now, now], accept=True) == [line]
+    assert provenance.compare(RUN, contents, [now, now], accept=True) == [line]
 
 
-@pytest.mark.parametrize("recorded", [RECORDED, {}, None])
-def test_ranks_that_compute_alike_go_on_and_one_that_does_not_is_named(recorded: dict[str, str] | None):
-    assert provenance.compare(RUN, recorded, [RECORDED, RECORDED], accept=False) == []
+@pytest.mark.parametrize("contents", [{"computes_with": RECORDED}, {}], ids=["a resume", "a first start"])
+def test_ranks_that_compute_alike_go_on_and_one_that_does_not_is_named(contents: dict[str, Any]):
+    assert provenance.compare(RUN, contents, [RECORDED, RECORDED], accept=False) == []
     with pytest.raises(RunDirectoryError, match=r'CPU threads: "2" → "4" \(rank 1\)'):
-        provenance.compare(RUN, recorded, [RECORDED, RECORDED | {"CPU threads": "4"}, RECORDED], accept=False)
+        provenance.compare(RUN, contents, [RECORDED, RECORDED | {"CPU threads": "4"}, RECORDED], accept=False)
 
 
 def resume(run: Path, *options: str, check: bool = True) -> Any:
@@ -98,3 +98,77 @@ def test_a_run_that_an_older_toprope_made_resumes_with_a_warning_and_is_recorded
         path.write_text("".join(json.dumps(line) + "\n" for line in old))
     assert "does not say what it was computed with" in resume(run).stdout
     assert rundir.read(run)["computes_with"] == recorded
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A copy of the package, to be edited."""
+    return Path(shutil.copytree(ROOT / "trainer", tmp_path / "trainer", ignore=shutil.ignore_patterns("__pycache__")))
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert text.count(old) == 1, f"{path.name} has {text.count(old)} of {old!r}"
+    path.write_text(text.replace(old, new))
+
+
+def test_comments_docstrings_and_formatting_are_no_other_code(package: Path):
+    edit(
+        package / "model.py",
+        "return (grad * positive).mul_(2)",
+        "return ((grad * positive)  # twice\n            .mul_(2))",
+    )
+    edit(package / "model.py", '"""relu(x)²:', '"""The square of relu(x):')
+    (package / "exact.py").write_text(ast.unparse(ast.parse((package / "exact.py").read_text())))
+    edit(package / "job.py", "PROGRESS_SECONDS = 0.5", "PROGRESS_SECONDS = 0.7")  # decides no bit
+    assert provenance.code(package) == provenance.code()
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "named"),
+    [
+        ("model.py", "return positive * positive", "return 2 * positive * positive", "_SquaredReLU.forward"),
+        ("model.py", "NORM_EPSILON = 1e-6", "NORM_EPSILON = 1e-5", "(outside of functions)"),
+        ("exact.py", "2.0**coarser", "2.0**(coarser + 1)", "Grids.square_sums"),
+        ("job.py", "if config.numerics.exact and config.data.micro_batches > 1:", "if config.numerics.exact:", "build"),
+        ("config.py", "return round(self.mlp_ratio * self.width)", "return 4 * self.width", "Model.mlp_width"),
+    ],
+)
+def test_a_change_that_may_change_bits_is_named_by_file_and_function(package: Path, file, old, new, named):
+    edit(package / file, old, new)
+    assert provenance.code_changes(provenance.code(), provenance.code(package)) == [f"code: {file}: {named}"]
+
+
+def test_a_resume_with_other_code_is_refused_with_what_changed_and_can_be_accepted(half: Path, package: Path):
+    run = Path(shutil.copytree(half, package.with_name("run")))
+    edit(package / "model.py", "return positive * positive", "return 2 * positive * positive")
+    options = settings(budget__steps=4, checkpoint__every_steps=2, numerics__threads=2)
+    command = [sys.executable, "-m", "trainer", "train", str(SMOKE), "--run", str(run), *options]
+    surroundings: dict[str, Any] = {"cwd": package.parent, "env": os.environ | {"PYTHONPATH": str(package.parent)}}
+    refused = subprocess.run(command, capture_output=True, text=True, check=False, **surroundings)
+    assert refused.returncode == 2 and "\n    code: model.py: _SquaredReLU.forward\n" in refused.stderr, refused.stderr
+    subprocess.run([*command, "--accept-other-bits"], capture_output=True, check=True, **surroundings)
+    started = events.select(events.read(run), events.AttemptStarted)[-1][1]
+    assert started.from_step == 2 and list(started.other_bits) == ["code: model.py: _SquaredReLU.forward"]
+
+
+NOT_NUMERIC = {
+    "config", "config_rules", "errors", "files", "phases", "tomlfile", "parallel.elastic",
+    # Tokens and tokenizer are identified by their own digests.
+    "data", "data.cache", "data.corpus", "data.identity", "data.prepare", "data.reading", "data.sources",
+    "data.tokenizer", "data.tokens",
+}  # fmt: skip
+
+
+def test_every_name_that_is_said_to_decide_bits_is_there():
+    for file, chosen in provenance.NUMERIC_SOURCES.items():
+        assert {*chosen} <= {name.partition(".")[0] for name in provenance.code()[file]}, file
+
+
+def test_every_module_that_a_step_uses_decides_bits_or_is_known_not_to():
+    graph = grimp.build_graph("trainer", exclude_type_checking_imports=True, cache_dir=None)
+    chosen = {file.removesuffix(".py").replace("/", ".") for file in provenance.NUMERIC_SOURCES}
+    used = {"trainer.step", "trainer.evaluate", "trainer.optim"}
+    used |= {module for start in list(used) for module in graph.find_upstream_modules(start)}
+    unknown = {module.removeprefix("trainer.") for module in used} - chosen - NOT_NUMERIC - {"parallel", "trainer"}
+    assert not unknown, "add them to NUMERIC_SOURCES, or above with the reason"

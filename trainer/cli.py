@@ -48,7 +48,9 @@ def train(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print sizes and costs, train nothing.")] = False,
     ranks: Annotated[int | None, typer.Option(min=1, help="World size that --dry-run divides memory by.")] = None,
-    accept: Annotated[bool, typer.Option("--accept-other-bits", help="Resume with another machine or torch.")] = False,
+    accept: Annotated[
+        bool, typer.Option("--accept-other-bits", help="Resume with other code, torch or machine.")
+    ] = False,
 ) -> None:
     """Train a config, or resume the run where it stopped. Under torchrun: on all its ranks."""
     from trainer import config as configs
@@ -289,7 +291,7 @@ def ladder_status(path: LadderPath, out: LadderOut = None, as_json: AsJson = Fal
 @ladders.command("report")
 def ladder_report(path: LadderPath, out: LadderOut = None, as_json: AsJson = False) -> None:
     """Report what a ladder's runs show: verdicts here, and OUT/report.html, report.json, pictures and a W&B run."""
-    from trainer.ladder import report, run
+    from trainer.ladder import preregistration, report, run
     from trainer.ladder.plan import load
 
     ladder, out = load.load(path), out or run.default_out(path)
@@ -297,6 +299,8 @@ def ladder_report(path: LadderPath, out: LadderOut = None, as_json: AsJson = Fal
     if as_json:
         _print_json(tree)
         return
+    if edits := str(preregistration.compare(ladder, out)):
+        print(edits)
     _show(report.terminal(tree))
     print(out / report.PAGE)
 

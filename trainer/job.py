@@ -152,7 +152,7 @@ def claim_run(config: Config, run: Path, ranks: World, accept_other_bits: bool, 
     def claim_on_main() -> tuple[int, list[str]]:
         wandb_mode(config)  # only rank 0 shows the run, but a wrong mode is an error before any work
         stack.enter_context(rundir.claim(run, config))
-        before = rundir.read(run).get("computes_with") if rundir.is_run(run) else {}
+        before = rundir.read(run) if rundir.is_run(run) else {}
         other_bits = provenance.compare(run, before, of_ranks, accept_other_bits)
         # The console shows how the last attempt ended. It must not learn from the log that a fault was made on purpose.
         earlier.extend(entry for entry in events.read(run) if not isinstance(entry.event, events.FaultFired))
@@ -205,6 +205,7 @@ def _record(claim: Claim, config: Config, prepared: Prepared) -> dict[str, Any]:
     run, data = claim.run, config.data
     vocab_size = costs.padded_vocab(prepared.tokenizer.vocab_size, config.model.vocab_size)
     facts = {
+        "code": provenance.code(),
         "computes_with": claim.computes_with,
         "data_sha256": prepared.sha256,
         "tokenizer_sha256": prepared.tokenizer.sha256,

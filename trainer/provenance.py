@@ -1,15 +1,19 @@
-"""What a process computes with: device, build of torch, kernels, threads. With anything else the bits may be others.
+"""What a process computes with: code, device, build of torch, kernels, threads. Anything else may give other bits.
 
 It is recorded in config.json and in every AttemptStarted. A run goes on with what it began with, or with something
 else that was accepted on purpose.
 """
 
+import ast
+import functools
+import hashlib
+import json
 import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainer.config import Config, differences
 from trainer.errors import RunDirectoryError
@@ -25,6 +29,82 @@ NOT_RECORDED = (
     "machine or torch is another than before, the steps that follow may have other bits."
 )
 
+NUMERIC_SOURCES: dict[str, tuple[str, ...]] = {
+    "config.py": ("Model",),
+    "costs.py": ("padded_vocab",),
+    "data/batches.py": (),
+    "evaluate.py": (),
+    "exact.py": (),
+    "job.py": ("set_numerics", "build", "batches_of", "scorer"),
+    "loop.py": ("take_step", "finite_gradients"),
+    "model.py": (),
+    "optim.py": (),
+    "parallel/sharding.py": (),
+    "parallel/world.py": ("World", "StepMembers", "AllRanks"),
+    "step.py": (),
+}
+"""Code that decides the bits: files of the package, and their functions and classes where it is not all of them.
+
+What makes tokens of text is left out: tokens and tokenizer are identified by their own digests.
+"""
+
+
+CODE_BEFORE_RECORDS = "bf2fdd0dda8503ef"
+"""`code_digest()` when code began to be recorded. What is keyed by code leaves it out at this value, so that what was
+made before keeps its key."""
+
+
+@functools.cache
+def code(package: Path = Path(__file__).parent) -> dict[str, dict[str, str]]:
+    """Return a digest of each function that decides the bits, and of what is outside of them: {file: {name: digest}}.
+
+    Of the syntax tree: comments, docstrings and formatting do not count, nor does Python's version.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for file, chosen in NUMERIC_SOURCES.items():
+        parts: dict[str, list[str]] = {}
+        for statement in ast.parse((package / file).read_bytes()).body:
+            name = getattr(statement, "name", "(outside of functions)")
+            if chosen and name not in chosen:
+                continue
+            if isinstance(statement, ast.ClassDef):
+                methods = [part for part in statement.body if isinstance(part, ast.FunctionDef)]
+                statement.body = [part for part in statement.body if part not in methods]
+                parts |= {f"{name}.{method.name}": [_canonical(method)] for method in methods}
+            parts.setdefault(name, []).append(_canonical(statement))
+        found[file] = {name: _digest(sorted(texts)) for name, texts in parts.items()}
+    return found
+
+
+def _canonical(node: object) -> str:
+    """Write a syntax tree without places, docstrings and what is empty, which newer versions of Python add to."""
+    if isinstance(node, ast.AST):
+        fields = [f"{name}={_canonical(value)}" for name, value in ast.iter_fields(node) if value not in (None, [])]
+        return f"{type(node).__name__}({' '.join(fields)})"
+    if isinstance(node, list):
+        is_text = [isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant) for part in node]
+        return f"[{' '.join(_canonical(part) for part, skip in zip(node, is_text, strict=True) if not skip)}]"
+    return repr(node)
+
+
+def _digest(tree: object) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def code_digest() -> str:
+    """Digest of all code that decides the bits."""
+    return _digest(code())
+
+
+def code_changes(before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Return a line for each file whose code differs, with the functions that do."""
+    lines = []
+    for file in sorted(before.keys() | now.keys()):
+        old, new = before.get(file, {}), now.get(file, {})
+        if names := sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name)):
+            lines.append(f"code: {file}: {', '.join(names)}")
+    return lines
+
 
 def computes_with(config: Config, device: "torch.device") -> dict[str, str]:
     """Return what decides the bits of this process beside config and data, by name; after `job.set_numerics`."""
@@ -34,6 +114,7 @@ def computes_with(config: Config, device: "torch.device") -> dict[str, str]:
     # OpenMP starts no more threads than its limit, whatever torch asks for.
     threads = min(torch.get_num_threads(), int(os.environ.get("OMP_THREAD_LIMIT") or 2**31))
     found = {
+        "code": code_digest(),
         "device": device.type,
         "device model": torch.cuda.get_device_name(device) if is_cuda else _cpu_model(),
         "CPU capability": torch.backends.cpu.get_cpu_capability(),
@@ -44,9 +125,8 @@ def computes_with(config: Config, device: "torch.device") -> dict[str, str]:
         from torch._inductor.cpp_builder import get_cpp_compiler
 
         command = [get_cpp_compiler(), "--version"]
-        found["C++ compiler"] = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split("\n")[
-            0
-        ]
+        shown = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+        found["C++ compiler"] = shown.partition("\n")[0]
     return found | {name: value for name in KERNEL_VARIABLES if (value := os.environ.get(name))}
 
 
@@ -58,20 +138,21 @@ def _cpu_model() -> str:
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
-def compare(
-    run: Path, recorded: Mapping[str, str] | None, ranks: Sequence[Mapping[str, str]], accept: bool
-) -> list[str]:
+def compare(run: Path, contents: Mapping[str, Any], ranks: Sequence[Mapping[str, str]], accept: bool) -> list[str]:
     """Return the differences between what a run was computed with and what its ranks compute with now.
 
-    Any rank may compute any micro-batch, so they must also be alike: without a record they are held against rank 0.
+    `contents` are those of its config.json; none for a new run. Any rank may compute any micro-batch, so they must
+    also be alike: without a record they are held against rank 0.
     Raises RunDirectoryError if there is a difference, unless all are to be accepted.
     """
-    before = recorded or ranks[0]
+    before = contents.get("computes_with") or ranks[0]
     found: dict[str, list[str]] = {}
     for rank, now in enumerate(ranks):
         for line in differences(before, now):
             found.setdefault(line, []).append(str(rank))
     lines = [line if len(on) == len(ranks) else f"{line} (rank {', '.join(on)})" for line, on in found.items()]
+    if before.get("code") != ranks[0]["code"]:
+        lines = code_changes(contents.get("code", {}), code()) + [line for line in lines if not line.startswith("code")]
     if lines and not accept:
         raise RunDirectoryError(
             f"{run} was computed with something else than this start would use:\n"

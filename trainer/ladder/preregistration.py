@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from trainer import config as configs
-from trainer import files
+from trainer import files, provenance
 from trainer.errors import RunDirectoryError
 from trainer.fleet.run_store import StoredRun
 from trainer.ladder.plan.ladder import Ladder
@@ -35,6 +35,8 @@ class Record(BaseModel):
     edits: list[dict[str, Any]] = []
     """{time, lines, finished_runs} of each edit of the file."""
     settings: dict[str, Any] = {}
+    code: dict[str, dict[str, str]] | None = None
+    """Digests of the code that the runs are computed by; None in records of before it was recorded."""
     runs: dict[str, str] = {}
     """{key: name}"""
 
@@ -55,7 +57,8 @@ class Edits:
             return ""
         lost = f", {self.dropped} finished runs are no longer wanted" if self.dropped else ""
         listed = "\n".join(f"  {line}" for line in self.lines)
-        return f"The ladder file was edited since it was planned:\n{listed}\n{self.kept} finished runs are kept{lost}."
+        fact = "The ladder file, or the code that computes its runs, was edited since it was planned:"
+        return f"{fact}\n{listed}\n{self.kept} finished runs are kept{lost}."
 
 
 def pool_of(out: Path) -> Path:
@@ -91,7 +94,10 @@ def compare(ladder: Ladder, out: Path) -> Edits:
         )
     finished, wanted = _finished(before.runs, out), {run.key for run in [*ladder.runs, *ladder.sweep]}
     kept = sum(key in wanted for key in finished)
-    return Edits(configs.differences(before.settings, ladder.settings), kept, len(finished) - kept)
+    lines = configs.differences(before.settings, ladder.settings)
+    if before.code is not None:
+        lines += provenance.code_changes(before.code, provenance.code())
+    return Edits(lines, kept, len(finished) - kept)
 
 
 def write(ladder: Ladder, out: Path) -> Edits:
@@ -107,7 +113,7 @@ def write(ladder: Ladder, out: Path) -> Edits:
         record.criterion_history.append(entry | {"criterion": criterion})
     if edits.lines:
         record.edits.append(entry | {"lines": edits.lines})
-    record.path, record.settings = str(ladder.path), ladder.settings
+    record.path, record.settings, record.code = str(ladder.path), ladder.settings, provenance.code()
     record.runs = {run.key: run.name for run in [*ladder.runs, *ladder.sweep]}
     out.mkdir(parents=True, exist_ok=True)
     files.write(out / "ladder.json", record.model_dump_json(indent=1) + "\n")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer import config as configs
+from trainer import provenance
 from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.ladder.plan.schema import LadderFile
@@ -86,7 +87,9 @@ class PlannedRun:
         """Digest of what decides the result, 16 hex digits: runs of two ladders with the same key are one run."""
         # What is held out is no part of the mathematics, but it decides the loss that is read from the run.
         scored = json.dumps(configs.flatten(self.config.eval.model_dump(mode="json")), sort_keys=True)
-        return hashlib.sha256(f"{configs.fingerprint(self.config)} {scored}".encode()).hexdigest()[:16]
+        code = provenance.code_digest()
+        computed_by = "" if code == provenance.CODE_BEFORE_RECORDS else f" {code}"
+        return hashlib.sha256(f"{configs.fingerprint(self.config)} {scored}{computed_by}".encode()).hexdigest()[:16]
 
     @property
     def tokens(self) -> int:
