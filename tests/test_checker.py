@@ -186,7 +186,7 @@ def test_a_fault_that_never_fired_is_unknown_and_never_passed(log):
         (["clock_jump"], 1, {checker.DETECTED, checker.RECOVERED, checker.ATTRIBUTED}),
         (["slow_rank", "sigkill"], 1, set()),
     ],
-    ids=str,
+    ids=["none", "slow_rank", "clock_jump", "slow_rank and sigkill"],
 )
 def test_what_is_asked_of_no_fault_is_not_applicable_and_never_passed(log, kinds, fired, unasked):
     log.start(0)
