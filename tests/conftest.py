@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 for name in [name for name in os.environ if name.startswith("WANDB_")]:
     del os.environ[name]  # a developer's WANDB_MODE=online would overrule the configs under test
 os.environ["NETRC"] = os.devnull  # and a developer's account is not for test runs
+
+# A signal that is ignored at the start stays ignored, in all that tests start: so it is where the tests run under nohup
+# or as a background job of a script.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 hypothesis.settings.register_profile("default", deadline=None)  # the machine is shared: time is no failure
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
