@@ -32,7 +32,7 @@ AT_ONCE = 3
 SECONDS = 12.0
 IMPORTED = [
     *forkserver.PRELOADED,
-    "trainer.cli", "trainer.sample", "trainer.costs", "trainer.chaos.run",
+    "trainer.cli", "trainer.sample", "trainer.costs", "trainer.chaos.run", "trainer.ladder.judge",
     "trainer.chaos.report", "trainer.ladder.run", "trainer.ladder.report", "trainer.ladder.terminal",
     "trainer.faults.attribution", "trainer.show.inspect", "trainer.show.curves", "trainer.show.timeline",
     "matplotlib.backends.backend_agg", "pyarrow.parquet",
@@ -83,6 +83,7 @@ def world(server: forkserver.ForkServer, tmp_path_factory: pytest.TempPathFactor
     (world / "tiny.toml").write_text(TINY.format(corpus="corpus/*.txt") + "[budget]\nsteps = 10\n")
     (world / "campaign.toml").write_text(CAMPAIGN)
     (world / "ladder.toml").write_text(HEAD + SIZES + RUNGS + ARM)
+    (world / "table.csv").write_text("flops,loss\n1e15,3\n2e15,2.9\n")
     status, output = run(server, world, Case("", ["train", "tiny.toml", "--run", "run"]))
     assert status == 0, output
     return world
@@ -158,9 +159,12 @@ COMMANDS: dict[str, list[str]] = {
     "ladder run": ["ladder", "run", "{}", "--out", "out"],
     "ladder status": ["ladder", "status", "{}", "--out", "out"],
     "ladder report": ["ladder", "report", "{}", "--out", "out"],
+    "judge": ["judge", "{}", "--out", "out"],
 }
 OF_RUNS = ("inspect", "verify", "sample", "plot")
-FILES = {"train": "tiny.toml", "dry run": "tiny.toml", "chaos": "campaign.toml"} | dict.fromkeys(OF_RUNS, "run")
+FILES = {"train": "tiny.toml", "dry run": "tiny.toml", "chaos": "campaign.toml", "judge": "table.csv"} | dict.fromkeys(
+    OF_RUNS, "run"
+)
 """What each command takes; others take ladder.toml."""
 
 
@@ -243,6 +247,7 @@ TO_PLACES = {
     "ladder plan": ["ladder", "plan", "ladder.toml", "--out", "OUT"],
     "ladder run": ["ladder", "run", "ladder.toml", "--out", "OUT"],
     "ladder report": ["ladder", "report", "ladder.toml", "--out", "OUT"],
+    "judge": ["judge", "table.csv", "--out", "OUT"],
 }
 
 
@@ -282,6 +287,27 @@ CONTENTS: dict[str, bytes] = {
     "negative": b"seed = -1\nranks = -1\nseeds = [-1]\n[budget]\nsteps = -3\n[model]\nwidth = -8",
     "huge": b"seed = 999999999999999999999\n[budget]\nsteps = 999999999999999999999",
 }
+
+
+# What may stand in a table of runs.
+TABLES: dict[str, tuple[str, bytes]] = {
+    "nothing": ("t.csv", b""), "blanks": ("t.csv", b" \n\n"), "a header": ("t.csv", b"flops,loss\n"),
+    "binary": ("t.csv", bytes(range(256))), "NUL": ("t.csv", b"flops,loss\n\0,1\n"),
+    "UTF-16": ("t.csv", "flops,loss\n1,2\n".encode("utf-16")), "no header": ("t.csv", b"1e15,3\n2e15,2.9\n"),
+    "an open quote": ("t.csv", b'flops,loss\n"1,2\n3,4\n'), "a long field": ("t.csv", b"flops,loss\n" + b"1" * 200_000),
+    "a short row": ("t.csv", b"flops,loss\n1e15\n"), "infinite": ("t.csv", b"flops,loss\ninf,1\n"),
+    "too much": ("t.csv", b"params,tokens,loss\n1e300,1e300,2\n"), "lists": ("t.jsonl", b'{"flops": [1]}\n'),
+    "a table in a table": ("t.jsonl", b'{"flops": {"a": 1}, "loss": 2}\n'), "deep": ("t.jsonl", b"[" * 100_000),
+    "many digits": ("t.jsonl", b'{"flops": %s, "loss": 1}' % (b"9" * 9000)), "a list": ("t.jsonl", b"[1]"),
+    "half a pair": ("t.jsonl", b'{"\\ud800": 1}\n'), "no parquet": ("t.parquet", b"PAR1" + bytes(100) + b"PAR1"),
+    "empty parquet": ("t.parquet", b""), "a W&B file": ("other/a.wandb", b":W&B" + bytes(range(256)) * 9),
+}  # fmt: skip
+
+
+def broken_tables() -> Iterator[Case]:
+    for what, (name, content) in TABLES.items():
+        path = name.partition("/")[0]
+        yield Case(f"judge: {what}", command("judge", path), holding(name, content), (2,), "none")
 
 
 def broken_settings() -> Iterator[Case]:
@@ -501,8 +527,8 @@ def damage() -> Iterator[Case]:
 
 GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
     group.__name__.replace("_", " "): group
-    for group in (broken_paths, broken_places, broken_settings, broken_settings_of_the_command_line, broken_texts,
-                  broken_arguments, strange_environments, damage)
+    for group in (broken_paths, broken_places, broken_tables, broken_settings, broken_settings_of_the_command_line,
+                  broken_texts, broken_arguments, strange_environments, damage)
 }  # fmt: skip
 
 

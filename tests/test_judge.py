@@ -283,6 +283,7 @@ def test_a_folder_of_offline_wandb_runs_is_a_table_of_their_settings_and_last_me
         run.log({"val_loss": row["loss"] + 1})
         run.log({"val_loss": row["loss"]})
         run.finish()
+    wandb.teardown()  # its service writes the last records when it ends
     tree = judge(str(tmp_path), columns={"params": "size.params"}, target_flops=DESIGN.target)
     made = [(run["place"], run["parameters"], run["loss"]) for run in tree["runs"]]
     assert sorted(made) == sorted((f"run of {run.parameters}", run.parameters, run.loss) for run in found)

@@ -335,6 +335,8 @@ def judge(
     from trainer.ladder import judge as judging
     from trainer.ladder import report
 
+    if out is not None:
+        judging.check_out(out)
     tree = judging.judge(
         source, columns=judging.named_columns(column or ()), baseline=baseline, target_flops=target,
         criterion=judging.read_criterion(criterion) if criterion else None, more_is_better=more_is_better,

@@ -136,8 +136,11 @@ def read_runs(
         if flops is None and params and tokens:
             flops = 6 * params * tokens
             derived.append(row.place)
-        if flops is None:
-            wrong.setdefault("neither FLOPs nor parameters and tokens are known", []).append(row.place)
+        if flops is None or flops == math.inf:
+            fact = (
+                "neither FLOPs nor parameters and tokens are known" if flops is None else "no run has so much compute"
+            )
+            wrong.setdefault(fact, []).append(row.place)
             continue
         if tokens and tokens > MOST_EPOCHS * (values.get("unique_tokens") or math.inf):
             repeated.append(row.place)

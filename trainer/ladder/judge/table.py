@@ -4,7 +4,9 @@ Nothing is checked here but the form of the file; judge.py gives the columns the
 """
 
 import csv
+import io
 import json
+import stat
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from typing import Any
 
 from trainer import files
 from trainer.config import flatten
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, of_system
 
 WANDB = "wandb:"
 Values = dict[str, Any]
@@ -43,20 +45,19 @@ def read(source: str) -> Table:
     Raises ConfigError if there is no table.
     """
     problems: list[str] = []
-    path = Path(source)
-    if source.startswith(WANDB):
-        rows = list(_online_runs(source))
-    elif path.is_dir():
-        rows = list(_offline_runs(path))
-    else:
-        try:
-            rows = list(_file_rows(path, problems))
-        except FileNotFoundError:
-            raise ConfigError([f"{source} does not exist.\n  {FORMS}"]) from None
-        except OSError as error:
-            raise ConfigError([f"{source} cannot be read: {error.strerror}.\n  Make it readable."]) from None
-        except UnicodeDecodeError as error:
-            raise ConfigError([f"{source} is no text: {error}.\n  Write it as UTF-8."]) from None
+    try:
+        if source.startswith(WANDB):
+            rows = list(_online_runs(source))
+        elif Path(source).is_dir():
+            rows = list(_offline_runs(Path(source), problems))
+        else:
+            rows = list(_file_rows(Path(source), problems))
+    except FileNotFoundError:
+        raise ConfigError([f"{source} does not exist.\n  {FORMS}"]) from None
+    except OSError as error:
+        raise ConfigError([of_system(error, f"{source} cannot be read", "", FORMS)]) from None
+    except (ValueError, csv.Error) as error:  # no text, or a field of more than 128 KiB
+        raise ConfigError([f"{source} is no table: {error}.\n  {FORMS}"]) from None
     problems = [f"{source}, {problem}" for problem in problems]
     if not rows:
         raise ConfigError(problems or [f"{source} has no rows.\n  Give a table with one row for each run."])
@@ -69,6 +70,8 @@ FORMS = (
 
 
 def _file_rows(path: Path, problems: list[str]) -> Iterator[Row]:
+    if not stat.S_ISREG(path.stat().st_mode):  # whoever opens a pipe would wait for a writer
+        raise ConfigError([f"{path} is no regular file.\n  {FORMS}"])
     match path.suffix.lower():
         case ".csv" | ".tsv" | ".txt":
             return _delimited_rows(path.read_text(encoding="utf-8-sig"), problems)
@@ -81,7 +84,7 @@ def _file_rows(path: Path, problems: list[str]) -> Iterator[Row]:
 
 def _delimited_rows(text: str, problems: list[str]) -> Iterator[Row]:
     header = text.partition("\n")[0]
-    reader = csv.reader(text.splitlines(), delimiter=max(",\t;|", key=header.count))
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",\t;|", key=header.count))
     columns = [name.strip() for name in next(reader, [])]
     twice = sorted({name for name in columns if columns.count(name) > 1 or not name})
     if twice:
@@ -125,29 +128,32 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 # W&B
 
 
-def _offline_runs(folder: Path) -> Iterator[Row]:
+def _offline_runs(folder: Path, problems: list[str]) -> Iterator[Row]:
     """The runs in a folder of offline W&B runs, each with its settings and its last metrics."""
     paths = sorted(folder.rglob("*.wandb"))
     if not paths:
         raise ConfigError([f"{folder} holds no offline W&B runs (*.wandb).\n  {FORMS}"])
     runs: dict[str, Values] = {}
     for path in paths:
-        for kind, part in _wandb_records(path):
-            # One run may have been continued by several processes: all their files have its id.
-            values = runs.setdefault(path.stem, {})
-            if kind == "run":
-                named = {"name": part.display_name, "group": part.run_group, "job_type": part.job_type}
-                values |= {key: value for key, value in named.items() if value}
-            items = part.item if kind == "history" else part.config.update if kind == "run" else part.update
-            for item in items:
-                key = item.key or ".".join(item.nested_key)
-                values |= flatten({key: json.loads(item.value_json)})
+        # One run may have been continued by several processes: all their files have its id.
+        values = runs.setdefault(path.stem, {})
+        try:
+            for kind, part in _wandb_records(path):
+                if kind == "run":
+                    named = {"name": part.display_name, "group": part.run_group, "job_type": part.job_type}
+                    values |= {key: value for key, value in named.items() if value}
+                items = part.item if kind == "history" else part.config.update if kind == "run" else part.update
+                for item in items:
+                    values |= flatten({item.key or ".".join(item.nested_key): json.loads(item.value_json)})
+        except (OSError, ValueError, RecursionError) as error:
+            problems.append(f"run {path.stem}: its file cannot be read: {error}.\n  Leave out {path}.")
     for name, values in runs.items():
         yield Row(f"run {values.get('name', name)}", {key: value for key, value in values.items() if key[0] != "_"})
 
 
 def _wandb_records(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield (kind, content) of the records of a file that have settings or metrics."""
+    from google.protobuf.message import DecodeError
     from wandb.proto import wandb_internal_pb2
 
     messages: Any = wandb_internal_pb2
@@ -158,10 +164,15 @@ def _wandb_records(path: Path) -> Iterator[tuple[str, Any]]:
             position += 2**15 - position % 2**15
             continue
         _, length, kind = struct.unpack_from("<IHB", data, position)
+        if position + 7 + length > len(data):
+            return  # a process that was killed left its last record unfinished
         parts += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # a whole record, or its last part
-            record = messages.Record.FromString(parts)
+            try:
+                record = messages.Record.FromString(parts)
+            except DecodeError as error:
+                raise ValueError(str(error)) from None
             name, parts = record.WhichOneof("record_type"), b""
             if name in ("run", "config", "history", "summary"):
                 yield name, getattr(record, name)
