@@ -241,6 +241,7 @@ PLACES: dict[str, tuple[str, Change]] = {
     "a folder of other files": ("corpus", nothing),
 }
 TO_PLACES = {
+    "init": ["init", "OUT"],
     "train": ["train", "tiny.toml", "--run", "OUT"],
     "plot": ["plot", "run", "--output", "OUT"],
     "chaos": ["chaos", "campaign.toml", "--out", "OUT"],
@@ -258,6 +259,8 @@ def broken_places() -> Iterator[Case]:
         command = [place if part == "OUT" else part for part in TO_PLACES[name]]
         if name == "plot" and what in ("a file", "a link to itself"):  # which the user has named to be written
             yield Case(f"{name} to {what}", command, change, (0,), f"{place} timeline.svg")
+        elif name == "init" and what == "a folder of other files":  # as `init .` beside one's text: none is overwritten
+            yield Case(f"{name} to {what}", command, change, (0,), place)
         else:
             yield Case(f"{name} to {what}", command, change, (1, 2))
 
@@ -380,6 +383,7 @@ ARGUMENTS = [
     ["sample", "run", "--tokens", "0"], ["sample", "run", "--temperature", "x"],
     ["sample", "run", "--temperature", "-1"], ["sample", "run", "--top-k", "-1"], ["sample", "run", "--seed", "9" * 30],
     ["sample", "run", "--prompt", b"\xff"], ["chaos", "campaign.toml", "--repeat", "0"], ["ladder"], ["ladder", "x"],
+    ["init"], ["schema", "x"], ["train", "no-built-in"],
     ["chaos", "campaign.toml", "--only", "none", "--out", "out"],
     ["ladder", "run", "ladder.toml", "--up-to", "none", "--out", "out"], ["verify"], ["inspect", "--json"],
     ["train", "tiny.toml", "--dry-run", "--ranks", "0"], ["train", "tiny.toml", "--dry-run", "--ranks", "99"],

@@ -4,9 +4,11 @@ import ast
 import importlib.metadata
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -122,6 +124,39 @@ def test_every_template_of_the_pages_is_packaged():
     globs = PYPROJECT["tool"]["setuptools"]["package-data"]["trainer.show"]
     packaged = {path for glob in globs for path in show.glob(glob)}
     assert packaged == set((show / "templates").iterdir()) != set()
+
+
+def test_a_wheel_outside_the_repository_trains_a_built_in_config_and_starts_a_folder(tmp_path: Path):
+    source, site, empty = tmp_path / "source", tmp_path / "site", tmp_path / "empty"
+    for name in ("trainer", "configs"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=source, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    shutil.rmtree(source)
+    shipped = {path.relative_to(site / "trainer/configs") for path in (site / "trainer/configs").rglob("*.toml")}
+    assert shipped == {path.relative_to(ROOT / "configs") for path in (ROOT / "configs").rglob("*.toml")}
+    empty.mkdir()
+    environment = os.environ | {"PYTHONPATH": str(site), "PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+
+    def python(*arguments: str) -> str:
+        command = [sys.executable, *arguments]
+        done = subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    ours = f"import trainer; assert trainer.__file__.startswith({str(site)!r}); print(trainer.Config().eval.sets)"
+    assert python("-c", ours).strip() == "('val',)"
+    few = ["--set", "budget.steps=2", "--set", "optim.warmup_steps=0"]
+    assert "next  python -m trainer inspect runs/smoke" in python("-m", "trainer", "train", "smoke", *few)
+    python("-m", "trainer", "init", "mine")
+    assert "parameters" in python("-m", "trainer", "train", "mine/train.toml", "--dry-run")
+    assert "built-in one" in python("-c", "from trainer.cli import app; app(['train', '--help'])")
 
 
 def test_no_file_used_for_installing_names_a_package_index():

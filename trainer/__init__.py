@@ -2,4 +2,28 @@
 
 A run is a pure function of its config: faults, restarts, world size and sharding change when the
 result arrives, never the result itself.
+
+    import trainer
+
+    run = trainer.train("smoke", "runs/smoke")
+    run.losses(), run.evaluations(), run.incidents(), run.events()
+    trainer.open_run("runs/gpt_tiny").summary()
+
+docs/api.md has the rest.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trainer.api import Run, open_run, train
+    from trainer.config import Config
+
+__all__ = ["Config", "Run", "open_run", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """Load what is asked for: `import trainer` itself stays as quick as an empty package."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("trainer.config" if name == "Config" else "trainer.api"), name)

@@ -1,4 +1,4 @@
-"""The command line: `python -m trainer train | inspect | verify | sample | plot | chaos | ladder | judge`.
+"""The command line: `toprope`, or `python -m trainer`, and a verb.
 
 Heavy imports are inside the commands, so that `--help` and a mistyped config answer at once.
 """
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from trainer import builtin
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, NewerFormatError, TopropeError, UsageError, of_system
 from trainer.parallel import elastic
 
@@ -27,13 +28,43 @@ app = typer.Typer(
     name="trainer",
     help="toprope: small GPT pretraining that ends with the same bits whatever happens on the way.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML config, e.g. configs/gpt_tiny.toml.")]
+
+def _file(metavar: str, what: str, folder: str = "") -> Any:
+    """Return the argument of a command that takes a file or the name of a built-in one, from a folder of configs/."""
+    known = ", ".join(builtin.names(folder))
+
+    def find(given: Path | None) -> Path | None:
+        return given and builtin.find(given, folder)
+
+    return typer.Argument(metavar=metavar, help=f"{what}, or a built-in one: {known}.", callback=find)
+
+
+ConfigPath = Annotated[Path, _file("CONFIG", "A TOML config")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, e.g. runs/gpt_tiny.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+@app.command()
+def init(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty directory.")]) -> None:
+    """Write a config, a ladder, a campaign and a README to start from. Nothing is overwritten."""
+    from trainer import config as configs
+    from trainer.show import terminal
+
+    written = builtin.start(directory, json.dumps(configs.json_schema(), indent=1))
+    print("\n".join(map(str, written)))
+    print(f"next  cd {shlex.quote(str(directory))} && python -m trainer train train.toml")
+    terminal.check()
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a config, for editors: every setting with its type, default and description."""
+    from trainer import config as configs
+
+    _print_json(configs.json_schema())
 
 
 @app.command()
@@ -60,9 +91,13 @@ def train(
     if dry_run:
         from trainer import costs, data
         from trainer.faults import plan as faultplan
+        from trainer.log import rundir
 
         configs.check_world(config, ranks or 1)
-        data.check(config.data, config.eval)
+        for note in data.check(config.data, config.eval, config.model.context):
+            print(f"note: {note}", file=sys.stderr)
+        if run is not None:
+            rundir.check(run, config)
         if ranks is not None:  # without a number of ranks nobody knows which of them a fault can hit
             faultplan.make(config, ranks)
         costs.show(config, ranks or 1)
@@ -189,7 +224,7 @@ def plot(
 
 @app.command()
 def chaos(
-    path: Annotated[Path, typer.Argument(metavar="CAMPAIGN", help="A campaign, e.g. configs/chaos/smoke.toml.")],
+    path: Annotated[Path, _file("CAMPAIGN", "A campaign", "chaos")],
     out: Annotated[Path | None, typer.Option(help="Directory to fill or resume; default runs/chaos/NAME-TIME.")] = None,
     as_json: AsJson = False,
     only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this run; may be repeated.")] = None,
@@ -222,7 +257,7 @@ def chaos(
 
 ladders = typer.Typer(help="Derisk changes on a ladder of sizes: plan, run, status, report.", no_args_is_help=True)
 app.add_typer(ladders, name="ladder")
-LadderPath = Annotated[Path, typer.Argument(metavar="LADDER", help="A ladder, e.g. configs/ladders/demo.toml.")]
+LadderPath = Annotated[Path, _file("LADDER", "A ladder", "ladders")]
 LadderOut = Annotated[Path | None, typer.Option(help="Default runs/ladders/NAME; the runs go to `pool` beside it.")]
 
 
@@ -358,7 +393,7 @@ ForecastOut = Annotated[Path | None, typer.Option(help="Write forecast.html, for
 
 @forecasts.command("run")
 def forecast_run(
-    path: Annotated[Path, typer.Argument(metavar="SCENARIO", help="E.g. configs/forecast/llama3_16k.toml.")],
+    path: Annotated[Path, _file("SCENARIO", "A scenario", "forecast")],
     out: ForecastOut = None,
     as_json: AsJson = False,
 ) -> None:
@@ -370,7 +405,7 @@ def forecast_run(
 
 @forecasts.command("scale")
 def forecast_scale(
-    path: Annotated[Path, typer.Argument(metavar="SCALE", help="E.g. configs/forecast/to_ten_million.toml.")],
+    path: Annotated[Path, _file("SCALE", "A range of sizes", "forecast")],
     out: ForecastOut = None,
     as_json: AsJson = False,
 ) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from trainer import config_rules, tomlfile
+from trainer import builtin, config_rules, tomlfile
 from trainer.errors import ConfigError
 
 
@@ -41,8 +41,10 @@ class Data(Section):
     max_megabytes: float = Field(default=0.0, ge=0)
     """Stop reading the corpus after this many megabytes of text; 0 reads all of it."""
     heldout: Literal["hash", "tail"] = "hash"
-    """"hash" holds out whole documents by a hash of their content; "tail" the last part of every document."""
+    """"hash" holds out whole documents by a hash of their content, "tail" the last part of every document. Of a
+    corpus that is a single document, both hold out the last part."""
     heldout_fraction: float = Field(default=0.05, gt=0, lt=1)
+    """Part of the text that is held out."""
     tokenizer: str = "bpe"
     """"bpe" (byte-level, trained on the training split), "bytes", "chars", or the path of a tokenizer.json."""
     vocab_size: int = Field(default=4096, ge=257)
@@ -57,33 +59,45 @@ class Data(Section):
 
 class Model(Section):
     n_layers: int = Field(default=4, ge=1)
+    """Number of blocks: attention and MLP."""
     n_heads: int = Field(default=4, ge=1)
+    """Query heads; they divide `width`."""
     n_kv_heads: int = Field(default=0, ge=0)
     """Key/value heads shared by groups of query heads; 0 means as many as n_heads."""
     width: int = Field(default=128, ge=1)
+    """Channels of the residual stream."""
     context: int = Field(default=64, ge=1)
     """Tokens in a sequence."""
     vocab_size: int = Field(default=0, ge=0)
     """Rows of the embedding table; 0 takes the tokenizer's size, rounded up to a multiple of 64."""
     norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
+    """Normalisation before attention, MLP and head."""
     positions: Literal["learned", "rope"] = "rope"
+    """A learned vector for each position, or queries and keys turned by it."""
     rope_base: float = Field(default=10_000.0, gt=0)
+    """Base of the wavelengths of "rope"."""
     mlp: Literal["gelu", "swiglu", "relu2"] = "relu2"
+    """Activation of the MLP; "swiglu" has a gate, and so a third matrix."""
     mlp_ratio: float = Field(default=4.0, gt=0)
     """Hidden width of the MLP divided by `width`."""
     qk_norm: bool = True
+    """Normalise queries and keys."""
     tied_embeddings: bool = False
+    """One matrix for embedding and head."""
     biases: bool = False
+    """Biases in linear layers."""
     logit_softcap: float = Field(default=0.0, ge=0)
     """Logits are squashed into ±this by tanh; 0 is off."""
     z_loss: float = Field(default=0.0, ge=0)
     """Weight of the squared log-partition penalty in the training loss; 0 is off."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Probability that an activation is set to zero in training; 0 is off."""
     value_embeddings: bool = False
     """Token-indexed embeddings added to the values of every second layer's attention."""
     bigram_buckets: int = Field(default=0, ge=0)
     """Rows of a hashed table of (previous token, token) embeddings added to the input; 0 is off."""
     init: Literal["gpt2", "zero_proj"] = "zero_proj"
+    """Initial weights: as GPT-2's, or with every block's output projections at zero."""
     init_draw: int = Field(default=0, ge=0)
     """Number of the draw of initial weights at this seed; the order of the data stays the same."""
 
@@ -102,20 +116,27 @@ class Model(Section):
 
 class Optim(Section):
     optimizer: Literal["adamw", "muon"] = "adamw"
+    """"muon" is for the hidden matrices; the other parameters keep AdamW."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """Peak rate of AdamW's parameters."""
     muon_learning_rate: float = Field(default=0.02, gt=0)
     """Peak rate of Muon's parameters: the hidden matrices."""
     muon_momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of Muon's momentum."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of AdamW's first moment."""
     beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of AdamW's second moment."""
     eps: float = Field(default=1e-8, gt=0)
+    """Added to AdamW's denominator."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled; applies to matrices, not to norms, biases and embeddings."""
     clip_norm: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0 is off."""
     schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
+    """Learning rate after the warmup. "wsd" is constant, then decays linearly over the last `decay_fraction`."""
     warmup_steps: int = Field(default=0, ge=0)
+    """Steps in which the rate rises linearly to its peak."""
     decay_fraction: float = Field(default=0.2, gt=0, le=1)
     """Share of the steps in which a wsd schedule decays."""
     final_fraction: float = Field(default=0.1, ge=0, le=1)
@@ -126,11 +147,14 @@ class Optim(Section):
 
 class Budget(Section):
     steps: int = Field(default=100, ge=1)
+    """Optimizer steps of the run."""
 
 
 class Parallel(Section):
     strategy: Literal["replicate", "fsdp", "hybrid"] = "replicate"
+    """Every rank holds all weights, or a shard ("fsdp"), or groups of ranks share a copy ("hybrid")."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """"auto": a GPU for each rank if there are as many, else the CPU."""
     shard_ranks: int = Field(default=2, ge=2)
     """Hybrid only: ranks that share one copy of the weights; the world is a multiple of it."""
     reshard_after_forward: bool = True
@@ -168,8 +192,9 @@ class Eval(Section):
     """Evaluate after every so many steps and at the end; 0 evaluates only at the end."""
     max_tokens: int = Field(default=65_536, ge=1)
     """Tokens scored per set, spread evenly over it."""
-    sets: tuple[str, ...] = ("val", "repo")
-    """"val" (documents kept from training), "repo" (this repository's own source), or names from `eval.sources`."""
+    sets: tuple[str, ...] = ("val", "repo") if builtin.IN_CHECKOUT else ("val",)
+    """"val" (text kept from training), "repo" (this repository's own source, or the installed package's), or names from
+    `eval.sources`. The default has "repo" only in a checkout of the repository."""
     sources: dict[str, str] = {}
     """Further held-out sets: name = path, glob, or "hub:OWNER/NAME@COMMIT[:SPLIT]"."""
 
@@ -187,15 +212,20 @@ class Wandb(Section):
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """"auto": online if a key is in the environment or netrc, else offline. WANDB_MODE overrides."""
     project: str = "toprope"
+    """W&B project that the run is in."""
     entity: str = ""
+    """User or team that owns it; empty: the key's own."""
     group: str = ""
+    """Runs of one group are shown together."""
     tags: tuple[str, ...] = ()
+    """Labels of the run."""
 
 
 class FaultEntry(Section, extra="allow"):
     """One planned fault, as far as all kinds share its settings. The kinds and their own settings: trainer/faults/."""
 
     kind: str
+    """Name of the fault: trainer/faults/ has one class for each."""
     rank: int | str = "any"
     """A number, "any" (one drawn by `seed`), "all", "rank0", or "writer" (who commits checkpoints)."""
     at_step: int | None = Field(default=None, ge=1)
@@ -210,16 +240,27 @@ class FaultEntry(Section, extra="allow"):
 
 class Config(Section):
     seed: int = Field(default=0, ge=0, lt=2**63)
+    """Decides initial weights, the order of the data and dropout."""
     data: Data = Data()
+    """The text, its split, its tokens, and how many a step takes."""
     model: Model = Model()
+    """The GPT: its sizes and switches."""
     optim: Optim = Optim()
+    """Optimizers, learning rates and their schedule."""
     budget: Budget = Budget()
+    """When the run is finished."""
     parallel: Parallel = Parallel()
+    """How ranks share the work. Changes no bit of the result."""
     numerics: Numerics = Numerics()
+    """How numbers are rounded and added."""
     checkpoint: Checkpoint = Checkpoint()
+    """When the state is saved, and what is kept."""
     eval: Eval = Eval()
+    """When the model is scored, and on what."""
     elastic: Elastic = Elastic()
+    """Limits of time after which a rank counts as hung."""
     wandb: Wandb = Wandb()
+    """Where the run is shown in Weights & Biases."""
     faults: tuple[FaultEntry, ...] = ()
     """Planned faults, as [[faults]] tables. None by default."""
 
@@ -289,6 +330,14 @@ def mathematics(config: Config) -> dict[str, Any]:
     flat = flatten(config.model_dump(mode="json", include=set(MATHEMATICS)))
     left_out = {key for key, unchanged in ADDED_LATER.items() if flat[key] == unchanged}.union(NOT_MATHEMATICS)
     return {key: value for key, value in flat.items() if key not in left_out}
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON schema of a config file, for editors: every setting with its type, default and description."""
+    schema = Config.model_json_schema()
+    extends = {"type": "string", "description": "Path of the config, relative to this file, that this one changes."}
+    title = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A toprope config"}
+    return schema | title | {"properties": {"extends": extends} | schema["properties"]}
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from trainer import files
 from trainer.errors import ConfigError, of_system
 
+READY = "`python -m trainer init DIR` writes ones to start from."
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -26,10 +27,10 @@ def read(path: Path) -> dict[str, Any]:
         return tree
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
-        hint = f"Did you mean {path.parent / near[0]}?" if near else "configs/ and configs/chaos/ hold ready ones."
+        hint = f"Did you mean {path.parent / near[0]}?" if near else READY
         raise ConfigError([f"{path} does not exist.\n  {hint}"]) from None
     except IsADirectoryError:
-        inside = ", ".join(sorted(p.name for p in path.glob("*.toml"))) or "none here; configs/ has ready ones"
+        inside = ", ".join(sorted(p.name for p in path.glob("*.toml"))) or f"none here. {READY}"
         raise ConfigError([f"{path} is a directory.\n  Name one TOML file ({inside})."]) from None
     except OSError as error:
         raise ConfigError([of_system(error, f"{path} cannot be read", "", "Name a TOML file.")]) from None

@@ -381,20 +381,39 @@ def test_token_ids_are_of_the_type_that_the_vocabulary_gives(stories, settings, 
 
 
 @pytest.mark.parametrize(
-    ("given", "side"),
-    [({"source": "one.txt"}, "held-out"), ({"source": "same-*.txt"}, "held-out"), ({"heldout_fraction": 1e-9}, "held")],
+    ("given", "message"),
+    [
+        ({"source": "one.txt", "heldout_fraction": 1e-20}, "leaves no document on the held-out"),
+        ({"heldout_fraction": 1e-9}, "leaves no document on the held-out"),
+        ({"source": "one.txt"}, "is longer than the training split: 15 tokens"),
+        ({"source": "same-*.txt"}, "is longer than the training split: 15 tokens"),
+    ],
 )
-def test_a_split_that_prepare_refuses_is_found_without_preparing(tmp_path, stories, settings, given, side):
+def test_a_split_that_prepare_refuses_is_found_without_preparing(tmp_path, stories, settings, given, message):
     for name in ("one.txt", "same-1.txt", "same-2.txt"):
         (tmp_path / name).write_text("The only document.")
     data = settings(**{"source": stories, **{k: tmp_path / v if k == "source" else v for k, v in given.items()}})
-    with pytest.raises(CorpusError, match=f"leaves no document on the {side}") as early:
-        check(data, VAL)
+    with pytest.raises(CorpusError, match=message) as early:
+        check(data, VAL, 64)
     with pytest.raises(CorpusError) as late:
-        prepare(data, VAL, CONTEXT)
+        prepare(data, VAL, 64)
     assert str(early.value) == str(late.value)
-    check(settings(stories), VAL)
-    check(settings("not/there/yet-*.parquet"), VAL)
+    assert check(settings(stories), VAL, CONTEXT) == []
+    (note,) = check(settings("not/there/yet-*.parquet"), VAL, CONTEXT)
+    assert "matches no file" in note
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe", "chars"])
+def test_a_single_document_is_split_as_by_tail_and_that_is_said_at_every_start(tmp_path, settings, tokenizer):
+    (tmp_path / "one.txt").write_text("".join(f"This is line {n} of the only document.\n" for n in range(99)))
+    given = {"source": tmp_path / "one.txt", "tokenizer": tokenizer, "vocab_size": 300}
+    by_tail = prepare(settings(**given, heldout="tail"), VAL, CONTEXT)
+    said: list[str] = []
+    for start in (1, 2):
+        by_hash = prepare(settings(**given), VAL, CONTEXT, progress=lambda phase, done, total: said.append(phase))
+        assert by_hash.sha256 == by_tail.sha256
+        assert by_hash.eval_sets["val"].sha256 == by_tail.eval_sets["val"].sha256
+        assert sum("is one document: its last 20% are held out" in phase for phase in said) == start
 
 
 @pytest.mark.parametrize(
@@ -404,11 +423,12 @@ def test_what_prepare_refuses_about_an_eval_set_is_found_without_preparing(tmp_p
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(CorpusError, match=f"eval set 'mine': .*{name}.*\n  ") as early:
-        check(settings(stories), own_sets(path))
+        check(settings(stories), own_sets(path), CONTEXT)
     with pytest.raises(CorpusError) as late:
         prepare(settings(stories), own_sets(path), CONTEXT)
     assert str(early.value) == str(late.value)
-    check(settings(stories), own_sets(tmp_path / "not" / "there" / "yet-*.txt"))
+    (note,) = check(settings(stories), own_sets(tmp_path / "not" / "there" / "yet-*.txt"), CONTEXT)
+    assert note.startswith("eval set 'mine': ")
 
 
 def test_a_tokenizer_that_does_not_match_its_store_is_refused(stories, settings):

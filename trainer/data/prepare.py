@@ -1,6 +1,9 @@
 """From settings to data: training tokens, tokenizer and evaluation sets, built in the cache or mapped from it."""
 
+import functools
 import hashlib
+import itertools
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +19,9 @@ from trainer.data.corpus import Corpus, Document, Tally, open_corpus, open_eval_
 from trainer.data.tokenizer import Tokenizer, from_json, read_json, train
 from trainer.data.tokens import Part, Route, TokenStore, empty_part, open_or_build, reported, shared_digests
 from trainer.errors import CorpusError
+
+_BYTES_PER_TOKEN = 32
+"""More than text has on average in any vocabulary, unless it repeats itself."""
 
 
 @dataclass(frozen=True)
@@ -55,31 +61,45 @@ def prepare(
     )
 
 
-def check(data: Data, eval: Eval) -> None:
+def check(data: Data, eval: Eval, context: int) -> list[str]:
     """Raise the CorpusError that `prepare` would raise for local text that cannot be read or leaves a part empty.
 
-    Reads only until each part has text. Files that are not there yet, and the hub, are left to `prepare`.
+    Reads only until each part has text, and prepares in a temporary folder what may be too short for a sequence.
+    Returns a sentence about each source that is not there yet or on the hub: those are left to `prepare`.
     """
-    _check_parts(partial(open_corpus, data), {"train", "heldout"}, partial(_sides, data=data))
+    notes = _check_parts(partial(open_corpus, data), {"train", "heldout"}, lambda corpus: _splitter(corpus, data))
+    if not notes and _is_short(open_corpus(data), context):
+        with tempfile.TemporaryDirectory() as scratch:
+            prepare(data.model_copy(update={"cache_dir": scratch}), eval.model_copy(update={"sets": ()}), context)
     for name in eval.sets:
         if name != "val":
             with _named(name):
-                _check_parts(partial(_eval_corpus, name, data, eval), {"eval"}, _whole)
+                found = _check_parts(partial(_eval_corpus, name, data, eval), {"eval"}, lambda corpus: _whole)
+                notes += [f"eval set {name!r}: {note}" for note in found]
+    return notes
 
 
-def _check_parts(open_source: Callable[[], Corpus], missing: set[str], route: Route) -> None:
+def _check_parts(
+    open_source: Callable[[], Corpus], missing: set[str], route_of: Callable[[Corpus], Route]
+) -> list[str]:
     try:
         corpus = open_source()
-    except CorpusError:
-        return
+    except CorpusError as error:
+        return [f"{str(error).splitlines()[0]} Training would refuse it."]
     if corpus.hub is not None:
-        return
-    tally = Tally()
+        return [f"{corpus.source} is on the hub; nothing was read of it."]
+    tally, route = Tally(), route_of(corpus)
     for document in corpus.documents(tally):
         missing = missing - {part for part, text in route(document).items() if text}
         if not missing:
-            return
+            return []
     raise empty_part(max(missing), corpus, tally)  # of two, "train"
+
+
+def _is_short(corpus: Corpus, context: int) -> bool:
+    """True if the text may make too few tokens for a sequence: it is read no further than that takes."""
+    tally = Tally()
+    return all(tally.bytes <= _BYTES_PER_TOKEN * (context + 1) for _ in corpus.documents(tally))
 
 
 def tokenizer_for(data: Data, *, progress: ProgressCallback = no_progress) -> Tokenizer:
@@ -100,17 +120,38 @@ def _training_store(root: Path, data: Data, progress: ProgressCallback, verify: 
     def make_tokenizer() -> Tokenizer:
         if not trained:
             return from_json(given, data.tokenizer)
-        return train(data.tokenizer, _training_texts(corpus, data, progress), data.vocab_size)
+        return train(data.tokenizer, _training_texts(corpus, splitter(), progress), data.vocab_size)
 
-    route = partial(_sides, data=data)
-    return open_or_build(root, corpus, shaped_by, make_tokenizer, ("train", "heldout"), route, progress, verify)
+    @functools.cache
+    def splitter() -> Route:  # reads the corpus, so only where a store must be built
+        return _splitter(corpus, data)
+
+    def route(document: Document) -> Mapping[str, str]:
+        return splitter()(document)
+
+    parts = ("train", "heldout")
+    store = open_or_build(root, corpus, shaped_by, make_tokenizer, parts, route, progress, verify)
+    if data.heldout == "hash" and store.tally.documents == 1:
+        held_out = f"its last {data.heldout_fraction:.0%} are held out"
+        progress(f'{corpus.source} is one document: {held_out}, as with data.heldout = "tail"', 0, None)
+    return store
 
 
-def _training_texts(corpus: Corpus, data: Data, progress: ProgressCallback) -> Iterator[str]:
+def _splitter(corpus: Corpus, data: Data) -> Route:
+    """Return the route that splits this corpus's documents into training and held-out text.
+
+    A single document has no other beside it that could be held out whole: "hash" then means "tail". Every store of
+    such a corpus was refused before this rule, so no store has another split under the same key.
+    """
+    is_single = len(list(itertools.islice(corpus.documents(), 2))) == 1
+    return partial(_sides, data=data.model_copy(update={"heldout": "tail"}) if is_single else data)
+
+
+def _training_texts(corpus: Corpus, route: Route, progress: ProgressCallback) -> Iterator[str]:
     """Yield the training side of the split, for training the tokenizer. Raises CorpusError if there is none."""
     tally, found = Tally(), False
     for document in reported(corpus, tally, "training the tokenizer", progress):
-        text = split(document, data.heldout, data.heldout_fraction)[0]
+        text = route(document)["train"]
         if text:
             found = True
             yield text

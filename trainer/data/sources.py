@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer import files
+from trainer import builtin, files
 from trainer.data.identity import shown
 from trainer.errors import CorpusError
 
@@ -35,8 +35,7 @@ def source_files(source: str) -> tuple[SourceFile, ...]:
 
 def repo_root() -> Path:
     """Return this repository, or the installed package if there is no repository around it."""
-    package = Path(__file__).resolve().parents[1]
-    return package.parent if (package.parent / "pyproject.toml").is_file() else package
+    return builtin.PACKAGE.parent if builtin.IN_CHECKOUT else builtin.PACKAGE
 
 
 def _below(root: Path, is_skipped: Callable[[Path], bool], suffixes: set[str]) -> tuple[SourceFile, ...]:

@@ -58,7 +58,8 @@ def claim(run: Path, config: Config) -> AbstractContextManager[object]:
         raise RunDirectoryError(of_system(error, f"{run} cannot be written", rule, remedy)) from None
 
 
-def _claim(run: Path, config: Config) -> AbstractContextManager[object]:
+def check(run: Path, config: Config) -> None:
+    """Raise RunDirectoryError if the directory belongs to another config or holds other files. Changes nothing."""
     if run.exists() and not run.is_dir():
         raise RunDirectoryError(f"{run} is a file.\n  --run takes a directory: a new one, or a run's own.")
     if is_run(run):
@@ -75,6 +76,10 @@ def _claim(run: Path, config: Config) -> AbstractContextManager[object]:
             f"{run} holds files but no config.json, so it is no run.\n"
             "  A run is started in a new or empty directory, or resumed in its own. Give another --run."
         )
+
+
+def _claim(run: Path, config: Config) -> AbstractContextManager[object]:
+    check(run, config)
     try:
         run.mkdir(parents=True, exist_ok=True)
         # No soft lock: it is a mere file, which would keep the run locked after a SIGKILL.

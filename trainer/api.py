@@ -1,0 +1,103 @@
+"""The Python API, as `import trainer` offers it: train a config, and read runs as records.
+
+Records are lists of flat dicts: `pandas.DataFrame(run.losses())` makes a table of them. Reading needs no torch.
+"""
+
+import dataclasses
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer import builtin, signals
+from trainer import config as configs
+from trainer.config import Config
+from trainer.errors import UsageError
+from trainer.log import events, rundir, summary
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory, read anew by every call: a run that is still training grows between two of them."""
+
+    path: Path
+
+    @property
+    def config(self) -> Config:
+        """The config that the run was last started with."""
+        return configs.parse(rundir.read(self.path)["config"], check_rules=False)
+
+    @property
+    def status(self) -> str:
+        """ "running", "finished", "preempted" or "failed"."""
+        return self.summary()["status"]
+
+    def summary(self) -> dict[str, Any]:
+        """Everything that `inspect --json` prints, except checkpoints and faults. Raises RunDirectoryError."""
+        return summary.summarise(self.path)
+
+    def events(self) -> list[Record]:
+        """The whole log, in order: {event, attempt, rank, time, and the event's own fields}. Times are Unix seconds.
+
+        Steps that were replayed appear once for each attempt. Raises RunDirectoryError if the log is damaged.
+        """
+        return [
+            {"event": entry.event.kind, "attempt": entry.attempt, "rank": entry.rank, "time": entry.time}
+            | dataclasses.asdict(entry.event)
+            for entry in events.read(self.path)
+        ]
+
+    def losses(self) -> list[Record]:
+        """{step, loss, learning_rate, grad_norm} of every step, once each. Losses are nats per token."""
+        tree = self.summary()
+        names = {"loss": "train", "learning_rate": "learning_rate", "grad_norm": "grad_norm"}
+        series = {name: dict(tree[key]) for name, key in names.items()}
+        return [{"step": step} | {name: values[step] for name, values in series.items()} for step in series["loss"]]
+
+    def evaluations(self) -> list[Record]:
+        """{set, step, loss, bits_per_byte} of every evaluation. `bits_per_byte` is None where it is unknown."""
+        return [
+            {"set": name, "step": step, "loss": loss, "bits_per_byte": bits}
+            for name, rows in self.summary()["eval"].items()
+            for step, loss, bits in rows
+        ]
+
+    def incidents(self) -> list[Record]:
+        """What went wrong or stopped the run, with its cost: the fields of trainer.log.incidents.Incident."""
+        return self.summary()["incidents"]
+
+
+def open_run(path: str | Path) -> Run:
+    """Open a run directory for reading. Raises RunDirectoryError if it is none."""
+    rundir.read(Path(path))
+    return Run(Path(path))
+
+
+def train(config: Config | Mapping[str, Any] | str | Path, run: str | Path, *, accept_other_bits: bool = False) -> Run:
+    """Train a config to its end, or resume it where it stopped, in this process; return the run.
+
+    `config` is a Config, a mapping of its sections ({"budget": {"steps": 10}}), a file, or the name of a built-in
+    config ("smoke"). SIGTERM or Ctrl-C saves and returns: then `status` is "preempted", and the same call resumes.
+    Under torchrun, call it on all ranks. Raises the TopropeErrors of `python -m trainer train`; UsageError outside the
+    main thread, where Python takes no signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        raise UsageError("trainer.train was called in another thread.\n  Call it in the main thread, or in a process.")
+    if isinstance(config, str | Path):
+        config = configs.load(builtin.find(Path(config)))
+    elif not isinstance(config, Config):
+        config = configs.parse(config)
+    from trainer import job  # late: it imports torch
+
+    before = {number: signal.getsignal(number) for number in signals.ASKING}
+    try:
+        job.train(config, Path(run), time.time(), accept_other_bits=accept_other_bits)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return open_run(run)
