@@ -1,23 +1,31 @@
-"""Accuracy of the ladder's statistics on synthetic ladders with a known truth: the tables of trainer/ladder/README.md.
+"""The bench of truth: how often the ladder's verdicts are right, on synthetic ladders and on published runs.
 
-Run it alone (`python -m scripts.bench_ladder [LADDERS]`) or as `scripts/bench ladder`. Every row has its own seed, so
-rows are independent and reproducible.
+It writes the tables and the figure of trainer/ladder/README.md. Run it alone (`python -m scripts.bench_ladder
+[LADDERS]`) or as `scripts/bench ladder`. Every row has its own seed, so rows are independent and reproducible.
 """
 
 import argparse
+import csv
 import json
+import math
 import re
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from tests import ladders
-from tests.ladders import LONG, SHORT, Arm, Design, Law, Simulated
+import numpy as np
 
-README = Path(__file__).resolve().parent.parent / "trainer" / "ladder" / "README.md"
+from tests import ladders
+from tests.ladders import LONG, SEVEN, SHORT, Arm, Design, Law, Trouble
+from trainer.ladder.stats.worth import LINE, Baselines, Worths, decisions
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "trainer" / "ladder" / "README.md"
+PORIAN = ROOT.parent / "shared" / "data" / "porian_refinedweb.csv"
 MARKS = "<!-- {}: written by scripts/bench_ladder.py -->"
+MIN_GAIN, LEVEL = 1.02, 0.05
 ARMS = {
     "A/A": ladders.UNCHANGED,
     "1.15× everywhere": ladders.CONSTANT,
@@ -25,133 +33,255 @@ ARMS = {
     "1.3× → 0.83×": ladders.REVERSING,
     "1.02× everywhere": ladders.BARELY,
 }
-LEVELLING = {"1.3× → 1×, other floor": ladders.LEVELLING}
+BIG = {f"{gain:g}× everywhere": ladders.line(gain, gain) for gain in (1.3, 2, 4)}
+FADING = {
+    "5× → 1.1×, C^−0.4": ladders.fading(5, 1.1, 0.4),
+    "1.3× → 1.05×, C^−0.3": ladders.fading(1.3, 1.05, 0.3),
+    "2× → 1.1×, C^−0.2": ladders.fading(2, 1.1, 0.2),
+    "1.3× → 1×, C^−0.5": ladders.fading(1.3, 1.0, 0.5),
+}
+FLOORS = {
+    f"{first:g}× → {last:g}×, other floor": ladders.other_floor(first, last)
+    for first, last in ((1.3, 1.0), (1.3, 1.15), (2, 1.2), (1.1, 1.3))
+}
 SHAPES = {"5 rungs, 3 decades": LONG, "4 rungs, 1.5 decades": SHORT}
+Cell = tuple[str, Design, Law, Mapping[str, Arm], Trouble]
 
 
-def designs() -> Iterator[tuple[str, Design]]:
+def regular() -> Iterator[Cell]:
+    """Ladders for which every assumption holds."""
     for shape, design in SHAPES.items():
         for sd in (0.005, 0.02):
-            for correlation in (0.0, 0.5):
-                yield f"{shape}; sd {sd:g}; ρ {correlation:g}", replace(design, sd=sd, correlation=correlation)
+            for rho in (0.0, 0.5):
+                name = f"{shape}; sd {sd:g}; ρ {rho:g}"
+                yield name, replace(design, sd=sd, correlation=rho), ladders.power_law(), ARMS, Trouble()
 
 
-def troubles() -> Iterator[tuple[str, Design, Law, dict[str, Arm]]]:
-    """Ladders that break one assumption of the statistics."""
-    for shape, design in SHAPES.items():
-        for sd in (0.005, 0.02):
-            noisy = replace(design, sd=sd)
-            what = f"{shape}; sd {sd:g}"
-            yield f"arm levels off elsewhere; {what}", noisy, ladders.power_law(), LEVELLING
-            yield f"two power laws; {what}", noisy, ladders.two_powers(), ARMS
-            yield f"curve with a bend; {what}", noisy, ladders.bent(), ARMS
-            yield f"E hardly shows; {what}", noisy, ladders.power_law(0.2, 2.7, 0.06), ARMS
-            yield f"noise grows ×2; {what}", replace(noisy, growth=2.0), ladders.power_law(), ARMS
-            yield f"noise falls ×2; {what}", replace(noisy, growth=0.5), ladders.power_law(), ARMS
+def hard() -> Iterator[Cell]:
+    """Ladders that break one assumption each, or that have one seed for each rung."""
+    power, quiet = ladders.power_law(), replace(LONG, sd=0.003)
+    for what, design, arms, trouble in (
+        ("ρ 0.95", replace(LONG, correlation=0.95), BIG, Trouble()),
+        ("fades to a constant, 7 rungs", SEVEN, FADING, Trouble()),
+        ("fades to a constant", LONG, FADING, Trouble()),
+        ("arm levels off elsewhere", LONG, FLOORS, Trouble()),
+        ("effect of a rung on all arms, sd 0.003", quiet, BIG, Trouble(shared=0.003)),
+        ("effect of a rung on one arm, sd 0.003", quiet, ARMS, Trouble(own=0.003)),
+        ("effect of a rung on one arm, large gains", quiet, BIG, Trouble(own=0.003)),
+        ("sd ∝ C^−0.15", LONG, ARMS, Trouble(exponent=-0.15)),
+        ("sd doubles over the ladder", LONG, ARMS, Trouble(exponent=0.1)),
+        ("t with 3 degrees of freedom", LONG, ARMS, Trouble(heavy_tails=True)),
+        ("one run off by 10 sd", LONG, ARMS, Trouble(outlier=10.0)),
+        ("none", LONG, ARMS, Trouble()),
+    ):
+        for seeds in (3, 1):
+            yield f"{what}; {seeds} seed{'s' * (seeds > 1)}", replace(design, seeds=seeds), power, arms, trouble
+    for what, base in (
+        ("baseline of two power laws", ladders.two_powers()),
+        ("baseline with a bend", ladders.bent()),
+        ("E hardly shows", ladders.power_law(0.2, 2.7, 0.06)),
+    ):
+        yield f"{what}; 3 seeds", LONG, base, ARMS, Trouble()
+    yield "effect of a rung on one arm; 4 rungs", replace(SHORT, sd=0.003), power, ARMS, Trouble(own=0.003)
+    yield "t with 3 degrees of freedom; 4 rungs", SHORT, power, ARMS, Trouble(heavy_tails=True)
+    yield "arm levels off elsewhere; 4 rungs", SHORT, power, FLOORS, Trouble()
 
 
 def statistics(count: int = 2000) -> dict[str, Any]:
-    """Simulate all rows and write the tables."""
-    started, regular, odd = time.perf_counter(), [], []
-    for seed, (name, design) in enumerate(designs()):
-        regular.append(shares(name, ladders.simulate(design, ARMS, count, seed=seed)))
-        print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
-    for seed, (name, design, base, arms) in enumerate(troubles()):
-        odd.append(shares(name, ladders.simulate(design, arms, count // 2, base=base, seed=100 + seed)))
-        print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
-    figure = {"ladders": count, "regular": regular, "odd": odd}
+    """Simulate all rows and write the tables and the figure."""
+    started = time.perf_counter()
+    figure: dict[str, Any] = {"ladders": count, "regular": [], "hard": [], "public": published()}
+    for kind, cells in (("regular", regular()), ("hard", hard())):
+        for seed, (name, design, base, arms, trouble) in enumerate(cells):
+            done = ladders.simulate(design, arms, count, base, seed + 100 * (kind == "hard"), trouble)
+            figure[kind].append({"name": name, "false_trends": done.false_trends} | {
+                "arms": {arm: asdict(shares) | {"wrong": shares.wrong(MIN_GAIN)} for arm, shares in done.arms.items()}
+            })  # fmt: skip
+            print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
+    for row, (_, design, base, *_) in zip(figure["regular"], regular(), strict=True):
+        row["curve"] = asdict(ladders.simulate_fits(design, count // 5, base, seed=7))
+    figure["bars"] = bars(figure)
     write(figure)
     return figure
 
 
-def shares(name: str, done: Simulated) -> dict[str, Any]:
-    """Turn counts into shares of ladders."""
-    arms = {
-        arm: {
-            "truth": tally.truth, "known": tally.known / tally.ladders, "coverage": tally.coverage,
-            "other_floor": tally.covered_by_other_floor / tally.ladders, "wrong": tally.wrong / tally.ladders,
-            **{what: tally.share(what) for what in (
-                "promote", "reject", "inconclusive", "none", "persists", "shrinks", "reverses", "grows",
-            )},
-        }
-        for arm, tally in done.arms.items()
-    }  # fmt: skip
-    covered = {"E": done.E_covered, "alpha": done.alpha_covered, "prediction": done.prediction_covered}
+def bars(figure: Mapping[str, Any]) -> dict[str, float]:
+    """The worst cell of each bar."""
+    rows = [*figure["regular"], *figure["hard"]]
+    arms = [arm for row in rows for arm in row["arms"].values()]
+    trends = [row["false_trends"] for row in rows if row["false_trends"] is not None]
     return {
-        "name": name, "fits": done.fits, "refused": done.refused, "arms": arms,
-        **{key: value / done.fits for key, value in covered.items()},
+        "least coverage": min(arm["coverage"] for arm in arms), "most wrong": max(arm["wrong"] for arm in arms),
+        "most false trends": max(trends),
+        "wrong on published runs": sum(row["wrong"] for row in figure["public"]),
     }  # fmt: skip
+
+
+# Published runs
+
+
+def published() -> list[dict[str, Any]]:
+    """Rolling predictions of published runs: verdicts by the first rungs, and what the later ones showed.
+
+    Each recipe is the baseline in turn. The first five rungs or more judge each later one up to 16 times as far; the
+    measured multiplier there is read from the baseline's own losses, interpolated.
+    """
+    if not PORIAN.exists():
+        return []
+    with PORIAN.open(encoding="utf-8") as file:
+        found = [row for row in csv.DictReader(file) if row["loss"]]
+    recipes: dict[str, dict[float, float]] = {}
+    for row in found:
+        recipes.setdefault(row["arm"], {})[float(row["flops"])] = float(row["loss"])
+    return [
+        {"baseline": name, **_rolling(base, [runs for other, runs in recipes.items() if other != name])}
+        for name, base in recipes.items()
+    ]
+
+
+def _rolling(base: Mapping[float, float], others: list[dict[float, float]]) -> dict[str, int]:
+    counts: dict[str, int] = dict.fromkeys(
+        ("predictions", "covered", "covered_by_line", "right", "wrong", "inconclusive"), 0
+    )
+    for arm in others:
+        flops = np.array(sorted(arm.keys() & base.keys()))
+        logs, losses = np.log(flops), np.array([[side[point] for point in flops] for side in (base, arm)])
+        for last in range(5, len(flops)):
+            x = logs[:last] - logs[:last].mean()
+            known = losses[:, :last, None]
+            worths = Worths.from_pairs(Baselines.fit(x, known[0]), known[:1], known[1:])
+            for k in range(last, len(flops)):
+                if flops[k] > 16.5 * flops[last - 1]:
+                    break
+                truth, target = _measured(logs, losses, k), float(logs[k] - logs[:last].mean())
+                at = worths.at(target)
+                held = [
+                    bool(low[0] <= truth <= high[0])
+                    for low, high in (
+                        [at.bound(LEVEL / 2, side) for side in (-1, 1)],
+                        [at.bound_of(LINE, LEVEL / 2, side) for side in (-1, 1)],
+                    )
+                ]
+                decided = int(decisions(worths, target, LEVEL, math.log(MIN_GAIN))[0])
+                answer = "inconclusive" if not decided else (
+                    "right" if (decided > 0) == (truth >= math.log(MIN_GAIN)) else "wrong"
+                )  # fmt: skip
+                for key, more in zip(counts, (1, *held), strict=False):
+                    counts[key] += more
+                counts[answer] += 1
+    return counts
+
+
+def _measured(logs: np.ndarray, losses: np.ndarray, k: int) -> float:
+    """ln m at rung k: the baseline's compute for the arm's loss; beyond its last rung by its last two steps."""
+    base, loss = losses[0], losses[1, k]
+    if loss < base[-1]:
+        return float(logs[-1] + (base[-1] - loss) * (logs[-1] - logs[-3]) / (base[-3] - base[-1]) - logs[k])
+    return float(np.interp(-loss, -base, logs) - logs[k])
+
+
+# Tables
 
 
 def percent(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
-def regular_table(figure: dict[str, Any]) -> list[str]:
-    lines = [
-        "| ladder | covers the multiplier: " + " | ".join(ARMS) + " | covers E | alpha | target's loss |",
-        "|---" * (len(ARMS) + 4) + "|",
-    ]
-    for row in figure["regular"]:
-        coverage = [percent(arm["coverage"]) for arm in row["arms"].values()]
-        lines.append(
-            f"| {row['name']} | "
-            + " | ".join([*coverage, *(percent(row[k]) for k in ("E", "alpha", "prediction"))])
-            + " |"
-        )
-    return lines
+def table(columns: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows)]
 
 
-def decision_table(figure: dict[str, Any]) -> list[str]:
-    lines = [
-        "| ladder | A/A promoted | 1.02× promoted · rejected | 1.15× promoted · rejected · called shrinking "
-        "| 1.3× → 0.83× rejected · seen to shrink or reverse | 1.3× → 1.05× promoted · rejected |",
-        "|---" * 6 + "|",
-    ]
+def coverage_table(figure: Mapping[str, Any]) -> list[str]:
+    columns = ["ladder", *(f"covers {name}" for name in ARMS), "E", "alpha", "target's loss"]
+    return table(columns, [
+        [row["name"], *(percent(arm["coverage"]) for arm in row["arms"].values()),
+         *(percent(row["curve"][name]) for name in ("E", "alpha", "prediction"))]
+        for row in figure["regular"]
+    ])  # fmt: skip
+
+
+def decision_table(figure: Mapping[str, Any]) -> list[str]:
+    rows = []
     for row in figure["regular"]:
         aa, constant, shrinking, reversing, barely = (row["arms"][name] for name in ARMS)
-        columns = (
-            [aa["promote"]],
-            [barely["promote"], barely["reject"]],
-            [constant["promote"], constant["reject"], constant["shrinks"] + constant["reverses"]],
-            [reversing["reject"], reversing["shrinks"] + reversing["reverses"]],
-            [shrinking["promote"], shrinking["reject"]],
-        )
-        lines.append(f"| {row['name']} | " + " | ".join(" · ".join(map(percent, column)) for column in columns) + " |")
-    return lines
+        rows.append([row["name"], *(" · ".join(map(percent, column)) for column in (
+            [aa["promote"]], [barely["promote"], barely["reject"]], [constant["promote"], constant["reject"]],
+            [reversing["reject"], reversing["shrinks"]], [shrinking["promote"], shrinking["reject"]],
+            [row["false_trends"]],
+        ))])  # fmt: skip
+    return table([
+        "ladder", "A/A promoted", "1.02× promoted · rejected", "1.15× promoted · rejected",
+        "1.3× → 0.83× rejected · seen to shrink", "1.3× → 1.05× promoted · rejected", "any false trend",
+    ], rows)  # fmt: skip
 
 
-def trouble_table(figure: dict[str, Any]) -> list[str]:
-    lines = ["| what is not so | largest share of wrong verdicts | of which arm | coverage | target's loss |",
-             "|---" * 5 + "|"]  # fmt: skip
-    for row in figure["odd"]:
+def hard_table(figure: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for row in figure["hard"]:
         arms = row["arms"]
-        worst = max(arms, key=lambda name: arms[name]["wrong"])
-        coverage = [arm["coverage"] for arm in arms.values()]
-        span = f"{percent(min(coverage))}–{percent(max(coverage))}" if len(coverage) > 1 else percent(coverage[0])
-        columns = (row["name"], percent(arms[worst]["wrong"]), worst, span, percent(row["prediction"]))
-        lines.append(f"| {' | '.join(columns)} |")
-    return lines
+        least, most = (
+            min(arms, key=lambda name: arms[name]["coverage"]),
+            max(arms, key=lambda name: arms[name]["wrong"]),
+        )
+        rows.append([
+            row["name"], f"{percent(arms[least]['coverage'])} ({least})",
+            percent(min(arm["line_coverage"] for arm in arms.values())),
+            f"{percent(arms[most]['wrong'])} ({most})" if arms[most]["wrong"] else "0.0",
+            "" if row["false_trends"] is None else percent(row["false_trends"]),
+        ])  # fmt: skip
+    return table(["what is so", "least coverage", "of the line alone", "most wrong verdicts", "any false trend"], rows)
 
 
-def write(figure: dict[str, Any]) -> None:
-    """Write the tables between their marks in the README."""
+def public_table(figure: Mapping[str, Any]) -> list[str]:
+    keys = ("predictions", "covered", "covered_by_line", "right", "wrong", "inconclusive")
+    total: dict[str, Any] = {"baseline": "all"} | {key: sum(row[key] for row in figure["public"]) for key in keys}
+    return table(
+        ["baseline", "predictions", "covered", "by the line alone", "verdicts right", "wrong", "inconclusive"],
+        [[row["baseline"], *(str(row[key]) for key in keys)] for row in (*figure["public"], total)],
+    )
+
+
+TABLES = {"regular": coverage_table, "decisions": decision_table, "hard": hard_table, "public": public_table}
+
+
+def write(figure: Mapping[str, Any]) -> None:
+    """Write the tables between their marks in the README, and the figure beside it."""
     text = README.read_text(encoding="utf-8")
-    for name, table in (("regular", regular_table), ("decisions", decision_table), ("troubles", trouble_table)):
+    for name, lines in TABLES.items():
         start, end = MARKS.format(name), MARKS.format(f"end of {name}")
-        block = "\n".join([start, "", *table(figure), "", end])
+        block = "\n".join([start, "", *lines(figure), "", end])
         text = re.sub(re.escape(start) + ".*?" + re.escape(end), lambda _, block=block: block, text, flags=re.DOTALL)
     README.write_text(text, encoding="utf-8")
+    draw(figure, ROOT / "docs" / "ladder-coverage.svg")
+
+
+def draw(figure: Mapping[str, Any], path: Path) -> None:
+    """Coverage by cell: each arm's share, of the interval that decides and of the line's alone."""
+    from trainer.show.figure import BAD, GOOD, SOFT, new_figure
+
+    rows = [*figure["regular"], *figure["hard"]]
+    picture = new_figure(9, 0.2 * len(rows) + 1.2)
+    axes = picture.subplots()
+    for place, row in enumerate(rows):
+        for key, colour, mark in (("line_coverage", BAD, "|"), ("coverage", GOOD, "o")):
+            shares = [100 * arm[key] for arm in row["arms"].values()]
+            axes.plot(shares, [place] * len(shares), mark, color=colour, markersize=4)
+    axes.axvline(95, color=SOFT, linewidth=1)
+    axes.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel(
+        "how often 95 % intervals hold the true multiplier, in percent: over all forms (•), by a line alone (|)"
+    )
+    picture.savefig(path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "ladders", nargs="?", type=int, default=2000, help="number for each row; half for the last table"
-    )
+    parser.add_argument("ladders", nargs="?", type=int, default=2000, help="number for each row")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     arguments = parser.parse_args()
     figure = statistics(arguments.ladders)
+    print(json.dumps(figure["bars"], indent=1))
     if arguments.json:
         arguments.json.write_text(json.dumps(figure, indent=1) + "\n")
 

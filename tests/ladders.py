@@ -1,16 +1,17 @@
 """Synthetic ladders with a known truth, to test the ladder's statistics."""
 
+import contextlib
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from trainer.errors import FitError
 from trainer.ladder.stats import fit as fits
-from trainer.ladder.stats import verdict
-from trainer.ladder.stats.records import BASELINE, Criterion, Interval, RunResult, Verdict
+from trainer.ladder.stats import significance
+from trainer.ladder.stats.records import BASELINE, Criterion, Interval, RunResult
+from trainer.ladder.stats.worth import LINE, Baselines, Worths, decisions
 
 Law = Callable[[float], float]
 """Loss in nats as a function of compute in FLOPs."""
@@ -61,6 +62,11 @@ def other_floor(first: float, last: float) -> Arm:
     return Arm(log_multiplier)
 
 
+def fading(first: float, constant: float, gamma: float) -> Arm:
+    """ln m fades from ln `first` at 1e12 FLOPs to ln `constant`, as compute to the power −gamma."""
+    return Arm(lambda flops: math.log(constant) + math.log(first / constant) * (flops / 1e12) ** -gamma)
+
+
 UNCHANGED, CONSTANT, SHRINKING, REVERSING = line(1, 1), line(1.15, 1.15), line(1.3, 1.05), line(1.3, 0.83)
 BARELY = line(1.02, 1.02)  # exactly the least useful gain: the hardest case for the level
 LEVELLING = other_floor(1.3, 1.0)
@@ -88,6 +94,7 @@ class Design:
 
 LONG = Design.spanning(5, 3.0)
 SHORT = Design.spanning(4, 1.5)
+SEVEN = Design.spanning(7, 3.0)
 
 
 def draw(design: Design, base: Law, arms: Mapping[str, Arm], random: np.random.Generator) -> list[RunResult]:
@@ -111,52 +118,122 @@ def draw(design: Design, base: Law, arms: Mapping[str, Arm], random: np.random.G
 # Many ladders
 
 
-@dataclass
-class Tally:
-    """Counts for one arm over many ladders."""
+@dataclass(frozen=True)
+class Trouble:
+    """What else may be wrong with a ladder's runs; sd in nats."""
 
-    truth: float
-    """Multiplier at the target."""
-    ladders: int = 0
-    known: int = 0
-    """Number of ladders with an interval at the target."""
-    covered: int = 0
-    covered_by_other_floor: int = 0
-    wrong: int = 0
-    """Number of promotions below min_gain and of rejections at or above it."""
-    decisions: Counter[str] = field(default_factory=Counter)
-    trends: Counter[str] = field(default_factory=Counter)
-
-    def add(self, judged: Verdict, criterion: Criterion) -> None:
-        worth_it = self.truth >= criterion.min_gain - 1e-12
-        self.ladders += 1
-        self.known += judged.multiplier.value is not None
-        self.covered += covers(judged.multiplier, self.truth)
-        self.covered_by_other_floor += covers(judged.other_floor, self.truth)
-        self.wrong += judged.decision == ("reject" if worth_it else "promote")
-        self.decisions[judged.decision] += 1
-        self.trends[judged.trend] += 1
-
-    def share(self, name: str) -> float:
-        """Share of ladders with this decision or trend."""
-        return (self.decisions[name] + self.trends[name]) / self.ladders
-
-    @property
-    def coverage(self) -> float:
-        return self.covered / self.known if self.known else math.nan
+    own: float = 0.0  # sd of an effect of each rung of each arm, and of the baseline
+    shared: float = 0.0  # sd of an effect of each rung that all arms share
+    exponent: float = 0.0  # a run's sd is proportional to compute to this power
+    heavy_tails: bool = False  # Student's t with 3 degrees of freedom
+    outlier: float = 0.0  # one run of the ladder is off by so many sd
 
 
-@dataclass
+def draw_many(
+    design: Design, base: Law, arms: Mapping[str, Arm], count: int, random: np.random.Generator,
+    trouble: Trouble = Trouble(),
+) -> np.ndarray:  # fmt: skip
+    """Losses of `count` ladders, shape (ladders, 1 + arms, rungs, seeds), the baseline's first."""
+    flops, shape = np.array(design.flops), (count, 1 + len(arms), len(design.flops), design.seeds)
+    sds = design.sd * (flops / np.exp(np.log(flops).mean())) ** trouble.exponent
+    common, own = (
+        random.standard_t(3, each) / math.sqrt(3) if trouble.heavy_tails else random.standard_normal(each)
+        for each in ((count, 1, *shape[2:]), shape)
+    )
+    noise = (math.sqrt(design.correlation) * common + math.sqrt(1 - design.correlation) * own) * sds[:, None]
+    noise += trouble.own * random.standard_normal((*shape[:3], 1))
+    noise += trouble.shared * random.standard_normal((count, 1, shape[2], 1))
+    off = noise.reshape(count, -1)
+    hit = random.integers(0, off.shape[1], count)
+    off[np.arange(count), hit] += trouble.outlier * design.sd * random.choice([-1, 1], count)
+    laws = [base, *(arm.law(base) for arm in arms.values())]
+    return np.array([[law(point) for point in design.flops] for law in laws])[:, :, None] + noise
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Shares of ladders, for one arm."""
+
+    truth: float  # multiplier at the target
+    coverage: float
+    line_coverage: float  # of the line's own interval
+    promote: float
+    reject: float
+    shrinks: float  # called shrinking or reversing
+
+    def wrong(self, min_gain: float) -> float:
+        """Share of promotions below min_gain, or of rejections at or above it."""
+        return self.reject if self.truth >= min_gain - 1e-12 else self.promote
+
+
+@dataclass(frozen=True)
 class Simulated:
-    """Counts for all arms, and for the baseline's fit."""
+    arms: dict[str, Shares]
+    false_trends: (
+        float | None
+    )  # share of ladders in which any arm of constant worth has a trend; None without such arms
 
-    arms: dict[str, Tally]
-    fits: int = 0
-    refused: int = 0
-    """Number of ladders to whose baseline no curve could be fitted."""
-    E_covered: int = 0
-    alpha_covered: int = 0
-    prediction_covered: int = 0
+
+def simulate(
+    design: Design, arms: Mapping[str, Arm], count: int, base: Law | None = None, seed: int = 0,
+    trouble: Trouble = Trouble(), level: float = Criterion.level, min_gain: float = Criterion.min_gain,
+) -> Simulated:  # fmt: skip
+    """Draw and judge `count` ladders by losses. Each arm is judged at `level`, as if it were alone."""
+    random = np.random.Generator(np.random.Philox(seed))
+    losses = draw_many(design, base or power_law(), arms, count, random, trouble)
+    x = np.log(design.flops) - np.log(design.flops).mean()
+    target = math.log(design.target) - float(np.log(design.flops).mean())
+    base_losses = np.broadcast_to(losses[:, :1], losses[:, 1:].shape)
+    worths = Worths.from_pairs(Baselines.fit(x, losses[:, 0]), base_losses, losses[:, 1:])
+    found = worths.at(target)
+    decided = decisions(worths, target, level, math.log(min_gain))
+    slope, variance, freedom = worths.slope()
+    p = 2 * significance.student_tail(np.abs(slope) / np.sqrt(variance), freedom)
+    called = np.array([significance.false_discovery(each) for each in p]) < level
+    half, shares, constant = level / 2, {}, []
+    for k, (name, arm) in enumerate(arms.items()):
+        ends = [arm.log_multiplier(flops) for flops in (1e12, 1e16)]
+        constant.append(abs(ends[0] - ends[1]) < 1e-9)
+        truth = arm.log_multiplier(design.target)
+        covered = [
+            np.mean((low[:, k] <= truth + 1e-12) & (truth - 1e-12 <= high[:, k]))
+            for low, high in (
+                (found.bound(half, -1), found.bound(half, 1)),
+                (found.bound_of(LINE, half, -1), found.bound_of(LINE, half, 1)),
+            )
+        ]
+        shrinks = np.mean(called[:, k] & (slope[:, k] < 0))
+        shares[name] = Shares(
+            math.exp(truth), *map(float, (*covered, *(np.mean(decided[:, k] == way) for way in (1, -1)), shrinks))
+        )
+    flat = [k for k, one in enumerate(constant) if one]
+    only = np.array([significance.false_discovery(each) for each in p[:, flat]]) < level if flat else None
+    return Simulated(shares, None if only is None else float(only.any(-1).mean()))
+
+
+@dataclass(frozen=True)
+class Covered:
+    """Shares of ladders whose intervals held the truth, of those with a curve."""
+
+    fits: int
+    E: float
+    alpha: float
+    prediction: float
+
+
+def simulate_fits(
+    design: Design, count: int, base: Law | None = None, seed: int = 0, E: float = 1.8, alpha: float = 0.15
+) -> Covered:
+    """Fit `count` baselines."""
+    random, base, held = np.random.Generator(np.random.Philox(seed)), base or power_law(), []
+    for _ in range(count):
+        results = draw(design, base, {}, random)
+        outcome = base(design.target) + design.sd * float(random.standard_normal())
+        with contextlib.suppress(FitError):
+            fit = fits.fit_curve(results, second_opinion=False)
+            predicted = fits.predict(results, design.target).predicted
+            held.append([covers(fit.E, E), covers(fit.alpha, alpha), covers(predicted, outcome)])
+    return Covered(len(held), *map(float, np.mean(held, axis=0)))
 
 
 def covers(interval: Interval, truth: float) -> bool:
@@ -164,32 +241,3 @@ def covers(interval: Interval, truth: float) -> bool:
     low = -math.inf if interval.low is None else interval.low
     high = math.inf if interval.high is None else interval.high
     return interval.value is not None and low <= truth <= high
-
-
-def simulate(
-    design: Design, arms: Mapping[str, Arm], count: int, base: Law | None = None, seed: int = 0,
-    criterion: Criterion | None = None, E: float = 1.8, alpha: float = 0.15,
-) -> Simulated:  # fmt: skip
-    """Draw and judge `count` ladders. Arms count as unchanged, so each is judged at the criterion's own level."""
-    base, criterion = base or power_law(), criterion or Criterion()
-    random = np.random.Generator(np.random.Philox(seed))
-    done = Simulated({name: Tally(math.exp(arm.log_multiplier(design.target))) for name, arm in arms.items()})
-    for _ in range(count):
-        results = draw(design, base, arms, random)
-        outcome = base(design.target) + design.sd * float(random.standard_normal())
-        try:
-            fit = fits.fit_curve(results, criterion.level, second_opinion=False)
-        except FitError:
-            done.refused += 1
-            continue
-        done.fits += 1
-        done.E_covered += covers(fit.E, E)
-        done.alpha_covered += covers(fit.alpha, alpha)
-        predicted = fits.predict(results, design.target, level=criterion.level).predicted
-        done.prediction_covered += covers(predicted, outcome)
-        verdicts = verdict.judge(
-            results, criterion, design.target, fit=fit, arms=list(arms), unchanged=arms.keys(), remedies=False
-        )
-        for judged in verdicts:
-            done.arms[judged.arm].add(judged, criterion)
-    return done

@@ -1,6 +1,6 @@
 """Schema of a ladder file: its tables as strict models."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -33,7 +33,7 @@ class CriterionTable(Section):
     level: float = Field(default=Criterion.level, gt=0, lt=0.5)
     min_gain: float = Field(default=Criterion.min_gain, ge=1)
     max_slowdown: float = Field(default=Criterion.max_slowdown, gt=0)
-    looks: int = Field(default=Criterion.looks, ge=1)
+    looks: Annotated[int, Field(ge=1)] | Literal["any"] = 1
 
 
 class Arm(Section):

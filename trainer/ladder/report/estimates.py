@@ -18,9 +18,9 @@ from trainer.ladder.collect import CollectedRun
 from trainer.ladder.plan.ladder import TARGET, Ladder
 from trainer.ladder.stats import decision, verdict
 from trainer.ladder.stats import fit as fits
-from trainer.ladder.stats.multiplier import Line, OtherFloor
 from trainer.ladder.stats.pairs import Baseline, can_extrapolate
 from trainer.ladder.stats.records import BASELINE, CurveFit, Interval, RunResult, Verdict
+from trainer.ladder.stats.worth import LINE, OTHER_FLOOR
 
 Tree = dict[str, Any]
 GRID = 61
@@ -72,7 +72,7 @@ def estimate(results: Sequence[RunResult], plan: EstimatePlan) -> Tree:
         "curve": {"flops": grid}
         | _columns([fits.predict(rungs, flops, CURVE_ITSELF, level).predicted for flops in grid]),
         "verdicts": [decision.loss_tree(found) for found in verdicts],
-        "lines": {arm: _line(rungs, arm, fit, plan) for arm in plan.arms},
+        "lines": _lines(rungs, fit, plan),
         "multiplier_predictions": list(_multiplier_predictions(results, plan, verdicts)),
     }
 
@@ -132,25 +132,31 @@ def _columns(intervals: Sequence[Interval]) -> Tree:
     return {name: [tree[name] for tree in trees] for name in ("value", "low", "high")}
 
 
-def _line(results: Sequence[RunResult], arm: str, fit: CurveFit, plan: EstimatePlan) -> Tree | None:
-    """The arm's multiplier against compute: as a line, and if its floor differs. None if a rung has no usable pairs."""
-    baseline = Baseline.from_results(results, fit)
-    rungs = list(baseline.match(results, arm))
-    if not can_extrapolate(rungs):
-        return None
-    comparison, half = baseline.compare(rungs), plan.criterion.level / 2
-    line = Line(comparison)
-    grid = _grid(plan)
-    points = [line.multiplier_at(flops) for flops in grid]
-    band = _columns([_from_logs(point.value, point.bound(half, -1), point.bound(half, 1)) for point in points])
-    floors = [_from_logs(OtherFloor(comparison, flops).value).value for flops in grid]
-    return {"flops": grid, **band, "other_floor": floors}
+def _lines(results: Sequence[RunResult], fit: CurveFit, plan: EstimatePlan) -> Tree:
+    """Each arm's multiplier against compute, over all forms and by each; None if it cannot be extrapolated."""
+    baseline, half = Baseline.from_results(results, fit), plan.criterion.level / 2
+    matched = [list(baseline.match(results, arm)) for arm in plan.arms]
+    grid, worths = _grid(plan), baseline.compare(matched)
+    found = [worths.at(math.log(flops / fit.curve.scale)) for flops in grid]
+    fading = LINE + found[-1].excess[:, LINE:].argmin(-1)
+    columns = {
+        "value": [point.value for point in found],
+        "low": [point.bound(half, -1) for point in found],
+        "high": [point.bound(half, 1) for point in found],
+        "line": [point.values[:, LINE] for point in found],
+        "other_floor": [point.values[:, OTHER_FLOOR] for point in found],
+        "fades": [np.take_along_axis(point.values, fading[:, None], -1)[:, 0] for point in found],
+    }
+    return {
+        arm: {"flops": grid} | {key: [_ratio(point[number]) for point in points] for key, points in columns.items()}
+        if can_extrapolate(rungs) else None
+        for number, (arm, rungs) in enumerate(zip(plan.arms, matched, strict=True))
+    }  # fmt: skip
 
 
-def _from_logs(value: float, low: float = math.inf, high: float = math.inf) -> Interval:
-    """The interval of a ratio from that of its logarithm; what is too far out for a float is None."""
-    ends = [math.exp(log) if abs(log) < 100 else None for log in (value, low, high)]
-    return Interval(ends[0], ends[1], ends[2])
+def _ratio(log: float) -> float | None:
+    """The ratio with this logarithm; None if it is too large or too small to mean anything."""
+    return math.exp(log) if abs(log) < 100 else None
 
 
 # --- predictions ------------------------------------------------------------------------------------------------------

@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 COLUMNS = 3
 SHARED_AXIS_UP_TO = 12.0
 """Panels share their y axis unless a shared one would be this many times as tall as the smallest panel's."""
-OTHER_FLOOR = (0, (1, 1.6))
+FORMS = {
+    "line": ("if it is a line", (0, (6, 1.5, 1, 1.5))),
+    "other_floor": ("if its loss levels off elsewhere", (0, (1, 1.6))),
+    "fades": ("if it fades to a constant", (0, (3, 1, 1, 1, 1, 1))),
+}
+"""Forms by which a line is continued beyond the rungs: their names and dashes."""
 DECISION_COLOURS = {"promote": GOOD, "reject": BAD, "inconclusive": UNSURE, drawing.NOISE_FLOOR: SOFT}
 
 
@@ -95,15 +100,16 @@ def _draw_arm(axes: "Axes", tree: Tree, verdict: Tree, limits: tuple[float, floa
 
 
 def _draw_line(axes: "Axes", line: Tree, last_rung: float, colour: str) -> None:
-    """The line and its band: solid up to the largest rung, dashed where it extrapolates."""
+    """The multiplier and its band, solid up to the largest rung, dashed where it extrapolates; there with each form."""
     flops = line["flops"]
-    value, low, high, other = (drawing.floats(line[key]) for key in ("value", "low", "high", "other_floor"))
+    value, low, high = (drawing.floats(line[key]) for key in ("value", "low", "high"))
     known = sum(point <= last_rung * 1.001 for point in flops)
     beyond = slice(known - 1, None)
     axes.fill_between(flops, low, high, color=colour, alpha=0.14, linewidth=0)
     axes.plot(flops[:known], value[:known], color=colour, linewidth=1.6)
     axes.plot(flops[beyond], value[beyond], color=colour, linewidth=1.4, linestyle=drawing.DASHED)
-    axes.plot(flops[beyond], other[beyond], color=colour, linewidth=1.2, linestyle=OTHER_FLOOR)
+    for key, (_, dashes) in FORMS.items():
+        axes.plot(flops[beyond], drawing.floats(line[key])[beyond], color=colour, linewidth=0.9, linestyle=dashes)
 
 
 def _measured_at_target(tree: Tree) -> Sequence[Tree]:
@@ -117,8 +123,8 @@ def _legend(tree: Tree) -> list[Any]:
     percent = units.percent(1 - tree["criterion"]["level"])
     entries = [
         Line2D([], [], color=SOFT, marker="o", linewidth=1.2, label=f"measured, {percent} interval"),
-        Line2D([], [], color=SOFT, linestyle=drawing.DASHED, label="as a line, predicted", **drawing.hollow("D")),
-        Line2D([], [], color=SOFT, linestyle=OTHER_FLOOR, label="if its loss levels off elsewhere"),
+        Line2D([], [], color=SOFT, linestyle=drawing.DASHED, label="predicted, over all forms", **drawing.hollow("D")),
+        *(Line2D([], [], color=SOFT, linewidth=0.9, linestyle=dashes, label=name) for name, dashes in FORMS.values()),
         *drawing.least_useful(tree),
         Line2D([], [], color=SOFT, linestyle=drawing.DOTTED, marker="|", linewidth=0, markersize=11, label="target"),
     ]

@@ -10,6 +10,7 @@ multipliers. `unequal_noise_p` says how well the data agree with that.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -89,35 +90,40 @@ class Rungs:
 
 
 def project(alphas: Array, x: Array, loss: Array, weights: Array) -> tuple[Array, Array, Array]:
-    """Return (E, A, weighted sum of squares) of the best curve with E, A ≥ 0, for each alpha."""
+    """Return (E, A, weighted sum of squares) of the best curve with E, A ≥ 0, for each alpha.
+
+    `x` is ln(C / scale), shape (rungs,). Many ladders at once: `loss` and `weights` have shape (..., rungs), `alphas`
+    (..., alphas) or (alphas,); the result has shape (..., alphas).
+    """
     # Weighted regression of the loss on z = (C / scale)^−alpha: the slope is A, the intercept is E.
-    z = np.exp(-np.outer(alphas, x))
-    total = weights.sum()
-    z_mean, mean = z @ weights / total, float(loss @ weights) / total
-    deviation = z - z_mean[:, None]
-    A = np.maximum(deviation @ (weights * loss) / (deviation**2 @ weights), 0.0)
+    z = np.exp(-alphas[..., None] * x)
+    loss, weights = loss[..., None, :], weights[..., None, :]
+    total = weights.sum(-1)
+    z_mean, mean = (z * weights).sum(-1) / total, (loss * weights).sum(-1) / total
+    deviation = z - z_mean[..., None]
+    A = np.maximum((deviation * weights * loss).sum(-1) / (deviation**2 * weights).sum(-1), 0.0)
     E = mean - A * z_mean
     # Where E would be negative, the best admissible curve has E = 0: a regression through the origin.
     negative = E < 0
-    if negative.any():
-        A = np.where(negative, z @ (weights * loss) / (z**2 @ weights), A)
-        E = np.where(negative, 0.0, E)
-    squares = (loss - E[:, None] - A[:, None] * z) ** 2 @ weights
+    A = np.where(negative, (z * weights * loss).sum(-1) / (z**2 * weights).sum(-1), A)
+    E = np.where(negative, 0.0, E)
+    squares = ((loss - E[..., None] - A[..., None] * z) ** 2 * weights).sum(-1)
     return E, A, squares
 
 
-def solve(flops: Array, loss: Array, weights: Array) -> tuple[Curve, float]:
-    """Return the least-squares curve and its weighted sum of squares."""
-    scale = float(np.exp(np.mean(np.log(flops))))
-    x, alphas = np.log(flops / scale), ALPHAS
-    E, A, squares = project(alphas, x, loss, weights)
-    best = int(squares.argmin())
+def solve(x: Array, loss: Array, weights: Array) -> tuple[Array, Array, Array, Array]:
+    """Return (E, A, alpha, weighted sum of squares) of the least-squares curves, each of shape (...)."""
+    alphas = np.broadcast_to(ALPHAS, (*loss.shape[:-1], len(ALPHAS)))
     # Four times, a 20 times finer grid around the best. No gradient: the sum of squares has a kink where E reaches 0.
     for _ in range(4):
-        alphas = np.linspace(alphas[max(best - 1, 0)], alphas[min(best + 1, len(alphas) - 1)], 41)
-        E, A, squares = project(alphas, x, loss, weights)
-        best = int(squares.argmin())
-    return Curve(float(E[best]), float(A[best]), float(alphas[best]), scale), float(squares[best])
+        best = project(alphas, x, loss, weights)[2].argmin(-1)[..., None]
+        ends = (np.clip(best + step, 0, alphas.shape[-1] - 1) for step in (-1, 1))
+        low, high = (np.take_along_axis(alphas, end, -1)[..., 0] for end in ends)
+        alphas = np.linspace(low, high, 41, axis=-1)
+    E, A, squares = project(alphas, x, loss, weights)
+    best = squares.argmin(-1)[..., None]
+    E, A, alpha, squares = (np.take_along_axis(values, best, -1)[..., 0] for values in (E, A, alphas, squares))
+    return E, A, alpha, squares
 
 
 def curve_with_alpha(rungs: Rungs, alpha: float) -> Curve:
@@ -126,22 +132,40 @@ def curve_with_alpha(rungs: Rungs, alpha: float) -> Curve:
     return Curve(float(E[0]), float(A[0]), alpha, rungs.scale)
 
 
-def _jacobian(rungs: Rungs, curve: Curve) -> Array:
-    """d(fitted values) / d(E, A, alpha), shape (rungs, 3)."""
-    z = np.exp(-curve.alpha * rungs.x)
-    return np.stack([np.ones_like(z), z, -curve.A * rungs.x * z], axis=1)
+def _jacobian(x: Array, E: Array, A: Array, alpha: Array) -> Array:
+    """d(fitted values) / d(E, A, alpha), shape (..., rungs, 3)."""
+    z = np.exp(-alpha[..., None] * x)
+    return np.stack([np.ones_like(z), z, -A[..., None] * x * z], axis=-1)
 
 
-def sensitivity(rungs: Rungs, curve: Curve) -> Array:
-    """d(E, A, alpha) / d(rung means), shape (3, rungs): the derivative that the delta method needs."""
-    jacobian = _jacobian(rungs, curve)
-    if curve.E == 0.0:
-        jacobian[:, 0] = 0.0  # at its bound, E does not move
-    root = np.sqrt(rungs.seeds)
-    return np.linalg.pinv(jacobian * root[:, None]) * root
+def sensitivity(x: Array, weights: Array, E: Array, A: Array, alpha: Array) -> Array:
+    """d(E, A, alpha) / d(rung means), shape (..., 3, rungs): the derivative that the delta method needs."""
+    jacobian = _jacobian(x, E, A, alpha)
+    jacobian[..., 0] *= (E > 0)[..., None]  # at its bound, E does not move
+    root = np.sqrt(weights)
+    return np.linalg.pinv(jacobian * root[..., None]) * root[..., None, :]
 
 
 # The baseline's fit
+
+
+def check_runs(results: Sequence[RunResult]) -> None:
+    """Raise FitError for runs that are there twice, and for FLOPs, tokens or losses that no run can have."""
+    counts = Counter((result.arm, result.rung, result.seed) for result in results)
+    if twice := [key for key, count in counts.items() if count > 1]:
+        arm, rung, seed = twice[0]
+        raise FitError(
+            f"there are {counts[twice[0]]} results of arm {arm}, rung {rung}, seed {seed}.\n"
+            "  Each run may be given once. Remove the others, or give them other seeds."
+        )
+    for result in results:
+        for name in ("flops", "tokens", "loss"):
+            value = getattr(result, name)
+            if value <= 0 or (name == "flops" and not math.isfinite(value)):
+                raise FitError(
+                    f"arm {result.arm}, rung {result.rung}, seed {result.seed} has {name} = {value:g}.\n"
+                    "  It must be positive. Correct it, or leave the run out."
+                )
 
 
 def fit_curve(results: Iterable[RunResult], level: float = 0.05, second_opinion: bool = True) -> CurveFit:
@@ -150,6 +174,8 @@ def fit_curve(results: Iterable[RunResult], level: float = 0.05, second_opinion:
     Intervals are two-sided and cover the truth with probability 1 − level. `second_opinion` adds the slower fit by
     Huber losses. Raises FitError with fewer than three rungs, or if the loss does not fall with compute.
     """
+    results = list(results)
+    check_runs(results)
     rungs = Rungs.from_results(results)
     profile = Profile.from_rungs(rungs, level)
     curve = profile.curve
@@ -172,9 +198,10 @@ def fit_curve(results: Iterable[RunResult], level: float = 0.05, second_opinion:
 
 
 def _rung_fits(rungs: Rungs, curve: Curve) -> Iterator[records.RungFit]:
-    jacobian = _jacobian(rungs, curve)
+    values = np.array([curve.E, curve.A, curve.alpha])
+    jacobian = _jacobian(rungs.x, *values)
     # Diagonal of the hat matrix, d(fitted values) / d(rung means).
-    leverage = np.einsum("kj,jk->k", jacobian, sensitivity(rungs, curve))
+    leverage = np.einsum("kj,jk->k", jacobian, sensitivity(rungs.x, rungs.seeds, *values))
     residuals = rungs.loss - curve.E - curve.A * jacobian[:, 1]
     for k, (name, variance) in enumerate(zip(rungs.names, rungs.variances, strict=True)):
         sd = None if variance is None else math.sqrt(variance)
@@ -195,7 +222,8 @@ class Profile:
     @classmethod
     def from_rungs(cls, rungs: Rungs, level: float) -> "Profile":
         """Fit the curve and choose the grid of alphas."""
-        curve, squares = solve(rungs.flops, rungs.loss, rungs.seeds)
+        E, A, alpha, squares = map(float, solve(rungs.x, rungs.loss, rungs.seeds))
+        curve = Curve(E, A, alpha, rungs.scale)
         coarse = cls(rungs, curve, squares, level, np.sort(np.append(ALPHAS, curve.alpha)))
         if coarse.sd is None:
             return coarse
@@ -316,17 +344,17 @@ def bootstrap(results: Iterable[RunResult], level: float = 0.05, draws: int = 40
     """
     rungs = Rungs.from_results(results)
     random = np.random.Generator(np.random.Philox(seed))
-    curves: list[Curve] = []
+    curves: list[tuple[float, float]] = []
     for _ in range(draws):
         chosen, counts = np.unique(random.integers(len(rungs.names), size=len(rungs.names)), return_counts=True)
         if len(chosen) < FEWEST_RUNGS:
             continue
         means = np.array([random.choice(rungs.losses[k], len(rungs.losses[k])).mean() for k in chosen])
-        curve, _ = solve(rungs.flops[chosen], means, rungs.seeds[chosen] * counts)
-        if curve.A > 0:
-            curves.append(curve)
+        E, A, alpha, _ = map(float, solve(rungs.x[chosen], means, rungs.seeds[chosen] * counts))
+        if A > 0:
+            curves.append((E, alpha))
     E = alpha = Interval(None, None, None, level)
     if curves:
-        found = np.quantile([(curve.E, curve.alpha) for curve in curves], [0.5, level / 2, 1 - level / 2], axis=0)
+        found = np.quantile(curves, [0.5, level / 2, 1 - level / 2], axis=0)
         E, alpha = (Interval(middle, low, high, level) for middle, low, high in found.T.tolist())
     return records.Bootstrap(E, alpha, draws, draws - len(curves))

@@ -1,6 +1,8 @@
 """Pairs: runs of baseline and arm that share rung and seed, and the reasons why some are missing.
 
-Both runs of a pair read the same data in the same order, so a part of the seed's effect is common to both.
+Both runs of a pair read the same data in the same order, so a part of the seed's effect is common to both. Where a rung
+has no common seed (other seeds, another trainer), runs are matched in the order of their seeds: independent runs are
+as far apart in any order.
 """
 
 import math
@@ -9,13 +11,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from trainer.errors import FitError
 from trainer.ladder.stats import fit as fits
-from trainer.ladder.stats.multiplier import Comparison, Influence, Pairs
-from trainer.ladder.stats.records import BASELINE, Curve, CurveFit, RunResult
+from trainer.ladder.stats.records import BASELINE, Curve, CurveFit, Pairing, RunResult
+from trainer.ladder.stats.worth import Baselines, Worths
 
-CLEAR_OF_FLOOR = 2.0  # A loss must lie this many standard deviations of a run above E, or noise decides its logarithm
+CLEAR_OF_FLOOR = 2.0
+"""A loss must lie this many standard deviations of a run above E, or noise decides its logarithm."""
+MIXED_UNITS = 0.05
+"""If losses differ between arm and baseline by ln 2 within this share at every rung, one is in bits, one in nats."""
 
-Runs = dict[str, dict[int, RunResult]]  # Results by rung and seed
+Runs = dict[str, dict[int, RunResult]]
+"""Results by rung and seed."""
 
 
 def _runs(results: Iterable[RunResult], arm: str) -> Runs:
@@ -28,18 +35,19 @@ def _runs(results: Iterable[RunResult], arm: str) -> Runs:
 
 @dataclass(frozen=True)
 class MatchedRung:
-    """Runs of baseline and arm at one rung that share a seed."""
+    """Runs of baseline and arm at one rung that are compared."""
 
     name: str
     flops: float
-    pairs: list[tuple[RunResult, RunResult]]  # (baseline, arm) by seed
+    pairs: list[tuple[RunResult, RunResult]]  # (baseline, arm)
+    paired: bool  # they share their seeds
     gap: str  # Reason why there is no multiplier, or why there are fewer pairs; "" if nothing is missing
     usable: bool
 
-    def losses(self) -> Pairs:
-        base, arm = (np.array([pair[side].loss for pair in self.pairs]) for side in (0, 1))
-        cost = np.array([math.log(arm.flops / base.flops) for base, arm in self.pairs])
-        return Pairs(self.name, self.flops, base, arm, cost)
+    @property
+    def losses(self) -> np.ndarray:
+        """Losses of baseline and arm, shape (2, pairs)."""
+        return np.array([[run.loss for run in pair] for pair in self.pairs]).reshape(-1, 2).T
 
     def log_seconds(self, per_token: bool) -> list[float]:
         """ln(arm / baseline) of training seconds, for the pairs that have both."""
@@ -50,20 +58,28 @@ class MatchedRung:
         ]
 
 
+def pairing(rungs: Iterable[MatchedRung]) -> Pairing:
+    """Benefit of pairing, from the covariance of baseline and arm within rungs."""
+    away = [rung.losses - rung.losses.mean(1, keepdims=True) for rung in rungs if rung.paired and rung.pairs]
+    both_sides = np.concatenate([np.zeros((2, 0)), *away], axis=1)
+    (base, both), (_, arm) = both_sides @ both_sides.T
+    paired = base + arm - 2 * both
+    if min(base, arm, paired) <= 0:
+        return Pairing(None, None)
+    return Pairing(float((base + arm) / paired), float(both / math.sqrt(base * arm)))
+
+
 @dataclass(frozen=True)
 class Baseline:
     """The baseline's runs and curve, with which all arms are compared."""
 
     fit: CurveFit
     rungs: fits.Rungs
-    influence: Influence
     runs: Runs
 
     @classmethod
     def from_results(cls, results: Sequence[RunResult], fit: CurveFit) -> "Baseline":
-        rungs = fits.Rungs.from_results(results)
-        influence = Influence(rungs.flops, rungs.seeds, fits.sensitivity(rungs, fit.curve))
-        return cls(fit, rungs, influence, _runs(results, BASELINE))
+        return cls(fit, fits.Rungs.from_results(results), _runs(results, BASELINE))
 
     @property
     def floor(self) -> float:
@@ -76,28 +92,51 @@ class Baseline:
         return [fits.curve_with_alpha(self.rungs, float(edge) if end is None else end) for end, edge in ends]
 
     def match(self, results: Iterable[RunResult], arm: str) -> Iterator[MatchedRung]:
-        """Yield the baseline's rungs, by compute, with the arm's runs there."""
-        runs = _runs(results, arm)
+        """Yield the baseline's rungs, by compute, with the arm's runs there. Raises FitError if its unit differs."""
+        runs, ratios = _runs(results, arm), []
         for name, flops in zip(self.rungs.names, self.rungs.flops, strict=True):
-            base, own = self.runs.get(name, {}), runs.get(name, {})
-            pairs = [
-                (base[seed], own[seed])
-                for seed in sorted(base.keys() & own.keys())
-                if math.isfinite(base[seed].loss) and math.isfinite(own[seed].loss)
-            ]
+            base, own = (
+                {seed: run for seed, run in side.get(name, {}).items() if math.isfinite(run.loss)}
+                for side in (self.runs, runs)
+            )
+            paired = bool(base.keys() & own.keys())
+            pairs = [(base[seed], own[seed]) for seed in sorted(base.keys() & own.keys())]
+            if not paired:
+                pairs = [(base[one], own[two]) for one, two in zip(sorted(base), sorted(own), strict=False)]
+            ratios += [own.loss / base.loss for base, own in pairs]
             # ln(loss − E) means nothing near E. The whole rung is marked, since dropping low losses selects by result.
             at_floor = any(min(pair[0].loss, pair[1].loss) <= self.floor for pair in pairs)
-            wanted = len(base.keys() | own.keys())
+            wanted = len(self.runs.get(name, {}).keys() | runs.get(name, {}).keys())
             gap = "" if len(pairs) == wanted else f"{len(pairs)} pairs of {wanted}"
             if not pairs:
                 gap = "no finished pair"
+            elif not paired:
+                gap = "no common seed, so its runs are compared as unpaired"
             elif at_floor:
                 gap = f"a loss lies at the baseline's floor of {self.fit.curve.E:.4f}"
-            yield MatchedRung(name, float(flops), pairs, gap, bool(pairs) and not at_floor)
+            yield MatchedRung(name, float(flops), pairs, paired, gap, bool(pairs) and not at_floor)
+        logs = np.abs(np.log(ratios)) if ratios else np.zeros(1)
+        if (np.abs(logs / math.log(1 / math.log(2)) - 1) < MIXED_UNITS).all():
+            raise FitError(
+                f"the losses of arm {arm} are {np.median(ratios):.3g} times the baseline's at every rung, as bits are "
+                "to nats.\n  Losses must have one unit. Multiply bits by 0.6931 to get nats."
+            )
 
-    def compare(self, rungs: Sequence[MatchedRung]) -> Comparison:
-        """Take the usable rungs, with the baseline's curve."""
-        return Comparison([rung.losses() for rung in rungs if rung.usable], self.fit.curve, self.influence)
+    def compare(self, arms: Sequence[Sequence[MatchedRung]], curve: Curve | None = None) -> Worths:
+        """Estimate what arms with these rungs are worth, by the baseline's curve or another."""
+        most = max((len(rung.pairs) for rungs in arms for rung in rungs), default=1) or 1
+        table = np.full((3, len(arms), len(self.rungs.names), most), np.nan)
+        for number, rungs in enumerate(arms):
+            for k, rung in enumerate(rungs):
+                if rung.usable:
+                    costs = [math.log(arm.flops / base.flops) for base, arm in rung.pairs]
+                    table[:, number, k, : len(costs)] = [*rung.losses, costs]
+        curve, rungs = curve or self.fit.curve, self.rungs
+        E, A, alpha = (np.array(value) for value in (curve.E, curve.A, curve.alpha))
+        x = np.log(rungs.flops / curve.scale)
+        lack = rungs.seeds @ (rungs.loss - E - A * np.exp(-alpha * x)) ** 2
+        within = np.array([((losses - losses.mean()) ** 2).sum() for losses in rungs.losses])
+        return Worths.from_pairs(Baselines(x, E, A, alpha, rungs.seeds, within, lack), *table)
 
 
 def can_extrapolate(rungs: Sequence[MatchedRung]) -> bool:

@@ -14,8 +14,9 @@ Decision = Literal["promote", "reject", "inconclusive"]
 Trend = Literal["none", "persists", "shrinks", "reverses", "grows", "unknown"]
 """Change of ln m with ln C, where m is the compute multiplier and C the compute.
 
-none: neither a gain nor a loss is visible. persists: a gain or loss whose slope may be 0. shrinks, grows:
-the slope is below, above 0. reverses: it shrinks from a certain gain to a certain loss. unknown: no line can be fitted.
+none: neither a gain nor a loss is visible. persists: a gain or loss whose slope may be 0. shrinks, grows: the slope is
+below, above 0. reverses: it shrinks from a certain gain to a certain loss. unknown: no line or no noise is known. The
+false discovery rate of trends over the ladder's arms is held at the criterion's level.
 """
 
 
@@ -68,7 +69,7 @@ class Criterion(JsonRecord):
     level: float = 0.05  # Probability of promoting an arm that is worth less than min_gain, over the whole ladder
     min_gain: float = 1.02  # Smallest useful compute multiplier at the target
     max_slowdown: float = 1.25  # Largest acceptable seconds per token, relative to the baseline's
-    looks: int = 1  # Number of times that the report may be read with the intent to stop
+    looks: int | Literal["any"] = 1  # Number of times that the report may be read with the intent to stop
 
 
 @dataclass(frozen=True)
@@ -236,14 +237,19 @@ class Verdict(JsonRecord):
     why: str  # Reason, in one sentence
     trend: Trend
     target_flops: float
-    multiplier: Interval  # Multiplier at the target if ln m is a line in ln C
-    other_floor: Interval  # Multiplier at the target if the arm's floor E differs from the baseline's
+    multiplier: Interval
+    """Multiplier at the target; the interval covers all forms that the data allow."""
+    line: Interval  # Multiplier at the target if ln m were known to be a line in ln C
+    other_floor: Interval  # If the arm's floor E were known to differ from the baseline's
+    fades: Interval  # If the gain were known to fade to a constant, at the pace that fits best
     lower: float | None
-    """One-sided bounds of the multiplier at the target, corrected for the number of arms and looks; the decision rests
-    on them. `lower` is the smaller of both forms' lower bounds, `upper` the larger of their upper bounds."""
+    """One-sided bounds of the multiplier at the target over all forms that the data allow, corrected for the number of
+    arms and looks; the decision rests on them."""
     upper: float | None
     bound_level: float  # Error probability of each of the two bounds
-    slope: Interval  # d ln m / d ln C
+    degrees_of_freedom: float | None  # Of the arm's noise
+    slope: Interval  # d ln m / d ln C of the line
+    trend_p: float | None  # Of a slope as large as this one if there is none, adjusted for the number of arms
     crossing: Interval | None
     """FLOPs at which the multiplier crosses 1, if that is in reach; an end is None if the data do not bound it."""
     rungs: list[RungMultiplier]
@@ -252,6 +258,8 @@ class Verdict(JsonRecord):
     faster_per_flop_slower_per_second: bool
     lack_of_fit_p: float | None
     """Probability of multipliers as far from a line in ln C as these if the line is right (F test)."""
+    bend_p: float | None
+    """Probability of a bend as large as this one if the line is right (t test); known with one seed per rung too."""
     pairing: Pairing
     remedies: list[Remedy] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

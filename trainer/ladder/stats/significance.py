@@ -1,21 +1,35 @@
-"""Student's t, the F test for lack of fit, and Bartlett's test, by scipy.special.
+"""Student's t, the F test for lack of fit, Bartlett's test, and the noise of rungs, by scipy.special.
 
-scipy.stats has all three; each call of it takes about 0.1 ms, which is too slow for simulating thousands of ladders.
+scipy.stats has the tests; its import takes seconds and each call 0.1 ms, too slow for simulating thousands of ladders.
 """
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from scipy import special
 
+Array = np.ndarray
 LACK_OF_FIT = 0.05
 """If the F test gives a smaller p, the form does not fit: its lack of fit alone then says how far to trust it."""
+_SHARES = special.betaincinv(0.3, 0.3, (np.arange(64) + 0.5) / 64)
+"""Quantiles of the prior of a rung's variance that is due to seeds: mostly all of it, or little."""
+GROWTH_SD = 0.1
+"""Prior sd of the exponent of noise against compute: a factor of 2 over three decades is one sd."""
+
+ANYTIME_PAIRS = 2.0
+"""Pairs at which the mixture of `anytime_level` is centred."""
 
 
-def student_quantile(level: float, freedom: int) -> float:
+def student_quantile(level: float, freedom: Any) -> Any:
     """Value that Student's t exceeds with probability `level`."""
-    return -float(special.stdtrit(freedom, level))
+    return -special.stdtrit(freedom, level)
+
+
+def student_tail(value: Any, freedom: Any) -> Any:
+    """Probability that Student's t exceeds this value."""
+    return special.stdtr(freedom, -value)
 
 
 def lack_of_fit_p(lack: float, lack_freedom: int, pure: float, pure_freedom: int) -> float | None:
@@ -38,3 +52,73 @@ def unequal_variances_p(variances: Sequence[float | None], counts: Sequence[floa
     statistic = freedom.sum() * math.log(pooled) - float(freedom @ np.log(variance))
     correction = 1 + (float((1 / freedom).sum()) - 1 / freedom.sum()) / (3 * (len(known) - 1))
     return float(special.chdtrc(len(known) - 1, statistic / correction))
+
+
+def noise_growth(x: Array, squares: Array, freedom: Array) -> Array:
+    """Exponent e of sd ∝ exp(e·x), from sums of squares per rung, shape (..., rungs); drawn to 0 by its prior."""
+    known = (freedom > 0) & (squares > 0)
+    degrees = np.where(known, freedom, 1.0)
+    # ln χ² has the mean digamma(f/2) + ln 2 and the variance trigamma(f/2).
+    logs = np.log(np.where(known, squares, 1.0) / 2) - special.digamma(degrees / 2)
+    weights = np.where(known, 1 / special.polygamma(1, degrees / 2), 0.0)
+    away = x - (weights * x).sum(-1, keepdims=True) / np.maximum(weights.sum(-1, keepdims=True), 1e-12)
+    return (weights * away * logs).sum(-1) / ((weights * away**2).sum(-1) + (2 * GROWTH_SD) ** -2) / 2
+
+
+def rung_variance(pure: Array, pure_freedom: Array, lack: Array, lack_freedom: Array) -> tuple[Array, Array]:
+    """(variance, freedom) of a rung's noise, in units of a run's, from seeds and from rungs about their curve.
+
+    The share B of seed noise in a rung's variance has a prior (`_SHARES`); given B, both sums of squares tell of one
+    variance. The posterior of the precision is matched by a χ² in mean and variance, so that Student's t applies. No
+    test decides between the two sources; without seeds the rungs alone count, and without lack of fit the prior does.
+    """
+    pure, pure_freedom, lack, lack_freedom = (
+        np.asarray(value, dtype=float)[..., None] for value in (pure, pure_freedom, lack, lack_freedom)
+    )
+    freedom = pure_freedom + lack_freedom
+    total = np.maximum(pure + _SHARES * lack, 1e-100)
+    logs = lack_freedom / 2 * np.log(_SHARES) - freedom / 2 * np.log(total)
+    weights = np.exp(logs - logs.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    precision = freedom * _SHARES / total
+    mean = (weights * precision).sum(-1)
+    spread = (weights * precision**2 * (1 + 2 / np.maximum(freedom, 1e-9))).sum(-1) - mean**2
+    known = (mean > 0) & ((pure + lack)[..., 0] > 0)
+    mean = np.where(known, mean, 1.0)
+    return np.where(known, 1 / mean, 0.0), np.where(known, 2 * mean**2 / np.where(known, spread, 1.0), 1.0)
+
+
+def pooled_rung_variance(
+    pure: Array, pure_freedom: Array, lack: Array, lack_freedom: Array, weight: float
+) -> tuple[Array, Array]:
+    """`rung_variance` of each arm (last axis), with the other arms' sums at `weight`, less where theirs is smaller."""
+    total, degrees = pure + lack, pure_freedom + lack_freedom
+    others, their_degrees = (value.sum(-1, keepdims=True) - value for value in (total, degrees))
+    # An arm that is noisier than the others is not made quieter by them.
+    theirs = others * np.maximum(degrees, 1e-9) / np.maximum(total * np.maximum(their_degrees, 1e-9), 1e-300)
+    weights = weight * np.minimum(theirs, 1.0)
+    return rung_variance(
+        *(value + weights * (value.sum(-1, keepdims=True) - value)
+          for value in (pure, pure_freedom, lack, lack_freedom))
+    )  # fmt: skip
+
+
+def false_discovery(p: Sequence[float]) -> list[float]:
+    """p values adjusted for their number: calling those below `level` holds the false discovery rate at `level`.
+
+    Source: Benjamini & Hochberg 1995.
+    """
+    order = np.argsort(p)[::-1]
+    adjusted = np.minimum.accumulate(np.array(p)[order] * len(p) / np.arange(len(p), 0, -1))
+    return [float(adjusted[np.flatnonzero(order == k)[0]]) for k in range(len(p))]
+
+
+def anytime_level(level: float, pairs: float) -> float:
+    """Level of a one-sided bound by `pairs` pairs that may be read after every run: it fails ever with `level`.
+
+    Robbins' confidence sequence with a normal mixture, narrowest at 8 times ANYTIME_PAIRS pairs. Its price there is an
+    interval 1.6 times as wide.
+    """
+    ratio = pairs / ANYTIME_PAIRS
+    squared = (1 + 1 / ratio) * (math.log(1 + ratio) - 2 * math.log(2 * level))
+    return float(special.ndtr(-math.sqrt(squared)))

@@ -2,26 +2,31 @@
 
 Two error probabilities are held below the criterion's level, each by a one-sided bound: promoting an arm that is worth
 less than min_gain, and rejecting an arm that is worth at least that. Both bounds are Bonferroni-corrected for the
-number of arms tried and for the looks; an A/A arm is judged by the same rule and not counted. Both bounds must hold
-under either form of extrapolation (trainer/ladder/stats/multiplier.py). Everything in between is inconclusive.
+number of arms tried and for the looks; an A/A arm is judged by the same rule and not counted. Both bounds hold under
+all forms of extrapolation that the data allow (trainer/ladder/stats/worth.py), and the largest rung itself must be on
+the decision's side: a gain that crosses min_gain only beyond the rungs was seen by nobody. All else is inconclusive.
 """
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
+from trainer.errors import FitError
 from trainer.ladder.stats import fit as fits
-from trainer.ladder.stats import records
-from trainer.ladder.stats.multiplier import Estimate, ExtraRuns, Line, Noise, OtherFloor
-from trainer.ladder.stats.pairs import Baseline, MatchedRung, can_extrapolate
+from trainer.ladder.stats import records, significance
+from trainer.ladder.stats.pairs import Baseline, MatchedRung, can_extrapolate, pairing
 from trainer.ladder.stats.records import Criterion, CurveFit, Interval, RunResult, Trend, Verdict
+from trainer.ladder.stats.worth import LINE, OTHER_FLOOR, Extrapolation, Worths, decisions
 from trainer.show.units import scientific
 
-MOST_SEEDS = 64  # Advice to add more seeds than this is not given
-REACH = 10.0  # Crossings are reported from the smallest rung to this multiple of the target
+Array = np.ndarray
+MORE_SEEDS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # numbers of further seeds that are tried as a remedy
+REACH = 10.0  # crossings are reported from the smallest rung to this multiple of the target
+CROSSING_GRID = 41
+NO_NOISE = 1e-9  # an arm whose losses scatter by less than this, in nats, has no noise that could be estimated
 
 
 def judge(
@@ -31,65 +36,186 @@ def judge(
 ) -> list[Verdict]:  # fmt: skip
     """Return one verdict for each of `arms` (default: all arms in `results`, in their order).
 
-    `target_flops` is the baseline's compute at the target; `unchanged` names the A/A arms. Planning the remedies of
-    inconclusive verdicts takes most of the time; `remedies=False` skips it. Raises FitError if the baseline has no
-    curve.
+    `target_flops` is the baseline's compute at the target; `unchanged` names the A/A arms. `remedies=False` plans none
+    for inconclusive verdicts. Raises FitError if the baseline has no curve, for results that cannot be, and if the
+    target lies below the largest rung.
     """
+    fits.check_runs(results)
     fit = fit or fits.fit_curve(results, criterion.level, second_opinion=False)
     if arms is None:
         arms = list(dict.fromkeys(result.arm for result in results if result.arm != records.BASELINE))
-    tried = max(sum(name not in unchanged for name in arms), 1)
-    bound_level = criterion.level / tried / criterion.looks
-    baseline = Baseline.from_results(results, fit)
-    return [Judgement(baseline, results, arm, criterion, target_flops, bound_level).verdict(remedies) for arm in arms]
+    ladder = JudgedLadder(Baseline.from_results(results, fit), results, list(arms), unchanged, criterion, target_flops)
+    return [Judgement(ladder, number).verdict(remedies) for number in range(len(arms))]
+
+
+@dataclass(frozen=True)
+class JudgedLadder:
+    """All arms of a ladder, estimated together; arrays have an entry for each arm."""
+
+    baseline: Baseline
+    results: Sequence[RunResult]
+    arms: list[str]
+    unchanged: Collection[str]
+    criterion: Criterion
+    target_flops: float
+
+    def __post_init__(self) -> None:
+        if self.target_flops < (largest := self.baseline.rungs.flops[-1]) * 0.999:
+            raise FitError(
+                f"the target of {self.target_flops:.3g} FLOPs lies below the largest rung of {largest:.3g}.\n"
+                "  A verdict extrapolates. Give a target at or above the largest rung, or leave out the rungs above it."
+            )
+
+    @cached_property
+    def rungs(self) -> list[list[MatchedRung]]:
+        return [list(self.baseline.match(self.results, arm)) for arm in self.arms]
+
+    @cached_property
+    def worths(self) -> Worths:
+        return self.baseline.compare(self.rungs)
+
+    def x(self, flops: float) -> float:
+        return math.log(flops / self.baseline.fit.curve.scale)
+
+    @cached_property
+    def at_target(self) -> Extrapolation:
+        return self.worths.at(self.x(self.target_flops))
+
+    @property
+    def level(self) -> float:
+        """Error probability of each bound."""
+        tried = max(sum(name not in self.unchanged for name in self.arms), 1)
+        level = self.criterion.level / tried
+        if self.criterion.looks != "any":
+            return level / self.criterion.looks
+        return significance.anytime_level(level, max(float(self.worths.counts.sum(-1).max(initial=1)), 1.0))
+
+    @cached_property
+    def noiseless(self) -> Array:
+        """True for arms whose losses show no noise at all although they differ from the baseline's."""
+        return (self.worths.variance < NO_NOISE**2) & (np.abs(self.worths.means).max(-1) > 0)
+
+    @cached_property
+    def trend_p(self) -> list[float | None]:
+        """p of each arm's slope, adjusted for the number of arms; None without a line."""
+        slope, variance, freedom = self.worths.slope()
+        known = [can_extrapolate(rungs) for rungs in self.rungs] & ~self.noiseless
+        p = 2 * significance.student_tail(np.abs(slope) / np.sqrt(np.maximum(variance, 1e-300)), freedom)
+        adjusted = iter(significance.false_discovery(p[known]))
+        return [next(adjusted) if one else None for one in known]
+
+    @cached_property
+    def extremes(self) -> list[tuple[float, Array]]:
+        """(E, ln m of each arm at the target) by the curves at both ends of alpha's interval."""
+        curves = self.baseline.extreme_curves()
+        return [(one.E, self.baseline.compare(self.rungs, one).at(self.x(self.target_flops)).value) for one in curves]
+
+    @cached_property
+    def crossings(self) -> tuple[Array, Array, Array, Array]:
+        """(x, value, lower, upper): ln m of each arm along the reach, with its bounds."""
+        half = self.criterion.level / 2
+        grid = np.linspace(self.worths.x[0], self.x(self.target_flops * REACH), CROSSING_GRID)
+        found = [self.worths.at(x) for x in grid]
+        lower, upper = (np.stack([one.bound(half, side) for one in found]) for side in (-1, 1))
+        return grid, np.stack([one.value for one in found]), lower, upper
+
+    @cached_property
+    def rung_estimates(self) -> tuple[Array, Array, Array]:
+        return self.worths.rung_estimates()
+
+    @cached_property
+    def without(self) -> list[Array]:
+        """ln m at the target by a line through all rungs but one."""
+        return [self.worths.without(k, self.x(self.target_flops)) for k in range(len(self.worths.x))]
+
+    def settled(self, worths: Worths) -> Array:
+        """True for each arm whose bounds would decide."""
+        least = math.log(self.criterion.min_gain)
+        return decisions(worths, self.x(self.target_flops), self.level, least) != 0
+
+    @cached_property
+    def remedies(self) -> list[tuple[records.Remedy, Array]]:
+        """Further runs, the cheapest of each kind first, with the arms that they would settle."""
+        worths = self.worths
+        found = [
+            (records.Remedy("seeds", seeds, None), self.settled(worths.planned(seeds=seeds))) for seeds in MORE_SEEDS
+        ]
+        counts = worths.counts[worths.counts > 0]
+        seeds = int(np.median(counts)) if len(counts) else 1
+        for pairs in (seeds, 2 * seeds, 4 * seeds):
+            for flops in self.further_sizes:
+                planned = worths.planned(rung=(self.x(flops), pairs))
+                found.append((records.Remedy("rung", pairs, flops), self.settled(planned)))
+        return found
+
+    @cached_property
+    def further_sizes(self) -> list[float]:
+        """FLOPs of possible further rungs: the ladder's steps continued, the last one at the target."""
+        x, goal, sizes = float(self.worths.x[-1]), self.x(self.target_flops), []
+        while x < goal - 1e-9:
+            x += float(np.mean(np.diff(self.worths.x)))
+            sizes.append(self.target_flops * math.exp(x - goal) if x < goal - 1e-9 else self.target_flops)
+        return sizes
 
 
 class Judgement:
     """One arm compared with the baseline."""
 
-    def __init__(
-        self, baseline: Baseline, results: Sequence[RunResult], arm: str, criterion: Criterion, target_flops: float,
-        bound_level: float,
-    ) -> None:  # fmt: skip
-        self._baseline, self._arm, self._criterion = baseline, arm, criterion
-        self._target, self._level, self._least = target_flops, bound_level, math.log(criterion.min_gain)
-        arm_results = [result for result in results if result.arm == arm]
+    def __init__(self, ladder: JudgedLadder, number: int) -> None:
+        self._ladder, self._number, self._criterion = ladder, number, ladder.criterion
+        self._arm, self._rungs = ladder.arms[number], ladder.rungs[number]
+        self._level, self._least = ladder.level, math.log(ladder.criterion.min_gain)
+        arm_results = [result for result in ladder.results if result.arm == self._arm]
         self._diverged = [result for result in arm_results if not math.isfinite(result.loss)]
-        self._rungs = list(baseline.match(results, arm))
-        self._without_baseline = [
-            rung for rung in dict.fromkeys(result.rung for result in arm_results) if rung not in baseline.rungs.names
-        ]
-        self._comparison = baseline.compare(self._rungs)
-        self.line: Line | None = None
-        self._other: OtherFloor | None = None
-        if can_extrapolate(self._rungs):
-            self.line, self._other = Line(self._comparison), OtherFloor(self._comparison, target_flops)
+        names = dict.fromkeys(result.rung for result in arm_results)
+        self._without_baseline = [name for name in names if name not in ladder.baseline.rungs.names]
+        self._noiseless = bool(ladder.noiseless[number])
+        self._known = can_extrapolate(self._rungs)
+        self._compared = self._known and not self._noiseless
+        # Seconds are asked for if anyone has them: a table without any is judged by compute alone.
+        self._timed = any(result.seconds for result in ladder.results)
+
+    def _of(self, values: Array) -> float:
+        return float(values[..., self._number])
+
+    def _interval(self, found: Extrapolation, form: int | None = None) -> Interval:
+        """Two-sided interval at the target, of one form or over all."""
+        half = self._criterion.level / 2
+        if not self._known:
+            return Interval(None, None, None, 2 * half)
+        value = self._of(found.value if form is None else found.values[..., form])
+        if self._noiseless:
+            return Interval(_exp(value), None, None, 2 * half)
+        low, high = (
+            self._of(found.bound(half, side) if form is None else found.bound_of(form, half, side)) for side in (-1, 1)
+        )
+        return _ratio(value, low, high, 2 * half)
 
     # The decision
 
     @cached_property
     def _bounds(self) -> tuple[float, float] | None:
-        """(lower, upper) bound of ln m at the target that hold under both forms."""
-        if self.line is None or self._other is None:
+        """(lower, upper) bound of ln m at the target that hold under all forms."""
+        if not self._compared:
             return None
-        estimate = self.line.multiplier_at(self._target)
-        lower, upper = ([form.bound(self._level, side) for form in (estimate, self._other)] for side in (-1, 1))
-        return min(lower), max(upper)
+        lower, upper = (self._of(self._ladder.at_target.bound(self._level, side)) for side in (-1, 1))
+        return lower, upper
 
     @cached_property
-    def _slowdown(self) -> Estimate | None:  # ln of seconds per token, arm over baseline
+    def _last(self) -> tuple[str, float]:
+        """(Name of the arm's largest rung, ln m there)."""
+        k = max(k for k, rung in enumerate(self._rungs) if rung.usable)
+        return self._rungs[k].name, float(self._ladder.worths.means[self._number, k])
+
+    @cached_property
+    def _slowdown(self) -> "Estimate | None":  # ln of seconds per token, arm over baseline
         return _mean_of_rungs([rung.log_seconds(per_token=True) for rung in self._rungs])
 
     def _depends_on_curve(self, worth_it: bool) -> bool:
         """True if the estimate falls on the other side of min_gain for an (E, alpha) inside their interval."""
-        for curve in self._baseline.extreme_curves():
-            # A loss below this curve's floor has no multiplier: then anything is possible.
-            if any(min(rung.base.min(), rung.arm.min()) <= curve.E for rung in self._comparison.rungs):
-                return True
-            line = Line(replace(self._comparison, curve=curve))
-            if (line.multiplier_at(self._target).value >= self._least) != worth_it:
-                return True
-        return False
+        lowest = min(rung.losses.min() for rung in self._rungs if rung.usable)
+        # A loss below this curve's floor has no multiplier: then anything is possible.
+        return any(lowest <= E or (self._of(values) >= self._least) != worth_it for E, values in self._ladder.extremes)
 
     def _decide(self) -> tuple[records.Decision, str]:
         """Return the decision and its reason."""
@@ -102,18 +228,19 @@ class Judgement:
                 f"a step takes at least {_times(fastest)} as long as the baseline's, more than the {allowed} allowed."
             )
         if self._bounds is None:
-            if low := [rung for rung in self._rungs if rung.pairs and not rung.usable]:
-                return "inconclusive", f"at {low[0].name} {low[0].gap}, where no amount of compute compares."
-            compared = len(self._comparison.rungs)
-            return "inconclusive", f"it can be compared at {compared} rungs, and a trend needs three."
+            return "inconclusive", self._why_no_bounds()
         lower, upper = self._bounds
-        if upper < self._least and not self._depends_on_curve(worth_it=False):
+        last = self._last[1]
+        if upper < self._least and last < self._least and not self._depends_on_curve(worth_it=False):
             useful = f"the {self._criterion.min_gain:g}× that would be useful"
             return "reject", f"at the target it is worth at most {_times(upper)}, less than {useful}{self._ending()}."
-        if lower < self._least or self._diverged or self._depends_on_curve(worth_it=True):
+        promising = lower >= self._least and last >= self._least and not self._diverged
+        if not promising or self._depends_on_curve(worth_it=True):
             return "inconclusive", self._why_inconclusive(lower, upper)
         # Worth its compute. It is promoted if its steps are known to be fast enough.
         worth = f"at the target it is worth at least {_times(lower)} the baseline's compute"
+        if not self._timed:
+            return "promote", f"{worth}; seconds were not given."
         if slowdown is None:
             return "inconclusive", f"{worth}, but how long its steps take is not known."
         if (slowest := slowdown.bound(self._level, 1)) > most:
@@ -123,19 +250,34 @@ class Judgement:
             )
         return "promote", f"{worth}, and a step takes {_times(slowdown.value)} as long."
 
+    def _why_no_bounds(self) -> str:
+        if low := [rung for rung in self._rungs if rung.pairs and not rung.usable]:
+            return f"at {low[0].name} {low[0].gap}, where no amount of compute compares."
+        if self._noiseless:
+            return "its losses show no noise at all, so nothing says how far to trust them."
+        compared = sum(rung.usable for rung in self._rungs)
+        return f"it can be compared at {compared} rungs, and a trend needs three."
+
     def _why_inconclusive(self, lower: float, upper: float) -> str:
+        rung, last = self._last
+        useful = f"{self._criterion.min_gain:g}×"
+        if upper < self._least <= last:
+            return f"its gain would fall below {useful} only beyond {rung}, where it was {_times(last)}."
+        if last < self._least <= lower:
+            return f"its gain would reach {useful} only beyond {rung}, where it was {_times(last)}."
         if upper < self._least or (lower >= self._least and not self._diverged):
             return "the answer depends on E and alpha, which the baseline's runs do not determine well enough."
         if lower >= self._least:
             where = ", ".join(f"{run.rung} seed {run.seed}" for run in self._diverged)
             return f"the runs that finished are good enough, but its loss was not finite at {where}."
-        assert self.line is not None and self._other is not None
-        line = self.line.multiplier_at(self._target)
-        elsewhere = "but if its loss levels off elsewhere than the baseline's it may be worth"
-        if line.bound(self._level, -1) >= self._least:
-            return f"as a line its gain would hold, {elsewhere} only {_times(lower)} at the target."
-        if line.bound(self._level, 1) < self._least <= self._other.bound(self._level, 1):
-            return f"as a line its gain falls short, {elsewhere} {_times(upper)} at the target."
+        found = self._ladder.at_target
+        for side, bound, holds in ((-1, lower, "hold"), (1, upper, "fall short")):
+            if side * (self._of(found.bound_of(LINE, self._level, side)) - self._least) < 0:
+                gamma = self._of(found.limiting(self._level, side))
+                form = "its loss levels off elsewhere than the baseline's" if gamma < 0 else "it fades to a constant"
+                only = "only " if side < 0 else ""
+                worth = f"{only}{_times(bound)} at the target"
+                return f"as a line its gain would {holds}, but if {form} it may be worth {worth}."
         return f"at the target it may be worth anything from {_times(lower)} to {_times(upper)}{self._ending()}."
 
     def _ending(self) -> str:
@@ -145,119 +287,124 @@ class Judgement:
             return ""
         return f"; its gain is gone at {scientific(crossing.value)} FLOPs"
 
-    # Remedies of an inconclusive verdict
-
     def _remedies(self) -> list[records.Remedy]:
-        if self.line is None or self._bounds is None or self._diverged:
+        """Runs that would settle an inconclusive verdict if the estimates stayed the same, at most one of each kind."""
+        if self._bounds is None or self._diverged:
             return []
-        lower, upper = self._bounds
-        seeds, sizes = int(np.median(self.line.counts)), self._further_sizes(self.line)
+        ladder = self._ladder
         # The bounds decide already. What is missing is E and alpha, which a larger rung determines, or seconds.
-        if lower >= self._least or upper < self._least:
-            curve = self._depends_on_curve(worth_it=lower >= self._least)
-            return [records.Remedy("rung", seeds, sizes[0])] if curve and sizes else []
-        remedies = []
-        # Rungs that lie off the line stay there with more seeds.
-        if not self.line.widened and self._settles(ExtraRuns(seeds=MOST_SEEDS)):
-            fewest = next(n for n in range(1, MOST_SEEDS + 1) if self._settles(ExtraRuns(seeds=n)))
-            remedies.append(records.Remedy("seeds", fewest, None))
-        rungs = ((size, pairs) for pairs in (seeds, 2 * seeds, 4 * seeds) for size in sizes)
-        settling = next((rung for rung in rungs if self._settles(ExtraRuns(rung=rung))), None)
-        return [*remedies, records.Remedy("rung", settling[1], settling[0])] if settling else remedies
-
-    def _further_sizes(self, line: Line) -> list[float]:
-        """FLOPs of possible further rungs: the ladder's steps continued, the last one at the target."""
-        x, goal, sizes = float(line.x[-1]), math.log(self._target), []
-        while x < goal - 1e-9:
-            x += float(np.mean(np.diff(line.x)))
-            sizes.append(math.exp(x) if x < goal - 1e-9 else self._target)
-        return sizes
-
-    def _settles(self, extra: ExtraRuns) -> bool:
-        """True if the bounds would decide with these runs added."""
-        assert self.line is not None and self._other is not None
-        line = self.line.planned(self._target, extra)
-        lower, upper = (
-            (line.bound(self._level, side), self._other.planned_bound(self._level, side, extra)) for side in (-1, 1)
-        )
-        return min(lower) >= self._least or max(upper) < self._least
+        if bool(ladder.settled(ladder.worths)[self._number]):
+            curve = self._depends_on_curve(worth_it=self._bounds[0] >= self._least)
+            seeds = round(float(np.median(ladder.worths.counts[self._number])))
+            return [records.Remedy("rung", seeds, ladder.further_sizes[0])] if curve and ladder.further_sizes else []
+        settling = [remedy for remedy, settled in ladder.remedies if settled[self._number]]
+        return [next(remedy for remedy in settling if remedy.what == what)
+                for what in ("seeds", "rung") if any(remedy.what == what for remedy in settling)]  # fmt: skip
 
     # The record
 
     def verdict(self, remedies: bool = True) -> Verdict:
         decision, why = self._decide()
-        level, bounds, line = self._criterion.level, self._bounds, self.line
-        estimates = iter(enumerate(self._comparison.rung_estimates()))
-        rungs = [self._rung_multiplier(rung, *(next(estimates) if rung.usable else (0, None))) for rung in self._rungs]
-        worth = _ratio_interval(line and line.multiplier_at(self._target), level)
-        seconds = self._wall_clock()
+        ladder, level, bounds, number = self._ladder, self._criterion.level, self._bounds, self._number
+        worths, found = ladder.worths, ladder.at_target
+        worth, seconds = self._interval(found), self._wall_clock()
+        fading = LINE + int(found.excess[number, LINE:].argmin()) if self._known else LINE
         both_known = worth.value is not None and seconds.value is not None
-        low, high = (line.slope.bound(level / 2, side) if line else None for side in (-1, 1))
-        slope = Interval(line.slope.value if line else None, low, high, level)
+        slope = Interval(None, None, None, level)
+        if self._known:
+            value, variance, freedom = map(self._of, worths.slope())
+            half = significance.student_quantile(level / 2, freedom) * math.sqrt(variance)
+            low, high = (None if self._noiseless else value + side * half for side in (-1, 1))
+            slope = Interval(value, low, high, level)
+        bend_p = self._of(worths.bend_p()) if self._compared else math.nan
         verdict = Verdict(
             arm=self._arm, decision=decision, why=why[0].upper() + why[1:], trend=self._trend,
-            target_flops=self._target, multiplier=worth, other_floor=_ratio_interval(self._other, level),
+            target_flops=ladder.target_flops, multiplier=worth, line=self._interval(found, LINE),
+            other_floor=self._interval(found, OTHER_FLOOR), fades=self._interval(found, fading),
             lower=_exp(bounds[0]) if bounds else None, upper=_exp(bounds[1]) if bounds else None,
-            bound_level=self._level, slope=slope, crossing=self._crossing, rungs=rungs,
-            slowdown=_ratio_interval(self._slowdown, level), wall_clock=seconds,
+            bound_level=self._level, degrees_of_freedom=self._of(worths.freedom) if self._compared else None,
+            slope=slope, trend_p=ladder.trend_p[number], crossing=self._crossing,
+            rungs=[self._rung_multiplier(k, rung) for k, rung in enumerate(self._rungs)],
+            slowdown=_estimate_interval(self._slowdown, level), wall_clock=seconds,
             faster_per_flop_slower_per_second=both_known and worth.value > 1 > seconds.value,  # pyright: ignore
-            lack_of_fit_p=line.lack_of_fit_p if line else None, pairing=self._comparison.noise.pairing,
+            lack_of_fit_p=worths.lack_of_fit_p(number) if self._compared else None,
+            bend_p=None if math.isnan(bend_p) else bend_p, pairing=pairing(self._rungs),
             remedies=self._remedies() if remedies and decision == "inconclusive" else [],
         )  # fmt: skip
         return replace(verdict, notes=list(self._notes(verdict)))
 
     @cached_property
     def _trend(self) -> Trend:
-        if self.line is None:
+        p = self._ladder.trend_p[self._number]
+        if p is None:
             return "unknown"
-        half, slope = self._criterion.level / 2, self.line.slope
-        if slope.bound(half, -1) > 0:
-            return "grows"
-        if slope.bound(half, 1) < 0:
-            first = self.line.multiplier_at(self._comparison.rungs[0].flops)
-            last = self.line.multiplier_at(self._target)
-            return "reverses" if first.bound(half, -1) > 0 > last.bound(half, 1) else "shrinks"
-        middle = self.line.middle
-        return "none" if middle.bound(half, -1) <= 0 <= middle.bound(half, 1) else "persists"
+        half, worths = self._criterion.level / 2, self._ladder.worths
+        if p < self._criterion.level:
+            if self._of(worths.slope()[0]) > 0:
+                return "grows"
+            first, last = worths.at(worths.x[0]), self._ladder.at_target
+            return "reverses" if self._of(first.bound(half, -1)) > 0 > self._of(last.bound(half, 1)) else "shrinks"
+        low, high = (self._of(worths.at(float(worths.x.mean())).bound_of(LINE, half, side)) for side in (-1, 1))
+        return "none" if low <= 0 <= high else "persists"
 
     @cached_property
     def _crossing(self) -> Interval | None:
-        if self.line is None or self._trend in ("none", "persists"):
+        """Compute at which ln m is 0, with all compute around it at which it may be; None without a trend."""
+        if self._trend not in ("shrinks", "reverses", "grows"):
             return None
-        reach = (float(self.line.x[0]), math.log(self._target * REACH))
-        crossing = self.line.crossing(self._criterion.level, reach)
-        if crossing is None:
+        x, *columns = self._ladder.crossings
+        value, lower, upper = (column[:, self._number] for column in columns)
+        changes = np.flatnonzero(np.diff(np.sign(value)))
+        if not len(changes):
             return None
-        value, low, high = map(_exp, crossing)
-        return Interval(value, low, high, self._criterion.level)
+        k = int(changes[0])
+        root = x[k] + (x[k + 1] - x[k]) * value[k] / (value[k] - value[k + 1])
+        # One of the bounds is 0 at each end of the interval, and it ends where the data no longer bound it.
+        side = 1 if value[0] > 0 else -1
+        near, far = (lower, upper) if side > 0 else (upper, lower)
+        before, after = np.flatnonzero(side * near[: k + 2] > 0), np.flatnonzero(side * far[k:] < 0)
+        low = _zero(x, near, int(before[-1])) if len(before) else None
+        high = _zero(x, far, k + int(after[0]) - 1) if len(after) else None
+        scale = self._ladder.baseline.fit.curve.scale
+        root, low, high = (None if end is None else scale * math.exp(end) for end in (root, low, high))
+        return Interval(root, low, high, self._criterion.level)
 
     def _wall_clock(self) -> Interval:
         """Multiplier in seconds, m·(C_arm / C_base) / (t_arm / t_base), with the compute ratio of the largest rung."""
         level = self._criterion.level
         seconds = _mean_of_rungs([rung.log_seconds(per_token=False) for rung in self._rungs])
-        if self.line is None or seconds is None:
+        if not self._compared or seconds is None:
             return Interval(None, None, None, level)
-        worth = self.line.multiplier_at(self._target)
-        value = worth.value + float(self._comparison.rungs[-1].log_cost.mean()) - seconds.value
+        found = self._ladder.at_target
+        value, low, high = map(self._of, (found.value, found.bound(level / 2, -1), found.bound(level / 2, 1)))
+        usable = [rung for rung in self._rungs if rung.usable]
+        shift = _log_cost(usable[-1]) - seconds.value
         # Losses and seconds err independently, so their half widths add in squares.
-        half = math.hypot(*(estimate.bound(level / 2, 1) - estimate.value for estimate in (worth, seconds)))
-        return Interval(_exp(value), _exp(value - half), _exp(value + half), level)
+        half = seconds.bound(level / 2, 1) - seconds.value
+        return _ratio(
+            value + shift, value + shift - math.hypot(value - low, half),
+            value + shift + math.hypot(high - value, half), level,
+        )  # fmt: skip
 
-    def _rung_multiplier(self, rung: MatchedRung, number: int, estimate: Estimate | None) -> records.RungMultiplier:
-        """`number` is the rung's place among the usable ones; `estimate` is None for a rung that is not usable."""
-        losses = rung.losses() if rung.pairs else None
-        seconds = _mean(rung.log_seconds(per_token=False))
+    def _rung_multiplier(self, k: int, rung: MatchedRung) -> records.RungMultiplier:
+        level, worths = self._criterion.level, self._ladder.worths
+        multiplier = Interval(None, None, None, level)
         wall_clock = None
-        if estimate and losses and seconds is not None:
-            wall_clock = estimate.value + float(losses.log_cost.mean()) - seconds
+        if rung.usable:
+            value, variance, freedom = (float(each[self._number, k]) for each in self._ladder.rung_estimates)
+            half = significance.student_quantile(level / 2, freedom) * math.sqrt(variance)
+            known = worths.variance[self._number] > 0 and not self._noiseless and freedom > 0.5
+            multiplier = _ratio(value, value - half, value + half, level) if known or value == 0 else Interval(
+                _exp(value), None, None, level
+            )  # fmt: skip
+            seconds = _mean(rung.log_seconds(per_token=False))
+            wall_clock = None if seconds is None else _exp(value + _log_cost(rung) - seconds)
         return records.RungMultiplier(
-            rung=rung.name, flops=rung.flops, pairs=len(rung.pairs),
-            multiplier=_ratio_interval(estimate, self._criterion.level),
-            wall_clock=_exp(wall_clock), slowdown=_exp(_mean(rung.log_seconds(per_token=True))),
-            loss_difference=float((losses.arm - losses.base).mean()) if losses else None,
-            pairing=Noise.from_pairs([losses]).pairing.ratio if losses else None,
-            without=_exp(self.line.without(number, self._target)) if self.line and estimate else None,
-            gap=rung.gap,
+            rung=rung.name, flops=rung.flops, pairs=len(rung.pairs), multiplier=multiplier,
+            wall_clock=wall_clock, slowdown=_exp(_mean(rung.log_seconds(per_token=True))),
+            loss_difference=float(np.diff(rung.losses, axis=0).mean()) if rung.pairs else None,
+            pairing=pairing([rung]).ratio,
+            without=_exp(self._of(self._ladder.without[k])) if self._known and rung.usable else None, gap=rung.gap,
         )  # fmt: skip
 
     def _notes(self, verdict: Verdict) -> Iterator[str]:
@@ -268,17 +415,34 @@ class Judgement:
             yield f"{name}: the baseline has no finished run there."
         for run in self._diverged:
             yield f"{run.rung} seed {run.seed}: its loss was not finite."
-        if self.line and self.line.widened:
-            yield "The rungs do not lie on a line within seed noise; intervals come from their scatter about it."
-        if self._comparison.rungs and not self._comparison.noise.freedom:
-            yield "No rung has two seeds: noise is only known from the rungs' scatter about a line."
-        if not self._baseline.fit.E_determined:
+        if verdict.lack_of_fit_p is not None and verdict.lack_of_fit_p < significance.LACK_OF_FIT:
+            yield "The rungs do not lie on a line within seed noise."
+        if verdict.bend_p is not None and verdict.bend_p < significance.LACK_OF_FIT:
+            yield "Its multipliers bend: they do not lie on a line."
+        if self._compared and not any(len(rung.pairs) > 1 for rung in self._rungs):
+            yield "No rung has two seeds: noise is only known from the rungs' scatter about a smooth curve."
+        if not self._timed:
+            yield "Seconds were not given: nothing is said about the time of a step."
+        if not self._ladder.baseline.fit.E_determined:
             yield "The baseline's E is badly determined."
         if verdict.faster_per_flop_slower_per_second:
             yield (
                 f"Better per FLOP and slower per second: {verdict.multiplier.value:.3g}× of compute is "
                 f"{verdict.wall_clock.value:.3g}× of time."
             )
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The logarithm of a ratio of seconds, with its standard error."""
+
+    value: float
+    error: float
+    freedom: int
+
+    def bound(self, level: float, side: int) -> float:
+        """One-sided bound (side −1: lower, +1: upper) that misses the truth with probability `level`."""
+        return self.value + side * significance.student_quantile(level, self.freedom) * self.error
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -298,18 +462,31 @@ def _mean_of_rungs(groups: Sequence[Sequence[float]]) -> Estimate | None:
     return Estimate(float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(len(values)), len(values) - 1)
 
 
+def _log_cost(rung: MatchedRung) -> float:
+    return math.fsum(math.log(arm.flops / base.flops) for base, arm in rung.pairs) / len(rung.pairs)
+
+
+def _zero(x: Array, values: Array, k: int) -> float:
+    """x at which the values cross 0 between number k and the next."""
+    first, second = values[k : k + 2]
+    return float(x[k] + (x[k + 1] - x[k]) * first / (first - second))
+
+
 def _exp(value: float | None) -> float | None:
     """exp(value); None for a value that is unknown or too large to mean anything."""
     return math.exp(value) if value is not None and value < 100 else None
 
 
 def _times(log_ratio: float) -> str:
-    return f"{math.exp(log_ratio):.3g}×" if log_ratio < math.log(1e4) else "more than 10,000×"
+    return f"{math.exp(log_ratio):.3g}×" if log_ratio < math.log(1e4) else "any number of times"
 
 
-def _ratio_interval(estimate: Estimate | OtherFloor | None, level: float) -> Interval:
-    """Two-sided interval of a ratio whose logarithm was estimated."""
+def _ratio(value: float, low: float, high: float, level: float) -> Interval:
+    """Interval of a ratio from that of its logarithm."""
+    return Interval(_exp(value), _exp(low) if low > -math.inf else None, _exp(high), level)
+
+
+def _estimate_interval(estimate: Estimate | None, level: float) -> Interval:
     if estimate is None:
         return Interval(None, None, None, level)
-    low, high = (estimate.bound(level / 2, side) for side in (-1, 1))
-    return Interval(_exp(estimate.value), _exp(low) if low > -math.inf else None, _exp(high), level)
+    return _ratio(estimate.value, estimate.bound(level / 2, -1), estimate.bound(level / 2, 1), level)

@@ -1,0 +1,369 @@
+"""What arms are worth in compute, at each rung and at a target beyond the rungs, with one model of the noise.
+
+At rung k and seed i, ln m = (1/alpha)·ln[(L_base − E) / (L_arm − E)] − ln(C_arm / C_base): the baseline needs m times
+its compute to reach the arm's loss. If the arm changes nothing, L_base and L_arm are exchangeable, so ln m is symmetric
+about 0 for every E and alpha. There the test of no gain is exact, even with a wrong curve.
+
+Extrapolation needs a form, and the data seldom tell which. All are ln m = c + d·z(C) with z = (1 − C^−γ) / γ. γ = 0 is
+a line in ln C. Below 0 a gain fades faster and faster, as that of an arm whose loss levels off elsewhere than the
+baseline's (γ = −alpha for small gains). Above 0 it fades to a constant, as that of a change which saves a fixed number
+of steps (γ = 0.5). Bounds are the outermost over all γ (profile likelihood): a form counts as far as the data allow.
+
+The noise is estimated from all arms of a ladder together. In nats, the difference of a pair has the noise of seeds,
+which may grow or fall with scale, and each rung of each arm may have an effect of its own (tuning, rounding of sizes)
+that more seeds do not remove. The baseline's noise moves (E, alpha) too; both paths are counted (delta method).
+
+Every array may have leading axes (many ladders at once, as scripts/bench_ladder.py draws them), then arms, then rungs.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+from scipy import special
+
+from trainer.ladder.stats import fit as fits
+from trainer.ladder.stats import significance
+
+Array = np.ndarray
+FADING = np.linspace(0.0, 0.6, 61)  # γ of the line and of gains that fade to a constant
+FASTER = (
+    -0.85 * np.linspace(1.0, 0.0, 7)[:-1]
+)  # γ in units of alpha; the outermost contains other floors in 8 of 8 tests
+LINE, OTHER_FLOOR = len(FASTER), 0
+PREFERENCE = 0.15  # values shown prefer forms near the line: by a factor of e for this distance in γ
+OUTLIER = 4.0  # a run further than this many sd from its rung's median counts as if it were so far
+POOLED = 0.5  # weight of the other arms' noise: they share the baseline's runs, so their evidence is not independent
+FORM_PARAMETERS = 2.6  # c, d, and a γ that is determined in part; measured on synthetic ladders
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """The baseline's curve with its noise; x is ln(C / scale)."""
+
+    x: Array  # (rungs,)
+    E: Array
+    A: Array
+    alpha: Array
+    seeds: Array  # (..., rungs)
+    within: Array  # (..., rungs): sum of squares about the rung's mean
+    lack: Array  # sum of squares of rung means about the curve, weighted by seeds
+
+    @classmethod
+    def fit(cls, x: Array, losses: Array) -> "Baselines":
+        """Fit a curve to losses of shape (..., rungs, seeds)."""
+        seeds, means = np.full(losses.shape[:-1], float(losses.shape[-1])), losses.mean(-1)
+        E, A, alpha, lack = fits.solve(x, means, seeds)
+        return cls(x, E, A, alpha, seeds, ((losses - means[..., None]) ** 2).sum(-1), lack)
+
+    def slope(self, x: Array) -> Array:
+        """−dL / d ln C at each x, shape (..., len(x)): noise in ln m is noise in nats over the slope."""
+        alpha = self.alpha[..., None]
+        return alpha * self.A[..., None] * np.exp(-alpha * x)
+
+
+@dataclass(frozen=True)
+class Extrapolation:
+    """ln m at one compute under every form: arrays of shape (..., arms, forms)."""
+
+    values: Array
+    variances: Array
+    freedoms: Array
+    excess: Array  # growth of the sum of squares over the best form's, in units of the noise
+    gammas: Array
+    _halves: dict[float, Array] = field(init=False, default_factory=dict)
+
+    @cached_property
+    def value(self) -> Array:
+        """Mean over the forms, each weighted by its likelihood."""
+        distance = np.abs(self.gammas) / PREFERENCE
+        weights = np.exp(-self.excess / 2 - distance[..., None, :]) * np.gradient(self.gammas, axis=-1)[..., None, :]
+        return (weights * self.values).sum(-1) / weights.sum(-1)
+
+    def bound(self, level: float, side: int) -> Array:
+        """One-sided bound (side −1: lower) over all forms, each of which misses the truth with probability `level`."""
+        return side * (side * self.values + self._half(level)).max(-1)
+
+    def bound_of(self, form: int, level: float, side: int) -> Array:
+        """The same if this form were known to be true."""
+        quantile = significance.student_quantile(level, self.freedoms[..., form])
+        return self.values[..., form] + side * quantile * np.sqrt(self.variances[..., form])
+
+    def limiting(self, level: float, side: int) -> Array:
+        """Exponent γ of the form that gives the bound."""
+        best = (side * self.values + self._half(level)).argmax(-1)
+        return np.take_along_axis(np.broadcast_to(self.gammas[..., None, :], self.values.shape), best[..., None], -1)[
+            ..., 0
+        ]
+
+    def _half(self, level: float) -> Array:
+        if level not in self._halves:
+            # The likelihood-ratio interval: a form that fits worse has less room, and none beyond the quantile.
+            room = significance.student_quantile(level, self.freedoms) ** 2 - self.excess
+            self._halves[level] = np.where(room >= 0, np.sqrt(np.maximum(room, 0) * self.variances), -np.inf)
+        return self._halves[level]
+
+
+@dataclass(frozen=True)
+class Worths:
+    """Mean ln m of each rung of each arm, and what is needed to extrapolate it."""
+
+    baselines: Baselines
+    x: Array  # (rungs,): the baseline's, and a planned one
+    means: Array  # (..., arms, rungs); 0 where there is no pair
+    counts: Array  # number of pairs
+    by_floor: Array  # d mean / d E
+    by_alpha: Array
+    growth: Array  # (...): sd of a seed's noise is proportional to exp(growth·x)
+    within: Array  # (..., arms): variance of a pair's difference in nats²; 0 if there are no seeds
+    seed_freedom: Array
+    effect: Array  # what rungs scatter about their curve beyond that, times the number of pairs, if a test finds any
+    variance: Array  # both, with the room that their uncertainty takes
+    freedom: Array
+    baseline_variance: Array  # (...): of a run of the baseline, with the effect of a rung in it
+    baseline_freedom: Array
+    correlation: Array  # (..., arms): between the difference of a pair and its baseline's loss
+    _found: dict[float, Extrapolation] = field(init=False, default_factory=dict)
+
+    @classmethod
+    def from_pairs(cls, baselines: Baselines, base: Array, arm: Array, log_cost: Array | float = 0.0) -> "Worths":
+        """Estimate from losses of shape (..., arms, rungs, pairs); NaN where there is no pair."""
+        E, alpha = (value[..., None, None, None] for value in (baselines.E, baselines.alpha))
+        x, slope = baselines.x, baselines.slope(baselines.x)[..., None, :]
+        valid = (base > E) & (arm > E)
+        counts = valid.sum(-1)
+        above, other = np.where(valid, base - E, 1.0), np.where(valid, arm - E, 1.0)
+        costs = np.where(valid, log_cost, 0.0)
+        nats = np.where(valid, np.log(above / other) / alpha - costs, 0.0) * slope[..., None]
+        base_away, arm_away = (_away(values, valid, counts) for values in (base, arm))
+
+        # Seed noise by scale, from the pairs of all arms.
+        squares = ((base_away - arm_away) ** 2).sum((-1, -3))
+        growth = significance.noise_growth(x, squares, np.maximum(counts - 1, 0).sum(-2))
+        spread = np.exp(growth[..., None] * x)[..., None, :]
+
+        nats = _without_outliers(nats, valid, counts, spread)
+        away = _away(nats, valid, counts)
+        means = nats.sum(-1) / np.maximum(counts, 1) / slope
+        pure = ((away / spread[..., None]) ** 2).sum((-1, -2))
+        pure_freedom = np.maximum(counts - 1, 0).sum(-1)
+        share = np.maximum(counts, 1)
+        by_floor = np.where(valid, 1 / other - 1 / above, 0.0).sum(-1) / share / alpha[..., 0]
+        by_alpha = -(means + costs.sum(-1) / share) / alpha[..., 0]
+
+        # How a pair's difference goes with its baseline's loss; as of independent runs if there are no seeds.
+        both = [(one * two).sum((-1, -2)) for one, two in (
+            (base_away - arm_away, base_away), (base_away - arm_away, base_away - arm_away), (base_away, base_away),
+        )]  # fmt: skip
+        known = (both[1] > 0) & (both[2] > 0)
+        correlation = np.where(known, both[0] / np.sqrt(np.where(known, both[1] * both[2], 1.0)), math.sqrt(0.5))
+
+        within = baselines.within / spread[..., 0, :] ** 2
+        found = significance.rung_variance(
+            within.sum(-1), np.maximum(baselines.seeds - 1, 0).sum(-1), baselines.lack, np.asarray(len(x) - 3.0)
+        )
+        worths = cls(
+            baselines, x, means, counts, by_floor, by_alpha, growth, pure / np.maximum(pure_freedom, 1), pure_freedom,
+            np.zeros_like(pure), np.ones_like(pure), np.ones_like(pure), *found, correlation,
+        )  # fmt: skip
+        return worths._with_noise(pure, pure_freedom)
+
+    def _with_noise(self, pure: Array, pure_freedom: Array) -> "Worths":
+        rungs = (self.counts > 0).sum(-1)
+        residual = self.residual
+        lack_freedom = np.where(rungs >= 3, rungs - 3.0, 0.0)
+        lack = np.where(rungs >= 3, residual.min(-1), 0.0)
+        first, _ = significance.pooled_rung_variance(pure, pure_freedom, lack, lack_freedom, POOLED)
+        # Where the data do not determine γ, the best form's residual is too small: take the mean over likely forms.
+        likely = np.exp(-(residual - residual.min(-1, keepdims=True)) / (2 * np.maximum(first, 1e-300)[..., None]))
+        lack = np.where(rungs >= 3, (likely * residual).sum(-1) / likely.sum(-1), 0.0)
+        lack_freedom = np.where(rungs >= 3, rungs - FORM_PARAMETERS, 0.0)
+        variance, freedom = significance.pooled_rung_variance(pure, pure_freedom, lack, lack_freedom, POOLED)
+        # Plans of further runs, and nothing else, take the effect of rungs as 0 until a test finds one.
+        scatter = lack / np.maximum(lack_freedom, 1e-9)
+        seen = special.fdtrc(
+            np.maximum(lack_freedom, 1e-9), np.maximum(pure_freedom, 1), scatter / np.maximum(self.within, 1e-300)
+        )
+        found = (pure_freedom > 0) & (seen < significance.LACK_OF_FIT)
+        effect = np.where(found, np.maximum(scatter - self.within, 0.0), 0.0)
+        return replace(self, variance=variance, freedom=freedom, effect=effect)
+
+    # Regression of means on z, for every form
+
+    @cached_property
+    def gammas(self) -> Array:
+        """Exponents of the forms, shape (..., forms)."""
+        alpha = self.baselines.alpha[..., None]
+        return np.concatenate([alpha * FASTER, np.broadcast_to(FADING, (*alpha.shape[:-1], len(FADING)))], axis=-1)
+
+    def _z(self, x: Array) -> Array:
+        """z relative to the largest rung, shape (..., 1, forms, len(x))."""
+        away, gamma = x - self.x[-1], self.gammas[..., None, :, None]
+        bent = np.where(gamma == 0, 1.0, gamma)
+        return np.where(gamma == 0, away, -np.expm1(-bent * away) / bent)
+
+    @cached_property
+    def unit(self) -> Array:
+        """Noise of ln m of a pair where its noise in nats is 1 at x = 0, shape (..., 1, rungs)."""
+        return (np.exp(self.growth[..., None] * self.x) / self.baselines.slope(self.x))[..., None, :]
+
+    @cached_property
+    def _regression(self) -> tuple[Array, Array, Array, Array]:
+        """(weights, their shares, z minus its mean, that mean) of shape (..., arms, forms, rungs)."""
+        weights = (self.counts / self.unit**2)[..., None, :]
+        shares = weights / np.maximum(weights.sum(-1, keepdims=True), 1e-300)
+        z = self._z(self.x)
+        centre = (shares * z).sum(-1, keepdims=True)
+        return weights, shares, z - centre, centre
+
+    @cached_property
+    def _slope_rows(self) -> Array:
+        """Rows that give d from the means."""
+        weights, _, away, _ = self._regression
+        spread = (weights * away**2).sum(-1, keepdims=True)
+        return weights * away / np.where(spread > 0, spread, 1.0)
+
+    @cached_property
+    def residual(self) -> Array:
+        """Weighted sum of squares of the means about each form, shape (..., arms, forms)."""
+        weights, shares, away, _ = self._regression
+        means = self.means[..., None, :]
+        level, slope = ((rows * means).sum(-1, keepdims=True) for rows in (shares, self._slope_rows))
+        return (weights * (means - level - slope * away) ** 2).sum(-1)
+
+    def _estimate(self, rows: Array) -> tuple[Array, Array, Array]:
+        """(value, variance, freedom) of rows @ means; rows have the shape (..., arms, any number, rungs)."""
+        value = (rows * self.means[..., None, :]).sum(-1)
+        noise = np.sqrt(self.variance)[..., None]
+        direct = rows * self.unit[..., None, :]
+        pairs = (direct**2 / np.maximum(self.counts, 1)[..., None, :]).sum(-1) * noise**2
+        through, seeds, influence = self._curve
+        by_curve = (rows * self.by_floor[..., None, :]).sum(-1, keepdims=True) * influence[..., 0, :]
+        by_curve = by_curve + (rows * self.by_alpha[..., None, :]).sum(-1, keepdims=True) * influence[..., 2, :]
+        curve = (by_curve**2).sum(-1) * through**2
+        shared = (direct[..., : seeds.shape[-1]] * by_curve / np.sqrt(seeds)).sum(-1)
+        cross = self.correlation[..., None] * noise * through * shared
+        variance = np.maximum(pairs + 2 * cross + curve, 0.0)
+        # Welch and Satterthwaite: each part contributes its share of the variance.
+        parts = (pairs + cross) ** 2 / self.freedom[..., None] + (curve + cross) ** 2 / self._curve_freedom
+        return value, variance, np.where(parts > 0, variance**2 / np.where(parts > 0, parts, 1.0), 1.0)
+
+    @cached_property
+    def _curve(self) -> tuple[Array, Array, Array]:
+        """(sd of a run, seeds, d(E, A, alpha) / d(unit noise of a rung)) of the baseline, with axes for arms, rows."""
+        found, x = self.baselines, self.baselines.x
+        influence = fits.sensitivity(x, found.seeds, found.E, found.A, found.alpha)
+        spread = np.exp(self.growth[..., None] * x) / np.sqrt(found.seeds)
+        influence = influence * spread[..., None, :]
+        seeds = found.seeds[..., None, None, :]
+        return np.sqrt(self.baseline_variance)[..., None, None], seeds, influence[..., None, None, :, :]
+
+    @property
+    def _curve_freedom(self) -> Array:
+        return self.baseline_freedom[..., None, None]
+
+    # Estimates
+
+    def at(self, x: float) -> Extrapolation:
+        """Extrapolate to ln(C / scale) = x."""
+        if x in self._found:
+            return self._found[x]
+        _, shares, _, centre = self._regression
+        rows = shares + (self._z(np.array([x])) - centre) * self._slope_rows
+        residual = self.residual
+        noise = np.where(self.variance > 0, self.variance, 1.0)[..., None]
+        excess = (residual - residual.min(-1, keepdims=True)) / noise
+        self._found[x] = Extrapolation(*self._estimate(rows), excess, self.gammas)
+        return self._found[x]
+
+    def rung_estimates(self) -> tuple[Array, Array, Array]:
+        """(ln m, variance, freedom) at each rung alone, shape (..., arms, rungs), without any form in C."""
+        return self._estimate(np.broadcast_to(np.eye(len(self.x)), (*self.means.shape, len(self.x))))
+
+    def slope(self) -> tuple[Array, Array, Array]:
+        """(d ln m / d ln C, variance, freedom) of the line, shape (..., arms)."""
+        value, variance, freedom = self._estimate(self._slope_rows[..., LINE : LINE + 1, :])
+        return value[..., 0], variance[..., 0], freedom[..., 0]
+
+    def lack_of_fit_p(self, arm: int) -> float | None:
+        """p of the F test for rungs off a line by more than seeds explain; None without repeated seeds."""
+        freedom = int(self.seed_freedom[arm])
+        lack = float(self.residual[arm, LINE])
+        rungs = int((self.counts[arm] > 0).sum())
+        return significance.lack_of_fit_p(lack, rungs - 2, float(self.within[arm]) * freedom, freedom)
+
+    def bend_p(self) -> Array:
+        """p of the t test of a bend, by the scatter about it, which needs no seeds; NaN below four rungs."""
+        z = np.stack([np.ones_like(self.x), self.x, self.x**2], -1)
+        weights = np.sqrt(self.counts) / self.unit
+        design = weights[..., None] * z
+        solution = np.linalg.pinv(design)
+        coefficients = (solution * (weights * self.means)[..., None, :]).sum(-1)
+        rest = ((weights * self.means - (design * coefficients[..., None, :]).sum(-1)) ** 2).sum(-1)
+        freedom = (self.counts > 0).sum(-1) - 3.0
+        known = (freedom > 0) & (rest > 0)
+        error = np.sqrt(np.where(known, rest / np.where(known, freedom, 1), 1.0) * (solution[..., 2, :] ** 2).sum(-1))
+        p = 2 * special.stdtr(np.where(known, freedom, 1.0), -np.abs(coefficients[..., 2]) / np.maximum(error, 1e-300))
+        return np.where(known, p, np.nan)
+
+    def without(self, rung: int, x: float) -> Array:
+        """ln m at x by a line through the other rungs."""
+        left = replace(self, counts=self.counts * (np.arange(len(self.x)) != rung))
+        return left.at(x).values[..., LINE]
+
+    def planned(self, seeds: int = 0, rung: tuple[float, int] | None = None) -> "Worths":
+        """What would be known with more pairs at every rung, or with (x, pairs) at a new one, by the same estimates."""
+        counts = self.counts + seeds * (self.counts > 0)
+        now, then = self.counts.sum(-1), counts.sum(-1) + (rung[1] if rung else 0)
+        # The effect of a rung stays when seeds are added.
+        total = self.within + self.effect
+        more = np.where(total > 0, self.within + self.effect * counts.sum(-1) / np.maximum(now, 1), 1.0)
+        found = replace(
+            self, counts=counts, freedom=self.freedom + then - now,
+            baseline_variance=self.baseline_variance * (now / np.maximum(then, 1)).mean(-1),
+            variance=self.variance * more / np.where(total > 0, total, 1.0),
+        )  # fmt: skip
+        if rung is None:
+            return found
+        x, pairs = rung
+        value = self.at(x).value
+        base, alpha = self.baselines, self.baselines.alpha[..., None]
+        above = base.A[..., None] * np.exp(-alpha * x)
+        new = {
+            "means": value, "counts": np.full_like(value, pairs), "by_alpha": -value / alpha,
+            "by_floor": (np.exp(alpha * value) - 1) / above / alpha,
+        }  # fmt: skip
+        added = {key: np.concatenate([getattr(found, key), item[..., None]], -1) for key, item in new.items()}
+        return replace(found, x=np.append(self.x, x), **added)
+
+
+def decisions(worths: Worths, x: float, level: float, least: float) -> Array:
+    """+1 where an arm is worth at least `least` (in ln m) at x, −1 where it is worth less, 0 where that is open.
+
+    Both by bounds of this level over all forms, and by the largest rung itself: what crosses `least` only beyond it is
+    open.
+    """
+    found, last = worths.at(x), worths.means[..., -1]
+    worth_it = (found.bound(level, -1) >= least) & (last >= least)
+    return worth_it * 1 - ((found.bound(level, 1) < least) & (last < least)) * 1
+
+
+def _away(values: Array, valid: Array, counts: Array) -> Array:
+    """Deviations from the rung's mean; 0 where there is no pair."""
+    values = np.where(valid, values, 0.0)
+    return np.where(valid, values - (values.sum(-1) / np.maximum(counts, 1))[..., None], 0.0)
+
+
+def _without_outliers(nats: Array, valid: Array, counts: Array, spread: Array) -> Array:
+    """Pull runs that lie far from the median of their rung's to OUTLIER sd; the sd comes from all runs' median."""
+    several = (counts > 2)[..., None] & valid
+    if not several.any():
+        return nats
+    n = np.maximum(counts, 2)[..., None]
+    away = np.abs(_away(nats, valid, counts)) / spread[..., None] * np.sqrt(n / (n - 1))
+    ladder = (*nats.shape[:-3], -1)
+    sd = np.nanmedian(np.where(several, away, np.nan).reshape(ladder), -1) / special.ndtri(0.75)
+    limit = OUTLIER * sd[..., None, None, None] * spread[..., None]
+    middle = np.nanmedian(np.where(several, nats, np.where(several.any(-1, keepdims=True), np.nan, 0.0)), -1)[..., None]
+    return np.where(several, middle + np.clip(nats - middle, -limit, limit), nats)
