@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from tests.support import ROOT, SMOKE, Job, committed_samples, settings, summarise_run, wait_until, worker_environment
+from trainer import signals
+from trainer.fleet import supervision
 from trainer.launch.agent import LAUNCH
 from trainer.log import events
 
@@ -168,3 +170,18 @@ def test_the_table_has_a_test_for_each_row():
     asked = {"SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT (Ctrl-C)", "Ctrl-C a second time", "a terminal that is closed"}
     ignored = {"SIGHUP, under `nohup`", "SIGINT, in a background job that ignores it"}
     assert set(table()) == asked | ignored | set(OUTPUTS) | {"SIGTERM before there are workers"}
+
+
+def test_schedulers_take_the_signals_that_are_not_ignored():
+    seen: list[int] = []
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL), signal.signal(signal.SIGINT, signal.default_int_handler)
+    with supervision.handle_signals(lambda number, _frame: seen.append(number)):
+        for number in signals.ASKING:
+            os.kill(os.getpid(), number)
+    assert seen == list(signals.ASKING)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with supervision.handle_signals(lambda number, _frame: seen.append(number)):
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert seen == list(signals.ASKING)
+    signal.signal(signal.SIGHUP, before[0])
+    signal.signal(signal.SIGINT, before[1])

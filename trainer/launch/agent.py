@@ -82,11 +82,9 @@ class Agent:
 
     def connected(self) -> bool:
         """True if the agent has opened a connection; its first is to the rendezvous store. Needs /proc: else True."""
-        if not PROC.exists():
-            return True
-        links = PROC.glob(f"{self.process.pid}/fd/*")
         with contextlib.suppress(OSError):
-            return any(str(link.readlink()).startswith("socket:") for link in links)
+            links = PROC.glob(f"{self.process.pid}/fd/*")
+            return not PROC.exists() or any(str(link.readlink()).startswith("socket:") for link in links)
         return False
 
     def signal(self, number: int) -> bool:

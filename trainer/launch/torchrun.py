@@ -38,12 +38,17 @@ LOST_STORE = (
 def torchrun() -> None:
     """Run torch.distributed.run on the command line's arguments and leave with the job's exit status."""
     terminal.take()
-    asked = _note_signals()
+    asked, note = os.pipe()  # signals are noted there, because no Python handler runs while torch waits in C++
+    os.set_blocking(note, False)
+    for number in signals.heeded():
+        signal.signal(number, lambda *_: None)
+    signal.set_wakeup_fd(note)
     # Trap 1. With one rendezvous store for agents and workers, a node that joins a running job hangs, and restarts
     # under --standalone are unreliable. The agent reads the variable that separates them, so it must be set here.
     os.environ.setdefault(elastic.SHARED_STORE, "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun would too, with a warning; numerics.threads decides anyway
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings are about peers that leave
+    import torch
     from torch.distributed import DistError, run
     from torch.distributed.elastic.multiprocessing import api
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -58,7 +63,9 @@ def torchrun() -> None:
     arguments = parser.parse_args(sys.argv[1:])
     if arguments.log_dir is None and arguments.redirects == arguments.tee == "0":
         arguments.log_dir = os.devnull  # nothing would be logged there, and torch leaves the directories behind in /tmp
-    server = forkserver.fork(forkserver.PRELOADED) if arguments.module and _has_no_gpu() else None
+    # Forked workers are tested on CPUs alone.
+    without_gpu = torch.version.cuda is None and torch.version.hip is None
+    server = forkserver.fork(forkserver.PRELOADED) if arguments.module and without_gpu else None
     if "LOGLEVEL" not in os.environ:
         logging.disable(logging.ERROR)  # the run's own lines tell of deaths and restarts; torch's would cut into them
     failures_file = elastic.make_failures_file()
@@ -102,16 +109,6 @@ def store(address: str, port: int) -> None:
 
 
 # Signals
-
-
-def _note_signals() -> int:
-    """Have each signal that asks to leave written to a pipe, also while torch waits in C++. Returns its reading end."""
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    for number in signals.heeded():
-        signal.signal(number, lambda *_: None)
-    signal.set_wakeup_fd(writing)
-    return reading
 
 
 def _leave_without_workers(asked: int, with_workers: threading.Event, failures_file: Path) -> None:
@@ -179,12 +176,13 @@ def _patch_meeting(run: Any) -> None:
     Trap 8. Workers meet at the host's name, also where all are on this machine and the name does not resolve, and the
     stores listen on every network.
     """
-    from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend, dynamic_rendezvous
+    from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend as c10d
+    from torch.distributed.elastic.rendezvous import dynamic_rendezvous
     from torch.distributed.elastic.rendezvous import static_tcp_rendezvous as static
 
     from trainer.parallel import world
 
-    configure, makers = run.config_from_args, (c10d_rendezvous_backend, static)
+    configure = run.config_from_args
 
     def config_from_args(arguments: Any) -> Any:
         config, *command = configure(arguments)
@@ -197,7 +195,7 @@ def _patch_meeting(run: Any) -> None:
 
     run.config_from_args = config_from_args
     dynamic_rendezvous._delay = lambda seconds: time.sleep(RENDEZVOUS_POLL_SECONDS)
-    for module in makers:
+    for module in (c10d, static):
         setattr(module, "TCPStore", world.open_store)  # noqa: B010
 
 
@@ -366,13 +364,6 @@ def _patch_start(server: forkserver.ForkServer | None) -> None:
         return popen(handler, command, environment)
 
     handler_class._popen = start
-
-
-def _has_no_gpu() -> bool:
-    """True for a torch without GPU support. Forked workers are tested on CPUs alone."""
-    import torch
-
-    return torch.version.cuda is None and torch.version.hip is None
 
 
 def _free_terminal() -> None:
