@@ -349,7 +349,8 @@ def broken_texts() -> Iterator[Case]:
         yield Case(f"{kind}: {what}", line, holding(name, content), (status,), "out")
     for what, (path, change) in PATHS.items():
         options = ["--set", "data.source=" + json.dumps(os.fsdecode(path), ensure_ascii=False)]
-        yield Case(f"text: {what}", [*command("train", "tiny.toml"), *options], change, (2,), "out")
+        status = (0,) if what == "another sort of file" else (2,)  # one document, which trains
+        yield Case(f"text: {what}", [*command("train", "tiny.toml"), *options], change, status, "out")
         options[1] = options[1].replace("data.source", "data.tokenizer")
         yield Case(f"tokenizer: {what}", [*command("train", "tiny.toml"), *options], change, (2,), "out")
 
