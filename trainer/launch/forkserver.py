@@ -28,7 +28,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from trainer import signals
+from trainer import provenance, signals
 from trainer.parallel import elastic
 from trainer.show import terminal
 
@@ -181,6 +181,7 @@ def _serve(requests: "Connection[Any, Any]", caller: int, modules: Sequence[str]
     """Serve until the caller is gone; the server ends here. In each child this returns the child's request."""
     for module in modules:
         importlib.import_module(module)
+    provenance.code()  # each fork remembers it: it is the code that they run, whatever the files hold by then
     while True:
         try:
             request = requests.recv()
