@@ -34,6 +34,8 @@ from trainer.data import Prepared, prepare
 from trainer.log import events
 from trainer.parallel import world
 from trainer.parallel.world import AllRanks
+from trainer.phases import no_hook
+from trainer.sentinel.corruption import Sentinel
 from trainer.show import console
 from trainer.step import StepContext, TrainState
 
@@ -60,15 +62,15 @@ class Ours:
     def __init__(self, config: Config, ranks: world.World, directory: Path) -> None:
         job.set_numerics(config, ranks.device)
         self.prepared = prepare(config.data, config.eval, config.model.context)
-        self.state = job.build(config, vocabulary(config, self.prepared), ranks)
         log = events.EventLog.open(directory, events.next_attempt(directory), ranks.rank)
         if ranks.is_main:
             nowhere = Path(os.devnull).open("w")  # noqa: SIM115
             log.subscribe(console.Console(config, directory, is_terminal=False, file=nowhere))
         self.config = config
-        self.context = StepContext(
-            config, AllRanks(ranks, config.data.micro_batches), job.batches_of(config, self.prepared)
-        )
+        batches, sentinel = job.batches_of(config, self.prepared), Sentinel(config, ranks, log)
+        self.state = job.build(config, vocabulary(config, self.prepared), ranks, sentinel.watch)
+        members = sentinel.wrap_members(AllRanks(ranks, config.data.micro_batches), self.state, batches)
+        self.context = StepContext(config, members, batches, sentinel.wrap_hook(no_hook))
         self.collaborators = loop.Collaborators(self.context, log, lambda model, step: (), NoCheckpointer())
 
     def __call__(self, steps: int) -> None:
@@ -165,6 +167,24 @@ def exact_against_plain_worker() -> None:
         ratio, a, b = alternate(exact, plain, steps=1, rounds=15)
     if ranks.is_main:
         print("RESULT " + json.dumps({"ratio": vars(ratio), "exact_seconds": a, "plain_seconds": b}))
+    world.disconnect()
+
+
+def sentinel_worker(size: str) -> None:
+    """One of two ranks: steps with a check and without, alternating in the same processes."""
+    ranks = world.connect(torch.device("cpu"), 120)
+    base, steps, rounds = (BIG, 1, 9) if size == "big" else (SMALL, 16, 15)
+    found = {}
+    # Audits are measured where every micro-batch has one: a share of them costs that share of it.
+    for name, check in (("hashes", "state_hash_every_steps=1"), ("audit", 'audit="1"')):
+        with tempfile.TemporaryDirectory() as directory:
+            plain = Ours(load(base, "numerics.threads=1"), ranks, Path(directory))
+            watched = Ours(load(base, "numerics.threads=1", f"sentinel.{check}"), ranks, Path(directory))
+            ratio, a, b = alternate(plain, watched, steps, rounds)
+            parameters = costs.parameter_count(plain.state.model).total
+        found[name] = {"ratio": vars(ratio), "plain_seconds": a, "watched_seconds": b}
+    if ranks.is_main:
+        print("RESULT " + json.dumps({**found, "parameters": parameters}))
     world.disconnect()
 
 
@@ -361,6 +381,10 @@ def measure(name: str) -> dict[str, Any]:
             return survival.nodes()
         case "goodput":
             return survival.goodput()
+        case "sentinel":
+            return {size: worker("sentinel", size) for size in ("small", "big")}
+        case "sentinel_faults":
+            return chaos.sentinel()
         case "catalogue":
             return chaos.catalogue()
         case "storm":
@@ -374,7 +398,7 @@ def measure(name: str) -> dict[str, Any]:
 
 FIGURES = (
     "throughput_12m", "throughput_0.8m", "exact_against_plain_sums", "bf16_compile", "first_step", "memory",
-    "shakespeare", "seeds", "saving", "killed", "nodes", "goodput", "catalogue", "storm",
+    "shakespeare", "seeds", "saving", "killed", "nodes", "goodput", "sentinel", "sentinel_faults", "catalogue", "storm",
     "mutants", "ladder",
 )  # fmt: skip
 
@@ -389,6 +413,7 @@ def main() -> None:
         {
             "exact": exact_against_plain_worker,
             "memory": memory_worker,
+            "sentinel": sentinel_worker,
             "nanogpt": nanogpt_worker,
             "saving": saving_worker,
         }[name](*rest)

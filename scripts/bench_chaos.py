@@ -44,6 +44,15 @@ def catalogue(repeat: int = 2) -> dict[str, Any]:
     worse = {result.name: result for result in sorted(whole.results, key=lambda result: result.outcome != "pass")}
     shown = [worse[name] for name in dict.fromkeys(result.name for result in whole.results)]
     matrix_png(dataclasses.replace(whole, results=shown), ROOT / "docs" / "faults.png")
+    return by_kind(report)
+
+
+def sentinel(repeat: int = 4) -> dict[str, Any]:
+    """The same of the faults that only a sentinel notices."""
+    return by_kind(campaign("sentinel", repeat))
+
+
+def by_kind(report: dict[str, Any]) -> dict[str, Any]:
     kinds: dict[str, dict[str, Any]] = {}
     for result in report["results"]:
         (name,) = set(result["kinds"])
@@ -94,17 +103,33 @@ def mutants() -> dict[str, Any]:
 
 
 def catalogue_table(figure: dict[str, Any]) -> list[str]:
-    named = [name for kind in figure["kinds"].values() for name in kind["named"]]
-    lines = [
+    return [
         "", "## Faults", "",
         f"`trainer chaos configs/chaos/catalogue.toml`: every kind of fault, in {max_runs(figure)} runs each.",
         "Seconds are the median (worst) since the fault fired.",
+        *kinds_table(figure),
+    ]  # fmt: skip
+
+
+def sentinel_table(figure: dict[str, Any]) -> list[str]:
+    return [
+        "", "## Silent corruption, with a sentinel", "",
+        f"`trainer chaos configs/chaos/sentinel.toml`: 3 ranks, {max_runs(figure)} runs of each kind, every",
+        "micro-batch audited, every step checked. With a smaller share a wrong activation or operator is noticed with",
+        "that chance in each step; flips in gradients, weights and moments are noticed whatever the share is.",
+        *kinds_table(figure),
+    ]  # fmt: skip
+
+
+def kinds_table(figure: dict[str, Any]) -> list[str]:
+    named = [name for kind in figure["kinds"].values() for name in kind["named"]]
+    lines = [
         f"Of {len(named)} faults that the run must report, {sum(named)} were attributed correctly: kind, step,",
         "and rank where a run can know it.",
         "",
         "| kind | outcome | attributed correctly | detected after, s | next new step after, s |",
         "|---|---|---|---|---|",
-    ]  # fmt: skip
+    ]
     for name, kind in figure["kinds"].items():
         outcome = ", ".join(f"{what}" + (f" ×{n}" if n > 1 else "") for what, n in Counter(kind["outcomes"]).items())
         if kind["why"]:

@@ -120,6 +120,19 @@ def exact_rows(figure: dict[str, Any]) -> list[Row]:
     return [("speed of exact relative to plain sums, 13.8 M parameters, 2 ranks", text, "≥ 0.97")]
 
 
+def sentinel_rows(figure: dict[str, Any]) -> list[Row]:
+    rows = []
+    for size in ("small", "big"):
+        part = figure[size]
+        hashes, audit = (part[name]["ratio"]["median"] - 1 for name in ("hashes", "audit"))
+        spread = "; ".join(f"{name} {Ratio(**part[name]['ratio'])}" for name in ("hashes", "audit"))
+        shares = ", ".join(f"1/{n} {audit / n:.1%}" for n in (8, 32, 128))
+        every = ", ".join(f"every {n} steps {hashes / n:.1%}" for n in (1, 8, 32))
+        title = f"time that a sentinel adds to a step, {part['parameters'] / 1e6:.1f} M parameters, 2 ranks"
+        rows.append((title, f"state and reduction {every}; audit {shares} (measured: {spread})", "≤ 4 % at 1/32 and 1"))
+    return rows
+
+
 def memory_rows(figure: dict[str, Any]) -> list[Row]:
     replicated, sharded = figure["replicate"], figure["fsdp"]
     text = (
@@ -248,6 +261,7 @@ def soak_table(figure: dict[str, Any]) -> list[str]:
 
 CHAOS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "catalogue": bench_chaos.catalogue_table,
+    "sentinel_faults": bench_chaos.sentinel_table,
     "storm": bench_chaos.storm_table,
     "mutants": bench_chaos.mutants_table,
 }
@@ -258,6 +272,7 @@ ROWS: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
     "bf16_compile": throughput_rows("throughput of bf16 and compile relative to the plain float32 loop", "≥ 2"),
     "first_step": first_step_rows,
     "memory": memory_rows,
+    "sentinel": sentinel_rows,
     "shakespeare": shakespeare_rows,
     "saving": saving_rows,
     "killed": killed_rows,

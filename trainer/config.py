@@ -8,6 +8,7 @@ Zero means "off" for numbers that can be off, since TOML has no null.
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -208,6 +209,19 @@ class Elastic(Section):
     Reading and encoding data counts as progress."""
 
 
+class Sentinel(Section):
+    audit: str = "0"
+    """Share of the micro-batches that a second rank computes too, such as "1/32"; "0" is off."""
+    state_hash_every_steps: int = Field(default=0, ge=0)
+    """Check the reduction, and weights, moments and grids, in every so many steps; 0 is off."""
+    act: Literal["repair", "report", "stop"] = "repair"
+    """What is done where bits differ: compute again and copy from a replica, log and train on, or stop."""
+
+    @property
+    def on(self) -> bool:
+        return Fraction(self.audit) > 0 or self.state_hash_every_steps > 0
+
+
 class Wandb(Section):
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """"auto": online if a key is in the environment or netrc, else offline. WANDB_MODE overrides."""
@@ -259,6 +273,8 @@ class Config(Section):
     """When the model is scored, and on what."""
     elastic: Elastic = Elastic()
     """Limits of time after which a rank counts as hung."""
+    sentinel: Sentinel = Sentinel()
+    """Which ranks compute, receive or keep wrong bits, and what is done about it. Changes no bit of the result."""
     wandb: Wandb = Wandb()
     """Where the run is shown in Weights & Biases."""
     faults: tuple[FaultEntry, ...] = ()

@@ -4,6 +4,7 @@ import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
@@ -78,7 +79,25 @@ def contradictions(config: "Config") -> list[str]:
             f"eval.sets = {list(held_out.sets)} names a set twice.\n  Name each set once.",
         ),
     ]
-    return [problem for is_broken, problem in rules if is_broken]
+    return [problem for is_broken, problem in rules if is_broken] + _sentinel_problems(config)
+
+
+def _sentinel_problems(config: "Config") -> list[str]:
+    sentinel = config.sentinel
+    try:
+        share = Fraction(sentinel.audit)
+    except (ValueError, ZeroDivisionError):
+        share = Fraction(-1)
+    if not 0 <= share <= 1:
+        return [f'sentinel.audit = {sentinel.audit!r} is no share of the micro-batches.\n  Write "1/32", or "0".']
+    if not sentinel.on:
+        return [] if sentinel.act == "repair" else ["sentinel.act has no effect: no check of [sentinel] is on."]
+    if not config.numerics.exact:
+        return [
+            "[sentinel] needs numerics.exact = true: without exact sums ranks may differ though none is wrong.\n"
+            "  Set it, or leave [sentinel] out."
+        ]
+    return []
 
 
 def without_effect(config: "Config") -> list[str]:

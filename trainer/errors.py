@@ -99,5 +99,14 @@ class NewerFormatError(CheckpointError, UsageError):
     """A checkpoint was written by a newer toprope: nothing is wrong with it, but this one cannot read it."""
 
 
+class CorruptionError(TopropeError):
+    """Ranks disagree on bits that must be equal: one of them computes, receives or keeps wrong ones."""
+
+    def __init__(self, message: str, restart: bool = False) -> None:
+        super().__init__(message)
+        self.restart = restart
+        """True if the job may start again at once: the wrong bits were in memory only."""
+
+
 class NumericsError(TopropeError):
     """Loss or gradient is not finite and stays so when computed again."""

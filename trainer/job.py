@@ -26,9 +26,10 @@ from trainer.exact import Grids
 from trainer.faults import injector as faults
 from trainer.log import events, rundir
 from trainer.parallel import elastic, world
-from trainer.parallel.sharding import shard
+from trainer.parallel.sharding import Rounder, RounderOf, shard
 from trainer.parallel.world import AllRanks, World
 from trainer.phases import Hook, Phase, no_hook
+from trainer.sentinel.corruption import Sentinel
 from trainer.sentinel.hang import Watchdog
 from trainer.show import console
 from trainer.show.wandb import WandbHelper, wandb_mode
@@ -112,12 +113,15 @@ def train(
         # From here on the directory is a run's, so a rank that dies now leaves a run that can be resumed.
         hook(Phase.STARTUP, 0)
         stopwatch.lap("data")
-        state = build(config, facts["vocab_size"], ranks)
+        sentinel = Sentinel(config, ranks, claim.log)
+        state = build(config, facts["vocab_size"], ranks, sentinel.watch)
         stopwatch.lap("model")
         claim.log.create()  # the file of its log makes an attempt count
         injector.attach(claim.attempt, claim.log, state, prepared)
         batches = injector.wrap_batches(batches_of(config, prepared))
-        context = StepContext(config, AllRanks(ranks, config.data.micro_batches), batches, hook, stop.requested)
+        hook = sentinel.wrap_hook(hook)
+        members = sentinel.wrap_members(AllRanks(ranks, config.data.micro_batches), state, batches)
+        context = StepContext(config, members, batches, hook, stop.requested)
         screen = show(config, claim, stack)
         try:
             heartbeat = claim.watchdog.heartbeat
@@ -223,8 +227,13 @@ def _record(claim: Claim, config: Config, prepared: Prepared) -> dict[str, Any]:
         raise errors.RunDirectoryError(errors.of_system(error, f"{run} cannot be written", rule, remedy)) from None
 
 
-def build(config: Config, vocab_size: int, ranks: World) -> TrainState:
-    """Build the state of step 0: a function of the config alone, laid out as the strategy says."""
+def build(
+    config: Config, vocab_size: int, ranks: World, watch: Callable[[RounderOf], RounderOf] = lambda rounders: rounders
+) -> TrainState:
+    """Build the state of step 0: a function of the config alone, laid out as the strategy says.
+
+    `watch` may wrap the rounders: what they return is what is added up.
+    """
     model = models.build(config, vocab_size, ranks.device)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     sharding = shard(model, models.blocks_of(model), config.parallel, ranks)
@@ -234,8 +243,15 @@ def build(config: Config, vocab_size: int, ranks: World) -> TrainState:
     # A single micro-batch is computed by one rank: there is no sum whose order could matter.
     if config.numerics.exact and config.data.micro_batches > 1:
         grids = Grids(shapes, config.data.micro_batches, config.numerics.headroom_bits, ranks.device)
-        sharding.round_with(grids.rounder)
+    rounders = unrounded if grids is None else grids.rounder
+    watched = watch(rounders)
+    if watched is not unrounded:  # a hook costs time
+        sharding.round_with(watched)
     return TrainState(0, model, sharding, optimizers, grids)
+
+
+def unrounded(name: str) -> Rounder:
+    return lambda gradient: gradient
 
 
 def batches_of(config: Config, prepared: Prepared) -> Batches:
@@ -331,7 +347,8 @@ def fail(claim: Claim, step: int, error: BaseException, screen: console.Console 
             screen.close()
         os._exit(errors.EXIT_FAILED)
     claim.end("failed", step, f"{type(error).__name__}: {error}")
-    if isinstance(error, errors.TopropeError):
+    restarts = isinstance(error, errors.CorruptionError) and error.restart
+    if isinstance(error, errors.TopropeError) and not restarts:
         elastic.give_up()
 
 

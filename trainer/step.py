@@ -21,7 +21,7 @@ from trainer.data import Batches, MicroBatch, digest
 from trainer.errors import NumericsError
 from trainer.exact import Grids
 from trainer.parallel.sharding import Sharding, whole
-from trainer.parallel.world import AllRanks, StepMembers, World
+from trainer.parallel.world import Members, StepMembers, World
 from trainer.phases import Hook, Phase, no_hook
 
 COUNT_FLUSHED_EVERY = 32  # steps; counting zeros costs more than the rounding itself
@@ -73,7 +73,7 @@ class StepContext:
     """The inputs of every step, and the ranks that may compute it."""
 
     config: Config
-    members: AllRanks
+    members: Members
     batches: Batches
     hook: Hook = no_hook
     stop_requested: Callable[[], bool] = lambda: False

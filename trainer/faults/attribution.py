@@ -22,7 +22,7 @@ from trainer.log.incidents import Incident, incidents_of
 
 OWN_EVENT: Mapping[str, type[events.Event]] = {
     "hung": events.Hung, "not_finite": events.NotFinite, "save_failed": events.CheckpointFailed,
-    "checkpoint_rejected": events.CheckpointRejected, "preempted": events.StopRequested,
+    "checkpoint_rejected": events.CheckpointRejected, "preempted": events.StopRequested, "corrupted": events.Corrupted,
 }  # fmt: skip
 """The event by which a kind of incident is noticed."""
 SEEN_BY_LAUNCHER = {"worker_lost", "hung", "preempted"}
@@ -176,6 +176,14 @@ def _mismatch(firing: Firing, incident: Incident) -> str:
     if fault.kind.names_rank and None not in firing.victims and incident.rank not in firing.victims:
         victims = ", ".join(str(rank) for rank in sorted(rank for rank in firing.victims if rank is not None))
         return f"reported of rank {incident.rank}, it was {victims}"
+    if incident.kind == "corrupted":
+        if incident.rank is not None and incident.rank not in firing.victims:
+            return f"reported of rank {incident.rank}, it was {sorted(firing.victims, key=str)}"
+        assert fault.at_step is not None
+        # An incident that ends its attempt has the last step that was completed.
+        step = incident.step + 1 if incident.ends_attempt and incident.step is not None else incident.step
+        noticed = step is not None and 0 <= step - fault.at_step < fault.settings.get("steps", 1)
+        return "" if noticed else f"reported of step {step}, it was in step {fault.at_step}"
     if fault.from_outside or fault.at_step is None or incident.step is None or incident.kind == "checkpoint_rejected":
         return ""
     if not incident.ends_attempt:
@@ -262,8 +270,10 @@ def _rows(
 def _reports(incident: Incident, entry: Entry, event: FaultFired) -> bool:
     """True if an incident reports a fault on one rank, and names rank and step correctly where it must."""
     kind = KINDS.get(event.fault)
-    if kind is None or not may_report(kind, entry.attempt, incident):
+    if kind is None or not may_report(kind.watched(world_size=2), entry.attempt, incident):
         return False
+    if incident.kind == "corrupted":  # a wrong operator may be noticed some steps later
+        return incident.rank in (None, event.victim)
     if kind.names_rank and incident.rank != event.victim:
         return False
     belongs_to_step = not incident.ends_attempt and incident.kind != "checkpoint_rejected"

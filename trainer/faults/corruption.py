@@ -4,6 +4,7 @@ What is done to tensors is in tensors.py, which needs torch.
 """
 
 import contextlib
+import copy
 from typing import TYPE_CHECKING, ClassVar
 
 from trainer.config import Config, FaultEntry
@@ -32,7 +33,7 @@ class NumbersFault(Fault):
         from trainer.faults import tensors
 
         chosen, chance = [tensors.local(tensor) for tensor in chosen], rank.chance(planned)
-        if self.silent:
+        if "bits" in planned.settings:
             tensors.flip(chosen, planned.settings["bits"], chance)
         else:
             tensors.spoil(chosen, planned.settings["value"], chance)
@@ -57,13 +58,18 @@ class VisibleFault(NumbersFault):
 
 
 class SilentFault(NumbersFault):
-    """A wrong number that nothing in this version notices."""
+    """A wrong number that nothing but a sentinel notices."""
 
-    detected = "not yet"
-    recovered = "not yet"
+    detected = "by a sentinel alone: ranks or recomputations disagree on bits"
+    recovered = "computed again, or copied from a replica; else the run stops before it applies the step"
     settings: ClassVar = {"bits": Setting(1, "how many bits are flipped", 1)}
     exits = (0, 1)
     silent = True
+
+    def watched(self, world_size: int) -> Fault:
+        kind = copy.copy(self)
+        vars(kind).update(silent=False, expected_incidents=("corrupted",))
+        return kind
 
 
 class NanLoss(VisibleFault):
@@ -153,6 +159,9 @@ class WrongOperator(SilentFault):
     imitates = "a rarely taken path of torch.sum that is wrong"
     made = "sums over a dimension lose their last element where a rare condition on the data holds"
     settings: ClassVar = {"steps": Setting(5, "for so many steps", 1)}
+
+    def watched(self, world_size: int) -> Fault:
+        return super().watched(world_size) if world_size > 1 else self  # alone it agrees with itself
 
     def refuses(self, entry: FaultEntry, phase: str, config: Config, world_size: int) -> str:
         if not config.numerics.compile:

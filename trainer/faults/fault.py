@@ -138,6 +138,10 @@ class Fault:
         """A step at which it strikes for sure, in a run of `steps` steps with a checkpoint `every` so many."""
         return min(3 if self.from_outside else every // 2 + every, steps)
 
+    def watched(self, world_size: int) -> "Fault":
+        """This kind as it shows in a run with a sentinel."""
+        return self
+
     # Firing. `planned` is the fault of the config, `rank` and `outside` what it can act on.
 
     def obstacle(self, planned: "PlannedFault", rank: "RankContext") -> str:

@@ -105,7 +105,8 @@ def make(
         problems += found
         # An entry with problems is left out, so that those of the others are reported in the same error.
         if not found:
-            planned.append(_resolve(index, entry, kind, phase, config.seed, world_size))
+            shown = kind.watched(world_size) if config.sentinel.on else kind
+            planned.append(_resolve(index, entry, shown, phase, config.seed, world_size))
     problems += _joint_problems(planned, world_size, nodes)
     if problems:
         raise ConfigError(problems)

@@ -119,6 +119,18 @@ class NotFinite(Event, kind="not_finite"):
     trial: int  # 0 for the first computation, 1 for the second, after which the run stops
 
 
+class Corrupted(Event, kind="corrupted"):
+    """Ranks or recomputations disagreed on bits that must be equal. Rank 0 writes it for all."""
+
+    step: int
+    what: str  # state, gradient (as a rank added it up), reduction (as it received it) or micro_batch
+    culprit: int | None  # the rank that was wrong; None if it is unknown
+    micro_batch: int | None
+    parameter: str | None  # the first one that differs; None if it is unknown
+    action: str  # repaired, reported (and applied), restarted (from the checkpoint) or stopped
+    found: str  # one line for people
+
+
 class Hung(Event, kind="hung"):
     """A rank saw no progress for too long and ends its process. Written by the rank that noticed."""
 

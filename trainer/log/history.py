@@ -15,7 +15,14 @@ from trainer.log import events
 from trainer.log.events import Entry
 
 Start = tuple[Entry, events.AttemptStarted]
-PROGRESS = (events.StepDone, events.EvalDone, events.CheckpointSaved, events.CheckpointFailed, events.NotFinite)
+PROGRESS = (
+    events.StepDone,
+    events.EvalDone,
+    events.CheckpointSaved,
+    events.CheckpointFailed,
+    events.NotFinite,
+    events.Corrupted,
+)
 """Events that show that an attempt is at work."""
 
 
@@ -39,6 +46,8 @@ class Attempt:
     signal: str | None = None  # name of the signal that asked a rank to stop
     fatal_not_finite: events.NotFinite | None = None
     """The second computation of a step that was not finite, which ends the attempt."""
+    fatal_corruption: events.Corrupted | None = None
+    """The disagreement between ranks that ended the attempt."""
     last_progress: Entry | None = None
     """The newest of rank 0's start, PROGRESS, and its end if it finished or was preempted."""
     last_step: int | None = None
@@ -62,6 +71,8 @@ class Attempt:
                 self.hangs.append((entry, event))
             case events.NotFinite(trial=trial) if trial > 0:
                 self.fatal_not_finite = event
+            case events.Corrupted(action="stopped" | "restarted"):
+                self.fatal_corruption = event
             case events.StopRequested():
                 self.signal = event.signal
         # Events that a rank writes after its failure are no progress.

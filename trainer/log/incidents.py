@@ -15,7 +15,7 @@ from trainer.log.events import LOST_A_PEER, Entry, Event
 from trainer.log.history import PROGRESS, Attempt, History, Start
 
 # Events of incidents that need not end their attempt.
-_InnerEvent = events.NotFinite | events.CheckpointFailed | events.CheckpointRejected
+_InnerEvent = events.NotFinite | events.CheckpointFailed | events.CheckpointRejected | events.Corrupted
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Incident:
     """Something that went wrong or stopped the run, and its cost."""
 
     attempt: int
-    kind: str  # worker_lost, hung, preempted, not_finite, save_failed or checkpoint_rejected
+    kind: str  # worker_lost, hung, preempted, not_finite, corrupted, save_failed or checkpoint_rejected
     ends_attempt: bool
     rank: int | None  # the rank that died, hung or could not save; None if the log does not show it
     point: str | None  # phase of the step (trainer/phases.py)
@@ -89,7 +89,7 @@ class IncidentBuilder:
 
     def _add_inner(self, entry: Entry, event: _InnerEvent, attempt: Attempt) -> None:
         """Add an incident that does not end its attempt."""
-        rank, seconds, in_a_row = None, None, None  # the log does not always name the rank; the writer may be another
+        rank, seconds, which = None, None, None  # the log does not always name the rank; the writer may be another
         match event:
             case events.NotFinite(trial=trial):
                 if trial > 0:  # the second in a row ends the attempt
@@ -97,11 +97,15 @@ class IncidentBuilder:
                 kind, last = "not_finite", attempt.last_progress
                 seconds = max(0.0, entry.time - last.time) if last is not None else None
             case events.CheckpointFailed():
-                kind, rank, seconds, in_a_row = "save_failed", event.on_rank, event.stall_seconds, event.in_a_row
+                kind, rank, seconds, which = "save_failed", event.on_rank, event.stall_seconds, event.in_a_row
             case events.CheckpointRejected():
                 kind = "checkpoint_rejected"
+            case events.Corrupted(action=action, culprit=rank):
+                if action in ("stopped", "restarted"):  # it ends the attempt
+                    return
+                kind, which = "corrupted", (event.what, event.micro_batch)
         # Several ranks may write of one incident.
-        key = (attempt.number, kind, event.step, in_a_row)
+        key = (attempt.number, kind, event.step, which)
         if key not in self._reported:
             self._reported.add(key)
             shown = (event.step, 0, seconds, event.kind, describe(event), entry.time)
@@ -137,7 +141,8 @@ def _ending(attempt: Attempt, loss: events.WorkersLost | None, next_start: Start
     kind, rank, point, detected_as, cause = _cause(attempt, loss)
     step, last = attempt.last_step, attempt.last_progress
     seconds = max(0.0, next_start[0].time - last.time) if next_start is not None and last is not None else None
-    when = "" if kind == "not_finite" else " while it was starting" if step is None else f" after step {step}"
+    starting = " while it was starting" if step is None else f" after step {step}"
+    when = "" if kind in ("not_finite", "corrupted") else starting  # those two name their step
     text = f"{cause}{when}{_resumption(attempt, next_start, lost, seconds)}"
     return Incident(attempt.number, kind, True, rank, point, step, lost, seconds, detected_as, text, last and last.time)
 
@@ -161,6 +166,8 @@ def _cause(attempt: Attempt, loss: events.WorkersLost | None) -> tuple[str, int 
         return "hung", culprit.get("rank"), culprit.get("point"), "hung", describe(event, entry.rank)
     if attempt.fatal_not_finite is not None:
         return "not_finite", None, None, "not_finite", describe(attempt.fatal_not_finite)
+    if attempt.fatal_corruption is not None:
+        return "corrupted", attempt.fatal_corruption.culprit, None, "corrupted", describe(attempt.fatal_corruption)
     if attempt.main_status == "preempted":
         by = attempt.signal or first_line(attempt.ends[0][1].reason)
         return "preempted", None, None, "stop_requested" if attempt.signal else "attempt_ended", f"preempted ({by})"
@@ -225,6 +232,12 @@ def describe(event: Event, rank: int = 0) -> str:
             then = "computed again" if trial == 0 else "and not when computed again"
             values = f"loss {event.loss:.4g}, gradient norm {event.grad_norm:.4g}"
             return f"step {step} was not finite ({values}), {then}"
+        case events.Corrupted(step=step):
+            then = {
+                "repaired": "repaired", "reported": "and applied all the same", "stopped": "the run stops",
+                "restarted": "the job starts again from its checkpoint",
+            }  # fmt: skip
+            return f"in step {step} {event.found}: {then[event.action]}"
         case events.CheckpointFailed(step=step):
             times = f", {event.in_a_row} in a row" if event.in_a_row > 1 else ""
             return f"the save of step {step} failed ({first_line(event.reason)}){times}"

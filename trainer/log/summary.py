@@ -22,7 +22,8 @@ import math
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ def summarise(run: Path, checkpoints: Sequence[dict[str, Any]] = ()) -> dict[str
         "train": _series(steps, "loss"),
         "eval": _evals(entries),
         "faults": [],
+        "sentinel": _sentinel(identity["config"].get("sentinel", {}), entries),
         "incidents": [dataclasses.asdict(incident) for incident in incidents_of(history, running)],
         "goodput": goodput.account(history, now=time.time() if running else None),
         # The time between steps is not counted.
@@ -191,3 +193,10 @@ def _warnings(history: History, ends: list[AttemptEnded]) -> list[dict[str, Any]
         how_many = f"{len(missing)} steps are missing in the log, the first is {missing[0]}"
         warnings.append({"attempt": None, "rank": None, "message": f"{how_many}; their samples cannot be checked"})
     return warnings
+
+
+def _sentinel(settings: Mapping[str, Any], entries: Sequence[Entry]) -> dict[str, Any] | None:
+    """What the sentinel checks, and how often it acted, by action; None where it is off."""
+    if settings.get("audit", "0") == "0" and not settings.get("state_hash_every_steps"):
+        return None
+    return {**settings, "found": dict(Counter(event.action for _, event in events.select(entries, events.Corrupted)))}

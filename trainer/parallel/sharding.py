@@ -16,6 +16,7 @@ from trainer.config import Parallel
 from trainer.parallel.world import World
 
 Rounder = Callable[[Tensor], Tensor]
+RounderOf = Callable[[str], Rounder]
 
 
 class Sharding:
@@ -36,7 +37,7 @@ class Sharding:
         for parameter, part in zip(self.parameters.values(), self._flat.split(sizes), strict=True):
             parameter.grad = part.view_as(parameter)  # autograd then accumulates in place
 
-    def round_with(self, rounder_of: Callable[[str], Rounder]) -> None:
+    def round_with(self, rounder_of: RounderOf) -> None:
         """Pass each parameter's gradient of each micro-batch (full shape) through its rounder before it is added."""
         for name, parameter in self.parameters.items():
             parameter.register_hook(rounder_of(name))
@@ -88,7 +89,7 @@ class FullySharded(Sharding):
         self.parameters = dict(model.named_parameters())
         self._rows = {name: self._own_rows(parameter.shape[0]) for name, parameter in self.parameters.items()}
 
-    def round_with(self, rounder_of: Callable[[str], Rounder]) -> None:
+    def round_with(self, rounder_of: RounderOf) -> None:
         # FSDP2 makes each whole parameter once and only frees and refills its storage, so a hook on it stays.
         for unit in self._units:
             unit.unshard()

@@ -10,7 +10,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -56,6 +56,11 @@ class World:
         """Elementwise sum over ranks, in place. The caller makes it exact."""
         if self.size > 1:
             dist.all_reduce(tensor, dist.ReduceOp.SUM, group=self.group)
+
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        """Overwrite a tensor, in place, with that of rank `source`."""
+        if self.size > 1:
+            dist.broadcast(tensor, group=self.group, group_src=source)
 
     def agree(self, compute: Callable[[], T], waiting: Callable[[], None] = lambda: None) -> list[T]:
         """Every rank computes; return every rank's value, by rank, or raise the first rank's TopropeError on all.
@@ -103,6 +108,15 @@ class StepMembers:
         """This rank's share, one entry a round; None where it has nothing to compute in that round."""
         rounds = self.world.assign_micro_batches(len(self.micro_batches))
         return [None if position is None else self.micro_batches[position] for position in rounds]
+
+
+class Members(Protocol):
+    """Who takes part in a step: a value of the step and not of the job."""
+
+    @property
+    def world(self) -> World: ...
+
+    def commit(self, step: int, compute: Callable[[StepMembers], T]) -> T: ...
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,8 @@ class Console(LiveTable):
             case events.NotFinite(trial=trial) as event:
                 stops = ": the run stops" if trial else ""
                 self.print(f"not finite  {describe(event)}{stops}", "bold red" if trial else "bold yellow")
+            case events.Corrupted() as event:
+                self.print(f"corrupted  {describe(event)}", "bold yellow" if event.action == "repaired" else "bold red")
             case events.Hung() as event:
                 pending = f"; pending: {event.collective}" if event.collective else ""
                 stacks = f"; stacks in {event.stacks}" if event.stacks else ""

@@ -76,6 +76,11 @@ def _figures(summary: Mapping[str, Any]) -> Table:
     replayed, different = summary["replayed"], len(summary["replayed_differently"])
     equal = f", {different} differed" if different else ", all equal" if replayed else ""
     grid.add_row("exact sums", f"{known(summary['redone'])} redone   {flushed} flushed   {replayed} replayed{equal}")
+    if sentinel := summary["sentinel"]:
+        found = ", ".join(f"{count} {action}" for action, count in sentinel["found"].items()) or "nothing found"
+        every = sentinel["state_hash_every_steps"]
+        hashes = f"state and reduction every {every} steps" if every else "no state hashes"
+        grid.add_row("sentinel", f"audits {sentinel['audit']}   {hashes}   {found}")
     for name in ("fingerprint", "weights_sha256", "state_sha256"):
         if summary[name] is not None:
             # Cut where the terminal ends, never over two lines: `--json` has it whole.

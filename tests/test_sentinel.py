@@ -1,0 +1,195 @@
+"""Silent corruption: it is noticed in its step, the rank is named, and the run ends with the bits of the reference."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.faulty_runs import FaultyRun, fault
+from tests.support import SMOKE, settings, summarise_run, trainer, write_corpus
+from trainer import config as configs
+from trainer.errors import EXIT_FAILED, ConfigError
+from trainer.exact import Grids
+from trainer.faults import plan
+from trainer.log.events import Corrupted
+from trainer.parallel.world import AllRanks, World
+from trainer.sentinel import bits
+from trainer.sentinel.corruption import Finding, Observed, Sentinel
+
+# Steps 1 to 3 of the reference are computed twice, since they overflow their grids: a flip in the first pass is thrown
+# away with it.
+ON = settings(sentinel__audit="1", sentinel__state_hash_every_steps=1)
+MACHINE: Any = torch.device("cpu")
+
+
+def found(trial: FaultyRun) -> list[tuple[int, str, int | None, str]]:
+    return [(event.step, event.what, event.culprit, event.action) for event in trial.events(Corrupted)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_flips_of_every_kind_are_repaired_in_their_step_and_the_rank_is_named(trial: FaultyRun):
+    faults = [
+        fault("flip_gradient", 4, 0),
+        fault("flip_reduced", 5, 1),
+        fault("flip_weights", 7, 2),
+        fault("flip_moments", 9, 1),
+        fault("flip_activations", 11, 2),
+    ]
+    trial.survive(3, faults, *ON)
+    run_summary = trial.ends_as_reference(attempts=1)
+    kinds = ("gradient", "reduction", "state", "state", "micro_batch")
+    assert found(trial) == [(f["at_step"], kind, f["rank"], "repaired") for f, kind in zip(faults, kinds, strict=True)]
+    assert trial.detected_as(*range(5)) == ["corrupted"] * 5
+    assert [incident["kind"] for incident in run_summary["incidents"]] == ["corrupted"] * 5
+    parameters = [event.parameter for event in trial.events(Corrupted)]
+    assert all(parameters) and str(parameters[3]).startswith("optim.")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_sharded_run_recomputes_a_wrong_gradient_and_restarts_where_its_state_has_no_replica(trial: FaultyRun):
+    faults = [
+        fault("flip_gradient", 4, 1),
+        fault("flip_activations", 5, 0),
+        fault("flip_weights", 9, 1),
+        fault("flip_moments", 15, 0),
+    ]
+    trial.survive(2, faults, *ON, *settings(parallel__strategy="fsdp"))
+    trial.ends_as_reference(attempts=3)
+    actions = ["repaired", "repaired", "restarted", "restarted"]
+    assert [action for *_, action in found(trial)] == actions
+    assert all(culprit in (None, f["rank"]) for (_, _, culprit, _), f in zip(found(trial), faults, strict=True))
+    assert trial.detected_as(*range(4)) == ["corrupted"] * 4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_rank_that_stays_wrong_is_named_and_ends_the_run_before_the_step_is_applied(trial: FaultyRun):
+    output = trial.survive(3, [fault("wrong_operator", 4, 1, steps=20)], *ON, status=EXIT_FAILED)
+    assert {tuple(event[1:]) for event in found(trial)} == {("micro_batch", 1, "stopped")}
+    assert "CorruptionError: step" in output and "The same when computed again" in output
+    trial.survive(3, [], *ON)
+    trial.ends_as_reference(attempts=2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_report_only_logs_and_stop_ends_the_run(trial: FaultyRun):
+    reporting = FaultyRun(trial.directory / "report", trial.settings, trial.reference)
+    reporting.survive(2, [fault("flip_gradient", 4, 1)], *ON, *settings(sentinel__act="report"))
+    assert found(reporting)[0] == (4, "gradient", 1, "reported")
+    trial.survive(2, [fault("flip_gradient", 4, 1)], *ON, *settings(sentinel__act="stop"), status=EXIT_FAILED)
+    assert found(trial) == [(4, "gradient", 1, "stopped")]
+    trial.survive(2, [], *ON)
+    trial.ends_as_reference()
+
+
+def test_one_micro_batch_on_one_rank_raises_no_false_alarm(tmp_path: Path):
+    made = settings(
+        data__source=write_corpus(tmp_path / "corpus"), data__micro_batches=1, data__heldout_fraction=0.2,
+        budget__steps=9, checkpoint__every_steps=4,
+    )  # fmt: skip
+    hashes = set()
+    for name, sentinel in (("off", []), ("on", ON)):
+        trainer("train", SMOKE, "--run", tmp_path / name, *made, *sentinel)
+        run_summary = summarise_run(tmp_path / name)
+        assert run_summary["status"] == "finished" and run_summary["incidents"] == []
+        assert (run_summary["sentinel"] is None) == (name == "off")
+        hashes.add(run_summary["state_sha256"])
+    assert len(hashes) == 1
+
+
+@pytest.mark.parametrize("bit", range(32))
+def test_a_hash_changes_with_every_single_bit_and_with_the_place(bit: int):
+    weights = torch.randn(7, 5, generator=torch.Generator().manual_seed(bit))
+    before = bits.bits_hash(weights).item()
+    flipped = weights.clone()
+    flipped.view(torch.int32).view(-1)[bit] ^= (1 << bit) - (1 << 32 if bit == 31 else 0)
+    assert bits.bits_hash(flipped).item() != before
+    assert bits.bits_hash(weights.clone()).item() == before
+    assert bits.bits_hash(weights.T.contiguous()).item() != before
+
+
+def test_sums_of_rounded_gradients_and_the_sum_of_their_checksums_are_equal_to_the_bit():
+    shapes = {"matrix": torch.Size((6, 300)), "vector": torch.Size((300,))}
+    grids = Grids(shapes, 8, 5, MACHINE)
+    gradients = {name: [torch.randn(shape) * 10**number for number in range(-4, 4)] for name, shape in shapes.items()}
+    rounded: dict[str, list[torch.Tensor]] = {}
+    for fits in (False, True):
+        grids.begin(counting=False)
+        rounded = {name: [grids.rounder(name)(g) for g in parts] for name, parts in gradients.items()}
+        assert grids.overflowed(lambda seen: None) != fits
+        grids.widen()
+    weights = bits.factors(300, MACHINE)
+    for parts in rounded.values():
+        whole = sum(part.double() @ weights for part in parts)
+        random.shuffle(parts)
+        total = torch.stack(parts).sum(0)
+        assert not bits.differ(torch.as_tensor(whole), total.double() @ weights)
+        total.view(torch.int32).view(-1)[17] ^= 1
+        assert bits.differ(torch.as_tensor(whole), total.double() @ weights)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "second_auditor", "wrong"),
+    [
+        ((5, 7), (7, 7), 1, (0,)),
+        ((7, 5), (7, 7), 1, (1,)),
+        ((7, 5), (7, 7), 2, (1,)),
+        ((5, 7), (5, 7), 2, (0,)),
+        ((5, 7), (5, 7), 1, (0, 1)),
+        ((5, 7), (5, 9), 2, (0, 1)),
+    ],
+    ids=[
+        "the owner once", "the auditor once", "the auditor, by another's word", "the owner again, by two others",
+        "two ranks that both stay", "three values",
+    ],
+)  # fmt: skip
+def test_the_second_computation_shows_who_was_wrong(before, after, second_auditor, wrong):
+    def observed(hashes: tuple[int, int], auditor: int) -> Observed:
+        table = [[0] * 6 for _ in range(3)]
+        table[0][4], table[auditor][5] = hashes
+        return Observed(table, [(3, 0, auditor)])
+
+    sentinel: Any = Sentinel.__new__(Sentinel)
+    blamed = sentinel._blame(Finding("micro_batch", (0, 1), 3), observed(before, 1), observed(after, second_auditor))
+    assert blamed.ranks == wrong
+
+
+def test_micro_batches_are_audited_at_their_share_and_every_rank_by_every_other():
+    config = configs.parse({"sentinel": {"audit": "1/4"}, "data": {"micro_batches": 8}})
+    sentinel: Any = Sentinel(config, None, None)  # pyright: ignore[reportArgumentType]
+    sentinel._members = AllRanks(World(0, 4, MACHINE), 8)
+    picks = [sentinel._pick(step) for step in range(2000)]
+    assert picks == [sentinel._pick(step) for step in range(2000)]
+    assert 0.23 < sum(map(len, picks)) / (2 * 2000) < 0.27
+    assert {(number, auditor % 3) for pick in picks for number, auditor in pick} == {
+        (number, auditor) for number in range(2) for auditor in range(3)
+    }
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"sentinel": {"audit": "often"}}, "no share of the micro-batches"),
+        ({"sentinel": {"audit": "3/2"}}, "no share of the micro-batches"),
+        ({"sentinel": {"act": "stop"}}, "has no effect"),
+        ({"sentinel": {"audit": "1/8"}, "numerics": {"exact": False}}, "needs numerics.exact = true"),
+    ],
+)
+def test_settings_that_check_nothing_or_cannot_are_refused(tree: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=message):
+        configs.parse(tree)
+
+
+def test_a_sentinel_is_no_part_of_the_mathematics_and_makes_a_silent_fault_one_that_must_be_noticed(tmp_path: Path):
+    faults = [fault("flip_weights", 3, 0)]
+    silent, watched = (
+        configs.parse({"faults": faults, "sentinel": {"audit": audit}, "numerics": {"exact": True}})
+        for audit in ("0", "1/8")
+    )
+    assert configs.fingerprint(silent) == configs.fingerprint(watched)
+    assert [plan.make(config, 2)[0].kind.silent for config in (silent, watched)] == [True, False]
