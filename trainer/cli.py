@@ -100,6 +100,12 @@ def train(
             rundir.check(run, config)
         if ranks is not None:  # without a number of ranks nobody knows which of them a fault can hit
             faultplan.make(config, ranks)
+        if config.model.class_:
+            from trainer import job, own_check
+            from trainer.parallel import world
+
+            job.set_numerics(config, device := world.pick_device(config.parallel))
+            own_check.trace(config, costs.padded_vocab(costs.vocabulary(config)[0], config.model.vocab_size), device)
         costs.show(config, ranks or 1)
         return
     if ranks is not None:

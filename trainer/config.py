@@ -14,14 +14,15 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from trainer import builtin, config_rules, tomlfile
+from trainer import builtin, config_rules, own_code, tomlfile
 from trainer.errors import ConfigError
 
 
 class Section(BaseModel):
     model_config = ConfigDict(
-        strict=True, frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
+        strict=True, frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False,
+        serialize_by_alias=True,
+    )  # fmt: skip
 
 
 class Data(Section):
@@ -58,7 +59,14 @@ class Data(Section):
     """Directory of tokenizers and token stores; empty means $TOPROPE_CACHE, else ~/.cache/toprope."""
 
 
+Scalar = bool | int | float | str
+
+
 class Model(Section):
+    class_: str = Field(default="", alias="class")
+    """A model of one's own: "my_gpt.py:MyGPT" (a file beside the config) or "package.module:MyGPT"; empty: the GPT."""
+    options: dict[str, Scalar | tuple[Scalar, ...]] = {}
+    """Passed on to the class of one's own."""
     n_layers: int = Field(default=4, ge=1)
     """Number of blocks: attention and MLP."""
     n_heads: int = Field(default=4, ge=1)
@@ -285,19 +293,30 @@ class Config(Section):
 MATHEMATICS = ("seed", "data", "model", "optim", "budget", "numerics")
 NOT_MATHEMATICS = ("data.cache_dir", "data.streaming")
 # Left out at the value that changes nothing, so that runs older than the setting keep their fingerprint.
-ADDED_LATER = {"model.init_draw": 0}
+ADDED_LATER = {"model.init_draw": 0, "model.class": ""}
 
 
 def load(path: Path, overrides: Iterable[str] = ()) -> Config:
     """Read a TOML config, its `extends` base, then `key=value` overrides. Raises ConfigError naming every problem."""
-    tree = tomlfile.read_extended(path)
+    tree = tomlfile.read_extended(path, anchored)
     if isinstance(tree.get("config"), str):  # every campaign has this key, and no config
         fact = f"{path} is a campaign: a plan for breaking runs of {path.parent / tree['config']}."
         raise ConfigError([f"{fact}\n  `python -m trainer chaos {path}` carries it out; `train` takes a config."])
     problems = [problem for text in overrides for problem in tomlfile.override(tree, text, Config)]
     if problems:
         raise ConfigError(problems)
-    return parse(tree)
+    return parse(anchored(tree, Path()))
+
+
+def anchored(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Make the path of a model's file absolute: in a file it starts from the file's folder, else from the current one.
+
+    Settings may also be flat, as an arm's: {"model.class": …}.
+    """
+    for node, key in ((tree, "model.class"), (tree.get("model"), "class")):
+        if isinstance(node, dict) and isinstance(node.get(key), str):
+            node[key] = own_code.anchored(node[key], folder)
+    return tree
 
 
 def parse(tree: Mapping[str, Any], check_rules: bool = True) -> Config:
@@ -344,6 +363,10 @@ def fingerprint(config: Config) -> str:
 def mathematics(config: Config) -> dict[str, Any]:
     """Return the settings that decide the weights, flat: {"optim.learning_rate": 0.001, ...}."""
     flat = flatten(config.model_dump(mode="json", include=set(MATHEMATICS)))
+    if config.model.class_:
+        # The place of a file does not count, its content does.
+        flat["model.class"] = config.model.class_.rpartition(":")[2]
+        flat |= {f"model.code {name}": digest for name, digest in own_code.digests(config.model.class_).items()}
     left_out = {key for key, unchanged in ADDED_LATER.items() if flat[key] == unchanged}.union(NOT_MATHEMATICS)
     return {key: value for key, value in flat.items() if key not in left_out}
 

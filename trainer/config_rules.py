@@ -8,7 +8,8 @@ from fractions import Fraction
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
-from trainer import tomlfile
+from trainer import own_code, tomlfile
+from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
     from trainer.config import Config
@@ -21,21 +22,22 @@ def contradictions(config: "Config") -> list[str]:
     """Return a problem for each rule between settings that `config` breaks."""
     m, o, data, held_out = config.model, config.optim, config.data, config.eval
     strategy = config.parallel.strategy
+    is_gpt = not m.class_  # a class of one's own need not have heads
     heads_fit = m.width % m.n_heads == 0
     is_pinned = len(data.revision) == 40 and set(data.revision) <= set("0123456789abcdef")
     rules = [
         (
-            not heads_fit,
+            is_gpt and not heads_fit,
             f"model.n_heads = {m.n_heads} does not divide model.width = {m.width}.\n"
             "  Every head takes an equal part of the width. Change one so that it divides.",
         ),
         (
-            heads_fit and m.positions == "rope" and (m.width // m.n_heads) % 2,
+            is_gpt and heads_fit and m.positions == "rope" and (m.width // m.n_heads) % 2,
             f'model.positions = "rope" rotates pairs, but a head is {m.width // m.n_heads} wide.\n'
             "  model.width / model.n_heads must be even.",
         ),
         (
-            m.n_kv_heads and m.n_heads % m.n_kv_heads,
+            is_gpt and m.n_kv_heads and m.n_heads % m.n_kv_heads,
             f"model.n_kv_heads = {m.n_kv_heads} does not divide model.n_heads = {m.n_heads}.\n"
             "  Each key/value head serves an equal group of query heads.",
         ),
@@ -79,7 +81,16 @@ def contradictions(config: "Config") -> list[str]:
             f"eval.sets = {list(held_out.sets)} names a set twice.\n  Name each set once.",
         ),
     ]
-    return [problem for is_broken, problem in rules if is_broken] + _sentinel_problems(config)
+    return [problem for is_broken, problem in rules if is_broken] + _of_own_model(m.class_) + _sentinel_problems(config)
+
+
+def _of_own_model(name: str) -> list[str]:
+    try:
+        if name:
+            own_code.digests(name)
+    except ConfigError as error:
+        return list(error.problems)
+    return []
 
 
 def _sentinel_problems(config: "Config") -> list[str]:
@@ -111,6 +122,7 @@ def without_effect(config: "Config") -> list[str]:
         ("data.text_column", tables, "a jsonl, parquet or hub source"),
         ("data.unit", plain, "a source of plain text files"),
         ("data.vocab_size", c.data.tokenizer == "bpe", 'data.tokenizer = "bpe"'),
+        ("model.options", c.model.class_, "model.class"),
         ("model.rope_base", c.model.positions == "rope", 'model.positions = "rope"'),
         ("optim.muon_learning_rate", c.optim.optimizer == "muon", 'optim.optimizer = "muon"'),
         ("optim.muon_momentum", c.optim.optimizer == "muon", 'optim.optimizer = "muon"'),

@@ -4,6 +4,7 @@ Models are built on the meta device or with fake tensors, which hold no numbers.
 that build one.
 """
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,7 +13,7 @@ from rich.table import Table
 
 from trainer.config import Config, Model
 from trainer.data.tokenizer import ByteTokenizer, Tokenizer
-from trainer.errors import TokenizerError
+from trainer.errors import ConfigError, TokenizerError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -42,12 +43,42 @@ def flops_per_token(model: Model, vocab_size: int) -> int:
     Matrices: 2 per weight, the head included (Kaplan et al. 2020, with the correction of Porian et al. 2024).
     Attention: 4·T·D per layer for scores and mixing over all T positions, as if not causal (Chowdhery et al. 2022,
     PaLM, appendix B), though kernels skip the masked half. Look-ups, norms and activations are not counted.
+    A model of one's own is run, and torch counts its matrix products, convolutions and attention.
     """
+    if model.class_:
+        return 3 * _counted_flops(model, vocab_size) // model.context
     d, f = model.width, model.mlp_width
     qkv = d * (model.n_heads + 2 * model.kv_heads) * model.head_channels
     mlp = (3 if model.mlp == "swiglu" else 2) * d * f
     weights = model.n_layers * (qkv + d * d + mlp) + d * vocab_size
     return 3 * (2 * weights + model.n_layers * 4 * model.context * d)
+
+
+def _counted_flops(settings: Model, vocab_size: int) -> int:
+    """FLOPs of the forward pass over one sequence, as torch counts them."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from trainer import model, own_code, own_model
+
+    def count(device: str) -> int:
+        own = model.construct(settings, vocab_size, device)
+        if device == "cpu":
+            model.initialise(own, settings, 0)
+        tokens_BT = torch.zeros(1, settings.context, dtype=torch.int64, device=device)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            own(tokens_BT, tokens_BT)
+        return counter.get_total_flops()
+
+    try:
+        return count("meta")
+    except ConfigError:
+        raise
+    except Exception:  # its control flow depends on numbers, which that device does not have
+        try:
+            return count("cpu")
+        except Exception as error:
+            raise own_model.failure(own_code.find(settings.class_), "cannot compute a micro-batch", error) from error
 
 
 def padded_vocab(tokenizer_size: int, vocab_size: int) -> int:
@@ -86,18 +117,27 @@ def memory_per_rank(config: Config, vocab_size: int, world_size: int) -> dict[st
     blocks = sorted(FLOAT32_BYTES * parameter_count(block).total for block in model.blocks_of(meta))
     freed = sum(blocks[:-2]) if config.parallel.reshard_after_forward else 0
     gathered = FLOAT32_BYTES * parameter_count(meta).total - freed
+    try:
+        activations = _activation_bytes(config, vocab_size)
+    except Exception:
+        if not config.model.class_:
+            raise
+        activations = _activation_bytes(config, vocab_size, fake=False)  # its control flow depends on numbers
     parts = {
         "master_weights": weights,
         "gradients": weights,
         "optimizer": 2 * weights - muon,
         "gathered": gathered if shards > 1 else 0,
-        "activations": _activation_bytes(config, vocab_size),
+        "activations": activations,
     }
     return parts | {"total": sum(parts.values())}
 
 
-def _activation_bytes(config: Config, vocab_size: int) -> int:
-    """Bytes that autograd keeps for the backward pass of one micro-batch, counted in a forward pass without data."""
+def _activation_bytes(config: Config, vocab_size: int, fake: bool = True) -> int:
+    """Bytes that autograd keeps for the backward pass of one micro-batch, counted in a forward pass.
+
+    With `fake` it is one without data.
+    """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -105,9 +145,9 @@ def _activation_bytes(config: Config, vocab_size: int) -> int:
 
     kept: dict[int, int] = {}
     bf16 = config.numerics.precision == "bf16"
-    with FakeTensorMode():
-        fake = model.construct(config.model, vocab_size, recompute=config.parallel.activation_checkpointing)
-        weights = {p.untyped_storage()._cdata for p in fake.parameters()}
+    with FakeTensorMode() if fake else contextlib.nullcontext():
+        made = model.construct(config.model, vocab_size, recompute=config.parallel.activation_checkpointing)
+        weights = {p.untyped_storage()._cdata for p in made.parameters()}
         tokens_BT = torch.zeros(config.data.micro_batch_sequences, config.model.context, dtype=torch.int64)
 
         def note(tensor: "Tensor") -> "Tensor":
@@ -117,7 +157,7 @@ def _activation_bytes(config: Config, vocab_size: int) -> int:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), torch.autocast("cpu", torch.bfloat16, bf16):
-            fake(tokens_BT, tokens_BT)
+            made(tokens_BT, tokens_BT)
     return sum(kept.values())
 
 

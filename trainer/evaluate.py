@@ -47,9 +47,11 @@ def evaluate(
             heartbeat()
             # A rank without work repeats the first batch: a sharded forward needs every rank.
             inputs, targets = windows.batch(index or 0)
-            losses = model(torch.from_numpy(inputs).to(world.device), torch.from_numpy(targets).to(world.device))
+            _, cross_entropy = model(
+                torch.from_numpy(inputs).to(world.device), torch.from_numpy(targets).to(world.device)
+            )
             if index is not None:
-                nats = losses.cross_entropy.double().item() * targets.size
+                nats = cross_entropy.double().item() * targets.size
                 sums[index] = torch.tensor([nats, targets.size, token_bytes[targets].sum()], dtype=torch.float64)
     model.train(was_training)
     on_device = sums.to(world.device)

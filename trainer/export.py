@@ -54,6 +54,7 @@ def export(run: Path, out: Path) -> Architecture:
         raise UsageError(f"{out} is not an empty folder.\n  Name a new one: an export mixes with nothing.")
     architecture = architecture_of(rundir.config_of(run).model)
     model = sample.restore(run)
+    assert isinstance(model, GPT)
     tokenizer = Tokenizer.load(rundir.tokenizer_path(run), rundir.read(run).get("tokenizer_sha256"))
     write(model, tokenizer, out)
     return architecture
@@ -91,6 +92,8 @@ def architecture_of(model: Model) -> Architecture:
         )
         if is_set
     ]
+    if model.class_:
+        problems = [f"model.class = {json.dumps(model.class_)}: transformers does not have it"]
     found = None
     if model.norm == "rmsnorm":
         gated = model.mlp == "swiglu"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer import costs, errors, evaluate, loop, optim, provenance, signals
+from trainer import costs, errors, evaluate, loop, optim, own_check, provenance, signals
 from trainer import model as models
 from trainer import step as steps
 from trainer.checkpoint.checkpointer import Checkpointer
@@ -198,17 +198,39 @@ def prepare_data(config: Config, claim: Claim) -> tuple[Prepared, dict[str, Any]
     with console.preparation(enabled=ranks.is_main) as show_progress:
         ranks.from_main(build_on_main, waiting=heartbeat)
         prepared = prepared_data(progress=lambda *amount: heartbeat())
-    return prepared, ranks.from_main(lambda: _record(claim, config, prepared))
+    vocab_size = costs.padded_vocab(prepared.tokenizer.vocab_size, config.model.vocab_size)
+    trial = check_own_model(config, vocab_size, claim)
+    return prepared, ranks.from_main(lambda: _record(claim, config, prepared, vocab_size, trial))
 
 
-def _record(claim: Claim, config: Config, prepared: Prepared) -> dict[str, Any]:
+def check_own_model(config: Config, vocab_size: int, claim: Claim) -> dict[str, str]:
+    """Try a model of one's own before training, on all ranks; return a digest of what it computed, for config.json.
+
+    Raises ConfigError if not every rank may compute it, or if another process computes other numbers with it.
+    """
+    if not config.model.class_:
+        return {}
+    ranks = claim.ranks
+    traces = ranks.agree(lambda: own_check.trace(config, vocab_size, ranks.device))
+
+    def compare_on_main() -> dict[str, str]:
+        own_check.compare(config, traces)
+        digest = {"own_model": own_check.digest(traces[0])}
+        before = rundir.read(claim.run).get("own_model") if rundir.is_run(claim.run) else None
+        if before not in (None, digest["own_model"]) and not claim.other_bits:
+            own_check.refuse_process(config)
+        return digest
+
+    return ranks.from_main(compare_on_main)
+
+
+def _record(claim: Claim, config: Config, prepared: Prepared, vocab_size: int, trial: dict[str, str]) -> dict[str, Any]:
     """Write config.json and return its contents.
 
     Raises RunDirectoryError if it cannot be written or if the run was trained on other data.
     """
     run, data = claim.run, config.data
-    vocab_size = costs.padded_vocab(prepared.tokenizer.vocab_size, config.model.vocab_size)
-    facts = {
+    facts = trial | {
         "code": provenance.code(),
         "computes_with": claim.computes_with,
         "data_sha256": prepared.sha256,

@@ -6,8 +6,10 @@ P pairs of channels (C = 2P), F hidden width of the MLP, V vocabulary.
 Parameters are touched only inside `forward`, so that FSDP2 may gather them just before and free them just after.
 """
 
+import functools
 import hashlib
 import math
+from collections.abc import Callable
 from enum import StrEnum
 from typing import Any, NamedTuple
 
@@ -17,7 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from trainer import config
+from trainer import config, own_model
+from trainer.errors import ConfigError
 
 NORM_EPSILON = 1e-6
 EMBEDDING_STD = 0.02
@@ -49,7 +52,7 @@ class Role(StrEnum):
 TABLES = (Role.EMBEDDING, Role.BIGRAMS)
 
 
-def build(config: config.Config, vocab_size: int, device: torch.device) -> "GPT":
+def build(config: config.Config, vocab_size: int, device: torch.device) -> nn.Module:
     """Build the model of a config with its initial values, on `device`, alike on every rank; not yet sharded."""
     model = construct(config.model, vocab_size, recompute=config.parallel.activation_checkpointing)
     initialise(model, config.model, config.seed)
@@ -73,18 +76,61 @@ def compile_blocks(model: nn.Module) -> None:
         block.compile(dynamic=False)
 
 
-def construct(settings: config.Model, vocab_size: int, device: str = "cpu", *, recompute: bool = False) -> "GPT":
+def construct(settings: config.Model, vocab_size: int, device: str = "cpu", *, recompute: bool = False) -> nn.Module:
     """Make a model without filling its parameters; on device "meta" it holds no numbers.
 
-    Every model of this package is made here, so a model of the user's own has one place to enter. Called with token
-    ids a model returns logits, called with targets too it returns `Losses`; its modules may declare a `role`.
-    `recompute` makes the backward pass compute each block's activations again instead of keeping them.
+    Every model is made here, also one of the user's own (`model.class`). Called with input and target tokens a model
+    returns `Losses`; its modules may declare a `role`. `recompute` makes the backward pass compute each block's
+    activations again instead of keeping them. Raises ConfigError for a model of one's own that cannot be made.
     """
+    if settings.class_:
+        with torch.random.fork_rng(devices=()), torch.device(device):
+            torch.manual_seed(0)  # buffers that are drawn must be the same on every rank
+            own = own_model.construct(settings, vocab_size)
+        _complete_roles(own, vocab_size)
+        if recompute:
+            for block in blocks_of(own):
+                block.forward = functools.partial(_recomputed, block.forward, settings.dropout > 0)
+        return own
     with torch.device(device):
         model = GPT(settings, vocab_size)
     for block in model.blocks:
         block.recompute = recompute  # pyright: ignore[reportArgumentType]
     return model
+
+
+def _complete_roles(model: nn.Module, vocab_size: int) -> None:
+    """Give the modules of a model of one's own the roles that they do not declare.
+
+    Without declared blocks, the children of its outermost module lists are blocks. Raises ConfigError for a word that
+    is no role.
+    """
+    in_lists: list[nn.Module] = []
+    for name, module in model.named_modules():
+        role = getattr(module, "role", None)
+        if role is None and isinstance(module, nn.Embedding):
+            role = Role.EMBEDDING
+        elif role is None and isinstance(module, nn.Linear) and module.out_features == vocab_size:
+            role = Role.HEAD
+        if role is not None:
+            if role not in [*Role]:
+                known = ", ".join(Role)
+                raise ConfigError([f"module {name or 'the model'} has role = {role!r}.\n  The roles are {known}."])
+            module.role = Role(role)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+        if isinstance(module, nn.ModuleList) and not any(
+            module is part for outer in in_lists for part in outer.modules()
+        ):
+            in_lists += [child for child in module if not isinstance(child, nn.ModuleList)]
+    if not blocks_of(model):
+        for block in in_lists:
+            if getattr(block, "role", None) is None:
+                block.role = Role.BLOCK  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+
+
+def _recomputed(forward: Callable[..., Any], keep_rng: bool, *arguments: Any, **named: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*arguments, **named)
+    return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=keep_rng, **named)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -98,7 +144,8 @@ def role_of_parameters(model: nn.Module) -> dict[str, Role | None]:
     for prefix, module in model.named_modules():  # outer modules come first, so that inner ones override them
         role = getattr(module, "role", None)
         if role is not None:
-            roles |= dict.fromkeys((name for name, _ in module.named_parameters(prefix)), role)
+            # A tied parameter has the name of its first place only.
+            roles |= {name: role for name, _ in module.named_parameters(prefix) if name in roles}
     return roles
 
 
@@ -362,7 +409,10 @@ def initialise(model: nn.Module, settings: config.Model, seed: int) -> None:
     roles = role_of_parameters(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            value = _initial(name, roles[name], parameter.shape, settings, seed).to(parameter.device)
+            value = _declared(model, name, parameter.shape, settings, seed)
+            if value is None:
+                value = _initial(name, roles[name], parameter.shape, settings, seed)
+            value = value.to(parameter.device)
             if isinstance(parameter, DTensor):
                 mesh, placements = parameter.device_mesh, parameter.placements
                 value = distribute_tensor(value, mesh, placements, src_data_rank=None)
@@ -380,11 +430,19 @@ def _initial(name: str, role: Role | None, shape: torch.Size, settings: config.M
         deviation = 0.0
     else:
         deviation = EMBEDDING_STD if role is Role.EMBEDDING else shape[1] ** -0.5
-    # The generator is keyed by the parameter's name, so a new parameter changes no other parameter's values.
+    return torch.randn(shape, generator=_generator(name, settings, seed)) * deviation
+
+
+def _declared(model: nn.Module, name: str, shape: torch.Size, settings: config.Model, seed: int) -> Tensor | None:
+    generator = _generator(name, settings, seed)
+    return own_model.initial_value(model, name, shape, generator) if settings.class_ else None
+
+
+def _generator(name: str, settings: config.Model, seed: int) -> torch.Generator:
+    # Keyed by the parameter's name, so a new parameter changes no other parameter's values.
     draw = f"/{settings.init_draw}" if settings.init_draw else ""
     key = hashlib.sha256(f"{seed}/{name}{draw}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little"))
-    return torch.randn(shape, generator=generator) * deviation
+    return torch.Generator().manual_seed(int.from_bytes(key[:8], "little"))
 
 
 def _norm(model: config.Model) -> nn.Module:

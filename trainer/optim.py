@@ -52,7 +52,7 @@ def build(model: nn.Module, optim: config.Optim, width: int) -> list[Optimizer]:
     # Groups by name, in the order of the model's parameters: the same on all ranks, whatever the sharding.
     groups: dict[str, dict[str, Any]] = {}
     for name, group in group_of_parameters(model).items():
-        if group == "hidden" and optim.optimizer == "muon":
+        if group == "hidden" and optim.optimizer == "muon" and parameters[name].ndim == 2:
             muon.append(parameters[name])
         else:
             settings = _adamw_group(group, parameters[name].shape, width, optim)

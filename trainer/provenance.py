@@ -4,10 +4,7 @@ It is recorded in config.json and in every AttemptStarted. A run goes on with wh
 else that was accepted on purpose.
 """
 
-import ast
 import functools
-import hashlib
-import json
 import os
 import platform
 import subprocess
@@ -15,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer import own_code
 from trainer.config import Config, differences
 from trainer.errors import RunDirectoryError
 
@@ -39,6 +37,7 @@ NUMERIC_SOURCES: dict[str, tuple[str, ...]] = {
     "loop.py": ("take_step", "finite_gradients"),
     "model.py": (),
     "optim.py": (),
+    "own_model.py": ("construct", "initial_value"),
     "parallel/sharding.py": (),
     "parallel/world.py": ("World", "StepMembers", "AllRanks"),
     "step.py": (),
@@ -49,7 +48,7 @@ What makes tokens of text is left out: tokens and tokenizer are identified by th
 """
 
 
-CODE_BEFORE_RECORDS = "bf2fdd0dda8503ef"
+CODE_BEFORE_RECORDS = "1461e03f7e6b9792"
 """`code_digest()` when code began to be recorded. What is keyed by code leaves it out at this value, so that what was
 made before keeps its key."""
 
@@ -62,38 +61,13 @@ def code(package: Path = Path(__file__).parent) -> dict[str, dict[str, str]]:
     """
     found: dict[str, dict[str, str]] = {}
     for file, chosen in NUMERIC_SOURCES.items():
-        parts: dict[str, list[str]] = {}
-        for statement in ast.parse((package / file).read_bytes()).body:
-            name = getattr(statement, "name", "(outside of functions)")
-            if chosen and name not in chosen:
-                continue
-            if isinstance(statement, ast.ClassDef):
-                methods = [part for part in statement.body if isinstance(part, ast.FunctionDef)]
-                statement.body = [part for part in statement.body if part not in methods]
-                parts |= {f"{name}.{method.name}": [_canonical(method)] for method in methods}
-            parts.setdefault(name, []).append(_canonical(statement))
-        found[file] = {name: _digest(sorted(texts)) for name, texts in parts.items()}
+        found[file] = own_code.digests_of(own_code.parse(package / file), chosen)
     return found
-
-
-def _canonical(node: object) -> str:
-    """Write a syntax tree without places, docstrings and what is empty, which newer versions of Python add to."""
-    if isinstance(node, ast.AST):
-        fields = [f"{name}={_canonical(value)}" for name, value in ast.iter_fields(node) if value not in (None, [])]
-        return f"{type(node).__name__}({' '.join(fields)})"
-    if isinstance(node, list):
-        is_text = [isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant) for part in node]
-        return f"[{' '.join(_canonical(part) for part, skip in zip(node, is_text, strict=True) if not skip)}]"
-    return repr(node)
-
-
-def _digest(tree: object) -> str:
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def code_digest() -> str:
     """Digest of all code that decides the bits."""
-    return _digest(code())
+    return own_code.digest_of(code())
 
 
 def code_changes(before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]) -> list[str]:

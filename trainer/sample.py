@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer import checkpoint
 from trainer import model as models
@@ -30,7 +30,7 @@ def generate(run: Path, prompt: str, tokens: int, temperature: float, top_k: int
         ) from None
     if not 0 <= temperature < math.inf:
         raise UsageError(f"--temperature = {temperature} is no size.\n  It must be 0 or a finite number above.")
-    model = restore(run)
+    model, context = restore(run), rundir.config_of(run).model.context
     tokenizer = Tokenizer.load(rundir.tokenizer_path(run), rundir.read(run).get("tokenizer_sha256"))
     ids = [tokenizer.end_of_document, *tokenizer.encode_batch([prompt])[0].tolist()]
     generator = torch.Generator().manual_seed(seed)
@@ -39,7 +39,7 @@ def generate(run: Path, prompt: str, tokens: int, temperature: float, top_k: int
     shown = ""
     for _ in range(tokens):
         # The model reads at most `context` tokens; older ones are dropped.
-        window = torch.tensor([ids[-model.settings.context :]])
+        window = torch.tensor([ids[-context:]])
         with torch.no_grad():
             logits_V = model(window)[0, -1, : tokenizer.vocab_size]
         token = draw(logits_V, temperature, top_k, generator)
@@ -64,7 +64,7 @@ def draw(logits_V: Tensor, temperature: float, top_k: int, generator: torch.Gene
     return int(torch.multinomial(probabilities_V, 1, generator=generator))
 
 
-def restore(run: Path) -> models.GPT:
+def restore(run: Path) -> nn.Module:
     """Load the model of a run's newest intact checkpoint, on the CPU, in evaluation mode.
 
     Damaged checkpoints are named on stderr. Raises CheckpointError if none is intact.

@@ -191,10 +191,10 @@ def backward(state: TrainState, context: StepContext, index: int | None, batch: 
         torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1)
     tokens = (torch.from_numpy(ids).to(device, non_blocking=True) for ids in (batch.inputs, batch.targets))
     with autocast(config, device):
-        result = state.model(*tokens)
+        objective, cross_entropy = state.model(*tokens)
     context.hook(Phase.BEFORE_BACKWARD, state.step)
-    (result.objective * (0.0 if index is None else 1.0 / config.data.micro_batches)).backward()
-    return result.cross_entropy.detach()
+    (objective * (0.0 if index is None else 1.0 / config.data.micro_batches)).backward()
+    return cross_entropy.detach()
 
 
 def clip_gradients(state: TrainState, limit: float) -> float:

@@ -5,7 +5,7 @@ import difflib
 import json
 import tomllib
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -51,15 +51,21 @@ def read_as(path: Path, model: type[M], what: str) -> M:
     raise ConfigError(problems)
 
 
-def read_extended(path: Path) -> dict[str, Any]:
-    """Read a file and, below it, the one that its `extends` names. Raises ConfigError."""
-    tree = read(path)
+def read_extended(
+    path: Path, anchored: Callable[[dict[str, Any], Path], dict[str, Any]] = lambda tree, _folder: tree
+) -> dict[str, Any]:
+    """Read a file and, below it, the one that its `extends` names. Raises ConfigError.
+
+    `anchored(tree, folder)` turns the paths in a file's tree, which start from its folder, into absolute ones.
+    """
+    tree = anchored(read(path), path.parent)
     base_name = tree.pop("extends", None)
     if base_name is None:
         return tree
     if not isinstance(base_name, str):
         raise ConfigError([f'{path}: extends = {base_name!r} is no path.\n  Write extends = "other.toml".'])
-    base = read(path.parent / base_name)
+    base_path = path.parent / base_name
+    base = anchored(read(base_path), base_path.parent)
     if "extends" in base:
         raise ConfigError(
             [
@@ -110,7 +116,8 @@ def _bare_text(key: str, value: str, model: type[BaseModel]) -> str | None:
         return None
     annotation: Any = model
     for name in key.split("."):
-        field = getattr(annotation, "model_fields", {}).get(name)
+        fields = getattr(annotation, "model_fields", {})
+        field = next((field for key, field in fields.items() if (field.alias or key) == name), None)
         annotation = (
             field.annotation if field else next(iter(typing.get_args(annotation)[1:]), None)
         )  # of dict[str, str]: str

@@ -84,7 +84,7 @@ class FaultInjector:
         phases = {fault.phase for fault in own_faults}
         # Hooks cost time in every step, so they are set only for phases at which this rank is hit.
         if phases & {Phase.IN_FORWARD, Phase.IN_BACKWARD}:
-            blocks = blocks_of(state.model)
+            blocks = blocks_of(state.model) or [state.model]
             tensors.after_forward(blocks[(len(blocks) - 1) // 2], self._after_block)
         if Phase.IN_UPDATE in phases:
             for optimizer in state.optimizers:

@@ -72,13 +72,13 @@ def after_forward(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None
 
 
 def scale_next_output(model: nn.Module, factor: float) -> None:
-    """Multiply every part of the next output for training (a named tuple of tensors) with `factor`."""
+    """Multiply every part of the next output for training (a tuple of tensors) with `factor`."""
 
     def scale(_model: nn.Module, _arguments: Any, output: Any) -> Any:
         if not torch.is_grad_enabled():
             return None
         handle.remove()
-        return type(output)(*(part * factor for part in output))
+        return tuple(part * factor for part in output)
 
     handle = model.register_forward_hook(scale)
 

@@ -32,7 +32,8 @@ def load(path: Path) -> Ladder:
     Loads torch to count parameters, and makes the tokenizer if the cache does not have it.
     """
     file = tomlfile.read_as(path, LadderFile, "ladder")
-    overrides = [f"{key}={tomlfile.text(value)}" for key, value in configs.flatten(file.set).items()]
+    shared = configs.anchored(configs.flatten(file.set), path.parent)
+    overrides = [f"{key}={tomlfile.text(value)}" for key, value in shared.items()]
     builder = _LadderBuilder(file, configs.load(path.parent / file.baseline, overrides), path)
     ladder = builder.build()
     if builder.problems:
@@ -219,7 +220,7 @@ class _LadderBuilder:
     def _config_of(self, arm: PlannedArm, scale: Scale, decay: float) -> Config:
         """The config of an arm at a rung, before its seed is set. The baseline is an arm without a change."""
         rules, settings = armplans.split_rules(arm.settings)
-        config = _changed(self._config, settings)
+        config = _changed(self._config, configs.anchored(settings, self._path.parent))
         try:
             arm_rules = Rules.model_validate(self._file.sizes.model_dump() | rules)
         except ValueError as error:

@@ -112,11 +112,16 @@ def _cached(function: F) -> F:
     return functools.lru_cache(maxsize=1024)(function)  # pyright: ignore - it does not see that models are hashable
 
 
-@_cached
 def counts(model: configs.Model, vocab_size: int) -> tuple[int, int]:
     """Return (N, training FLOPs per token) of a model with `vocab_size` rows of embedding. Loads torch."""
+    return _counts(model.model_dump_json(), vocab_size)
+
+
+@_cached
+def _counts(settings: str, vocab_size: int) -> tuple[int, int]:
     from trainer.model import construct
 
+    model = configs.Model.model_validate_json(settings)
     parameters = costs.parameter_count(construct(model, vocab_size, "meta")).non_embedding
     return parameters, costs.flops_per_token(model, vocab_size)
 
