@@ -67,7 +67,9 @@ class Case:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[forkserver.ForkServer]:
-    server = forkserver.spawn(IMPORTED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))  # where tests.fuzzed_command is found
+        server = forkserver.spawn(IMPORTED)
     assert server is not None
     yield server
     server.close()

@@ -40,6 +40,7 @@ switch_sets = st.fixed_dictionaries({name: st.sampled_from(values) for name, val
 
 def build(seed: int = 0, vocab: int = VOCAB, **switches: Any) -> model.GPT:
     gpt = model.construct(config.Model(**(SMALL | switches)), vocab)
+    assert isinstance(gpt, model.GPT)
     model.initialise(gpt, gpt.settings, seed)
     return gpt
 
@@ -242,6 +243,7 @@ def test_a_draw_is_part_of_the_fingerprint_and_the_first_leaves_it_as_it_was() -
 def test_a_model_built_on_the_meta_device_ends_up_the_same() -> None:
     direct = build(seed=7)
     gpt = model.construct(config.Model(**SMALL), VOCAB, "meta")
+    assert isinstance(gpt, model.GPT)
     gpt.to_empty(device="cpu")
     gpt.reset_buffers()
     model.initialise(gpt, gpt.settings, 7)
@@ -262,6 +264,7 @@ def test_gpt2_initialisation_has_the_published_deviations() -> None:
 def test_sharded_model_initialises_and_computes_like_the_plain_one(recompute: bool, tied: bool) -> None:
     switches: dict[str, Any] = {"tied_embeddings": tied, "value_embeddings": True, "bigram_buckets": 37}
     plain, sharded = build(**switches), model.construct(config.Model(**(SMALL | switches)), VOCAB)
+    assert isinstance(sharded, model.GPT)
     mesh = init_device_mesh("cpu", (1,))
     for block in model.blocks_of(sharded):
         block.recompute = recompute  # pyright: ignore[reportArgumentType]
@@ -309,6 +312,7 @@ def test_every_shape_gets_a_compiled_block_of_its_own_however_many_there_are(mon
 @pytest.mark.parametrize("switches", [{}, {"mlp": "swiglu", "n_kv_heads": 2}, {"mlp": "gelu", "tied_embeddings": True}])
 def test_flops_agree_with_what_torch_counts(switches: dict[str, Any]) -> None:
     gpt = model.construct(config.Model(**(SMALL | switches)), VOCAB, "meta")
+    assert isinstance(gpt, model.GPT)
     inputs_BT = torch.zeros(2, 16, dtype=torch.int64, device="meta")
     counter = FlopCounterMode(display=False)
     with counter:

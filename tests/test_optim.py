@@ -22,6 +22,7 @@ VOCAB = 64
 
 def build_model(**switches: Any) -> model.GPT:
     gpt = model.construct(config.Model(**(SMALL | switches)), VOCAB)
+    assert isinstance(gpt, model.GPT)
     model.initialise(gpt, gpt.settings, 0)
     return gpt
 

@@ -87,6 +87,13 @@ def test_report_only_logs_and_stop_ends_the_run(trial: FaultyRun):
     trial.ends_as_reference()
 
 
+@pytest.mark.slow
+def test_one_rank_alone_never_claims_that_a_result_is_repaired(trial: FaultyRun):
+    trial.survive(1, [fault("flip_activations", 4, 0)], *ON)
+    assert [action for *_, action in found(trial)] == ["recomputed"]
+    assert "may both be wrong" in summarise_run(trial.run)["incidents"][0]["text"]
+
+
 def test_one_micro_batch_on_one_rank_raises_no_false_alarm(tmp_path: Path):
     made = settings(
         data__source=write_corpus(tmp_path / "corpus"), data__micro_batches=1, data__heldout_fraction=0.2,

@@ -61,6 +61,8 @@ class Agent:
 
     @property
     def output(self) -> str:
+        if not self.log.exists():  # a forked process makes it, once it runs
+            return ""
         return self.log.read_text(encoding="utf-8", errors="replace")
 
     def processes(self) -> list[int]:

@@ -48,7 +48,6 @@ def torchrun() -> None:
     os.environ.setdefault(elastic.SHARED_STORE, "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun would too, with a warning; numerics.threads decides anyway
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings are about peers that leave
-    import torch
     from torch.distributed import DistError, run
     from torch.distributed.elastic.multiprocessing import api
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -63,9 +62,7 @@ def torchrun() -> None:
     arguments = parser.parse_args(sys.argv[1:])
     if arguments.log_dir is None and arguments.redirects == arguments.tee == "0":
         arguments.log_dir = os.devnull  # nothing would be logged there, and torch leaves the directories behind in /tmp
-    # Forked workers are tested on CPUs alone.
-    without_gpu = torch.version.cuda is None and torch.version.hip is None
-    server = forkserver.fork(forkserver.PRELOADED) if arguments.module and without_gpu else None
+    server = forkserver.fork(forkserver.PRELOADED) if arguments.module and _has_no_gpu() else None
     if "LOGLEVEL" not in os.environ:
         logging.disable(logging.ERROR)  # the run's own lines tell of deaths and restarts; torch's would cut into them
     failures_file = elastic.make_failures_file()
@@ -109,6 +106,13 @@ def store(address: str, port: int) -> None:
 
 
 # Signals
+
+
+def _has_no_gpu() -> bool:
+    """True if this build of torch knows no GPU: forked workers are tested on CPUs alone."""
+    import torch
+
+    return torch.version.cuda is None and torch.version.hip is None
 
 
 def _leave_without_workers(asked: int, with_workers: threading.Event, failures_file: Path) -> None:

@@ -127,7 +127,7 @@ class Corrupted(Event, kind="corrupted"):
     culprit: int | None  # the rank that was wrong; None if it is unknown
     micro_batch: int | None
     parameter: str | None  # the first one that differs; None if it is unknown
-    action: str  # repaired, reported (and applied), restarted (from the checkpoint) or stopped
+    action: str  # repaired, recomputed, reported (and applied), restarted (from the checkpoint) or stopped
     found: str  # one line for people
 
 

@@ -236,6 +236,7 @@ def describe(event: Event, rank: int = 0) -> str:
             then = {
                 "repaired": "repaired", "reported": "and applied all the same", "stopped": "the run stops",
                 "restarted": "the job starts again from its checkpoint",
+                "recomputed": "computed again until two results agreed, which on one rank may both be wrong",
             }  # fmt: skip
             return f"in step {step} {event.found}: {then[event.action]}"
         case events.CheckpointFailed(step=step):

@@ -179,7 +179,8 @@ class Sentinel:
                 # Whoever gave other bits the first time was wrong then.
                 findings = [self._blame(finding, earlier, observed) for finding in findings or disagreeing]
                 if not disagreeing:
-                    self._record(step + 1, findings, "repaired")
+                    # A rank that audits itself repeats what it always does: two equal results prove nothing then.
+                    self._record(step + 1, findings, "repaired" if self.world.size > 1 else "recomputed")
             if not disagreeing or self._act == "report":
                 self._record(step + 1, disagreeing, "reported")
                 return result
