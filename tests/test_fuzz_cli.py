@@ -450,7 +450,7 @@ def strange_environments() -> Iterator[Case]:
         if name in ("chaos", "dry run", "verify") or (name == "plot" and what not in MET_BY_PLOT):
             continue
         status: tuple[int, ...] = (0,)
-        if how.get("output") in ("full", "closed") and name in OF_RUNS:
+        if how.get("output") in ("full", "closed") and name in (*OF_RUNS, "judge"):
             status = (1,)
         elif name == "train":
             status = (2,) if what in REFUSED_BY_TRAIN else (0, 2)
