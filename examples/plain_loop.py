@@ -44,8 +44,9 @@ def micro_batch(text: Tensor, step: int, index: int) -> tuple[Tensor, Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--fsdp", action="store_true")
-    parser.add_argument("--plain", action="store_true", help="sum gradients as floats are usually summed")
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument("--fsdp", action="store_true")
+    way.add_argument("--plain", action="store_true", help="sum gradients as floats are usually summed")
     chosen = parser.parse_args()
 
     torch.set_num_threads(1)  # some kernels sum in an order that depends on the number of threads

@@ -87,7 +87,7 @@ def hard() -> Iterator[Cell]:
     yield "arm levels off elsewhere; 4 rungs", SHORT, power, FLOORS, Trouble()
 
 
-def statistics(count: int = 2000) -> dict[str, Any]:
+def statistics(count: int = 1000) -> dict[str, Any]:
     """Simulate all rows and write the tables and the figure."""
     started = time.perf_counter()
     figure: dict[str, Any] = {"ladders": count, "regular": [], "hard": [], "public": published()}
@@ -127,7 +127,7 @@ def published() -> list[dict[str, Any]]:
     measured multiplier there is read from the baseline's own losses, interpolated.
     """
     if not PORIAN.exists():
-        return []
+        raise SystemExit(f"{PORIAN} is missing.\n  The table of published runs is made from it.")
     with PORIAN.open(encoding="utf-8") as file:
         found = [row for row in csv.DictReader(file) if row["loss"]]
     recipes: dict[str, dict[float, float]] = {}
@@ -277,7 +277,7 @@ def draw(figure: Mapping[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("ladders", nargs="?", type=int, default=2000, help="number for each row")
+    parser.add_argument("ladders", nargs="?", type=int, default=1000, help="number for each row")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     arguments = parser.parse_args()
     figure = statistics(arguments.ladders)

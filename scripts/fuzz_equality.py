@@ -1,4 +1,4 @@
-"""Equality over drawn configs: each is trained at 1, 2, 3 and 4 ranks under every sharding, and must give one result.
+"""Equality over drawn configs: each is trained at 1 to 4 ranks under every sharding it allows, with one result.
 
 Config number n of seed s is drawn from a generator seeded with "s-n". Settings that may change no bit (sharding,
 recomputing, resharding) are drawn anew for every world size. A difference is printed with the command that repeats it.
@@ -19,7 +19,7 @@ from tests.support import SMOKE, torchrun
 
 WORLDS = (1, 2, 3, 4)
 BATCH = 8  # configs that share one start of the ranks
-ONE_IN = 6  # configs of so many compile: each costs as much as ten others
+ONE_IN = 6  # one config in so many compiles: compiling is slow
 
 Case = dict[str, Any]
 """A config of the equality worker: a file and what is set."""

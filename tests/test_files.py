@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import itertools
 import json
 import os
 import stat
@@ -211,10 +212,21 @@ def test_a_file_system_that_makes_no_folder_durable_is_told(tmp_path, monkeypatc
 
 def test_what_is_no_file_is_neither_read_nor_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for act in (files.read, lambda path: files.write(path, "x")):
+    (tmp_path / "link").symlink_to("pipe")
+    (tmp_path / "null").symlink_to(os.devnull)
+    before = {path: path.lstat().st_mode for path in tmp_path.iterdir()}
+    for path, act in itertools.product(before, (files.read, lambda path: files.write(path, "x"))):
         with pytest.raises(OSError, match="regular file"):
-            act(tmp_path / "pipe")
-    assert stat.S_ISFIFO((tmp_path / "pipe").lstat().st_mode) and list(tmp_path.iterdir()) == [tmp_path / "pipe"]
+            act(path)
+    assert {path: path.lstat().st_mode for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("path", ["/dev/stdout", "/dev/no-such-device", "/", "."])
+def test_what_belongs_to_the_machine_is_not_replaced_whatever_it_is_linked_to(path: str):
+    there = sorted(Path("/dev").iterdir())
+    with pytest.raises(OSError, match=r"regular file|directory"):
+        files.write(Path(path), "x")
+    assert sorted(Path("/dev").iterdir()) == there
 
 
 def test_names_that_no_file_can_have_are_refused_and_no_crash(monkeypatch, capsys, run: Run, tmp_path: Path):

@@ -198,6 +198,49 @@ def test_data_that_were_repeated_more_often_than_a_form_knows_of_are_left_out_an
     assert "15 lines (3, 5, 7, 9, 11, …): data were repeated more than 4 times" in " ".join(tree["notices"])
 
 
+def test_arms_with_seeds_of_their_own_are_compared_as_independent_runs_whatever_the_numbers(tmp_path):
+    table = [row | {"seed": row["seed"] + (1 if row["arm"] == BASELINE else 2 + len(ARMS))} for row in rows(results())]
+    tree = judge(str(write(tmp_path / "runs.csv", table)))
+    assert any("compared as independent runs" in notice for notice in tree["notices"])
+    for found in tree["verdicts"]:
+        assert found["pairing"] == {"ratio": None, "correlation": None}
+        assert [rung["pairs"] for rung in found["rungs"]] == [DESIGN.seeds] * len(found["rungs"])
+
+
+def test_a_share_of_right_answers_may_differ_as_much_as_bits_do_from_nats(tmp_path):
+    table = [{**row, "accuracy": 0.3 if row["arm"] == BASELINE else 0.433} for row in rows(results())]
+    for number, row in enumerate(table):
+        row["accuracy"] += 0.05 * math.log10(row["params"]) + 1e-4 * number
+        del row["loss"]
+    assert judge(str(write(tmp_path / "runs.csv", table)))["runs"]
+
+
+def test_runs_of_one_arm_and_seed_that_fall_into_one_rung_are_refused_with_their_lines(tmp_path):
+    table = rows(results())
+    message = problems(write(tmp_path / "runs.csv", [*table, table[-1] | {"params": 1.05 * table[-1]["params"]}]))
+    assert "about the compute of rung" in message and f"lines {len(table) + 1}, {len(table) + 2}" in message
+
+
+def test_an_arm_that_is_called_0_or_false_is_an_arm(tmp_path):
+    table = [row | {"arm": {BASELINE: 0, "better": False}.get(row["arm"], 2)} for row in rows(results())]
+    tree = judge(str(write(tmp_path / "runs.jsonl", table)))
+    assert {arm["name"] for arm in tree["arms"]} == {"False", "2"}
+
+
+def test_seconds_without_tokens_are_said_to_be_unused(tmp_path):
+    table = [
+        {
+            "arm": row["arm"],
+            "flops": 6 * row["params"] * row["tokens"],
+            "seed": row["seed"],
+            "loss": row["loss"],
+            "seconds": 5,
+        }
+        for row in rows(results())
+    ]
+    assert any("not used" in notice for notice in judge(str(write(tmp_path / "runs.csv", table)))["notices"])
+
+
 # Faults
 
 
@@ -231,7 +274,11 @@ def test_all_faults_of_a_table_are_reported_at_once_with_their_lines(tmp_path):
         (lambda row: row | {"test_loss_a": 1, "loss_b": 1, "loss": None}, {"columns": {"loss": ""}}, "called a loss"),
         (lambda row: {"loss_a": 1, "loss_b": 2, "c": 1e9}, {}, "several losses: 'loss_a', 'loss_b'"),
         (lambda row: row, {"baseline": "bettter"}, "has no such arm. Did you mean better?"),
-        (lambda row: row, {"target_flops": 1e9}, "is less than the largest run's"),
+        (lambda row: row, {"target_flops": 1e9}, "is no finite amount from the largest run's"),
+        (lambda row: row, {"target_flops": math.inf}, "is no finite amount"),
+        (lambda row: row, {"target_flops": math.nan}, "is no finite amount"),
+        (lambda row: row | {"params": 1e300, "tokens": 1e300, "flops": 1e15}, {}, "no run has so much compute"),
+        (lambda row: {"": 1} | row, {}, "line 1: a column has no name"),
         (lambda row: row | {"flops": 6e-18 * row["params"] * row["tokens"]}, {}, "is too few"),
         (lambda row: row | {"flops": 6e-4 * row["params"] * row["tokens"]}, {}, "FLOPs / (6·params·tokens) is 0.0001"),
         (lambda row: row | {"loss": row["loss"] * (1.4427 if row["seed"] else 1)}, {}, "as bits are of nats"),

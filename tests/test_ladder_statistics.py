@@ -42,9 +42,13 @@ def test_arms_that_change_nothing_are_not_promoted(regular: Simulated):
     assert regular.arms["unchanged"].promote <= LEVEL
 
 
+def test_intervals_cover_at_least_as_often_as_they_say_where_all_assumptions_hold(regular: Simulated):
+    assert all(arm.coverage >= 1 - limit(LEVEL) for arm in regular.arms.values())
+
+
 def test_constant_gains_are_promoted_and_not_called_shrinking(regular: Simulated):
     constant = regular.arms["constant"]
-    assert constant.promote > 0.85 and constant.reject == 0
+    assert constant.promote > 0.89 and constant.reject == 0
     assert constant.shrinks <= LEVEL / 2
 
 
@@ -84,7 +88,7 @@ def test_verdicts_are_not_confidently_wrong_where_an_assumption_fails(what: str)
     design, arms, trouble = HARD[what]
     done = simulate(design, arms, COUNT, seed=20, trouble=trouble)
     for name, arm in done.arms.items():
-        assert arm.coverage >= 0.93 - 0.015, name
+        assert arm.coverage >= 0.915, name  # the bench's bar of 0.93, less what so few ladders scatter
         assert arm.wrong(1.02) <= limit(LEVEL), name
     assert done.false_trends is None or done.false_trends <= limit(LEVEL)
 

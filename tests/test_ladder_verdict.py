@@ -189,14 +189,14 @@ def test_arms_and_looks_are_corrected_for_and_an_arm_without_a_change_is_not_cou
     assert {judged.multiplier.level for judged in done} == {0.06}
 
 
-def test_bounds_come_from_both_forms():
-    done = judge(ladder({"arm": ladders.SHRINKING}, LONG), level=0.05)
-    same = judge(ladder({"arm": ladders.SHRINKING}, LONG), level=0.025)
-    assert done.lower is not None and done.upper is not None
-    assert same.lower is not None and same.lower < done.lower < done.upper
-    ends = [done.multiplier.low, done.multiplier.high, done.other_floor.low, done.other_floor.high]
-    assert min(end for end in ends if end is not None) < done.lower
-    assert max(end for end in ends if end is not None) > done.upper
+def test_the_bounds_that_decide_hold_under_every_form_that_is_shown():
+    # Two-sided intervals at 0.1 have the ends of one-sided bounds at 0.05; a short ladder rules out no form.
+    results = ladder({"arm": ladders.SHRINKING}, ladders.SHORT)
+    done, shown = judge(results, level=0.05), judge(results, level=0.1)
+    assert done.lower is not None and done.upper is not None and done.lower < done.upper
+    for form in (shown.line, shown.other_floor, shown.fades):
+        assert form.low is not None and form.high is not None
+        assert done.lower <= form.low * 1.001 and done.upper >= form.high / 1.001, form
 
 
 # Missing data

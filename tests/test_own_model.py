@@ -1,5 +1,6 @@
 """Promises about a model of one's own: it keeps what the built-in one promises, or is refused with the reason."""
 
+import ast
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 from tests.support import ROOT, SMOKE, outcome, settings, torchrun, trainer, with_faults
 from trainer import config as configs
-from trainer import costs, model, own_check
+from trainer import costs, model, own_check, own_code
 from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.ladder.plan import load as ladders
@@ -174,6 +175,8 @@ def test_with_dropout_the_generator_of_torch_may_be_used_in_training(tmp_path: P
         ("self.init()", 'self.head.role = "exit"', "module head has role = 'exit'"),
         ("def init(self):", "def initial_value(self, name, shape, generator):\n        return 1\n    def init(self):",
          "initial_value of parameter embed.weight returned int"),
+        ("def init(self):", "def initial_value(self, name):\n        return None\n    def init(self):",
+         "cannot be given its initial values: TypeError"),
     ],
 )  # fmt: skip
 def test_a_model_that_cannot_keep_the_promises_is_refused_with_the_place(
@@ -264,6 +267,43 @@ def test_an_importable_class_and_a_file_give_the_same_model(tmp_path: Path, monk
     }
     alike = own(tmp_path, GOOD, model__n_layers=config.model.n_layers)
     assert trial(config) == trial(alike)
+
+
+def test_what_runs_before_the_class_is_recorded_and_what_is_installed_beside_it_is_not(tmp_path: Path, monkeypatch):
+    home = tmp_path / "site-packages"
+    monkeypatch.syspath_prepend(str(home))
+    (home / "their_package" / "deep").mkdir(parents=True)
+    (home / "their_package" / "__init__.py").write_text("WIDTH = 3\n")
+    (home / "their_package" / "deep" / "__init__.py").touch()
+    (home / "their_package" / "deep" / "mine.py").write_text(GOOD + "\nimport others\nfrom .. import WIDTH\n")
+    (home / "others.py").write_text("import everything\n")
+    found = own_code.files(own_code.find("their_package.deep.mine:Mine"))
+    assert list(found) == ["their_package/__init__.py", "their_package/deep/__init__.py", "their_package/deep/mine.py"]
+
+
+def test_an_import_from_above_the_folder_of_a_file_is_not_its_own(tmp_path: Path):
+    (tmp_path / "helper.py").write_text("X = 1\n")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "mine.py").write_text("from ..helper import X\n\nclass Mine: ...\n")
+    assert list(own_code.files(own_code.find(f"{tmp_path}/own/mine.py:Mine"))) == ["mine.py"]
+
+
+def test_an_edited_helper_is_loaded_again(tmp_path: Path):
+    def head_scale() -> float:
+        built = model.construct(own(tmp_path, GOOD + "\nfrom scale_of_mine import K\nMine.k = K\n").model, 320)
+        return built.k  # type: ignore[return-value]
+
+    (tmp_path / "scale_of_mine.py").write_text("K = 1\n")
+    assert head_scale() == 1
+    (tmp_path / "scale_of_mine.py").write_text("K = 22\n")
+    assert head_scale() == 22
+
+
+def test_a_property_is_digested_with_its_setter_and_getter():
+    getter, setter = "@property\n    def x(self):\n        return {}", "@x.setter\n    def x(self, v):\n        pass"
+    text = f"class A:\n    {getter}\n    {setter}\n"
+    one, two = (own_code.digests_of(ast.parse(text.format(value))) for value in (1, 2))
+    assert one != two
 
 
 def test_options_without_a_class_and_a_class_that_is_none_are_refused():

@@ -13,7 +13,6 @@ from trainer.errors import ConfigError
 from trainer.log import rundir
 
 SMOKE = Path("configs/smoke.toml").resolve()
-ROOT = Path(readiness.__file__).resolve().parents[1]
 ACCEPTED = [{"line": topic, "title": topic, "decision": "accept", "why": "a test"}
             for topic in ("loss", "chaos", "drill", "goodput", "data", "operators", "shapes", "time")]  # fmt: skip
 
@@ -33,13 +32,13 @@ def ladder(directory: Path, decision: str, changes: dict[str, Any] | None = None
 
 
 def campaign(directory: Path, *outcomes: str, commit: str | None) -> str:
-    (directory / "reference").mkdir(parents=True)
+    (directory / "reference" / "run").mkdir(parents=True)
     results = [{"outcome": outcome} for outcome in outcomes]
     (directory / "report.json").write_text(json.dumps({"campaign": "tested", "results": results}))
     from trainer.config import parse
 
-    rundir.record(directory / "reference", parse({"budget": {"steps": 60}}), {"data_sha256": "d" * 64})
-    path = directory / "reference" / "config.json"
+    rundir.record(directory / "reference" / "run", parse({"budget": {"steps": 60}}), {"data_sha256": "d" * 64})
+    path = directory / "reference" / "run" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"git_commit": commit}))
     return str(directory)
 
@@ -106,15 +105,28 @@ def test_an_issue_without_a_decision_or_that_waits_stops_the_launch(tmp_path: Pa
         (["pass", "skipped"], True, "pass"),
         (["pass", "fail"], True, "fail"),
         (["pass", "undetected"], True, "unknown"),
+        (["pass", "unknown"], True, "unknown"),
+        (["skipped"], True, "unknown"),
         (["pass"], False, "unknown"),
     ],
 )
-def test_a_campaign_counts_only_if_this_commit_ran_it(tmp_path: Path, outcomes: list[str], own: bool, answer: str):
-    commit = rundir.git_commit(ROOT)
-    if commit is None:
-        pytest.skip("this is no git checkout, so no campaign can be of its commit")
-    folder = campaign(tmp_path / "chaos", *outcomes, commit=commit if own else "0" * 40)
+def test_a_campaign_counts_only_if_this_commit_ran_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outcomes: list[str], own: bool, answer: str
+):
+    monkeypatch.setattr(rundir, "git_commit", lambda root: "a" * 40)
+    folder = campaign(tmp_path / "chaos", *outcomes, commit=("a" if own else "0") * 40)
     assert line(check(tmp_path, campaigns=[folder]), "chaos")["answer"] == answer
+
+
+def test_a_campaign_of_changed_files_is_no_evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(rundir, "git_commit", lambda root: "a" * 40 + "+")
+    folder = campaign(tmp_path / "chaos", "pass", commit="a" * 40 + "+")
+    assert line(check(tmp_path, campaigns=[folder]), "chaos")["answer"] == "unknown"
+
+
+def test_checkpoints_that_are_kept_for_good_need_disk_too(tmp_path: Path):
+    every = "[checkpoint]\nkeep_every_steps = 2\n"
+    assert "33 checkpoints" in line(check(tmp_path, every), "disk")["evidence"]
 
 
 def test_a_report_that_is_missing_or_too_old_is_no_evidence(tmp_path: Path):
@@ -158,11 +170,18 @@ def test_the_command_drills_now_and_its_exit_status_is_the_answer(tmp_path: Path
     plan = tmp_path / "plan.toml"
     issues = "".join(f'[[issue]]\nline = "{topic}"\ntitle = "{topic}"\ndecision = "accept"\n'
                      for topic in ("loss", "chaos", "goodput", "data", "operators", "shapes", "time"))  # fmt: skip
-    plan.write_text(f'baseline = "{SMOKE}"\n[drill]\nat_step = 9\nset = {{ "budget.steps" = 20 }}\n{issues}')
+    plan.write_text(
+        f'baseline = "{SMOKE}"\n[drill]\nat_step = 9\n'
+        f'set = {{ "budget.steps" = 20, "checkpoint.every_steps" = 5 }}\n{issues}'
+    )
     done = trainer("ready", SMOKE, "--plan", plan, "--out", tmp_path / "out", "--json", check=False)
     tree = json.loads(done.stdout)
     assert "weights_sha256 equal" in line(tree, "drill")["evidence"]
     assert done.returncode == 0 and tree["go"]
     assert "Go: " in (tmp_path / "out" / readiness.PAGE).read_text()
+    plan.write_text(plan.read_text().replace("at_step = 9", "at_step = 500"))
+    done = trainer("ready", SMOKE, "--plan", plan, "--out", tmp_path / "out", "--json", check=False)
+    never = line(json.loads(done.stdout), "drill")
+    assert done.returncode == 1 and never["answer"] == "unknown" and "never fired" in never["evidence"]
     plan.write_text(plan.read_text() + '[[issue]]\ntitle = "left open"\n')
     assert trainer("ready", SMOKE, "--plan", plan, "--out", tmp_path / "out", check=False).returncode == 1

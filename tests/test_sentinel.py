@@ -1,5 +1,6 @@
 """Silent corruption: it is noticed in its step, the rank is named, and the run ends with the bits of the reference."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from tests.faulty_runs import FaultyRun, fault
-from tests.support import SMOKE, settings, summarise_run, trainer, write_corpus
+from tests.support import ROOT, SMOKE, settings, summarise_run, trainer, write_corpus
 from trainer import config as configs
 from trainer.errors import EXIT_FAILED, ConfigError
 from trainer.exact import Grids
@@ -70,7 +71,7 @@ def test_a_sharded_run_recomputes_a_wrong_gradient_and_restarts_where_its_state_
 def test_a_rank_that_stays_wrong_is_named_and_ends_the_run_before_the_step_is_applied(trial: FaultyRun):
     output = trial.survive(3, [fault("wrong_operator", 4, 1, steps=20)], *ON, status=EXIT_FAILED)
     assert {tuple(event[1:]) for event in found(trial)} == {("micro_batch", 1, "stopped")}
-    assert "CorruptionError: step" in output and "The same when computed again" in output
+    assert "CorruptionError: step" in output and "Not all agrees when computed again" in output
     trial.survive(3, [], *ON)
     trial.ends_as_reference(attempts=2)
 
@@ -92,6 +93,18 @@ def test_one_rank_alone_never_claims_that_a_result_is_repaired(trial: FaultyRun)
     trial.survive(1, [fault("flip_activations", 4, 0)], *ON)
     assert [action for *_, action in found(trial)] == ["recomputed"]
     assert "may both be wrong" in summarise_run(trial.run)["incidents"][0]["text"]
+
+
+def test_parameters_with_three_axes_are_checked_too(tmp_path: Path):
+    made = settings(data__source=write_corpus(tmp_path / "corpus"), data__heldout_fraction=0.2, budget__steps=4)
+    experts = [
+        f"model.class={json.dumps(str(ROOT / 'tests/own_models/experts.py:Mixture'))}",
+        "model.options.experts=2",
+    ]
+    chosen = [part for setting in experts for part in ("--set", setting)]
+    trainer("train", SMOKE, "--run", tmp_path / "run", *made, *chosen, *ON)
+    run_summary = summarise_run(tmp_path / "run")
+    assert run_summary["status"] == "finished" and run_summary["incidents"] == []
 
 
 def test_one_micro_batch_on_one_rank_raises_no_false_alarm(tmp_path: Path):

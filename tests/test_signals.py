@@ -153,7 +153,8 @@ def test_a_lost_output_disturbs_no_run(tmp_path: Path, row: str):
     ],
 )
 def test_a_torchrun_that_waits_for_nodes_says_so_and_leaves_when_it_is_asked(tmp_path: Path, options: str):
-    assert table()["SIGTERM before there are workers"][TORCHRUN][1] == 75
+    row = table()["SIGTERM before there are workers"]
+    assert row == {ALONE: ("saves and leaves", 75), TORCHRUN: ("leaves: there is nothing to save", 75)}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

@@ -40,6 +40,28 @@ TO = {
 }
 
 
+TURNS_TO_A_LOG = """
+import os, sys
+from trainer.show import terminal
+terminal.take()
+print("on the terminal", file=sys.stderr)
+os.dup2(os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT), 2)
+terminal.take(unbuffered=True)
+print("SomeError: in the log", file=sys.stderr)
+"""
+
+
+def test_a_process_that_turns_from_a_terminal_to_a_log_writes_no_control_codes_there(tmp_path: Path):
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-c", TURNS_TO_A_LOG, tmp_path / "log"]
+    subprocess.run(command, check=True, stderr=theirs, env=os.environ | {"TERM": "xterm-256color"})
+    shown = os.read(ours, 1000).decode()
+    assert shown.startswith("\r\x1b[K") and "on the terminal" in shown
+    assert (tmp_path / "log").read_text() == "SomeError: in the log\n"
+    os.close(ours)
+    os.close(theirs)
+
+
 @pytest.mark.parametrize("redirected", TO.values(), ids=TO)
 def test_a_process_goes_on_whatever_becomes_of_its_output_and_prints_into_no_file_of_its_own(
     tmp_path: Path, redirected: str

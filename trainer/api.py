@@ -3,6 +3,7 @@
 Records are lists of flat dicts: `pandas.DataFrame(run.losses())` makes a table of them. Reading needs no torch.
 """
 
+import copy
 import dataclasses
 import signal
 import threading
@@ -30,7 +31,7 @@ class Run:
     @property
     def config(self) -> Config:
         """The config that the run was last started with."""
-        return configs.parse(rundir.read(self.path)["config"], check_rules=False)
+        return rundir.config_of(self.path)
 
     @property
     def status(self) -> str:
@@ -91,7 +92,7 @@ def train(config: Config | Mapping[str, Any] | str | Path, run: str | Path, *, a
     if isinstance(config, str | Path):
         config = configs.load(builtin.find(Path(config)))
     elif not isinstance(config, Config):
-        config = configs.parse(config)
+        config = configs.parse(configs.anchored(copy.deepcopy(dict(config)), Path()))
     from trainer import job  # late: it imports torch
 
     before = {number: signal.getsignal(number) for number in signals.ASKING}

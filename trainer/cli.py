@@ -32,14 +32,16 @@ app = typer.Typer(
 )
 
 
-def _file(metavar: str, what: str, folder: str = "") -> Any:
-    """Return the argument of a command that takes a file or the name of a built-in one, from a folder of configs/."""
+def _file(metavar: str, what: str, folder: str = "", option: bool = False) -> Any:
+    """Return the argument, or option, of a command for a file or the name of one in a folder of configs/."""
     known = ", ".join(builtin.names(folder))
 
     def find(given: Path | None) -> Path | None:
         return given and builtin.find(given, folder)
 
-    return typer.Argument(metavar=metavar, help=f"{what}, or a built-in one: {known}.", callback=find)
+    return (typer.Option if option else typer.Argument)(
+        metavar=metavar, help=f"{what}, or a built-in one: {known}.", callback=find
+    )
 
 
 ConfigPath = Annotated[Path, _file("CONFIG", "A TOML config")]
@@ -48,7 +50,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and 
 
 
 @app.command()
-def init(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty directory.")]) -> None:
+def init(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A directory that has none of the files yet.")],
+) -> None:
     """Write a config, a ladder, a campaign and a README to start from. Nothing is overwritten."""
     from trainer import config as configs
     from trainer.show import terminal
@@ -357,7 +361,10 @@ def judge(
     ],
     column: Annotated[
         list[str] | None,
-        typer.Option(metavar="ROLE=NAME", help="Column of arm, rung, params, tokens, flops, seed, loss or seconds."),
+        typer.Option(
+            metavar="ROLE=NAME",
+            help="Column of arm, rung, params, tokens, unique_tokens, flops, seed, loss or seconds.",
+        ),
     ] = None,
     baseline: Annotated[str | None, typer.Option(help="The arm that the others are compared with.")] = None,
     criterion: Annotated[
@@ -411,7 +418,7 @@ def forecast_run(
 
 @forecasts.command("scale")
 def forecast_scale(
-    path: Annotated[Path, _file("SCALE", "A range of sizes", "forecast")],
+    path: Annotated[Path, _file("SCALE", "A range of sizes", "forecast/scale")],
     out: ForecastOut = None,
     as_json: AsJson = False,
 ) -> None:
@@ -443,7 +450,7 @@ def forecast_calibrate(
 @app.command()
 def ready(
     config_path: ConfigPath,
-    plan: Annotated[Path, typer.Option(help="What must hold, e.g. configs/ready/demo.toml.")],
+    plan: Annotated[Path, _file("PLAN", "What must hold: a plan", "ready", option=True)],
     out: Annotated[Path | None, typer.Option(help="Page, JSON and the drill's runs; default runs/ready/NAME.")] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -102,7 +102,14 @@ def _sentinel_problems(config: "Config") -> list[str]:
     if not 0 <= share <= 1:
         return [f'sentinel.audit = {sentinel.audit!r} is no share of the micro-batches.\n  Write "1/32", or "0".']
     if not sentinel.on:
-        return [] if sentinel.act == "repair" else ["sentinel.act has no effect: no check of [sentinel] is on."]
+        return (
+            []
+            if sentinel.act == "repair"
+            else [
+                "sentinel.act has no effect: no check of [sentinel] is on.\n"
+                "  Set sentinel.audit or sentinel.state_hash_every_steps, or remove it."
+            ]
+        )
     if not config.numerics.exact:
         return [
             "[sentinel] needs numerics.exact = true: without exact sums ranks may differ though none is wrong.\n"

@@ -26,7 +26,7 @@ _MEANING = {
     errno.EMFILE: "This process may open no more files (ulimit -n).",
     errno.ENOSYS: "Its file system may lack what toprope needs: locks, or making the names in a folder durable.",
     errno.ENOLCK: "Its file system gives no locks.",
-    errno.ENXIO: "A pipe or a device cannot be read a second time.",
+    errno.ENXIO: "A pipe or a device can be neither read twice nor replaced.",
 }
 for _same in (errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL):
     _MEANING[_same] = _MEANING[errno.ENOSYS]

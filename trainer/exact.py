@@ -163,7 +163,9 @@ class Grids:
         """
         shape, start = self._shapes[name], self._starts[name]
         matrix = len(shape) == 2
-        coarser = max(2, math.ceil((2 * SIGNIFICAND_BITS + math.log2(shape[-1]) - DOUBLE_BITS) / 2))
+        coarser = max(
+            2, math.ceil((2 * SIGNIFICAND_BITS + math.log2(shape[-1] if matrix else shape.numel()) - DOUBLE_BITS) / 2)
+        )
         shift = (self._shifts[name][rows] if matrix else self._shifts[name]) * 2.0**coarser
         squares = torch.add(grad, shift).sub_(shift).double().square_()
         if matrix:
@@ -191,12 +193,15 @@ class ExactGradients:
 
         `micro_batches` is the number of backward passes in a step, on all ranks together; `headroom_bits` how often
         (2^bits) a gradient may exceed its recent largest magnitude before a step is computed again.
-        Raises ValueError for a model without parameters, with parameters that are not float32, or partly sharded.
+        Raises ValueError for a model without parameters, with parameters that are scalars or not float32,
+        or partly sharded.
         """
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         parameters = list(self._parameters.values())
         if not parameters or any(parameter.dtype != torch.float32 for parameter in parameters):
             raise ValueError("The model needs float32 parameters.\n  Keep master weights in it; autocast is fine.")
+        if any(not parameter.shape for parameter in parameters):
+            raise ValueError("The model has a scalar parameter.\n  Give it the shape (1,).")
         sharded = {isinstance(parameter, DTensor) for parameter in parameters}
         if len(sharded) > 1:
             raise ValueError("Only some parameters are sharded.\n  Call fully_shard on the whole model, or on no part.")
@@ -210,8 +215,9 @@ class ExactGradients:
             # One flat buffer, so that a step needs one all-reduce; autograd accumulates into it in place.
             sizes = [parameter.numel() for parameter in parameters]
             self._flat = torch.zeros(sum(sizes), device=parameters[0].device)
-            for (name, parameter), part in zip(self._parameters.items(), self._flat.split(sizes), strict=True):
-                parameter.grad = part.view_as(parameter)
+            parts = zip(self._parameters.items(), self._flat.split(sizes), strict=True)
+            self._views = {name: part.view_as(parameter) for (name, parameter), part in parts}
+            for name, parameter in self._parameters.items():
                 parameter.register_hook(self.grids.rounder(name))
 
     def passes(self) -> Iterator[int]:
@@ -228,6 +234,8 @@ class ExactGradients:
                 for parameter in self._parameters.values():
                     parameter.grad = None
             else:
+                for name, parameter in self._parameters.items():
+                    parameter.grad = self._views[name]  # zero_grad may have taken it away
                 self._flat.zero_()
             self.grids.begin(counting=False)
             yield number

@@ -25,7 +25,10 @@ def write(path: Path, content: str | bytes) -> None:
     Of several writers at once, the last one's content stays. A process that dies on the way leaves a hidden
     .NAME.….partial, which the next write removes. A link is replaced, not followed; a pipe or a device is neither.
     """
-    if exists(path) and not (is_file(path) or is_dir(path)):
+    if not path.name:  # "." and "/": there is no name that a new file could take
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    # /dev/stdout is a link, to a regular file where a shell redirects it: that link is the machine's.
+    if path.absolute().parent == Path("/dev") or (exists(path) and not (is_file(path) or is_dir(path))):
         raise OSError(errno.ENXIO, "it is no regular file", str(path))
     _remove_leftovers(path)
     while not _written(path, content.encode() if isinstance(content, str) else content):

@@ -67,6 +67,8 @@ class Claim:
     """What this rank computes with (provenance.py)."""
     other_bits: Sequence[str]
     """Differences between this and what the run was computed with before; accepted on purpose."""
+    accepts: bool
+    """True if other bits than before are accepted on purpose."""
 
     def end(self, status: str, step: int, reason: str, weights: str | None = None, state: str | None = None) -> None:
         """Log the end of the attempt; `weights` and `state` are SHA-256 digests of a finished run."""
@@ -168,7 +170,7 @@ def claim_run(config: Config, run: Path, ranks: World, accept_other_bits: bool, 
     watchdog = Watchdog(run, ranks.rank, ranks.size, attempt, *limits, report=log.append)
     watchdog.start()
     stack.callback(watchdog.stop)
-    return Claim(run, attempt, ranks, log, watchdog, earlier, own, other_bits)
+    return Claim(run, attempt, ranks, log, watchdog, earlier, own, other_bits, accept_other_bits)
 
 
 def prepare_data(config: Config, claim: Claim) -> tuple[Prepared, dict[str, Any]]:
@@ -217,7 +219,7 @@ def check_own_model(config: Config, vocab_size: int, claim: Claim) -> dict[str, 
         own_check.compare(config, traces)
         digest = {"own_model": own_check.digest(traces[0])}
         before = rundir.read(claim.run).get("own_model") if rundir.is_run(claim.run) else None
-        if before not in (None, digest["own_model"]) and not claim.other_bits:
+        if before not in (None, digest["own_model"]) and not claim.accepts:
             own_check.refuse_process(config)
         return digest
 

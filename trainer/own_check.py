@@ -30,7 +30,13 @@ def trace(config: Config, vocab_size: int, device: torch.device) -> Trace:
     where = own_code.find(config.model.class_).where
     model = models.construct(config.model, vocab_size, recompute=config.parallel.activation_checkpointing)
     _check_parameters(config, model, where)
-    models.initialise(model, config.model, config.seed)
+    try:
+        models.initialise(model, config.model, config.seed)
+    except ConfigError:
+        raise
+    except Exception as error:
+        place = own_code.find(config.model.class_)
+        raise own_model.failure(place, "cannot be given its initial values", error) from error
     model.to(device)
     state = [(f"the initial {kind} {name}", _digest(tensor)) for kind, name, tensor in _state(model)]
     random_BT = torch.randint(
@@ -72,7 +78,8 @@ def refuse_process(config: Config) -> NoReturn:
     """Raise ConfigError for a resumed run whose first process computed other numbers."""
     _refuse(
         own_code.find(config.model.class_).where,
-        "This process computes other numbers with one micro-batch than the process that began the run",
+        "This process computes other numbers with one micro-batch than the process that began the run (if a library "
+        "that the model imports is another one now, accept that with --accept-other-bits)",
     )
 
 

@@ -109,10 +109,13 @@ def files(place: Place) -> dict[str, Path]:
         if name not in found:
             found[name] = path
             waiting += _imported(path, place.root)
+            packages = [above / "__init__.py" for above in path.parents if place.root in above.parents]
+            waiting += [file for file in packages if file.is_file()]  # they run before it
     return dict(sorted(found.items()))
 
 
 def _imported(path: Path, root: Path) -> Iterator[Path]:
+    own = path.relative_to(root).parts[0].removesuffix(".py")
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.Import):
             modules, base = [alias.name for alias in node.names], root
@@ -124,11 +127,13 @@ def _imported(path: Path, root: Path) -> Iterator[Path]:
             continue
         for module in modules:
             parts = module.split(".")
-            if base == root and parts[0] == "trainer":
-                continue  # the package itself has its own record
+            is_of_others = root.name in ("site-packages", "dist-packages") and parts[0] != own
+            if base == root and (parts[0] == "trainer" or is_of_others):
+                continue  # toprope has its own record; what is installed beside the model is not its own
             for length in range(1, len(parts) + 1):
                 stem = base.joinpath(*parts[:length])
-                yield from (file for file in (stem.with_suffix(".py"), stem / "__init__.py") if file.is_file())
+                beside = (stem.with_suffix(".py"), stem / "__init__.py")
+                yield from (file for file in beside if file.is_file() and file.is_relative_to(root))
 
 
 def digests(name: str) -> dict[str, str]:
@@ -151,7 +156,8 @@ def digests_of(module: ast.Module, chosen: tuple[str, ...] = ()) -> dict[str, st
         if isinstance(statement, ast.ClassDef):
             methods = [part for part in statement.body if isinstance(part, ast.FunctionDef)]
             statement.body = [part for part in statement.body if part not in methods]
-            parts |= {f"{name}.{method.name}": [_canonical(method)] for method in methods}
+            for method in methods:  # a property's getter and setter share a name
+                parts.setdefault(f"{name}.{method.name}", []).append(_canonical(method))
         parts.setdefault(name, []).append(_canonical(statement))
     return {name: digest_of(sorted(texts)) for name, texts in parts.items()}
 

@@ -57,10 +57,10 @@ def construct(settings: config.Model, vocab_size: int) -> nn.Module:
 def _load(place: Place, _digests: tuple[tuple[str, str], ...]) -> object:
     """Import the file and return the class. The digests are there so that an edited file is loaded again."""
     files = own_code.files(place)
-    # Two models may each have a helper.py: forget one that came from another folder.
-    for name, path in _module_names(files):
-        if name in sys.modules and _file_of(sys.modules[name]) not in (path, None) and name in _loaded:
-            del sys.modules[name]
+    # Forget what came from a model's folder: another model's helper.py, or one that has been edited since.
+    for name, _ in _module_names(files):
+        if name in _loaded:
+            sys.modules.pop(name, None)
     sys.path.insert(0, str(place.root))
     before = sys.dont_write_bytecode
     sys.dont_write_bytecode = True  # its folder is the user's

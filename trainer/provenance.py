@@ -48,7 +48,7 @@ What makes tokens of text is left out: tokens and tokenizer are identified by th
 """
 
 
-CODE_BEFORE_RECORDS = "1461e03f7e6b9792"
+CODE_BEFORE_RECORDS = "91ee33902d826660"
 """`code_digest()` when code began to be recorded. What is keyed by code leaves it out at this value, so that what was
 made before keeps its key."""
 
@@ -128,8 +128,9 @@ def compare(run: Path, contents: Mapping[str, Any], ranks: Sequence[Mapping[str,
     if before.get("code") != ranks[0]["code"]:
         lines = code_changes(contents.get("code", {}), code()) + [line for line in lines if not line.startswith("code")]
     if lines and not accept:
+        alike = "was computed with something else than this start would use" if contents else "has ranks that differ"
         raise RunDirectoryError(
-            f"{run} was computed with something else than this start would use:\n"
+            f"{run} {alike}:\n"
             + "".join(f"    {line}\n" for line in lines)
             + "  The steps that follow could end with other bits. Go back to what it was, accept that with "
             "--accept-other-bits, or give a new --run."

@@ -1,7 +1,7 @@
 """May this config start? The evidence there is, line by line, and go or no-go by a stated rule.
 
-Evidence is collected and never invented: a report that is missing, of another commit or too old leaves its line
-*unknown*. A line that fails or is unknown stops the launch, unless the plan has a decision for it.
+Evidence is collected and never invented: a report that is missing or too old, or a campaign of another commit, leaves
+its line *unknown*. A line that fails or is unknown stops the launch, unless the plan has a decision for it.
 """
 
 import json
@@ -50,8 +50,8 @@ class Drill(Section):
     config: str = ""
     """Config of the drill; empty: the config that is to start."""
     set: dict[str, Any] = Field(default_factory=dict)
-    ranks: int = Field(default=2, ge=1)
-    """Ranks that are killed; one rank resumes."""
+    ranks: int = Field(default=2, ge=2)
+    """Ranks of the run whose last one is killed; one rank resumes it."""
     at_step: int = Field(ge=1)
     timeout_seconds: float = Field(default=300.0, gt=0)
 
@@ -279,10 +279,11 @@ class _Review:
             for result in tree["results"]:
                 outcomes[result["outcome"]] = outcomes.get(result["outcome"], 0) + 1
             said = f"{tree['campaign']}: " + ", ".join(f"{number} {name}" for name, number in sorted(outcomes.items()))
-            answer: Answer = "pass" if set(outcomes) <= {"pass", "skipped"} and outcomes else "fail"
-            if "undetected" in outcomes and "fail" not in outcomes:
-                answer = "unknown"
-            if commit is None or commit != self.commit:
+            answer: Answer = "fail" if "fail" in outcomes else "unknown"
+            if "pass" in outcomes and set(outcomes) <= {"pass", "skipped"}:
+                answer = "pass"
+            if commit is None or commit != self.commit or commit.endswith("+"):
+                # A "+" says that files were changed, and not which.
                 theirs, ours = ((name or "unknown")[:10] for name in (commit, self.commit))
                 answer, said = "unknown", f"{said}, but of commit {theirs}, and this is {ours}"
             yield Line("chaos", what, answer, said, str(path), path.stat().st_mtime)
@@ -324,7 +325,13 @@ class _Review:
                 last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
                 return Line("drill", what, "fail", f"the {name} ended with {done.returncode}: {last}", str(place))
         from trainer.log import summary
+        from trainer.log.history import History
 
+        history = History.read(killed)
+        if not history.fired:
+            return Line("drill", what, "unknown", f"the kill at step {drill.at_step} never fired", str(place))
+        if not history.attempts[-1].from_step:
+            return Line("drill", what, "unknown", "no checkpoint was there to resume from: kill later", str(place))
         hashes = [summary.summarise(run)["weights_sha256"] for run in (calm, killed)]
         same = hashes[0] is not None and hashes[0] == hashes[1]
         said = (
@@ -353,9 +360,11 @@ class _Review:
         needed = self.plan.needs.disk_gigabytes
         source = "the plan"
         if needed is None:
+            saves, steps = self.config.checkpoint, self.config.budget.steps
             # One more than are kept, while it is written.
-            needed = _checkpoint_bytes(self.config) * (self.config.checkpoint.keep_last + 1) / GIGABYTE
-            source = f"{self.config.checkpoint.keep_last + 1} checkpoints"
+            kept = saves.keep_last + 1 + (steps // saves.keep_every_steps if saves.keep_every_steps else 0)
+            needed = _checkpoint_bytes(self.config) * kept / GIGABYTE
+            source = f"{kept} checkpoints"
         place = next(parent for parent in (self.out.resolve(), *self.out.resolve().parents) if parent.exists())
         free = shutil.disk_usage(place).free / GIGABYTE
         said = f"{needed:.3g} GB needed ({source}), {free:.3g} GB free at {place}"
@@ -411,6 +420,6 @@ def _along(flops: list[float], values: list[float | None], at: float) -> float |
 def _commit_of(campaign: Path) -> str | None:
     """Return the commit that made a campaign's reference run, which its config.json holds."""
     try:
-        return rundir.read(campaign / "reference").get("git_commit")
+        return rundir.read(campaign / "reference" / "run").get("git_commit")
     except (TopropeError, OSError):
         return None

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from trainer import files
 from trainer.errors import ConfigError, of_system
 
-READY = "`python -m trainer init DIR` writes ones to start from."
+READY = "`python -m trainer init DIR` writes a config, a ladder and a campaign to start from."
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -118,6 +118,8 @@ def _bare_text(key: str, value: str, model: type[BaseModel]) -> str | None:
     for name in key.split("."):
         fields = getattr(annotation, "model_fields", {})
         field = next((field for key, field in fields.items() if (field.alias or key) == name), None)
+        if field is None and fields:
+            return value  # an unknown setting: the model refuses it, and names the nearest
         annotation = (
             field.annotation if field else next(iter(typing.get_args(annotation)[1:]), None)
         )  # of dict[str, str]: str

@@ -255,7 +255,7 @@ def _shrink(campaign: Campaign, case: Case, result: Result, reference: Reference
     found = schedule.shrink(fails, result.faults)
     path = _shrunk_path(out, case)
     path.parent.mkdir(exist_ok=True)
-    path.write_text(_replay(campaign, [replace(result, faults=found.faults)]), encoding="utf-8")
+    files.write(path, _replay(campaign, [replace(result, faults=found.faults)]))
     caveat = "" if found.smallest else ", perhaps not the smallest"
     return f" [{len(found.faults)} of {len(result.faults)} faults are enough{caveat}: {path}, {found.trials} trials]"
 
@@ -281,7 +281,7 @@ def keep_replay(campaign: Campaign, report: Report, out: Path) -> Path | None:
     """Write OUT/replay.toml, a campaign that repeats the failed cases, and return its path; None if none failed."""
     path, failed = out / "replay.toml", [result for result in report.results if result.outcome in FAILED]
     if failed:
-        path.write_text(_replay(campaign, failed), encoding="utf-8")
+        files.write(path, _replay(campaign, failed))
     else:
         path.unlink(missing_ok=True)
     return path if failed else None

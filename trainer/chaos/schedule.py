@@ -34,8 +34,8 @@ class Cause:
 
 LINKS = ("partition", "one_way_loss", "link_flap")
 # The 419 unexpected interruptions of Llama 3 405B's 54 days on 16,384 GPUs, by published cause (arXiv:2407.21783,
-# table 5). 413 are mapped. Silent data corruption (6) is left out: nothing in this version finds it, so a storm with
-# it could not be held to equal hashes; the flip kinds of the catalogue show that openly.
+# table 5). 413 are mapped. Silent data corruption (6) is left out: only a sentinel finds it, and it is off by default,
+# so a storm with it could not be held to equal hashes; the flip kinds of the catalogue show that openly.
 # Faults that need two nodes are left out of a storm on one node: there a dead link looks like a stopped rank.
 LLAMA3 = (
     Cause("faulty GPU", 148, ("sigabrt", "sigsegv", "exit", "nan_gradient"), "a driver's error ends the process"),

@@ -68,7 +68,7 @@ def check(data: Data, eval: Eval, context: int) -> list[str]:
     Returns a sentence about each source that is not there yet or on the hub: those are left to `prepare`.
     """
     notes = _check_parts(partial(open_corpus, data), {"train", "heldout"}, lambda corpus: _splitter(corpus, data))
-    if not notes and _is_short(open_corpus(data), context):
+    if not notes and _is_short(open_corpus(data), context, 1 - data.heldout_fraction):
         with tempfile.TemporaryDirectory() as scratch:
             prepare(data.model_copy(update={"cache_dir": scratch}), eval.model_copy(update={"sets": ()}), context)
     for name in eval.sets:
@@ -96,10 +96,10 @@ def _check_parts(
     raise empty_part(max(missing), corpus, tally)  # of two, "train"
 
 
-def _is_short(corpus: Corpus, context: int) -> bool:
-    """True if the text may make too few tokens for a sequence: it is read no further than that takes."""
+def _is_short(corpus: Corpus, context: int, share: float) -> bool:
+    """True if `share` of the text, that for training, may make too few tokens for a sequence. Reads only so far."""
     tally = Tally()
-    return all(tally.bytes <= _BYTES_PER_TOKEN * (context + 1) for _ in corpus.documents(tally))
+    return all(share * tally.bytes <= _BYTES_PER_TOKEN * (context + 1) for _ in corpus.documents(tally))
 
 
 def tokenizer_for(data: Data, *, progress: ProgressCallback = no_progress) -> Tokenizer:

@@ -1,5 +1,5 @@
 """Faults on purpose: kinds (fault.py and the modules imported below), when they fire (plan), what fires them (injector
-inside a rank, nemesis beside the job), and whether the run survived (evidence, checker). Nothing here acts unless a
+inside a rank, nemesis beside the job), and whether the run survived (attribution, checker). Nothing here acts unless a
 config has `[[faults]]`.
 """
 

@@ -84,7 +84,7 @@ class Fault:
     recovered: ClassVar[str]
 
     phases: ClassVar[tuple[Phase, ...]] = ()
-    """Phases at which it strikes inside a rank, the usual first. None if it comes from outside."""
+    """Phases at which it strikes inside a rank, the usual first. Empty if it comes from outside."""
     settings: ClassVar[Mapping[str, Setting]] = {}
     needs: ClassVar[tuple[str, ...]] = ()
     signal_number: ClassVar[int] = 0
@@ -97,7 +97,7 @@ class Fault:
     exits: ClassVar[tuple[int, ...]] = (0,)
     """Exit statuses of the job that it explains. After any but 0 the same command is given again."""
     silent: ClassVar[bool] = False
-    """True if nothing in this version notices it. Unequal weights at the end then count as undetected."""
+    """True if no check of this run notices it (see `watched`). Unequal weights at the end then count as undetected."""
     detect_seconds: ClassVar[float] = 10.0
     """Bound from firing to detection: the processes end, or the log reports it. The machine may be shared."""
     recover_seconds: ClassVar[float] = 30.0  # bound from firing to the next step that had never been computed

@@ -2,7 +2,8 @@
 
 A cluster that nothing strikes ends its round at a time that is a formula, so only struck clusters are followed. Seconds
 are means over clusters. Approximations: saves cost a constant share of the time between them; a cluster that computes
-with a node less (quorum inside, no spare left) is not slowed down by it.
+with a node less (quorum inside, no spare left) is not slowed down by it; the reload after silent corruption
+takes no time.
 """
 
 import heapq
@@ -38,7 +39,7 @@ class _Clusters:
         self.counts = {failure.name: 0 for failure in scenario.failure}
         self.incidents: list[dict[str, Any]] = []
         self.repairs: list[float] = []  # times at which nodes under repair serve again
-        self.noticed: list[tuple[float, float]] = []  # (time, productive seconds before the corruption)
+        self.noticed: list[tuple[float, float, str]] = []  # (time, productive seconds before the corruption, cause)
         # Of struck clusters, in this round: the intervals (part, from, to, cause) without computation that they are in
         # or have ahead, the seconds that they spent in earlier ones by part, and the work they lost.
         self.stopped: dict[int, list[tuple[str, float, float, str]]] = {}
@@ -72,11 +73,12 @@ class _Clusters:
             end = self._end(finish)
         self._account(start, min(end, self.horizon), finish, completed=end <= self.horizon)
         while self.noticed and self.noticed[0][0] <= end:
-            _, before = heapq.heappop(self.noticed)
+            _, before, cause = heapq.heappop(self.noticed)
             lost = self.parts["productive"] - before
             if lost > 0:
                 self.parts["productive"] -= lost
                 self.parts["lost_steps"] += lost
+                self.by_cause[cause] += lost
         return end
 
     def _end(self, finish: np.ndarray) -> float:
@@ -92,7 +94,7 @@ class _Clusters:
         self.counts[failure.name] += 1
         if failure.silent_hours is not None:
             later = now + self.random.exponential(failure.silent_hours * 3600) + failure.detect_seconds
-            heapq.heappush(self.noticed, (later, self.parts["productive"]))
+            heapq.heappush(self.noticed, (later, self.parts["productive"], failure.name))
             return range(0)
         while self.repairs and self.repairs[0] <= now:
             heapq.heappop(self.repairs)

@@ -16,7 +16,6 @@ from trainer.forecast.scenario import DAY, Cluster, Failure, Islands, Policy, Qu
 from trainer.forecast.simulator import simulate
 
 THRESHOLDS = (0.9, 0.5)
-IMPROVEMENTS = ("detection", "restart", "checkpoint", "failure rate", "spares", "clusters")
 
 
 class Line(Section):
@@ -39,7 +38,7 @@ class ScaleFile(Section):
     cluster: Cluster
     failure: list[Failure] = Field(min_length=1)
     storage: Storage | None = None
-    line: list[Line] = Field(min_length=1)
+    line: list[Line] = Field(min_length=1, max_length=8)  # the picture has so many marks
 
 
 def load(path: Path) -> ScaleFile:
@@ -102,14 +101,13 @@ def scale(file: ScaleFile) -> dict[str, Any]:
     return {"question": file.question, "lines": lines, "thresholds": list(THRESHOLDS)}
 
 
-def _goodput(scenario: Scenario, replicates: int | None = None) -> dict[str, float | None]:
-    return mean_interval([simulate(scenario, seed).goodput for seed in range(replicates or scenario.replicates)])
+def _goodput(scenario: Scenario) -> dict[str, float | None]:
+    return mean_interval([simulate(scenario, seed).goodput for seed in range(scenario.replicates)])
 
 
 def _improvements(scenario: Scenario, now: float) -> dict[str, float]:
     """Return how much goodput each improvement by a factor of two adds, largest first."""
     policy, changes = scenario.policy, dict[str, dict[str, float]]()
-    names = [failure.name for failure in scenario.failure]
     changes["detection"] = {
         f"failure.{failure.name}.detect_seconds": failure.detect_seconds / 2 for failure in scenario.failure
     }
@@ -129,7 +127,7 @@ def _improvements(scenario: Scenario, now: float) -> dict[str, float]:
         if (value := getattr(failure, key)) is not None
     }
     changes["failure rate"] = rates
-    if any(failure.repair_hours for failure in scenario.failure) and names:
+    if any(failure.repair_hours for failure in scenario.failure):
         spare = scenario.cluster.spare_nodes
         changes["spares"] = {"cluster.spare_nodes": min(max(1, 2 * spare), scenario.cluster.nodes)}
     if policy.kind == "islands" and 2 * policy.clusters <= scenario.cluster.nodes:

@@ -121,7 +121,7 @@ class _Job:
             self._at(strike.time + self.random.exponential(failure.silent_hours * 3600) + failure.detect_seconds,
                      "noticed", (failure.name, self._durable_now()))  # fmt: skip
             return
-        in_service = self.healthy_share < 1 or strike.nodes == 0 or not self._hits_a_spare(strike)
+        in_service = self.healthy_share < 1 or strike.nodes == 0 or not self._hits_a_spare(strike, repair)
         if not in_service:
             return
         lost = 0.0
@@ -172,9 +172,9 @@ class _Job:
     def enough(self) -> bool:
         return self.healthy_share >= self.scenario.cluster.min_share
 
-    def _hits_a_spare(self, strike: Strike) -> bool:
+    def _hits_a_spare(self, strike: Strike, repair: float) -> bool:
         cluster = self.scenario.cluster
-        idle = cluster.spare_nodes - (self.down_nodes - strike.nodes)
+        idle = cluster.spare_nodes - (self.down_nodes - (strike.nodes if repair else 0))
         return idle > 0 and self.random.random() < idle / (cluster.nodes + idle)
 
     def _durable_now(self) -> float:
@@ -201,7 +201,10 @@ class _Job:
 
     def _restart(self, detect_seconds: float, cause: str | None) -> None:
         """Begin a restart of the whole job; one that was under way is void."""
-        self.owed, self.restarting = {}, True
+        self.owed = {
+            part: owed for part, owed in self.owed.items() if part == "preempted"
+        }  # maintenance takes its time
+        self.restarting = True
         self._owe("down", detect_seconds, cause)
         self._owe("startup", self.restart, cause)
 

@@ -140,9 +140,9 @@ def run(
 ) -> LadderStatus:  # fmt: skip
     """Do what is left of a ladder, or of its rungs up to `up_to`. After a kill, the same call continues.
 
-    Runs that were given up are tried once more. SIGINT and SIGTERM ask all runs to save and leave; a second signal
-    ends them at once. Raises RunDirectoryError if OUT belongs to another ladder or another scheduler holds it,
-    ConfigError if there is no rung `up_to`, UsageError if the baseline fails in its first steps.
+    Runs that were given up are tried once more. The signals of docs/signals.md ask all runs to save and leave; a
+    second one ends them at once. Raises RunDirectoryError if OUT belongs to another ladder or another scheduler
+    holds it, ConfigError if there is no rung `up_to`, UsageError if the baseline fails in its first steps.
     """
     part, pool, backend = ladder if up_to is None else ladder.up_to(up_to), pool_of(out), backend or Local()
     preregistration.compare(ladder, out)

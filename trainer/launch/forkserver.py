@@ -3,10 +3,10 @@
     caller ── forks (while it has no threads) or spawns ──▶ server: imports modules, then waits for requests
     caller ── (arguments, environment, …) ──▶ server ── forks twice ──▶ child: runs `-m MODULE ARGUMENTS`
 
-torchrun starts its workers in this way, and a chaos campaign its agents. The process between server and child ends at
-once, and the caller adopts the child (as its "subreaper"): it is the child's parent, waits for it and signals it, as if
-it had started it in the ordinary way. A child has imported modules and nothing else: before the fork nothing is
-computed, no thread runs and no CUDA context exists.
+torchrun starts its workers in this way, a chaos campaign its agents, and a ladder its runs. The process between server
+and child ends at once, and the caller adopts the child (as its "subreaper"): it is the child's parent, waits for it and
+signals it, as if it had started it in the ordinary way. A child has imported modules and nothing else: before the fork
+nothing is computed, no thread runs and no CUDA context exists.
 
 Linux only. Without a server, or once it is gone, the caller must start its processes in the ordinary way.
 """

@@ -372,8 +372,8 @@ def _patch_start(server: forkserver.ForkServer | None) -> None:
 
 def _free_terminal() -> None:
     """Erase the live line of a worker that was killed and show the cursor: nothing more is written into that line."""
-    if terminal.is_terminal(sys.stdout):
-        print("\r\x1b[2K\x1b[?25h", end="", flush=True)
+    if terminal.has_cursor(sys.stdout):
+        print(terminal.CLEAR, end="", flush=True)
 
 
 if __name__ == "__main__":

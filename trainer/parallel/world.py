@@ -69,13 +69,13 @@ class World:
         `compute`; the ranks that wait for it then call `waiting`.
         """
         try:
-            own_error: Any = compute()
+            own: Any = compute()
         except TopropeError as error:
-            own_error = error
-        values = self._exchange(own_error)
+            own = error
+        values = self._exchange(own)
         while any(value is IN_PROGRESS for value in values):
             waiting()
-            values = self._exchange(own_error)
+            values = self._exchange(own)
         for value in values:
             if isinstance(value, TopropeError):
                 raise value

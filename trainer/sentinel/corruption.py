@@ -5,15 +5,17 @@ false alarms. Three checks, all within one step:
 
 - Audits. A keyed choice of micro-batches is computed by a second rank too; hashes of the gradient's bits are compared.
 - Reduction. Rounded gradients are multiples of their grid, so a weighted sum of their entries is exact, and that of a
-  sum is the sum of theirs. What every rank has added up, and what it received, is held against it, row by row.
-- State. Each rank hashes weights, moments and grids after the update and again before the next; replicas compare.
+  sum is the sum of theirs. What every rank has added up (replicate only), and what it received, is held against it, row
+  by row.
+- State. Each rank hashes weights, moments and grids after the update and again before the next, if both steps are
+  checked; else from the start of a checked step. Replicas compare, but not those of hybrid.
 
 Whatever disagrees is computed once more. What agrees then was transient: who changed was wrong. What disagrees again
 stays, and ends the run. A state that changed is copied from a replica, or the job restarts from its checkpoint.
 
 Not seen: what all ranks compute wrong alike (operators, compilers), and what one rank alone always does; a micro-batch
-that is not audited; a gradient that is damaged between the reduction and the update; an update that goes wrong where
-the state has no replica (fsdp, one rank).
+that is not audited; a gradient that is damaged between the reduction and the update; where the state has no replica to
+compare (fsdp, hybrid, one rank), an update that goes wrong, or a change between two checked steps.
 """
 
 import functools
@@ -192,7 +194,7 @@ class Sentinel:
             if grids is not None and magnitude is not None:
                 grids.restore(magnitude)  # the first computation may have widened it
             earlier = observed
-        self._stop(step + 1, findings, "The same when computed again. " if self._act == "repair" else "")
+        self._stop(step + 1, findings, "Not all agrees when computed again either. " if self._act == "repair" else "")
         raise AssertionError
 
     def _pick(self, step: int) -> list[tuple[int, int]]:
@@ -349,8 +351,10 @@ class Sentinel:
     def _checksum(self, name: str, gradient: Tensor, rows: slice) -> Tensor:
         """Weighted sums of these rows of a gradient, one for each row of a matrix: exact if it is on its grid."""
         shape = self._state.sharding.parameters[name].shape
-        weights = factors(shape[-1], gradient.device)
-        return gradient.double() @ weights if len(shape) == 2 else (gradient.double() @ weights[rows]).reshape(1)
+        if len(shape) == 2:
+            return gradient.double() @ factors(shape[1], gradient.device)
+        weights = factors(shape.numel(), gradient.device).view(shape)[rows]
+        return (gradient.double() * weights).sum().reshape(1)
 
     # The state.
 

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Paper is not plain white: each colour stands for one name, and matplotlib draws in white
+# `svg` replaces each light colour by its name. So no two names share one, and paper is not the plain white that
+# matplotlib itself draws in.
 PALETTE: Mapping[str, tuple[str, str]] = {
     "paper": ("#fffffe", "#14171c"), "panel": ("#f7f8fa", "#1b1f26"),
     "line": ("#e4e7ec", "#2c323b"), "ink": ("#1d2127", "#e6e9ee"),
@@ -64,7 +65,7 @@ def style(more: Any = None) -> Iterator[None]:
 
     `more` are settings of matplotlib that override the house style.
     """
-    # As a notebook's kernel leaves it to what it starts: it may name a backend that is not installed here.
+    # A notebook's kernel sets MPLBACKEND for all processes that it starts, to a backend that may be missing here.
     asked = os.environ.pop("MPLBACKEND", None)
     try:
         import matplotlib

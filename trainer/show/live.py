@@ -57,9 +57,7 @@ class LiveTable:
         """Print a permanent line above the table. A long one is broken between words; a hash can be copied whole."""
         if self.is_terminal:
             if isinstance(line, str):
-                line = textwrap.fill(
-                    line, self.width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
-                )
+                line = _wrapped(line, self.width)
             self._attempt(self._console.print, line, style=style or None, markup=False, emoji=False, soft_wrap=True)
         else:
             self._attempt(print, line, file=self.file, flush=True)

@@ -35,12 +35,13 @@ class _Sink(io.FileIO):
 
     def __init__(self, descriptor: int, clears: bool = False) -> None:
         super().__init__(descriptor, "w", closefd=False)
-        self._clears = clears and self.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
+        self._clears = clears
         self._at_line_start = True
 
     def write(self, data: Any, /) -> int:
         try:
-            if self._clears and self._at_line_start:
+            # Asked anew for each line: a fleet's worker turns its descriptors from the terminal to its log.
+            if self._clears and self._at_line_start and has_cursor(self):
                 super().write(CLEAR.encode())
             while (written := super().write(data)) is None:  # another process has made it non-blocking
                 select.select([], [self], [])
@@ -103,12 +104,17 @@ def stream(file: TextIO | None = None) -> TextIO:
     return chosen
 
 
-def is_terminal(file: TextIO) -> bool:
+def is_terminal(file: TextIO | io.FileIO) -> bool:
     """True if `file` is a terminal; False if it is closed."""
     try:
         return file.isatty()
     except (OSError, ValueError):
         return False
+
+
+def has_cursor(file: TextIO | io.FileIO) -> bool:
+    """True if `file` is a terminal that understands control codes."""
+    return is_terminal(file) and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
 
 
 def _nowhere(descriptor: int) -> int:

@@ -50,7 +50,8 @@ def judge(
     notices = [meaning.describe(found, chosen, columns or {})]
     problems = list(found.problems)
     runs = meaning.read_runs(found, chosen, more, notices, problems)
-    problems += meaning.contradictions(found, runs, "seed" in chosen)
+    is_loss = not more and not words & {"perplexity", "ppl"}
+    problems += meaning.contradictions(found, runs, "seed" in chosen, is_loss)
     if problems or not runs:
         raise ConfigError(problems or [f"{source} has no run with a result.\n  Every row lacks {metric}."])
     runs = meaning.with_baseline(found, runs, baseline, notices)
@@ -59,13 +60,17 @@ def judge(
     parameters, tokens, loss = (np.array([getattr(run, name) for run in base]) for name in ("params", "tokens", "loss"))
     apart = surface.is_surface(parameters, tokens)
     runs = meaning.with_seeds(meaning.with_rungs(runs, apart), notices)
+    if crowded := meaning.crowded(found, runs):
+        raise ConfigError(crowded)
+    if any(run.seconds and not run.tokens for run in runs):
+        notices.append("Seconds of runs without tokens are not used: steps are compared by seconds per token.")
     largest = max(run.flops for run in runs)
     if target_flops is None:
         target_flops = REACH * largest
         notices.append(f"No target was given: verdicts are about {REACH:g}× the largest run's compute.")
-    elif target_flops < largest:
+    elif not largest <= target_flops < math.inf:
         raise ConfigError([
-            f"--target {target_flops:g} is less than the largest run's {scientific(largest)} FLOPs.\n"
+            f"--target {target_flops:g} is no finite amount from the largest run's {scientific(largest)} FLOPs on.\n"
             "  A verdict is about a scale that was not run. Give a larger target, or leave out the runs above it."
         ])  # fmt: skip
     unit = "bits_per_byte" if words & {"bpb"} or "bits" in words else "nats_per_token"
@@ -129,8 +134,7 @@ def _report(
     )
     ladder = Ladder(name, path, file, criterion, rungs, arms, target_flops, None, [], notices, {})
     tree = build.build_report(CollectedLadder(ladder, [_collected(run) for run in runs]))
-    known = {run.place: run for run in runs}
-    for entry, run in zip(tree["runs"], known.values(), strict=True):
+    for entry, run in zip(tree["runs"], runs, strict=True):
         entry |= {"parameters": run.params, "tokens": run.tokens, "steps": None, "place": run.place}
     for rung in tree["rungs"]:
         rung |= dict.fromkeys(("width", "n_layers", "n_heads"))

@@ -133,10 +133,11 @@ def read_runs(
         if loss is None:
             missing.append(row.place)
             continue
-        if flops is None and params and tokens:
-            flops = 6 * params * tokens
+        most = 6 * params * tokens if params and tokens else 0.0
+        if flops is None and most:
+            flops = most
             derived.append(row.place)
-        if flops is None or flops == math.inf:
+        if flops is None or most == math.inf:
             fact = (
                 "neither FLOPs nor parameters and tokens are known" if flops is None else "no run has so much compute"
             )
@@ -149,7 +150,8 @@ def read_runs(
             wrong.setdefault(f"{chosen['loss']} is not positive, as a loss is", []).append(row.place)
         if not math.isfinite(loss):
             diverged.append(row.place)
-        texts = {role: str(row.values.get(chosen.get(role, ""), "") or "") for role in ("arm", "rung")}
+        given = {role: row.values.get(chosen.get(role, "")) for role in ("arm", "rung")}
+        texts = {role: "" if value is None else str(value) for role, value in given.items()}
         for role, text in texts.items():
             if role in chosen and not text:
                 wrong.setdefault(f"{chosen[role]} is missing", []).append(row.place)
@@ -190,7 +192,7 @@ def _number(row: Row, role: str, chosen: Mapping[str, str], wrong: dict[str, lis
         if role == "seed" and not number.is_integer():
             problem = "is no whole number"
         elif role != "seed" and not (0 < number < math.inf):
-            problem = "is not positive"
+            problem = "is not positive and finite"
         elif number < LEAST.get(role, -math.inf):
             problem = "is too few, as if in a larger unit: write all digits, or 124M, 2.5B"
     if problem:
@@ -241,7 +243,7 @@ def in_nats(runs: list[TableRun], metric: str, more: bool, notices: list[str]) -
                 "  Give a metric that falls towards a floor, as a loss does, or a share of right answers."
             ])  # fmt: skip
         notices.append(f"More {metric} is better: what is judged is the missing share, {whole:g} − {metric}.")
-        runs = [replace(run, loss=1 - run.loss / whole) for run in runs]
+        runs = [replace(run, loss=1 - run.loss / whole if math.isfinite(run.loss) else math.nan) for run in runs]
     perfect = [run.place for run in runs if run.loss <= 0]
     if perfect:
         raise ConfigError(
@@ -250,8 +252,11 @@ def in_nats(runs: list[TableRun], metric: str, more: bool, notices: list[str]) -
     return runs
 
 
-def contradictions(found: Table, runs: Sequence[TableRun], seeded: bool) -> list[str]:
-    """Problems of rows that contradict each other: given twice, or in different units."""
+def contradictions(found: Table, runs: Sequence[TableRun], seeded: bool, is_loss: bool) -> list[str]:
+    """Problems of rows that contradict each other: given twice, or in different units.
+
+    Losses, and only they, may be in bits and in nats.
+    """
     problems: list[str] = []
     groups: dict[tuple[Any, ...], list[TableRun]] = {}
     for run in runs:
@@ -263,20 +268,33 @@ def contradictions(found: Table, runs: Sequence[TableRun], seeded: bool) -> list
             what = "are the same run" if len({run.loss for run in group}) == 1 else "are one run with different results"
             problems.append(f"{found.source}, {places}: {what}.\n  Keep one row for each arm, size and seed.")
     # C / 6·N·D is near 1 for language models, and whatever it is, it is alike in all rows of one unit.
-    ratios = {run.place: run.flops / (6 * run.params * run.tokens) for run in runs if run.params and run.tokens}
-    usual = statistics.median(ratios.values()) if ratios else 1.0
-    odd = [place for place, ratio in ratios.items() if abs(math.log(ratio / usual)) > math.log(UNIT_RATIO)]
+    ratios = [(run.place, run.flops / (6 * run.params * run.tokens)) for run in runs if run.params and run.tokens]
+    usual = statistics.median(ratio for _, ratio in ratios) if ratios else 1.0
+    odd = [(place, ratio) for place, ratio in ratios if abs(math.log(ratio / usual)) > math.log(UNIT_RATIO)]
     if odd:
         problems.append(
-            f"{found.source}, {_places(odd)}: FLOPs / (6·params·tokens) is {ratios[odd[0]]:.2g}, and in most rows "
-            f"{usual:.2g}.\n  One of the three has another unit there. Write all in one unit."
+            f"{found.source}, {_places([place for place, _ in odd])}: FLOPs / (6·params·tokens) is {odd[0][1]:.2g}, "
+            f"and in most rows {usual:.2g}.\n  One of the three has another unit there. Write all in one unit."
         )
     elif abs(math.log(usual)) > math.log(UNIT_RATIO):
         problems.append(
             f"{found.source}: FLOPs / (6·params·tokens) is {usual:.2g}, and 6 FLOPs are needed for each.\n"
             "  Give compute in FLOPs, or none (--column flops=): it is 6·params·tokens then."
         )
-    return problems + _mixed_losses(found, runs)
+    return problems + (_mixed_losses(found, runs) if is_loss else [])
+
+
+def crowded(found: Table, runs: Sequence[TableRun]) -> list[str]:
+    """Problems of runs of one arm and seed that fall into one rung."""
+    groups: dict[tuple[Any, ...], list[TableRun]] = {}
+    for run in runs:
+        groups.setdefault((run.arm, run.rung, run.seed), []).append(run)
+    return [
+        f"{found.source}, {_places([run.place for run in group])}: one arm and seed, and about the compute of rung "
+        f"{group[0].rung}.\n  Name the sizes with --column rung=NAME, or keep one of the rows."
+        for group in groups.values()
+        if len(group) > 1
+    ]
 
 
 def _mixed_losses(found: Table, runs: Sequence[TableRun]) -> list[str]:
@@ -325,14 +343,14 @@ def with_rungs(runs: Sequence[TableRun], apart: bool) -> list[TableRun]:
 
 
 def with_seeds(runs: Sequence[TableRun], notices: list[str]) -> list[TableRun]:
-    """Number the runs of each arm and rung if the table has no seeds, or if an arm shares none with the baseline."""
+    """Number the runs of each arm and rung that have no seed; tell which arms share none with the baseline."""
     base = {(run.rung, run.seed) for run in runs if run.arm == BASELINE}
     paired = {run.arm for run in runs if run.seed is not None and (run.rung, run.seed) in base}
     unpaired = list(dict.fromkeys(run.arm for run in runs if run.arm not in paired))
     counts: Counter[tuple[str, str]] = Counter()
     numbered = []
     for run in runs:
-        if run.arm in unpaired or run.seed is None:
+        if run.seed is None:
             run = replace(run, seed=counts[run.arm, run.rung])
         counts[run.arm, run.rung] += 1
         numbered.append(run)

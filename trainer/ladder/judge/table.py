@@ -86,7 +86,9 @@ def _delimited_rows(text: str, problems: list[str]) -> Iterator[Row]:
     header = text.partition("\n")[0]
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",\t;|", key=header.count))
     columns = [name.strip() for name in next(reader, [])]
-    twice = sorted({name for name in columns if columns.count(name) > 1 or not name})
+    if "" in columns:
+        problems.append("line 1: a column has no name.\n  Name it; pandas writes none with index=False.")
+    twice = sorted({name for name in columns if name and columns.count(name) > 1})
     if twice:
         problems.append(f"line 1: {', '.join(map(repr, twice))} names several columns.\n  Give each its own name.")
     for fields in reader:

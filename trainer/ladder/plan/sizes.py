@@ -109,7 +109,7 @@ class Scale:
 
 
 def _cached(function: F) -> F:
-    return functools.lru_cache(maxsize=1024)(function)  # pyright: ignore - it does not see that models are hashable
+    return functools.lru_cache(maxsize=1024)(function)  # pyright: ignore - it does not see that the arguments are hashable
 
 
 def counts(model: configs.Model, vocab_size: int) -> tuple[int, int]:

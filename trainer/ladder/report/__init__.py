@@ -38,8 +38,10 @@ def write(tree: Tree, out: Path) -> list[Picture]:
     drawn = page.draw(tree)
     out.mkdir(parents=True, exist_ok=True)
     # An earlier report may have had a picture for which there are no data now.
-    for name in page.NAMES:
-        (out / f"{name}.png").unlink(missing_ok=True)
+    for name in {*page.NAMES} - {picture.name for picture in drawn}:
+        path = out / f"{name}.png"
+        if path.is_symlink() or files.is_file(path):
+            path.unlink()
     for picture in drawn:
         files.write(out / f"{picture.name}.png", picture.png)
     files.write(out / "report.json", f"{json.dumps(tree, indent=1, allow_nan=False)}\n")

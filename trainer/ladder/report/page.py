@@ -18,8 +18,8 @@ KINDS: Sequence[tuple[str, Callable[[Tree], Any], str, str]] = (
     (
         "multiplier", multipliers.draw, "Compute multiplier against compute",
         "How many times more compute the baseline would need to reach the arm's loss. Points: each rung alone. "
-        "Line and band: all rungs, extrapolated to the target. Dotted: the same if the arm's loss levels off at "
-        "another value than the baseline's. A verdict must hold for both.",
+        "Line and band: all rungs, extrapolated to the target over all forms that the data allow. "
+        "Thin lines: three of these forms. A verdict must hold under all of them.",
     ),
     (
         "loss", losses.draw, "Loss against compute",

@@ -60,7 +60,7 @@ class JudgedLadder:
     target_flops: float
 
     def __post_init__(self) -> None:
-        if self.target_flops < (largest := self.baseline.rungs.flops[-1]) * 0.999:
+        if not (largest := self.baseline.rungs.flops[-1]) * 0.999 <= self.target_flops < math.inf:
             raise FitError(
                 f"the target of {self.target_flops:.3g} FLOPs lies below the largest rung of {largest:.3g}.\n"
                 "  A verdict extrapolates. Give a target at or above the largest rung, or leave out the rungs above it."
