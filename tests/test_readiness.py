@@ -171,7 +171,7 @@ def test_the_command_drills_now_and_its_exit_status_is_the_answer(tmp_path: Path
     issues = "".join(f'[[issue]]\nline = "{topic}"\ntitle = "{topic}"\ndecision = "accept"\n'
                      for topic in ("loss", "chaos", "goodput", "data", "operators", "shapes", "time"))  # fmt: skip
     plan.write_text(
-        f'baseline = "{SMOKE}"\n[drill]\nat_step = 9\n'
+        f'baseline = "{SMOKE}"\n[drill]\nat_step = 11\n'
         f'set = {{ "budget.steps" = 20, "checkpoint.every_steps" = 5 }}\n{issues}'
     )
     done = trainer("ready", SMOKE, "--plan", plan, "--out", tmp_path / "out", "--json", check=False)
@@ -179,9 +179,22 @@ def test_the_command_drills_now_and_its_exit_status_is_the_answer(tmp_path: Path
     assert "weights_sha256 equal" in line(tree, "drill")["evidence"]
     assert done.returncode == 0 and tree["go"]
     assert "Go: " in (tmp_path / "out" / readiness.PAGE).read_text()
-    plan.write_text(plan.read_text().replace("at_step = 9", "at_step = 500"))
-    done = trainer("ready", SMOKE, "--plan", plan, "--out", tmp_path / "out", "--json", check=False)
-    never = line(json.loads(done.stdout), "drill")
-    assert done.returncode == 1 and never["answer"] == "unknown" and "never fired" in never["evidence"]
     plan.write_text(plan.read_text() + '[[issue]]\ntitle = "left open"\n')
     assert trainer("ready", SMOKE, "--plan", plan, "--out", tmp_path / "out", check=False).returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("drill", "told"),
+    [
+        ('at_step = 10\nset = { "budget.steps" = 20, "checkpoint.every_steps" = 5 }', "from 11 .* to 20"),
+        ("at_step = 500", "the run is over"),
+        ('at_step = 9\nset = { "budget.steps" = 10, "checkpoint.every_steps" = 5 }', "at most 4"),
+        ('at_step = 9\nset = { "checkpoint.every_steps" = 0 }', "no two checkpoints"),
+    ],
+)
+def test_a_drill_that_may_find_no_checkpoint_is_refused_before_any_work(tmp_path: Path, drill: str, told: str):
+    plan = tmp_path / "plan.toml"
+    plan.write_text(f'baseline = "{SMOKE}"\n[drill]\n{drill}\n')
+    with pytest.raises(ConfigError, match=told):
+        readiness.check(Path(SMOKE), plan, tmp_path / "out", log=print)
+    assert not (tmp_path / "out").exists()

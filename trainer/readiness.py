@@ -53,6 +53,7 @@ class Drill(Section):
     ranks: int = Field(default=2, ge=2)
     """Ranks of the run whose last one is killed; one rank resumes it."""
     at_step: int = Field(ge=1)
+    """Step of the kill, after two saves: the first is complete when the second begins."""
     timeout_seconds: float = Field(default=300.0, gt=0)
 
 
@@ -119,6 +120,7 @@ def check(config_path: Path, plan_path: Path, out: Path, log: Callable[[str], No
     ]:
         raise ConfigError([f"{plan_path}: {problem}" for problem in problems])
     review = _Review(config, config_path, plan, plan_path.parent, out, log)
+    review.check_drill()
     lines = [_decided(line, plan.issue) for line in review.lines()]
     open_issues = [issue for issue in plan.issue if issue.decision in ("", "wait")]
     blocking = [line for line in lines if line.answer != "pass" and not line.decision]
@@ -288,20 +290,36 @@ class _Review:
                 answer, said = "unknown", f"{said}, but of commit {theirs}, and this is {ours}"
             yield Line("chaos", what, answer, said, str(path), path.stat().st_mtime)
 
+    def check_drill(self) -> None:
+        """Raise ConfigError if the drill's run ends before the kill, or is killed before it has a sure checkpoint."""
+        if self.plan.drill is None:
+            return
+        path, overrides = self._drill_config(self.plan.drill)
+        config, at_step = configs.load(path, overrides), self.plan.drill.at_step
+        # A save is written beside the next steps; only when the next one begins is it sure to be complete.
+        first, last = 2 * config.checkpoint.every_steps + 1, config.budget.steps
+        if not config.checkpoint.every_steps or first > last:
+            fact = f"the drill's run of {last} steps has no two checkpoints before its end."
+            raise ConfigError([f"{fact}\n  Set checkpoint.every_steps to at most {(last - 1) // 2} in [drill] set."])
+        if not first <= at_step <= last:
+            fact = f"drill.at_step = {at_step}: no checkpoint is sure to be complete then, or the run is over."
+            raise ConfigError([f"{fact}\n  Kill at a step from {first} (after two saves) to {last} (the last)."])
+
+    def _drill_config(self, drill: Drill) -> tuple[Path, list[str]]:
+        """Path of the config that the drill trains, and the settings that it changes."""
+        path = _plain(self.base / drill.config) if drill.config else self.config_path
+        return path, [f"{key}={tomlfile.text(value)}" for key, value in configs.flatten(drill.set).items()]
+
     def _drill(self) -> Line:
         """Kill a run, resume it on another number of ranks, and compare its weights with an undisturbed run's."""
         what = "a killed run resumes on another number of ranks to the same bits"
         drill = self.plan.drill
         if drill is None:
             return Line("drill", what, "unknown", "the plan has no [drill]")
-        path = _plain(self.base / drill.config) if drill.config else self.config_path
+        path, changes = self._drill_config(drill)
+        overrides = [part for change in changes for part in ("--set", change)]
         began, place = time.time(), self.out / "drill"
         shutil.rmtree(place, ignore_errors=True)
-        overrides = [
-            part
-            for key, value in configs.flatten(drill.set).items()
-            for part in ("--set", f"{key}={tomlfile.text(value)}")
-        ]
         kill = f'faults=[{{kind = "sigkill", rank = {drill.ranks - 1}, at_step = {drill.at_step}}}]'
         python = [sys.executable, "-m"]
         ranks = [*python, "trainer.launch.torchrun", "--standalone", "--nproc-per-node", str(drill.ranks), "-m"]
