@@ -360,7 +360,7 @@ SETTINGS = [
     "data.cache_dir=\"~nobody-known\"", "data.cache_dir='\0'", "data.cache_dir=tiny.toml", "eval.sets=['x']",
     "eval.sources.x='none'", "budget.steps=0", "model.width=99999999", "parallel.device='tpu'", "wandb.mode='x'",
     "data.max_megabytes=nan", "data.heldout_fraction=1.0", "optim.learning_rate=nan", "faults=[{}]",
-    "faults=[{kind='x'}]", "data.source='hub:x/y'",
+    "faults=[{kind='x'}]", "data.source='hub:x/y'", "data.micro_batches=99999999999", "data.micro_batches=65536",
 ]  # fmt: skip
 LEFT_TO_TRAIN = (
     "data.source=\"\"", "data.cache_dir=\"~nobody-known\"", "data.cache_dir=tiny.toml", "faults=[{kind='x'}]",

@@ -151,6 +151,22 @@ def test_ranks_that_another_launcher_has_started_are_told_the_command_that_works
         elastic.belong_to_agent()
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"RANK": None, "MASTER_ADDR": None}, "RANK is not set, MASTER_ADDR is not set"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
+        ({"RANK": "2"}, "RANK=2 is not below WORLD_SIZE=2"),
+    ],
+)
+def test_an_environment_that_torchrun_did_not_make_whole_is_refused(monkeypatch, change, told: str):
+    whole = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in ({"TORCHELASTIC_RUN_ID": "x"} | whole | change).items():
+        monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name, raising=False)
+    with pytest.raises(WorldError, match=re.escape(told)):
+        elastic.belong_to_agent()
+
+
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.8.0.1", "::1", "[::1]"])
 def test_a_loopback_address_is_known_as_one(host: str):
     assert elastic.is_loopback(host)

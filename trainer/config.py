@@ -51,7 +51,7 @@ class Data(Section):
     """"bpe" (byte-level, trained on the training split), "bytes", "chars", or the path of a tokenizer.json."""
     vocab_size: int = Field(default=4096, ge=257)
     """Tokens of a trained BPE; has no meaning for other tokenizers."""
-    micro_batches: int = Field(default=8, ge=1)
+    micro_batches: int = Field(default=8, ge=1, le=2**20)
     """M: micro-batches in a step. The unit of work; any number of ranks up to M may share them."""
     micro_batch_sequences: int = Field(default=4, ge=1)
     """B: sequences in a micro-batch."""

@@ -14,6 +14,8 @@ from trainer.errors import ConfigError
 if TYPE_CHECKING:
     from trainer.config import Config
 
+FLOAT32_BITS = 24  # of the significand
+MIN_BITS_KEPT = 4
 TABLES = ("jsonl", "parquet")
 A_FAULT = 'Write [[faults]], and below it its settings: kind = "sigkill", rank = 1, at_step = 9.'
 
@@ -24,6 +26,7 @@ def contradictions(config: "Config") -> list[str]:
     strategy = config.parallel.strategy
     is_gpt = not m.class_  # a class of one's own need not have heads
     heads_fit = m.width % m.n_heads == 0
+    bits_kept = FLOAT32_BITS - (data.micro_batches - 1).bit_length() - config.numerics.headroom_bits
     is_pinned = len(data.revision) == 40 and set(data.revision) <= set("0123456789abcdef")
     rules = [
         (
@@ -45,6 +48,13 @@ def contradictions(config: "Config") -> list[str]:
             o.optimizer == "muon" and strategy != "replicate",
             f'optim.optimizer = "muon" cannot run with parallel.strategy = "{strategy}".\n'
             '  Muon orthogonalises whole matrices and shards hold rows. Use strategy "replicate", or "adamw".',
+        ),
+        (
+            config.numerics.exact and bits_kept < MIN_BITS_KEPT,
+            f"data.micro_batches = {data.micro_batches} leave {bits_kept} bits of each gradient entry, with "
+            f"numerics.headroom_bits = {config.numerics.headroom_bits}.\n"
+            f"  Exact sums keep {FLOAT32_BITS} − log2(micro_batches) − headroom_bits bits, and {MIN_BITS_KEPT} are "
+            "needed. Raise data.micro_batch_sequences instead.",
         ),
         (
             o.warmup_steps > config.budget.steps,

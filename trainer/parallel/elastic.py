@@ -74,6 +74,7 @@ def belong_to_agent() -> None:
             )
     if not started_by_torchrun():
         return
+    _check_environment()
     name_process()
     agent = os.getppid()
     if sys.platform == "linux":  # the kernel does it, even while this process is stopped
@@ -85,6 +86,22 @@ def belong_to_agent() -> None:
         os._exit(EXIT_FAILED)
 
     threading.Thread(target=watch, name="toprope-agent", daemon=True).start()
+
+
+def _check_environment() -> None:
+    """Raise WorldError if a variable that torchrun sets is missing or no number."""
+    numbers = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    wrong = [f"{name} is {value!r}" if value else f"{name} is not set" for name, value in numbers.items()
+             if not value.isdecimal()]  # fmt: skip
+    if not os.environ.get("MASTER_ADDR"):
+        wrong.append("MASTER_ADDR is not set")
+    if not wrong and int(numbers["RANK"]) >= int(numbers["WORLD_SIZE"]):
+        wrong.append(f"RANK={numbers['RANK']} is not below WORLD_SIZE={numbers['WORLD_SIZE']}")
+    if wrong:
+        raise WorldError(
+            f"TORCHELASTIC_RUN_ID says that torchrun has started this process, but {', '.join(wrong)}.\n"
+            "  Start it by torchrun, or unset TORCHELASTIC_RUN_ID to train in one process."
+        )
 
 
 def is_loopback(host: str) -> bool:
