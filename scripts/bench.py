@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from scripts import bench_chaos as chaos
+from scripts import bench_forecast as forecast
 from scripts import bench_ladder as ladder
 from scripts import bench_survival as survival
 from scripts.bench_tables import Ratio, record
@@ -393,13 +394,17 @@ def measure(name: str) -> dict[str, Any]:
             return chaos.mutants()
         case "ladder":
             return ladder.statistics()
+        case "forecast":
+            return forecast.forecast()
+        case "forecast_storms":
+            return forecast.storms()
     raise SystemExit(f"no figure is called {name!r}; there are {', '.join(FIGURES)}")
 
 
 FIGURES = (
     "throughput_12m", "throughput_0.8m", "exact_against_plain_sums", "bf16_compile", "first_step", "memory",
     "shakespeare", "seeds", "saving", "killed", "nodes", "goodput", "sentinel", "sentinel_faults", "catalogue", "storm",
-    "mutants", "ladder",
+    "mutants", "ladder", "forecast", "forecast_storms",
 )  # fmt: skip
 
 

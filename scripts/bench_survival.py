@@ -126,7 +126,8 @@ def saving(result: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _cluster(directory: str, run: Path, ranks: int, nodes: int = 1, every: int = EVERY) -> Cluster:
+def cluster(directory: str, run: Path, ranks: int, nodes: int = 1, every: int = EVERY) -> Cluster:
+    """A job of gpt_tiny that does not end by itself."""
     overrides = [*ENDLESS, f"checkpoint.every_steps={every}"]
     return Cluster(
         TINY, run, overrides, ranks=ranks, nodes=nodes, restarts=100, directory=Path(directory) / "job",
@@ -165,7 +166,7 @@ def killed(repeats: int = 9) -> dict[str, Any]:
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         run = Path(directory) / "run"
-        with _cluster(directory, run, ranks=2) as job_:
+        with cluster(directory, run, ranks=2) as job_:
             job_.start()
             reached = 0
             for _ in range(repeats + 1):
@@ -205,7 +206,7 @@ def nodes(repeats: int = 5) -> dict[str, Any]:
     gains, losses = [], []
     with tempfile.TemporaryDirectory() as directory:
         run = Path(directory) / "run"
-        with _cluster(directory, run, ranks=1, nodes=2, every=5) as job_:
+        with cluster(directory, run, ranks=1, nodes=2, every=5) as job_:
             job_.start()
             _await(run, lambda log: _steps_past(log, 5), "training")
             for _ in range(repeats):
@@ -233,7 +234,7 @@ def goodput() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         run, plain = Path(directory) / "run", Path(directory) / "plain"
         plain.mkdir()
-        with _cluster(directory, run, ranks=2) as job_:
+        with cluster(directory, run, ranks=2) as job_:
             started = time.time()
             job_.start()
             ours = {"kills": _harass(job_, started)}

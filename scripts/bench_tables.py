@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scripts import bench_chaos
+from scripts import bench_chaos, bench_forecast
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "BENCHMARKS.json"
@@ -264,6 +264,8 @@ CHAOS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "sentinel_faults": bench_chaos.sentinel_table,
     "storm": bench_chaos.storm_table,
     "mutants": bench_chaos.mutants_table,
+    "forecast": bench_forecast.forecast_table,
+    "forecast_storms": bench_forecast.storms_table,
 }
 ROWS: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
     "throughput_12m": throughput_rows("throughput relative to a plain loop, exact sums on", "≥ 0.97"),

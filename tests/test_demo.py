@@ -20,6 +20,7 @@ STAGES = (
     "readme_picture",
     "ladder run",
     "ladder report",
+    "ready",
 )
 PROGRAM = """#!/usr/bin/env bash
 [[ $1 == -c ]] && exec cat

@@ -18,7 +18,7 @@ from trainer.forecast import calibrate, scale
 from trainer.forecast import run as runs
 from trainer.forecast.failures import Strikes
 from trainer.forecast.scenario import DAY, Scenario, daly_goodput, daly_interval, load, parse, write_seconds
-from trainer.forecast.simulator import PARTS, simulate
+from trainer.forecast.simulator import PARTS, replay, simulate
 
 CONFIGS = Path("configs/forecast")
 QUORUM = {
@@ -64,6 +64,20 @@ def test_goodput_with_one_exponential_cause_is_dalys_within_a_point(per_day: flo
     found = np.mean([simulate(made, seed).goodput for seed in range(2)])
     mttf = DAY / per_day
     assert found == pytest.approx(daly_goodput(daly_interval(stall, mttf), stall, recovery, mttf), abs=0.01)
+
+
+def test_a_schedule_of_strikes_costs_what_lies_between_the_saves_and_them():
+    made = scenario(days=1000 / DAY, failure=[{"name": "kill", "per_day": 1.0, "detect_seconds": 10.0}],
+                    policy={"kind": "restart", "checkpoint_every_seconds": 100.0, "save_stall_seconds": 0.0,
+                            "restart_seconds": 50.0})  # fmt: skip
+    found = replay(made, [(600.0, "kill"), (270.0, "kill"), (610.0, "kill")])
+    # The first start takes 50 s. The second strike finds 270 s of work since the restart at 330, so 70 beyond the save
+    # at 200 + 200; the third finds the job down, and its restart begins anew.
+    assert found.failures == {"kill": 3}
+    assert found.parts["lost_steps"] == pytest.approx(20 + 70)
+    assert found.parts["down"] == pytest.approx(10 + 10 + 10)
+    assert found.parts["startup"] == pytest.approx(50 + 50 + 50)
+    assert math.fsum(found.parts.values()) == pytest.approx(1000)
 
 
 def test_a_job_on_one_node_without_spares_is_struck_by_every_failure():

@@ -10,8 +10,9 @@ or for other clusters) and `reduced` (the part of the time that missing nodes wo
 
 import heapq
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -59,17 +60,52 @@ def simulate(scenario: Scenario, seed: int) -> Replicate:
         from trainer.forecast.islands import simulate_islands
 
         return simulate_islands(scenario, random)
-    return _Job(scenario, random).run()
+    return _Job(scenario, random, Strikes(scenario, random)).run()
+
+
+def replay(scenario: Scenario, schedule: Iterable[tuple[float, str]]) -> Replicate:
+    """Simulate the run that was struck at these seconds, each by the failure of that name, and at no others.
+
+    The job's own start comes first. Not for islands, whose clusters are struck separately.
+    """
+    job = _Job(scenario, np.random.default_rng(scenario.seed), _Schedule(scenario, schedule))
+    job.start()
+    return job.run()
+
+
+class _Source(Protocol):
+    """Failures in the order of time: `Strikes`, or a schedule."""
+
+    @property
+    def next_time(self) -> float: ...
+    def pop(self) -> tuple[Strike, float]: ...
+
+
+class _Schedule:
+    """Failures that are given, repaired at once."""
+
+    def __init__(self, scenario: Scenario, schedule: Iterable[tuple[float, str]]) -> None:
+        causes = {failure.name: cause for cause, failure in enumerate(scenario.failure)}
+        self._nodes = [scenario.cluster.nodes_of(f.takes) if f.takes != "job" else 0 for f in scenario.failure]
+        self._left = sorted(((time, causes[name]) for time, name in schedule), reverse=True)
+
+    @property
+    def next_time(self) -> float:
+        return self._left[-1][0] if self._left else math.inf
+
+    def pop(self) -> tuple[Strike, float]:
+        time, cause = self._left.pop()
+        return Strike(time, cause, 0, self._nodes[cause]), 0.0
 
 
 class _Job:
     """A job that computes as one: restart, peer memory or quorum."""
 
-    def __init__(self, scenario: Scenario, random: np.random.Generator) -> None:
+    def __init__(self, scenario: Scenario, random: np.random.Generator, strikes: _Source) -> None:
         policy = scenario.policy
         self.scenario, self.policy, self.random = scenario, policy, random
         self.horizon = scenario.days * DAY
-        self.strikes = Strikes(scenario, random)
+        self.strikes = strikes
         self.interval, self.stall, self.write = (
             save_interval(scenario),
             policy.save_stall_seconds,
@@ -92,6 +128,10 @@ class _Job:
         self._numbers = 0
         if scenario.maintenance:
             self._at(scenario.maintenance.every_days * DAY, "maintenance", None)
+
+    def start(self) -> None:
+        """Owe the first start of all workers."""
+        self._restart(0.0, None)
 
     def run(self) -> Replicate:
         while (then := min(self.strikes.next_time, self.timers[0][0] if self.timers else math.inf)) < self.horizon:
