@@ -122,15 +122,55 @@ def test_one_micro_batch_on_one_rank_raises_no_false_alarm(tmp_path: Path):
     assert len(hashes) == 1
 
 
-@pytest.mark.parametrize("bit", range(32))
-def test_a_hash_changes_with_every_single_bit_and_with_the_place(bit: int):
-    weights = torch.randn(7, 5, generator=torch.Generator().manual_seed(bit))
-    before = bits.bits_hash(weights).item()
-    flipped = weights.clone()
-    flipped.view(torch.int32).view(-1)[bit] ^= (1 << bit) - (1 << 32 if bit == 31 else 0)
-    assert bits.bits_hash(flipped).item() != before
-    assert bits.bits_hash(weights.clone()).item() == before
-    assert bits.bits_hash(weights.T.contiguous()).item() != before
+def hash_of(how: str, tensor: torch.Tensor) -> int:
+    flat = tensor.contiguous().view(torch.int32).view(-1)
+    return int(bits.bits_hash(tensor) if how == "host" else bits.multiplied(flat))
+
+
+@pytest.mark.parametrize("how", ["host", "device"])
+def test_a_hash_changes_with_every_single_bit_at_every_place(how: str):
+    weights = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
+    before = hash_of(how, weights)
+    assert hash_of(how, weights.clone()) == before
+    for place in range(weights.numel()):
+        for bit in range(32):
+            flipped = weights.clone()
+            flipped.view(torch.int32).view(-1)[place] ^= (1 << bit) - (1 << 32 if bit == 31 else 0)
+            assert hash_of(how, flipped) != before, (place, bit)
+
+
+@pytest.mark.parametrize("how", ["host", "device"])
+def test_a_hash_changes_where_elements_change_places_or_signs(how: str):
+    weights = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    weights[0, 1] = -weights[0, 0]  # they differ in the highest bit alone
+    before = hash_of(how, weights)
+    for first in range(weights.numel()):
+        for second in range(first):
+            changed = weights.clone()
+            changed.view(-1)[[first, second]] = weights.view(-1)[[second, first]]
+            assert hash_of(how, changed) != before, (first, second)
+    for negated in (-weights, torch.cat([-weights[:1], weights[1:]]), weights.T.contiguous()):
+        assert hash_of(how, negated) != before
+
+
+def test_a_hash_of_more_than_a_chunk_knows_in_which_chunk_a_bit_is(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(bits, "_CHUNK", 8)
+    bits._odd.cache_clear()
+    hashes = set()
+    for place in range(40):
+        integers = torch.zeros(40, dtype=torch.int32)
+        integers[place] = -(2**31)
+        hashes.add(int(bits.multiplied(integers)))
+    bits._odd.cache_clear()
+    assert len(hashes) == 40
+
+
+@pytest.mark.parametrize("shape", [(1, 70_000), (3, 40_000), (700, 96), (5, 3)])
+def test_sums_of_rows_in_blocks_are_those_of_the_whole(shape: tuple[int, int]):
+    matrix = torch.randint(-(2**20), 2**20, shape).float() * 2.0**-30
+    assert torch.equal(bits.row_sums(matrix), matrix.double() @ bits.factors(shape[1], MACHINE))
+    # A view that is not contiguous, as the rows of a transposed gradient are.
+    assert torch.equal(bits.row_sums(matrix.T), matrix.T.double() @ bits.factors(shape[0], MACHINE))
 
 
 def test_sums_of_rounded_gradients_and_the_sum_of_their_checksums_are_equal_to_the_bit():

@@ -35,7 +35,7 @@ from trainer.log.events import Corrupted, EventLog
 from trainer.parallel.sharding import Rounder, RounderOf
 from trainer.parallel.world import Members, StepMembers, World
 from trainer.phases import Hook, Phase
-from trainer.sentinel.bits import bits_hash, combined, differ, factors
+from trainer.sentinel.bits import bits_hash, combined, differ, factors, row_sums
 from trainer.step import StepContext, TrainState, backward
 
 T = TypeVar("T")
@@ -352,7 +352,7 @@ class Sentinel:
         """Weighted sums of these rows of a gradient, one for each row of a matrix: exact if it is on its grid."""
         shape = self._state.sharding.parameters[name].shape
         if len(shape) == 2:
-            return gradient.double() @ factors(shape[1], gradient.device)
+            return row_sums(gradient)
         weights = factors(shape.numel(), gradient.device).view(shape)[rows]
         return (gradient.double() * weights).sum().reshape(1)
 
