@@ -380,6 +380,8 @@ def broken_settings_of_the_command_line() -> Iterator[Case]:
 
 ARGUMENTS = [
     [], ["x"], ["--x"], ["train"], ["train", "a", "b"], ["train", "tiny.toml", "--set"], ["train", "--ranks", "x"],
+    ["train", "tiny.toml", "--from"],
+    ["train", "tiny.toml", "--run", "new", "--from", "nowhere"],
     ["sample", "run", "--tokens", "0"], ["sample", "run", "--temperature", "x"],
     ["sample", "run", "--temperature", "-1"], ["sample", "run", "--top-k", "-1"], ["sample", "run", "--seed", "9" * 30],
     ["sample", "run", "--prompt", b"\xff"], ["chaos", "campaign.toml", "--repeat", "0"], ["ladder"], ["ladder", "x"],

@@ -79,12 +79,19 @@ def open_run(path: str | Path) -> Run:
     return Run(Path(path))
 
 
-def train(config: Config | Mapping[str, Any] | str | Path, run: str | Path, *, accept_other_bits: bool = False) -> Run:
+def train(
+    config: Config | Mapping[str, Any] | str | Path,
+    run: str | Path,
+    *,
+    accept_other_bits: bool = False,
+    parent: str | Path = "",
+) -> Run:
     """Train a config to its end, or resume it where it stopped, in this process; return the run.
 
     `config` is a Config, a mapping of its sections ({"budget": {"steps": 10}}), a file, or the name of a built-in
     config ("smoke"). SIGTERM or Ctrl-C saves and returns: then `status` is "preempted", and the same call resumes.
-    Under torchrun, call it on all ranks. Raises the TopropeErrors of `python -m trainer train`; UsageError outside the
+    `parent` is a run, or RUN@STEP, whose state a new run begins from (`train --from`). Under torchrun, call it on all
+    ranks. Raises the TopropeErrors of `python -m trainer train`; UsageError outside the
     main thread, where Python takes no signals.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -97,7 +104,7 @@ def train(config: Config | Mapping[str, Any] | str | Path, run: str | Path, *, a
 
     before = {number: signal.getsignal(number) for number in signals.ASKING}
     try:
-        job.train(config, Path(run), time.time(), accept_other_bits=accept_other_bits)
+        job.train(config, Path(run), time.time(), accept_other_bits=accept_other_bits, parent=str(parent))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -86,6 +86,9 @@ def train(
     accept: Annotated[
         bool, typer.Option("--accept-other-bits", help="Resume with other code, torch or machine.")
     ] = False,
+    parent: Annotated[
+        str, typer.Option("--from", metavar="RUN[@STEP]", help="Begin from a state of this run; default its newest.")
+    ] = "",
 ) -> None:
     """Train a config, or resume the run where it stopped. Under torchrun: on all its ranks."""
     from trainer import config as configs
@@ -102,6 +105,10 @@ def train(
             print(f"note: {note}", file=sys.stderr)
         if run is not None:
             rundir.check(run, config)
+        if parent:
+            from trainer import branch
+
+            branch.find(parent, config)
         if ranks is not None:  # without a number of ranks nobody knows which of them a fault can hit
             faultplan.make(config, ranks)
         if config.model.class_:
@@ -119,7 +126,7 @@ def train(
     from trainer import job
 
     run = run or Path("runs") / config_path.stem
-    raise typer.Exit(job.train(config, run, PROCESS_STARTED, stop, accept))
+    raise typer.Exit(job.train(config, run, PROCESS_STARTED, stop, accept, parent))
 
 
 @app.command()

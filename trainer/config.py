@@ -355,18 +355,20 @@ def check_world(config: Config, world_size: int) -> None:
         raise ConfigError(problems)
 
 
-def fingerprint(config: Config) -> str:
-    """SHA-256 (hex) of the settings that decide the weights, and of nothing else."""
-    return hashlib.sha256(json.dumps(mathematics(config), sort_keys=True).encode()).hexdigest()
+def fingerprint(config: Config, parent: Mapping[str, Any] | None = None) -> str:
+    """SHA-256 (hex) of what decides the weights: settings, and the state that the run begins from (branch.py)."""
+    return hashlib.sha256(json.dumps(mathematics(config, parent), sort_keys=True).encode()).hexdigest()
 
 
-def mathematics(config: Config) -> dict[str, Any]:
-    """Return the settings that decide the weights, flat: {"optim.learning_rate": 0.001, ...}."""
+def mathematics(config: Config, parent: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return what decides the weights, flat: {"optim.learning_rate": 0.001, ...}."""
     flat = flatten(config.model_dump(mode="json", include=set(MATHEMATICS)))
     if config.model.class_:
         # The place of a file does not count, its content does.
         flat["model.class"] = config.model.class_.rpartition(":")[2]
         flat |= {f"model.code {name}": digest for name, digest in own_code.digests(config.model.class_).items()}
+    if parent:
+        flat |= {f"parent.{key}": parent[key] for key in ("step", "state_sha256")}
     left_out = {key for key, unchanged in ADDED_LATER.items() if flat[key] == unchanged}.union(NOT_MATHEMATICS)
     return {key: value for key, value in flat.items() if key not in left_out}
 

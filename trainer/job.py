@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer import costs, errors, evaluate, loop, optim, own_check, provenance, signals
+from trainer import branch, costs, errors, evaluate, loop, optim, own_check, provenance, signals
 from trainer import model as models
 from trainer import step as steps
 from trainer.checkpoint.checkpointer import Checkpointer
@@ -69,6 +69,8 @@ class Claim:
     """Differences between this and what the run was computed with before; accepted on purpose."""
     accepts: bool
     """True if other bits than before are accepted on purpose."""
+    parent: branch.Record | None
+    """The run whose state this run began from."""
 
     def end(self, status: str, step: int, reason: str, weights: str | None = None, state: str | None = None) -> None:
         """Log the end of the attempt; `weights` and `state` are SHA-256 digests of a finished run."""
@@ -83,11 +85,13 @@ def train(
     process_started: float,
     stop: signals.StopSignals | None = None,
     accept_other_bits: bool = False,
+    parent: str = "",
 ) -> int:
     """Train or resume the run in directory `run`; return the exit status. `process_started` is a Unix time.
 
     `stop` has listened for signals since before this module was imported, which takes seconds. `accept_other_bits`
-    goes on with what the run was not computed with before. Faults of the config come in through `faults.arm`, which
+    goes on with what the run was not computed with before. `parent` is RUN or RUN@STEP, whose state a new run begins
+    from. Faults of the config come in through `faults.arm`, which
     changes nothing without them. Raises a TopropeError for every error that a user can repair: on all ranks alike, and
     before any work where possible.
     """
@@ -108,7 +112,7 @@ def train(
         stack.callback(world.disconnect)
         stack.callback(injector.close)
         ranks.from_main(lambda: check_compiler(config, device))
-        claim = claim_run(config, run, ranks, accept_other_bits, stack)
+        claim = claim_run(config, run, ranks, accept_other_bits, stack, parent)
         hook = _with_heartbeat(claim.watchdog, hook)
         stopwatch.lap("connect")
         prepared, facts = prepare_data(config, claim)
@@ -130,8 +134,11 @@ def train(
             saving = Checkpointer(run, ranks, facts, config.checkpoint, claim.log, hook, heartbeat)
             with contextlib.closing(saving) as checkpointer:
                 checkpointer.restore(state)
+                branched = begin_from_parent(claim, state)
                 stopwatch.lap("restore")
-                announce(config, claim, facts, state.step, stopwatch, injector.notice)
+                announce(config, claim, facts, state.step, stopwatch, injector.notice, branched)
+                if branched:  # from here on the run does not need its parent
+                    checkpointer.save(state)
                 score = scorer(config, prepared, ranks, hook)
                 finished = loop.train(state, loop.Collaborators(context, claim.log, score, checkpointer))
             if finished:
@@ -149,28 +156,30 @@ def train(
             claim.watchdog.stop()  # what is closed after this has time limits of its own
 
 
-def claim_run(config: Config, run: Path, ranks: World, accept_other_bits: bool, stack: contextlib.ExitStack) -> Claim:
+def claim_run(
+    config: Config, run: Path, ranks: World, accept_other_bits: bool, stack: contextlib.ExitStack, parent: str = ""
+) -> Claim:
     """Hold the run directory until `stack` is closed, and start the watchdog. Raises RunDirectoryError on all ranks."""
     earlier: list[events.Entry] = []
     own = provenance.computes_with(config, ranks.device)
     of_ranks = ranks.agree(lambda: own)
 
-    def claim_on_main() -> tuple[int, list[str]]:
+    def claim_on_main() -> tuple[int, list[str], branch.Record | None]:
         wandb_mode(config)  # only rank 0 shows the run, but a wrong mode is an error before any work
         stack.enter_context(rundir.claim(run, config))
         before = rundir.read(run) if rundir.is_run(run) else {}
         other_bits = provenance.compare(run, before, of_ranks, accept_other_bits)
         # The console shows how the last attempt ended. It must not learn from the log that a fault was made on purpose.
         earlier.extend(entry for entry in events.read(run) if not isinstance(entry.event, events.FaultFired))
-        return events.next_attempt(run), other_bits
+        return events.next_attempt(run), other_bits, branch.origin(run, config, parent)
 
-    attempt, other_bits = ranks.from_main(claim_on_main)
+    attempt, other_bits, begun_from = ranks.from_main(claim_on_main)
     log = stack.enter_context(contextlib.closing(events.EventLog.open(run, attempt, ranks.rank)))
     limits = config.elastic.step_timeout_seconds, config.elastic.startup_timeout_seconds
     watchdog = Watchdog(run, ranks.rank, ranks.size, attempt, *limits, report=log.append)
     watchdog.start()
     stack.callback(watchdog.stop)
-    return Claim(run, attempt, ranks, log, watchdog, earlier, own, other_bits, accept_other_bits)
+    return Claim(run, attempt, ranks, log, watchdog, earlier, own, other_bits, accept_other_bits, begun_from)
 
 
 def prepare_data(config: Config, claim: Claim) -> tuple[Prepared, dict[str, Any]]:
@@ -242,6 +251,10 @@ def _record(claim: Claim, config: Config, prepared: Prepared, vocab_size: int, t
         "tokens_per_step": data.micro_batches * data.micro_batch_sequences * config.model.context,
         "flops_per_token": costs.flops_per_token(config.model, vocab_size),
     }
+    if claim.parent is not None:
+        if not rundir.is_run(run):
+            branch.check(claim.parent, config, vocab_size, prepared.tokenizer.sha256)
+        facts["parent"] = claim.parent
     try:
         contents = rundir.record(run, config, facts)  # first: it makes the directory a run's, and refuses other data
         prepared.tokenizer.save(rundir.tokenizer_path(run))
@@ -249,6 +262,20 @@ def _record(claim: Claim, config: Config, prepared: Prepared, vocab_size: int, t
     except OSError as error:
         rule, remedy = "Checkpoints and events go there.", "Make room; the same command then resumes."
         raise errors.RunDirectoryError(errors.of_system(error, f"{run} cannot be written", rule, remedy)) from None
+
+
+def begin_from_parent(claim: Claim, state: TrainState) -> str:
+    """Load the parent's state if the run has a parent and no state of its own; return RUN@STEP, else "". Collective."""
+    parent = claim.parent
+    if parent is None or state.step >= parent["step"]:
+        return ""
+    # A parent that still trains may remove its checkpoint on the way: then all ranks fail, not one.
+    fresh = claim.ranks.agree(lambda: branch.begin(parent, state))[0]
+    if fresh and claim.ranks.is_main:
+        named = ", ".join(fresh[:3]) + (f" and {len(fresh) - 3} more" if len(fresh) > 3 else "")
+        message = f"{branch.shown(parent)} does not hold {named}: they begin as in a new run."
+        claim.log.append(events.Warned(message=message))
+    return branch.shown(parent)
 
 
 def build(
@@ -322,7 +349,9 @@ def show(config: Config, claim: Claim, stack: contextlib.ExitStack) -> console.C
     return screen
 
 
-def announce(config: Config, claim: Claim, facts: dict[str, Any], step: int, stopwatch: Stopwatch, armed: str) -> None:
+def announce(
+    config: Config, claim: Claim, facts: dict[str, Any], step: int, stopwatch: Stopwatch, armed: str, parent: str = ""
+) -> None:
     """Log that the attempt starts from `step`, why the workers were started again, and what a user should know."""
     ranks, log = claim.ranks, claim.log
     log.append(
@@ -340,6 +369,7 @@ def announce(config: Config, claim: Claim, facts: dict[str, Any], step: int, sto
             startup_seconds=stopwatch.seconds,
             computes_with=claim.computes_with,
             other_bits=claim.other_bits,
+            parent=parent,
         )
     )
     losses = elastic.take_losses()  # taken on every node, so that none reports them again later

@@ -61,11 +61,11 @@ class TrainState:
 
     def weights_sha256(self) -> str:
         """SHA-256 over name, shape and raw little-endian float32 bytes of every full parameter. Collective."""
-        return _sha256({name: p.data for name, p in self.sharding.parameters.items()})
+        return sha256_of({name: p.data for name, p in self.sharding.parameters.items()})
 
     def state_sha256(self) -> str:
         """SHA-256 like `weights_sha256`, over weights, moments and grids. Collective."""
-        return _sha256(self.tensors())
+        return sha256_of(self.tensors())
 
 
 @dataclass(frozen=True)
@@ -283,7 +283,8 @@ def autocast(config: Config, device: torch.device) -> AbstractContextManager:
     return nullcontext()
 
 
-def _sha256(tensors: Mapping[str, Tensor]) -> str:
+def sha256_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over name, shape and raw little-endian float32 bytes of tensors, in name order. Collective for shards."""
     sha = hashlib.sha256()
     for name in sorted(tensors):
         full = whole(tensors[name]).detach().cpu().contiguous()

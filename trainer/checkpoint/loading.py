@@ -12,6 +12,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
@@ -62,10 +63,31 @@ def load(saved: Saved, tensors: dict[str, Tensor]) -> None:
     """
     reason = _failure(saved, tensors)
     if reason is not None:
-        raise CheckpointError(
-            f"{saved.path} cannot be loaded: {reason}.\n"
-            f"  It is damaged, or not of this model. `python -m trainer verify {saved.path}` says which."
-        )
+        raise _unreadable(saved, reason)
+
+
+def _unreadable(saved: Saved, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{saved.path} cannot be loaded: {reason}.\n"
+        f"  It is damaged, or not of this model. `python -m trainer verify {saved.path}` says which."
+    )
+
+
+def shapes(saved: Saved) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Return shape and type of each tensor in a checkpoint, by name. Raises CheckpointError if it cannot be read."""
+    try:
+        metadata = _Reader(saved.path, read_manifest(saved)["files"]).read_metadata()
+    except Exception as error:  # as in `_failure`
+        raise _unreadable(saved, one_line(error)) from None
+    stored = metadata.state_dict_metadata.items()
+    return {name: (s.size, s.properties.dtype) for name, s in stored if isinstance(s, TensorStorageMetadata)}
+
+
+def read(saved: Saved) -> dict[str, Tensor]:
+    """Return all tensors of a checkpoint, whole and on the CPU. Raises CheckpointError."""
+    tensors = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in shapes(saved).items()}
+    load(saved, tensors)
+    return tensors
 
 
 def _agreed(world: World, problem: str | None) -> str | None:

@@ -56,6 +56,8 @@ class AttemptStarted(Event, kind="attempt_started"):
     """What this rank computes with beside config and data (provenance.py); None in logs from before it was recorded."""
     other_bits: Sequence[str] = ()
     """Differences between this and what the run was computed with before, which were accepted on purpose."""
+    parent: str = ""
+    """RUN@STEP, if this attempt took its state from another run."""
 
 
 class StepDone(Event, kind="step"):

@@ -1,6 +1,6 @@
 """The run directory: claimed by one job for one config, and described by its config.json.
 
-RUN/config.json       resolved config, fingerprint, digest of the data, versions, git commit
+RUN/config.json       resolved config, fingerprint, digest of the data, parent, versions, git commit
 RUN/tokenizer.json    tokenizer of the run's token ids
 RUN/lock              held by rank 0 of the job that is training
 """
@@ -64,8 +64,11 @@ def check(run: Path, config: Config) -> None:
         raise RunDirectoryError(f"{run} is a file.\n  --run takes a directory: a new one, or a run's own.")
     if is_run(run):
         before = read(run)
-        if before["fingerprint"] != fingerprint(config):
-            changes = "\n".join(f"    {line}" for line in differences(before["mathematics"], mathematics(config)))
+        parent = before.get("parent")
+        if before["fingerprint"] != fingerprint(config, parent):
+            changes = "\n".join(
+                f"    {line}" for line in differences(before["mathematics"], mathematics(config, parent))
+            )
             raise RunDirectoryError(
                 f"{run} belongs to a run with other settings:\n{changes}\n"
                 "  A run is a function of its config, so it cannot resume with another one. "
@@ -112,9 +115,9 @@ def record(run: Path, config: Config, facts: dict[str, Any]) -> dict[str, Any]:
     contents = {
         "format": FORMAT,
         "run_id": before.get("run_id") or secrets.token_hex(8),
-        "fingerprint": fingerprint(config),
+        "fingerprint": fingerprint(config, facts.get("parent")),
         **facts,
-        "mathematics": mathematics(config),
+        "mathematics": mathematics(config, facts.get("parent")),
         "config": config.model_dump(mode="json"),
         "versions": {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in LIBRARIES},
         "git_commit": git_commit(Path(__file__).resolve().parents[2]),

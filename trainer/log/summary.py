@@ -67,11 +67,14 @@ def summarise(run: Path, checkpoints: Sequence[dict[str, Any]] = ()) -> dict[str
     # The newest start describes the run: it may have resumed with other ranks, on another device.
     start = next((event for _, event in reversed(events.select(entries, AttemptStarted))), None)
     step = next((a.furthest_step for a in reversed(history.attempts) if a.furthest_step is not None), None)
+    parent = identity.get("parent") or {"step": 0, "tokens": 0}
     return {
         "status": status,
         "step": step,
         "steps": start.steps if start else None,
-        "tokens": step * start.tokens_per_step if start and step is not None else None,
+        "tokens": parent["tokens"] + (step - parent["step"]) * start.tokens_per_step
+        if start and step is not None
+        else None,
         "weights_sha256": _hash(ends, "weights_sha256") if status == "finished" else None,
         "state_sha256": _hash(ends, "state_sha256") if status in ("finished", last_ended) else None,
         "attempts": attempts,
@@ -88,12 +91,13 @@ def summarise(run: Path, checkpoints: Sequence[dict[str, Any]] = ()) -> dict[str
         "grad_norm": _series(steps, "grad_norm"),
         **_exactness(steps),
         "fingerprint": start.fingerprint if start else identity["fingerprint"],
+        "parent": identity.get("parent"),
         "parameters": start.parameters if start else None,
         "device": start.device if start else None,
         "strategy": start.strategy if start else None,
         "started": entries[0].time,
         "ended": None if running else newest,
-        "warnings": _warnings(history, ends),
+        "warnings": _warnings(history, ends, parent["step"]),
     }
 
 
@@ -174,8 +178,11 @@ def _exactness(steps: Sequence[StepDone]) -> dict[str, Any]:
     }
 
 
-def _warnings(history: History, ends: list[AttemptEnded]) -> list[dict[str, Any]]:
-    """[{attempt, rank, message}]; attempt and rank are null for what only the whole log shows to be wrong."""
+def _warnings(history: History, ends: list[AttemptEnded], first: int) -> list[dict[str, Any]]:
+    """[{attempt, rank, message}]; attempt and rank are null for what only the whole log shows to be wrong.
+
+    `first` is the step that the run began from.
+    """
     warned = events.select(history.entries, Warned)
     warnings: list[Any] = [{"attempt": e.attempt, "rank": e.rank, "message": event.message} for e, event in warned]
     # All ranks hash the same weights, and so do attempts that end at the same step.
@@ -189,7 +196,7 @@ def _warnings(history: History, ends: list[AttemptEnded]) -> list[dict[str, Any]
                 message = f"{name} at step {step} has {len(values)} values in the log; one of them is corrupt"
                 warnings.append({"attempt": None, "rank": None, "message": message})
     # A file of the log may be missing, or a checkpoint be of another run.
-    if missing := sorted(set(range(1, max(history.committed, default=0) + 1)) - set(history.committed)):
+    if missing := sorted(set(range(first + 1, max(history.committed, default=0) + 1)) - set(history.committed)):
         how_many = f"{len(missing)} steps are missing in the log, the first is {missing[0]}"
         warnings.append({"attempt": None, "rank": None, "message": f"{how_many}; their samples cannot be checked"})
     return warnings

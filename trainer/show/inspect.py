@@ -81,6 +81,8 @@ def _figures(summary: Mapping[str, Any]) -> Table:
         every = sentinel["state_hash_every_steps"]
         hashes = f"state and reduction every {every} steps" if every else "no state hashes"
         grid.add_row("sentinel", f"audits {sentinel['audit']}   {hashes}   {found}")
+    if parent := summary["parent"]:
+        grid.add_row("began from", Text(f"{parent['run']} at step {parent['step']}"))
     for name in ("fingerprint", "weights_sha256", "state_sha256"):
         if summary[name] is not None:
             # Cut where the terminal ends, never over two lines: `--json` has it whole.

@@ -174,7 +174,7 @@ def follow(run_directory: str, attempt: int, mode: str, finish_timeout_seconds: 
             stack.enter_context(lock.acquire(timeout=finish_timeout_seconds))
         shown = open_run(_arguments(run, mode), finish_timeout_seconds)
         os.nice(10)  # only now: on a busy machine a start at low priority takes longer than a short run
-        metrics = _Metrics(shown, earlier)
+        metrics = _Metrics(shown, earlier, rundir.read(run).get("parent"))
         is_over = False
         while not is_over:
             # Nothing is ever written to standard input: it is readable when it ends.
@@ -226,7 +226,9 @@ class _Metrics:
     were given before are lost when the folders are uploaded. The log says how many rows the earlier attempts made.
     """
 
-    def __init__(self, shown: Any, earlier: Iterable[Entry]) -> None:
+    def __init__(self, shown: Any, earlier: Iterable[Entry], parent: Mapping[str, Any] | None = None) -> None:
+        """`parent` is what config.json says of the run that this one began from."""
+        self._parent = parent or {"step": 0, "tokens": 0}
         self.exit_status = errors.EXIT_FAILED
         """The attempt's exit status; a failure until the log says how it ended, since the trainer may be killed."""
         self._shown: Any = None
@@ -253,7 +255,7 @@ class _Metrics:
                     "run/attempt": entry.attempt, "train/loss": event.loss, "train/grad_norm": event.grad_norm,
                     "train/learning_rate": event.learning_rate, "exact/redone": self._redone,
                     # The config fixes a step's tokens, so replays count once.
-                    "train/tokens": event.step * event.tokens,
+                    "train/tokens": self._parent["tokens"] + (event.step - self._parent["step"]) * event.tokens,
                     "train/tokens_per_second": event.tokens / event.seconds if event.seconds > 0 else None,
                     "exact/flushed": event.flushed,
                 }  # fmt: skip
