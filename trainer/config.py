@@ -294,6 +294,8 @@ MATHEMATICS = ("seed", "data", "model", "optim", "budget", "numerics")
 NOT_MATHEMATICS = ("data.cache_dir", "data.streaming")
 # Left out at the value that changes nothing, so that runs older than the setting keep their fingerprint.
 ADDED_LATER = {"model.init_draw": 0, "model.class": ""}
+# These say where the text is. What it is is known when it has been read: a run is compared by data_sha256 (rundir.py).
+PLACES_OF_TEXT = ("data.source", "data.revision", "data.subset", "data.hub_split", "data.text_column")
 
 
 def load(path: Path, overrides: Iterable[str] = ()) -> Config:
@@ -371,6 +373,13 @@ def mathematics(config: Config, parent: Mapping[str, Any] | None = None) -> dict
         flat |= {f"parent.{key}": parent[key] for key in ("step", "state_sha256")}
     left_out = {key for key, unchanged in ADDED_LATER.items() if flat[key] == unchanged}.union(NOT_MATHEMATICS)
     return {key: value for key, value in flat.items() if key not in left_out}
+
+
+def same_but_for_places(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """True if two results of `mathematics` differ only in where the text and the tokenizer's file are."""
+    changed = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)} - {*PLACES_OF_TEXT}
+    named = {tree.get("data.tokenizer") for tree in (old, new)} & {"bpe", "bytes", "chars"}
+    return not changed - ({"data.tokenizer"} if not named else set())
 
 
 def json_schema() -> dict[str, Any]:

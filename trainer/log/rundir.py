@@ -20,7 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from trainer import files
-from trainer.config import Config, differences, fingerprint, mathematics, parse
+from trainer.config import Config, differences, fingerprint, mathematics, parse, same_but_for_places
 from trainer.errors import ConfigError, RunDirectoryError, of_system
 
 FORMAT = 1
@@ -64,11 +64,11 @@ def check(run: Path, config: Config) -> None:
         raise RunDirectoryError(f"{run} is a file.\n  --run takes a directory: a new one, or a run's own.")
     if is_run(run):
         before = read(run)
-        parent = before.get("parent")
-        if before["fingerprint"] != fingerprint(config, parent):
-            changes = "\n".join(
-                f"    {line}" for line in differences(before["mathematics"], mathematics(config, parent))
-            )
+        now = mathematics(config, before.get("parent"))
+        is_own = before["fingerprint"] == fingerprint(config, before.get("parent"))
+        # Whether a text that has moved is the same is known only when it has been read: `record` compares.
+        if not is_own and not same_but_for_places(before["mathematics"], now):
+            changes = "\n".join(f"    {line}" for line in differences(before["mathematics"], now))
             raise RunDirectoryError(
                 f"{run} belongs to a run with other settings:\n{changes}\n"
                 "  A run is a function of its config, so it cannot resume with another one. "
@@ -108,16 +108,21 @@ def record(run: Path, config: Config, facts: dict[str, Any]) -> dict[str, Any]:
     # The data's digest is not part of the fingerprint: it is known only once the data are prepared.
     old, new = before.get("data_sha256"), facts["data_sha256"]
     if old not in (None, new):
+        place = before["mathematics"].get("data.source")
+        moved = f" (it was {place!r})" if place != config.data.source else ""
         raise RunDirectoryError(
-            f"{run} was trained on data {old[:16]}…, and {config.data.source!r} now holds {new[:16]}….\n"
-            "  A run is a function of its data too. Restore the files, or start a new --run."
+            f"{run} was trained on data {old[:16]}…, and {config.data.source!r}{moved} now holds {new[:16]}….\n"
+            "  A run is a function of its text, wherever that is. Restore it, or start a new --run."
         )
+    parent = facts.get("parent")
+    # A run keeps its fingerprint where its text has only moved: its checkpoints carry it.
+    identity = before or {"fingerprint": fingerprint(config, parent), "mathematics": mathematics(config, parent)}
     contents = {
         "format": FORMAT,
         "run_id": before.get("run_id") or secrets.token_hex(8),
-        "fingerprint": fingerprint(config, facts.get("parent")),
+        "fingerprint": identity["fingerprint"],
         **facts,
-        "mathematics": mathematics(config, facts.get("parent")),
+        "mathematics": identity["mathematics"],
         "config": config.model_dump(mode="json"),
         "versions": {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in LIBRARIES},
         "git_commit": git_commit(Path(__file__).resolve().parents[2]),
