@@ -72,7 +72,9 @@ class Ours:
         self.state = job.build(config, vocabulary(config, self.prepared), ranks, sentinel.watch)
         members = sentinel.wrap_members(AllRanks(ranks, config.data.micro_batches), self.state, batches)
         self.context = StepContext(config, members, batches, sentinel.wrap_hook(no_hook))
-        self.collaborators = loop.Collaborators(self.context, log, lambda model, step: (), NoCheckpointer())
+        self.collaborators = loop.Collaborators(
+            self.context, loop.by_main(ranks, log), lambda model, step: (), NoCheckpointer()
+        )
 
     def __call__(self, steps: int) -> None:
         budget = self.config.budget.model_copy(update={"steps": self.state.step + steps})
@@ -326,7 +328,7 @@ def nanogpt_worker(source: str) -> None:
         plain.optimizer.zero_grad(set_to_none=True)
     prepared = prepare(config.data, config.eval, config.model.context)
     ranks = world.connect(torch.device("cpu"), 60)
-    (score,) = job.scorer(config, prepared, ranks)(plain.model, 2000)
+    (score,) = job.scorer(config, prepared, lambda: ranks)(plain.model, 2000)
     print("RESULT " + json.dumps({"loss": score.loss}))
     world.disconnect()
 

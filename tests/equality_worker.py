@@ -31,7 +31,9 @@ def train(case: dict[str, Any], ranks: world.World, directory: Path) -> dict[str
     steps: list[StepDone] = []
     log.subscribe(lambda entry: steps.append(entry.event) if isinstance(entry.event, StepDone) else None)
     context = StepContext(config, AllRanks(ranks, config.data.micro_batches), job.batches_of(config, prepared))
-    collaborators = loop.Collaborators(context, log, job.scorer(config, prepared, ranks), NoCheckpointer())
+    collaborators = loop.Collaborators(
+        context, loop.by_main(ranks, log), job.scorer(config, prepared, lambda: ranks), NoCheckpointer()
+    )
     loop.train(state, collaborators)
     scores = [(done.set, done.loss, done.bits_per_byte) for done in collaborators.evaluate(state.model, state.step)]
     log.close()

@@ -49,6 +49,7 @@ def test_a_pass_that_is_not_finite_ends_the_step_and_leaves_the_grid_as_it_was(m
 
     def one_pass(state: Any, context: Any, members: Any) -> step.StepResult:
         value = next(remaining)
+        grids.begin(counting=False)
         round_gradient(torch.full((3, 4), value))
         return step.StepResult(value, "", 0, None, False)
 

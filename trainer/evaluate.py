@@ -42,18 +42,20 @@ def evaluate(
     sums = torch.zeros(len(windows), 3, dtype=torch.float64)  # nats, tokens, bytes of each batch
     was_training = model.training
     model.eval()
-    with torch.no_grad(), autocast():
-        for index in world.assign_micro_batches(len(windows)):
-            heartbeat()
-            # A rank without work repeats the first batch: a sharded forward needs every rank.
-            inputs, targets = windows.batch(index or 0)
-            _, cross_entropy = model(
-                torch.from_numpy(inputs).to(world.device), torch.from_numpy(targets).to(world.device)
-            )
-            if index is not None:
-                nats = cross_entropy.double().item() * targets.size
-                sums[index] = torch.tensor([nats, targets.size, token_bytes[targets].sum()], dtype=torch.float64)
-    model.train(was_training)
+    try:
+        with torch.no_grad(), autocast():
+            for index in world.assign_micro_batches(len(windows)):
+                heartbeat()
+                # A rank without work repeats the first batch: a sharded forward needs every rank.
+                inputs, targets = windows.batch(index or 0)
+                _, cross_entropy = model(
+                    torch.from_numpy(inputs).to(world.device), torch.from_numpy(targets).to(world.device)
+                )
+                if index is not None:
+                    nats = cross_entropy.double().item() * targets.size
+                    sums[index] = torch.tensor([nats, targets.size, token_bytes[targets].sum()], dtype=torch.float64)
+    finally:
+        model.train(was_training)  # training may go on after an evaluation that was interrupted
     on_device = sums.to(world.device)
     world.sum(on_device)  # exact: every slot has one owner
     nats, tokens, count = (math.fsum(column) for column in on_device.T.tolist())

@@ -139,8 +139,9 @@ def train(
                 announce(config, claim, facts, state.step, stopwatch, injector.notice, branched)
                 if branched:  # from here on the run does not need its parent
                     checkpointer.save(state)
-                score = scorer(config, prepared, ranks, hook)
-                finished = loop.train(state, loop.Collaborators(context, claim.log, score, checkpointer))
+                score = scorer(config, prepared, lambda: members.world, hook)
+                record = loop.by_main(ranks, claim.log)
+                finished = loop.train(state, loop.Collaborators(context, record, score, checkpointer))
             if finished:
                 hook(Phase.BEFORE_END, state.step)
                 claim.end("finished", state.step, "", state.weights_sha256(), state.state_sha256())
@@ -313,18 +314,21 @@ def batches_of(config: Config, prepared: Prepared) -> Batches:
 
 
 def scorer(
-    config: Config, prepared: Prepared, ranks: World, hook: Hook = no_hook
+    config: Config, prepared: Prepared, present: Callable[[], World], hook: Hook = no_hook
 ) -> Callable[[nn.Module, int], Iterator[events.EvalDone]]:
-    """Return the function that evaluates the model of a step on every held-out set. It is collective."""
+    """Return the function that evaluates the model of a step on every held-out set. It is collective.
+
+    `present` tells the ranks that take part when it is called.
+    """
     context, b, limit = config.model.context, config.data.micro_batch_sequences, config.eval.max_tokens
     windows = {
         name: EvalWindows(held_out.tokens, context=context, sequences=b, max_tokens=limit)
         for name, held_out in prepared.eval_sets.items()
     }
-    autocast = functools.partial(steps.autocast, config, ranks.device)
 
     def score(model: nn.Module, step: int) -> Iterator[events.EvalDone]:
-        before_batch = functools.partial(hook, Phase.IN_EVAL, step)
+        before_batch, ranks = functools.partial(hook, Phase.IN_EVAL, step), present()
+        autocast = functools.partial(steps.autocast, config, ranks.device)
         for name, held_out in windows.items():
             started = time.perf_counter()
             result = evaluate.evaluate(model, held_out, prepared.tokenizer.token_bytes, ranks, autocast, before_batch)

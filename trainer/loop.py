@@ -15,7 +15,7 @@ from trainer import optim, step
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.errors import NumericsError
 from trainer.log.events import EvalDone, Event, EventLog, NotFinite, StepDone
-from trainer.parallel.world import StepMembers
+from trainer.parallel.world import StepMembers, World
 from trainer.phases import Phase
 from trainer.step import StepContext, StepResult, TrainState
 
@@ -25,15 +25,16 @@ class Collaborators:
     """The objects that the loop works with; `job` makes them."""
 
     context: StepContext
-    log: EventLog
+    record: Callable[[Event], None]
+    """Takes an event that all ranks know alike. It is written once for all, by rank 0."""
     evaluate: Callable[[nn.Module, int], Iterable[EvalDone]]
     """Scores the model of a step on every held-out set. Collective."""
     checkpointer: Checkpointer
 
-    def record(self, event: Event) -> None:
-        """Append an event that all ranks know alike: rank 0 writes it once for all."""
-        if self.context.world.is_main:
-            self.log.append(event)
+
+def by_main(world: World, log: EventLog) -> Callable[[Event], None]:
+    """`Collaborators.record` for ranks that stay the same."""
+    return log.append if world.is_main else lambda event: None
 
 
 def train(state: TrainState, collaborators: Collaborators) -> bool:
@@ -42,22 +43,48 @@ def train(state: TrainState, collaborators: Collaborators) -> bool:
     Returns False if a stop was requested before the end; the state is then saved. Raises NumericsError if the loss or
     gradient of a step is not finite twice, CheckpointError if saving keeps failing.
     """
-    config, checkpointer = collaborators.context.config, collaborators.checkpointer
-    steps = config.budget.steps
+    members = collaborators.context.members
+    while True:
+        interrupted = members.meet(state)
+        try:
+            return train_together(state, collaborators, interrupted)
+        except Exception as error:
+            # Where the members of a step may change, those that are left meet again and go on from where they are.
+            if not members.outlive(error):
+                raise
+
+
+def train_together(state: TrainState, collaborators: Collaborators, interrupted: bool) -> bool:
+    """Train with the members that have met. `interrupted`: what follows the step of `state` may not all be done."""
+    context, checkpointer = collaborators.context, collaborators.checkpointer
+    steps = context.config.budget.steps
     # A stop signal may have come while the data were prepared: then no step is begun.
-    stop = collaborators.context.any_stop_requested()
+    stop = context.any_stop_requested()
+    if interrupted:
+        follow_up(state, collaborators, stop)
     while state.step < steps and not stop:
         stop = take_step(state, collaborators)
-        if due(state.step, config.eval.every_steps, steps):
-            for scored in collaborators.evaluate(state.model, state.step):
-                collaborators.record(scored)
-        if stop or due(state.step, config.checkpoint.every_steps, steps):
-            # Copies the state and returns; a thread writes it beside the next steps.
-            checkpointer.save(state)
-        checkpointer.poll()
+        follow_up(state, collaborators, stop)
     # The newest state must be durable before the run may call itself finished or preempted.
     checkpointer.finish(state)
     return state.step == steps
+
+
+def follow_up(state: TrainState, collaborators: Collaborators, stop: bool) -> None:
+    """After a step: evaluate and begin a save, if they are due. `stop`: training ends here."""
+    config, members = collaborators.context.config, collaborators.context.members
+    steps = config.budget.steps
+    if due(state.step, config.eval.every_steps, steps):
+        members.once("evaluation", lambda: evaluate(state, collaborators))
+    if stop or due(state.step, config.checkpoint.every_steps, steps):
+        # Copies the state and returns; a thread writes it beside the next steps.
+        members.once("save", lambda: collaborators.checkpointer.save(state))
+    collaborators.checkpointer.poll()
+
+
+def evaluate(state: TrainState, collaborators: Collaborators) -> None:
+    for scored in collaborators.evaluate(state.model, state.step):
+        collaborators.record(scored)
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -73,7 +100,7 @@ def take_step(state: TrainState, collaborators: Collaborators) -> bool:
     result, norm = context.members.commit(state.step, lambda members: finite_gradients(state, collaborators, members))
     rate = optim.set_learning_rates(state.optimizers, state.step, config.optim, config.budget.steps)
     # Between these two phases the ranks do not communicate. A rank that dies here leaves no half-applied step behind:
-    # all ranks start again from a checkpoint.
+    # each of the others has the sums of all, and all start again from a checkpoint, or all apply the step and go on.
     context.hook(Phase.BEFORE_UPDATE, state.step)
     step.apply(state)
     context.hook(Phase.AFTER_UPDATE, state.step)
@@ -90,6 +117,7 @@ def take_step(state: TrainState, collaborators: Collaborators) -> bool:
             flushed=result.flushed,
         )
     )
+    context.members.applied(state.step, result.change)
     return result.stop
 
 
@@ -106,6 +134,7 @@ def finite_gradients(state: TrainState, collaborators: Collaborators, members: S
         if math.isfinite(result.loss) and math.isfinite(norm):
             return result, norm
         collaborators.record(NotFinite(step=state.step + 1, loss=result.loss, grad_norm=norm, trial=trial))
+        members = members.anew()
     raise NumericsError(
         f"step {state.step + 1}: loss or gradient is not finite, also when computed again. It was not applied.\n"
         f"  First not finite: {step.find_not_finite(state, collaborators.context, members)}.\n"

@@ -20,6 +20,7 @@ from trainer.config import Config
 from trainer.data import Batches, MicroBatch, digest
 from trainer.errors import NumericsError
 from trainer.exact import Grids
+from trainer.parallel.partial import LocalSums
 from trainer.parallel.sharding import Sharding, whole
 from trainer.parallel.world import Members, StepMembers, World
 from trainer.phases import Hook, Phase, no_hook
@@ -78,6 +79,8 @@ class StepContext:
     hook: Hook = no_hook
     stop_requested: Callable[[], bool] = lambda: False
     """True if this rank received a stop signal."""
+    change_wanted: Callable[[], bool] = lambda: False
+    """True if this rank knows of a worker that waits to join."""
 
     @property
     def world(self) -> World:
@@ -104,6 +107,8 @@ class StepResult:
     """Share of the non-zero gradient entries that rounding set to zero; None in steps that do not count them."""
     stop: bool
     """True if any rank received a stop signal: all ranks learn it in the same step."""
+    change: bool = False
+    """True if any rank knows of a worker that waits to join: as above."""
 
 
 def compute_gradients(state: TrainState, context: StepContext, members: StepMembers) -> StepResult:
@@ -116,15 +121,13 @@ def compute_gradients(state: TrainState, context: StepContext, members: StepMemb
     grids, largest = state.grids, members.world.max
     if grids is None:
         return _one_pass(state, context, members)
-    counting = state.step % COUNT_FLUSHED_EVERY == 0
     for redone in (0, 2):
-        grids.begin(counting)
         result = _one_pass(state, context, members)
         if not grids.overflowed(largest):
             return replace(result, redone=redone)
         # Some entry exceeded its bound, so these sums are not exact. Make a grid that fits it, and compute again.
+        members = members.anew()
         seen, before = grids.widen()
-        grids.begin(counting)
         result = _one_pass(state, context, members)
         if not grids.overflowed(largest) and grids.seen.equal(seen):
             return replace(result, redone=redone + 1)
@@ -140,28 +143,43 @@ def compute_gradients(state: TrainState, context: StepContext, members: StepMemb
 def _one_pass(state: TrainState, context: StepContext, members: StepMembers) -> StepResult:
     """Forward and backward over this rank's micro-batches, then the reduction over the members."""
     world, sharding, count = members.world, state.sharding, context.config.data.micro_batches
-    losses = torch.zeros(count, dtype=torch.float64, device=world.device)
-    digests = torch.zeros(count, dtype=torch.float64)
-    sharding.zero_gradients()
+    local = _local_sums(state, members, count)
     for index, batch in _own_micro_batches(state, context, members):
         loss = backward(state, context, index, batch)
         if index is not None:
-            losses[index] = loss
-            digests[index] = float(digest(batch.sample_ids))
+            local.losses[index] = loss
+            local.digests[index] = float(digest(batch.sample_ids))
+            local.done.append(index)
     context.hook(Phase.BEFORE_REDUCE, state.step)
+    if members.partial is not None and world.size > 1:
+        members.partial.copy(*sharding.reduced_in_place(), *([] if state.grids is None else [state.grids.seen]))
     sharding.reduce_gradients(world)
     # Everything else that ranks must know of one another travels in one small all-reduce. Its sums are exact: losses
     # and digests have one owner each, the rest are counts.
     nonzero = torch.zeros(2, dtype=torch.float64, device=world.device) if state.grids is None else state.grids.nonzero
-    stops = torch.tensor([context.stop_requested()], dtype=torch.float64, device=world.device)
-    slots = torch.cat([losses, digests.to(world.device), nonzero, stops])
+    wishes = torch.tensor([context.stop_requested(), context.change_wanted()], dtype=torch.float64, device=world.device)
+    slots = torch.cat([local.losses, local.digests.to(world.device), nonzero, wishes])
     world.sum(slots)
     context.hook(Phase.AFTER_REDUCE, state.step)
     values = slots.tolist()
-    nonzero_before, nonzero_after, stop_requests = values[2 * count :]
+    nonzero_before, nonzero_after, stops, changes = values[2 * count :]
     samples = hashlib.sha256(repr([int(value) for value in values[count : 2 * count]]).encode()).hexdigest()[:16]
     flushed = 1 - nonzero_after / nonzero_before if nonzero_before else None
-    return StepResult(math.fsum(values[:count]) / count, samples, 0, flushed, bool(stop_requests))
+    return StepResult(math.fsum(values[:count]) / count, samples, 0, flushed, bool(stops), bool(changes))
+
+
+def _local_sums(state: TrainState, members: StepMembers, count: int) -> LocalSums:
+    """Return what this rank has of an interrupted pass, which goes on; else zeros, for a pass from nothing."""
+    local = None if members.partial is None else members.partial.of(state.step)
+    if local is None:
+        losses = torch.zeros(count, dtype=torch.float64, device=members.world.device)
+        local = LocalSums(losses, torch.zeros(count, dtype=torch.float64))
+        state.sharding.zero_gradients()
+        if state.grids is not None:
+            state.grids.begin(counting=state.step % COUNT_FLUSHED_EVERY == 0)
+        if members.partial is not None:
+            members.partial.begin(state.step, local)
+    return local
 
 
 def _own_micro_batches(
@@ -245,6 +263,7 @@ def find_not_finite(state: TrainState, context: StepContext, members: StepMember
             gradients.append(name)
         return gradient
 
+    members = members.anew()
     # The hooks stay: the run ends here.
     state.sharding.round_with(lambda name: functools.partial(note_not_finite, name))
     state.sharding.zero_gradients()

@@ -45,6 +45,10 @@ class Sharding:
     def zero_gradients(self) -> None:
         self._flat.zero_()
 
+    def reduced_in_place(self) -> list[Tensor]:
+        """The tensors that `reduce_gradients` overwrites."""
+        return [self._flat]
+
     def last_micro_batch(self, is_last: bool) -> None:
         """Called before each backward pass; lets gradients be reduced once a step where the strategy can."""
 
@@ -101,6 +105,9 @@ class FullySharded(Sharding):
     def zero_gradients(self) -> None:
         for parameter in self.parameters.values():
             parameter.grad = None
+
+    def reduced_in_place(self) -> list[Tensor]:
+        return []
 
     def last_micro_batch(self, is_last: bool) -> None:
         for unit in self._units:

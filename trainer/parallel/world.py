@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from trainer.config import Parallel
 from trainer.errors import EXIT_FAILED, TopropeError, WorldError
 from trainer.parallel import elastic
+from trainer.parallel.partial import PartialSums
 
 T = TypeVar("T")
 IN_PROGRESS = ...
@@ -103,20 +104,55 @@ class StepMembers:
     world: World
     """The members, as this rank sees them; reductions go over its group."""
     micro_batches: Sequence[int]
+    own: Sequence[int] | None = None
+    """This rank's share of a step that was interrupted, beside what is in `partial`. None: dealt out in turn."""
+    partial: PartialSums | None = None
+    """Where the sums of this rank outlive a reduction that fails; None where a lost rank ends the attempt."""
 
     def own_micro_batches(self) -> list[int | None]:
         """This rank's share, one entry a round; None where it has nothing to compute in that round."""
+        if self.own is not None:
+            return list(self.own)
         rounds = self.world.assign_micro_batches(len(self.micro_batches))
         return [None if position is None else self.micro_batches[position] for position in rounds]
+
+    def anew(self) -> "StepMembers":
+        """The same for another pass over the step: from nothing, and every micro-batch is computed."""
+        if self.partial is not None:
+            self.partial.forget()
+        return replace(self, own=None, partial=None)
 
 
 class Members(Protocol):
     """Who takes part in a step: a value of the step and not of the job."""
 
     @property
-    def world(self) -> World: ...
+    def world(self) -> World:
+        """The ranks between two steps: for decisions, evaluation and checkpoints."""
+        ...
 
-    def commit(self, step: int, compute: Callable[[StepMembers], T]) -> T: ...
+    def meet(self, state: Any) -> bool:
+        """Bring the members together, with the newest state on all of them. Collective; first at the start.
+
+        Returns True if `state` is a step's whose evaluation and save may not be done.
+        """
+        ...
+
+    def commit(self, step: int, compute: Callable[[StepMembers], T]) -> T:
+        """Have a step computed by its members. Return the result, the same on all of them. Collective."""
+        ...
+
+    def applied(self, step: int, change: bool) -> None:
+        """The members have applied a step; `change`: they have agreed to let another one join now."""
+        ...
+
+    def once(self, name: str, act: Callable[[], None]) -> None:
+        """Do what follows a step, unless it was done before the members changed. Collective."""
+        ...
+
+    def outlive(self, error: BaseException) -> bool:
+        """True if this error means that the members have changed: after `meet`, they go on."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -127,14 +163,24 @@ class AllRanks:
     """
 
     world: World
-    """The ranks between two steps: for decisions, evaluation and checkpoints."""
     micro_batches: int
     """Number of micro-batches in a step."""
 
+    def meet(self, state: Any) -> bool:
+        return False
+
     def commit(self, step: int, compute: Callable[[StepMembers], T]) -> T:
-        """Have a step computed by its members. Return the result, the same on all of them. Collective."""
         # A lost rank makes the reductions inside `compute` raise on the others, so what returns is complete.
         return compute(StepMembers(self.world, range(self.micro_batches)))
+
+    def applied(self, step: int, change: bool) -> None:
+        pass
+
+    def once(self, name: str, act: Callable[[], None]) -> None:
+        act()
+
+    def outlive(self, error: BaseException) -> bool:
+        return False
 
 
 class PeerLostError(RuntimeError):

@@ -160,6 +160,18 @@ class Sentinel:
     def world(self) -> World:
         return self._members.world
 
+    def meet(self, state: TrainState) -> bool:
+        return self._members.meet(state)
+
+    def applied(self, step: int, change: bool) -> None:
+        self._members.applied(step, change)
+
+    def once(self, name: str, act: Callable[[], None]) -> None:
+        self._members.once(name, act)
+
+    def outlive(self, error: BaseException) -> bool:
+        return self._members.outlive(error)
+
     def commit(self, step: int, compute: Callable[[StepMembers], T]) -> T:
         """Have a step computed until its checks agree. Raises CorruptionError if they do not the second time."""
         picked = self._pick(step)
