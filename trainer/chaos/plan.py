@@ -13,7 +13,8 @@ from typing import Any
 
 from trainer import config as configs
 from trainer import tomlfile
-from trainer.chaos import schedule
+from trainer.chaos import command, schedule
+from trainer.chaos.command import Command
 from trainer.chaos.results import Outcome, Result, Setup, Table
 from trainer.chaos.schema import CampaignFile, read
 from trainer.config import Config
@@ -31,6 +32,8 @@ class Case(Setup):
     planned: list[PlannedFault]
     worker: tuple[str, ...] = ("trainer", "train")
     """Module that each rank runs, with its first arguments."""
+    not_applicable: str = ""
+    """The reason why it cannot be made on this job at all; empty if it can."""
 
     @property
     def slug(self) -> str:
@@ -49,12 +52,28 @@ class Campaign:
     file: CampaignFile
     config_path: Path
     config: Config
-    """Config of the reference run."""
+    """Config of the reference run. For a command: the defaults, with the number of steps if the campaign knows it."""
     overrides: list[str]
+    command: Command | None = None
+    """The job, where it is no toprope run."""
     cases: list[Case] = field(default_factory=list)
     """Cases to run, with their repeats."""
     every: list[Case] = field(default_factory=list)
     """All cases of the file, once each, including those that `--only` leaves out."""
+
+    @property
+    def identity(self) -> str:
+        """Digest of all that decides the results: reports of other results cannot be continued."""
+        return self.command.identity if self.command else configs.fingerprint(self.config)
+
+    def plan_faults(self, case: Case, faults: list[Table]) -> Case:
+        """Return the case with other faults."""
+        if self.command:
+            config = configs.parse({"budget": self.config.budget.model_dump(), "faults": faults})
+        else:
+            config = configs.load(self.config_path, [*case.overrides, f"faults={tomlfile.text(faults)}"])
+        planned = plan.make(config, case.ranks, case.nodes, inside=self.command is None)
+        return replace(case, faults=faults, config=config, planned=planned)
 
     def restarts_for(self, faults: int) -> int:
         """Number of restarts that the workers of a job with this number of faults may have."""
@@ -66,20 +85,11 @@ def load(path: Path, only: Sequence[str] = (), repeat: int | None = None) -> Cam
     file, problems = read(path)
     if file is None:
         raise ConfigError(problems)
-    # The config of the reference run comes first: every case is compared with it.
-    config_path = path.parent / file.config
-    overrides = [*_override_list(file.set), 'wandb.mode="disabled"']
-    config = None
-    with _collect_into(problems):
-        config = configs.load(config_path, overrides)
-    if config is not None and config.faults:
-        fact = f"{config_path} has faults of its own, so there is no reference run to compare with."
-        problems.append(f"{fact}\n  Move them to {path}.")
-    if config is None or config.faults:
-        raise ConfigError(problems)
-    builder = _CaseBuilder(Campaign(path, file, config_path, config, overrides))
+    builder = _of_command(path, file, problems) if file.command else _of_config(path, file, problems)
     builder.build_all()
     problems += builder.problems
+    if builder.cases and all(case.not_applicable for case in builder.cases):
+        problems += [f"{case.name}: {case.not_applicable}.\n  Give faults from outside too." for case in builder.cases]
     if not problems:  # else a case may be unknown only because it could not be planned
         names = list(dict.fromkeys(case.name for case in builder.cases))
         unknown = [name for name in only if name not in names]
@@ -91,6 +101,30 @@ def load(path: Path, only: Sequence[str] = (), repeat: int | None = None) -> Cam
     chosen = [case for case in builder.cases if not only or case.name in only]
     repeated = [replace(case, repeat=number) for number in range(repeat or file.repeat) for case in chosen]
     return replace(builder.campaign, cases=repeated, every=builder.cases)
+
+
+def _of_config(path: Path, file: CampaignFile, problems: list[str]) -> "_CaseBuilder":
+    # The config of the reference run comes first: every case is compared with it.
+    config_path = path.parent / file.config
+    overrides = [*_override_list(file.set), 'wandb.mode="disabled"']
+    config = None
+    with _collect_into(problems):
+        config = configs.load(config_path, overrides)
+    if config is not None and config.faults:
+        fact = f"{config_path} has faults of its own, so there is no reference run to compare with."
+        problems.append(f"{fact}\n  Move them to {path}.")
+    if config is None or config.faults:
+        raise ConfigError(problems)
+    return _CaseBuilder(Campaign(path, file, config_path, config, overrides))
+
+
+def _of_command(path: Path, file: CampaignFile, problems: list[str]) -> "_CaseBuilder":
+    job = command.read(path, file, problems)
+    if job is None:
+        raise ConfigError(problems)
+    steps = {"budget": {"steps": job.steps or command.STEPS_UNKNOWN}}
+    campaign = Campaign(path, file.model_copy(update={"ranks": job.ranks}), path, configs.parse(steps), [], command=job)
+    return _CommandCaseBuilder(campaign, job)
 
 
 @contextlib.contextmanager
@@ -118,24 +152,25 @@ class _CaseBuilder:
         self.campaign, self._file = campaign, campaign.file
         self.cases: list[Case] = []
         self.problems: list[str] = []
+        self.strategies: list[str] = [*campaign.file.strategies]
 
     def build_all(self) -> None:
-        file, config = self._file, self.campaign.config
+        file = self._file
         for number, run in enumerate(file.runs):
             name = run.name or " + ".join(str(fault.get("kind", "?")) for fault in run.faults) or f"run {number}"
-            for strategy in [run.strategy] if run.strategy else file.strategies:
+            for strategy in [run.strategy] if run.strategy else self.strategies:
                 self._add(name, run.faults, run.ranks or file.ranks, run.nodes or file.nodes, strategy, run.set)
-        for strategy in file.strategies:
+        for strategy in self.strategies:
             if file.catalogue is not None:
                 for number, kind in enumerate(self._kinds("catalogue", file.catalogue.kinds, list(KINDS))):
                     ranks, nodes = self._shape_for(kind)
-                    self._add(kind.name, [schedule.usual(kind, config, ranks, number)], ranks, nodes, strategy)
+                    self._add(kind.name, [self._usual(kind, ranks, number)], ranks, nodes, strategy)
             if file.pairs is not None:
-                on_one_node = [kind.name for kind in KINDS.values() if NODES not in kind.needs]
+                on_one_node = [kind.name for kind in self._makeable() if NODES not in kind.needs]
                 kinds = self._kinds("pairs", file.pairs.kinds, on_one_node)
                 for first, second in schedule.sample_pairs(kinds, file.pairs.sample, file.seed):
                     ranks, nodes = self._shape_for(first, second)
-                    faults = schedule.pair(first, second, config, ranks)
+                    faults = self._pair(first, second, ranks)
                     self._add(f"pair: {first.name} + {second.name}", faults, ranks, nodes, strategy)
             if file.storm is not None:
                 self._add_storms(strategy)
@@ -148,14 +183,14 @@ class _CaseBuilder:
         assert storm is not None
         mix: Mapping[str, float] = {}
         with _collect_into(self.problems):
-            mix = schedule.weights(storm.mix, file.nodes)
+            mix = self._weights(storm.mix)
         if len(self._kinds("storm.mix", list(mix), [])) < len(mix):
             return
         name = storm.mix if isinstance(storm.mix, str) else "own"
         for seed in storm.seeds if mix else []:
             faults = schedule.draw(
                 mix, seed, faults=storm.faults, mean_steps=storm.mean_steps, config=self.campaign.config,
-                world_size=file.ranks,
+                world_size=file.ranks, inside=self.campaign.command is None,
             )  # fmt: skip
             self._add(f"storm {name} seed {seed}", faults, file.ranks, file.nodes, strategy, seed=seed)
 
@@ -175,14 +210,24 @@ class _CaseBuilder:
         own: Mapping[str, Any] | None = None, seed: int | None = None,
     ) -> None:  # fmt: skip
         """Plan one case with its own overrides, or note why it cannot be planned."""
-        file, problems = self._file, list[str]()
+        problems = list[str]()
+        # A table that cannot be read is reported and left out, so that problems of the others are found too.
+        numbers = [number for number, fault in enumerate(faults) if _is_readable(number, fault, problems)]
+        case = self._plan(name, faults, numbers, ranks, nodes, strategy, own or {}, seed, problems)
+        self.problems += [f"{name}: {problem}" for problem in problems]
+        if case is not None and not problems:
+            self.cases.append(case)
+
+    def _plan(
+        self, name: str, faults: list[Table], numbers: list[int], ranks: int, nodes: int, strategy: str,
+        own: Mapping[str, Any], seed: int | None, problems: list[str],
+    ) -> Case | None:  # fmt: skip
+        """Return the case with those of the faults that have these numbers; adds what is wrong to the problems."""
         overrides = [*self.campaign.overrides, f"parallel.strategy={tomlfile.text(strategy)}"]
         # The nemesis needs time to strike, so such a run lasts longer; its weights stay the same.
         if any(_is_from_outside(fault) for fault in faults):
-            overrides += _override_list(file.set_outside)
-        overrides += _override_list(own or {})
-        # A table that cannot be read is reported and left out, so that problems of the others are found too.
-        numbers = [number for number, fault in enumerate(faults) if _is_readable(number, fault, problems)]
+            overrides += _override_list(self._file.set_outside)
+        overrides += _override_list(own)
         config, planned = None, None
         # Each check runs on what the earlier ones left, since a user wants all problems of a case at once.
         with _collect_into(problems):
@@ -194,13 +239,25 @@ class _CaseBuilder:
             problems += self._misfits(config, ranks, nodes)
             with _collect_into(problems):
                 planned = plan.make(config, ranks, nodes, numbers)
-        self.problems += [f"{name}: {problem}" for problem in problems]
-        if config is None or planned is None or problems:
-            return
+        if config is None or planned is None:
+            return None
+        limits: dict[str, float] = {"timeout_seconds": self._file.timeout_seconds, "restarts": self._file.restarts}
         kinds, trees = [fault.kind.name for fault in planned], [plan.tree(fault) for fault in planned]
-        limits: dict[str, float] = {"timeout_seconds": file.timeout_seconds, "restarts": file.restarts}
         given: Any = (name, kinds, trees, ranks, nodes, strategy, seed, 0, overrides, limits)
-        self.cases.append(Case(*given, config=config, planned=planned))
+        return Case(*given, config=config, planned=planned)
+
+    def _usual(self, kind: Fault, ranks: int, number: int) -> Table:
+        return schedule.usual(kind, self.campaign.config, ranks, number)
+
+    def _pair(self, first: Fault, second: Fault, ranks: int) -> list[Table]:
+        return schedule.pair(first, second, self.campaign.config, ranks)
+
+    def _makeable(self) -> list[Fault]:
+        """The kinds that can be made on this job."""
+        return [*KINDS.values()]
+
+    def _weights(self, mix: str | Mapping[str, float]) -> Mapping[str, float]:
+        return schedule.weights(mix, self._file.nodes)
 
     def _misfits(self, config: Config, ranks: int, nodes: int) -> list[str]:
         """Problems of a valid run that make it useless or impossible in this campaign."""
@@ -225,6 +282,64 @@ class _CaseBuilder:
         return problems
 
 
+class _CommandCaseBuilder(_CaseBuilder):
+    """Makes the cases for a job that is no toprope run: all faults come from outside."""
+
+    def __init__(self, campaign: Campaign, job: Command) -> None:
+        super().__init__(campaign)
+        self._job, self.strategies = job, [""]
+
+    def _plan(
+        self, name: str, faults: list[Table], numbers: list[int], ranks: int, nodes: int, strategy: str,
+        own: Mapping[str, Any], seed: int | None, problems: list[str],
+    ) -> Case | None:  # fmt: skip
+        if own or strategy:
+            problems.append("set and strategy are for runs of toprope.\n  Put options of the job into its command.")
+        if ranks % nodes:
+            problems.append(f"{ranks} ranks cannot be spread evenly over {nodes} nodes.\n  Give a multiple of nodes.")
+        reasons = [reason for fault in faults if (reason := self._job.not_applicable(fault, nodes))]
+        numbers = [number for number in numbers if not self._job.not_applicable(faults[number], nodes)]
+        planned: list[PlannedFault] = []
+        config = self.campaign.config
+        with _collect_into(problems):
+            tree = {"budget": config.budget.model_dump(), "faults": [faults[number] for number in numbers]}
+            config = configs.parse(tree)
+            planned = plan.make(config, ranks, nodes, numbers, inside=False)
+        needy = [fault for fault in planned if fault.at_step is not None and not self._job.tells_steps]
+        problems += [
+            f"faults[{fault.index}] ({fault.kind.name}) has at_step, but the campaign does not know the job's steps.\n"
+            "  Give progress.pattern, or at_seconds."
+            for fault in needy
+        ]
+        trees = faults if reasons else [plan.tree(fault) for fault in planned]
+        kinds = [str(fault["kind"]) for fault in trees] if not problems else []
+        limits = {"timeout_seconds": self._file.timeout_seconds}
+        given: Any = (name, kinds, trees, ranks, nodes, "", seed, 0, [], limits)
+        return Case(*given, config=config, planned=planned, not_applicable="; ".join(dict.fromkeys(reasons)))
+
+    def _usual(self, kind: Fault, ranks: int, number: int) -> Table:
+        # In the middle of a job, if it is known where that is: there is something to lose, and something left to do.
+        steps = self._job.steps
+        fault = {"kind": kind.name, "at_step": 3 if steps is None else max(1, steps // 2)}
+        return fault | ({"rank": number % ranks} if kind.on_rank else {})
+
+    def _pair(self, first: Fault, second: Fault, ranks: int) -> list[Table]:
+        return [self._usual(first, ranks, 0), self._usual(second, ranks, 1)]
+
+    def _makeable(self) -> list[Fault]:
+        return [kind for kind in KINDS.values() if kind.hits_any_job]
+
+    def _weights(self, mix: str | Mapping[str, float]) -> Mapping[str, float]:
+        if self._job.steps is None:
+            raise ConfigError(["storm has nothing to spread its faults over.\n  Give progress.pattern and .steps."])
+        found = super()._weights(mix)
+        inside = [kind for kind in found if kind in KINDS and not KINDS[kind].hits_any_job]
+        if inside and not isinstance(mix, str):
+            fact = f"storm.mix has {', '.join(inside)}, which need the inside of a toprope run."
+            raise ConfigError([f"{fact}\n  Leave them out."])
+        return {kind: weight for kind, weight in found.items() if kind not in inside}
+
+
 def _is_readable(number: int, fault: Table, problems: list[str]) -> bool:
     """True if a [[faults]] table can be parsed; else adds its problems to the list."""
     try:
@@ -243,5 +358,7 @@ def _is_from_outside(fault: Table) -> bool:
 def check_exact(campaign: Campaign) -> str | None:
     """Return a warning if the sums are not exact, so that the runs may differ; else None."""
     rule = "sums then depend on how many ranks add them, so no run can be expected to equal the reference one."
+    if campaign.command:
+        return None
     warning = f"numerics.exact = false: {rule} That invariant will be answered with unknown."
     return None if campaign.config.numerics.exact else warning

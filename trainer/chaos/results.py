@@ -11,7 +11,7 @@ from trainer.errors import RunDirectoryError
 from trainer.faults import checker
 from trainer.faults.checker import Answer, Answers
 
-Outcome = Literal["pass", "fail", "unknown", "undetected", "skipped"]
+Outcome = Literal["pass", "fail", "unknown", "undetected", "skipped", "not applicable"]
 Table = dict[str, Any]
 """One [[faults]] table."""
 _RENAMED = {
@@ -57,7 +57,7 @@ class Result(Setup):
 
     outcome: Outcome
     why: str
-    """One line: the first of the worst answers, or the reason why the case was skipped."""
+    """One line: the first of the worst answers, or the reason why the case was not run."""
     answers: list[Answer] = field(default_factory=list)
     launches: list[dict[str, Any]] = field(default_factory=list)
     """{started, ended, status} of each start of the job; Unix seconds."""
@@ -79,14 +79,15 @@ class Report:
     started: float
     seconds: float
     reference: dict[str, Any]
-    """{weights_sha256, state_sha256, steps, seconds, exact}"""
+    """{weights_sha256, state_sha256, steps, seconds, exact}; of a command also {result, leftovers}"""
     results: list[Result]
     interrupted: bool
 
     @property
     def passed(self) -> bool:
-        """True if the campaign was not interrupted, and each case passed or was skipped."""
-        return not self.interrupted and all(result.outcome in ("pass", "skipped") for result in self.results)
+        """True if the campaign was not interrupted, and each case passed, was skipped or does not apply to the job."""
+        good = ("pass", "skipped", checker.NOT_ASKED)
+        return not self.interrupted and all(result.outcome in good for result in self.results)
 
 
 def worst(answers: list[Answer]) -> Answer | None:

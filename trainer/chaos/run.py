@@ -4,6 +4,7 @@
     OUT/reference/run                the run that the others are compared with
     OUT/replay.toml, shrunk/         campaigns of the cases that did not pass, and of their smallest failing parts
     OUT/cases/NAME/run               one run with faults
+    OUT/cases/NAME/record            of a job that is no toprope run: the faults that fired, its progress
     OUT/cases/NAME/start-N           output of the job's N-th start
 
 If a job leaves with an exit status that its faults explain, the same command is given again, as a person or a scheduler
@@ -23,15 +24,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trainer import config as configs
 from trainer import files, signals, tomlfile
-from trainer.chaos import results, schedule
+from trainer.chaos import command, results, schedule
+from trainer.chaos.command import CommandEvidence, CommandReference
 from trainer.chaos.plan import Campaign, Case
 from trainer.chaos.report import html
 from trainer.chaos.results import Report, Result, Table
 from trainer.errors import EXIT_FINISHED, RunDirectoryError, TopropeError, of_system
-from trainer.faults import checker, plan
-from trainer.faults.checker import Evidence, Reference
+from trainer.faults import checker
+from trainer.faults.checker import NOT_ASKED, Evidence, Reference
 from trainer.faults.fault import LINUX, NAMESPACES, SHAPING, Fault
 from trainer.fleet import supervision
 from trainer.launch import namespaces
@@ -105,7 +106,7 @@ def _open_report(campaign: Campaign, out: Path) -> Report:
     except OSError as error:
         rule, remedy = "Runs and report go there.", "Give an --out that can be written."
         raise RunDirectoryError(of_system(error, f"{out} cannot be written", rule, remedy)) from None
-    fingerprint = configs.fingerprint(campaign.config)
+    fingerprint = campaign.identity
     report = results.read(out / "report.json")
     results.rename_old_layout(out)
     if report is None:
@@ -114,12 +115,13 @@ def _open_report(campaign: Campaign, out: Path) -> Report:
         machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
         reference: dict[str, Any] = {"fingerprint": fingerprint, "exact": campaign.config.numerics.exact}
         reference |= dict.fromkeys(("weights_sha256", "state_sha256", "steps", "seconds"))
-        about = (campaign.path.stem, campaign.file.question, str(campaign.config_path), machine)
+        job = campaign.command.about if campaign.command else str(campaign.config_path)
+        about = (campaign.path.stem, campaign.file.question, job, machine)
         return Report(*about, started=time.time(), seconds=0.0, reference=reference, results=[], interrupted=False)
     if (report.campaign, report.reference.get("fingerprint")) != (campaign.path.stem, fingerprint):
         raise RunDirectoryError(
-            f"{out} holds a report of campaign {report.campaign!r} on another config.\n"
-            "  One report cannot hold results of different configs. Give another --out."
+            f"{out} holds a report of campaign {report.campaign!r} on another config or command.\n"
+            "  One report cannot hold results of different jobs. Give another --out."
         )
     report.interrupted = False
     # The campaign file may have been edited since, so only results of cases that are still in it are kept.
@@ -129,14 +131,19 @@ def _open_report(campaign: Campaign, out: Path) -> Report:
     return report
 
 
-def _reference(campaign: Campaign, out: Path, report: Report) -> Reference:
+def _reference(campaign: Campaign, out: Path, report: Report) -> Reference | CommandReference:
     """Make the reference run unless the report has it already, and read it."""
     directory = out / "reference"
+    if campaign.command and "leftovers" in report.reference:
+        known = report.reference
+        return CommandReference(known["result"], known["steps"], known["seconds"], tuple(known["leftovers"]))
     if report.reference["weights_sha256"] is None:
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir()
+        ranks = campaign.command.ranks if campaign.command else 1
+        nodes = campaign.file.nodes if campaign.command else 1
         alone = Case(
-            "reference", [], [], 1, 1, "", None, 0, campaign.overrides, config=campaign.config, planned=[]
+            "reference", [], [], ranks, nodes, "", None, 0, campaign.overrides, config=campaign.config, planned=[]
         )  # fmt: skip
         launched = _launch(campaign, campaign.overrides, directory, alone, time.time())
         if launched.status != EXIT_FINISHED:
@@ -146,13 +153,35 @@ def _reference(campaign: Campaign, out: Path, report: Report) -> Reference:
                 f"  {directory / 'start-0'} has its whole output; the last lines:\n{tail}"
             )
         report.reference["seconds"] = launched.ended - launched.started
+        if campaign.command:
+            return _reference_of_command(campaign, directory, launched, report)
     found = checker.reference_of(directory / "run", campaign.config, report.reference["seconds"])
     report.reference |= {name: getattr(found, name) for name in ("weights_sha256", "state_sha256", "steps")}
     return found
 
 
-def run_case(campaign: Campaign, case: Case, reference: Reference, out: Path) -> Result:
+def _reference_of_command(campaign: Campaign, directory: Path, launched: "Launch", report: Report) -> CommandReference:
+    """Read what the job without faults did. Raises TopropeError if it did not do what the campaign says."""
+    assert campaign.command is not None
+    result, why = command.result_of(campaign.command, directory, launched.output)
+    seen = command.observed(directory)
+    if campaign.file.progress is not None and not seen:
+        why = "it made no progress that progress.pattern or progress.file would show"
+    if why:
+        raise TopropeError(
+            f"the reference run finished, but {why}.\n"
+            f"  Without it nothing can be compared. {directory / 'start-0'} has its output. Mend the campaign."
+        )
+    steps = seen[-1][1] if seen and campaign.command.tells_steps else None
+    left = sorted({command.shape(leftover) for leftover in launched.leftovers})
+    report.reference |= {"result": result, "steps": steps, "leftovers": left}
+    return CommandReference(result, steps, launched.ended - launched.started, tuple(left))
+
+
+def run_case(campaign: Campaign, case: Case, reference: Reference | CommandReference, out: Path) -> Result:
     """Run one case with its faults, check every invariant, and return its result."""
+    if case.not_applicable:
+        return case.make_result(NOT_ASKED, case.not_applicable)
     reasons = [f"{fault.kind.name}: {why}" for fault in case.planned if (why := missing(fault.kind))]
     if reasons:
         return case.make_result("skipped", "; ".join(dict.fromkeys(reasons)))
@@ -164,16 +193,23 @@ def run_case(campaign: Campaign, case: Case, reference: Reference, out: Path) ->
     launches = [{"started": launch.started, "ended": launch.ended, "status": launch.status} for launch in launched]
     leftovers = [leftover for launch in launched for leftover in launch.leftovers]
     notes = [note for launch in launched for note in launch.notes]
-    evidence = Evidence(directory / "run", case.config, case.planned, reference, launches, leftovers, notes)
-    answers = checker.check(evidence)
+    job = (launches, leftovers, notes)
+    drawn = {}
+    if isinstance(reference, CommandReference):
+        assert campaign.command is not None
+        seen = CommandEvidence(command.record(directory), case.config, case.planned, reference, *job)
+        answers = command.check(campaign.command, seen, launched[-1].output)
+        measured = command.measure(campaign.command, seen)
+    else:
+        evidence = Evidence(directory / "run", case.config, case.planned, reference, *job)
+        answers, measured = checker.check(evidence), []
+        with contextlib.suppress(TopropeError):  # the log cannot be read, and the answers say so
+            measured = checker.measure(evidence)
+            drawn = read_timeline(evidence.run)
     outcome, why = results.outcome(answers)
-    measured, drawn = [], {}
-    with contextlib.suppress(TopropeError):  # the log cannot be read, and the answers say so
-        measured = checker.measure(evidence)
-        drawn = read_timeline(evidence.run)
     return case.make_result(
-        outcome, why, answers=answers, launches=launches, measured=measured, timeline=drawn, run=str(evidence.run),
-        seconds=time.time() - started,
+        outcome, why, answers=answers, launches=launches, measured=measured, timeline=drawn,
+        run=str(directory / "run"), seconds=time.time() - started,
     )  # fmt: skip
 
 
@@ -198,7 +234,7 @@ def launch_until_done(campaign: Campaign, case: Case, directory: Path, started: 
     if any(fault.kind.damages_tokens for fault in case.planned):
         # Other runs read the shared token store, so this case gets its own store to damage.
         overrides.append(f"data.cache_dir={tomlfile.text(str((directory / 'cache').absolute()))}")
-    explained = {status for fault in case.planned for status in fault.kind.exits}
+    explained = {status for fault in case.planned for status in fault.kind.exits} | {*campaign.file.again_after}
     launches: list[Launch] = []
     for _ in range(len(case.planned) + MORE_STARTS):
         launches.append(_launch(campaign, overrides, directory, case, started))
@@ -215,15 +251,25 @@ def _launch(
         hosts = None
         if any(NAMESPACES in fault.kind.needs for fault in case.planned):
             hosts = stack.enter_context(namespaces.Hosts(case.nodes))
-        began = time.time()
-        # A warm cluster forks its ranks from a process that has imported torch: an import would cost seconds per start.
-        cluster = Cluster(
-            campaign.config_path, directory / "run", overrides, ranks=case.ranks // case.nodes, nodes=case.nodes,
-            restarts=campaign.restarts_for(len(case.planned)), directory=supervision.new_start_directory(directory),
-            hosts=hosts, environment={"WANDB_MODE": "disabled"},
-            own_store=any(fault.kind.needs_store for fault in case.planned), worker=case.worker, warm=True,
-        )  # fmt: skip
-        nemesis = stack.enter_context(supervision.running(cluster, case.planned, directory / "run", started))
+        began, start, run = time.time(), supervision.new_start_directory(directory), directory / "run"
+        own_store = any(fault.kind.needs_store for fault in case.planned)
+        watch = None
+        if campaign.command:
+            cluster = campaign.command.cluster(
+                directory, start, ranks=case.ranks, nodes=case.nodes, hosts=hosts, own_store=own_store
+            )
+            run = command.record(directory)
+            watch = command.Watch(campaign.command, directory, cluster, case.ranks)
+        else:
+            # A warm cluster forks its ranks from a process that has torch imported: that costs seconds per start.
+            cluster = Cluster(
+                campaign.config_path, run, overrides, ranks=case.ranks // case.nodes, nodes=case.nodes,
+                restarts=campaign.restarts_for(len(case.planned)), directory=start, hosts=hosts,
+                environment={"WANDB_MODE": "disabled"}, own_store=own_store, worker=case.worker, warm=True,
+            )  # fmt: skip
+        nemesis = stack.enter_context(supervision.running(cluster, case.planned, run, started, watch))
+        if watch is not None:
+            stack.enter_context(watch)
         status = cluster.wait(campaign.file.timeout_seconds)
         ended = time.time()
         # The faults end with the job, since one that fired now would hit the next start. Stopping also undoes lasting
@@ -240,15 +286,13 @@ def _shrunk_path(out: Path, case: Case) -> Path:
     return out / "shrunk" / f"{case.slug}.toml"
 
 
-def _shrink(campaign: Campaign, case: Case, result: Result, reference: Reference, out: Path) -> str:
+def _shrink(campaign: Campaign, case: Case, result: Result, reference: Reference | CommandReference, out: Path) -> str:
     """Find the smallest part of a schedule with the same failure, write it to a campaign file, and return a remark."""
     bad = results.worst(result.answers)
     assert bad is not None
 
     def fails(faults: list[Table]) -> bool:
-        config = configs.load(campaign.config_path, [*case.overrides, f"faults={tomlfile.text(faults)}"])
-        part = replace(case, faults=faults, config=config, planned=plan.make(config, case.ranks, case.nodes))
-        answers = run_case(campaign, part, reference, out).answers
+        answers = run_case(campaign, campaign.plan_faults(case, faults), reference, out).answers
         return any((answer.invariant, answer.answer) == (bad.invariant, bad.answer) for answer in answers)
 
     # The faults of a result are fully resolved: values drawn by a fault's index stay the same without its neighbours.
@@ -289,15 +333,19 @@ def keep_replay(campaign: Campaign, report: Report, out: Path) -> Path | None:
 
 def _replay(campaign: Campaign, failed: Iterable[Result]) -> str:
     """Return a campaign file with absolute paths that repeats results with exactly the same faults, each run once."""
-    settings = {"config": str(campaign.config_path.absolute()), "timeout_seconds": campaign.file.timeout_seconds}
-    lines = [*tomlfile.lines(settings | {"restarts": campaign.file.restarts}), "", "[set]"]
+    settings: dict[str, Any] = {"timeout_seconds": campaign.file.timeout_seconds}
     shared = _split(campaign.overrides)
-    lines += [f"{key} = {value}" for key, value in shared.items()]
+    if campaign.command:
+        lines = [*tomlfile.lines(campaign.command.settings() | settings)]
+    else:
+        settings |= {"config": str(campaign.config_path.absolute()), "restarts": campaign.file.restarts}
+        lines = [*tomlfile.lines(settings), "", "[set]", *(f"{key} = {value}" for key, value in shared.items())]
     firsts: dict[tuple[str, str], Result] = {}
     for result in failed:
         firsts.setdefault((result.name, result.strategy), result)
     for result in firsts.values():
-        run = {"name": result.name, "ranks": result.ranks, "nodes": result.nodes, "strategy": result.strategy}
+        run = {"name": result.name, "ranks": result.ranks, "nodes": result.nodes}
+        run |= {"strategy": result.strategy} if result.strategy else {}
         lines += ["", f"# {result.outcome}: {' '.join(result.why.split())}", "[[runs]]", *tomlfile.lines(run)]
         # Its own `set` holds the settings that the campaign does not have.
         own = {key: value for key, value in _split(result.overrides).items() if shared.get(key) != value}

@@ -96,12 +96,13 @@ def _check_own_mix(mix: Mapping[str, float]) -> dict[str, float]:
 
 
 def draw(
-    mix: Mapping[str, float], seed: int, *, faults: int, mean_steps: float, config: Config, world_size: int
-) -> list[Table]:
+    mix: Mapping[str, float], seed: int, *, faults: int, mean_steps: float, config: Config, world_size: int,
+    inside: bool = True,
+) -> list[Table]:  # fmt: skip
     """Draw a schedule of at most `faults` faults, in the order of their steps, within the steps of the run.
 
     `mean_steps` is the mean number of steps between two faults. A fault in a save or an evaluation is moved to the next
-    one. Of the phases that belong to no step, only loading is drawn.
+    one. Of the phases that belong to no step, only loading is drawn. Without `inside` every fault comes from outside.
     """
     rng = random.Random(f"storm-{seed}")
     if world_size == 1:  # these faults are detected by a peer that waits, and there is none
@@ -117,7 +118,12 @@ def draw(
         kind = KINDS[rng.choices(kinds, chances)[0]]
         # A fault that would share its moment with an earlier one is drawn again; after _TRIES draws it is left out.
         for _ in range(_TRIES):
-            fault = _draw_fault(rng, kind, 1 + int(arrival), schedule, config, world_size)
+            step = 1 + int(arrival)
+            if inside:
+                fault = _draw_fault(rng, kind, step, schedule, config, world_size)
+            else:
+                victim = {"rank": rng.randrange(world_size)} if kind.on_rank else {}
+                fault = {"kind": kind.name, **victim, "at_step": step}
             if taken.isdisjoint(moments := _moments(fault)):
                 taken |= moments
                 schedule.append(fault)

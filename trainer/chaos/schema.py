@@ -52,10 +52,48 @@ class Storm(Section):
     """Mean number of steps between two faults. Steps, not seconds: so a schedule can be replayed exactly."""
 
 
+class Progress(Section):
+    """How one sees from beside a job how far it has come. Without it no time to come back is measured."""
+
+    pattern: str = ""
+    """Regular expression for a line that reports a step; its first group is the step's number."""
+    file: str = ""
+    """File to look in instead of the job's output. Without a pattern, progress is that it grows."""
+    steps: int | None = Field(default=None, ge=1)
+    """Last step that a whole job reports. Storms, and the usual moments of faults, are spread over the steps."""
+    within_seconds: float = Field(default=60.0, gt=0)
+    """Bound from a fault to progress beyond all that was made before it."""
+
+
+class JobResult(Section):
+    """What must be equal at the end of each job: a file, a text or a number. Without it nothing is compared."""
+
+    file: str = ""
+    """The file whose SHA-256 is compared, or the one that holds the line or the number."""
+    line: str = ""
+    """Regular expression for a line of the output or the file: its first group, or all of it, must be the same text."""
+    number: str = ""
+    """Regular expression for a line; its first group is a number."""
+    tolerance: float | None = Field(default=None, ge=0)
+    """Largest difference of the number from the reference run's."""
+
+
 class CampaignFile(Section):
     question: str = ""
-    config: str
+    config: str = ""
     """Path of the runs' config, relative to the campaign file."""
+    command: list[str] = Field(default_factory=list)
+    """Instead of a config: the words of a command that starts any other job, torchrun and a script for example. Here,
+    in `directory`, in `environment` and in names of files, {run} is the job's own empty folder, and {here} that of the
+    campaign file."""
+    directory: str = "{here}"
+    """Folder in which the command is started."""
+    environment: dict[str, str] = Field(default_factory=dict)
+    """Variables for the command, beside those of the campaign's own process."""
+    progress: Progress | None = None
+    result: JobResult | None = None
+    again_after: list[int] = Field(default_factory=list)
+    """Exit statuses of the command after which its user or scheduler gives it again."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Overrides for all runs, including the reference run."""
     set_outside: dict[str, Any] = Field(default_factory=dict)
@@ -78,8 +116,10 @@ class CampaignFile(Section):
     storm: Storm | None = None
 
 
-NEEDED_BY_ALL = {"config", "set", "set_outside", "ranks", "nodes", "strategies"}
+NEEDED_BY_ALL = {"config", "command", "directory", "progress", "set", "set_outside", "ranks", "nodes", "strategies"}
 """Settings without which no run can be planned."""
+OF_COMMANDS = {"directory", "environment", "progress", "result", "again_after"}
+OF_CONFIGS = {"set", "set_outside", "strategies", "restarts"}
 
 
 def read(path: Path) -> tuple[CampaignFile | None, list[str]]:
@@ -89,20 +129,33 @@ def read(path: Path) -> tuple[CampaignFile | None, list[str]]:
     that is not possible. Raises ConfigError if it is no TOML file.
     """
     tree = tomlfile.read(path)
-    if "config" not in tree and tree.keys() & (Config.model_fields.keys() | {"extends"}) - {"seed"}:
+    if not {"config", "command"} & tree.keys() and tree.keys() & (Config.model_fields.keys() | {"extends"}) - {"seed"}:
         hint = "Give a campaign that names it, as configs/chaos/smoke.toml does."
         raise ConfigError([f"{path} is a run's config, not a campaign.\n  {hint}"])
     try:
-        return CampaignFile.model_validate(tree), []
+        file, problems = CampaignFile.model_validate(tree), list[str]()
     except ValidationError as error:
         mistakes = tomlfile.mistakes(error, tree)
-    problems = [f"{path}: {tomlfile.explain(mistake, CampaignFile, 'campaign')}" for mistake in mistakes]
-    # A misspelt setting counts as the one that it resembles.
-    names = [str(mistake.place[0]) for mistake in mistakes]
-    wrong = {next(iter(difflib.get_close_matches(name, CampaignFile.model_fields, n=1)), name) for name in names}
-    if wrong & NEEDED_BY_ALL:
-        return None, problems
-    return CampaignFile.model_validate(_without(tree, [mistake.place for mistake in mistakes])), problems
+        problems = [f"{path}: {tomlfile.explain(mistake, CampaignFile, 'campaign')}" for mistake in mistakes]
+        # A misspelt setting counts as the one that it resembles.
+        names = [str(mistake.place[0]) for mistake in mistakes]
+        wrong = {next(iter(difflib.get_close_matches(name, CampaignFile.model_fields, n=1)), name) for name in names}
+        if wrong & NEEDED_BY_ALL:
+            return None, problems
+        file = CampaignFile.model_validate(_without(tree, [mistake.place for mistake in mistakes]))
+    misfits = _misfits(path, file)
+    return (None if misfits else file), problems + misfits
+
+
+def _misfits(path: Path, file: CampaignFile) -> list[str]:
+    """Settings of a valid file that do not belong together."""
+    if bool(file.config) == bool(file.command):
+        fact = "has both config and command" if file.config else "names neither a config nor a command"
+        return [f"{path} {fact}.\n  Give config for runs of toprope, or command for any other job."]
+    name, others = ("config", OF_COMMANDS) if file.config else ("command", OF_CONFIGS)
+    wrong = sorted(others & file.model_fields_set)
+    remedy = "progress and result are for a command." if file.config else "Options of the job belong to its command."
+    return [f"{path}: {key} has no effect beside {name}.\n  Remove it. {remedy}" for key in wrong]
 
 
 def _without(tree: Mapping[str, Any], places: Iterable[Sequence[Any]]) -> dict[str, Any]:

@@ -17,7 +17,10 @@ from trainer.faults.plan import PlannedFault
 from trainer.log import events, goodput
 from trainer.log.incidents import Incident
 
-__all__ = ["INVARIANTS", "Answer", "Answers", "Evidence", "Reference", "check", "measure", "reference_of"]
+__all__ = [
+    "INVARIANTS", "Answer", "Answers", "Evidence", "Reference", "answer_of", "check", "every_fault_fired", "measure",
+    "reference_of", "status_problems",
+]  # fmt: skip
 
 Answers = Literal["pass", "fail", "unknown", "undetected", "not applicable"]
 
@@ -60,16 +63,16 @@ def check(evidence: Evidence) -> list[Answer]:
     except TopropeError as error:
         return [Answer(name, "fail", f"the log cannot be read: {error}".splitlines()[0]) for name in INVARIANTS]
     return [
-        _every_fault_fired(evidence),
+        every_fault_fired(evidence),
         _weights_and_state_equal(evidence),
         _every_sample_once(evidence),
         _checkpoints_kept(evidence),
-        _answer(CLEAN, [*evidence.leftovers, *(f"stray file {name}" for name in strays(evidence.run))]),
+        answer_of(CLEAN, [*evidence.leftovers, *(f"stray file {name}" for name in strays(evidence.run))]),
         _answer_if_asked(evidence, DETECTED, _late_detections(evidence)),
         _answer_if_asked(evidence, RECOVERED, _late_recoveries(evidence)),
         _answer_if_asked(evidence, ATTRIBUTED, _wrong_attributions(evidence)),
-        _answer(TIME, _time_problems(evidence)),
-        _answer(STATUS, _status_problems(evidence)),
+        answer_of(TIME, _time_problems(evidence)),
+        answer_of(STATUS, status_problems(evidence)),
     ]
 
 
@@ -104,7 +107,8 @@ def strays(run: Path) -> list[str]:
     return sorted({str(path.relative_to(run)) for path in odd})
 
 
-def _answer(invariant: str, problems: Iterable[str]) -> Answer:
+def answer_of(invariant: str, problems: Iterable[str]) -> Answer:
+    """The answer of an invariant that holds unless there are problems."""
     found = list(problems)
     return Answer(invariant, "fail", _joined(found)) if found else Answer(invariant, "pass")
 
@@ -114,7 +118,8 @@ def _joined(problems: Sequence[str]) -> str:
     return "; ".join(" ".join(problem.split()) for problem in problems[:3]) + more
 
 
-def _every_fault_fired(evidence: Evidence) -> Answer:
+def every_fault_fired(evidence: Evidence) -> Answer:
+    """The answer to the first invariant: only a fault that fired tests anything."""
     if not evidence.planned:
         return Answer(FIRED, NOT_ASKED, "no fault was planned")
     fired = {firing.fault.index for firing in evidence.firings}
@@ -170,14 +175,14 @@ def _every_sample_once(evidence: Evidence) -> Answer:
         return Answer(SAMPLES, "unknown", "the reference run has no steps to compare with")
     wrong = [f"step {step} was computed from other samples" for step in samples if samples[step] != reference.get(step)]
     missing = [f"step {step} is not in the log" for step in sorted(reference.keys() - samples.keys())]
-    return _answer(SAMPLES, wrong + missing)
+    return answer_of(SAMPLES, wrong + missing)
 
 
 def _checkpoints_kept(evidence: Evidence) -> Answer:
     problems = list(_lost_checkpoints(evidence))
     if not problems and not checkpoint.committed(evidence.run):
         return Answer(KEPT, NOT_ASKED, "the run ended before it had saved a checkpoint")
-    return _answer(KEPT, problems)
+    return answer_of(KEPT, problems)
 
 
 def _lost_checkpoints(evidence: Evidence) -> Iterator[str]:
@@ -215,7 +220,7 @@ def _lost_checkpoints(evidence: Evidence) -> Iterator[str]:
 
 def _answer_if_asked(evidence: Evidence, invariant: str, problems: Iterable[str]) -> Answer:
     """The answer of an invariant that asks something of some faults only: it passes if it was tested and held."""
-    answer = _answer(invariant, problems)
+    answer = answer_of(invariant, problems)
     if answer.answer == "fail" or any(fault[MEASURED_AS[invariant]] is not None for fault in measure(evidence)):
         return answer
     fired = {firing.fault.index for firing in evidence.firings}
@@ -311,13 +316,14 @@ def _time_problems(evidence: Evidence) -> Iterator[str]:
         yield f"the log covers {wall:.1f} s only, and the job lasted {job_seconds:.1f} s"
 
 
-def _status_problems(evidence: Evidence) -> Iterator[str]:
+def status_problems(evidence: Evidence, explained: Sequence[int] = ()) -> Iterator[str]:
+    """Exit statuses that no fault explains. Those in `explained` need no fault; the last start must leave with 0."""
     for number, launch in enumerate(evidence.launches, start=1):
         status, ended = launch["status"], launch["ended"]
         before = [firing.fault.kind for firing in evidence.firings if ended is None or firing.time <= ended]
         if status is None:
             yield f"start {number} did not end on its own within {ended - launch['started']:.0f} s"
-        elif status != EXIT_FINISHED and not any(status in kind.exits for kind in before):
+        elif status not in (EXIT_FINISHED, *explained) and not any(status in kind.exits for kind in before):
             yield f"start {number} left with {status}, which no fault that had fired explains"
     if not evidence.launches or evidence.launches[-1]["status"] != EXIT_FINISHED:
         yield "the last start did not leave with 0"

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from trainer.faults.nemesis import Outside
     from trainer.faults.plan import PlannedFault
     from trainer.faults.rank import RankContext
-    from trainer.launch.cluster import Cluster
+    from trainer.launch.cluster import Agents
 
 # Phases at which a fault can strike, in groups.
 GRADIENT = (
@@ -126,6 +126,11 @@ class Fault:
         """True if no rank can make it itself."""
         return not self.phases
 
+    @property
+    def hits_any_job(self) -> bool:
+        """True if it can be made from outside in any job, whatever program its ranks run."""
+        return self.from_outside or bool(self.signal_number)
+
     def writer_only(self, phase: str) -> bool:
         """True if only rank 0, which commits checkpoints, can be hit at this phase."""
         return False
@@ -157,7 +162,7 @@ class Fault:
         self.fire(planned, rank)
         return tensor
 
-    def obstacle_outside(self, planned: "PlannedFault", cluster: "Cluster") -> str:
+    def obstacle_outside(self, planned: "PlannedFault", cluster: "Agents") -> str:
         """The reason why it cannot be made on this cluster; empty if it can."""
         if NAMESPACES in self.needs and cluster.hosts is None:
             return "its nodes are not on hosts of their own"

@@ -1,7 +1,8 @@
 """Fires the faults of a plan that come from outside: a thread beside torchrun, for faults that no rank can make itself.
 
-It follows the run's event log, notes each fault in RUN/events/faults.jsonl before it acts, and signals only processes
-of the cluster it was given. Each fault acts in a thread of its own, and what lasts is undone at its end or at `stop`.
+It follows the progress of the job (of a toprope run: its event log), notes each fault in RUN/events/faults.jsonl before
+it acts, and signals only processes of the cluster it was given. Each fault acts in a thread of its own, and what lasts
+is undone at its end or at `stop`.
 """
 
 import signal
@@ -9,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from trainer.faults import plan as plans
 from trainer.faults.plan import PlannedFault
@@ -19,7 +20,7 @@ from trainer.log.history import Attempt
 
 if TYPE_CHECKING:
     from trainer.launch.agent import Agent
-    from trainer.launch.cluster import Cluster
+    from trainer.launch.cluster import Agents
     from trainer.launch.namespaces import Hosts
 
 POLL_SECONDS = 0.02
@@ -30,7 +31,7 @@ NEMESIS = -1  # rank in the log
 class Outside:
     """The cluster as faults from outside see it, and their common ways to wait and to undo."""
 
-    def __init__(self, cluster: "Cluster") -> None:
+    def __init__(self, cluster: "Agents") -> None:
         self.cluster = cluster
         self.stopping = threading.Event()
         """Set when everything that lasts must be undone."""
@@ -73,19 +74,90 @@ class Outside:
             node.signal(signal.SIGCONT)
 
 
+class Progress(Protocol):
+    """How far a job has come, as someone beside it can tell."""
+
+    def poll(self) -> bool:
+        """Look again; False while no fault may fire yet. Raises OSError while the files cannot be read."""
+        ...
+
+    def newest_attempt(self) -> int | None:
+        """Number of the newest attempt; None before the first."""
+        ...
+
+    def reached(self, attempt: int | None) -> int | None:
+        """Steps completed in this attempt, or in any if it is None; None before any rank is ready."""
+        ...
+
+    def workers(self) -> Mapping[int, int]:
+        """{rank: pid} of all workers that have told of themselves, living or not."""
+        ...
+
+    def world_size(self) -> int | None:
+        """Number of ranks of the newest attempt; None if it is unknown."""
+        ...
+
+    def attempt_of(self, rank: int | None, pid: int | None) -> int:
+        """The attempt of a worker, which may not have told anything yet; the newest attempt if `rank` is None."""
+        ...
+
+
+class LoggedProgress:
+    """The progress of a toprope run, by its event log."""
+
+    def __init__(self, run: Path) -> None:
+        self._run = run
+        self._follower = Follower(run, "attempt-*-rank-*.jsonl")
+        self._attempts: dict[int, Attempt] = {}
+
+    def poll(self) -> bool:
+        if not rundir.config_path(self._run).exists():
+            return False  # a file there would make a run refuse the directory
+        for entry in self._follower.poll():
+            self._attempts.setdefault(entry.attempt, Attempt(entry.attempt)).observe(entry)
+        return True
+
+    def newest_attempt(self) -> int | None:
+        return max(self._attempts, default=None)
+
+    def reached(self, attempt: int | None) -> int | None:
+        steps = (known.last_step for n, known in self._attempts.items() if attempt in (None, n))
+        return max((step for step in steps if step is not None), default=None)
+
+    def workers(self) -> Mapping[int, int]:
+        attempts = [self._attempts[number] for number in sorted(self._attempts)]
+        return {rank: event.pid for attempt in attempts for rank, (_, event) in attempt.starts.items()}
+
+    def world_size(self) -> int | None:
+        starts = [self._attempts[number].start for number in sorted(self._attempts)]
+        return next((start[1].world_size for start in reversed(starts) if start is not None), None)
+
+    def attempt_of(self, rank: int | None, pid: int | None) -> int:
+        newest = max(self._attempts, default=0)
+        if rank is None:
+            return newest
+        last = max((number for number, attempt in self._attempts.items() if rank in attempt.starts), default=-1)
+        if last >= 0 and self._attempts[last].starts[rank][1].pid == pid:
+            return last
+        return newest + (last == newest)  # a process that has not written yet belongs to the attempt that comes next
+
+
 class Nemesis:
     """Fires the faults of a plan that come from outside, while `cluster` does the run in directory `run`.
 
     `started` is the Unix time at which the run was first launched: `at_seconds` counts from it. What has fired
     according to the run's record does not fire again, so each launch of a run gets a new nemesis with the same plan.
+    `progress` tells how far the job has come; by default the run's event log does.
     """
 
-    def __init__(self, plan: Sequence[PlannedFault], run: Path, cluster: "Cluster", started: float) -> None:
+    def __init__(
+        self, plan: Sequence[PlannedFault], run: Path, cluster: "Agents", started: float,
+        progress: Progress | None = None,
+    ) -> None:  # fmt: skip
         fired = {event.index for _, event in plans.fired(run)}
         self._waiting = [fault for fault in plan if fault.from_outside and fault.index not in fired]
         self._run, self._cluster, self._started = run, cluster, started
-        self._follower = Follower(run, "attempt-*-rank-*.jsonl")
-        self._attempts: dict[int, Attempt] = {}
+        self._progress: Progress = progress or LoggedProgress(run)
         self._outside = Outside(cluster)
         self._watching = threading.Thread(target=self._watch, name="toprope-nemesis", daemon=True)
         self._acting: list[threading.Thread] = []
@@ -105,29 +177,22 @@ class Nemesis:
 
     def _watch(self) -> None:
         while self._waiting and not self._outside.wait(POLL_SECONDS):
-            if not rundir.config_path(self._run).exists():
-                continue  # a file there would make a run refuse the directory
             try:
-                for entry in self._follower.poll():
-                    self._attempts.setdefault(entry.attempt, Attempt(entry.attempt)).observe(entry)
+                if not self._progress.poll():
+                    continue
                 for fault in [fault for fault in self._waiting if self._is_due(fault)]:
                     self._fire(fault)
             except OSError:
                 continue  # the run directory is being removed
 
     def _is_due(self, fault: PlannedFault) -> bool:
-        if fault.attempt is not None and fault.attempt != max(self._attempts, default=None):
+        if fault.attempt is not None and fault.attempt != self._progress.newest_attempt():
             return False
         if fault.at_seconds is not None:
             return time.time() >= self._started + fault.at_seconds
         assert fault.at_step is not None
-        reached = self._reached(fault.attempt)
+        reached = self._progress.reached(fault.attempt)
         return reached is not None and reached >= fault.at_step - 1
-
-    def _reached(self, number: int | None) -> int | None:
-        """Steps completed in this attempt, or in any if `number` is None; None before any rank is ready."""
-        steps = (attempt.last_step for n, attempt in self._attempts.items() if number in (None, n))
-        return max((step for step in steps if step is not None), default=None)
 
     def _fire(self, fault: PlannedFault) -> None:
         """Fire a fault that is due, unless the ranks that it hits do not live yet."""
@@ -142,8 +207,8 @@ class Nemesis:
         self._waiting.remove(fault)
         # On record before it acts: whatever the fault ends must find it there.
         for victim, pid in victims.items() if kind.on_rank and not kind.hits_agent else [(None, None)]:
-            attempt = self._attempt_of(victim, pid)
-            reached = self._reached(attempt)
+            attempt = self._progress.attempt_of(victim, pid)
+            reached = self._progress.reached(attempt)
             step = None if reached is None else reached + 1
             plans.record(self._run, fault, attempt, NEMESIS, victim=victim, step=step, phase=None)
         thread = threading.Thread(target=self._act, args=(fault, victims), name=f"toprope-{kind.name}", daemon=True)
@@ -158,20 +223,8 @@ class Nemesis:
 
     def _victims(self, fault: PlannedFault) -> dict[int, int]:
         """{rank: pid} of the ranks that a fault hits; empty while not all of them live."""
-        attempts = [self._attempts[number] for number in sorted(self._attempts)]
-        logged = {rank: event.pid for attempt in attempts for rank, (_, event) in attempt.starts.items()}
         living = self._cluster.processes()
-        workers = self._cluster.workers() or {rank: pid for rank, pid in logged.items() if pid in living}
-        sizes = [attempt.start[1].world_size for attempt in attempts if attempt.start is not None]
-        ranks = fault.victims(sizes[-1] if sizes else max(len(workers), 1))
+        told = {rank: pid for rank, pid in self._progress.workers().items() if pid in living}
+        workers = self._cluster.workers() or told
+        ranks = fault.victims(self._progress.world_size() or max(len(workers), 1))
         return {rank: workers[rank] for rank in ranks} if workers.keys() >= set(ranks) else {}
-
-    def _attempt_of(self, rank: int | None, pid: int | None) -> int:
-        """The attempt of a worker, which may not have written anything yet; the newest attempt if `rank` is None."""
-        newest = max(self._attempts, default=0)
-        if rank is None:
-            return newest
-        last = max((number for number, attempt in self._attempts.items() if rank in attempt.starts), default=-1)
-        if last >= 0 and self._attempts[last].starts[rank][1].pid == pid:
-            return last
-        return newest + (last == newest)  # a process that has not written yet belongs to the attempt that comes next

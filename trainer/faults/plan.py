@@ -42,7 +42,7 @@ class PlannedFault:
     @property
     def from_outside(self) -> bool:
         """True if the nemesis makes it, beside the job."""
-        return self.kind.from_outside or self.at_seconds is not None
+        return not self.phase
 
     @property
     def point_step(self) -> int | None:
@@ -80,12 +80,14 @@ class PlannedFault:
 
 
 def make(
-    config: Config, world_size: int, nodes: int | None = None, numbers: Sequence[int] | None = None
-) -> list[PlannedFault]:
+    config: Config, world_size: int, nodes: int | None = None, numbers: Sequence[int] | None = None, *,
+    inside: bool = True,
+) -> list[PlannedFault]:  # fmt: skip
     """The plan of a config's faults in a world of this size. Raises ConfigError naming every problem.
 
     A rank does not know on how many `nodes` it runs; the planner of a campaign does. `numbers` are the positions of
-    the faults in the file, if the config holds some of them only.
+    the faults in the file, if the config holds some of them only. Without `inside` every fault is made from outside:
+    the job is not a toprope run, so that no rank of it makes faults itself.
     """
     problems: list[str] = []
     planned = []
@@ -97,11 +99,13 @@ def make(
             problems.append(f"{where}.kind = {entry.kind!r} is no kind of fault.\n  {hint}")
             continue
         where += f" ({kind.name})"
-        phase = "" if kind.from_outside or entry.at_seconds is not None else entry.phase or str(kind.phases[0])
+        outside = kind.from_outside or not inside
+        phase = "" if outside or entry.at_seconds is not None else entry.phase or str(kind.phases[0])
         found = [*_target_problems(where, entry, kind, phase, world_size, nodes)]
         if refused := kind.refuses(entry, phase, config, world_size):
             found.append(f"{where}: {refused}")
-        found += [*_moment_problems(where, entry, kind, phase, config), *_setting_problems(where, entry, kind, config)]
+        found += _moment_problems(where, entry, kind, phase, config, outside)
+        found += _setting_problems(where, entry, kind, config)
         problems += found
         # An entry with problems is left out, so that those of the others are reported in the same error.
         if not found:
@@ -146,7 +150,9 @@ def _target_problems(
         yield f"{where}: node = {node}, but the job has nodes 0 to {nodes - 1}.\n  Name one of them, or -1, the last."
 
 
-def _moment_problems(where: str, entry: FaultEntry, kind: Fault, phase: str, config: Config) -> Iterator[str]:
+def _moment_problems(
+    where: str, entry: FaultEntry, kind: Fault, phase: str, config: Config, outside: bool
+) -> Iterator[str]:
     step, last = entry.at_step, config.budget.steps
     if step is not None and entry.at_seconds is not None:
         yield f"{where} has both at_step and at_seconds.\n  Give one of them."
@@ -154,7 +160,7 @@ def _moment_problems(where: str, entry: FaultEntry, kind: Fault, phase: str, con
         yield (
             f"{where}: at_step = {step} is beyond the run's {last} steps.\n  It would never fire. Give an earlier step."
         )
-    if kind.from_outside:
+    if outside:
         if entry.phase:
             yield f"{where}: phase = {entry.phase!r}, but it is made from outside.\n  Remove phase."
         if step is None and entry.at_seconds is None:

@@ -14,7 +14,7 @@ from trainer.faults.rank import RankContext
 from trainer.phases import Phase
 
 if TYPE_CHECKING:
-    from trainer.launch.cluster import Cluster
+    from trainer.launch.cluster import Agents
 
 RESTART = "torchrun starts all workers again; they load the newest intact checkpoint"
 PREEMPTED = (0, 75)
@@ -150,7 +150,7 @@ class NodeKilled(ProcessFault):
     exits = LOST
     recover_seconds = 60.0
 
-    def obstacle_outside(self, planned: PlannedFault, cluster: "Cluster") -> str:
+    def obstacle_outside(self, planned: PlannedFault, cluster: "Agents") -> str:
         return f"the job has {len(cluster.nodes)} nodes" if planned.settings["node"] >= len(cluster.nodes) else ""
 
     def fire_from_outside(self, planned: PlannedFault, outside: Outside, victims: Mapping[int, int]) -> None:

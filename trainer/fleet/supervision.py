@@ -18,11 +18,11 @@ from filelock import FileLock
 from trainer import signals
 from trainer.config import Config
 from trainer.errors import EXIT_PREEMPTED, EXIT_USAGE, CheckpointError, NumericsError
-from trainer.faults.nemesis import Nemesis
+from trainer.faults.nemesis import Nemesis, Progress
 from trainer.faults.plan import PlannedFault
 from trainer.fleet.backend import Backend, Process, Task
 from trainer.fleet.run_store import StoredRun
-from trainer.launch.cluster import Cluster
+from trainer.launch.cluster import Agents
 from trainer.parallel import elastic
 
 FINAL = (f"{NumericsError.__name__}: ", f"{CheckpointError.__name__}: ")
@@ -71,13 +71,15 @@ def started(backend: Backend, tasks: Iterable[Task]) -> Iterator[list[Process]]:
 
 
 @contextlib.contextmanager
-def running(cluster: Cluster, planned: Sequence[PlannedFault], run: Path, started: float) -> Iterator[Nemesis]:
+def running(
+    cluster: Agents, planned: Sequence[PlannedFault], run: Path, started: float, progress: Progress | None = None
+) -> Iterator[Nemesis]:
     """Start a job and the faults that strike it from outside; none of its processes outlives the context.
 
-    `started` is the Unix time of the run's first start.
+    `started` is the Unix time of the run's first start, `progress` as for Nemesis.
     """
     with cluster:
-        nemesis = Nemesis(planned, run, cluster, started)
+        nemesis = Nemesis(planned, run, cluster, started, progress)
         cluster.start()
         nemesis.start()
         try:

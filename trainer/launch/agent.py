@@ -34,14 +34,17 @@ class Agent:
     def __init__(
         self, arguments: Sequence[str], log: Path, *, launch: Sequence[str] = LAUNCH,
         environment: Mapping[str, str] | None = None, directory: Path | None = None, host: int | None = None,
-        warm: bool = False,
+        warm: bool = False, ranks_by_variable: bool = False,
     ) -> None:  # fmt: skip
         """Start `launch` + `arguments` in working directory `directory`, with all output in the file `log`.
 
         `host` is only kept, for callers that run several. `warm` forks the agent from a process that has imported torch
-        already, which pays for callers that start many; it has no effect unless `launch` is LAUNCH.
+        already, which pays for callers that start many; it has no effect unless `launch` is LAUNCH. With
+        `ranks_by_variable` the workers are those of a program that does not name its processes: the variable RANK,
+        which launchers set, tells them.
         """
         self.mark, self.host, self.log = uuid.uuid4().hex, host, log
+        self._ranks_by_variable = ranks_by_variable
         self.temporary = log.with_suffix(".tmp")
         self.temporary.mkdir(parents=True)
         self._earlier_segments = unused_shared_memory()
@@ -77,6 +80,12 @@ class Agent:
         """{rank: pid} of the workers that the agent has now. Needs /proc: else empty."""
         found = {}
         for pid in self.processes():
+            if self._ranks_by_variable:
+                # What a worker starts itself, to load data for example, inherits the variable.
+                rank = processes.environment(pid).get("RANK", "")
+                parent = processes.stat(pid)[1:2]
+                if rank.isdecimal() and parent and "RANK" not in processes.environment(int(parent[0])):
+                    found[int(rank)] = pid
             rank = processes.name(pid).removeprefix(elastic.NAME_PREFIX)
             if rank.isdecimal() and processes.stat(pid)[1:2] == [str(self.process.pid)]:
                 found[int(rank)] = pid

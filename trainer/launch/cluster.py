@@ -1,10 +1,11 @@
-"""All torchrun agents of a run on this machine."""
+"""All torchrun agents of a job on this machine: of a toprope run, or of a command of someone else's."""
 
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -19,30 +20,24 @@ STORE_SECONDS = 30  # until the store listens; torch's import takes most of it
 PARTING_SECONDS = 10  # until the other agents have left after the first
 
 
-class Cluster:
-    """The agents of one run on this machine: `nodes` agents, each with `ranks` workers.
+class Agents:
+    """The agents of one job on this machine: `nodes` agents, each with `ranks` workers.
 
-    The exit status of the first agent is the run's. A single agent runs with --standalone. Several meet at a c10d
-    store: in the first agent, or with `own_store` in a process of its own. They listen on loopback, or each on one of
-    `hosts`. `overrides` are KEY=VALUE for --set. Logs (node-0.txt, …, store-0.txt) and temporary files go to
-    `directory`, which is made and must not hold those of another cluster.
+    The exit status of the first agent is the job's. Several agents meet at a c10d store: in the first agent, or with
+    `own_store` in a process of its own. They listen on loopback, or each on one of `hosts`. Logs (node-0.txt, …,
+    store-0.txt) and temporary files go to `directory`, which is made and must not hold those of another job.
     """
 
     def __init__(
-        self, config: Path, run: Path, overrides: Sequence[str], *, ranks: int, directory: Path, nodes: int = 1,
-        restarts: int = 20, hosts: Hosts | None = None, environment: Mapping[str, str] | None = None,
-        own_store: bool = False, worker: Sequence[str] = ("trainer", "train"), warm: bool = False,
+        self, *, ranks: int, directory: Path, nodes: int, hosts: Hosts | None, environment: Mapping[str, str] | None,
+        own_store: bool,
     ) -> None:  # fmt: skip
-        """`worker` is the module, with its first arguments, that each rank runs. `warm` as for Agent."""
         assert nodes > 1 or not (own_store or hosts), "a single agent holds its own store"
-        settings = [part for override in overrides for part in ("--set", override)]
-        self._command = ["-m", *worker, str(config), "--run", str(run), *settings]
-        self._ranks, self._first_nodes, self._restarts = ranks, nodes, restarts
+        self._ranks, self._first_nodes = ranks, nodes
         self._directory, self._environment, self._own_store = directory, dict(environment or {}), own_store
         self._port = _free_port() if nodes > 1 else 0
         self._stores: list[Agent] = []
         self._growing = threading.Lock()  # faults add nodes from threads of their own
-        self._warm = warm
         self.hosts = hosts
         self.nodes: list[Agent] = []
 
@@ -131,21 +126,21 @@ class Cluster:
             number = len(self.nodes)
             host, _, enter = self._place(number)
             self._directory.mkdir(parents=True, exist_ok=True)
-            node = Agent(
-                [*self._options(number), *self._command], self._directory / f"node-{number}.txt",
-                launch=[*enter, *LAUNCH], host=host, warm=self._warm,
-                environment=self._environment | ({"GLOO_SOCKET_IFNAME": INTERFACE} if self.hosts else {}),
-            )  # fmt: skip
-            self.nodes.append(node)
-            return node
+            variables = self._environment | ({"GLOO_SOCKET_IFNAME": INTERFACE} if self.hosts else {})
+            self.nodes.append(self._start(number, self._directory / f"node-{number}.txt", enter, host, variables))
+            return self.nodes[-1]
 
-    def _options(self, number: int) -> list[str]:
-        common = [f"--nproc-per-node={self._ranks}", f"--max-restarts={self._restarts}", "--monitor-interval=0.1"]
-        if self._first_nodes == 1:
-            return ["--standalone", *common]
+    def _start(
+        self, number: int, log: Path, enter: Sequence[str], host: int | None, environment: Mapping[str, str]
+    ) -> Agent:
+        """Start the agent of a node. `enter` are words before a command that make it run on the node's host."""
+        raise NotImplementedError
+
+    def _meeting(self, number: int) -> list[str]:
+        """Options of torchrun by which the agent of a node meets those of the others."""
         hosts_store = int(number == 0 and not self._own_store)
         return [
-            f"--nnodes=1:{self._first_nodes + SPARE_NODES}", *common, "--rdzv-backend=c10d",
+            f"--nnodes=1:{self._first_nodes + SPARE_NODES}", f"--nproc-per-node={self._ranks}", "--rdzv-backend=c10d",
             f"--rdzv-endpoint={self._place(0)[1]}:{self._port}", f"--rdzv-id={self._port}",
             f"--rdzv-conf={RENDEZVOUS},is_host={hosts_store}", f"--local-addr={self._place(number)[1]}",
         ]  # fmt: skip
@@ -159,6 +154,113 @@ class Cluster:
             return None, "127.0.0.1", []
         host = min(number, len(self.hosts) - 1)
         return host, self.hosts.address(host), self.hosts.command(host)
+
+
+class Cluster(Agents):
+    """The agents of a toprope run.
+
+    A single agent runs with --standalone. `overrides` are KEY=VALUE for --set.
+    """
+
+    def __init__(
+        self, config: Path, run: Path, overrides: Sequence[str], *, ranks: int, directory: Path, nodes: int = 1,
+        restarts: int = 20, hosts: Hosts | None = None, environment: Mapping[str, str] | None = None,
+        own_store: bool = False, worker: Sequence[str] = ("trainer", "train"), warm: bool = False,
+    ) -> None:  # fmt: skip
+        """`worker` is the module, with its first arguments, that each rank runs. `warm` as for Agent."""
+        super().__init__(
+            ranks=ranks, directory=directory, nodes=nodes, hosts=hosts, environment=environment, own_store=own_store
+        )
+        settings = [part for override in overrides for part in ("--set", override)]
+        self._command = ["-m", *worker, str(config), "--run", str(run), *settings]
+        self._restarts, self._warm = restarts, warm
+
+    def _start(
+        self, number: int, log: Path, enter: Sequence[str], host: int | None, environment: Mapping[str, str]
+    ) -> Agent:
+        alone = ["--standalone", f"--nproc-per-node={self._ranks}"]
+        meeting = alone if self._first_nodes == 1 else self._meeting(number)
+        options = [*meeting, f"--max-restarts={self._restarts}", "--monitor-interval=0.1"]
+        return Agent(
+            [*options, *self._command], log, launch=[*enter, *LAUNCH], host=host, warm=self._warm,
+            environment=environment,
+        )  # fmt: skip
+
+
+class CommandCluster(Agents):
+    """The agents of a command of someone else's, which works in directory `cwd`.
+
+    A single agent is the command as it stands. For several the command is a torchrun, whose options on how its nodes
+    meet, and on the number of workers, are replaced.
+    """
+
+    def __init__(
+        self, command: Sequence[str], cwd: Path, *, ranks: int, directory: Path, nodes: int = 1,
+        hosts: Hosts | None = None, environment: Mapping[str, str] | None = None, own_store: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            ranks=ranks, directory=directory, nodes=nodes, hosts=hosts, environment=environment, own_store=own_store
+        )
+        self._command, self._cwd = list(command), cwd
+
+    def _start(
+        self, number: int, log: Path, enter: Sequence[str], host: int | None, environment: Mapping[str, str]
+    ) -> Agent:
+        words = self._command
+        if self._first_nodes > 1:
+            parts = torchrun_parts(self._command)
+            assert parts is not None, "only a torchrun has several nodes"
+            words = [*parts.launcher, *self._meeting(number), *parts.options, *parts.program]
+        return Agent(
+            words, log, launch=enter, host=host, environment=environment, directory=self._cwd, ranks_by_variable=True
+        )
+
+
+@dataclass(frozen=True)
+class TorchrunParts:
+    """A torchrun command, in parts."""
+
+    launcher: list[str]
+    options: list[str]
+    """Those of the job, without the two that follow."""
+    ranks: str
+    """What --nproc-per-node says; empty if the command does not."""
+    meeting: list[str]
+    """Names of the options that say how the nodes meet, but --standalone."""
+    program: list[str]
+
+
+_LAUNCHERS = {"torch.distributed.run", "torch.distributed.launch", "trainer.launch.torchrun"}
+_FLAGS = {"--standalone", "--module", "--no-python", "--run-path", "--use-env"}
+_MEETING = ("--nnodes", "--rdzv", "--node-rank", "--master", "--local-addr")
+
+
+def torchrun_parts(command: Sequence[str]) -> TorchrunParts | None:
+    """Take a torchrun command apart; None if it is another one."""
+    if Path(command[0]).name == "torchrun":
+        begin = 1
+    elif "-m" in command[:-1] and command[command.index("-m") + 1] in _LAUNCHERS:
+        begin = command.index("-m") + 2
+    else:
+        return None
+    options: list[str] = []
+    meeting: list[str] = []
+    ranks, place = "", begin
+    while place < len(command) and command[place].startswith("-") and command[place] != "-m":
+        name, equals, value = command[place].partition("=")
+        name = name.replace("_", "-")
+        words = 1 if equals or name in _FLAGS else 2
+        value = value if equals else command[place + 1] if words == 2 and place + 1 < len(command) else ""
+        if name == "--module":
+            break
+        if name == "--nproc-per-node":
+            ranks = value
+        elif name.startswith(_MEETING):
+            meeting.append(name)
+        elif name != "--standalone":
+            options += command[place : place + words]
+        place += words
+    return TorchrunParts([*command[:begin]], options, ranks, meeting, [*command[place:]])
 
 
 def _free_port() -> int:

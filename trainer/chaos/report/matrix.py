@@ -8,7 +8,7 @@ from trainer.faults.checker import NOT_ASKED, Answer
 from trainer.faults.fault import KINDS
 from trainer.show.units import SIGNS
 
-OUTCOMES: Sequence[str] = ("pass", "fail", "undetected", "unknown", "skipped")
+OUTCOMES: Sequence[str] = ("pass", "fail", "undetected", "unknown", "skipped", NOT_ASKED)
 MEANINGS = {
     "pass": "held",
     "fail": "did not hold",
@@ -51,7 +51,7 @@ def counts(results: Sequence[Result]) -> dict[str, int]:
 def world(result: Result) -> str:
     """ "4 fsdp on 2 nodes": ranks, strategy, nodes if several."""
     nodes = f" on {result.nodes} nodes" if result.nodes > 1 else ""
-    return f"{result.ranks} {result.strategy}{nodes}"
+    return f"{result.ranks} {result.strategy}".rstrip() + nodes
 
 
 def label(result: Result, results: Sequence[Result]) -> str:

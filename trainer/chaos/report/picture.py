@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from trainer import files
 from trainer.chaos.report import matrix
 from trainer.chaos.results import Report, Result
+from trainer.faults.checker import NOT_ASKED
 from trainer.show.figure import BAD, GOOD, INK, PAPER, SILENT, SOFT, UNSURE, colour, new_figure, png, shortened, style
 from trainer.show.units import SIGNS
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 SHADES = {
     "pass": (colour("good-back"), GOOD), "fail": (colour("bad-back"), BAD),
     "undetected": (colour("silent-back"), SILENT), "unknown": (colour("unsure-back"), UNSURE),
-    "skipped": (colour("idle-back"), SOFT),
+    "skipped": (colour("idle-back"), SOFT), NOT_ASKED: (colour("idle-back"), SOFT),
 }  # fmt: skip
 """Colours of each answer: background, sign."""
 # Sizes in inches: a row (or column), and a letter of its name, of a column's name, of a reason.
@@ -100,7 +101,7 @@ def _draw(axes: "Axes", panel: list[MatrixRow], asked: Sequence[str], left: floa
         if result is None:
             axes.text(-0.3, y + 0.6, words, ha="right", va="center", color=INK, fontweight="bold")
             continue
-        skipped = result.outcome == "skipped"
+        skipped = result.outcome in ("skipped", NOT_ASKED)
         answers = [] if skipped else [answer.answer for answer in matrix.answers(result, asked)]
         axes.text(-0.3, y + 0.5, words, ha="right", va="center", color=SOFT if skipped else INK)
         for x, answer in zip(places, [result.outcome, *answers], strict=False):

@@ -23,6 +23,7 @@ STYLES = {
     "pass": "green", "fail": "bold red", "undetected": "magenta", "unknown": "yellow", "skipped": "dim",
     NOT_ASKED: "dim",
 }  # fmt: skip
+_NOT_RUN = ("skipped", NOT_ASKED)
 
 
 def terminal(report: Report) -> RenderableType:
@@ -43,6 +44,11 @@ def terminal(report: Report) -> RenderableType:
         steps, weights = known(report.reference.get("steps")), report.reference["weights_sha256"]
         reference = f"reference run: {steps} steps, weights_sha256 {weights}"
         equality = "" if report.reference.get("exact") else f"its sums are not exact, so {equality}"
+    elif "result" in report.reference:  # a job that is no toprope run
+        steps, result = report.reference.get("steps"), report.reference["result"]
+        reference, equality = f"reference run: {clock(report.reference.get('seconds'))}", ""
+        reference += f", {steps} steps" if steps is not None else ""
+        reference += f", result {result}" if result is not None else ", no result to compare"
     line = ("; " if "run:" in reference else ": ").join(filter(None, (reference, equality)))
     return Group(*parts, totals, Text(line, "dim", overflow="fold"), *_reasons(report.results))
 
@@ -64,7 +70,7 @@ def _table(results: Sequence[Result], letters: dict[str, str]) -> Any:
     for group, members in matrix.groups(results).items():
         table.add_row(Text(group, "bold"))
         for result in members:
-            label = Text(matrix.label(result, members), "dim" if result.outcome == "skipped" else "")
+            label = Text(matrix.label(result, members), "dim" if result.outcome in _NOT_RUN else "")
             signs = [answer.answer for answer in matrix.answers(result, [*letters.values()])]
             # "2×1 fsdp" is two nodes of one rank each.
             nodes = f"{result.nodes}×{result.ranks // result.nodes}" if result.nodes > 1 else str(result.ranks)
@@ -122,10 +128,10 @@ class CampaignProgress(LiveTable):
             self.print(Text(f"{len(results)} of {self._total} runs had been done before", "dim"))
         for number in range(len(results) if first else before, len(results)):
             result, place = results[number], f"{number + 1:>{len(str(self._total))}}/{self._total}  "
-            style, word = STYLES[result.outcome], f"{_word(result.outcome):<11}"
+            style, word = STYLES[result.outcome], f"{_word(result.outcome):<10} "
             measured = {verb: matrix.worst(result, f"{verb}_seconds") for verb in ("detect", "recover")}
             figures = [f"{verb} {matrix.seconds(value)} s" for verb, value in measured.items() if value is not None]
-            figures += [clock(result.seconds)] if result.outcome != "skipped" else []
+            figures += [clock(result.seconds)] if result.outcome not in _NOT_RUN else []
             about = f"{matrix.world(result)}  {'  '.join(figures)}".rstrip()
             self.print(Text.assemble((place, "dim"), (word, style), f"{result.name}  ", (about, "dim")))
             if result.outcome != "pass" and result.why:
@@ -133,7 +139,7 @@ class CampaignProgress(LiveTable):
 
     def _progress_line(self) -> Text:
         now, done = self._clock(), self._done or []
-        took = [result.seconds for result in done if result.outcome != "skipped"]
+        took = [result.seconds for result in done if result.outcome not in _NOT_RUN]
         left = statistics.median(took) * max(0, self._total - len(done)) if took else None
         counts = ", ".join(count.plain for count in _counts(done))
         parts = [f"{len(done)}/{self._total}", counts, clock(now - self._began), f"left {clock(left)}"]
