@@ -16,6 +16,7 @@ import typer
 from trainer import builtin
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, NewerFormatError, TopropeError, UsageError, of_system
 from trainer.parallel import elastic
+from trainer.parallel.membership import RefusedError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -127,6 +128,45 @@ def train(
 
     run = run or Path("runs") / config_path.stem
     raise typer.Exit(job.train(config, run, PROCESS_STARTED, stop, accept, parent))
+
+
+@app.command()
+def launch(
+    config_path: ConfigPath,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that train together, on this node.")],
+    run: Annotated[
+        Path | None, typer.Option(help="Directory to start in or resume; default runs/CONFIG's name.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; the value is TOML or plain text."),
+    ] = None,
+    spares: Annotated[int, typer.Option(min=0, help="Further processes, ready to take a dead one's place.")] = 0,
+    listen: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Where workers of other nodes reach the arbiter.")
+    ] = "127.0.0.1:0",
+    join: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Add this node's workers to the job of that arbiter.")
+    ] = "",
+    arbiter_only: Annotated[
+        bool, typer.Option("--arbiter-only", help="Start no worker: they join from other nodes.")
+    ] = False,
+    accept: Annotated[
+        bool, typer.Option("--accept-other-bits", help="Resume with other code, torch or machine.")
+    ] = False,
+) -> None:
+    """Train so that a worker's death ends nobody else: the others finish the step, and its successor joins."""
+    from trainer import config as configs
+    from trainer.launch import quorum
+
+    if join and (arbiter_only or listen != "127.0.0.1:0"):
+        raise UsageError("--join takes the arbiter of another node.\n  Leave out --listen and --arbiter-only.")
+    config = configs.load(config_path, [*(overrides or ()), 'elastic.mode="quorum"'])
+    run = run or Path("runs") / config_path.stem
+    command = ["train", str(config_path), "--run", str(run), *(["--accept-other-bits"] if accept else [])]
+    command += [part for override in [*(overrides or ()), 'elastic.mode="quorum"'] for part in ("--set", override)]
+    plan = quorum.Plan(config, command, run, workers, spares, listen, join)
+    raise typer.Exit(quorum.serve(plan) if arbiter_only else quorum.launch(plan))
 
 
 @app.command()
@@ -518,7 +558,8 @@ def main() -> None:
     try:
         app()
     except TopropeError as error:
-        if elastic.expected_rank() == 0:  # every rank raises the same error; one message is enough
+        # Every rank raises the same error, so one message is enough. A worker that may not take part is alone in that.
+        if elastic.expected_rank() == 0 or isinstance(error, RefusedError):
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
         else:
             # If this rank left first, torchrun would end rank 0 before it has printed. Torchrun ends this rank instead.

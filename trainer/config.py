@@ -209,6 +209,8 @@ class Eval(Section):
 
 
 class Elastic(Section):
+    mode: Literal["restart", "quorum"] = "restart"
+    """When a rank dies: torchrun restarts all ranks, or the others finish the step; see `python -m trainer launch`."""
     step_timeout_seconds: float = Field(default=300.0, gt=0)
     """A rank without progress for so long counts as hung: stacks are dumped and its process ends."""
     startup_timeout_seconds: float = Field(default=1800.0, gt=0)

@@ -25,7 +25,7 @@ from trainer.errors import ConfigError, RunDirectoryError, of_system
 
 FORMAT = 1
 DYING_SECONDS = 3.0
-LEFT_BY_A_START = frozenset({"lock", "live", "stacks", "events", "config.json.partial"})
+LEFT_BY_A_START = frozenset({"lock", "live", "stacks", "events", "quorum", "config.json.partial"})
 """Names that a start leaves in the directory if it ends before config.json is written: its watchdogs come first."""
 _KINDS = {"fingerprint": str, "data_sha256": str, "mathematics": dict, "config": dict}
 """Keys of config.json that every format has."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import dataclasses
 import ipaddress
 import json
 import os
@@ -10,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ JOB_MARK = "TOPROPE_JOB"
 MARK_LENGTH = 32
 LAUNCHERS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 """Variables in which torchrun and others (mpirun, srun) give the number of processes that they have started."""
+QUORUM = "TOPROPE_QUORUM"
+"""Environment variable: `Quorum` as JSON."""
 PR_SET_PDEATHSIG = 1  # linux/prctl.h: the kernel sends this signal when the parent ends
 NAME_PREFIX = "rank "
 """Start of a worker's name in the list of processes."""
@@ -33,16 +37,49 @@ SHARED_STORE_WARNING = (
 )
 
 
+@dataclass(frozen=True)
+class Quorum:
+    """What our launcher tells a worker of a job in which a death ends nobody else (launch/quorum.py)."""
+
+    host: str
+    """Where the arbiter listens."""
+    port: int
+    token: str
+    node: str
+    """Name of this launcher among those of the job."""
+    slot: int
+    """Place of this worker among the launcher's; its successor has the same one."""
+    size: int
+    """Workers that the launcher keeps; in the slots beyond are spares."""
+
+    def environment(self) -> dict[str, str]:
+        """Variables that `quorum` reads in the worker."""
+        return {QUORUM: json.dumps(dataclasses.asdict(self))} | {n: str(self.slot) for n in ("RANK", "LOCAL_RANK")}
+
+
+def quorum() -> Quorum | None:
+    """What the launcher of `python -m trainer launch` has told this worker; None under any other launcher."""
+    return Quorum(**json.loads(os.environ[QUORUM])) if QUORUM in os.environ else None
+
+
+def in_quorum() -> bool:
+    return QUORUM in os.environ
+
+
 def started_by_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def expected_size() -> int:
-    """Number of ranks that torchrun says it started; 1 without torchrun. Known before anything connects."""
+    """Number of ranks that the launcher says it started; 1 without one. Known before anything connects."""
+    if (given := quorum()) is not None:
+        return given.size
     return int(os.environ["WORLD_SIZE"]) if started_by_torchrun() else 1
 
 
 def expected_rank() -> int:
+    if (given := quorum()) is not None:
+        return given.slot
     return int(os.environ["RANK"]) if started_by_torchrun() else 0
 
 
@@ -63,7 +100,8 @@ def belong_to_agent() -> None:
     Otherwise it would train on unsupervised, and keep the run directory locked when the job is started again. Raises
     WorldError if another launcher has started this process as one of several ranks.
     """
-    for name in () if started_by_torchrun() else LAUNCHERS:
+    launched = started_by_torchrun() or in_quorum()
+    for name in () if launched else LAUNCHERS:
         size = os.environ.get(name, "")
         if size.isdecimal() and int(size) > 1:
             raise WorldError(
@@ -72,10 +110,16 @@ def belong_to_agent() -> None:
                 f"train …\n  On each of {size} nodes: torchrun --nnodes={size} --node-rank=NODE --nproc-per-node=1 "
                 "--master-addr=ADDRESS --master-port=29500 -m trainer train …"
             )
-    if not started_by_torchrun():
+    if not launched:
         return
-    _check_environment()
+    if started_by_torchrun():
+        _check_environment()
     name_process()
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """End this process, with status 1, when the one that started it is gone."""
     agent = os.getppid()
     if sys.platform == "linux":  # the kernel does it, even while this process is stopped
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

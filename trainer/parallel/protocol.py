@@ -176,9 +176,10 @@ class Kill(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """To launchers: the highest step that was committed."""
+    """To launchers: the highest step that was committed, and by name the workers that are members."""
 
     step: int
+    members: Mapping[str, int]
 
 
 Message = (

@@ -1,0 +1,482 @@
+"""The launcher of `python -m trainer launch`: an arbiter and n workers, of which any may die without ending the others.
+
+    launcher ── starts ──▶ arbiter (parallel/arbiter.py)      started again from its own log if it dies
+             └─ starts ──▶ worker 0 … n-1, spares             one that dies is started again, as a newcomer
+
+It holds the run directory, passes signals on, and leaves with the job's exit status. On another node, `join` starts
+workers for the arbiter of this one.
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import secrets
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer import signals
+from trainer.config import Config, check_world
+from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USAGE, ConfigError, WorldError
+from trainer.launch import forkserver
+from trainer.log import events, rundir
+from trainer.parallel import arbiter, elastic
+from trainer.parallel.arbiter import Connection
+from trainer.parallel.protocol import FAILED, FINISHED, End, Gone, Kill, Launcher, Message, Over, Progress, decode
+from trainer.show import terminal
+
+POLL_SECONDS = 0.02
+STARTS = 3
+"""A worker that dies so often in a row before it takes part is not started again."""
+RESTARTS_WITHOUT_PROGRESS = 3
+"""So many restarts for each worker, without a step that is new, end the job: the error is repeated."""
+ARBITER_STARTS = 5
+"""The same of the arbiter."""
+LEAVE_SECONDS = 30.0
+"""Time for workers to leave once the job is over or a stop was asked for; then they are killed."""
+EXIT_STATUS = {FINISHED: EXIT_FINISHED, "preempted": EXIT_PREEMPTED, FAILED: EXIT_FAILED}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be started."""
+
+    config: Config
+    command: Sequence[str]
+    """Arguments of `-m trainer` for a worker."""
+    run: Path
+    workers: int
+    spares: int = 0
+    listen: str = "127.0.0.1:0"
+    """Where the arbiter listens."""
+    join: str = ""
+    """Address of another node's arbiter; empty: this launcher has its own."""
+    module: str = "trainer"
+    """What a worker runs."""
+
+
+@dataclass
+class Slot:
+    """The place of a worker: whoever dies has a successor in it."""
+
+    number: int
+    process: Any = None
+    name: str = ""
+    starts_in_a_row: int = 0
+    """Processes that ended before they took part."""
+    took_part: bool = False
+    is_given_up: bool = False
+    status: int | None = None
+    """Exit status of a worker that left in order."""
+
+
+def launch(plan: Plan) -> int:
+    """Run the job, or this node's share of it, and return its exit status. Raises TopropeErrors before any work."""
+    check(plan)
+    # Before there is a thread: workers are forked from a process that has imported torch.
+    server = forkserver.fork(forkserver.PRELOADED) if _is_cpu_only(plan.config) else None
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings are about peers that leave
+    failures_file = elastic.make_failures_file()
+    with contextlib.ExitStack() as stack:
+        stack.callback(failures_file.unlink, missing_ok=True)
+        stack.callback(failures_file.with_suffix(".final").unlink, missing_ok=True)
+        if plan.join:
+            host = _Elsewhere(plan)
+        else:
+            stack.enter_context(rundir.claim(plan.run, plan.config))
+            host = _Here(plan)
+            stack.callback(host.close)
+        job = Job(plan, host, server)
+        stack.callback(job.close)
+        return job.run()
+
+
+def serve(plan: Plan) -> int:
+    """Run the arbiter alone, for workers that join from other nodes; return the job's exit status.
+
+    Started again with the same address, it goes on with the job that its log tells of.
+    """
+    check(plan)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(rundir.claim(plan.run, plan.config))
+        host, port = parse_address(plan.listen)
+        listener = arbiter.listen(host, port)
+        attempt, token = _attempt_to_go_on(plan.run), _token(plan.run)
+        _publish_address(plan.run, listener, token)
+        log = arbiter.log_path(plan.run, attempt)
+        server = arbiter.Server(log, listener, token, **_settings(plan, attempt))
+        stack.callback(server.close)
+        asked: list[int] = []
+        for number in signals.heeded():
+            signal.signal(number, lambda number, _: asked.append(number))
+        over = server.serve(until=lambda: bool(asked))
+        return EXIT_STATUS.get(over, EXIT_PREEMPTED)
+
+
+def check(plan: Plan) -> None:
+    """Raise ConfigError for a config that cannot go on when a worker dies, and what else is wrong before any work."""
+    problems = []
+    if plan.config.parallel.strategy != "replicate":
+        problems.append(
+            f'parallel.strategy = "{plan.config.parallel.strategy}" needs every rank for every step: a death restarts '
+            'all.\n  Start it by torchrun, or set parallel.strategy = "replicate".'
+        )
+    if not plan.config.numerics.exact:
+        problems.append(
+            "numerics.exact = false makes sums depend on who adds what, so a death would change the result.\n"
+            "  Start it by torchrun, or set numerics.exact = true."
+        )
+    if plan.config.sentinel.on:
+        problems.append(
+            "sentinel audits need ranks that stay, and here they change.\n"
+            '  Start it by torchrun, or set sentinel.audit = "0" and sentinel.state_hash_every_steps = 0.'
+        )
+    if problems:
+        raise ConfigError(problems)
+    check_world(plan.config, plan.workers)
+    parse_address(plan.join or plan.listen)
+    if not plan.join:
+        rundir.check(plan.run, plan.config)
+    elif arbiter.TOKEN not in os.environ:
+        _token(plan.run, make=False)
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """Return (host, port). Raises WorldError for what is no HOST:PORT."""
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise WorldError(f"{text!r} is no address.\n  Give HOST:PORT, e.g. 10.0.0.1:29400.")
+    return host.strip("[]"), int(port)
+
+
+class _Elsewhere:
+    """The arbiter of another node."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.address = parse_address(plan.join)
+        self.token = os.environ.get(arbiter.TOKEN) or _token(plan.run, make=False)
+
+    def revive(self) -> bool:
+        """True if it may come back by itself."""
+        return True
+
+    def close(self) -> None:
+        pass
+
+
+class _Here:
+    """The arbiter's process. Its socket is opened here, so that workers can connect while it starts again."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._listener = arbiter.listen(*parse_address(plan.listen))
+        host, port = self._listener.getsockname()[:2]
+        # Workers of this node reach an arbiter that listens everywhere at this machine's own address.
+        self.address = ("127.0.0.1" if host in ("0.0.0.0", "::") else host), port
+        self.token = _token(plan.run)
+        _publish_address(plan.run, self._listener, self.token)
+        attempt = events.next_attempt(plan.run)
+        log = arbiter.log_path(plan.run, attempt)
+        log.unlink(missing_ok=True)  # left by a start after which nobody trained
+        self._settings = _settings(plan, attempt) | {"descriptor": self._listener.fileno(), "log": str(log)}
+        self._address_file = arbiter.address_path(plan.run)
+        self.process = self._start()
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        variables = {arbiter.SETTINGS: json.dumps(self._settings), arbiter.TOKEN: self.token}
+        return subprocess.Popen(
+            [sys.executable, "-m", arbiter.__name__], env=os.environ | variables, stdin=subprocess.DEVNULL,
+            pass_fds=[self._listener.fileno()], start_new_session=True,
+        )  # fmt: skip
+
+    def revive(self) -> bool:
+        """Start it again."""
+        self.process.kill()
+        self.process.wait()
+        self.process = self._start()
+        return True
+
+    def close(self) -> None:
+        self._listener.close()
+        self._address_file.unlink(missing_ok=True)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(2.0)
+        self.process.kill()
+        self.process.wait()
+
+
+class Job:
+    """The workers of this node, and their job's arbiter as it is seen from here."""
+
+    def __init__(self, plan: Plan, host: "_Here | _Elsewhere", server: forkserver.ForkServer | None) -> None:
+        self._plan, self._host, self._server = plan, host, server
+        self._node = f"{platform.node()}-{secrets.token_hex(3)}"
+        self._slots = [Slot(number) for number in range(plan.workers + plan.spares)]
+        self._dead: dict[str, str] = {}
+        """By name: how the workers that are gone have ended; told to an arbiter that starts again."""
+        self._connection: Connection | None = None
+        self._lost_at = time.monotonic()
+        self._has_begun = False
+        """True once workers have taken part."""
+        self._highest_step = self._restarts = self._arbiter_starts = 0
+        self._over, self._reason = "", ""
+        self._status: int | None = None
+        self._kill_at: float | None = None
+        self._asked: list[int] = []
+        self._passed_on = 0
+
+    def run(self) -> int:
+        for number in signals.heeded():
+            signal.signal(number, lambda number, _: self._asked.append(number))
+        self._connect()
+        for slot in self._slots:
+            self._start(slot)
+        while any(slot.process is not None for slot in self._slots):
+            self._pass_signals_on()
+            self._hear()
+            for slot in self._slots:
+                if slot.process is not None and (status := slot.process.poll()) is not None:
+                    self._ended(slot, status)
+            if self._kill_at is not None and time.monotonic() > self._kill_at:
+                self._kill_all()
+        return self._exit_status()
+
+    def close(self) -> None:
+        """End what still runs."""
+        self._kill_all()
+        if self._connection is not None:
+            self._connection.close()
+        if self._server is not None:
+            self._server.close()
+
+    def _exit_status(self) -> int:
+        statuses = {slot.status for slot in self._slots}
+        if self._over == FAILED and self._reason:
+            terminal_line(f"The job has ended: {self._reason}")
+        if self._status is not None:
+            return self._status
+        if EXIT_FINISHED in statuses or self._over == FINISHED:
+            return EXIT_FINISHED
+        if self._passed_on or EXIT_PREEMPTED in statuses:
+            return EXIT_PREEMPTED
+        return EXIT_STATUS.get(self._over, EXIT_FAILED)
+
+    # Workers
+
+    def _start(self, slot: Slot) -> None:
+        host, port = self._host.address
+        quorum = elastic.Quorum(host, port, self._host.token, self._node, slot.number, self._plan.workers)
+        environment = dict(os.environ) | quorum.environment()
+        slot.process, slot.took_part = None, False
+        if self._server is not None:
+            slot.process = self._server.start(self._plan.module, self._plan.command, environment)
+        if slot.process is None:
+            command = [sys.executable, "-u", "-m", self._plan.module, *self._plan.command]
+            slot.process = subprocess.Popen(command, env=environment, start_new_session=True)
+        slot.name = f"{self._node}:{slot.process.pid}"
+
+    def _ended(self, slot: Slot, status: int) -> None:
+        """A worker is gone: start its successor, or find that the job is over."""
+        end = elastic.failure(slot.number, slot.process.pid, status)
+        how, slot.process = elastic.how(end), None
+        self._dead[slot.name] = how
+        self._say(Gone(slot.name, how))
+        if status in (EXIT_FINISHED, EXIT_PREEMPTED):
+            slot.status = status
+            self._say(End("finished" if status == EXIT_FINISHED else "preempted", ""))
+            if status == EXIT_PREEMPTED:
+                self._ask_all_to_stop(signal.SIGTERM)
+            return
+        if self._passed_on or self._over:
+            return
+        slot.starts_in_a_row = 0 if slot.took_part else slot.starts_in_a_row + 1
+        self._restarts += 1
+        if status == EXIT_USAGE and not self._has_begun:
+            self._end(EXIT_USAGE, "")  # the worker has said why
+        elif elastic.gave_up():
+            self._end(EXIT_FAILED, "")
+        elif self._restarts > RESTARTS_WITHOUT_PROGRESS * len(self._slots):
+            self._end(EXIT_FAILED, f"{self._restarts} workers were started again without a new step; the last {how}.")
+        elif status == EXIT_USAGE or slot.starts_in_a_row >= STARTS:
+            self._give_up(slot, how)
+        else:
+            _free_terminal()
+            self._start(slot)
+
+    def _give_up(self, slot: Slot, how: str) -> None:
+        slot.is_given_up = True
+        left = [other for other in self._slots if not other.is_given_up]
+        terminal_line(
+            f"worker {slot.number} of {self._node} is not started again: it {how}, "
+            f"{slot.starts_in_a_row} times in a row before it took part. {len(left)} workers of this node are left."
+        )
+        if not left or not self._has_begun:
+            self._end(EXIT_FAILED, f"worker {slot.number} of {self._node} does not start: it {how}.")
+        else:
+            self._say(Launcher(self._node, self._size))
+
+    @property
+    def _size(self) -> int:
+        return min(self._plan.workers, sum(not slot.is_given_up for slot in self._slots))
+
+    def _end(self, status: int, reason: str) -> None:
+        self._status, self._over, self._reason = status, FAILED, reason
+        self._say(End(FAILED, reason))
+        self._kill_at = time.monotonic() + 2.0
+
+    def _kill_all(self) -> None:
+        for slot in self._slots:
+            if slot.process is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    slot.process.kill()
+
+    # Signals
+
+    def _pass_signals_on(self) -> None:
+        while self._asked:
+            number = self._asked.pop(0)
+            if not self._passed_on:
+                self._ask_all_to_stop(number)
+            elif number == signal.SIGINT:
+                self._kill_all()
+
+    def _ask_all_to_stop(self, number: int) -> None:
+        if self._passed_on:
+            return
+        self._passed_on, self._kill_at = number, time.monotonic() + LEAVE_SECONDS
+        for slot in self._slots:
+            if slot.process is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    slot.process.send_signal(number)
+
+    # The arbiter
+
+    def _connect(self) -> None:
+        with contextlib.suppress(OSError):
+            connection = Connection(socket.create_connection(self._host.address, timeout=5.0))
+            connection.heard = True
+            connection.send_line({"token": self._host.token})
+            connection.send(Launcher(self._node, self._size))
+            for name, how in self._dead.items():
+                connection.send(Gone(name, how))
+            for slot in self._slots:
+                if slot.status is not None:
+                    connection.send(End("finished" if slot.status == EXIT_FINISHED else "preempted", ""))
+            self._connection = connection
+
+    def _say(self, message: Message) -> None:
+        if self._connection is not None:
+            self._connection.send(message)
+
+    def _hear(self) -> None:
+        """Wait a moment for what the arbiter says, and for signals."""
+        if self._connection is None:
+            time.sleep(POLL_SECONDS)
+            self._connect()
+            return
+        try:
+            select.select([self._connection.sock], [], [], POLL_SECONDS)
+            self._connection.flush()
+            for line in self._connection.lines():
+                self._take(decode(line))
+        except (EOFError, ValueError):
+            self._connection.close()
+            self._connection = None
+            if not self._over:
+                self._revive()
+
+    def _revive(self) -> None:
+        self._arbiter_starts += 1
+        if self._arbiter_starts > ARBITER_STARTS:
+            self._end(EXIT_FAILED, f"the arbiter has died {self._arbiter_starts} times without a new step.")
+        else:
+            self._host.revive()
+
+    def _take(self, message: Message) -> None:
+        match message:
+            case Progress(step, members):
+                if step > self._highest_step:
+                    self._highest_step, self._restarts, self._arbiter_starts = step, 0, 0
+                self._has_begun = self._has_begun or bool(members)
+                for slot in self._slots:
+                    slot.took_part = slot.took_part or slot.name in members
+            case Kill(name, why):
+                for slot in self._slots:
+                    if slot.name == name and slot.process is not None:
+                        terminal_line(f"worker {slot.number} of {self._node} is ended: {why}.")
+                        slot.process.kill()
+            case Over(status):
+                self._over = self._over or status
+                self._kill_at = self._kill_at or time.monotonic() + LEAVE_SECONDS
+            case _:
+                pass
+
+
+def terminal_line(text: str) -> None:
+    """Say something to the person at the terminal, not inside the live line of a worker."""
+    _free_terminal()
+    print(text, file=sys.stderr, flush=True)
+
+
+def _free_terminal() -> None:
+    if terminal.has_cursor(sys.stdout):
+        print(terminal.CLEAR, end="", flush=True)
+
+
+def _settings(plan: Plan, attempt: int) -> dict[str, Any]:
+    return {
+        "workers": plan.workers,
+        "facts": {"attempt": attempt},
+        "patience_seconds": plan.config.elastic.step_timeout_seconds,
+    }
+
+
+def _attempt_to_go_on(run: Path) -> int:
+    """The attempt of a job whose arbiter has died, or else the next one."""
+    attempt = events.next_attempt(run)
+    for candidate in (attempt, attempt - 1):
+        lines: list[Mapping[str, Any]] = arbiter.read_log(arbiter.log_path(run, candidate)) if candidate >= 0 else []
+        if lines and all(line["what"] != "over" for line in lines):
+            return candidate
+    return attempt
+
+
+def _token(run: Path, make: bool = True) -> str:
+    """The token of the job that is going on in `run`, or a new one."""
+    path = arbiter.address_path(run)
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return json.loads(path.read_text(encoding="utf-8"))["token"]
+    if not make:
+        raise WorldError(
+            f"{path} is not there, so the job's token is unknown.\n"
+            f"  Name the run directory that the first node trains in by --run, or set {arbiter.TOKEN}."
+        )
+    return secrets.token_hex(16)
+
+
+def _publish_address(run: Path, listener: socket.socket, token: str) -> None:
+    host, port = listener.getsockname()[:2]
+    path = arbiter.address_path(run)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)  # nobody else may read the token
+    os.write(descriptor, json.dumps({"address": f"{host}:{port}", "token": token}).encode())
+    os.close(descriptor)
+
+
+def _is_cpu_only(config: Config) -> bool:
+    """True if no worker uses a GPU: forked workers are tested on CPUs alone."""
+    if config.parallel.device == "cpu" or importlib.metadata.version("torch").endswith("+cpu"):
+        return True
+    import torch
+
+    return torch.version.cuda is None and torch.version.hip is None

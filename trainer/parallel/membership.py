@@ -1,0 +1,280 @@
+"""A worker's connection to the arbiter: it reports, waits for the next epoch, and hears at once when one ends.
+
+One thread connects, listens and connects again. It runs while the main thread waits in a collective, since torch
+releases the GIL there; so it can break it out (`on_end`) and say how far it is. No torch here.
+"""
+
+import contextlib
+import os
+import select
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from time import monotonic
+from typing import Any
+
+from trainer.errors import TopropeError, WorldError
+from trainer.parallel import elastic
+from trainer.parallel.arbiter import Connection
+from trainer.parallel.protocol import (
+    Committed,
+    Epoch,
+    Hello,
+    Left,
+    Message,
+    Met,
+    Position,
+    Report,
+    Seat,
+    Stuck,
+    Where,
+    decode,
+)  # fmt: skip
+
+LOST_SECONDS = 60.0
+"""A worker that has not found the arbiter for so long leaves. Until then it waits, and computes nothing."""
+RETRY_SECONDS = 0.1
+TICK_SECONDS = 0.2
+
+
+class JobOver(Exception):  # noqa: N818 - nothing is wrong
+    """The job has ended without this worker: finished, preempted or failed."""
+
+    def __init__(self, status: str) -> None:
+        super().__init__(status)
+        self.status = status
+
+
+class RefusedError(WorldError):
+    """This worker may not take part. The others go on."""
+
+
+class ArbiterLostError(TopropeError):
+    """There is no arbiter."""
+
+
+class Membership:
+    """Use as the main thread only; `connect` makes one."""
+
+    def __init__(
+        self,
+        quorum: elastic.Quorum,
+        identity: Mapping[str, str],
+        store: str,
+        limits: tuple[float, float] = (300.0, 1800.0),
+    ) -> None:
+        """`limits`: seconds without progress after which this worker counts as stuck, and before its first step."""
+        self._quorum, self._limits = quorum, limits
+        name = f"{quorum.node}:{os.getpid()}"
+        self._hello = Hello(None, name, store, dict(identity), quorum.slot >= quorum.size)
+        self._changed = threading.Condition()
+        self._seat = Seat()
+        self._connection: Connection | None = None
+        self._report: Report | None = None
+        self._on_end: Callable[[], None] | None = None
+        self._is_lost = self._is_closing = False
+        self._reached, self._place, self._step, self._progress = 0, "start", 0, monotonic()
+        self._has_committed = False
+        self._thread = threading.Thread(target=self._run, name="toprope-membership", daemon=True)
+
+    @classmethod
+    def connect(cls, quorum: elastic.Quorum, identity: Mapping[str, str], store: str, **settings: Any) -> "Membership":
+        """Return once the arbiter has given this worker its number. Raises RefusedError, ArbiterLostError."""
+        membership = cls(quorum, identity, store, **settings)
+        membership._thread.start()
+        with membership._changed:
+            membership._changed.wait_for(
+                lambda: membership._seat.member is not None or membership._seat.refused or membership._is_lost
+            )
+        membership._raise_if_out()
+        return membership
+
+    @property
+    def member(self) -> int:
+        """This worker's number; no other worker of the job ever has it."""
+        assert self._seat.member is not None
+        return self._seat.member
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        return self._seat.facts
+
+    @property
+    def ended(self) -> bool:
+        """True if the epoch of the last `meet` is over."""
+        return self._seat.ended
+
+    @property
+    def change_wanted(self) -> bool:
+        """True if somebody waits to join."""
+        return self._seat.change_wanted
+
+    @property
+    def on_end(self) -> Callable[[], None] | None:
+        return self._on_end
+
+    @on_end.setter
+    def on_end(self, callback: Callable[[], None] | None) -> None:
+        """Set what the thread calls, once, when the present epoch ends; at once if it has ended already."""
+        with self._changed:
+            self._on_end = callback
+            late = self._seat.ended
+        if late:
+            self._call_on_end()
+
+    def meet(self, report: Report, waiting: Callable[[], None] = lambda: None) -> Epoch:
+        """Say what this worker holds, and return the next epoch that it is a member of.
+
+        The epoch may have `ended` by then. `waiting` is called some times a second meanwhile; it may raise. Raises
+        JobOver, RefusedError, ArbiterLostError.
+        """
+        with self._changed:
+            self._on_end, self._seat.ended = None, True
+            self._report = report
+            self._say(Met(report))
+        while True:
+            with self._changed:
+                self._raise_if_out()
+                if self._seat.fresh and self._seat.epoch is not None:
+                    self._seat.fresh, self._report, self._reached = False, None, 0
+                    self._progress = monotonic()
+                    return self._seat.epoch
+                self._changed.wait(TICK_SECONDS)
+            waiting()
+
+    def heartbeat(self, place: str, step: int) -> None:
+        """The main thread makes progress."""
+        self._place, self._step, self._progress = place, step, monotonic()
+
+    def at(self, place: str, step: int) -> None:
+        """The main thread is about to enter a collective. All members call this at the same places."""
+        self._reached += 1
+        self.heartbeat(place, step)
+
+    def committed(self, step: int) -> None:
+        """A step was applied."""
+        self._has_committed = True
+        self.heartbeat("committed", step)
+        with self._changed:
+            self._say(Committed(step))
+
+    def leave(self, status: str, reason: str = "") -> None:
+        """Leave in order: `status` is one of protocol.FINISHED, PREEMPTED, FAILED, HOPELESS."""
+        with self._changed:
+            self._say(Left(status, reason))
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection: without `leave` this counts as a death."""
+        with self._changed:
+            self._is_closing = True
+            if self._connection is not None:
+                self._connection.shut_down()
+        self._thread.join(5.0)
+
+    def _raise_if_out(self) -> None:
+        seat = self._seat
+        if seat.refused:
+            raise RefusedError(
+                f"this worker cannot take part: {seat.refused}.\n"
+                "  All workers of a job compute with the same config, code, torch and data. Start it with those."
+            )
+        if seat.over:
+            raise JobOver(seat.over)
+        if self._is_lost:
+            raise ArbiterLostError(
+                f"no arbiter has answered at {self._quorum.host}:{self._quorum.port} for {LOST_SECONDS:.0f} s.\n"
+                "  A worker without it cannot know who takes part. The same command resumes."
+            )
+
+    def _say(self, message: Message) -> None:
+        if self._connection is not None:
+            self._connection.send(message)
+
+    # The thread
+
+    def _run(self) -> None:
+        while not self._is_closing:
+            connection = self._dial()
+            if connection is None:
+                break
+            with contextlib.suppress(EOFError, ValueError, OSError):
+                self._listen(connection)
+            with self._changed:
+                self._connection = None
+                connection.close()
+                ended = self._note(self._seat.disconnected)
+            if ended:
+                self._call_on_end()
+        with self._changed:
+            self._is_lost = True
+            self._changed.notify_all()
+
+    def _dial(self) -> Connection | None:
+        """Connect and say who this is. None if there is no arbiter, or if nothing more is to be heard from it."""
+        give_up = monotonic() + LOST_SECONDS
+        while not self._is_closing and not self._seat.refused and not self._seat.over and monotonic() < give_up:
+            try:
+                sock = socket.create_connection((self._quorum.host, self._quorum.port), timeout=5.0)
+            except OSError:
+                threading.Event().wait(RETRY_SECONDS)
+                continue
+            connection = Connection(sock)
+            connection.heard = True
+            with self._changed:
+                connection.send_line({"token": self._quorum.token})
+                connection.send(self._hello._replace(member=self._seat.member))
+                if self._report is not None and not self._seat.fresh:
+                    connection.send(Met(self._report))
+                self._connection = connection
+            return connection
+        return None
+
+    def _listen(self, connection: Connection) -> None:
+        """Hear what the arbiter says until the connection is closed."""
+        woke, said = monotonic(), 0.0
+        while not self._is_closing:
+            select.select([connection.sock], [], [], TICK_SECONDS)
+            for line in connection.lines():
+                self._hear(connection, decode(line))
+            now = monotonic()
+            if now - woke > 10 * TICK_SECONDS:  # this process did not run: that is not the main thread's time
+                self._progress = now
+            woke = now
+            limit = self._limits[0 if self._has_committed else 1]
+            if not self.ended and now - self._progress > limit and now - said > limit / 4:
+                said = now
+                with self._changed:
+                    connection.send(Stuck(self._reached, self._place, self._step))
+
+    def _hear(self, connection: Connection, message: Message) -> None:
+        if isinstance(message, Where):
+            idle = monotonic() - self._progress
+            with self._changed:
+                connection.send(Position(message.asked, self._reached, self._place, self._step, idle))
+            return
+        with self._changed:
+            ended = self._note(lambda: self._seat.hear(message))
+            self._changed.notify_all()
+        if ended:
+            self._call_on_end()
+
+    def _note(self, happen: Callable[[], None]) -> bool:
+        """Let something happen to the seat. True if this has ended an epoch that was going on."""
+        before = self._seat.ended
+        happen()
+        return self._seat.ended and not before
+
+    def _call_on_end(self) -> None:
+        with self._changed:
+            callback, self._on_end = self._on_end, None
+        if callback is not None:
+            callback()
+
+
+def own_host(quorum: elastic.Quorum) -> str:
+    """This machine's address, as it is seen on the way to the arbiter."""
+    family = socket.AF_INET6 if ":" in quorum.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:  # nothing is sent
+        sock.connect((quorum.host, quorum.port))
+        return sock.getsockname()[0]
