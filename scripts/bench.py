@@ -69,6 +69,7 @@ class Ours:
             log.subscribe(console.Console(config, directory, is_terminal=False, file=nowhere))
         self.config = config
         batches, sentinel = job.batches_of(config, self.prepared), Sentinel(config, ranks, log)
+        sentinel.check_tokens(batches, self.prepared.train.tokens)
         self.state = job.build(config, vocabulary(config, self.prepared), ranks, sentinel.watch)
         members = sentinel.wrap_members(AllRanks(ranks, config.data.micro_batches), self.state, batches)
         self.context = StepContext(config, members, batches, sentinel.wrap_hook(no_hook))

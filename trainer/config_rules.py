@@ -111,15 +111,19 @@ def _sentinel_problems(config: "Config") -> list[str]:
         share = Fraction(-1)
     if not 0 <= share <= 1:
         return [f'sentinel.audit = {sentinel.audit!r} is no share of the micro-batches.\n  Write "1/32", or "0".']
+    usual = type(sentinel)()
     if not sentinel.on:
-        return (
-            []
-            if sentinel.act == "repair"
-            else [
-                "sentinel.act has no effect: no check of [sentinel] is on.\n"
-                "  Set sentinel.audit or sentinel.state_hash_every_steps, or remove it."
-            ]
-        )
+        return [
+            f"sentinel.{name} has no effect: no check of [sentinel] is on.\n"
+            "  Set sentinel.audit or sentinel.state_hash_every_steps, or remove it."
+            for name in ("act", "quarantine_within")
+            if getattr(sentinel, name) != getattr(usual, name)
+        ]
+    if sentinel.act != "repair" and sentinel.quarantine_within != usual.quarantine_within:
+        return [
+            f"sentinel.quarantine_within has no effect with sentinel.act = {sentinel.act!r}: no rank is repaired, so "
+            'none is counted.\n  Set sentinel.act = "repair", or remove it.'
+        ]
     if not config.numerics.exact:
         return [
             "[sentinel] needs numerics.exact = true: without exact sums ranks may differ though none is wrong.\n"

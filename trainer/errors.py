@@ -11,6 +11,7 @@ EXIT_FINISHED = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_PREEMPTED = 75  # sysexits.h EX_TEMPFAIL: try the same command again
+EXIT_QUARANTINED = 76  # a node must be taken out of the job before the same command is given again
 
 
 _MEANING = {
@@ -106,6 +107,12 @@ class CorruptionError(TopropeError):
         super().__init__(message)
         self.restart = restart
         """True if the job may start again at once: the wrong bits were in memory only."""
+
+
+class QuarantineError(CorruptionError):
+    """A rank of this node was wrong twice: the job must go on without the node."""
+
+    exit_status = EXIT_QUARANTINED
 
 
 class NumericsError(TopropeError):

@@ -125,6 +125,7 @@ def train(
         claim.log.create()  # the file of its log makes an attempt count
         injector.attach(claim.attempt, claim.log, state, prepared)
         batches = injector.wrap_batches(batches_of(config, prepared))
+        sentinel.check_tokens(batches, prepared.train.tokens)
         hook = sentinel.wrap_hook(hook)
         members = sentinel.wrap_members(AllRanks(ranks, config.data.micro_batches), state, batches)
         context = StepContext(config, members, batches, hook, stop.requested)
@@ -376,6 +377,7 @@ def announce(
             parent=parent,
         )
     )
+    hosts = ranks.agree(socket.gethostname)
     losses = elastic.take_losses()  # taken on every node, so that none reports them again later
     if ranks.is_main:
         for lost in losses:
@@ -389,6 +391,10 @@ def announce(
             (armed, armed),
             (provenance.NOT_RECORDED, any(event.computes_with is None for _, event in before)),
             (f"the steps from here on may have other bits, which was accepted: {other_bits}.", other_bits),
+            *(
+                (f"node {event.node} computes again, though it is quarantined: {event.found}.", event.node in hosts)
+                for _, event in events.select(claim.earlier, events.Corrupted)
+            ),
         ):
             if holds and message not in said:
                 log.append(events.Warned(message=message))

@@ -4,6 +4,7 @@ Axes: B sequences in a micro-batch, T tokens in a sequence.
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -29,6 +30,10 @@ class Batches:
     def __init__(self, tokens: np.ndarray, *, seed: int, context: int, micro_batches: int, sequences: int) -> None:
         self._windows = windows(tokens, context)
         self.n_windows = len(self._windows)
+        self.read: Callable[[np.ndarray], np.ndarray] = lambda sample_ids: self._windows[sample_ids]
+        """Copies the windows with these ids out of the store."""
+        self.check: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
+        """Called with the ids and what was read; returns the right windows."""
         self.micro_batches, self.sequences = micro_batches, sequences
 
         # A cache, not state. Two entries, because a step near an epoch's end needs both orders.
@@ -50,7 +55,10 @@ class Batches:
         first = (step * self.micro_batches + index) * self.sequences
         epochs, offsets = np.divmod(np.arange(first, first + self.sequences), self.n_windows)
         sample_ids = np.concatenate([self._order(int(e))[offsets[epochs == e]] for e in np.unique(epochs)])
-        gathered = self._windows[sample_ids].astype(np.int64)
+        rows = self.read(sample_ids)
+        if self.check is not None:
+            rows = self.check(sample_ids, rows)
+        gathered = rows.astype(np.int64)
         return MicroBatch(sample_ids, gathered[:, :-1], gathered[:, 1:])
 
 

@@ -5,15 +5,19 @@ What is done to tensors is in tensors.py, which needs torch.
 
 import contextlib
 import copy
-from typing import TYPE_CHECKING, ClassVar
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from trainer.config import Config, FaultEntry
+from trainer.errors import EXIT_QUARANTINED
 from trainer.faults.fault import Fault, Setting
 from trainer.faults.plan import PlannedFault
 from trainer.faults.rank import RankContext
 from trainer.phases import Phase
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 
@@ -63,7 +67,7 @@ class SilentFault(NumbersFault):
     detected = "by a sentinel alone: ranks or recomputations disagree on bits"
     recovered = "computed again, or copied from a replica; else the run stops before it applies the step"
     settings: ClassVar = {"bits": Setting(1, "how many bits are flipped", 1)}
-    exits = (0, 1)
+    exits = (0, 1, EXIT_QUARANTINED)
     silent = True
 
     def watched(self, world_size: int) -> Fault:
@@ -155,10 +159,58 @@ class FlipActivations(SilentFault):
     phases = (Phase.IN_FORWARD,)
 
 
-class WrongOperator(SilentFault):
-    imitates = "a rarely taken path of torch.sum that is wrong"
-    made = "sums over a dimension lose their last element where a rare condition on the data holds"
-    settings: ClassVar = {"steps": Setting(5, "for so many steps", 1)}
+class FlipReceived(SilentFault):
+    imitates = "silent corruption in a network card or a switch"
+    made = "bits of the rank's contribution are flipped while it is sent: all ranks receive the same wrong sum"
+    phases = (Phase.BEFORE_REDUCE,)
+    needs_peers = True
+
+    def refuses(self, entry: FaultEntry, phase: str, config: Config, world_size: int) -> str:
+        if config.parallel.strategy == "replicate" and world_size > 1:
+            return ""
+        return 'its gradients are in no all-reduce.\n  Set parallel.strategy = "replicate" and use 2 ranks or more.'
+
+    def fire(self, planned: PlannedFault, rank: RankContext) -> None:
+        def damaged(call: Callable[..., Any]) -> None:
+            self.corrupt(planned, rank, [cast(functools.partial[Any], call).args[0]])
+            call()
+
+        rank.instead_of_all_reduce(damaged)
+
+
+class FlipUpdate(FlipWeights):
+    imitates = "silent corruption in a device's arithmetic"
+    made = "bits of the rank's updated weights are flipped when the optimizer writes them"
+    phases = (Phase.IN_UPDATE,)
+
+    def watched(self, world_size: int) -> Fault:
+        return super().watched(world_size) if world_size > 1 else self  # no replica computes the same update
+
+
+class FlipTokens(SilentFault):
+    imitates = "silent corruption between the token store and the rank"
+    made = "one token of the rank's next micro-batch is read as another"
+    settings: ClassVar = {}
+
+    def fire(self, planned: PlannedFault, rank: RankContext) -> None:
+        batches, chance = rank.batches, rank.chance(planned)
+        read = batches.read
+
+        def once(sample_ids: "np.ndarray") -> "np.ndarray":
+            batches.read = read
+            rows = read(sample_ids)
+            rows[chance.randrange(rows.shape[0]), chance.randrange(rows.shape[1])] ^= 1  # the vocabulary has this one
+            return rows
+
+        batches.read = once
+
+
+class WrongArithmetic(SilentFault):
+    """Operators of the rank are wrong for some steps."""
+
+    def mode(self, planned: PlannedFault, rank: RankContext) -> contextlib.AbstractContextManager[Any]:
+        """What makes them wrong while it is entered."""
+        raise NotImplementedError
 
     def watched(self, world_size: int) -> Fault:
         return super().watched(world_size) if world_size > 1 else self  # alone it agrees with itself
@@ -169,14 +221,51 @@ class WrongOperator(SilentFault):
         return "numerics.compile fuses the operators that it replaces.\n  Set numerics.compile = false, or leave it."
 
     def fire(self, planned: PlannedFault, rank: RankContext) -> None:
-        from trainer.faults import tensors
-
         # It ends with its last step, or with the attempt if that comes before.
         wrong = rank.undo.enter_context(contextlib.ExitStack())
-        wrong.enter_context(tensors.WrongSum())
+        wrong.enter_context(self.mode(planned, rank))
 
         def end(phase: str, step: int) -> None:
             if phase == Phase.AFTER_UPDATE and step >= planned.last_step:
                 wrong.close()
 
         rank.followers.append(end)
+
+
+class WrongOperator(WrongArithmetic):
+    imitates = "a rarely taken path of torch.sum that is wrong"
+    made = "sums over a dimension lose their last element where a rare condition on the data holds"
+    settings: ClassVar = {"steps": Setting(5, "for so many steps", 1)}
+
+    def mode(self, planned: PlannedFault, rank: RankContext) -> contextlib.AbstractContextManager[Any]:
+        from trainer.faults import tensors
+
+        return tensors.WrongSum()
+
+
+class AlwaysWrong(WrongArithmetic):
+    imitates = "a device with a broken unit: wrong every time, and in the same way"
+    made = "the same bit is wrong in the result of every matrix product of the rank"
+    settings: ClassVar = {"steps": Setting(5, "for so many steps", 1)}
+
+    def mode(self, planned: PlannedFault, rank: RankContext) -> contextlib.AbstractContextManager[Any]:
+        from trainer.faults import tensors
+
+        return tensors.WrongProducts(rank.chance(planned), every=1)
+
+
+class SometimesWrong(WrongArithmetic):
+    imitates = "a device that is wrong now and then, when it is hot or its voltage is low"
+    made = "any bit is wrong in one of `every` matrix products of the rank"
+    settings: ClassVar = {
+        "every": Setting(500, "the number of matrix products of which one is wrong", 2),
+        "steps": Setting(12, "for so many steps", 1),
+    }
+
+    def watched(self, world_size: int) -> Fault:
+        return SilentFault.watched(self, world_size)  # the second time it is right
+
+    def mode(self, planned: PlannedFault, rank: RankContext) -> contextlib.AbstractContextManager[Any]:
+        from trainer.faults import tensors
+
+        return tensors.WrongProducts(rank.chance(planned), planned.settings["every"])

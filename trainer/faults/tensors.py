@@ -83,6 +83,31 @@ def scale_next_output(model: nn.Module, factor: float) -> None:
     handle = model.register_forward_hook(scale)
 
 
+PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
+
+
+class WrongProducts(TorchDispatchMode):
+    """While entered, a bit of one number is flipped in each result of a matrix product of which the number, counted
+    from 1, is a multiple of `every`: always the same bit if that is 1, else any.
+    """
+
+    def __init__(self, chance: random.Random, every: int) -> None:
+        super().__init__()
+        self._chance, self._every = chance, every
+        self._first = chance.getstate()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in PRODUCTS and not isinstance(out, DTensor) and out.numel():
+            self.calls += 1
+            if self.calls % self._every == 0:
+                if self._every == 1:
+                    self._chance.setstate(self._first)
+                flip([out], 1, self._chance)
+        return out
+
+
 class WrongSum(TorchDispatchMode):
     """While entered, sums and means over one dimension leave out their last addend where a hash of the bits of the
     first addend begins with zeros.

@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from trainer import signals
 from trainer.config import Config
-from trainer.errors import EXIT_PREEMPTED, EXIT_USAGE, CheckpointError, NumericsError
+from trainer.errors import EXIT_PREEMPTED, EXIT_QUARANTINED, EXIT_USAGE, CheckpointError, NumericsError
 from trainer.faults.nemesis import Nemesis, Progress
 from trainer.faults.plan import PlannedFault
 from trainer.fleet.backend import Backend, Process, Task
@@ -95,7 +95,7 @@ def new_start_directory(directory: Path) -> Path:
 
 def is_final(status: int, output: str) -> bool:
     """True if another start would end in the same way, by exit status and last output."""
-    return output.startswith(FINAL) or (status == EXIT_USAGE and IN_USE not in output)
+    return output.startswith(FINAL) or status == EXIT_QUARANTINED or (status == EXIT_USAGE and IN_USE not in output)
 
 
 @dataclass

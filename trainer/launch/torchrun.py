@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from trainer import signals
-from trainer.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USAGE, TopropeError, WorldError
+from trainer.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_QUARANTINED, EXIT_USAGE, TopropeError, WorldError
 from trainer.launch import forkserver, processes
 from trainer.parallel import elastic
 from trainer.show import terminal
 
-ON_PURPOSE = (EXIT_USAGE, EXIT_PREEMPTED)  # exit statuses that are the job's, not a crash
+ON_PURPOSE = (EXIT_USAGE, EXIT_QUARANTINED, EXIT_PREEMPTED)  # exit statuses that are the job's, not a crash
 EXIT_GRACE_SECONDS = 3
 RENDEZVOUS_POLL_SECONDS = 0.1
 RANK_SECONDS, MEETINGS = 5, 20  # wait for the ranks of a meeting; a node that dies in between ends the meeting
@@ -226,9 +226,9 @@ def _patch_restarts(config: Any) -> None:
     """Disarm traps 4, 9 and 10, and note for the next attempt why the workers are started again.
 
     Trap 4. torchrun restarts workers that left on purpose, and itself leaves with status 1 and a traceback whatever
-    their exit status was. Here wrong usage (2) and preemption (75) are not restarted and are the exit status of the
-    job. Nor are workers restarted after an error that would only be repeated: a loss that is not finite twice, a disk
-    that takes no checkpoint.
+    their exit status was. Here wrong usage (2), preemption (75) and a node in quarantine (76) are not restarted and are
+    the exit status of the job. Nor are workers restarted after an error that would only be repeated: a loss that is
+    not finite twice, a disk that takes no checkpoint.
 
     Trap 9. If a node dies after the meeting and before all have their ranks, the others wait for it for a minute, then
     fail. Here they meet again after RANK_SECONDS.

@@ -71,7 +71,7 @@ class Attempt:
                 self.hangs.append((entry, event))
             case events.NotFinite(trial=trial) if trial > 0:
                 self.fatal_not_finite = event
-            case events.Corrupted(action="stopped" | "restarted"):
+            case events.Corrupted(action="stopped" | "restarted" | "quarantined"):
                 self.fatal_corruption = event
             case events.StopRequested():
                 self.signal = event.signal

@@ -101,7 +101,7 @@ class IncidentBuilder:
             case events.CheckpointRejected():
                 kind = "checkpoint_rejected"
             case events.Corrupted(action=action, culprit=rank):
-                if action in ("stopped", "restarted"):  # it ends the attempt
+                if action in ("stopped", "restarted", "quarantined"):  # it ends the attempt
                     return
                 kind, which = "corrupted", (event.what, event.micro_batch)
         # Several ranks may write of one incident.
@@ -237,6 +237,7 @@ def describe(event: Event, rank: int = 0) -> str:
                 "repaired": "repaired", "reported": "and applied all the same", "stopped": "the run stops",
                 "restarted": "the job starts again from its checkpoint",
                 "recomputed": "computed again until two results agreed, which on one rank may both be wrong",
+                "quarantined": f"the job goes on without node {event.node}, or ends until that is taken out",
             }  # fmt: skip
             return f"in step {step} {event.found}: {then[event.action]}"
         case events.CheckpointFailed(step=step):

@@ -11,7 +11,8 @@ false alarms. Three checks, all within one step:
   checked; else from the start of a checked step. Replicas compare, but not those of hybrid.
 
 Whatever disagrees is computed once more. What agrees then was transient: who changed was wrong. What disagrees again
-stays, and ends the run. A state that changed is copied from a replica, or the job restarts from its checkpoint.
+stays, and ends the run. A state that changed is copied from a replica, or the job restarts from its checkpoint. A rank
+that is wrong twice is quarantined (quarantine.py). Tokens are held against the store whenever they are read.
 
 Not seen: what all ranks compute wrong alike (operators, compilers), and what one rank alone always does; a micro-batch
 that is not audited; a gradient that is damaged between the reduction and the update; where the state has no replica to
@@ -23,8 +24,9 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,6 +38,8 @@ from trainer.parallel.sharding import Rounder, RounderOf
 from trainer.parallel.world import Members, StepMembers, World
 from trainer.phases import Hook, Phase
 from trainer.sentinel.bits import bits_hash, combined, differ, factors, row_sums
+from trainer.sentinel.quarantine import Quarantine
+from trainer.sentinel.tokens import TokenCheck, block_hashes
 from trainer.step import StepContext, TrainState, backward
 
 T = TypeVar("T")
@@ -47,7 +51,7 @@ class Finding:
     """One disagreement."""
 
     what: str
-    """state, gradient (what a rank added up), reduction (what it received) or micro_batch."""
+    """state, gradient (what a rank added up), reduction (what it received), micro_batch or tokens."""
     ranks: tuple[int, ...]
     """Who is wrong: all of these, or one of these if it is about a micro-batch; none if it is unknown."""
     micro_batch: int | None = None
@@ -60,6 +64,7 @@ class Finding:
             "state": "keeps wrong weights, moments or grids",
             "gradient": "has added up a wrong gradient",
             "reduction": "has received a wrong sum of gradients",
+            "tokens": "has read tokens that are not the store's",
             "micro_batch": f"has computed a wrong gradient of micro-batch {self.micro_batch}",
         }[self.what]
         return f"{who} {wrong}" + (f", first in {self.parameter}" if self.parameter else "")
@@ -90,6 +95,7 @@ class Sentinel:
         self._share, self._act = Fraction(config.sentinel.audit), config.sentinel.act
         self._every = config.sentinel.state_hash_every_steps
         self._on = bool(self._share or self._every)
+        self._quarantine = Quarantine(config.sentinel.quarantine_within, world)
         self._names: list[str] = []
         self._segments: dict[str, slice] = {}  # of each parameter in `_own`: one for each row of a matrix, or one
         self._own = torch.zeros(0)  # weighted sums of this rank's micro-batches in the pass
@@ -143,6 +149,14 @@ class Sentinel:
 
         return both
 
+    def check_tokens(self, batches: Batches, tokens: np.ndarray) -> None:
+        """Have every window that `batches` reads held against rank 0's look at the store, which it has verified."""
+        if not self._on:
+            return
+        hashes = self._world.from_main(lambda: block_hashes(tokens))
+        check = TokenCheck(tokens, self._config.model.context, hashes)
+        batches.check = functools.partial(self._checked_tokens, batches, check)
+
     def wrap_members(self, members: Members, state: TrainState, batches: Batches) -> Members:
         if not self._on:
             return members
@@ -179,6 +193,7 @@ class Sentinel:
         self._round = []
         if not picked and not self._checking:
             return self._members.commit(step, compute)
+        self._quarantine.count_checked_step()
         if self._checking and self._sealed_step != step:
             self._seal()
         grids = self._state.grids
@@ -194,7 +209,7 @@ class Sentinel:
                 findings = [self._blame(finding, earlier, observed) for finding in findings or disagreeing]
                 if not disagreeing:
                     # A rank that audits itself repeats what it always does: two equal results prove nothing then.
-                    self._record(step + 1, findings, "repaired" if self.world.size > 1 else "recomputed")
+                    self._settle(step + 1, findings, "repaired" if self.world.size > 1 else "recomputed")
             if not disagreeing or self._act == "report":
                 self._record(step + 1, disagreeing, "reported")
                 return result
@@ -207,7 +222,6 @@ class Sentinel:
                 grids.restore(magnitude)  # the first computation may have widened it
             earlier = observed
         self._stop(step + 1, findings, "Not all agrees when computed again either. " if self._act == "repair" else "")
-        raise AssertionError
 
     def _pick(self, step: int) -> list[tuple[int, int]]:
         """[(round, number that chooses its auditors)] of the rounds of a step whose micro-batches are audited.
@@ -287,11 +301,16 @@ class Sentinel:
 
     def _with_parameters(self, findings: list[Finding]) -> list[Finding]:
         """The findings with the first parameter of each that differs. Collective."""
-        seen = self.world.agree(lambda: (self._wrong, {key: sink.tolist() for key, sink in self._sinks.items()}))
+        sinks = {key: sink.tolist() for key, sink in self._sinks.items()}
+        seen = self.world.agree(lambda: (self._wrong, sinks, self._sealed))
+        replicas = [sealed for _, _, sealed in seen]
+        unequal = [name for name in replicas[0] if len({sealed.get(name) for sealed in replicas}) > 1]
         named = []
         for finding in findings:
             if finding.micro_batch is None:
                 parameters = [seen[rank][0].get(finding.what) for rank in finding.ranks]
+                if finding.what == "state" and not self._state.sharding.needs_lockstep:
+                    parameters += unequal[:1]
             else:
                 owner, auditor = finding.ranks
                 pairs = zip(
@@ -368,6 +387,30 @@ class Sentinel:
         weights = factors(shape.numel(), gradient.device).view(shape)[rows]
         return (gradient.double() * weights).sum().reshape(1)
 
+    def _checked_tokens(
+        self, batches: Batches, check: TokenCheck, sample_ids: np.ndarray, rows: np.ndarray
+    ) -> np.ndarray:
+        """The windows with these ids, right: `rows`, or what is read again. This rank alone knows and logs it."""
+        own, step = self._world.rank, self._state.step + 1
+        if not (wrong := check.wrong(sample_ids, rows)):
+            return rows
+        finding = Finding("tokens", (own,), parameter=f"sample {wrong[0]}")
+        if self._act == "report":
+            self._log_finding(step, finding, "reported")
+            return rows
+        again = batches.read(sample_ids)
+        if self._act == "repair" and not check.wrong(sample_ids, again):
+            self._log_finding(step, finding, "repaired")
+            return again
+        stays = self._act == "repair"
+        self._log_finding(step, finding, "restarted" if stays else "stopped")
+        twice = ", also when they are read again" if stays else ""
+        raise CorruptionError(
+            f"step {step}: {finding}{twice}. Nothing is computed from them.\n"
+            "  The next start verifies the store, and builds it again if it is damaged.",
+            restart=stays,
+        )
+
     # The state.
 
     def _before_update(self, step: int) -> None:
@@ -377,9 +420,13 @@ class Sentinel:
             self._verify_state(step, step + 1, "optim.", "grids.")
 
     def _after_update(self, step: int) -> None:
-        self._checking = False
+        checked, self._checking = self._checking, False
         if self._every and (step + 1) % self._every == 0:
             self._seal()
+        if checked and not self._state.sharding.needs_lockstep:
+            # An update that went wrong shows in the replicas, before anything is computed from it.
+            now = combined(self._sealed.values())
+            self._compare_replicas(step, now, now)
 
     def _before_save(self, step: int) -> None:
         if self._every:
@@ -388,11 +435,16 @@ class Sentinel:
     def _verify_state(self, completed: int, step: int, *prefixes: str) -> None:
         """Compare a part of the state with its seal, if it has one, and with the other replicas'. Collective."""
         self._wrong.pop("state", None)
-        table = torch.zeros(self.world.size, 2, dtype=torch.int64, device=self.world.device)
         if self._sealed_step == completed:
-            table[self.world.rank, 0], table[self.world.rank, 1] = self._compare_with_seal(*prefixes)
+            self._compare_replicas(step, *self._compare_with_seal(*prefixes))
         else:
-            table[self.world.rank] = combined(self._hashes(*prefixes).values())
+            now = combined(self._hashes(*prefixes).values())
+            self._compare_replicas(step, now, now)
+
+    def _compare_replicas(self, step: int, now: int, sealed: int) -> None:
+        """Compare (hash now, as sealed) of all ranks, and act where they differ. Collective."""
+        table = torch.zeros(self.world.size, 2, dtype=torch.int64, device=self.world.device)
+        table[self.world.rank, 0], table[self.world.rank, 1] = now, sealed
         self.world.sum(table)
         suspects = self._suspects([(now, sealed) for now, sealed in table.tolist()])
         if suspects is None:
@@ -400,9 +452,11 @@ class Sentinel:
         (finding,) = self._with_parameters([Finding("state", suspects)])
         if self._act == "stop":
             self._stop(step, [finding])
-        if self._act == "repair":
+        if self._act == "report":
+            self._record(step, [finding], "reported")
+        else:
             self._heal(step, finding)
-        self._record(step, [finding], "reported" if self._act == "report" else "repaired")
+            self._settle(step, [finding], "repaired")
 
     def _compare_with_seal(self, *prefixes: str) -> tuple[int, int]:
         """(hash now, as sealed) of a part of the state."""
@@ -436,18 +490,41 @@ class Sentinel:
 
     # What is done about it.
 
-    def _record(self, step: int, findings: Iterable[Finding], action: str) -> None:
+    def _settle(self, step: int, findings: Sequence[Finding], action: str) -> None:
+        """Log what was repaired. A rank that was wrong before ends the job instead."""
+        again = self._quarantine.second_time(step, [finding.ranks for finding in findings])
+        if again is not None and self._quarantine.on:
+            rank, first = again
+            self._expel(step, findings, rank, f"for the second time (before in step {first})")
+        self._record(step, findings, action)
+
+    def _expel(self, step: int, findings: Sequence[Finding], rank: int, why: str) -> NoReturn:
+        node = self._quarantine.node_of(rank)
+        found = [finding for finding in findings if set(finding.ranks) == {rank}]
+        self._record(step, [finding for finding in findings if finding not in found], "stopped")
+        self._record(step, found, "quarantined", node)
+        self._quarantine.end(rank, node, f"step {step}: {found[0]}, {why}")
+
+    def _record(self, step: int, findings: Iterable[Finding], action: str, node: str | None = None) -> None:
         """Log what all ranks know alike."""
         for found in findings if self.world.is_main else ():
-            culprit = found.ranks[0] if len(found.ranks) == 1 else None
-            self._log.append(
-                Corrupted(
-                    step=step, what=found.what, culprit=culprit, micro_batch=found.micro_batch,
-                    parameter=found.parameter, action=action, found=str(found),
-                )
-            )  # fmt: skip
+            self._log_finding(step, found, action, node)
 
-    def _stop(self, step: int, findings: Sequence[Finding], why: str = "") -> None:
+    def _log_finding(self, step: int, found: Finding, action: str, node: str | None = None) -> None:
+        culprit = found.ranks[0] if len(found.ranks) == 1 else None
+        self._log.append(
+            Corrupted(
+                step=step, what=found.what, culprit=culprit, micro_batch=found.micro_batch,
+                parameter=found.parameter, action=action, found=str(found), node=node,
+            )
+        )  # fmt: skip
+
+    def _stop(self, step: int, findings: Sequence[Finding], why: str = "") -> NoReturn:
+        wrong = {frozenset(finding.ranks) for finding in findings}
+        if self._act == "repair" and self._quarantine.on and self.world.size > 1 and len(wrong) == 1:
+            (ranks,) = wrong
+            if len(ranks) == 1:
+                self._expel(step, findings, next(iter(ranks)), "also when computed again")
         self._record(step, findings, "stopped")
         raise CorruptionError(
             f"step {step}: {'; '.join(map(str, findings))}. {why}It is not applied and not saved.\n"
