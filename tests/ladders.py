@@ -3,14 +3,14 @@
 import contextlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from trainer.errors import FitError
 from trainer.ladder.stats import fit as fits
-from trainer.ladder.stats import significance
-from trainer.ladder.stats.records import BASELINE, Criterion, Interval, RunResult
+from trainer.ladder.stats import significance, verdict
+from trainer.ladder.stats.records import BASELINE, Criterion, Interval, Remedy, RunResult
 from trainer.ladder.stats.worth import LINE, Baselines, Worths, decisions
 
 Law = Callable[[float], float]
@@ -209,6 +209,69 @@ def simulate(
     flat = [k for k, one in enumerate(constant) if one]
     only = np.array([significance.false_discovery(each) for each in p[:, flat]]) < level if flat else None
     return Simulated(shares, None if only is None else float(only.any(-1).mean()))
+
+
+# Further runs
+
+
+def some_ladder(random: np.random.Generator) -> tuple[Design, Arm, list[RunResult]]:
+    """Draw a ladder such as people make: its shape, seeds and noise, an arm of any form, and its runs."""
+    sd = float(np.exp(random.uniform(np.log(0.002), np.log(0.015))))
+    design = replace(
+        (LONG, SHORT, SEVEN)[random.integers(3)], seeds=int(random.integers(1, 4)), sd=sd,
+        correlation=float(random.choice([0.0, 0.5])),
+    )  # fmt: skip
+    last, change = np.exp(random.normal(0.03, 0.12)), np.exp(random.normal(0.0, 0.15))
+    first, gamma = last * change, float(random.choice([0.2, 0.3, 0.5]))
+    arms = (line(last, last), line(first, last), fading(first, last, gamma), other_floor(first, last))
+    arm = arms[random.integers(len(arms))]
+    return design, arm, draw(design, power_law(), {"arm": arm}, random)
+
+
+def bought(design: Design, arm: Arm, remedy: Remedy, random: np.random.Generator) -> list[RunResult]:
+    """Draw the further runs that a remedy asks for."""
+    rungs = {f"r{k}": flops for k, flops in enumerate(design.flops) if remedy.rung in (None, f"r{k}")}
+    if remedy.flops is not None:
+        rungs = {"new": remedy.flops}
+    return [
+        replace(run, rung=name, seed=100 + run.seed)
+        for name, flops in rungs.items()
+        for run in draw(replace(design, flops=(flops,), seeds=remedy.seeds), power_law(), {"arm": arm}, random)
+    ]
+
+
+@dataclass(frozen=True)
+class Followed:
+    """Ladders with an open verdict whose first advice was followed."""
+
+    open: int
+    advised: int
+    stated: float  # mean of the probabilities that were told
+    settled: float  # share that was settled
+    wrong: float  # share that was then decided wrongly
+
+
+def follow(count: int, seed: int = 0) -> Followed:
+    """Draw ladders until `count` are open and have advice, follow it, and judge again."""
+    random = np.random.Generator(np.random.Philox(seed))
+    number, stated, settled, wrong = 0, [], [], []
+    while len(stated) < count:
+        design, arm, results = some_ladder(random)
+        (found,) = verdict.judge(results, Criterion(), design.target)
+        if found.decision != "inconclusive":
+            continue
+        number += 1
+        advice = next((remedy for remedy in found.remedies if remedy.probability is not None), None)
+        if advice is None:
+            continue
+        more = [*results, *bought(design, arm, advice, random)]
+        (then,) = verdict.judge(more, Criterion(), design.target, remedies=False)
+        decided = then.decision != "inconclusive"
+        worth_it = arm.log_multiplier(design.target) >= math.log(Criterion.min_gain)
+        stated.append(advice.probability)
+        settled.append(decided)
+        wrong.append(decided and (then.decision == "promote") != worth_it)
+    return Followed(number, count, *(float(np.mean(values)) for values in (stated, settled, wrong)))
 
 
 @dataclass(frozen=True)

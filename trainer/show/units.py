@@ -138,10 +138,16 @@ def setting(value: Any) -> str:
 
 
 def remedies(found: Sequence[Mapping[str, Any]]) -> str:
-    """ "3 more seeds at every rung, or a further rung of 2.1·10¹³ FLOPs with 3 seeds"; "" if there are none."""
-    return ", or ".join(
-        f"{plural(remedy['seeds'], 'more seed')} at every rung"
-        if remedy["what"] == "seeds"
-        else f"a further rung of {scientific(remedy['flops'])} FLOPs with {plural(remedy['seeds'], 'seed')}"
-        for remedy in found
-    )
+    """ "3 more seeds at every rung (62 %, 3.1·10¹⁵ FLOPs), or a further rung …"; "" if there are none."""
+    return ", or ".join(map(remedy, found))
+
+
+def remedy(found: Mapping[str, Any]) -> str:
+    """One of further runs in words, with the probability that it settles the question and the compute it takes."""
+    if found["what"] == "rung":
+        what = f"a further rung of {scientific(found['flops'])} FLOPs with {plural(found['seeds'], 'seed')}"
+    else:
+        what = f"{plural(found['seeds'], 'more seed')} at {found.get('rung') or 'every rung'}"
+    if found.get("probability") is None:  # reports from before these were estimated have none
+        return what
+    return f"{what} ({found['probability']:.0%}, {scientific(found['total_flops'])} FLOPs)"

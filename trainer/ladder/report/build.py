@@ -103,8 +103,8 @@ def build_report(collected: CollectedLadder) -> Tree:
     if len(ladder.rungs) < FIT_RUNGS and tree["no_fit"]:
         few = units.plural(len(ladder.rungs), "rung")
         tree["no_fit"] = f"the ladder has {few}, and a curve of {FIT_RUNGS} parameters needs {FIT_RUNGS}."
-    fitted = tree["fit"] is not None  # verdicts by time need the curve too
-    described = execution.describe(collected.runs, collected.sweep, results, plan, collected.record, fitted)
+    verdicts = tree["verdicts"]
+    described = execution.describe(collected.runs, collected.sweep, results, plan, collected.record, verdicts)
     return tree | {EXECUTION: described}
 
 

@@ -27,14 +27,14 @@ RUN_KEYS = (
 
 def describe(
     runs: Sequence[CollectedRun], sweep: Sequence[CollectedRun], results: Sequence[RunResult], plan: EstimatePlan,
-    record: Mapping[str, Any], fitted: bool,
+    record: Mapping[str, Any], by_losses: Sequence[Tree],
 ) -> Tree:  # fmt: skip
-    """Return the report's subtree "course". `record` is ladder.json; verdicts need a curve, so `fitted`."""
+    """Return the report's subtree "course". `record` is ladder.json; `by_losses` has the verdicts by losses, if any."""
     # An arm may share runs with the baseline at a rung where it changes nothing: each counts once.
     distinct = list({run.key: run for run in [*runs, *sweep]}.values())
     rungs = [result for result in results if result.rung != TARGET]
     return {
-        "verdicts": [decision.time_tree(found) for found in plan.judge(rungs, plan.target_flops)] if fitted else [],
+        "verdicts": _verdicts(rungs, plan, by_losses) if by_losses else [],
         "first_planned": record.get("first_planned"),
         **{key: record.get(key, []) for key in ("criterion_history", "edits")},
         "time": _time(distinct, sweep),
@@ -44,6 +44,16 @@ def describe(
         "commits": sorted({run.git_commit for run in distinct if run.git_commit}),
         "runs": [{key: tree[key] for key in RUN_KEYS} for tree in (run.to_json() for run in distinct if run.attempts)],
     }
+
+
+def _verdicts(rungs: Sequence[RunResult], plan: EstimatePlan, by_losses: Sequence[Tree]) -> list[Tree]:
+    found = plan.judge(rungs, plan.target_flops, remedies=False)
+    # Further runs are sought for their losses alone.
+    sought = {tree["arm"]: tree["remedies"] for tree in by_losses}
+    return [
+        decision.time_tree(one) | {"remedies": sought[one.arm] if one.decision == "inconclusive" else []}
+        for one in found
+    ]
 
 
 def _time(runs: Sequence[CollectedRun], sweep: Sequence[CollectedRun]) -> Tree:

@@ -28,7 +28,7 @@ def terminal(tree: Tree) -> RenderableType:
         parts += [_table(verdicts), Text()]
         for verdict in verdicts:
             name, remedies = verdict["decision"], units.remedies(verdict["remedies"])
-            why = f". {verdict['why']}{f' It would take {remedies}.' if remedies else ''}"
+            why = f". {verdict['why']}{f' It may be settled by {remedies}.' if remedies else ''}"
             parts.append(Text.assemble((f"{verdict['arm']}: ", "bold"), (name, STYLES[name]), why))
         parts.append(Text())
     parts += [Text(line, "dim", overflow="fold") for line in _lines(tree)]

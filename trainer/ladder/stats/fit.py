@@ -111,11 +111,15 @@ def project(alphas: Array, x: Array, loss: Array, weights: Array) -> tuple[Array
     return E, A, squares
 
 
-def solve(x: Array, loss: Array, weights: Array) -> tuple[Array, Array, Array, Array]:
-    """Return (E, A, alpha, weighted sum of squares) of the least-squares curves, each of shape (...)."""
-    alphas = np.broadcast_to(ALPHAS, (*loss.shape[:-1], len(ALPHAS)))
-    # Four times, a 20 times finer grid around the best. No gradient: the sum of squares has a kink where E reaches 0.
-    for _ in range(4):
+def solve(x: Array, loss: Array, weights: Array, coarse: bool = False) -> tuple[Array, Array, Array, Array]:
+    """Return (E, A, alpha, weighted sum of squares) of the least-squares curves, each of shape (...).
+
+    `coarse` takes a third of the time and gives alpha to 0.1 % instead of 1e-7.
+    """
+    grid = ALPHAS[::4] if coarse else ALPHAS
+    alphas = np.broadcast_to(grid, (*loss.shape[:-1], len(grid)))
+    # Some times, a 20 times finer grid around the best. No gradient: the sum of squares has a kink where E reaches 0.
+    for _ in range(2 if coarse else 4):
         best = project(alphas, x, loss, weights)[2].argmin(-1)[..., None]
         ends = (np.clip(best + step, 0, alphas.shape[-1] - 1) for step in (-1, 1))
         low, high = (np.take_along_axis(alphas, end, -1)[..., 0] for end in ends)

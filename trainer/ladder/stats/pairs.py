@@ -122,8 +122,16 @@ class Baseline:
                 "to nats.\n  Losses must have one unit. Multiply bits by 0.6931 to get nats."
             )
 
-    def compare(self, arms: Sequence[Sequence[MatchedRung]], curve: Curve | None = None) -> Worths:
-        """Estimate what arms with these rungs are worth, by the baseline's curve or another."""
+    @property
+    def losses(self) -> np.ndarray:
+        """Losses of the finished runs, shape (rungs, seeds); NaN where a rung has fewer."""
+        found = np.full((len(self.rungs.names), int(self.rungs.seeds.max())), np.nan)
+        for row, losses in zip(found, self.rungs.losses, strict=True):
+            row[: len(losses)] = losses
+        return found
+
+    def table(self, arms: Sequence[Sequence[MatchedRung]]) -> np.ndarray:
+        """Losses of baseline and arm, and ln of their costs' ratio, shape (3, arms, rungs, pairs); else NaN."""
         most = max((len(rung.pairs) for rungs in arms for rung in rungs), default=1) or 1
         table = np.full((3, len(arms), len(self.rungs.names), most), np.nan)
         for number, rungs in enumerate(arms):
@@ -131,12 +139,16 @@ class Baseline:
                 if rung.usable:
                     costs = [math.log(arm.flops / base.flops) for base, arm in rung.pairs]
                     table[:, number, k, : len(costs)] = [*rung.losses, costs]
+        return table
+
+    def compare(self, arms: Sequence[Sequence[MatchedRung]], curve: Curve | None = None) -> Worths:
+        """Estimate what arms with these rungs are worth, by the baseline's curve or another."""
         curve, rungs = curve or self.fit.curve, self.rungs
         E, A, alpha = (np.array(value) for value in (curve.E, curve.A, curve.alpha))
         x = np.log(rungs.flops / curve.scale)
         lack = rungs.seeds @ (rungs.loss - E - A * np.exp(-alpha * x)) ** 2
         within = np.array([((losses - losses.mean()) ** 2).sum() for losses in rungs.losses])
-        return Worths.from_pairs(Baselines(x, E, A, alpha, rungs.seeds, within, lack), *table)
+        return Worths.from_pairs(Baselines(x, E, A, alpha, rungs.seeds, within, lack), *self.table(arms))
 
 
 def can_extrapolate(rungs: Sequence[MatchedRung]) -> bool:

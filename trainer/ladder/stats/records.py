@@ -221,11 +221,14 @@ class Pairing(JsonRecord):
 
 @dataclass(frozen=True)
 class Remedy(JsonRecord):
-    """Runs that would settle an inconclusive verdict if the estimates stayed the same."""
+    """Further runs of an arm, and as many of the baseline, that may settle an inconclusive verdict."""
 
     what: Literal["seeds", "rung"]
-    seeds: int  # Additional seeds at every rung, or seeds of the new rung
+    seeds: int  # Additional seeds, or seeds of the new rung
     flops: float | None  # Compute of a run of the new rung
+    rung: str | None  # The only rung that gets seeds; None: every rung does, or a new one
+    probability: float | None  # That these runs settle the question
+    total_flops: float | None  # Compute of all these runs
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from scipy import special
 Array = np.ndarray
 LACK_OF_FIT = 0.05
 """If the F test gives a smaller p, the form does not fit: its lack of fit alone then says how far to trust it."""
-_SHARES = special.betaincinv(0.3, 0.3, (np.arange(64) + 0.5) / 64)
+SHARES = special.betaincinv(0.3, 0.3, (np.arange(64) + 0.5) / 64)
 """Quantiles of the prior of a rung's variance that is due to seeds: mostly all of it, or little."""
 GROWTH_SD = 0.1
 """Prior sd of the exponent of noise against compute: a factor of 2 over three decades is one sd."""
@@ -65,42 +65,48 @@ def noise_growth(x: Array, squares: Array, freedom: Array) -> Array:
     return (weights * away * logs).sum(-1) / ((weights * away**2).sum(-1) + (2 * GROWTH_SD) ** -2) / 2
 
 
-def rung_variance(pure: Array, pure_freedom: Array, lack: Array, lack_freedom: Array) -> tuple[Array, Array]:
+def share_posterior(evidence: Array) -> tuple[Array, Array]:
+    """(weights, precision of a rung's noise) for each share in SHARES that seeds may have in it.
+
+    `evidence` has (pure, its freedom, lack, its freedom) on its first axis; the result has an axis more, for the share.
+    """
+    pure, pure_freedom, lack, lack_freedom = (value[..., None] for value in evidence)
+    freedom = pure_freedom + lack_freedom
+    total = np.maximum(pure + SHARES * lack, 1e-100)
+    logs = lack_freedom / 2 * np.log(SHARES) - freedom / 2 * np.log(total)
+    weights = np.exp(logs - logs.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True), freedom * SHARES / total
+
+
+def rung_variance(evidence: Array) -> tuple[Array, Array]:
     """(variance, freedom) of a rung's noise, in units of a run's, from seeds and from rungs about their curve.
 
-    The share B of seed noise in a rung's variance has a prior (`_SHARES`); given B, both sums of squares tell of one
+    The share B of seed noise in a rung's variance has a prior (SHARES); given B, both sums of squares tell of one
     variance. The posterior of the precision is matched by a χ² in mean and variance, so that Student's t applies. No
     test decides between the two sources; without seeds the rungs alone count, and without lack of fit the prior does.
     """
-    pure, pure_freedom, lack, lack_freedom = (
-        np.asarray(value, dtype=float)[..., None] for value in (pure, pure_freedom, lack, lack_freedom)
-    )
-    freedom = pure_freedom + lack_freedom
-    total = np.maximum(pure + _SHARES * lack, 1e-100)
-    logs = lack_freedom / 2 * np.log(_SHARES) - freedom / 2 * np.log(total)
-    weights = np.exp(logs - logs.max(-1, keepdims=True))
-    weights /= weights.sum(-1, keepdims=True)
-    precision = freedom * _SHARES / total
+    weights, precision = share_posterior(evidence)
+    pure, pure_freedom, lack, lack_freedom = evidence
     mean = (weights * precision).sum(-1)
-    spread = (weights * precision**2 * (1 + 2 / np.maximum(freedom, 1e-9))).sum(-1) - mean**2
-    known = (mean > 0) & ((pure + lack)[..., 0] > 0)
+    freedom = np.maximum(pure_freedom + lack_freedom, 1e-9)[..., None]
+    spread = (weights * precision**2 * (1 + 2 / freedom)).sum(-1) - mean**2
+    known = (mean > 0) & (pure + lack > 0)
     mean = np.where(known, mean, 1.0)
     return np.where(known, 1 / mean, 0.0), np.where(known, 2 * mean**2 / np.where(known, spread, 1.0), 1.0)
 
 
-def pooled_rung_variance(
-    pure: Array, pure_freedom: Array, lack: Array, lack_freedom: Array, weight: float
-) -> tuple[Array, Array]:
-    """`rung_variance` of each arm (last axis), with the other arms' sums at `weight`, less where theirs is smaller."""
-    total, degrees = pure + lack, pure_freedom + lack_freedom
-    others, their_degrees = (value.sum(-1, keepdims=True) - value for value in (total, degrees))
+def pooled(evidence: Array, weight: float, absent: Array | None = None) -> Array:
+    """Evidence of each arm (last axis) with the other arms' sums at `weight`, less where theirs is smaller.
+
+    `absent` has the sums of further arms that are not in `evidence`.
+    """
+    others = evidence.sum(-1, keepdims=True) - evidence
+    if absent is not None:
+        others = others + absent.reshape(4, *([1] * (others.ndim - 1)))
+    (total, degrees), (theirs, their_degrees) = ((each[0] + each[2], each[1] + each[3]) for each in (evidence, others))
     # An arm that is noisier than the others is not made quieter by them.
-    theirs = others * np.maximum(degrees, 1e-9) / np.maximum(total * np.maximum(their_degrees, 1e-9), 1e-300)
-    weights = weight * np.minimum(theirs, 1.0)
-    return rung_variance(
-        *(value + weights * (value.sum(-1, keepdims=True) - value)
-          for value in (pure, pure_freedom, lack, lack_freedom))
-    )  # fmt: skip
+    ratio = theirs * np.maximum(degrees, 1e-9) / np.maximum(total * np.maximum(their_degrees, 1e-9), 1e-300)
+    return evidence + weight * np.minimum(ratio, 1.0) * others
 
 
 def false_discovery(p: Sequence[float]) -> list[float]:

@@ -15,15 +15,17 @@ from functools import cached_property
 import numpy as np
 
 from trainer.errors import FitError
+from trainer.ladder.stats import advice, records, significance
 from trainer.ladder.stats import fit as fits
-from trainer.ladder.stats import records, significance
+from trainer.ladder.stats.advice import Situation
 from trainer.ladder.stats.pairs import Baseline, MatchedRung, can_extrapolate, pairing
 from trainer.ladder.stats.records import Criterion, CurveFit, Interval, RunResult, Trend, Verdict
-from trainer.ladder.stats.worth import LINE, OTHER_FLOOR, Extrapolation, Worths, decisions
+from trainer.ladder.stats.worth import LINE, OTHER_FLOOR, Extrapolation, Worths
 from trainer.show.units import scientific
 
 Array = np.ndarray
-MORE_SEEDS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # numbers of further seeds that are tried as a remedy
+ADVISED = 12  # arms for which further runs are sought: those nearest to a decision
+LEAST_CHANCE = 0.1  # runs that settle the question less often are not told
 REACH = 10.0  # crossings are reported from the smallest rung to this multiple of the target
 CROSSING_GRID = 41
 NO_NOISE = 1e-9  # an arm whose losses scatter by less than this, in nats, has no noise that could be estimated
@@ -45,7 +47,15 @@ def judge(
     if arms is None:
         arms = list(dict.fromkeys(result.arm for result in results if result.arm != records.BASELINE))
     ladder = JudgedLadder(Baseline.from_results(results, fit), results, list(arms), unchanged, criterion, target_flops)
-    return [Judgement(ladder, number).verdict(remedies) for number in range(len(arms))]
+    found = [Judgement(ladder, number) for number in range(len(arms))]
+    verdicts = [one.verdict() for one in found]
+    if not remedies:
+        return verdicts
+    undecided = [number for number, one in enumerate(verdicts) if one.decision == "inconclusive"]
+    for number in sorted(undecided, key=lambda number: found[number].to_go)[:ADVISED]:
+        if found[number].to_go < math.inf:
+            verdicts[number] = replace(verdicts[number], remedies=found[number].remedies())
+    return verdicts
 
 
 @dataclass(frozen=True)
@@ -84,11 +94,15 @@ class JudgedLadder:
     @property
     def level(self) -> float:
         """Error probability of each bound."""
+        return self.level_of(float(self.worths.counts.sum(-1).max(initial=1)))
+
+    def level_of(self, pairs: float) -> float:
+        """The same if arms had up to so many pairs."""
         tried = max(sum(name not in self.unchanged for name in self.arms), 1)
         level = self.criterion.level / tried
         if self.criterion.looks != "any":
             return level / self.criterion.looks
-        return significance.anytime_level(level, max(float(self.worths.counts.sum(-1).max(initial=1)), 1.0))
+        return significance.anytime_level(level, max(pairs, 1.0))
 
     @cached_property
     def noiseless(self) -> Array:
@@ -128,25 +142,13 @@ class JudgedLadder:
         """ln m at the target by a line through all rungs but one."""
         return [self.worths.without(k, self.x(self.target_flops)) for k in range(len(self.worths.x))]
 
-    def settled(self, worths: Worths) -> Array:
-        """True for each arm whose bounds would decide."""
-        least = math.log(self.criterion.min_gain)
-        return decisions(worths, self.x(self.target_flops), self.level, least) != 0
-
-    @cached_property
-    def remedies(self) -> list[tuple[records.Remedy, Array]]:
-        """Further runs, the cheapest of each kind first, with the arms that they would settle."""
-        worths = self.worths
-        found = [
-            (records.Remedy("seeds", seeds, None), self.settled(worths.planned(seeds=seeds))) for seeds in MORE_SEEDS
-        ]
-        counts = worths.counts[worths.counts > 0]
-        seeds = int(np.median(counts)) if len(counts) else 1
-        for pairs in (seeds, 2 * seeds, 4 * seeds):
-            for flops in self.further_sizes:
-                planned = worths.planned(rung=(self.x(flops), pairs))
-                found.append((records.Remedy("rung", pairs, flops), self.settled(planned)))
-        return found
+    def situation(self, number: int) -> Situation:
+        """An arm's results, with what is needed to judge them again with more runs."""
+        return Situation(
+            self.worths, number, self.baseline.losses, self.baseline.table(self.rungs)[:, number],
+            self.baseline.rungs.flops, self.baseline.fit.curve.scale, self.target_flops, self.level_of,
+            math.log(self.criterion.min_gain),
+        )  # fmt: skip
 
     @cached_property
     def further_sizes(self) -> list[float]:
@@ -287,23 +289,36 @@ class Judgement:
             return ""
         return f"; its gain is gone at {scientific(crossing.value)} FLOPs"
 
-    def _remedies(self) -> list[records.Remedy]:
-        """Runs that would settle an inconclusive verdict if the estimates stayed the same, at most one of each kind."""
+    @property
+    def to_go(self) -> float:
+        """How far the nearest bound is from deciding, in ln m; infinite if no runs would help."""
         if self._bounds is None or self._diverged:
-            return []
-        ladder = self._ladder
+            return math.inf
+        return min(abs(bound - self._least) for bound in self._bounds)
+
+    def remedies(self) -> list[records.Remedy]:
+        """Further runs that may settle an inconclusive verdict, the advised one first, at most one of each kind."""
+        ladder, (lower, upper) = self._ladder, self._bounds or (0.0, 0.0)
+        situation, names = ladder.situation(self._number), ladder.baseline.rungs.names
         # The bounds decide already. What is missing is E and alpha, which a larger rung determines, or seconds.
-        if bool(ladder.settled(ladder.worths)[self._number]):
-            curve = self._depends_on_curve(worth_it=self._bounds[0] >= self._least)
-            seeds = round(float(np.median(ladder.worths.counts[self._number])))
-            return [records.Remedy("rung", seeds, ladder.further_sizes[0])] if curve and ladder.further_sizes else []
-        settling = [remedy for remedy, settled in ladder.remedies if settled[self._number]]
-        return [next(remedy for remedy in settling if remedy.what == what)
-                for what in ("seeds", "rung") if any(remedy.what == what for remedy in settling)]  # fmt: skip
+        worth_it = lower >= self._least
+        if (worth_it and self._last[1] >= self._least) or (upper < self._least and self._last[1] < self._least):
+            if not (self._depends_on_curve(worth_it) and ladder.further_sizes):
+                return []
+            seeds, flops = round(float(np.median(ladder.worths.counts[self._number]))), ladder.further_sizes[0]
+            return [records.Remedy("rung", seeds, flops, None, None, None)]
+        found = []
+        for one, chance in advice.advise(situation, ladder.further_sizes):
+            if chance < LEAST_CHANCE:
+                continue
+            rung = names[one.rungs[0]] if len(one.rungs) == 1 else None
+            what = "seeds" if one.new is None else "rung"
+            found.append(records.Remedy(what, one.pairs, one.new, rung, chance, one.flops))
+        return found
 
     # The record
 
-    def verdict(self, remedies: bool = True) -> Verdict:
+    def verdict(self) -> Verdict:
         decision, why = self._decide()
         ladder, level, bounds, number = self._ladder, self._criterion.level, self._bounds, self._number
         worths, found = ladder.worths, ladder.at_target
@@ -329,7 +344,6 @@ class Judgement:
             faster_per_flop_slower_per_second=both_known and worth.value > 1 > seconds.value,  # pyright: ignore
             lack_of_fit_p=worths.lack_of_fit_p(number) if self._compared else None,
             bend_p=None if math.isnan(bend_p) else bend_p, pairing=pairing(self._rungs),
-            remedies=self._remedies() if remedies and decision == "inconclusive" else [],
         )  # fmt: skip
         return replace(verdict, notes=list(self._notes(verdict)))
 

@@ -19,6 +19,7 @@ Every array may have leading axes (many ladders at once, as scripts/bench_ladder
 import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from scipy import special
@@ -51,11 +52,13 @@ class Baselines:
     lack: Array  # sum of squares of rung means about the curve, weighted by seeds
 
     @classmethod
-    def fit(cls, x: Array, losses: Array) -> "Baselines":
-        """Fit a curve to losses of shape (..., rungs, seeds)."""
-        seeds, means = np.full(losses.shape[:-1], float(losses.shape[-1])), losses.mean(-1)
-        E, A, alpha, lack = fits.solve(x, means, seeds)
-        return cls(x, E, A, alpha, seeds, ((losses - means[..., None]) ** 2).sum(-1), lack)
+    def fit(cls, x: Array, losses: Array, coarse: bool = False) -> "Baselines":
+        """Fit a curve to losses of shape (..., rungs, seeds); NaN where a rung has fewer seeds."""
+        known = np.isfinite(losses)
+        seeds = known.sum(-1).astype(float)
+        means = np.where(known, losses, 0.0).sum(-1) / seeds
+        E, A, alpha, lack = fits.solve(x, means, seeds, coarse)
+        return cls(x, E, A, alpha, seeds, (_away(losses, known, seeds) ** 2).sum(-1), lack)
 
     def slope(self, x: Array) -> Array:
         """−dL / d ln C at each x, shape (..., len(x)): noise in ln m is noise in nats over the slope."""
@@ -77,9 +80,14 @@ class Extrapolation:
     @cached_property
     def value(self) -> Array:
         """Mean over the forms, each weighted by its likelihood."""
+        return (self.weights * self.values).sum(-1)
+
+    @property
+    def weights(self) -> Array:
+        """Share of each form by likelihood, with a preference for the line."""
         distance = np.abs(self.gammas) / PREFERENCE
         weights = np.exp(-self.excess / 2 - distance[..., None, :]) * np.gradient(self.gammas, axis=-1)[..., None, :]
-        return (weights * self.values).sum(-1) / weights.sum(-1)
+        return weights / weights.sum(-1, keepdims=True)
 
     def bound(self, level: float, side: int) -> Array:
         """One-sided bound (side −1: lower) over all forms, each of which misses the truth with probability `level`."""
@@ -118,17 +126,26 @@ class Worths:
     growth: Array  # (...): sd of a seed's noise is proportional to exp(growth·x)
     within: Array  # (..., arms): variance of a pair's difference in nats²; 0 if there are no seeds
     seed_freedom: Array
-    effect: Array  # what rungs scatter about their curve beyond that, times the number of pairs, if a test finds any
-    variance: Array  # both, with the room that their uncertainty takes
+    evidence: Array  # (4, ..., arms): what seeds and rungs tell of the noise, as significance.share_posterior takes it
+    variance: Array  # of a rung's noise, with the room that its uncertainty takes
     freedom: Array
+    baseline_evidence: Array
     baseline_variance: Array  # (...): of a run of the baseline, with the effect of a rung in it
     baseline_freedom: Array
     correlation: Array  # (..., arms): between the difference of a pair and its baseline's loss
+    fading: Array  # γ of the forms from the line on
     _found: dict[float, Extrapolation] = field(init=False, default_factory=dict)
 
     @classmethod
-    def from_pairs(cls, baselines: Baselines, base: Array, arm: Array, log_cost: Array | float = 0.0) -> "Worths":
-        """Estimate from losses of shape (..., arms, rungs, pairs); NaN where there is no pair."""
+    def from_pairs(
+        cls, baselines: Baselines, base: Array, arm: Array, log_cost: Array | float = 0.0, *,
+        growth: float | None = None, absent: Array | None = None, fading: Array = FADING,
+    ) -> "Worths":  # fmt: skip
+        """Estimate from losses of shape (..., arms, rungs, pairs); NaN where there is no pair.
+
+        For one arm of many alone, `growth` and `absent` give what the others tell of the noise. `fading` has the γ of
+        the line and of gains that fade to a constant.
+        """
         E, alpha = (value[..., None, None, None] for value in (baselines.E, baselines.alpha))
         x, slope = baselines.x, baselines.slope(baselines.x)[..., None, :]
         valid = (base > E) & (arm > E)
@@ -140,8 +157,9 @@ class Worths:
 
         # Seed noise by scale, from the pairs of all arms.
         squares = ((base_away - arm_away) ** 2).sum((-1, -3))
-        growth = significance.noise_growth(x, squares, np.maximum(counts - 1, 0).sum(-2))
-        spread = np.exp(growth[..., None] * x)[..., None, :]
+        found = significance.noise_growth(x, squares, np.maximum(counts - 1, 0).sum(-2))
+        grows = found if growth is None else np.full_like(found, growth)
+        spread = np.exp(grows[..., None] * x)[..., None, :]
 
         nats = _without_outliers(nats, valid, counts, spread)
         away = _away(nats, valid, counts)
@@ -160,34 +178,28 @@ class Worths:
         correlation = np.where(known, both[0] / np.sqrt(np.where(known, both[1] * both[2], 1.0)), math.sqrt(0.5))
 
         within = baselines.within / spread[..., 0, :] ** 2
-        found = significance.rung_variance(
-            within.sum(-1), np.maximum(baselines.seeds - 1, 0).sum(-1), baselines.lack, np.asarray(len(x) - 3.0)
-        )
+        own = _evidence(within.sum(-1), np.maximum(baselines.seeds - 1, 0).sum(-1), baselines.lack, len(x) - 3.0)
         worths = cls(
-            baselines, x, means, counts, by_floor, by_alpha, growth, pure / np.maximum(pure_freedom, 1), pure_freedom,
-            np.zeros_like(pure), np.ones_like(pure), np.ones_like(pure), *found, correlation,
+            baselines, x, means, counts, by_floor, by_alpha, grows, pure / np.maximum(pure_freedom, 1), pure_freedom,
+            np.zeros((4, *pure.shape)), np.ones_like(pure), np.ones_like(pure), own,
+            *significance.rung_variance(own), correlation, fading,
         )  # fmt: skip
-        return worths._with_noise(pure, pure_freedom)
+        return worths._with_noise(pure, pure_freedom, absent)
 
-    def _with_noise(self, pure: Array, pure_freedom: Array) -> "Worths":
+    def _with_noise(self, pure: Array, pure_freedom: Array, absent: Array | None) -> "Worths":
         rungs = (self.counts > 0).sum(-1)
         residual = self.residual
         lack_freedom = np.where(rungs >= 3, rungs - 3.0, 0.0)
         lack = np.where(rungs >= 3, residual.min(-1), 0.0)
-        first, _ = significance.pooled_rung_variance(pure, pure_freedom, lack, lack_freedom, POOLED)
+        first = _evidence(pure, pure_freedom, lack, lack_freedom)
+        noise, _ = significance.rung_variance(significance.pooled(first, POOLED, absent))
         # Where the data do not determine γ, the best form's residual is too small: take the mean over likely forms.
-        likely = np.exp(-(residual - residual.min(-1, keepdims=True)) / (2 * np.maximum(first, 1e-300)[..., None]))
+        likely = np.exp(-(residual - residual.min(-1, keepdims=True)) / (2 * np.maximum(noise, 1e-300)[..., None]))
         lack = np.where(rungs >= 3, (likely * residual).sum(-1) / likely.sum(-1), 0.0)
         lack_freedom = np.where(rungs >= 3, rungs - FORM_PARAMETERS, 0.0)
-        variance, freedom = significance.pooled_rung_variance(pure, pure_freedom, lack, lack_freedom, POOLED)
-        # Plans of further runs, and nothing else, take the effect of rungs as 0 until a test finds one.
-        scatter = lack / np.maximum(lack_freedom, 1e-9)
-        seen = special.fdtrc(
-            np.maximum(lack_freedom, 1e-9), np.maximum(pure_freedom, 1), scatter / np.maximum(self.within, 1e-300)
-        )
-        found = (pure_freedom > 0) & (seen < significance.LACK_OF_FIT)
-        effect = np.where(found, np.maximum(scatter - self.within, 0.0), 0.0)
-        return replace(self, variance=variance, freedom=freedom, effect=effect)
+        evidence = _evidence(pure, pure_freedom, lack, lack_freedom)
+        variance, freedom = significance.rung_variance(significance.pooled(evidence, POOLED, absent))
+        return replace(self, variance=variance, freedom=freedom, evidence=evidence)
 
     # Regression of means on z, for every form
 
@@ -195,9 +207,11 @@ class Worths:
     def gammas(self) -> Array:
         """Exponents of the forms, shape (..., forms)."""
         alpha = self.baselines.alpha[..., None]
-        return np.concatenate([alpha * FASTER, np.broadcast_to(FADING, (*alpha.shape[:-1], len(FADING)))], axis=-1)
+        return np.concatenate(
+            [alpha * FASTER, np.broadcast_to(self.fading, (*alpha.shape[:-1], len(self.fading)))], axis=-1
+        )
 
-    def _z(self, x: Array) -> Array:
+    def z(self, x: Array) -> Array:
         """z relative to the largest rung, shape (..., 1, forms, len(x))."""
         away, gamma = x - self.x[-1], self.gammas[..., None, :, None]
         bent = np.where(gamma == 0, 1.0, gamma)
@@ -209,27 +223,27 @@ class Worths:
         return (np.exp(self.growth[..., None] * self.x) / self.baselines.slope(self.x))[..., None, :]
 
     @cached_property
-    def _regression(self) -> tuple[Array, Array, Array, Array]:
+    def regression(self) -> tuple[Array, Array, Array, Array]:
         """(weights, their shares, z minus its mean, that mean) of shape (..., arms, forms, rungs)."""
         weights = (self.counts / self.unit**2)[..., None, :]
         shares = weights / np.maximum(weights.sum(-1, keepdims=True), 1e-300)
-        z = self._z(self.x)
+        z = self.z(self.x)
         centre = (shares * z).sum(-1, keepdims=True)
         return weights, shares, z - centre, centre
 
     @cached_property
-    def _slope_rows(self) -> Array:
+    def slope_rows(self) -> Array:
         """Rows that give d from the means."""
-        weights, _, away, _ = self._regression
+        weights, _, away, _ = self.regression
         spread = (weights * away**2).sum(-1, keepdims=True)
         return weights * away / np.where(spread > 0, spread, 1.0)
 
     @cached_property
     def residual(self) -> Array:
         """Weighted sum of squares of the means about each form, shape (..., arms, forms)."""
-        weights, shares, away, _ = self._regression
+        weights, shares, away, _ = self.regression
         means = self.means[..., None, :]
-        level, slope = ((rows * means).sum(-1, keepdims=True) for rows in (shares, self._slope_rows))
+        level, slope = ((rows * means).sum(-1, keepdims=True) for rows in (shares, self.slope_rows))
         return (weights * (means - level - slope * away) ** 2).sum(-1)
 
     def _estimate(self, rows: Array) -> tuple[Array, Array, Array]:
@@ -238,7 +252,7 @@ class Worths:
         noise = np.sqrt(self.variance)[..., None]
         direct = rows * self.unit[..., None, :]
         pairs = (direct**2 / np.maximum(self.counts, 1)[..., None, :]).sum(-1) * noise**2
-        through, seeds, influence = self._curve
+        through, seeds, influence = self.curve
         by_curve = (rows * self.by_floor[..., None, :]).sum(-1, keepdims=True) * influence[..., 0, :]
         by_curve = by_curve + (rows * self.by_alpha[..., None, :]).sum(-1, keepdims=True) * influence[..., 2, :]
         curve = (by_curve**2).sum(-1) * through**2
@@ -250,7 +264,7 @@ class Worths:
         return value, variance, np.where(parts > 0, variance**2 / np.where(parts > 0, parts, 1.0), 1.0)
 
     @cached_property
-    def _curve(self) -> tuple[Array, Array, Array]:
+    def curve(self) -> tuple[Array, Array, Array]:
         """(sd of a run, seeds, d(E, A, alpha) / d(unit noise of a rung)) of the baseline, with axes for arms, rows."""
         found, x = self.baselines, self.baselines.x
         influence = fits.sensitivity(x, found.seeds, found.E, found.A, found.alpha)
@@ -269,8 +283,8 @@ class Worths:
         """Extrapolate to ln(C / scale) = x."""
         if x in self._found:
             return self._found[x]
-        _, shares, _, centre = self._regression
-        rows = shares + (self._z(np.array([x])) - centre) * self._slope_rows
+        _, shares, _, centre = self.regression
+        rows = shares + (self.z(np.array([x])) - centre) * self.slope_rows
         residual = self.residual
         noise = np.where(self.variance > 0, self.variance, 1.0)[..., None]
         excess = (residual - residual.min(-1, keepdims=True)) / noise
@@ -283,7 +297,7 @@ class Worths:
 
     def slope(self) -> tuple[Array, Array, Array]:
         """(d ln m / d ln C, variance, freedom) of the line, shape (..., arms)."""
-        value, variance, freedom = self._estimate(self._slope_rows[..., LINE : LINE + 1, :])
+        value, variance, freedom = self._estimate(self.slope_rows[..., LINE : LINE + 1, :])
         return value[..., 0], variance[..., 0], freedom[..., 0]
 
     def lack_of_fit_p(self, arm: int) -> float | None:
@@ -312,31 +326,6 @@ class Worths:
         left = replace(self, counts=self.counts * (np.arange(len(self.x)) != rung))
         return left.at(x).values[..., LINE]
 
-    def planned(self, seeds: int = 0, rung: tuple[float, int] | None = None) -> "Worths":
-        """What would be known with more pairs at every rung, or with (x, pairs) at a new one, by the same estimates."""
-        counts = self.counts + seeds * (self.counts > 0)
-        now, then = self.counts.sum(-1), counts.sum(-1) + (rung[1] if rung else 0)
-        # The effect of a rung stays when seeds are added.
-        total = self.within + self.effect
-        more = np.where(total > 0, self.within + self.effect * counts.sum(-1) / np.maximum(now, 1), 1.0)
-        found = replace(
-            self, counts=counts, freedom=self.freedom + then - now,
-            baseline_variance=self.baseline_variance * (now / np.maximum(then, 1)).mean(-1),
-            variance=self.variance * more / np.where(total > 0, total, 1.0),
-        )  # fmt: skip
-        if rung is None:
-            return found
-        x, pairs = rung
-        value = self.at(x).value
-        base, alpha = self.baselines, self.baselines.alpha[..., None]
-        above = base.A[..., None] * np.exp(-alpha * x)
-        new = {
-            "means": value, "counts": np.full_like(value, pairs), "by_alpha": -value / alpha,
-            "by_floor": (np.exp(alpha * value) - 1) / above / alpha,
-        }  # fmt: skip
-        added = {key: np.concatenate([getattr(found, key), item[..., None]], -1) for key, item in new.items()}
-        return replace(found, x=np.append(self.x, x), **added)
-
 
 def decisions(worths: Worths, x: float, level: float, least: float) -> Array:
     """+1 where an arm is worth at least `least` (in ln m) at x, −1 where it is worth less, 0 where that is open.
@@ -347,6 +336,10 @@ def decisions(worths: Worths, x: float, level: float, least: float) -> Array:
     found, last = worths.at(x), worths.means[..., -1]
     worth_it = (found.bound(level, -1) >= least) & (last >= least)
     return worth_it * 1 - ((found.bound(level, 1) < least) & (last < least)) * 1
+
+
+def _evidence(*parts: Any) -> Array:
+    return np.stack(np.broadcast_arrays(*(np.asarray(part, dtype=float) for part in parts)))
 
 
 def _away(values: Array, valid: Array, counts: Array) -> Array:
@@ -362,8 +355,10 @@ def _without_outliers(nats: Array, valid: Array, counts: Array, spread: Array) -
         return nats
     n = np.maximum(counts, 2)[..., None]
     away = np.abs(_away(nats, valid, counts)) / spread[..., None] * np.sqrt(n / (n - 1))
-    ladder = (*nats.shape[:-3], -1)
-    sd = np.nanmedian(np.where(several, away, np.nan).reshape(ladder), -1) / special.ndtri(0.75)
+    known = several.reshape(*nats.shape[:-3], -1)
+    # A ladder without such rungs has no sd, and needs none.
+    known = known | ~known.any(-1, keepdims=True)
+    sd = np.nanmedian(np.where(known, away.reshape(known.shape), np.nan), -1) / special.ndtri(0.75)
     limit = OUTLIER * sd[..., None, None, None] * spread[..., None]
     middle = np.nanmedian(np.where(several, nats, np.where(several.any(-1, keepdims=True), np.nan, 0.0)), -1)[..., None]
     return np.where(several, middle + np.clip(nats - middle, -limit, limit), nats)
