@@ -1,6 +1,7 @@
 """Campaigns over jobs that are no toprope runs: what is known from outside is checked, the rest is not applicable."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from trainer.errors import ConfigError, TopropeError
 from trainer.faults import checker
 from trainer.faults.checker import CLEAN, FIRED, NOT_ASKED, RECOVERED, STATUS
 from trainer.faults.fault import KINDS
-from trainer.launch.cluster import torchrun_parts
+from trainer.launch.cluster import CommandCluster, torchrun_parts
 
 JOB = ROOT / "tests" / "foreign_job.py"
 PROGRESS = "[progress]\npattern = 'step (\\d+)'\nwithin_seconds = 30.0\n"
@@ -55,6 +56,10 @@ name = "launcher dies"
 faults = [{ kind = "agent_killed", at_step = 10 }]
 
 [[runs]]
+name = "checkpoint gone"
+faults = [{ kind = "missing_shard", rank = 0, at_step = 10 }]
+
+[[runs]]
 name = "after seconds"
 faults = [{ kind = "sigsegv", rank = 0, at_seconds = 0.5 }]
 
@@ -66,7 +71,8 @@ faults = [{ kind = "sigkill", rank = 0, at_step = 1000 }]
 name = "inside"
 faults = [{ kind = "sigkill", rank = 1, at_step = 10 }, { kind = "nan_loss", rank = 0, at_step = 3 }]
 """
-    return campaign(tmp_path_factory.mktemp("survived"), PROGRESS + LINE + KILL + faults)
+    saved = "timeout_seconds = 60.0\ncheckpoints = '{run}/count'\n"
+    return campaign(tmp_path_factory.mktemp("survived"), PROGRESS + LINE + KILL + faults, settings=saved)
 
 
 def of(report: Report, name: str) -> Result:
@@ -90,6 +96,31 @@ def test_after_the_launchers_death_the_same_command_is_given_again(survived: Rep
     found = of(survived, "launcher dies")
     assert found.outcome == "pass"
     assert [launch["status"] for launch in found.launches] == [137, 0]
+
+
+@needs_proc
+def test_the_newest_checkpoint_of_any_job_can_be_damaged_from_outside(survived: Report):
+    found = of(survived, "checkpoint gone")
+    assert (found.outcome, found.why) == ("pass", "")
+    lines = (Path(found.run).parent / "start-0" / "node-0.txt").read_text().splitlines()
+    assert lines.count("step 1") == 2, "it started over"
+
+
+def test_the_newest_file_that_holds_something_is_the_checkpoint(tmp_path):
+    for age, name, content in (
+        (3, "a.pt", "x"),
+        (1, "sub/b.pt", "xy"),
+        (2, "c.pt", "z"),
+        (0, "d.pt", ""),
+        (0, "e.txt", "x"),
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content)
+        os.utime(path, (1000 - age, 1000 - age))
+    for pattern in ("**/*.pt", f"{tmp_path}/**/*.pt"):
+        job = CommandCluster(["x"], tmp_path, ranks=1, directory=tmp_path, checkpoints=pattern)
+        assert [path.name for path in job.checkpoints()] == ["b.pt", "c.pt", "a.pt"]
 
 
 @needs_proc
@@ -143,6 +174,17 @@ def test_a_changed_result_is_told_from_one_within_its_tolerance(tmp_path, result
         seen = command.CommandEvidence(command.record(directory), case.config, case.planned, reference, launches)
         given = {answer.invariant: answer for answer in command.check(loaded.command, seen, output)}
         assert given[command.EQUAL].answer == expected, given[command.EQUAL]
+
+
+def test_what_the_reference_run_leaves_too_is_known_by_its_name_without_the_random_part():
+    first, second = (
+        "file /a/start-0/node-0.tmp/torchelastic_fhx2sio2",
+        "file /b/start-1/node-0.tmp/torchelastic_8oab_0z1",
+    )
+    assert command.shape(first) == command.shape(second) == "file torchelastic_"
+    assert command.shape("segment /dev/shm/torch_123_4") == command.shape("segment /dev/shm/torch_99_12")
+    assert command.shape("process 12: 'sleep 20'") == command.shape("process 7: 'python'")
+    assert command.shape("file /a/pymp-abcd1234") != command.shape(first)
 
 
 @needs_proc
@@ -204,7 +246,10 @@ def test_a_reference_run_without_progress_or_result_ends_the_campaign(tmp_path):
         (PROGRESS + KILL + 'strategy = "fsdp"\n', ["for runs of toprope"]),
         ("[set]\nbudget.steps = 3\n" + PROGRESS + KILL, ["set has no effect beside command"]),
         (PROGRESS + "[storm]\n", ["nothing to spread"]),
-        (PROGRESS + "steps = 30\n[storm]\nmix = { sigkill = 1.0, nan_loss = 1.0 }\n", ["nan_loss", "the inside"]),
+        (
+            PROGRESS + "steps = 30\n[storm]\nmix = { sigkill = 1.0, nan_loss = 1.0 }\n",
+            ["nan_loss", "is made inside a rank"],
+        ),
     ],
 )
 def test_a_wrong_campaign_over_a_command_is_refused_before_any_work(tmp_path, text, hints):
@@ -241,9 +286,11 @@ def test_the_catalogue_strikes_any_job_from_outside_only_and_a_storm_draws_what_
     cases = plan.load(path).cases
     catalogue = [case for case in cases if case.name in KINDS]
     assert {case.name for case in catalogue} == {*KINDS}
-    assert {case.name for case in catalogue if not case.not_applicable} == {
-        kind.name for kind in KINDS.values() if kind.from_outside or kind.signal_number
-    }
+    made = {kind.name for kind in KINDS.values() if kind.from_outside or kind.signal_number}
+    assert {case.name for case in catalogue if not case.not_applicable} == made
+    path.write_text("checkpoints = '*.pt'\n" + path.read_text())
+    with_files = {case.name for case in plan.load(path).cases if case.name in KINDS and not case.not_applicable}
+    assert with_files - made == {"truncated_shard", "flipped_shard", "missing_shard"}
     others = [case for case in cases if case.name not in KINDS]
     assert len(others) == 7 and not any(case.not_applicable for case in others)
     storms = [case for case in others if case.seed is not None]

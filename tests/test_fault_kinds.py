@@ -99,4 +99,4 @@ def test_every_kind_of_the_catalogue_is_described_and_fires_in_one_way(kind: Fau
     through_disk = hasattr(kind, "operation")
     outside = type(kind).fire_from_outside is not Fault.fire_from_outside
     assert (inside or through_disk) == bool(kind.phases), "where it strikes, it fires"
-    assert outside == (kind.from_outside or bool(kind.signal_number))
+    assert outside == kind.hits_any_job

@@ -75,11 +75,17 @@ class Command:
         """Put folders in the place of {run} and {here}."""
         return text.replace("{run}", str(run.absolute())).replace("{here}", str(self.here))
 
+    def path(self, text: str, run: Path) -> Path:
+        """A file of the job, by its name in the campaign: relative ones are in the folder where the command works."""
+        return self.here / self.fill(self.file.directory, run) / self.fill(text, run)
+
     def settings(self) -> dict[str, Any]:
         """The settings of a campaign file that describe this command, valid in any folder."""
         tree = self.file.model_dump(include={"command", "directory", "environment", "progress", "result"})
-        tree = {"command": tree.pop("command"), "again_after": self.file.again_after} | tree
-        kept = {key: value for key, value in tree.items() if value not in (None, [], {})}
+        more = {"again_after": self.file.again_after, "checkpoints": self.file.checkpoints}
+        directory = str(self.here / self.file.directory) if "{" not in self.file.directory else self.file.directory
+        tree = {"command": tree.pop("command")} | more | tree | {"directory": directory}
+        kept: dict[str, Any] = {key: value for key, value in tree.items() if value not in (None, "", [], {})}
         for table in (kept.get("progress", {}), kept.get("result", {})):
             for key in [key for key, value in table.items() if value in (None, "")]:
                 del table[key]
@@ -90,6 +96,8 @@ class Command:
         kind = KINDS.get(str(fault.get("kind")))
         if kind is None:
             return ""
+        if kind.damages_files and not self.file.checkpoints:
+            return f"{kind.name} damages a checkpoint, and the campaign's `checkpoints` names no files"
         if not kind.hits_any_job:
             return f"{kind.name} is made inside a rank, and this job is no toprope run"
         if inside := [key for key in ("phase", "attempt") if fault.get(key) not in (None, "")]:
@@ -109,9 +117,9 @@ class Command:
         # Lines must be seen when they are written.
         usual = {"WANDB_MODE": "disabled", "PYTHONUNBUFFERED": "1"}
         return CommandCluster(
-            [self.fill(word, run) for word in self.words], Path(self.fill(self.file.directory, run)),
+            [self.fill(word, run) for word in self.words], self.path("", run),
             ranks=ranks // nodes, directory=start, nodes=nodes, hosts=hosts, environment=usual | environment,
-            own_store=own_store,
+            own_store=own_store, checkpoints=self.fill(self.file.checkpoints, run),
         )  # fmt: skip
 
 
@@ -135,10 +143,10 @@ def read(path: Path, file: CampaignFile, problems: list[str]) -> Command | None:
     if program is None and not (here / words[0]).is_file():
         found.append(f"command: there is no program {words[0]!r}.\n  Install it, or give its path.")
     script = next((word for word in words[1:] if word.endswith(".py")), "")
-    folder = file.directory.replace("{here}", str(here))
-    if script and "{run}" not in folder + script:
+    folder = here / file.directory.replace("{here}", str(here))
+    if script and "{run}" not in file.directory + script:
         script = script.replace("{here}", str(here))
-        if not (Path(folder) / script).is_file():
+        if not (folder / script).is_file():
             found.append(f"command: {script} is no file in {folder}.\n  Give its path from there, or {{here}}/….")
     parts = torchrun_parts(words)
     nodes = file.nodes
@@ -203,7 +211,7 @@ class Watch:
     def __init__(self, command: Command, directory: Path, cluster: Agents, ranks: int) -> None:
         progress = command.file.progress
         self._pattern = re.compile(progress.pattern) if progress and progress.pattern else None
-        self._file = Path(command.fill(progress.file, directory / "run")) if progress and progress.file else None
+        self._file = command.path(progress.file, directory / "run") if progress and progress.file else None
         self._watches = progress is not None
         self._record = record(directory) / "progress.jsonl"
         self._cluster, self._ranks = cluster, ranks
@@ -332,7 +340,7 @@ def result_of(command: Command, directory: Path, output: str) -> tuple[str | flo
     if wanted is None:
         return None, ""
     if wanted.file:
-        path = Path(command.fill(wanted.file, directory / "run"))
+        path = command.path(wanted.file, directory / "run")
         try:
             content = path.read_bytes()
         except OSError as error:
@@ -374,10 +382,10 @@ def check(command: Command, evidence: CommandEvidence, output: str) -> list[Answ
 
 
 def shape(leftover: str) -> str:
-    """What a thing left behind is, without the random part of its name."""
+    """What a thing left behind is, without the part of its name that differs from start to start."""
     kind, _, name = leftover.partition(" ")
-    match = re.match(r"[A-Za-z._-]*", Path(name).name)
-    return kind if kind == "process" else f"{kind} {match.group() if match else ''}"
+    # A temporary name ends with eight random characters.
+    return kind if kind == "process" else f"{kind} {re.sub('[a-z0-9_]{8}(?=[.]|$)|[0-9]+', '', Path(name).name)}"
 
 
 def _equal(command: Command, evidence: CommandEvidence, result: str | float | None, why: str) -> Answer:

@@ -327,16 +327,16 @@ class _CommandCaseBuilder(_CaseBuilder):
         return [self._usual(first, ranks, 0), self._usual(second, ranks, 1)]
 
     def _makeable(self) -> list[Fault]:
-        return [kind for kind in KINDS.values() if kind.hits_any_job]
+        return [kind for kind in KINDS.values() if not self._job.not_applicable({"kind": kind.name}, 1)]
 
     def _weights(self, mix: str | Mapping[str, float]) -> Mapping[str, float]:
         if self._job.steps is None:
             raise ConfigError(["storm has nothing to spread its faults over.\n  Give progress.pattern and .steps."])
         found = super()._weights(mix)
-        inside = [kind for kind in found if kind in KINDS and not KINDS[kind].hits_any_job]
+        inside = [kind for kind in found if self._job.not_applicable({"kind": kind}, self._file.nodes)]
         if inside and not isinstance(mix, str):
-            fact = f"storm.mix has {', '.join(inside)}, which need the inside of a toprope run."
-            raise ConfigError([f"{fact}\n  Leave them out."])
+            fact = f"storm.mix has {', '.join(inside)}, which cannot be made on this job."
+            raise ConfigError([f"{fact}\n  Leave them out: {self._job.not_applicable({'kind': inside[0]}, 1)}."])
         return {kind: weight for kind, weight in found.items() if kind not in inside}
 
 

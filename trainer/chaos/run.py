@@ -173,7 +173,7 @@ def _reference_of_command(campaign: Campaign, directory: Path, launched: "Launch
             f"  Without it nothing can be compared. {directory / 'start-0'} has its output. Mend the campaign."
         )
     steps = seen[-1][1] if seen and campaign.command.tells_steps else None
-    left = sorted({command.shape(leftover) for leftover in launched.leftovers})
+    left = sorted({command.shape(leftover) for leftover in launched.leftovers} - {"process"})
     report.reference |= {"result": result, "steps": steps, "leftovers": left}
     return CommandReference(result, steps, launched.ended - launched.started, tuple(left))
 

@@ -92,6 +92,8 @@ class CampaignFile(Section):
     """Variables for the command, beside those of the campaign's own process."""
     progress: Progress | None = None
     result: JobResult | None = None
+    checkpoints: str = ""
+    """Glob of the files that the job saves to resume from, for faults that damage the newest of them."""
     again_after: list[int] = Field(default_factory=list)
     """Exit statuses of the command after which its user or scheduler gives it again."""
     set: dict[str, Any] = Field(default_factory=dict)
@@ -118,7 +120,7 @@ class CampaignFile(Section):
 
 NEEDED_BY_ALL = {"config", "command", "directory", "progress", "set", "set_outside", "ranks", "nodes", "strategies"}
 """Settings without which no run can be planned."""
-OF_COMMANDS = {"directory", "environment", "progress", "result", "again_after"}
+OF_COMMANDS = {"directory", "environment", "progress", "result", "checkpoints", "again_after"}
 OF_CONFIGS = {"set", "set_outside", "strategies", "restarts"}
 
 

@@ -111,6 +111,8 @@ class Fault:
     """True if the rank stays stopped: if all ranks are stopped at once, none is left to notice."""
     repeats: ClassVar[bool] = False  # True if it fires `times` times in a row: again in the next starts
     damages_checkpoints: ClassVar[bool] = False
+    damages_files: ClassVar[bool] = False
+    """True if it can be made from outside in any job whose checkpoint files the campaign names."""
     damages_tokens: ClassVar[bool] = False  # True if it writes to the token store, which other runs may share
     moves_clock: ClassVar[bool] = False  # True if the run's own times cannot be trusted afterwards
     node_balance: ClassVar[int] = 0  # nodes that join (1) or leave (-1) permanently
@@ -129,7 +131,7 @@ class Fault:
     @property
     def hits_any_job(self) -> bool:
         """True if it can be made from outside in any job, whatever program its ranks run."""
-        return self.from_outside or bool(self.signal_number)
+        return self.from_outside or bool(self.signal_number) or self.damages_files
 
     def writer_only(self, phase: str) -> bool:
         """True if only rank 0, which commits checkpoints, can be hit at this phase."""

@@ -6,19 +6,24 @@ import functools
 import os
 import random
 import shutil
+import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.checkpoint import files
 from trainer.faults.disk import SHARD, DiskFault, PausedWrite
 from trainer.faults.fault import STEP, Fault, Harmless, Setting
+from trainer.faults.nemesis import Outside
 from trainer.faults.plan import PlannedFault
 from trainer.faults.process import RESTART, kill_self
 from trainer.faults.rank import RankContext
 from trainer.phases import Phase
+
+if TYPE_CHECKING:
+    from trainer.launch.cluster import Agents
 
 
 class NoSpace(DiskFault):
@@ -126,7 +131,25 @@ class CheckpointDamage(Fault):
         raise NotImplementedError
 
 
-class TruncatedShard(CheckpointDamage):
+class FileDamage(CheckpointDamage):
+    """Damage to one file, whatever is in it: it can be done from outside to the checkpoints of any job."""
+
+    damages_files = True
+
+    def obstacle_outside(self, planned: PlannedFault, cluster: "Agents") -> str:
+        return "" if cluster.checkpoints() else "the job has no file yet that the campaign calls a checkpoint"
+
+    def fire_from_outside(self, planned: PlannedFault, outside: Outside, victims: Mapping[int, int]) -> None:
+        newest = outside.cluster.checkpoints()[:1]
+        damage = self.damage_shards(newest, [], random.Random(planned.index)) if newest else None
+        if damage is None:
+            raise ValueError("the job's checkpoint has vanished")
+        damage()
+        for pid in victims.values():
+            outside.cluster.send(pid, signal.SIGKILL)
+
+
+class TruncatedShard(FileDamage):
     imitates = "a lost tail of a file"
     made = "a shard of the newest checkpoint is cut in half; then the rank kills itself"
 
@@ -134,7 +157,7 @@ class TruncatedShard(CheckpointDamage):
         return functools.partial(_halve, chance.choice(shards))
 
 
-class FlippedShard(CheckpointDamage):
+class FlippedShard(FileDamage):
     imitates = "a bit that rots"
     made = "one bit of a shard of the newest checkpoint is flipped; then the rank kills itself"
 
@@ -143,7 +166,7 @@ class FlippedShard(CheckpointDamage):
         return functools.partial(flip_bit, shard, chance.randrange(shard.stat().st_size), chance.randrange(8))
 
 
-class MissingShard(CheckpointDamage):
+class MissingShard(FileDamage):
     imitates = "a file that an operator deleted"
     made = "a shard of the newest checkpoint is removed; then the rank kills itself"
 

@@ -1,6 +1,8 @@
 """All torchrun agents of a job on this machine: of a toprope run, or of a command of someone else's."""
 
+import contextlib
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -102,6 +104,10 @@ class Agents:
         """{rank: pid} of the workers of living agents. Needs /proc: else empty."""
         return {rank: pid for node in self.nodes if node.running for rank, pid in node.workers().items()}
 
+    def checkpoints(self) -> list[Path]:
+        """The job's checkpoint files as far as they are known from outside, the newest first."""
+        return []
+
     def send(self, pid: int, number: int) -> bool:
         """Send a signal to a process if it is one of this cluster's. Returns False if it is not, or is gone."""
         return any(agent.send(pid, number) for agent in self._agents())
@@ -191,17 +197,29 @@ class CommandCluster(Agents):
     """The agents of a command of someone else's, which works in directory `cwd`.
 
     A single agent is the command as it stands. For several the command is a torchrun, whose options on how its nodes
-    meet, and on the number of workers, are replaced.
+    meet, and on the number of workers, are replaced. `checkpoints` is a glob of the files that the job saves.
     """
 
     def __init__(
         self, command: Sequence[str], cwd: Path, *, ranks: int, directory: Path, nodes: int = 1,
         hosts: Hosts | None = None, environment: Mapping[str, str] | None = None, own_store: bool = False,
+        checkpoints: str = "",
     ) -> None:  # fmt: skip
         super().__init__(
             ranks=ranks, directory=directory, nodes=nodes, hosts=hosts, environment=environment, own_store=own_store
         )
-        self._command, self._cwd = list(command), cwd
+        self._command, self._cwd, self._checkpoints = list(command), cwd, checkpoints
+
+    def checkpoints(self) -> list[Path]:
+        sizes: list[tuple[float, Path]] = []
+        pattern = self._cwd.absolute() / self._checkpoints
+        root = Path(pattern.anchor)
+        for path in root.glob(str(pattern.relative_to(root))) if self._checkpoints else ():
+            with contextlib.suppress(OSError):  # replaced meanwhile
+                found = path.stat()
+                if stat.S_ISREG(found.st_mode) and found.st_size:
+                    sizes.append((found.st_mtime, path))
+        return [path for _, path in sorted(sizes, reverse=True)]
 
     def _start(
         self, number: int, log: Path, enter: Sequence[str], host: int | None, environment: Mapping[str, str]
