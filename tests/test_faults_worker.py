@@ -30,7 +30,7 @@ from tests.support import ROOT, SMOKE, settings, summarise_run, torchrun, traine
 from trainer import checkpoint, config
 from trainer.checkpoint import files
 from trainer.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USAGE, ConfigError
-from trainer.faults import injector, plan, storage, tensors
+from trainer.faults import injector, plan, storage, tensors, wrong_operators
 from trainer.faults.disk import Disk, DiskFault
 from trainer.faults.fault import KINDS
 from trainer.faults.rank import RankContext
@@ -445,7 +445,7 @@ def test_one_number_is_spoiled():
 def test_a_wrong_operator_leaves_out_the_last_addend_rarely_and_only_while_it_is_in_place():
     x = torch.randn(200_000, 3, generator=torch.Generator().manual_seed(0))
     right, mean = x.sum(1), x.mean(1, keepdim=True)
-    with tensors.WrongSum() as mode:
+    with wrong_operators.RareSum() as mode:
         wrong, wrong_mean = x.sum(1), x.mean(1, keepdim=True)
     rows = (wrong != right).nonzero().flatten()
     assert 50 < len(rows) < 500, "about one in 1024"

@@ -159,11 +159,16 @@ COMMANDS: dict[str, list[str]] = {
     "ladder status": ["ladder", "status", "{}", "--out", "out"],
     "ladder report": ["ladder", "report", "{}", "--out", "out"],
     "judge": ["judge", "{}", "--out", "out"],
+    "burnin": ["burnin", "{}", "--minutes", "0", "--out", "out"],
 }
 OF_RUNS = ("inspect", "verify", "sample", "plot")
-FILES = {"train": "tiny.toml", "dry run": "tiny.toml", "chaos": "campaign.toml", "judge": "table.csv"} | dict.fromkeys(
-    OF_RUNS, "run"
-)
+FILES = {
+    "train": "tiny.toml",
+    "dry run": "tiny.toml",
+    "chaos": "campaign.toml",
+    "judge": "table.csv",
+    "burnin": "tiny.toml",
+} | dict.fromkeys(OF_RUNS, "run")
 """What each command takes; others take ladder.toml."""
 
 
@@ -248,6 +253,7 @@ TO_PLACES = {
     "ladder run": ["ladder", "run", "ladder.toml", "--out", "OUT"],
     "ladder report": ["ladder", "report", "ladder.toml", "--out", "OUT"],
     "judge": ["judge", "table.csv", "--out", "OUT"],
+    "burnin": ["burnin", "tiny.toml", "--minutes", "0", "--out", "OUT"],
 }
 
 
@@ -451,7 +457,7 @@ MET_BY_PLOT = (
 
 def strange_environments() -> Iterator[Case]:
     for (what, (environment, change, how)), name in itertools.product(ENVIRONMENTS.items(), FILES):
-        if name in ("chaos", "dry run", "verify") or (name == "plot" and what not in MET_BY_PLOT):
+        if name in ("chaos", "dry run", "verify", "burnin") or (name == "plot" and what not in MET_BY_PLOT):
             continue
         status: tuple[int, ...] = (0,)
         if how.get("output") in ("full", "closed") and name in (*OF_RUNS, "judge"):

@@ -1,5 +1,6 @@
 """Promises about `ready`: evidence is found or said to be missing, and what is open stops the launch."""
 
+import importlib.metadata
 import json
 import os
 from pathlib import Path
@@ -158,6 +159,30 @@ def test_a_curve_that_does_not_reach_the_run_predicts_nothing(tmp_path: Path):
 ])  # fmt: skip
 def test_disk_and_time_are_held_against_what_is_there(tmp_path: Path, needs: dict[str, float], topic: str, answer: str):
     assert line(check(tmp_path, needs=needs), topic)["answer"] == answer
+
+
+@pytest.mark.parametrize(
+    ("changes", "answer"),
+    [
+        ({}, "pass"),
+        ({"passed": False}, "fail"),
+        ({"precision": "bf16"}, "unknown"),
+        ({"model": {"model.width": 8}}, "unknown"),
+    ],
+)
+def test_a_burn_in_counts_for_the_config_that_it_was_made_with(tmp_path: Path, changes: dict[str, Any], answer: str):
+    from trainer import config as configs
+
+    model = configs.flatten(configs.load(SMOKE).model.model_dump(mode="json", by_alias=True))
+    device = {
+        "device": "cpu", "operators": [{"calls": 3}], "failures": [], "differing": [], "repeats": 2,
+        "computes_with": {"device model": "a CPU", "torch": f"{importlib.metadata.version('torch')} of commit 0"},
+    }  # fmt: skip
+    tree = {"passed": True, "precision": "fp32", "model": model, "devices": [device]} | changes
+    (tmp_path / "burnin").mkdir()
+    (tmp_path / "burnin" / "report.json").write_text(json.dumps(tree))
+    assert line(check(tmp_path, burnin=str(tmp_path / "burnin")), "operators")["answer"] == answer
+    assert line(check(tmp_path), "operators")["answer"] == "unknown"
 
 
 def test_an_issue_about_no_line_is_refused(tmp_path: Path):

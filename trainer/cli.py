@@ -429,9 +429,10 @@ def judge(
     """Judge runs that were made elsewhere: verdicts here, and OUT/report.html, report.json and pictures."""
     from trainer.ladder import judge as judging
     from trainer.ladder import report
+    from trainer.log import rundir
 
     if out is not None:
-        judging.check_out(out)
+        rundir.check_out(out, "report.json")
     tree = judging.judge(
         source, columns=judging.named_columns(column or ()), baseline=baseline, target_flops=target,
         criterion=judging.read_criterion(criterion) if criterion else None, more_is_better=more_is_better,
@@ -519,6 +520,36 @@ def ready(
                 print(f"{'open':8} {'issue':10} {issue['title']}")
         print(f"\n{tree['summary']}\n{out / readiness.PAGE}")
     raise typer.Exit(EXIT_FINISHED if tree["go"] else EXIT_FAILED)
+
+
+@app.command()
+def burnin(
+    config_path: Annotated[Path, _file("[CONFIG]", "The TOML config whose calls are checked")] = Path("gpt_tiny"),
+    minutes: Annotated[float, typer.Option(min=0, help="How long to repeat the calls.")] = 2.0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda; default as the config says.")] = "",
+    out: Annotated[Path | None, typer.Option(help="Where report.json goes; default runs/burnin/CONFIG.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check this machine's operators against references before a run: exit 0 if all are right, 1 if not."""
+    from trainer import config as configs
+    from trainer.log import rundir
+
+    if device not in ("", "auto", "cpu", "cuda"):
+        raise UsageError(f"--device = {device!r} is no device.\n  Give auto, cpu or cuda.")
+    config = configs.load(config_path, [f"parallel.device={json.dumps(device)}"] if device else ())
+    out = out or Path("runs") / "burnin" / config_path.stem
+    rundir.check_out(out, "report.json")
+    out.mkdir(parents=True, exist_ok=True)
+    from trainer.hunt import burnin as checks
+
+    tree = checks.burn_in(config, minutes, lambda text: print(text, file=sys.stderr, flush=True))
+    checks.write(tree, out)
+    if as_json:
+        _print_json(tree)
+    else:
+        _show(checks.terminal(tree))
+        print(out / checks.REPORT)
+    raise typer.Exit(EXIT_FINISHED if tree["passed"] else EXIT_FAILED)
 
 
 def _forecast(tree: dict[str, Any], out: Path | None, as_json: bool) -> None:

@@ -4,6 +4,7 @@ Evidence is collected and never invented: a report that is missing or too old, o
 its line *unknown*. A line that fails or is unknown stops the launch, unless the plan has a decision for it.
 """
 
+import importlib.metadata
 import json
 import math
 import shutil
@@ -83,6 +84,8 @@ class Plan(Section):
     """Folders of ladder reports."""
     campaigns: list[str] = Field(default_factory=list)
     """Folders of chaos campaigns."""
+    burnin: str = ""
+    """Folder of the report that `burnin` wrote on the target machine, for this config."""
     max_age_days: float = Field(default=30.0, gt=0)
     loss: LossPlan | None = None
     goodput: GoodputPlan | None = None
@@ -195,12 +198,11 @@ class _Review:
         yield from self._chaos()
         yield self._drill()
         yield self._goodput()
-        for topic, what in (
-            ("data", "no held-out document has a near-duplicate in the training text, and epochs stay in range"),
-            ("operators", "this machine's operators agree with references"),
-            ("shapes", "matrix products run near the machine's rate"),
-        ):
-            yield Line(topic, what, "unknown", "no such report is made by this version")
+        none = "no such report is made by this version"
+        what = "no held-out document has a near-duplicate in the training text, and epochs stay in range"
+        yield Line("data", what, "unknown", none)
+        yield self._operators()
+        yield Line("shapes", "matrix products run near the machine's rate", "unknown", none)
         yield self._disk()
         yield self._time()
 
@@ -372,6 +374,36 @@ class _Review:
             f"{100 * plan.at_least:g} % is wanted"
         )
         return Line("goodput", what, "pass" if low >= plan.at_least else "fail", said, str(path), time.time())
+
+    def _operators(self) -> Line:
+        what = "this machine's operators agree with references"
+        if not self.plan.burnin:
+            return Line("operators", what, "unknown", "the plan names no burnin report")
+        path, tree, reason = self._read(self.plan.burnin)
+        if tree is None:
+            return Line("operators", what, "unknown", reason)
+        devices = tree["devices"]
+        named = (f"{device['device']} ({device['computes_with']['device model']})" for device in devices)
+        said = (
+            f"{' and '.join(named)}: "
+            f"{sum(row['calls'] for device in devices for row in device['operators'])} calls checked, "
+            f"{sum(len(device['failures']) for device in devices)} wrong; repeated "
+            f"{min(device['repeats'] for device in devices)} times, "
+            f"{sum(len(device['differing']) for device in devices)} cases with other bits"
+        )
+        ours = configs.flatten(self.config.model.model_dump(mode="json", by_alias=True))
+        others = configs.differences(tree["model"], ours)
+        others += configs.differences(
+            {"numerics.precision": tree["precision"], "torch": devices[0]["computes_with"]["torch"].partition("+")[0]},
+            {
+                "numerics.precision": self.config.numerics.precision,
+                "torch": importlib.metadata.version("torch").partition("+")[0],
+            },
+        )
+        answer: Answer = "pass" if tree["passed"] else "fail"
+        if others and tree["passed"]:
+            answer, said = "unknown", f"{said}, but not of this config and torch: {'; '.join(others)}"
+        return Line("operators", what, answer, said, str(path), path.stat().st_mtime)
 
     def _disk(self) -> Line:
         what = "the disk holds the run's checkpoints"

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from trainer.faults.wrong_operators import WrongOperator as WrongMode
+
 
 class NumbersFault(Fault):
     """Corrupts a number of what `tensors` gives, or of the tensor that the rank computes at the fault's phase."""
@@ -232,15 +234,61 @@ class WrongArithmetic(SilentFault):
         rank.followers.append(end)
 
 
-class WrongOperator(WrongArithmetic):
-    imitates = "a rarely taken path of torch.sum that is wrong"
-    made = "sums over a dimension lose their last element where a rare condition on the data holds"
+class OperatorFault(WrongArithmetic):
+    """One operator of torch is wrong: a function of its arguments, so a replay meets it again (`hunt`)."""
+
     settings: ClassVar = {"steps": Setting(5, "for so many steps", 1)}
+    operator: ClassVar[str]
+    """Class in wrong_operators.py."""
+
+    def wrong_operator(self, planned: PlannedFault) -> "WrongMode":
+        """Return the mode under which the operator is wrong."""
+        from trainer.faults import wrong_operators
+
+        return getattr(wrong_operators, self.operator)()
 
     def mode(self, planned: PlannedFault, rank: RankContext) -> contextlib.AbstractContextManager[Any]:
-        from trainer.faults import tensors
+        return self.wrong_operator(planned)
 
-        return tensors.WrongSum()
+
+class WrongOperator(OperatorFault):
+    imitates = "a rarely taken path of torch.sum that is wrong"
+    made = "sums over a dimension are wrong where a rare condition on the data holds"
+    settings: ClassVar = {
+        **OperatorFault.settings,
+        "path": Setting(
+            "rare", "which path: rare (loses an addend) or strided (adds what lies behind)", choices=("rare", "strided")
+        ),
+    }
+
+    def wrong_operator(self, planned: PlannedFault) -> "WrongMode":
+        from trainer.faults import wrong_operators as wrong
+
+        return {"rare": wrong.RareSum, "strided": wrong.StridedSum}[planned.settings["path"]]()
+
+
+class WrongSoftmax(OperatorFault):
+    imitates = "a kernel whose tail is wrong for one shape"
+    made = "softmax over the vocabulary leaves its last vector out of the sum"
+    operator = "WrongSoftmax"
+
+
+class WrongIndexAdd(OperatorFault):
+    imitates = "threads that overwrite each other's sums"
+    made = "rows added by index keep only the last of those with the same index"
+    operator = "WrongIndexAdd"
+
+
+class WrongMatmul(OperatorFault):
+    imitates = "a core whose multiply-add is wrong"
+    made = "matrix products of one rank leave out an element of the inner axis in their first row"
+    operator = "WrongMatmul"
+
+
+class WrongCast(OperatorFault):
+    imitates = "a conversion that cuts off instead of rounding"
+    made = "casts from float32 drop low bits"
+    operator = "WrongCast"
 
 
 class AlwaysWrong(WrongArithmetic):

@@ -1,4 +1,4 @@
-"""Wrong numbers in tensors: flipped bits, values that are not finite, wrong sums."""
+"""Wrong numbers in tensors: flipped bits, values that are not finite."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -10,8 +10,6 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-RARE_BITS = 10
-"""A sum is wrong where the first RARE_BITS bits of a hash of its first addend are zero: about one in 2^10."""
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -106,38 +104,3 @@ class WrongProducts(TorchDispatchMode):
                     self._chance.setstate(self._first)
                 flip([out], 1, self._chance)
         return out
-
-
-class WrongSum(TorchDispatchMode):
-    """While entered, sums and means over one dimension leave out their last addend where a hash of the bits of the
-    first addend begins with zeros.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.wrong = 0  # number of wrong sums so far
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func not in (torch.ops.aten.sum.dim_IntList, torch.ops.aten.mean.dim):
-            return out
-        x, dims = args[0], args[1] or ()
-        if isinstance(x, DTensor) or len(dims) != 1 or x.dtype not in (torch.float32, torch.float64) or not x.numel():
-            return out
-        rare = _rare(x.select(dims[0], 0))
-        count = int(rare.sum())
-        if not count:
-            return out
-        self.wrong += count
-        shorter = x.clone()
-        shorter.select(dims[0], -1).zero_()
-        rare = rare.unsqueeze(dims[0]) if out.ndim == x.ndim else rare
-        return torch.where(rare, func(shorter, *args[1:], **(kwargs or {})), out)
-
-
-def _rare(x: Tensor) -> Tensor:
-    """Boolean tensor, shaped as `x`: true where a hash of the number's bits begins with RARE_BITS zeros; not for 0."""
-    bits = x.contiguous().view(_INTEGERS[x.element_size()]).long()
-    bits = (bits ^ bits >> 32) & 0xFFFFFFFF
-    hashed = (bits * 2_654_435_769 & 0xFFFFFFFF) >> 32 - RARE_BITS  # Knuth's multiplicative hash
-    return (hashed == 0) & (x != 0)

@@ -81,6 +81,12 @@ def check(run: Path, config: Config) -> None:
         )
 
 
+def check_out(out: Path, report: str) -> None:
+    """Raise RunDirectoryError if a directory for a report holds anything but an earlier one, a file of that name."""
+    if out.is_dir() and any(out.iterdir()) and not (out / report).exists():
+        raise RunDirectoryError(f"{out} holds files but no {report}.\n  Give a new or empty --out.")
+
+
 def _claim(run: Path, config: Config) -> AbstractContextManager[object]:
     check(run, config)
     try:

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from trainer import tomlfile
-from trainer.errors import ConfigError, RunDirectoryError
+from trainer.errors import ConfigError
 from trainer.ladder.collect import CollectedRun
 from trainer.ladder.judge import meaning, surface, table
 from trainer.ladder.judge.meaning import TableRun
@@ -94,12 +94,6 @@ def named_columns(options: Iterable[str]) -> dict[str, str]:
     if wrong:
         raise ConfigError([f"--column {option} names no column.\n  Write --column ROLE=NAME." for option in wrong])
     return {role.strip(): name.strip() for role, _, name in (option.partition("=") for option in options)}
-
-
-def check_out(out: Path) -> None:
-    """Raise RunDirectoryError if `out` holds anything but an earlier report."""
-    if out.is_dir() and any(out.iterdir()) and not (out / "report.json").exists():
-        raise RunDirectoryError(f"{out} holds files but no report.json.\n  Give a new or empty --out.")
 
 
 def read_criterion(path: Path) -> Criterion:
