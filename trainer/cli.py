@@ -326,7 +326,8 @@ def ladder_plan(path: LadderPath, out: LadderOut = None, as_json: AsJson = False
     from trainer.ladder.plan import load
 
     backend = Local()
-    ladder, out = load.load(path), out or run.default_out(path)
+    out = out or run.default_out(path)
+    ladder = preregistration.with_additions(load.load(path), out)
     status, source = run.measure(ladder, out, run.read_status(ladder, out), backend)
     edits = preregistration.write(ladder, out)
     if as_json:
@@ -340,24 +341,38 @@ def ladder_run(
     path: LadderPath,
     out: LadderOut = None,
     up_to: Annotated[str | None, typer.Option(help="Last rung to run: the report predicts those above.")] = None,
+    settle: Annotated[
+        float | None, typer.Option(metavar="HOURS", help="Add runs that may settle open verdicts, for so many hours.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a ladder, or resume it: exit 0 if all of it finished, 1 if runs are missing, 75 if it was stopped."""
     from trainer.fleet.backend import Local
     from trainer.ladder import preregistration, run, terminal
+    from trainer.ladder import settle as settling
     from trainer.ladder.plan import load
 
+    if settle is not None and up_to is not None:
+        raise UsageError("--settle and --up-to are given.\n  Verdicts are settled with all rungs. Leave one out.")
     backend = Local()  # its imports run beside the planning
     options = [] if out is None else ["--out", str(out)]
     options += [] if up_to is None else ["--up-to", up_to]
+    options += [] if settle is None else ["--settle", f"{settle:g}"]
     command = shlex.join(["python", "-m", "trainer", "ladder", "run", str(path), *options])
-    ladder, out = load.load(path), out or run.default_out(path)
+    out = out or run.default_out(path)
+    ladder = preregistration.with_additions(load.load(path), out)
     notes = sys.stderr if as_json else sys.stdout
     if edits := str(preregistration.compare(ladder, out)):
         print(edits, file=notes, flush=True)
+    if settle is not None:
+        settling.check(ladder, settle)
     with terminal.LadderProgress(ladder, file=notes) as live:
-        done = run.run(ladder, out, up_to=up_to, backend=backend, update=live.update)
+        if settle is None:
+            done = run.run(ladder, out, up_to=up_to, backend=backend, update=live.update)
+        else:
+            done = settling.settle(ladder, out, settle, tell=live.print, backend=backend, update=live.update)
     if as_json:
+        ladder = preregistration.with_additions(ladder, out)
         _print_json(terminal.status_json(ladder, run.read_status(ladder, out)))
     else:
         _show(terminal.ended(ladder, done, command))
@@ -370,7 +385,8 @@ def ladder_status(path: LadderPath, out: LadderOut = None, as_json: AsJson = Fal
     from trainer.ladder import preregistration, run, terminal
     from trainer.ladder.plan import load
 
-    ladder, out = load.load(path), out or run.default_out(path)
+    out = out or run.default_out(path)
+    ladder = preregistration.with_additions(load.load(path), out)
     status = run.read_status(ladder, out)
     if as_json:
         _print_json(terminal.status_json(ladder, status))
@@ -386,7 +402,8 @@ def ladder_report(path: LadderPath, out: LadderOut = None, as_json: AsJson = Fal
     from trainer.ladder import preregistration, report, run
     from trainer.ladder.plan import load
 
-    ladder, out = load.load(path), out or run.default_out(path)
+    out = out or run.default_out(path)
+    ladder = preregistration.with_additions(load.load(path), out)
     tree = report.make(ladder, out)
     if as_json:
         _print_json(tree)

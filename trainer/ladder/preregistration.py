@@ -16,10 +16,25 @@ from trainer import config as configs
 from trainer import files, provenance
 from trainer.errors import RunDirectoryError
 from trainer.fleet.run_store import StoredRun
+from trainer.ladder.plan import load
 from trainer.ladder.plan.ladder import Ladder
+from trainer.ladder.plan.schema import AddedRuns
 from trainer.log import rundir
 
 FORMAT = 1
+
+
+class Addition(AddedRuns):
+    """Runs that were added, with the reason."""
+
+    look: int
+    """Number of the look at the verdicts that they follow; the first is that of the ladder as planned."""
+    time: float
+    finished_runs: int
+    probability: float
+    """That these runs settle the question of the arm, as estimated before they were made."""
+    hours: float
+    """Estimate of their duration."""
 
 
 class Record(BaseModel):
@@ -35,6 +50,8 @@ class Record(BaseModel):
     edits: list[dict[str, Any]] = []
     """{time, lines, finished_runs} of each edit of the file."""
     settings: dict[str, Any] = {}
+    additions: list[Addition] = []
+    """Runs that the file does not ask for, in the order in which they were added."""
     code: dict[str, dict[str, str]] | None = None
     """Digests of the code that the runs are computed by; None in records of before it was recorded."""
     runs: dict[str, str] = {}
@@ -98,6 +115,27 @@ def compare(ladder: Ladder, out: Path) -> Edits:
     if before.code is not None:
         lines += provenance.code_changes(before.code, provenance.code())
     return Edits(lines, kept, len(finished) - kept)
+
+
+def with_additions(ladder: Ladder, out: Path) -> Ladder:
+    """Return the ladder with the runs that were added to it in OUT."""
+    record = read(out)
+    return load.extended(ladder, record.additions) if record is not None and record.name == ladder.name else ladder
+
+
+def add(ladder: Ladder, out: Path, added: AddedRuns, probability: float, hours: float) -> Addition:
+    """Record runs before they are made; `ladder` has them. Raises RunDirectoryError if OUT has no plan."""
+    record = read(out)
+    if record is None:
+        raise RunDirectoryError(f"{out} has no plan.\n  Run the ladder first.")
+    addition = Addition(
+        **added.model_dump(), look=len(record.additions) + 1, time=time.time(), probability=probability, hours=hours,
+        finished_runs=len(_finished(record.runs, out)),
+    )  # fmt: skip
+    record.additions.append(addition)
+    record.runs = {run.key: run.name for run in [*ladder.runs, *ladder.sweep]}
+    files.write(out / "ladder.json", record.model_dump_json(indent=1) + "\n")
+    return addition
 
 
 def write(ladder: Ladder, out: Path) -> Edits:

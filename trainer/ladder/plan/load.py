@@ -20,7 +20,7 @@ from trainer.faults.fault import NODES
 from trainer.ladder.plan import arms as armplans
 from trainer.ladder.plan import sizes
 from trainer.ladder.plan.ladder import AA, FIT_RUNGS, TARGET, Ladder, PlannedArm, PlannedRun, PlannedRung
-from trainer.ladder.plan.schema import LadderFile
+from trainer.ladder.plan.schema import AddedRuns, LadderFile, Rung
 from trainer.ladder.plan.sizes import Rules, Scale, Size
 from trainer.ladder.stats.records import BASELINE, Criterion
 from trainer.show.units import scientific
@@ -31,7 +31,30 @@ def load(path: Path) -> Ladder:
 
     Loads torch to count parameters, and makes the tokenizer if the cache does not have it.
     """
-    file = tomlfile.read_as(path, LadderFile, "ladder")
+    return _plan(tomlfile.read_as(path, LadderFile, "ladder"), path)
+
+
+def extended(ladder: Ladder, added: Sequence[AddedRuns]) -> Ladder:
+    """Return the ladder with runs that its file does not ask for. Raises ConfigError if they cannot be planned."""
+    if not added:
+        return ladder
+    rungs = {rung.name: rung for rung in ladder.file.rungs}
+    for addition in added:
+        for name, seeds in addition.seeds.items():
+            rung = rungs.get(name) or Rung(name=name, parameters=addition.parameters, seeds=seeds)
+            before = ladder.file.seeds if rung.seeds is None else rung.seeds
+            rungs[name] = rung.model_copy(update={"seeds": sorted({*before, *seeds})})
+    wider = _plan(ladder.file.model_copy(update={"rungs": list(rungs.values())}), ladder.path)
+    # A rung's seeds are those of its arms together; each arm has only the runs that were asked for.
+    wanted = {(run.rung, run.arm, run.seed) for run in ladder.runs}
+    for addition in added:
+        pairs = [(name, seed) for name, seeds in addition.seeds.items() for seed in seeds]
+        wanted |= {(name, arm, seed) for name, seed in pairs for arm in (BASELINE, *addition.arms)}
+    runs = [run for run in wider.runs if (run.rung, run.arm, run.seed) in wanted]
+    return replace(wider, runs=runs, settings=ladder.settings, notices=ladder.notices)
+
+
+def _plan(file: LadderFile, path: Path) -> Ladder:
     shared = configs.anchored(configs.flatten(file.set), path.parent)
     overrides = [f"{key}={tomlfile.text(value)}" for key, value in shared.items()]
     builder = _LadderBuilder(file, configs.load(path.parent / file.baseline, overrides), path)

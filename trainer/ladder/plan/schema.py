@@ -80,3 +80,14 @@ class LadderFile(Section):
     tuning: Tuning | None = None
     faults: list[dict[str, Any]] = Field(default_factory=list)
     """Fault tables of a run's config; `arm`, `rung` and `seed` select runs, and a table without them is for all."""
+
+
+class AddedRuns(Section):
+    """Runs that were added to a ladder after a look at its verdicts."""
+
+    arms: list[str]
+    """Arms that get them; the baseline does too."""
+    seeds: dict[str, list[int]]
+    """{rung: seeds}"""
+    parameters: float = 0.0
+    """N of a new rung; 0: all rungs are of the file."""

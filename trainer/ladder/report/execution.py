@@ -36,7 +36,7 @@ def describe(
     return {
         "verdicts": _verdicts(rungs, plan, by_losses) if by_losses else [],
         "first_planned": record.get("first_planned"),
-        **{key: record.get(key, []) for key in ("criterion_history", "edits")},
+        **{key: record.get(key, []) for key in ("criterion_history", "edits", "additions")},
         "time": _time(distinct, sweep),
         "survived": _survived(distinct),
         "arms": [_arm(arm, runs) for arm in (BASELINE, *plan.arms)],

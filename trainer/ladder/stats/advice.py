@@ -21,6 +21,8 @@ AT_ONE = (1, 3, 9)  # at a single rung, or at a new one
 FEW_DRAWS, DRAWS = 40, 400  # of truths: to choose, and to state the probability of what was chosen
 LEAST_FREEDOM = 0.5  # degrees of freedom below which nothing is known of the noise, and so of further runs
 LEAST_SLOPE = 0.01  # of the curve's, below which one that is fitted to drawn runs counts as flat
+PRIOR_NOISE = (0.005, 2.0)
+"""Belief about the noise of a run before the results: its sd in nats, and the degrees of freedom that it counts for."""
 MOST_WORTH = 20.0  # ln m beyond which a drawn truth means nothing
 SOME_FADING = FADING[::4]
 PRIOR_SDS = (0.15, 0.02)
@@ -58,6 +60,15 @@ class Situation:
         return significance.pooled(self.worths.evidence, POOLED)[:, self.number], self.worths.baseline_evidence
 
     @property
+    def believed(self) -> tuple[Array, ...]:
+        """The same with the prior's; two runs differ by twice the variance of one."""
+        sd, freedom = PRIOR_NOISE
+        return tuple(
+            each + np.array([0.0, 0.0, runs * freedom * sd**2, freedom])
+            for runs, each in zip((2, 1), self.evidence, strict=True)
+        )
+
+    @property
     def has_noise(self) -> bool:
         return all(
             pure + lack > 0 and freedom + degrees >= LEAST_FREEDOM for pure, freedom, lack, degrees in self.evidence
@@ -91,7 +102,7 @@ class Futures:
         worths, arm = situation.worths, situation.number
         self._spread = np.exp(worths.growth * worths.x)
         # Noise of pairs and of the baseline's runs, each with the share that seeds have in it.
-        (self._noise, self._share), (self._base_noise, self._base_share) = map(self._draw_noise, situation.evidence)
+        (self._noise, self._share), (self._base_noise, self._base_share) = map(self._draw_noise, situation.believed)
         # The baseline's curve moves with its noise: (E, A, alpha) of each truth, minus the fitted ones.
         influence = worths.curve[2].reshape(3, -1)
         self._moved = (influence @ (np.sqrt(self._base_noise) * self._normal(influence.shape[-1]).T)).T

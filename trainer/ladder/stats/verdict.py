@@ -34,13 +34,13 @@ NO_NOISE = 1e-9  # an arm whose losses scatter by less than this, in nats, has n
 def judge(
     results: Sequence[RunResult], criterion: Criterion, target_flops: float, *,
     fit: CurveFit | None = None, arms: Sequence[str] | None = None, unchanged: Collection[str] = (),
-    remedies: bool = True,
+    remedies: bool = True, most_flops: float = math.inf,
 ) -> list[Verdict]:  # fmt: skip
     """Return one verdict for each of `arms` (default: all arms in `results`, in their order).
 
     `target_flops` is the baseline's compute at the target; `unchanged` names the A/A arms. `remedies=False` plans none
-    for inconclusive verdicts. Raises FitError if the baseline has no curve, for results that cannot be, and if the
-    target lies below the largest rung.
+    for inconclusive verdicts, and `most_flops` none that take more compute. Raises FitError if the baseline has no
+    curve, for results that cannot be, and if the target lies below the largest rung.
     """
     fits.check_runs(results)
     fit = fit or fits.fit_curve(results, criterion.level, second_opinion=False)
@@ -54,7 +54,7 @@ def judge(
     undecided = [number for number, one in enumerate(verdicts) if one.decision == "inconclusive"]
     for number in sorted(undecided, key=lambda number: found[number].to_go)[:ADVISED]:
         if found[number].to_go < math.inf:
-            verdicts[number] = replace(verdicts[number], remedies=found[number].remedies())
+            verdicts[number] = replace(verdicts[number], remedies=found[number].remedies(most_flops))
     return verdicts
 
 
@@ -296,7 +296,7 @@ class Judgement:
             return math.inf
         return min(abs(bound - self._least) for bound in self._bounds)
 
-    def remedies(self) -> list[records.Remedy]:
+    def remedies(self, most_flops: float) -> list[records.Remedy]:
         """Further runs that may settle an inconclusive verdict, the advised one first, at most one of each kind."""
         ladder, (lower, upper) = self._ladder, self._bounds or (0.0, 0.0)
         situation, names = ladder.situation(self._number), ladder.baseline.rungs.names
@@ -308,7 +308,7 @@ class Judgement:
             seeds, flops = round(float(np.median(ladder.worths.counts[self._number]))), ladder.further_sizes[0]
             return [records.Remedy("rung", seeds, flops, None, None, None)]
         found = []
-        for one, chance in advice.advise(situation, ladder.further_sizes):
+        for one, chance in advice.advise(situation, ladder.further_sizes, most_flops):
             if chance < LEAST_CHANCE:
                 continue
             rung = names[one.rungs[0]] if len(one.rungs) == 1 else None
