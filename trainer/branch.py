@@ -157,8 +157,9 @@ def begin(parent: Record, state: TrainState) -> list[str]:
     # The grids' segments are those of all parameters in order, which `check` has compared by name and shape.
     taken = {name: t for name, t in tensors.items() if stored.get(name) == (t.shape, t.dtype)}
     checkpoint.load(saved, taken)
-    state.restored(saved.step)
-    return sorted(tensors.keys() - taken.keys())
+    missing = sorted(tensors.keys() - taken.keys())
+    state.restored(saved.step, missing)
+    return missing
 
 
 def _saved(parent: Record) -> Saved:

@@ -112,12 +112,17 @@ def train(
             branch.find(parent, config)
         if ranks is not None:  # without a number of ranks nobody knows which of them a fault can hit
             faultplan.make(config, ranks)
-        if config.model.class_:
+        if config.model.class_ or config.optim.class_:
             from trainer import job, own_check
             from trainer.parallel import world
 
             job.set_numerics(config, device := world.pick_device(config.parallel))
-            own_check.trace(config, costs.padded_vocab(costs.vocabulary(config)[0], config.model.vocab_size), device)
+            vocab_size = costs.padded_vocab(costs.vocabulary(config)[0], config.model.vocab_size)
+            if config.model.class_:
+                own_check.trace(config, vocab_size, device)
+            if config.optim.class_:
+                shards = config.parallel.shard_ranks if config.parallel.strategy == "hybrid" else ranks or 1
+                own_check.trace_optimizer(config, vocab_size, device, shards)
         costs.show(config, ranks or 1)
         return
     if ranks is not None:

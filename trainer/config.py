@@ -27,7 +27,8 @@ class Section(BaseModel):
 
 class Data(Section):
     source: str = "python-stdlib"
-    """"python-stdlib", "repo" (this source tree), a path or glob (.jsonl, .parquet, else text), or "hub:OWNER/NAME"."""
+    """"python-stdlib", "repo" (this source tree), a path or glob (.jsonl, .parquet, else text), "hub:OWNER/NAME", or a
+    function of one's own that yields documents: "my_corpus.py:documents", "package.module:documents"."""
     revision: str = ""
     """Commit of a hub dataset (40 hex digits); required, since a branch moves and a run must not."""
     subset: str = ""
@@ -124,6 +125,10 @@ class Model(Section):
 
 
 class Optim(Section):
+    class_: str = Field(default="", alias="class")
+    """An optimizer of one's own: "my_opt.py:MyOptimizer" (a file beside the config) or "package.module:MyOptimizer"."""
+    options: dict[str, Scalar | tuple[Scalar, ...]] = {}
+    """Passed on to the class of one's own, as keyword arguments."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """"muon" is for the hidden matrices; the other parameters keep AdamW."""
     learning_rate: float = Field(default=1e-3, gt=0)
@@ -298,7 +303,7 @@ class Config(Section):
 MATHEMATICS = ("seed", "data", "model", "optim", "budget", "numerics")
 NOT_MATHEMATICS = ("data.cache_dir", "data.streaming")
 # Left out at the value that changes nothing, so that runs older than the setting keep their fingerprint.
-ADDED_LATER = {"model.init_draw": 0, "model.class": ""}
+ADDED_LATER = {"model.init_draw": 0, "model.class": "", "optim.class": ""}
 # These say where the text is. What it is is known when it has been read: a run is compared by data_sha256 (rundir.py).
 PLACES_OF_TEXT = ("data.source", "data.revision", "data.subset", "data.hub_split", "data.text_column")
 
@@ -316,13 +321,22 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def anchored(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Make the path of a model's file absolute: in a file it starts from the file's folder, else from the current one.
+    """Make paths of files of one's own code absolute: in a file they start from its folder, else from the current one.
 
     Settings may also be flat, as an arm's: {"model.class": …}.
     """
-    for node, key in ((tree, "model.class"), (tree.get("model"), "class")):
-        if isinstance(node, dict) and isinstance(node.get(key), str):
-            node[key] = own_code.anchored(node[key], folder)
+    for setting in own_code.SETTINGS:
+        section, _, key = setting.partition(".")
+        for node, name in ((tree, setting), (tree.get(section), key)):
+            if isinstance(node, dict) and isinstance(node.get(name), str):
+                node[name] = own_code.anchored(node[name], folder)
+    held_out = tree.get("eval")
+    sources = held_out.get("sources") if isinstance(held_out, dict) else None
+    named = [(tree, key) for key in tree if key.startswith("eval.sources.")]
+    named += [(sources, name) for name in sources] if isinstance(sources, dict) else []
+    for node, name in named:
+        if isinstance(node[name], str):
+            node[name] = own_code.anchored(node[name], folder)
     return tree
 
 
@@ -370,10 +384,11 @@ def fingerprint(config: Config, parent: Mapping[str, Any] | None = None) -> str:
 def mathematics(config: Config, parent: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return what decides the weights, flat: {"optim.learning_rate": 0.001, ...}."""
     flat = flatten(config.model_dump(mode="json", include=set(MATHEMATICS)))
-    if config.model.class_:
+    for setting, name in config_rules.own_names(config).items():
         # The place of a file does not count, its content does.
-        flat["model.class"] = config.model.class_.rpartition(":")[2]
-        flat |= {f"model.code {name}": digest for name, digest in own_code.digests(config.model.class_).items()}
+        flat[setting] = name.rpartition(":")[2]
+        section = setting.partition(".")[0]
+        flat |= {f"{section}.code {part}": digest for part, digest in own_code.digests(name, setting).items()}
     if parent:
         flat |= {f"parent.{key}": parent[key] for key in ("step", "state_sha256")}
     left_out = {key for key, unchanged in ADDED_LATER.items() if flat[key] == unchanged}.union(NOT_MATHEMATICS)

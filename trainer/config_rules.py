@@ -91,16 +91,25 @@ def contradictions(config: "Config") -> list[str]:
             f"eval.sets = {list(held_out.sets)} names a set twice.\n  Name each set once.",
         ),
     ]
-    return [problem for is_broken, problem in rules if is_broken] + _of_own_model(m.class_) + _sentinel_problems(config)
+    return [problem for is_broken, problem in rules if is_broken] + _of_own_code(config) + _sentinel_problems(config)
 
 
-def _of_own_model(name: str) -> list[str]:
-    try:
-        if name:
-            own_code.digests(name)
-    except ConfigError as error:
-        return list(error.problems)
-    return []
+def own_names(config: "Config") -> dict[str, str]:
+    """Return {setting: name} of the user's own code that decides the weights."""
+    source = config.data.source if own_code.is_own_source(config.data.source) else ""
+    named = {"model.class": config.model.class_, "optim.class": config.optim.class_, "data.source": source}
+    return {setting: name for setting, name in named.items() if name}
+
+
+def _of_own_code(config: "Config") -> list[str]:
+    problems: list[str] = []
+    held_out = [("data.source", source) for source in config.eval.sources.values() if own_code.is_own_source(source)]
+    for setting, name in [*own_names(config).items(), *held_out]:
+        try:
+            own_code.digests(name, setting)
+        except ConfigError as error:
+            problems += error.problems
+    return problems
 
 
 def _sentinel_problems(config: "Config") -> list[str]:
@@ -144,6 +153,11 @@ def without_effect(config: "Config") -> list[str]:
         ("data.unit", plain, "a source of plain text files"),
         ("data.vocab_size", c.data.tokenizer == "bpe", 'data.tokenizer = "bpe"'),
         ("model.options", c.model.class_, "model.class"),
+        ("optim.options", c.optim.class_, "optim.class"),
+        *(
+            (f"optim.{name}", not c.optim.class_, "an optimizer of toprope's, not optim.class")
+            for name in ("optimizer", "beta1", "beta2", "eps")
+        ),
         ("model.rope_base", c.model.positions == "rope", 'model.positions = "rope"'),
         ("optim.muon_learning_rate", c.optim.optimizer == "muon", 'optim.optimizer = "muon"'),
         ("optim.muon_momentum", c.optim.optimizer == "muon", 'optim.optimizer = "muon"'),
@@ -176,6 +190,8 @@ def _may_be_tables(source: str) -> bool:
 
 
 def _may_be_text(source: str) -> bool:
+    if own_code.is_own_source(source):
+        return False
     return not source.startswith("hub:") and PurePath(source).suffix.lower().removeprefix(".") not in TABLES
 
 

@@ -59,7 +59,7 @@ def _counted_flops(settings: Model, vocab_size: int) -> int:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from trainer import model, own_code, own_model
+    from trainer import model, own_code, own_import
 
     def count(device: str) -> int:
         own = model.construct(settings, vocab_size, device)
@@ -78,7 +78,7 @@ def _counted_flops(settings: Model, vocab_size: int) -> int:
         try:
             return count("cpu")
         except Exception as error:
-            raise own_model.failure(own_code.find(settings.class_), "cannot compute a micro-batch", error) from error
+            raise own_import.failure(own_code.find(settings.class_), "cannot compute a micro-batch", error) from error
 
 
 def padded_vocab(tokenizer_size: int, vocab_size: int) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer import branch, costs, errors, evaluate, loop, optim, own_check, provenance, signals
+from trainer import branch, costs, errors, evaluate, loop, optim, own_check, own_code, provenance, signals
 from trainer import model as models
 from trainer import step as steps
 from trainer.checkpoint.checkpointer import Checkpointer
@@ -211,30 +211,47 @@ def prepare_data(config: Config, claim: Claim) -> tuple[Prepared, dict[str, Any]
     with console.preparation(enabled=ranks.is_main) as show_progress:
         ranks.from_main(build_on_main, waiting=heartbeat)
         prepared = prepared_data(progress=lambda *amount: heartbeat())
+    read = ranks.agree(lambda: prepared.sha256)
+    if other := [rank for rank, sha256 in enumerate(read) if sha256 != read[0]]:
+        raise errors.CorpusError(
+            f"{config.data.source!r} holds another text on rank {other[0]} than on rank 0.\n"
+            "  Any rank may compute any micro-batch, so all must read the same. If a function yields it, look for "
+            "random numbers, the order of sets, the clock and files that differ."
+        )
     vocab_size = costs.padded_vocab(prepared.tokenizer.vocab_size, config.model.vocab_size)
-    trial = check_own_model(config, vocab_size, claim)
+    trial = check_own_code(config, vocab_size, claim)
     return prepared, ranks.from_main(lambda: _record(claim, config, prepared, vocab_size, trial))
 
 
-def check_own_model(config: Config, vocab_size: int, claim: Claim) -> dict[str, str]:
-    """Try a model of one's own before training, on all ranks; return a digest of what it computed, for config.json.
+def check_own_code(config: Config, vocab_size: int, claim: Claim) -> dict[str, str]:
+    """Try a model and an optimizer of one's own before training, on all ranks; return digests for config.json.
 
-    Raises ConfigError if not every rank may compute it, or if another process computes other numbers with it.
+    Raises ConfigError if not every rank may compute with them, or if another process computes other numbers.
     """
-    if not config.model.class_:
-        return {}
-    ranks = claim.ranks
-    traces = ranks.agree(lambda: own_check.trace(config, vocab_size, ranks.device))
+    device, size = claim.ranks.device, claim.ranks.size
+    shards = config.parallel.shard_ranks if config.parallel.strategy == "hybrid" else size
+    tries = {
+        "model.class": lambda: own_check.trace(config, vocab_size, device),
+        "optim.class": lambda: own_check.trace_optimizer(config, vocab_size, device, shards),
+    }
+    named = {"model.class": config.model.class_, "optim.class": config.optim.class_}
+    found: dict[str, str] = {}
+    for setting, name in named.items():
+        if name:
+            found |= _compare_tries(claim, own_code.find(name, setting), claim.ranks.agree(tries[setting]))
+    return found
 
+
+def _compare_tries(claim: Claim, place: own_code.Place, traces: Sequence[own_check.Trace]) -> dict[str, str]:
     def compare_on_main() -> dict[str, str]:
-        own_check.compare(config, traces)
-        digest = {"own_model": own_check.digest(traces[0])}
-        before = rundir.read(claim.run).get("own_model") if rundir.is_run(claim.run) else None
-        if before not in (None, digest["own_model"]) and not claim.accepts:
-            own_check.refuse_process(config)
-        return digest
+        own_check.compare(place, traces)
+        key, digest = f"own_{place.kind}", own_check.digest(traces[0])
+        before = rundir.read(claim.run).get(key) if rundir.is_run(claim.run) else None
+        if before not in (None, digest) and not claim.accepts:
+            own_check.refuse_process(place)
+        return {key: digest}
 
-    return ranks.from_main(compare_on_main)
+    return claim.ranks.from_main(compare_on_main)
 
 
 def _record(claim: Claim, config: Config, prepared: Prepared, vocab_size: int, trial: dict[str, str]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from trainer import config
 from trainer.model import TABLES, Role, role_of_parameters
+from trainer.own_optimizer import OwnOptimizer
 
 VECTOR_ELEMENTS = 16  # float32 per AVX-512 register; a multiple of every narrower vector
 
@@ -39,7 +40,7 @@ class Muon(_WithoutCompiler, torch.optim.Muon):
 
 
 def build(model: nn.Module, optim: config.Optim, width: int) -> list[Optimizer]:
-    """Return [AdamW], or [AdamW, Muon] with the hidden matrices in Muon. May be called after `fully_shard`.
+    """Return [AdamW], [AdamW, Muon] with the hidden matrices in Muon, or the user's own. May follow `fully_shard`.
 
     Weight decay is decoupled (Loshchilov & Hutter 2019) and applies to matrices, not to embeddings, norms, biases and
     gates; a tied table counts as an embedding. Each group carries "name" and "peak_learning_rate".
@@ -48,6 +49,8 @@ def build(model: nn.Module, optim: config.Optim, width: int) -> list[Optimizer]:
     Doubt: a tied head gets no multiplier, so it is not full µP.
     """
     parameters = dict(model.named_parameters())
+    if optim.class_:
+        return [OwnOptimizer(optim, own_groups(model, optim, width))]
     muon: list[Tensor] = []
     # Groups by name, in the order of the model's parameters: the same on all ranks, whatever the sharding.
     groups: dict[str, dict[str, Any]] = {}
@@ -61,6 +64,16 @@ def build(model: nn.Module, optim: config.Optim, width: int) -> list[Optimizer]:
         list(groups.values()), lr=optim.learning_rate, betas=(optim.beta1, optim.beta2), eps=optim.eps, weight_decay=0.0
     )
     return [adamw, _muon(muon, optim)] if muon else [adamw]
+
+
+def own_groups(model: nn.Module, optim: config.Optim, width: int) -> list[dict[str, Any]]:
+    """Return the parameter groups of an optimizer of the user's own, in the order of the model's parameters."""
+    parameters, groups = dict(model.named_parameters()), dict[str, dict[str, Any]]()
+    for name, group in group_of_parameters(model).items():
+        settings = _adamw_group(group, parameters[name].shape, width, optim)
+        chosen = {key: settings[key] for key in ("weight_decay", "peak_learning_rate", "lr")} | {"name": group}
+        groups.setdefault(group, chosen | {"params": []})["params"].append(parameters[name])
+    return list(groups.values())
 
 
 def group_of_parameters(model: nn.Module) -> dict[str, str]:
@@ -147,6 +160,9 @@ def materialise_state(optimizers: Sequence[Optimizer]) -> None:
     A checkpoint written before that step would otherwise hold no moments, and one loaded before it would drop them.
     """
     for optimizer in optimizers:
+        if isinstance(optimizer, OwnOptimizer):
+            optimizer.make_sample()
+            continue
         moments = ("momentum_buffer",) if isinstance(optimizer, Muon) else ("exp_avg", "exp_avg_sq")
         for group in optimizer.param_groups:
             for parameter in group["params"]:

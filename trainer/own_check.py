@@ -1,25 +1,29 @@
-"""A model of the user's own is tried before training: may any rank, in any process, compute any micro-batch with it?
+"""A model or an optimizer of the user's own is tried before training: may any rank, in any process, compute with it?
 
-One micro-batch is computed twice, in training and in evaluation, and what every module gave is compared.
+Of a model one micro-batch is computed twice, in training and in evaluation, and what every module gave is compared. An
+optimizer takes a few steps twice, in one go and resumed, on whole parameters and on shards.
 """
 
 import functools
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from trainer import model as models
-from trainer import own_code, own_model, step
+from trainer import optim, own_code, own_import, step
 from trainer.config import Config
 from trainer.errors import ConfigError
+from trainer.own_code import Place
+from trainer.own_optimizer import STATE_TYPES, OwnOptimizer
 
 Trace = list[tuple[str, str]]
 """(name, digest) of parameters and buffers, of the modules' outputs in the order of computing, of gradients."""
@@ -27,7 +31,8 @@ Trace = list[tuple[str, str]]
 
 def trace(config: Config, vocab_size: int, device: torch.device) -> Trace:
     """Compute one micro-batch twice and return what it gave. Raises ConfigError naming the first difference."""
-    where = own_code.find(config.model.class_).where
+    place = own_code.find(config.model.class_)
+    where = place.where
     model = models.construct(config.model, vocab_size, recompute=config.parallel.activation_checkpointing)
     _check_parameters(config, model, where)
     try:
@@ -35,8 +40,7 @@ def trace(config: Config, vocab_size: int, device: torch.device) -> Trace:
     except ConfigError:
         raise
     except Exception as error:
-        place = own_code.find(config.model.class_)
-        raise own_model.failure(place, "cannot be given its initial values", error) from error
+        raise own_import.failure(place, "cannot be given its initial values", error) from error
     model.to(device)
     state = [(f"the initial {kind} {name}", _digest(tensor)) for kind, name, tensor in _state(model)]
     random_BT = torch.randint(
@@ -46,7 +50,7 @@ def trace(config: Config, vocab_size: int, device: torch.device) -> Trace:
     ).to(device)
     tokens = random_BT[:, :-1].contiguous(), random_BT[:, 1:].contiguous()
     first, second = (_train(config, model, tokens, where) for _ in range(2))
-    _refuse_difference(where, first, second, "Computing one micro-batch twice gives two results")
+    _refuse_difference(place, first, second, "Computing one micro-batch twice gives two results")
     changed = [
         name for (name, before), (_, _, tensor) in zip(state, _state(model), strict=True) if before != _digest(tensor)
     ]
@@ -59,46 +63,45 @@ def trace(config: Config, vocab_size: int, device: torch.device) -> Trace:
             ]
         )
     scored, again = (_evaluate(config, model, tokens, where) for _ in range(2))
-    _refuse_difference(where, scored, again, "Evaluating one micro-batch twice gives two results")
+    _refuse_difference(place, scored, again, "Evaluating one micro-batch twice gives two results")
     return state + first + scored
 
 
-def compare(config: Config, traces: Sequence[Trace]) -> None:
+def compare(place: Place, traces: Sequence[Trace]) -> None:
     """Raise ConfigError if the ranks' processes, which must compute alike, gave different numbers."""
-    where = own_code.find(config.model.class_).where
     for rank, other in enumerate(traces):
-        _refuse_difference(where, traces[0], other, f"Rank 0 and rank {rank} compute different numbers")
+        _refuse_difference(place, traces[0], other, f"Rank 0 and rank {rank} compute different numbers")
 
 
 def digest(found: Trace) -> str:
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
-def refuse_process(config: Config) -> NoReturn:
+def refuse_process(place: Place) -> NoReturn:
     """Raise ConfigError for a resumed run whose first process computed other numbers."""
     _refuse(
-        own_code.find(config.model.class_).where,
-        "This process computes other numbers with one micro-batch than the process that began the run (if a library "
-        "that the model imports is another one now, accept that with --accept-other-bits)",
+        place,
+        "This process computes other numbers with it than the process that began the run (if a library that it imports "
+        "is another one now, accept that with --accept-other-bits)",
     )
 
 
-def _refuse_difference(where: str, first: Trace, second: Trace, fact: str) -> None:
+def _refuse_difference(place: Place, first: Trace, second: Trace, fact: str) -> None:
     for (name, digest), (other_name, other) in zip(first, second, strict=False):
         if (name, digest) != (other_name, other):
-            _refuse(where, f"{fact}: the first that differs is {name}")
+            _refuse(place, f"{fact}: the first that differs is {name}")
     if len(first) != len(second):
-        _refuse(where, f"{fact}: the modules that run are not the same")
+        _refuse(place, f"{fact}: what they hold or run is not the same")
 
 
-def _refuse(where: str, fact: str) -> NoReturn:
-    raise ConfigError(
-        [
-            f"{where}: {fact}.\n"
-            "  Any rank may compute any micro-batch, so the model must be a function of its parameters and tokens. "
-            "Look for random numbers, the order of sets, the clock, and state that is kept between calls."
-        ]
-    )
+def _refuse(place: Place, fact: str) -> NoReturn:
+    rule = {
+        "model": "Any rank may compute any micro-batch, so the model must be a function of its parameters and tokens.",
+        "optimizer": "Every rank updates its copy, and a resume goes on from a checkpoint, so the optimizer must be a "
+        "function of parameters, gradients, rates and the state that it keeps for each parameter.",
+    }[place.kind]
+    hint = "Look for random numbers, the order of sets, the clock, and state that is kept elsewhere."
+    raise ConfigError([f"{place.where}: {fact}.\n  {rule} {hint}"])
 
 
 def _check_parameters(config: Config, model: nn.Module, where: str) -> None:
@@ -134,6 +137,173 @@ def _shared_beyond_units(config: Config, model: nn.Module, where: str) -> Iterat
             )
 
 
+STEPS = 3
+ROWS = 96
+"""Rows of a parameter that an optimizer is tried on: enough for several shards."""
+
+
+def trace_optimizer(config: Config, vocab_size: int, device: torch.device, shards: int) -> Trace:
+    """Take a few steps with an optimizer of one's own, and return what they gave. Raises ConfigError.
+
+    `shards` is the number of ranks that hold one copy of the weights.
+    """
+    place = own_code.find(config.optim.class_, "optim.class")
+    values = _sample_parameters(config, vocab_size, device)
+    before = _random_states()
+    whole = _Trial(config, vocab_size, values, place)
+    traces = [whole.trace(), *whole.take(range(STEPS))]
+    _check_state(place, whole.optimizer.inner)
+    for source, state in _random_states().items():
+        if state != before[source]:
+            fact = f"{place.where} reads global random state, that of {source}, which is another one on every rank"
+            raise ConfigError([f"{fact}.\n  Remove it: an update is a function of gradients and state."])
+    if len({tuple(name for name, _ in found) for found in traces}) > 1:
+        fact = f"{place.where} keeps other state after its first step than later"
+        raise ConfigError([f"{fact}.\n  Checkpoints hold the same at every step. Make all of it in the first."])
+    again = _Trial(config, vocab_size, values, place).take(range(STEPS))
+    _refuse_difference(place, traces[-1], again[-1], "The same steps from the same state give two results")
+    stopped = _Trial(config, vocab_size, values, place)
+    stopped.take(range(STEPS - 1))
+    _refuse_difference(
+        place, traces[-1], stopped.resumed().take([STEPS - 1])[-1],
+        "A step after a resume gives another result than without",
+    )  # fmt: skip
+    faster = _Trial(config, vocab_size, values, place, rate=2.0).take(range(STEPS))
+    weights = [found for found in traces[-1] if found[0].startswith("parameter")]
+    if weights == [found for found in faster[-1] if found[0].startswith("parameter")]:
+        fact = f"{place.where} makes the same update at twice the learning rate"
+        raise ConfigError(
+            [f'{fact}.\n  The schedule sets group["lr"] before each step. Use it, and change the parameters in place.']
+        )
+    if config.parallel.strategy != "replicate":
+        _check_shards(config, vocab_size, values, place, max(2, shards), whole)
+    return traces[-1]
+
+
+class _Trial:
+    """An optimizer of the user's own with parameters and gradients to try it on."""
+
+    def __init__(
+        self, config: Config, vocab_size: int, values: Mapping[str, Tensor], place: Place, *,
+        rate: float = 1.0, part: tuple[int, int] = (0, 1),
+    ) -> None:  # fmt: skip
+        """`part` is (number, count) of the chunk of rows that it holds."""
+        self._again = functools.partial(_Trial, config, vocab_size, place=place, rate=rate, part=part)
+        self._values, self._place, self._rate, self._part = values, place, rate, part
+        chunks = {name: value.chunk(part[1]) for name, value in values.items()}
+        self.parameters = {
+            name: nn.Parameter(held[part[0]].detach().clone()) for name, held in chunks.items() if part[0] < len(held)
+        }
+        meta = models.construct(config.model, vocab_size, "meta")
+        names: dict[Tensor, str] = {parameter: name for name, parameter in meta.named_parameters()}
+        groups = []
+        for group in optim.own_groups(meta, config.optim, config.model.width):
+            held = [self.parameters[name] for p in group["params"] if (name := names[p]) in self.parameters]
+            groups += [group | {"params": held}] if held else []
+        self.optimizer = OwnOptimizer(config.optim, groups)
+        self._do(self.optimizer.make_sample)
+        _check_state(place, self.optimizer.inner)
+
+    def take(self, steps: Sequence[int]) -> list[Trace]:
+        """Take these steps; return a trace after each."""
+        return [self._step(number) for number in steps]
+
+    def _step(self, number: int) -> Trace:
+        for name, parameter in self.parameters.items():
+            seed = int(own_code.digest_of([name, number]), 16) >> 1
+            drawn = torch.randn(self._values[name].shape, generator=torch.Generator().manual_seed(seed))
+            parameter.grad = (drawn * 1e-2).chunk(self._part[1])[self._part[0]].to(parameter.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_learning_rate"] * self._rate * (number + 1) / STEPS
+        self._do(self.optimizer.step)
+        return self.trace()
+
+    def _do(self, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise own_import.failure(self._place, "cannot take a step", error) from error
+
+    def trace(self) -> Trace:
+        state = self.optimizer.state
+        return [(f"parameter {name}", _digest(p)) for name, p in self.parameters.items()] + [
+            (f"{key.removeprefix('own.')} of {name}", _digest(tensor))
+            for name, p in self.parameters.items()
+            for key, tensor in sorted(state[p].items())
+        ]
+
+    def resumed(self) -> "_Trial":
+        """Return a new optimizer that goes on from this one's parameters and state, as from a checkpoint."""
+        other = self._again(self._values)
+        saved, read = self.optimizer.state, other.optimizer.state
+        for name, parameter in other.parameters.items():
+            parameter.data.copy_(self.parameters[name].data)
+            for key, tensor in read[parameter].items():
+                tensor.copy_(saved[self.parameters[name]][key])
+        other.optimizer.loaded()
+        return other
+
+
+def _sample_parameters(config: Config, vocab_size: int, device: torch.device) -> dict[str, Tensor]:
+    """Return values for one parameter of each group and shape, of not too many rows."""
+    meta = models.construct(config.model, vocab_size, "meta")
+    groups, chosen = optim.group_of_parameters(meta), dict[tuple[str, torch.Size], str]()
+    for name, parameter in meta.named_parameters():
+        chosen.setdefault((groups[name], parameter.shape), name)
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.randn((min(shape[0], ROWS), *shape[1:]), generator=generator).to(device)
+        for (_, shape), name in chosen.items()
+    }
+
+
+def _check_state(place: Place, inner: Optimizer) -> None:
+    """Raise ConfigError unless a checkpoint can hold what the optimizer keeps."""
+    held = [parameter for group in inner.param_groups for parameter in group["params"]]
+    rule = f"A checkpoint holds numbers and tensors of {', '.join(str(t).removeprefix('torch.') for t in STATE_TYPES)}."
+    problems = [
+        f"{place.where} keeps state that belongs to no parameter: {key!r:.60}.\n  Keep it in self.state[p]."
+        for key in inner.state
+        if not any(key is parameter for parameter in held)
+    ]
+    for key, value in {k: v for p in held for k, v in inner.state.get(p, {}).items()}.items():
+        is_number = isinstance(value, bool | int | float) or value is None
+        if not isinstance(key, str) or not (is_number or isinstance(value, Tensor)):
+            problems.append(f"{place.where} keeps {key!r}, a {type(value).__name__}.\n  {rule}")
+        elif isinstance(value, Tensor) and value.dtype not in STATE_TYPES:
+            problems.append(f"{place.where} keeps {key!r} as {value.dtype}.\n  {rule}")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _check_shards(
+    config: Config, vocab_size: int, values: Mapping[str, Tensor], place: Place, shards: int, whole: _Trial
+) -> None:
+    """Raise ConfigError if updating rows by themselves is not the same as updating the whole parameter."""
+    parts = [_Trial(config, vocab_size, values, place, part=(number, shards)) for number in range(shards)]
+    rule = (
+        f'With parallel.strategy = "{config.parallel.strategy}" a rank holds some rows of each parameter, so an update '
+        'must not depend on other rows. Set parallel.strategy = "replicate", where the optimizer sees whole parameters.'
+    )
+    try:
+        for part in parts:
+            part.take(range(STEPS))
+    except ConfigError as error:
+        raise ConfigError([f"{problem}\n  {rule}" for problem in error.problems]) from error
+    for name, parameter in whole.parameters.items():
+        pieces = [part.parameters[name].data for part in parts if name in part.parameters]
+        if _digest(torch.cat(pieces)) != _digest(parameter):
+            raise ConfigError(
+                [f"{place.where} updates {name} in another way where its rows are on {shards} ranks.\n  {rule}"]
+            )
+        for key, tensor in whole.optimizer.state[parameter].items():
+            if tensor.ndim and tensor.shape != parameter.shape:
+                fact = f"{place.where} keeps {key.removeprefix('own.')!r} of shape {tuple(tensor.shape)}"
+                raise ConfigError([f"{fact} for {name}, whose shape is {tuple(parameter.shape)}.\n  {rule}"])
+
+
 def _train(config: Config, model: nn.Module, tokens: tuple[Tensor, Tensor], where: str) -> Trace:
     """Forward and backward; return the digests of outputs and gradients."""
     model.train().zero_grad()
@@ -144,7 +314,7 @@ def _train(config: Config, model: nn.Module, tokens: tuple[Tensor, Tensor], wher
     try:
         objective.backward()
     except Exception as error:
-        raise own_model.failure(own_code.find(config.model.class_), "cannot go backward", error) from error
+        raise own_import.failure(own_code.find(config.model.class_), "cannot go backward", error) from error
     without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     if without:
         named = ", ".join(without[:5]) + " and more" * (len(without) > 5)
@@ -195,7 +365,7 @@ def _forward(
             raise
         except Exception as error:
             place = own_code.find(config.model.class_)
-            raise own_model.failure(place, "cannot compute a micro-batch", error) from error
+            raise own_import.failure(place, "cannot compute a micro-batch", error) from error
     for name, source in drawn:
         if source != "torch" or not may_draw:
             remedy = "Remove it" + (

@@ -1,6 +1,6 @@
 """Code of the user's own that a config names: where it is, and a digest of each of its functions. Nothing is run.
 
-Names are "my_gpt.py:MyGPT" (a file) or "package.module:Class" (importable). What the file imports from its own folder
+Names are "my_gpt.py:MyGPT" (a file) or "package.module:MyGPT" (importable). What the file imports from its own folder
 belongs to it. Digests are of the syntax tree: comments, docstrings and formatting do not count.
 """
 
@@ -16,58 +16,87 @@ from pathlib import Path
 from trainer.errors import ConfigError, of_system
 
 OUTSIDE = "(outside of functions)"
-FORM = 'Write "my_gpt.py:MyGPT", a file and the class in it, or "package.module:MyGPT".'
+INSTALLED = ("site-packages", "dist-packages")
+_DOORS = {
+    "model.class": ("model", "class", "my_gpt.py", "MyGPT"),
+    "optim.class": ("optimizer", "class", "my_opt.py", "MyOptimizer"),
+    "data.source": ("source", "function", "my_corpus.py", "documents"),
+}
+SETTINGS = tuple(_DOORS)
+"""Keys of a config that may name code."""
+
+
+def form(setting: str) -> str:
+    """Return a sentence that says how `setting` names code."""
+    _, noun, file, name = _DOORS[setting]
+    return f'Write "{file}:{name}", a file and the {noun} in it, or "package.module:{name}".'
 
 
 @dataclass(frozen=True)
 class Place:
-    """The file of a class, and the folder from which it imports what is its own."""
+    """The file of a class or function, and the folder from which it imports what is its own."""
 
     path: Path
-    class_name: str
+    name: str
+    """Name of the class or function."""
     root: Path
     module: str
     """Name to import it by; empty for a file."""
+    setting: str
+    """Key of the config that names it."""
 
     @property
     def where(self) -> str:
-        return f"{self.path}:{self.class_name}"
+        return f"{self.path}:{self.name}"
+
+    @property
+    def kind(self) -> str:
+        """ "model", "optimizer" or "source"."""
+        return _DOORS[self.setting][0]
+
+
+def is_own_source(source: str) -> bool:
+    """True if a `data.source` names a function: "my_corpus.py:documents" or "package.module:documents"."""
+    file, _, function = source.rpartition(":")
+    is_module = file != "hub" and bool(file) and all(part.isidentifier() for part in file.split("."))
+    return function.isidentifier() and (file.endswith(".py") or is_module) and not Path(source).exists()
 
 
 def anchored(name: str, folder: Path) -> str:
     """Return the name with the path of its file, if it names one, taken from `folder` and made absolute."""
-    file, colon, class_name = name.rpartition(":")
-    return f"{(folder / file).resolve()}{colon}{class_name}" if file.endswith(".py") else name
+    file, colon, wanted = name.rpartition(":")
+    return f"{(folder / file).resolve()}{colon}{wanted}" if file.endswith(".py") else name
 
 
-def find(name: str) -> Place:
-    """Return the place of a class. Raises ConfigError if there is no such file or module, or no class in it."""
-    file, _, class_name = name.rpartition(":")
-    if not file or not class_name.isidentifier():
-        raise ConfigError([f"model.class = {json.dumps(name)} names no class.\n  {FORM}"])
+def find(name: str, setting: str = "model.class") -> Place:
+    """Return the place of what `setting` names. Raises ConfigError if no such file, module or name is there."""
+    given = f"{setting} = {json.dumps(name)}"
+    file, _, wanted = name.rpartition(":")
+    if not file or not wanted.isidentifier():
+        raise ConfigError([f"{given} names no {_DOORS[setting][1]}.\n  {form(setting)}"])
     if file.endswith(".py"):
-        place = Place(Path(file).resolve(), class_name, Path(file).resolve().parent, "")
+        place = Place(Path(file).resolve(), wanted, Path(file).resolve().parent, "", setting)
     else:
-        place = _importable(name, file, class_name)
-    bound = set(_bound(parse(place.path).body))
-    if class_name not in bound and "*" not in bound:
-        near = difflib.get_close_matches(class_name, bound, n=1, cutoff=0.3)
+        place = _importable(given, file, wanted, setting)
+    bound = set(_bound(parse(place.path, setting).body))
+    if wanted not in bound and "*" not in bound:
+        near = difflib.get_close_matches(wanted, bound, n=1, cutoff=0.3)
         hint = f"Did you mean {near[0]}?" if near else f"It defines {', '.join(sorted(bound)) or 'nothing'}."
-        raise ConfigError([f"model.class = {json.dumps(name)}: {place.path} has no {class_name}.\n  {hint}"])
+        raise ConfigError([f"{given}: {place.path} has no {wanted}.\n  {hint}"])
     return place
 
 
-def _importable(name: str, module: str, class_name: str) -> Place:
+def _importable(given: str, module: str, wanted: str, setting: str) -> Place:
     try:
         spec = importlib.util.find_spec(module)
         why = "no such module can be imported" if spec is None else "it is no file of Python source"
     except Exception as error:  # the packages above it are imported, and may do anything
         spec, why = None, f"{type(error).__name__}: {error}"
     if spec is None or not spec.origin or not spec.origin.endswith(".py"):
-        raise ConfigError([f"model.class = {json.dumps(name)}: {why}.\n  {FORM}"])
+        raise ConfigError([f"{given}: {why}.\n  {form(setting)}"])
     path = Path(spec.origin).resolve()
     levels = module.count(".") + (path.name == "__init__.py")
-    return Place(path, class_name, path.parents[levels], module)
+    return Place(path, wanted, path.parents[levels], module, setting)
 
 
 def _bound(statements: list[ast.stmt]) -> Iterator[str]:
@@ -82,25 +111,25 @@ def _bound(statements: list[ast.stmt]) -> Iterator[str]:
             yield statement.name
 
 
-def parse(path: Path) -> ast.Module:
+def parse(path: Path, setting: str = "model.class") -> ast.Module:
     """Return the syntax tree of a file. Raises ConfigError, with the line of a syntax error."""
     try:
         return ast.parse(path.read_bytes())
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*.py")], n=1)
         hint = f"Did you mean {near[0]}?" if near else "In a config, the path starts from the config's folder."
-        raise ConfigError([f"{path}, the file of model.class, does not exist.\n  {hint}"]) from None
+        raise ConfigError([f"{path}, the file of {setting}, does not exist.\n  {hint}"]) from None
     except OSError as error:
-        raise ConfigError([of_system(error, f"{path} cannot be read", FORM, "")]) from None
+        raise ConfigError([of_system(error, f"{path} cannot be read", form(setting), "")]) from None
     except SyntaxError as error:
         line = f"\n    {error.text.rstrip()}" if error.text else ""
         raise ConfigError([f"{path}, line {error.lineno}: {error.msg}.{line}\n  Correct the syntax."]) from None
     except ValueError as error:
-        raise ConfigError([f"{path} is no Python source: {error}.\n  {FORM}"]) from None
+        raise ConfigError([f"{path} is no Python source: {error}.\n  {form(setting)}"]) from None
 
 
 def files(place: Place) -> dict[str, Path]:
-    """Return the file of the class and all that it imports, directly or not, from its own folder, by relative name."""
+    """Return the file itself and all that it imports, directly or not, from its own folder, by relative name."""
     found: dict[str, Path] = {}
     waiting = [place.path]
     while waiting:
@@ -127,18 +156,18 @@ def _imported(path: Path, root: Path) -> Iterator[Path]:
             continue
         for module in modules:
             parts = module.split(".")
-            is_of_others = root.name in ("site-packages", "dist-packages") and parts[0] != own
-            if base == root and (parts[0] == "trainer" or is_of_others):
-                continue  # toprope has its own record; what is installed beside the model is not its own
+            is_of_others = root.name in INSTALLED and parts[0] != own
+            if base == root and (parts[0] in ("trainer", "torch") or is_of_others):
+                continue  # they have records of their own; what is installed beside it is not its own
             for length in range(1, len(parts) + 1):
                 stem = base.joinpath(*parts[:length])
                 beside = (stem.with_suffix(".py"), stem / "__init__.py")
                 yield from (file for file in beside if file.is_file() and file.is_relative_to(root))
 
 
-def digests(name: str) -> dict[str, str]:
-    """Return a digest of each function of the class's files, and of what is outside of them. Raises ConfigError."""
-    place = find(name)
+def digests(name: str, setting: str = "model.class") -> dict[str, str]:
+    """Return a digest of each function of the files of `name`, and of what is outside of them. Raises ConfigError."""
+    place = find(name, setting)
     return {
         f"{file} {function}": digest
         for file, path in files(place).items()

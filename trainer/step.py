@@ -8,7 +8,7 @@ it at before_update and after_update.
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +20,7 @@ from trainer.config import Config
 from trainer.data import Batches, MicroBatch, digest
 from trainer.errors import NumericsError
 from trainer.exact import Grids
+from trainer.own_optimizer import OwnOptimizer
 from trainer.parallel.partial import LocalSums
 from trainer.parallel.sharding import Sharding, whole
 from trainer.parallel.world import Members, StepMembers, World
@@ -50,10 +51,16 @@ class TrainState:
             tensors["grids.magnitude"] = self.grids.magnitude
         return tensors
 
-    def restored(self, step: int) -> None:
-        """Set what is derived from `tensors()`, after a checkpoint of `step` was loaded into them in place."""
+    def restored(self, step: int, missing: Collection[str] = ()) -> None:
+        """Set what is derived from `tensors()`, after a checkpoint of `step` was loaded into them in place.
+
+        `missing` are names of tensors that it did not hold.
+        """
         self.step = step
         for optimizer in self.optimizers:
+            if isinstance(optimizer, OwnOptimizer):
+                named = self.sharding.parameters.items()
+                optimizer.loaded([p for name, p in named if any(m.startswith(f"optim.{name}.own") for m in missing)])
             for moments in optimizer.state.values():
                 if "step" in moments:
                     moments["step"].fill_(step)

@@ -11,8 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from trainer import files
+from trainer import files, own_code
 from trainer.config import Data
+from trainer.data import own_texts
 from trainer.data.cache import ProgressCallback, no_progress
 from trainer.data.identity import digests
 from trainer.data.reading import file_format, first_line, text_of, texts
@@ -65,6 +66,11 @@ class Corpus:
     max_bytes: int
     """Bytes of text after which reading stops (the last document is cut there); 0 reads all."""
 
+    @property
+    def is_own(self) -> bool:
+        """True if a function of the user's own yields the documents."""
+        return self.hub is None and own_code.is_own_source(self.source)
+
     def shaped_by(self, root: Path, progress: ProgressCallback = no_progress) -> dict[str, Any]:
         """Return everything that decides the documents: the content of files, never their names or times.
 
@@ -74,9 +80,19 @@ class Corpus:
         if self.hub is not None:
             shape["hub"] = [self.hub.name, self.hub.revision, self.hub.subset, self.hub.split]
             shape["datasets"] = version("datasets")
+        if self.is_own:
+            shape["own"] = self._read_through(progress)
         found = digests(root, [file.path for file in self.files], progress)
         formats = [file_format(file) for file in self.files]
         return shape | {"files": [list(pair) for pair in zip(formats, found, strict=True)]}
+
+    def _read_through(self, progress: ProgressCallback) -> str:
+        sha = hashlib.sha256()
+        for number, document in enumerate(self.documents()):
+            sha.update(document.digest)
+            if number % 1000 == 0:
+                progress("running the source for its checksum", number, None)
+        return sha.hexdigest()
 
     def documents(self, tally: Tally | None = None) -> Iterator[Document]:
         """Yield the documents that are neither blank nor an exact copy of an earlier one, and count in `tally`.
@@ -117,6 +133,8 @@ class Corpus:
     def _texts(self) -> Iterator[tuple[str, str]]:
         if self.hub is not None:
             yield from _hub_texts(self.hub, self.text_column)
+        elif self.is_own:
+            yield from own_texts.texts(self.source)
         for file in self.files:
             for text in texts(file, self.unit, self.text_column):
                 yield file.name, text
@@ -127,7 +145,7 @@ def open_corpus(data: Data) -> Corpus:
     hub = None
     if data.source.startswith("hub:"):
         hub = Hub(data.source.removeprefix("hub:"), data.revision, data.subset, data.hub_split, data.streaming)
-    found = () if hub else source_files(data.source)
+    found = () if hub or own_code.is_own_source(data.source) else source_files(data.source)
     return Corpus(data.source, found, hub, data.unit, data.text_column, round(data.max_megabytes * 10**6))
 
 
@@ -148,7 +166,8 @@ def open_eval_corpus(name: str, source: str, data: Data) -> Corpus:
         hub = Hub(match["name"], match["revision"], data.subset, match["split"] or data.hub_split, data.streaming)
     # The repository is always read file by file: any two programs share single lines of code.
     unit = "document" if source == "repo" else data.unit
-    return Corpus(source, () if hub else source_files(source), hub, unit, data.text_column, 0)
+    found = () if hub or own_code.is_own_source(source) else source_files(source)
+    return Corpus(source, found, hub, unit, data.text_column, 0)
 
 
 def split(document: Document, heldout: str, fraction: float) -> tuple[str, str]:

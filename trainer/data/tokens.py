@@ -93,7 +93,7 @@ def open_or_build(
     def build(directory: Path) -> None:
         meta = _write(directory, corpus, make_tokenizer(), parts, route, progress)
         if corpus.shaped_by(root) != content:
-            raise CorpusError(f"{corpus.source} changed while it was read.\n  Start again when nothing writes to it.")
+            raise changed(corpus)
         meta = {"key": key, "source": corpus.source, "shaped_by": shape, **meta}
         meta["sha256"] = files.json_sha256(meta)
         (directory / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
@@ -237,6 +237,14 @@ class _PartWriter:
             "documents": len(self.digests), "bytes": self.text_bytes, "tokens": self.tokens, "dtype": self.dtype.str,
             "sha256": self.hash.hexdigest(), "digests_sha256": files.sha256(path_of_digests),
         }  # fmt: skip
+
+
+def changed(corpus: Corpus) -> CorpusError:
+    """Return the error for a corpus that is another one when it is read again."""
+    if corpus.is_own:
+        rule = "A source yields the same at every call. Look for random numbers, the order of sets, the clock."
+        return CorpusError(f"{corpus.source} yields other text when it is run again.\n  {rule}")
+    return CorpusError(f"{corpus.source} changed while it was read.\n  Start again when nothing writes to it.")
 
 
 def empty_part(part: str, corpus: Corpus, tally: Tally) -> CorpusError:

@@ -55,7 +55,7 @@ def _single_change(arm: Arm, file: LadderFile, problems: list[str]) -> dict[str,
     known += [f"sizes.{rule}" for rule in sizes.DERIVES]
     tokenizer = key in ("data.tokenizer", "data.vocab_size")
     batch = key in ("data.micro_batches", "data.micro_batch_sequences")
-    if key not in known and not key.startswith("model.options."):
+    if key not in known and not key.startswith(("model.options.", "optim.options.")):
         problem = (
             f" sets {key}, which decides no weights.{near(key, known)}"
             "  An arm changes what is trained, or a rule as sizes.NAME; a setting of all runs belongs in [set]."
