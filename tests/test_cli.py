@@ -275,6 +275,8 @@ def test_sample_writes_text_verify_checks_and_plot_draws(finished):
     text = trainer("sample", run, "--prompt", "def ", "--tokens", "20").stdout
     assert text.startswith("def ") and len(text) > 5
     assert text == trainer("sample", run, "--prompt", "def ", "--tokens", "20").stdout
+    several = trainer("sample", run, "--prompt", "def ", "--tokens", "20", "--seed", "-1", "--samples", "2").stdout
+    assert several.startswith("--- seed -1\ndef ") and several.endswith(f"\n--- seed 0\n{text}"), "by its seed alone"
 
     picture, timeline = map(Path, trainer("plot", run).stdout.split())
     assert timeline.read_text().startswith("<svg")
@@ -301,6 +303,8 @@ def test_sample_writes_text_verify_checks_and_plot_draws(finished):
         (["--prompt", "ab\udc80"], "its character 3"),
         (["--temperature", "nan"], "--temperature"),
         (["--temperature", "inf"], "--temperature = inf is no size"),
+        (["--top-p", "0"], "--top-p = 0.0 is no probability"),
+        (["--top-p", "nan"], "--top-p"),
         (["--seed", str(2**64)], "--seed"),
         (["--seed", str(-(2**63) - 1)], "--seed"),
     ],
@@ -320,12 +324,12 @@ def test_sampling_with_impossible_settings_is_wrong_usage(capsys, tiny, monkeypa
 def test_a_token_is_drawn_at_any_temperature_and_seed(temperature: float, seed: int):
     import torch
 
-    from trainer.sample import draw
+    from trainer.sample import Drawing, draw
 
     generator = torch.Generator().manual_seed(seed)
     for largest in (1.0, -3e38, 3e38):
         logits = torch.tensor([-3.4e38, largest, -3.4e38, -3.1e38])
-        token = draw(logits, temperature, 2, generator)
+        token = draw(logits, Drawing(temperature, 2), generator)
         assert token == 1 if temperature < 1 else token in (1, 3), "only the two likeliest may be drawn"
 
 

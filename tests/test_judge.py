@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from tests import ladders
 from tests.ladders import Arm, Design
-from trainer import cli
+from trainer import api, cli
 from trainer.errors import EXIT_FINISHED, ConfigError
 from trainer.ladder import report
 from trainer.ladder.judge import judge, read_criterion
@@ -391,3 +391,15 @@ def shown(tree: Values) -> str:
     console.print(report.terminal(tree))
     assert isinstance(console.file, io.StringIO)
     return " ".join(console.file.getvalue().split())
+
+
+def test_the_api_judges_a_table_and_gives_a_record_for_each_arm(tmp_path):
+    table = write(tmp_path / "runs.csv", rows(results()))
+    report = api.judge(table, out=tmp_path / "out")
+    found = {row["arm"]: row for row in report.verdicts()}
+    assert {arm: row["decision"] for arm, row in found.items()} == {"better": "promote", "worse": "reject"}
+    assert found["better"]["low"] <= found["better"]["multiplier"] <= found["better"]["high"]
+    assert found["better"]["multiplier"] == pytest.approx(1.6, rel=0.2)
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == report.tree
+    with pytest.raises(ConfigError, match="val_nll"):
+        api.judge(table, columns={"loss": "val_nll"})

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from tests.support import ENVIRONMENT, ROOT, summarise_run, trainer, wait_until
 from tests.test_ladder_file import ARM, HEAD, SIZES, TARGET_TABLE, write
-from trainer import cli, provenance
+from trainer import api, cli, provenance
 from trainer import config as configs
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, ConfigError, RunDirectoryError, UsageError
 from trainer.fleet import scheduling
@@ -90,6 +90,17 @@ def hashed_results(ladder: Ladder, pool: Path) -> list[tuple[RunResult, str | No
         (dataclasses.replace(result, seconds=None), hashes[result.arm, result.rung, result.seed])
         for result in run_results(ladder, pool)
     ]
+
+
+def test_the_api_resumes_a_ladder_and_gives_its_runs_and_verdicts_as_records(reference):
+    ladder, _, done = reference
+    opened = api.open_ladder(ladder.path, ladder.path.parent / "ladders" / "reference")
+    assert [row["status"] for row in opened.run().runs()] == ["finished"] * len(done.runs)
+    report = opened.report()
+    assert {row["arm"] for row in report.verdicts()} <= {AA, "no qk-norm"}
+    assert report.tree == json.loads((opened.out / "report.json").read_text())
+    with pytest.raises(ConfigError):
+        api.open_ladder("no-such-ladder")
 
 
 def test_every_run_finishes_and_is_what_the_plain_command_makes_of_its_config(reference, home):

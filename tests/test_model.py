@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.flop_counter import FlopCounterMode
 
-from trainer import config, costs, model
+from trainer import config, costs, model, sample
 from trainer.errors import TokenizerError
 
 VOCAB = 64
@@ -355,3 +355,39 @@ def test_memory_is_divided_by_sharding_and_activations_by_recomputing() -> None:
     assert muon["optimizer"] < plain["optimizer"]
     for parts in (plain, sharded, recomputed, muon):
         assert parts["total"] == sum(parts.values()) - parts["total"]
+
+
+# Sampling
+
+
+@settings(max_examples=40, deadline=None)
+@given(switch_sets)
+def test_a_model_that_keeps_keys_and_values_takes_the_same_greedy_tokens_up_to_and_beyond_its_context(switches):
+    gpt = awake(build(**switches)).eval()
+    greedy, generator = sample.Drawing(temperature=0), torch.Generator()
+    texts = []
+    for reader in (sample.Reader(gpt, SMALL["context"]), sample.CachedReader(gpt)):
+        ids = [5, 9, 2]
+        for _ in range(20):
+            ids.append(sample.draw(reader.next_logits(ids), greedy, generator))
+        texts.append(ids)
+    assert texts[0] == texts[1]
+
+
+def test_cached_logits_are_those_of_the_whole_text_up_to_rounding():
+    gpt = awake(build(value_embeddings=True, bigram_buckets=37, n_kv_heads=2)).eval()
+    ids = tokens(16).tolist()
+    reader, whole = sample.CachedReader(gpt), gpt(torch.tensor([ids]))[0]
+    for end in (3, *range(4, 17)):
+        torch.testing.assert_close(reader.next_logits(ids[:end]), whole[end - 1])
+
+
+def test_tokens_are_drawn_from_the_fewest_likeliest_that_reach_the_share():
+    logits = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()
+    drawn: dict[float, set[int]] = {}
+    for share in (1e-9, 0.49, 0.51, 0.74, 0.76, 1.0):
+        generator = torch.Generator().manual_seed(0)
+        drawn[share] = {sample.draw(logits, sample.Drawing(1.0, 0, share), generator) for _ in range(300)}
+    assert drawn == {1e-9: {1}, 0.49: {1}, 0.51: {1, 3}, 0.74: {1, 3}, 0.76: {1, 2, 3}, 1.0: {0, 1, 2, 3}}
+    narrowed = {sample.draw(logits, sample.Drawing(1.0, 2, 0.99), torch.Generator().manual_seed(n)) for n in range(99)}
+    assert narrowed == {1, 3}

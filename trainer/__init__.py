@@ -8,6 +8,8 @@ result arrives, never the result itself.
     run = trainer.train("smoke", "runs/smoke")
     run.losses(), run.evaluations(), run.incidents(), run.events()
     trainer.open_run("runs/gpt_tiny").summary()
+    trainer.open_ladder("demo").run().report().verdicts()
+    trainer.judge("results.csv").verdicts()
 
 docs/api.md has the rest.
 """
@@ -16,10 +18,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trainer.api import Run, open_run, train
+    from trainer.api import Ladder, Report, Run, judge, open_ladder, open_run, train
     from trainer.config import Config
 
-__all__ = ["Config", "Run", "open_run", "train"]
+__all__ = ["Config", "Ladder", "Report", "Run", "judge", "open_ladder", "open_run", "train"]
 
 
 def __getattr__(name: str) -> Any:

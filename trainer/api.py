@@ -1,4 +1,4 @@
-"""The Python API, as `import trainer` offers it: train a config, and read runs as records.
+"""The Python API, as `import trainer` offers it: train a config, run a ladder, judge a table, and read all as records.
 
 Records are lists of flat dicts: `pandas.DataFrame(run.losses())` makes a table of them. Reading needs no torch.
 """
@@ -71,6 +71,107 @@ class Run:
     def incidents(self) -> list[Record]:
         """What went wrong or stopped the run, with its cost: the fields of trainer.log.incidents.Incident."""
         return self.summary()["incidents"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What runs show about the arms of a ladder or a table."""
+
+    tree: Record
+    """All of it: report.json."""
+
+    def verdicts(self) -> list[Record]:
+        """{arm, decision, why, multiplier, low, high, target_flops} of every arm but the baseline.
+
+        `decision` is "promote", "reject", "inconclusive", or "noise floor" for an arm without a change. `multiplier` is
+        what the arm is worth in the baseline's compute at the target, with its interval; None where it is unknown.
+        """
+        from trainer.ladder.report.drawing import final
+
+        judged = ((arm["name"], final(self.tree, arm["name"])) for arm in self.tree["arms"])
+        return [
+            {"arm": arm, "decision": found["decision"], "why": found["why"], "target_flops": found["target_flops"]}
+            | {"multiplier": found["multiplier"]["value"]}
+            | {"low": found["multiplier"]["low"], "high": found["multiplier"]["high"]}
+            for arm, found in judged
+            if found is not None
+        ]
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """A ladder file and its folder of results."""
+
+    path: Path
+    out: Path
+
+    def run(self, up_to: str | None = None) -> "Ladder":
+        """Make the runs that are missing, up to the rung `up_to`, in processes of this machine; return the ladder.
+
+        Ctrl-C or SIGTERM asks them to save and leaves; the same call continues. Raises what `ladder run` refuses.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            raise UsageError("Ladder.run was called in another thread.\n  Call it in the main thread, or in a process.")
+        from trainer.ladder import run
+
+        run.run(self._load(), self.out, up_to=up_to)
+        return self
+
+    def runs(self) -> list[Record]:
+        """{name, rung, arm, seed, status, …} of every run: what `ladder status --json` prints under "runs"."""
+        from trainer.ladder import run, terminal
+
+        ladder = self._load()
+        return terminal.status_json(ladder, run.read_status(ladder, self.out))["runs"]
+
+    def report(self) -> Report:
+        """Read the runs, write OUT/report.html, report.json and pictures, and return what they show."""
+        from trainer.ladder import report
+
+        return Report(report.make(self._load(), self.out))
+
+    def _load(self) -> Any:
+        from trainer.ladder.plan import load
+
+        return load.load(self.path)
+
+
+def open_ladder(path: str | Path, out: str | Path | None = None) -> Ladder:
+    """Open a ladder: a file, or the name of a built-in one ("demo"). Its results go to `out`, by default
+    runs/ladders/NAME, and its runs to `pool` beside it.
+
+    Raises ConfigError naming every problem of the file. (`trainer.ladder` is the package that it is made of.)
+    """
+    from trainer.ladder import run
+    from trainer.ladder.plan import load
+
+    found = builtin.find(Path(path), "ladders")
+    load.load(found)
+    return Ladder(found, run.default_out(found) if out is None else Path(out))
+
+
+def judge(
+    table: str | Path, *, columns: Mapping[str, str] | None = None, baseline: str | None = None,
+    criterion: str | Path | None = None, target_flops: float | None = None, more_is_better: bool | None = None,
+    out: str | Path | None = None,
+) -> Report:  # fmt: skip
+    """Judge runs that were made elsewhere, as `python -m trainer judge TABLE` does; docs/judge.md has the columns.
+
+    `columns` maps roles to columns, {"loss": "val_nll"}. With `out`, page, JSON and pictures are written there. Raises
+    ConfigError naming all that is wrong with the table.
+    """
+    from trainer.ladder import judge as judging
+    from trainer.ladder import report
+
+    if out is not None:
+        rundir.check_out(Path(out), "report.json")
+    tree = judging.judge(
+        str(table), columns=columns, baseline=baseline, target_flops=target_flops, more_is_better=more_is_better,
+        criterion=judging.read_criterion(Path(criterion)) if criterion else None,
+    )  # fmt: skip
+    if out is not None:
+        report.write(tree, Path(out))
+    return Report(tree)
 
 
 def open_run(path: str | Path) -> Run:

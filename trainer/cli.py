@@ -244,15 +244,22 @@ def sample(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 200,
     temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=0, help="Draw from the k likeliest tokens; 0 from all.")] = 50,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that together have this share.")] = 1.0,
     seed: Annotated[int, typer.Option(min=-(2**63), max=2**64 - 1, help="Same seed, same text.")] = 0,
+    samples: Annotated[int, typer.Option(min=1, help="So many texts, of seeds SEED, SEED + 1, …")] = 1,
 ) -> None:
     """Generate text from a run's newest checkpoint."""
     from trainer import sample
     from trainer.show import terminal
 
-    for piece in sample.generate(run, prompt, tokens, temperature, top_k, seed):
-        print(piece, end="", flush=True)
-    print()
+    drawing = sample.Drawing(temperature, top_k, top_p)
+    seeds = [number - 2**64 * (number >= 2**64) for number in range(seed, seed + samples)]  # after the last, the first
+    for number, text in zip(seeds, sample.generate(run, prompt, tokens, drawing, seeds), strict=True):
+        if samples > 1:
+            print(f"{chr(10) * (number != seed)}--- seed {number}")
+        for piece in text:
+            print(piece, end="", flush=True)
+        print()
     terminal.check()
 
 
