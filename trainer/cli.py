@@ -127,6 +127,7 @@ def train(
         return
     if ranks is not None:
         raise UsageError("--ranks is for --dry-run.\n  To train on N ranks: torchrun --standalone --nproc-per-node N …")
+    elastic.check_mode(config.elastic.mode)
     # Listen before torch is imported: that takes seconds, in which a stop signal may come.
     stop = signals.StopSignals()
     from trainer import job

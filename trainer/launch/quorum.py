@@ -317,7 +317,7 @@ class Job:
         left = [other for other in self._slots if not other.is_given_up]
         terminal_line(
             f"worker {slot.number} of {self._node} is not started again: it {how}, "
-            f"{slot.starts_in_a_row} times in a row before it took part. {len(left)} workers of this node are left."
+            f"{slot.starts_in_a_row} times in a row before it took part. This node has {len(left)} left."
         )
         if not left or not self._has_begun:
             self._end(EXIT_FAILED, f"worker {slot.number} of {self._node} does not start: it {how}.")

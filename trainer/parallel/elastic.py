@@ -148,6 +148,16 @@ def _check_environment() -> None:
         )
 
 
+def check_mode(mode: str) -> None:
+    """Raise WorldError if torchrun has started ranks that shall go on when one dies: torchrun ends them all."""
+    if mode == "quorum" and started_by_torchrun():
+        size = os.environ.get("WORLD_SIZE", "N")
+        raise WorldError(
+            'elastic.mode = "quorum" under torchrun: it ends all ranks when one dies, so none could go on.\n'
+            f'  Start python -m trainer launch CONFIG --workers {size}, or set elastic.mode = "restart".'
+        )
+
+
 def is_loopback(host: str) -> bool:
     """True for an address that only this machine reaches. Other names may mean another address elsewhere."""
     try:

@@ -1,0 +1,109 @@
+"""A worker without torch for tests of the launcher, and the launcher that starts such workers.
+
+python -m tests.quorum_worker launch DIRECTORY BEHAVIOUR WORKERS [SPARES]
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from trainer import config as configs
+from trainer import signals
+from trainer.errors import EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USAGE
+from trainer.launch import forkserver, quorum
+from trainer.log import rundir
+from trainer.parallel import elastic
+from trainer.parallel.membership import JobOver, Membership
+from trainer.parallel.protocol import FINISHED, HOPELESS, MICRO_BATCHES, PREEMPTED, Holding
+
+STEPS = 5
+STEP_SECONDS = 0.02
+
+
+class Worker:
+    """Takes steps alone: nothing is computed, and no other member is waited for."""
+
+    def __init__(self, directory: Path, behaviour: str) -> None:
+        given = elastic.quorum()
+        assert given is not None
+        self.directory, self.behaviour, self.slot = directory, behaviour, given.slot
+        self.lives = directory / f"lives of {self.slot}"
+        with self.lives.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        self.life = len(self.lives.read_text().split())
+        self.stopped: list[int] = []
+        for asking in signals.ASKING:
+            signal.signal(asking, lambda number, _: self.stopped.append(number))
+        if (behaviour == "wrong usage") or (behaviour == "dies at every start" and self.slot == 1 and self.life > 1):
+            sys.exit(EXIT_USAGE if behaviour == "wrong usage" else 1)
+        self.holding = Holding()
+        self.membership = Membership.connect(given, {MICRO_BATCHES: "8"}, "127.0.0.1:1")
+        self.write(f"pid of {self.membership.member}", str(os.getpid()))
+        self.meet()
+
+    def meet(self) -> None:
+        epoch = self.membership.meet(self.holding.report())
+        self.write(f"epoch {epoch.number}", " ".join(map(str, epoch.members)))
+        self.holding.enter(epoch, self.membership.member)
+        if self.holding.step is None:
+            self.holding.received(epoch.step or 0)
+
+    def write(self, name: str, text: str) -> None:
+        own = self.directory / f"{os.getpid()}"
+        own.write_text(text)
+        own.replace(self.directory / name)  # whole, whoever reads it
+
+    def run(self) -> int:
+        while not self.may_finish():
+            time.sleep(STEP_SECONDS)
+            if self.stopped:
+                self.membership.leave(PREEMPTED)
+                return EXIT_PREEMPTED
+            if self.membership.ended or self.membership.change_wanted:
+                self.meet()
+            self.holding.committed()
+            self.membership.committed(self.holding.step or 0)
+            self.misbehave()
+        self.membership.leave(FINISHED)
+        return EXIT_FINISHED
+
+    def may_finish(self) -> bool:
+        lives = {
+            "dies once": (self.directory / "epoch 3").exists,
+            "dies at every start": (self.directory / "told").exists,
+            "a spare": (self.directory / "told").exists,
+            "waits": lambda: False,
+        }
+        return (self.holding.step or 0) >= STEPS and lives.get(self.behaviour, lambda: True)()
+
+    def misbehave(self) -> None:
+        dies = self.slot == 1 and self.life == 1 and self.holding.step == 2
+        if (self.behaviour in ("dies once", "dies at every start") and dies) or (
+            self.behaviour == "dies again and again" and self.slot == 1
+        ):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.behaviour == "hopeless" and dies:
+            self.membership.leave(HOPELESS, "a number is not finite")
+            sys.exit(1)
+
+
+def main() -> int:
+    what, directory, behaviour, *counts = sys.argv[1:]
+    if what == "launch":
+        forkserver.PRELOADED = ()  # no torch: it starts at once
+        rundir.DYING_SECONDS = 0.2
+        command = ["work", directory, behaviour]
+        workers, spares = int(counts[0]), int(counts[1]) if counts[1:] else 0
+        plan = quorum.Plan(configs.Config(), command, Path(directory) / "run", workers, spares, module=__spec__.name)
+        return quorum.launch(plan)
+    elastic.belong_to_agent()
+    try:
+        return Worker(Path(directory), behaviour).run()
+    except JobOver as over:
+        return quorum.EXIT_STATUS[over.status]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

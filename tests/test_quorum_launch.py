@@ -1,0 +1,183 @@
+"""The launcher of quorum mode: whom it starts again, what it passes on, with which status it leaves.
+
+Its workers compute nothing (tests/quorum_worker.py), but they, the arbiter and the launcher are real processes.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT, SMOKE
+from trainer import config as configs
+from trainer.errors import ConfigError, WorldError
+from trainer.launch import quorum
+from trainer.parallel import elastic
+
+pytestmark = [pytest.mark.timeout(60), pytest.mark.skipif(sys.platform != "linux", reason="workers are forked")]
+
+
+class Launched:
+    """A launcher with workers that do as `behaviour` says."""
+
+    def __init__(self, directory: Path, behaviour: str, workers: int, spares: int = 0) -> None:
+        self.directory = directory
+        command = [sys.executable, "-m", "tests.quorum_worker", "launch", directory, behaviour, workers, spares]
+        self.process = subprocess.Popen(
+            list(map(str, command)), cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    def ends(self) -> tuple[int, str]:
+        _, errors = self.process.communicate(timeout=50)
+        return self.process.returncode, errors
+
+    def lives(self, slot: int) -> int:
+        """How often a worker was started in this slot."""
+        return len((self.directory / f"lives of {slot}").read_text().split())
+
+    def members(self, epoch: int) -> str:
+        return (self.directory / f"epoch {epoch}").read_text()
+
+    def wait_for(self, name: str) -> None:
+        while not (self.directory / name).exists():
+            assert self.process.poll() is None
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def launched(tmp_path: Path) -> Iterator[list[Launched]]:
+    started: list[Launched] = []
+    yield started
+    for job in started:
+        job.process.kill()
+        job.process.communicate()
+
+
+def test_a_killed_worker_is_started_again_alone_and_joins(tmp_path: Path, launched: list[Launched]):
+    launched.append(job := Launched(tmp_path, "dies once", 3))
+    assert job.ends() == (0, "")
+    assert [job.lives(slot) for slot in range(3)] == [1, 2, 1]
+    # Numbers are given in the order in which workers connect; the successor's is new.
+    assert sorted(job.members(1).split()) == ["0", "1", "2"]
+    assert len(job.members(2).split()) == 2
+    assert job.members(3).split() == [*job.members(2).split(), "3"]
+
+
+def test_a_spare_takes_the_place_of_a_killed_worker(tmp_path: Path, launched: list[Launched]):
+    launched.append(job := Launched(tmp_path, "a spare", 2, spares=1))
+    job.wait_for("epoch 1")
+    for number in range(3):
+        job.wait_for(f"pid of {number}")
+    first, second = job.members(1).split()
+    (spare,) = {"0", "1", "2"} - {first, second}
+    os.kill(int((tmp_path / f"pid of {second}").read_text()), signal.SIGKILL)
+    # At once, or an epoch later if it was still on its way to the arbiter.
+    job.wait_for("epoch 2")
+    epoch = 2 if spare in job.members(2).split() else 3
+    job.wait_for(f"epoch {epoch}")
+    assert job.members(epoch).split() == [first, spare]
+    (tmp_path / "told").touch()
+    assert job.ends()[0] == 0
+
+
+def test_a_worker_that_dies_at_every_start_is_given_up_by_name_and_the_others_finish(
+    tmp_path: Path, launched: list[Launched]
+):
+    launched.append(job := Launched(tmp_path, "dies at every start", 2))
+    assert job.process.stderr is not None
+    said = job.process.stderr.readline()
+    assert "worker 1 of" in said
+    assert f"{quorum.STARTS} times in a row before it took part. This node has 1 left." in said
+    (tmp_path / "told").touch()
+    assert (job.ends()[0], job.lives(0), job.lives(1)) == (0, 1, 1 + quorum.STARTS)
+
+
+@pytest.mark.parametrize(("behaviour", "status"), [("wrong usage", 2), ("hopeless", 1)])
+def test_an_error_that_would_be_repeated_ends_the_job_and_is_not_tried_again(
+    tmp_path: Path, launched: list[Launched], behaviour: str, status: int
+):
+    launched.append(job := Launched(tmp_path, behaviour, 2))
+    assert job.ends()[0] == status
+    assert job.lives(0) == 1
+
+
+def test_a_signal_to_the_launcher_lets_the_workers_save_and_ends_with_75(tmp_path: Path, launched: list[Launched]):
+    launched.append(job := Launched(tmp_path, "waits", 2))
+    job.wait_for("epoch 1")
+    job.process.send_signal(signal.SIGINT)
+    assert job.ends() == (75, "")
+
+
+def test_a_worker_that_is_asked_to_stop_stops_the_job(tmp_path: Path, launched: list[Launched]):
+    launched.append(job := Launched(tmp_path, "waits", 2))
+    job.wait_for("epoch 1")
+    os.kill(int((tmp_path / "lives of 1").read_text()), signal.SIGTERM)
+    assert job.ends() == (75, "")
+
+
+def test_a_killed_arbiter_is_started_again_and_nobody_else(tmp_path: Path, launched: list[Launched]):
+    launched.append(job := Launched(tmp_path, "waits", 2))
+    job.wait_for("epoch 1")
+    children = Path(f"/proc/{job.process.pid}/task/{job.process.pid}/children").read_text().split()
+    arbiters = [pid for pid in children if "trainer.parallel.arbiter" in Path(f"/proc/{pid}/cmdline").read_text()]
+    os.kill(int(*arbiters), signal.SIGKILL)
+    job.wait_for("epoch 2")
+    assert job.members(2) == job.members(1)
+    job.process.send_signal(signal.SIGTERM)
+    assert job.ends() == (75, "")
+    assert [job.lives(slot) for slot in range(2)] == [1, 1]
+
+
+def test_a_second_launcher_for_the_same_run_is_refused(tmp_path: Path, launched: list[Launched]):
+    launched.append(first := Launched(tmp_path, "waits", 1))
+    first.wait_for("epoch 1")
+    address = tmp_path / "run" / "quorum" / "address.json"
+    assert address.stat().st_mode & 0o077 == 0, "others could read the token"
+    before = json.loads(address.read_text())
+    launched.append(second := Launched(tmp_path, "waits", 1))
+    status, errors = second.ends()
+    assert status != 0
+    assert "is in use by" in errors
+    assert json.loads(address.read_text()) == before
+
+
+def test_quorum_mode_under_torchrun_is_refused_with_the_command_that_works(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(WorldError, match="python -m trainer launch CONFIG --workers 3"):
+        elastic.check_mode("quorum")
+    elastic.check_mode("restart")
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (['parallel.strategy="fsdp"'], "needs every rank for every step"),
+        (["numerics.exact=false"], "a death would change the result"),
+        (['sentinel.audit="1/4"'], "sentinel audits need ranks that stay"),
+        (["data.micro_batches=2"], "leaves 1 of 3 ranks without work"),
+    ],
+)
+def test_a_config_that_cannot_outlive_a_death_is_refused_before_any_work(
+    tmp_path: Path, settings: list[str], reason: str
+):
+    plan = quorum.Plan(configs.load(SMOKE, settings), [], tmp_path / "run", workers=3)
+    with pytest.raises(ConfigError, match=reason):
+        quorum.check(plan)
+    assert not (tmp_path / "run").exists()
+
+
+def test_workers_end_with_their_launcher(tmp_path: Path, launched: list[Launched]):
+    launched.append(job := Launched(tmp_path, "waits", 2))
+    job.wait_for("epoch 1")
+    workers = [int((tmp_path / f"lives of {slot}").read_text()) for slot in range(2)]
+    job.process.kill()
+    while any(Path(f"/proc/{pid}").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text() for pid in workers):
+        time.sleep(0.05)
