@@ -3,13 +3,16 @@
 trainer/configs is the repository's configs/ by a link, and a folder of the installed package: one rule for both.
 """
 
+import os
 from pathlib import Path
 
 from trainer import files
 from trainer.errors import ConfigError, UsageError
 
 PACKAGE = Path(__file__).resolve().parent
-IN_CHECKOUT = (PACKAGE.parent / "pyproject.toml").is_file()
+ROOT = Path(os.environ.get("TOPROPE_CHECKOUT") or PACKAGE.parent)
+"""The checkout, if there is one. It is named to a changed copy of the package, which lies elsewhere (plan/code.py)."""
+IN_CHECKOUT = (ROOT / "pyproject.toml").is_file()
 """True in a checkout of the repository, False in an installed package."""
 CONFIGS = Path(__file__).parent / "configs"
 STARTER = "starter"

@@ -35,7 +35,7 @@ def source_files(source: str) -> tuple[SourceFile, ...]:
 
 def repo_root() -> Path:
     """Return this repository, or the installed package if there is no repository around it."""
-    return builtin.PACKAGE.parent if builtin.IN_CHECKOUT else builtin.PACKAGE
+    return builtin.ROOT if builtin.IN_CHECKOUT else builtin.PACKAGE
 
 
 def _below(root: Path, is_skipped: Callable[[Path], bool], suffixes: set[str]) -> tuple[SourceFile, ...]:

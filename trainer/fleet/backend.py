@@ -45,7 +45,9 @@ class Local:
     def __call__(self, task: Task) -> Process:
         arguments = [str(task.stored.directory), task.name, str(task.ranks), str(os.getpid())]
         environment = {**THREADS, **os.environ, **task.environment}
-        if self._server is not None and (child := self._server.start(WORKER, arguments, environment)) is not None:
+        # Another package than the server's cannot be forked from it.
+        server = self._server if "PYTHONPATH" not in task.environment else None
+        if server is not None and (child := server.start(WORKER, arguments, environment)) is not None:
             return child
         # No server, or it has died. A session of its own keeps Ctrl-C from the run: the scheduler asks it to stop.
         command = [sys.executable, "-m", WORKER, *arguments]

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 from filelock import FileLock
@@ -30,6 +30,7 @@ FINAL = (f"{NumericsError.__name__}: ", f"{CheckpointError.__name__}: ")
 IN_USE = "is in use by"
 POLL_SECONDS = 0.02
 LEAVING_SECONDS = 10.0
+NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 @contextlib.contextmanager
@@ -147,7 +148,9 @@ class Supervisor(contextlib.AbstractContextManager["Supervisor"]):
     def free_slots(self) -> list[int]:
         return sorted(set(range(self.slots)) - {run.slot for run in self.runs.values()})
 
-    def try_start(self, key: str, stored: StoredRun, name: str, config: Config) -> bool:
+    def try_start(
+        self, key: str, stored: StoredRun, name: str, config: Config, environment: Mapping[str, str] = NOTHING
+    ) -> bool:
         """Start a run in a free slot; False if another scheduler has it, or has finished it meanwhile."""
         lock = stored.claim()
         if lock is None:
@@ -157,7 +160,7 @@ class Supervisor(contextlib.AbstractContextManager["Supervisor"]):
             return False
         stored.prepare(config, name)
         slot = self.free_slots[0]
-        task = Task(stored, name, self.ranks, self.devices(slot))
+        task = Task(stored, name, self.ranks, {**self.devices(slot), **environment})
         # Progress is read again at the end of each start: only a difference makes another start worth while.
         self.runs[key] = SupervisedRun(task, lock, slot, self._start(task), stored.progress())
         return True

@@ -20,6 +20,7 @@ from trainer.fleet.backend import Backend, Local
 from trainer.fleet.run_store import RunState, RunStatus, StoredRun
 from trainer.fleet.supervision import Supervisor
 from trainer.ladder import preregistration, speed, tuning
+from trainer.ladder.plan import code as codearms
 from trainer.ladder.plan.ladder import TARGET, Ladder, PlannedRun
 from trainer.ladder.preregistration import pool_of
 from trainer.ladder.speed import Speed
@@ -220,7 +221,8 @@ class _Scheduler:
             run = candidates[scheduling.next_of([*map(status.estimate, candidates)], busy)]
             left.remove(run)
             name = f"{self.ladder.name} {run.name}"
-            if not self.supervisor.try_start(run.key, StoredRun(self.pool / run.key), name, run.config):
+            stored, changed = StoredRun(self.pool / run.key), codearms.environment(run.tree)
+            if not self.supervisor.try_start(run.key, stored, name, run.config, changed):
                 self._refresh([run])  # another ladder has it, or has just finished it
 
     def _collect(self) -> None:

@@ -4,21 +4,30 @@ import difflib
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from trainer import config as configs
 from trainer.config import Config
+from trainer.errors import ConfigError
+from trainer.ladder.plan import code as codearms
 from trainer.ladder.plan import sizes
 from trainer.ladder.plan.ladder import AA, PlannedArm, PlannedRun
 from trainer.ladder.plan.schema import Arm, LadderFile
 
 
-def plan_arms(file: LadderFile, config: Config, problems: list[str]) -> dict[str, PlannedArm]:
-    """Return the arms that can be planned, by name, the A/A arm first; add what is wrong with others to `problems`."""
+def plan_arms(file: LadderFile, config: Config, folder: Path, problems: list[str]) -> dict[str, PlannedArm]:
+    """Return the arms that can be planned, by name, the A/A arm first; add what is wrong with others to `problems`.
+
+    `folder` is the ladder file's.
+    """
     # Combinations are written from single arms, which may stand below them in the file.
     singles: dict[str, PlannedArm] = {}
     for arm in file.arms:
-        if not arm.combines and (settings := _single_change(arm, file, problems)):
+        if arm.patch or arm.commit:
+            if (made := _change_of_code(arm, folder, config, problems)) is not None:
+                singles[arm.name] = made
+        elif not arm.combines and (settings := _single_change(arm, file, problems)):
             singles[arm.name] = PlannedArm(arm.name, arm.question, settings)
     arms: dict[str, PlannedArm] = {}
     if file.aa:
@@ -30,13 +39,31 @@ def plan_arms(file: LadderFile, config: Config, problems: list[str]) -> dict[str
         if arm.name in singles:
             arms[arm.name] = singles[arm.name]
         elif arm.combines and (settings := _combined_changes(arm, singles, problems)):
-            arms[arm.name] = PlannedArm(arm.name, arm.question, settings, tuple(arm.combines))
+            trees = [singles[name].tree for name in arm.combines if singles[name].tree is not None]
+            arms[arm.name] = PlannedArm(arm.name, arm.question, settings, tuple(arm.combines), *trees[:1])
     problems += [
         f"arms {first.name!r} and {second.name!r} make the same change.\n  Keep one."
         for first, second in itertools.combinations(arms.values(), 2)
         if first.settings == second.settings
     ]
     return arms
+
+
+def _change_of_code(arm: Arm, folder: Path, config: Config, problems: list[str]) -> PlannedArm | None:
+    """Return an arm that is a patch or a commit; None if it cannot be planned."""
+    named = [name for name in ("set", "patch", "commit", "combines") if getattr(arm, name)]
+    if len(named) > 1:
+        remedy = "An arm is a single change. Make several arms and one that `combines` them."
+        problems.append(f"arm {arm.name!r} has {' and '.join(named)}.\n  {remedy}")
+        return None
+    try:
+        change = codearms.read(arm, folder, config)
+    except ConfigError as error:
+        problems += [f"arm {arm.name!r}: {problem}" for problem in error.problems]
+        return None
+    # All changes of code have one key, so that a combination cannot have two of them.
+    settings = {"code.change": arm.patch or arm.commit, **change.own}
+    return PlannedArm(arm.name, arm.question, settings, tree=change.tree)
 
 
 def _single_change(arm: Arm, file: LadderFile, problems: list[str]) -> dict[str, Any]:
@@ -128,9 +155,9 @@ def difference(first: Config, second: Config) -> list[str]:
 
 
 def split_rules(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return (rules, settings): those named sizes.NAME, without the prefix, and the others."""
+    """Return (rules, settings): those named sizes.NAME, without the prefix, and the others that a config has."""
     rules = {key.removeprefix("sizes."): value for key, value in settings.items() if key.startswith("sizes.")}
-    return rules, {key: value for key, value in settings.items() if not key.startswith("sizes.")}
+    return rules, {key: value for key, value in settings.items() if not key.startswith(("sizes.", "code."))}
 
 
 def near(name: str, known: Iterable[str]) -> str:

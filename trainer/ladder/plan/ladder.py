@@ -12,6 +12,7 @@ from trainer import config as configs
 from trainer import provenance
 from trainer.config import Config
 from trainer.errors import ConfigError
+from trainer.ladder.plan import code as codearms
 from trainer.ladder.plan.schema import LadderFile
 from trainer.ladder.plan.sizes import Shape
 from trainer.ladder.stats.records import Criterion
@@ -28,8 +29,10 @@ class PlannedArm:
     name: str
     question: str
     settings: dict[str, Any]
-    """Changed settings: {"model.qk_norm": false}; rules as "sizes.NAME"."""
+    """Changed settings: {"model.qk_norm": false}; rules as "sizes.NAME"; of an arm of code also "code.patch"."""
     combines: tuple[str, ...] = ()
+    tree: Path | None = None
+    """Folder with the changed package, for an arm that changes it."""
 
     @property
     def is_aa(self) -> bool:
@@ -76,6 +79,8 @@ class PlannedRun:
     flops_per_token: int
     rate: float | None = None
     """Multiplier of the learning rate in a sweep; None outside of sweeps."""
+    tree: Path | None = None
+    """Folder with the package that the run is started with; None: the one that plans it."""
 
     @property
     def name(self) -> str:
@@ -87,7 +92,7 @@ class PlannedRun:
         """Digest of what decides the result, 16 hex digits: runs of two ladders with the same key are one run."""
         # What is held out is no part of the mathematics, but it decides the loss that is read from the run.
         scored = json.dumps(configs.flatten(self.config.eval.model_dump(mode="json")), sort_keys=True)
-        code = provenance.code_digest()
+        code = codearms.digest(self.tree)
         computed_by = "" if code == provenance.CODE_BEFORE_RECORDS else f" {code}"
         return hashlib.sha256(f"{configs.fingerprint(self.config)} {scored}{computed_by}".encode()).hexdigest()[:16]
 

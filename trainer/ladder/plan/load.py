@@ -4,6 +4,7 @@
 in what the arm declares and in nothing else.
 """
 
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +19,7 @@ from trainer.errors import ConfigError, TopropeError
 from trainer.faults import plan as faultplan
 from trainer.faults.fault import NODES
 from trainer.ladder.plan import arms as armplans
+from trainer.ladder.plan import code as codearms
 from trainer.ladder.plan import sizes
 from trainer.ladder.plan.ladder import AA, FIT_RUNGS, TARGET, Ladder, PlannedArm, PlannedRun, PlannedRung
 from trainer.ladder.plan.schema import AddedRuns, LadderFile, Rung
@@ -83,7 +85,7 @@ class _LadderBuilder:
         self._file, self._config, self._path = file, config, path
         self.problems: list[str] = []
         self._notices: list[str] = []
-        self._arms = armplans.plan_arms(file, config, self.problems)
+        self._arms = armplans.plan_arms(file, config, path.parent, self.problems)
 
     def build(self) -> Ladder:
         """Check the file and return the planned ladder; of use only if there are no problems."""
@@ -106,8 +108,17 @@ class _LadderBuilder:
         return Ladder(
             name=self._path.stem, path=self._path, file=file, criterion=Criterion(**file.criterion.model_dump()),
             rungs=rungs, arms=list(self._arms.values()), target_flops=target_flops, target=target, runs=runs,
-            notices=list(dict.fromkeys(self._notices)), settings=configs.flatten(_keyed(file.model_dump(mode="json"))),
+            notices=list(dict.fromkeys(self._notices)),
+            settings=configs.flatten(_keyed(file.model_dump(mode="json"))) | self._code_of_arms(),
         )  # fmt: skip
+
+    def _code_of_arms(self) -> dict[str, str]:
+        """Digests of what the arms of code make of it, so that an edited patch is an edit of the ladder."""
+        return {
+            f"arms.{arm.name}.code": codearms.digest_of_change(arm.tree, arm.settings)
+            for arm in self._arms.values()
+            if "code.change" in arm.settings
+        }
 
     # The file
 
@@ -228,13 +239,15 @@ class _LadderBuilder:
             try:
                 config = self._config_of(arm, scale, decay)
                 configs.check_world(config, self._file.ranks)
-                counts = sizes.counts(config.model, sizes.vocab_of(config.data, config.model.vocab_size))
+                vocab = sizes.vocab_of(config.data, config.model.vocab_size)
+                count = sizes.counts if arm.tree is None else functools.partial(codearms.counts, arm.tree)
+                counts = count(config.model, vocab)
             except ConfigError as error:
                 self.problems += [f"{where}: {problem}" for problem in error.problems]
                 if not planned:
                     return []
                 continue
-            planned.append(run := PlannedRun(arm.name, rung, config.seed, config, *counts))
+            planned.append(run := PlannedRun(arm.name, rung, config.seed, config, *counts, tree=arm.tree))
             self.problems += [f"{where}: {problem}" for problem in armplans.prove(arm, planned[0], run)]
             if run.config.budget != planned[0].config.budget:
                 self._notices.append(f"arm {arm.name!r} takes other steps, so that its tokens stay equal.")

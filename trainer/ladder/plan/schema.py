@@ -41,6 +41,10 @@ class Arm(Section):
     question: str = ""
     set: dict[str, Any] = Field(default_factory=dict)
     """One setting that changes the weights, or one rule as sizes.NAME."""
+    patch: str = ""
+    """Path of a diff, relative to the ladder file's directory: of files under trainer/, or of the user's own files."""
+    commit: str = ""
+    """Commit (7 to 40 hex digits) from which the package, or else the user's own files, are taken."""
     combines: list[str] = Field(default_factory=list)
     """Names of arms whose changes are made together."""
 
