@@ -25,7 +25,7 @@ GROUND = ("config", "config_rules", "tomlfile", "builtin", "files", "errors", "p
 COLOURS = {"many runs": "#e7e2f0", "one worker": "#f3e3dc", "training": "#fbf1d9", "log and display": "#e2efe2"}
 KINDS = {
     "many runs": ("ladder", "chaos", "fleet", "launch"),
-    "one worker": ("job", "faults", "sentinel", "loop"),
+    "one worker": ("member", "job", "faults", "sentinel", "loop"),
     "training": ("checkpoint", "step", "evaluate", "costs", "exact", "data", "model", "optim", "parallel"),
     "log and display": ("log", "show"),
 }

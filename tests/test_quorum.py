@@ -1,21 +1,30 @@
 """A rank dies and the step goes on: partial sums outlive a failed reduction, and only what is missing is computed."""
 
-from collections.abc import Iterator
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.support import SMOKE
+from tests.support import SMOKE, summarise_run, trainer, wait_until
 from trainer import config as configs
-from trainer import job, step
+from trainer import job, loop, step
 from trainer.config import Config
 from trainer.data import Batches, Prepared, prepare
+from trainer.log import events
+from trainer.log.events import EvalDone, MembersChanged, StepDone
+from trainer.parallel.membership import JobOver
 from trainer.parallel.partial import PartialSums
-from trainer.parallel.world import AllRanks, StepMembers, World
+from trainer.parallel.protocol import NOBODY, Arbiter, Epoch, Hello, Report, Seat, Send
+from trainer.parallel.quorum import Change, MembersChangedError, QuorumMembers, TransferError
+from trainer.parallel.world import AllRanks, StepMembers, World, open_store
 from trainer.phases import Phase
 from trainer.step import StepContext, StepResult, TrainState
 
@@ -98,3 +107,323 @@ def test_a_second_pass_over_a_step_computes_every_micro_batch(config: Config, pr
     assert computed == [3, 0, 1, 2, 4, 5, 6, 7, *range(8)]
     assert all(torch.equal(left, right) for left, right in zip(calm_sums, sums, strict=True))
     assert partial.done(state.step) == ()
+
+
+Death = tuple[str, int, int]
+"""Phase, completed steps, and at which passing."""
+
+
+class Killed(BaseException):
+    pass
+
+
+class Job:
+    """An arbiter, and members that are threads of this process: real gloo groups, and no sockets to the arbiter."""
+
+    def __init__(self, config: Config, prepared: Prepared, workers: int) -> None:
+        self.config, self.prepared = config, prepared
+        self.arbiter, self.changed = Arbiter(wanted=workers), threading.Condition()
+        self.workers: list[Worker] = []
+        self.commits: dict[int, list[str]] = {}
+        self.reported: set[int] = set()
+
+    def perform(self, actions: list[Any]) -> None:
+        for action in actions:
+            if isinstance(action, Send) and action.member != NOBODY:
+                next(w for w in self.workers if w.seat.member in (action.member, None)).hear(action.message)
+        self.changed.notify_all()
+
+    def start(self, dies: Death | None = None) -> "Worker":
+        worker = Worker(self, dies)
+        self.workers.append(worker)
+        with self.changed:
+            hello = Hello(None, f"worker {len(self.workers)}", worker.store, {"micro_batches": "8"})
+            self.perform(self.arbiter.hello(hello)[1])
+        worker.thread.start()
+        return worker
+
+    def ended(self, timeout: float = 60) -> "Job":
+        for worker in self.workers:
+            worker.thread.join(timeout)
+            assert not worker.thread.is_alive(), "stuck"
+        return self
+
+    def distinct_commits(self) -> dict[int, set[str]]:
+        """{step: hashes of the weights that members had after it}."""
+        return {step: set(hashes) for step, hashes in self.commits.items()}
+
+    @property
+    def survivors(self) -> list["Worker"]:
+        return [worker for worker in self.workers if worker.result is not None]
+
+    def hash(self) -> str:
+        (only,) = {worker.result for worker in self.survivors}
+        return only
+
+
+class Worker:
+    """A member, and its membership: `parallel.membership` without sockets."""
+
+    def __init__(self, job: Job, dies: Death | None) -> None:
+        self.job, self.dies, self.seat = job, dies, Seat()
+        self.passed = 0
+        self.error: BaseException = Killed()
+        self.dies_when: Callable[[], bool] = lambda: True
+        self.holds: tuple[str, int] | None = None
+        """Where this one waits until member 2 is ready to join."""
+        self.state = build(job.config, job.prepared)
+        self.server = open_store("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.store = f"127.0.0.1:{self.server.port}"
+        self._on_end: Any = None
+        self.computed: list[tuple[int, int]] = []
+        self.changes: list[Change] = []
+        self.records: list[Any] = []
+        self.result: Any = None
+        self.thread = threading.Thread(target=self.run, daemon=True)
+
+    def steps(self) -> list[StepDone]:
+        return [event for event in self.records if isinstance(event, StepDone)]
+
+    # The membership.
+
+    @property
+    def member(self) -> int:
+        assert self.seat.member is not None
+        return self.seat.member
+
+    @property
+    def ended(self) -> bool:
+        return self.seat.ended
+
+    @property
+    def change_wanted(self) -> bool:
+        return self.seat.change_wanted
+
+    @property
+    def on_end(self) -> Any:
+        return self._on_end
+
+    @on_end.setter
+    def on_end(self, callback: Any) -> None:
+        with self.job.changed:
+            self._on_end = callback
+            if callback is not None and self.seat.ended:
+                callback()
+
+    def hear(self, message: Any) -> None:
+        before = self.seat.ended
+        self.seat.hear(message)
+        if self.seat.ended and not before and self.on_end is not None:
+            self.on_end()
+
+    def meet(self, report: Report, waiting: Any = None) -> Epoch:
+        job = self.job
+        with job.changed:
+            self._on_end, self.seat.ended = None, True
+            job.reported.add(self.member)
+            job.perform(job.arbiter.met(self.member, report))
+            if not job.changed.wait_for(lambda: self.seat.fresh or self.seat.over, 60):
+                raise TimeoutError("no epoch")
+            if self.seat.over:
+                raise JobOver(self.seat.over)
+            self.seat.fresh = False
+            assert self.seat.epoch is not None
+            return self.seat.epoch
+
+    def committed(self, step: int) -> None:
+        with self.job.changed:
+            self.job.commits.setdefault(step, []).append(self.state.weights_sha256())
+            self.job.changed.notify_all()
+
+    def at(self, place: str, step: int) -> None:
+        self.pass_by(place, step)
+
+    def heartbeat(self, place: str, step: int) -> None:
+        pass
+
+    # The worker.
+
+    def run(self) -> None:
+        members = QuorumMembers(self, CPU, 8, 60, lambda state, world: self.pass_by("restore", 0), self.changes.append)
+
+        def hook(phase: str, step: int) -> None:
+            self.pass_by(phase, step)
+
+        real = job.batches_of(self.job.config, self.job.prepared)
+
+        def micro_batch(step: int, index: int) -> Any:
+            self.computed.append((step, index))
+            return real.micro_batch(step, index)
+
+        batches = cast(Batches, SimpleNamespace(micro_batch=micro_batch))
+        guarded = members.wrap_hook(hook)
+        context = StepContext(self.job.config, members, batches, guarded, change_wanted=lambda: self.change_wanted)
+        score = job.scorer(self.job.config, self.job.prepared, lambda: members.world, guarded)
+        checkpointer = cast(Any, NoCheckpointer(members))
+        try:
+            loop.train(self.state, loop.Collaborators(context, self.records.append, score, checkpointer))
+            self.result = self.state.weights_sha256()
+            with self.job.changed:
+                self.job.perform(self.job.arbiter.left(self.member, "finished", ""))
+        except Killed:
+            members.world.link.drop()  # the kernel closes the sockets of a dead process
+            with self.job.changed:
+                self.job.perform(self.job.arbiter.closed(self.member))
+        except JobOver:
+            pass
+        except TransferError as error:
+            self.result = error
+            members.world.link.drop()
+            with self.job.changed:
+                self.job.perform(self.job.arbiter.closed(self.member))
+
+    def pass_by(self, phase: str, step: int) -> None:
+        if self.dies is not None and self.dies[:2] == (phase, step):
+            self.passed += 1
+            if self.passed == self.dies[2]:
+                with self.job.changed:
+                    assert self.job.changed.wait_for(self.dies_when, 60)
+                raise self.error
+        if (phase, step) == self.holds:
+            with self.job.changed:
+                assert self.job.changed.wait_for(lambda: 2 in self.job.reported, 60)
+
+
+class NoCheckpointer:
+    def __init__(self, members: QuorumMembers) -> None:
+        self.members = members
+
+    def save(self, state: TrainState) -> None:
+        self.members.world.agree(lambda: None)
+
+    def poll(self) -> None:
+        pass
+
+    def finish(self, state: TrainState) -> None:
+        self.members.world.agree(lambda: None)
+
+
+@pytest.fixture(scope="module")
+def calm(config: Config, prepared: Prepared) -> Job:
+    job = Job(config, prepared, 1)
+    job.start()
+    return job.ended()
+
+
+PHASES = [
+    (Phase.BEFORE_FORWARD, 2, 1), (Phase.BEFORE_BACKWARD, 2, 2), (Phase.BEFORE_REDUCE, 2, 1), ("collective", 2, 3),
+    ("collective", 2, 5), (Phase.AFTER_REDUCE, 2, 1), (Phase.BEFORE_UPDATE, 2, 1), (Phase.AFTER_UPDATE, 3, 1),
+    (Phase.IN_EVAL, 3, 1), ("collective", 3, 1),
+]  # fmt: skip
+FIRST_STEP = [("restore", 0, 1), (Phase.BEFORE_FORWARD, 0, 5), (Phase.BEFORE_REDUCE, 0, 2), ("collective", 0, 10)]
+"""The first step widens its grid: its second pass begins with a rank's fourth micro-batch."""
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("death", [*PHASES, *FIRST_STEP], ids=lambda death: f"{death[0]} of step {death[1]}")
+def test_a_death_at_any_point_leaves_the_bits_as_they_are(calm: Job, death: Death, victim: int):
+    job = Job(calm.config, calm.prepared, 3)
+    for number in range(3):
+        job.start(death if number == victim else None)
+    job.ended()
+    assert len(job.survivors) == 2
+    assert job.hash() == calm.hash()
+    assert job.distinct_commits() == calm.distinct_commits()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_survivors_compute_none_of_their_own_micro_batches_again(calm: Job, victim: int):
+    (redone,) = [done.redone for done in calm.workers[0].steps() if done.step == 5]
+    assert redone == 0  # else each is computed once a pass
+    job = Job(calm.config, calm.prepared, 3)
+    for number in range(3):
+        job.start(("collective", 4, 1) if number == victim else None)
+    job.ended()
+    computed = [index for worker in job.survivors for step, index in worker.computed if step == 4]
+    assert sorted(computed) == list(range(8))
+
+
+def test_a_member_that_is_a_step_behind_gets_the_state_from_a_peer(calm: Job):
+    """The others apply the step, but its last reduction fails here: then its sums are of no use any more."""
+    job = Job(calm.config, calm.prepared, 3)
+    job.start()
+    behind = job.start(("collective", 4, 6))
+    behind.error = MembersChangedError("as if the connection were reset")
+    behind.dies_when = lambda: len(job.commits.get(5, ())) == 2
+    job.start()
+    job.ended()
+    (change,) = [change for change in behind.changes if change.received]
+    assert change.step == 5
+    assert len(job.survivors) == 3
+    assert job.hash() == calm.hash()
+    assert job.distinct_commits() == calm.distinct_commits()
+
+
+def test_a_newcomer_gets_the_state_between_two_steps(calm: Job):
+    job = Job(calm.config, calm.prepared, 2)
+    first, second = job.start(), job.start((Phase.AFTER_UPDATE, 2, 1))
+    first.holds = (Phase.BEFORE_REDUCE, 3)
+    second.thread.join(60)
+    third = job.start()
+    job.ended()
+    assert first.result == third.result == calm.hash()
+    change = third.changes[0]
+    assert change.received and change.step in (3, 4)
+    assert {step for step, _ in third.computed} == set(range(change.step, 6))
+
+
+def test_a_state_that_arrives_with_another_hash_is_not_used(calm: Job):
+    job = Job(calm.config, calm.prepared, 2)
+    first, second = job.start(), job.start((Phase.AFTER_UPDATE, 2, 1))
+    first.holds = (Phase.BEFORE_REDUCE, 3)
+    second.thread.join(60)
+    third = job.start()
+    third.state.state_sha256 = lambda: "00" * 32
+    job.ended()
+    assert isinstance(third.result, TransferError)
+    assert first.result == calm.hash()
+
+
+def test_all_but_one_may_die_in_one_step(calm: Job):
+    job = Job(calm.config, calm.prepared, 4)
+    deaths = [(Phase.BEFORE_FORWARD, 2, 2), None, ("collective", 2, 1), (Phase.BEFORE_REDUCE, 2, 1)]
+    for death in deaths:
+        job.start(death)
+    job.ended()
+    assert [worker.member for worker in job.survivors] == [1]
+    assert job.hash() == calm.hash()
+    assert job.distinct_commits() == calm.distinct_commits()
+
+
+SMOKE_SHA256 = "fbcbd2b139200b08877ce643a466dcc5d7fbdb121ef6a48514a96a6763ab0938"
+
+
+def kill_the_writer(run: Path, at_step: int) -> None:
+    """SIGKILL the first member once it has recorded this step."""
+    log = events.path_of(run, 0, 0)
+    assert wait_until(lambda: log.exists() and f'"step": {at_step},' in log.read_text(), 60)
+    ((_, start),) = events.select(events.read_file(log), events.AttemptStarted)
+    os.kill(start.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_the_death_of_the_writer_restarts_nobody_else_and_its_successor_joins(tmp_path: Path):
+    run = tmp_path / "run"
+    killer = threading.Thread(target=kill_the_writer, args=(run, 22))
+    killer.start()
+    done = trainer("launch", SMOKE, "--workers", "3", "--run", run)
+    killer.join()
+    entries = events.read(run)
+    summary = summarise_run(run)
+    assert summary["weights_sha256"] == SMOKE_SHA256
+    assert [attempt["ended"] for attempt in summary["attempts"]] == ["finished"]
+    death, join = [event for _, event in events.select(entries, MembersChanged)]
+    assert (list(death.lost), death.joined) == (["0"], [])
+    assert sorted(index for part in (death.kept, death.given) for own in part.values() for index in own) == [*range(8)]
+    assert (join.lost, join.joined) == ({}, [3])
+    # Two processes have written this log, one after the other: nothing is missing, nothing is there twice.
+    assert [event.step for _, event in events.select(entries, StepDone)] == [*range(1, 61)]
+    assert [event.step for _, event in events.select(entries, EvalDone)] == [30, 60]
+    (incident,) = summary["incidents"]
+    assert (incident["kind"], incident["rank"], incident["lost_steps"]) == ("worker_lost", 0, 0)
+    assert "worker 0 was lost" in done.stdout and "joined" in done.stdout, done.stdout

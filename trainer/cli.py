@@ -133,6 +133,10 @@ def train(
     from trainer import job
 
     run = run or Path("runs") / config_path.stem
+    if elastic.in_quorum():
+        from trainer import member
+
+        raise typer.Exit(member.train(config, run, PROCESS_STARTED, stop, accept, parent))
     raise typer.Exit(job.train(config, run, PROCESS_STARTED, stop, accept, parent))
 
 

@@ -113,7 +113,7 @@ def train(
         stack.callback(injector.close)
         ranks.from_main(lambda: check_compiler(config, device))
         claim = claim_run(config, run, ranks, accept_other_bits, stack, parent)
-        hook = _with_heartbeat(claim.watchdog, hook)
+        hook = with_heartbeat(claim.watchdog, hook)
         stopwatch.lap("connect")
         prepared, facts = prepare_data(config, claim)
         # From here on the directory is a run's, so a rank that dies now leaves a run that can be resumed.
@@ -137,7 +137,8 @@ def train(
                 checkpointer.restore(state)
                 branched = begin_from_parent(claim, state)
                 stopwatch.lap("restore")
-                announce(config, claim, facts, state.step, stopwatch, injector.notice, branched)
+                hosts = ranks.agree(socket.gethostname)
+                announce(config, claim, facts, hosts, state.step, stopwatch, injector.notice, branched)
                 if branched:  # from here on the run does not need its parent
                     checkpointer.save(state)
                 score = scorer(config, prepared, lambda: members.world, hook)
@@ -208,7 +209,7 @@ def prepare_data(config: Config, claim: Claim) -> tuple[Prepared, dict[str, Any]
 
         prepared_data(progress=progress, verify=True)
 
-    with console.preparation(enabled=ranks.is_main) as show_progress:
+    with console.preparation(enabled=ranks.is_main and elastic.expected_rank() == 0) as show_progress:
         ranks.from_main(build_on_main, waiting=heartbeat)
         prepared = prepared_data(progress=lambda *amount: heartbeat())
     read = ranks.agree(lambda: prepared.sha256)
@@ -275,8 +276,10 @@ def _record(claim: Claim, config: Config, prepared: Prepared, vocab_size: int, t
             branch.check(claim.parent, config, vocab_size, prepared.tokenizer.sha256)
         facts["parent"] = claim.parent
     try:
-        contents = rundir.record(run, config, facts)  # first: it makes the directory a run's, and refuses other data
-        prepared.tokenizer.save(rundir.tokenizer_path(run))
+        with rundir.recording(run) if elastic.in_quorum() else contextlib.nullcontext():
+            # First: it makes the directory a run's, and refuses other data.
+            contents = rundir.record(run, config, facts)
+            prepared.tokenizer.save(rundir.tokenizer_path(run))
         return contents
     except OSError as error:
         rule, remedy = "Checkpoints and events go there.", "Make room; the same command then resumes."
@@ -372,9 +375,13 @@ def show(config: Config, claim: Claim, stack: contextlib.ExitStack) -> console.C
 
 
 def announce(
-    config: Config, claim: Claim, facts: dict[str, Any], step: int, stopwatch: Stopwatch, armed: str, parent: str = ""
-) -> None:
-    """Log that the attempt starts from `step`, why the workers were started again, and what a user should know."""
+    config: Config, claim: Claim, facts: dict[str, Any], hosts: Sequence[str], step: int, stopwatch: Stopwatch,
+    armed: str, parent: str = "",
+) -> None:  # fmt: skip
+    """Log that the attempt starts from `step`, why the workers were started again, and what a user should know.
+
+    `hosts` are the names of the ranks' machines.
+    """
     ranks, log = claim.ranks, claim.log
     log.append(
         events.AttemptStarted(
@@ -394,7 +401,6 @@ def announce(
             parent=parent,
         )
     )
-    hosts = ranks.agree(socket.gethostname)
     losses = elastic.take_losses()  # taken on every node, so that none reports them again later
     if ranks.is_main:
         for lost in losses:
@@ -460,7 +466,7 @@ def check_compiler(config: Config, device: torch.device) -> None:
         raise errors.ConfigError([f"{fact}\n  {remedy}"]) from None
 
 
-def _with_heartbeat(watchdog: Watchdog, hook: Hook) -> Hook:
+def with_heartbeat(watchdog: Watchdog, hook: Hook) -> Hook:
     def both(phase: str, step: int) -> None:
         watchdog.heartbeat(phase, step)
         hook(phase, step)

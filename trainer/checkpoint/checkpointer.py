@@ -1,11 +1,12 @@
 """The training loop's view of checkpoints: restore at start, save beside training, log how each save ended."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer import checkpoint, config
 from trainer.errors import CheckpointError
-from trainer.log.events import CheckpointSaved, Event, EventLog
+from trainer.log.events import CheckpointSaved, Event, Writer
 from trainer.parallel.world import PeerLostError, World
 from trainer.phases import Hook, Phase
 
@@ -22,7 +23,7 @@ class Checkpointer:
         world: World,
         facts: dict[str, Any],
         settings: config.Checkpoint,
-        log: EventLog,
+        log: Writer,
         hook: Hook,
         heartbeat: Hook,
     ) -> None:
@@ -39,7 +40,7 @@ class Checkpointer:
         step = checkpoint.restore(
             self._run,
             state.tensors(),
-            self._world,
+            self._readers,
             self._identity["fingerprint"],
             self._log.append,
             self._hook,
@@ -48,6 +49,11 @@ class Checkpointer:
         if step is not None:
             state.restored(step)
             self._durable_step = step
+
+    @property
+    def _readers(self) -> World:
+        """The ranks that load a checkpoint together."""
+        return self._world
 
     def save(self, state: "TrainState") -> None:
         """Begin to save `state`; the writing continues beside the next steps. Waits for an earlier save first.
@@ -96,3 +102,39 @@ class Checkpointer:
                 "  More work would only be lost. Make room or repair the disk; the same command then resumes from the "
                 "newest checkpoint."
             )
+
+
+class MainCheckpointer(Checkpointer):
+    """The checkpoints of members that change, each of which holds the whole state: the main one alone writes.
+
+    So a death disturbs no save but the main member's own. The next main member saves again when a save is due.
+    """
+
+    def __init__(
+        self, present: Callable[[], World], finished: Callable[["TrainState"], None], run: Path, alone: World,
+        facts: dict[str, Any], settings: config.Checkpoint, log: Writer, hook: Hook, heartbeat: Hook,
+    ) -> None:  # fmt: skip
+        """`present` tells the members when it is called. `finished` is called by the main one when all is durable."""
+        super().__init__(run, alone, facts, settings, log, hook, heartbeat)
+        self._present, self._finished = present, finished
+        self._begun_step = -1
+
+    @property
+    def _readers(self) -> World:
+        return self._present()
+
+    def save(self, state: "TrainState") -> None:
+        def save_on_main() -> None:
+            if self._begun_step != state.step:  # else the members have changed since
+                self._begun_step = state.step
+                Checkpointer.save(self, state)
+
+        self._present().from_main(save_on_main)
+
+    def finish(self, state: "TrainState") -> None:
+        def finish_on_main() -> None:
+            Checkpointer.finish(self, state)
+            self._finished(state)
+
+        # The others leave only when it is done: if the main member dies, the next one does it.
+        self._present().from_main(finish_on_main)

@@ -34,7 +34,7 @@ from trainer.show import terminal
 
 PRELOADED = (
     "multiprocessing.synchronize", "random", "numpy.random", "rich.console", "torch.distributed.checkpoint",
-    "torch.profiler", "trainer.checkpoint.loading", "trainer.checkpoint.saving", "trainer.job",
+    "torch.profiler", "trainer.checkpoint.loading", "trainer.checkpoint.saving", "trainer.member",
 )  # fmt: skip
 """All that a run imports on its way; a fork server loads it, so that each fork has it."""
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h: this process adopts descendants whose own parent has ended

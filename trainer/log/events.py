@@ -5,17 +5,19 @@ append-only. A process may die in the middle of a line, so a torn last line is d
 is an error.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
+import os
 import sys
 import threading
 import time
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, ClassVar, Self, TypeVar
+from typing import IO, Any, ClassVar, Protocol, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
@@ -145,6 +147,19 @@ class Hung(Event, kind="hung"):
     stacks: str  # file with the stacks of this rank's threads, relative to the run directory
 
 
+class MembersChanged(Event, kind="members_changed"):
+    """Workers were lost or have joined, and the others went on. Written by the main member of the new epoch."""
+
+    epoch: int
+    members: list[int]  # by rank; the first one is the main member
+    lost: dict[str, str]  # by member: how it was noticed
+    joined: list[int]
+    step: int  # completed steps of the state that they go on from
+    kept: dict[str, list[int]]  # by member: micro-batches of the interrupted step whose sums were kept
+    given: dict[str, list[int]]  # by member: those that were missing, and that it had to compute
+    seconds: float  # from the end of the epoch before, as the main member noticed it, until they could go on
+
+
 class WorkersLost(Event, kind="workers_lost"):
     """The launcher's view of what ended the attempt before this one. Written by rank 0 of the next attempt."""
 
@@ -227,7 +242,7 @@ class EventLog:
 
     @classmethod
     def open(cls, run: Path, attempt: int, rank: int) -> Self:
-        return cls(events_directory(run) / f"attempt-{attempt:04d}-rank-{rank:05d}.jsonl", attempt, rank)
+        return cls(path_of(run, attempt, rank), attempt, rank)
 
     def create(self) -> None:
         """Create the file before the first event."""
@@ -279,6 +294,12 @@ class EventLog:
         return None
 
 
+class Writer(Protocol):
+    """Takes events: an `EventLog`, or what chooses one."""
+
+    def append(self, event: Event) -> None: ...
+
+
 E = TypeVar("E", bound=Event)
 
 
@@ -289,6 +310,30 @@ def select(entries: Iterable[Entry], kind: type[E], rank: int | None = None) -> 
 
 def events_directory(run: Path) -> Path:
     return run / "events"
+
+
+def path_of(run: Path, attempt: int, rank: int) -> Path:
+    return events_directory(run) / f"attempt-{attempt:04d}-rank-{rank:05d}.jsonl"
+
+
+def mend(path: Path) -> None:
+    """Cut off a torn last line: the file's next writer is another process. Without a file there is nothing to do."""
+    with contextlib.suppress(FileNotFoundError), open(path, "rb+", opener=files.no_follow) as file:
+        end = file.seek(0, os.SEEK_END)
+        start = max(0, end - 2**20)
+        file.seek(start)
+        tail = file.read()
+        if not tail.endswith(b"\n") and tail:
+            file.truncate(start + tail.rfind(b"\n") + 1)
+
+
+def to_record(event: Event) -> dict[str, Any]:
+    """An event as what JSON knows, for a process that may have to write it."""
+    return {"event": event.kind, **dataclasses.asdict(event)}
+
+
+def from_record(record: Mapping[str, Any]) -> Event:
+    return _decode({"attempt": 0, "rank": 0, "time": 0.0, **record}).event
 
 
 def next_attempt(run: Path) -> int:

@@ -109,6 +109,8 @@ def _claims(event: Event, lost: bool) -> dict[str, float]:
         case events.StepDone(seconds=seconds, redone=redone):
             # The step took 1 + redone computations, of which the last one counts.
             return {"productive": seconds / (1 + redone), "redone": seconds * redone / (1 + redone)}
+        case events.MembersChanged(seconds=seconds, lost=lost_members) if lost_members:
+            return {"down": seconds}
         case events.EvalDone(seconds=seconds):
             return {"evaluation": seconds}
     return {}

@@ -22,6 +22,7 @@ PROGRESS = (
     events.CheckpointFailed,
     events.NotFinite,
     events.Corrupted,
+    events.MembersChanged,
 )
 """Events that show that an attempt is at work."""
 

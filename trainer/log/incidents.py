@@ -15,7 +15,9 @@ from trainer.log.events import LOST_A_PEER, Entry, Event
 from trainer.log.history import PROGRESS, Attempt, History, Start
 
 # Events of incidents that need not end their attempt.
-_InnerEvent = events.NotFinite | events.CheckpointFailed | events.CheckpointRejected | events.Corrupted
+_InnerEvent = (
+    events.NotFinite | events.CheckpointFailed | events.CheckpointRejected | events.Corrupted | events.MembersChanged
+)
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,10 @@ class IncidentBuilder:
                 if action in ("stopped", "restarted", "quarantined"):  # it ends the attempt
                     return
                 kind, which = "corrupted", (event.what, event.micro_batch)
+            case events.MembersChanged(lost=lost_members):
+                if not lost_members:
+                    return
+                kind, rank, seconds, which = "worker_lost", int(next(iter(lost_members))), event.seconds, event.epoch
         # Several ranks may write of one incident.
         key = (attempt.number, kind, event.step, which)
         if key not in self._reported:
@@ -240,6 +246,15 @@ def describe(event: Event, rank: int = 0) -> str:
                 "quarantined": f"the job goes on without node {event.node}, or ends until that is taken out",
             }  # fmt: skip
             return f"in step {step} {event.found}: {then[event.action]}"
+        case events.MembersChanged(step=step):
+            lost = " and ".join(f"worker {member} was lost ({why})" for member, why in event.lost.items())
+            count = sum(map(len, event.given.values())) if event.kept else 0
+            again = (
+                f", with {count} micro-batch{'' if count == 1 else 'es'} of the step to compute" if event.kept else ""
+            )
+            size = len(event.members)
+            went_on = f"the other{'' if size == 1 else f' {size}'} went on with it"
+            return f"in step {step + 1} {lost}; {went_on} after {event.seconds:.2f} s{again}"
         case events.CheckpointFailed(step=step):
             times = f", {event.in_a_row} in a row" if event.in_a_row > 1 else ""
             return f"the save of step {step} failed ({first_line(event.reason)}){times}"

@@ -105,6 +105,12 @@ def _claim(run: Path, config: Config) -> AbstractContextManager[object]:
     return lock
 
 
+def recording(run: Path) -> AbstractContextManager[object]:
+    """Hold off others that would write config.json of this run now: workers that prepare each for itself."""
+    (run / "live").mkdir(parents=True, exist_ok=True)
+    return FileLock(run / "live" / "record.lock", fallback_to_soft=False)
+
+
 def record(run: Path, config: Config, facts: dict[str, Any]) -> dict[str, Any]:
     """Write config.json: `facts` (data_sha256, vocab_size, …) beside config and versions. Returns its contents.
 

@@ -120,6 +120,14 @@ class Console(LiveTable):
                 self.print(f"not finite  {describe(event)}{stops}", "bold red" if trial else "bold yellow")
             case events.Corrupted() as event:
                 self.print(f"corrupted  {describe(event)}", "bold yellow" if event.action == "repaired" else "bold red")
+            case events.MembersChanged() as event:
+                joined = ", ".join(f"worker {member}" for member in event.joined)
+                if event.lost:
+                    self.print(f"lost  {describe(event)}", "bold yellow")
+                if joined:
+                    self.print(
+                        f"joined  {joined} after step {event.step}: {plural(len(event.members), 'worker')}", "bold"
+                    )
             case events.Hung() as event:
                 pending = f"; pending: {event.collective}" if event.collective else ""
                 stacks = f"; stacks in {event.stacks}" if event.stacks else ""

@@ -72,15 +72,16 @@ class WandbHelper:
 
     def __init__(
         self, run: Path, config: Config, attempt: int, on_problem: Callable[[str], None],
-        close_timeout_seconds: float = 30.0,
+        close_timeout_seconds: float = 30.0, since: float = 0.0,
     ) -> None:  # fmt: skip
+        """`since`: a Unix time before which another helper has shown this attempt, that of a writer that died."""
         self.mode: WandbMode = wandb_mode(config)
         self.url: str | None = None  # the run's page, known when the helper has ended; None offline
         self._run, self._on_problem, self._close_timeout_seconds = run, on_problem, close_timeout_seconds
         self._helper: subprocess.Popen[bytes] | None = None
         self._output: IO[bytes] | None = None
         if self.mode != "disabled":
-            self._start(attempt)
+            self._start(attempt, since)
 
     def __call__(self, _: Entry) -> None:
         if self._helper is not None and self._helper.poll() is not None:
@@ -110,9 +111,9 @@ class WandbHelper:
             self._helper.wait()
             self._forget(f"it was not done after {self._close_timeout_seconds:g} s and was ended")
 
-    def _start(self, attempt: int) -> None:
+    def _start(self, attempt: int, since: float) -> None:
         run = self._run.resolve()
-        call = f"follow({str(run)!r}, {attempt}, {self.mode!r}, {self._close_timeout_seconds})"
+        call = f"follow({str(run)!r}, {attempt}, {self.mode!r}, {self._close_timeout_seconds}, {since})"
         command, environ = helper_command(f"from trainer.show.wandb import follow; {call}")
         try:
             (run / "wandb").mkdir(parents=True, exist_ok=True)  # without it, W&B would silently move to /tmp
@@ -158,13 +159,18 @@ def helper_command(code: str) -> tuple[list[str], dict[str, str]]:
     return [sys.executable, "-P", "-c", code], environ
 
 
-def follow(run_directory: str, attempt: int, mode: str, finish_timeout_seconds: float) -> None:
-    """The helper process: show rank 0's events of an attempt in W&B until standard input ends."""
+def follow(run_directory: str, attempt: int, mode: str, finish_timeout_seconds: float, since: float = 0.0) -> None:
+    """The helper process: show rank 0's events of an attempt, from Unix time `since` on, until standard input ends."""
     # The trainer decides when to end: the helper ignores signals to a whole session or job.
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     run = Path(run_directory)
-    earlier = [e for e in events.read(run) if e.attempt < attempt and not isinstance(e.event, events.FaultFired)]
+    earlier = [
+        entry
+        for entry in events.read(run)
+        if (entry.attempt < attempt or (entry.attempt == attempt and entry.time < since and entry.rank == 0))
+        and not isinstance(entry.event, events.FaultFired)
+    ]
     follower = events.Follower(run, f"attempt-{attempt:04d}-rank-00000.jsonl")
     with contextlib.ExitStack() as stack:
         # A killed trainer may be back before its old helper is done, and two writers of one run number their rows
@@ -180,7 +186,8 @@ def follow(run_directory: str, attempt: int, mode: str, finish_timeout_seconds: 
             # Nothing is ever written to standard input: it is readable when it ends.
             is_over = bool(select.select([sys.stdin], [], [], POLL_SECONDS)[0])
             for entry in follower.poll():
-                metrics.show(entry)
+                if entry.time >= since:
+                    metrics.show(entry)
         if metrics.exit_status == errors.EXIT_PREEMPTED:
             shown.mark_preempting()
         shown.finish(metrics.exit_status)

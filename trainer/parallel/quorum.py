@@ -1,0 +1,362 @@
+"""Quorum: a rank dies, and the step goes on. The second implementation of `Members`, beside `AllRanks`.
+
+An epoch is a group of members that train together. It ends when one of them is lost or reports; then all that are left
+meet in the next one (`Membership.meet`), with the sums that they have. `QuorumMembers` does a member's part of that:
+it makes the epoch's process group, hands the state to those that need it, keeps partial sums, and knows which
+micro-batches the arbiter has given to this member in the step that was interrupted.
+"""
+
+import datetime
+import pickle
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trainer.errors import WorldError
+from trainer.parallel.partial import PartialSums
+from trainer.parallel.protocol import Epoch, Report
+from trainer.parallel.world import StepMembers, World, open_store
+from trainer.phases import Hook, Phase
+
+T = TypeVar("T")
+CHECK_SECONDS = 0.002  # how often it is looked whether an epoch has ended while its group is made
+FRUITLESS_EPOCHS = 20
+"""So many epochs in a row without a step and without a loss mean that the members cannot reach one another."""
+PIECE = 4 * 2**20  # elements of a tensor that are sent at once
+INTERRUPTIBLE = frozenset({Phase.BEFORE_FORWARD, Phase.BEFORE_REDUCE, Phase.IN_EVAL})
+"""Phases in which a member may leave an epoch that has ended: its partial sums are whole there."""
+
+
+class MembersChangedError(RuntimeError):
+    """The epoch is over: the members that are left must meet again. No fault of this rank."""
+
+
+class TransferError(RuntimeError):
+    """The state that was received is not the one that was sent. This worker ends; its memory or network is faulty."""
+
+
+class Membership(Protocol):
+    """The connection to the arbiter, as `parallel.membership` makes it."""
+
+    @property
+    def on_end(self) -> Callable[[], None] | None: ...
+    @on_end.setter
+    def on_end(self, callback: Callable[[], None] | None) -> None: ...
+    @property
+    def member(self) -> int: ...
+    @property
+    def ended(self) -> bool: ...
+    @property
+    def change_wanted(self) -> bool: ...
+    def meet(self, report: Report, waiting: Callable[[], None] = ...) -> Epoch: ...
+    def committed(self, step: int) -> None: ...
+    def at(self, place: str, step: int) -> None: ...
+    def heartbeat(self, place: str, step: int) -> None: ...
+
+
+class State(Protocol):
+    """The part of `step.TrainState` that members need."""
+
+    step: int
+    grids: Any
+    """`exact.Grids`, or None where nothing is rounded."""
+
+    def tensors(self) -> dict[str, Tensor]: ...
+    def restored(self, step: int) -> None: ...
+    def state_sha256(self) -> str: ...
+
+
+class Link:
+    """An epoch's process group. Dropping it wakes a collective that waits in it, from any thread.
+
+    torch: `abort` does not wake one, the end of the last reference does. So nothing else may hold the group.
+    """
+
+    def __init__(self, group: dist.ProcessGroupGloo | None, passing: Callable[[], None] = lambda: None) -> None:
+        """`passing` is called before and after each collective. Without a group the link is dropped already."""
+        self._group, self._passing = group, passing
+
+    def drop(self) -> None:
+        self._group = None
+
+    def together(self, start: Callable[[Any], Any]) -> None:
+        """As `run`, for what all members do alike: they pass it in the same order."""
+        self._passing()
+        self.run(start)
+        self._passing()
+
+    def run(self, start: Callable[[Any], Any]) -> None:
+        """Start an operation of the group and wait for its end. Raises MembersChangedError if it fails."""
+        try:
+            work = start(self._held())
+            if work is not None:
+                work.wait()
+        except RuntimeError as error:
+            raise MembersChangedError(str(error)) from None
+
+    def _held(self) -> dist.ProcessGroupGloo:
+        group = self._group
+        if group is None:
+            raise MembersChangedError("the epoch has ended")
+        return group
+
+
+@dataclass(frozen=True)
+class EpochWorld(World):
+    """The members of an epoch, as one of them sees them."""
+
+    link: Link = field(default_factory=lambda: Link(None))
+
+    def max(self, tensor: Tensor) -> None:
+        if self.size > 1:
+            self.link.together(lambda group: dist.all_reduce(tensor, dist.ReduceOp.MAX, group=group, async_op=True))
+
+    def sum(self, tensor: Tensor) -> None:
+        if self.size > 1:
+            self.link.together(lambda group: dist.all_reduce(tensor, dist.ReduceOp.SUM, group=group, async_op=True))
+
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        if self.size > 1:
+            options = dist.BroadcastOptions()
+            options.rootRank, options.rootTensor = source, 0
+            self.link.together(lambda group: group.broadcast([tensor], options))
+
+    def send(self, tensor: Tensor, receiver: int) -> None:
+        """Not collective: rank `receiver` calls `receive`."""
+        self.link.run(lambda group: group.send([tensor], receiver, 0))
+
+    def receive(self, tensor: Tensor, sender: int) -> None:
+        self.link.run(lambda group: group.recv([tensor], sender, 0))
+
+    def _exchange(self, mine: Any) -> list[Any]:
+        if self.size == 1:
+            return [mine]
+        own = torch.frombuffer(bytearray(pickle.dumps(mine)), dtype=torch.uint8)
+        sizes = torch.zeros(self.size, dtype=torch.int64)
+        sizes[self.rank] = len(own)
+        self.sum(sizes)
+        # One row a rank: a sum with zeros is a gather.
+        rows = torch.zeros(self.size, int(sizes.max()), dtype=torch.uint8)
+        rows[self.rank, : len(own)] = own
+        self.sum(rows)
+        return [pickle.loads(row[:size].numpy().tobytes()) for row, size in zip(rows, sizes.tolist(), strict=True)]
+
+
+def join_group(epoch: Epoch, member: int, ended: Callable[[], bool], timeout_seconds: float) -> Any:
+    """Make the process group of an epoch: the one place where groups of a quorum are made.
+
+    Raises MembersChangedError if the epoch ends meanwhile. torch offers no way to interrupt the making, so a thread
+    does it: if a member dies then, the thread is left behind and fails by itself.
+    """
+    if len(epoch.members) == 1:
+        return None
+    made: list[Any] = []
+    host, _, port = epoch.store.rpartition(":")
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+
+    def make() -> None:
+        try:
+            store = open_store(host, int(port), timeout=datetime.timedelta(seconds=60), wait_for_workers=False)
+            own = dist.PrefixStore(f"epoch {epoch.number}", store)
+            made.append(dist.ProcessGroupGloo(own, epoch.members.index(member), len(epoch.members), timeout))
+        except RuntimeError as error:
+            made.append(error)
+
+    thread = threading.Thread(target=make, name=f"toprope-epoch-{epoch.number}", daemon=True)
+    thread.start()
+    while not made:
+        thread.join(CHECK_SECONDS)
+        if ended() and not made:
+            raise MembersChangedError("the epoch has ended while its group was made")
+    if isinstance(made[0], Exception):
+        raise MembersChangedError(f"the members cannot reach one another: {made[0]}")
+    thread.join()  # it holds the group, too
+    return made.pop()
+
+
+@dataclass(frozen=True)
+class Change:
+    """How the members came together in an epoch, for the log."""
+
+    epoch: Epoch
+    step: int
+    """Completed steps of the state that they go on from."""
+    seconds: float
+    """From the end of the epoch before, as this member noticed it, until the members can go on."""
+    received: bool
+    """True if this member has got the state from the first one."""
+
+
+class QuorumMembers:
+    """One member's part in the epochs that it is a member of."""
+
+    def __init__(
+        self,
+        membership: Membership,
+        device: torch.device,
+        micro_batches: int,
+        timeout_seconds: float,
+        restore: Callable[[Any, World], None],
+        changed: Callable[[Change], None] = lambda change: None,
+        note: Callable[[], dict[str, Any]] = dict,
+        waiting: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`restore` loads the newest checkpoint on all members where none of them has a state. Collective.
+
+        `changed` is told of each epoch, `note` is carried to all members in the reports. `timeout_seconds` is that of
+        collectives. `waiting` is called while this member waits for an epoch.
+        """
+        self._membership, self._device, self._count = membership, device, micro_batches
+        self._timeout_seconds, self._restore, self._changed = timeout_seconds, restore, changed
+        self._note, self._waiting = note, waiting
+        self._partial = PartialSums()
+        self._link = Link(None)
+        self._world = EpochWorld(0, 1, device)
+        self._state: State | None = None
+        """Set once it is whole: a report names its step."""
+        self._interrupted: StepMembers | None = None
+        """How the first step of the epoch is computed; None: dealt out in turn."""
+        self._stages: set[str] = set()
+        """What has been done after the last step."""
+        self._ended_at: float | None = None
+        self._fruitless = 0
+
+    @property
+    def world(self) -> EpochWorld:
+        return self._world
+
+    @property
+    def has_met(self) -> bool:
+        """True once this worker has been a member with a whole state."""
+        return self._state is not None
+
+    @property
+    def partial(self) -> PartialSums:
+        return self._partial
+
+    def wrap_hook(self, hook: Hook) -> Hook:
+        """A hook that also reports progress, and leaves an epoch that has ended where nothing is lost by that."""
+        main = threading.get_ident()
+
+        def both(phase: str, step: int) -> None:
+            if threading.get_ident() == main:  # the thread that writes checkpoints passes phases too
+                self._membership.heartbeat(phase, step)
+            hook(phase, step)
+            if phase in INTERRUPTIBLE and self._membership.ended:
+                raise MembersChangedError(f"the epoch has ended ({phase})")
+
+        return both
+
+    def meet(self, state: State) -> bool:
+        """See `Members.meet`. Tries again until an epoch has begun in which nobody is lost meanwhile."""
+        while True:
+            try:
+                return self._meet(state)
+            except MembersChangedError:
+                continue
+
+    def _meet(self, state: State) -> bool:
+        started = self._ended_at or time.monotonic()
+        self._link.drop()
+        step = self._state.step if self._state is not None else None
+        have = self._partial.done(state.step) if step is not None else ()
+        self._partial.put_back()
+        note = {"stages": sorted(self._stages), **self._note()}
+        epoch = self._membership.meet(Report(step=step, have=have, key="", note=note), self._waiting)
+        self._ended_at = None
+        self._count_fruitless(epoch)
+        own, rank = self._membership.member, epoch.members.index(self._membership.member)
+        group = join_group(epoch, own, lambda: self._membership.ended, self._timeout_seconds)
+        self._link = link = Link(group, lambda: self._membership.at("collective", state.step))
+        del group
+        self._world = world = EpochWorld(rank, len(epoch.members), self._device, link=link)
+        self._membership.on_end = link.drop
+        received = own in epoch.receivers
+        if epoch.step is None:
+            self._restore(state, world)
+            self._stages = {"all"}
+        else:
+            self._hand_over(state, world, epoch)
+            newest = [report for report in epoch.reports.values() if report.step == epoch.step]
+            self._stages = set().union(*(report.note.get("stages", ()) for report in newest))
+        self._state = state
+        if not epoch.kept.get(own, ()):
+            self._partial.forget()
+        share = StepMembers(world, range(self._count), tuple(epoch.work.get(own, ())), self._partial)
+        self._interrupted = share if epoch.step is not None else None
+        self._changed(Change(epoch, state.step, time.monotonic() - started, received))
+        return "all" not in self._stages and state.step > 0
+
+    def _count_fruitless(self, epoch: Epoch) -> None:
+        self._fruitless = 0 if epoch.left else self._fruitless + 1
+        if self._fruitless > FRUITLESS_EPOCHS:
+            raise WorldError(
+                f"{FRUITLESS_EPOCHS} times the workers have met, and their collectives failed although none was lost.\n"
+                "  They may not reach one another's ports: check firewalls and GLOO_SOCKET_IFNAME."
+            )
+
+    def _hand_over(self, state: State, world: EpochWorld, epoch: Epoch) -> None:
+        """Give the state of the first member to those that need it, and check it by its hash."""
+        assert epoch.step is not None
+        receivers = [epoch.members.index(member) for member in epoch.receivers]
+        tensors = state.tensors()
+        digest = torch.zeros(32, dtype=torch.uint8)
+        if receivers and world.rank == 0:
+            digest.copy_(_digest(state))
+            for receiver in receivers:
+                for piece in _pieces(tensors):
+                    world.send(piece, receiver)
+                world.send(digest, receiver)
+        elif world.rank in receivers:
+            self._state = None  # until all of it is there
+            for piece in _pieces(tensors):
+                world.receive(piece, 0)
+            world.receive(digest, 0)
+            if not torch.equal(digest, _digest(state)):
+                raise TransferError("the state that a peer has sent has another hash here")
+            state.restored(epoch.step)
+
+    def commit(self, step: int, compute: Callable[[StepMembers], T]) -> T:
+        assert self._state is not None
+        members = self._interrupted or StepMembers(self._world, range(self._count), partial=self._partial)
+        grids = self._state.grids
+        magnitude = None if grids is None else grids.magnitude.clone()
+        try:
+            return compute(members)
+        except MembersChangedError:
+            if grids is not None and magnitude is not None:
+                grids.restore(magnitude)  # it may have been widened: the others begin again on the committed one
+            raise
+
+    def applied(self, step: int, change: bool) -> None:
+        self._interrupted, self._stages, self._fruitless = None, set(), 0
+        self._membership.committed(step)
+        if change:
+            raise MembersChangedError("a worker waits to join")
+
+    def once(self, name: str, act: Callable[[], None]) -> None:
+        if not self._stages & {name, "all"}:
+            act()
+            self._stages.add(name)
+
+    def outlive(self, error: BaseException) -> bool:
+        if not isinstance(error, MembersChangedError):
+            return False
+        self._ended_at = self._ended_at or time.monotonic()
+        return True
+
+
+def _pieces(tensors: dict[str, Tensor]) -> Sequence[Tensor]:
+    """Views of all tensors in the order of their names, none too large to be sent at once."""
+    flat = (tensors[name].detach().view(-1) for name in sorted(tensors))
+    return [piece for tensor in flat if tensor.numel() for piece in tensor.split(PIECE)]
+
+
+def _digest(state: State) -> Tensor:
+    return torch.frombuffer(bytearray.fromhex(state.state_sha256()), dtype=torch.uint8)
