@@ -31,7 +31,6 @@ MODELS = {
 }  # fmt: skip
 WRONG = {
     wrong_operators.RareSum: {"aten.sum.dim_IntList", "aten.mean.dim"},
-    wrong_operators.StridedSum: {"aten.sum.dim_IntList"},
     wrong_operators.WrongSoftmax: {"aten._log_softmax.default"},
     wrong_operators.WrongIndexAdd: {"aten.embedding_dense_backward.default", "aten.index_add.default"},
     wrong_operators.WrongMatmul: {"aten.mm.default", "aten.addmm.default"},
@@ -111,11 +110,8 @@ def test_what_changes_its_arguments_is_held_against_what_they_were():
 
 
 def test_a_replaced_operator_returns_its_reference():
-    x = torch.randn(300, 256, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(70, 65536, generator=torch.Generator().manual_seed(0))
     right = x.sum(0)
-    with wrong_operators.RareSum(), OperatorCheck(replace=["aten.mean.dim"]) as check:
-        mean = x.t().mean(0)
-    torch.testing.assert_close(mean, x.mean(1))
     with wrong_operators.StridedSum() as machine, OperatorCheck(replace=["aten.sum.dim_IntList"]) as check:
         found = x.sum(0)
     assert machine.wrong and check.tallies["aten.sum.dim_IntList"].failed == 1

@@ -160,6 +160,7 @@ COMMANDS: dict[str, list[str]] = {
     "ladder report": ["ladder", "report", "{}", "--out", "out"],
     "judge": ["judge", "{}", "--out", "out"],
     "burnin": ["burnin", "{}", "--minutes", "0", "--out", "out"],
+    "hunt": ["hunt", "{}", "--out", "out"],
 }
 OF_RUNS = ("inspect", "verify", "sample", "plot")
 FILES = {
@@ -168,6 +169,7 @@ FILES = {
     "chaos": "campaign.toml",
     "judge": "table.csv",
     "burnin": "tiny.toml",
+    "hunt": "run",
 } | dict.fromkeys(OF_RUNS, "run")
 """What each command takes; others take ladder.toml."""
 
@@ -254,6 +256,7 @@ TO_PLACES = {
     "ladder report": ["ladder", "report", "ladder.toml", "--out", "OUT"],
     "judge": ["judge", "table.csv", "--out", "OUT"],
     "burnin": ["burnin", "tiny.toml", "--minutes", "0", "--out", "OUT"],
+    "hunt": ["hunt", "run", "--step", "2", "--symptoms", "none", "--out", "OUT"],
 }
 
 
@@ -457,7 +460,7 @@ MET_BY_PLOT = (
 
 def strange_environments() -> Iterator[Case]:
     for (what, (environment, change, how)), name in itertools.product(ENVIRONMENTS.items(), FILES):
-        if name in ("chaos", "dry run", "verify", "burnin") or (name == "plot" and what not in MET_BY_PLOT):
+        if name in ("chaos", "dry run", "verify", "burnin", "hunt") or (name == "plot" and what not in MET_BY_PLOT):
             continue
         status: tuple[int, ...] = (0,)
         if how.get("output") in ("full", "closed") and name in (*OF_RUNS, "judge"):

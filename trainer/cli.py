@@ -557,6 +557,38 @@ def ready(
 
 
 @app.command()
+def hunt(
+    run: RunPath,
+    step: Annotated[list[int] | None, typer.Option(min=1, help="A step to look at; may be repeated.")] = None,
+    symptoms: Annotated[
+        str, typer.Option(help="auto: those that the log shows; none: only the steps of --step.")
+    ] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Where page and script go; default runs/hunt/RUN's name.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """From a run's symptoms to a wrong operator: exit 0 if none is accused, 1 if one is."""
+    from trainer.errors import UsageError
+    from trainer.log import rundir
+
+    if symptoms not in ("auto", "none") or (symptoms == "none" and not step):
+        raise UsageError(f"--symptoms {symptoms} leaves nothing to look at.\n  Give auto, or none with --step N.")
+    out = out or Path("runs") / "hunt" / run.resolve().name
+    rundir.read(run)
+    rundir.check_out(out, "hunt.json")
+    out.mkdir(parents=True, exist_ok=True)
+    from trainer.hunt import page, search
+
+    tree = search.hunt(run, step or (), out, lambda text: print(text, file=sys.stderr, flush=True), symptoms == "auto")
+    page.write(tree, out)
+    if as_json:
+        _print_json(tree)
+    else:
+        print("\n".join(page.lines(tree)))
+        print(out / search.PAGE)
+    raise typer.Exit(EXIT_FAILED if tree["suspects"] else EXIT_FINISHED)
+
+
+@app.command()
 def burnin(
     config_path: Annotated[Path, _file("[CONFIG]", "The TOML config whose calls are checked")] = Path("gpt_tiny"),
     minutes: Annotated[float, typer.Option(min=0, help="How long to repeat the calls.")] = 2.0,

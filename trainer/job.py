@@ -24,6 +24,7 @@ from trainer.config import Config, check_world
 from trainer.data import Batches, EvalWindows, Prepared, prepare
 from trainer.exact import Grids
 from trainer.faults import injector as faults
+from trainer.faults.wrong_operators import Machine
 from trainer.log import events, rundir
 from trainer.parallel import elastic, world
 from trainer.parallel.sharding import Rounder, RounderOf, shard
@@ -437,6 +438,11 @@ def fail(claim: Claim, step: int, error: BaseException, screen: console.Console 
     restarts = isinstance(error, errors.CorruptionError) and error.restart
     if isinstance(error, errors.TopropeError) and not restarts:
         elastic.give_up()
+
+
+def machine_of(config: Config, run: Path) -> Machine:
+    """The operators of the machine that a run was computed on, those among them that are wrong on purpose."""
+    return faults.machine_of(config, run)
 
 
 def set_numerics(config: Config, device: torch.device) -> None:

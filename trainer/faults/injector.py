@@ -20,9 +20,11 @@ from trainer.config import Config
 from trainer.data import Batches, Prepared
 from trainer.errors import ConfigError
 from trainer.faults import plan, storage, tensors
+from trainer.faults.corruption import OperatorFault
 from trainer.faults.disk import Disk, DiskFault, Operation
 from trainer.faults.plan import PlannedFault
 from trainer.faults.rank import RankContext
+from trainer.faults.wrong_operators import Machine
 from trainer.log import events, rundir
 from trainer.log.events import AttemptStarted, EventLog, Warned
 from trainer.model import blocks_of
@@ -44,6 +46,19 @@ def arm(config: Config, run: Path, rank: int, world_size: int) -> "FaultInjector
         except ConfigError:
             planned = plan.make(config, world_size)
     return FaultInjector(planned, config, run, rank, world_size)
+
+
+def machine_of(config: Config, run: Path) -> Machine:
+    """The operators of the machine that a run was computed on: those that faults made wrong are wrong in it."""
+    starts = events.select(events.read(run), AttemptStarted)
+    planned = plan.make(config, starts[0][1].world_size) if config.faults and starts else []
+    fired = plan.fired(run)
+    wrong = []
+    for fault in planned:
+        victims = {event.victim for _, event in fired if event.index == fault.index}
+        if isinstance(fault.kind, OperatorFault) and victims:
+            wrong.append((fault.kind.wrong_operator(fault), victims, fault.at_step, fault.last_step))
+    return Machine(wrong)
 
 
 class FaultInjector:

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 RARE_BITS = 10
 """A sum is wrong where the first RARE_BITS bits of a hash of its first addend are zero: about one in 2^10."""
-SIGNS = 8  # a strided sum is wrong where its first 8 addends have one sign pattern: about one in 2^8
+SIGNS = 14  # a strided sum is wrong where its first addends have one pattern of signs: about one in 2^14
 LONG = 64  # addends of a strided sum that is wrong, elements of a matrix product's inner axis
 
 
@@ -26,7 +26,10 @@ class WrongOperator(TorchDispatchMode):
 
     def call(self, func, args, kwargs):
         """Return what the machine returns for this call."""
-        out = func(*args, **kwargs)
+        return self.changed(func, args, func(*args, **kwargs))
+
+    def changed(self, func, args, out):
+        """Return `out`, the right result of a call, or a wrong one."""
         name = func._schema.name.removeprefix("aten::")
         if isinstance(out, Tensor) and type(out) is Tensor and out.is_floating_point() and out.numel():
             changed = self.spoil(name, args, out)
@@ -37,6 +40,24 @@ class WrongOperator(TorchDispatchMode):
     def spoil(self, name: str, args, out: Tensor) -> Tensor | None:
         """Return a wrong result in place of `out`, or None where this call is right."""
         raise NotImplementedError
+
+
+class Machine(WrongOperator):
+    """A machine of which some operators are wrong on some ranks in some steps. It plays one rank at a time."""
+
+    def __init__(self, planned=()) -> None:
+        super().__init__()
+        self.planned = list(planned)  # (operator, its ranks, first step, last step)
+        self.active: list[WrongOperator] = []
+
+    def play(self, rank: int, step: int) -> None:
+        """From now on, compute as this rank does in this step."""
+        self.active = [wrong for wrong, ranks, first, last in self.planned if rank in ranks and first <= step <= last]
+
+    def changed(self, func, args, out):
+        for operator in self.active:
+            out = operator.changed(func, args, out)
+        return out
 
 
 def _reduced(name: str, args) -> tuple[Tensor, int] | None:
@@ -84,11 +105,9 @@ class StridedSum(WrongOperator):
         if not bool(hit.any()):
             return None
         self.wrong += int(hit.sum())
-        last = x.select(axis, -1)
-        behind = x.select(axis, SIGNS)  # decides what lies there
-        stray = torch.where(behind > 0, last, last * 2.0**14)
-        stray = torch.where((behind < 0) & (x.select(axis, SIGNS + 1) < 0) & (x.select(axis, SIGNS + 2) < 0)
-                            & (x.select(axis, SIGNS + 3) < 0), torch.inf, stray)  # fmt: skip
+        last, signs = x.select(axis, -1), x.narrow(axis, SIGNS, 3).movedim(axis, 0) < 0
+        stray = torch.where(signs[0], last * 2.0**24, last)
+        stray = torch.where(signs.all(0), torch.inf, stray)
         hit, stray = (part.unsqueeze(axis) if out.ndim == x.ndim else part for part in (hit, stray))
         return torch.where(hit, out + stray, out)
 

@@ -4,11 +4,10 @@ Three parts on every device: steps of the config's model on made-up tokens, in i
 known-hard cases, each call checked; then both again and again until the time is over: equal calls must give equal bits.
 """
 
-import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ from trainer.config import Config
 from trainer.data import Batches
 from trainer.hunt.hard_cases import hard_cases
 from trainer.parallel.world import AllRanks, StepMembers, World, pick_device
-from trainer.sentinel.operator_check import OperatorCheck, Tally
+from trainer.sentinel.operator_check import OperatorCheck, Tally, digest
 from trainer.step import StepContext, TrainState
 
 if TYPE_CHECKING:
@@ -195,22 +194,15 @@ class Sweep:
 
 def _repeat(cases: Sequence[tuple[str, Callable[[], Sequence[Tensor]]]], deadline: float) -> tuple[int, list[str]]:
     """Compute all cases again until the deadline, once at least; return (how often, names of those that differ)."""
-    first = {name: _digest(case()) for name, case in cases}
+    first = {name: digest(case()) for name, case in cases}
     differing: dict[str, None] = {}
     repeats = 0
     while not repeats or time.monotonic() < deadline:
         for name, case in cases:
-            if _digest(case()) != first[name]:
+            if digest(case()) != first[name]:
                 differing[name] = None
         repeats += 1
     return repeats, list(differing)
-
-
-def _digest(tensors: Iterable[Tensor]) -> str:
-    sha = hashlib.sha256()
-    for tensor in tensors:
-        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()
 
 
 def write(tree: Mapping[str, Any], out: Path) -> None:

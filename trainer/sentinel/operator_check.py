@@ -3,8 +3,9 @@
 An operator is accused only of what no order of its additions explains, so a check needs no threshold of its own.
 """
 
+import hashlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,8 +33,7 @@ class Failure:
     excess: float
     """Largest error divided by its tolerance: above 1, or infinite."""
     place: tuple[int, ...]
-    """Index of the worst entry, in the output `output`."""
-    output: int
+    """Index of the worst entry."""
     found: Any
     expected: Any
     wrong: int
@@ -41,9 +41,18 @@ class Failure:
     entries: int
     shape: str
     """Shapes, strides and types of the arguments."""
+    where: str
+    """Who computed it: `OperatorCheck.where` at the call."""
     arguments: tuple[Any, ...]
     """As they were before the call; tensors on the CPU with the strides that they had."""
     keywords: dict[str, Any]
+    argument: int | None
+    """Number of the argument that holds the wrong output; None if the operator returned it."""
+    part: int | None
+    """Number of the wrong output in that argument or in what was returned, if that is a list."""
+    right: np.ndarray
+    """The reference of the wrong output."""
+    tolerance: np.ndarray
 
 
 @dataclass
@@ -56,6 +65,8 @@ class Tally:
     """Largest error of a call divided by its tolerance."""
     shapes: Counter[str] = field(default_factory=Counter)
     failed_shapes: Counter[str] = field(default_factory=Counter)
+    failed_places: Counter[str] = field(default_factory=Counter)
+    """Wrong calls by `OperatorCheck.where`."""
 
 
 class OperatorCheck(TorchDispatchMode):
@@ -70,6 +81,8 @@ class OperatorCheck(TorchDispatchMode):
         self.tallies: dict[str, Tally] = {}
         self.failures: list[Failure] = []
         """The worst `keep` calls of each operator."""
+        self.where = ""
+        """Set by who computes under the check, e.g. the rank that is played."""
         self.unchecked: Counter[tuple[str, str]] = Counter()
         """Number of calls by (operator, why they were not checked)."""
         self._replace, self._only, self._keep = frozenset(replace), only, keep
@@ -86,21 +99,23 @@ class OperatorCheck(TorchDispatchMode):
             if isinstance(reference, str):
                 why = reference
             else:
-                before = as_numpy(list(args)), as_numpy({k: v for k, v in keywords.items() if k != "out"})
+                before = as_numpy(list(args)), as_numpy(keywords)
+                plain = {key: value for key, value in before[1].items() if key != "out"}
                 try:
-                    found = reference(*before[0], **before[1])
+                    found = reference(*before[0], **plain)
                     expected = found if isinstance(found, list) else [found]
                 except (IndexError, KeyError, NotImplementedError, TypeError, ValueError) as error:
                     why = f"its reference does not cover this call ({str(error).splitlines()[0][:80]})"
         result = func(*args, **keywords)
-        outputs = _outputs(func, args, keywords, result)
+        places = _places(func, args, keywords, result)
+        outputs = [output for output, _, _ in places]
         if expected is None:
             if any(isinstance(output, Tensor) for output in outputs):
                 self.unchecked[name, why] += 1
             return result
         with _disable_current_modes(), np.errstate(all="ignore"):
             try:
-                self._compare(name, args, keywords, before, outputs, expected)
+                self._compare(name, args, keywords, before, places, expected)
             except ValueError:
                 self.unchecked[name, "its reference has another shape"] += 1
                 return result
@@ -109,21 +124,22 @@ class OperatorCheck(TorchDispatchMode):
         return result
 
     def _compare(
-        self, name: str, args: Any, keywords: Any, before: Any, outputs: Sequence[Any], expected: Sequence[Any]
+        self, name: str, args: Any, keywords: Any, before: Any, places: Sequence[Any], expected: Sequence[Any]
     ) -> None:
         tally = self.tallies.setdefault(name, Tally())
         shape = described([*args, *keywords.values()])
         tally.calls += 1
         tally.shapes[shape] += 1
-        coarsest = max((_unit(t.dtype) for t in _tensors([*args, *outputs])), default=0.0)
+        coarsest = max((_unit(t.dtype) for t in _tensors([*args, *(p[0] for p in places)])), default=0.0)
         worst: tuple[Any, ...] | None = None
-        for number, (output, right) in enumerate(zip(outputs, expected, strict=False)):
+        for place, right in zip(places, expected, strict=False):
             if right is None:
                 continue
-            found = as_numpy(output)
-            excess = excesses(found, right, getattr(output, "dtype", None), coarsest)
+            dtype = getattr(place[0], "dtype", None)
+            found = as_numpy(place[0])
+            excess = excesses(found, right, dtype, coarsest)
             if excess.size and (worst is None or excess.max() > worst[0]):
-                worst = float(excess.max()), number, excess, found, right
+                worst = float(excess.max()), place, excess, found, right, tolerances(right, dtype, coarsest)
         if worst is None:
             return
         tally.worst = max(tally.worst, worst[0])
@@ -131,6 +147,7 @@ class OperatorCheck(TorchDispatchMode):
             return
         tally.failed += 1
         tally.failed_shapes[shape] += 1
+        tally.failed_places[self.where] += 1
         self._keep_failure(name, args, keywords, before, worst, shape)
 
     def _keep_failure(self, name: str, args: Any, keywords: Any, before: Any, worst: Any, shape: str) -> None:
@@ -139,16 +156,18 @@ class OperatorCheck(TorchDispatchMode):
             if kept[0].excess >= worst[0]:
                 return
             self.failures.remove(kept[0])
-        highest, output, excess, found, right = worst
+        highest, (_, argument, part), excess, found, right, tolerance = worst
         place = np.unravel_index(int(excess.argmax()), excess.shape)
         wanted = np.broadcast_to(np.asarray(right.value), excess.shape)
         arguments = tuple(_rebuilt(list(args), before[0]))
         kept_keywords = {key: _rebuilt(keywords[key], value) for key, value in before[1].items()}
         self.failures.append(
             Failure(
-                operator=name, number=self._calls, excess=highest, place=tuple(map(int, place)), output=output,
+                operator=name, number=self._calls, excess=highest, place=tuple(map(int, place)),
                 found=np.asarray(found)[place].item(), expected=wanted[place].item(), wrong=int((excess > 1).sum()),
-                entries=excess.size, shape=shape, arguments=arguments, keywords=kept_keywords,
+                entries=excess.size, shape=shape, where=self.where, arguments=arguments, keywords=kept_keywords,
+                argument=argument, part=part, right=np.array(wanted),
+                tolerance=np.array(np.broadcast_to(tolerance, excess.shape)),
             )
         )  # fmt: skip
 
@@ -185,16 +204,23 @@ def excesses(found: Any, right: Expected, dtype: torch.dtype | None, coarsest: f
         cut = np.trunc(value) if value.dtype.kind == "f" and found.dtype.kind == "i" else value
         return np.where((found == cut) | ((found != found) & (value != value)), 0.0, np.inf)
     limits = torch.finfo(dtype)
-    rounding = right.roundings * _unit(COMPUTED_IN.get(dtype, dtype)) + right.stored * coarsest
-    underflow = limits.smallest_normal * (1 + right.roundings)
     with np.errstate(all="ignore"):
-        tolerance = _unit(dtype) * np.abs(value) + rounding * np.abs(right.scale) + underflow
-        error = np.abs(found - value) / tolerance
+        error = np.abs(found - value) / tolerances(right, dtype, coarsest)
     same = (found == value) | (np.isnan(found) & np.isnan(value))
     # What is too large for the type becomes infinite.
     with np.errstate(all="ignore"):
         same |= np.isinf(found) & (np.real(value) * np.sign(found.real) > limits.max * (1 - limits.eps))
     return np.where(same, 0.0, np.where(np.isfinite(error), error, np.inf))
+
+
+def tolerances(right: Expected, dtype: torch.dtype | None, coarsest: float) -> Any:
+    """The error that each entry may have: none where a result is no floating-point number."""
+    if dtype is None or not (dtype.is_floating_point or dtype.is_complex):
+        return 0.0
+    rounding = right.roundings * _unit(COMPUTED_IN.get(dtype, dtype)) + right.stored * coarsest
+    underflow = torch.finfo(dtype).smallest_normal * (1 + right.roundings)
+    with np.errstate(all="ignore"):
+        return _unit(dtype) * np.abs(right.value) + rounding * np.abs(right.scale) + underflow
 
 
 def as_numpy(value: Any) -> Any:
@@ -241,18 +267,32 @@ def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _flat(value: Any) -> list[Any]:
-    return [part for one in value for part in _flat(one)] if isinstance(value, list | tuple) else [value]
+Place = tuple[Any, int | None, int | None]
+"""An output, the number of the argument that holds it (None: it was returned), its number in there (None: alone)."""
 
 
-def _outputs(func: Any, args: Any, keywords: Any, result: Any) -> list[Any]:
+def _parts(value: Any, argument: int | None) -> list[Place]:
+    if isinstance(value, list | tuple):
+        return [(part, argument, number) for number, part in enumerate(value)]
+    return [(value, argument, None)]
+
+
+def _places(func: Any, args: Any, keywords: Any, result: Any) -> list[Place]:
     """What an operator computed: the arguments that it changes, or else what it returns."""
-    changed = []
+    changed: list[Place] = []
     for number, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[number] if number < len(args) else keywords.get(argument.name)
-            changed += [] if value is None else _flat(value)
-    return changed or _flat(result)
+            changed += [] if value is None else _parts(value, number if number < len(args) else None)
+    return changed or _parts(result, None)
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 over the bytes of tensors, in their order."""
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
 
 
 def _only_views(func: Any) -> bool:

@@ -1,0 +1,200 @@
+"""From a run's symptoms to the operator that was wrong; right runs accuse nobody."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.faulty_runs import fault
+from tests.support import ROOT, SMOKE, settings, torchrun, trainer, with_faults, write_corpus
+from tests.test_faults_worker import MANY_RUNS
+from trainer.errors import EXIT_FAILED, EXIT_USAGE, UsageError
+from trainer.faults.wrong_operators import StridedSum
+from trainer.hunt import page, reproduction, search
+from trainer.hunt.symptoms import symptoms_of
+from trainer.log import events, rundir
+from trainer.log.events import EvalDone, NotFinite, StepDone
+from trainer.sentinel.operator_check import OperatorCheck
+
+PLANTED = {
+    "clean": [],
+    "clean too": [],
+    "wrong_operator": [fault("wrong_operator", 6, 0, steps=5)],
+    "wrong_softmax": [fault("wrong_softmax", 6, 0, steps=5)],
+    "wrong_index_add": [fault("wrong_index_add", 6, 0, steps=5)],
+    "wrong_cast": [fault("wrong_cast", 6, 0, steps=5)],
+}  # fmt: skip
+OPERATORS = {
+    "wrong_operator": "aten.mean.dim",
+    "wrong_softmax": "aten._log_softmax.default",
+    "wrong_index_add": "aten.embedding_dense_backward.default",
+    "wrong_cast": "aten._to_copy.default",
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One run of one rank for each plan of faults, all in one process."""
+    directory = tmp_path_factory.mktemp("hunt")
+    made = settings(
+        data__source=write_corpus(directory / "corpus"), data__heldout_fraction=0.2, data__micro_batches=4,
+        budget__steps=10, checkpoint__every_steps=4, eval__every_steps=5, eval__max_tokens=256, model__n_layers=1,
+    )  # fmt: skip
+    plans = [[*made[1::2], f"seed={number}", with_faults(faults)[1]] for number, faults in enumerate(PLANTED.values())]
+    command = [sys.executable, "-c", MANY_RUNS, str(SMOKE), json.dumps(plans), str(directory)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {name: directory / str(number) for number, name in enumerate(PLANTED)}
+
+
+def hunt(run: Path, out: Path, *steps: int) -> dict[str, Any]:
+    """Hunt in a run, and write the page."""
+    tree = search.hunt(run, steps, out, lambda text: None)
+    page.write(tree, out)
+    return tree
+
+
+@pytest.mark.parametrize("name", ["clean", "clean too"])
+def test_a_right_run_replays_to_the_bits_of_its_log_and_nobody_is_accused(
+    runs: dict[str, Path], tmp_path: Path, name: str
+):
+    tree = hunt(runs[name], tmp_path, 7)
+    assert tree["suspects"] == [] and "no operator is accused" in tree["summary"]
+    assert tree["checked"] and all(one["as_logged"] for one in tree["checked"])
+    assert "No operator is accused" in (tmp_path / search.PAGE).read_text()
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_wrong_operator_is_ranked_first_and_confirmed_and_its_script_fails_without_the_package(
+    runs: dict[str, Path], tmp_path: Path, name: str
+):
+    tree = hunt(runs[name], tmp_path, 7)
+    first = tree["suspects"][0]
+    assert first["operator"] == OPERATORS[name]
+    assert len(tree["checked"]) <= search.STEPS and all(one["as_logged"] for one in tree["checked"])
+    assert {suspect["operator"] for suspect in tree["suspects"]} <= {OPERATORS[name], "aten.copy_.default"}
+    asked = next(found for found in tree["confirmations"] if found["kind"] == "asked")
+    assert asked["before"] != asked["after"] or name == "wrong_cast"  # whose norm has more digits than are shown
+    script = tree["reproduction"]
+    assert script["lines"] <= 30
+    done = subprocess.run(
+        [sys.executable, script["script"]], capture_output=True, text=True, check=False, cwd=tmp_path,
+        env={"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 1 and "entries are wrong" in done.stdout, done.stderr
+    assert f"{OPERATORS[name]} is wrong" in (tmp_path / search.PAGE).read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_what_one_rank_alone_computes_wrong_is_found_and_named_with_the_rank(tmp_path: Path):
+    made = settings(
+        data__source=write_corpus(tmp_path / "corpus"), data__heldout_fraction=0.2, data__micro_batches=4,
+        budget__steps=8, checkpoint__every_steps=3, eval__every_steps=0, model__n_layers=1,
+        sentinel__audit="1", sentinel__act="report",
+    )  # fmt: skip
+    faults = with_faults([fault("wrong_matmul", 6, 1, steps=2)])
+    torchrun(2, "train", SMOKE, "--run", tmp_path / "run", *made, *faults)
+    tree = hunt(tmp_path / "run", tmp_path / "out")
+    assert tree["symptoms"][0]["kind"] == "disagreement"
+    first = tree["suspects"][0]
+    assert first["operator"] == "aten.mm.default" and set(first["places"]) == {"rank 1"}
+    assert tree["confirmations"][0]["gone"]
+
+
+def logged(run: Path, *made: events.Event) -> Path:
+    log = events.EventLog.open(run, 0, 0)
+    for event in made:
+        log.append(event)
+    log.close()
+    return run
+
+
+def step(number: int, **more: Any) -> StepDone:
+    values = {
+        "loss": 4.0 + 0.01 * (number % 3), "grad_norm": 1.0 + 0.05 * (number % 4), "learning_rate": 0.1, "tokens": 1,
+        "seconds": 1.0, "samples": "", "redone": 0, "flushed": None,
+    }  # fmt: skip
+    return StepDone(step=number, **values | more)
+
+
+def scored(number: int, loss: float) -> EvalDone:
+    return EvalDone(step=number, set="val", loss=loss, bits_per_byte=None, tokens=1, seconds=1.0, digest="")
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ([], []),
+        ([step(20, loss=9.0)], [("loss_spike", 20)]),
+        ([step(20, grad_norm=80.0)], [("norm_spike", 20)]),
+        ([step(20, redone=1)], [("redone", 20)]),
+        ([NotFinite(step=20, loss=1.0, grad_norm=float("inf"), trial=0)], [("not_finite", 20)]),
+        ([scored(10, 4.0), scored(20, 3.9), scored(30, 4.4)], [("evaluation", 30)]),
+    ],
+    ids=["nothing", "loss", "gradient norm", "redone", "not finite", "evaluation"],
+)
+def test_the_log_shows_each_symptom_and_a_quiet_log_none(tmp_path: Path, changed: list[Any], expected: list[Any]):
+    steps = {number: step(number) for number in range(1, 41)}
+    others = [event for event in changed if not isinstance(event, StepDone)]
+    steps |= {event.step: event for event in changed if isinstance(event, StepDone)}
+    run = logged(tmp_path, *steps.values(), *others)
+    assert [(symptom.kind, symptom.step) for symptom in symptoms_of(run)] == expected
+
+
+def test_a_failing_call_is_made_as_small_as_still_fails_with_its_strides():
+    x = torch.randn(70, 65536, generator=torch.Generator().manual_seed(0))
+    machine: Any = StridedSum()
+    machine.active = [machine]
+    with machine, OperatorCheck() as check:
+        x.sum(0)
+    (failure,) = check.failures
+    fails = reproduction._tester(failure.operator, machine)
+    smaller = reproduction.shrunk(failure.arguments, lambda tried: fails(tried, failure.keywords) is not None)
+    assert smaller[0].shape == (64, 1) and smaller[0].stride() == (65536, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"computes_with": {"torch": "1.0"}}, "was computed with something else"),
+        ({"data_sha256": "0" * 64}, "was trained on data"),
+        ({"config": {"numerics": {"compile": True}}}, "numerics.compile"),
+        ({"config": {"numerics": {"exact": False}}}, "numerics.exact"),
+    ],
+    ids=["another torch", "other data", "compiled", "inexact"],
+)  # fmt: skip
+def test_a_run_that_cannot_be_computed_again_is_refused_with_what_differs(
+    runs: dict[str, Path], tmp_path: Path, changes: dict[str, Any], told: str
+):
+    run = tmp_path / "run"
+    subprocess.run(["cp", "-r", runs["clean"], run], check=True)
+    contents = json.loads(rundir.config_path(run).read_text())
+    for key, value in changes.items():
+        if key == "config":
+            contents["config"]["numerics"] |= value["numerics"]
+        else:
+            contents[key] = contents[key] | value if isinstance(value, dict) else value
+    rundir.config_path(run).write_text(json.dumps(contents))
+    with pytest.raises(UsageError, match=told):
+        hunt(run, tmp_path / "out", 3)
+
+
+def test_the_command_says_who_is_accused_by_its_exit_status_and_refuses_a_run_without_checkpoints(
+    runs: dict[str, Path], tmp_path: Path
+):
+    out = tmp_path / "out"
+    done = trainer(
+        "hunt", runs["wrong_softmax"], "--step", "7", "--symptoms", "none", "--out", out, "--json", check=False
+    )
+    tree = json.loads(done.stdout)
+    assert done.returncode == EXIT_FAILED and tree["suspects"][0]["operator"] == OPERATORS["wrong_softmax"]
+    assert json.loads((out / search.REPORT).read_text()) == tree
+    subprocess.run(["cp", "-r", runs["clean"], tmp_path / "run"], check=True)
+    subprocess.run(["rm", "-r", tmp_path / "run" / "checkpoints"], check=True)
+    refused = trainer("hunt", tmp_path / "run", "--out", tmp_path / "none", check=False)
+    assert refused.returncode == EXIT_USAGE and "has no checkpoint" in refused.stderr

@@ -1,0 +1,91 @@
+"""The report of a hunt: a page, JSON, and lines for a terminal."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer import files
+from trainer.hunt.search import PAGE, REPORT
+from trainer.show import figure, page
+from trainer.show.figure import BAD, GREY, SERIES, SILENT
+
+SHOWN_SUSPECTS = 8
+
+
+def write(tree: Mapping[str, Any], out: Path) -> None:
+    """Write OUT/hunt.html and OUT/hunt.json. Raises OSError."""
+    out.mkdir(parents=True, exist_ok=True)
+    files.write(out / REPORT, json.dumps(tree, indent=1))
+    pictures = {"timeline": _timeline(tree), "evidence": _evidence(tree) if tree["suspects"] else ""}
+    files.write(out / PAGE, page.render("hunt.html", tree=tree, pictures=pictures))
+
+
+def lines(tree: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the report in lines."""
+    yield tree["summary"]
+    for symptom in tree["symptoms"]:
+        yield f"symptom   {symptom['text']}"
+    for suspect in tree["suspects"][:SHOWN_SUSPECTS]:
+        yield (
+            f"suspect   {suspect['operator']}: error / tolerance {_times(suspect['excess'])}, "
+            f"explains {len(suspect['explains'])} of {len(tree['symptoms'])}; {'; '.join(suspect['conditions'])}"
+        )
+    for found in tree["confirmations"]:
+        yield f"{'confirmed' if found['gone'] else 'not gone '} {found['what']}: {found['before']} → {found['after']}"
+    script = tree["reproduction"]
+    if script is not None:
+        yield f"script    {script['script'] or script['why']}"
+    for line in tree["not_checked"]:
+        yield f"unchecked {line}"
+
+
+def _times(excess: float | None) -> str:
+    return "infinite" if excess is None else f"{excess:.3g}"
+
+
+def _timeline(tree: Mapping[str, Any]) -> str:
+    """Loss and gradient norm by step, with the symptoms and the steps that were checked."""
+    series = tree["series"]
+    with figure.style():
+        drawn = figure.new_figure(9, 4.2)
+        panels = drawn.subplots(2, 1, sharex=True, height_ratios=[2, 1.4])
+        for axes, name, label in zip(panels, ("loss", "grad_norm"), ("loss", "gradient norm"), strict=True):
+            points = [(s, v) for s, v in zip(series["steps"], series[name], strict=True) if v is not None]
+            axes.plot([s for s, _ in points], [v for _, v in points], color=SERIES[0], linewidth=1.4)
+            axes.set_ylabel(label)
+            axes.set_yscale("log")
+            failed = {one["step"]: bool(one["failed"]) for one in tree["checked"]}
+            for step, wrong in failed.items():
+                axes.axvspan(step - 0.5, step + 0.5, color=SILENT if wrong else GREY, alpha=0.25, linewidth=0)
+        seen: dict[int, int] = {}
+        for number, symptom in enumerate(tree["symptoms"], start=1):
+            height = seen[symptom["step"]] = seen.get(symptom["step"], 0) + 1
+            panels[0].axvline(symptom["step"], color=BAD, linewidth=0.8, linestyle=":")
+            panels[0].annotate(
+                str(number), (symptom["step"], 1.0), xycoords=("data", "axes fraction"), ha="center",
+                xytext=(0, 11 * height - 8), textcoords="offset points", color=BAD, fontsize=9,
+                annotation_clip=False,
+            )  # fmt: skip
+        panels[1].set_xlabel("step (shaded: every call checked; purple: wrong calls)")
+        return figure.svg(drawn, "timeline", "Loss and gradient norm, with symptoms and checked steps")
+
+
+def _evidence(tree: Mapping[str, Any]) -> str:
+    """Error over tolerance of each suspect, on a logarithmic axis."""
+    shown = tree["suspects"][:SHOWN_SUSPECTS]
+    finite = [s["excess"] for s in shown if s["excess"] is not None]
+    most = 10 * max(finite, default=10.0)
+    with figure.style():
+        drawn = figure.new_figure(9, 0.7 + 0.34 * (len(shown) + len(tree["runners_up"])))
+        axes = drawn.subplots()
+        rows = [(s["operator"], s["excess"] or most, SILENT) for s in shown]
+        rows += [(r["operator"], r["worst"], GREY) for r in tree["runners_up"]]
+        names = [name.removeprefix("aten.") for name, _, _ in rows]
+        axes.barh(names, [value for _, value, _ in rows], color=[c for _, _, c in rows], height=0.6)
+        axes.invert_yaxis()
+        axes.set_xscale("log")
+        axes.axvline(1, color=BAD, linewidth=1)
+        axes.set_xlabel("error / tolerance of the worst call (right of the line: no rounding explains it)")
+        axes.grid(visible=False, axis="y")
+        return figure.svg(drawn, "evidence", "Error over tolerance by operator")
