@@ -24,6 +24,7 @@ import torch
 from scripts import bench_chaos as chaos
 from scripts import bench_forecast as forecast
 from scripts import bench_ladder as ladder
+from scripts import bench_sentinel
 from scripts import bench_survival as survival
 from scripts.bench_tables import Ratio, record
 from trainer import config as configs
@@ -177,19 +178,42 @@ def exact_against_plain_worker() -> None:
 def sentinel_worker(size: str) -> None:
     """One of two ranks: steps with a check and without, alternating in the same processes."""
     ranks = world.connect(torch.device("cpu"), 120)
-    base, steps, rounds = (BIG, 1, 9) if size == "big" else (SMALL, 16, 15)
-    found = {}
+    base, steps, rounds = (BIG, 1, 15) if size == "big" else (SMALL, 16, 25)
     # Audits are measured where every micro-batch has one: a share of them costs that share of it.
-    for name, check in (("hashes", "state_hash_every_steps=1"), ("audit", 'audit="1"')):
-        with tempfile.TemporaryDirectory() as directory:
-            plain = Ours(load(base, "numerics.threads=1"), ranks, Path(directory))
-            watched = Ours(load(base, "numerics.threads=1", f"sentinel.{check}"), ranks, Path(directory))
-            ratio, a, b = alternate(plain, watched, steps, rounds)
-            parameters = costs.parameter_count(plain.state.model).total
-        found[name] = {"ratio": vars(ratio), "plain_seconds": a, "watched_seconds": b}
+    checks = {"plain": [], "hashes": ["sentinel.state_hash_every_steps=1"], "audit": ['sentinel.audit="1"']}
+    with tempfile.TemporaryDirectory() as directory:
+        loops = {
+            name: Ours(load(base, "numerics.threads=1", *check), ranks, Path(directory))
+            for name, check in checks.items()
+        }
+        parameters = costs.parameter_count(loops["plain"].state.model).total
+        seconds: dict[str, list[float]] = {name: [] for name in loops}
+        for number in range(-1, rounds):  # the first warms up
+            for name in list(loops)[:: 1 if number % 2 else -1]:
+                started = time.perf_counter()
+                loops[name](steps if number >= 0 else max(2, steps))
+                seconds[name] += [(time.perf_counter() - started) / steps] if number >= 0 else []
+    found: dict[str, Any] = {"parameters": parameters}
+    for name in ("hashes", "audit"):
+        ratio = Ratio.of([watched / plain for watched, plain in zip(seconds[name], seconds["plain"], strict=True)])
+        found[name] = {"ratio": vars(ratio), "plain_seconds": statistics.median(seconds["plain"])}
     if ranks.is_main:
-        print("RESULT " + json.dumps({**found, "parameters": parameters}))
+        print("RESULT " + json.dumps(found))
     world.disconnect()
+
+
+def sentinel_flips() -> dict[str, Any]:
+    """What a sentinel finds of flipped bits, and what other rules find. Goes on where it was interrupted."""
+    bench_sentinel.worker()
+    return bench_sentinel.figure()
+
+
+def sentinel_clean(steps: int = 100_000) -> dict[str, Any]:
+    """False alarms in a run without faults. Goes on where it was interrupted."""
+    run = bench_sentinel.CLEAN
+    settings = [part for setting in bench_sentinel.clean_settings(steps) for part in ("--set", setting)]
+    torchrun("-m", "trainer", "train", "configs/smoke.toml", "--run", str(run), *settings)
+    return bench_sentinel.clean(run)
 
 
 def memory_worker(strategy: str) -> None:
@@ -389,6 +413,10 @@ def measure(name: str) -> dict[str, Any]:
             return {size: worker("sentinel", size) for size in ("small", "big")}
         case "sentinel_faults":
             return chaos.sentinel()
+        case "sentinel_flips":
+            return sentinel_flips()
+        case "sentinel_clean":
+            return sentinel_clean()
         case "catalogue":
             return chaos.catalogue()
         case "storm":
@@ -406,7 +434,8 @@ def measure(name: str) -> dict[str, Any]:
 
 FIGURES = (
     "throughput_12m", "throughput_0.8m", "exact_against_plain_sums", "bf16_compile", "first_step", "memory",
-    "shakespeare", "seeds", "saving", "killed", "nodes", "goodput", "sentinel", "sentinel_faults", "catalogue", "storm",
+    "shakespeare", "seeds", "saving", "killed", "nodes", "goodput", "sentinel", "sentinel_faults", "sentinel_flips",
+    "sentinel_clean", "catalogue", "storm",
     "mutants", "ladder", "forecast", "forecast_storms",
 )  # fmt: skip
 

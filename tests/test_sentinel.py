@@ -204,6 +204,13 @@ def test_one_rank_alone_never_claims_that_a_result_is_repaired(trial: FaultyRun)
     assert "may both be wrong" in summarise_run(trial.run)["incidents"][0]["text"]
 
 
+@pytest.mark.slow
+def test_a_weight_that_is_not_finite_is_copied_from_a_replica_instead_of_ending_the_run(trial: FaultyRun):
+    trial.survive(3, [fault("nan_weights", 5, 1)], *ON)
+    trial.ends_as_reference(attempts=1)
+    assert found(trial) == [(5, "state", 1, "repaired")]
+
+
 def test_parameters_with_three_axes_are_checked_too(tmp_path: Path):
     made = settings(data__source=write_corpus(tmp_path / "corpus"), data__heldout_fraction=0.2, budget__steps=4)
     experts = [

@@ -100,8 +100,9 @@ class NanWeights(VisibleFault):
     imitates = "memory that is overwritten"
     made = "one weight of one rank is not finite"
     detected = "the loss is not finite, also when computed again"
-    recovered = "the run stops and says where; the same command resumes from the checkpoint"
+    recovered = "copied from a replica by a sentinel; without one the run stops and says where, and resumes on command"
     exits = (0, 1)
+    may_cause = ("corrupted",)
 
     def tensors(self, rank: RankContext) -> "list[Tensor]":
         from trainer.model import blocks_of

@@ -22,17 +22,17 @@ def contiguous_copy(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def flip(tensors: Sequence[Tensor], bits: int, chance: random.Random) -> None:
+def flip(tensors: Sequence[Tensor], bits: int, chance: random.Random, among: Sequence[int] | None = None) -> None:
     """Flip `bits` bits, in place, of one number drawn from all numbers of `tensors` that are not zero.
 
-    The bits are drawn from the upper half of the number without the exponent's highest bit. Lower bits mostly drown in
-    rounding, and the highest one would make the number infinite or NaN, which is noticed. If `bits` is more than that,
-    the rest goes into further numbers.
+    The bits are drawn from `among` (0 is the lowest), by default from the upper half of the number without the
+    exponent's highest bit. Lower bits mostly drown in rounding, and the highest one would make the number infinite or
+    NaN, which is noticed. If `bits` is more than that, the rest goes into further numbers.
     """
     while bits > 0:
         number, position = _draw(tensors, chance)
         word = number.element_size() * 8
-        worthwhile = [bit for bit in range(word // 2, word) if bit != word - 2]
+        worthwhile = [bit for bit in range(word // 2, word) if bit != word - 2] if among is None else among
         chosen = chance.sample(worthwhile, min(bits, len(worthwhile)))
         mask = sum(1 << bit for bit in chosen)
         mask -= (mask >> word - 1) << word  # as the signed integer of these bits

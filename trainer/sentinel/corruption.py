@@ -32,7 +32,7 @@ from torch import Tensor
 
 from trainer.config import Config
 from trainer.data import Batches
-from trainer.errors import CorruptionError
+from trainer.errors import CorruptionError, NumericsError
 from trainer.log.events import Corrupted, EventLog
 from trainer.parallel.sharding import Rounder, RounderOf
 from trainer.parallel.world import Members, StepMembers, World
@@ -202,7 +202,15 @@ class Sentinel:
         findings: list[Finding] = []
         for trial in range(TRIALS):
             compute_once = functools.partial(self._compute, compute, picked, trial)
-            result, observed = self._members.commit(step, compute_once)
+            try:
+                result, observed = self._members.commit(step, compute_once)
+            except NumericsError:
+                # Wrong weights may give a loss that is not finite however often it is computed.
+                if not self._checking or trial or self._act != "repair" or not self._heals_weights(step + 1):
+                    raise
+                if grids is not None and magnitude is not None:
+                    grids.restore(magnitude)
+                continue
             disagreeing = self._judge(observed)
             if earlier is not None:
                 # Whoever gave other bits the first time was wrong then.
@@ -440,6 +448,22 @@ class Sentinel:
         else:
             now = combined(self._hashes(*prefixes).values())
             self._compare_replicas(step, now, now)
+
+    def _heals_weights(self, step: int) -> bool:
+        """True if the weights were wrong, and are now those of a replica. Collective, on all ranks alike."""
+        self._sink, self._checking = None, True
+        self._own.zero_()  # the search for the first value that is not finite has passed gradients
+        self._wrong.pop("state", None)
+        table = torch.zeros(self.world.size, 2, dtype=torch.int64, device=self.world.device)
+        table[self.world.rank, 0], table[self.world.rank, 1] = self._compare_with_seal("model.")
+        self.world.sum(table)
+        suspects = self._suspects([(now, sealed) for now, sealed in table.tolist()])
+        if suspects is None:
+            return False
+        (finding,) = self._with_parameters([Finding("state", suspects)])
+        self._heal(step, finding)
+        self._settle(step, [finding], "repaired")
+        return True
 
     def _compare_replicas(self, step: int, now: int, sealed: int) -> None:
         """Compare (hash now, as sealed) of all ranks, and act where they differ. Collective."""
