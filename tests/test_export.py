@@ -113,13 +113,13 @@ def test_a_trained_run_writes_the_same_greedy_text_in_transformers(tmp_path: Pat
     done = trainer("export", tmp_path / "run", tmp_path / "out")
     assert "ApertusForCausalLM" in done.stdout
     assert "not an empty folder" in trainer("export", tmp_path / "run", tmp_path / "out", check=False).stderr
-    expected = "".join(sample.generate(tmp_path / "run", "def ", 20, 0.0, 0, 0))
+    (drawn,) = [*map("".join, sample.generate(tmp_path / "run", "def ", 20, sample.Drawing(0.0, 0), [0]))]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
         model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
         ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer("def ", add_special_tokens=False)["input_ids"]]])
         found = model.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=tokenizer.eos_token_id)[0]
-    assert tokenizer.decode(found, skip_special_tokens=True) == expected
+    assert tokenizer.decode(found, skip_special_tokens=True) == drawn
     assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] % 64 == 0
     assert Tokenizer.load(tmp_path / "out" / "tokenizer.json").vocab_size == tokenizer.vocab_size

@@ -13,7 +13,8 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 
@@ -24,6 +25,7 @@ from trainer.errors import ConfigError
 from trainer.launch import processes
 from trainer.log import rundir
 from trainer.log.events import CheckpointFailed, CheckpointSaved, EventLog, StepDone, StopRequested, Warned, read
+from trainer.show import tensorboard, utilisation, wandb
 from trainer.show.console import Console
 from trainer.show.wandb import WandbHelper, wandb_mode
 
@@ -465,3 +467,83 @@ def test_the_helper_starts_no_thread_and_leaves_the_environment_alone(run: Run):
         run.start()
         assert (dict(os.environ), threading.active_count()) == (environ, threads)
         assert "wandb" not in sys.modules or sys.modules["wandb"].run is None
+
+
+# TensorBoard, fed by the same follower
+
+
+TENSORBOARD: Config = parse({"budget": {"steps": 60}, "wandb": {"mode": "disabled"}, "tensorboard": {"on": True}})
+
+
+class FakeWriter:
+    """What tensorboard.summary.Writer is asked to write, by the folder that it writes to."""
+
+    written: ClassVar[dict[str, list[tuple[str, float, int]]]] = {}
+
+    def __init__(self, folder: str) -> None:
+        self.rows = self.written.setdefault(Path(folder).name, [])
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.rows.append((name, value, step))
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def test_tensorboard_gets_the_numbers_of_every_row_over_its_step_in_a_folder_of_the_attempt(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(tensorboard.importlib, "import_module", lambda name: SimpleNamespace(Writer=FakeWriter))
+    run.start()
+    run.write(step(1, memory_bytes=7))
+    run.write(evaluated(1))
+    sinks = wandb.Sinks()
+    sinks.sinks.append(tensorboard.TensorboardRun(run.path, 3))
+    about = {"flops_per_token": 100, "config": {"numerics": {"precision": "bf16"}}}
+    about |= {"computes_with": {"device model": "NVIDIA H100 80GB HBM3"}}
+    metrics = wandb._Metrics(sinks, [], None, about)
+    for entry in read(run.path):
+        metrics.show(entry)
+    rows = FakeWriter.written["attempt-0003"]
+    assert ("train/loss", 4.99, 1) in rows and ("eval/val/loss", 2.5, 1) in rows and ("run/memory_bytes", 7, 1) in rows
+    ((_, share, _),) = [row for row in rows if row[0] == "train/mfu"]
+    size = next(value for name, value, _ in rows if name == "run/world_size")
+    assert share == pytest.approx(100 * 2048 / 0.5 / (989e12 * size))
+    assert not any(name == "step" for name, _, _ in rows)
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 989e12), ("NVIDIA H100 PCIe", "bf16", 756e12),
+        ("NVIDIA L40S", "fp32", 91.6e12),
+        ("NVIDIA L4", "bf16", 121e12), ("NVIDIA A100-SXM4-80GB", "fp32", 19.5e12), ("AMD EPYC 7B13", "bf16", None),
+    ],
+)  # fmt: skip
+def test_the_peak_of_a_device_is_known_by_its_name_or_unknown(device: str, precision: str, peak: float | None):
+    about = {"computes_with": {"device model": device}, "config": {"numerics": {"precision": precision}}}
+    assert utilisation.known(about) == (None, peak)
+    assert utilisation.known({}) == (None, None)
+
+
+def test_tensorboard_without_its_package_is_refused_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tensorboard.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'toprope\[tensorboard\]'"):
+        tensorboard.check(TENSORBOARD)
+    tensorboard.check(CONFIG)
+
+
+def test_tensorboard_opens_what_the_helper_writes_and_wandb_is_left_alone(run: Run):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with shown(run, TENSORBOARD):
+        run.start()
+        for n in range(1, 4):
+            run.write(step(n))
+        run.write(ended())
+    assert not list(run.path.glob("wandb/offline-run-*"))
+    opened = accumulator.EventAccumulator(str(run.path / "tensorboard" / "attempt-0000"))
+    opened.Reload()
+    assert [found.step for found in opened.Tensors("train/loss")] == [1, 2, 3]

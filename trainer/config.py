@@ -251,6 +251,13 @@ class Wandb(Section):
     """Runs of one group are shown together."""
     tags: tuple[str, ...] = ()
     """Labels of the run."""
+    job_type: str = "train"
+    """Kind of work, by which W&B groups runs too."""
+
+
+class Tensorboard(Section):
+    on: bool = False
+    """Write RUN/tensorboard too, the same curves as in W&B. Needs the package: pip install 'toprope[tensorboard]'."""
 
 
 class FaultEntry(Section, extra="allow"):
@@ -295,6 +302,8 @@ class Config(Section):
     """Which ranks compute, receive or keep wrong bits, and what is done about it. Changes no bit of the result."""
     wandb: Wandb = Wandb()
     """Where the run is shown in Weights & Biases."""
+    tensorboard: Tensorboard = Tensorboard()
+    """Curves for TensorBoard."""
     faults: tuple[FaultEntry, ...] = ()
     """Planned faults, as [[faults]] tables. None by default."""
 

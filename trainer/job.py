@@ -6,10 +6,12 @@ The only place where objects are wired together. Each stage returns a value that
 import contextlib
 import functools
 import os
+import resource
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ from trainer.parallel.world import AllRanks, World
 from trainer.phases import Hook, Phase, no_hook
 from trainer.sentinel.corruption import Sentinel
 from trainer.sentinel.hang import Watchdog
-from trainer.show import console
+from trainer.show import console, tensorboard
 from trainer.show.wandb import WandbHelper, wandb_mode
 from trainer.step import StepContext, TrainState
 
@@ -143,7 +145,7 @@ def train(
                 if branched:  # from here on the run does not need its parent
                     checkpointer.save(state)
                 score = scorer(config, prepared, lambda: members.world, hook)
-                record = loop.by_main(ranks, claim.log)
+                record = with_memory(loop.by_main(ranks, claim.log), ranks.device)
                 finished = loop.train(state, loop.Collaborators(context, record, score, checkpointer))
             if finished:
                 hook(Phase.BEFORE_END, state.step)
@@ -170,6 +172,7 @@ def claim_run(
 
     def claim_on_main() -> tuple[int, list[str], branch.Record | None]:
         wandb_mode(config)  # only rank 0 shows the run, but a wrong mode is an error before any work
+        tensorboard.check(config)
         stack.enter_context(rundir.claim(run, config))
         before = rundir.read(run) if rundir.is_run(run) else {}
         other_bits = provenance.compare(run, before, of_ranks, accept_other_bits)
@@ -373,6 +376,20 @@ def show(config: Config, claim: Claim, stack: contextlib.ExitStack) -> console.C
     stack.callback(lambda: helper.url and print(f"W&B: {helper.url}", flush=True))
     claim.log.subscribe(stack.enter_context(helper))
     return screen
+
+
+def with_memory(record: Callable[[events.Event], None], device: torch.device) -> Callable[[events.Event], None]:
+    """Note the peak of this rank's memory in the event of each step: of its GPU, or of the process."""
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+
+    def note(event: events.Event) -> None:
+        if isinstance(event, events.StepDone):
+            on_cpu = device.type == "cpu"
+            usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if on_cpu else None
+            event = replace(event, memory_bytes=torch.cuda.max_memory_reserved(device) if usage is None else usage)
+        record(event)
+
+    return note
 
 
 def announce(

@@ -74,6 +74,7 @@ class StepDone(Event, kind="step"):
     samples: str  # digest of the sample ids that the ranks really computed, in micro-batch order
     redone: int  # number of times the step was computed again on a coarser grid
     flushed: float | None  # share of non-zero gradient entries rounded to zero; None where it was not measured
+    memory_bytes: int | None = None  # peak so far of rank 0: of its device, on CPUs of the process
 
 
 class EvalDone(Event, kind="eval"):

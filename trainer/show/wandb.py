@@ -26,6 +26,7 @@ from trainer.config import Config
 from trainer.log import events, rundir
 from trainer.log.events import AttemptEnded, AttemptStarted, Entry, EvalDone, StepDone
 from trainer.log.incidents import IncidentBuilder
+from trainer.show import utilisation
 
 WandbMode = Literal["online", "offline", "disabled"]
 WANDB_HOST = "https://api.wandb.ai"
@@ -80,7 +81,8 @@ class WandbHelper:
         self._run, self._on_problem, self._close_timeout_seconds = run, on_problem, close_timeout_seconds
         self._helper: subprocess.Popen[bytes] | None = None
         self._output: IO[bytes] | None = None
-        if self.mode != "disabled":
+        self._with_tensorboard = config.tensorboard.on
+        if self.mode != "disabled" or self._with_tensorboard:
             self._start(attempt, since)
 
     def __call__(self, _: Entry) -> None:
@@ -113,7 +115,8 @@ class WandbHelper:
 
     def _start(self, attempt: int, since: float) -> None:
         run = self._run.resolve()
-        call = f"follow({str(run)!r}, {attempt}, {self.mode!r}, {self._close_timeout_seconds}, {since})"
+        options = (str(run), attempt, self.mode, self._close_timeout_seconds, since, self._with_tensorboard)
+        call = f"follow{options!r}"
         command, environ = helper_command(f"from trainer.show.wandb import follow; {call}")
         try:
             (run / "wandb").mkdir(parents=True, exist_ok=True)  # without it, W&B would silently move to /tmp
@@ -159,8 +162,14 @@ def helper_command(code: str) -> tuple[list[str], dict[str, str]]:
     return [sys.executable, "-P", "-c", code], environ
 
 
-def follow(run_directory: str, attempt: int, mode: str, finish_timeout_seconds: float, since: float = 0.0) -> None:
-    """The helper process: show rank 0's events of an attempt, from Unix time `since` on, until standard input ends."""
+def follow(
+    run_directory: str, attempt: int, mode: str, finish_timeout_seconds: float, since: float = 0.0,
+    with_tensorboard: bool = False,
+) -> None:  # fmt: skip
+    """The helper process: show rank 0's events of an attempt in W&B, in TensorBoard, until standard input ends.
+
+    Events from Unix time `since` on.
+    """
     # The trainer decides when to end: the helper ignores signals to a whole session or job.
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -178,9 +187,16 @@ def follow(run_directory: str, attempt: int, mode: str, finish_timeout_seconds: 
         lock = FileLock(run / "wandb" / "helper.lock", fallback_to_soft=False)
         with contextlib.suppress(OSError):
             stack.enter_context(lock.acquire(timeout=finish_timeout_seconds))
-        shown = open_run(_arguments(run, mode), finish_timeout_seconds)
+        shown = Sinks()
+        if mode != "disabled":
+            shown.sinks.append(open_run(_arguments(run, mode), finish_timeout_seconds))
+        if with_tensorboard:
+            from trainer.show.tensorboard import TensorboardRun
+
+            shown.sinks.append(TensorboardRun(run, attempt))
         os.nice(10)  # only now: on a busy machine a start at low priority takes longer than a short run
-        metrics = _Metrics(shown, earlier, rundir.read(run).get("parent"))
+        about = rundir.read(run)
+        metrics = _Metrics(shown, earlier, about.get("parent"), about)
         is_over = False
         while not is_over:
             # Nothing is ever written to standard input: it is readable when it ends.
@@ -197,6 +213,7 @@ def _arguments(run: Path, mode: str) -> dict[str, Any]:
     """The arguments of `wandb.init` for a training run."""
     about = rundir.read(run)
     wishes = {name: about["config"]["wandb"][name] or None for name in ("project", "entity", "group", "tags")}
+    wishes["job_type"] = about["config"]["wandb"].get("job_type") or None
     facts = {key: value for key, value in about.items() if key not in NOT_FOR_WANDB}
     name = os.environ.get("WANDB_NAME") or run.name
     return {"id": about["run_id"], "name": name, "mode": mode, "dir": str(run), **wishes,
@@ -223,6 +240,37 @@ def open_run(arguments: dict[str, Any], finish_timeout_seconds: float) -> Any:
     return run
 
 
+class Sinks:
+    """Several places where a run is shown, with as much of a W&B run's interface as `_Metrics` uses."""
+
+    def __init__(self) -> None:
+        self.sinks: list[Any] = []
+
+    @property
+    def step(self) -> int:
+        return max((sink.step for sink in self.sinks), default=0)
+
+    def log(self, row: Mapping[str, Any], step: int, commit: bool) -> None:
+        for sink in self.sinks:
+            sink.log(row, step=step, commit=commit)
+
+    def alert(self, **about: Any) -> None:
+        for sink in self.sinks:
+            sink.alert(**about)
+
+    def summarise(self, facts: Mapping[str, Any]) -> None:
+        for sink in self.sinks:
+            sink.summary.update(facts)
+
+    def mark_preempting(self) -> None:
+        for sink in self.sinks:
+            sink.mark_preempting()
+
+    def finish(self, exit_status: int) -> None:
+        for sink in self.sinks:
+            sink.finish(exit_status)
+
+
 class _Metrics:
     """Shows log entries in a W&B run: metrics, incidents, alerts.
 
@@ -233,8 +281,13 @@ class _Metrics:
     were given before are lost when the folders are uploaded. The log says how many rows the earlier attempts made.
     """
 
-    def __init__(self, shown: Any, earlier: Iterable[Entry], parent: Mapping[str, Any] | None = None) -> None:
-        """`parent` is what config.json says of the run that this one began from."""
+    def __init__(
+        self, shown: Any, earlier: Iterable[Entry], parent: Mapping[str, Any] | None = None,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        """`parent` is what config.json says of the run that this one began from, `about` all that it says."""
+        self._flops_per_token, self._peak_flops = utilisation.known(about or {})
+        self._world_size = 1
         self._parent = parent or {"step": 0, "tokens": 0}
         self.exit_status = errors.EXIT_FAILED
         """The attempt's exit status; a failure until the log says how it ended, since the trainer may be killed."""
@@ -264,12 +317,14 @@ class _Metrics:
                     # The config fixes a step's tokens, so replays count once.
                     "train/tokens": self._parent["tokens"] + (event.step - self._parent["step"]) * event.tokens,
                     "train/tokens_per_second": event.tokens / event.seconds if event.seconds > 0 else None,
-                    "exact/flushed": event.flushed,
+                    "exact/flushed": event.flushed, "run/memory_bytes": event.memory_bytes,
+                    "train/mfu": self._utilisation(event),
                 }  # fmt: skip
                 self._log(event.step, metrics)
             case AttemptStarted(from_step=step, world_size=world_size):
                 self._redone_by_step = {n: redone for n, redone in self._redone_by_step.items() if n <= step}
                 self._redone = sum(self._redone_by_step.values())
+                self._world_size = world_size
                 self._log(step, {"run/attempt": entry.attempt, "run/world_size": world_size})
                 if not entry.attempt:  # the curves begin at 0, not at the first incident
                     self._log(step, self._counts())
@@ -286,8 +341,13 @@ class _Metrics:
                 if status not in ("finished", "preempted"):
                     self._alert(f"attempt {entry.attempt} failed", event.reason, "ERROR")
                 hashes = {"weights_sha256": event.weights_sha256, "state_sha256": event.state_sha256}
-                self._shown.summary.update(hashes)
+                self._shown.summarise(hashes)
                 self.exit_status = STATUS_EXIT.get(status, errors.EXIT_FAILED)
+
+    def _utilisation(self, event: StepDone) -> float | None:
+        if not self._flops_per_token or not self._peak_flops or event.seconds <= 0:
+            return None
+        return self._flops_per_token * event.tokens / event.seconds / (self._peak_flops * self._world_size)
 
     def _counts(self) -> dict[str, float]:
         ends = [incident for incident in self._incidents.incidents if incident.ends_attempt]
