@@ -104,8 +104,9 @@ def test_another_optimizer_and_other_text_go_on_and_the_log_names_what_is_new(pa
 def test_a_state_that_does_not_fit_is_refused_before_any_work(
     parent: Path, tmp_path: Path, at: str, changes: dict[str, Any], error: type[TopropeError], message: str
 ):
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as refused:
         trainer.train(config(**changes), tmp_path / "run", parent=f"{parent}{at}")
+    assert refused.value.exit_status == 2
     assert not rundir.is_run(tmp_path / "run")
 
 

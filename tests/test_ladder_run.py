@@ -395,6 +395,17 @@ def test_an_edited_file_is_reported_and_a_criterion_changed_after_the_fact_is_re
         preregistration.compare(plan(home, PLAIN, name="other"), out)
 
 
+def test_a_run_on_another_text_than_the_source_holds_now_is_missing_with_the_reason(reference, tmp_path):
+    ladder, pool, _ = reference
+    copy = shutil.copytree(pool, tmp_path / "pool")
+    other = ladder.runs[0]
+    about = copy / other.key / "run" / "config.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"data_sha256": "e" * 64}))
+    found = collect.collect_runs(ladder, copy, ladder.runs)
+    assert [result.status for result in found] == ["missing"] + ["finished"] * (len(found) - 1)
+    assert f"trained on another text than {other.config.data.source!r} holds now" in found[0].reason
+
+
 def test_runs_by_other_code_are_made_anew_and_the_functions_that_changed_are_named(reference, home, monkeypatch):
     before, pool, _ = reference
     code = {file: dict(parts) for file, parts in provenance.code().items()}

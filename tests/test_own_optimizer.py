@@ -32,7 +32,7 @@ def config(**changes: Any) -> Config:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_one_to_three_ranks_replicated_and_sharded_give_the_same_bits(tmp_path: Path):
+def test_one_and_three_ranks_replicated_and_sharded_give_the_same_bits(tmp_path: Path):
     cases = {
         f"{name} {strategy}": {
             "config": str(SMOKE),
@@ -43,7 +43,7 @@ def test_one_to_three_ranks_replicated_and_sharded_give_the_same_bits(tmp_path: 
     }
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     found = {}
-    for size in (1, 2, 3):
+    for size in (1, 3):
         torchrun(size, tmp_path / "cases.json", tmp_path / f"{size}.json", module="tests.equality_worker", timeout=200)
         found[size] = json.loads((tmp_path / f"{size}.json").read_text())
     for name in OPTIMIZERS:

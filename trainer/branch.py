@@ -10,7 +10,7 @@ from typing import Any
 from trainer import checkpoint, model
 from trainer.checkpoint import Saved, loading
 from trainer.config import Config
-from trainer.errors import CheckpointError, ConfigError, RunDirectoryError, TopropeError
+from trainer.errors import ConfigError, NoCheckpointError, RunDirectoryError, TopropeError
 from trainer.log import rundir
 from trainer.step import TrainState, sha256_of
 
@@ -32,9 +32,9 @@ def find(name: str, config: Config | None = None) -> Saved:
         saved = [one for one in saved if one.step == int(step)][:1]
         if not saved:
             remedy = "Name one of these, or none for the newest. checkpoint.keep_every_steps keeps more of a run."
-            raise CheckpointError(f"{run} has no checkpoint of step {step}; it has {listed}.\n  {remedy}")
+            raise NoCheckpointError(f"{run} has no checkpoint of step {step}; it has {listed}.\n  {remedy}")
     if not saved:
-        raise CheckpointError(f"{run} has no checkpoint.\n  A run begins from a saved state of its parent.")
+        raise NoCheckpointError(f"{run} has no checkpoint.\n  A run begins from a saved state of its parent.")
     found = _intact(saved, run)
     if config is not None and config.budget.steps <= found.step:
         raise ConfigError(
@@ -61,7 +61,7 @@ def _intact(candidates: list[Saved], run: str) -> Saved:
             return saved
         problems += found
     remedy = f"`python -m trainer verify {run}` lists all damage."
-    raise CheckpointError(f"{run} has no intact checkpoint to begin from: {problems[0]}.\n  {remedy}")
+    raise NoCheckpointError(f"{run} has no intact checkpoint to begin from: {problems[0]}.\n  {remedy}")
 
 
 def origin(run: Path, config: Config, name: str) -> Record | None:

@@ -118,11 +118,9 @@ def train(
 
             job.set_numerics(config, device := world.pick_device(config.parallel))
             vocab_size = costs.padded_vocab(costs.vocabulary(config)[0], config.model.vocab_size)
-            if config.model.class_:
-                own_check.trace(config, vocab_size, device)
-            if config.optim.class_:
-                shards = config.parallel.shard_ranks if config.parallel.strategy == "hybrid" else ranks or 1
-                own_check.trace_optimizer(config, vocab_size, device, shards)
+            for setting, name in (("model.class", config.model.class_), ("optim.class", config.optim.class_)):
+                if name:
+                    own_check.attempt(setting, config, vocab_size, device, ranks or 1)
         costs.show(config, ranks or 1)
         return
     if ranks is not None:

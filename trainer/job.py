@@ -233,23 +233,20 @@ def check_own_code(config: Config, vocab_size: int, claim: Claim) -> dict[str, s
 
     Raises ConfigError if not every rank may compute with them, or if another process computes other numbers.
     """
-    device, size = claim.ranks.device, claim.ranks.size
-    shards = config.parallel.shard_ranks if config.parallel.strategy == "hybrid" else size
-    tries = {
-        "model.class": lambda: own_check.trace(config, vocab_size, device),
-        "optim.class": lambda: own_check.trace_optimizer(config, vocab_size, device, shards),
-    }
-    named = {"model.class": config.model.class_, "optim.class": config.optim.class_}
-    found: dict[str, str] = {}
-    for setting, name in named.items():
+    ranks, found = claim.ranks, dict[str, str]()
+    for setting, name in (("model.class", config.model.class_), ("optim.class", config.optim.class_)):
         if name:
-            found |= _compare_tries(claim, own_code.find(name, setting), claim.ranks.agree(tries[setting]))
+            attempt = functools.partial(own_check.attempt, setting, config, vocab_size, ranks.device, ranks.size)
+            traces = ranks.agree(attempt)
+            if ranks.size == 1 and not rundir.is_run(claim.run):
+                traces = [*traces, *own_check.elsewhere(setting, config, vocab_size, traces[0])]
+            found |= _compare_tries(claim, own_code.find(name, setting), traces)
     return found
 
 
 def _compare_tries(claim: Claim, place: own_code.Place, traces: Sequence[own_check.Trace]) -> dict[str, str]:
     def compare_on_main() -> dict[str, str]:
-        own_check.compare(place, traces)
+        own_check.compare(place, traces, claim.ranks.size)
         key, digest = f"own_{place.kind}", own_check.digest(traces[0])
         before = rundir.read(claim.run).get(key) if rundir.is_run(claim.run) else None
         if before not in (None, digest) and not claim.accepts:

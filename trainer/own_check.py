@@ -4,12 +4,19 @@ Of a model one micro-batch is computed twice, in training and in evaluation, and
 optimizer takes a few steps twice, in one go and resumed, on whole parameters and on shards.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
+import os
 import random
+import subprocess
+import sys
+import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -18,12 +25,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
+from trainer import config as configs
 from trainer import model as models
 from trainer import optim, own_code, own_import, step
 from trainer.config import Config
+from trainer.data.cache import cache_root
 from trainer.errors import ConfigError
 from trainer.own_code import Place
 from trainer.own_optimizer import STATE_TYPES, OwnOptimizer
+from trainer.parallel import world
 
 Trace = list[tuple[str, str]]
 """(name, digest) of parameters and buffers, of the modules' outputs in the order of computing, of gradients."""
@@ -67,10 +77,46 @@ def trace(config: Config, vocab_size: int, device: torch.device) -> Trace:
     return state + first + scored
 
 
-def compare(place: Place, traces: Sequence[Trace]) -> None:
-    """Raise ConfigError if the ranks' processes, which must compute alike, gave different numbers."""
+def attempt(setting: str, config: Config, vocab_size: int, device: torch.device, ranks: int) -> Trace:
+    """Try what `setting` names in this process. Raises ConfigError."""
+    if setting == "model.class":
+        return trace(config, vocab_size, device)
+    shards = config.parallel.shard_ranks if config.parallel.strategy == "hybrid" else ranks
+    return trace_optimizer(config, vocab_size, device, shards)
+
+
+def elsewhere(setting: str, config: Config, vocab_size: int, found: Trace) -> list[Trace]:
+    """Try it in a second process; return what that gave. Empty if some process before gave `found`: the cache says so.
+
+    Only on CPUs: a second process on a GPU would need its own share of the memory.
+    """
+    known = cache_root(config.data.cache_dir) / "tried" / digest(found)
+    if known.exists() or world.pick_device(config.parallel).type != "cpu":
+        return []
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "config.toml"
+        path.write_text(configs.as_toml(config), encoding="utf-8")
+        # Another order of sets: Python draws it for each process, unless it is told to.
+        environ = os.environ | {"PYTHONHASHSEED": str(1 + zlib.crc32(digest(found).encode()) % 10**6)}
+        command = [sys.executable, "-m", "trainer.own_check", setting, str(path), str(vocab_size)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environ)
+    if done.returncode:
+        place = own_code.find(config.model.class_ if setting == "model.class" else config.optim.class_, setting)
+        last = (done.stderr.strip() or "no output").splitlines()[-1]
+        _refuse(place, f"A second process cannot compute with it ({last})")
+    other: Trace = [(name, value) for name, value in json.loads(done.stdout.splitlines()[-1])]
+    if other == found:
+        with contextlib.suppress(OSError):  # a read-only cache only costs time
+            known.parent.mkdir(parents=True, exist_ok=True)
+            known.touch()
+    return [other]
+
+
+def compare(place: Place, traces: Sequence[Trace], ranks: int) -> None:
+    """Raise ConfigError if processes gave different numbers: those of the ranks, or a second beside a single rank."""
     for rank, other in enumerate(traces):
-        _refuse_difference(place, traces[0], other, f"Rank 0 and rank {rank} compute different numbers")
+        who = f"Rank 0 and rank {rank}" if rank < ranks else "This process and a second one"
+        _refuse_difference(place, traces[0], other, f"{who} compute different numbers")
 
 
 def digest(found: Trace) -> str:
@@ -428,3 +474,14 @@ def _digest(tensor: Tensor) -> str:
     whole = tensor.detach().cpu().contiguous()
     content = whole.reshape(-1).view(torch.uint8).numpy().tobytes() if whole.numel() else b""
     return hashlib.sha256(f"{tuple(whole.shape)} {whole.dtype}".encode() + content).hexdigest()[:16]
+
+
+def main(setting: str, path: str, vocab_size: str) -> None:
+    """Try what `setting` of a config names, on the CPU, and print the trace as the last line."""
+    config = configs.load(Path(path))
+    torch.set_num_threads(config.numerics.threads)
+    print(json.dumps(attempt(setting, config, int(vocab_size), torch.device("cpu"), 1)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -2,9 +2,9 @@
 
 from trainer.data.batches import Batches, EvalWindows, MicroBatch, digest
 from trainer.data.cache import ProgressCallback
-from trainer.data.prepare import Prepared, check, prepare, tokenizer_for
+from trainer.data.prepare import Prepared, check, prepare, sha256_of_text, tokenizer_for
 from trainer.data.tokenizer import Tokenizer
 from trainer.data.tokens import TokenStore
 
 __all__ = ["Batches", "EvalWindows", "MicroBatch", "Prepared", "ProgressCallback", "TokenStore", "Tokenizer", "check",
-           "digest", "prepare", "tokenizer_for"]  # fmt: skip
+           "digest", "prepare", "sha256_of_text", "tokenizer_for"]  # fmt: skip

@@ -57,8 +57,17 @@ def prepare(
         train=store,
         tokenizer=store.tokenizer,
         eval_sets={name: _eval_set(root, name, data, eval, store, progress, verify) for name in eval.sets},
-        sha256=hashlib.sha256(f"{store.sha256} {store.tokenizer.sha256}".encode()).hexdigest(),
+        sha256=_identity(store),
     )
+
+
+def sha256_of_text(data: Data) -> str:
+    """Return what `Prepared.sha256` is for these settings, without evaluation sets. Raises as `prepare` does."""
+    return _identity(_training_store(cache_root(data.cache_dir), data, no_progress))
+
+
+def _identity(store: TokenStore) -> str:
+    return hashlib.sha256(f"{store.sha256} {store.tokenizer.sha256}".encode()).hexdigest()
 
 
 def check(data: Data, eval: Eval, context: int) -> list[str]:

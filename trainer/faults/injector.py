@@ -13,8 +13,10 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from trainer.config import Config
 from trainer.data import Batches, Prepared
@@ -202,12 +204,15 @@ class FaultInjector:
             else:
                 act()
 
-    def _after_block(self, output: Tensor) -> Tensor:
-        if not (output.requires_grad and self._rank.in_chosen_micro_batch()):
+    def _after_block(self, output: Any) -> Any:
+        """Change the output of a block, or the first tensor in it: a block of the user's own may return several."""
+        leaves, structure = pytree.tree_flatten(output)
+        trained = [n for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        if not (trained and self._rank.in_chosen_micro_batch()):
             return output
-        output = self._change(Phase.IN_FORWARD, output)
-        output.register_hook(functools.partial(self._change, Phase.IN_BACKWARD))
-        return output
+        leaves[trained[0]] = self._change(Phase.IN_FORWARD, leaves[trained[0]])
+        leaves[trained[0]].register_hook(functools.partial(self._change, Phase.IN_BACKWARD))
+        return pytree.tree_unflatten(leaves, structure)
 
     def _change(self, phase: str, tensor: Tensor) -> Tensor:
         for fault in self._due(phase, self._rank.step):

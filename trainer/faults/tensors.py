@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,11 +60,11 @@ def _draw(tensors: Sequence[Tensor], chance: random.Random) -> tuple[Tensor, int
     raise AssertionError
 
 
-def after_forward(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+def after_forward(module: nn.Module, change: Callable[[Any], Any]) -> None:
     """Pass the output of `module` through `change`, outside of what is compiled of it."""
     compiled = getattr(module, "_compiled_call_impl", None)
     if compiled is None:
-        module.register_forward_hook(lambda _module, _arguments, output: change(cast(Tensor, output)))
+        module.register_forward_hook(lambda _module, _arguments, output: change(output))
     else:
         setattr(module, "_compiled_call_impl", lambda *a, **k: change(compiled(*a, **k)))  # noqa: B010
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from trainer.config import Data
+from trainer.data import sha256_of_text
 from trainer.errors import NumericsError, TopropeError
 from trainer.fleet.run_store import RunState, RunStatus, StoredRun
 from trainer.ladder.plan.ladder import Ladder, PlannedRun
@@ -69,6 +71,8 @@ class CollectedRun(JsonRecord):
     spikes: list[int] = field(default_factory=list)
     """Steps whose loss stood out above the losses before it."""
     weights_sha256: str | None = None
+    data_sha256: str | None = None
+    """Digest of the text that the run was trained on."""
     git_commit: str | None = None
     machine: tuple[str, str, int] | None = None
     """(host, device, ranks); None if the run used more than one machine."""
@@ -85,9 +89,21 @@ class CollectedRun(JsonRecord):
 def collect_runs(ladder: Ladder, pool: Path, runs: Sequence[PlannedRun]) -> list[CollectedRun]:
     """Collect each of `runs`, in their order.
 
-    A run that was scored on other tokens than most counts as missing: the held-out set changed ("repo" does so).
+    A run that was trained on other text than its config's source holds now counts as missing, and so does one that was
+    scored on other tokens than most: the held-out set changed ("repo" does so).
     """
     collected = [collect_run(run, pool, ladder.file.metric, ladder.file.unit) for run in runs]
+    texts: dict[Data, str | None] = {}
+    for number, (run, result) in enumerate(zip(runs, collected, strict=True)):
+        settings = run.config.data
+        if result.data_sha256 is not None and settings not in texts:
+            texts[settings] = _text_now(settings)
+        if texts.get(settings) and result.data_sha256 not in (None, texts[settings]):
+            reason = (
+                f"It was trained on another text than {settings.source!r} holds now.\n"
+                f"  Runs are compared on one text. Restore it, or remove {result.key} from the pool to run it again."
+            )
+            collected[number] = dataclasses.replace(result, status="missing", reason=reason, loss=None, digest=None)
     # An arm's tokenizer or context turns the same text into other tokens, so digests are compared within groups.
     groups: dict[tuple[str, int, int], Counter[str]] = {}
     for run, result in zip(runs, collected, strict=True):
@@ -103,6 +119,14 @@ def collect_runs(ladder: Ladder, pool: Path, runs: Sequence[PlannedRun]) -> list
             )
             collected[number] = dataclasses.replace(result, status="missing", reason=reason, loss=None)
     return collected
+
+
+def _text_now(settings: Data) -> str | None:
+    """Digest of the text that these settings name; None where it cannot be read now."""
+    try:
+        return sha256_of_text(settings)
+    except TopropeError:
+        return None
 
 
 def run_results(collected: Sequence[CollectedRun]) -> list[RunResult]:
@@ -136,8 +160,8 @@ def collect_run(planned: PlannedRun, pool: Path, metric: str, unit: str) -> Coll
     if not entries:
         return unread
     history = History.from_entries(entries)
-    values = _measure(history) | _score(history, unread, metric, unit) | {"git_commit": about.get("git_commit")}
-    return dataclasses.replace(unread, **values)
+    recorded = {key: about.get(key) for key in ("git_commit", "data_sha256")}
+    return dataclasses.replace(unread, **_measure(history), **_score(history, unread, metric, unit), **recorded)
 
 
 def _measure(history: History) -> dict[str, Any]:
