@@ -82,6 +82,11 @@ def hard() -> Iterator[Cell]:
         ("E hardly shows", ladders.power_law(0.2, 2.7, 0.06)),
     ):
         yield f"{what}; 3 seeds", LONG, base, ARMS, Trouble()
+    # A single arm has no other to tell of its noise.
+    for name in ("1.15× everywhere", "1.02× everywhere"):
+        for seeds in (3, 1):
+            what = f"one arm alone, {name}, effect of a rung; {seeds} seed{'s' * (seeds > 1)}"
+            yield what, replace(quiet, seeds=seeds), power, {name: ARMS[name]}, Trouble(own=0.003)
     yield "effect of a rung on one arm; 4 rungs", replace(SHORT, sd=0.003), power, ARMS, Trouble(own=0.003)
     yield "t with 3 degrees of freedom; 4 rungs", SHORT, power, ARMS, Trouble(heavy_tails=True)
     yield "arm levels off elsewhere; 4 rungs", SHORT, power, FLOORS, Trouble()
@@ -100,9 +105,27 @@ def statistics(count: int = 1000) -> dict[str, Any]:
             print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
     for row, (_, design, base, *_) in zip(figure["regular"], regular(), strict=True):
         row["curve"] = asdict(ladders.simulate_fits(design, count // 5, base, seed=7))
+    figure |= {"advice": advice(max(count // 5, 1)), "looks": looks(count)}
     figure["bars"] = bars(figure)
     write(figure)
     return figure
+
+
+def advice(count: int) -> list[dict[str, Any]]:
+    """Ladders whose advice was followed once."""
+    kinds = {"rungs without effects of their own": False, "with effects, as the prior has them": True}
+    return [
+        {"ladders": name, **asdict(ladders.follow(count, effects, seed=31 + effects))}
+        for name, effects in kinds.items()
+    ]
+
+
+def looks(count: int) -> list[dict[str, Any]]:
+    """Ladders that are read after every seed."""
+    found = {name: ladders.look_often(LONG, ARMS[name], count, seed=41) for name in ("A/A", "1.02× everywhere")}
+    found["1.15× everywhere"] = ladders.look_often(replace(LONG, sd=0.01), ladders.CONSTANT, count, seed=42)
+    return [{"rule": rule, "arms": {name: asdict(by_rule[rule]) for name, by_rule in found.items()}}
+            for rule in ladders.RULES]  # fmt: skip
 
 
 def bars(figure: Mapping[str, Any]) -> dict[str, float]:
@@ -110,10 +133,18 @@ def bars(figure: Mapping[str, Any]) -> dict[str, float]:
     rows = [*figure["regular"], *figure["hard"]]
     arms = [arm for row in rows for arm in row["arms"].values()]
     trends = [row["false_trends"] for row in rows if row["false_trends"] is not None]
+    any_look = figure["looks"][-1]["arms"]
     return {
         "least coverage": min(arm["coverage"] for arm in arms), "most wrong": max(arm["wrong"] for arm in arms),
         "most false trends": max(trends),
         "wrong on published runs": sum(row["wrong"] for row in figure["public"]),
+        "advice: told minus settled": max(
+            (row["stated"] - row["settled"] for row in figure["advice"]), key=abs
+        ),
+        "wrong by any look": max(
+            any_look["A/A"]["promote"][-1], any_look["1.02× everywhere"]["promote"][-1],
+            any_look["1.02× everywhere"]["reject"][-1],
+        ),
     }  # fmt: skip
 
 
@@ -241,7 +272,42 @@ def public_table(figure: Mapping[str, Any]) -> list[str]:
     )
 
 
-TABLES = {"regular": coverage_table, "decisions": decision_table, "hard": hard_table, "public": public_table}
+def advice_table(figure: Mapping[str, Any]) -> list[str]:
+    return table(
+        ["ladders", "open", "with advice", "told", "settled", "decided wrongly"],
+        [
+            [row["ladders"], str(row["open"]), str(row["advised"]),
+             *(percent(row[key]) for key in ("stated", "settled", "wrong"))]
+            for row in figure["advice"]
+        ],
+    )  # fmt: skip
+
+
+def looks_table(figure: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for row in figure["looks"]:
+        aa, barely, constant = row["arms"].values()
+        powers = [percent(constant["promote"][k - 1]) if len(constant["promote"]) >= k else "–" for k in (3, 6, 12)]
+        if len(constant["promote"]) == 1:
+            powers = ["–", "–", percent(constant["promote"][0])]
+        rows.append([
+            row["rule"], percent(aa["promote"][-1]), percent(barely["promote"][-1]), percent(barely["reject"][-1]),
+            " · ".join(powers),
+        ])  # fmt: skip
+    return table([
+        "looks", "A/A ever promoted", "1.02× ever promoted", "1.02× ever rejected",
+        "1.15× promoted by 3 · 6 · 12 seeds",
+    ], rows)  # fmt: skip
+
+
+TABLES = {
+    "advice": advice_table,
+    "looks": looks_table,
+    "regular": coverage_table,
+    "decisions": decision_table,
+    "hard": hard_table,
+    "public": public_table,
+}
 
 
 def write(figure: Mapping[str, Any]) -> None:

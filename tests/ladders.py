@@ -211,11 +211,77 @@ def simulate(
     return Simulated(shares, None if only is None else float(only.any(-1).mean()))
 
 
+# Many looks
+
+LOOKS = 12
+RULES = ("at the end alone", "each at the whole level", f"looks = {LOOKS}", 'looks = "any"')
+
+
+@dataclass(frozen=True)
+class Looked:
+    """Shares of ladders that are read after each seed until they decide."""
+
+    promote: list[float]  # by each look
+    reject: list[float]
+
+
+def look_often(
+    design: Design, arm: Arm, count: int, seed: int = 0, level: float = Criterion.level,
+    min_gain: float = Criterion.min_gain,
+) -> dict[str, Looked]:  # fmt: skip
+    """Read `count` ladders after each of LOOKS seeds, by each of RULES; the first decision stands."""
+    random = np.random.Generator(np.random.Philox(seed))
+    losses = draw_many(replace(design, seeds=LOOKS), power_law(), {"arm": arm}, count, random)
+    x = np.log(design.flops) - np.log(design.flops).mean()
+    target = math.log(design.target) - float(np.log(design.flops).mean())
+    first = {rule: np.zeros(count, dtype=int) for rule in RULES}
+    found: dict[str, list[list[float]]] = {rule: [] for rule in RULES}
+    for seeds in range(1, LOOKS + 1):
+        known = losses[..., :seeds]
+        worths = Worths.from_pairs(Baselines.fit(x, known[:, 0]), known[:, :1], known[:, 1:])
+        levels = (level, level, level / LOOKS, significance.anytime_level(level, float(len(x) * seeds)))
+        for rule, one in zip(RULES, levels, strict=True):
+            if rule == RULES[0] and seeds < LOOKS:
+                continue
+            decided = decisions(worths, target, one, math.log(min_gain))[:, 0]
+            first[rule] = np.where(first[rule] == 0, decided, first[rule])
+            found[rule].append([float(np.mean(first[rule] == way)) for way in (1, -1)])
+    return {rule: Looked(*map(list, zip(*shares, strict=True))) for rule, shares in found.items()}
+
+
 # Further runs
 
 
-def some_ladder(random: np.random.Generator) -> tuple[Design, Arm, list[RunResult]]:
-    """Draw a ladder such as people make: its shape, seeds and noise, an arm of any form, and its runs."""
+@dataclass(frozen=True)
+class Drawn:
+    """A ladder with one arm, from which further runs can be drawn."""
+
+    design: Design
+    arm: Arm
+    effects: Mapping[tuple[str, str], float]
+    """Effect of each (arm, rung) on the losses of its runs, in nats."""
+
+    def runs(self, rungs: Mapping[str, float], seeds: int, first: int, random: np.random.Generator) -> list[RunResult]:
+        """Draw runs at these rungs: {name: FLOPs}."""
+        found = []
+        for name, flops in rungs.items():
+            design = replace(self.design, flops=(flops,), seeds=seeds)
+            for run in draw(design, power_law(), {"arm": self.arm}, random):
+                loss = run.loss + self.effects[run.arm, name]
+                found.append(replace(run, rung=name, seed=first + run.seed, loss=loss))
+        return found
+
+    def bought(self, remedy: Remedy, random: np.random.Generator) -> list[RunResult]:
+        """Draw the further runs that a remedy asks for."""
+        rungs = {f"r{k}": flops for k, flops in enumerate(self.design.flops) if remedy.rung in (None, f"r{k}")}
+        return self.runs(rungs if remedy.flops is None else {"new": remedy.flops}, remedy.seeds, 100, random)
+
+
+def some_ladder(random: np.random.Generator, effects: bool) -> Drawn:
+    """Draw a ladder such as people make: its shape, seeds and noise, and an arm of any form.
+
+    With `effects`, seeds have a share of a rung's noise that is drawn from the prior of the noise model.
+    """
     sd = float(np.exp(random.uniform(np.log(0.002), np.log(0.015))))
     design = replace(
         (LONG, SHORT, SEVEN)[random.integers(3)], seeds=int(random.integers(1, 4)), sd=sd,
@@ -224,20 +290,11 @@ def some_ladder(random: np.random.Generator) -> tuple[Design, Arm, list[RunResul
     last, change = np.exp(random.normal(0.03, 0.12)), np.exp(random.normal(0.0, 0.15))
     first, gamma = last * change, float(random.choice([0.2, 0.3, 0.5]))
     arms = (line(last, last), line(first, last), fading(first, last, gamma), other_floor(first, last))
-    arm = arms[random.integers(len(arms))]
-    return design, arm, draw(design, power_law(), {"arm": arm}, random)
-
-
-def bought(design: Design, arm: Arm, remedy: Remedy, random: np.random.Generator) -> list[RunResult]:
-    """Draw the further runs that a remedy asks for."""
-    rungs = {f"r{k}": flops for k, flops in enumerate(design.flops) if remedy.rung in (None, f"r{k}")}
-    if remedy.flops is not None:
-        rungs = {"new": remedy.flops}
-    return [
-        replace(run, rung=name, seed=100 + run.seed)
-        for name, flops in rungs.items()
-        for run in draw(replace(design, flops=(flops,), seeds=remedy.seeds), power_law(), {"arm": arm}, random)
-    ]
+    share = max(float(random.beta(0.3, 0.3)), 0.02) if effects else 1.0
+    own = sd * math.sqrt((1 / share - 1) * (1 - design.correlation) / design.seeds)
+    names = [*(f"r{k}" for k in range(len(design.flops))), "new"]
+    drawn = {(arm, name): own * float(random.standard_normal()) for arm in (BASELINE, "arm") for name in names}
+    return Drawn(design, arms[random.integers(len(arms))], drawn)
 
 
 @dataclass(frozen=True)
@@ -251,26 +308,29 @@ class Followed:
     wrong: float  # share that was then decided wrongly
 
 
-def follow(count: int, seed: int = 0) -> Followed:
+def follow(count: int, effects: bool, seed: int = 0) -> Followed:
     """Draw ladders until `count` are open and have advice, follow it, and judge again."""
     random = np.random.Generator(np.random.Philox(seed))
     number, stated, settled, wrong = 0, [], [], []
     while len(stated) < count:
-        design, arm, results = some_ladder(random)
-        (found,) = verdict.judge(results, Criterion(), design.target)
-        if found.decision != "inconclusive":
-            continue
-        number += 1
-        advice = next((remedy for remedy in found.remedies if remedy.probability is not None), None)
-        if advice is None:
-            continue
-        more = [*results, *bought(design, arm, advice, random)]
-        (then,) = verdict.judge(more, Criterion(), design.target, remedies=False)
-        decided = then.decision != "inconclusive"
-        worth_it = arm.log_multiplier(design.target) >= math.log(Criterion.min_gain)
-        stated.append(advice.probability)
-        settled.append(decided)
-        wrong.append(decided and (then.decision == "promote") != worth_it)
+        drawn = some_ladder(random, effects)
+        rungs = {f"r{k}": flops for k, flops in enumerate(drawn.design.flops)}
+        results = drawn.runs(rungs, drawn.design.seeds, 0, random)
+        with contextlib.suppress(FitError):  # a baseline whose loss does not fall
+            (found,) = verdict.judge(results, Criterion(), drawn.design.target)
+            if found.decision != "inconclusive":
+                continue
+            number += 1
+            advised = next((remedy for remedy in found.remedies if remedy.probability is not None), None)
+            if advised is None:
+                continue
+            results += drawn.bought(advised, random)
+            (then,) = verdict.judge(results, Criterion(), drawn.design.target, remedies=False)
+            decided = then.decision != "inconclusive"
+            worth_it = drawn.arm.log_multiplier(drawn.design.target) >= math.log(Criterion.min_gain)
+            stated.append(advised.probability)
+            settled.append(decided)
+            wrong.append(decided and (then.decision == "promote") != worth_it)
     return Followed(number, count, *(float(np.mean(values)) for values in (stated, settled, wrong)))
 
 

@@ -15,8 +15,8 @@ from tests.ladders import LONG, Design, draw, power_law
 from tests.support import ROOT
 from trainer.errors import FitError
 from trainer.ladder.stats import fit as fits
-from trainer.ladder.stats import forms
-from trainer.ladder.stats.records import RunResult
+from trainer.ladder.stats import forms, surfaces
+from trainer.ladder.stats.records import Interval, RunResult
 
 GADRE = ROOT.parent / "shared" / "data" / "gadre_rpj.csv"
 
@@ -43,7 +43,7 @@ def test_the_published_fit_of_gadre_et_al_comes_out(gadre: list[dict[str, str]])
     models = ("d=96_l=8_h=4", "d=512_l=8_h=4", "d=576_l=24_h=8", "d=1024_l=24_h=8")
     few = [(name, 20.0) for name in models] + [(models[0], 320.0)]
     chosen = [row for row in gadre if (row["model"], float(row["tokens_per_param_nominal"])) in few]
-    law = forms.fit_overtrained(*columns(chosen))
+    law = forms.fit_overtrained(*columns(chosen), "varpro")  # as its authors fitted
     assert (law.a, law.b) == (pytest.approx(166.21, abs=0.005), pytest.approx(366.69, abs=0.005))
     assert (law.eta, law.E) == (pytest.approx(-0.2729, abs=5e-5), pytest.approx(1.8366, abs=5e-5))
     largest = [("open_lm_1b", 640.0), ("open_lm_7b", 20.0)]
@@ -68,6 +68,41 @@ def test_one_bad_run_moves_least_squares_and_not_the_sum_of_hubers():
     loss[-1] += 0.2
     assert abs(forms.fit_surface(n, n * ratio, loss, "huber").E - 1.69) < 0.01
     assert abs(forms.fit_surface(n, n * ratio, loss, "varpro").E - 1.69) > 0.03
+
+
+N = np.repeat(np.geomspace(1e7, 1e9, 5), 4)
+D = N * np.tile([5.0, 20.0, 80.0, 320.0], 5)
+LARGE = (math.log(1e10), math.log(2e11))
+
+
+def surface_losses(sd: float, bend: float = 0.0) -> np.ndarray:
+    noise = sd * np.random.Generator(np.random.Philox(1)).standard_normal(len(N))
+    clean = 1.69 + 406.4 / N**0.34 + 410.7 / D**0.28
+    return clean * np.exp(noise + bend * (np.log(N) - np.log(N).mean()) ** 2)
+
+
+def inside(found: Interval, truth: float) -> bool:
+    assert found.low is not None and found.high is not None
+    return found.low < truth < found.high
+
+
+def test_the_intervals_of_a_surface_hold_the_truth_and_new_runs_have_wider_ones():
+    surface = surfaces.hoffmann(N, D, surface_losses(0.003))
+    assert inside(surface.exponent(0), 0.34) and inside(surface.exponent(1), 0.28) and inside(surface.floor(), 1.69)
+    truth = 1.69 + 406.4 / 1e10**0.34 + 410.7 / 2e11**0.28
+    curve, run = surface.predict(LARGE), surface.predict(LARGE, runs=1)
+    assert inside(curve, truth) and inside(run, truth)
+    assert curve.low and run.low and curve.high and run.high
+    assert curve.low > run.low and curve.high < run.high
+    assert surface.sd == pytest.approx(0.003, rel=0.6) and (surface.bend_p() or 0) > 0.01
+    # Leaving out a run near the point moves the prediction there more than one far from it does.
+    moved = np.abs(surface.influence((math.log(N[-1]), math.log(D[-1]))))
+    assert moved.argmax() >= len(N) - 4
+
+
+def test_a_surface_that_bends_otherwise_than_its_form_is_told():
+    p = surfaces.hoffmann(N, D, surface_losses(0.001, bend=0.004)).bend_p()
+    assert p is not None and p < surfaces.FORM_FAILS
 
 
 def test_a_surface_is_refused_where_n_and_d_rise_together():

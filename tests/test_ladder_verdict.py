@@ -297,6 +297,7 @@ def test_the_tables_of_the_readme_are_there():
     text = bench_ladder.README.read_text(encoding="utf-8")
     for name, rows in (
         ("regular", 8), ("decisions", 8), ("hard", len(list(bench_ladder.hard()))), ("public", 11),
+        ("advice", 2), ("looks", 4),
     ):  # fmt: skip
         start, end = (bench_ladder.MARKS.format(what) for what in (name, f"end of {name}"))
         table = text.split(start)[1].split(end)[0].strip().splitlines()
@@ -378,6 +379,21 @@ def test_a_report_that_may_be_read_at_any_time_has_wider_bounds():
     assert once.lower is not None and always.lower is not None and once.upper is not None and always.upper is not None
     price = math.log(always.upper / always.lower) / math.log(once.upper / once.lower)
     assert 1.5 < price < 2.5 and always.bound_level < 0.01
+
+
+def test_reading_after_every_seed_keeps_the_level_where_looks_are_corrected_for():
+    found = ladders.look_often(LONG, ladders.BARELY, 300, seed=5)
+    naive, twelve, always = (found[rule] for rule in ladders.RULES[1:])
+    assert naive.promote[-1] > 0.055 and naive.reject[-1] > 0.055, "read naively, the level does not hold"
+    for looked in (twelve, always):
+        assert looked.promote[-1] <= 0.05 and looked.reject[-1] <= 0.05
+
+
+@pytest.mark.slow
+def test_advice_settles_about_as_often_as_it_says():
+    found = [ladders.follow(30, effects, seed=7) for effects in (False, True)]
+    told, settled = (sum(getattr(one, name) for one in found) / 2 for name in ("stated", "settled"))
+    assert settled == pytest.approx(told, abs=0.05 + 2 * math.sqrt(0.25 / 60))
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -5,14 +5,16 @@ fit is not shown.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from scipy import optimize
 
 from trainer.errors import FitError
-from trainer.ladder.stats import forms
+from trainer.ladder.stats import surfaces
+from trainer.ladder.stats.records import Interval
+from trainer.ladder.stats.surfaces import Surface
 
 Array = np.ndarray
 OFF_THE_LINE = 0.2
@@ -36,42 +38,67 @@ def fit(parameters: Array, tokens: Array, loss: Array, target_flops: float) -> d
     largest = int(np.argmax(parameters * tokens))
     rest = np.arange(len(loss)) != largest
     found = []
-    for name, formula, fitted in (
-        ("Hoffmann et al. 2022", "E + A / N^α + B / D^β", _hoffmann),
-        ("Gadre et al. 2024", "E + a·N^η + b·6^(η/2)·D^η", _gadre),
+    for name, formula, fitted, names, shift in (
+        ("Hoffmann et al. 2022", "E + A / N^α + B / D^β", surfaces.hoffmann, ("E", "A", "B", "alpha", "beta"), 0.0),
+        ("Gadre et al. 2024", "E + a·N^η + b·6^(η/2)·D^η", surfaces.gadre, ("E", "a", "b", "eta"), math.log(6) / 2),
     ):
         try:
-            values, predict = fitted(parameters, tokens, loss)
-            _, predict_held_out = fitted(parameters[rest], tokens[rest], loss[rest])
+            surface = fitted(parameters, tokens, loss)
+            others = fitted(parameters[rest], tokens[rest], loss[rest])
+            found.append({"name": name, "formula": formula, "refused": None}
+                         | _estimates(surface, names, shift, target_flops)
+                         | {"held_out": _held_out(others, parameters, tokens, loss, largest, shift)})  # fmt: skip
         except FitError as error:
             found.append({"name": name, "formula": formula, "refused": str(error)})
-            continue
-        error = float(np.sqrt(np.mean(np.log(predict(parameters, tokens) / loss) ** 2)))
-        others = float(np.sqrt(np.mean(np.log(predict_held_out(parameters, tokens)[rest] / loss[rest]) ** 2)))
-        guess = float(predict_held_out(parameters, tokens)[largest])
-        off = guess / float(loss[largest]) - 1
-        found.append({
-            "name": name, "formula": formula, "refused": None, "values": values, "error": error,
-            "held_out": {
-                "parameters": float(parameters[largest]), "tokens": float(tokens[largest]), "predicted": guess,
-                "observed": float(loss[largest]), "relative_error": off, "fits": abs(off) <= MISFIT * max(others, 1e-3),
-            },
-            "target": _best_size(predict, target_flops),
-        })  # fmt: skip
     return {"runs": len(loss), "forms": found}
 
 
-def _hoffmann(parameters: Array, tokens: Array, loss: Array) -> tuple[dict[str, float], Form]:
-    found = forms.fit_surface(parameters, tokens, loss, "huber")
-    return found.to_json(), lambda n, d: found.E + found.A * n**-found.alpha + found.B * d**-found.beta
+def _estimates(surface: Surface, names: Sequence[str], shift: float, target_flops: float) -> dict[str, Any]:
+    """Values and intervals of a surface, and its prediction of the target's best size; `shift` is that of ln D."""
+    exponents = [surface.exponent(number) for number in range(len(surface.exponents))]
+    if "eta" in names:  # loss falls as N^eta: the exponent with its sign
+        exponents = [_negative(it) for it in exponents]
+    values = [*surface.coefficients, *(it.value for it in exponents)]
+
+    def predict(n: Array, d: Array) -> Array:
+        return surface.at([np.log(n), np.log(d) + shift])
+
+    best = _best_size(predict, target_flops)
+    point = [math.log(best["parameters"]), math.log(best["tokens"]) + shift]
+    moved = surface.influence(point)
+    most = int(np.abs(moved).argmax())
+    return {
+        "values": dict(zip(names, values, strict=True)),
+        "intervals": {"E": surface.floor().to_json()}
+        | {name: it.to_json() for name, it in zip(names[len(surface.coefficients) :], exponents, strict=True)},
+        "error": float(np.sqrt(np.mean(surface.residuals**2))), "sd": surface.sd, "bend_p": surface.bend_p(),
+        "target": best | {"interval": surface.predict(point).to_json()},
+        "most_influential": {
+            "parameters": math.exp(surface.variables[0][most]),
+            "tokens": math.exp(surface.variables[1][most] - shift), "relative_change": float(moved[most]),
+        },
+    }  # fmt: skip
 
 
-def _gadre(parameters: Array, tokens: Array, loss: Array) -> tuple[dict[str, float], Form]:
-    found = forms.fit_overtrained(parameters, tokens / parameters, loss, "huber")
-    return (
-        found.to_json(),
-        lambda n, d: found.E + found.a * n**found.eta + found.b * 6 ** (found.eta / 2) * d**found.eta,
-    )
+def _negative(found: Interval) -> Interval:
+    value, low, high = (None if end is None else -end for end in (found.value, found.high, found.low))
+    return Interval(value, low, high, found.level)
+
+
+def _held_out(
+    others: Surface, parameters: Array, tokens: Array, loss: Array, largest: int, shift: float
+) -> dict[str, Any]:
+    """The largest run beside its prediction by a surface that was fitted without it."""
+    guess = others.predict([math.log(parameters[largest]), math.log(tokens[largest]) + shift], runs=1)
+    assert guess.value is not None
+    observed, error = float(loss[largest]), float(np.sqrt(np.mean(others.residuals**2)))
+    off = guess.value / observed - 1
+    inside = None if guess.low is None or guess.high is None else guess.low <= observed <= guess.high
+    return {
+        "parameters": float(parameters[largest]), "tokens": float(tokens[largest]), "predicted": guess.value,
+        "interval": guess.to_json(), "observed": observed, "relative_error": off,
+        "fits": abs(off) <= MISFIT * max(error, 1e-3) and inside is not False,
+    }  # fmt: skip
 
 
 def _best_size(predict: Form, flops: float) -> dict[str, float]:
@@ -88,10 +115,17 @@ def _best_size(predict: Form, flops: float) -> dict[str, float]:
 
 
 def cautions(tree: dict[str, Any]) -> list[str]:
-    """Return a sentence for each form that the largest run does not fit."""
-    return [
+    """Return a sentence for each form that the largest run does not fit, and for each that bends otherwise."""
+    fitted = [form for form in tree["forms"] if not form["refused"]]
+    found = [
         f"The form of {form['name']}, fitted to the other runs, misses the largest by "
         f"{form['held_out']['relative_error']:+.1%}: do not trust its target."
-        for form in tree["forms"]
-        if not form["refused"] and not form["held_out"]["fits"]
+        for form in fitted
+        if not form["held_out"]["fits"]
+    ]
+    return found + [
+        f"The runs bend in N and D as the form of {form['name']} does not (p = {form['bend_p']:.2g}): do not trust its "
+        "target."
+        for form in fitted
+        if form["bend_p"] is not None and form["bend_p"] < surfaces.FORM_FAILS
     ]

@@ -34,7 +34,7 @@ def huber_curve(flops: Array, loss: Array) -> Curve:
     return Curve(math.exp(log_E), math.exp(log_A), alpha, scale)
 
 
-def fit_surface(parameters: Array, tokens: Array, loss: Array, method: Method = "varpro") -> SurfaceND:
+def fit_surface(parameters: Array, tokens: Array, loss: Array, method: Method = "huber") -> SurfaceND:
     """Fit E + A / N^alpha + B / D^beta. Raises FitError with fewer than five runs, or if N and D rise together."""
     n, d = np.log(parameters), np.log(tokens)
     if len(loss) >= 5 and np.linalg.matrix_rank(np.stack([np.ones_like(n), n, d])) < 3:
@@ -52,7 +52,7 @@ def fit_surface(parameters: Array, tokens: Array, loss: Array, method: Method = 
 
 
 def fit_overtrained(
-    parameters: Array, tokens_per_parameter: Array, loss: Array, method: Method = "varpro"
+    parameters: Array, tokens_per_parameter: Array, loss: Array, method: Method = "huber"
 ) -> OverTrained:
     """Fit E + a·N^eta + b·6^(eta/2)·(M·N)^eta of Gadre et al. 2024. Raises FitError with fewer than four runs."""
     n, d = np.log(parameters), np.log(tokens_per_parameter * parameters) + math.log(6) / 2
