@@ -104,7 +104,7 @@ class World:
     ) -> None:
         self.random, self.size, self.make_arbiter, self.make_holding = random.Random(seed), size, arbiter, holding
         self.lines: list[Any] = []
-        self.arbiter: Arbiter | None = arbiter(wanted=size.workers)
+        self.arbiter: Arbiter | None = arbiter(wanted=size.workers, reserved=size.workers)
         self.kills, self.arbiter_kills = size.kills, size.arbiter_kills
         self.disk = 0
         self.commits: dict[int, tuple[Any, ...]] = {}
@@ -151,7 +151,8 @@ class World:
                 worker.down.append(EOF)
 
     def restart_arbiter(self) -> None:
-        self.arbiter = self.make_arbiter.restarted(self.lines, wanted=self.size.workers)  # type: ignore[attr-defined]
+        settings = {"wanted": self.size.workers, "reserved": self.size.workers}
+        self.arbiter = self.make_arbiter.restarted(self.lines, **settings)  # type: ignore[attr-defined]
         self.told = 0
 
     def do(self, actions: list[Any], talking: Process | None = None) -> None:
@@ -283,7 +284,9 @@ class World:
     def connect(self, worker: Process) -> None:
         worker.connected = True
         identity = {"micro_batches": str(self.size.micro_batches)}
-        worker.up.append(Hello(worker.seat.member, self.name(worker), self.name(worker), identity, worker.spare))
+        worker.up.append(
+            Hello(worker.seat.member, self.name(worker), self.name(worker), identity, worker.spare, worker.slot)
+        )
 
     def meet(self, worker: Process) -> None:
         self.leave_group(worker)

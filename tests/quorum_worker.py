@@ -39,7 +39,7 @@ class Worker:
         if (behaviour == "wrong usage") or (behaviour == "dies at every start" and self.slot == 1 and self.life > 1):
             sys.exit(EXIT_USAGE if behaviour == "wrong usage" else 1)
         self.holding = Holding()
-        self.membership = Membership.connect(given, {MICRO_BATCHES: "8"}, "127.0.0.1:1")
+        self.membership = Membership.connect(given, {MICRO_BATCHES: "8"}, "127.0.0.1:1", limits=(0.5, 60.0))
         self.write(f"pid of {self.membership.member}", str(os.getpid()))
         self.meet()
 
@@ -74,11 +74,18 @@ class Worker:
             "dies once": (self.directory / "epoch 3").exists,
             "dies at every start": (self.directory / "told").exists,
             "a spare": (self.directory / "told").exists,
+            "stops": (self.directory / "epoch 3").exists,
             "waits": lambda: False,
         }
         return (self.holding.step or 0) >= STEPS and lives.get(self.behaviour, lambda: True)()
 
     def misbehave(self) -> None:
+        if self.behaviour == "stops" and self.holding.step == 2:
+            if self.slot == 1 and self.life == 1:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            self.membership.at("reduce", 2)
+            while not self.membership.ended:  # the others never come
+                time.sleep(STEP_SECONDS)
         dies = self.slot == 1 and self.life == 1 and self.holding.step == 2
         if (self.behaviour in ("dies once", "dies at every start") and dies) or (
             self.behaviour == "dies again and again" and self.slot == 1
@@ -96,7 +103,8 @@ def main() -> int:
         rundir.DYING_SECONDS = 0.2
         command = ["work", directory, behaviour]
         workers, spares = int(counts[0]), int(counts[1]) if counts[1:] else 0
-        plan = quorum.Plan(configs.Config(), command, Path(directory) / "run", workers, spares, module=__spec__.name)
+        config = configs.parse({"elastic": {"step_timeout_seconds": 0.5}})
+        plan = quorum.Plan(config, command, Path(directory) / "run", workers, spares, module=__spec__.name)
         return quorum.launch(plan)
     elastic.belong_to_agent()
     try:

@@ -64,10 +64,7 @@ def test_a_killed_worker_is_started_again_alone_and_joins(tmp_path: Path, launch
     launched.append(job := Launched(tmp_path, "dies once", 3))
     assert job.ends() == (0, "")
     assert [job.lives(slot) for slot in range(3)] == [1, 2, 1]
-    # Numbers are given in the order in which workers connect; the successor's is new.
-    assert sorted(job.members(1).split()) == ["0", "1", "2"]
-    assert len(job.members(2).split()) == 2
-    assert job.members(3).split() == [*job.members(2).split(), "3"]
+    assert [set(job.members(epoch)) - {" "} for epoch in (1, 2, 3)] == [set("012"), set("02"), set("023")]
 
 
 def test_a_spare_takes_the_place_of_a_killed_worker(tmp_path: Path, launched: list[Launched]):
@@ -97,6 +94,15 @@ def test_a_worker_that_dies_at_every_start_is_given_up_by_name_and_the_others_fi
     assert f"{quorum.STARTS} times in a row before it took part. This node has 1 left." in said
     (tmp_path / "told").touch()
     assert (job.ends()[0], job.lives(0), job.lives(1)) == (0, 1, 1 + quorum.STARTS)
+
+
+def test_only_the_worker_that_is_stopped_is_ended_and_a_successor_joins(tmp_path: Path, launched: list[Launched]):
+    launched.append(job := Launched(tmp_path, "stops", 3))
+    status, errors = job.ends()
+    assert (status, [job.lives(slot) for slot in range(3)]) == (0, [1, 2, 1])
+    assert errors.startswith("worker 1 of")
+    assert errors.endswith("is ended: it does not run: it did not say how far it is.\n")
+    assert [set(job.members(epoch)) - {" "} for epoch in (1, 2, 3)] == [set("012"), set("02"), set("023")]
 
 
 @pytest.mark.parametrize(("behaviour", "status"), [("wrong usage", 2), ("hopeless", 1)])

@@ -59,7 +59,9 @@ class Job:
         self.server.close()
 
     def quorum(self, node: str = "node") -> Quorum:
-        return Quorum("127.0.0.1", self.port, "secret", node, 0, self.workers)
+        return Quorum(
+            "127.0.0.1", self.port, "secret", node, len(self.members), max(self.workers, len(self.members) + 1)
+        )
 
     def connect(self, identity: Any = IDENTITY, **settings: Any) -> Membership:
         member = Membership.connect(self.quorum(f"node {len(self.members)}"), identity, "127.0.0.1:1", **settings)

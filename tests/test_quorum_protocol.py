@@ -62,7 +62,7 @@ MUTANTS = {
         "members = tuple(reports)",
     ),
     "forgets after a restart whom it waits for": ("if self._awaited or any(", "if any("),
-    "gives a number twice after a restart": ('arbiter._next = line["member"] + 1', "pass"),
+    "gives a number twice after a restart": ('arbiter.names[line["member"]] = line["name"]', "pass"),
     "tells nobody that an epoch ended": ("Ended(self.epoch.number)) for m in self.members", "0) for m in ()"),
 }
 
@@ -114,7 +114,9 @@ class Job:
                 self.lines.append(action.line)
 
     def hello(self, member: int | None = None, identity: Any = IDENTITY, **more: Any) -> int | None:
-        number, actions = self.arbiter.hello(Hello(member, f"name {self.arbiter._next}", "host:1", identity, **more))
+        number, actions = self.arbiter.hello(
+            Hello(member, f"name {len(self.arbiter.names)}", "host:1", identity, **more)
+        )
         self.do(actions)
         return number
 
@@ -192,6 +194,11 @@ def test_a_newcomer_waits_until_the_members_let_it_in_after_a_step_and_disturbs_
     job.met(1, 4)
     epoch = job.epoch(joining)
     assert (epoch.members, epoch.receivers, epoch.step) == ((0, 1, joining), (joining,), 4)
+
+
+def test_the_first_worker_in_a_place_has_its_number_and_a_successor_another():
+    job = Job(0, wanted=3, reserved=3)
+    assert [job.hello(place=place) for place in (2, 0, 2, 1, 5)] == [2, 0, 3, 1, 4]
 
 
 def test_a_spare_waits_for_a_death_and_then_takes_the_place_at_once():

@@ -437,6 +437,7 @@ def _settings(plan: Plan, attempt: int) -> dict[str, Any]:
         "workers": plan.workers,
         "facts": {"attempt": attempt},
         "patience_seconds": plan.config.elastic.step_timeout_seconds,
+        "answer_seconds": min(5.0, plan.config.elastic.step_timeout_seconds),
     }
 
 

@@ -129,9 +129,8 @@ class Server:
         self._by_member: dict[int, Connection] = {}
         self._selector = selectors.DefaultSelector()
         lines = read_log(log)
-        self.machine = Arbiter(wanted=workers, **settings)
-        if lines:
-            self.machine = Arbiter.restarted(lines, time.monotonic(), wanted=workers, **settings)
+        settings |= {"wanted": workers, "reserved": workers}
+        self.machine = Arbiter.restarted(lines, time.monotonic(), **settings) if lines else Arbiter(**settings)
         log.parent.mkdir(parents=True, exist_ok=True)
         self._log = open(log, "ab", buffering=0, opener=files.no_follow)  # noqa: SIM115
         listener.setblocking(False)

@@ -66,7 +66,7 @@ class Membership:
         """`limits`: seconds without progress after which this worker counts as stuck, and before its first step."""
         self._quorum, self._limits = quorum, limits
         name = f"{quorum.node}:{os.getpid()}"
-        self._hello = Hello(None, name, store, dict(identity), quorum.slot >= quorum.size)
+        self._hello = Hello(None, name, store, dict(identity), quorum.slot >= quorum.size, quorum.slot)
         self._changed = threading.Condition()
         self._seat = Seat()
         self._connection: Connection | None = None

@@ -64,6 +64,8 @@ class Hello(NamedTuple):
     store: str
     identity: Mapping[str, str]
     spare: bool = False
+    place: int = -1
+    """Its place among its launcher's workers: its number too, if no other worker ever had it."""
 
 
 class Met(NamedTuple):
@@ -335,6 +337,8 @@ class Arbiter:
     """A worker that does not say within this time how far it is, does not run."""
     return_seconds: float = 30.0
     """A worker that has not come back so long after the arbiter was restarted is dead."""
+    reserved: int = 0
+    """Numbers below this one are for the first workers in these places."""
     identity: Mapping[str, str] = field(default_factory=dict)
     epoch: Epoch | None = None
     over: str = ""
@@ -342,7 +346,6 @@ class Arbiter:
     names: dict[int, str] = field(default_factory=dict)
     """By number: what a worker's launcher calls it."""
     _workers: dict[int, _Worker] = field(default_factory=dict)
-    _next: int = 0
     _running: bool = False
     """True while the members of `epoch` compute; false while they report."""
     _left: dict[int, str] = field(default_factory=dict)
@@ -363,7 +366,6 @@ class Arbiter:
         for line in lines:
             match line["what"]:
                 case "worker":
-                    arbiter._next = line["member"] + 1
                     arbiter.names[line["member"]] = line["name"]
                     arbiter.identity = line["identity"]
                 case "epoch":
@@ -405,7 +407,8 @@ class Arbiter:
         actions: list[Action] = []
         member = hello.member
         if member is None:
-            member, self._next = self._next, self._next + 1
+            is_free = 0 <= hello.place < self.reserved and hello.place not in self.names
+            member = hello.place if is_free else max([self.reserved - 1, *self.names]) + 1
             self.identity = self.identity or dict(hello.identity)
             line = {"what": "worker", "member": member, "name": hello.name, "identity": dict(self.identity)}
             actions.append(Record(line))
@@ -427,7 +430,7 @@ class Arbiter:
         if hello.member is not None:
             if hello.member in self._dead:
                 return f"worker {hello.member} was taken for dead, and the others went on without it"
-            if hello.member >= self._next or hello.member in self._workers:
+            if hello.member not in self.names or hello.member in self._workers:
                 return f"worker {hello.member} is not one that may come back"
         return ""
 
