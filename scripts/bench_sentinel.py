@@ -12,7 +12,7 @@ import random
 import statistics
 import textwrap
 import threading
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -324,8 +324,9 @@ def figure() -> dict[str, Any]:
     """Counts by kind and setting. A flip that leaves no trace in a run without a sentinel did no harm."""
     rows = {(row["kind"], row["setting"], row["number"]): row for row in read_trials()}
     counts: dict[str, dict[str, dict[str, Any]]] = {}
+    after: dict[tuple[str, str], list[int]] = defaultdict(list)
     for (kind, setting, number), row in rows.items():
-        cell = counts.setdefault(kind, {}).setdefault(setting, Counter())
+        cell = counts.setdefault(kind, {}).setdefault(setting, defaultdict(int))
         is_harmful = kind in LASTING or rows[kind, "off", number]["trace"]
         is_found = row["after"] is not None
         cell["flips"] += 1
@@ -338,7 +339,10 @@ def figure() -> dict[str, Any]:
         for name in ("nan", "loss_rule", "norm_rule"):
             cell[name] += row[name]
         cell["any_rule"] += row["nan"] or row["loss_rule"] or row["norm_rule"]
-        cell.setdefault("after", []).extend([row["after"]] if is_found else [])
+        after[kind, setting] += [row["after"]] if is_found else []
+    for (kind, setting), steps in after.items():
+        if steps:
+            counts[kind][setting] |= {"after_median": statistics.median(steps), "after_most": max(steps)}
     return {"kinds": counts, "window": WINDOW, "sigmas": SIGMAS}
 
 
@@ -396,7 +400,7 @@ def share(cell: dict[str, Any], name: str, of: str = "flips") -> str:
 def found(cell: dict[str, Any] | None) -> str:
     if cell is None:
         return "–"
-    when = f"; {statistics.median(cell['after']):g}, {max(cell['after'])}" if cell["after"] else ""
+    when = f"; {cell['after_median']:g}, {cell['after_most']}" if "after_most" in cell else ""
     return f"{cell['found']} of {cell['harmful']}: {share(cell, 'found', 'harmful')}{when}"
 
 

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NAME = "same-bits"
 BENCHMARKS = ("soak", "killed", "throughput_12m")
 WORDS = {"sigkill": "rank {} is killed", "no_space": "the disk is full", "stopped": "rank {} hangs",
-         "nan_gradient": "a gradient is NaN"}  # fmt: skip
+         "flip_weights": "a bit of rank {} flips", "nan_gradient": "a gradient is NaN"}  # fmt: skip
 CALM, STORM = figure.SERIES[0], figure.SERIES[1]
 
 

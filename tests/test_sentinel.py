@@ -3,6 +3,7 @@
 import json
 import random
 import socket
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,8 @@ from trainer.sentinel import bits
 from trainer.sentinel.corruption import Finding, Observed, Sentinel
 from trainer.sentinel.quarantine import Quarantine
 from trainer.sentinel.tokens import TokenCheck, block_hashes
+from trainer.sentinel.update import UpdateAudit
+from trainer.step import TrainState
 
 # Steps 1 to 3 of the reference are computed twice, since they overflow their grids: a flip in the first pass is thrown
 # away with it.
@@ -68,15 +71,17 @@ def test_a_sharded_run_recomputes_a_wrong_gradient_and_restarts_where_its_state_
     faults = [
         fault("flip_gradient", 4, 1),
         fault("flip_activations", 5, 0),
+        fault("flip_update", 7, 1),
         fault("flip_weights", 9, 1),
         fault("flip_moments", 15, 0),
     ]
-    trial.survive(2, faults, *ON, *settings(parallel__strategy="fsdp"))
+    trial.survive(2, faults, *ON, *PATIENT, *settings(parallel__strategy="fsdp"))
     trial.ends_as_reference(attempts=3)
-    actions = ["repaired", "repaired", "restarted", "restarted"]
+    actions = ["repaired", "repaired", "repaired", "restarted", "restarted"]
     assert [action for *_, action in found(trial)] == actions
     assert all(culprit in (None, f["rank"]) for (_, _, culprit, _), f in zip(found(trial), faults, strict=True))
-    assert trial.detected_as(*range(4)) == ["corrupted"] * 4
+    assert trial.detected_as(*range(5)) == ["corrupted"] * 5
+    assert found(trial)[2] == (7, "update", 1, "repaired")
 
 
 @pytest.mark.slow
@@ -209,6 +214,46 @@ def test_a_weight_that_is_not_finite_is_copied_from_a_replica_instead_of_ending_
     trial.survive(3, [fault("nan_weights", 5, 1)], *ON)
     trial.ends_as_reference(attempts=1)
     assert found(trial) == [(5, "state", 1, "repaired")]
+
+
+@pytest.mark.parametrize("wrong_results", [(), (1,), (2,), (1, 2)])
+def test_an_update_is_computed_until_two_results_agree(wrong_results: tuple[int, ...]):
+    weight = torch.nn.Parameter(torch.full((4, 16), 2.0))
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    sharding: Any = SimpleNamespace(parameters={"weight": weight})
+    states = []
+    for wrong in ((), wrong_results):
+        with torch.no_grad():
+            weight.fill_(2.0)
+        optimizer.state.clear()
+        state = TrainState(0, torch.nn.Identity(), sharding, [optimizer], None)
+        audit = UpdateAudit(0, Fraction(1))
+        results = 0
+
+        def spoil(*_: Any, wrong: tuple[int, ...] = wrong) -> None:
+            nonlocal results
+            results += 1
+            if results in wrong:
+                weight.data[1, results] += 1
+
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()  # makes the moments
+        state.step = 1
+        handle = optimizer.register_step_post_hook(spoil)
+        audit.begin(state)
+        optimizer.step()
+        state.step = 2
+        named = audit.end(state, lambda needed: needed)
+        handle.remove()
+        states.append(({n: t.clone() for n, t in state.tensors().items()}, named, results))
+    (right, clean, twice), (after, named, results) = states
+    assert (clean, twice) == ("", 2)
+    assert results == (3 if wrong_results else 2)
+    if len(wrong_results) == 2:
+        assert named is None
+    else:
+        assert named == ("model.weight" if wrong_results else "")
+        assert all(torch.equal(after[name], right[name]) for name in right)
 
 
 def test_parameters_with_three_axes_are_checked_too(tmp_path: Path):

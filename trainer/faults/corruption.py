@@ -186,9 +186,6 @@ class FlipUpdate(FlipWeights):
     made = "bits of the rank's updated weights are flipped when the optimizer writes them"
     phases = (Phase.IN_UPDATE,)
 
-    def watched(self, world_size: int) -> Fault:
-        return super().watched(world_size) if world_size > 1 else self  # no replica computes the same update
-
 
 class FlipTokens(SilentFault):
     imitates = "silent corruption between the token store and the rank"

@@ -128,7 +128,7 @@ class Corrupted(Event, kind="corrupted"):
     """Ranks or recomputations disagreed on bits that must be equal. Rank 0 writes it for all."""
 
     step: int
-    what: str  # state, gradient (as a rank added it up), reduction (as it received it), micro_batch or tokens
+    what: str  # state, gradient (as a rank added it up), reduction (as it received it), micro_batch, tokens, update
     culprit: int | None  # the rank that was wrong; None if it is unknown
     micro_batch: int | None
     parameter: str | None  # the first one that differs; None if it is unknown

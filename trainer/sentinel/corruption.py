@@ -16,7 +16,7 @@ that is wrong twice is quarantined (quarantine.py). Tokens are held against the 
 
 Not seen: what all ranks compute wrong alike (operators, compilers), and what one rank alone always does; a micro-batch
 that is not audited; a gradient that is damaged between the reduction and the update; where the state has no replica to
-compare (fsdp, hybrid, one rank), an update that goes wrong, or a change between two checked steps.
+compare (fsdp, hybrid, one rank), an update that is not audited, or a change between two checked steps.
 """
 
 import functools
@@ -40,6 +40,7 @@ from trainer.phases import Hook, Phase
 from trainer.sentinel.bits import bits_hash, combined, differ, factors, row_sums
 from trainer.sentinel.quarantine import Quarantine
 from trainer.sentinel.tokens import TokenCheck, block_hashes
+from trainer.sentinel.update import UpdateAudit
 from trainer.step import StepContext, TrainState, backward
 
 T = TypeVar("T")
@@ -51,7 +52,7 @@ class Finding:
     """One disagreement."""
 
     what: str
-    """state, gradient (what a rank added up), reduction (what it received), micro_batch or tokens."""
+    """state, gradient (what a rank added up), reduction (what it received), micro_batch, update or tokens."""
     ranks: tuple[int, ...]
     """Who is wrong: all of these, or one of these if it is about a micro-batch; none if it is unknown."""
     micro_batch: int | None = None
@@ -64,6 +65,7 @@ class Finding:
             "state": "keeps wrong weights, moments or grids",
             "gradient": "has added up a wrong gradient",
             "reduction": "has received a wrong sum of gradients",
+            "update": "has computed a wrong update",
             "tokens": "has read tokens that are not the store's",
             "micro_batch": f"has computed a wrong gradient of micro-batch {self.micro_batch}",
         }[self.what]
@@ -95,6 +97,7 @@ class Sentinel:
         self._share, self._act = Fraction(config.sentinel.audit), config.sentinel.act
         self._every = config.sentinel.state_hash_every_steps
         self._on = bool(self._share or self._every)
+        self._update_audit = UpdateAudit(config.seed, self._share if self._act != "report" else Fraction(0))
         self._quarantine = Quarantine(config.sentinel.quarantine_within, world)
         self._names: list[str] = []
         self._segments: dict[str, slice] = {}  # of each parameter in `_own`: one for each row of a matrix, or one
@@ -426,8 +429,12 @@ class Sentinel:
             if self._state.grids is not None:
                 self._sealed |= self._hashes("grids.")  # the step may have widened them: only replicas can tell
             self._verify_state(step, step + 1, "optim.", "grids.")
+        if self._state.sharding.needs_lockstep or self.world.size == 1:  # no replica is held against this one
+            self._update_audit.begin(self._state)
 
     def _after_update(self, step: int) -> None:
+        if self._update_audit.under_way:
+            self._audit_update(step)
         checked, self._checking = self._checking, False
         if self._every and (step + 1) % self._every == 0:
             self._seal()
@@ -435,6 +442,18 @@ class Sentinel:
             # An update that went wrong shows in the replicas, before anything is computed from it.
             now = combined(self._sealed.values())
             self._compare_replicas(step, now, now)
+
+    def _audit_update(self, step: int) -> None:
+        def repeat(needed: bool) -> bool:
+            return any(self.world.agree(lambda: needed))
+
+        wrong = self._update_audit.end(self._state, repeat)
+        results = self.world.agree(lambda: wrong)
+        findings = [Finding("update", (rank,), parameter=name) for rank, name in enumerate(results) if name != ""]
+        if findings and (self._act == "stop" or None in results):
+            self._stop(step, findings)
+        if findings:
+            self._settle(step, findings, "repaired")
 
     def _before_save(self, step: int) -> None:
         if self._every:
