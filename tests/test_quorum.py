@@ -92,7 +92,8 @@ def test_after_a_failed_reduction_only_what_is_missing_is_computed(config: Confi
     with pytest.raises(RuntimeError, match="closed by peer"):
         compute(state, config, prepared, dying)
     assert partial.done(state.step) == (0, 2, 5)
-    partial.put_back()
+    assert state.grids is not None
+    partial.put_back([*state.sharding.reduced_in_place(), state.grids.seen])
     result, sums, computed = compute(state, config, prepared, alone(partial, (7, 1, 3, 4, 6)))
     assert (result, computed) == (calm, [7, 1, 3, 4, 6])
     assert all(torch.equal(left, right) for left, right in zip(calm_sums, sums, strict=True))
@@ -174,7 +175,6 @@ class Worker:
         self.state = build(job.config, job.prepared)
         self.server = open_store("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.store = f"127.0.0.1:{self.server.port}"
-        self._on_end: Any = None
         self.computed: list[tuple[int, int]] = []
         self.changes: list[Change] = []
         self.records: list[Any] = []
@@ -199,27 +199,13 @@ class Worker:
     def change_wanted(self) -> bool:
         return self.seat.change_wanted
 
-    @property
-    def on_end(self) -> Any:
-        return self._on_end
-
-    @on_end.setter
-    def on_end(self, callback: Any) -> None:
-        with self.job.changed:
-            self._on_end = callback
-            if callback is not None and self.seat.ended:
-                callback()
-
     def hear(self, message: Any) -> None:
-        before = self.seat.ended
         self.seat.hear(message)
-        if self.seat.ended and not before and self.on_end is not None:
-            self.on_end()
 
     def meet(self, report: Report, waiting: Any = None) -> Epoch:
         job = self.job
         with job.changed:
-            self._on_end, self.seat.ended = None, True
+            self.seat.ended = True
             job.reported.add(self.member)
             job.perform(job.arbiter.met(self.member, report))
             if not job.changed.wait_for(lambda: self.seat.fresh or self.seat.over, 60):
@@ -282,6 +268,7 @@ class Worker:
             self.passed += 1
             if self.passed == self.dies[2]:
                 with self.job.changed:
+                    self.job.changed.notify_all()
                     assert self.job.changed.wait_for(self.dies_when, 60)
                 raise self.error
         if (phase, step) == self.holds:
@@ -382,6 +369,20 @@ def test_a_state_that_arrives_with_another_hash_is_not_used(calm: Job):
     job.ended()
     assert isinstance(third.result, TransferError)
     assert first.result == calm.hash()
+
+
+def test_nobody_waits_for_the_sockets_of_a_member_that_is_stopped(calm: Job):
+    """It stands before the reduction that the others wait in. The arbiter takes it for dead, the kernel does not."""
+    job = Job(calm.config, calm.prepared, 3)
+    job.start()
+    silent = job.start((Phase.BEFORE_REDUCE, 4, 1))
+    silent.dies_when = lambda: len(job.survivors) == 2
+    job.start()
+    with job.changed:
+        assert job.changed.wait_for(lambda: silent.passed == 1, 60)
+        job.perform(job.arbiter.closed(silent.member))
+    job.ended()
+    assert job.hash() == calm.hash()
 
 
 def test_all_but_one_may_die_in_one_step(calm: Job):

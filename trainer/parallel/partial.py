@@ -4,6 +4,7 @@ Exact sums do not depend on who added what. So when a rank dies in the middle of
 and only the micro-batches of the dead rank are computed again. A reduction overwrites its input: copies are made first.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -28,7 +29,7 @@ class PartialSums:
     def __init__(self) -> None:
         self._step = -1
         self._local: LocalSums | None = None
-        self._copies: list[tuple[Tensor, Tensor]] = []
+        self._copies: list[Tensor] = []
         self._reducing = False  # True once the originals may have been overwritten
 
     def begin(self, step: int, local: LocalSums) -> None:
@@ -49,15 +50,14 @@ class PartialSums:
 
     def copy(self, *sums: Tensor) -> None:
         """Before these are reduced in place."""
-        if [id(original) for original, _ in self._copies] != [id(tensor) for tensor in sums]:
-            self._copies = [(tensor, torch.empty_like(tensor)) for tensor in sums]  # once: they keep their places
-        for original, copied in self._copies:
+        self._copies = self._copies or [torch.empty_like(tensor) for tensor in sums]  # they keep their sizes
+        for original, copied in zip(sums, self._copies, strict=True):
             copied.copy_(original)
         self._reducing = True
 
-    def put_back(self) -> None:
-        """After a reduction failed: the sums are again those of this rank alone."""
+    def put_back(self, sums: Sequence[Tensor]) -> None:
+        """After a reduction failed: make `sums`, in the order of `copy`, those of this rank alone."""
         if self._reducing:
-            for original, copied in self._copies:
+            for original, copied in zip(sums, self._copies, strict=True):
                 original.copy_(copied)
         self._reducing = False

@@ -21,13 +21,17 @@ from torch import Tensor
 from trainer.errors import WorldError
 from trainer.parallel.partial import PartialSums
 from trainer.parallel.protocol import Epoch, Report
+from trainer.parallel.sharding import Sharding
 from trainer.parallel.world import StepMembers, World, open_store
 from trainer.phases import Hook, Phase
 
 T = TypeVar("T")
+LOOK = datetime.timedelta(milliseconds=20)
+"""How often a member that waits in a collective looks whether its epoch has ended."""
 CHECK_SECONDS = 0.002  # how often it is looked whether an epoch has ended while its group is made
 FRUITLESS_EPOCHS = 20
 """So many epochs in a row without a step and without a loss mean that the members cannot reach one another."""
+SMALL = 2**16  # elements of a tensor that is reduced in a copy
 PIECE = 4 * 2**20  # elements of a tensor that are sent at once
 INTERRUPTIBLE = frozenset({Phase.BEFORE_FORWARD, Phase.BEFORE_REDUCE, Phase.IN_EVAL})
 """Phases in which a member may leave an epoch that has ended: its partial sums are whole there."""
@@ -45,10 +49,6 @@ class Membership(Protocol):
     """The connection to the arbiter, as `parallel.membership` makes it."""
 
     @property
-    def on_end(self) -> Callable[[], None] | None: ...
-    @on_end.setter
-    def on_end(self, callback: Callable[[], None] | None) -> None: ...
-    @property
     def member(self) -> int: ...
     @property
     def ended(self) -> bool: ...
@@ -64,6 +64,7 @@ class State(Protocol):
     """The part of `step.TrainState` that members need."""
 
     step: int
+    sharding: Sharding
     grids: Any
     """`exact.Grids`, or None where nothing is rounded."""
 
@@ -73,17 +74,27 @@ class State(Protocol):
 
 
 class Link:
-    """An epoch's process group. Dropping it wakes a collective that waits in it, from any thread.
+    """An epoch's process group, and how to get out of a collective that waits in it.
 
-    torch: `abort` does not wake one, the end of the last reference does. So nothing else may hold the group.
+    gloo cannot be told to give up: `abort` wakes nobody, and the end of the last reference waits for what is under way.
+    Mostly the closed sockets of a dead peer end it, but not always. So a member that waits looks whether its epoch has
+    ended, and leaves the collective behind: `left` is true then, and its tensors must not be used again.
     """
 
-    def __init__(self, group: dist.ProcessGroupGloo | None, passing: Callable[[], None] = lambda: None) -> None:
+    left = False
+
+    def __init__(
+        self, group: dist.ProcessGroupGloo | None, passing: Callable[[], None] = lambda: None,
+        ended: Callable[[], bool] = lambda: False,
+    ) -> None:  # fmt: skip
         """`passing` is called before and after each collective. Without a group the link is dropped already."""
-        self._group, self._passing = group, passing
+        self._group, self._passing, self._ended = group, passing, ended
 
     def drop(self) -> None:
-        self._group = None
+        """Close the connections: the others notice it. This may wait for a collective, so a thread does it."""
+        groups, self._group = [self._group], None
+        if groups[0] is not None:
+            threading.Thread(target=groups.clear, name="toprope-epoch-ended", daemon=True).start()
 
     def together(self, start: Callable[[Any], Any]) -> None:
         """As `run`, for what all members do alike: they pass it in the same order."""
@@ -95,8 +106,17 @@ class Link:
         """Start an operation of the group and wait for its end. Raises MembersChangedError if it fails."""
         try:
             work = start(self._held())
-            if work is not None:
-                work.wait()
+            while work is not None:
+                try:
+                    work.wait(LOOK)
+                    break
+                except RuntimeError:
+                    if work.is_completed():
+                        work.wait()  # raises what went wrong, if something did
+                        break
+                if self._ended():
+                    self.left = True
+                    raise MembersChangedError("the epoch has ended, and its collective has not")
         except RuntimeError as error:
             raise MembersChangedError(str(error)) from None
 
@@ -114,12 +134,20 @@ class EpochWorld(World):
     link: Link = field(default_factory=lambda: Link(None))
 
     def max(self, tensor: Tensor) -> None:
-        if self.size > 1:
-            self.link.together(lambda group: dist.all_reduce(tensor, dist.ReduceOp.MAX, group=group, async_op=True))
+        self._all_reduce(tensor, dist.ReduceOp.MAX)
 
     def sum(self, tensor: Tensor) -> None:
+        self._all_reduce(tensor, dist.ReduceOp.SUM)
+
+    def _all_reduce(self, tensor: Tensor, how: Any) -> None:
         if self.size > 1:
-            self.link.together(lambda group: dist.all_reduce(tensor, dist.ReduceOp.SUM, group=group, async_op=True))
+            # A collective that is left behind may still write. The gradients get another buffer then; what is small is
+            # reduced in a copy.
+            small = tensor.numel() <= SMALL
+            reduced = tensor.clone() if small else tensor
+            self.link.together(lambda group: dist.all_reduce(reduced, how, group=group, async_op=True))
+            if small:
+                tensor.copy_(reduced)
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
         if self.size > 1:
@@ -264,19 +292,23 @@ class QuorumMembers:
     def _meet(self, state: State) -> bool:
         started = self._ended_at or time.monotonic()
         self._link.drop()
+        if self._link.left:
+            state.sharding.renew_buffers()
         step = self._state.step if self._state is not None else None
         have = self._partial.done(state.step) if step is not None else ()
-        self._partial.put_back()
+        magnitudes = [] if state.grids is None else [state.grids.seen]
+        self._partial.put_back([*state.sharding.reduced_in_place(), *magnitudes])
         note = {"stages": sorted(self._stages), **self._note()}
         epoch = self._membership.meet(Report(step=step, have=have, key="", note=note), self._waiting)
         self._ended_at = None
         self._count_fruitless(epoch)
         own, rank = self._membership.member, epoch.members.index(self._membership.member)
         group = join_group(epoch, own, lambda: self._membership.ended, self._timeout_seconds)
-        self._link = link = Link(group, lambda: self._membership.at("collective", state.step))
+        self._link = link = Link(
+            group, lambda: self._membership.at("collective", state.step), lambda: self._membership.ended
+        )
         del group
         self._world = world = EpochWorld(rank, len(epoch.members), self._device, link=link)
-        self._membership.on_end = link.drop
         received = own in epoch.receivers
         if epoch.step is None:
             self._restore(state, world)

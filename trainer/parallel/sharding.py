@@ -32,9 +32,12 @@ class Sharding:
 
     def __init__(self, model: nn.Module, world: World) -> None:
         self.parameters = dict(model.named_parameters())
+        self._bind(torch.zeros(sum(parameter.numel() for parameter in self.parameters.values()), device=world.device))
+
+    def _bind(self, flat: Tensor) -> None:
+        self._flat = flat
         sizes = [parameter.numel() for parameter in self.parameters.values()]
-        self._flat = torch.zeros(sum(sizes), device=world.device)
-        for parameter, part in zip(self.parameters.values(), self._flat.split(sizes), strict=True):
+        for parameter, part in zip(self.parameters.values(), flat.split(sizes), strict=True):
             parameter.grad = part.view_as(parameter)  # autograd then accumulates in place
 
     def round_with(self, rounder_of: RounderOf) -> None:
@@ -48,6 +51,10 @@ class Sharding:
     def reduced_in_place(self) -> list[Tensor]:
         """The tensors that `reduce_gradients` overwrites."""
         return [self._flat]
+
+    def renew_buffers(self) -> None:
+        """Go on with copies of the buffers: a reduction was left behind that may still write to these."""
+        self._bind(self._flat.clone())
 
     def last_micro_batch(self, is_last: bool) -> None:
         """Called before each backward pass; lets gradients be reduced once a step where the strategy can."""
