@@ -47,6 +47,7 @@ NOT_FINITE = {"train": [[1, 5.0], [2, math.nan], [3, math.inf]], "attempts": [{"
         {"nothing yet": {"train": [], "eval": {}, "attempts": []}},
         {"bits unknown": summary() | {"eval": {"val": [[10, 2.0, None], [20, 1.9, None]], "repo": [[10, 2.0, 1.0]]}}},
         {"never evaluated": summary(sets=())},
+        {"code": summary(sets=()) | {"code_length": {"so_far": [[1, None], [2, 7.5], [3, 7.0]]}}},
         {"evaluations alone": summary() | {"train": []}},
         {"not finite": summary() | NOT_FINITE},
     ],

@@ -45,6 +45,7 @@ sets = ["val"]
 mode = "disabled"
 """
 HEAD = 'question = "Does it work?"\nbaseline = "tiny.toml"\nseeds = [0, 1]\n'
+CODE = HEAD + 'metric = "code_length"\n'
 SIZES = "[sizes]\ntokens_per_parameter = 0.2\n"
 RUNGS = "".join(
     f'[[rungs]]\nname = "{name}"\nwidth = {width}\nn_layers = 1\n' for name, width in (("s", 16), ("m", 24), ("l", 32))
@@ -247,6 +248,10 @@ def test_all_problems_of_a_ladder_file_are_reported_at_once(home):
         ((plain(), '[[arms]]\nname = "e"\nset = { eval.max_tokens = 5 }\n'), "which decides no weights"),
         ((plain(), '[[arms]]\nname = "t"\nset = { data.vocab_size = 300 }\n'), "bits_per_byte"),
         ((plain(), '[[arms]]\nname = "h"\nset = { data.heldout = "tail" }\n'), "which text is held out"),
+        ((plain(head=CODE), '[[arms]]\nname = "h"\nset = { data.heldout = "tail" }\n'), "which text is held out"),
+        ((plain(head=CODE), '[[arms]]\nname = "d"\nset = { model.dropout = 0.1 }\n'), "with dropout on"),
+        ((plain(head=CODE + "[set]\nmodel.dropout = 0.1\n"),), "the baseline has model.dropout"),
+        ((plain(head=CODE + '[set]\neval = { sets = ["code_length"], sources = { code_length = "x" } }\n'),), "so too"),
         ((plain(), '[[arms]]\nname = "g"\nset = { model.n_kv_heads = 3 }\n'), "does not divide model.n_heads"),
         ((plain(), '[[faults]]\nkind = "partition"\nat_step = 2\n'), "partition needs two nodes"),
         ((plain(), '[[faults]]\nkind = "agent_killed"\nat_step = 2\n'), "is made from outside"),

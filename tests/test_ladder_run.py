@@ -159,6 +159,20 @@ def test_a_run_whose_bits_per_byte_are_unknown_is_missing_in_a_ladder_of_bits_an
     assert collect.collect_run(planned, copied, "val", "nats_per_token").status == "finished"
 
 
+def test_a_run_without_a_code_length_is_missing_in_a_ladder_of_it_and_says_why(reference, home):
+    ladder, pool, _ = reference
+    copied = home / "no code" / "pool"
+    planned = ladder.runs[0]
+    shutil.copytree(pool / planned.key, copied / planned.key)
+    (log,) = events.events_directory(StoredRun(copied / planned.key).run).glob("*.jsonl")
+    whole = log.read_text()
+    for epoch, why in ((10, "reads text again after step 10"), (0, "more than an epoch"), ("null", "older toprope")):
+        log.write_text(re.sub(r'"first_epoch_steps": [0-9]+', f'"first_epoch_steps": {epoch}', whole))
+        found = collect.collect_run(planned, copied, "code_length", "nats_per_token")
+        assert (found.status, found.loss) == ("missing", None)
+        assert why in found.reason
+
+
 def test_a_finished_run_is_never_run_again_and_two_ladders_share_it(reference, home, backend):
     ladder, pool, _ = reference
     again = run.run(ladder, home / "ladders" / "reference", backend=backend)
@@ -206,6 +220,11 @@ def test_a_storm_leaves_every_run_with_the_bits_of_the_undisturbed_ladder(refere
         ["sigkill", "torn_save"] if collected.rung == "s" else ["exit", "sigkill"] for collected in storm_runs
     ]
     assert all(collected.attempts > 1 and collected.replayed > 0 for collected in storm_runs)
+    lengths = [
+        [collect.collect_run(planned, at, "code_length", "bits_per_byte").loss for planned in of.runs]
+        for of, at in ((storm, pool_of(out)), (ladder, pool))
+    ]
+    assert lengths[0] == lengths[1] and None not in lengths[0]
     incidents = [
         incident["kind"] for incident in summarise_run(StoredRun(pool_of(out) / storm.runs[0].key).run)["incidents"]
     ]

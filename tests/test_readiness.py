@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import trainer
+from tests.support import trainer, write_corpus
 from trainer import readiness
 from trainer.errors import ConfigError
 from trainer.log import rundir
@@ -183,6 +183,35 @@ def test_a_burn_in_counts_for_the_config_that_it_was_made_with(tmp_path: Path, c
     (tmp_path / "burnin" / "report.json").write_text(json.dumps(tree))
     assert line(check(tmp_path, burnin=str(tmp_path / "burnin")), "operators")["answer"] == answer
     assert line(check(tmp_path), "operators")["answer"] == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("config", "needs", "answer", "said"),
+    [
+        ('[data]\nsource = "{corpus}"\n', {}, "unknown", "nothing was compared"),
+        ('[data]\nsource = "{corpus}"\ndecontaminate = "report"\n', {}, "pass", "0 of"),
+        ('[data]\nsource = "{corpus}"\ndecontaminate = "report"\n', {"max_epochs": 0.1}, "fail", "epochs of"),
+        (
+            '[data]\nsource = "{corpus}"\ndecontaminate = "report"\n'
+            '[eval]\nsets = ["like"]\nsources = {{ like = "{like}" }}\n',
+            {}, "fail", "1 of 1 documents (100.00%)",
+        ),
+        (
+            '[data]\nsource = "{corpus}"\ndecontaminate = "drop"\n'
+            '[eval]\nsets = ["like"]\nsources = {{ like = "{like}" }}\n',
+            {}, "pass", "1 of ",
+        ),
+    ],
+)  # fmt: skip
+def test_the_text_is_held_against_the_held_out_sets_and_its_epochs_are_counted(
+    tmp_path: Path, config: str, needs: dict[str, float], answer: str, said: str
+):
+    corpus = write_corpus(tmp_path / "corpus")
+    trained_on = (tmp_path / "corpus" / "39.txt").read_text()  # held out are those whose digest is small
+    (tmp_path / "like.txt").write_text(trained_on.replace("document 39:", "once more, number 39 of them:"))
+    text = config.format(corpus=corpus, like=tmp_path / "like.txt") + "[budget]\nsteps = 4\n"
+    found = line(check(tmp_path, text, needs={"max_epochs": 4.0} | needs), "data")
+    assert (found["answer"], said in found["evidence"]) == (answer, True), found
 
 
 def test_an_issue_about_no_line_is_refused(tmp_path: Path):

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import math
 import os
 import signal
 import socket
@@ -153,7 +154,8 @@ def test_metrics_are_readable_back_from_the_offline_file(run: Run):
     with shown(run):
         run.start()
         for n in range(1, 61):
-            run.write(step(n, redone=int(n in (3, 5)), flushed=1e-5 if n == 60 else None))
+            text = 1_024 if n <= 50 else None  # the first epoch has 50 steps
+            run.write(step(n, redone=int(n in (3, 5)), flushed=1e-5 if n == 60 else None, text_bytes=text))
         run.write(evaluated(60))
         run.write(evaluated(60, set="greek", bits_per_byte=None))
         run.write(ended())
@@ -174,6 +176,8 @@ def test_metrics_are_readable_back_from_the_offline_file(run: Run):
         "exact/flushed": 1e-5,
     }
     assert "exact/flushed" not in train[0], "unknown is not zero"
+    code = figures(rows, "train/code_bits_per_byte")
+    assert len(code) == 50 and code[0] == (1, pytest.approx(2 * 4.99 / math.log(2), rel=1e-12))
     (scores,) = [row for row in rows if "eval/val/loss" in row]
     assert figures(rows, "eval/greek/loss") == [(60, 2.5)]
     assert not figures(rows, "eval/greek/bits_per_byte"), "unknown is not zero"

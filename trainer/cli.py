@@ -178,11 +178,17 @@ def launch(
 
 
 @app.command()
-def inspect(run: RunPath, as_json: AsJson = False) -> None:
+def inspect(
+    run: RunPath,
+    as_json: AsJson = False,
+    compress: Annotated[
+        bool, typer.Option("--compress", help="Hold the code length against gzip, bzip2, xz and zstd; 1 s per MB.")
+    ] = False,
+) -> None:
     """Show what happened in a run: status, attempts, losses, throughput, checkpoints."""
     from trainer import checkpoint
     from trainer.faults import attribution
-    from trainer.log import rundir
+    from trainer.log import code_length, rundir
 
     rundir.read(run)
     found = [
@@ -190,6 +196,8 @@ def inspect(run: RunPath, as_json: AsJson = False) -> None:
         for saved in reversed(checkpoint.committed(run))
     ]
     result = attribution.summarise(run, found)
+    if compress:
+        result["code_length"]["compressors"] = code_length.compressors(run, result["code_length"])
     if as_json:
         _print_json(result)
     else:

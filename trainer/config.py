@@ -48,6 +48,11 @@ class Data(Section):
     corpus that is a single document, both hold out the last part."""
     heldout_fraction: float = Field(default=0.05, gt=0, lt=1)
     """Part of the text that is held out."""
+    deduplicate: Literal["exact", "near"] = "exact"
+    """Training documents that are dropped: copies of an earlier one, or also those that say nearly the same."""
+    decontaminate: Literal["off", "report", "drop"] = "off"
+    """Compare the training text with every set of eval.sets: "report" training documents that are near-duplicates of
+    held-out ones (data/near.py), or "drop" them from training."""
     tokenizer: str = "bpe"
     """"bpe" (byte-level, trained on the training split), "bytes", "chars", or the path of a tokenizer.json."""
     vocab_size: int = Field(default=4096, ge=257)
@@ -312,7 +317,13 @@ class Config(Section):
 MATHEMATICS = ("seed", "data", "model", "optim", "budget", "numerics")
 NOT_MATHEMATICS = ("data.cache_dir", "data.streaming")
 # Left out at the value that changes nothing, so that runs older than the setting keep their fingerprint.
-ADDED_LATER = {"model.init_draw": 0, "model.class": "", "optim.class": ""}
+ADDED_LATER = {
+    "data.deduplicate": "exact",
+    "data.decontaminate": "off",
+    "model.init_draw": 0,
+    "model.class": "",
+    "optim.class": "",
+}
 # These say where the text is. What it is is known when it has been read: a run is compared by data_sha256 (rundir.py).
 PLACES_OF_TEXT = ("data.source", "data.revision", "data.subset", "data.hub_split", "data.text_column")
 
@@ -400,6 +411,8 @@ def mathematics(config: Config, parent: Mapping[str, Any] | None = None) -> dict
         flat |= {f"{section}.code {part}": digest for part, digest in own_code.digests(name, setting).items()}
     if parent:
         flat |= {f"parent.{key}": parent[key] for key in ("step", "state_sha256")}
+    if flat["data.decontaminate"] == "report":
+        flat["data.decontaminate"] = "off"  # what is read stays the same
     left_out = {key for key, unchanged in ADDED_LATER.items() if flat[key] == unchanged}.union(NOT_MATHEMATICS)
     return {key: value for key, value in flat.items() if key not in left_out}
 

@@ -151,6 +151,7 @@ def without_effect(config: "Config") -> list[str]:
         *((f"data.{name}", hub, 'data.source = "hub:…"') for name in ("revision", "subset", "hub_split", "streaming")),
         ("data.text_column", tables, "a jsonl, parquet or hub source"),
         ("data.unit", plain, "a source of plain text files"),
+        ("data.decontaminate", c.eval.sets, "a held-out set in eval.sets"),
         ("data.vocab_size", c.data.tokenizer == "bpe", 'data.tokenizer = "bpe"'),
         ("model.options", c.model.class_, "model.class"),
         ("optim.options", c.optim.class_, "optim.class"),

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -23,7 +24,7 @@ from trainer import model as models
 from trainer import step as steps
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.config import Config, check_world
-from trainer.data import Batches, EvalWindows, Prepared, prepare
+from trainer.data import Batches, EvalWindows, Prepared, first_epoch, prepare
 from trainer.exact import Grids
 from trainer.faults import injector as faults
 from trainer.faults.wrong_operators import Machine
@@ -141,11 +142,17 @@ def train(
                 branched = begin_from_parent(claim, state)
                 stopwatch.lap("restore")
                 hosts = ranks.agree(socket.gethostname)
-                announce(config, claim, facts, hosts, state.step, stopwatch, injector.notice, branched)
+                # Of its own: faults and checks are for what is computed with.
+                unfaulted = batches_of(config, prepared)
+                fresh = first_epoch.steps(unfaulted)
+                announce(config, claim, facts, hosts, state.step, stopwatch, injector.notice, branched, fresh)
+                warn_of_overlap(claim, prepared, config)
                 if branched:  # from here on the run does not need its parent
                     checkpointer.save(state)
                 score = scorer(config, prepared, lambda: members.world, hook)
                 record = with_memory(loop.by_main(ranks, claim.log), ranks.device)
+                if ranks.is_main:
+                    record = with_text_bytes(record, unfaulted, prepared.tokenizer.token_bytes)
                 finished = loop.train(state, loop.Collaborators(context, record, score, checkpointer))
             if finished:
                 hook(Phase.BEFORE_END, state.step)
@@ -272,6 +279,8 @@ def _record(claim: Claim, config: Config, prepared: Prepared, vocab_size: int, t
         "tokens_per_step": data.micro_batches * data.micro_batch_sequences * config.model.context,
         "flops_per_token": costs.flops_per_token(config.model, vocab_size),
     }
+    if prepared.overlap is not None:
+        facts["near_duplicates"] = prepared.overlap.report
     if claim.parent is not None:
         if not rundir.is_run(run):
             branch.check(claim.parent, config, vocab_size, prepared.tokenizer.sha256)
@@ -335,6 +344,21 @@ def batches_of(config: Config, prepared: Prepared) -> Batches:
     return Batches(prepared.train.tokens, seed=config.seed, context=context, micro_batches=m, sequences=b)
 
 
+def with_text_bytes(
+    record: Callable[[events.Event], None], batches: Batches, token_bytes: np.ndarray
+) -> Callable[[events.Event], None]:
+    """Return `record` that adds to each step of the first epoch the bytes of its text, for the code length."""
+    last = first_epoch.steps(batches)
+
+    def record_with_bytes(event: events.Event) -> None:
+        if isinstance(event, events.StepDone) and event.step <= last:
+            count = first_epoch.text_bytes(batches, event.step - 1, token_bytes)
+            event = replace(event, text_bytes=count)
+        record(event)
+
+    return record_with_bytes
+
+
 def scorer(
     config: Config, prepared: Prepared, present: Callable[[], World], hook: Hook = no_hook
 ) -> Callable[[nn.Module, int], Iterator[events.EvalDone]]:
@@ -391,7 +415,7 @@ def with_memory(record: Callable[[events.Event], None], device: torch.device) ->
 
 def announce(
     config: Config, claim: Claim, facts: dict[str, Any], hosts: Sequence[str], step: int, stopwatch: Stopwatch,
-    armed: str, parent: str = "",
+    armed: str, parent: str = "", first_epoch_steps: int | None = None,
 ) -> None:  # fmt: skip
     """Log that the attempt starts from `step`, why the workers were started again, and what a user should know.
 
@@ -414,6 +438,7 @@ def announce(
             computes_with=claim.computes_with,
             other_bits=claim.other_bits,
             parent=parent,
+            first_epoch_steps=first_epoch_steps,
         )
     )
     losses = elastic.take_losses()  # taken on every node, so that none reports them again later
@@ -436,6 +461,14 @@ def announce(
         ):
             if holds and message not in said:
                 log.append(events.Warned(message=message))
+
+
+def warn_of_overlap(claim: Claim, prepared: Prepared, config: Config) -> None:
+    """Log once a run that training documents are near-duplicates of held-out ones, or were dropped as such."""
+    said = {event.message for _, event in events.select(claim.earlier, events.Warned)}
+    for message in prepared.overlap.messages(config.data) if prepared.overlap and claim.ranks.is_main else ():
+        if message not in said and ": 0 of" not in message:
+            claim.log.append(events.Warned(message=message))
 
 
 def fail(claim: Claim, step: int, error: BaseException, screen: console.Console | None) -> None:

@@ -63,6 +63,8 @@ class Needs(Section):
     hours: float | None = Field(default=None, gt=0)
     tokens_per_second: float | None = Field(default=None, gt=0)
     """Measured on the target machine."""
+    max_epochs: float = Field(default=4.0, gt=0)
+    """Up to four, text that is read again is nearly as good as new (Muennighoff et al. 2023, arXiv:2305.16264)."""
 
 
 class Issue(Section):
@@ -199,8 +201,7 @@ class _Review:
         yield self._drill()
         yield self._goodput()
         none = "no such report is made by this version"
-        what = "no held-out document has a near-duplicate in the training text, and epochs stay in range"
-        yield Line("data", what, "unknown", none)
+        yield self._data()
         yield self._operators()
         yield Line("shapes", "matrix products run near the machine's rate", "unknown", none)
         yield self._disk()
@@ -404,6 +405,28 @@ class _Review:
         if others and tree["passed"]:
             answer, said = "unknown", f"{said}, but not of this config and torch: {'; '.join(others)}"
         return Line("operators", what, answer, said, str(path), path.stat().st_mtime)
+
+    def _data(self) -> Line:
+        """Compare the training text with the held-out sets, as training would, and count the epochs."""
+        from trainer import data
+
+        most = self.plan.needs.max_epochs
+        what = f"no held-out document has a near-duplicate in the training text, and it is read {most:g} times at most"
+        config, began = self.config, time.time()
+        try:
+            prepared = data.prepare(config.data, config.eval, config.model.context)
+        except TopropeError as error:
+            return Line("data", what, "fail", f"the data cannot be prepared: {str(error).splitlines()[0]}")
+        epochs = _tokens(config) / len(prepared.train.tokens)
+        said = f"{epochs:.3g} epochs of {len(prepared.train.tokens):,} tokens"
+        if prepared.overlap is None or config.data.decontaminate == "off":
+            remedy = 'data.decontaminate is "off": nothing was compared'
+            return Line("data", what, "fail" if epochs > most else "unknown", f"{said}; {remedy}", time=began)
+        sets = prepared.overlap.report["sets"]
+        said += "; " + " ".join(prepared.overlap.messages(config.data))
+        found = any(each["found"] for each in sets.values()) and config.data.decontaminate == "report"
+        answer: Answer = "pass" if all(each["compared"] for each in sets.values()) else "unknown"
+        return Line("data", what, "fail" if found or epochs > most else answer, said, time=began)
 
     def _disk(self) -> Line:
         what = "the disk holds the run's checkpoints"

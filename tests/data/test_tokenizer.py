@@ -31,6 +31,7 @@ def test_byte_level_tokens_return_every_text_and_weigh_its_bytes(text):
         (ids,) = tokenizer.encode_batch([text])
         assert tokenizer.decode(ids) == text
         assert tokenizer.token_bytes[ids].sum() == len(text.encode())
+        assert b"".join(tokenizer.pieces[i] for i in ids) == text.encode()
 
 
 @given(st.text(alphabet=sorted(set("".join(TEXTS)))))

@@ -107,7 +107,7 @@ def test_a_second_start_reuses_the_store_and_does_without_datasets(stories, sett
     )
     arguments = [sys.executable, "-c", program, settings(stories).model_dump_json()]
     assert subprocess.run(arguments, capture_output=True, check=True, text=True).stdout.strip() == first.sha256
-    assert tokenizer_for(settings(stories), progress=builds).sha256 == first.tokenizer.sha256
+    assert tokenizer_for(settings(stories), VAL, progress=builds).sha256 == first.tokenizer.sha256
     assert builds.count == 1
 
 

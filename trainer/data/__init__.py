@@ -1,5 +1,6 @@
 """Data: documents → tokens → micro-batches. `prepare` is the way in; see corpus, tokenizer, tokens and batches."""
 
+from trainer.data import first_epoch
 from trainer.data.batches import Batches, EvalWindows, MicroBatch, digest
 from trainer.data.cache import ProgressCallback
 from trainer.data.prepare import Prepared, check, prepare, sha256_of_text, tokenizer_for
@@ -7,4 +8,4 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.data.tokens import TokenStore
 
 __all__ = ["Batches", "EvalWindows", "MicroBatch", "Prepared", "ProgressCallback", "TokenStore", "Tokenizer", "check",
-           "digest", "prepare", "sha256_of_text", "tokenizer_for"]  # fmt: skip
+           "digest", "first_epoch", "prepare", "sha256_of_text", "tokenizer_for"]  # fmt: skip

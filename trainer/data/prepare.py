@@ -16,6 +16,7 @@ import numpy as np
 from trainer.config import Data, Eval
 from trainer.data.cache import ProgressCallback, cache_root, no_progress
 from trainer.data.corpus import Corpus, Document, Tally, open_corpus, open_eval_corpus, split
+from trainer.data.overlap import HeldOut, Overlap, compare, digest_of
 from trainer.data.tokenizer import Tokenizer, from_json, read_json, train
 from trainer.data.tokens import Part, Route, TokenStore, empty_part, open_or_build, reported, shared_digests
 from trainer.errors import CorpusError
@@ -33,6 +34,8 @@ class Prepared:
     eval_sets: Mapping[str, Part]
     sha256: str
     """SHA-256 (hex) over training tokens and tokenizer: two runs with the same value read the same data."""
+    overlap: Overlap | None = None
+    """Near-duplicates; None where the settings ask for none."""
 
 
 def prepare(
@@ -46,7 +49,8 @@ def prepare(
     split; TokenizerError if a given tokenizer is unusable.
     """
     root = cache_root(data.cache_dir)
-    store = _training_store(root, data, progress, verify)
+    overlap = _overlap(root, data, eval, progress)
+    store = _training_store(root, data, overlap, progress, verify)
     if len(store.tokens) <= context:  # a window is context + 1 tokens
         raise CorpusError(
             f"model.context = {context} is longer than the training split: {len(store.tokens)} tokens in all.\n"
@@ -58,12 +62,14 @@ def prepare(
         tokenizer=store.tokenizer,
         eval_sets={name: _eval_set(root, name, data, eval, store, progress, verify) for name in eval.sets},
         sha256=_identity(store),
+        overlap=overlap,
     )
 
 
-def sha256_of_text(data: Data) -> str:
+def sha256_of_text(data: Data, eval: Eval) -> str:
     """Return what `Prepared.sha256` is for these settings, without evaluation sets. Raises as `prepare` does."""
-    return _identity(_training_store(cache_root(data.cache_dir), data, no_progress))
+    root = cache_root(data.cache_dir)
+    return _identity(_training_store(root, data, _overlap(root, data, eval, no_progress), no_progress))
 
 
 def _identity(store: TokenStore) -> str:
@@ -111,12 +117,49 @@ def _is_short(corpus: Corpus, context: int, share: float) -> bool:
     return all(share * tally.bytes <= _BYTES_PER_TOKEN * (context + 1) for _ in corpus.documents(tally))
 
 
-def tokenizer_for(data: Data, *, progress: ProgressCallback = no_progress) -> Tokenizer:
-    """Return the tokenizer of runs that use `data`, from the cache if it is there. Raises as `prepare` does."""
-    return _training_store(cache_root(data.cache_dir), data, progress).tokenizer
+def tokenizer_for(data: Data, eval: Eval, *, progress: ProgressCallback = no_progress) -> Tokenizer:
+    """Return the tokenizer of runs that use these, from the cache if it is there. Raises as `prepare` does."""
+    root = cache_root(data.cache_dir)
+    return _training_store(root, data, _overlap(root, data, eval, progress), progress).tokenizer
 
 
-def _training_store(root: Path, data: Data, progress: ProgressCallback, verify: bool = False) -> TokenStore:
+def _overlap(root: Path, data: Data, eval: Eval, progress: ProgressCallback) -> Overlap | None:
+    """Return the near-duplicates that the settings ask for."""
+    repetitions = data.deduplicate == "near"
+    names = () if data.decontaminate == "off" else eval.sets
+    if not names and not repetitions:
+        return None
+    corpus, splitter = open_corpus(data), _LazySplitter(data)
+    sets = {
+        name: HeldOut(corpus, lambda document: splitter(document)["heldout"])
+        if name == "val"
+        else HeldOut(_eval_corpus(name, data, eval), lambda document: document.text)
+        for name in names
+    }
+    shaped_by = {"heldout": [data.heldout, data.heldout_fraction]}
+    overlap = compare(root, corpus, shaped_by, splitter, sets, repetitions, progress)
+    for message in overlap.messages(data):
+        progress(message, 0, None)
+    return overlap
+
+
+class _LazySplitter:
+    """The split as a route. It reads the corpus, so only where something must be built."""
+
+    def __init__(self, data: Data) -> None:
+        self._data = data
+
+    @functools.cached_property
+    def _route(self) -> Route:
+        return _splitter(open_corpus(self._data), self._data)
+
+    def __call__(self, document: Document) -> Mapping[str, str]:
+        return self._route(document)
+
+
+def _training_store(
+    root: Path, data: Data, overlap: Overlap | None, progress: ProgressCallback, verify: bool = False
+) -> TokenStore:
     corpus = open_corpus(data)
     trained = data.tokenizer in ("bpe", "chars", "bytes")  # else it is a path
     given = "" if trained else read_json(Path(data.tokenizer))
@@ -126,17 +169,19 @@ def _training_store(root: Path, data: Data, progress: ProgressCallback, verify: 
         "tokenizer": [data.tokenizer, data.vocab_size] if trained else hashlib.sha256(given.encode()).hexdigest(),
     }
 
+    dropped = overlap.dropped(data) if overlap else set()
+    if dropped:  # else the store is that of a run that drops nothing
+        shaped_by["near"] = hashlib.sha256(b"".join(sorted(dropped))).hexdigest()
+    splitter = _LazySplitter(data)
+
+    def route(document: Document) -> Mapping[str, str]:
+        sides = splitter(document)
+        return {**sides, "train": ""} if digest_of(document) in dropped else sides
+
     def make_tokenizer() -> Tokenizer:
         if not trained:
             return from_json(given, data.tokenizer)
-        return train(data.tokenizer, _training_texts(corpus, splitter(), progress), data.vocab_size)
-
-    @functools.cache
-    def splitter() -> Route:  # reads the corpus, so only where a store must be built
-        return _splitter(corpus, data)
-
-    def route(document: Document) -> Mapping[str, str]:
-        return splitter()(document)
+        return train(data.tokenizer, _training_texts(corpus, route, progress), data.vocab_size)
 
     parts = ("train", "heldout")
     store = open_or_build(root, corpus, shaped_by, make_tokenizer, parts, route, progress, verify)

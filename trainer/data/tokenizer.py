@@ -45,12 +45,17 @@ class Tokenizer(ABC):
     def to_json(self) -> str: ...
 
     @abstractmethod
-    def _token_bytes(self) -> np.ndarray: ...
+    def _pieces(self) -> list[bytes]: ...
+
+    @cached_property
+    def pieces(self) -> list[bytes]:
+        """The UTF-8 bytes that each id stands for; none for special tokens."""
+        return self._pieces()
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
         """int64[vocab]: number of UTF-8 bytes of each token, 0 for special ones; for bits per byte."""
-        return self._token_bytes()
+        return np.array([len(piece) for piece in self.pieces], dtype=np.int64)
 
     @cached_property
     def sha256(self) -> str:
@@ -89,8 +94,8 @@ class ByteTokenizer(Tokenizer):
     def to_json(self) -> str:
         return json.dumps({"toprope": "bytes"})
 
-    def _token_bytes(self) -> np.ndarray:
-        return np.array([1] * 256 + [0])
+    def _pieces(self) -> list[bytes]:
+        return [bytes([i]) for i in range(256)] + [b""]
 
 
 class CharTokenizer(Tokenizer):
@@ -123,8 +128,8 @@ class CharTokenizer(Tokenizer):
     def to_json(self) -> str:
         return json.dumps({"toprope": "chars", "characters": self._characters})
 
-    def _token_bytes(self) -> np.ndarray:
-        return np.array([len(c.encode()) for c in self._characters] + [0, 0])
+    def _pieces(self) -> list[bytes]:
+        return [c.encode() for c in self._characters] + [b"", b""]
 
 
 class LibraryTokenizer(Tokenizer):
@@ -169,8 +174,8 @@ class LibraryTokenizer(Tokenizer):
     def to_json(self) -> str:
         return self._text
 
-    def _token_bytes(self) -> np.ndarray:
-        lengths = np.zeros(self.vocab_size, dtype=np.int64)
+    def _pieces(self) -> list[bytes]:
+        pieces = [b""] * self.vocab_size
         # The bytes of byte-level BPE's tokens are in its vocabulary; others only by decoding a token after another one.
         is_byte_level = '"ByteLevel"' in json.dumps(json.loads(self._text).get("decoder"))
         added = self._library.get_added_tokens_decoder()
@@ -182,14 +187,24 @@ class LibraryTokenizer(Tokenizer):
             if i in self._special:
                 continue
             if i in added:
-                lengths[i] = len(token.encode())
+                pieces[i] = token.encode()
             elif is_byte_level:
-                lengths[i] = len(token)  # byte-level BPE writes each byte as one character
+                pieces[i] = bytes(_BYTE_OF_CHARACTER.get(c, ord("?")) for c in token)
             elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-                lengths[i] = 1  # a raw byte, for characters outside the vocabulary
+                pieces[i] = bytes.fromhex(token[3:5])  # for characters outside the vocabulary
             else:
-                lengths[i] = max(len(self._library.decode([anchor, i]).encode()) - before, 0)
-        return lengths
+                pieces[i] = self._library.decode([anchor, i]).encode()[before:]
+        return pieces
+
+
+def _byte_of_character() -> dict[str, int]:
+    """Byte-level BPE writes each byte as one character: a printable one as itself, the others from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (byte for byte in range(0x100) if byte not in printable)
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTE_OF_CHARACTER = _byte_of_character()
 
 
 def train(kind: str, texts: Iterable[str], vocab_size: int) -> Tokenizer:

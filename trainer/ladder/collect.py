@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from trainer.config import Data
+from trainer.config import Data, Eval
 from trainer.data import sha256_of_text
 from trainer.errors import NumericsError, TopropeError
 from trainer.fleet.run_store import RunState, RunStatus, StoredRun
 from trainer.ladder.plan.ladder import Ladder, PlannedRun
+from trainer.ladder.plan.schema import CODE_LENGTH
 from trainer.ladder.stats.records import JsonRecord, RunResult
 from trainer.log import events, goodput, rundir
+from trainer.log.code_length import CodeLength
 from trainer.log.events import EvalDone, FaultFired, NotFinite
 from trainer.log.history import History
 
@@ -48,7 +50,7 @@ class CollectedRun(JsonRecord):
     loss: float | None = None
     """The ladder's metric at the last step; None while there is none, not finite if the run diverged."""
     digest: str | None = None
-    """Digest of the held-out tokens that the run was scored on."""
+    """Digest of the held-out tokens that the run was scored on; of the training data for "code_length"."""
     seconds: float | None = None
     """Duration of the committed steps."""
     undisturbed_seconds: float | None = None
@@ -97,7 +99,7 @@ def collect_runs(ladder: Ladder, pool: Path, runs: Sequence[PlannedRun]) -> list
     for number, (run, result) in enumerate(zip(runs, collected, strict=True)):
         settings = run.config.data
         if result.data_sha256 is not None and settings not in texts:
-            texts[settings] = _text_now(settings)
+            texts[settings] = _text_now(settings, run.config.eval)  # held-out sets are those of the ladder
         if texts.get(settings) and result.data_sha256 not in (None, texts[settings]):
             reason = (
                 f"It was trained on another text than {settings.source!r} holds now.\n"
@@ -121,10 +123,10 @@ def collect_runs(ladder: Ladder, pool: Path, runs: Sequence[PlannedRun]) -> list
     return collected
 
 
-def _text_now(settings: Data) -> str | None:
+def _text_now(settings: Data, held_out: Eval) -> str | None:
     """Digest of the text that these settings name; None where it cannot be read now."""
     try:
-        return sha256_of_text(settings)
+        return sha256_of_text(settings, held_out)
     except TopropeError:
         return None
 
@@ -160,8 +162,11 @@ def collect_run(planned: PlannedRun, pool: Path, metric: str, unit: str) -> Coll
     if not entries:
         return unread
     history = History.from_entries(entries)
+    score = _score(history, unread, metric, unit)
+    if metric == CODE_LENGTH and unread.status == "finished":
+        score = _code_length(history, unread, unit) | {"digest": about.get("data_sha256")}
     recorded = {key: about.get(key) for key in ("git_commit", "data_sha256")}
-    return dataclasses.replace(unread, **_measure(history), **_score(history, unread, metric, unit), **recorded)
+    return dataclasses.replace(unread, **_measure(history) | score, **recorded)
 
 
 def _measure(history: History) -> dict[str, Any]:
@@ -213,6 +218,22 @@ def _score(history: History, run: CollectedRun, metric: str, unit: str) -> dict[
         )
         return {"status": "missing", "reason": reason}
     return {"loss": last.bits_per_byte if unit == "bits_per_byte" else last.loss, "digest": last.digest}
+
+
+def _code_length(history: History, run: CollectedRun, unit: str) -> dict[str, Any]:
+    """Mean loss of a finished run over its training text, each batch scored before it was learnt from."""
+    length = CodeLength.of(history)
+    why, remedy = length.why_unknown(run.steps), f"Remove {run.key} from the pool, and it is run again."
+    if why is None and len(length.sums) < run.steps:
+        why = f"it reads text again after step {len(length.sums)}, and what has been learnt from is no code"
+        remedy = "Give more text or fewer tokens, or compare by a held-out set."
+    last = length.sums[-1] if length.sums else None
+    loss = None if last is None else last.bits_per_byte if unit == "bits_per_byte" else last.nats / last.tokens
+    if why is None and loss is None:
+        why, remedy = "its tokens stand for no text, so it has no bits per byte", "Use another tokenizer."
+    if why is not None:
+        return {"status": "missing", "reason": f"It has no code length: {why}.\n  {remedy}"}
+    return {"loss": loss}
 
 
 def find_spikes(losses: Sequence[float]) -> list[int]:

@@ -60,6 +60,8 @@ class AttemptStarted(Event, kind="attempt_started"):
     """Differences between this and what the run was computed with before, which were accepted on purpose."""
     parent: str = ""
     """RUN@STEP, if this attempt took its state from another run."""
+    first_epoch_steps: int | None = None
+    """Steps, from the first, whose text is read for the first time; None in logs from before it was recorded."""
 
 
 class StepDone(Event, kind="step"):
@@ -75,6 +77,8 @@ class StepDone(Event, kind="step"):
     redone: int  # number of times the step was computed again on a coarser grid
     flushed: float | None  # share of non-zero gradient entries rounded to zero; None where it was not measured
     memory_bytes: int | None = None  # peak so far of rank 0: of its device, on CPUs of the process
+    text_bytes: int | None = None
+    """UTF-8 bytes that the step's targets stand for; None after the first epoch, and in logs from before."""
 
 
 class EvalDone(Event, kind="eval"):

@@ -12,7 +12,7 @@ How the log is read:
   attempt's end. An attempt without one is "running" while it lives, "failed" when it died. On another host silence
   decides: a live rank leaves a hung collective after elastic.step_timeout_seconds, so twice that is "failed".
 - `faults` is filled in by faults/attribution.py.
-- `incidents` are described in incidents.py, `goodput` in goodput.py.
+- `incidents` are described in incidents.py, `goodput` in goodput.py, `code_length` in code_length.py.
 
 A value that was not measured is None, never 0.
 """
@@ -29,6 +29,7 @@ from typing import Any
 
 from trainer.errors import RunDirectoryError
 from trainer.log import events, goodput, rundir
+from trainer.log.code_length import CodeLength
 from trainer.log.events import AttemptEnded, AttemptStarted, Entry, EvalDone, StepDone, Warned
 from trainer.log.history import Attempt, History
 from trainer.log.incidents import incidents_of
@@ -81,6 +82,7 @@ def summarise(run: Path, checkpoints: Sequence[dict[str, Any]] = ()) -> dict[str
         "checkpoints": list(checkpoints),
         "train": _series(steps, "loss"),
         "eval": _evals(entries),
+        "code_length": _code_length(history, identity["config"].get("model", {})),
         "faults": [],
         "sentinel": _sentinel(identity["config"].get("sentinel", {}), entries),
         "incidents": [dataclasses.asdict(incident) for incident in incidents_of(history, running)],
@@ -156,6 +158,12 @@ def _evals(entries: list[Entry]) -> dict[str, list[list[float | None]]]:
     for _, event in events.select(entries, EvalDone):
         sets.setdefault(event.set, {})[event.step] = [event.step, event.loss, event.bits_per_byte]
     return {name: [rows[step] for step in sorted(rows)] for name, rows in sets.items()}
+
+
+def _code_length(history: History, model: Mapping[str, Any]) -> dict[str, Any]:
+    # Whether a class of one's own has dropout is not known.
+    dropout = None if model.get("class") else model.get("dropout", 0.0) > 0
+    return CodeLength.of(history).describe(max(history.committed, default=0)) | {"with_dropout": dropout}
 
 
 def _exactness(steps: Sequence[StepDone]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def draw_curves(summaries: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 
 def draw(summaries: Mapping[str, Mapping[str, Any]]) -> "Figure":
     """The figure that `draw_curves` writes."""
-    is_evaluated = any(summary["eval"] for summary in summaries.values())
+    is_evaluated = any(summary["eval"] or _code_so_far(summary) for summary in summaries.values())
     is_single = len(summaries) == 1
     incidents = [i for i in next(iter(summaries.values())).get("incidents", []) if is_single and i["step"] is not None]
     labels = incident_labels(incidents)
@@ -86,10 +86,20 @@ def _draw_run(panels: Sequence["Axes"], prefix: str, summary: Mapping[str, Any],
         # matplotlib leaves a gap where a value is unknown.
         known = [math.nan if value is None else value for value in bits]
         panels[-1].plot(steps, known, label=f"{prefix}{set_name}  {units.loss(bits[-1], 3)}", **style)
+    if code := _code_so_far(summary):
+        steps, bits = zip(*code, strict=True)
+        label = f"{prefix}code of the first epoch so far  {units.loss(bits[-1], 3)}"
+        panels[-1].plot(steps, bits, color=colour if prefix else GREY, linewidth=1.3, linestyle=":", label=label)
     for attempt in summary["attempts"][1:]:
         if attempt["from_step"] is not None:
             for panel in panels:
                 panel.axvline(attempt["from_step"], color=colour if prefix else GREY, linewidth=0.8, linestyle=":")
+
+
+def _code_so_far(summary: Mapping[str, Any]) -> list[list[float]]:
+    """[[step, bits per byte]] of the prequential code (log/code_length.py); empty if it is unknown."""
+    so_far = summary.get("code_length", {}).get("so_far", [])
+    return [[step, math.nan if bits is None else bits] for step, bits in so_far]
 
 
 def _draw_incidents(

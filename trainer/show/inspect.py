@@ -69,6 +69,8 @@ def _figures(summary: Mapping[str, Any]) -> Table:
         (_, first, first_bits), (_, last, last_bits) = rows[0], rows[-1]
         bits = f"{loss(first_bits)} → {loss(last_bits)} bits per byte"
         grid.add_row(name, f"{first:.4f} → {last:.4f} nats   {bits}")
+    if code := _code_length(summary["code_length"]):
+        grid.add_row("code length", code)
     grid.add_row("tokens", f"{known(summary['tokens'], ',')} at {tokens_per_second(summary['tokens_per_second'])}")
     where = f"{known(summary['strategy'])} on {known(summary['device'])}"
     grid.add_row("model", f"{known(summary['parameters'], ',')} parameters, {where}")
@@ -88,6 +90,17 @@ def _figures(summary: Mapping[str, Any]) -> Table:
             # Cut where the terminal ends, never over two lines: `--json` has it whole.
             grid.add_row(name, Text(summary[name], no_wrap=True, overflow="ellipsis"))
     return grid
+
+
+def _code_length(code: Mapping[str, Any]) -> str:
+    """Bits per byte of the first epoch's text so far, beside what compressors make of it; empty if unknown."""
+    if code["bits_per_byte"] is None:
+        return ""
+    epoch = "the first epoch" if code["complete"] else f"{code['steps']} of {code['first_epoch_steps']} steps"
+    dropout = ", dropout on" if code["with_dropout"] else ""
+    line = f"{code['bits_per_byte']:.4f} bits per byte over {epoch}, {code['bytes']:,} bytes{dropout}"
+    beside = ", ".join(f"{name} {loss(bits)}" for name, bits in code.get("compressors", {}).items())
+    return f"{line}\n{beside}" if beside else line
 
 
 def _attempt_row(attempt: Mapping[str, Any]) -> tuple[RenderableType, ...]:

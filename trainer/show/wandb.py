@@ -24,6 +24,7 @@ from filelock import FileLock
 from trainer import errors
 from trainer.config import Config
 from trainer.log import events, rundir
+from trainer.log.code_length import CodeLength
 from trainer.log.events import AttemptEnded, AttemptStarted, Entry, EvalDone, StepDone
 from trainer.log.incidents import IncidentBuilder
 from trainer.show import utilisation
@@ -296,6 +297,7 @@ class _Metrics:
         self._incidents = IncidentBuilder()
         self._redone_by_step: dict[int, int] = {}
         self._redone = self._checkpoint_failures = 0
+        self._code = CodeLength()
         for entry in earlier:
             self.show(entry)
         self._shown = shown
@@ -307,6 +309,7 @@ class _Metrics:
             self._alert(title, incident.text, "INFO" if incident.kind == "preempted" else "WARN")
         if entry.rank != 0:  # of the other ranks only their incidents count
             return
+        self._code.observe(entry.event)
         match entry.event:
             case StepDone() as event:
                 self._redone_by_step[event.step] = event.redone
@@ -319,6 +322,7 @@ class _Metrics:
                     "train/tokens_per_second": event.tokens / event.seconds if event.seconds > 0 else None,
                     "exact/flushed": event.flushed, "run/memory_bytes": event.memory_bytes,
                     "train/mfu": self._utilisation(event),
+                    "train/code_bits_per_byte": self._code.bits_per_byte_at(event.step),
                 }  # fmt: skip
                 self._log(event.step, metrics)
             case AttemptStarted(from_step=step, world_size=world_size):

@@ -13,7 +13,7 @@ from trainer.errors import ConfigError
 from trainer.ladder.plan import code as codearms
 from trainer.ladder.plan import sizes
 from trainer.ladder.plan.ladder import AA, PlannedArm, PlannedRun
-from trainer.ladder.plan.schema import Arm, LadderFile
+from trainer.ladder.plan.schema import CODE_LENGTH, Arm, LadderFile
 
 
 def plan_arms(file: LadderFile, config: Config, folder: Path, problems: list[str]) -> dict[str, PlannedArm]:
@@ -95,10 +95,15 @@ def _single_change(arm: Arm, file: LadderFile, problems: list[str]) -> dict[str,
             f": {key} makes other tokens, and nats per token of two tokenizers cannot be compared.\n"
             '  Set unit = "bits_per_byte".'
         )
-    elif key.startswith("data.") and not (tokenizer or batch) and file.metric == "val":
+    elif key.startswith("data.") and not (tokenizer or batch) and file.metric in ("val", CODE_LENGTH):
         problem = (
             f": {key} may change which text is held out, and so what is scored.\n"
             '  Give a metric that is not cut from the training text: "repo", or a set of eval.sources.'
+        )
+    elif key == "model.dropout" and file.metric == CODE_LENGTH:
+        problem = (
+            f": metric = {CODE_LENGTH!r} scores the training text with dropout on.\n"
+            "  That is longer than the model's own loss. Compare by a held-out set."
         )
     else:
         return settings

@@ -22,7 +22,7 @@ from trainer.ladder.plan import arms as armplans
 from trainer.ladder.plan import code as codearms
 from trainer.ladder.plan import sizes
 from trainer.ladder.plan.ladder import AA, FIT_RUNGS, TARGET, Ladder, PlannedArm, PlannedRun, PlannedRung
-from trainer.ladder.plan.schema import AddedRuns, LadderFile, Rung
+from trainer.ladder.plan.schema import CODE_LENGTH, AddedRuns, LadderFile, Rung
 from trainer.ladder.plan.sizes import Rules, Scale, Size
 from trainer.ladder.stats.records import BASELINE, Criterion
 from trainer.show.units import scientific
@@ -133,7 +133,17 @@ class _LadderBuilder:
                     self.problems.append(f"{times} {plural} are called {name!r}.\n  Give each a name of its own.")
                 if name in reserved or not name.strip():
                     self.problems.append(f"{plural}: {name!r} has a meaning of its own.\n  Give another name.")
-        if file.metric not in (sets := self._config.eval.sets):
+        sets = self._config.eval.sets
+        if file.metric == CODE_LENGTH:
+            if CODE_LENGTH in sets:
+                rule = "The name is that of the metric made of training losses. Give the set another one."
+                self.problems.append(f"metric = {CODE_LENGTH!r}, and a held-out set is called so too.\n  {rule}")
+            if self._config.model.dropout:
+                self.problems.append(
+                    f"metric = {CODE_LENGTH!r}, but the baseline has model.dropout.\n"
+                    "  Training losses are scored with dropout on, which makes them larger: compare by a held-out set."
+                )
+        elif file.metric not in sets:
             self.problems.append(
                 f"metric = {file.metric!r}, but the runs' eval.sets are {', '.join(map(repr, sets))}.\n"
                 "  Name one of them, or add it to eval.sets in [set]."
@@ -199,7 +209,7 @@ class _LadderBuilder:
         file = self._file
 
         def measure(size: Size) -> tuple[int, sizes.Shape]:
-            vocab = sizes.vocab_of(self._config.data, self._config.model.vocab_size)
+            vocab = sizes.vocab_of(self._config.data, self._config.eval, self._config.model.vocab_size)
             shape = sizes.shape_of(size, file.sizes, self._config, vocab)
             return sizes.counts(sizes.with_shape(self._config, shape).model, vocab)[0], shape
 
@@ -239,7 +249,7 @@ class _LadderBuilder:
             try:
                 config = self._config_of(arm, scale, decay)
                 configs.check_world(config, self._file.ranks)
-                vocab = sizes.vocab_of(config.data, config.model.vocab_size)
+                vocab = sizes.vocab_of(config.data, config.eval, config.model.vocab_size)
                 count = sizes.counts if arm.tree is None else functools.partial(codearms.counts, arm.tree)
                 counts = count(config.model, vocab)
             except ConfigError as error:

@@ -8,6 +8,9 @@ from trainer.config import Section
 from trainer.ladder.plan.sizes import Rules, Size
 from trainer.ladder.stats.records import Criterion
 
+CODE_LENGTH = "code_length"
+"""The metric that is no held-out set: the mean loss over the training text, each batch scored before it is learnt."""
+
 Unit = Literal["nats_per_token", "bits_per_byte"]
 
 
@@ -66,7 +69,7 @@ class LadderFile(Section):
     """Overrides for all runs."""
     seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
     metric: str = "val"
-    """Name of the held-out set whose loss is compared."""
+    """Name of the held-out set whose loss is compared, or "code_length" (log/code_length.py)."""
     unit: Unit = "nats_per_token"
     slots: int = Field(default=0, ge=0)
     """Number of runs at the same time; 0: as many as the machine has cores, or GPUs, for."""

@@ -127,11 +127,11 @@ def _counts(settings: str, vocab_size: int) -> tuple[int, int]:
 
 
 @_cached
-def vocab_of(data: configs.Data, rows: int) -> int:
+def vocab_of(data: configs.Data, held_out: configs.Eval, rows: int) -> int:
     """Return the exact number of embedding rows; `rows` is model.vocab_size. May have to make the tokenizer."""
     from trainer.data import tokenizer_for
 
-    return costs.padded_vocab(tokenizer_for(data).vocab_size, rows)
+    return costs.padded_vocab(tokenizer_for(data, held_out).vocab_size, rows)
 
 
 def shape_of(size: Size, rules: Rules, config: Config, vocab_size: int) -> Shape:
