@@ -10,6 +10,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from trainer import checkpoint, job, optim, provenance, step
 from trainer import config as configs
 from trainer.checkpoint.files import Saved
@@ -19,7 +22,7 @@ from trainer.job import Machine
 from trainer.log import events, rundir
 from trainer.parallel.world import AllRanks, StepMembers, World, pick_device
 from trainer.phases import Phase
-from trainer.sentinel.operator_check import OperatorCheck, digest
+from trainer.sentinel.operator_check import OperatorCheck
 from trainer.step import StepContext, TrainState
 
 
@@ -85,7 +88,9 @@ class Replay:
 
     def before(self, number: int, again: bool = False) -> TrainState:
         """Return the state from which step `number` was computed. With `again`, from its checkpoint on."""
-        held = -1 if self.state is None or again else self.state.step
+        if again:
+            self.state = None
+        held = -1 if self.state is None else self.state.step
         start = next((saved for saved in self.saved if saved.step < number and _intact(saved)), None)
         if self.state is None or held >= number or (start is not None and start.step > held):
             self.state = job.build(self.config, self._vocabulary, self._world)
@@ -98,7 +103,7 @@ class Replay:
                 checkpoint.load(start, self.state.tensors())
                 self.state.restored(start.step)
         if self.state.step < number - 1:
-            self._log(f"computing steps {self.state.step + 1} to {number - 1} again")
+            self._log(f"computing what lies between step {self.state.step} and step {number} again")
         while self.state.step < number - 1:
             if not self.take().finite:
                 raise StepNotReachedError(
@@ -124,8 +129,8 @@ class Replay:
                 step.apply(state)
         return taken
 
-    def gradient(self, index: int, rank: int, check: OperatorCheck | None = None) -> str:
-        """Digest of the gradient of a micro-batch of the next step, as a rank computes it. The state stays as it is."""
+    def gradient(self, index: int, rank: int, check: OperatorCheck | None = None) -> Tensor:
+        """Gradient of a micro-batch of the next step, as a rank computes it: flat. The state stays as it is."""
         state = self.state
         assert state is not None
         context = StepContext(self.config, AllRanks(self._world, self.config.data.micro_batches), self._batches)
@@ -133,7 +138,7 @@ class Replay:
         self._machine.play(rank, state.step + 1)
         with self._machine, check or nullcontext():
             step.backward(state, context, index, self._batches.micro_batch(state.step, index))
-        return digest(gradient for _, gradient, _ in state.sharding.gradients())
+        return torch.cat([gradient.reshape(-1) for _, gradient, _ in state.sharding.gradients()])
 
     def score(self, name: str, check: OperatorCheck | None = None) -> float:
         """Loss of the state on a held-out set."""
