@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.support import SMOKE, settings, trainer
-from trainer import config, export, sample
+from trainer import architectures, config, export, sample
+from trainer.api import open_run
 from trainer.data.tokenizer import CharTokenizer, Tokenizer, train
-from trainer.errors import UsageError
+from trainer.errors import ConfigError, UsageError
 from trainer.model import construct, initialise
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -66,6 +68,37 @@ def test_transformers_computes_the_same_logits(
     ids = torch.randint(257, (2, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(theirs.eval()(ids).logits, model(ids), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "changes"), ROWS)
+def test_what_is_exported_is_read_back_to_the_same_bits(tmp_path: Path, name: str, changes: dict[str, Any]):
+    model = made({**changes, "n_kv_heads": 2 if name != "GPT2LMHeadModel" else 0})
+    export.write(model, train("bytes", [], 257), tmp_path / "out")
+    found = architectures.read(tmp_path / "out", model.settings, 320)
+    own = dict(model.named_parameters())
+    assert found.keys() == own.keys()
+    assert all(torch.equal(found[name], own[name]) for name in own)
+
+
+def test_a_folder_of_another_model_is_refused_with_each_difference(tmp_path: Path):
+    model = made({"mlp": "swiglu"})
+    export.write(model, train("bytes", [], 257), tmp_path / "out")
+    wider = model.settings.model_copy(update={"width": 64, "n_layers": 3})
+    with pytest.raises(ConfigError) as refused:
+        architectures.read(tmp_path / "out", wider, 384)
+    for name in ("hidden_size is 32", "num_hidden_layers is 2", "vocab_size is 320"):
+        assert name in str(refused.value)
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    weights["model.norm.weight"] *= 2
+    save_file(weights, tmp_path / "out" / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"model\.norm\.weight has values that this model has no place for"):
+        architectures.read(tmp_path / "out", model.settings, 320)
+    weights.pop("lm_head.weight")
+    save_file(weights, tmp_path / "out" / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"lm_head\.weight is missing"):
+        architectures.read(tmp_path / "out", model.settings, 320)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        architectures.read(tmp_path, model.settings, 320)
 
 
 @pytest.mark.parametrize(("changes", "switch"), [
@@ -123,3 +156,14 @@ def test_a_trained_run_writes_the_same_greedy_text_in_transformers(tmp_path: Pat
     assert tokenizer.decode(found, skip_special_tokens=True) == drawn
     assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] % 64 == 0
     assert Tokenizer.load(tmp_path / "out" / "tokenizer.json").vocab_size == tokenizer.vocab_size
+
+    # And back: a run that begins with these weights. Its first loss is that of a trained model.
+    start = [*few, *settings(budget__steps=2, init_from=f"hf:{tmp_path / 'out'}")]
+    trainer("train", SMOKE, "--run", tmp_path / "begun", *start)
+    first, begun = open_run(tmp_path / "run"), open_run(tmp_path / "begun")
+    assert begun.losses()[0]["loss"] < 0.95 * first.losses()[0]["loss"]
+    assert begun.losses()[0]["loss"] == pytest.approx(first.losses()[-1]["loss"], rel=0.05)
+    with (tmp_path / "out" / "model.safetensors").open("ab") as weights:
+        weights.write(b" ")
+    refused = trainer("train", SMOKE, "--run", tmp_path / "begun", *start, check=False)
+    assert refused.returncode == 2 and "init_from" in refused.stderr

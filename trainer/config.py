@@ -5,6 +5,7 @@ refused, all problems are reported at once, and a setting that would have no eff
 Zero means "off" for numbers that can be off, since TOML has no null.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -14,8 +15,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from trainer import builtin, config_rules, own_code, tomlfile
-from trainer.errors import ConfigError
+from trainer import builtin, config_rules, files, own_code, tomlfile
+from trainer.errors import ConfigError, of_system
 
 
 class Section(BaseModel):
@@ -289,6 +290,8 @@ class Config(Section):
     """The text, its split, its tokens, and how many a step takes."""
     model: Model = Model()
     """The GPT: its sizes and switches."""
+    init_from: str = ""
+    """"hf:DIR" begins with the weights of a folder of transformers instead of random ones (docs/export.md)."""
     optim: Optim = Optim()
     """Optimizers, learning rates and their schedule."""
     budget: Budget = Budget()
@@ -345,6 +348,8 @@ def anchored(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     Settings may also be flat, as an arm's: {"model.class": …}.
     """
+    if isinstance(tree.get("init_from"), str) and tree["init_from"].startswith(config_rules.HF):
+        tree["init_from"] = config_rules.HF + str(folder.absolute() / tree["init_from"].removeprefix(config_rules.HF))
     for setting in own_code.SETTINGS:
         section, _, key = setting.partition(".")
         for node, name in ((tree, setting), (tree.get(section), key)):
@@ -411,10 +416,26 @@ def mathematics(config: Config, parent: Mapping[str, Any] | None = None) -> dict
         flat |= {f"{section}.code {part}": digest for part, digest in own_code.digests(name, setting).items()}
     if parent:
         flat |= {f"parent.{key}": parent[key] for key in ("step", "state_sha256")}
+    if config.init_from:
+        flat["init_from"] = _weights_digest(config)
     if flat["data.decontaminate"] == "report":
         flat["data.decontaminate"] = "off"  # what is read stays the same
     left_out = {key for key, unchanged in ADDED_LATER.items() if flat[key] == unchanged}.union(NOT_MATHEMATICS)
     return {key: value for key, value in flat.items() if key not in left_out}
+
+
+def _weights_digest(config: Config) -> str:
+    """Digest of the weights that the run begins with. Raises ConfigError if they are gone."""
+    try:
+        stats = [(path, path.stat()) for path in config_rules.weights_of(config)]
+        return files.json_sha256([_file_digest(path, about.st_size, about.st_mtime_ns) for path, about in stats])
+    except OSError as error:
+        raise ConfigError([of_system(error, "init_from cannot be read", "", "Name a folder that can be.")]) from None
+
+
+@functools.cache
+def _file_digest(path: Path, size: int, time_ns: int) -> str:
+    return files.sha256(path)
 
 
 def same_but_for_places(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:

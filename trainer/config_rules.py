@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 from trainer import own_code, tomlfile
@@ -14,6 +14,8 @@ from trainer.errors import ConfigError
 if TYPE_CHECKING:
     from trainer.config import Config
 
+HF = "hf:"
+"""Before the name of a folder of transformers, in init_from."""
 FLOAT32_BITS = 24  # of the significand
 MIN_BITS_KEPT = 4
 TABLES = ("jsonl", "parquet")
@@ -91,7 +93,11 @@ def contradictions(config: "Config") -> list[str]:
             f"eval.sets = {list(held_out.sets)} names a set twice.\n  Name each set once.",
         ),
     ]
-    return [problem for is_broken, problem in rules if is_broken] + _of_own_code(config) + _sentinel_problems(config)
+    broken = [problem for is_broken, problem in rules if is_broken]
+    return [
+        *broken,
+        *_of_own_code(config), *_sentinel_problems(config), *_init_problems(config),
+    ]  # fmt: skip
 
 
 def own_names(config: "Config") -> dict[str, str]:
@@ -110,6 +116,25 @@ def _of_own_code(config: "Config") -> list[str]:
         except ConfigError as error:
             problems += error.problems
     return problems
+
+
+def weights_of(config: "Config") -> list[Path]:
+    """The files of weights that `init_from` names, sorted."""
+    return sorted(Path(config.init_from.removeprefix(HF)).glob("*.safetensors"))
+
+
+def _init_problems(config: "Config") -> list[str]:
+    if not config.init_from:
+        return []
+    if not config.init_from.startswith(HF):
+        return [
+            f'init_from = "{config.init_from}" is no place of weights.\n  Write "hf:DIR", a folder of transformers.'
+        ]
+    if config.model.class_:
+        return ["init_from fills the built-in GPT, and model.class is another.\n  Leave one of them out."]
+    if not weights_of(config):
+        return [f'init_from = "{config.init_from}": there are no *.safetensors.\n  Name a folder that has them.']
+    return []
 
 
 def _sentinel_problems(config: "Config") -> list[str]:

@@ -5,43 +5,14 @@ refused. The logits differ by rounding alone, since kernels and their order diff
 """
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from trainer import files, sample
-from trainer.config import Model
+from trainer.architectures import Architecture, architecture_of, settings_of, tensors, tokenizer_json
 from trainer.data.tokenizer import END, ByteTokenizer, CharTokenizer, Tokenizer
 from trainer.errors import UsageError
 from trainer.log import rundir
-from trainer.model import GPT, NORM_EPSILON
-
-LAYER_NORM_EPSILON = 1e-5  # torch's default, which the model uses
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A model class of transformers, and the names that it gives to the parts of a block."""
-
-    name: str
-    model_type: str
-    before_attention: str = "input_layernorm"
-    before_mlp: str = "post_attention_layernorm"
-    up: str = "up_proj"
-    down: str = "down_proj"
-
-
-GPT2 = Architecture("GPT2LMHeadModel", "gpt2", "ln_1", "ln_2", "c_fc", "c_proj")
-LLAMA = Architecture("LlamaForCausalLM", "llama")
-QWEN3 = Architecture("Qwen3ForCausalLM", "qwen3")
-ARCEE = Architecture("ArceeForCausalLM", "arcee")
-APERTUS = Architecture("ApertusForCausalLM", "apertus", "attention_layernorm", "feedforward_layernorm")
-STABLELM = Architecture("StableLmForCausalLM", "stablelm")
-STARCODER2 = Architecture("Starcoder2ForCausalLM", "starcoder2", up="c_fc", down="c_proj")
+from trainer.model import GPT
 
 
 def export(run: Path, out: Path) -> Architecture:
@@ -67,9 +38,10 @@ def write(model: GPT, tokenizer: Tokenizer, out: Path) -> None:
     architecture = architecture_of(model.settings)
     vocab_size = model.embed.num_embeddings
     out.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().contiguous() for name, tensor in _tensors(model, architecture)}
+    own = {name: parameter.data for name, parameter in model.named_parameters()}
+    converted = {name: value.contiguous() for name, value in tensors(own, model.settings, architecture)}
     # Last: a folder without it is no model, so a write that was cut off is not mistaken for one.
-    save_file(tensors, out / "model.safetensors.partial", metadata={"format": "pt"})
+    save_file(converted, out / "model.safetensors.partial", metadata={"format": "pt"})
     files.write(out / "tokenizer.json", tokenizer_json(tokenizer))
     ends = {"eos_token": _end_token(tokenizer), "bos_token": _end_token(tokenizer)}
     facts = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.settings.context, **ends}
@@ -79,176 +51,6 @@ def write(model: GPT, tokenizer: Tokenizer, out: Path) -> None:
     files.write(out / "generation_config.json", json.dumps(ids, indent=1))
     files.write(out / "config.json", json.dumps(settings | ids, indent=1))
     (out / "model.safetensors.partial").replace(out / "model.safetensors")
-
-
-def architecture_of(model: Model) -> Architecture:
-    """Return the architecture that computes what these switches do. Raises UsageError naming a switch that none has."""
-    problems = [
-        f"model.{name} = {json.dumps(getattr(model, name))}: no architecture of transformers has it with the rest"
-        for name, is_set in (
-            ("logit_softcap", model.logit_softcap),
-            ("value_embeddings", model.value_embeddings),
-            ("bigram_buckets", model.bigram_buckets),
-        )
-        if is_set
-    ]
-    if model.class_:
-        problems = [f"model.class = {json.dumps(model.class_)}: transformers does not have it"]
-    found = None
-    if model.norm == "rmsnorm":
-        gated = model.mlp == "swiglu"
-        found = (QWEN3 if gated else APERTUS) if model.qk_norm else (LLAMA if gated else ARCEE)
-        if model.positions == "learned":
-            problems.append('model.positions = "learned" with model.norm = "rmsnorm": use "rope", or "layernorm"')
-        if model.qk_norm and model.biases:
-            problems.append(f"model.biases = true with model.qk_norm = true: {found.name} has no biases in its MLP")
-    else:
-        if model.qk_norm:
-            problems.append('model.qk_norm = true with model.norm = "layernorm": no architecture has both')
-        if model.positions == "rope":
-            found = STABLELM if model.mlp == "swiglu" else STARCODER2
-            if found is STABLELM and model.biases:
-                problems.append(f'model.biases = true with model.mlp = "swiglu": {found.name} has no biases in its MLP')
-        else:
-            found = GPT2
-            if model.mlp == "swiglu":
-                problems.append('model.mlp = "swiglu" with model.positions = "learned": GPT2LMHeadModel has no gate')
-            if model.kv_heads != model.n_heads:
-                problems.append('model.n_kv_heads with model.positions = "learned": GPT2LMHeadModel has no groups')
-    if problems:
-        raise UsageError(
-            "This model cannot be exported: " + "; ".join(problems) + ".\n"
-            "  docs/export.md lists the combinations that can. The run itself is as it was; `sample` reads it."
-        )
-    return found
-
-
-def settings_of(model: Model, vocab_size: int, architecture: Architecture) -> dict[str, Any]:
-    """Return the contents of config.json, without the ids of special tokens."""
-    activation = {"gelu": "gelu", "relu2": "relu2", "swiglu": "silu"}[model.mlp]
-    common = {
-        "architectures": [architecture.name],
-        "model_type": architecture.model_type,
-        "dtype": "float32",
-        "vocab_size": vocab_size,
-        "tie_word_embeddings": model.tied_embeddings,
-    }
-    if architecture is GPT2:
-        dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), model.dropout)
-        return common | dropouts | {
-            "n_positions": model.context, "n_embd": model.width, "n_layer": model.n_layers, "n_head": model.n_heads,
-            "n_inner": model.mlp_width, "activation_function": activation, "layer_norm_epsilon": LAYER_NORM_EPSILON,
-        }  # fmt: skip
-    rope = {"rope_type": "default", "rope_theta": model.rope_base}
-    if architecture is STABLELM:
-        rope["partial_rotary_factor"] = 1.0
-    biases = {
-        STARCODER2.name: {"use_bias": model.biases},
-        STABLELM.name: {"use_qkv_bias": False, "use_parallel_residual": False, "qk_layernorm": False},
-    }.get(architecture.name, {"attention_bias": model.biases, "mlp_bias": model.biases})
-    return common | biases | {
-        "hidden_size": model.width, "intermediate_size": model.mlp_width, "num_hidden_layers": model.n_layers,
-        "num_attention_heads": model.n_heads, "num_key_value_heads": model.kv_heads, "head_dim": model.head_channels,
-        "hidden_act": activation, "max_position_embeddings": model.context, "attention_dropout": model.dropout,
-        "rms_norm_eps": NORM_EPSILON, "norm_epsilon": LAYER_NORM_EPSILON, "layer_norm_eps": LAYER_NORM_EPSILON,
-        "rope_parameters": rope, "rope_theta": model.rope_base,  # the second is where versions before 5 look
-    }  # fmt: skip
-
-
-def _tensors(model: GPT, architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name there, value) of every tensor that the architecture has."""
-    settings, own = model.settings, {name: parameter.data for name, parameter in model.named_parameters()}
-    gpt2 = architecture is GPT2
-    root, blocks = ("transformer.", "transformer.h.") if gpt2 else ("model.", "model.layers.")
-    yield root + ("wte.weight" if gpt2 else "embed_tokens.weight"), own["embed.weight"]
-    if model.embed_positions is not None:
-        yield root + "wpe.weight", own["embed_positions.weight"]
-    yield from _norm(own, "final_norm", root + ("ln_f" if gpt2 else "norm"), settings)
-    if model.head is not None:
-        yield "lm_head.weight", own["head.weight"]
-    for layer in range(settings.n_layers):
-        ours, theirs = f"blocks.{layer}.", f"{blocks}{layer}."
-        yield from _norm(own, ours + "attention_norm", theirs + architecture.before_attention, settings)
-        yield from _norm(own, ours + "mlp_norm", theirs + architecture.before_mlp, settings)
-        attention, mlp = theirs + ("attn." if gpt2 else "self_attn."), theirs + "mlp."
-        for kind in ("weight", "bias"):
-            if kind == "bias" and not settings.biases:
-                if gpt2:  # it has biases always
-                    for name, rows in (("c_attn", 3 * settings.width), ("c_proj", settings.width)):
-                        yield f"{attention}{name}.bias", torch.zeros(rows)
-                    for name, rows in (("c_fc", settings.mlp_width), ("c_proj", settings.width)):
-                        yield f"{mlp}{name}.bias", torch.zeros(rows)
-                continue
-            qkv, out = own[f"{ours}attention.qkv.{kind}"], own[f"{ours}attention.out.{kind}"]
-            up, down = own[f"{ours}mlp.up.{kind}"], own[f"{ours}mlp.out.{kind}"]
-            if gpt2:  # its matrices are stored inputs × outputs
-                for name, value in (("attn.c_attn", qkv), ("attn.c_proj", out), ("mlp.c_fc", up), ("mlp.c_proj", down)):
-                    yield f"{theirs}{name}.{kind}", value.T if kind == "weight" else value
-                continue
-            for name, value in zip("qkv", _split(qkv, settings), strict=True):
-                yield f"{attention}{name}_proj.{kind}", value
-            yield f"{attention}o_proj.{kind}", out
-            if settings.mlp == "swiglu":
-                gate, up = up.chunk(2)
-                yield f"{mlp}gate_proj.{kind}", gate
-            yield f"{mlp}{architecture.up}.{kind}", up
-            yield f"{mlp}{architecture.down}.{kind}", down
-        if settings.qk_norm:
-            for name in ("q_norm", "k_norm"):
-                yield f"{attention}{name}.weight", torch.ones(settings.head_channels)
-
-
-def _norm(own: dict[str, Tensor], ours: str, theirs: str, settings: Model) -> Iterator[tuple[str, Tensor]]:
-    """Yield a norm's gain, which is 1 where the model has none, and for layer norm its offset."""
-    ones = torch.ones(settings.width)
-    yield f"{theirs}.weight", own.get(f"{ours}.weight", ones)
-    if settings.norm == "layernorm":
-        yield f"{theirs}.bias", own.get(f"{ours}.bias", torch.zeros_like(ones))
-
-
-def _split(qkv: Tensor, settings: Model) -> list[Tensor]:
-    """Split rows into queries, keys and values. Channels that rotate together are neighbours here, halves there."""
-    heads, kv_heads, channels = settings.n_heads, settings.kv_heads, settings.head_channels
-    parts = list(qkv.split((heads * channels, kv_heads * channels, kv_heads * channels)))
-    for number, count in ((0, heads), (1, kv_heads)):
-        pairs = parts[number].unflatten(0, (count, channels // 2, 2))
-        parts[number] = pairs.transpose(1, 2).flatten(0, 2)
-    return parts
-
-
-def tokenizer_json(tokenizer: Tokenizer) -> str:
-    """Return the tokenizer.json of the `tokenizers` library with the same ids."""
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as Library
-
-    if isinstance(tokenizer, ByteTokenizer):
-        # Byte-level BPE without a merge; its letter for each byte, in the order of bytes.
-        letters = {letter: _byte_of(letter) for letter in pre_tokenizers.ByteLevel.alphabet()}
-        library: Any = Library(models.BPE(vocab=letters, merges=[]))
-        library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        library.decoder = decoders.ByteLevel()
-        library.add_special_tokens([AddedToken(END, special=True, normalized=False)])
-    elif isinstance(tokenizer, CharTokenizer):
-        characters = json.loads(tokenizer.to_json())["characters"]
-        vocab = {character: number for number, character in enumerate(characters)}
-        vocab |= {END: tokenizer.end_of_document, UNKNOWN: tokenizer.unknown}
-        library = Library(models.BPE(vocab=vocab, merges=[], unk_token=UNKNOWN, fuse_unk=False))
-        library.decoder = decoders.Fuse()
-        library.add_special_tokens([AddedToken(END, special=True, normalized=False)])
-    else:
-        return tokenizer.to_json()
-    return library.to_str()
-
-
-UNKNOWN = "<|unk|>"
-
-
-def _byte_of(letter: str) -> int:
-    """Return the byte that byte-level BPE writes as this letter: printable ones as they are, others from U+0100 on."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    if ord(letter) < 256:
-        return ord(letter)
-    return [byte for byte in range(256) if byte not in printable][ord(letter) - 256]
 
 
 def _end_token(tokenizer: Tokenizer) -> str:

@@ -19,7 +19,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from trainer import branch, costs, errors, evaluate, loop, optim, own_check, own_code, provenance, signals
+from trainer import (
+    architectures,
+    branch,
+    costs,
+    errors,
+    evaluate,
+    loop,
+    optim,
+    own_check,
+    own_code,
+    provenance,
+    signals,
+)
 from trainer import model as models
 from trainer import step as steps
 from trainer.checkpoint.checkpointer import Checkpointer
@@ -140,6 +152,7 @@ def train(
             with contextlib.closing(saving) as checkpointer:
                 checkpointer.restore(state)
                 branched = begin_from_parent(claim, state)
+                begin_from_weights(config, claim, facts["vocab_size"], prepared, state)
                 stopwatch.lap("restore")
                 hosts = ranks.agree(socket.gethostname)
                 # Of its own: faults and checks are for what is computed with.
@@ -294,6 +307,12 @@ def _record(claim: Claim, config: Config, prepared: Prepared, vocab_size: int, t
     except OSError as error:
         rule, remedy = "Checkpoints and events go there.", "Make room; the same command then resumes."
         raise errors.RunDirectoryError(errors.of_system(error, f"{run} cannot be written", rule, remedy)) from None
+
+
+def begin_from_weights(config: Config, claim: Claim, rows: int, prepared: Prepared, state: TrainState) -> None:
+    """Load the weights that `init_from` names into a state that has not trained yet. Collective."""
+    if config.init_from and state.step == 0:
+        claim.ranks.agree(lambda: architectures.begin(config, rows, prepared.tokenizer, state.model))
 
 
 def begin_from_parent(claim: Claim, state: TrainState) -> str:
