@@ -126,12 +126,17 @@ def _counts(settings: str, vocab_size: int) -> tuple[int, int]:
     return parameters, costs.flops_per_token(model, vocab_size)
 
 
-@_cached
 def vocab_of(data: configs.Data, held_out: configs.Eval, rows: int) -> int:
     """Return the exact number of embedding rows; `rows` is model.vocab_size. May have to make the tokenizer."""
+    return _vocab_of(data, held_out.model_dump_json(), rows)
+
+
+@_cached
+def _vocab_of(data: configs.Data, held_out: str, rows: int) -> int:
     from trainer.data import tokenizer_for
 
-    return costs.padded_vocab(tokenizer_for(data, held_out).vocab_size, rows)
+    tokenizer = tokenizer_for(data, configs.Eval.model_validate_json(held_out))
+    return costs.padded_vocab(tokenizer.vocab_size, rows)
 
 
 def shape_of(size: Size, rules: Rules, config: Config, vocab_size: int) -> Shape:
