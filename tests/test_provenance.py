@@ -156,8 +156,10 @@ NOT_NUMERIC = {
     "builtin", "config", "config_rules", "errors", "files", "own_code", "own_import", "phases", "tomlfile",
     "parallel.elastic",
     # Tokens and tokenizer are identified by their own digests.
-    "data", "data.cache", "data.corpus", "data.identity", "data.own_texts", "data.prepare", "data.reading",
-    "data.sources", "data.tokenizer", "data.tokens",
+    "data", "data.cache", "data.corpus", "data.identity", "data.near", "data.overlap", "data.own_texts", "data.prepare",
+    "data.reading", "data.sources", "data.tokenizer", "data.tokens",
+    # Counts the bytes of what was read.
+    "data.first_epoch",
 }  # fmt: skip
 
 
