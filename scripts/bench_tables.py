@@ -91,6 +91,8 @@ def tables(results: dict[str, Any]) -> str:
         lines += breakdown("From the command to the first step", results["first_step"]["breakdown"])
     if "killed" in results:
         lines += breakdown("From a SIGKILL to the next new step", results["killed"]["median"])
+    if "sentinel_flips" in results:  # the last: it has a heading of its own
+        lines += bench_sentinel.table(results["sentinel_flips"])
     return "\n".join(lines) + "\n"
 
 
@@ -264,7 +266,6 @@ def soak_table(figure: dict[str, Any]) -> list[str]:
 CHAOS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "catalogue": bench_chaos.catalogue_table,
     "sentinel_faults": bench_chaos.sentinel_table,
-    "sentinel_flips": bench_sentinel.table,
     "sentinel": bench_sentinel.cost_table,
     "storm": bench_chaos.storm_table,
     "mutants": bench_chaos.mutants_table,

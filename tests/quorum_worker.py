@@ -46,6 +46,8 @@ class Worker:
     def meet(self) -> None:
         epoch = self.membership.meet(self.holding.report())
         self.write(f"epoch {epoch.number}", " ".join(map(str, epoch.members)))
+        if max(epoch.members) == 3 and not (self.directory / "successor").exists():
+            self.write("successor", str(epoch.number))
         self.holding.enter(epoch, self.membership.member)
         if self.holding.step is None:
             self.holding.received(epoch.step or 0)
@@ -71,10 +73,10 @@ class Worker:
 
     def may_finish(self) -> bool:
         lives = {
-            "dies once": (self.directory / "epoch 3").exists,
+            "dies once": (self.directory / "successor").exists,
             "dies at every start": (self.directory / "told").exists,
             "a spare": (self.directory / "told").exists,
-            "stops": (self.directory / "epoch 3").exists,
+            "stops": (self.directory / "successor").exists,
             "waits": lambda: False,
         }
         return (self.holding.step or 0) >= STEPS and lives.get(self.behaviour, lambda: True)()

@@ -123,3 +123,19 @@ def test_the_command_writes_a_report_and_says_what_it_did(tmp_path: Path):
     tree = json.loads(done.stdout)
     assert done.returncode == EXIT_FINISHED and tree["passed"]
     assert json.loads((tmp_path / burnin.REPORT).read_text()) == tree
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda: torch.full((3,), 0.1) > 0.1, lambda: torch.full((3,), 0.1) == 0.1, lambda: torch.full((3,), 0.3) != 0.3,
+        lambda: torch.ones(9, dtype=torch.bfloat16) + 0.1, lambda: 0.1 - torch.ones(9, dtype=torch.bfloat16),
+        lambda: torch.ones(9, dtype=torch.bfloat16).add(torch.ones(9, dtype=torch.bfloat16), alpha=-0.1),
+        lambda: 0.9 ** torch.arange(100.0), lambda: torch.linspace(0.1, 9, 50) ** 3.7,
+        lambda: torch.linspace(0.1, 9, 50).bfloat16() ** 0.3, lambda: torch.ones(9, dtype=torch.bfloat16) % 0.1,
+    ],
+)  # fmt: skip
+def test_a_right_operator_with_a_plain_number_is_not_accused(compute: Any):
+    with OperatorCheck() as check:
+        compute()
+    assert not check.failures

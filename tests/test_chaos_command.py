@@ -215,8 +215,11 @@ def test_a_failure_is_written_as_a_campaign_that_does_the_same_again(tmp_path):
     report = run.run(loaded, tmp_path / "out")
     again = run.keep_replay(loaded, report, tmp_path / "out")
     assert again is not None
-    (case,) = plan.load(again).cases
+    replayed = plan.load(again)
+    (case,) = replayed.cases
     assert (case.name, case.faults) == ("kill", report.results[0].faults)
+    assert loaded.command is not None and replayed.command is not None
+    assert (replayed.command.words, replayed.command.ranks) == (loaded.command.words, loaded.command.ranks)
 
 
 def test_a_reference_run_without_progress_or_result_ends_the_campaign(tmp_path):

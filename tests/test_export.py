@@ -101,6 +101,35 @@ def test_a_folder_of_another_model_is_refused_with_each_difference(tmp_path: Pat
         architectures.read(tmp_path, model.settings, 320)
 
 
+@pytest.mark.parametrize(
+    ("said", "named"),
+    [
+        ({"rope_parameters": None, "rope_scaling": {"rope_type": "llama3"}}, "rope_type of the rotation is 'llama3'"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0}}, "rope_type of the rotation is 'linear'"),
+        ({"partial_rotary_factor": 0.25}, "partial_rotary_factor of the rotation is 0.25"),
+        ({"sliding_window": 4, "use_sliding_window": True}, "sliding_window is 4"),
+    ],
+)
+def test_a_folder_whose_model_computes_attention_otherwise_is_refused(tmp_path: Path, said: dict[str, Any], named: str):
+    model = made({"mlp": "swiglu"})
+    export.write(model, train("bytes", [], 257), tmp_path / "out")
+    about = tmp_path / "out" / "config.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | said))
+    with pytest.raises(ConfigError) as refused:
+        architectures.read(tmp_path / "out", model.settings, 320)
+    assert named in str(refused.value)
+
+
+def test_a_weight_that_the_model_has_no_place_for_is_refused(tmp_path: Path):
+    model = made({"mlp": "swiglu"})
+    export.write(model, train("bytes", [], 257), tmp_path / "out")
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    weights["model.layers.0.self_attn.q_proj.bias"] = torch.ones(32)
+    save_file(weights, tmp_path / "out" / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"q_proj\.bias is a weight that this model has no place for"):
+        architectures.read(tmp_path / "out", model.settings, 320)
+
+
 @pytest.mark.parametrize(("changes", "switch"), [
     ({"logit_softcap": 15.0}, "logit_softcap"), ({"value_embeddings": True}, "value_embeddings"),
     ({"bigram_buckets": 64}, "bigram_buckets"), ({"positions": "learned"}, "positions"),

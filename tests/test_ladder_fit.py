@@ -86,6 +86,17 @@ def inside(found: Interval, truth: float) -> bool:
     return found.low < truth < found.high
 
 
+def test_an_interval_that_the_data_hardly_bound_is_not_cut_at_the_end_of_the_grid(monkeypatch):
+    n, ratio = (grid.ravel() for grid in np.meshgrid(np.geomspace(1e7, 1e8, 4), [5.0, 20.0, 80.0]))
+    noise = 1 + 0.01 * np.random.default_rng(3).standard_normal(n.size)
+    surface = surfaces.hoffmann(n, ratio * n, (1.69 + 406 / n**0.34 + 411 / (ratio * n) ** 0.28) * noise)
+    found = surface.exponent(0)
+    assert found.high is not None and found.high > 0.34
+    monkeypatch.setattr(surfaces, "REACH", 60.0)
+    wider = surfaces.hoffmann(n, ratio * n, surface.loss).exponent(0)
+    assert wider.high == pytest.approx(found.high, rel=0.1)
+
+
 def test_the_intervals_of_a_surface_hold_the_truth_and_new_runs_have_wider_ones():
     surface = surfaces.hoffmann(N, D, surface_losses(0.003))
     assert inside(surface.exponent(0), 0.34) and inside(surface.exponent(1), 0.28) and inside(surface.floor(), 1.69)

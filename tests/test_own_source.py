@@ -54,7 +54,7 @@ def test_texts_are_documents_with_a_name_or_a_number(tmp_path: Path):
         ("yield words", "yield words if n < 50 else 1 / 0", r"cannot yield its .*ZeroDivisionError: .*\n +mine.*8"),
         ("documents():", "documents(folder):", r"cannot yield its documents: TypeError: .*missing 1 required"),
         ("def documents", "documents = 3\ndef other", r"is no function but a int"),
-        ("    for n", "    return 'one text'\n    for n", r"returned one str|yields no text|holds no text"),
+        ("    for n", "    return 'one text'\n    for n", r"mine\.py:documents holds no text"),
         ("yield words", "yield words + str(random.random())", r"yields other text when it is run again"),
     ],
 )  # fmt: skip
@@ -73,14 +73,15 @@ def test_a_single_text_that_is_returned_is_no_corpus_of_characters(tmp_path: Pat
 
 def test_it_trains_as_a_file_with_the_same_text_does_and_the_file_may_take_its_place(tmp_path: Path):
     run = trainer.train(config(data__source=source(tmp_path)), tmp_path / "run").path
-    lines = tmp_path / "words.txt"
+    lines = tmp_path / "words.jsonl"
     space: dict[str, Any] = {}
     exec(GOOD, space)
-    lines.write_text("".join(f"{words}\n" for words in space["WORDS"]))
-    other = trainer.train(config(data__source=str(lines), data__unit="line"), tmp_path / "other").path
+    lines.write_text("".join(json.dumps({"text": words}) + "\n" for words in space["WORDS"]))
+    other = trainer.train(config(data__source=str(lines)), tmp_path / "other").path
     assert outcome(other) == outcome(run)
     (tmp_path / "elsewhere").mkdir()
     trainer.train(config(data__source=source(tmp_path / "elsewhere")), run)
+    trainer.train(config(data__source=str(lines)), run)
     with pytest.raises(RunDirectoryError, match=r"data\.code mine\.py"):
         trainer.train(config(data__source=source(tmp_path, GOOD.replace("for a while", "forever"))), run)
 

@@ -45,6 +45,11 @@ class Launched:
     def members(self, epoch: int) -> str:
         return (self.directory / f"epoch {epoch}").read_text()
 
+    def members_over_time(self) -> list[str]:
+        """The members of each epoch up to the successor's first, in the order of their numbers."""
+        last = int((self.directory / "successor").read_text())
+        return ["".join(sorted(self.members(epoch).split())) for epoch in range(1, last + 1)]
+
     def wait_for(self, name: str) -> None:
         while not (self.directory / name).exists():
             assert self.process.poll() is None
@@ -64,7 +69,10 @@ def test_a_killed_worker_is_started_again_alone_and_joins(tmp_path: Path, launch
     launched.append(job := Launched(tmp_path, "dies once", 3))
     assert job.ends() == (0, "")
     assert [job.lives(slot) for slot in range(3)] == [1, 2, 1]
-    assert [set(job.members(epoch)) - {" "} for epoch in (1, 2, 3)] == [set("012"), set("02"), set("023")]
+    assert job.members_over_time() in (
+        ["012", "02", "023"],
+        ["012", "023"],
+    )  # the successor may be quicker than a member
 
 
 def test_a_spare_takes_the_place_of_a_killed_worker(tmp_path: Path, launched: list[Launched]):
@@ -79,7 +87,7 @@ def test_a_spare_takes_the_place_of_a_killed_worker(tmp_path: Path, launched: li
     job.wait_for("epoch 2")
     epoch = 2 if spare in job.members(2).split() else 3
     job.wait_for(f"epoch {epoch}")
-    assert job.members(epoch).split() == [first, spare]
+    assert {*job.members(epoch).split()} == {first, spare}
     (tmp_path / "told").touch()
     assert job.ends()[0] == 0
 
@@ -102,7 +110,10 @@ def test_only_the_worker_that_is_stopped_is_ended_and_a_successor_joins(tmp_path
     assert (status, [job.lives(slot) for slot in range(3)]) == (0, [1, 2, 1])
     assert errors.startswith("worker 1 of")
     assert errors.endswith("is ended: it does not run: it did not say how far it is.\n")
-    assert [set(job.members(epoch)) - {" "} for epoch in (1, 2, 3)] == [set("012"), set("02"), set("023")]
+    assert job.members_over_time() in (
+        ["012", "02", "023"],
+        ["012", "023"],
+    )  # the successor may be quicker than a member
 
 
 @pytest.mark.parametrize(("behaviour", "status"), [("wrong usage", 2), ("hopeless", 1)])

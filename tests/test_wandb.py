@@ -523,7 +523,8 @@ def test_tensorboard_gets_the_numbers_of_every_row_over_its_step_in_a_folder_of_
     ("device", "precision", "peak"),
     [
         ("NVIDIA H100 80GB HBM3", "bf16", 989e12), ("NVIDIA H100 PCIe", "bf16", 756e12),
-        ("NVIDIA L40S", "fp32", 91.6e12),
+        ("NVIDIA L40S", "fp32", 91.6e12), ("NVIDIA L40", "bf16", None), ("NVIDIA A10G", "bf16", None),
+        ("NVIDIA RTX A1000 Laptop GPU", "bf16", None),
         ("NVIDIA L4", "bf16", 121e12), ("NVIDIA A100-SXM4-80GB", "fp32", 19.5e12), ("AMD EPYC 7B13", "bf16", None),
     ],
 )  # fmt: skip

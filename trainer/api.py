@@ -131,9 +131,10 @@ class Ladder:
         return Report(report.make(self._load(), self.out))
 
     def _load(self) -> Any:
+        from trainer.ladder import preregistration
         from trainer.ladder.plan import load
 
-        return load.load(self.path)
+        return preregistration.with_additions(load.load(self.path), self.out)
 
 
 def open_ladder(path: str | Path, out: str | Path | None = None) -> Ladder:

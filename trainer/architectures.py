@@ -257,6 +257,18 @@ def read(folder: Path, settings: Model, rows: int) -> dict[str, Tensor]:
     base = (said.get("rope_parameters") or {}).get("rope_theta", said.get("rope_theta"))
     if settings.positions == "rope" and base not in (None, settings.rope_base):
         problems.append(f"init_from: rope_theta is {base!r} there, and model.rope_base {settings.rope_base!r} here")
+    if settings.positions == "rope":
+        theirs = {"partial_rotary_factor": said.get("partial_rotary_factor", 0.25 if architecture is STABLELM else 1.0)}
+        theirs |= (said.get("rope_scaling") or {}) | (said.get("rope_parameters") or {})
+        ours = {"partial_rotary_factor": 1.0, "rope_type": "default", "type": "default"}
+        problems += [
+            f"init_from: {name} of the rotation is {value!r} there, and {ours.get(name)!r} here"
+            for name, value in theirs.items()
+            if name != "rope_theta" and ours.get(name) != value
+        ]
+    window = said.get("sliding_window") if said.get("use_sliding_window", True) else None
+    if window is not None and window < settings.context:
+        problems.append(f"init_from: sliding_window is {window!r} there, and attention here sees the whole context")
     own: dict[str, Tensor] = {}
     if not problems:
         own, problems = _inverse(found, settings, rows, architecture)
@@ -274,9 +286,10 @@ def _inverse(
     for name, shape in shapes.items():
         places[name] = torch.arange(first, first + shape.numel(), dtype=torch.int64).view(shape)
         first += shape.numel()
-    flat, problems = torch.empty(first), list[str]()
+    flat, problems, seen = torch.empty(first), list[str](), set[str]()
     for name, place in tensors(places, settings, architecture):
         value = found.get(name)
+        seen.add(name)
         if value is None or value.shape != place.shape:
             theirs = "missing" if value is None else f"of shape {tuple(value.shape)}, not {tuple(place.shape)}"
             problems.append(f"init_from: {name} is {theirs}")
@@ -285,6 +298,12 @@ def _inverse(
         if not torch.equal(value[constant], place[constant].float()):
             problems.append(f"init_from: {name} has values that this model has no place for")
         flat[place[~constant]] = value[~constant]
+    buffers = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")  # older versions saved them
+    problems += [
+        f"init_from: {name} is a weight that this model has no place for"
+        for name in sorted(found.keys() - seen)
+        if not name.endswith(buffers) and not (name == "lm_head.weight" and settings.tied_embeddings)
+    ]
     return {name: flat[places[name]] for name in shapes}, problems
 
 

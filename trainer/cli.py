@@ -162,6 +162,9 @@ def launch(
     accept: Annotated[
         bool, typer.Option("--accept-other-bits", help="Resume with other code, torch or machine.")
     ] = False,
+    parent: Annotated[
+        str, typer.Option("--from", metavar="RUN[@STEP]", help="Begin from a state of this run; default its newest.")
+    ] = "",
 ) -> None:
     """Train so that a worker's death ends nobody else: the others finish the step, and its successor joins."""
     from trainer import config as configs
@@ -172,6 +175,11 @@ def launch(
     config = configs.load(config_path, [*(overrides or ()), 'elastic.mode="quorum"'])
     run = run or Path("runs") / config_path.stem
     command = ["train", str(config_path), "--run", str(run), *(["--accept-other-bits"] if accept else [])]
+    if parent:
+        from trainer import branch
+
+        branch.find(parent, config)
+        command += ["--from", parent]
     command += [part for override in [*(overrides or ()), 'elastic.mode="quorum"'] for part in ("--set", override)]
     plan = quorum.Plan(config, command, run, workers, spares, listen, join)
     raise typer.Exit(quorum.serve(plan) if arbiter_only else quorum.launch(plan))
@@ -573,11 +581,11 @@ def hunt(
     as_json: AsJson = False,
 ) -> None:
     """From a run's symptoms to a wrong operator: exit 0 if none is accused, 1 if one is."""
-    from trainer.errors import UsageError
     from trainer.log import rundir
 
     if symptoms not in ("auto", "none") or (symptoms == "none" and not step):
-        raise UsageError(f"--symptoms {symptoms} leaves nothing to look at.\n  Give auto, or none with --step N.")
+        about = "leaves nothing to look at" if symptoms == "none" else "is not known"
+        raise UsageError(f"--symptoms {symptoms} {about}.\n  Give auto, or none with --step N.")
     out = out or Path("runs") / "hunt" / run.resolve().name
     rundir.read(run)
     rundir.check_out(out, "hunt.json")

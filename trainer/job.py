@@ -107,9 +107,8 @@ def train(
 
     `stop` has listened for signals since before this module was imported, which takes seconds. `accept_other_bits`
     goes on with what the run was not computed with before. `parent` is RUN or RUN@STEP, whose state a new run begins
-    from. Faults of the config come in through `faults.arm`, which
-    changes nothing without them. Raises a TopropeError for every error that a user can repair: on all ranks alike, and
-    before any work where possible.
+    from. Faults of the config come in through `faults.arm`, which changes nothing without them. Raises a TopropeError
+    for every error that a user can repair: on all ranks alike, and before any work where possible.
     """
     stopwatch = Stopwatch(process_started)
     elastic.belong_to_agent()
@@ -193,12 +192,14 @@ def claim_run(
     def claim_on_main() -> tuple[int, list[str], branch.Record | None]:
         wandb_mode(config)  # only rank 0 shows the run, but a wrong mode is an error before any work
         tensorboard.check(config)
+        # Before the claim, which leaves a lock: a parent that is not there leaves nothing.
+        origin = None if rundir.is_run(run) else branch.origin(run, config, parent)
         stack.enter_context(rundir.claim(run, config))
         before = rundir.read(run) if rundir.is_run(run) else {}
         other_bits = provenance.compare(run, before, of_ranks, accept_other_bits)
         # The console shows how the last attempt ended. It must not learn from the log that a fault was made on purpose.
         earlier.extend(entry for entry in events.read(run) if not isinstance(entry.event, events.FaultFired))
-        return events.next_attempt(run), other_bits, branch.origin(run, config, parent)
+        return events.next_attempt(run), other_bits, branch.origin(run, config, parent) if before else origin
 
     attempt, other_bits, begun_from = ranks.from_main(claim_on_main)
     log = stack.enter_context(contextlib.closing(events.EventLog.open(run, attempt, ranks.rank)))
@@ -324,7 +325,8 @@ def begin_from_parent(claim: Claim, state: TrainState) -> str:
     fresh = claim.ranks.agree(lambda: branch.begin(parent, state))[0]
     if fresh and claim.ranks.is_main:
         named = ", ".join(fresh[:3]) + (f" and {len(fresh) - 3} more" if len(fresh) > 3 else "")
-        message = f"{branch.shown(parent)} does not hold {named}: they begin as in a new run."
+        message = f"{branch.shown(parent)} does not hold {named}: they begin at zero"
+        message += ", and AdamW counts its steps from the run's step."
         claim.log.append(events.Warned(message=message))
     return branch.shown(parent)
 

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from trainer.log import events, rundir
 from trainer.log.events import AttemptEnded, AttemptStarted, EvalDone, Event, EventLog, MembersChanged, StepDone
 from trainer.log.incidents import first_line
 from trainer.parallel import elastic, protocol, world
-from trainer.parallel.membership import JobOver, Membership, own_host
+from trainer.parallel.membership import ArbiterLostError, JobOver, Membership, RefusedError, own_host
 from trainer.parallel.quorum import Change, QuorumMembers, TransferError
 from trainer.parallel.world import World
 from trainer.phases import Phase, no_hook
@@ -117,7 +118,8 @@ class Records:
 
     def end(self, event: AttemptEnded) -> None:
         """The end of this member's part, and if it is the main one that of the attempt."""
-        self.append(event)
+        if self._main is not None or self._member != 0:  # member 0's own file is that of all
+            self.append(event)
 
     def close(self) -> None:
         """Stop writing for all."""
@@ -219,7 +221,9 @@ def train(
 
         def restore(state: Any, ranks: World) -> None:
             checkpointer.restore(state)
-            begun_from.append(job.begin_from_parent(dataclasses.replace(claim, ranks=ranks), state))
+            present = dataclasses.replace(claim, ranks=ranks)
+            begun_from.append(job.begin_from_parent(present, state))
+            job.begin_from_weights(config, present, facts["vocab_size"], prepared, state)
 
         def finished(state: Any) -> None:
             if state.step == config.budget.steps:
@@ -256,6 +260,10 @@ def train(
             records.end(ended("preempted", state.step, stop.received or "another worker was asked to stop"))
             membership.leave(protocol.PREEMPTED)
             return errors.EXIT_PREEMPTED
+        except (RefusedError, ArbiterLostError) as error:
+            # The others may have another main member by now, so nothing is written for all. A successor joins.
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            return errors.EXIT_FAILED
         except JobOver as over:
             records.end(ended(over.status, state.step, "the job is over"))
             return EXIT_STATUS[over.status]

@@ -63,7 +63,8 @@ def code(package: Path = Path(__file__).parent) -> dict[str, dict[str, str]]:
     """
     found: dict[str, dict[str, str]] = {}
     for file, chosen in NUMERIC_SOURCES.items():
-        found[file] = own_code.digests_of(own_code.parse(package / file), chosen)
+        if (package / file).is_file():  # the tree of another commit may not have it
+            found[file] = own_code.digests_of(own_code.parse(package / file), chosen)
     return found
 
 

@@ -303,7 +303,8 @@ class _Review:
         first, last = 2 * config.checkpoint.every_steps + 1, config.budget.steps
         if not config.checkpoint.every_steps or first > last:
             fact = f"the drill's run of {last} steps has no two checkpoints before its end."
-            raise ConfigError([f"{fact}\n  Set checkpoint.every_steps to at most {(last - 1) // 2} in [drill] set."])
+            remedy = "Set a longer budget.steps or a smaller checkpoint.every_steps in [drill] set."
+            raise ConfigError([f"{fact}\n  {remedy}"])
         if not first <= at_step <= last:
             fact = f"drill.at_step = {at_step}: no checkpoint is sure to be complete then, or the run is over."
             raise ConfigError([f"{fact}\n  Kill at a step from {first} (after two saves) to {last} (the last)."])

@@ -30,15 +30,12 @@ class Drawing:
     """Draw from the fewest of the likeliest tokens whose probabilities sum to this (Holtzman et al. 2020)."""
 
 
-def generate(
-    run: Path, prompt: str, tokens: int, drawing: Drawing, seeds: Iterable[int], *, cached: bool = True
-) -> Iterator[Iterator[str]]:
+def generate(run: Path, prompt: str, tokens: int, drawing: Drawing, seeds: Iterable[int]) -> Iterator[Iterator[str]]:
     """Yield a sample for each seed: an iterator of the prompt, then text piece by piece, until `tokens` are drawn or
     the document ends.
 
-    A sample is a function of its seed, whatever was drawn before it. An empty prompt starts a new document. Without
-    `cached` the model reads the whole text again for each token. Raises CheckpointError if the run has no intact
-    checkpoint, UsageError for a prompt or a setting that means nothing.
+    A sample is a function of its seed, whatever was drawn before it. An empty prompt starts a new document.
+    Raises CheckpointError if the run has no intact checkpoint, UsageError for a prompt or a setting that means nothing.
     """
     try:
         prompt.encode()
@@ -55,7 +52,7 @@ def generate(
     tokenizer = Tokenizer.load(rundir.tokenizer_path(run), rundir.read(run).get("tokenizer_sha256"))
     start = [tokenizer.end_of_document, *tokenizer.encode_batch([prompt])[0].tolist()]
     for seed in seeds:
-        reader = CachedReader(model) if cached and isinstance(model, GPT) else Reader(model, context)
+        reader = CachedReader(model) if isinstance(model, GPT) else Reader(model, context)
         generator = torch.Generator().manual_seed(seed)
         yield _sample(reader, tokenizer, prompt, [*start], tokens, drawing, generator)
 

@@ -61,7 +61,8 @@ class Command:
     @property
     def identity(self) -> str:
         parts = self.file.model_dump(include={"command", "directory", "environment", "progress", "result"})
-        return hashlib.sha256(json.dumps([parts, str(self.here)], sort_keys=True).encode()).hexdigest()
+        text = json.dumps([parts, str(self.here), self.ranks, self.file.nodes], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def steps(self) -> int | None:
@@ -82,9 +83,15 @@ class Command:
     def settings(self) -> dict[str, Any]:
         """The settings of a campaign file that describe this command, valid in any folder."""
         tree = self.file.model_dump(include={"command", "directory", "environment", "progress", "result"})
-        more = {"again_after": self.file.again_after, "checkpoints": self.file.checkpoints}
+        more = {
+            "ranks": self.ranks, "nodes": self.file.nodes,
+            "again_after": self.file.again_after, "checkpoints": self.file.checkpoints,
+        }  # fmt: skip
         directory = str(self.here / self.file.directory) if "{" not in self.file.directory else self.file.directory
-        tree = {"command": tree.pop("command")} | more | tree | {"directory": directory}
+        program, *rest = tree.pop("command")
+        # A path starts from the campaign's folder, and the settings may lie in another one.
+        command = [self.words[0] if "/" in program else program, *rest]
+        tree = {"command": command} | more | tree | {"directory": directory}
         kept: dict[str, Any] = {key: value for key, value in tree.items() if value not in (None, "", [], {})}
         for table in (kept.get("progress", {}), kept.get("result", {})):
             for key in [key for key, value in table.items() if value in (None, "")]:
@@ -138,10 +145,14 @@ def read(path: Path, file: CampaignFile, problems: list[str]) -> Command | None:
     """Return the command of a campaign file, checked; None if it cannot be planned with. Adds what is wrong."""
     found = [*_pattern_problems(file)]
     here = path.parent.absolute()
-    words = [*file.command]
-    program = shutil.which(words[0]) or shutil.which(words[0], path=str(Path(sys.executable).parent))
-    if program is None and not (here / words[0]).is_file():
-        found.append(f"command: there is no program {words[0]!r}.\n  Install it, or give its path.")
+    words = [file.command[0].replace("{here}", str(here)), *file.command[1:]]
+    program = None
+    if "/" not in words[0]:
+        program = shutil.which(words[0]) or shutil.which(words[0], path=str(Path(sys.executable).parent))
+    if program is None and (here / words[0]).is_file():
+        program = str(here / words[0])
+    if program is None:
+        found.append(f"command: there is no program {file.command[0]!r}.\n  Install it, or give its path.")
     script = next((word for word in words[1:] if word.endswith(".py")), "")
     folder = here / file.directory.replace("{here}", str(here))
     if script and "{run}" not in file.directory + script:
@@ -158,6 +169,9 @@ def read(path: Path, file: CampaignFile, problems: list[str]) -> Command | None:
             found.append(
                 f"ranks = {file.ranks}, but the command starts {each} on each of {nodes} nodes.\n  Remove ranks."
             )
+    elif parts is not None and "ranks" not in file.model_fields_set:
+        fact = f"--nproc-per-node = {parts.ranks} does not say how many ranks there are."
+        found.append(f"{fact}\n  Set ranks to all of them.")
     elif parts is None and "ranks" not in file.model_fields_set:
         ranks = 1
     nodes_problem = ""
@@ -168,9 +182,9 @@ def read(path: Path, file: CampaignFile, problems: list[str]) -> Command | None:
     if nodes > 1 and nodes_problem:
         found.append(f"nodes = {nodes}: {nodes_problem}.\n  Leave nodes out, or change the command.")
     problems += found
-    if found:
+    if found or program is None:
         return None
-    return Command(file, (program or str(here / words[0]), *words[1:]), here, ranks, nodes_problem)
+    return Command(file, (program, *words[1:]), here, ranks, nodes_problem)
 
 
 def _pattern_problems(file: CampaignFile) -> Iterator[str]:

@@ -297,6 +297,10 @@ class _CommandCaseBuilder(_CaseBuilder):
             problems.append("set and strategy are for runs of toprope.\n  Put options of the job into its command.")
         if ranks % nodes:
             problems.append(f"{ranks} ranks cannot be spread evenly over {nodes} nodes.\n  Give a multiple of nodes.")
+        alone = self._job.ranks // self._file.nodes
+        if nodes == 1 and ranks != alone:
+            fact = f"ranks = {ranks}, but the command starts {alone} on one node."
+            problems.append(f"{fact}\n  Leave ranks out, or change the command.")
         reasons = [reason for fault in faults if (reason := self._job.not_applicable(fault, nodes))]
         numbers = [number for number in numbers if not self._job.not_applicable(faults[number], nodes)]
         planned: list[PlannedFault] = []

@@ -106,7 +106,7 @@ class _Comparison:
     def __init__(self, sets: Mapping[str, HeldOut], progress: ProgressCallback) -> None:
         self._progress = progress
         self._heldout: list[tuple[str, str, str]] = []  # (set, origin, beginning) of each document
-        self._exact: dict[bytes, int] = {}
+        self._exact: dict[bytes, list[int]] = {}
         """Numbers of held-out documents by digest, where they are whole: short ones can only be equal."""
         self._index = Index(self._heldout_texts(sets))
         self._found = np.zeros(len(self._heldout), dtype=bool)
@@ -117,7 +117,7 @@ class _Comparison:
             for document in heldout.corpus.documents():
                 if text := heldout.text(document):
                     if text == document.text:
-                        self._exact[digest_of(document)] = len(self._heldout)
+                        self._exact.setdefault(digest_of(document), []).append(len(self._heldout))
                     self._heldout.append((name, document.origin, text[:_SHOWN_CHARACTERS]))
                     yield text
 
@@ -137,7 +137,7 @@ class _Comparison:
                     origins[number] = document.origin
                     if text == document.text and digests[-1] in self._exact:
                         contaminated.add(number)
-                        self._note([self._exact[digests[-1]]], document.origin)
+                        self._note(self._exact[digests[-1]], document.origin)
                     yield text
 
         for sketches in near.sketch(training_texts()):

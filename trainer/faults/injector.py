@@ -29,6 +29,7 @@ from trainer.faults.rank import RankContext
 from trainer.faults.wrong_operators import Machine
 from trainer.log import events, rundir
 from trainer.log.events import AttemptStarted, EventLog, Warned
+from trainer.log.history import History
 from trainer.model import blocks_of
 from trainer.phases import Hook, Phase
 from trainer.step import TrainState
@@ -55,11 +56,14 @@ def machine_of(config: Config, run: Path) -> Machine:
     starts = events.select(events.read(run), AttemptStarted)
     planned = plan.make(config, starts[0][1].world_size) if config.faults and starts else []
     fired = plan.fired(run)
+    completed = {attempt.number: attempt.last_step or 0 for attempt in History.read(run).attempts}
     wrong = []
     for fault in planned:
-        victims = {event.victim for _, event in fired if event.index == fault.index}
-        if isinstance(fault.kind, OperatorFault) and victims:
-            wrong.append((fault.kind.wrong_operator(fault), victims, fault.at_step, fault.last_step))
+        hits = [(entry.attempt, event.victim) for entry, event in fired if event.index == fault.index]
+        if isinstance(fault.kind, OperatorFault) and hits:
+            # It ends with its attempt, of which the last step may not have been completed.
+            last = min(fault.last_step, 1 + max(completed.get(attempt, 0) for attempt, _ in hits))
+            wrong.append((fault.kind.wrong_operator(fault), {victim for _, victim in hits}, fault.at_step, last))
     return Machine(wrong)
 
 

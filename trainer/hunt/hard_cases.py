@@ -1,6 +1,6 @@
 """Calls of operators that kernels are known to get wrong: odd lengths, strides, duplicates, cancellation, limits.
 
-Each case is a function of a device and a seeded generator, and returns what it computed.
+Each case is a function without arguments, of numbers drawn from a fixed seed, and returns what it computed.
 """
 
 import math
@@ -183,14 +183,16 @@ def _functions(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, 
 
 
 def _attentions(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
-    for t in (1, 3, 17, 65, 130):
-        q, k, v = (_normal(device, 2, heads, t, 16, seed=n) for n, heads in enumerate((4, 4, 4)))
-        yield (
-            f"attention over {t} positions",
-            lambda q=q, k=k, v=v: _with_gradients(
-                lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), q, k, v
-            ),
-        )
+    for kind in dict.fromkeys((torch.float32, dtype)):
+        word = str(kind).removeprefix("torch.")
+        for t in (1, 3, 17, 65, 130):
+            q, k, v = (_normal(device, 2, 4, t, 16, seed=n, dtype=kind) for n in range(3))
+            yield (
+                f"{word} attention over {t} positions",
+                lambda q=q, k=k, v=v: _with_gradients(
+                    lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), q, k, v
+                ),
+            )
 
 
 def _adamw(device: torch.device) -> list[Tensor]:

@@ -77,17 +77,21 @@ def hunt(run: Path, steps: Sequence[int], out: Path, log: Callable[[str], None],
     suspects: dict[str, Suspect] = {}
     unchecked: Counter[tuple[str, str]] = Counter()
     unreached: list[str] = []
+    refused: StepNotReachedError | None = None
     for step in planned:
         log(f"checking every call of step {step}")
         try:
             found, check = _checked(replay, step, run)
         except StepNotReachedError as error:
             unreached.append(str(error).splitlines()[0])
+            refused = error
             continue
         checked.append(found)
         unchecked += check.unchecked
         _add(suspects, check, step, symptoms)
-    _evaluations(replay, symptoms, suspects, unchecked, log)
+    _evaluations(replay, symptoms, suspects, unchecked, unreached, log)
+    if refused is not None and not checked and not suspects:
+        raise refused
     ranked = sorted((s for s in suspects.values() if s.failed), key=lambda s: (-len(s.explains), -s.excess, s.operator))
     confirmations: list[dict[str, Any]] = []
     script = None
@@ -100,13 +104,12 @@ def hunt(run: Path, steps: Sequence[int], out: Path, log: Callable[[str], None],
             except StepNotReachedError as error:
                 unreached.append(f"{symptoms[number].text}: {str(error).splitlines()[0]}")
         log("making the call small")
-        place = f"step {first.steps[0]} of {run}" if first.steps else f"an evaluation of {run}"
         number = first.steps[0] if first.steps else symptoms[first.explains[0]].step
         machine = replay.machine_at(number, first.places.most_common(1)[0][0])
-        script = reproduction.write(first.failures, place, machine, out / "reproduction")
+        script = reproduction.write(first.failures, str(run), machine, out / "reproduction")
     return {
         "run": str(run), "ranks": replay.ranks,
-        "nothing_unusual": nothing_unusual, "symptoms": [asdict(symptom) for symptom in symptoms],
+        "nothing_unusual": nothing_unusual, "symptoms": [_plain(asdict(symptom)) for symptom in symptoms],
         "checked": [_plain(asdict(one)) for one in checked],
         "suspects": [_suspect(s, len(symptoms)) for s in ranked],
         "runners_up": [
@@ -186,7 +189,7 @@ def _add(suspects: dict[str, Suspect], check: OperatorCheck, step: int | None, s
 
 def _evaluations(
     replay: Replay, symptoms: Sequence[Symptom], suspects: dict[str, Suspect], unchecked: Counter[Any],
-    log: Callable[[str], None],
+    unreached: list[str], log: Callable[[str], None],
 ) -> None:  # fmt: skip
     """Check the first evaluation that jumped: its forward pass may be wrong where training is right."""
     for number, symptom in enumerate(symptoms):
@@ -194,7 +197,8 @@ def _evaluations(
             log(f"checking every call of the evaluation of step {symptom.step}")
             try:
                 replay.before(symptom.step + 1)
-            except StepNotReachedError:
+            except StepNotReachedError as error:
+                unreached.append(f"{symptom.text}: {str(error).splitlines()[0]}")
                 return
             check = OperatorCheck()
             replay.score(symptom.set, check)

@@ -38,7 +38,7 @@ class Choice:
         places = ", ".join(f"{name} (seeds {', '.join(map(str, seeds))})" for name, seeds in self.added.seeds.items())
         return (
             f"added for {', '.join(self.added.arms)}: {places}; settles it with probability {self.probability:.0%}, "
-            f"about {self.hours:.2g} hours"
+            f"about {self.hours:,.1f} hours"
         )
 
 
@@ -112,7 +112,7 @@ def choose(ladder: Ladder, results: Sequence[RunResult], hours: float, seconds: 
     found = [choice for one in unsettled for choice in _choices(ladder, one, seconds) if choice.hours <= hours]
     if not found:
         names = ", ".join(one.arm for one in unsettled)
-        return f"Open: {names}. No further runs of {max(hours, 0):.2g} hours or less are likely enough to settle it."
+        return f"Open: {names}. No further runs of {max(hours, 0):,.1f} hours or less are likely enough to settle it."
     likely = max(choice.probability for choice in found)
     # The rule of advice.advise, over all arms and by hours.
     worthwhile = [choice for choice in found if choice.probability >= advice.WORTHWHILE * likely]
@@ -144,9 +144,9 @@ def _widened(ladder: Ladder, arm: str, remedy: Remedy) -> tuple[Ladder, AddedRun
     name = f"added {sum(rung.name.startswith('added ') for rung in ladder.rungs) + 1}"
     # Along a ladder of fixed D / N, compute grows as N².
     parameters = largest.parameters * math.sqrt(remedy.flops / largest.flops)
+    seeds = sorted({run.seed for run in ladder.runs if run.rung == largest.name})
+    seeds = [*seeds, *_unused_seeds(ladder, max(seeds) + 1, remedy.seeds)][: remedy.seeds]
     while True:
-        seeds = sorted({run.seed for run in ladder.runs if run.rung == largest.name})
-        seeds = [*seeds, *range(max(seeds) + 1, max(seeds) + 1 + remedy.seeds)][: remedy.seeds]
         added = AddedRuns(arms=[arm], seeds={name: seeds}, parameters=parameters)
         try:
             return load.extended(ladder, [added]), added
@@ -160,7 +160,10 @@ def _further_seeds(ladder: Ladder, arm: str, rung: str, number: int) -> list[int
     """Seeds that the arm lacks at a rung: first those that the baseline has there."""
     seeds = {name: {run.seed for run in ladder.runs if (run.rung, run.arm) == (rung, name)} for name in (BASELINE, arm)}
     ready = sorted(seeds[BASELINE] - seeds[arm])
+    return [*ready, *_unused_seeds(ladder, max(run.seed for run in ladder.runs) + 1, number)][:number]
+
+
+def _unused_seeds(ladder: Ladder, first: int, number: int) -> list[int]:
+    """So many seeds from `first` on, without the one that the learning rates are chosen with."""
     tuned = ladder.file.tuning.seed if ladder.file.tuning else None
-    first = max(run.seed for run in ladder.runs) + 1
-    new = [seed for seed in range(first, first + number + 1) if seed != tuned]
-    return [*ready, *new][:number]
+    return [seed for seed in range(first, first + number + 1) if seed != tuned][:number]

@@ -36,10 +36,10 @@ class Choice(JsonRecord):
 
 def choices(ladder: Ladder, pool: Path) -> list[Choice]:
     """Return a choice for each rung and arm; empty without [tuning]."""
-    groups: dict[tuple[str, str], list[PlannedRun]] = {}
-    for run in ladder.sweep:
-        groups.setdefault((run.rung, run.arm), []).append(run)
-    return [_choose(arm, rung, collect.collect_runs(ladder, pool, runs)) for (rung, arm), runs in groups.items()]
+    groups: dict[tuple[str, str], list[CollectedRun]] = {}
+    for run, result in zip(ladder.sweep, collect.collect_runs(ladder, pool, ladder.sweep), strict=True):
+        groups.setdefault((run.rung, run.arm), []).append(result)
+    return [_choose(arm, rung, runs) for (rung, arm), runs in groups.items()]
 
 
 def _choose(arm: str, rung: str, runs: Sequence[CollectedRun]) -> Choice:

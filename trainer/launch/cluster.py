@@ -249,7 +249,7 @@ class TorchrunParts:
 
 
 _LAUNCHERS = {"torch.distributed.run", "torch.distributed.launch", "trainer.launch.torchrun"}
-_FLAGS = {"--standalone", "--module", "--no-python", "--run-path", "--use-env"}
+_FLAGS = {"--standalone", "--module", "--no-python", "--run-path", "--use-env", "--virtual-local-rank"}
 _MEETING = ("--nnodes", "--rdzv", "--node-rank", "--master", "--local-addr")
 
 

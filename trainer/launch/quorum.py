@@ -166,6 +166,9 @@ class _Elsewhere:
         self.address = parse_address(plan.join)
         self.token = os.environ.get(arbiter.TOKEN) or _token(plan.run, make=False)
 
+    def has_died(self) -> bool:
+        return False  # nobody here knows
+
     def revive(self) -> bool:
         """True if it may come back by itself."""
         return True
@@ -190,6 +193,9 @@ class _Here:
         self._settings = _settings(plan, attempt) | {"descriptor": self._listener.fileno(), "log": str(log)}
         self._address_file = arbiter.address_path(plan.run)
         self.process = self._start()
+
+    def has_died(self) -> bool:
+        return self.process.poll() is not None
 
     def _start(self) -> "subprocess.Popen[bytes]":
         variables = {arbiter.SETTINGS: json.dumps(self._settings), arbiter.TOKEN: self.token}
@@ -384,6 +390,8 @@ class Job:
             self._connect()
             return
         try:
+            if self._host.has_died() and not self._over:  # our own end of its socket keeps connections open
+                raise EOFError("the arbiter has died before it heard this launcher")
             select.select([self._connection.sock], [], [], POLL_SECONDS)
             self._connection.flush()
             for line in self._connection.lines():

@@ -86,6 +86,14 @@ def _spend(ledger: "_Ledger", attempt: Attempt, from_step: int, resumed: int | N
     for event in (entry.event for entry in entries):
         if isinstance(event, events.CheckpointSaved | events.CheckpointFailed):
             stalls[event.step] += event.stall_seconds or 0.0
+    # Where all members of a quorum have died, the attempt itself goes on from disk.
+    undone = list[int | None]()
+    for entry in reversed(entries):
+        undone.append(resumed)
+        event = entry.event
+        if isinstance(event, events.MembersChanged) and set(event.members) == set(event.joined):
+            resumed = min(event.step, event.step if resumed is None else resumed)
+    undone.reverse()
     last_work = max((n for n, entry in enumerate(entries) if isinstance(entry.event, WORK)), default=-1)
     stall = stalls[from_step]
     for number, entry in enumerate(entries):
@@ -93,7 +101,8 @@ def _spend(ledger: "_Ledger", attempt: Attempt, from_step: int, resumed: int | N
         # Other events pass no stretch of their own: events that a failing rank writes before it ends count as `down`.
         if not isinstance(event, PROGRESS) and not (in_order and isinstance(event, events.AttemptEnded)):
             continue
-        lost = resumed is not None and isinstance(event, WORK) and event.step > resumed
+        back_to = undone[number]
+        lost = back_to is not None and isinstance(event, WORK) and event.step > back_to
         redone = "redone" if isinstance(event, events.NotFinite) else "other"
         rest = "shutdown" if in_order and number > last_work else redone
         taken = ledger.advance(entry.time, rest, **_claims(event, lost), save_stall=stall)

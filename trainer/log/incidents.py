@@ -114,7 +114,8 @@ class IncidentBuilder:
         key = (attempt.number, kind, event.step, which)
         if key not in self._reported:
             self._reported.add(key)
-            shown = (event.step, 0, seconds, event.kind, describe(event), entry.time)
+            lost = max(0, self._reached - event.step) if isinstance(event, events.MembersChanged) else 0
+            shown = (event.step, lost, seconds, event.kind, describe(event), entry.time)
             self.incidents.append(Incident(attempt.number, kind, False, rank, None, *shown))
 
     def _complete_ends(self) -> None:
@@ -248,6 +249,10 @@ def describe(event: Event, rank: int = 0) -> str:
             return f"in step {step} {event.found}: {then[event.action]}"
         case events.MembersChanged(step=step):
             lost = " and ".join(f"worker {member} was lost ({why})" for member, why in event.lost.items())
+            if set(event.members) == set(event.joined):
+                return (
+                    f"{lost}; none was left, so the job went on from step {step} on disk, after {event.seconds:.2f} s"
+                )
             count = sum(map(len, event.given.values())) if event.kept else 0
             again = (
                 f", with {count} micro-batch{'' if count == 1 else 'es'} of the step to compute" if event.kept else ""

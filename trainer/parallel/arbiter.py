@@ -55,8 +55,9 @@ MOST_BYTES_BEFORE_TOKEN = 4096
 HELLO_SECONDS = 10.0
 """Time for the first line. Who only opens a connection is closed then."""
 TICK_SECONDS = 0.5
-KEEPALIVE = (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 5))
-"""A machine that is gone without a word counts as dead after 15 s: the kernel asks it."""
+KEEPALIVE = (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 5), ("TCP_USER_TIMEOUT", 15_000))
+"""A machine that is gone without a word counts as dead after 15 s, whether the connection is idle or has something to
+send: the kernel asks it."""
 
 
 class Connection:

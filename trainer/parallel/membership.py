@@ -1,7 +1,7 @@
 """A worker's connection to the arbiter: it reports, waits for the next epoch, and hears at once when one ends.
 
 One thread connects, listens and connects again. It runs while the main thread waits in a collective, since torch
-releases the GIL there; so it can break it out (`on_end`) and say how far it is. No torch here.
+releases the GIL there; so it hears of an epoch's end and can say how far it is. No torch here.
 """
 
 import contextlib
@@ -71,7 +71,6 @@ class Membership:
         self._seat = Seat()
         self._connection: Connection | None = None
         self._report: Report | None = None
-        self._on_end: Callable[[], None] | None = None
         self._is_lost = self._is_closing = False
         self._reached, self._place, self._step, self._progress = 0, "start", 0, monotonic()
         self._has_committed = False
@@ -109,19 +108,6 @@ class Membership:
         """True if somebody waits to join."""
         return self._seat.change_wanted
 
-    @property
-    def on_end(self) -> Callable[[], None] | None:
-        return self._on_end
-
-    @on_end.setter
-    def on_end(self, callback: Callable[[], None] | None) -> None:
-        """Set what the thread calls, once, when the present epoch ends; at once if it has ended already."""
-        with self._changed:
-            self._on_end = callback
-            late = self._seat.ended
-        if late:
-            self._call_on_end()
-
     def meet(self, report: Report, waiting: Callable[[], None] = lambda: None) -> Epoch:
         """Say what this worker holds, and return the next epoch that it is a member of.
 
@@ -129,7 +115,7 @@ class Membership:
         JobOver, RefusedError, ArbiterLostError.
         """
         with self._changed:
-            self._on_end, self._seat.ended = None, True
+            self._seat.ended = True
             self._report = report
             self._say(Met(report))
         while True:
@@ -203,9 +189,7 @@ class Membership:
             with self._changed:
                 self._connection = None
                 connection.close()
-                ended = self._note(self._seat.disconnected)
-            if ended:
-                self._call_on_end()
+                self._seat.disconnected()
         with self._changed:
             self._is_lost = True
             self._changed.notify_all()
@@ -254,22 +238,8 @@ class Membership:
                 connection.send(Position(message.asked, self._reached, self._place, self._step, idle))
             return
         with self._changed:
-            ended = self._note(lambda: self._seat.hear(message))
+            self._seat.hear(message)
             self._changed.notify_all()
-        if ended:
-            self._call_on_end()
-
-    def _note(self, happen: Callable[[], None]) -> bool:
-        """Let something happen to the seat. True if this has ended an epoch that was going on."""
-        before = self._seat.ended
-        happen()
-        return self._seat.ended and not before
-
-    def _call_on_end(self) -> None:
-        with self._changed:
-            callback, self._on_end = self._on_end, None
-        if callback is not None:
-            callback()
 
 
 def own_host(quorum: elastic.Quorum) -> str:

@@ -3,8 +3,8 @@
 An epoch is a set of workers that compute together. It ends when one of them dies, or asks for another one; then every
 living member reports what it holds, and the arbiter publishes the next epoch. parallel/README.md has it on one page.
 
-`Arbiter` decides who the members are. `Holding` keeps a worker's books: which state it has, and which micro-batches of
-the next step are in its partial sums; the tensors follow it.
+`Arbiter` decides who the members are. `Holding` is a model of a worker's books for the random walk: which state it
+has, and which micro-batches of the next step are in its partial sums. The real ones are kept by parallel/quorum.py.
 """
 
 import typing

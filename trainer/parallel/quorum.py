@@ -91,7 +91,7 @@ class Link:
         self._group, self._passing, self._ended = group, passing, ended
 
     def drop(self) -> None:
-        """Close the connections: the others notice it. This may wait for a collective, so a thread does it."""
+        """Let go of the group. While an operation of it is under way this waits and closes nothing: so in a thread."""
         groups, self._group = [self._group], None
         if groups[0] is not None:
             threading.Thread(target=groups.clear, name="toprope-epoch-ended", daemon=True).start()
@@ -157,10 +157,13 @@ class EpochWorld(World):
 
     def send(self, tensor: Tensor, receiver: int) -> None:
         """Not collective: rank `receiver` calls `receive`."""
-        self.link.run(lambda group: group.send([tensor], receiver, 0))
+        copied = tensor.to("cpu", copy=True)  # gloo sends from CPUs; the original may change if this is left behind
+        self.link.run(lambda group: group.send([copied], receiver, 0))
 
     def receive(self, tensor: Tensor, sender: int) -> None:
-        self.link.run(lambda group: group.recv([tensor], sender, 0))
+        received = torch.empty_like(tensor, device="cpu")
+        self.link.run(lambda group: group.recv([received], sender, 0))
+        tensor.copy_(received)
 
     def _exchange(self, mine: Any) -> list[Any]:
         if self.size == 1:
@@ -290,7 +293,6 @@ class QuorumMembers:
                 continue
 
     def _meet(self, state: State) -> bool:
-        started = self._ended_at or time.monotonic()
         self._link.drop()
         if self._link.left:
             state.sharding.renew_buffers()
@@ -300,7 +302,7 @@ class QuorumMembers:
         self._partial.put_back([*state.sharding.reduced_in_place(), *magnitudes])
         note = {"stages": sorted(self._stages), **self._note()}
         epoch = self._membership.meet(Report(step=step, have=have, key="", note=note), self._waiting)
-        self._ended_at = None
+        started = self._ended_at or time.monotonic()  # a spare may have waited for hours
         self._count_fruitless(epoch)
         own, rank = self._membership.member, epoch.members.index(self._membership.member)
         group = join_group(epoch, own, lambda: self._membership.ended, self._timeout_seconds)
@@ -322,6 +324,7 @@ class QuorumMembers:
             self._partial.forget()
         share = StepMembers(world, range(self._count), tuple(epoch.work.get(own, ())), self._partial)
         self._interrupted = share if epoch.step is not None else None
+        self._ended_at = None
         self._changed(Change(epoch, state.step, time.monotonic() - started, received))
         return "all" not in self._stages and state.step > 0
 
@@ -341,18 +344,21 @@ class QuorumMembers:
         digest = torch.zeros(32, dtype=torch.uint8)
         if receivers and world.rank == 0:
             digest.copy_(_digest(state))
-            for receiver in receivers:
-                for piece in _pieces(tensors):
+            for piece in _pieces(tensors):
+                for receiver in receivers:
                     world.send(piece, receiver)
+                self._membership.heartbeat("transfer", epoch.step)
+            for receiver in receivers:
                 world.send(digest, receiver)
         elif world.rank in receivers:
             self._state = None  # until all of it is there
             for piece in _pieces(tensors):
                 world.receive(piece, 0)
+                self._membership.heartbeat("transfer", epoch.step)
             world.receive(digest, 0)
+            state.restored(epoch.step)  # first: numbers of an optimizer of one's own are taken over from the tensors
             if not torch.equal(digest, _digest(state)):
                 raise TransferError("the state that a peer has sent has another hash here")
-            state.restored(epoch.step)
 
     def commit(self, step: int, compute: Callable[[StepMembers], T]) -> T:
         assert self._state is not None

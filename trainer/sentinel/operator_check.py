@@ -22,14 +22,15 @@ COMPUTED_IN = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torc
 """Precision in which an operator computes, by that of its result, where they differ."""
 
 
+COMPARISONS = frozenset({"eq", "ge", "gt", "le", "lt", "ne"})
+
+
 @dataclass(frozen=True)
 class Failure:
     """A call that returned what it may not return."""
 
     operator: str
     """With its overload, e.g. aten.sum.dim_IntList."""
-    number: int
-    """Position among all calls under the check."""
     excess: float
     """Largest error divided by its tolerance: above 1, or infinite."""
     place: tuple[int, ...]
@@ -86,11 +87,9 @@ class OperatorCheck(TorchDispatchMode):
         self.unchecked: Counter[tuple[str, str]] = Counter()
         """Number of calls by (operator, why they were not checked)."""
         self._replace, self._only, self._keep = frozenset(replace), only, keep
-        self._calls = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         keywords, name = kwargs or {}, str(func)
-        self._calls += 1
         if _only_views(func) or (self._only is not None and name not in self._only):
             return func(*args, **keywords)
         expected, why, before = None, "", ([], {})
@@ -102,7 +101,7 @@ class OperatorCheck(TorchDispatchMode):
                 before = as_numpy(list(args)), as_numpy(keywords)
                 plain = {key: value for key, value in before[1].items() if key != "out"}
                 try:
-                    found = reference(*before[0], **plain)
+                    found = reference(*_as_compared(func, args, before[0]), **plain)
                     expected = found if isinstance(found, list) else [found]
                 except (IndexError, KeyError, NotImplementedError, TypeError, ValueError) as error:
                     why = f"its reference does not cover this call ({str(error).splitlines()[0][:80]})"
@@ -117,6 +116,7 @@ class OperatorCheck(TorchDispatchMode):
             try:
                 self._compare(name, args, keywords, before, places, expected)
             except ValueError:
+                self.tallies[name].calls -= 1
                 self.unchecked[name, "its reference has another shape"] += 1
                 return result
             if name in self._replace:
@@ -163,7 +163,7 @@ class OperatorCheck(TorchDispatchMode):
         kept_keywords = {key: _rebuilt(keywords[key], value) for key, value in before[1].items()}
         self.failures.append(
             Failure(
-                operator=name, number=self._calls, excess=highest, place=tuple(map(int, place)),
+                operator=name, excess=highest, place=tuple(map(int, place)),
                 found=np.asarray(found)[place].item(), expected=wanted[place].item(), wrong=int((excess > 1).sum()),
                 entries=excess.size, shape=shape, where=self.where, arguments=arguments, keywords=kept_keywords,
                 argument=argument, part=part, right=np.array(wanted),
@@ -293,6 +293,14 @@ def digest(tensors: Iterable[Tensor]) -> str:
     for tensor in tensors:
         sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
+
+
+def _as_compared(func: Any, args: Any, before: list[Any]) -> list[Any]:
+    """Arguments with the plain number of a comparison as the kernel sees it: in the type of the tensor."""
+    if func._schema.name.removeprefix("aten::").rstrip("_") not in COMPARISONS or isinstance(args[1], Tensor):
+        return before
+    number = torch.scalar_tensor(args[1], dtype=torch.result_type(args[0], args[1]))
+    return [before[0], as_numpy(number), *before[2:]]
 
 
 def _only_views(func: Any) -> bool:

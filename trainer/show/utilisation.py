@@ -1,5 +1,6 @@
 """Model FLOPs utilisation: the share of its devices' peak that a run uses (Chowdhery et al. 2022, PaLM, appendix B)."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,5 +24,5 @@ def known(about: Mapping[str, Any]) -> tuple[float | None, float | None]:
     """
     device = str((about.get("computes_with") or {}).get("device model", ""))
     precision = ((about.get("config") or {}).get("numerics") or {}).get("precision", "")
-    peak = next((peaks.get(precision) for name, peaks in PEAK_FLOPS.items() if name in device), None)
+    peak = next((peaks.get(precision) for name, peaks in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device)), None)
     return about.get("flops_per_token"), peak

@@ -146,9 +146,11 @@ class WandbHelper:
             if failed:
                 problem = written[-1].strip()[:500] if written else "its helper process ended without a message"
         if problem:
+            what, rest = "W&B", f"; what reached {self._run / 'wandb'} can be uploaded with `wandb sync`"
+            if self.mode == "disabled":
+                what, rest = "TensorBoard", ""
             self._on_problem(
-                f"W&B stopped: {problem.rstrip('.')}. Training continues and the event log keeps every metric; "
-                f"what reached {self._run / 'wandb'} can be uploaded with `wandb sync`."
+                f"{what} stopped: {problem.rstrip('.')}. Training continues and the event log keeps every metric{rest}."
             )
 
 
@@ -332,6 +334,9 @@ class _Metrics:
                 self._log(step, {"run/attempt": entry.attempt, "run/world_size": world_size})
                 if not entry.attempt:  # the curves begin at 0, not at the first incident
                     self._log(step, self._counts())
+            case events.MembersChanged(step=step, members=members):
+                self._world_size = len(members)
+                self._log(step, {"run/world_size": self._world_size})
             case EvalDone(step=step, set=name) as event:
                 prefix = f"eval/{name}"
                 self._log(step, {f"{prefix}/loss": event.loss, f"{prefix}/bits_per_byte": event.bits_per_byte})

@@ -57,9 +57,17 @@ def environment(tree: Path | None) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join(places), "PYTHONSAFEPATH": "1"} | checkout
 
 
+@functools.cache
 def digest(tree: Path | None) -> str:
-    """Digest of the code that decides the bits, in a tree or in the package that runs."""
-    return provenance.code_digest() if tree is None else own_code.digest_of(provenance.code(tree / PACKAGE))
+    """Digest of the code that decides the bits, in a tree or in the package that runs; a tree's new files count."""
+    if tree is None:
+        return provenance.code_digest()
+    added = {
+        path.relative_to(tree / PACKAGE).as_posix(): own_code.digests_of(own_code.parse(path))
+        for path in (tree / PACKAGE).rglob("*.py")
+        if not (builtin.PACKAGE / path.relative_to(tree / PACKAGE)).exists()
+    }
+    return own_code.digest_of(provenance.code(tree / PACKAGE) | added)
 
 
 def digest_of_change(tree: Path | None, settings: Mapping[str, Any]) -> str:
@@ -73,7 +81,7 @@ def counts(tree: Path, model: configs.Model, vocab_size: int) -> tuple[int, int]
     counter = _counter(tree)
     assert counter.stdin is not None and counter.stdout is not None
     try:
-        counter.stdin.write(json.dumps([model.model_dump_json(), vocab_size]) + "\n")
+        counter.stdin.write(json.dumps([model.model_dump_json(exclude_defaults=True), vocab_size]) + "\n")
         counter.stdin.flush()
         answer = json.loads(counter.stdout.readline() or '"it ended"')
     except (OSError, ValueError) as error:
@@ -113,7 +121,7 @@ def _patched(patch: Path, folder: Path, config: Config, cache: Path) -> Change:
     except (OSError, ValueError) as error:
         remedy = "The path starts from the ladder's folder."
         raise ConfigError([f"patch = {str(patch)!r} cannot be read ({error}).\n  {remedy}"]) from None
-    touched = {name for name in _FILES.findall(text) if name != "dev/null"}
+    touched = set(_FILES.findall(text))
     if not touched:
         raise ConfigError([f"{patch} names no file.\n  Make it with `git diff`, or `diff -u a/FILE b/FILE`."])
     inside = {name for name in touched if name.startswith(f"{PACKAGE}/")}
@@ -151,17 +159,14 @@ def _at(commit: str, folder: Path, config: Config, cache: Path) -> Change:
         raise ConfigError([f"commit = {commit!r} is no commit.\n  {remedy}"])
     if builtin.IN_CHECKOUT and (archive := _git(builtin.ROOT, "archive", commit, PACKAGE, "configs")) is not None:
         tree = built_once(cache, f"tree-{commit}", lambda target: _extract(archive, target), no_progress).resolve()
-        if digest(tree) != digest(None):
+        if provenance.code(tree / PACKAGE) != provenance.code():
             return Change(tree=tree)
 
-    def take(target: Path) -> None:
-        found = _git(folder, "archive", commit, ".")
-        if found is None:
-            remedy = "It must be there, or in the checkout of toprope."
-            raise ConfigError([f"commit = {commit!r} is not known in {folder}.\n  {remedy}"])
-        _extract(found, target)
-
-    return Change(own=_own(config, folder, cache, commit, set(), take))
+    found = _git(folder, "archive", commit, ".")
+    if found is None:
+        remedy = "It must be there, or in the checkout of toprope."
+        raise ConfigError([f"commit = {commit!r} is not known in {folder}.\n  {remedy}"])
+    return Change(own=_own(config, folder, cache, commit, set(), lambda target: _extract(found, target)))
 
 
 def _git(where: Path, *arguments: str) -> bytes | None:

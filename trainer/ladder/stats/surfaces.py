@@ -20,6 +20,7 @@ from trainer.ladder.stats import forms, significance
 from trainer.ladder.stats.records import Interval
 
 Array = np.ndarray
+WIDENED = 6  # times that a grid which cuts the interval is doubled
 REACH, STEPS = 6.0, 61  # the grid spans so many standard errors of each exponent on either side
 FORM_FAILS = 0.01
 """A smaller p of the test for bends that the form does not have is told."""
@@ -97,11 +98,23 @@ class Surface:
         assert self.sd is not None
         errors = np.sqrt(self._scatter * np.diag(np.linalg.pinv(self._jacobian.T @ self._jacobian)))
         ends = [REACH * error for error in errors[len(self.coefficients) :]]
+        return self._within(ends, WIDENED)
+
+    def _within(self, ends: Sequence[float], widen: int) -> tuple[Array, Array, Array, Array]:
+        """`_allowed` on a grid that reaches `ends` beyond the exponents; doubled up to `widen` times if it cuts."""
         grids = [
             np.linspace(max(value - end, value / 10), value + end, STEPS)
             for value, end in zip(self.exponents, ends, strict=True)
         ]
-        exponents = np.array([*itertools.product(*grids), self.exponents])
+        found = self._allowed(np.array([*itertools.product(*grids), self.exponents]))
+        cut = [bool((found[0][:, j] == grid[-1]).any()) for j, grid in enumerate(grids)]
+        if not widen or not any(cut):
+            return found
+        return self._within([2 * end if far else end for end, far in zip(ends, cut, strict=True)], widen - 1)
+
+    def _allowed(self, exponents: Array) -> tuple[Array, Array, Array, Array]:
+        """(exponents, coefficients, inverse normal matrix, room) of those points that are in the interval."""
+        assert self.sd is not None
         columns = self._columns(exponents, self.variables)
         weighted = columns * self._weights[:, None]
         normal = np.swapaxes(weighted, -1, -2) @ columns
@@ -118,7 +131,7 @@ class Surface:
         return exponents[allowed], coefficients[allowed], inverse[allowed], room[allowed]
 
     def exponent(self, number: int) -> Interval:
-        """Interval of an exponent; an end is None where it lies beyond the grid."""
+        """Interval of an exponent; the lower end is None where the data give none."""
         value = self.exponents[number]
         if self.sd is None:
             return Interval(value, None, None, self.level)

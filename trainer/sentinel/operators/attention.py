@@ -44,7 +44,8 @@ def attention(
     logs = (top + np.log(total))[..., 0]
     return [
         Expected(weights @ v, of_output[0] + sums * sum_of(k.shape[-2]), 2, stored=4),
-        Expected(logs, np.max(off, -1) + np.abs(logs), 4),
+        # For bfloat16 the kernel sums coarser exponentials: measured 5e-5 on a CPU with avx512_bf16.
+        Expected(logs, np.max(off, -1) + np.abs(logs), 4, stored=0.05),
     ]
 
 

@@ -10,9 +10,14 @@ from scipy import special
 from trainer.sentinel.operators.expected import REFERENCES, Expected, Reference, reference
 
 
+def _stored(*numbers: Any) -> float:
+    """Roundings in the precision of the tensors: a kernel may store a plain number in it before it computes."""
+    return float(any(isinstance(number, float) for number in numbers))
+
+
 @reference("add")
 def _add(a: Any, b: Any, alpha: float = 1) -> Expected:
-    return Expected(a + b * alpha, np.abs(a) + np.abs(b * alpha), 2)
+    return Expected(a + b * alpha, np.abs(a) + np.abs(b * alpha), 2, stored=_stored(a, b, alpha))
 
 
 @reference("sub")
@@ -38,6 +43,8 @@ def _div(a: Any, b: Any, rounding_mode: str | None = None) -> Expected:
 
 @reference("remainder")
 def _remainder(a: Any, b: Any) -> Expected:
+    if _stored(a, b):
+        raise NotImplementedError("a plain number that is stored first moves where the remainder jumps")
     return Expected(np.mod(a, b), np.abs(a), 1)
 
 
@@ -46,7 +53,10 @@ def _pow(base: Any, exponent: Any) -> Expected:
     if isinstance(exponent, np.ndarray) or isinstance(base, np.ndarray):
         base = np.asarray(base, np.float64) if np.asarray(base).dtype.kind == "i" else base
     value = np.power(base, exponent)
-    return Expected(value, np.abs(value), 4)
+    # A plain number that is stored in the tensors' precision moves the value by so much.
+    moved = np.abs(exponent) * (1 if isinstance(base, float) else np.abs(np.log(np.abs(base))))
+    stored = _stored(base, exponent)
+    return Expected(value, np.abs(value) * (1 + stored * moved), 4, stored)
 
 
 def _function(function: Callable[[Any], Any], roundings: float = 4, stored: float = 0) -> Reference:
