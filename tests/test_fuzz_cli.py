@@ -35,7 +35,8 @@ IMPORTED = [
     "trainer.cli", "trainer.sample", "trainer.costs", "trainer.chaos.run", "trainer.ladder.judge",
     "trainer.chaos.report", "trainer.ladder.run", "trainer.ladder.report", "trainer.ladder.terminal",
     "trainer.faults.attribution", "trainer.show.inspect", "trainer.show.curves", "trainer.show.timeline",
-    "matplotlib.backends.backend_agg", "pyarrow.parquet",
+    "matplotlib.backends.backend_agg", "pyarrow.parquet", "dateutil.rrule", "jinja2", "PIL.PngImagePlugin",
+    "torch._subclasses.fake_tensor", "torch.utils.flop_counter",
 ]  # fmt: skip
 CAMPAIGN = 'question = "Is it told?"\nconfig = "tiny.toml"\nranks = 1\n[[runs]]\nname = "calm"\n'
 MESSAGE = re.compile(r"^\w+: .+?\n  +\S|^ *Usage: |^╭─ Error ", re.MULTILINE | re.DOTALL)
@@ -526,7 +527,7 @@ DAMAGED: dict[str, dict[str, tuple[int, ...]]] = {
 
 
 MET_BY_TRAIN = ("gone", "flipped", "a folder", "a pipe", "a link", "closed", "deep", "other types")
-"""What is tried with training, which takes ten times as long: the other commands read by the same functions."""
+"""What is tried with training, which takes longer, and with `sample`: `inspect` reads by the same functions."""
 
 
 def damage_file(name: str, change: Change, directory: Path) -> None:
@@ -538,7 +539,7 @@ def damage() -> Iterator[Case]:
         if what in OF_JSON and "json" not in file:
             continue
         for name, status in statuses.items():
-            if name == "train" and what not in MET_BY_TRAIN:
+            if name in ("train", "sample") and what not in MET_BY_TRAIN:
                 continue
             line = ["train", "tiny.toml", "--run", "run"] if name == "train" else command(name, "run")
             damaged = partial(damage_file, file, change)
