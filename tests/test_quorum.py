@@ -355,7 +355,7 @@ def test_a_newcomer_gets_the_state_between_two_steps(calm: Job):
     job.ended()
     assert first.result == third.result == calm.hash()
     change = third.changes[0]
-    assert change.received and change.step in (3, 4)
+    assert change.received and change.step in (2, 3, 4)  # 2: it is let in by the epoch that the death begins
     assert {step for step, _ in third.computed} == set(range(change.step, 6))
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import resource
 import socket
 import threading
 import time
@@ -251,3 +252,14 @@ def test_sending_does_not_wait_for_a_peer_that_does_not_read():
     assert connection.is_waiting_to_send
     theirs.close()
     ours.close()
+
+
+def test_a_process_with_more_than_a_thousand_open_files_takes_part(make: Any, tmp_path: Path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+    with contextlib.ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        for _ in range(1100):
+            stack.enter_context((tmp_path / "file").open("w"))
+        first, second = make(2).begin(2)
+        assert first.member != second.member

@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import secrets
-import select
 import signal
 import socket
 import subprocess
@@ -392,7 +391,7 @@ class Job:
         try:
             if self._host.has_died() and not self._over:  # our own end of its socket keeps connections open
                 raise EOFError("the arbiter has died before it heard this launcher")
-            select.select([self._connection.sock], [], [], POLL_SECONDS)
+            arbiter.wait_readable(self._connection.sock, POLL_SECONDS)
             self._connection.flush()
             for line in self._connection.lines():
                 self._take(decode(line))

@@ -60,6 +60,13 @@ KEEPALIVE = (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 5), ("TC
 send: the kernel asks it."""
 
 
+def wait_readable(sock: socket.socket, seconds: float) -> None:
+    """Wait until there is something to read, at most so long. Unlike select, it takes descriptors above 1023."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(sock, selectors.EVENT_READ)
+        selector.select(seconds)
+
+
 class Connection:
     """One end of a connection that carries messages. Sending never blocks: what the peer does not take, waits."""
 

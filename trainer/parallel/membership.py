@@ -6,7 +6,6 @@ releases the GIL there; so it hears of an epoch's end and can say how far it is.
 
 import contextlib
 import os
-import select
 import socket
 import threading
 from collections.abc import Callable, Mapping
@@ -15,7 +14,7 @@ from typing import Any
 
 from trainer.errors import TopropeError, WorldError
 from trainer.parallel import elastic
-from trainer.parallel.arbiter import Connection
+from trainer.parallel.arbiter import Connection, wait_readable
 from trainer.parallel.protocol import (
     Committed,
     Epoch,
@@ -218,7 +217,7 @@ class Membership:
         """Hear what the arbiter says until the connection is closed."""
         woke, said = monotonic(), 0.0
         while not self._is_closing:
-            select.select([connection.sock], [], [], TICK_SECONDS)
+            wait_readable(connection.sock, TICK_SECONDS)
             for line in connection.lines():
                 self._hear(connection, decode(line))
             now = monotonic()

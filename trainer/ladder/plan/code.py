@@ -57,11 +57,13 @@ def environment(tree: Path | None) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join(places), "PYTHONSAFEPATH": "1"} | checkout
 
 
-@functools.cache
 def digest(tree: Path | None) -> str:
     """Digest of the code that decides the bits, in a tree or in the package that runs; a tree's new files count."""
-    if tree is None:
-        return provenance.code_digest()
+    return provenance.code_digest() if tree is None else _digest_of_tree(tree)
+
+
+@functools.cache
+def _digest_of_tree(tree: Path) -> str:
     added = {
         path.relative_to(tree / PACKAGE).as_posix(): own_code.digests_of(own_code.parse(path))
         for path in (tree / PACKAGE).rglob("*.py")
