@@ -100,7 +100,7 @@ class World:
     """One schedule."""
 
     def __init__(
-        self, seed: int, size: Size, arbiter: Callable[..., Arbiter] = Arbiter, holding: Callable[[], Holding] = Holding
+        self, seed: int, size: Size, arbiter: type[Arbiter] = Arbiter, holding: Callable[[], Holding] = Holding
     ) -> None:
         self.random, self.size, self.make_arbiter, self.make_holding = random.Random(seed), size, arbiter, holding
         self.lines: list[Any] = []
@@ -152,7 +152,7 @@ class World:
 
     def restart_arbiter(self) -> None:
         settings = {"wanted": self.size.workers, "reserved": self.size.workers}
-        self.arbiter = self.make_arbiter.restarted(self.lines, **settings)  # type: ignore[attr-defined]
+        self.arbiter = self.make_arbiter.restarted(self.lines, **settings)
         self.told = 0
 
     def do(self, actions: list[Any], talking: Process | None = None) -> None:

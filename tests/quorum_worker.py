@@ -38,6 +38,9 @@ class Worker:
             signal.signal(asking, lambda number, _: self.stopped.append(number))
         if (behaviour == "wrong usage") or (behaviour == "dies at every start" and self.slot == 1 and self.life > 1):
             sys.exit(EXIT_USAGE if behaviour == "wrong usage" else 1)
+        if behaviour == "a spare" and self.life > 1:  # a successor that starts more slowly than a spare, as with torch
+            while not (directory / "told").exists():
+                time.sleep(STEP_SECONDS)
         self.holding = Holding()
         self.membership = Membership.connect(given, {MICRO_BATCHES: "8"}, "127.0.0.1:1", limits=(0.5, 60.0))
         self.write(f"pid of {self.membership.member}", str(os.getpid()))

@@ -69,10 +69,8 @@ def test_a_killed_worker_is_started_again_alone_and_joins(tmp_path: Path, launch
     launched.append(job := Launched(tmp_path, "dies once", 3))
     assert job.ends() == (0, "")
     assert [job.lives(slot) for slot in range(3)] == [1, 2, 1]
-    assert job.members_over_time() in (
-        ["012", "02", "023"],
-        ["012", "023"],
-    )  # the successor may be quicker than a member
+    # The successor may be quicker than a member that is still on its way out of the first epoch.
+    assert job.members_over_time() in (["012", "02", "023"], ["012", "023"])
 
 
 def test_a_spare_takes_the_place_of_a_killed_worker(tmp_path: Path, launched: list[Launched]):
@@ -110,10 +108,8 @@ def test_only_the_worker_that_is_stopped_is_ended_and_a_successor_joins(tmp_path
     assert (status, [job.lives(slot) for slot in range(3)]) == (0, [1, 2, 1])
     assert errors.startswith("worker 1 of")
     assert errors.endswith("is ended: it does not run: it did not say how far it is.\n")
-    assert job.members_over_time() in (
-        ["012", "02", "023"],
-        ["012", "023"],
-    )  # the successor may be quicker than a member
+    # The successor may be quicker than a member that is still on its way out of the first epoch.
+    assert job.members_over_time() in (["012", "02", "023"], ["012", "023"])
 
 
 @pytest.mark.parametrize(("behaviour", "status"), [("wrong usage", 2), ("hopeless", 1)])

@@ -48,6 +48,15 @@ def _file(metavar: str, what: str, folder: str = "", option: bool = False) -> An
 ConfigPath = Annotated[Path, _file("CONFIG", "A TOML config")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, e.g. runs/gpt_tiny.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+RunOption = Annotated[Path | None, typer.Option(help="Directory to start in or resume; default runs/CONFIG's name.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; the value is TOML or plain text."),
+]
+AcceptOtherBits = Annotated[bool, typer.Option("--accept-other-bits", help="Resume with other code, torch or machine.")]
+Parent = Annotated[
+    str, typer.Option("--from", metavar="RUN[@STEP]", help="Begin from a state of this run; default its newest.")
+]
 
 
 @app.command()
@@ -75,21 +84,12 @@ def schema() -> None:
 @app.command()
 def train(
     config_path: ConfigPath,
-    run: Annotated[
-        Path | None, typer.Option(help="Directory to start in or resume; default runs/CONFIG's name.")
-    ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; the value is TOML or plain text."),
-    ] = None,
+    run: RunOption = None,
+    overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print sizes and costs, train nothing.")] = False,
     ranks: Annotated[int | None, typer.Option(min=1, help="World size that --dry-run divides memory by.")] = None,
-    accept: Annotated[
-        bool, typer.Option("--accept-other-bits", help="Resume with other code, torch or machine.")
-    ] = False,
-    parent: Annotated[
-        str, typer.Option("--from", metavar="RUN[@STEP]", help="Begin from a state of this run; default its newest.")
-    ] = "",
+    accept: AcceptOtherBits = False,
+    parent: Parent = "",
 ) -> None:
     """Train a config, or resume the run where it stopped. Under torchrun: on all its ranks."""
     from trainer import config as configs
@@ -142,13 +142,8 @@ def train(
 def launch(
     config_path: ConfigPath,
     workers: Annotated[int, typer.Option(min=1, help="Processes that train together, on this node.")],
-    run: Annotated[
-        Path | None, typer.Option(help="Directory to start in or resume; default runs/CONFIG's name.")
-    ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; the value is TOML or plain text."),
-    ] = None,
+    run: RunOption = None,
+    overrides: Overrides = None,
     spares: Annotated[int, typer.Option(min=0, help="Further processes, ready to take a dead one's place.")] = 0,
     listen: Annotated[
         str, typer.Option(metavar="HOST:PORT", help="Where workers of other nodes reach the arbiter.")
@@ -159,12 +154,8 @@ def launch(
     arbiter_only: Annotated[
         bool, typer.Option("--arbiter-only", help="Start no worker: they join from other nodes.")
     ] = False,
-    accept: Annotated[
-        bool, typer.Option("--accept-other-bits", help="Resume with other code, torch or machine.")
-    ] = False,
-    parent: Annotated[
-        str, typer.Option("--from", metavar="RUN[@STEP]", help="Begin from a state of this run; default its newest.")
-    ] = "",
+    accept: AcceptOtherBits = False,
+    parent: Parent = "",
 ) -> None:
     """Train so that a worker's death ends nobody else: the others finish the step, and its successor joins."""
     from trainer import config as configs

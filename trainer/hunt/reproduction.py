@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trainer import files
 from trainer.job import Machine
-from trainer.sentinel.operator_check import Failure, OperatorCheck
+from trainer.sentinel.operator_check import Failure, OperatorCheck, tensors_in
 
 SCRIPT, CALL, PLANTED = "reproduce.py", "call.pt", "planted.py"
 PLANTED_LINES = "import planted  # what is wrong on purpose\n\nplanted.{}().__enter__()\n"
@@ -42,7 +42,7 @@ def write(failures: Sequence[Failure], where: str, machine: Machine, out: Path) 
     The smallest of the failures is taken, and made smaller while it still goes wrong on `machine`. Operators of it that
     are wrong on purpose are written beside the script, since torch alone is right.
     """
-    failure = min((f for f in failures if f.excess > 1), key=lambda f: sum(t.numel() for t in _tensors(f.arguments)))
+    failure = min((f for f in failures if f.excess > 1), key=lambda f: sum(t.numel() for t in tensors_in(f.arguments)))
     fails = _tester(failure.operator, machine)
     again = fails(failure.arguments, failure.keywords)
     arguments = shrunk(failure.arguments, lambda tried: fails(tried, failure.keywords) is not None) if again else ()
@@ -139,11 +139,3 @@ def _copies(values: Sequence[Any]) -> list[Any]:
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype).copy_(value)
 
     return [copy(value) for value in values]
-
-
-def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)

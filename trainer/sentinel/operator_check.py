@@ -130,7 +130,7 @@ class OperatorCheck(TorchDispatchMode):
         shape = described([*args, *keywords.values()])
         tally.calls += 1
         tally.shapes[shape] += 1
-        coarsest = max((_unit(t.dtype) for t in _tensors([*args, *(p[0] for p in places)])), default=0.0)
+        coarsest = max((_unit(t.dtype) for t in tensors_in([*args, *(p[0] for p in places)])), default=0.0)
         worst: tuple[Any, ...] | None = None
         for place, right in zip(places, expected, strict=False):
             if right is None:
@@ -249,7 +249,7 @@ def described(arguments: Sequence[Any]) -> str:
         strides = "" if local.is_contiguous() else f" strides {list(local.stride())}"
         return f"{str(local.dtype).removeprefix('torch.')}{list(local.shape)}{strides}"
 
-    tensors = list(_tensors(arguments))
+    tensors = list(tensors_in(arguments))
     shown = ", ".join(map(one, tensors[:6]))
     return f"{shown} and {len(tensors) - 6} more" if len(tensors) > 6 else shown
 
@@ -259,12 +259,13 @@ def _unit(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2 if dtype.is_floating_point or dtype.is_complex else 0.0
 
 
-def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
+def tensors_in(values: Sequence[Any]) -> Iterator[Tensor]:
+    """Yield the tensors of a call's arguments, lists of tensors included."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, list | tuple):
-            yield from _tensors(value)
+            yield from tensors_in(value)
 
 
 Place = tuple[Any, int | None, int | None]
