@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 import trainer
 from tests.support import SMOKE, outcome, settings, torchrun, with_faults, write_corpus
 from tests.support import trainer as command
+from trainer import cli
 from trainer import config as configs
 from trainer.errors import CheckpointError, ConfigError, RunDirectoryError, TopropeError
+from trainer.launch import quorum
 from trainer.log import events, rundir
 
 SMALL: dict[str, Any] = {
@@ -70,6 +73,20 @@ def test_sharded_and_killed_it_resumes_to_the_bits_of_a_calm_one_without_its_par
     command(*again, "--from", f"{own}@4")
     expected, found = outcome(calm), outcome(tmp_path / "run")
     assert found == expected
+
+
+def test_a_quorum_that_has_begun_from_a_parent_is_launched_again_without_it(
+    parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    plans: list[quorum.Plan] = []
+    monkeypatch.setattr(quorum, "launch", lambda plan: plans.append(plan) or 0)
+    own = shutil.copytree(parent, tmp_path / "own")
+    trainer.train(config(budget__steps=7), tmp_path / "run", parent=own)
+    shutil.rmtree(own)
+    words = ["launch", str(SMOKE), "--workers", "2", *settings(budget__steps=7), "--from", str(own), "--run"]
+    again = CliRunner().invoke(cli.app, [*words, str(tmp_path / "run")])
+    assert again.exit_code == 0 and str(own) in plans[0].command
+    assert isinstance(CliRunner().invoke(cli.app, [*words, str(tmp_path / "new")]).exception, RunDirectoryError)
 
 
 def test_another_optimizer_and_other_text_go_on_and_the_log_names_what_is_new(parent: Path, tmp_path: Path):

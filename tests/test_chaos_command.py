@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support import ROOT, trainer
+from trainer import tomlfile
 from trainer.chaos import command, plan, results, run
 from trainer.chaos.results import Report, Result
 from trainer.errors import ConfigError, TopropeError
@@ -220,6 +221,20 @@ def test_a_failure_is_written_as_a_campaign_that_does_the_same_again(tmp_path):
     assert (case.name, case.faults) == ("kill", report.results[0].faults)
     assert loaded.command is not None and replayed.command is not None
     assert (replayed.command.words, replayed.command.ranks) == (loaded.command.words, loaded.command.ranks)
+
+
+def test_a_program_that_lies_beside_the_campaign_is_found_from_any_folder(tmp_path):
+    (tmp_path / "job.sh").write_text("#!/bin/sh\n")
+    (tmp_path / "job.sh").chmod(0o755)
+    path = tmp_path / "campaign.toml"
+    path.write_text(f"command = ['job.sh']\nranks = 2\n{PROGRESS}{LINE}{KILL}")
+    given = plan.load(path).command
+    assert given is not None
+    (tmp_path / "other").mkdir()
+    moved = tmp_path / "other" / "campaign.toml"
+    moved.write_text("".join(f"{key} = {tomlfile.text(value)}\n" for key, value in given.settings().items()) + KILL)
+    found = plan.load(moved).command
+    assert found is not None and found.words == given.words == (str(tmp_path / "job.sh"),)
 
 
 def test_a_reference_run_without_progress_or_result_ends_the_campaign(tmp_path):

@@ -1,5 +1,6 @@
 """Promises about exports: transformers opens them and computes the same."""
 
+import contextlib
 import itertools
 import json
 import warnings
@@ -108,6 +109,9 @@ def test_a_folder_of_another_model_is_refused_with_each_difference(tmp_path: Pat
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0}}, "rope_type of the rotation is 'linear'"),
         ({"partial_rotary_factor": 0.25}, "partial_rotary_factor of the rotation is 0.25"),
         ({"sliding_window": 4, "use_sliding_window": True}, "sliding_window is 4"),
+        ({"rope_parameters": ["x"]}, "rope_parameters in"),
+        ({"rope_scaling": "linear"}, "rope_scaling in"),
+        ({"sliding_window": "4"}, "sliding_window in"),
     ],
 )
 def test_a_folder_whose_model_computes_attention_otherwise_is_refused(tmp_path: Path, said: dict[str, Any], named: str):
@@ -127,6 +131,31 @@ def test_a_weight_that_the_model_has_no_place_for_is_refused(tmp_path: Path):
     weights["model.layers.0.self_attn.q_proj.bias"] = torch.ones(32)
     save_file(weights, tmp_path / "out" / "model.safetensors")
     with pytest.raises(ConfigError, match=r"q_proj\.bias is a weight that this model has no place for"):
+        architectures.read(tmp_path / "out", model.settings, 320)
+
+
+def test_a_head_that_is_not_the_table_is_refused_by_a_model_whose_head_is(tmp_path: Path):
+    model = made({"mlp": "swiglu", "tied_embeddings": True})
+    export.write(model, train("bytes", [], 257), tmp_path / "out")
+    about, weights = tmp_path / "out" / "config.json", load_file(tmp_path / "out" / "model.safetensors")
+    said = json.loads(about.read_text())
+    del said["tie_word_embeddings"]
+    about.write_text(json.dumps(said))
+    for head, refused in ((weights["model.embed_tokens.weight"], False), (torch.ones(320, 32), True)):
+        save_file(weights | {"lm_head.weight": head.clone()}, tmp_path / "out" / "model.safetensors")
+        with pytest.raises(ConfigError, match="not the table") if refused else contextlib.nullcontext():
+            architectures.read(tmp_path / "out", model.settings, 320)
+
+
+def test_a_gpt2_that_scales_its_attention_otherwise_is_refused(tmp_path: Path):
+    model = made(dict(ROWS)["GPT2LMHeadModel"])
+    export.write(model, train("bytes", [], 257), tmp_path / "out")
+    about = tmp_path / "out" / "config.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"scale_attn_by_inverse_layer_idx": True}))
+    with pytest.raises(ConfigError, match="scale_attn_by_inverse_layer_idx is True"):
+        architectures.read(tmp_path / "out", model.settings, 320)
+    about.write_text("null")
+    with pytest.raises(ConfigError, match="is not what transformers writes there"):
         architectures.read(tmp_path / "out", model.settings, 320)
 
 

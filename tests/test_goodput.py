@@ -247,11 +247,11 @@ def test_the_committed_samples_are_those_that_the_last_computation_of_each_step_
     assert run.history.committed_samples == {n: f"digest-{n}" for n in range(1, 61)} | {41: "other"}
 
 
-def changed(step: int, members: list[int], joined: list[int], seconds: float) -> MembersChanged:
+def changed(step: int, members: list[int], joined: list[int], seconds: float, epoch: int = 2) -> MembersChanged:
     lost = (
         {"0": "its connection closed", "1": "its connection closed"} if len(joined) == len(members) else {"1": "gone"}
     )
-    return MembersChanged(epoch=2, members=members, lost=lost, joined=joined, step=step, kept={}, given={},
+    return MembersChanged(epoch=epoch, members=members, lost=lost, joined=joined, step=step, kept={}, given={},
                           seconds=seconds)  # fmt: skip
 
 
@@ -267,7 +267,12 @@ def test_a_death_that_ends_nobody_else_costs_the_time_until_the_others_go_on(run
 def test_if_all_workers_die_the_steps_since_the_checkpoint_are_lost_in_the_same_attempt(run: Run):
     run.train(47)
     run.write(changed(40, [2, 3], [2, 3], 3.0), after=3.0)
+    run.write(changed(40, [4, 5], [4, 5], 3.0, epoch=3), after=3.0)
     run.finish(41, 60)
-    assert parts(run) == {"productive": 60.0, "lost_steps": 7.0, "startup": 2.0, "down": 3.0}
-    (incident,) = incidents_of(run.history)
-    assert incident.lost_steps == 7 and "none was left, so the job went on from step 40 on disk" in incident.text
+    assert parts(run) == {"productive": 60.0, "lost_steps": 7.0, "startup": 2.0, "down": 6.0}
+    incident, again = incidents_of(run.history)
+    assert again.lost_steps == 0
+    assert (
+        incident.lost_steps == 7
+        and "nobody left had the state, so the job went on from step 40 on disk" in incident.text
+    )

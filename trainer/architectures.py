@@ -101,6 +101,7 @@ def settings_of(model: Model, vocab_size: int, architecture: Architecture) -> di
         return common | dropouts | {
             "n_positions": model.context, "n_embd": model.width, "n_layer": model.n_layers, "n_head": model.n_heads,
             "n_inner": model.mlp_width, "activation_function": activation, "layer_norm_epsilon": LAYER_NORM_EPSILON,
+            "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
         }  # fmt: skip
     rope = {"rope_type": "default", "rope_theta": model.rope_base}
     if architecture is STABLELM:
@@ -247,6 +248,13 @@ def read(folder: Path, settings: Model, rows: int) -> dict[str, Tensor]:
     except (OSError, ValueError, SafetensorError) as error:
         fact = f"init_from: {folder} cannot be read as a model of transformers: {error}."
         raise ConfigError([f"{fact}\n  It needs config.json and *.safetensors."]) from None
+    kinds = {"rope_parameters": dict, "rope_scaling": dict, "sliding_window": int}
+    wrong = ["what stands"]
+    if isinstance(said, dict):
+        wrong = [name for name, kind in kinds.items() if not isinstance(said.get(name), kind | None)]
+    if wrong:
+        fact = f"init_from: {wrong[0]} in {folder}/config.json is not what transformers writes there."
+        raise ConfigError([f"{fact}\n  Name another folder."])
     wanted = settings_of(settings, rows, architecture)
     free = {"dtype", "attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "rope_theta", "rope_parameters"}
     problems = [
@@ -269,6 +277,13 @@ def read(folder: Path, settings: Model, rows: int) -> dict[str, Tensor]:
     window = said.get("sliding_window") if said.get("use_sliding_window", True) else None
     if window is not None and window < settings.context:
         problems.append(f"init_from: sliding_window is {window!r} there, and attention here sees the whole context")
+    head = found.get("lm_head.weight")
+    if settings.tied_embeddings and "tie_word_embeddings" not in said and head is not None:
+        table = found.get("model.embed_tokens.weight", found.get("transformer.wte.weight"))
+        if table is None or not torch.equal(head, table):
+            problems.append(
+                "init_from: lm_head.weight is not the table of embeddings, which model.tied_embeddings makes it"
+            )
     own: dict[str, Tensor] = {}
     if not problems:
         own, problems = _inverse(found, settings, rows, architecture)

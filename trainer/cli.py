@@ -169,7 +169,7 @@ def launch(
     if parent:
         from trainer import branch
 
-        branch.find(parent, config)
+        branch.origin(run, config, parent)  # a run that has begun needs its parent no more
         command += ["--from", parent]
     command += [part for override in [*(overrides or ()), 'elastic.mode="quorum"'] for part in ("--set", override)]
     plan = quorum.Plan(config, command, run, workers, spares, listen, join)

@@ -29,7 +29,7 @@ from trainer.parallel.quorum import Change, QuorumMembers, TransferError
 from trainer.parallel.world import World
 from trainer.phases import Phase, no_hook
 from trainer.sentinel.hang import Watchdog
-from trainer.show import console
+from trainer.show import console, tensorboard
 from trainer.show.wandb import WandbHelper, wandb_mode
 from trainer.step import StepContext
 
@@ -280,6 +280,7 @@ def prepare_claim(
     `first`: this worker may be the first to show the run, so it reads how the attempts before have ended.
     """
     wandb_mode(config)
+    tensorboard.check(config)
     own = provenance.computes_with(config, alone.device)
     before = rundir.read(run) if rundir.is_run(run) else {}
     other_bits = provenance.compare(run, before, [own], accept_other_bits)

@@ -90,7 +90,8 @@ class Command:
         directory = str(self.here / self.file.directory) if "{" not in self.file.directory else self.file.directory
         program, *rest = tree.pop("command")
         # A path starts from the campaign's folder, and the settings may lie in another one.
-        command = [self.words[0] if "/" in program else program, *rest]
+        is_here = "/" in program or self.words[0] == str(self.here / program)
+        command = [self.words[0] if is_here else program, *rest]
         tree = {"command": command} | more | tree | {"directory": directory}
         kept: dict[str, Any] = {key: value for key, value in tree.items() if value not in (None, "", [], {})}
         for table in (kept.get("progress", {}), kept.get("result", {})):

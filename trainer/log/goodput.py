@@ -6,8 +6,8 @@ read, since clocks of hosts differ. A cursor moves along its events, never back,
 shared out among the parts below. A duration that an event states is cut to the stretch. So parts are never negative and
 sum to the wall time. Goodput is `productive` over wall time.
 
-- `productive`: computing steps whose result survived. A step is lost when a later attempt resumes before it, so each
-  committed step counts once.
+- `productive`: computing steps whose result survived. A step is lost when a later attempt, or a quorum whose
+  members have all died, goes on from before it, so each committed step counts once.
 - `redone`: computations of such steps that were thrown away, for a coarser grid or a value that is not finite. The
   computations of one step are taken to be equally long.
 - `lost_steps`: computing and evaluating steps whose result was lost.
@@ -15,7 +15,8 @@ sum to the wall time. Goodput is `productive` over wall time.
 - `startup`: from a process's start to its first step, by cause in `startup` beside the parts.
 - `hung`: without progress until a watchdog noticed.
 - `down`: from the last progress of an attempt that died or failed (its last step, evaluation or save) to the start of
-  the next process: the step in progress, detection, rendezvous, or a person who starts it again.
+  the next process: the step in progress, detection, rendezvous, or a person who starts it again; in quorum mode also
+  from a member's death until the others go on.
 - `preempted`: the same after an attempt that was asked to stop, from its end.
 - `shutdown`: from the last step or evaluation of an attempt that ended in order to its end, without the stall: the last
   save, hashing.

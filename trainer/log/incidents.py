@@ -117,6 +117,8 @@ class IncidentBuilder:
             lost = max(0, self._reached - event.step) if isinstance(event, events.MembersChanged) else 0
             shown = (event.step, lost, seconds, event.kind, describe(event), entry.time)
             self.incidents.append(Incident(attempt.number, kind, False, rank, None, *shown))
+            if isinstance(event, events.MembersChanged):
+                self._reached = min(self._reached, event.step)
 
     def _complete_ends(self) -> None:
         """Add how the attempts before this one ended, if this one has started."""
@@ -250,9 +252,8 @@ def describe(event: Event, rank: int = 0) -> str:
         case events.MembersChanged(step=step):
             lost = " and ".join(f"worker {member} was lost ({why})" for member, why in event.lost.items())
             if set(event.members) == set(event.joined):
-                return (
-                    f"{lost}; none was left, so the job went on from step {step} on disk, after {event.seconds:.2f} s"
-                )
+                went_on = f"the job went on from step {step} on disk, after {event.seconds:.2f} s"
+                return f"{lost}; nobody left had the state, so {went_on}"
             count = sum(map(len, event.given.values())) if event.kept else 0
             again = (
                 f", with {count} micro-batch{'' if count == 1 else 'es'} of the step to compute" if event.kept else ""

@@ -56,8 +56,8 @@ HELLO_SECONDS = 10.0
 """Time for the first line. Who only opens a connection is closed then."""
 TICK_SECONDS = 0.5
 KEEPALIVE = (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 5), ("TCP_USER_TIMEOUT", 15_000))
-"""A machine that is gone without a word counts as dead after 15 s, whether the connection is idle or has something to
-send: the kernel asks it."""
+"""On Linux a machine that is gone without a word counts as dead after 15 s, whether the connection is idle or has
+something to send: the kernel asks it."""
 
 
 def wait_readable(sock: socket.socket, seconds: float) -> None:
@@ -76,7 +76,8 @@ class Connection:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for name, value in KEEPALIVE:
-                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+                if hasattr(socket, name):  # not all of them outside Linux
+                    sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         self.sock, self.opened = sock, time.monotonic()
         self.member: int | None = None
         self.node = ""
