@@ -69,10 +69,10 @@ class Ours:
             nowhere = Path(os.devnull).open("w")  # noqa: SIM115
             log.subscribe(console.Console(config, directory, is_terminal=False, file=nowhere))
         self.config = config
-        batches, sentinel = job.batches_of(config, self.prepared), Sentinel(config, ranks, log)
-        sentinel.check_tokens(batches, self.prepared.train.tokens)
+        batches, sentinel = job.batches_of(config, self.prepared), Sentinel(config)
+        sentinel.check_tokens(batches, self.prepared.train.tokens, ranks)
         self.state = job.build(config, vocabulary(config, self.prepared), ranks, sentinel.watch)
-        members = sentinel.wrap_members(AllRanks(ranks, config.data.micro_batches), self.state, batches)
+        members = sentinel.wrap_members(AllRanks(ranks, config.data.micro_batches), self.state, batches, log)
         self.context = StepContext(config, members, batches, sentinel.wrap_hook(no_hook))
         self.collaborators = loop.Collaborators(
             self.context, loop.by_main(ranks, log), lambda model, step: (), NoCheckpointer()

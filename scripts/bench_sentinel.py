@@ -129,11 +129,11 @@ class Trainer:
         prepared = prepare(config.data, config.eval, config.model.context)
         self.batches = job.batches_of(config, prepared)
         log = cast(Any, self.log)
-        sentinel = Sentinel(config, ranks, log)
-        sentinel.check_tokens(self.batches, prepared.train.tokens)
+        sentinel = Sentinel(config)
+        sentinel.check_tokens(self.batches, prepared.train.tokens, ranks)
         vocabulary = costs.padded_vocab(prepared.tokenizer.vocab_size, config.model.vocab_size)
         self.state = job.build(config, vocabulary, ranks, sentinel.watch)
-        members = sentinel.wrap_members(AllRanks(ranks, config.data.micro_batches), self.state, self.batches)
+        members = sentinel.wrap_members(AllRanks(ranks, config.data.micro_batches), self.state, self.batches, log)
         context = StepContext(config, members, self.batches, sentinel.wrap_hook(self._hook()))
         nothing = cast(Any, None)
         self.collaborators = loop.Collaborators(context, log.append, nothing, nothing)
@@ -201,7 +201,7 @@ class Trainer:
         for name, tensor in self.state.tensors().items():
             tensor.copy_(saved[name])
         self.state.restored(step)
-        setattr(self._sentinel, "_sealed_step", -1)  # noqa: B010  the seal is of another state
+        cast(Any, self._sentinel)._seal.forget()  # it is of another state
 
     def run(self, flip: Flip, steps: int, until_found: bool = False) -> dict[str, Any]:
         """Take some steps with a flip; return what was noticed, the same on all ranks."""

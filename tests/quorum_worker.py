@@ -11,12 +11,12 @@ from pathlib import Path
 
 from trainer import config as configs
 from trainer import signals
-from trainer.errors import EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USAGE
+from trainer.errors import EXIT_FINISHED, EXIT_PREEMPTED, EXIT_QUARANTINED, EXIT_USAGE
 from trainer.launch import forkserver, quorum
 from trainer.log import rundir
 from trainer.parallel import elastic
 from trainer.parallel.membership import JobOver, Membership
-from trainer.parallel.protocol import FINISHED, HOPELESS, MICRO_BATCHES, PREEMPTED, Holding
+from trainer.parallel.protocol import FAILED, FINISHED, HOPELESS, MICRO_BATCHES, PREEMPTED, Holding
 
 STEPS = 5
 STEP_SECONDS = 0.02
@@ -91,6 +91,10 @@ class Worker:
             self.membership.at("reduce", 2)
             while not self.membership.ended:  # the others never come
                 time.sleep(STEP_SECONDS)
+        wrong = self.behaviour == "all quarantined" or (self.behaviour == "quarantined" and self.slot == 1)
+        if wrong and self.holding.step == 2:
+            self.membership.leave(FAILED, "wrong twice")
+            sys.exit(EXIT_QUARANTINED)
         dies = self.slot == 1 and self.life == 1 and self.holding.step == 2
         if (self.behaviour in ("dies once", "dies at every start") and dies) or (
             self.behaviour == "dies again and again" and self.slot == 1

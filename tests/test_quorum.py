@@ -18,6 +18,7 @@ from trainer import config as configs
 from trainer import job, loop, step
 from trainer.config import Config
 from trainer.data import Batches, Prepared, prepare
+from trainer.errors import CorruptionError
 from trainer.log import events
 from trainer.log.events import EvalDone, MembersChanged, StepDone
 from trainer.parallel.membership import JobOver
@@ -26,6 +27,7 @@ from trainer.parallel.protocol import NOBODY, Arbiter, Epoch, Hello, Report, Sea
 from trainer.parallel.quorum import Change, MembersChangedError, QuorumMembers, TransferError
 from trainer.parallel.world import AllRanks, StepMembers, World, open_store
 from trainer.phases import Phase
+from trainer.sentinel.corruption import Sentinel
 from trainer.step import StepContext, StepResult, TrainState
 
 CPU = torch.device("cpu")
@@ -42,8 +44,9 @@ def prepared(config: Config) -> Prepared:
     return prepare(config.data, config.eval, config.model.context)
 
 
-def build(config: Config, prepared: Prepared) -> TrainState:
-    return job.build(config, prepared.tokenizer.vocab_size, World(0, 1, CPU))
+def build(config: Config, prepared: Prepared, sentinel: Sentinel | None = None) -> TrainState:
+    watch = (sentinel or Sentinel(config)).watch
+    return job.build(config, prepared.tokenizer.vocab_size, World(0, 1, CPU), watch)
 
 
 @dataclass(frozen=True)
@@ -135,12 +138,17 @@ class Job:
         self.changed.notify_all()
 
     def start(self, dies: Death | None = None) -> "Worker":
+        worker = self.prepare(dies)
+        worker.thread.start()
+        return worker
+
+    def prepare(self, dies: Death | None = None) -> "Worker":
+        """A worker that has its number, and does not run yet."""
         worker = Worker(self, dies)
         self.workers.append(worker)
         with self.changed:
             hello = Hello(None, f"worker {len(self.workers)}", worker.store, {"micro_batches": "8"})
             self.perform(self.arbiter.hello(hello)[1])
-        worker.thread.start()
         return worker
 
     def ended(self, timeout: float = 60) -> "Job":
@@ -171,8 +179,12 @@ class Worker:
         self.error: BaseException = Killed()
         self.dies_when: Callable[[], bool] = lambda: True
         self.holds: tuple[str, int] | None = None
-        """Where this one waits until member 2 is ready to join."""
-        self.state = build(job.config, job.prepared)
+        """Where this one waits until another member is ready to join."""
+        self.waits_for = 2
+        self.sentinel = Sentinel(job.config)
+        self.state = build(job.config, job.prepared, self.sentinel)
+        self.spoil: Callable[[str, int, TrainState], None] = lambda phase, step, state: None
+        """Called at each phase: what goes wrong on this worker."""
         self.server = open_store("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.store = f"127.0.0.1:{self.server.port}"
         self.computed: list[tuple[int, int]] = []
@@ -242,10 +254,12 @@ class Worker:
             return real.micro_batch(step, index)
 
         batches = cast(Batches, SimpleNamespace(micro_batch=micro_batch))
-        guarded = members.wrap_hook(hook)
-        context = StepContext(self.job.config, members, batches, guarded, change_wanted=lambda: self.change_wanted)
+        guarded = self.sentinel.wrap_hook(members.wrap_hook(hook))
+        log = cast(Any, SimpleNamespace(append=self.records.append))
+        watched = self.sentinel.wrap_members(members, self.state, batches, log)
+        context = StepContext(self.job.config, watched, batches, guarded, change_wanted=lambda: self.change_wanted)
         score = job.scorer(self.job.config, self.job.prepared, lambda: members.world, guarded)
-        checkpointer = cast(Any, NoCheckpointer(members))
+        checkpointer = cast(Any, NoCheckpointer(members, self.sentinel))
         try:
             loop.train(self.state, loop.Collaborators(context, self.records.append, score, checkpointer))
             self.result = self.state.weights_sha256()
@@ -257,13 +271,14 @@ class Worker:
                 self.job.perform(self.job.arbiter.closed(self.member))
         except JobOver:
             pass
-        except TransferError as error:
-            self.result = error
+        except (TransferError, CorruptionError) as error:
+            self.error = error
             members.world.link.drop()
             with self.job.changed:
                 self.job.perform(self.job.arbiter.closed(self.member))
 
     def pass_by(self, phase: str, step: int) -> None:
+        self.spoil(phase, step, self.state)
         if self.dies is not None and self.dies[:2] == (phase, step):
             self.passed += 1
             if self.passed == self.dies[2]:
@@ -273,14 +288,15 @@ class Worker:
                 raise self.error
         if (phase, step) == self.holds:
             with self.job.changed:
-                assert self.job.changed.wait_for(lambda: 2 in self.job.reported, 60)
+                assert self.job.changed.wait_for(lambda: self.waits_for in self.job.reported, 60)
 
 
 class NoCheckpointer:
-    def __init__(self, members: QuorumMembers) -> None:
-        self.members = members
+    def __init__(self, members: QuorumMembers, sentinel: Sentinel) -> None:
+        self.members, self.sentinel = members, sentinel
 
     def save(self, state: TrainState) -> None:
+        self.sentinel.check_before_save(state.step)
         self.members.world.agree(lambda: None)
 
     def poll(self) -> None:
@@ -367,7 +383,7 @@ def test_a_state_that_arrives_with_another_hash_is_not_used(calm: Job):
     third = job.start()
     third.state.state_sha256 = lambda: "00" * 32
     job.ended()
-    assert isinstance(third.result, TransferError)
+    assert isinstance(third.error, TransferError)
     assert first.result == calm.hash()
 
 

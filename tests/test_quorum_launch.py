@@ -102,6 +102,18 @@ def test_a_worker_that_dies_at_every_start_is_given_up_by_name_and_the_others_fi
     assert (job.ends()[0], job.lives(0), job.lives(1)) == (0, 1, 1 + quorum.STARTS)
 
 
+@pytest.mark.parametrize(
+    ("behaviour", "status", "left"), [("quarantined", 0, 2), ("all quarantined", 76, 0)], ids=["one", "all"]
+)
+def test_a_worker_in_quarantine_is_not_started_again_and_the_others_finish_if_there_are_any(
+    tmp_path: Path, launched: list[Launched], behaviour: str, status: int, left: int
+):
+    launched.append(job := Launched(tmp_path, behaviour, 3))
+    ended, errors = job.ends()
+    assert (ended, [job.lives(slot) for slot in range(3)]) == (status, [1, 1, 1])
+    assert f"quarantined, because it computed wrong twice. This node has {left} left." in errors
+
+
 def test_only_the_worker_that_is_stopped_is_ended_and_a_successor_joins(tmp_path: Path, launched: list[Launched]):
     launched.append(job := Launched(tmp_path, "stops", 3))
     status, errors = job.ends()
@@ -174,7 +186,6 @@ def test_quorum_mode_under_torchrun_is_refused_with_the_command_that_works(monke
     [
         (['parallel.strategy="fsdp"'], "needs every rank for every step"),
         (["numerics.exact=false"], "a death would change the result"),
-        (['sentinel.audit="1/4"'], "sentinel audits need ranks that stay"),
         (["data.micro_batches=2"], "leaves 1 of 3 ranks without work"),
     ],
 )

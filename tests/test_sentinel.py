@@ -22,7 +22,9 @@ from trainer.faults import plan
 from trainer.log.events import Corrupted
 from trainer.parallel.world import AllRanks, World
 from trainer.sentinel import bits
-from trainer.sentinel.corruption import Finding, Observed, Sentinel
+from trainer.sentinel.audit import Audit, Audits, Seen, blame
+from trainer.sentinel.corruption import Sentinel
+from trainer.sentinel.finding import Finding
 from trainer.sentinel.quarantine import Quarantine
 from trainer.sentinel.tokens import TokenCheck, block_hashes
 from trainer.sentinel.update import UpdateAudit
@@ -108,7 +110,7 @@ def test_a_rank_that_stays_wrong_or_is_wrong_twice_ends_the_job_with_a_status_of
 
 
 def test_a_rank_is_quarantined_for_the_second_time_within_so_many_checked_steps():
-    quarantine = Quarantine(3, World(0, 3, MACHINE))
+    quarantine = Quarantine(3, AllRanks(World(0, 3, MACHINE), 3))
     history = {1: [(1,)], 2: [(0,), (1, 2)], 5: [(1,)], 6: [(2,)], 7: [(1,), (1,)]}
     again = {}
     for step in range(1, 8):
@@ -118,7 +120,7 @@ def test_a_rank_is_quarantined_for_the_second_time_within_so_many_checked_steps(
 
 
 def test_what_is_found_twice_in_one_step_or_on_one_of_several_ranks_is_no_second_time():
-    quarantine = Quarantine(3, World(0, 3, MACHINE))
+    quarantine = Quarantine(3, AllRanks(World(0, 3, MACHINE), 3))
     quarantine.count_checked_step()
     assert quarantine.second_time(1, [(1,), (1,)]) is None
     assert quarantine.second_time(1, [(1,)]) is None
@@ -134,7 +136,7 @@ def test_only_the_node_of_the_rank_leaves_the_job_and_the_others_start_again(
     monkeypatch.setenv("GROUP_RANK", group_rank)
     world: Any = SimpleNamespace(rank=0, agree=lambda compute: [compute(), "1"])  # the culprit's is node 1
     with pytest.raises(CorruptionError) as caught:
-        Quarantine(3, world).end(1, "n7", "step 3: rank 1 has computed a wrong gradient")
+        Quarantine(3, AllRanks(world, 3)).end(1, "n7", "step 3: rank 1 has computed a wrong gradient")
     leaves = group_rank == "1"
     assert isinstance(caught.value, QuarantineError) == leaves and caught.value.restart != leaves
     assert ("Take node n7 out of the job" if leaves else "Node n7 leaves the job") in str(caught.value)
@@ -163,9 +165,10 @@ def test_tokens_that_are_read_wrong_are_read_again_reported_or_stop_the_run(act:
     log: Any = SimpleNamespace(events=[])
     log.append = log.events.append
     config = configs.parse({"sentinel": {"audit": "1", "act": act}, "model": {"context": 8}})
-    sentinel: Any = Sentinel(config, World(0, 1, MACHINE), log)
-    sentinel._state = SimpleNamespace(step=0)
-    sentinel.check_tokens(batches, tokens)
+    sentinel, alone = Sentinel(config), World(0, 1, MACHINE)
+    state: Any = SimpleNamespace(step=0, sharding=SimpleNamespace(parameters={}))
+    sentinel.wrap_members(AllRanks(alone, 2), state, batches, log)
+    sentinel.check_tokens(batches, tokens, alone)
     assert np.array_equal(batches.micro_batch(0, 1).inputs, right.inputs) and log.events == []
     read = batches.read
 
@@ -185,9 +188,12 @@ def test_tokens_that_are_read_wrong_are_read_again_reported_or_stop_the_run(act:
     # A store that has changed is wrong again.
     tokens[:] += 1
     if act == "repair":
-        with pytest.raises(CorruptionError, match="also when they are read again") as caught:
+        with pytest.raises(
+            CorruptionError, match="the token store has changed since its checksum was verified, first in sample"
+        ) as caught:
             batches.micro_batch(0, 1)
         assert caught.value.restart
+        assert (log.events[-1].what, log.events[-1].culprit) == ("store", None)
 
 
 @pytest.mark.slow
@@ -370,22 +376,13 @@ def test_sums_of_rounded_gradients_and_the_sum_of_their_checksums_are_equal_to_t
     ],
 )  # fmt: skip
 def test_the_second_computation_shows_who_was_wrong(before, after, second_auditor, wrong):
-    def observed(hashes: tuple[int, int], auditor: int) -> Observed:
-        table = [[0] * 6 for _ in range(3)]
-        table[0][4], table[auditor][5] = hashes
-        return Observed(table, [(3, 0, auditor)])
-
-    sentinel: Any = Sentinel.__new__(Sentinel)
-    blamed = sentinel._blame(Finding("micro_batch", (0, 1), 3), observed(before, 1), observed(after, second_auditor))
-    assert blamed.ranks == wrong
+    first, second = Seen(Audit(3, 0, 1), *before), Seen(Audit(3, 0, second_auditor), *after)
+    assert blame(Finding("micro_batch", (0, 1), 3), [first], [second]).ranks == wrong
 
 
 def test_micro_batches_are_audited_at_their_share_and_every_rank_by_every_other():
-    config = configs.parse({"sentinel": {"audit": "1/4"}, "data": {"micro_batches": 8}})
-    sentinel: Any = Sentinel(config, None, None)  # pyright: ignore[reportArgumentType]
-    sentinel._members = AllRanks(World(0, 4, MACHINE), 8)
-    picks = [sentinel._pick(step) for step in range(2000)]
-    assert picks == [sentinel._pick(step) for step in range(2000)]
+    picks = [Audits(0, Fraction(1, 4), 8).pick(step, size=4) for step in range(2000)]
+    assert picks == [Audits(0, Fraction(1, 4), 8).pick(step, size=4) for step in range(2000)]
     assert 0.23 < sum(map(len, picks)) / (2 * 2000) < 0.27
     assert {(number, auditor % 3) for pick in picks for number, auditor in pick} == {
         (number, auditor) for number in range(2) for auditor in range(3)

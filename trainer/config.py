@@ -239,7 +239,8 @@ class Sentinel(Section):
     """What is done where bits differ: compute again and copy from a replica, log and train on, or stop."""
     quarantine_within: int = Field(default=16, ge=0)
     """A rank that is wrong a second time within so many checked steps is quarantined: the job ends with exit status 76
-    and names the rank's node. 0 is off: what was repaired is only logged, however often."""
+    and names the rank's node; under `launch` that worker alone leaves. 0 is off: what was repaired is only logged,
+    however often."""
 
     @property
     def on(self) -> bool:

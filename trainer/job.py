@@ -134,15 +134,16 @@ def train(
         # From here on the directory is a run's, so a rank that dies now leaves a run that can be resumed.
         hook(Phase.STARTUP, 0)
         stopwatch.lap("data")
-        sentinel = Sentinel(config, ranks, claim.log)
+        sentinel = Sentinel(config)
         state = build(config, facts["vocab_size"], ranks, sentinel.watch)
         stopwatch.lap("model")
         claim.log.create()  # the file of its log makes an attempt count
         injector.attach(claim.attempt, claim.log, state, prepared)
         batches = injector.wrap_batches(batches_of(config, prepared))
-        sentinel.check_tokens(batches, prepared.train.tokens)
+        sentinel.check_tokens(batches, prepared.train.tokens, ranks)
         hook = sentinel.wrap_hook(hook)
-        members = sentinel.wrap_members(AllRanks(ranks, config.data.micro_batches), state, batches)
+        everyone = AllRanks(ranks, config.data.micro_batches)
+        members = sentinel.wrap_members(everyone, state, batches, claim.log)
         context = StepContext(config, members, batches, hook, stop.requested)
         screen = show(config, claim, stack)
         try:

@@ -28,6 +28,7 @@ from trainer.parallel.membership import ArbiterLostError, JobOver, Membership, R
 from trainer.parallel.quorum import Change, QuorumMembers, TransferError
 from trainer.parallel.world import World
 from trainer.phases import Phase, no_hook
+from trainer.sentinel.corruption import Sentinel
 from trainer.sentinel.hang import Watchdog
 from trainer.show import console, tensorboard
 from trainer.show.wandb import WandbHelper, wandb_mode
@@ -188,7 +189,8 @@ def train(
         hook = job.with_heartbeat(claim.watchdog, hook)
         prepared, facts = job.prepare_data(config, claim)
         stopwatch.lap("data")
-        state = job.build(config, facts["vocab_size"], claim.ranks)
+        sentinel = Sentinel(config)
+        state = job.build(config, facts["vocab_size"], claim.ranks, sentinel.watch)
         stopwatch.lap("model")
         # Members meet at the store of the first of them, so each has one from its start.
         host = own_host(given)
@@ -206,6 +208,7 @@ def train(
         claim = dataclasses.replace(claim, attempt=attempt, log=log)
         injector.attach(attempt, log, state, prepared)
         batches = injector.wrap_batches(job.batches_of(config, prepared))
+        sentinel.check_tokens(batches, prepared.train.tokens, claim.ranks)
         stopwatch.lap("connect")
 
         def announce(to: EventLog, change: Change) -> None:
@@ -241,11 +244,14 @@ def train(
         members = QuorumMembers(
             membership, device, config.data.micro_batches, timeout, restore, records.changed, records.note, waiting
         )
-        hook = members.wrap_hook(hook)
-        context = StepContext(config, members, batches, hook, stop.requested, lambda: membership.change_wanted)
+        unwatched = members.wrap_hook(hook)
+        hook = sentinel.wrap_hook(unwatched)
+        watched = sentinel.wrap_members(members, state, batches, records)
+        context = StepContext(config, watched, batches, hook, stop.requested, lambda: membership.change_wanted)
         saving = MainCheckpointer(
-            lambda: members.world, finished, run, claim.ranks, facts, config.checkpoint, records, hook, hook
-        )
+            lambda: members.world, finished, run, claim.ranks, facts, config.checkpoint, records, unwatched, unwatched,
+            sentinel.check_before_save,
+        )  # fmt: skip
         try:
             with contextlib.closing(saving) as checkpointer:
                 score = job.scorer(config, prepared, lambda: members.world, hook)
@@ -314,7 +320,10 @@ def ended(status: str, step: int, reason: str, state: Any = None) -> AttemptEnde
 def fail(records: Records, membership: Membership, step: int, error: Exception) -> None:
     """Log why this worker ends, and tell the arbiter if the others would end in the same error."""
     reason = f"{type(error).__name__}: {error}"
-    repeated = isinstance(error, errors.TopropeError) and not isinstance(error, TransferError)
+    # What is wrong with this worker or its memory is none of the others' business: they go on.
+    alone = isinstance(error, TransferError | errors.QuarantineError)
+    restarts = isinstance(error, errors.CorruptionError) and error.restart
+    repeated = isinstance(error, errors.TopropeError) and not alone and not restarts
     with contextlib.suppress(Exception):
         if repeated:
             records.end(ended("failed", step, reason))

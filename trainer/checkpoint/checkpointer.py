@@ -113,10 +113,14 @@ class MainCheckpointer(Checkpointer):
     def __init__(
         self, present: Callable[[], World], finished: Callable[["TrainState"], None], run: Path, alone: World,
         facts: dict[str, Any], settings: config.Checkpoint, log: Writer, hook: Hook, heartbeat: Hook,
+        check: Callable[[int], None] = lambda step: None,
     ) -> None:  # fmt: skip
-        """`present` tells the members when it is called. `finished` is called by the main one when all is durable."""
+        """`present` tells the members when it is called. `finished` is called by the main one when all is durable.
+
+        `check` is called by all members before the state of a step is saved; `hook` by the main one alone.
+        """
         super().__init__(run, alone, facts, settings, log, hook, heartbeat)
-        self._present, self._finished = present, finished
+        self._present, self._finished, self._check = present, finished, check
         self._begun_step = -1
 
     @property
@@ -129,6 +133,7 @@ class MainCheckpointer(Checkpointer):
                 self._begun_step = state.step
                 Checkpointer.save(self, state)
 
+        self._check(state.step)
         self._present().from_main(save_on_main)
 
     def finish(self, state: "TrainState") -> None:
@@ -136,5 +141,6 @@ class MainCheckpointer(Checkpointer):
             Checkpointer.finish(self, state)
             self._finished(state)
 
+        self._check(state.step)
         # The others leave only when it is done: if the main member dies, the next one does it.
         self._present().from_main(finish_on_main)

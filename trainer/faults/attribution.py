@@ -173,7 +173,8 @@ def _reports_another(evidence: Evidence, firing: Firing, incident: Incident) -> 
 def _mismatch(firing: Firing, incident: Incident) -> str:
     """The difference between an incident's rank or step and the fault's; empty if they match."""
     fault = firing.fault
-    if fault.kind.names_rank and None not in firing.victims and incident.rank not in firing.victims:
+    must_name = fault.kind.names_rank and incident.kind != "corrupted"  # that one names no rank if it is not known
+    if must_name and None not in firing.victims and incident.rank not in firing.victims:
         victims = ", ".join(str(rank) for rank in sorted(rank for rank in firing.victims if rank is not None))
         return f"reported of rank {incident.rank}, it was {victims}"
     if incident.kind == "corrupted":

@@ -1,6 +1,7 @@
 """Faults of storage: saves that fail, and damage to checkpoints and tokens that are there."""
 
 import contextlib
+import copy
 import errno
 import functools
 import os
@@ -201,6 +202,12 @@ class CorruptTokens(Fault):
     phases = (Phase.BEFORE_FORWARD,)
     expected_incidents = ("worker_lost",)
     damages_tokens = True
+
+    def watched(self, world_size: int) -> Fault:
+        kind = copy.copy(self)
+        # Another rank may read what was damaged before it notices the death.
+        vars(kind).update(expected_incidents=("worker_lost", "corrupted"))
+        return kind
 
     def obstacle(self, planned: PlannedFault, rank: RankContext) -> str:
         if rank.config.data.cache_dir or os.environ.get("TOPROPE_CACHE"):

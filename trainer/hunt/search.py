@@ -24,7 +24,7 @@ from trainer.sentinel.operator_check import Failure, OperatorCheck
 STEPS = 10  # replayed under the check, at most
 WITHOUT_SYMPTOMS = 3
 CONFIRMED = 4  # symptoms by which the first suspect is confirmed
-REPORT, PAGE = "hunt.json", "hunt.html"
+REPORT, PAGE, PICTURE = "hunt.json", "hunt.html", "hunt.svg"
 
 
 @dataclass
@@ -111,7 +111,7 @@ def hunt(run: Path, steps: Sequence[int], out: Path, log: Callable[[str], None],
         "run": str(run), "ranks": replay.ranks,
         "nothing_unusual": nothing_unusual, "symptoms": [_plain(asdict(symptom)) for symptom in symptoms],
         "checked": [_plain(asdict(one)) for one in checked],
-        "suspects": [_suspect(s, len(symptoms)) for s in ranked],
+        "suspects": [_suspect(s, len(symptoms), replay.ranks) for s in ranked],
         "runners_up": [
             {"operator": s.operator, "worst": s.excess}
             for s in sorted(suspects.values(), key=lambda s: -s.excess) if not s.failed and s.excess > 0
@@ -268,7 +268,7 @@ def _only(replace: Sequence[str]) -> OperatorCheck | None:
     return OperatorCheck(replace=replace, only=replace) if replace else None
 
 
-def _suspect(suspect: Suspect, symptoms: int) -> dict[str, Any]:
+def _suspect(suspect: Suspect, symptoms: int, ranks: int) -> dict[str, Any]:
     worst = max(suspect.failures, key=lambda failure: failure.excess)
     rare = sum(suspect.shapes[shape] for shape in suspect.failed_shapes)
     conditions = [
@@ -277,7 +277,7 @@ def _suspect(suspect: Suspect, symptoms: int) -> dict[str, Any]:
     strided = [shape for shape in suspect.failed_shapes if "strides" in shape]
     if len(strided) == len(suspect.failed_shapes):
         conditions.append("only arguments that are not contiguous")
-    if len(suspect.places) == 1 and (place := next(iter(suspect.places))) != "update":
+    if ranks > 1 and len(suspect.places) == 1 and (place := next(iter(suspect.places))) != "update":
         conditions.append(f"only on {place}")
     return {
         "operator": suspect.operator, "calls": suspect.calls, "failed": suspect.failed,
@@ -343,7 +343,9 @@ def _summary(
     if not ranked:
         return f"{begun}Of {looked} each agrees with its reference: no operator is accused."
     first = ranked[0]
-    factor = f"by up to {first.excess:.3g} times its tolerance" if math.isfinite(first.excess) else "without bound"
+    factor = (
+        f"by up to {first.excess:.3g} times its tolerance" if math.isfinite(first.excess) else "by an infinite error"
+    )
     gone = sum(found["gone"] for found in confirmations)
     confirmed = (
         f"With {first.operator} alone replaced by its reference, {gone} of {len(confirmations)} that were tried go."

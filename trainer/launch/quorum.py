@@ -25,7 +25,15 @@ from typing import Any
 
 from trainer import signals
 from trainer.config import Config, check_world
-from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USAGE, ConfigError, WorldError
+from trainer.errors import (
+    EXIT_FAILED,
+    EXIT_FINISHED,
+    EXIT_PREEMPTED,
+    EXIT_QUARANTINED,
+    EXIT_USAGE,
+    ConfigError,
+    WorldError,
+)  # fmt: skip
 from trainer.launch import forkserver
 from trainer.log import events, rundir
 from trainer.parallel import arbiter, elastic
@@ -35,7 +43,7 @@ from trainer.show import terminal
 
 POLL_SECONDS = 0.02
 STARTS = 3
-"""A worker that dies so often in a row before it takes part is not started again."""
+"""A worker that dies so often in a row before it takes part is not started again. Nor is one in quarantine."""
 RESTARTS_WITHOUT_PROGRESS = 3
 """So many restarts for each worker, without a step that is new, end the job: the error is repeated."""
 ARBITER_STARTS = 5
@@ -134,11 +142,6 @@ def check(plan: Plan) -> None:
         problems.append(
             "numerics.exact = false makes sums depend on who adds what, so a death would change the result.\n"
             "  Start it by torchrun, or set numerics.exact = true."
-        )
-    if plan.config.sentinel.on:
-        problems.append(
-            "sentinel audits need ranks that stay, and here they change.\n"
-            '  Start it by torchrun, or set sentinel.audit = "0" and sentinel.state_hash_every_steps = 0.'
         )
     if problems:
         raise ConfigError(problems)
@@ -305,27 +308,29 @@ class Job:
             return
         slot.starts_in_a_row = 0 if slot.took_part else slot.starts_in_a_row + 1
         self._restarts += 1
-        if status == EXIT_USAGE and not self._has_begun:
+        if status == EXIT_QUARANTINED:
+            self._give_up(slot, "it is quarantined, because it computed wrong twice", status)
+        elif status == EXIT_USAGE and not self._has_begun:
             self._end(EXIT_USAGE, "")  # the worker has said why
         elif elastic.gave_up():
             self._end(EXIT_FAILED, "")
         elif self._restarts > RESTARTS_WITHOUT_PROGRESS * len(self._slots):
             self._end(EXIT_FAILED, f"{self._restarts} workers were started again without a new step; the last {how}.")
         elif status == EXIT_USAGE or slot.starts_in_a_row >= STARTS:
-            self._give_up(slot, how)
+            self._give_up(slot, f"it {how}, {slot.starts_in_a_row} times in a row before it took part")
         else:
             _free_terminal()
             self._start(slot)
 
-    def _give_up(self, slot: Slot, how: str) -> None:
+    def _give_up(self, slot: Slot, why: str, status: int = EXIT_FAILED) -> None:
+        """Leave a slot empty. `status`: with which the job ends if no worker is left."""
         slot.is_given_up = True
         left = [other for other in self._slots if not other.is_given_up]
         terminal_line(
-            f"worker {slot.number} of {self._node} is not started again: it {how}, "
-            f"{slot.starts_in_a_row} times in a row before it took part. This node has {len(left)} left."
+            f"worker {slot.number} of {self._node} is not started again: {why}. This node has {len(left)} left."
         )
         if not left or not self._has_begun:
-            self._end(EXIT_FAILED, f"worker {slot.number} of {self._node} does not start: it {how}.")
+            self._end(status, f"worker {slot.number} of {self._node} is not started again: {why}.")
         else:
             self._say(Launcher(self._node, self._size))
 

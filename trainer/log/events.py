@@ -132,11 +132,15 @@ class Corrupted(Event, kind="corrupted"):
     """Ranks or recomputations disagreed on bits that must be equal. Rank 0 writes it for all."""
 
     step: int
-    what: str  # state, gradient (as a rank added it up), reduction (as it received it), micro_batch, tokens, update
+    what: str
+    """state, gradient (as a rank added it up), reduction (as it received it), micro_batch, update, tokens (as it read
+    them), or store (of the tokens, on disk)."""
     culprit: int | None  # the rank that was wrong; None if it is unknown
     micro_batch: int | None
     parameter: str | None  # the first one that differs; None if it is unknown
-    action: str  # repaired, recomputed, reported (and applied), restarted (from the checkpoint), stopped or quarantined
+    action: str
+    """repaired, recomputed, reported (and applied), restarted (from the checkpoint), stopped, quarantined (with its
+    node), or excluded (it alone: the others go on in the same attempt)."""
     found: str  # one line for people
     node: str | None = None  # host of the culprit, where it is quarantined
 

@@ -247,6 +247,7 @@ def describe(event: Event, rank: int = 0) -> str:
                 "restarted": "the job starts again from its checkpoint",
                 "recomputed": "computed again until two results agreed, which on one rank may both be wrong",
                 "quarantined": f"the job goes on without node {event.node}, or ends until that is taken out",
+                "excluded": f"its worker on node {event.node} is not started again, and the others go on without it",
             }  # fmt: skip
             return f"in step {step} {event.found}: {then[event.action]}"
         case events.MembersChanged(step=step):

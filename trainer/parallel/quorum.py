@@ -249,6 +249,7 @@ class QuorumMembers:
         self._partial = PartialSums()
         self._link = Link(None)
         self._world = EpochWorld(0, 1, device)
+        self._order: Sequence[int] = (0,)
         self._state: State | None = None
         """Set once it is whole: a report names its step."""
         self._interrupted: StepMembers | None = None
@@ -261,6 +262,11 @@ class QuorumMembers:
     @property
     def world(self) -> EpochWorld:
         return self._world
+
+    @property
+    def order(self) -> Sequence[int]:
+        """By rank: the number of the member."""
+        return self._order
 
     @property
     def has_met(self) -> bool:
@@ -311,6 +317,7 @@ class QuorumMembers:
         )
         del group
         self._world = world = EpochWorld(rank, len(epoch.members), self._device, link=link)
+        self._order = epoch.members
         received = own in epoch.receivers
         if epoch.step is None:
             self._restore(state, world)
