@@ -18,6 +18,7 @@ import pytest
 from trainer import checkpoint
 from trainer.faults import attribution
 from trainer.launch.agent import LAUNCH, Agent, warm_server
+from trainer.launch.forkserver import Child
 from trainer.log import events
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,7 +34,7 @@ def settings(**overrides: Any) -> list[str]:
 
 def trainer(*arguments: str | Path, check: bool = True, timeout: float = 100) -> subprocess.CompletedProcess[str]:
     """`python -m trainer …` to its end."""
-    return run([sys.executable, "-m", "trainer", *map(str, arguments)], check, timeout, warm=arguments[0] == "train")
+    return run([sys.executable, "-m", "trainer", *map(str, arguments)], check, timeout)
 
 
 def torchrun(
@@ -46,23 +47,37 @@ def torchrun(
 ) -> subprocess.CompletedProcess[str]:
     """`torchrun --standalone --nproc-per-node RANKS -m MODULE …` to its end."""
     options = ["--standalone", "--nproc-per-node", str(ranks), "--max-restarts", str(restarts), "-m", module]
-    return run([*LAUNCH, *options, *map(str, arguments)], check, timeout, warm=True)
+    return run([*LAUNCH, *options, *map(str, arguments)], check, timeout)
 
 
-def run(command: list[str], check: bool, timeout: float, *, warm: bool = False) -> subprocess.CompletedProcess[str]:
-    """A command to its end. With `warm`, a `python -m` is forked from a process that has torch imported."""
+def many_runs(plans: Sequence[Sequence[str]], directory: Path) -> None:
+    """Train smoke with each list of overrides, all in one process: run N in DIRECTORY/N."""
+    command = [sys.executable, "-m", "tests.many_runs", str(SMOKE), json.dumps(plans), str(directory)]
+    run(command, check=True, timeout=110)
+
+
+def start(
+    command: list[str], output: Path | None = None, errors: Path | None = None, *, warm: bool = True
+) -> subprocess.Popen[bytes] | Child:
+    """Start a command. If `warm`, a `python -m` is forked from a process that has imported torch already."""
     environment = os.environ | ENVIRONMENT
+    if warm and command[:2] == [sys.executable, "-m"] and (server := warm_server()) is not None:
+        child = server.start(command[2], command[3:], environment, directory=ROOT, output=output, errors=errors)
+        if child is not None:
+            return child
+    with contextlib.ExitStack() as files:
+        out, err = (files.enter_context(path.open("w")) if path else None for path in (output, errors))
+        err = subprocess.STDOUT if out and not err else err
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=ROOT, env=environment, start_new_session=True
+        )
+
+
+def run(command: list[str], check: bool, timeout: float, *, warm: bool = True) -> subprocess.CompletedProcess[str]:
+    """A command to its end; `warm` as for `start`."""
     with tempfile.TemporaryDirectory() as scratch:
         output, errors = Path(scratch, "output"), Path(scratch, "errors")
-        process = None
-        if warm and (server := warm_server()) is not None:
-            _, _, module, *arguments = command
-            process = server.start(module, arguments, environment, directory=ROOT, output=output, errors=errors)
-        if process is None:
-            with output.open("w") as out, errors.open("w") as err:
-                process = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=ROOT, env=environment
-                )
+        process = start(command, output, errors, warm=warm)
         try:
             status = process.wait(timeout)
         finally:
@@ -102,6 +117,7 @@ class Job(Agent):
         launch: Sequence[str] = LAUNCH,
         environment: dict[str, str] | None = None,
         slow: dict[str, float] | None = None,
+        warm: bool = True,
     ) -> None:
         """`slow` are seconds that every rank sleeps whenever it passes a phase (tests/worker.py)."""
         directory.mkdir(parents=True, exist_ok=True)
@@ -112,7 +128,7 @@ class Job(Agent):
             launch=launch,
             environment=worker_environment(slow) | (environment or {}),
             directory=ROOT,
-            warm=True,
+            warm=warm,
         )
 
     def wait(self, timeout: float = 300) -> int:
@@ -151,10 +167,10 @@ def mounted(disk: Path, options: str) -> Iterator[None]:
         subprocess.run(["umount", "-l", disk], check=True)
 
 
-def write_corpus(directory: Path) -> str:
-    """Forty documents of nonsense, 255 bytes each; returns a `data.source` for them."""
+def write_corpus(directory: Path, documents: int = 40) -> str:
+    """Documents of nonsense, 255 bytes each; returns a `data.source` for them."""
     directory.mkdir(exist_ok=True)
-    for number in range(40):
+    for number in range(documents):
         words = " ".join(hashlib.sha256(f"{number} {word}".encode()).hexdigest()[:5] for word in range(40))
         (directory / f"{number:02}.txt").write_text(f"document {number}: {words}\n")
     return f"{directory}/*.txt"

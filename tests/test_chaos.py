@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from tests.support import ENVIRONMENT, ROOT, SMOKE, trainer, wait_until
+from tests.support import ROOT, SMOKE, start, trainer, wait_until
 from trainer import cli, tomlfile
 from trainer import config as configs
 from trainer.chaos import plan as campaigns
@@ -714,8 +715,7 @@ def jobs_under(directory: Path) -> list[str]:
 def test_the_smoke_campaign_is_interrupted_and_resumed_and_every_case_passes(tmp_path):
     path, out = ROOT / "configs" / "chaos" / "smoke.toml", tmp_path / "out"
     command = [sys.executable, "-m", "trainer", "chaos", str(path), "--out", str(out)]
-    with (tmp_path / "screen.txt").open("w") as screen:
-        process = subprocess.Popen(command, cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=screen, stderr=screen)
+    process = start(command, tmp_path / "screen.txt")
     try:
         second = wait_until(lambda: list(out.glob("cases/a-rank-hangs*/run/events/attempt-0000*")), seconds=150)
         assert second, (tmp_path / "screen.txt").read_text()
@@ -729,7 +729,8 @@ def test_the_smoke_campaign_is_interrupted_and_resumed_and_every_case_passes(tmp
     assert [(found.name, found.outcome, found.why) for found in partial.results] == [("processes die", "pass", "")]
     assert "interrupted" in (tmp_path / "screen.txt").read_text()
 
-    done = trainer("chaos", path, "--out", out, "--json", timeout=300)
+    done = CliRunner().invoke(cli.app, ["chaos", str(path), "--out", str(out), "--json"])
+    assert done.exit_code == 0, done.output
     whole = results.from_json(json.loads(done.stdout))
     assert whole == results.read(out / "report.json") and whole.passed and not whole.interrupted
     assert whole.results[0] == partial.results[0], "what was done is not done again"
@@ -746,8 +747,8 @@ def test_the_smoke_campaign_is_interrupted_and_resumed_and_every_case_passes(tmp
 def test_a_fault_that_never_fires_is_unknown_and_the_command_leaves_with_1(tmp_path):
     never = '[[runs]]\nname = "never"\n[[runs.faults]]\nkind = "exit"\nphase = "startup"\nattempt = 5\n'
     path = write(tmp_path, SETTINGS + never)
-    done = trainer("chaos", path, "--out", tmp_path / "out", check=False)
-    assert done.returncode == 1, done.stdout + done.stderr
+    done = CliRunner().invoke(cli.app, ["chaos", str(path), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 1, done.output
     stored = results.read(tmp_path / "out" / "report.json")
     assert stored is not None
     (found,) = stored.results

@@ -20,9 +20,10 @@ import pytest
 import torch
 
 from tests.checkpoint_worker import IDENTITY, LAYOUTS, flip, holds, names, small_state
-from tests.support import ENVIRONMENT, ROOT, mounted
+from tests.support import ROOT, mounted, start
 from trainer import checkpoint, config
 from trainer.errors import EXIT_USAGE, CheckpointError, NewerFormatError, UsageError
+from trainer.launch.forkserver import Child
 from trainer.log import events
 from trainer.log.events import CheckpointFailed, CheckpointRejected, CheckpointSaved
 from trainer.parallel.world import World
@@ -74,13 +75,10 @@ def ranks(command: str, count: int, directory: Path, *, timeout: float = 90) -> 
 
 
 @contextlib.contextmanager
-def processes(command: str, count: int, directory: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
+def processes(command: str, count: int, directory: Path) -> Iterator[list[subprocess.Popen[bytes] | Child]]:
     (directory / "run").mkdir()
     arguments = [sys.executable, "-m", "tests.checkpoint_worker", command]
-    running = [
-        subprocess.Popen([*arguments, str(rank), str(count), str(directory)], cwd=ROOT, env=os.environ | ENVIRONMENT)
-        for rank in range(count)
-    ]
+    running = [start([*arguments, str(rank), str(count), str(directory)]) for rank in range(count)]
     try:
         yield running
     finally:

@@ -1,17 +1,17 @@
 """Promises about what users build on: exact sums in a loop of one's own, and the example that shows them."""
 
 import hashlib
-import os
 import re
 import subprocess
-import sys
 
 import pytest
 import torch
 from torch import nn
 
-from tests.support import ENVIRONMENT, ROOT
+from tests import support
+from tests.support import ROOT, torchrun
 from trainer.exact import ExactGradients, Grids
+from trainer.launch.agent import LAUNCH
 
 MICRO_BATCHES = 5
 
@@ -120,19 +120,19 @@ def test_a_model_that_cannot_be_summed_exactly_is_refused(model: nn.Module):
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_plain_loop_prints_one_hash_for_every_world_and_sharding():
-    def run(ranks: int, *options: str) -> str:
-        command = [sys.executable, "-m", "trainer.launch.torchrun", "--standalone", "--nproc-per-node", str(ranks)]
-        script = [str(ROOT / "examples/plain_loop.py"), "--steps", "10", *options]
-        done = subprocess.run(
-            [*command, *script], capture_output=True, text=True, check=False, timeout=100, env=os.environ | ENVIRONMENT
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        (found,) = re.findall(r"weights_sha256 (\w{64})", done.stdout)
-        return found
+    as_a_script = [*LAUNCH, "--standalone", "--nproc-per-node=1", str(ROOT / "examples/plain_loop.py"), "--steps", "10"]
+    one = weights_of(support.run(as_a_script, check=True, timeout=100))
 
-    one = run(1)
+    def run(ranks: int, *options: str) -> str:
+        return weights_of(torchrun(ranks, "--steps", "10", *options, module="examples.plain_loop"))
+
     assert {run(3), run(2, "--fsdp")} == {one}
     assert run(3, "--plain") != one
+
+
+def weights_of(done: subprocess.CompletedProcess[str]) -> str:
+    (found,) = re.findall(r"weights_sha256 (\w{64})", done.stdout)
+    return found
 
 
 def test_the_plain_loop_is_at_most_a_hundred_lines_and_uses_only_exact_sums():

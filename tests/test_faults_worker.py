@@ -5,7 +5,6 @@ Faults share a torchrun job where each starts an attempt of its own, or ends non
 
 import dataclasses
 import io
-import json
 import os
 import random
 import shutil
@@ -26,7 +25,7 @@ import torch.distributed as dist
 
 from tests.faulty_runs import NO_FAULTS, STEPS, FaultyRun, fault
 from tests.logs import Run, started
-from tests.support import ROOT, SMOKE, settings, summarise_run, torchrun, trainer, with_faults, write_corpus
+from tests.support import ROOT, SMOKE, many_runs, settings, summarise_run, torchrun, trainer, with_faults, write_corpus
 from trainer import checkpoint, config
 from trainer.checkpoint import files
 from trainer.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USAGE, ConfigError
@@ -148,13 +147,6 @@ def test_wrong_numbers_that_show_are_computed_away_and_a_wrong_clock_or_a_slow_r
 
 
 SILENT = [name for name, kind in KINDS.items() if kind.silent and not kind.needs_peers]
-MANY_RUNS = """
-import json, sys, time
-from pathlib import Path
-from trainer import config, job
-for number, overrides in enumerate(json.loads(sys.argv[2])):
-    job.train(config.load(Path(sys.argv[1]), overrides), Path(sys.argv[3]) / str(number), time.time())
-"""
 
 
 @pytest.mark.slow
@@ -162,10 +154,7 @@ def test_silent_corruption_is_made_and_this_version_does_not_notice(reference_ru
     """Several runs of one rank in one process."""
     plans = [[fault(kind, 5)] for kind in SILENT] + [[fault("flip_weights", 5, bits=40)], []]
     few = [text.replace(f"budget.steps={STEPS}", "budget.steps=8") for text in reference_run.settings[1::2]]
-    runs = json.dumps([[*few, with_faults(faults)[1]] for faults in plans])
-    command = [sys.executable, "-c", MANY_RUNS, str(SMOKE), runs, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-4000:]
+    many_runs([[*few, with_faults(faults)[1]] for faults in plans], tmp_path)
     summaries = [summarise_run(tmp_path / str(number)) for number in range(len(plans))]
     assert [run["status"] for run in summaries] == ["finished"] * len(plans)
     assert [[row["fired"] for row in run["faults"]] for run in summaries[:-1]] == [[True]] * (len(plans) - 1)

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from tests.faulty_runs import fault
-from tests.support import ROOT, SMOKE, settings, torchrun, trainer, with_faults, write_corpus
-from tests.test_faults_worker import MANY_RUNS
+from tests.support import SMOKE, many_runs, settings, torchrun, trainer, with_faults, write_corpus
 from trainer.errors import EXIT_FAILED, EXIT_USAGE, UsageError
 from trainer.faults.wrong_operators import StridedSum
 from trainer.hunt import page, reproduction, search
@@ -45,9 +44,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         budget__steps=10, checkpoint__every_steps=4, eval__every_steps=5, eval__max_tokens=256, model__n_layers=1,
     )  # fmt: skip
     plans = [[*made[1::2], f"seed={number}", with_faults(faults)[1]] for number, faults in enumerate(PLANTED.values())]
-    command = [sys.executable, "-c", MANY_RUNS, str(SMOKE), json.dumps(plans), str(directory)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-4000:]
+    many_runs(plans, directory)
     return {name: directory / str(number) for number, name in enumerate(PLANTED)}
 
 

@@ -290,6 +290,7 @@ class Attack:
                 SMOKE, self.run, SETTINGS[1::2], ranks=self.ranks, nodes=self.nodes, hosts=self.hosts,
                 directory=self.directory / f"launch-{number}", environment=environment,
                 own_store=any(fault.kind.needs_store for fault in self.plan), worker=("tests.worker", "train"),
+                warm=True,
             ) as cluster:  # fmt: skip
                 cluster.start()
                 nemesis = Nemesis(self.plan, self.run, cluster, began)

@@ -27,14 +27,6 @@ STEPS = 40
 SETTINGS = settings(
     budget__steps=STEPS, checkpoint__every_steps=0, eval__every_steps=0, wandb__mode="disabled"
 )  # fmt: skip
-# What starts the run decides which signals it ignores: `nohup` and the background of a script do, a shell does not.
-BEGIN = """
-import os, signal, sys
-ignore = sys.argv[1] == "ignoring"
-signal.signal(signal.SIGHUP, signal.SIG_IGN if ignore else signal.SIG_DFL)
-signal.signal(signal.SIGINT, signal.SIG_IGN if ignore else signal.SIG_DFL)
-os.execv(sys.argv[2], sys.argv[2:])
-"""
 OUTPUTS = {
     "a closed standard output": ">&-",
     "a full standard output": ">/dev/full 2>/dev/full",
@@ -51,18 +43,18 @@ def table() -> dict[str, dict[str, tuple[str, int]]]:
     return {row[0]: {ALONE: (row[1], int(row[2])), TORCHRUN: (row[3], int(row[4]))} for row in rows[2:]}
 
 
-def start(directory: Path, way: str, *, ignoring: bool = False, seconds_a_step: float = 0.15) -> Job:
+def start(directory: Path, way: str, *more: str, ignoring: bool = False, slow: dict[str, float] | None = None) -> Job:
     options = ["--standalone", "--nproc-per-node=2", "--monitor-interval=0.1"] if way == TORCHRUN else []
-    launch = [*LAUNCH] if way == TORCHRUN else [sys.executable, "-m", "tests.worker"]
-    prefix = [sys.executable, "-c", BEGIN, "ignoring" if ignoring else "heeding"]
-    slow = {"before_update": seconds_a_step}
-    return Job(directory / "jobs", SMOKE, directory / "run", SETTINGS, options, launch=[*prefix, *launch], slow=slow)
+    python, *launch = LAUNCH if way == TORCHRUN else (sys.executable, "-m", "tests.worker")
+    launch = [python, "-m", "tests.ignoring", *launch[1:]] if ignoring else [python, *launch]
+    chosen, slow = [*SETTINGS, *more], slow or {"before_update": 0.15}
+    return Job(directory / "jobs", SMOKE, directory / "run", chosen, options, launch=launch, slow=slow)
 
 
 @contextlib.contextmanager
-def training(directory: Path, way: str, **more: Any) -> Iterator[Job]:
+def training(directory: Path, way: str, *settings: str, **more: Any) -> Iterator[Job]:
     """A job that has done its second step."""
-    with start(directory, way, **more) as job:
+    with start(directory, way, *settings, **more) as job:
         run = directory / "run"
         assert wait_until(lambda: run.is_dir() and max(committed_samples(run), default=0) >= 2, seconds=60), job.output
         yield job
@@ -92,7 +84,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_leaves(tmp_path: Path, row: str, 
 def test_signals_that_were_ignored_at_the_start_stay_ignored_by_all_processes(tmp_path: Path, way: str):
     rows = [table()[row][way] for row in table() if row.endswith(("`nohup`", "that ignores it"))]
     assert rows == [("is not disturbed", 0)] * 2
-    with training(tmp_path, way, ignoring=True, seconds_a_step=0.1) as job:
+    with training(tmp_path, way, *settings(budget__steps=12), ignoring=True) as job:
         for number in (signal.SIGHUP, signal.SIGINT):
             for pid in job.processes():
                 job.send(pid, number)
@@ -105,7 +97,7 @@ def test_signals_that_were_ignored_at_the_start_stay_ignored_by_all_processes(tm
 def test_a_second_ctrl_c_ends_a_run_at_once(tmp_path: Path, way: str):
     happens, status = table()["Ctrl-C a second time"][way]
     assert happens.startswith("ends at once")
-    with training(tmp_path, way, seconds_a_step=6.0) as job:
+    with training(tmp_path, way, slow={"before_update": 6.0, "from_step": 2}) as job:
         job.process.send_signal(signal.SIGINT)
         time.sleep(0.5)
         again = time.monotonic()
@@ -124,8 +116,7 @@ def test_a_run_in_a_terminal_that_is_closed_saves_and_leaves(tmp_path: Path, way
     child, terminal = pty.fork()
     if not child:
         os.chdir(ROOT)
-        environment = os.environ | worker_environment({"before_update": 0.15})
-        os.execve(command[0], [command[0], "-c", BEGIN, "heeding", *command], environment)
+        os.execve(command[0], command, os.environ | worker_environment({"before_update": 0.15}))
     run = tmp_path / "run"
     assert wait_until(lambda: run.is_dir() and max(committed_samples(run), default=0) >= 2, seconds=60)
     os.close(terminal)

@@ -2,7 +2,8 @@
 
 It knows one more kind of fault, `nan_sample`. And it can be slowed down: with TOPROPE_TEST_SLOW={"before_update": 0.1}
 in the environment, every rank sleeps 0.1 s at that phase, in every attempt, so that tests can act on a step from
-outside. The phase "data" makes the preparation of the data long; it reports progress meanwhile.
+outside; with "from_step" too, from that step on. The phase "data" makes the preparation of the data long; it reports
+progress meanwhile.
 """
 
 import json
@@ -50,7 +51,8 @@ def slow_down(seconds: dict[str, float]) -> None:
 
     def slow_heartbeat(watchdog: Watchdog, phase: str, step: int) -> None:
         heartbeat(watchdog, phase, step)
-        time.sleep(seconds.get(phase, 0))
+        if step >= seconds.get("from_step", 0):
+            time.sleep(seconds.get(phase, 0))
 
     def slow_prepare(*arguments: Any, progress: Any, verify: bool = False, **more: Any) -> Any:
         for _ in range(30 if verify else 0):  # rank 0, which prepares for all

@@ -39,7 +39,7 @@ class Agent:
         """Start `launch` + `arguments` in working directory `directory`, with all output in the file `log`.
 
         `host` is only kept, for callers that run several. `warm` forks the agent from a process that has imported torch
-        already, which pays for callers that start many; it has no effect unless `launch` is LAUNCH. With
+        already, which pays for callers that start many; it has no effect unless the command is this Python's `-m`. With
         `ranks_by_variable` the workers are those of a program that does not name its processes: the variable RANK,
         which launchers set, tells them.
         """
@@ -154,7 +154,7 @@ def _start(
     command: Sequence[str], environment: Mapping[str, str], directory: Path | None, log: Path, warm: bool
 ) -> subprocess.Popen[bytes] | forkserver.Child:
     """Start a command in a session of its own, with empty input and all output in the log."""
-    if warm and tuple(command[:3]) == LAUNCH and (server := warm_server()) is not None:
+    if warm and list(command[:2]) == [sys.executable, "-m"] and (server := warm_server()) is not None:
         child = server.start(command[2], command[3:], environment, directory=directory, output=log)
         if child is not None:
             return child

@@ -13,6 +13,7 @@ Linux only. Without a server, or once it is gone, the caller must start its proc
 
 import atexit
 import ctypes
+import gc
 import importlib
 import os
 import runpy
@@ -34,7 +35,7 @@ from trainer.show import terminal
 
 PRELOADED = (
     "multiprocessing.synchronize", "random", "numpy.random", "rich.console", "torch.distributed.checkpoint",
-    "torch.profiler", "trainer.checkpoint.loading", "trainer.checkpoint.saving", "trainer.member",
+    "torch.profiler", "trainer.checkpoint.loading", "trainer.checkpoint.saving", "trainer.member", "typer",
 )  # fmt: skip
 """All that a run imports on its way; a fork server loads it, so that each fork has it."""
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h: this process adopts descendants whose own parent has ended
@@ -182,6 +183,7 @@ def _serve(requests: "Connection[Any, Any]", caller: int, modules: Sequence[str]
     for module in modules:
         importlib.import_module(module)
     provenance.code()  # each fork remembers it: it is the code that they run, whatever the files hold by then
+    gc.freeze()  # the garbage collectors of forks leave alone what is there: to look at it would copy its memory
     while True:
         try:
             request = requests.recv()
