@@ -20,7 +20,18 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / "docs" / "architecture.svg"
-GROUND = ("config", "config_rules", "tomlfile", "builtin", "files", "errors", "phases", "signals")
+GROUND = (
+    "config",
+    "config_rules",
+    "tomlfile",
+    "builtin",
+    "files",
+    "errors",
+    "out_of_memory",
+    "phases",
+    "signals",
+    "torch_versions",
+)
 """Rooms that nearly all others import: drawn as one box."""
 COLOURS = {"many runs": "#e7e2f0", "one worker": "#f3e3dc", "training": "#fbf1d9", "log and display": "#e2efe2"}
 KINDS = {

@@ -73,6 +73,8 @@ def tables(results: dict[str, Any]) -> str:
         "",
         *[f"- {letter[machine]}: {machine}" for machine in machines],
         "",
+        "*Not run on a GPU*: `scripts/gpu` measures there.",
+        "",
         "| figure | measured | target | where, when |",
         "|---|---|---|---|",
     ]

@@ -19,6 +19,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "unclipped": {"optim.clip_norm": 0.0},
     "bf16": {"numerics.precision": "bf16"},
+    "loss by chunks": {"model.loss_chunk_tokens": 48, "model.z_loss": 1e-4},
     "dropout": {"model.dropout": 0.1},
     "recomputed": {"model.dropout": 0.1, "parallel.activation_checkpointing": True},
     "seven micro-batches of one": {"data.micro_batches": 7, "data.micro_batch_sequences": 1},
@@ -39,6 +40,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "fsdp": {"parallel.strategy": "fsdp"},
     "hybrid": {"parallel.strategy": "hybrid"},
 }
+SCATTERED_ONCE = {"parallel.scatter_gradients": "step"}
 MUON = {"optim.optimizer": "muon"}
 PLAIN_SUMS = {"numerics.exact": False}
 COMPILED = {
@@ -56,6 +58,7 @@ def cases_for(world_size: int) -> dict[str, dict[str, Any]]:
         for feature in FEATURES
         for strategy in strategies
     }
+    cases |= {f"scattered once / {name}": BASE | STRATEGIES[name] | SCATTERED_ONCE for name in strategies[1:]}
     cases["muon / replicate"] = BASE | MUON
     cases["plain sums / replicate"] = BASE | PLAIN_SUMS
     if world_size < 4:
@@ -96,6 +99,15 @@ def test_every_world_size_and_sharding_gives_the_bits_of_one_unsharded_process(r
             assert other == reference, f"{strategy} on {world_size} ranks"
             compared += 1
     assert compared == (1 if feature == "muon" else 2 + (world_size % 2 == 0))
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_gradients_that_are_scattered_once_a_step_give_the_bits_of_those_scattered_each_micro_batch(
+    results, world_size
+):
+    found = [result for name, result in results[world_size].items() if name.startswith("scattered once")]
+    assert found == [results[1]["plain / replicate"]] * (1 + (world_size % 2 == 0))
 
 
 @pytest.mark.timeout(600)

@@ -6,9 +6,11 @@ import multiprocessing.connection
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,9 @@ import pytest
 from tests import hang_worker
 from tests.hang_worker import FAULTY_RANK, FAULTY_STEP
 from trainer.log import events
+from trainer.sentinel import hang
 from trainer.sentinel.hang import Watchdog
-from trainer.sentinel.hang_diagnosis import Collective, RankStatus, diagnose, pending_collective
+from trainer.sentinel.hang_diagnosis import Collective, RankStatus, diagnose, is_recorded, pending_collective
 
 TIMEOUT = 1.0
 PROMISED_SECONDS = 2.5  # after the timeout, until the process has ended
@@ -116,6 +119,96 @@ def test_the_oldest_unfinished_collective_is_the_pending_one() -> None:
     assert str(found) == 'gloo:all_reduce #3 of group "0 default_pg", Float [[7, 3]]'
     assert pending_collective({"entries": [entry(0, True)]}) is None
     assert pending_collective({}) is None
+
+
+# NCCL's record, in the shape that torch writes: `state` is "scheduled" until NCCL's own thread has seen more.
+
+NCCL = {
+    "version": "2.10",
+    "pg_config": {"0": {"name": "0", "desc": "default_pg", "ranks": "[0, 1, 2]"}},
+    "pg_status": {"0": {"last_enqueued_collective": 8, "last_started_collective": -1, "last_completed_collective": 6}},
+}
+
+
+def nccl(number: int, state: str, name: str = "nccl:all_reduce", at: int = 0) -> dict[str, Any]:
+    return {
+        "record_id": number, "pg_id": 0, "process_group": ["0", "default_pg"], "collective_seq_id": number,
+        "p2p_seq_id": 0, "op_id": number, "profiling_name": name, "time_created_ns": at or 10**18 + number,
+        "input_sizes": [[124475904]], "input_dtypes": ["Float"], "output_sizes": [[124475904]],
+        "output_dtypes": ["Float"], "state": state, "time_discovered_started_ns": None,
+        "time_discovered_completed_ns": None, "retired": state == "completed", "timeout_ms": 660000, "is_p2p": False,
+    }  # fmt: skip
+
+
+def answers(rank: int, gloo: dict[str, Any], nccl_trace: dict[str, Any], phase: str = "before_reduce") -> RankStatus:
+    """The status that a rank publishes with these two records."""
+    recorded = is_recorded(gloo) and is_recorded(nccl_trace)
+    return status(rank, phase, recorded=recorded, pending=pending_collective(gloo, nccl_trace))
+
+
+def gloo(*states: str, at: int = 1) -> dict[str, Any]:
+    entries = [nccl(n, state, "gloo:all_gather", at=at + n) for n, state in enumerate(states)]
+    return {"entries": entries}
+
+
+def test_ranks_that_wait_in_nccl_are_not_blamed_and_the_rank_that_is_in_no_collective_is():
+    met = gloo("completed")
+    waits = NCCL | {"entries": [nccl(6, "completed"), nccl(7, "started"), nccl(8, "scheduled")]}
+    absent = NCCL | {"entries": [nccl(5, "completed"), nccl(6, "completed")]}
+    found = diagnose([answers(0, met, waits), answers(1, met, absent, "before_backward"), answers(2, met, waits)], 10.0)
+    assert [culprit["rank"] for culprit in found] == [1]
+    assert 'waits in nccl:all_reduce #7 of group "0 default_pg", Float [[124475904]]' in found[0]["why"]
+
+
+@pytest.mark.parametrize("off", [{}, NCCL, NCCL | {"entries": []}], ids=["no record", "no entries", "none yet"])
+def test_where_nccl_records_nothing_nobody_is_blamed_for_being_in_no_collective(off: dict[str, Any]):
+    """gloo's record, without a pending collective, then said of every rank that the others wait for it."""
+    met = gloo("completed")
+    assert named([answers(rank, met, off) for rank in range(3)]) == []
+    behind = answers(1, met, off, "before_forward")
+    assert named([answers(0, met, off), behind, answers(2, met, off)]) == [1], "positions are still compared"
+    dead = replace(behind, alive=False)
+    assert named([answers(0, met, off), dead, answers(2, met, off)]) == [1]
+
+
+def test_a_dead_peer_is_named_while_its_survivors_wait_in_nccl_which_only_times_out():
+    waits = answers(0, gloo("completed"), NCCL | {"entries": [nccl(7, "scheduled")]})
+    (found,) = diagnose([waits, status(1, "before_forward", 5, alive=False), replace(waits, rank=2)], 10.0)
+    assert found["rank"] == 1 and "while rank 0 waits in nccl:all_reduce #7" in found["why"]
+
+
+def test_a_kernel_that_never_ends_leaves_all_ranks_waiting_and_no_survivor_blamed():
+    waits = answers(0, gloo("completed"), NCCL | {"entries": [nccl(7, "scheduled")]})
+    assert named([replace(waits, rank=rank) for rank in range(3)]) == []
+
+
+def test_a_rank_that_waits_for_the_others_over_gloo_between_steps_waits_too():
+    done = NCCL | {"entries": [nccl(6, "completed")]}
+    waits = answers(0, gloo("completed", "scheduled"), done, "waiting_for_save")
+    assert waits.pending is not None and waits.pending.name == "gloo:all_gather"
+    assert named([waits, answers(1, gloo("completed"), done, "waiting_for_save"), replace(waits, rank=2)]) == [1]
+
+
+def test_of_two_records_the_older_pending_collective_counts():
+    both = gloo("scheduled", at=50), NCCL | {"entries": [nccl(3, "scheduled", at=40)]}
+    assert getattr(pending_collective(*both), "name", None) == "nccl:all_reduce"
+    assert getattr(pending_collective(gloo("scheduled", at=30), both[1]), "name", None) == "gloo:all_gather"
+
+
+@pytest.mark.parametrize("config", ["cpu:gloo,cuda:nccl", "cpu:gloo,cuda:gloo", "gloo"])
+def test_the_record_of_nccl_is_read_where_ranks_train_over_it(monkeypatch, config: str):
+    import torch.distributed as dist
+
+    c10d = sys.modules["torch._C._distributed_c10d"]
+    monkeypatch.setattr(c10d, "_dump_nccl_trace_json", lambda: b'{"entries": ["nccl"]}', raising=False)
+    monkeypatch.setattr(c10d, "_dump_fr_trace_json", lambda: b'{"entries": ["gloo"]}')
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend_config", lambda: config)
+    read = [json.loads(text)["entries"] for text in hang.flight_recorder_traces()]
+    assert read == [["gloo"], ["nccl"]][: 1 + ("nccl" in config)]
+    monkeypatch.delattr(c10d, "_dump_nccl_trace_json")
+    read = [json.loads(text).get("entries") for text in hang.flight_recorder_traces()]
+    assert read == [["gloo"], None][: 1 + ("nccl" in config)], "a torch without that record: nothing is known"
 
 
 class Kennel:

@@ -357,6 +357,57 @@ def test_memory_is_divided_by_sharding_and_activations_by_recomputing() -> None:
         assert parts["total"] == sum(parts.values()) - parts["total"]
 
 
+@pytest.mark.parametrize(("device", "quadratic"), [("cuda", False), ("cpu", True)])
+def test_memory_is_told_of_the_operators_that_the_device_uses(device: str, quadratic: bool) -> None:
+    """In bf16 a CPU keeps matrices of T × T for attention's backward pass; a GPU keeps none."""
+
+    def activations(context: int) -> int:
+        sizes = {"model": SMALL | {"context": context}, "data": {"micro_batch_sequences": 1}}
+        config_of = config.parse(sizes | {"numerics": {"precision": "bf16"}, "parallel": {"device": device}})
+        return costs.memory_per_rank(config_of, VOCAB, 1)["activations"]
+
+    linear, twice = 2 * activations(512), activations(1024)
+    matrices = SMALL["n_layers"] * SMALL["n_heads"] * 1024**2 * 2  # bf16 weights alone
+    assert (twice - linear > matrices / 2) == quadratic
+    if not quadratic:
+        assert twice == pytest.approx(linear, rel=0.05)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk", [1, 7, 32, 100])
+def test_a_loss_by_chunks_is_the_loss_with_its_gradients(chunk: int, precision: torch.dtype) -> None:
+    switches = {"logit_softcap": 5.0, "z_loss": 1e-2, "tied_embeddings": True}
+    whole, chunked = awake(build(**switches)), build(**switches, loss_chunk_tokens=chunk)
+    chunked.load_state_dict(whole.state_dict())
+    found = []
+    for gpt in (whole, chunked):
+        with torch.autocast("cpu", precision, precision == torch.bfloat16):
+            losses = gpt(tokens(2, 16), tokens(2, 16, seed=1))
+        losses.objective.backward()
+        found.append((losses, {name: p.grad for name, p in gpt.named_parameters()}))
+    tolerance = 1e-5 if precision == torch.float32 else 2e-2
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=tolerance, atol=tolerance)
+    for name, gradient in found[0][1].items():
+        assert (found[1][1][name] - gradient).norm() <= tolerance * gradient.norm(), name
+    assert torch.equal(chunked(tokens(1, 16)), whole(tokens(1, 16))), "logits that are asked for are all there"
+
+
+def test_a_loss_by_chunks_never_keeps_the_logits_of_all_tokens() -> None:
+    def activations(**switches: int) -> int:
+        sizes = {"model": SMALL | {"context": 256} | switches, "data": {"micro_batch_sequences": 4}}
+        return costs.memory_per_rank(config.parse(sizes), 8192, 1)["activations"]
+
+    logits = 4 * 256 * 8192 * 4
+    assert activations() - activations(loss_chunk_tokens=128) >= logits
+
+
+def test_whole_gradients_are_counted_where_they_are_scattered_once_a_step() -> None:
+    fsdp = {"strategy": "fsdp"}
+    each = costs.memory_per_rank(settings_for(parallel=fsdp), VOCAB, 2)["gradients"]
+    once = costs.memory_per_rank(settings_for(parallel=fsdp | {"scatter_gradients": "step"}), VOCAB, 2)["gradients"]
+    assert once == each + 4 * costs.parameter_count(build()).total
+
+
 # Sampling
 
 

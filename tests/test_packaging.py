@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tests.support import ROOT
+from trainer import torch_versions
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 RUNTIME = [Requirement(line) for line in PYPROJECT["project"]["dependencies"]]
@@ -44,13 +45,21 @@ PLATFORMS = [
 ]  # fmt: skip
 
 
-def test_torch_is_pinned_to_the_same_version_everywhere():
-    files = ["pyproject.toml", "requirements.lock", "scripts/setup", "docker/Dockerfile"]
+def test_torch_is_pinned_to_the_same_version_wherever_it_is_installed():
+    files = ["requirements.lock", "scripts/setup", "docker/Dockerfile"]
     found = {file: re.findall(r"\btorch *([=<>~!]=?=?) *([\w.+]+)", (ROOT / file).read_text()) for file in files}
     for file, pins in found.items():
         assert pins, f"{file} does not pin torch"
         assert {operator for operator, _ in pins} <= {"==", "==="}, file
     assert {version for pins in found.values() for _, version in pins} == {VERSIONS["torch"]}
+
+
+def test_the_package_takes_the_versions_of_torch_that_the_code_takes_and_so_leaves_a_machines_own():
+    (needed,) = (r for r in RUNTIME if r.name == "torch")
+    oldest, newest = torch_versions.OLDEST, torch_versions.NEWEST_TESTED
+    assert str(needed.specifier) == f"<{newest[0]}.{newest[1] + 1},>={oldest[0]}.{oldest[1]}"
+    for build in ("2.11.0+cu130", "2.13.0+cpu", "2.14.1", VERSIONS["torch"]):
+        assert needed.specifier.contains(build), build
 
 
 def test_the_lock_pins_every_package_to_one_version_and_no_build_of_it():

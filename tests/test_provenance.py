@@ -158,6 +158,8 @@ NOT_NUMERIC = {
     # Tokens and tokenizer are identified by their own digests.
     "data", "data.cache", "data.corpus", "data.identity", "data.near", "data.overlap", "data.own_texts", "data.prepare",
     "data.reading", "data.sources", "data.tokenizer", "data.tokens",
+    # torch's version is recorded by itself.
+    "torch_versions",
     # Counts the bytes of what was read.
     "data.first_epoch",
 }  # fmt: skip

@@ -95,3 +95,12 @@ def test_a_rule_that_was_added_since_does_not_close_a_run(run, settings):
     rundir.record(run.path, configs.parse(settings, check_rules=False), {"data_sha256": "d" * 64})
     stored = rundir.config_of(run.path).model_dump()
     assert {part: {name: stored[part][name] for name in table} for part, table in settings.items()} == settings
+
+
+def test_a_library_that_is_not_installed_is_recorded_as_unknown(monkeypatch, tmp_path):
+    """A machine without a package index may lack what the run does without, such as wandb."""
+    monkeypatch.setattr(rundir, "LIBRARIES", ("torch", "no-such-library"))
+    run = Run(tmp_path / "run")
+    run.record()
+    versions = rundir.read(run.path)["versions"]
+    assert versions["torch"] and versions["no-such-library"] is None

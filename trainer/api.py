@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer import builtin, signals
+from trainer import builtin, signals, torch_versions
 from trainer import config as configs
 from trainer.config import Config
 from trainer.errors import UsageError
@@ -202,6 +202,7 @@ def train(
         config = configs.load(builtin.find(Path(config)))
     elif not isinstance(config, Config):
         config = configs.parse(configs.anchored(copy.deepcopy(dict(config)), Path()))
+    torch_versions.check()
     from trainer import job  # late: it imports torch
 
     before = {number: signal.getsignal(number) for number in signals.ASKING}

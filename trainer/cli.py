@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trainer import builtin
+from trainer import builtin, torch_versions
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, NewerFormatError, TopropeError, UsageError, of_system
 from trainer.parallel import elastic
 from trainer.parallel.membership import RefusedError
@@ -128,6 +128,7 @@ def train(
     elastic.check_mode(config.elastic.mode)
     # Listen before torch is imported: that takes seconds, in which a stop signal may come.
     stop = signals.StopSignals()
+    torch_versions.check()
     from trainer import job
 
     run = run or Path("runs") / config_path.stem

@@ -106,6 +106,9 @@ class Model(Section):
     """Logits are squashed into ±this by tanh; 0 is off."""
     z_loss: float = Field(default=0.0, ge=0)
     """Weight of the squared log-partition penalty in the training loss; 0 is off."""
+    loss_chunk_tokens: int = Field(default=0, ge=0)
+    """Tokens of a micro-batch whose logits are computed at a time, and again for the gradient; 0: all at once. Less
+    memory, more time, other rounding."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Probability that an activation is set to zero in training; 0 is off."""
     value_embeddings: bool = False
@@ -174,11 +177,16 @@ class Parallel(Section):
     strategy: Literal["replicate", "fsdp", "hybrid"] = "replicate"
     """Every rank holds all weights, or a shard ("fsdp"), or groups of ranks share a copy ("hybrid")."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """"auto": a GPU for each rank if there are as many, else the CPU."""
+    """"auto": a GPU for each rank of a machine if it has as many, else the CPU."""
+    share_gpus: bool = False
+    """Ranks of a machine with fewer GPUs share them, and communicate over gloo: slow, for trying several ranks."""
     shard_ranks: int = Field(default=2, ge=2)
     """Hybrid only: ranks that share one copy of the weights; the world is a multiple of it."""
     reshard_after_forward: bool = True
     """FSDP: free gathered weights between forward and backward; less memory, one more all-gather."""
+    scatter_gradients: Literal["micro-batch", "step"] = "micro-batch"
+    """FSDP: spread gradients over the ranks after each micro-batch, or once a step: less traffic, but every rank then
+    holds whole gradients. Exact sums make it the same bits."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations. Changes no bit of the result."""
 
@@ -194,6 +202,8 @@ class Numerics(Section):
     """CPU threads per rank. Some CPU kernels sum in an order that depends on it, so it is part of the fingerprint."""
     compile: bool = False
     """torch.compile each block."""
+    tf32: bool = False
+    """fp32 on a GPU: matrix products may round their inputs to TF32, 10 bits; many times faster."""
 
 
 class Checkpoint(Section):
@@ -327,6 +337,8 @@ ADDED_LATER = {
     "model.init_draw": 0,
     "model.class": "",
     "optim.class": "",
+    "numerics.tf32": False,
+    "model.loss_chunk_tokens": 0,
 }
 # These say where the text is. What it is is known when it has been read: a run is compared by data_sha256 (rundir.py).
 PLACES_OF_TEXT = ("data.source", "data.revision", "data.subset", "data.hub_split", "data.text_column")

@@ -179,6 +179,7 @@ def without_effect(config: "Config") -> list[str]:
         ("data.decontaminate", c.eval.sets, "a held-out set in eval.sets"),
         ("data.vocab_size", c.data.tokenizer == "bpe", 'data.tokenizer = "bpe"'),
         ("model.options", c.model.class_, "model.class"),
+        ("model.loss_chunk_tokens", not c.model.class_, "the built-in GPT, not model.class"),
         ("optim.options", c.optim.class_, "optim.class"),
         *(
             (f"optim.{name}", not c.optim.class_, "an optimizer of toprope's, not optim.class")
@@ -191,6 +192,13 @@ def without_effect(config: "Config") -> list[str]:
         ("optim.final_fraction", c.optim.schedule != "constant", "a schedule that decays"),
         ("parallel.shard_ranks", c.parallel.strategy == "hybrid", 'parallel.strategy = "hybrid"'),
         ("parallel.reshard_after_forward", c.parallel.strategy != "replicate", 'parallel.strategy "fsdp" or "hybrid"'),
+        ("parallel.scatter_gradients", c.parallel.strategy != "replicate", 'parallel.strategy "fsdp" or "hybrid"'),
+        ("parallel.share_gpus", c.parallel.device != "cpu", 'parallel.device "auto" or "cuda"'),
+        (
+            "numerics.tf32",
+            c.numerics.precision == "fp32" and c.parallel.device != "cpu",
+            'numerics.precision = "fp32" and a GPU',
+        ),
         ("numerics.headroom_bits", sums, "numerics.exact = true and several micro-batches"),
     ]
     problems = []

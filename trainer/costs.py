@@ -100,8 +100,8 @@ def padded_vocab(tokenizer_size: int, vocab_size: int) -> int:
 def memory_per_rank(config: Config, vocab_size: int, world_size: int) -> dict[str, int]:
     """Bytes on the rank that holds most, by purpose and in "total"; nothing is allocated.
 
-    "gathered" are the full weights in use under FSDP. "activations" is what autograd keeps of one micro-batch, an
-    estimate: temporaries come on top.
+    "gathered" are the full weights in use under FSDP. "activations" is what autograd keeps of one micro-batch with the
+    operators of `kind_of_device`, an estimate: temporaries come on top.
     """
     from trainer import model, optim
 
@@ -123,14 +123,24 @@ def memory_per_rank(config: Config, vocab_size: int, world_size: int) -> dict[st
         if not config.model.class_:
             raise
         activations = _activation_bytes(config, vocab_size, fake=False)  # its control flow depends on numbers
+    scattered_once = shards > 1 and config.parallel.scatter_gradients == "step"
     parts = {
         "master_weights": weights,
-        "gradients": weights,
+        "gradients": weights + FLOAT32_BYTES * parameter_count(meta).total * scattered_once,
         "optimizer": 2 * weights - muon,
         "gathered": gathered if shards > 1 else 0,
         "activations": activations,
     }
     return parts | {"total": sum(parts.values())}
+
+
+def kind_of_device(config: Config) -> str:
+    """ "cuda" or "cpu": what a run of this config computes with on this machine."""
+    import torch
+
+    if config.parallel.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return config.parallel.device
 
 
 def _activation_bytes(config: Config, vocab_size: int, fake: bool = True) -> int:
@@ -145,7 +155,8 @@ def _activation_bytes(config: Config, vocab_size: int, fake: bool = True) -> int
 
     kept: dict[int, int] = {}
     bf16 = config.numerics.precision == "bf16"
-    with FakeTensorMode() if fake else contextlib.nullcontext():
+    # torch without CUDA cannot trace on "cuda". Fused attention keeps the same on a CPU: q, k, v, output, log-sums.
+    with model.traced_as(kind_of_device(config)), FakeTensorMode() if fake else contextlib.nullcontext():
         made = model.construct(config.model, vocab_size, recompute=config.parallel.activation_checkpointing)
         weights = {p.untyped_storage()._cdata for p in made.parameters()}
         tokens_BT = torch.zeros(config.data.micro_batch_sequences, config.model.context, dtype=torch.int64)
@@ -177,7 +188,9 @@ def show(config: Config, ranks: int) -> None:
     table.add_row("tokens in all", f"{total_tokens:,} ({total_tokens / counts.total:.1f} per parameter)")
     table.add_row("FLOPs in all", f"{flops * total_tokens:.3g}")
     for name, size in memory_per_rank(config, rows, ranks).items():
-        size_and_ranks = f"{size / 2**20:,.1f} MiB ({config.parallel.strategy}, {ranks} ranks)"
+        size_and_ranks = (
+            f"{size / 2**20:,.1f} MiB ({config.parallel.strategy}, {ranks} ranks, {kind_of_device(config)})"
+        )
         table.add_row(f"memory per rank, {name}", size_and_ranks)
     table.add_row("vocabulary", f"{rows:,} rows for {tokens:,} tokens ({source})")
     Console().print(table)

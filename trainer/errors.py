@@ -100,6 +100,10 @@ class NewerFormatError(CheckpointError, UsageError):
     """A checkpoint was written by a newer toprope: nothing is wrong with it, but this one cannot read it."""
 
 
+class OutOfMemoryError(TopropeError):
+    """The device has no memory left for what a step needs."""
+
+
 class CorruptionError(TopropeError):
     """Ranks disagree on bits that must be equal: one of them computes, receives or keeps wrong ones."""
 

@@ -22,15 +22,18 @@ from torch import nn
 from trainer import (
     architectures,
     branch,
+    compile_check,
     costs,
     errors,
     evaluate,
     loop,
     optim,
+    out_of_memory,
     own_check,
     own_code,
     provenance,
     signals,
+    torch_versions,
 )
 from trainer import model as models
 from trainer import step as steps
@@ -122,7 +125,7 @@ def train(
     stopwatch.lap("imports")
     # Collectives may take longer than the watchdog's limits: it acts first and reports more.
     limits = config.elastic.step_timeout_seconds, config.elastic.startup_timeout_seconds
-    ranks = world.connect(device, timeout_seconds=2 * max(limits) + 60)
+    ranks = world.connect(device, 2 * max(limits) + 60, config.parallel.share_gpus)
     with contextlib.ExitStack() as stack:  # closes in reverse order what is entered below
         stack.callback(world.disconnect)
         stack.callback(injector.close)
@@ -135,7 +138,8 @@ def train(
         hook(Phase.STARTUP, 0)
         stopwatch.lap("data")
         sentinel = Sentinel(config)
-        state = build(config, facts["vocab_size"], ranks, sentinel.watch)
+        with out_of_memory.explained(device):
+            state = build(config, facts["vocab_size"], ranks, sentinel.watch)
         stopwatch.lap("model")
         claim.log.create()  # the file of its log makes an attempt count
         injector.attach(claim.attempt, claim.log, state, prepared)
@@ -166,7 +170,8 @@ def train(
                 record = with_memory(loop.by_main(ranks, claim.log), ranks.device)
                 if ranks.is_main:
                     record = with_text_bytes(record, unfaulted, prepared.tokenizer.token_bytes)
-                finished = loop.train(state, loop.Collaborators(context, record, score, checkpointer))
+                with out_of_memory.explained(device):
+                    finished = loop.train(state, loop.Collaborators(context, record, score, checkpointer))
             if finished:
                 hook(Phase.BEFORE_END, state.step)
                 claim.end("finished", state.step, "", state.weights_sha256(), state.state_sha256())
@@ -247,6 +252,9 @@ def prepare_data(config: Config, claim: Claim) -> tuple[Prepared, dict[str, Any]
         )
     vocab_size = costs.padded_vocab(prepared.tokenizer.vocab_size, config.model.vocab_size)
     trial = check_own_code(config, vocab_size, claim)
+    if config.numerics.compile:
+        batch = batches_of(config, prepared).micro_batch(0, 0)
+        ranks.agree(lambda: compile_check.check(config, vocab_size, ranks.device, batch))
     return prepared, ranks.from_main(lambda: _record(claim, config, prepared, vocab_size, trial))
 
 
@@ -474,6 +482,7 @@ def announce(
         for message, holds in (
             (elastic.SHARED_STORE_WARNING, elastic.shares_rendezvous_store()),
             (armed, armed),
+            *((notice, notice) for notice in (torch_versions.check(), world.unused_gpus(config.parallel))),
             (provenance.NOT_RECORDED, any(event.computes_with is None for _, event in before)),
             (f"the steps from here on may have other bits, which was accepted: {other_bits}.", other_bits),
             *(
@@ -517,6 +526,8 @@ def machine_of(config: Config, run: Path) -> Machine:
 def set_numerics(config: Config, device: torch.device) -> None:
     """Make this process's kernels deterministic."""
     torch.set_num_threads(config.numerics.threads)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if config.numerics.tf32 else "highest")
     if device.type == "cuda" and config.numerics.exact:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed one
         torch.use_deterministic_algorithms(True)

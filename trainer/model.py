@@ -6,10 +6,11 @@ P pairs of channels (C = 2P), F hidden width of the MLP, V vocabulary.
 Parameters are touched only inside `forward`, so that FSDP2 may gather them just before and free them just after.
 """
 
+import contextlib
 import functools
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from typing import Any, NamedTuple
 
@@ -19,10 +20,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from trainer import config, own_model
+from trainer import config, own_model, torch_versions
 from trainer.errors import ConfigError
 
 NORM_EPSILON = 1e-6
+# Its compiler loses the gradient of an autograd.Function that saves its own output, without a word.
+LOSES_GRADIENTS = torch_versions.release(torch.__version__) < (2, 12)
 EMBEDDING_STD = 0.02
 VALUE_GATE_START = 0.5  # as modded-nanogpt
 BIGRAM_MULTIPLIERS = (2_654_435_769, 2_246_822_519)  # odd, near 2^31; × a token id below 2^20 stays in int64
@@ -68,12 +71,24 @@ def compile_blocks(model: nn.Module) -> None:
     By default torch makes kernels for any size once it has seen two, and once it has made 8 it runs what is new
     uncompiled, with other bits and no more than a warning.
     """
+    _compile_without_limit()
+    for block in blocks_of(model):
+        block.compile(dynamic=False)
+
+
+@torch_versions.patch(
+    "a block that is given many shapes may run uncompiled, with other bits.",
+    {
+        "torch._dynamo.config:recompile_limit": None,
+        "torch._dynamo.config:accumulated_recompile_limit": None,
+        "torch._dynamo.config:fail_on_recompile_limit_hit": None,
+    },
+)
+def _compile_without_limit() -> None:
     from torch._dynamo import config as dynamo
 
     dynamo.recompile_limit = dynamo.accumulated_recompile_limit = 2**20
     dynamo.fail_on_recompile_limit_hit = True
-    for block in blocks_of(model):
-        block.compile(dynamic=False)
 
 
 def construct(settings: config.Model, vocab_size: int, device: str = "cpu", *, recompute: bool = False) -> nn.Module:
@@ -197,12 +212,38 @@ class GPT(nn.Module):
         for block in self.blocks:
             x_BTD = block(x_BTD, inputs_BT, rotation_TP2)
         head_VD = self.embed.weight if self.head is None else self.head.weight
-        logits_BTV = F.linear(self.final_norm(x_BTD), head_VD).float()
+        x_BTD = self.final_norm(x_BTD)
+        if targets_BT is not None and self.settings.loss_chunk_tokens:
+            return self._losses_by_chunks(x_BTD, head_VD, targets_BT)
+        logits_BTV = self._logits(x_BTD, head_VD)
+        return logits_BTV if targets_BT is None else losses(logits_BTV, targets_BT, self.settings.z_loss)
+
+    def _logits(self, x: Tensor, head_VD: Tensor) -> Tensor:
+        logits = F.linear(x, head_VD).float()
         if self.settings.logit_softcap:
-            logits_BTV = self.settings.logit_softcap * torch.tanh(logits_BTV / self.settings.logit_softcap)
-        if targets_BT is None:
-            return logits_BTV
-        return losses(logits_BTV, targets_BT, self.settings.z_loss)
+            logits = self.settings.logit_softcap * torch.tanh(logits / self.settings.logit_softcap)
+        return logits
+
+    def _losses_by_chunks(self, x_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor) -> Losses:
+        """`losses` without the logits of all tokens at once: the backward pass computes each chunk's again."""
+        chunks = (t.split(self.settings.loss_chunk_tokens) for t in (x_BTD.flatten(0, 1), targets_BT.flatten()))
+        sums = [
+            checkpoint(self._loss_sums, x, head_VD, targets, use_reentrant=False, preserve_rng_state=False)
+            for x, targets in zip(*chunks, strict=True)
+        ]
+        cross_entropy, penalty = (torch.stack(parts).sum() / targets_BT.numel() for parts in zip(*sums, strict=True))
+        return Losses(cross_entropy + self.settings.z_loss * penalty, cross_entropy)
+
+    def _loss_sums(self, x_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        kind = x_ND.device.type
+        if torch.is_autocast_enabled(kind):
+            # Autocast would cast once for all chunks, and add up their gradients in 16 bits.
+            head_VD = head_VD.to(torch.get_autocast_dtype(kind))
+        logits_NV = self._logits(x_ND, head_VD)
+        cross_entropy = F.cross_entropy(logits_NV, targets_N, reduction="sum")
+        if not self.settings.z_loss:
+            return cross_entropy, torch.zeros_like(cross_entropy)
+        return cross_entropy, torch.logsumexp(logits_NV, dim=-1).square().sum()
 
 
 class Block(nn.Module):
@@ -257,7 +298,7 @@ class Attention(nn.Module):
         if self.embed_values is not None:
             v_BTKC = v_BTKC + self.embed_values(inputs_BT).view(b, t, self.kv_heads, self.channels).to(v_BTKC.dtype)
         if self.qk_norm:
-            qk_BTNC = _RMSNormalise.apply(qk_BTNC)
+            qk_BTNC = _rms_normalise(qk_BTNC)
         if rotation_TP2 is not None:
             qk_BTNC = _rotate(qk_BTNC, rotation_TP2)
         q_BTHC, k_BTKC = qk_BTNC.split((self.heads, self.kv_heads), dim=2)
@@ -266,9 +307,23 @@ class Attention(nn.Module):
         return self.out(y_BHTC.transpose(1, 2).flatten(2))
 
 
+_traced_as = ""
+
+
+@contextlib.contextmanager
+def traced_as(device_type: str) -> Iterator[None]:
+    """Choose operators as on another kind of device, whose memory is counted by tensors without data."""
+    global _traced_as  # noqa: PLW0603
+    before, _traced_as = _traced_as, device_type
+    try:
+        yield
+    finally:
+        _traced_as = before
+
+
 def _attend(q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, dropout: float) -> Tensor:
     """Causal attention; query heads share key/value heads in groups of H / K."""
-    if q_BHTC.device.type == "cpu" and v_BKTC.dtype == torch.bfloat16:
+    if (_traced_as or q_BHTC.device.type) == "cpu" and v_BKTC.dtype == torch.bfloat16:
         # torch 2.13's CPU kernel is slow in bfloat16: plain matrix products took 0.2–0.6 of its time.
         group = q_BHTC.shape[1] // k_BKTC.shape[1]
         k_BHTC = k_BKTC.repeat_interleave(group, 1) if group > 1 else k_BKTC
@@ -351,7 +406,19 @@ class RMSNorm(nn.Module):
     """x / rms(x) (Zhang & Sennrich 2019), without a gain: the matrix that follows can hold it (nanochat does so)."""
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return _RMSNormalise.apply(x_BTD)
+        return _rms_normalise(x_BTD)
+
+
+def _rms_normalise(x: Tensor) -> Tensor:
+    if LOSES_GRADIENTS and torch.compiler.is_compiling():
+        return (x * _rms_scale(x)).to(x.dtype)
+    return _RMSNormalise.apply(x)
+
+
+def _rms_scale(x: Tensor) -> Tensor:
+    precise = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=precise)
+    return (norm.square() / x.shape[-1] + NORM_EPSILON).rsqrt()
 
 
 class _RMSNormalise(torch.autograd.Function):
@@ -359,9 +426,7 @@ class _RMSNormalise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        precise = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=precise)
-        scale = (norm.square() / x.shape[-1] + NORM_EPSILON).rsqrt()
+        scale = _rms_scale(x)
         y = (x * scale).to(x.dtype)
         ctx.save_for_backward(y, scale)
         return y

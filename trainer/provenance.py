@@ -50,7 +50,7 @@ What makes tokens of text is left out: tokens and tokenizer are identified by th
 """
 
 
-CODE_BEFORE_RECORDS = "8c9a7925f269f2d8"
+CODE_BEFORE_RECORDS = "a4556804a49e6737"
 """`code_digest()` when code began to be recorded. What is keyed by code leaves it out at this value, so that what was
 made before keeps its key."""
 
@@ -93,11 +93,13 @@ def computes_with(config: Config, device: "torch.device") -> dict[str, str]:
     found = {
         "code": code_digest(),
         "device": device.type,
-        "device model": torch.cuda.get_device_name(device) if is_cuda else _cpu_model(),
+        "device model": torch.cuda.get_device_name(device) if is_cuda else cpu_model(),
         "CPU capability": torch.backends.cpu.get_cpu_capability(),
         "CPU threads": str(threads),
         "torch": f"{torch.__version__} of commit {str(torch.version.git_version)[:12]}",
     }
+    if is_cuda:
+        found |= _gpu_kernels()
     if config.numerics.compile and not is_cuda:
         from torch._inductor.cpp_builder import get_cpp_compiler
 
@@ -107,7 +109,31 @@ def computes_with(config: Config, device: "torch.device") -> dict[str, str]:
     return found | {name: value for name in KERNEL_VARIABLES if (value := os.environ.get(name))}
 
 
-def _cpu_model() -> str:
+def _gpu_kernels() -> dict[str, str]:
+    """Return what decides which kernels a GPU runs, beside torch and the GPU itself.
+
+    On CPUs torch has one kernel for each of these.
+    """
+    import torch
+    from torch.backends import cuda
+
+    attention = {
+        "flash": cuda.flash_sdp_enabled,
+        "cuDNN": cuda.cudnn_sdp_enabled,
+        "memory-efficient": cuda.mem_efficient_sdp_enabled,
+        "math": cuda.math_sdp_enabled,
+    }
+    return {
+        "CUDA": str(torch.version.cuda or torch.version.hip),
+        "cuDNN": str(torch.backends.cudnn.version()),
+        "attention": ", ".join(name for name, enabled in attention.items() if enabled()),
+        "TF32": "on" if torch.get_float32_matmul_precision() != "highest" else "off",
+        "deterministic kernels": "on" if torch.are_deterministic_algorithms_enabled() else "off",
+        "cuBLAS workspace": os.environ.get("CUBLAS_WORKSPACE_CONFIG", "default"),
+    }
+
+
+def cpu_model() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
@@ -131,11 +157,13 @@ def compare(run: Path, contents: Mapping[str, Any], ranks: Sequence[Mapping[str,
     if before.get("code") != ranks[0]["code"]:
         lines = code_changes(contents.get("code", {}), code()) + [line for line in lines if not line.startswith("code")]
     if lines and not accept:
+        device = before.get("device", "")
+        chosen = f' (parallel.device = "{device}" chooses the device)' if device != ranks[0]["device"] else ""
         alike = "was computed with something else than this start would use" if contents else "has ranks that differ"
         raise RunDirectoryError(
             f"{run} {alike}:\n"
             + "".join(f"    {line}\n" for line in lines)
-            + "  The steps that follow could end with other bits. Go back to what it was, accept that with "
+            + f"  The steps that follow could end with other bits. Go back to what it was{chosen}, accept that with "
             "--accept-other-bits, or give a new --run."
         )
     return lines

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -214,12 +215,18 @@ def backward(state: TrainState, context: StepContext, index: int | None, batch: 
         # Random numbers depend on the micro-batch alone, so any rank may compute it.
         key = repr((config.seed, state.step, index or 0))
         torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1)
-    tokens = (torch.from_numpy(ids).to(device, non_blocking=True) for ids in (batch.inputs, batch.targets))
+    tokens = (on_device(ids, device) for ids in (batch.inputs, batch.targets))
     with autocast(config, device):
         objective, cross_entropy = state.model(*tokens)
     context.hook(Phase.BEFORE_BACKWARD, state.step)
     (objective * (0.0 if index is None else 1.0 / config.data.micro_batches)).backward()
     return cross_entropy.detach()
+
+
+def on_device(ids: np.ndarray, device: torch.device) -> Tensor:
+    """Copy token ids to `device`; a GPU's copy runs beside its kernels, since they come from pinned memory."""
+    tokens = torch.from_numpy(ids)
+    return (tokens.pin_memory() if device.type == "cuda" else tokens).to(device, non_blocking=True)
 
 
 def clip_gradients(state: TrainState, limit: float) -> float:

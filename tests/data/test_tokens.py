@@ -353,6 +353,21 @@ def test_a_store_in_which_a_bit_has_flipped_is_noticed_and_built_again(stories, 
     assert builds.count == 2 and [entry.name for entry in store.directory.parent.glob("*damaged*")] == []
 
 
+def test_a_store_is_hashed_once_and_again_when_a_file_of_it_may_have_changed(stories, settings, hashed):
+    directory = prepare(settings(stories), VAL, CONTEXT).train.directory
+    files_of_store = [name for name in ("train.bin", "heldout.bin") if (directory / name).exists()]
+    _age(directory / "train.bin")
+    for _ in range(3):
+        prepare(settings(stories), VAL, CONTEXT, verify=True)
+    assert [hashed.count(name) for name in files_of_store] == [1, 1]
+    status = (directory / "train.bin").stat()
+    (directory / "train.bin").write_bytes((directory / "train.bin").read_bytes()[::-1])
+    os.utime(directory / "train.bin", ns=(status.st_atime_ns, status.st_mtime_ns))
+    builds = Builds()
+    prepare(settings(stories), VAL, CONTEXT, progress=builds, verify=True)
+    assert builds.count == 1, "the same size and time hid a change"
+
+
 @pytest.mark.parametrize("field", ["dtype", "tokens", "documents"])
 @pytest.mark.parametrize("covered", [False, True])
 def test_a_store_whose_header_was_changed_is_refused(stories, settings, field, covered):

@@ -1,6 +1,7 @@
-"""The command `torchrun` of this environment: torch's own, with its traps (torch 2.13) disarmed.
+"""The command `torchrun` of this environment: torch's own, with its traps (seen in torch 2.13) disarmed.
 
-Each trap is numbered and described beside the code that disarms it.
+Each trap is numbered and described beside the code that disarms it. Where a version of torch does not have the parts
+that a patch needs, the patch is left out with a line that says which traps stay.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer import signals
+from trainer import signals, torch_versions
 from trainer.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_QUARANTINED, EXIT_USAGE, TopropeError, WorldError
 from trainer.launch import forkserver, processes
 from trainer.parallel import elastic
@@ -28,6 +29,7 @@ RENDEZVOUS_POLL_SECONDS = 0.1
 RANK_SECONDS, MEETINGS = 5, 20  # wait for the ranks of a meeting; a node that dies in between ends the meeting
 AWAITED_SECONDS = 5.0  # until a start says what it waits for
 NAME_SECONDS = 4.0
+ELASTIC = "torch.distributed.elastic"
 PARTING_SECONDS = 10.0
 LOST_STORE = (
     "The node that hosts the rendezvous is gone or out of reach, or the job has ended without this one. "
@@ -48,6 +50,7 @@ def torchrun() -> None:
     os.environ.setdefault(elastic.SHARED_STORE, "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun would too, with a warning; numerics.threads decides anyway
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings are about peers that leave
+    torch_versions.check()
     from torch.distributed import DistError, run
     from torch.distributed.elastic.multiprocessing import api
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -123,6 +126,15 @@ def _leave_without_workers(asked: int, with_workers: threading.Event, failures_f
             os._exit(EXIT_PREEMPTED)
 
 
+@torch_versions.patch(
+    "traps 5 and 7 stay: a restart may wait 30 s for workers that hang, and a second signal cuts off a save.",
+    {
+        f"{ELASTIC}.multiprocessing.api:_terminate_process_handler": 2,
+        f"{ELASTIC}.multiprocessing.api:SignalException": 2,
+        f"{ELASTIC}.multiprocessing.api:SubprocessContext._start": 1,
+        f"{ELASTIC}.multiprocessing.api:SubprocessContext.close": 3,
+    },
+)
 def _patch_stopping(api: Any, with_workers: threading.Event) -> None:
     """Disarm traps 5 and 7.
 
@@ -171,6 +183,15 @@ def _kill(workers: Sequence[Any]) -> None:
 # How nodes meet and part
 
 
+@torch_versions.patch(
+    "traps 2 and 8 stay: a change of nodes takes up to 3 s longer, and workers meet at the host's name.",
+    {
+        "torch.distributed.run:config_from_args": 1,
+        f"{ELASTIC}.rendezvous.dynamic_rendezvous:_delay": 1,
+        f"{ELASTIC}.rendezvous.c10d_rendezvous_backend:TCPStore": None,
+        f"{ELASTIC}.rendezvous.static_tcp_rendezvous:TCPStore": None,
+    },
+)
 def _patch_meeting(run: Any) -> None:
     """Disarm traps 2 and 8.
 
@@ -222,6 +243,22 @@ def require_host_name(resolve: Callable[..., Any] = socket.getaddrinfo) -> None:
         )
 
 
+@torch_versions.patch(
+    "traps 4, 9 and 10 stay: workers that left on purpose are restarted, and exit statuses 2, 75 and 76 become 1.",
+    {
+        f"{ELASTIC}.agent.server.local_elastic_agent:LocalElasticAgent.{name}": arguments
+        for name, arguments in (
+            ("_monitor_workers", 2),
+            ("_restart_workers", 2),
+            ("_stop_workers", 2),
+            ("_rendezvous", 2),
+            ("_assign_worker_ranks", 5),
+            ("_exit_barrier", 1),
+            ("_shutdown", 2),
+        )
+    }
+    | {f"{ELASTIC}.rendezvous:RendezvousStoreInfo.build": 3},
+)
 def _patch_restarts(config: Any) -> None:
     """Disarm traps 4, 9 and 10, and note for the next attempt why the workers are started again.
 
@@ -348,6 +385,10 @@ def _nodes(agent: Any, which: str) -> set[Any]:
 # Starting workers
 
 
+@torch_versions.patch(
+    "trap 6 stays: every start of a worker imports torch anew, which takes seconds.",
+    {f"{ELASTIC}.multiprocessing.subprocess_handler:SubprocessHandler._popen": 3},
+)
 def _patch_start(server: forkserver.ForkServer | None) -> None:
     """Disarm trap 6.
 

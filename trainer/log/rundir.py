@@ -105,6 +105,14 @@ def _claim(run: Path, config: Config) -> AbstractContextManager[object]:
     return lock
 
 
+def _version(library: str) -> str | None:
+    """Version of a library; None where it is not installed, since some runs do without."""
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def recording(run: Path) -> AbstractContextManager[object]:
     """Hold off others that would write config.json of this run now: workers that prepare each for itself."""
     (run / "live").mkdir(parents=True, exist_ok=True)
@@ -136,7 +144,7 @@ def record(run: Path, config: Config, facts: dict[str, Any]) -> dict[str, Any]:
         **facts,
         "mathematics": identity["mathematics"],
         "config": config.model_dump(mode="json"),
-        "versions": {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in LIBRARIES},
+        "versions": {"python": platform.python_version()} | {n: _version(n) for n in LIBRARIES},
         "git_commit": git_commit(Path(__file__).resolve().parents[2]),
     }
     # Replaced as a whole: a run without a readable config.json could not be resumed.

@@ -83,6 +83,18 @@ def expected_rank() -> int:
     return int(os.environ["RANK"]) if started_by_torchrun() else 0
 
 
+def local_rank() -> int:
+    """Number of this worker among those of its launcher on this machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_size() -> int:
+    """Number of workers that this one's launcher keeps on this machine; 1 without one."""
+    if (given := quorum()) is not None:
+        return given.size
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if started_by_torchrun() else 1
+
+
 def will_restart() -> bool:
     """True if torchrun has restarts left for workers that fail."""
     made, most = (os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RESTART_COUNT", "MAX_RESTARTS"))

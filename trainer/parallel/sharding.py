@@ -76,8 +76,8 @@ class Sharding:
 class FullySharded(Sharding):
     """FSDP2: rows of every parameter are spread over ranks (or, hybrid, over `shard_ranks` of them, replicated).
 
-    Gradients are rounded when they are still whole, before the reduce-scatter of each micro-batch, so that what FSDP2
-    adds, in whatever order, is on the grid. A world of one skips the reduce-scatter; the rounding is the same.
+    Gradients are rounded when they are still whole, before they are scattered after each micro-batch or once a step, so
+    that what FSDP2 adds, in whatever order, is on the grid. A world of one scatters nothing; the rounding is the same.
     """
 
     needs_lockstep = True
@@ -92,6 +92,7 @@ class FullySharded(Sharding):
             self._shard_mesh = mesh
         for module in (*units, model):
             fully_shard(module, mesh=mesh, reshard_after_forward=parallel.reshard_after_forward and module is not model)
+        self._scatters_once = parallel.scatter_gradients == "step"
         self._model = model
         self._units = [module for module in model.modules() if isinstance(module, FSDPModule)]
         for unit in self._units:
@@ -118,7 +119,10 @@ class FullySharded(Sharding):
 
     def last_micro_batch(self, is_last: bool) -> None:
         for unit in self._units:
-            unit.set_requires_all_reduce(is_last, recurse=False)
+            if self._scatters_once:  # until then FSDP2 adds up whole gradients on this rank
+                unit.set_requires_gradient_sync(is_last, recurse=False)
+            else:
+                unit.set_requires_all_reduce(is_last, recurse=False)
 
     def reduce_gradients(self, world: World) -> None:
         pass  # every backward pass has reduced them, over the mesh

@@ -191,16 +191,18 @@ CONNECT_SECONDS = 60.0
 """Time for all started ranks to connect: a node may die while the others wait for it."""
 
 
-def connect(device: torch.device, timeout_seconds: float) -> World:
+def connect(device: torch.device, timeout_seconds: float, share_gpus: bool = False) -> World:
     """Join the process group that torchrun describes in the environment; without torchrun, a group of one.
 
-    `timeout_seconds` is that of collectives. If some ranks have not come after CONNECT_SECONDS, the process exits with
-    status 1, so that torchrun starts all ranks again.
+    `timeout_seconds` is that of collectives. With `share_gpus` they go over gloo, since NCCL wants a GPU for each rank.
+    If some ranks have not come after CONNECT_SECONDS, the process exits with status 1, so that torchrun starts all
+    ranks again.
     """
     # The Flight Recorder names a hung collective; the last few entries are enough and quick to dump.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "256")
     timeout = datetime.timedelta(seconds=timeout_seconds)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    of_gpus = "gloo" if share_gpus else "nccl"
+    backend = f"cpu:gloo,cuda:{of_gpus}" if device.type == "cuda" else "gloo"
     rank, size = elastic.expected_rank(), elastic.expected_size()
     store: dist.Store = dist.HashStore()
     if elastic.started_by_torchrun():
@@ -262,19 +264,41 @@ def disconnect() -> None:
 
 
 def pick_device(parallel: Parallel) -> torch.device:
-    """Return the device this process trains on. Raises WorldError if CUDA is asked for and there is none."""
-    available = torch.cuda.is_available()
-    if parallel.device == "cuda" and not available:
+    """Return the device this process trains on; all ranks of a machine choose alike.
+
+    Raises WorldError if CUDA is asked for and there is none, or not for every rank.
+    """
+    gpus = _gpus(parallel)
+    if parallel.device == "cuda" and not gpus:
+        build = "" if torch.backends.cuda.is_built() else f" ({torch.__version__} is a build without CUDA)"
         raise WorldError(
-            'parallel.device = "cuda", but torch sees no CUDA device on this machine.\n'
+            f'parallel.device = "cuda", but torch sees no CUDA device on this machine{build}.\n'
             '  Set parallel.device = "cpu" (or "auto", which takes what is there), or install a CUDA build of torch.'
         )
-    if parallel.device == "cpu" or not available:
+    rank, size = elastic.local_rank(), elastic.local_size()
+    if not gpus or (parallel.device == "auto" and not parallel.share_gpus and size > gpus):
         return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if local_rank >= torch.cuda.device_count():
+    if parallel.share_gpus:
+        return torch.device("cuda", rank % gpus)
+    if max(rank + 1, size) > gpus:
         raise WorldError(
-            f"local rank {local_rank} has no GPU of its own: this machine has {torch.cuda.device_count()}.\n"
-            "  Every rank takes one. Start fewer processes on this node."
+            f"local rank {rank if rank >= gpus else size - 1} has no GPU of its own: this machine has {gpus}.\n"
+            f"  Every rank takes one. Start at most {gpus} processes on this node, or set parallel.share_gpus = true."
         )
-    return torch.device("cuda", local_rank)
+    return torch.device("cuda", rank)
+
+
+def unused_gpus(parallel: Parallel) -> str:
+    """Return a notice if this machine has GPUs, but too few for `parallel.device = "auto"` to use them."""
+    gpus, size = _gpus(parallel), elastic.local_size()
+    if not gpus or pick_device(parallel).type == "cuda":
+        return ""
+    return (
+        f'parallel.device = "auto": {size} ranks on a machine with {gpus} GPU{"s" * (gpus > 1)} train on the CPU. For '
+        f"the GPU{'s' * (gpus > 1)} start {gpus} here, or set parallel.share_gpus = true."
+    )
+
+
+def _gpus(parallel: Parallel) -> int:
+    """Number of GPUs that this process may use."""
+    return torch.cuda.device_count() if parallel.device != "cpu" and torch.cuda.is_available() else 0

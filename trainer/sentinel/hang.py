@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 from trainer import files
 from trainer.log.events import Hung
 from trainer.phases import Phase
-from trainer.sentinel.hang_diagnosis import Collective, RankStatus, diagnose, pending_collective
+from trainer.sentinel.hang_diagnosis import Collective, RankStatus, diagnose, is_recorded, pending_collective
 
 ANSWER_SECONDS = 1.2  # how long the first rank to notice waits for the others' stacks
 SECOND_SECONDS = 0.4  # how much longer the others wait, so that the first can report and leave
@@ -206,24 +206,42 @@ class Watchdog:
         status = self._status()
         position = f"rank {self._rank} at {status.phase} of step {status.step}"
         self._files.dump_stacks(f"{position}, {status.idle_seconds} s without progress")
-        text = flight_recorder_trace()
-        if text is not None:
-            self._files.dump_trace(text)
+        texts = flight_recorder_traces()
+        if texts:
+            self._files.dump_trace(texts[0] if len(texts) == 1 else b"[" + b",".join(texts) + b"]")
             # Another version of torch may write another format: then the collective is unknown.
             with contextlib.suppress(ValueError, KeyError, TypeError):
-                trace = json.loads(text)
-                status = replace(status, recorded="entries" in trace or self._alone, pending=pending_collective(trace))
+                traces = [json.loads(text) for text in texts]
+                recorded = all(map(is_recorded, traces)) or self._alone
+                status = replace(status, recorded=recorded, pending=pending_collective(*traces))
         self._answers = max(self._answers, request)
         status = replace(status, answers=self._answers)
         return status, self._files.publish(status)
 
 
-def flight_recorder_trace() -> bytes | None:
-    """Return torch's record of this process's collectives, as JSON; None if torch has not been imported."""
+def flight_recorder_traces() -> list[bytes]:
+    """Return torch's records of this process's collectives, as JSON; none if torch has not been imported.
+
+    NCCL keeps one of its own. Where ranks train over NCCL, gloo's has only what they tell each other between steps.
+    """
     # Importing it here would take seconds, and the main thread may hold the import lock.
     c10d = sys.modules.get("torch._C._distributed_c10d")
-    dump = getattr(c10d, "_dump_fr_trace_json", None)
-    return dump() if dump is not None else None
+    traces = []
+    for name in ("_dump_fr_trace_json", *(["_dump_nccl_trace_json"] if _trains_over_nccl() else [])):
+        # Private to torch: another version may not have it, or ask for arguments. An empty record says "not recorded".
+        try:
+            traces.append(getattr(c10d, name)())
+        except (AttributeError, RuntimeError, TypeError):
+            traces.append(b"{}")
+    return traces if c10d is not None else []
+
+
+def _trains_over_nccl() -> bool:
+    """True if the collectives of this process's GPU go over NCCL."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_initialized():
+        return False
+    return "nccl" in str(distributed.get_backend_config())
 
 
 class HangFiles:

@@ -73,12 +73,26 @@ def diagnose(statuses: Sequence[RankStatus], limit_seconds: float) -> list[dict[
     return culprits or _minority(waiting)
 
 
-def pending_collective(trace: dict[str, Any]) -> Collective | None:
-    """Return the oldest collective in a Flight Recorder trace that has not ended."""
-    pending = [e for e in trace.get("entries", []) if not e["retired"] and e["state"] != "completed"]
+def is_recorded(trace: dict[str, Any]) -> bool:
+    """True if a Flight Recorder was on, so that no pending collective means that the rank is in none.
+
+    Ranks that train have long been in some. A record without any is one that was off, or that of a back end they do not
+    use: then everybody would look like the one that the others wait for.
+    """
+    return bool(trace.get("entries"))
+
+
+def pending_collective(*traces: dict[str, Any]) -> Collective | None:
+    """Return the oldest collective in Flight Recorder traces that has not ended.
+
+    gloo's are entered and left by the main thread. NCCL's are put into a queue: those behind the oldest wait for it.
+    """
+    entries = [entry for trace in traces for entry in trace.get("entries", [])]
+    pending = [entry for entry in entries if not entry["retired"] and entry["state"] != "completed"]
     if not pending:
         return None
-    entry = min(pending, key=lambda entry: entry["record_id"])
+    # Each record numbers its own.
+    entry = min(pending, key=lambda entry: (entry.get("time_created_ns", 0), entry["record_id"]))
     dtypes = "+".join(entry["input_dtypes"])
     group = " ".join(part for part in entry["process_group"] if part)
     return Collective(entry["profiling_name"], entry["collective_seq_id"], group, f"{dtypes} {entry['input_sizes']}")

@@ -1,0 +1,190 @@
+"""Which device a rank takes, what is recorded of it, and what is said where memory runs out. No GPU here."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.support import SMOKE, settings
+from trainer import api, out_of_memory, provenance
+from trainer import config as configs
+from trainer.errors import ConfigError, OutOfMemoryError, RunDirectoryError, WorldError
+from trainer.log import events
+from trainer.parallel import elastic, world
+from trainer.parallel.world import pick_device
+
+parallel = configs.Parallel
+
+
+@pytest.fixture
+def machine(monkeypatch) -> Any:
+    """Pretend a machine with so many GPUs, and to be a rank of so many on it."""
+
+    def pretend(gpus: int, rank: int = 0, ranks: int = 1) -> None:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
+        monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+        for name, value in (("RUN_ID", "here"), ("RANK", rank), ("WORLD_SIZE", ranks)):
+            monkeypatch.setenv(f"TORCHELASTIC_{name}" if name == "RUN_ID" else f"LOCAL_{name}", str(value))
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("gpus", "ranks", "given", "devices"),
+    [
+        (0, 2, {}, ["cpu", "cpu"]),
+        (2, 2, {}, ["cuda:0", "cuda:1"]),
+        (4, 2, {}, ["cuda:0", "cuda:1"]),
+        (1, 2, {}, ["cpu", "cpu"]),
+        (1, 1, {}, ["cuda:0"]),
+        (2, 2, {"device": "cpu"}, ["cpu", "cpu"]),
+        (2, 3, {"share_gpus": True}, ["cuda:0", "cuda:1", "cuda:0"]),
+        (2, 3, {"share_gpus": True, "device": "cuda"}, ["cuda:0", "cuda:1", "cuda:0"]),
+        (0, 2, {"share_gpus": True}, ["cpu", "cpu"]),
+    ],
+)
+def test_ranks_take_a_gpu_each_or_the_cpu_all_or_share_gpus_if_asked(machine, gpus, ranks, given, devices):
+    found = []
+    for rank in range(ranks):
+        machine(gpus, rank, ranks)
+        found.append(str(pick_device(parallel(**given))))
+    assert found == devices
+
+
+def test_gpus_that_are_too_few_and_not_used_are_told_in_one_line(machine):
+    machine(1, 0, 2)
+    said = world.unused_gpus(parallel())
+    assert said.startswith('parallel.device = "auto": 2 ranks on a machine with 1 GPU train on the CPU.')
+    assert "parallel.share_gpus = true" in said and "\n" not in said
+    assert not world.unused_gpus(parallel(device="cpu")) and not world.unused_gpus(parallel(share_gpus=True))
+    for gpus in (0, 2):
+        machine(gpus, 0, 2)
+        assert not world.unused_gpus(parallel())
+
+
+def test_a_run_whose_ranks_leave_a_gpu_unused_says_so_in_its_log(monkeypatch, tmp_path):
+    monkeypatch.setattr(elastic, "local_size", lambda: 2)
+    monkeypatch.setattr(world, "_gpus", lambda parallel: 1)
+    config = configs.load(SMOKE, settings(budget__steps=1, eval__max_tokens=64, wandb__mode="disabled")[1::2])
+    api.train(config, tmp_path / "run")
+    said = [event.message for _, event in events.select(events.read(tmp_path / "run"), events.Warned)]
+    assert [message for message in said if "2 ranks on a machine with 1 GPU" in message]
+
+
+@pytest.mark.parametrize(("gpus", "rank", "named"), [(0, 0, "sees no CUDA device"), (1, 0, "rank 1"), (1, 1, "rank 1")])
+def test_cuda_that_is_asked_for_and_not_there_for_every_rank_is_refused_on_all(machine, gpus, rank, named):
+    machine(gpus, rank, 2)
+    with pytest.raises(WorldError, match=named):
+        pick_device(parallel(device="cuda"))
+
+
+@pytest.mark.parametrize(("share", "backend"), [(False, "cpu:gloo,cuda:nccl"), (True, "cpu:gloo,cuda:gloo")])
+def test_ranks_that_share_a_gpu_communicate_over_gloo(monkeypatch, share, backend):
+    asked = []
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: asked.append(backend))
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
+    world.connect(torch.device("cuda", 0), 60, share)
+    assert asked == [backend]
+
+
+@pytest.mark.parametrize(
+    ("override", "needs"),
+    [
+        (["parallel.share_gpus=true", 'parallel.device="cpu"'], 'parallel.device "auto" or "cuda"'),
+        (["numerics.tf32=true", 'numerics.precision="bf16"'], 'numerics.precision = "fp32" and a GPU'),
+        (["numerics.tf32=true", 'parallel.device="cpu"'], 'numerics.precision = "fp32" and a GPU'),
+    ],
+)
+def test_settings_of_gpus_are_refused_where_they_have_no_effect(override, needs):
+    with pytest.raises(ConfigError, match=f"has no effect here: it needs {needs}"):
+        configs.load(SMOKE, override)
+
+
+def test_tf32_is_mathematics_and_runs_from_before_it_keep_their_fingerprint():
+    base = configs.load(SMOKE)
+    assert configs.fingerprint(configs.load(SMOKE, ["numerics.tf32=true"])) != configs.fingerprint(base)
+    assert configs.fingerprint(configs.load(SMOKE, ["numerics.tf32=false"])) == configs.fingerprint(base)
+
+
+@pytest.fixture
+def h100(monkeypatch) -> torch.device:
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    return torch.device("cuda", 0)
+
+
+def test_what_decides_the_bits_on_a_gpu_is_recorded(h100, monkeypatch):
+    config = configs.load(SMOKE)
+    found = provenance.computes_with(config, h100)
+    assert (found["device"], found["device model"]) == ("cuda", "NVIDIA H100 80GB HBM3")
+    assert found["CUDA"] == "13.0" and torch.__version__ in found["torch"]
+    replace = monkeypatch.setattr
+    changes: dict[str, Any] = {
+        "attention": lambda: replace("torch.backends.cuda.cudnn_sdp_enabled", lambda: False),
+        "TF32": lambda: replace("torch.get_float32_matmul_precision", lambda: "high"),
+        "deterministic kernels": lambda: replace("torch.are_deterministic_algorithms_enabled", lambda: True),
+        "cuBLAS workspace": lambda: monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8"),
+    }
+    for name, change in changes.items():
+        before = provenance.computes_with(config, h100)
+        change()
+        now = provenance.computes_with(config, h100)
+        assert {key for key in now if now[key] != before[key]} == {name}
+
+
+def test_a_cpus_record_is_what_it_was_so_that_older_runs_resume():
+    names = set(provenance.computes_with(configs.load(SMOKE), torch.device("cpu"))) - {*provenance.KERNEL_VARIABLES}
+    assert names == {"code", "device", "device model", "CPU capability", "CPU threads", "torch"}
+
+
+def test_a_run_goes_on_on_another_kind_of_device_only_on_purpose_and_is_told_what_chooses_it(h100, tmp_path):
+    config = configs.load(SMOKE)
+    on = {kind: provenance.computes_with(config, torch.device(kind)) for kind in ("cpu", "cuda")}
+    for before, now in itertools.permutations(on):
+        contents = {"computes_with": on[before], "code": provenance.code()}
+        with pytest.raises(RunDirectoryError) as refused:
+            provenance.compare(tmp_path, contents, [on[now]], accept=False)
+        assert f'device: "{before}" → "{now}"' in str(refused.value)
+        assert f'(parallel.device = "{before}" chooses the device)' in str(refused.value)
+        assert provenance.compare(tmp_path, contents, [on[now]], accept=True)
+
+
+def test_memory_that_a_cpu_does_not_have_is_an_error_with_what_was_asked_and_what_lowers_it():
+    with pytest.raises(OutOfMemoryError) as refused, out_of_memory.explained(torch.device("cpu")):
+        torch.empty(2**60, dtype=torch.uint8)
+    fact, remedy = str(refused.value).splitlines()
+    assert fact.startswith(f"cpu is out of memory: {2**60} bytes more were asked for; this process has held ")
+    assert "parallel.activation_checkpointing = true" in remedy
+
+
+@pytest.mark.parametrize(("others", "told"), [(0.0, False), (60.0, True)])
+def test_memory_that_a_gpu_does_not_have_is_told_beside_what_other_processes_hold(monkeypatch, others, told):
+    gib = 2**30
+    free = (80 - 15 - others) * gib
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (int(free), 80 * gib))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 15 * gib)
+    with pytest.raises(OutOfMemoryError) as refused, out_of_memory.explained(torch.device("cuda", 0)):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 66.00 GiB. GPU 0 has a total capacity of …")
+    assert "cuda:0 is out of memory: 66.00 GiB more were asked for; this process holds 15.0 GiB" in str(refused.value)
+    assert ("Other processes hold 60.0 GiB" in str(refused.value)) == told
+
+
+def test_other_errors_of_torch_pass():
+    with pytest.raises(RuntimeError, match="shape"), out_of_memory.explained(torch.device("cpu")):
+        raise RuntimeError("shape mismatch")
+
+
+def test_a_batch_goes_to_a_gpu_from_pinned_memory(monkeypatch):
+    from trainer import step
+
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, non_blocking: (tensor, str(device), non_blocking))
+    ids = torch.arange(3).numpy()
+    for device, count in (("cpu", 0), ("cuda", 1)):
+        _, to, ahead = step.on_device(ids, torch.device(device))
+        assert (to, ahead, len(pinned)) == (device, True, count)
