@@ -17,6 +17,7 @@ from trainer.log.events import (
     EventLog,
     FaultFired,
     Hung,
+    MembersChanged,
     NotFinite,
     StepDone,
     WorkersLost,
@@ -72,6 +73,11 @@ def killed(rank: int = 1, pid: int = 101) -> WorkersLost:
     return lost({"rank": rank, "pid": pid, "exitcode": -9, "signal": "SIGKILL"})
 
 
+def members_changed(number: int, lost: dict[str, str], **changes: Any) -> MembersChanged:
+    values: dict[str, Any] = {"epoch": 2, "members": [0], "joined": [], "kept": {}, "given": {"0": [*range(8)]}}
+    return MembersChanged(step=number, lost=lost, seconds=0.1, **(values | changes))
+
+
 def hung(seconds: float, *culprits: dict[str, Any]) -> Hung:
     details: Any = {"step": 47, "point": "before_reduce", "collective": None, "stacks": "stacks/x"}
     return Hung(seconds=seconds, culprits=list(culprits), **details)
@@ -123,7 +129,7 @@ class Run:
 
     def fault(
         self, kind: str, after: float = 0.0, victim: int | None = 1, at: int | None = None, index: int | None = None,
-        pid: int | None = None,
+        pid: int | None = None, member: int | None = None,
     ) -> None:  # fmt: skip
         """A fault fires: its victim writes it down, or the nemesis where it has none."""
         self.now += after
@@ -131,7 +137,7 @@ class Run:
         number = len(path.read_text().splitlines()) if path.exists() else 0
         event = FaultFired(
             index=number if index is None else index, fault=kind, victim=victim, step=at, phase="before_reduce",
-            pid=500 + number if pid is None else pid,
+            pid=500 + number if pid is None else pid, member=member,
         )  # fmt: skip
         self._append(path.name, -1 if victim is None else victim, event)
 

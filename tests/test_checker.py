@@ -15,7 +15,15 @@ from trainer.checkpoint import files
 from trainer.faults import checker, plan
 from trainer.faults.checker import Answer, Evidence, Reference
 from trainer.log import events, goodput
-from trainer.log.events import AttemptEnded, CheckpointFailed, CheckpointRejected, Event, Hung, NotFinite
+from trainer.log.events import (
+    AttemptEnded,
+    CheckpointFailed,
+    CheckpointRejected,
+    Event,
+    Hung,
+    MembersChanged,
+    NotFinite,
+)
 
 STEPS, EVERY = 12, 6
 BASE = {"budget": {"steps": STEPS}, "checkpoint": {"every_steps": EVERY}, "optim": {"warmup_steps": 0}}
@@ -106,8 +114,8 @@ def log(tmp_path: Path) -> Log:
 def evidence(log: Log, *faults: dict[str, Any], statuses: tuple[int | None, ...] = (0,), **more: Any) -> Evidence:
     config = configs.parse(BASE | {"faults": list(faults or [KILL])} | more.pop("config", {}))
     launches = [{"started": log.started - 0.5, "ended": log.now, "status": status} for status in statuses]
-    reference = more.pop("reference", REFERENCE)
-    return Evidence(log.run, config, plan.make(config, 2), reference, more.pop("launches", launches), **more)
+    reference, ranks = more.pop("reference", REFERENCE), more.pop("ranks", 2)
+    return Evidence(log.run, config, plan.make(config, ranks), reference, more.pop("launches", launches), **more)
 
 
 def answers(found: Evidence) -> dict[str, Answer]:
@@ -467,3 +475,108 @@ def test_a_save_may_fail_where_its_directory_had_vanished_and_not_beside_a_slow_
     log.complete(10)
     found = evidence(log, {"kind": kind, "rank": 1, "at_step": 10})
     assert answers(found)[checker.ATTRIBUTED].answer == answer
+
+
+# Quorum mode: the others go on
+
+QUORUM = {"elastic": {"mode": "quorum"}}
+SHARES: dict[str, Any] = {"kept": {"0": [0, 3], "2": [2, 5]}, "given": {"0": [1, 6], "2": [4, 7]}}
+
+
+def go_on(log: Log, *lost: int, step: int = 9, joined: tuple[int, ...] = (), **changes: Any) -> None:
+    """The members that are left have met."""
+    values: dict[str, Any] = {"epoch": 2, "members": [0, 2], "seconds": 0.1} | SHARES | changes
+    why = {str(member): "its connection closed" for member in lost}
+    log.write(MembersChanged(lost=why, joined=list(joined), step=step, **values))
+
+
+def strike_member(log: Log, member: int = 1, victim: int = 1, step: int = 10, last: int = 9) -> None:
+    if log.attempt < 0:
+        log.start(0, ranks=3)
+        log.steps(1, last)
+    log.fault("sigkill", 0.05, victim, step, 0, member=member)
+
+
+def test_a_death_that_the_others_outlive_passes_every_invariant(log):
+    strike_member(log)
+    go_on(log, 1)
+    log.complete(10)
+    found = evidence(log, KILL, config=QUORUM, ranks=3)
+    assert not_passed(found) == {}
+    (measured,) = checker.measure(found)
+    assert (measured["detected_as"], measured["attributed_correctly"]) == ("worker_lost", True)
+    assert measured["detect_seconds"] == pytest.approx(0.1) and measured["recover_seconds"] == pytest.approx(0.2)
+
+
+def test_a_successor_is_reported_by_its_own_number(log):
+    """The worker in place 1 is the fifth of the job; a report of member 1, who is long dead, is of somebody else."""
+    for named, right in ((4, True), (1, False)):
+        made = Log(log.run.with_name(f"named {named}"))
+        strike_member(made, member=4)
+        go_on(made, named)
+        made.complete(10)
+        (measured,) = checker.measure(evidence(made, KILL, config=QUORUM, ranks=3))
+        assert measured["attributed_correctly"] is right
+
+
+def test_the_loss_of_two_workers_in_one_epoch_reports_both_faults(log):
+    strike_member(log)
+    log.fault("sigkill", 0.01, 2, 10, 1, member=2)
+    go_on(log, 2, 1, members=[0], kept={"0": [0, 3, 6]}, given={"0": [1, 2, 4, 5, 7]})
+    log.complete(10)
+    faults = KILL, KILL | {"rank": 2}
+    assert not_passed(evidence(log, *faults, config=QUORUM, ranks=3)) == {}
+
+
+def test_a_late_fault_is_held_against_the_step_in_which_it_struck(log):
+    """Its victim was away at step 4, and the fault waited for its successor."""
+    strike_member(log, member=3, step=10)
+    go_on(log, 3)
+    log.complete(10)
+    assert not_passed(evidence(log, KILL | {"at_step": 4}, config=QUORUM, ranks=3)) == {}
+
+
+@pytest.mark.parametrize(
+    ("shares", "answer"),
+    [
+        ({"given": {"0": [1, 6], "2": [4]}}, "fail"),
+        ({"given": {"0": [1, 6, 7], "2": [4, 7]}}, "fail"),
+        ({"kept": {}, "given": {"0": [0, 2, 4, 6], "2": [1, 3, 5, 7]}}, "pass"),
+    ],
+    ids=["a micro-batch is lost", "one is computed twice", "nothing was kept"],
+)
+def test_each_micro_batch_of_an_interrupted_step_is_kept_or_given_once(log, shares, answer):
+    strike_member(log)
+    go_on(log, 1, **shares)
+    log.complete(10)
+    assert answers(evidence(log, KILL, config=QUORUM, ranks=3))["every sample once"].answer == answer
+
+
+def test_a_step_is_committed_once_unless_nobody_is_left_who_has_its_state(log):
+    strike_member(log)
+    go_on(log, 1)
+    log.complete(9)
+    found = answers(evidence(log, KILL, config=QUORUM, ranks=3))["every sample once"]
+    assert (found.answer, found.why) == ("fail", "step 9 was committed again, though its state was not lost")
+    log = Log(log.run.with_name("all died"))
+    strike_member(log)
+    go_on(log, 0, 1, 2, step=6, members=[3, 4], joined=(3, 4), kept={}, given={})
+    log.complete(7)
+    assert not_passed(evidence(log, KILL, config=QUORUM, ranks=3)) == {}
+
+
+def test_where_all_have_died_the_newest_checkpoint_is_used(log):
+    strike_member(log)
+    go_on(log, 0, 1, 2, step=0, members=[3, 4], joined=(3, 4), kept={}, given={})
+    log.complete(1)
+    found = answers(evidence(log, KILL, config=QUORUM, ranks=3))["no checkpoint lost"]
+    assert (found.answer, found.why) == ("fail", "epoch 2 began at step 0, though 6 was committed")
+
+
+def test_the_loss_of_a_worker_that_no_fault_hit_is_a_false_alarm(log):
+    strike_member(log)
+    go_on(log, 1)
+    go_on(log, 2, epoch=3, members=[0], kept={}, given={"0": [*range(8)]})
+    log.complete(10)
+    found = answers(evidence(log, KILL, config=QUORUM, ranks=3))["attributed correctly"]
+    assert found.answer == "fail" and "false alarm: in step 10 worker 2 was lost" in found.why

@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -99,4 +99,102 @@ def test_every_kind_of_the_catalogue_is_described_and_fires_in_one_way(kind: Fau
     through_disk = hasattr(kind, "operation")
     outside = type(kind).fire_from_outside is not Fault.fire_from_outside
     assert (inside or through_disk) == bool(kind.phases), "where it strikes, it fires"
-    assert outside == kind.hits_any_job
+    assert outside == (kind.from_outside or kind.hits_any_job)
+
+
+def test_a_kind_that_does_not_apply_to_the_mode_is_refused_with_the_reason():
+    faults = [{"kind": "two_deaths", "at_step": 3}, {"kind": "arbiter_killed", "at_step": 3}]
+    refused = [{"kind": "sigkill", "phase": "in_transfer", "at_step": 3}, *faults]
+    with pytest.raises(ConfigError) as error:
+        plan.make(config(*refused), 3)
+    for reason in ("in_transfer is passed in quorum mode alone", "only `trainer launch` has survivors", "an arbiter"):
+        assert reason in str(error.value)
+    quorum = configs.parse({"faults": [*refused], "budget": {"steps": 9}, "elastic": {"mode": "quorum"}})
+    assert [fault.victims(3) for fault in plan.make(quorum, 3)[1:2]] == [(0, 1)]
+    away = configs.parse({"faults": [{"kind": "flipped_shard", "at_step": 3}], "elastic": {"mode": "quorum"}})
+    with pytest.raises(ConfigError, match="hold the state in memory"):
+        plan.make(away, 3)
+
+
+# Quorum mode
+
+
+class Place:
+    """A launcher's place for a worker, and the injectors of those that have it one after the other."""
+
+    def __init__(self, run: Path, faults: Config, rank: int) -> None:
+        self.run, self.faults, self.rank, self.is_main = run, faults, rank, False
+        self.starts()
+
+    def starts(self) -> None:
+        made = injector.arm(self.faults, self.run, self.rank, 3)
+        made._rank.is_main = lambda: self.is_main
+        self.hook = made.wrap_hook(lambda phase, step: None)
+
+    def dies(self, phase: str, step: int) -> bool:
+        try:
+            self.hook(phase, step)
+        except Died:
+            self.starts()
+            return True
+        return False
+
+
+class Died(BaseException):
+    pass
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Place]]:
+    def die(*_: object) -> None:
+        raise Died
+
+    monkeypatch.setattr("os.kill", die)
+
+    def start(*faults: dict[str, Any]) -> list[Place]:
+        tree = {"faults": faults, "budget": {"steps": 30}, "elastic": {"mode": "quorum"}}
+        return [Place(tmp_path, configs.parse(tree), rank) for rank in range(3)]
+
+    return start
+
+
+def test_a_fault_whose_rank_is_away_at_its_step_strikes_when_it_is_back(places):
+    _, second, _ = places({"kind": "sigkill", "rank": 1, "at_step": 3, "phase": "before_reduce"})
+    assert not second.dies("before_reduce", 1)
+    assert not second.dies("before_forward", 7)
+    assert second.dies("before_reduce", 7)
+    assert not second.dies("before_reduce", 7)
+    assert [(event.step, event.phase) for _, event in plan.fired(second.run)] == [(8, "before_reduce")]
+
+
+def test_a_fault_of_the_main_member_strikes_whoever_that_is_and_once(places):
+    first, second, third = places({"kind": "sigkill", "rank": "writer", "at_step": 3, "phase": "after_reduce"})
+    second.is_main = True
+    assert [place.dies("after_reduce", 5) for place in (first, second)] == [False, True]
+    third.is_main = True
+    assert not third.dies("after_reduce", 6), "it was written down by another process"
+
+
+def test_a_giver_dies_in_the_hand_over_that_a_death_leads_to(places):
+    first, second, third = places({"kind": "giver_dies", "rank": 2, "at_step": 3})
+    first.is_main = True
+    assert not first.dies("in_transfer", 1), "nobody has died yet"
+    assert third.dies("before_forward", 2)
+    assert [place.dies("in_transfer", 9) for place in (third, second, first)] == [False, False, True]
+    second.is_main = True
+    assert not second.dies("in_transfer", 9)
+
+
+@pytest.mark.parametrize(("kind", "phase"), [("death_while_joining", "joining"), ("death_in_hand_over", "in_transfer")])
+def test_a_successor_dies_as_often_as_asked(places, kind: str, phase: str):
+    _, second, third = places({"kind": kind, "rank": 1, "at_step": 3, "times": 3})
+    assert not second.dies(phase, 0), "the first worker in that place may join"
+    assert second.dies("before_forward", 2)
+    assert not third.dies(phase, 2)
+    assert [second.dies(phase, 4) for _ in range(3)] == [True, True, False]
+
+
+def test_two_ranks_die_in_the_same_step(places):
+    dying = places({"kind": "two_deaths", "rank": 2, "at_step": 3})
+    assert [place.dies("before_forward", 2) for place in dying] == [True, False, True]
+    assert [place.dies("before_forward", 3) for place in dying] == [False, False, False]

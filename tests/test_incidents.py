@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.logs import Run, hung, lost, not_finite, started, step
+from tests.logs import Run, hung, lost, members_changed, not_finite, started, step
 from trainer.log.events import LOST_A_PEER, CheckpointFailed, CheckpointRejected, Event, StopRequested
 from trainer.log.incidents import Incident, IncidentBuilder, incidents_of
 
@@ -193,3 +193,21 @@ def test_incidents_built_entry_by_entry_are_those_read_from_the_log(run: Run):
     found = [incident for entry in run.entries if entry.attempt for incident in builder.add(entry)]
     assert found == incidents_of(run.history)
     assert [incident.lost_steps for incident in found] == [7, 3]
+
+
+def test_each_worker_of_a_quorum_is_lost_once_however_often_it_is_told(run: Run):
+    run.train(9)
+    again = {"1": "its connection closed", "2": "its connection closed"}
+    for told in ({"1": "its connection closed"}, again, again):
+        run.write(members_changed(9, told))
+    assert [(incident.rank, incident.others) for incident in incidents_of(run.history, running=True)] == [
+        (1, ()),
+        (2, ()),
+    ]
+
+
+def test_workers_that_were_lost_together_are_one_incident(run: Run):
+    run.train(9)
+    run.write(members_changed(9, {"2": "its connection closed", "1": "its connection closed"}))
+    (incident,) = incidents_of(run.history, running=True)
+    assert (incident.rank, incident.others, incident.lost_steps) == (2, (1,), 0)

@@ -113,8 +113,8 @@ def test_a_second_pass_over_a_step_computes_every_micro_batch(config: Config, pr
     assert partial.done(state.step) == ()
 
 
-Death = tuple[str, int, int]
-"""Phase, completed steps, and at which passing."""
+Death = tuple[str, int | None, int]
+"""Phase, completed steps (None: any), and at which passing."""
 
 
 class Killed(BaseException):
@@ -279,7 +279,7 @@ class Worker:
 
     def pass_by(self, phase: str, step: int) -> None:
         self.spoil(phase, step, self.state)
-        if self.dies is not None and self.dies[:2] == (phase, step):
+        if self.dies is not None and self.dies[:2] in ((phase, step), (phase, None)):
             self.passed += 1
             if self.passed == self.dies[2]:
                 with self.job.changed:
@@ -385,6 +385,20 @@ def test_a_state_that_arrives_with_another_hash_is_not_used(calm: Job):
     job.ended()
     assert isinstance(third.error, TransferError)
     assert first.result == calm.hash()
+
+
+def test_a_state_that_arrived_in_part_is_not_used_when_its_giver_dies(calm: Job):
+    """Nobody is left who has it, and there is no checkpoint: all begin with what they have built."""
+    job = Job(calm.config, calm.prepared, 2)
+    giver, second = job.start((Phase.IN_TRANSFER, None, 3)), job.start((Phase.AFTER_UPDATE, 2, 1))
+    giver.holds = (Phase.BEFORE_REDUCE, 3)
+    second.thread.join(60)
+    third = job.start()
+    third.thread.join(60)
+    assert isinstance(third.result, TransferError)
+    fresh = [job.start(), job.start()]
+    job.ended()
+    assert {worker.result for worker in fresh} == {calm.hash()}
 
 
 def test_nobody_waits_for_the_sockets_of_a_member_that_is_stopped(calm: Job):

@@ -159,6 +159,21 @@ def test_after_a_death_only_the_micro_batches_of_the_dead_are_computed_again():
     assert epoch.work == {0: (5,), 2: (1, 4, 7)}
 
 
+def test_a_loss_is_told_until_a_step_is_committed_after_it():
+    """Who was to record it may have died before it did."""
+    job = Job(3)
+    job.do(job.arbiter.closed(0))
+    job.met(1, 7, ())
+    job.met(2, 7, ())
+    job.do(job.arbiter.closed(1))
+    job.met(2, 7, ())
+    assert job.epoch(2).left.keys() == {0, 1}
+    job.do(job.arbiter.committed(8))
+    job.join()
+    job.met(2, 8, ())
+    assert (job.epoch(2).members, job.epoch(2).left) == ((2, 3), {})
+
+
 def test_a_worker_that_lags_a_step_takes_the_state_of_one_that_does_not_and_comes_after_it():
     job = Job(3)
     job.do(job.arbiter.closed(2))

@@ -206,7 +206,11 @@ def train(
         log = stack.enter_context(contextlib.closing(EventLog.open(run, attempt, membership.member)))
         log.create()
         claim = dataclasses.replace(claim, attempt=attempt, log=log)
-        injector.attach(attempt, log, state, prepared)
+        injector.attach(
+            attempt, log, state, prepared, member=membership.member, is_main=lambda: members.world.is_main
+        )  # fmt: skip
+        # From here on the directory is a run's, and the number of the attempt is known.
+        hook(Phase.STARTUP, 0)
         batches = injector.wrap_batches(job.batches_of(config, prepared))
         sentinel.check_tokens(batches, prepared.train.tokens, claim.ranks)
         stopwatch.lap("connect")

@@ -1,8 +1,8 @@
 """The named moments of a run, in the order in which a rank passes them.
 
 A fault on purpose may strike at each of them (`faults`). At most of them a rank also reports progress to its watchdog:
-the exceptions are IN_FORWARD, IN_BACKWARD, IN_REDUCE, IN_UPDATE and AFTER_END, which only an armed injector sees, and
-the phases of the thread that writes checkpoints.
+the exceptions are IN_FORWARD, IN_BACKWARD, IN_REDUCE, WIDENED, IN_UPDATE and AFTER_END, which only an armed injector
+sees, and the phases of the thread that writes checkpoints.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,10 @@ from enum import StrEnum
 
 class Phase(StrEnum):
     STARTUP = "startup"
+    JOINING = "joining"
+    """Quorum mode: a newcomer is in its first epoch, and has not met the other members yet."""
+    IN_TRANSFER = "in_transfer"
+    """Quorum mode: a piece of the state has been handed over. The giver and the receivers pass it."""
     IN_LOAD = "in_load"
     BEFORE_FORWARD = "before_forward"
     """This phase and the three that follow come once per micro-batch."""
@@ -20,6 +24,8 @@ class Phase(StrEnum):
     BEFORE_REDUCE = "before_reduce"
     IN_REDUCE = "in_reduce"
     AFTER_REDUCE = "after_reduce"
+    WIDENED = "widened"
+    """The grid was too fine and has been widened; the second pass over the step has not begun."""
     BEFORE_UPDATE = "before_update"
     IN_UPDATE = "in_update"
     AFTER_UPDATE = "after_update"

@@ -106,6 +106,8 @@ class Command:
             return ""
         if kind.damages_files and not self.file.checkpoints:
             return f"{kind.name} damages a checkpoint, and the campaign's `checkpoints` names no files"
+        if reason := kind.not_in.get("restart"):
+            return f"{kind.name}: {reason}"
         if not kind.hits_any_job:
             return f"{kind.name} is made inside a rank, and this job is no toprope run"
         if inside := [key for key in ("phase", "attempt") if fault.get(key) not in (None, "")]:

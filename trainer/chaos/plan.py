@@ -20,8 +20,9 @@ from trainer.chaos.schema import CampaignFile, read
 from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.faults import plan
-from trainer.faults.fault import KINDS, NODES, Fault
+from trainer.faults.fault import IN_QUORUM, KINDS, NODES, SPARES, Fault
 from trainer.faults.plan import PlannedFault
+from trainer.phases import Phase
 
 
 @dataclass(kw_only=True)
@@ -38,7 +39,10 @@ class Case(Setup):
     @property
     def slug(self) -> str:
         """Name of the case's directory."""
-        identity = json.dumps([self.name, self.ranks, self.nodes, self.strategy, self.faults, self.overrides])
+        identity = json.dumps(
+            [self.name, self.ranks, self.nodes, self.strategy, self.faults, self.overrides]
+            + ([self.spares] if self.spares else [])
+        )
         words = re.sub(r"[^a-z0-9]+", "-", f"{self.name}-{self.strategy}".lower()).strip("-")[:60]
         return f"{words}-{hashlib.sha256(identity.encode()).hexdigest()[:6]}-{self.repeat}"
 
@@ -89,13 +93,14 @@ def load(path: Path, only: Sequence[str] = (), repeat: int | None = None) -> Cam
     builder.build_all()
     problems += builder.problems
     if builder.cases and all(case.not_applicable for case in builder.cases):
-        problems += [f"{case.name}: {case.not_applicable}.\n  Give faults from outside too." for case in builder.cases]
+        remedy = "Give faults from outside too." if file.command else "Give faults that apply to its elastic.mode."
+        problems += [f"{case.name}: {case.not_applicable}.\n  {remedy}" for case in builder.cases]
     if not problems:  # else a case may be unknown only because it could not be planned
         names = list(dict.fromkeys(case.name for case in builder.cases))
         unknown = [name for name in only if name not in names]
         problems += [f"--only {name!r} is no run of this campaign.\n  {_hint(name, names)}" for name in unknown]
     if not builder.cases and not problems:
-        problems.append(f"{path} has no runs.\n  Add [[runs]], [catalogue], [pairs] or [storm].")
+        problems.append(f"{path} has no runs.\n  Add [[runs]], [catalogue], [phases], [pairs] or [storm].")
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     chosen = [case for case in builder.cases if not only or case.name in only]
@@ -153,18 +158,26 @@ class _CaseBuilder:
         self.cases: list[Case] = []
         self.problems: list[str] = []
         self.strategies: list[str] = [*campaign.file.strategies]
+        self._mode = campaign.config.elastic.mode
 
     def build_all(self) -> None:
         file = self._file
         for number, run in enumerate(file.runs):
             name = run.name or " + ".join(str(fault.get("kind", "?")) for fault in run.faults) or f"run {number}"
             for strategy in [run.strategy] if run.strategy else self.strategies:
-                self._add(name, run.faults, run.ranks or file.ranks, run.nodes or file.nodes, strategy, run.set)
+                spares = file.spares if run.spares is None else run.spares
+                ranks, nodes = run.ranks or file.ranks, run.nodes or file.nodes
+                self._add(name, run.faults, ranks, nodes, strategy, run.set, spares=spares)
         for strategy in self.strategies:
             if file.catalogue is not None:
                 for number, kind in enumerate(self._kinds("catalogue", file.catalogue.kinds, list(KINDS))):
                     ranks, nodes = self._shape_for(kind)
                     self._add(kind.name, [self._usual(kind, ranks, number)], ranks, nodes, strategy)
+            if file.phases is not None:
+                for kind in self._kinds("phases", file.phases.kinds, []):
+                    for phase in self._phases_of(kind):
+                        faults = schedule.at_phase(kind, phase, self.campaign.config, file.ranks)
+                        self._add(f"{kind.name} at {phase}", faults, file.ranks, file.nodes, strategy)
             if file.pairs is not None:
                 on_one_node = [kind.name for kind in self._makeable() if NODES not in kind.needs]
                 kinds = self._kinds("pairs", file.pairs.kinds, on_one_node)
@@ -177,6 +190,9 @@ class _CaseBuilder:
         for (name, strategy), times in Counter((case.name, case.strategy) for case in self.cases).items():
             if times > 1:
                 self.problems.append(f"{times} runs are called {name!r} ({strategy}).\n  Give each a name of its own.")
+
+    def _phases_of(self, kind: Fault) -> list[Phase]:
+        return [phase for phase in kind.phases if self._mode == "quorum" or phase not in IN_QUORUM]
 
     def _add_storms(self, strategy: str) -> None:
         file, storm = self._file, self._file.storm
@@ -202,33 +218,43 @@ class _CaseBuilder:
 
     def _shape_for(self, *kinds: Fault) -> tuple[int, int]:
         """(ranks, nodes) of a case with these faults: the file's, but at least two nodes if a fault needs them."""
-        nodes = max(self._file.nodes, 2 if any(NODES in kind.needs for kind in kinds) else 1)
+        # A quorum's workers are on one node, where such a fault does not apply.
+        several = self._mode != "quorum" and any(NODES in kind.needs for kind in kinds)
+        nodes = max(self._file.nodes, 2 if several else 1)
         return max(self._file.ranks, nodes), nodes
 
     def _add(
         self, name: str, faults: list[Table], ranks: int, nodes: int, strategy: str,
-        own: Mapping[str, Any] | None = None, seed: int | None = None,
+        own: Mapping[str, Any] | None = None, seed: int | None = None, spares: int | None = None,
     ) -> None:  # fmt: skip
         """Plan one case with its own overrides, or note why it cannot be planned."""
         problems = list[str]()
         # A table that cannot be read is reported and left out, so that problems of the others are found too.
         numbers = [number for number, fault in enumerate(faults) if _is_readable(number, fault, problems)]
-        case = self._plan(name, faults, numbers, ranks, nodes, strategy, own or {}, seed, problems)
+        spares = self._file.spares if spares is None else spares
+        kinds = [KINDS.get(str(fault.get("kind"))) for fault in faults]
+        if self._mode == "quorum" and any(kind is not None and SPARES in kind.needs for kind in kinds):
+            spares = max(spares, 1)
+        case = self._plan(name, faults, numbers, ranks, nodes, strategy, own or {}, seed, problems, spares)
         self.problems += [f"{name}: {problem}" for problem in problems]
         if case is not None and not problems:
             self.cases.append(case)
 
     def _plan(
         self, name: str, faults: list[Table], numbers: list[int], ranks: int, nodes: int, strategy: str,
-        own: Mapping[str, Any], seed: int | None, problems: list[str],
+        own: Mapping[str, Any], seed: int | None, problems: list[str], spares: int,
     ) -> Case | None:  # fmt: skip
         """Return the case with those of the faults that have these numbers; adds what is wrong to the problems."""
         overrides = [*self.campaign.overrides, f"parallel.strategy={tomlfile.text(strategy)}"]
-        # The nemesis needs time to strike, so such a run lasts longer; its weights stay the same.
-        if any(_is_from_outside(fault) for fault in faults):
+        # The nemesis needs time to strike, and a quorum's successors to join, so such a run lasts longer; its weights
+        # stay the same.
+        mode = str(configs.flatten(dict(own)).get("elastic.mode", self._mode))
+        if any(_needs_time(fault, mode) for fault in faults):
             overrides += _override_list(self._file.set_outside)
         overrides += _override_list(own)
         config, planned = None, None
+        reasons = [reason for number in numbers if (reason := _not_in(mode, faults[number]))]
+        numbers = [number for number in numbers if not _not_in(mode, faults[number])]
         # Each check runs on what the earlier ones left, since a user wants all problems of a case at once.
         with _collect_into(problems):
             readable = [faults[number] for number in numbers]
@@ -236,15 +262,17 @@ class _CaseBuilder:
         if config is not None:
             with _collect_into(problems):
                 configs.check_world(config, ranks)
-            problems += self._misfits(config, ranks, nodes)
+            problems += self._misfits(config, ranks, nodes, spares)
             with _collect_into(problems):
                 planned = plan.make(config, ranks, nodes, numbers)
         if config is None or planned is None:
             return None
         limits: dict[str, float] = {"timeout_seconds": self._file.timeout_seconds, "restarts": self._file.restarts}
-        kinds, trees = [fault.kind.name for fault in planned], [plan.tree(fault) for fault in planned]
-        given: Any = (name, kinds, trees, ranks, nodes, strategy, seed, 0, overrides, limits)
-        return Case(*given, config=config, planned=planned)
+        trees = faults if reasons else [plan.tree(fault) for fault in planned]
+        kinds = [str(fault["kind"]) for fault in trees]
+        given: Any = (name, kinds, trees, ranks, nodes, strategy, seed, 0, overrides, limits, mode, spares)
+        why = "; ".join(dict.fromkeys(reasons))
+        return Case(*given, config=config, planned=planned, not_applicable=why)
 
     def _usual(self, kind: Fault, ranks: int, number: int) -> Table:
         return schedule.usual(kind, self.campaign.config, ranks, number)
@@ -254,14 +282,24 @@ class _CaseBuilder:
 
     def _makeable(self) -> list[Fault]:
         """The kinds that can be made on this job."""
-        return [*KINDS.values()]
+        return [kind for kind in KINDS.values() if not _not_in(self._mode, {"kind": kind.name})]
 
     def _weights(self, mix: str | Mapping[str, float]) -> Mapping[str, float]:
-        return schedule.weights(mix, self._file.nodes)
+        found = schedule.weights(mix, self._file.nodes)
+        away = {kind: reason for kind in found if (reason := _not_in(self._mode, {"kind": kind}))}
+        if away and not isinstance(mix, str):
+            facts = "; ".join(f"storm.mix.{kind}: {reason}" for kind, reason in away.items())
+            raise ConfigError([f"{facts}.\n  Leave them out, or set the other elastic.mode."])
+        return {kind: weight for kind, weight in found.items() if kind not in away}
 
-    def _misfits(self, config: Config, ranks: int, nodes: int) -> list[str]:
+    def _misfits(self, config: Config, ranks: int, nodes: int, spares: int) -> list[str]:
         """Problems of a valid run that make it useless or impossible in this campaign."""
         problems = []
+        mode = config.elastic.mode
+        if spares and mode != "quorum":
+            problems.append(f'spares = {spares} without a quorum.\n  Set elastic.mode = "quorum", or leave spares out.')
+        if nodes > 1 and mode == "quorum":
+            problems.append(f"nodes = {nodes}, but a campaign starts the workers of a quorum on one.\n  Set nodes = 1.")
         if ranks % nodes:
             problems.append(f"{ranks} ranks cannot be spread evenly over {nodes} nodes.\n  Give a multiple of nodes.")
         restarts = self.campaign.restarts_for(len(config.faults))
@@ -291,7 +329,7 @@ class _CommandCaseBuilder(_CaseBuilder):
 
     def _plan(
         self, name: str, faults: list[Table], numbers: list[int], ranks: int, nodes: int, strategy: str,
-        own: Mapping[str, Any], seed: int | None, problems: list[str],
+        own: Mapping[str, Any], seed: int | None, problems: list[str], spares: int,
     ) -> Case | None:  # fmt: skip
         if own or strategy:
             problems.append("set and strategy are for runs of toprope.\n  Put options of the job into its command.")
@@ -344,6 +382,16 @@ class _CommandCaseBuilder(_CaseBuilder):
         return {kind: weight for kind, weight in found.items() if kind not in inside}
 
 
+def _not_in(mode: str, fault: Table) -> str:
+    """The reason why a [[faults]] table does not apply in this elastic.mode; empty if it does, or is wrong anyway."""
+    kind = KINDS.get(str(fault.get("kind")))
+    if kind is None:
+        return ""
+    if mode == "quorum" and NODES in kind.needs and mode not in kind.not_in:
+        return f"{kind.name} needs two nodes, and a campaign starts the workers of a quorum on one"
+    return f"{kind.name}: {kind.not_in[mode]}" if mode in kind.not_in else ""
+
+
 def _is_readable(number: int, fault: Table, problems: list[str]) -> bool:
     """True if a [[faults]] table can be parsed; else adds its problems to the list."""
     try:
@@ -354,9 +402,10 @@ def _is_readable(number: int, fault: Table, problems: list[str]) -> bool:
     return True
 
 
-def _is_from_outside(fault: Table) -> bool:
+def _needs_time(fault: Table, mode: str) -> bool:
     kind = KINDS.get(str(fault.get("kind")))
-    return "at_seconds" in fault or (kind is not None and kind.from_outside)
+    again = kind is not None and kind.repeats and mode == "quorum"
+    return again or "at_seconds" in fault or (kind is not None and kind.from_outside)
 
 
 def check_exact(campaign: Campaign) -> str | None:

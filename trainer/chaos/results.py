@@ -42,6 +42,9 @@ class Setup:
     """key=value of all settings beside config and faults."""
     limits: dict[str, float] = field(default_factory=dict)
     """timeout_seconds and restarts of the campaign; a run beyond them fails."""
+    mode: str = "restart"
+    """elastic.mode: "restart" under torchrun, "quorum" under `trainer launch`."""
+    spares: int = 0
 
     def values(self) -> dict[str, Any]:
         return {own.name: getattr(self, own.name) for own in dataclasses.fields(Setup)}

@@ -36,7 +36,7 @@ from trainer.faults.checker import NOT_ASKED, Evidence, Reference
 from trainer.faults.fault import LINUX, NAMESPACES, SHAPING, Fault
 from trainer.fleet import supervision
 from trainer.launch import namespaces
-from trainer.launch.cluster import Cluster
+from trainer.launch.cluster import Cluster, QuorumCluster
 from trainer.log.timeline import read_timeline
 
 MORE_STARTS = 3
@@ -142,10 +142,10 @@ def _reference(campaign: Campaign, out: Path, report: Report) -> Reference | Com
         directory.mkdir()
         ranks = campaign.command.ranks if campaign.command else 1
         nodes = campaign.file.nodes if campaign.command else 1
-        alone = Case(
-            "reference", [], [], ranks, nodes, "", None, 0, campaign.overrides, config=campaign.config, planned=[]
-        )  # fmt: skip
-        launched = _launch(campaign, campaign.overrides, directory, alone, time.time())
+        # One rank, whom no launcher has to hold together, whatever the mode of the cases is.
+        overrides = campaign.overrides if campaign.command else [*campaign.overrides, 'elastic.mode="restart"']
+        alone = Case("reference", [], [], ranks, nodes, "", None, 0, overrides, config=campaign.config, planned=[])
+        launched = _launch(campaign, overrides, directory, alone, time.time())
         if launched.status != EXIT_FINISHED:
             tail = "\n".join(f"    {line}" for line in launched.output.strip().splitlines()[-TAIL_LINES:])
             raise TopropeError(
@@ -260,6 +260,11 @@ def _launch(
             )
             run = command.record(directory)
             watch = command.Watch(campaign.command, directory, cluster, case.ranks)
+        elif case.mode == "quorum":
+            cluster = QuorumCluster(
+                campaign.config_path, run, overrides, ranks=case.ranks, spares=case.spares, directory=start,
+                environment={"WANDB_MODE": "disabled"}, warm=True,
+            )  # fmt: skip
         else:
             # A warm cluster forks its ranks from a process that has torch imported: that costs seconds per start.
             cluster = Cluster(
@@ -346,6 +351,7 @@ def _replay(campaign: Campaign, failed: Iterable[Result]) -> str:
     for result in firsts.values():
         run = {"name": result.name, "ranks": result.ranks, "nodes": result.nodes}
         run |= {"strategy": result.strategy} if result.strategy else {}
+        run |= {"spares": result.spares} if result.spares else {}
         lines += ["", f"# {result.outcome}: {' '.join(result.why.split())}", "[[runs]]", *tomlfile.lines(run)]
         # Its own `set` holds the settings that the campaign does not have.
         own = {key: value for key, value in _split(result.overrides).items() if shared.get(key) != value}

@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 from trainer import tomlfile
 from trainer.chaos.results import Table
-from trainer.config import Config
+from trainer.config import Config, FaultEntry
 from trainer.errors import ConfigError
-from trainer.faults.fault import KINDS, NODES, WITHOUT_STEP, Fault, interval
+from trainer.faults.fault import KINDS, NODES, NOT_DRAWN, OF_MAIN_MEMBER, WITHOUT_STEP, Fault, interval
 from trainer.phases import Phase
 
-Moment = tuple[int | None, str, int]
+Moment = tuple[int | None, str, int | str]
 """(step, phase or state, rank)"""
 
 
@@ -124,7 +124,7 @@ def draw(
             else:
                 victim = {"rank": rng.randrange(world_size)} if kind.on_rank else {}
                 fault = {"kind": kind.name, **victim, "at_step": step}
-            if taken.isdisjoint(moments := _moments(fault)):
+            if taken.isdisjoint(moments := _moments(fault)) and not _refused(kind, fault, config, world_size):
                 taken |= moments
                 schedule.append(fault)
                 break
@@ -136,17 +136,26 @@ def _draw_fault(
 ) -> Table:
     if kind.from_outside:
         return {"kind": kind.name, "at_step": step}
-    phases = [phase for phase in kind.phases if phase not in WITHOUT_STEP]
+    drawn = [phase for phase in kind.phases if phase not in (*WITHOUT_STEP, *NOT_DRAWN)]
+    phases = drawn or list(kind.phases)
+    in_quorum = config.elastic.mode == "quorum"
     # Ranks surely load after an earlier fault that restarts them, once there is a checkpoint.
     restarting = [other for other in schedule if RESTARTS & {*KINDS[other["kind"]].expected_incidents}]
     saved = 2 * config.checkpoint.every_steps
-    if Phase.IN_LOAD in kind.phases and any(0 < saved < other.get("at_step", 0) for other in restarting):
+    loads = not in_quorum and any(0 < saved < other.get("at_step", 0) for other in restarting)
+    if Phase.IN_LOAD in kind.phases and loads:
         phases.append(Phase.IN_LOAD)
     phase = rng.choice(phases)
     fault = {"kind": kind.name, "rank": rng.randrange(world_size), "phase": phase}
     if kind.writer_only(phase):
         fault["rank"] = 0  # the other ranks have nothing left to write by then
+    if in_quorum and phase in OF_MAIN_MEMBER:
+        fault["rank"] = "writer"
     return fault if phase == Phase.IN_LOAD else fault | {"at_step": due(phase, step, config)}
+
+
+def _refused(kind: Fault, fault: Table, config: Config, world_size: int) -> bool:
+    return bool(kind.refuses(FaultEntry(**fault), fault.get("phase", ""), config, world_size))
 
 
 def due(phase: str, step: int, config: Config) -> int:
@@ -172,8 +181,43 @@ def usual(kind: Fault, config: Config, world_size: int, number: int = 0) -> Tabl
     if kind.from_outside:
         return {"kind": kind.name, "at_step": step}
     phase = kind.phases[0]
-    rank = 0 if kind.writer_only(phase) else number % world_size
-    return {"kind": kind.name, "rank": rank, "at_step": due(phase, step, config)}
+    fault: Table = {"kind": kind.name, "rank": number % world_size, "at_step": due(phase, step, config)}
+    if config.elastic.mode == "quorum" and phase in OF_MAIN_MEMBER:
+        fault["rank"] = "writer"
+    elif kind.writer_only(phase):
+        fault["rank"] = 0
+    elif _refused(kind, fault, config, world_size):
+        fault["rank"] = (number + 1) % world_size
+    return fault
+
+
+def at_phase(kind: Fault, phase: str, config: Config, world_size: int) -> list[Table]:
+    """Return [[faults]] tables of a kind at one phase, on each rank, some steps apart, and what leads to that phase."""
+    in_quorum, last = config.elastic.mode == "quorum", config.budget.steps
+    fault: Table = {"kind": kind.name, "phase": phase}
+    # Another death makes ranks load, or hand over their state.
+    trigger = {"kind": "sigkill", "rank": "all" if phase == Phase.IN_LOAD else world_size - 1, "phase": "before_update"}
+    if phase == Phase.IN_TRANSFER:
+        receiver, giver = ({"rank": rank, "at_step": 3} for rank in (world_size - 1, "writer"))
+        return [trigger | {"at_step": 2}, fault | receiver, fault | giver | {"at_step": 4}]
+    if phase in (Phase.BEFORE_END, Phase.AFTER_END):
+        return [fault | {"rank": "writer"}]
+    if phase in WITHOUT_STEP:
+        alone = [fault | {"rank": rank} for rank in range(world_size)]
+        # The save under way may not be committed yet, so there are two.
+        saved = {"at_step": min(2 * config.checkpoint.every_steps + 2, last)}
+        return [trigger | saved, *alone] if phase == Phase.IN_LOAD else alone
+    every = interval(phase, config)[0] or last
+    apart = -(-max(3, (last - 3) // world_size) // every) * every
+    by_main = in_quorum and phase in OF_MAIN_MEMBER
+    tables = list[Table]()
+    for rank in range(1 if kind.writer_only(phase) and not in_quorum else world_size):
+        step = due(phase, 2 + rank * apart, config)
+        if phase == Phase.WIDENED:  # the first step has it for sure, and others wait for their next one in quorum mode
+            step = 1 + rank if in_quorum else 1
+        if not tables or tables[-1]["at_step"] < step or not by_main:
+            tables.append(fault | {"rank": "writer" if by_main else rank, "at_step": step})
+    return tables
 
 
 def pair(first: Fault, second: Fault, config: Config, world_size: int) -> list[Table]:

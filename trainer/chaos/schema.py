@@ -22,6 +22,7 @@ class Run(Section):
     """0: the campaign's number."""
     nodes: int = Field(default=0, ge=0)
     strategy: Strategy | None = None
+    spares: int | None = Field(default=None, ge=0)
     set: dict[str, Any] = Field(default_factory=dict)
     """Overrides of this run alone. None may change the weights, or there would be nothing to compare with."""
     faults: list[dict[str, Any]] = Field(default_factory=list)
@@ -31,6 +32,12 @@ class Catalogue(Section):
     """Every kind of fault once, each in a run of its own, at its usual moment."""
 
     kinds: list[str] | Literal["all"] = "all"
+
+
+class Phases(Section):
+    """Kinds at every phase that they have: one run for each phase, in which each rank is hit once."""
+
+    kinds: list[str] = Field(default=["sigkill"], min_length=1)
 
 
 class Pairs(Section):
@@ -104,6 +111,8 @@ class CampaignFile(Section):
     ranks: int = Field(default=2, ge=1)
     """Number of ranks on all nodes together."""
     nodes: int = Field(default=1, ge=1)
+    spares: int = Field(default=0, ge=0)
+    """With elastic.mode = "quorum": workers beyond `ranks` that wait to be needed."""
     strategies: list[Strategy] = Field(default=["replicate"], min_length=1)
     repeat: int = Field(default=1, ge=1)
     seed: int = 0
@@ -114,6 +123,7 @@ class CampaignFile(Section):
     """Restarts of the workers in one start of a job, beyond two for each of its faults."""
     runs: list[Run] = Field(default_factory=list)
     catalogue: Catalogue | None = None
+    phases: Phases | None = None
     pairs: Pairs | None = None
     storm: Storm | None = None
 
@@ -121,7 +131,7 @@ class CampaignFile(Section):
 NEEDED_BY_ALL = {"config", "command", "directory", "progress", "set", "set_outside", "ranks", "nodes", "strategies"}
 """Settings without which no run can be planned."""
 OF_COMMANDS = {"directory", "environment", "progress", "result", "checkpoints", "again_after"}
-OF_CONFIGS = {"set", "set_outside", "strategies", "restarts"}
+OF_CONFIGS = {"set", "set_outside", "strategies", "restarts", "spares"}
 
 
 def read(path: Path) -> tuple[CampaignFile | None, list[str]]:

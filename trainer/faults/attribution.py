@@ -5,6 +5,7 @@ One rule, `may_report`, serves the fault checker and `inspect`.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -57,6 +58,8 @@ class Firing:
     attempt: int
     first: FaultFired
     victims: set[int | None] = field(default_factory=set)
+    names: set[int | None] = field(default_factory=set)
+    """The victims as incidents call them: in quorum mode by a worker's number, else by rank."""
 
     def __str__(self) -> str:
         return str(self.fault)
@@ -111,7 +114,13 @@ class Evidence:
             if event.index in planned:
                 firing = found.setdefault(event.index, Firing(planned[event.index], entry.time, entry.attempt, event))
                 firing.victims.add(event.victim)
+                firing.names.add(event.victim if event.member is None else event.member)
         return sorted(found.values(), key=lambda firing: firing.time)
+
+    @property
+    def fired_times(self) -> Counter[int]:
+        """How often each fault has fired on one rank or another, by index."""
+        return Counter(event.index for _, event in plan.fired(self.run))
 
     @cached_property
     def attributions(self) -> list[Attribution]:
@@ -136,7 +145,10 @@ def _attribute(evidence: Evidence, firing: Firing, taken: set[int]) -> Attributi
     """Find the incident that reports a fault. `taken` are the numbers of those that report earlier ones; it grows."""
     kind, incidents = firing.fault.kind, evidence.incidents
     possible = [n for n, incident in enumerate(incidents) if may_report(kind, firing.attempt, incident)]
-    fresh = [n for n in possible if n not in taken and not _reports_another(evidence, firing, incidents[n])]
+    # The loss of several workers at once is one incident, which reports each of them.
+    several = {n for n in possible if incidents[n].others and firing.names & {incidents[n].rank, *incidents[n].others}}
+    possible = [n for n in possible if n not in taken or n in several]
+    fresh = [n for n in possible if not _reports_another(evidence, firing, incidents[n])]
     incident, problem, correct = None, "", None
     if fresh:
         # One that matches comes before one that does not.
@@ -174,12 +186,12 @@ def _mismatch(firing: Firing, incident: Incident) -> str:
     """The difference between an incident's rank or step and the fault's; empty if they match."""
     fault = firing.fault
     must_name = fault.kind.names_rank and incident.kind != "corrupted"  # that one names no rank if it is not known
-    if must_name and None not in firing.victims and incident.rank not in firing.victims:
-        victims = ", ".join(str(rank) for rank in sorted(rank for rank in firing.victims if rank is not None))
-        return f"reported of rank {incident.rank}, it was {victims}"
+    if must_name and None not in firing.names and not firing.names & {incident.rank, *incident.others}:
+        names = ", ".join(str(name) for name in sorted(name for name in firing.names if name is not None))
+        return f"reported of rank {incident.rank}, it was {names}"
     if incident.kind == "corrupted":
-        if incident.rank is not None and incident.rank not in firing.victims:
-            return f"reported of rank {incident.rank}, it was {sorted(firing.victims, key=str)}"
+        if incident.rank is not None and incident.rank not in firing.names:
+            return f"reported of rank {incident.rank}, it was {sorted(firing.names, key=str)}"
         assert fault.at_step is not None
         # An incident that ends its attempt has the last step that was completed.
         step = incident.step + 1 if incident.ends_attempt and incident.step is not None else incident.step
@@ -187,6 +199,14 @@ def _mismatch(firing: Firing, incident: Incident) -> str:
         return "" if noticed else f"reported of step {step}, it was in step {fault.at_step}"
     if fault.from_outside or fault.at_step is None or incident.step is None or incident.kind == "checkpoint_rejected":
         return ""
+    if fault.mode == "quorum":
+        fired = firing.first.step  # it may have been late
+        if fired is None or incident.kind == "preempted":
+            return ""
+        # The others may complete the step without the victim, and train on while it saves.
+        late = incident.step + (incident.lost_steps or 0) - (fired - 1)
+        differs = late < 0 if fault.phase in SAVE else abs(late) > 1
+        return f"reported of step {incident.step}, it was in step {fired}" if differs else ""
     if not incident.ends_attempt:
         differs = incident.step != fault.at_step
     elif fault.phase in SAVE:  # training has continued meanwhile
@@ -202,6 +222,9 @@ def _detect_seconds(evidence: Evidence, firing: Firing, incident: Incident | Non
     """Seconds until the run's log or the end of its processes showed that the fault was noticed."""
     if incident is None or not firing.fault.kind.expected_incidents:
         return None
+    if incident.kind == "worker_lost" and not incident.ends_attempt:  # the members that are left have said so
+        assert incident.time is not None
+        return max(0.0, incident.time - firing.time)
     own, attempts = OWN_EVENT.get(incident.kind, ()), evidence.history.attempts
     times = [e.time for e in evidence.entries if isinstance(e.event, own) and e.attempt == incident.attempt]
     if incident.kind in SEEN_BY_LAUNCHER:
@@ -271,11 +294,17 @@ def _rows(
 def _reports(incident: Incident, entry: Entry, event: FaultFired) -> bool:
     """True if an incident reports a fault on one rank, and names rank and step correctly where it must."""
     kind = KINDS.get(event.fault)
-    if kind is None or not may_report(kind.watched(world_size=2), entry.attempt, incident):
+    if kind is not None:
+        kind = kind.watched(world_size=2)
+        kind = kind if event.member is None else kind.in_quorum(event.phase or "")
+    if kind is None or not may_report(kind, entry.attempt, incident):
         return False
+    name = event.victim if event.member is None else event.member
     if incident.kind == "corrupted":  # a wrong operator may be noticed some steps later
-        return incident.rank in (None, event.victim)
-    if kind.names_rank and incident.rank != event.victim:
+        return incident.rank in (None, name)
+    if kind.names_rank and name not in (incident.rank, *incident.others):
         return False
+    if incident.kind == "worker_lost" and not incident.ends_attempt:
+        return True  # each worker is lost once
     belongs_to_step = not incident.ends_attempt and incident.kind != "checkpoint_rejected"
     return not belongs_to_step or incident.step == event.step

@@ -16,6 +16,7 @@ from trainer.faults.attribution import Evidence, Firing, Reference, reference_of
 from trainer.faults.plan import PlannedFault
 from trainer.log import events, goodput
 from trainer.log.incidents import Incident
+from trainer.phases import Phase
 
 __all__ = [
     "INVARIANTS", "Answer", "Answers", "Evidence", "Reference", "answer_of", "check", "every_fault_fired", "measure",
@@ -40,7 +41,7 @@ NOT_ASKED: Answers = "not applicable"
 MEASURED_AS = {DETECTED: "detect_seconds", RECOVERED: "recover_seconds", ATTRIBUTED: "attributed_correctly"}
 """The value in `measure` that an invariant tests; None for a fault of which it asks nothing."""
 KNOWN_FILES = {
-    "config.json", "tokenizer.json", "lock", "events", "checkpoints", "stacks", "wandb", "tensorboard",
+    "config.json", "tokenizer.json", "lock", "events", "checkpoints", "quorum", "stacks", "wandb", "tensorboard",
     "curves.png", "timeline.svg",
 }  # fmt: skip
 BREAKING = {"worker_lost", "hung", "preempted", "checkpoint_rejected"}
@@ -123,8 +124,10 @@ def every_fault_fired(evidence: Evidence) -> Answer:
     """The answer to the first invariant: only a fault that fired tests anything."""
     if not evidence.planned:
         return Answer(FIRED, NOT_ASKED, "no fault was planned")
-    fired = {firing.fault.index for firing in evidence.firings}
-    missing = [fault for fault in evidence.planned if fault.index not in fired]
+    fired = evidence.fired_times
+    # In quorum mode nobody waits for a successor, in which a fault fires again.
+    least = {fault.index: fault.times if fault.mode == "quorum" else 1 for fault in evidence.planned}
+    missing = [fault for fault in evidence.planned if fired[fault.index] < least[fault.index]]
     if not missing:
         return Answer(FIRED, "pass")
 
@@ -134,7 +137,12 @@ def every_fault_fired(evidence: Evidence) -> Answer:
 
     warned = [event.message for _, event in events.select(evidence.entries, events.Warned)]
     notes = list(dict.fromkeys([*(message for message in warned if "did not fire" in message), *evidence.notes]))
-    reasons = [next((text for text in notes if is_about(text, fault)), f"{fault} never fired") for fault in missing]
+
+    def how_often(fault: PlannedFault) -> str:
+        times = fired[fault.index]
+        return f"{fault} fired {times} of {least[fault.index]} times" if times else f"{fault} never fired"
+
+    reasons = [next((text for text in notes if is_about(text, fault)), how_often(fault)) for fault in missing]
     general = [text for text in notes if not any(is_about(text, fault) for fault in evidence.planned)]
     return Answer(FIRED, "unknown", _joined([*reasons, *general]))
 
@@ -159,6 +167,8 @@ def _difference(evidence: Evidence) -> str:
     """The first difference of the end, or of a step that was computed again; empty if there is none."""
     reference = evidence.reference
     for entry, end in events.select(evidence.entries, events.AttemptEnded):
+        if entry.rank != 0 and end.reason:
+            continue  # a quorum's spare, which never had a state, saw the others finish
         for name in ("weights_sha256", "state_sha256") if end.status == "finished" else ():
             if getattr(end, name) != getattr(reference, name):
                 return f"{name} of rank {entry.rank} differs from the reference run's"
@@ -176,7 +186,27 @@ def _every_sample_once(evidence: Evidence) -> Answer:
         return Answer(SAMPLES, "unknown", "the reference run has no steps to compare with")
     wrong = [f"step {step} was computed from other samples" for step in samples if samples[step] != reference.get(step)]
     missing = [f"step {step} is not in the log" for step in sorted(reference.keys() - samples.keys())]
-    return answer_of(SAMPLES, wrong + missing)
+    return answer_of(SAMPLES, [*wrong, *missing, *_wrong_shares(evidence)])
+
+
+def _wrong_shares(evidence: Evidence) -> Iterator[str]:
+    """Quorum mode: steps that an attempt committed twice, and micro-batches that an interrupted step has not once."""
+    every = list(range(evidence.config.data.micro_batches))
+    for attempt in evidence.history.attempts:
+        last = -1
+        for entry in attempt.main_entries:
+            event = entry.event
+            if isinstance(event, events.StepDone):
+                if event.step <= last:
+                    yield f"step {event.step} was committed again, though its state was not lost"
+                last = event.step
+            elif isinstance(event, events.MembersChanged):
+                if set(event.members) == set(event.joined):  # nobody left had the state: it is that of a checkpoint
+                    last = event.step
+                    continue
+                shares = [*event.kept.values(), *event.given.values()]
+                if sorted(index for share in shares for index in share) != every:
+                    yield f"epoch {event.epoch} gave its members not each micro-batch of step {event.step + 1} once"
 
 
 def _checkpoints_kept(evidence: Evidence) -> Answer:
@@ -217,6 +247,9 @@ def _lost_checkpoints(evidence: Evidence) -> Iterator[str]:
             case events.AttemptStarted(from_step=begun) if entry.rank == 0 and begun < max(durable):
                 newest_step = max(durable)
                 yield f"attempt {entry.attempt} began at step {begun}, though that of step {newest_step} was committed"
+            case events.MembersChanged(step=begun, members=members, joined=joined) if set(members) == set(joined):
+                if begun < (newest_step := max(durable)):
+                    yield f"epoch {entry.event.epoch} began at step {begun}, though {newest_step} was committed"
 
 
 def _answer_if_asked(evidence: Evidence, invariant: str, problems: Iterable[str]) -> Answer:
@@ -234,7 +267,8 @@ def _answer_if_asked(evidence: Evidence, invariant: str, problems: Iterable[str]
 
 def _patience(evidence: Evidence, firing: Firing) -> float:
     """Seconds without progress after which the config takes a rank for hung; 0 for a fault that is no hang."""
-    if "hung" not in firing.fault.kind.expected_incidents:
+    # By the class: in quorum mode the arbiter ends such a rank after that time, and it counts as lost.
+    if "hung" not in type(firing.fault.kind).expected_incidents:
         return 0.0
     settings = evidence.config.elastic
     starts = events.select(evidence.entries, events.AttemptStarted)
@@ -256,7 +290,9 @@ def _late_detections(evidence: Evidence) -> Iterator[str]:
 def _late_recoveries(evidence: Evidence) -> Iterator[str]:
     for found in evidence.attributions:
         firing, seconds = found.firing, found.recover_seconds
-        if firing.fault.kind.moves_clock:
+        # The log says that the run has finished: in quorum mode nothing has to follow.
+        is_over = firing.fault.mode == "quorum" and firing.fault.phase == Phase.AFTER_END
+        if firing.fault.kind.moves_clock or is_over:
             continue
         if seconds is None:
             yield f"{firing}: no new step followed"
@@ -286,6 +322,7 @@ def _false_alarms(evidence: Evidence) -> list[Incident]:
         if firing.fault.kind.exits != (EXIT_FINISHED,) or BREAKING & {*firing.fault.kind.expected_incidents}
     }
     explained = [attribution.incident for attribution in evidence.attributions]
+    hit = {name for firing in evidence.firings for name in firing.names}
     caused = {(name, firing.attempt) for firing in evidence.firings for name in firing.fault.kind.may_cause}
     secondary = ("worker_lost", "save_failed")  # the death of one rank breaks the others and the save under way
     return [
@@ -294,8 +331,14 @@ def _false_alarms(evidence: Evidence) -> list[Incident]:
         if not any(incident is other for other in explained)
         and (incident.kind, incident.attempt) not in caused
         and (incident.kind not in expected or incident.kind in secondary)
-        and not (incident.kind in secondary and incident.attempt in broken)
+        # In quorum mode the death of one worker ends no other.
+        and not (incident.kind in secondary and incident.attempt in broken and _may_follow(incident, hit))
     ]
+
+
+def _may_follow(incident: Incident, hit: set[int | None]) -> bool:
+    """True if an incident may be the consequence of another one, where these ranks or workers were hit."""
+    return incident.ends_attempt or incident.kind != "worker_lost" or bool(hit & {incident.rank, *incident.others})
 
 
 def _time_problems(evidence: Evidence) -> Iterator[str]:

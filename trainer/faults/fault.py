@@ -8,6 +8,7 @@ called by the injector), or from outside, beside torchrun, when the event log ha
 Importing this module imports no torch: campaigns are planned without. What needs torch is imported where it fires.
 """
 
+import copy
 import math
 import re
 from collections.abc import Mapping
@@ -32,18 +33,28 @@ GRADIENT = (
 )  # fmt: skip
 UPDATE = (Phase.AFTER_REDUCE, Phase.BEFORE_UPDATE, Phase.IN_UPDATE, Phase.AFTER_UPDATE)
 SAVE = (Phase.IN_SAVE_SHARD, Phase.BEFORE_COMMIT, Phase.AFTER_COMMIT)
+AROUND_SAVE = (Phase.WAITING_FOR_SAVE, Phase.AFTER_SAVE)
 STEP = (*GRADIENT, *UPDATE)
-ANYWHERE = (*STEP, *SAVE, Phase.STARTUP, Phase.IN_LOAD, Phase.IN_EVAL, Phase.BEFORE_END, Phase.AFTER_END)
-WITHOUT_STEP = (Phase.STARTUP, Phase.IN_LOAD, Phase.BEFORE_END, Phase.AFTER_END)
-AFTER_THE_UPDATE = (Phase.AFTER_UPDATE, Phase.IN_EVAL, *SAVE)
+IN_QUORUM = (Phase.JOINING, Phase.IN_TRANSFER)
+"""Phases that are passed in quorum mode alone."""
+NOT_DRAWN = (*AROUND_SAVE, *IN_QUORUM, Phase.WIDENED)
+"""Phases that a storm does not draw, since not every step and rank has them: a kind or a person must ask for them."""
+ANYWHERE = (
+    *STEP, *SAVE, Phase.STARTUP, Phase.IN_LOAD, Phase.IN_EVAL, Phase.BEFORE_END, Phase.AFTER_END, *NOT_DRAWN,
+)  # fmt: skip
+WITHOUT_STEP = (Phase.STARTUP, Phase.JOINING, Phase.IN_LOAD, Phase.BEFORE_END, Phase.AFTER_END)
+AFTER_THE_UPDATE = (Phase.AFTER_UPDATE, Phase.IN_EVAL, *SAVE, *AROUND_SAVE)
 """Phases at which the rank already counts the step as completed."""
+OF_MAIN_MEMBER = (*SAVE, *AROUND_SAVE, Phase.BEFORE_END, Phase.AFTER_END)
+"""Phases that in quorum mode the main member alone passes: whoever that is by then."""
 
 # Needs of a kind: of the machine or of the job. A campaign probes, and skips kinds whose needs are not met.
-LINUX, NAMESPACES, NODES, SHAPING = (
+LINUX, NAMESPACES, NODES, SHAPING, SPARES = (
     "Linux",
     "network namespaces (as root, or where the system lets users make user namespaces)",
     "two nodes",
     "traffic shaping (tc netem)",
+    "a spare worker",
 )
 
 
@@ -77,7 +88,7 @@ class Fault:
     """A kind of fault. Instances have no state: the settings of one fault of a config are in its `PlannedFault`."""
 
     name: ClassVar[str]  # name in configs. By default that of the class: TruncatedShard is truncated_shard.
-    group: ClassVar[Literal["process", "time", "network", "storage", "numbers", "membership", "clock"]]
+    group: ClassVar[Literal["process", "time", "network", "storage", "numbers", "membership", "clock", "quorum"]]
     imitates: ClassVar[str]  # the failure in the field that it imitates
     made: ClassVar[str]  # the way it is made here
     detected: ClassVar[str]
@@ -109,13 +120,20 @@ class Fault:
     needs_peers: ClassVar[bool] = False  # True if another rank must be left that waits and notices
     stops_rank: ClassVar[bool] = False
     """True if the rank stays stopped: if all ranks are stopped at once, none is left to notice."""
-    repeats: ClassVar[bool] = False  # True if it fires `times` times in a row: again in the next starts
+    again_at: ClassVar[tuple[Phase, ...]] = ()
+    """Phases at which it fires again in the next starts, `times` times in all. Empty: it fires once."""
+    again_on_main: ClassVar[bool] = False  # True if it fires again on the main member, and not on the successor
+    neighbours: ClassVar[int] = 0  # further ranks that it hits in the same step: those after the one that is named
     damages_checkpoints: ClassVar[bool] = False
     damages_files: ClassVar[bool] = False
     """True if it can be made from outside in any job whose checkpoint files the campaign names."""
     damages_tokens: ClassVar[bool] = False  # True if it writes to the token store, which other runs may share
     moves_clock: ClassVar[bool] = False  # True if the run's own times cannot be trusted afterwards
     node_balance: ClassVar[int] = 0  # nodes that join (1) or leave (-1) permanently
+    not_in: ClassVar[Mapping[str, str]] = {}
+    """{elastic.mode: the reason why it cannot be made there}."""
+    in_quorum_mode: ClassVar[Mapping[str, Any]] = {}
+    """Fields that have other values in quorum mode, where a death ends nobody else: `expected_incidents`, `exits`, …"""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -131,7 +149,11 @@ class Fault:
     @property
     def hits_any_job(self) -> bool:
         """True if it can be made from outside in any job, whatever program its ranks run."""
-        return self.from_outside or bool(self.signal_number) or self.damages_files
+        return "restart" not in self.not_in and (self.from_outside or bool(self.signal_number) or self.damages_files)
+
+    @property
+    def repeats(self) -> bool:
+        return bool(self.again_at)
 
     def writer_only(self, phase: str) -> bool:
         """True if only rank 0, which commits checkpoints, can be hit at this phase."""
@@ -148,6 +170,16 @@ class Fault:
     def watched(self, world_size: int) -> "Fault":
         """This kind as it shows in a run with a sentinel."""
         return self
+
+    def in_quorum(self, phase: str) -> "Fault":
+        """This kind as it shows in quorum mode, at a phase of a rank or, if that is empty, from outside."""
+        changes = dict(self.in_quorum_mode)
+        # Nobody counts on a worker that has not met the others yet, and after the end there is nothing to go on with.
+        if phase in (Phase.STARTUP, Phase.AFTER_END):
+            changes |= {"expected_incidents": (), "may_cause": (*self.may_cause, *self.expected_incidents)}
+        kind = copy.copy(self)
+        vars(kind).update(changes)
+        return kind
 
     # Firing. `planned` is the fault of the config, `rank` and `outside` what it can act on.
 
@@ -194,7 +226,7 @@ KINDS: dict[str, Fault] = {}
 
 def interval(phase: str, config: Config) -> tuple[int, str]:
     """(n, setting) for a phase that comes every n steps by that setting, and at the last step. 0: only at the last."""
-    if phase in SAVE:
+    if phase in (*SAVE, *AROUND_SAVE):
         return config.checkpoint.every_steps, "checkpoint.every_steps"
     if phase == Phase.IN_EVAL:
         return config.eval.every_steps, "eval.every_steps"

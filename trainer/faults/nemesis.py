@@ -65,6 +65,13 @@ class Outside:
         assert self.cluster.store is not None
         return self.cluster.store
 
+    def arbiter(self) -> int:
+        """Process id of a quorum's arbiter. Raises ValueError if there is none now."""
+        pid = self.cluster.arbiter()
+        if pid is None:
+            raise ValueError("the job has no arbiter now")
+        return pid
+
     def freeze(self, node: "Agent", seconds: float) -> None:
         """Stop a process for so long."""
         node.signal(signal.SIGSTOP)
@@ -207,10 +214,16 @@ class Nemesis:
         self._waiting.remove(fault)
         # On record before it acts: whatever the fault ends must find it there.
         for victim, pid in victims.items() if kind.on_rank and not kind.hits_agent else [(None, None)]:
-            attempt = self._progress.attempt_of(victim, pid)
+            attempt, member = self._progress.attempt_of(victim, pid), None
+            if fault.mode == "quorum":  # a worker is in the log by its number, and joins the attempt that goes on
+                attempt = self._progress.newest_attempt() or 0
+                # The log of member 0 is that of all, which any member may have begun.
+                numbers = [number for number, known in self._progress.workers().items() if known == pid]
+                member = max(numbers, default=None)
             reached = self._progress.reached(attempt)
             step = None if reached is None else reached + 1
-            plans.record(self._run, fault, attempt, NEMESIS, victim=victim, step=step, phase=None)
+            about = {"victim": victim, "step": step, "member": member}
+            plans.record(self._run, fault, attempt, NEMESIS, phase=None, **about)
         thread = threading.Thread(target=self._act, args=(fault, victims), name=f"toprope-{kind.name}", daemon=True)
         self._acting.append(thread)
         thread.start()

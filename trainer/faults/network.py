@@ -25,6 +25,7 @@ class NetworkFault(Fault):
 class StoreFault(NetworkFault):
     needs = (LINUX, NODES)
     needs_store = True
+    not_in: ClassVar = {"quorum": "there is no rendezvous store: the arbiter is in its place"}
 
 
 class Partition(NetworkFault):

@@ -17,9 +17,19 @@ from typing import Any
 
 from trainer.config import Config, FaultEntry
 from trainer.errors import ConfigError
-from trainer.faults.fault import AFTER_THE_UPDATE, KINDS, NODES, WITHOUT_STEP, Fault, interval
+from trainer.faults.fault import (
+    AFTER_THE_UPDATE,
+    IN_QUORUM,
+    KINDS,
+    NODES,
+    OF_MAIN_MEMBER,
+    WITHOUT_STEP,
+    Fault,
+    interval,
+)
 from trainer.log import events
 from trainer.log.events import Entry, FaultFired
+from trainer.phases import Phase
 
 RANKS = ("any", "all", "rank0", "writer")
 """Words for `rank` instead of a number."""
@@ -38,6 +48,11 @@ class PlannedFault:
     phase: str  # empty if it comes from outside
     attempt: int | None
     settings: dict[str, Any]
+    mode: str = "restart"
+    """elastic.mode. In quorum mode a rank is a launcher's place for a worker: a successor has the same one. The others
+    do not wait for it, so a fault whose rank is away at its step strikes at the first later one."""
+    on_main: bool = False
+    """Quorum mode: it strikes whoever is the main member by then; `ranks` are all."""
 
     @property
     def from_outside(self) -> bool:
@@ -59,7 +74,7 @@ class PlannedFault:
     @property
     def times(self) -> int:
         """Number of times it fires on a rank."""
-        return self.settings["times"] if self.kind.repeats else 1
+        return self.settings.get("times", 2) if self.kind.repeats else 1
 
     def victims(self, world_size: int) -> tuple[int, ...]:
         """The ranks it hits in a world of this size, which may have changed since it was planned."""
@@ -67,7 +82,8 @@ class PlannedFault:
 
     def __str__(self) -> str:
         if self.kind.on_rank:
-            target = "all ranks" if self.ranks is None else ", ".join(f"rank {rank}" for rank in self.ranks)
+            ranks = ("all ranks",) if self.ranks is None else (f"rank {rank}" for rank in self.ranks)
+            target = "the main member" if self.on_main else ", ".join(ranks)
         else:
             node = self.settings.get("node")
             target = "" if node is None else "the last node" if node < 0 else f"node {node}"
@@ -99,9 +115,13 @@ def make(
             problems.append(f"{where}.kind = {entry.kind!r} is no kind of fault.\n  {hint}")
             continue
         where += f" ({kind.name})"
+        if reason := kind.not_in.get(config.elastic.mode):
+            problems.append(f"{where} cannot be made: {reason}.\n  Remove it, or train in the other elastic.mode.")
+            continue
         outside = kind.from_outside or not inside
         phase = "" if outside or entry.at_seconds is not None else entry.phase or str(kind.phases[0])
-        found = [*_target_problems(where, entry, kind, phase, world_size, nodes)]
+        mode = config.elastic.mode
+        found = [*_target_problems(where, entry, kind, phase, world_size, nodes, mode)]
         if refused := kind.refuses(entry, phase, config, world_size):
             found.append(f"{where}: {refused}")
         found += _moment_problems(where, entry, kind, phase, config, outside)
@@ -110,28 +130,40 @@ def make(
         # An entry with problems is left out, so that those of the others are reported in the same error.
         if not found:
             shown = kind.watched(world_size) if config.sentinel.on else kind
-            planned.append(_resolve(index, entry, shown, phase, config.seed, world_size))
+            shown = shown.in_quorum(phase) if mode == "quorum" else shown
+            planned.append(_resolve(index, entry, shown, phase, config.seed, world_size, mode))
     problems += _joint_problems(planned, world_size, nodes)
     if problems:
         raise ConfigError(problems)
     return planned
 
 
-def _resolve(index: int, entry: FaultEntry, kind: Fault, phase: str, seed: int, world_size: int) -> PlannedFault:
-    if entry.rank == "any" and not kind.writer_only(phase):
+def _resolve(
+    index: int, entry: FaultEntry, kind: Fault, phase: str, seed: int, world_size: int, mode: str
+) -> PlannedFault:  # fmt: skip
+    by_main = phase in OF_MAIN_MEMBER and entry.rank == "any"
+    has_main = phase not in ("", Phase.STARTUP, Phase.JOINING)  # else the members are not known yet
+    on_main = mode == "quorum" and has_main and (by_main or entry.rank == "writer")
+    ranks: tuple[int, ...] | None
+    if on_main:
+        ranks = tuple(range(world_size))
+    elif entry.rank == "any" and not kind.writer_only(phase):
         # Drawn by seed and index alone: every process of the run draws the same rank.
-        ranks: tuple[int, ...] | None = (random.Random(f"{seed}-{index}").randrange(world_size),)
+        ranks = (random.Random(f"{seed}-{index}").randrange(world_size),)
     else:
         ranks = None if entry.rank == "all" else (entry.rank if isinstance(entry.rank, int) else 0,)
+    if ranks is not None and kind.neighbours:
+        ranks = tuple((ranks[0] + further) % world_size for further in range(1 + kind.neighbours))
     settings = {name: setting.default for name, setting in kind.settings.items()} | (entry.model_extra or {})
-    return PlannedFault(index, kind, ranks, entry.at_step, entry.at_seconds, phase, entry.attempt, settings)
+    moment = entry.at_step, entry.at_seconds, phase, entry.attempt
+    return PlannedFault(index, kind, ranks, *moment, settings, mode, on_main)
 
 
 # The reasons why an entry cannot fire as it stands: place in the config, fact, remedy.
 
 
 def _target_problems(
-    where: str, entry: FaultEntry, kind: Fault, phase: str, world_size: int, nodes: int | None
+    where: str, entry: FaultEntry, kind: Fault, phase: str, world_size: int, nodes: int | None, mode: str
 ) -> Iterator[str]:
     rank, node = entry.rank, (entry.model_extra or {}).get("node", -1)
     if not kind.on_rank:
@@ -144,6 +176,8 @@ def _target_problems(
         yield f"{where}: rank = {rank}, but the job has ranks 0 to {world_size - 1}.\n  Name one of them."
     elif rank > 0 and kind.writer_only(phase):
         yield f'{where}: rank = {rank}, but only rank 0 commits.\n  Give rank = "writer".'
+    elif rank > 0 and mode == "quorum" and phase in OF_MAIN_MEMBER:
+        yield f'{where}: rank = {rank}, but {phase} is passed by the main member alone.\n  Give rank = "writer".'
     if nodes is not None and NODES in kind.needs and nodes < 2:
         yield f"{where} needs two nodes, and the job has one.\n  Set nodes = 2."
     elif nodes is not None and isinstance(node, int) and node >= nodes:
@@ -173,6 +207,8 @@ def _moment_problems(
             yield f"{where}: at_seconds hits at any phase.\n  Remove phase, or give at_step."
     elif phase not in kind.phases:
         yield f"{where}: phase = {phase!r} is not among {', '.join(kind.phases)}.\n  Name one of them."
+    elif phase in IN_QUORUM and config.elastic.mode != "quorum":
+        yield f"{where}: {phase} is passed in quorum mode alone.\n  Start it by trainer launch, or name another phase."
     elif phase in WITHOUT_STEP:
         if step is not None:
             yield f"{where}: {phase} belongs to no step.\n  Remove at_step; `attempt` selects the start."
@@ -237,7 +273,8 @@ def _joint_problems(planned: Sequence[PlannedFault], world_size: int, nodes: int
 
 def tree(planned: PlannedFault) -> dict[str, Any]:
     """A plain form for JSON and TOML, from which the same fault can be made again."""
-    rank = {"rank": "all" if planned.ranks is None else planned.ranks[0]} if planned.kind.on_rank else {}
+    named = "writer" if planned.on_main else "all" if planned.ranks is None else planned.ranks[0]
+    rank = {"rank": named} if planned.kind.on_rank else {}
     moment = {key: getattr(planned, key) for key in ("at_step", "at_seconds", "attempt", "phase")}
     given = {key: value for key, value in moment.items() if value not in (None, "")}
     return {"kind": planned.kind.name, **rank, **given, **planned.settings}
@@ -252,14 +289,16 @@ def _log_path(run: Path) -> Path:
 
 def record(
     run: Path, fault: PlannedFault, attempt: int, writer: int,
-    *, victim: int | None, step: int | None, phase: str | None,
+    *, victim: int | None, step: int | None, phase: str | None, member: int | None = None,
 ) -> None:  # fmt: skip
-    """Note that a fault fires. `writer` is the rank that writes, or NEMESIS.
+    """Note that a fault fires. `writer` is the rank that writes, or NEMESIS; `member` is the victim's number in quorum
+    mode, if it has one.
 
     In one write, so that ranks may write at the same time, and a rank may die right after.
     """
     event = FaultFired(
-        index=fault.index, fault=fault.kind.name, victim=victim, step=step, phase=phase, pid=os.getpid()
+        index=fault.index, fault=fault.kind.name, victim=victim, step=step, phase=phase, pid=os.getpid(),
+        member=member,
     )  # fmt: skip
     line = {"event": event.kind, "attempt": attempt, "rank": writer, "time": _now()} | asdict(event)
     _log_path(run).parent.mkdir(exist_ok=True)

@@ -162,7 +162,7 @@ class RepeatedKill(ProcessFault):
     made = "kill -KILL, and again in the next starts while the checkpoint is loaded"
     phases = STEP
     settings: ClassVar = {"times": Setting(2, "deaths in a row", 2)}
-    repeats = True
+    again_at = (Phase.IN_LOAD, Phase.BEFORE_FORWARD)  # the second is the first step where there is nothing to load
 
     def fire(self, planned: PlannedFault, rank: RankContext) -> None:
         kill_self()

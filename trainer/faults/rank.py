@@ -34,6 +34,8 @@ class RankContext:
         self.config, self.run, self.rank, self.world_size, self.attempt = config, run, rank, world_size, attempt
         self.log: EventLog | None = None
         self.step = 0  # completed steps
+        self.member: int | None = None  # quorum mode: its number among the job's workers
+        self.is_main: Callable[[], bool] = lambda: True  # quorum mode: True if it writes for all
         self.micro_batch = 0  # number of this rank's micro-batches that have begun in the step under way
         self.finished = False  # True once the last step is done and saved
         self.undo = contextlib.ExitStack()  # closed at the end of the attempt

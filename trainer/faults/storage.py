@@ -104,6 +104,7 @@ class CheckpointDamage(Fault):
     names_rank = False
     detect_seconds = 20.0  # a restart lies between
     damages_checkpoints = True
+    not_in: ClassVar = {"quorum": "a death loads no checkpoint: the others hold the state in memory"}
 
     def usual_step(self, every: int, steps: int) -> int:
         # Two are committed by then: the save of step 3 × every has waited for that of 2 × every.

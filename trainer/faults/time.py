@@ -4,7 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from trainer.config import Config, FaultEntry
 from trainer.data import MicroBatch
@@ -24,6 +24,7 @@ class Hang(Fault):
     detected = "the watchdog: no progress within elastic.step_timeout_seconds; stacks and collective are recorded"
     recovered = f"the process ends itself; {RESTART}"
     expected_incidents = ("hung",)
+    in_quorum_mode: ClassVar[Mapping[str, Any]] = {"expected_incidents": ("worker_lost",)}  # the arbiter ends it alone
     settings: ClassVar[Mapping[str, Setting]] = {"seconds": Setting(3600.0, "how long it lasts")}
 
 
@@ -44,6 +45,8 @@ class SkippedCollective(Hang):
     settings: ClassVar = {}
     # It is unknown which of the ranks that disagree is right, and which of them gloo ends.
     expected_incidents = ("hung", "worker_lost")
+    # All of them wait, so the step is tried again with the same members.
+    in_quorum_mode: ClassVar[Mapping[str, Any]] = {"expected_incidents": (), "may_cause": ("worker_lost",)}
     names_rank = False
     needs_peers = True
 

@@ -18,6 +18,7 @@ from trainer.parallel import elastic
 from trainer.parallel.elastic import JOB_MARK
 
 LAUNCH = (sys.executable, "-m", "trainer.launch.torchrun")
+TRAINER = (sys.executable, "-m", "trainer")
 
 
 class Agent:

@@ -1,4 +1,4 @@
-"""All torchrun agents of a job on this machine: of a toprope run, or of a command of someone else's."""
+"""All processes of a job on this machine: of a toprope run, by torchrun or `trainer launch`, or of another command."""
 
 import contextlib
 import socket
@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from trainer.launch.agent import LAUNCH, Agent
+from trainer.launch import processes
+from trainer.launch.agent import LAUNCH, TRAINER, Agent
 from trainer.launch.namespaces import INTERFACE, Hosts
 from trainer.launch.processes import wait_until
+from trainer.log import events
 
 # A lost node is noticed after 3 s; a rendezvous round is closed 1 s after the last call.
 RENDEZVOUS = "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=1,join_timeout=60,read_timeout=30"
 SPARE_NODES = 2  # may join while all others are there
+ARBITER = "trainer.parallel.arbiter"  # its module
 STORE_SECONDS = 30  # until the store listens; torch's import takes most of it
 PARTING_SECONDS = 10  # until the other agents have left after the first
 
@@ -108,6 +111,14 @@ class Agents:
         """The job's checkpoint files as far as they are known from outside, the newest first."""
         return []
 
+    def arbiter(self) -> int | None:
+        """Process id of a quorum's arbiter; None if the job has none now."""
+        return None
+
+    def spares(self) -> list[int]:
+        """Process ids of a quorum's workers that wait to be needed."""
+        return []
+
     def send(self, pid: int, number: int) -> bool:
         """Send a signal to a process if it is one of this cluster's. Returns False if it is not, or is gone."""
         return any(agent.send(pid, number) for agent in self._agents())
@@ -191,6 +202,41 @@ class Cluster(Agents):
             [*options, *self._command], log, launch=[*enter, *LAUNCH], host=host, warm=self._warm,
             environment=environment,
         )  # fmt: skip
+
+
+class QuorumCluster(Agents):
+    """The launcher of a toprope run in quorum mode, with its arbiter and workers, and `spares` more workers.
+
+    `overrides` are KEY=VALUE for --set. A worker's rank is its launcher's place for it.
+    """
+
+    def __init__(
+        self, config: Path, run: Path, overrides: Sequence[str], *, ranks: int, directory: Path, spares: int = 0,
+        environment: Mapping[str, str] | None = None, warm: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            ranks=ranks, directory=directory, nodes=1, hosts=None, environment=environment, own_store=False
+        )
+        settings = [part for override in overrides for part in ("--set", override)]
+        size = ["--workers", str(ranks), "--spares", str(spares)]
+        self._command, self._warm = ["launch", str(config), *size, "--run", str(run), *settings], warm
+        self._run = run
+
+    def workers(self) -> dict[int, int]:
+        return {rank: pid for rank, pid in super().workers().items() if rank < self._ranks}
+
+    def spares(self) -> list[int]:
+        # Whoever is ready first takes part, in whatever place.
+        takes_part = {event.pid for _, event in events.select(events.read(self._run), events.AttemptStarted)}
+        return [pid for pid in super().workers().values() if pid not in takes_part]
+
+    def arbiter(self) -> int | None:
+        return next((pid for pid in self.processes() if ARBITER in processes.command_line(pid)), None)
+
+    def _start(
+        self, number: int, log: Path, enter: Sequence[str], host: int | None, environment: Mapping[str, str]
+    ) -> Agent:
+        return Agent(self._command, log, launch=[*enter, *TRAINER], warm=self._warm, environment=environment)
 
 
 class CommandCluster(Agents):

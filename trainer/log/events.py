@@ -185,6 +185,7 @@ class FaultFired(Event, kind="fault_fired"):
     step: int | None
     phase: str | None
     pid: int  # process that made the fault
+    member: int | None = None  # quorum mode: the victim's number among the job's workers, by which incidents name it
 
 
 class StopRequested(Event, kind="stop_requested"):

@@ -36,6 +36,7 @@ class Incident:
     detected_as: str  # kind of the event that shows it; "silence" if there is none
     text: str  # one line for people
     time: float | None  # Unix time when it was noted; for the end of an attempt, of its last progress
+    others: tuple[int, ...] = ()  # workers of a quorum that were lost together with `rank`
 
 
 class IncidentBuilder:
@@ -53,6 +54,8 @@ class IncidentBuilder:
         self._losses: list[events.WorkersLost] = []
         self._reached = 0
         self._finished = False
+        self._lost: set[tuple[int, int]] = set()
+        """(attempt, number) of the workers of a quorum whose loss is an incident already."""
         self._reported: set[tuple[Any, ...]] = set()
         """Incidents inside attempts, each once: several ranks may write of it."""
         for entry in earlier:
@@ -92,6 +95,7 @@ class IncidentBuilder:
     def _add_inner(self, entry: Entry, event: _InnerEvent, attempt: Attempt) -> None:
         """Add an incident that does not end its attempt."""
         rank, seconds, which = None, None, None  # the log does not always name the rank; the writer may be another
+        others: tuple[int, ...] = ()
         match event:
             case events.NotFinite(trial=trial):
                 if trial > 0:  # the second in a row ends the attempt
@@ -107,16 +111,23 @@ class IncidentBuilder:
                     return
                 kind, which = "corrupted", (event.what, event.micro_batch)
             case events.MembersChanged(lost=lost_members):
+                # A loss is told again until a step is committed after it.
+                told = {member for number, member in self._lost if number == attempt.number}
+                lost_members = [int(member) for member in lost_members if int(member) not in told]
                 if not lost_members:
+                    self._reached = min(self._reached, event.step)
                     return
-                kind, rank, seconds, which = "worker_lost", int(next(iter(lost_members))), event.seconds, event.epoch
+                self._lost.update((attempt.number, member) for member in lost_members)
+                kind, seconds, which = "worker_lost", event.seconds, event.epoch
+                rank, *others_lost = lost_members
+                others = tuple(others_lost)
         # Several ranks may write of one incident.
         key = (attempt.number, kind, event.step, which)
         if key not in self._reported:
             self._reported.add(key)
             lost = max(0, self._reached - event.step) if isinstance(event, events.MembersChanged) else 0
             shown = (event.step, lost, seconds, event.kind, describe(event), entry.time)
-            self.incidents.append(Incident(attempt.number, kind, False, rank, None, *shown))
+            self.incidents.append(Incident(attempt.number, kind, False, rank, None, *shown, others))
             if isinstance(event, events.MembersChanged):
                 self._reached = min(self._reached, event.step)
 

@@ -115,8 +115,8 @@ def _version(library: str) -> str | None:
 
 def recording(run: Path) -> AbstractContextManager[object]:
     """Hold off others that would write config.json of this run now: workers that prepare each for itself."""
-    (run / "live").mkdir(parents=True, exist_ok=True)
-    return FileLock(run / "live" / "record.lock", fallback_to_soft=False)
+    (run / "quorum").mkdir(parents=True, exist_ok=True)  # its launcher has made it for the arbiter's log
+    return FileLock(run / "quorum" / "record.lock", fallback_to_soft=False)
 
 
 def record(run: Path, config: Config, facts: dict[str, Any]) -> dict[str, Any]:

@@ -52,7 +52,8 @@ class Epoch:
     """By member: micro-batches to compute in the epoch's first step. Each one is in `kept` or `work` once."""
     reports: Mapping[int, Report]
     left: Mapping[int, str]
-    """By member of the epoch before: why it is no longer one."""
+    """By member of the epoch before: why it is no longer one. So too of those before, since a step was last committed:
+    whoever was to record them may have died first."""
 
 
 class Hello(NamedTuple):
@@ -350,6 +351,8 @@ class Arbiter:
     """True while the members of `epoch` compute; false while they report."""
     _left: dict[int, str] = field(default_factory=dict)
     """Members of `epoch` that are members no longer, and why."""
+    _untold: dict[int, str] = field(default_factory=dict)
+    """The same of earlier epochs, since a step was last committed."""
     _dead: set[int] = field(default_factory=set)
     _awaited: set[int] = field(default_factory=set)
     """Members that a restarted arbiter has not heard yet."""
@@ -476,7 +479,7 @@ class Arbiter:
         return [] if status == PREEMPTED and not self._is_member(member) else self.end(status, reason)
 
     def committed(self, step: int) -> list[Action]:
-        self.highest_step = max(self.highest_step, step)
+        self.highest_step, self._untold = max(self.highest_step, step), {}
         return []
 
     def want(self, workers: int) -> list[Action]:
@@ -601,8 +604,9 @@ class Arbiter:
             kept=kept,
             work=divide(set(range(self._micro_batches)) - set(held), kept),
             reports=reports,
-            left=self._left,
+            left=self._untold | self._left,
         )
+        self._untold = dict(self.epoch.left)
         self._running, self._changing, self._left, self._ended_at = True, False, {}, None
         for m in members:
             self._workers[m].report = None

@@ -23,7 +23,7 @@ from trainer.parallel.partial import PartialSums
 from trainer.parallel.protocol import Epoch, Report
 from trainer.parallel.sharding import Sharding
 from trainer.parallel.world import StepMembers, World, open_store
-from trainer.phases import Hook, Phase
+from trainer.phases import Hook, Phase, no_hook
 
 T = TypeVar("T")
 LOOK = datetime.timedelta(milliseconds=20)
@@ -42,7 +42,7 @@ class MembersChangedError(RuntimeError):
 
 
 class TransferError(RuntimeError):
-    """The state that was received is not the one that was sent. This worker ends; its memory or network is faulty."""
+    """This worker's state is not what it should be after a hand-over. It ends, and its successor builds a new one."""
 
 
 class Membership(Protocol):
@@ -252,11 +252,15 @@ class QuorumMembers:
         self._order: Sequence[int] = (0,)
         self._state: State | None = None
         """Set once it is whole: a report names its step."""
+        self._is_overwritten = False
+        """True while a state that was to be received is here in part."""
         self._interrupted: StepMembers | None = None
         """How the first step of the epoch is computed; None: dealt out in turn."""
+        self._hook: Hook = no_hook
         self._stages: set[str] = set()
         """What has been done after the last step."""
         self._ended_at: float | None = None
+        self._lost = set[int]()
         self._fruitless = 0
 
     @property
@@ -279,7 +283,7 @@ class QuorumMembers:
 
     def wrap_hook(self, hook: Hook) -> Hook:
         """A hook that also reports progress, and leaves an epoch that has ended where nothing is lost by that."""
-        main = threading.get_ident()
+        main, self._hook = threading.get_ident(), hook
 
         def both(phase: str, step: int) -> None:
             if threading.get_ident() == main:  # the thread that writes checkpoints passes phases too
@@ -311,6 +315,11 @@ class QuorumMembers:
         started = self._ended_at or time.monotonic()  # a spare may have waited for hours
         self._count_fruitless(epoch)
         own, rank = self._membership.member, epoch.members.index(self._membership.member)
+        if self._state is None:
+            self._hook(Phase.JOINING, epoch.step or 0)
+        if epoch.step is None and self._is_overwritten:
+            # Without a checkpoint, all begin with the state that they have built.
+            raise TransferError("the giver of the state has died, and only a part of it is here")
         group = join_group(epoch, own, lambda: self._membership.ended, self._timeout_seconds)
         self._link = link = Link(
             group, lambda: self._membership.at("collective", state.step), lambda: self._membership.ended
@@ -336,7 +345,8 @@ class QuorumMembers:
         return "all" not in self._stages and state.step > 0
 
     def _count_fruitless(self, epoch: Epoch) -> None:
-        self._fruitless = 0 if epoch.left else self._fruitless + 1
+        self._fruitless = 0 if epoch.left.keys() - self._lost else self._fruitless + 1
+        self._lost |= epoch.left.keys()
         if self._fruitless > FRUITLESS_EPOCHS:
             raise WorldError(
                 f"{FRUITLESS_EPOCHS} times the workers have met, and their collectives failed although none was lost.\n"
@@ -354,18 +364,23 @@ class QuorumMembers:
             for piece in _pieces(tensors):
                 for receiver in receivers:
                     world.send(piece, receiver)
-                self._membership.heartbeat("transfer", epoch.step)
+                self._passed_piece(epoch.step)
             for receiver in receivers:
                 world.send(digest, receiver)
         elif world.rank in receivers:
-            self._state = None  # until all of it is there
+            self._state, self._is_overwritten = None, True  # until all of it is there
             for piece in _pieces(tensors):
                 world.receive(piece, 0)
-                self._membership.heartbeat("transfer", epoch.step)
+                self._passed_piece(epoch.step)
             world.receive(digest, 0)
             state.restored(epoch.step)  # first: numbers of an optimizer of one's own are taken over from the tensors
             if not torch.equal(digest, _digest(state)):
                 raise TransferError("the state that a peer has sent has another hash here")
+            self._is_overwritten = False
+
+    def _passed_piece(self, step: int) -> None:
+        self._membership.heartbeat(Phase.IN_TRANSFER, step)
+        self._hook(Phase.IN_TRANSFER, step)
 
     def commit(self, step: int, compute: Callable[[StepMembers], T]) -> T:
         assert self._state is not None

@@ -49,9 +49,10 @@ def counts(results: Sequence[Result]) -> dict[str, int]:
 
 
 def world(result: Result) -> str:
-    """ "4 fsdp on 2 nodes": ranks, strategy, nodes if several."""
+    """ "4 fsdp on 2 nodes": ranks, strategy, nodes if several, the mode if it is not the usual one."""
     nodes = f" on {result.nodes} nodes" if result.nodes > 1 else ""
-    return f"{result.ranks} {result.strategy}".rstrip() + nodes
+    mode = f" {result.mode}" if result.mode != "restart" else ""
+    return f"{result.ranks} {result.strategy}".rstrip() + mode + nodes
 
 
 def label(result: Result, results: Sequence[Result]) -> str:
