@@ -42,9 +42,13 @@ def _below(root: Path, is_skipped: Callable[[Path], bool], suffixes: set[str]) -
     found: list[SourceFile] = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if not is_skipped(Path(folder, name))]
-        paths = [Path(folder, name) for name in names if Path(name).suffix in suffixes and not name.startswith(".")]
-        # Debian ships the standard library with a link that may be broken.
-        found += [SourceFile(path, path.relative_to(root).as_posix()) for path in paths if path.is_file()]
+        inner = Path(folder).relative_to(root)
+        # Every rank does this for a thousand files as it starts, so paths are made of those alone that are taken.
+        for name in names:
+            is_wanted = os.path.splitext(name)[1] in suffixes and not name.startswith(".")  # noqa: PTH122
+            # Debian ships the standard library with a link that may be broken.
+            if is_wanted and os.path.isfile(os.path.join(folder, name)):  # noqa: PTH113, PTH118
+                found.append(SourceFile(Path(folder, name), (inner / name).as_posix()))
     return tuple(sorted(found, key=lambda file: file.name))
 
 

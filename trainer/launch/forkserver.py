@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -41,6 +42,8 @@ PRELOADED = (
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h: this process adopts descendants whose own parent has ended
 POLL_SECONDS = 0.01
 UNMARKED = "0" * elastic.MARK_LENGTH
+_mark_address = 0
+"""In a server that `spawn` has started, and in its children: where the mark stands that /proc/PID/environ shows."""
 
 
 class Request(NamedTuple):
@@ -146,9 +149,14 @@ def fork(modules: Sequence[str]) -> ForkServer | None:
 
 
 def spawn(modules: Sequence[str]) -> ForkServer | None:
-    """Start a server as a new process, for callers that have threads. Returns None without Linux."""
+    """Start a server as a new process, for callers that have threads. Returns None without Linux.
+
+    A child of such a server, which has all imports, is forked as long as it has no threads.
+    """
     if sys.platform != "linux":
         return None
+    if _mark_address and (server := fork(modules)) is not None:
+        return server
     caller_end, server_end = Pipe()
     threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # read as torch is loaded, and torchrun's default
     program = f"from trainer.launch import forkserver; forkserver.serve({server_end.fileno()}, {list(modules)!r})"
@@ -162,15 +170,15 @@ def spawn(modules: Sequence[str]) -> ForkServer | None:
 
 def serve(descriptor: int, modules: Sequence[str]) -> NoReturn:
     """Run the process that `spawn` starts."""
+    global _mark_address  # noqa: PLW0603 - a fact about the process
     caller = os.getppid()
     # Processes are found by the mark in /proc/PID/environ. A fork shows its server's, so it is overwritten in place, in
     # the memory that exec has filled and os.environ leaves alone.
     begin, end = map(int, Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[47:49])
-    mark = begin + ctypes.string_at(begin, end - begin).index(f"{elastic.JOB_MARK}={UNMARKED}\0".encode())
-    request = _serve(Connection(descriptor), caller, modules)
-    own = request.environment.get(elastic.JOB_MARK, UNMARKED).encode()
-    ctypes.memmove(mark + len(elastic.JOB_MARK) + 1, own, len(UNMARKED))
-    _run(request)
+    mark = f"{elastic.JOB_MARK}="
+    variable = begin + ctypes.string_at(begin, end - begin).index(f"{mark}{UNMARKED}\0".encode())
+    _mark_address = variable + len(mark)
+    _run(_serve(Connection(descriptor), caller, modules))
 
 
 def _adopt_orphans(adopt: bool) -> None:
@@ -183,7 +191,11 @@ def _serve(requests: "Connection[Any, Any]", caller: int, modules: Sequence[str]
     for module in modules:
         importlib.import_module(module)
     provenance.code()  # each fork remembers it: it is the code that they run, whatever the files hold by then
-    gc.freeze()  # the garbage collectors of forks leave alone what is there: to look at it would copy its memory
+    # To look at what is there would copy its memory in each fork, which costs more than to train a step: garbage is not
+    # looked for there, and at its end a fork does not undo what torch registered as it was imported.
+    gc.freeze()
+    for finalizer in list(weakref.finalize._registry):  # pyright: ignore[reportAttributeAccessIssue]
+        finalizer.atexit = False
     while True:
         try:
             request = requests.recv()
@@ -214,6 +226,8 @@ def _run(request: Request) -> NoReturn:
     """Do what `python -u -m module arguments` does in the environment of the request."""
     os.environ.clear()
     os.environ.update(request.environment)
+    if _mark_address:
+        ctypes.memmove(_mark_address, request.environment.get(elastic.JOB_MARK, UNMARKED).encode(), len(UNMARKED))
     tempfile.tempdir = None  # the server may have cached its own
     os.chdir(request.directory)
     for path, descriptors in ((request.output, (1, 2)), (request.errors, (2,))):
