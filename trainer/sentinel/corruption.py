@@ -75,7 +75,7 @@ class Sentinel:
         self._audits = Audits(config.seed, share, config.data.micro_batches)
         self._update_audit = UpdateAudit(config.seed, share if self._act != "report" else Fraction(0))
         self._checking = False  # True in a step whose reduction and state are checked
-        self._updated = False  # True from a checked update until the replicas' results are compared
+        self._updated = False  # True from a checked update until the replicas are compared, where members may change
         self._committing: tuple[int, Tensor | None] = -1, None  # step under way, and its grids before it
         self._wrong: dict[str, str] = {}  # first wrong parameter of this rank, by what is wrong
 
@@ -157,10 +157,9 @@ class Sentinel:
         try:
             self._members.applied(step, change)
         finally:
-            # A wrong update shows in the replicas, before anything is computed from it and before a newcomer gets it.
             if self._updated:
                 self._updated = False
-                self._compare_replicas(step, self._seal.whole(), self._seal.whole())
+                self._compare_updated(step)  # also before a newcomer gets it
 
     def once(self, name: str, act: Callable[[], None]) -> None:
         self._members.once(name, act)
@@ -350,7 +349,16 @@ class Sentinel:
         checked, self._checking = self._checking, False
         if self._every and (step + 1) % self._every == 0:
             self._seal.renew()
-        self._updated = checked and not self._state.sharding.needs_lockstep
+        if checked and not self._state.sharding.needs_lockstep:
+            # A wrong update shows in the replicas, before anything is computed from it. Where members may change, they
+            # must first count the step: some of them may not learn of this comparison.
+            self._updated = isinstance(self._members, QuorumMembers)
+            if not self._updated:
+                self._compare_updated(step)
+
+    def _compare_updated(self, step: int) -> None:
+        now = self._seal.whole()
+        self._compare_replicas(step, now, now)
 
     def _audit_update(self, step: int) -> None:
         def repeat(needed: bool) -> bool:

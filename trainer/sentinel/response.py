@@ -40,8 +40,8 @@ class Response:
             self.record(step, [finding], "restarted")
             raise CorruptionError(
                 f"step {step}: {self._told([finding])}, and no replica is known to be right. It is not applied and not "
-                "saved.\n  The newest checkpoint is older. torchrun starts again from it; without it, give the same "
-                "command.",
+                "saved.\n  The newest checkpoint is older. torchrun and launch start again from it; without them, give "
+                "the same command.",
                 restart=True,
             )
         for tensor in self._state.tensors().values():
