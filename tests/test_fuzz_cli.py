@@ -162,6 +162,7 @@ COMMANDS: dict[str, list[str]] = {
     "judge": ["judge", "{}", "--out", "out"],
     "burnin": ["burnin", "{}", "--minutes", "0", "--out", "out"],
     "hunt": ["hunt", "{}", "--out", "out"],
+    "submit": ["submit", "{}", "--on", "slurm", "--run", "out", "--print"],
 }
 OF_RUNS = ("inspect", "verify", "sample", "plot")
 FILES = {
@@ -171,6 +172,7 @@ FILES = {
     "judge": "table.csv",
     "burnin": "tiny.toml",
     "hunt": "run",
+    "submit": "tiny.toml",
 } | dict.fromkeys(OF_RUNS, "run")
 """What each command takes; others take ladder.toml."""
 
@@ -258,6 +260,7 @@ TO_PLACES = {
     "judge": ["judge", "table.csv", "--out", "OUT"],
     "burnin": ["burnin", "tiny.toml", "--minutes", "0", "--out", "OUT"],
     "hunt": ["hunt", "run", "--step", "2", "--symptoms", "none", "--out", "OUT"],
+    "submit": ["submit", "tiny.toml", "--on", "slurm", "--run", "OUT"],  # in a good place it fails for want of a Slurm
 }
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from trainer.checkpoint import Saved
+    from trainer.launch import slurm
 
 PROCESS_STARTED = time.time()
 
@@ -54,6 +55,17 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; the value is TOML or plain text."),
 ]
 AcceptOtherBits = Annotated[bool, typer.Option("--accept-other-bits", help="Resume with other code, torch or machine.")]
+SlurmOptions = Annotated[
+    list[str] | None, typer.Option("--slurm", metavar="KEY=VALUE", help="Option of sbatch: partition=gpu.")
+]
+TimeLimit = Annotated[str, typer.Option("--time", help="Limit of each start, as Slurm takes it.")]
+Notice = Annotated[int, typer.Option(help="Seconds before the limit at which a run saves and leaves.")]
+Before = Annotated[
+    list[str] | None, typer.Option(metavar="LINE", help="Shell line that prepares a job: 'module load …'.")
+]
+NodesPython = Annotated[
+    str, typer.Option("--python", metavar="WORDS", help="Starts Python on a node; default this one.")
+]
 Parent = Annotated[
     str, typer.Option("--from", metavar="RUN[@STEP]", help="Begin from a state of this run; default its newest.")
 ]
@@ -175,6 +187,77 @@ def launch(
     command += [part for override in [*(overrides or ()), 'elastic.mode="quorum"'] for part in ("--set", override)]
     plan = quorum.Plan(config, command, run, workers, spares, listen, join)
     raise typer.Exit(quorum.serve(plan) if arbiter_only else quorum.launch(plan))
+
+
+@app.command()
+def submit(
+    config_path: ConfigPath,
+    on: Annotated[str, typer.Option(metavar="slurm", help="The scheduler.")],
+    nodes: Annotated[str, typer.Option(metavar="N|MIN:MAX", help="With MIN:MAX it goes on with fewer.")] = "1",
+    limit: TimeLimit = "1:00:00",
+    run: RunOption = None,
+    overrides: Overrides = None,
+    ranks: Annotated[int | None, typer.Option("--ranks-per-node", min=1, help="Default one, or one a GPU.")] = None,
+    gpus: Annotated[int | None, typer.Option("--gpus-per-node", min=1, help="GPUs of each node.")] = None,
+    notice: Notice = 120,
+    options: SlurmOptions = None,
+    before: Before = None,
+    python: NodesPython = "",
+    accept: AcceptOtherBits = False,
+    only_print: Annotated[bool, typer.Option("--print", help="Print the job script, submit nothing.")] = False,
+) -> None:
+    """Submit a run to a cluster's scheduler as a job that goes on after lost nodes, preemption and time limits."""
+    from trainer import config as configs
+    from trainer.launch import slurm
+    from trainer.log import rundir
+
+    if on != "slurm":
+        raise UsageError(f"--on {on!r} is no scheduler that `submit` knows.\n  Give --on slurm.")
+    fewest, most = slurm.parse_nodes(nodes)
+    config = configs.load(config_path, overrides or ())
+    run = (run or Path("runs") / config_path.stem).absolute()
+    ranks = ranks or gpus or 1
+    for size in {fewest * ranks, most * ranks}:
+        configs.check_world(config, size)
+    if config.elastic.mode == "quorum":
+        raise UsageError(
+            'elastic.mode = "quorum" needs a launcher of its own, and a job starts torchrun.\n'
+            '  Set elastic.mode = "restart": a lost node then restarts the others.'
+        )
+    rundir.check(run, config)
+    command = ["trainer", "train", str(run / "slurm" / "config.toml"), "--run", str(run)]
+    command += ["--accept-other-bits"] if accept else []
+    request = _request(limit, notice, options, before, python)
+    job = slurm.Job(run, command, fewest, most, ranks, request, config.numerics.threads, gpus)
+    if only_print:
+        from trainer.show import terminal
+
+        print(job.script(), end="")
+        terminal.check()
+        return
+    number = slurm.submit(job, f"# {config_path}, as it was submitted.\n\n{configs.as_toml(config)}")
+    print(f"job {number}  {run}")
+    print(f"watch  tail -F {shlex.quote(str(run / 'slurm'))}/job-{number}*.txt")
+    print(f"story  python -m trainer inspect {shlex.quote(str(run))}")
+
+
+def _request(
+    limit: str, notice: int, options: list[str] | None, before: list[str] | None, python: str
+) -> "slurm.Request":
+    from trainer.launch import slurm
+
+    started_by = python or shlex.quote(sys.executable)
+    return slurm.Request(limit, notice, slurm.parse_options(options or ()), started_by, before or ())
+
+
+@app.command()
+def rendezvous(
+    listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Address of this machine; port 0: a free one.")],
+) -> None:
+    """Serve the store at which the torchrun agents of a job meet, so that any of their nodes may be lost."""
+    from trainer.launch import rendezvous
+
+    rendezvous.serve(listen)
 
 
 @app.command()
@@ -367,21 +450,40 @@ def ladder_run(
     settle: Annotated[
         float | None, typer.Option(metavar="HOURS", help="Add runs that may settle open verdicts, for so many hours.")
     ] = None,
+    on: Annotated[str, typer.Option(metavar="slurm", help="Make every run a job of this scheduler.")] = "",
+    max_jobs: Annotated[int | None, typer.Option(min=1, help="Jobs at a time; default as slots of the file.")] = None,
+    limit: TimeLimit = "1:00:00",
+    notice: Notice = 120,
+    options: SlurmOptions = None,
+    before: Before = None,
+    python: NodesPython = "",
     as_json: AsJson = False,
 ) -> None:
     """Run a ladder, or resume it: exit 0 if all of it finished, 1 if runs are missing, 75 if it was stopped."""
     from trainer.fleet.backend import Local
+    from trainer.fleet.slurm import SlurmJobs
     from trainer.ladder import preregistration, run, terminal
     from trainer.ladder import settle as settling
     from trainer.ladder.plan import load
 
     if settle is not None and up_to is not None:
         raise UsageError("--settle and --up-to are given.\n  Verdicts are settled with all rungs. Leave one out.")
-    backend = Local()  # its imports run beside the planning
-    options = [] if out is None else ["--out", str(out)]
-    options += [] if up_to is None else ["--up-to", up_to]
-    options += [] if settle is None else ["--settle", f"{settle:g}"]
-    command = shlex.join(["python", "-m", "trainer", "ladder", "run", str(path), *options])
+    if on not in ("", "slurm"):
+        raise UsageError(f"--on {on!r} is no scheduler that `ladder run` knows.\n  Give --on slurm, or leave it out.")
+    if not on and (max_jobs or options or before or python):
+        raise UsageError("--max-jobs, --slurm, --before and --python are for jobs.\n  Add --on slurm.")
+    # Local: its imports run beside the planning.
+    backend = SlurmJobs(_request(limit, notice, options, before, python)) if on else Local()
+    given = [] if out is None else ["--out", str(out)]
+    given += [] if up_to is None else ["--up-to", up_to]
+    given += [] if settle is None else ["--settle", f"{settle:g}"]
+    if on:
+        given += ["--on", on, "--time", limit, "--notice", str(notice)]
+        given += ["--max-jobs", str(max_jobs)] if max_jobs else []
+        given += [part for option in options or () for part in ("--slurm", option)]
+        given += [part for line in before or () for part in ("--before", line)]
+        given += ["--python", python] if python else []
+    command = shlex.join(["python", "-m", "trainer", "ladder", "run", str(path), *given])
     out = out or run.default_out(path)
     ladder = preregistration.with_additions(load.load(path), out)
     notes = sys.stderr if as_json else sys.stdout
@@ -391,14 +493,18 @@ def ladder_run(
         settling.check(ladder, settle)
     with terminal.LadderProgress(ladder, file=notes) as live:
         if settle is None:
-            done = run.run(ladder, out, up_to=up_to, backend=backend, update=live.update)
+            done = run.run(ladder, out, up_to=up_to, backend=backend, slots=max_jobs, update=live.update)
         else:
-            done = settling.settle(ladder, out, settle, tell=live.print, backend=backend, update=live.update)
+            done = settling.settle(
+                ladder, out, settle, tell=live.print, backend=backend, slots=max_jobs, update=live.update
+            )
     if as_json:
         ladder = preregistration.with_additions(ladder, out)
         _print_json(terminal.status_json(ladder, run.read_status(ladder, out)))
     else:
         _show(terminal.ended(ladder, done, command))
+        if on and done.stopping:
+            print("The jobs go on in the queue; the same command watches them again.")
     raise typer.Exit(done.exit_status)
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from trainer.fleet.run_store import StoredRun
 from trainer.launch import agent, forkserver
@@ -12,7 +13,21 @@ from trainer.launch import agent, forkserver
 WORKER = "trainer.fleet.worker"
 THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 """Read when torch is loaded; numerics.threads decides at the start of a run, as in the plain command."""
-Process = subprocess.Popen[bytes] | forkserver.Child
+
+
+class Process(Protocol):
+    """A started run: the part of subprocess.Popen that callers use."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def send_signal(self, number: int, /) -> None: ...
+
+    def kill(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -28,7 +43,7 @@ class Task:
 
 
 Backend = Callable[[Task], Process]
-"""Starts runs somewhere. A started run must end when its scheduler is killed."""
+"""Starts runs somewhere. A run here must end when its scheduler is killed; one in a queue is found again there."""
 
 
 class Local:

@@ -1,7 +1,7 @@
 """The process of one run of a fleet: `python -m trainer.fleet.worker DIRECTORY NAME RANKS SCHEDULER`.
 
 It does what the plain `train` command does with DIRECTORY/config.toml (for several ranks: what torchrun does), prints
-to DIRECTORY/log.txt, leaves with the run's exit status, and ends when the process SCHEDULER does.
+to DIRECTORY/log.txt, leaves with the run's exit status, and ends when the process SCHEDULER does; 0 is none.
 """
 
 import os
@@ -31,7 +31,8 @@ def main(directory: str, name: str, ranks: str, scheduler: str) -> int:
         os.dup2(log, stream)
     os.close(log)
     terminal.take(unbuffered=True)  # a log that cannot grow must not end the run
-    _end_with_scheduler(int(scheduler), endings)
+    if scheduler != "0":
+        _end_with_scheduler(int(scheduler), endings)
     began = time.strftime("%Y-%m-%d %H:%M:%S")
     print(f"{run_store.START_MARK}{began}  {name}  process {os.getpid()}", flush=True)
     os.environ["WANDB_NAME"] = name

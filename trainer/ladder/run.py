@@ -18,6 +18,7 @@ from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, RunDirect
 from trainer.fleet import run_store, scheduling, supervision
 from trainer.fleet.backend import Backend, Local
 from trainer.fleet.run_store import RunState, RunStatus, StoredRun
+from trainer.fleet.slurm import SlurmJobs
 from trainer.fleet.supervision import Supervisor
 from trainer.ladder import preregistration, speed, tuning
 from trainer.ladder.plan import code as codearms
@@ -136,10 +137,13 @@ def measure(ladder: Ladder, out: Path, status: LadderStatus, backend: Backend) -
 
 
 def run(
-    ladder: Ladder, out: Path, *, up_to: str | None = None, backend: Backend | None = None,
+    ladder: Ladder, out: Path, *, up_to: str | None = None, backend: Backend | None = None, slots: int | None = None,
     update: Callable[[LadderStatus], None] = lambda status: None,
 ) -> LadderStatus:  # fmt: skip
     """Do what is left of a ladder, or of its rungs up to `up_to`. After a kill, the same call continues.
+
+    `slots` is the number of runs side by side; default: the file's, or what this machine has room for. Slurm's jobs are
+    not timed before: nobody knows when they would start.
 
     Runs that were given up are tried once more. The signals of docs/signals.md ask all runs to save and leave; a
     second one ends them at once. Raises RunDirectoryError if OUT belongs to another ladder or another scheduler
@@ -157,16 +161,19 @@ def run(
         )
     with lock:
         status = read_status(part, out)
+        status = replace(status, slots=slots or status.slots)
         update(status)
         try:
             with supervision.handle_signals(signal.default_int_handler):
-                status, _ = measure(part, out, status, backend)
+                if not isinstance(backend, SlurmJobs):
+                    status, _ = measure(part, out, status, backend)
         except KeyboardInterrupt:  # no run was started yet, so there is nothing to save
             return replace(status, stopping=True)
         # The plan is recorded only now: the baseline is known to run.
         pool.mkdir(exist_ok=True)
         preregistration.write(ladder, out)
-        devices = functools.partial(speed.devices_of, part)
+        here = not isinstance(backend, SlurmJobs)
+        devices = functools.partial(speed.devices_of, part) if here else lambda slot: supervision.NOTHING
         with Supervisor(backend, status.slots, part.file.restarts, part.file.ranks, devices) as supervisor:
             return _Scheduler(part, pool, supervisor, update, status.earlier).work()
 
@@ -190,6 +197,7 @@ class _Scheduler:
         # Runs may have finished since the status that `run` began with.
         self._refresh(self._runs)
         with supervision.handle_signals(supervisor.request_stop):
+            self._take_over()
             # After a request to stop no run is started, but the loop continues until the running ones have left.
             while supervisor.runs or (not supervisor.urgency and self._left()):
                 if supervisor.urgency:
@@ -202,6 +210,15 @@ class _Scheduler:
             self._refresh(self._runs)
         self._report()
         return self._status()
+
+    def _take_over(self) -> None:
+        """Watch the runs whose jobs an earlier scheduler has left in the queue, before any other is started."""
+        jobs: Backend | SlurmJobs = self.supervisor.backend
+        if not isinstance(jobs, SlurmJobs):
+            return
+        for run in self._left():
+            if self.supervisor.free_slots and jobs.works_on(StoredRun(self.pool / run.key)):
+                self._start(run)
 
     def _left(self) -> list[PlannedRun]:
         """Runs that have not finished, were not given up, and are not running here; in the planned order."""
@@ -220,10 +237,13 @@ class _Scheduler:
             busy += [0.0] * (self.supervisor.slots - len(busy))
             run = candidates[scheduling.next_of([*map(status.estimate, candidates)], busy)]
             left.remove(run)
-            name = f"{self.ladder.name} {run.name}"
-            stored, changed = StoredRun(self.pool / run.key), codearms.environment(run.tree)
-            if not self.supervisor.try_start(run.key, stored, name, run.config, changed):
-                self._refresh([run])  # another ladder has it, or has just finished it
+            self._start(run)
+
+    def _start(self, run: PlannedRun) -> None:
+        name = f"{self.ladder.name} {run.name}"
+        stored, changed = StoredRun(self.pool / run.key), codearms.environment(run.tree)
+        if not self.supervisor.try_start(run.key, stored, name, run.config, changed):
+            self._refresh([run])  # another ladder has it, or has just finished it
 
     def _collect(self) -> None:
         done = set(self.supervisor.collect())

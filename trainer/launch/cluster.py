@@ -70,7 +70,7 @@ class Agents:
         host, address, enter = self._place(0)
         self._directory.mkdir(parents=True, exist_ok=True)
         store = Agent(
-            ["-c", f"from trainer.launch.torchrun import store; store({address!r}, {self._port})"],
+            ["-c", f"from trainer.launch.rendezvous import store; store({address!r}, {self._port})"],
             self._directory / f"store-{len(self._stores)}.txt", launch=[*enter, sys.executable],
             environment=self._environment, host=host,
         )  # fmt: skip

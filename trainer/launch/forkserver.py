@@ -142,9 +142,11 @@ def fork(modules: Sequence[str]) -> ForkServer | None:
         return ForkServer(caller_end)
     caller_end.close()
     signals.reset()
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, which stops its workers
+    # Ctrl-C reaches this process too, and Slurm sends its notice to all processes of a job. The caller heeds them.
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in signals.ASKING}
     request = _serve(server_end, caller, modules)
-    signal.signal(signal.SIGINT, interrupt)
+    for number, handler in before.items():
+        signal.signal(number, handler)
     _run(request)
 
 

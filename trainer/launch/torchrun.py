@@ -19,7 +19,7 @@ from typing import Any
 
 from trainer import signals, torch_versions
 from trainer.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_QUARANTINED, EXIT_USAGE, TopropeError, WorldError
-from trainer.launch import forkserver, processes
+from trainer.launch import forkserver, processes, rendezvous
 from trainer.parallel import elastic
 from trainer.show import terminal
 
@@ -95,17 +95,6 @@ def torchrun() -> None:
     finally:
         failures_file.unlink(missing_ok=True)
         failures_file.with_suffix(".final").unlink(missing_ok=True)
-
-
-def store(address: str, port: int) -> None:
-    """Serve a rendezvous store on this address alone, until the process that started this one is gone."""
-    parent = os.getppid()
-    from trainer.parallel.world import open_store
-
-    kept = open_store(address, port, is_master=True, wait_for_workers=False, alone=True)
-    print(f"{address}:{kept.port} listens", flush=True)
-    while os.getppid() == parent:
-        time.sleep(0.2)
 
 
 # Signals
@@ -193,13 +182,15 @@ def _kill(workers: Sequence[Any]) -> None:
     },
 )
 def _patch_meeting(run: Any) -> None:
-    """Disarm traps 2 and 8.
+    """Disarm traps 2, 8 and 11.
 
     Trap 2. While nodes meet, each polls the rendezvous store once a second, which adds up to 3 s to every change of
     membership.
 
     Trap 8. Workers meet at the host's name, also where all are on this machine and the name does not resolve, and the
     stores listen on every network.
+
+    Trap 11. A store that is gone for a moment ends the job (launch/rendezvous.py).
     """
     from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend as c10d
     from torch.distributed.elastic.rendezvous import dynamic_rendezvous
@@ -220,6 +211,7 @@ def _patch_meeting(run: Any) -> None:
 
     run.config_from_args = config_from_args
     dynamic_rendezvous._delay = lambda seconds: time.sleep(RENDEZVOUS_POLL_SECONDS)
+    rendezvous.patch_backend(c10d, dynamic_rendezvous.DynamicRendezvousHandler)
     for module in (c10d, static):
         setattr(module, "TCPStore", world.open_store)  # noqa: B010
 
@@ -279,7 +271,7 @@ def _patch_restarts(config: Any) -> None:
     from trainer.parallel import world
 
     Agent: Any = local_elastic_agent.LocalElasticAgent
-    monitor, restart, rendezvous = Agent._monitor_workers, Agent._restart_workers, Agent._rendezvous
+    monitor, restart, meet = Agent._monitor_workers, Agent._restart_workers, Agent._rendezvous
     exit_barrier, until_meeting = Agent._exit_barrier, _say_soon_what_is_awaited(config)
 
     def monitor_workers(agent: Any, worker_group: Any) -> Any:
@@ -307,7 +299,7 @@ def _patch_restarts(config: Any) -> None:
         for left in reversed(range(MEETINGS)):
             awaited = _say_soon_what_is_awaited(config)
             try:
-                rendezvous(agent, worker_group)
+                meet(agent, worker_group)
                 break
             except DistStoreError:
                 if not left:

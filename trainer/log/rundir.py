@@ -25,8 +25,8 @@ from trainer.errors import ConfigError, RunDirectoryError, of_system
 
 FORMAT = 1
 DYING_SECONDS = 3.0
-LEFT_BY_A_START = frozenset({"lock", "live", "stacks", "events", "quorum", "config.json.partial"})
-"""Names that a start leaves in the directory if it ends before config.json is written: its watchdogs come first."""
+LEFT_BY_A_START = frozenset({"lock", "live", "stacks", "events", "quorum", "slurm", "config.json.partial"})
+"""Names that a start, or `submit`, leaves in the directory before config.json is written: watchdogs come first."""
 _KINDS = {"fingerprint": str, "data_sha256": str, "mathematics": dict, "config": dict}
 """Keys of config.json that every format has."""
 LIBRARIES = ("torch", "numpy", "tokenizers", "datasets", "wandb")

@@ -1,0 +1,74 @@
+"""The rendezvous store as a process of its own: served, refused, and outlived by the agents that meet there."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import ENVIRONMENT, SMOKE, summarise_run, wait_until, worker_environment
+from trainer.errors import EXIT_FINISHED, UsageError
+from trainer.launch import rendezvous
+from trainer.launch.cluster import Cluster
+from trainer.log import events, rundir
+
+CALM = "fbcbd2b139200b08877ce643a466dcc5d7fbdb121ef6a48514a96a6763ab0938"
+"""weights_sha256 of configs/smoke.toml without faults, on one rank."""
+
+
+class PatientCluster(Cluster):
+    """Its agents look for a store that is gone."""
+
+    def _meeting(self, number: int) -> list[str]:
+        more = f",{rendezvous.STORE_SECONDS}=60"
+        return [option + more * option.startswith("--rdzv-conf=") for option in super()._meeting(number)]
+
+
+def steps_of(run: Path) -> list[int]:
+    found = events.read(run) if rundir.is_run(run) else []
+    return [entry.event.step for entry in found if isinstance(entry.event, events.StepDone)]
+
+
+@pytest.mark.slow
+def test_agents_outlive_a_store_that_comes_back_empty_and_meet_there_when_a_worker_dies(tmp_path):
+    run = tmp_path / "run"
+    cluster = PatientCluster(
+        SMOKE, run, (), ranks=1, nodes=2, own_store=True, directory=tmp_path / "start", warm=True,
+        worker=("tests.worker", "train"), environment=worker_environment({"before_update": 0.15}),
+    )  # fmt: skip
+    with cluster:
+        cluster.start()
+        assert wait_until(lambda: len(steps_of(run)) > 3, 60), cluster.output
+        assert cluster.store is not None
+        cluster.store.kill()
+        before = len(steps_of(run))
+        cluster.start_store()
+        assert wait_until(lambda: len(steps_of(run)) > before + 5, 30), cluster.output
+        assert cluster.send(cluster.workers()[1], signal.SIGKILL)
+        assert cluster.wait(60) == EXIT_FINISHED, cluster.output
+    story = summarise_run(run)
+    assert story["weights_sha256"] == CALM
+    assert [attempt["world_size"] for attempt in story["attempts"]] == [2, 2]
+
+
+@pytest.mark.parametrize("listen", ["", "29400", "127.0.0.1:", "127.0.0.1:x", "127.0.0.1:99999", ":29400"])
+def test_what_is_no_address_is_refused(listen):
+    with pytest.raises(UsageError, match="is no address"):
+        rendezvous.serve(listen)
+
+
+def test_a_port_that_another_process_has_is_refused():
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UsageError, match="cannot be listened at"):
+        rendezvous.serve(f"127.0.0.1:{taken.getsockname()[1]}")
+
+
+def test_the_store_is_served_until_a_signal_asks_to_leave():
+    command = [sys.executable, "-m", "trainer", "rendezvous", "--listen", "127.0.0.1:0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | ENVIRONMENT) as served:
+        assert served.stdout is not None
+        assert served.stdout.readline().endswith(" listens\n")
+        served.terminate()
+        assert served.wait(20) == EXIT_FINISHED

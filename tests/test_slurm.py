@@ -1,0 +1,344 @@
+"""Slurm: the job script, what is refused, and a run on a real Slurm of three nodes."""
+
+import os
+import re
+import shutil
+import stat
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from tests import slurm_cluster
+from tests.slurm_cluster import SlurmCluster
+from tests.support import ROOT, SMOKE, summarise_run, worker_environment
+from tests.test_ladder_file import ARM
+from tests.test_ladder_run import ONE_RUNG, hashed_results, plan
+from trainer import cli
+from trainer import config as configs
+from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USAGE, ConfigError, UsageError
+from trainer.fleet import slurm as fleet_slurm
+from trainer.fleet.backend import Local, Task
+from trainer.fleet.run_store import StoredRun
+from trainer.fleet.slurm import SlurmJobs, name_of
+from trainer.ladder import run as ladder_run
+from trainer.ladder.preregistration import pool_of
+from trainer.launch import slurm
+from trainer.log import events, rundir
+
+CALM = "fbcbd2b139200b08877ce643a466dcc5d7fbdb121ef6a48514a96a6763ab0938"
+"""weights_sha256 of configs/smoke.toml without faults, on one rank."""
+
+
+def job(run: Path, nodes: str = "1", **changes: object) -> slurm.Job:
+    command = ["trainer", "train", str(run / "slurm" / "config.toml"), "--run", str(run)]
+    return slurm.Job(run, command, *slurm.parse_nodes(nodes), 1, slurm.Request(**{"time": "10:00", **changes}))  # pyright: ignore
+
+
+def submit(*arguments: str | Path) -> tuple[int, str]:
+    """Exit status and output of `submit`, in this process."""
+    done = CliRunner().invoke(cli.app, ["submit", *map(str, arguments)])
+    if isinstance(done.exception, UsageError | slurm.SchedulerError):
+        return done.exception.exit_status, str(done.exception)
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done.exit_code, done.output
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("30", 1800), ("1:30", 90), ("2:00:00", 7200), ("1-0", 86_400), ("1-2:30", 95_400), ("1-2:30:15", 95_415),
+     ("x", None), ("1:2:3:4", None), ("", None), ("UNLIMITED", None)],
+)  # fmt: skip
+def test_a_time_limit_is_read_as_slurm_reads_it(text, seconds):
+    assert slurm.parse_time(text) == seconds
+
+
+def test_the_script_asks_for_nodes_a_notice_and_another_start_and_is_valid_shell(tmp_path):
+    run = tmp_path / "a run's"
+    script = job(run, "1:3", options={"partition": "gpu", "exclusive": ""}, before=["module load cuda"]).script()
+    header = re.findall(r"^#SBATCH (\S+)", script, re.MULTILINE)
+    expected = {"--nodes=1-3", "--no-kill", "--signal=B:USR1@120", "--requeue", "--time=10:00", "--partition=gpu"}
+    assert expected | {"--exclusive", "--cpus-per-task=1"} <= set(header)
+    assert "\nmodule load cuda\n" in script
+    assert "--nnodes=1:$SLURM_JOB_NUM_NODES" in script
+    fixed = job(run, "2", options={"no-requeue": ""}).script()
+    assert "no-kill" not in fixed and "--requeue" not in fixed and "--nnodes=$SLURM_JOB_NUM_NODES" in fixed
+    for text in (script, fixed):
+        assert subprocess.run(["bash", "-n"], input=text, text=True, check=False, capture_output=True).stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "fact"),
+    [
+        ({"time": "soon"}, "'soon' is no time limit"),
+        ({"time": "1:00"}, "--time 1:00 is 60 s"),
+        ({"notice_seconds": 5}, "--notice 5 leaves no time"),
+        ({"options": {"nodes": "3"}}, "--slurm nodes is what this command gives"),
+        ({"options": {"Bad name": ""}}, "'Bad name' is no option of sbatch"),
+        ({"options": {"comment": "a\nb"}}, "holds a control character"),
+    ],
+)
+def test_what_slurm_would_refuse_or_could_never_save_is_refused(tmp_path, changes, fact):
+    with pytest.raises(ConfigError, match=re.escape(fact)):
+        job(tmp_path, **changes).script()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fact"),
+    [
+        (["--nodes", "0"], "'0' is no number of nodes"),
+        (["--nodes", "3:1"], "'3:1' is no number of nodes"),
+        (["--nodes", "9"], "leaves 1 of 9 ranks without work"),
+        (["--nodes", "1:3", "--ranks-per-node", "4"], "leaves 4 of 12 ranks without work"),
+        (["--set", 'elastic.mode="quorum"'], "needs a launcher of its own"),
+        (["--run", "100%/x"], "is no name for Slurm"),
+        ([], "No sbatch on this machine"),
+    ],
+)
+def test_a_bad_submission_ends_with_2_and_leaves_nothing(tmp_path, monkeypatch, arguments, fact):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    status, said = submit(SMOKE, "--on", "slurm", *arguments)
+    assert (status, list(tmp_path.iterdir())) == (EXIT_USAGE, [])
+    assert fact in said
+
+
+def test_the_script_can_be_printed_without_a_slurm(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    status, said = submit(SMOKE, "--on", "slurm", "--run", tmp_path / "run", "--nodes", "1:2", "--print")
+    assert status == EXIT_FINISHED and said.startswith("#!/bin/bash\n") and not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of commands on PATH that answer as Slurm's would; each prints the file of its name, if there is one."""
+    folder = tmp_path / "commands"
+    folder.mkdir()
+    for name in ("sbatch", "squeue", "scancel"):
+        program = folder / name
+        program.write_text(f'#!/bin/bash\n[[ -f {program}.error ]] && cat {program}.error >&2 && exit 1\n'
+                           f"cat {program}.answer\n")  # fmt: skip
+        program.chmod(program.stat().st_mode | stat.S_IXUSR)
+        (folder / f"{name}.answer").touch()
+    (folder / "sbatch.answer").write_text("17;here\n")
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return folder
+
+
+def test_a_run_whose_job_is_in_the_queue_is_not_submitted_again(tmp_path, pretended):
+    run = tmp_path / "run"
+    assert slurm.submit(job(run), "seed = 1\n") == "17"
+    assert (run / "slurm" / "config.toml").read_text() == "seed = 1\n"
+    rundir.check(run, configs.load(SMOKE))  # still a place to start in
+    (pretended / "squeue.answer").write_text("9 RUNNING\n17 PENDING\n")
+    with pytest.raises(UsageError, match="in use by Slurm's job 17, which is pending"):
+        slurm.submit(job(run), "")
+    (pretended / "squeue.answer").write_text("9 RUNNING\n")
+    assert slurm.submit(job(run), "") == "17"
+
+
+@pytest.mark.parametrize(
+    ("said", "status"),
+    [("sbatch: error: invalid partition specified: gold\nsbatch: error: Batch job submission failed", EXIT_USAGE),
+     ("sbatch: error: Unable to contact slurm controller (connect failure)", EXIT_FAILED)],
+)  # fmt: skip
+def test_what_slurm_does_not_take_leaves_nothing_and_says_why(tmp_path, pretended, said, status):
+    (pretended / "sbatch.error").write_text(said)
+    with pytest.raises((UsageError, slurm.SchedulerError)) as refused:
+        slurm.submit(job(tmp_path / "run"), "")
+    assert refused.value.exit_status == status
+    assert said.splitlines()[0].removeprefix("sbatch: error: ") in str(refused.value)
+    assert not (tmp_path / "run").exists()
+
+
+PYTHON = """#!/bin/bash
+case $* in
+    *rendezvous*) echo 127.0.0.1:5 listens; exec sleep 60 ;;
+    *launch.torchrun*)
+        touch "$0.started"
+        [[ $AGENTS == notice ]] && kill -USR1 $PPID && AGENTS=138
+        exit $AGENTS ;;
+    *open_run*) exit $UNFINISHED ;;
+    *) exit $PROBE ;;
+esac
+"""
+"""Pretends to be Python on the nodes; the variables say how it ends."""
+
+
+@pytest.mark.parametrize(
+    ("probe", "agents", "unfinished", "queue", "status", "goes_back"),
+    [
+        (0, "0", 1, "RUNNING 2", 0, False),
+        (0, "1", 0, "RUNNING 2", 0, False),  # one node was lost, the others finished
+        (0, "1", 1, "RUNNING 2", 1, False),
+        (0, "1", 1, "RUNNING 1", 75, True),  # too few nodes are left
+        (0, "75", 1, "RUNNING 2", 75, True),
+        (0, "notice", 1, "RUNNING 2", 75, True),
+        (0, "75", 1, "COMPLETING 2", 75, False),  # cancelled
+        (0, "2", 1, "RUNNING 2", 2, False),
+        (0, "76", 1, "RUNNING 2", 76, False),
+        (66, "0", 1, "RUNNING 2", 2, False),  # a node does not see the run directory
+        (127, "0", 1, "RUNNING 2", 2, False),  # no Python there
+        (143, "0", 1, "RUNNING 2", 0, False),  # a node was lost before it answered
+    ],
+)  # fmt: skip
+def test_how_a_job_ends_and_when_it_goes_back_into_the_queue(
+    tmp_path, pretended, probe, agents, unfinished, queue, status, goes_back
+):
+    run, python = tmp_path / "run", pretended / "python"
+    (run / "slurm").mkdir(parents=True)
+    (pretended / "squeue.answer").write_text(queue + "\n")
+    (pretended / "scontrol").write_text(f"#!/bin/bash\n[[ $1 == requeue ]] && touch {pretended}/requeued; false\n")
+    (pretended / "srun").write_text('#!/bin/bash\nwhile [[ $1 == -* ]]; do shift; done; exec "$@"\n')
+    python.write_text(PYTHON)
+    for program in (pretended / "scontrol", pretended / "srun", python):
+        program.chmod(0o755)
+    given = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURMD_NODENAME": "n1"}
+    given |= {"PROBE": str(probe), "AGENTS": agents, "UNFINISHED": str(unfinished)}
+    script = job(run, "1:2", python=str(python)).script()
+    done = subprocess.run(
+        ["bash"], input=script, text=True, check=False, capture_output=True, env=os.environ | given, timeout=30
+    )
+    assert (done.returncode, (pretended / "requeued").exists()) == (status, goes_back), done.stdout + done.stderr
+    assert Path(f"{python}.started").exists() == (probe in (0, 143))
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Task:
+    stored = StoredRun(tmp_path / "pool" / "key")
+    stored.directory.mkdir(parents=True)
+    stored.prepare(configs.load(SMOKE), "s baseline")
+    return Task(stored, "demo s baseline", 1, {"A": "b c"})
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No waiting between questions to Slurm."""
+    monkeypatch.setattr(fleet_slurm, "ASK_SECONDS", 0.0)
+    monkeypatch.setattr(fleet_slurm, "RETRY_SECONDS", 0.0)
+
+
+@pytest.mark.parametrize(("written", "status"), [("0", 0), ("1", 1), (None, -9), ("", -9)])
+def test_a_job_ends_with_the_status_that_its_script_wrote_or_as_lost(task, pretended, eager, written, status):
+    started = SlurmJobs(slurm.Request("10:00"))(task)
+    assert started.poll() is None  # submitted
+    (pretended / "squeue.answer").write_text(f"{name_of(task.stored)} PENDING\n")
+    assert started.poll() is None
+    if written is not None:
+        (task.stored.directory / "exit-status").write_text(written)
+    assert started.poll() is None
+    (pretended / "squeue.answer").write_text("another RUNNING\n")
+    assert started.poll() == started.wait() == status
+    script = (task.stored.directory / "job.sh").read_text()
+    assert "export A='b c'\n" in script and "#SBATCH --comment='demo s baseline'\n" in script
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False, capture_output=True).stderr == ""
+
+
+def test_a_scheduler_that_does_not_answer_is_waited_for_and_a_job_is_submitted_once(task, pretended, eager):
+    silent = "squeue: error: Unable to contact slurm controller (connect failure)"
+    (pretended / "squeue.error").write_text(silent)
+    started = SlurmJobs(slurm.Request("10:00"))(task)
+    assert started.poll() is None
+    assert not (task.stored.directory / "job.sh").exists()
+    (pretended / "squeue.error").unlink()
+    (pretended / "sbatch.error").write_text(silent.replace("squeue", "sbatch"))
+    assert started.poll() is None
+    (pretended / "squeue.answer").write_text(f"{name_of(task.stored)} RUNNING\n")  # sbatch was heard, after all
+    (pretended / "sbatch.error").write_text("sbatch: error: it must not be asked again")
+    assert started.poll() is None
+    (pretended / "squeue.error").write_text(silent)
+    assert started.poll() is None
+    started.kill()
+    assert started.poll() == EXIT_PREEMPTED
+
+
+def test_options_of_jobs_without_a_scheduler_are_refused():
+    done = CliRunner().invoke(cli.app, ["ladder", "run", "demo", "--max-jobs", "2"])
+    assert isinstance(done.exception, UsageError) and "Add --on slurm" in str(done.exception)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    with slurm_cluster.cluster(tmp_path_factory.mktemp("slurm")) as made:
+        yield made
+
+
+def steps_by(run: Path, nodes: int) -> list[int]:
+    """Steps that were made by so many ranks."""
+    made = events.read(run) if rundir.is_run(run) else []
+    sizes: dict[int, int] = {}
+    steps = []
+    for entry in made:
+        if isinstance(entry.event, events.AttemptStarted):
+            sizes[entry.attempt] = entry.event.world_size
+        elif isinstance(entry.event, events.StepDone) and sizes.get(entry.attempt) == nodes:
+            steps.append(entry.event.step)
+    return steps
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+@pytest.mark.timeout(240)
+def test_a_run_through_a_lost_node_and_a_preemption_ends_with_the_bits_of_a_calm_one(cluster, tmp_path, monkeypatch):
+    for name, value in worker_environment({"before_update": 0.1}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(ROOT)
+    run = tmp_path / "run"
+    command = ["tests.worker", "train", str(run / "slurm" / "config.toml"), "--run", str(run)]
+    planned = slurm.Job(run, command, 1, 3, 1, slurm.Request("10:00", 60, python=shutil.which("python") or ""))
+    number = slurm.submit(planned, configs.as_toml(configs.load(SMOKE)))
+
+    def told() -> str:
+        logs = sorted((run / "slurm").glob("*.txt"))
+        return "\n".join(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in logs)
+
+    def wait_for(condition, seconds, what):
+        try:
+            cluster.wait_for(condition, seconds, what)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{told()}") from None
+
+    wait_for(lambda: len(steps_by(run, 3)) > 3, 60, "steps of three nodes")
+    cluster.kill_node("n3")
+    wait_for(lambda: len(steps_by(run, 2)) > 3, 60, "steps of the two nodes that are left")
+    cluster.call("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    wait_for(lambda: "PENDING" in cluster.state(number), 60, "requeue")
+    wait_for(lambda: "COMPLETED" in cluster.state(number), 90, "end")
+    story = summarise_run(run)
+    assert story["weights_sha256"] == CALM
+    sizes = [(attempt["world_size"], attempt["ended"]) for attempt in story["attempts"]]
+    assert sizes == [(3, "failed"), (2, "preempted"), (2, "finished")]
+    assert "Traceback" not in told() and "frame #" not in told()
+
+
+class KilledError(BaseException):
+    """The end of a ladder process."""
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+@pytest.mark.timeout(240)
+def test_a_ladder_of_jobs_whose_process_was_killed_gives_the_results_of_a_local_one(cluster, home, monkeypatch):
+    for name, value in worker_environment().items():
+        monkeypatch.setenv(name, value)
+    ladder = plan(home, ONE_RUNG, ARM, name="jobs")
+    here, there = home / "here" / "ladder", home / "there" / "ladder"
+    ladder_run.run(ladder, here, backend=Local())
+    jobs = SlurmJobs(slurm.Request("10:00", 60, python=shutil.which("python") or ""))
+
+    def die(status: ladder_run.LadderStatus) -> None:
+        if any(jobs.works_on(StoredRun(pool_of(there) / run.key)) for run in status.runs):
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        ladder_run.run(ladder, there, backend=jobs, slots=2, update=die)
+    cluster.stop_controller()
+    cluster.start_controller()
+    done = ladder_run.run(ladder, there, backend=jobs, slots=2)
+    assert done.exit_status == EXIT_FINISHED
+    assert hashed_results(ladder, pool_of(there)) == hashed_results(ladder, pool_of(here))
+    submitted = {name_of(StoredRun(pool_of(there) / run.key)) for run in done.distinct}
+    known = cluster.call("scontrol", "show", "jobs", "--oneliner")
+    assert sorted(re.findall(r"JobName=(toprope-\w+)", known)) == sorted(submitted)

@@ -1,0 +1,30 @@
+#!/bin/bash
+# One run of a ladder. Written by `python -m trainer ladder run --on slurm`.
+{% for option in options %}
+#SBATCH {{ option }}
+{% endfor %}
+set -u
+{% for line in before %}
+{{ line }}
+{% endfor %}
+{% for name, value in environment.items() %}
+export {{ name }}={{ value | quote }}
+{% endfor %}
+python=({{ python }})
+directory={{ directory | quote }}
+
+# A notice (time limit, preemption) asks the run to save and leave.
+worker= notice=
+trap 'notice=yes; [[ -z $worker ]] || kill -USR1 "$worker" 2>/dev/null' USR1 TERM
+"${python[@]}" -m trainer.fleet.worker "$directory" {{ name | quote }} {{ ranks }} 0 &
+worker=$!
+[[ -z $notice ]] || kill -USR1 "$worker"
+while wait "$worker"; status=$?; kill -0 "$worker" 2>/dev/null; do :; done # a notice interrupts the wait
+
+# Only a running job: one that was cancelled, or that Slurm itself puts back, is completing by now.
+if [[ $status == 75 && -n $notice && $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]]; then
+    trap '' USR1 TERM
+    scontrol requeue "$SLURM_JOB_ID" && sleep 60 # Slurm ends this script
+fi
+echo "$status" >"$directory/exit-status.partial" && mv "$directory/exit-status.partial" "$directory/exit-status"
+exit "$status"
