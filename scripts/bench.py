@@ -238,6 +238,12 @@ def saving_worker() -> None:
     survival.saving_worker(lambda ranks, directory: Ours(load(BIG, *LIGHT), ranks, directory))
 
 
+def copies_worker(size: str) -> None:
+    """One of two ranks of survival's figures of copies in memory."""
+    config, rounds = (load(BIG, *LIGHT), 5) if size == "big" else (load(("configs/gpt_tiny.toml", [])), 11)
+    survival.copies_worker(lambda ranks, directory: Ours(config, ranks, directory), steps=10, rounds=rounds)
+
+
 def torchrun(*arguments: str) -> str:
     command = [sys.executable, "-c", "from trainer.launch.torchrun import torchrun; torchrun()", "--standalone"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -403,6 +409,8 @@ def measure(name: str) -> dict[str, Any]:
             return seeds()
         case "saving":
             return survival.saving(worker("saving"))
+        case "copies":
+            return {size: survival.copies(worker("copies", size)) for size in ("small", "big")}
         case "killed":
             return survival.killed()
         case "nodes":
@@ -434,9 +442,8 @@ def measure(name: str) -> dict[str, Any]:
 
 FIGURES = (
     "throughput_12m", "throughput_0.8m", "exact_against_plain_sums", "bf16_compile", "first_step", "memory",
-    "shakespeare", "seeds", "saving", "killed", "nodes", "goodput", "sentinel", "sentinel_faults", "sentinel_flips",
-    "sentinel_clean", "catalogue", "storm",
-    "mutants", "ladder", "forecast", "forecast_storms",
+    "shakespeare", "seeds", "saving", "copies", "killed", "nodes", "goodput", "sentinel", "sentinel_faults",
+    "sentinel_flips", "sentinel_clean", "catalogue", "storm", "mutants", "ladder", "forecast", "forecast_storms",
 )  # fmt: skip
 
 
@@ -453,6 +460,7 @@ def main() -> None:
             "sentinel": sentinel_worker,
             "nanogpt": nanogpt_worker,
             "saving": saving_worker,
+            "copies": copies_worker,
         }[name](*rest)
         return
     for name in arguments.names or FIGURES:

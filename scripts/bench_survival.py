@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from trainer import checkpoint, costs, job, optim
 from trainer import config as configs
 from trainer import model as models
+from trainer.checkpoint import memory
 from trainer.data import prepare
 from trainer.launch.agent import Agent
 from trainer.launch.cluster import Cluster
@@ -95,6 +96,57 @@ def saving_worker(make: Callable[[world.World, Path], Any]) -> None:
         print("RESULT " + json.dumps({"rows": slowest, "loads": loads}))
         subprocess.run(["rm", "-r", str(directory)], check=True)
     world.disconnect()
+
+
+def copies_worker(make: Callable[[world.World, Path], Any], steps: int, rounds: int) -> None:
+    """One of two ranks: steps with copies of the state into memory beside them, against the same without."""
+    ranks = world.connect(torch.device("cpu"), 120)
+    directory = Path(ranks.from_main(tempfile.mkdtemp))
+    our_loop, place = make(ranks, directory), memory.place(directory, "bench")
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in our_loop.state.tensors().values())
+    assert ranks.from_main(lambda: memory.prepare(place, directory, needed)) is None
+    identity = {"fingerprint": "bench", "run_id": "bench"}
+    saver = checkpoint.Saver(place, ranks, identity, configs.Checkpoint(keep_last=1), read_back=False)
+
+    def block(every: int) -> float:
+        """Seconds of a step; before every so many of them a copy is begun, without one if `every` is 0."""
+        ranks.agree(lambda: None)
+        started = time.perf_counter()
+        for step in range(steps):
+            if every and step % every == 0:
+                saver.begin(our_loop.state.step, our_loop.state.tensors())
+            our_loop(1)
+        saver.finish()
+        return (time.perf_counter() - started) / steps
+
+    block(1)
+    rows = []
+    for number in range(rounds):
+        order = [0, 1, steps] if number % 2 else [steps, 1, 0]
+        rows.append({("without", "each", "one")[[0, 1, steps].index(every)]: block(every) for every in order})
+    started = time.perf_counter()
+    saver.begin(our_loop.state.step, our_loop.state.tensors())
+    (saved,) = [event for event in saver.finish() if isinstance(event, events.CheckpointSaved)]
+    load = _seconds(
+        lambda: checkpoint.restore(
+            directory, our_loop.state.tensors(), ranks, "bench", lambda event: None, memory=place
+        )
+    )
+    saver.close()
+    if ranks.is_main:
+        alone = time.perf_counter() - started - load
+        sizes = {"bytes": saved.bytes, "steps": steps}
+        print("RESULT " + json.dumps({"rows": rows, "alone": alone, "load": load, **sizes}))
+        memory.discard(place)
+        subprocess.run(["rm", "-r", str(directory)], check=True)
+    world.disconnect()
+
+
+def copies(result: dict[str, Any]) -> dict[str, Any]:
+    """The figures from the rows of rank 0."""
+    rows = result.pop("rows")
+    ratio = {name: [row[name] / row["without"] for row in rows] for name in ("each", "one")}
+    return {**result, **ratio, "step_seconds": statistics.median(row["without"] for row in rows)}
 
 
 def _seconds(work: Callable[[], Any]) -> float:

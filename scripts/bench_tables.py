@@ -274,6 +274,20 @@ CHAOS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "forecast": bench_forecast.forecast_table,
     "forecast_storms": bench_forecast.storms_table,
 }
+
+
+def copies_rows(figure: dict[str, Any]) -> list[Row]:
+    rows = []
+    for size in ("small", "big"):
+        part = figure[size]
+        text = f"{part['bytes'] / 2**20:.0f} MiB of state, steps of {1e3 * part['step_seconds']:.0f} ms, 2 ranks"
+        for name, often in (("each", "each step"), ("one", f"every {part['steps']} steps")):
+            rows.append((f"step time with a copy into memory {often}, {text}", str(Ratio.of(part[name])), ""))
+        ms = f"{1e3 * part['alone']:.0f} ms alone, {1e3 * part['load']:.0f} ms to load"
+        rows.append((f"copy of {part['bytes'] / 2**20:.0f} MiB", ms, ""))
+    return rows
+
+
 ROWS: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
     "throughput_12m": throughput_rows("throughput relative to a plain loop, exact sums on", "≥ 0.97"),
     "throughput_0.8m": throughput_rows("throughput relative to a plain loop, exact sums on", "≥ 0.92"),
@@ -285,6 +299,7 @@ ROWS: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
     "sentinel_clean": bench_sentinel.clean_row,
     "shakespeare": shakespeare_rows,
     "saving": saving_rows,
+    "copies": copies_rows,
     "killed": killed_rows,
     "nodes": nodes_rows,
     "goodput": goodput_rows,

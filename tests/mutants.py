@@ -122,10 +122,10 @@ def a_finished_run_cannot_resume() -> None:
 def _on_resume(then: Callable[[int, Path], Any]) -> None:
     restore = checkpoint.restore
 
-    def noted(run: Path, *rest: Any) -> int | None:
+    def noted(run: Path, *rest: Any) -> checkpoint.Saved | None:
         found = restore(run, *rest)
         if found is not None:
-            then(found, run)
+            then(found.step, run)
         return found
 
     setattr(checkpoint, "restore", noted)  # noqa: B010

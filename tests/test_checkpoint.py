@@ -49,8 +49,8 @@ def save(run: Path, *steps: int, **options: Any) -> list[events.Event]:
 
 def restore(run: Path, **options: Any) -> tuple[int | None, list[CheckpointRejected], dict[str, torch.Tensor]]:
     tensors, reports = small_state(None), []
-    step = checkpoint.restore(run, tensors, ALONE, FINGERPRINT, reports.append, **options)
-    return step, reports, tensors
+    saved = checkpoint.restore(run, tensors, ALONE, FINGERPRINT, reports.append, **options)
+    return saved and saved.step, reports, tensors
 
 
 def steps_of(run: Path) -> list[int]:

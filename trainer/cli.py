@@ -184,8 +184,11 @@ def launch(
 
         branch.origin(run, config, parent)  # a run that has begun needs its parent no more
         command += ["--from", parent]
-    command += [part for override in [*(overrides or ()), 'elastic.mode="quorum"'] for part in ("--set", override)]
+    mode = "restart" if quorum.restarts_all(config) else "quorum"
+    command += [part for override in [*(overrides or ()), f'elastic.mode="{mode}"'] for part in ("--set", override)]
     plan = quorum.Plan(config, command, run, workers, spares, listen, join)
+    if quorum.restarts_all(config) and not arbiter_only:
+        quorum.become_torchrun(plan)
     raise typer.Exit(quorum.serve(plan) if arbiter_only else quorum.launch(plan))
 
 

@@ -154,7 +154,9 @@ def train(
             heartbeat = claim.watchdog.heartbeat
             saving = Checkpointer(run, ranks, facts, config.checkpoint, claim.log, hook, heartbeat)
             with contextlib.closing(saving) as checkpointer:
-                checkpointer.restore(state)
+                state_from = checkpointer.restore(state)
+                if ranks.is_main:
+                    claim.log.subscribe(checkpointer.heed)
                 branched = begin_from_parent(claim, state)
                 begin_from_weights(config, claim, facts["vocab_size"], prepared, state)
                 stopwatch.lap("restore")
@@ -162,9 +164,13 @@ def train(
                 # Of its own: faults and checks are for what is computed with.
                 unfaulted = batches_of(config, prepared)
                 fresh = first_epoch.steps(unfaulted)
-                announce(config, claim, facts, hosts, state.step, stopwatch, injector.notice, branched, fresh)
+                announce(
+                    config, claim, facts, hosts, state.step, stopwatch, injector.notice, branched, fresh, state_from
+                )
                 warn_of_overlap(claim, prepared, config)
-                if branched:  # from here on the run does not need its parent
+                # From here on a branch does not need its parent, and a save that was due is made up for.
+                missed = loop.due(state.step, config.checkpoint.every_steps, config.budget.steps)
+                if branched or (state_from == "memory" and missed):
                     checkpointer.save(state)
                 score = scorer(config, prepared, lambda: members.world, hook)
                 record = with_memory(loop.by_main(ranks, claim.log), ranks.device)
@@ -445,7 +451,7 @@ def with_memory(record: Callable[[events.Event], None], device: torch.device) ->
 
 def announce(
     config: Config, claim: Claim, facts: dict[str, Any], hosts: Sequence[str], step: int, stopwatch: Stopwatch,
-    armed: str, parent: str = "", first_epoch_steps: int | None = None,
+    armed: str, parent: str = "", first_epoch_steps: int | None = None, state_from: str = "",
 ) -> None:  # fmt: skip
     """Log that the attempt starts from `step`, why the workers were started again, and what a user should know.
 
@@ -468,6 +474,7 @@ def announce(
             computes_with=claim.computes_with,
             other_bits=claim.other_bits,
             parent=parent,
+            state_from=state_from,
             first_epoch_steps=first_epoch_steps,
         )
     )

@@ -76,6 +76,9 @@ def follow_up(state: TrainState, collaborators: Collaborators, stop: bool) -> No
     steps = config.budget.steps
     if due(state.step, config.eval.every_steps, steps):
         members.once("evaluation", lambda: evaluate(state, collaborators))
+    every = config.checkpoint.memory_every_steps
+    if every and state.step % every == 0 and state.step < steps and not stop:  # at the end, the disk gets the state
+        collaborators.checkpointer.keep(state)
     if stop or due(state.step, config.checkpoint.every_steps, steps):
         # Copies the state and returns; a thread writes it beside the next steps.
         members.once("save", lambda: collaborators.checkpointer.save(state))

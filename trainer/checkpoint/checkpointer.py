@@ -1,12 +1,18 @@
-"""The training loop's view of checkpoints: restore at start, save beside training, log how each save ended."""
+"""The training loop's view of checkpoints: restore at start, save beside training, log how each save ended.
+
+With `checkpoint.memory_every_steps` the state is also copied into the machine's memory (memory.py), by the same means:
+a restart after the death of processes then repeats fewer steps. What must last is on disk.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer import checkpoint, config
+from trainer.checkpoint import memory
 from trainer.errors import CheckpointError
-from trainer.log.events import CheckpointSaved, Event, Writer
+from trainer.log.events import CheckpointFailed, CheckpointSaved, Corrupted, Entry, Event, Warned, Writer
+from trainer.parallel import elastic
 from trainer.parallel.world import PeerLostError, World
 from trainer.phases import Hook, Phase
 
@@ -34,10 +40,20 @@ class Checkpointer:
         self._identity = {"fingerprint": facts["fingerprint"], "run_id": facts["run_id"]}
         self._durable_step = -1
         self._saver = checkpoint.Saver(run, world, self._identity, settings, hook, heartbeat)
+        self._heartbeat = heartbeat
+        self._memory_place = memory.place(run, facts["run_id"])
+        self._copier: checkpoint.Saver | None = None
+        """Writes the copies in memory; None without them."""
+        self._has_warned = False
 
-    def restore(self, state: "TrainState") -> None:
-        """Load the newest intact checkpoint into `state`. Without one, `state` stays at step 0."""
-        step = checkpoint.restore(
+    def restore(self, state: "TrainState") -> str:
+        """Load the newest intact checkpoint into `state`; return "memory" or "disk", where it was.
+
+        Without one, `state` stays at step 0, and this returns "".
+        """
+        if self._settings.memory_every_steps:
+            self._open_memory(state)
+        saved = checkpoint.restore(
             self._run,
             state.tensors(),
             self._readers,
@@ -45,10 +61,32 @@ class Checkpointer:
             self._log.append,
             self._hook,
             self._identity["run_id"],
+            None if self._copier is None else self._memory_place,
         )
-        if step is not None:
-            state.restored(step)
-            self._durable_step = step
+        if saved is None:
+            return ""
+        state.restored(saved.step)
+        if saved.path.is_relative_to(checkpoint.directory(self._run)):
+            self._durable_step = saved.step
+            return "disk"
+        return "memory"
+
+    def _open_memory(self, state: "TrainState") -> None:
+        """Make the place for copies in memory. Collective. Without one, rank 0 says why, and the disk alone is used."""
+        world, path = self._world, self._memory_place
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in state.tensors().values())
+        reason, token = world.from_main(lambda: (memory.prepare(path, self._run, needed), memory.token(path)))
+        if reason is None and not all(world.agree(lambda: memory.token(path) == token)):
+            reason = "the ranks are on several machines, and no memory is everyone's"
+        if reason is not None:
+            self._warn(f"there are no copies of the state in memory: {reason}. A restart begins from the disk.")
+            return
+        elastic.note_memory(path)
+        settings = self._settings.model_copy(update={"keep_last": 1, "keep_every_steps": 0})
+        # No hook: faults of the phases of a save are for what is written to disk.
+        self._copier = checkpoint.Saver(
+            path, world, self._identity, settings, heartbeat=self._heartbeat, read_back=False
+        )
 
     @property
     def _readers(self) -> World:
@@ -66,9 +104,21 @@ class Checkpointer:
         self.poll()
         self._raise_if_hopeless()
 
+    def keep(self, state: "TrainState") -> None:
+        """Begin to copy `state` into the machine's memory, beside the next steps. Waits for an earlier copy first."""
+        if self._copier is not None:
+            self._heartbeat(Phase.WAITING_FOR_SAVE, state.step)
+            self._note(self._copier, self._copier.finish())
+            if self._world.is_main and not self._memory_place.exists():  # `heed` has removed it
+                memory.prepare(self._memory_place, self._run, 0)
+            self._copier.begin(state.step, state.tensors())
+            self._heartbeat(Phase.AFTER_SAVE, state.step)
+
     def poll(self) -> None:
         """Log the saves that have ended since the last call. Does not wait."""
         self._record(self._saver.poll())
+        if self._copier is not None:
+            self._note(self._copier, self._copier.poll())
 
     def finish(self, state: "TrainState") -> None:
         """Wait until `state` is durable. Raises CheckpointError if it cannot be made so."""
@@ -80,10 +130,38 @@ class Checkpointer:
             self._raise_if_hopeless()
             self._saver.begin(state.step, state.tensors())
             self._record(self._saver.finish())
+        if self._copier is not None:  # the disk has the newest state now
+            self._copier.finish()
+        if self._world.is_main:
+            memory.discard(self._memory_place)
+
+    def heed(self, entry: Entry) -> None:
+        """Subscribed to the log of rank 0: remove the copies in memory that may have what is found wrong only now."""
+        if isinstance(entry.event, Corrupted) and self._copier is not None:
+            memory.discard(self._memory_place)
 
     def close(self) -> None:
         """Give a save under way a few seconds to end, then abandon it."""
         self._saver.close()
+        if self._copier is not None:
+            self._copier.close()
+
+    def _note(self, copier: checkpoint.Saver, ended: list[Event]) -> None:
+        """Copies that succeed are not logged: there may be one a step."""
+        if copier.lost_peer is not None:
+            raise PeerLostError(copier.lost_peer)
+        for event in ended:
+            # Where `heed` has removed the place, the copy under way had to fail.
+            if isinstance(event, CheckpointFailed) and not self._has_warned and self._memory_place.exists():
+                self._has_warned = True
+                self._warn(
+                    f"the state of step {event.step} could not be copied into memory: {event.reason}. A restart begins "
+                    "from the newest copy that could, or from the disk. Further failures are not reported."
+                )
+
+    def _warn(self, message: str) -> None:
+        if self._world.is_main:
+            self._log.append(Warned(message=message))
 
     def _record(self, ended: list[Event]) -> None:
         if self._saver.lost_peer is not None:  # not the disk's fault; the next attempt saves again

@@ -62,6 +62,11 @@ def committed(run: Path) -> list[Saved]:
     return sorted(found, key=lambda saved: (-saved.step, _is_hidden(saved.path)))
 
 
+def newest_first(*places: Path) -> list[Saved]:
+    """Return the committed checkpoints of several places; of one step, those of the first place first."""
+    return sorted((saved for place in places for saved in committed(place)), key=lambda saved: -saved.step)
+
+
 def open_saved(path: Path) -> Saved:
     """Return the checkpoint in this directory, which "." or a link may name. Raises NoCheckpointError if it is none."""
     if not _COMMITTED.fullmatch(path.name):

@@ -18,7 +18,16 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
-from trainer.checkpoint.files import Saved, committed, directory, one_line, read_manifest, refuse_newer, verify
+from trainer.checkpoint.files import (
+    Saved,
+    committed,
+    directory,
+    newest_first,
+    one_line,
+    read_manifest,
+    refuse_newer,
+    verify,
+)
 from trainer.errors import CheckpointError
 from trainer.log import events
 from trainer.log.events import CheckpointRejected, CheckpointSaved, Event
@@ -34,24 +43,27 @@ def restore(
     report: Callable[[Event], None],
     hook: Hook = no_hook,
     run_id: str | None = None,
-) -> int | None:
-    """Load the newest intact checkpoint in place. Returns its step; None if there has never been one. Collective.
+    memory: Path | None = None,
+) -> Saved | None:
+    """Load the newest intact checkpoint in place and return it; None if there has never been one. Collective.
 
-    A checkpoint that is damaged, belongs to another run, or fails to load on any rank is skipped by all ranks; rank 0
-    reports it. Raises CheckpointError on all ranks if the run has saved before and no checkpoint is intact;
-    NewerFormatError instead of skipping one that a newer toprope saved.
+    Also from place `memory` (memory.py), which all ranks must see. A checkpoint that is damaged, belongs to another
+    run, or fails to load on any rank is skipped by all ranks; rank 0 reports it. Raises CheckpointError on all ranks
+    if the run has saved before and no checkpoint is intact; NewerFormatError instead of skipping one that a newer
+    toprope saved.
     """
     # Rank 0 lists for all: on a network file system each rank might see another list.
-    for saved in world.from_main(lambda: committed(run)):
+    for saved in world.from_main(lambda: newest_first(run, *([] if memory is None else [memory]))):
         world.from_main(lambda saved=saved: refuse_newer(saved))
         reason = _agreed(world, _refusal(saved, world, fingerprint, run_id))
         if reason is None:
             hook(Phase.IN_LOAD, saved.step)
             reason = _agreed(world, _failure(saved, tensors))
         if reason is None:
-            return saved.step
+            return saved
         if world.is_main:
-            report(CheckpointRejected(step=saved.step, reason=reason))
+            where = "" if saved.path.is_relative_to(directory(run)) else "in memory: "
+            report(CheckpointRejected(step=saved.step, reason=where + reason))
     world.from_main(lambda: _refuse_to_forget(run))
     return None
 

@@ -69,14 +69,15 @@ class Saver:
         hook: Hook = no_hook,
         heartbeat: Hook = no_hook,
         peer_timeout_seconds: float = PEER_TIMEOUT_SECONDS,
+        read_back: bool = True,
     ) -> None:
-        """`identity` goes into the manifest: a loader compares it.
+        """`identity` goes into the manifest: a loader compares it. `read_back`: a save counts when it has been read.
 
         `hook` is called from the writing thread. `begin` and `finish` call `heartbeat` with "waiting_for_save" whenever
         the save that they wait for has made progress.
         """
         self._run, self._world, self._identity, self._settings, self._hook = run, world, dict(identity), settings, hook
-        self._heartbeat = heartbeat
+        self._heartbeat, self._reads_back = heartbeat, read_back
         self._ranks = world
         if world.size > 1:  # never training's group: there, collectives of the two threads would mix
             timeout = datetime.timedelta(seconds=peer_timeout_seconds)
@@ -199,7 +200,7 @@ class Saver:
             raise
         save.seconds = time.perf_counter() - save.started
         own_digests = shards[self._world.rank].digests
-        damaged = self._together(lambda: self._read_back(save, final, own_digests))
+        damaged = self._together(lambda: self._read_back(save, final, own_digests)) if self._reads_back else []
         if any(damaged):
             if self._world.is_main:
                 files.discard(final)

@@ -21,7 +21,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from trainer import signals
 from trainer.config import Config, check_world
@@ -46,6 +46,8 @@ STARTS = 3
 """A worker that dies so often in a row before it takes part is not started again. Nor is one in quarantine."""
 RESTARTS_WITHOUT_PROGRESS = 3
 """So many restarts for each worker, without a step that is new, end the job: the error is repeated."""
+RESTARTS_OF_ALL = 100
+"""Of a job in which a death restarts all workers; an error that would only be repeated ends it before."""
 ARBITER_STARTS = 5
 """The same of the arbiter."""
 LEAVE_SECONDS = 30.0
@@ -130,13 +132,47 @@ def serve(plan: Plan) -> int:
         return EXIT_STATUS.get(over, EXIT_PREEMPTED)
 
 
+def restarts_all(config: Config) -> bool:
+    """True for strategies in which a rank holds what no other one has: without it nobody can go on."""
+    return config.parallel.strategy != "replicate"
+
+
+def become_torchrun(plan: Plan) -> NoReturn:
+    """Say that a death will restart all workers, and run torchrun on this node in the place of this process.
+
+    Raises TopropeErrors before any work.
+    """
+    if plan.spares or plan.join or plan.listen != Plan.listen:
+        check(plan)
+    check_world(plan.config, plan.workers)
+    rundir.check(plan.run, plan.config)
+    checkpoints = plan.config.checkpoint
+    state = f"from a copy in memory, made every {checkpoints.memory_every_steps} steps"
+    if not checkpoints.memory_every_steps:
+        state = "from the newest checkpoint on disk; with checkpoint.memory_every_steps from a newer copy in memory"
+    terminal_line(
+        f'parallel.strategy = "{plan.config.parallel.strategy}": each worker holds what no other one has, so a death '
+        f"restarts all {plan.workers}, {state}."
+    )
+    command = ["--standalone", f"--nproc-per-node={plan.workers}", f"--max-restarts={RESTARTS_OF_ALL}"]
+    torchrun = [sys.executable, "-m", "trainer.launch.torchrun", *command]
+    os.execv(sys.executable, [*torchrun, "-m", plan.module, *plan.command])
+
+
 def check(plan: Plan) -> None:
     """Raise ConfigError for a config that cannot go on when a worker dies, and what else is wrong before any work."""
     problems = []
-    if plan.config.parallel.strategy != "replicate":
+    if restarts_all(plan.config):
         problems.append(
             f'parallel.strategy = "{plan.config.parallel.strategy}" needs every rank for every step: a death restarts '
-            'all.\n  Start it by torchrun, or set parallel.strategy = "replicate".'
+            "all, so there is no arbiter, and no worker joins or waits as a spare.\n"
+            "  Leave out --spares, --listen, --join and --arbiter-only; on several nodes start torchrun. Or set "
+            'parallel.strategy = "replicate".'
+        )
+    if plan.config.checkpoint.memory_every_steps and not restarts_all(plan.config):
+        problems.append(
+            "checkpoint.memory_every_steps has no effect here: the state is in the memory of every worker already.\n"
+            "  Leave it out."
         )
     if not plan.config.numerics.exact:
         problems.append(

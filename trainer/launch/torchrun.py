@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer import signals, torch_versions
+from trainer.checkpoint import memory
 from trainer.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_QUARANTINED, EXIT_USAGE, TopropeError, WorldError
 from trainer.launch import forkserver, processes, rendezvous
 from trainer.parallel import elastic
@@ -93,8 +94,15 @@ def torchrun() -> None:
         # torchrun has passed the signal on to the workers, which have saved; the same command resumes.
         raise SystemExit(EXIT_PREEMPTED if error.sigval in signals.ASKING else 128 + error.sigval) from None
     finally:
-        failures_file.unlink(missing_ok=True)
-        failures_file.with_suffix(".final").unlink(missing_ok=True)
+        remove_notes(failures_file)
+
+
+def remove_notes(failures_file: Path) -> None:
+    """Remove what workers have told this launcher, and what they keep in memory for restarts within this job."""
+    if (place := elastic.noted_memory(failures_file)) is not None:
+        memory.discard(place)
+    for file in (failures_file, *map(failures_file.with_suffix, (".final", ".memory"))):
+        file.unlink(missing_ok=True)
 
 
 # Signals

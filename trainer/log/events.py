@@ -60,6 +60,8 @@ class AttemptStarted(Event, kind="attempt_started"):
     """Differences between this and what the run was computed with before, which were accepted on purpose."""
     parent: str = ""
     """RUN@STEP, if this attempt took its state from another run."""
+    state_from: str = ""
+    """Where the state of `from_step` was: "memory" or "disk"; empty at the start, and in logs from before."""
     first_epoch_steps: int | None = None
     """Steps, from the first, whose text is read for the first time; None in logs from before it was recorded."""
 

@@ -110,6 +110,7 @@ def _attempt(attempt: Attempt, ended: str | None) -> dict[str, Any]:
         "attempt": attempt.number,
         "world_size": first.world_size if first else None,
         "from_step": attempt.from_step,
+        "state_from": (first.state_from or None) if first else None,
         "to_step": attempt.furthest_step,
         "ended": ended,
         "seconds": attempt.entries[-1].time - attempt.entries[0].time,

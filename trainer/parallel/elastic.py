@@ -218,6 +218,20 @@ def give_up() -> None:
         Path(os.environ[FAILURES_FILE]).with_suffix(".final").touch()
 
 
+def note_memory(place: Path) -> None:
+    """Worker: tell our launcher of a directory in this machine's memory, which it removes when the job is over."""
+    if FAILURES_FILE in os.environ and os.environ.get("LOCAL_RANK", "0") == "0":
+        with contextlib.suppress(OSError):
+            Path(os.environ[FAILURES_FILE]).with_suffix(".memory").write_text(str(place), encoding="utf-8")
+
+
+def noted_memory(failures_file: Path) -> Path | None:
+    """Launcher: the directory that workers of this node have noted last; None if there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        return Path(failures_file.with_suffix(".memory").read_text(encoding="utf-8"))
+    return None
+
+
 def gave_up(path: Path | None = None) -> bool:
     """Launcher: True if a worker of this node has called `give_up`. `path` as in `note_failures`."""
     return (path or Path(os.environ[FAILURES_FILE])).with_suffix(".final").exists()

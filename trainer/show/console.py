@@ -177,7 +177,7 @@ class Console(LiveTable):
 
 def _started(attempt: int, event: AttemptStarted) -> str:
     ready = f" · ready in {sum(event.startup_seconds.values()):.1f} s" if event.startup_seconds else ""
-    origin = f" from {event.parent}" if event.parent else ""
+    origin = f" from {event.parent}" if event.parent else " (from memory)" if event.state_from == "memory" else ""
     return (
         f"attempt {attempt} · {plural(event.world_size, 'rank')} ({event.strategy}) on {event.device} · "
         f"{event.parameters:,} parameters · steps {event.from_step}{origin} → {event.steps}{ready}"

@@ -104,7 +104,8 @@ def _code_length(code: Mapping[str, Any]) -> str:
 
 
 def _attempt_row(attempt: Mapping[str, Any]) -> tuple[RenderableType, ...]:
-    steps = f"{known(attempt['from_step'])} → {known(attempt['to_step'])}"
+    source = " (memory)" if attempt["state_from"] == "memory" else ""
+    steps = f"{known(attempt['from_step'])}{source} → {known(attempt['to_step'])}"
     ended = attempt["ended"] or "running"
     if attempt["reason"] and ended != "finished":
         ended += f": {first_line(attempt['reason'])}"
