@@ -120,6 +120,29 @@ class Link:
         except RuntimeError as error:
             raise MembersChangedError(str(error)) from None
 
+    def apart(self, start: Callable[[Any], Any]) -> None:
+        """As `run`, for sending and receiving. gloo closes a connection on which one of these was waited for with a
+        limit, so a thread waits without one.
+        """
+        done: list[RuntimeError | None] = []
+
+        def wait(groups: list[Any]) -> None:
+            try:
+                start(groups.pop()).wait()
+                done.append(None)
+            except RuntimeError as error:
+                done.append(error)
+
+        thread = threading.Thread(target=wait, args=([self._held()],), name="toprope-hand-over", daemon=True)
+        thread.start()
+        while not done:
+            thread.join(CHECK_SECONDS)
+            if not done and self._ended():
+                self.left = True
+                raise MembersChangedError("the epoch has ended, and its hand-over has not")
+        if done[0] is not None:
+            raise MembersChangedError(str(done[0])) from None
+
     def _held(self) -> dist.ProcessGroupGloo:
         group = self._group
         if group is None:
@@ -158,11 +181,11 @@ class EpochWorld(World):
     def send(self, tensor: Tensor, receiver: int) -> None:
         """Not collective: rank `receiver` calls `receive`."""
         copied = tensor.to("cpu", copy=True)  # gloo sends from CPUs; the original may change if this is left behind
-        self.link.run(lambda group: group.send([copied], receiver, 0))
+        self.link.apart(lambda group: group.send([copied], receiver, 0))
 
     def receive(self, tensor: Tensor, sender: int) -> None:
         received = torch.empty_like(tensor, device="cpu")
-        self.link.run(lambda group: group.recv([received], sender, 0))
+        self.link.apart(lambda group: group.recv([received], sender, 0))
         tensor.copy_(received)
 
     def _exchange(self, mine: Any) -> list[Any]:
