@@ -84,8 +84,10 @@ def expected_rank() -> int:
 
 
 def local_rank() -> int:
-    """Number of this worker among those of its launcher on this machine."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    """Number of this worker among those of its launcher on this machine; 0 without one."""
+    if (given := quorum()) is not None:
+        return given.slot
+    return int(os.environ.get("LOCAL_RANK", "0")) if started_by_torchrun() else 0
 
 
 def local_size() -> int:
