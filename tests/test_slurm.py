@@ -187,8 +187,22 @@ esac
 def test_how_a_job_ends_and_when_it_goes_back_into_the_queue(
     tmp_path, pretended, probe, agents, unfinished, queue, status, goes_back
 ):
-    run, python = tmp_path / "run", pretended / "python"
-    (run / "slurm").mkdir(parents=True)
+    done = run_script(tmp_path / "run", pretended, queue, PROBE=str(probe), AGENTS=agents, UNFINISHED=str(unfinished))
+    assert (done.returncode, (pretended / "requeued").exists()) == (status, goes_back), done.stdout + done.stderr
+    assert (pretended / "python.started").exists() == (probe in (0, 143))
+
+
+def test_a_job_does_not_go_back_after_five_starts_in_a_row_without_a_checkpoint(tmp_path, pretended):
+    variables = {"PROBE": "0", "AGENTS": "75", "UNFINISHED": "1"}
+    starts = [run_script(tmp_path / "run", pretended, "RUNNING 2", **variables) for _ in range(5)]
+    assert [done.returncode for done in starts] == [75] * 4 + [1]
+    assert "5 starts in a row have saved no checkpoint" in starts[-1].stdout
+
+
+def run_script(run: Path, pretended: Path, queue: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run the job script of two nodes where all of Slurm, and Python, is pretended."""
+    python = pretended / "python"
+    (run / "slurm").mkdir(parents=True, exist_ok=True)
     (pretended / "squeue.answer").write_text(queue + "\n")
     (pretended / "scontrol").write_text(f"#!/bin/bash\n[[ $1 == requeue ]] && touch {pretended}/requeued; false\n")
     (pretended / "srun").write_text('#!/bin/bash\nwhile [[ $1 == -* ]]; do shift; done; exec "$@"\n')
@@ -196,13 +210,11 @@ def test_how_a_job_ends_and_when_it_goes_back_into_the_queue(
     for program in (pretended / "scontrol", pretended / "srun", python):
         program.chmod(0o755)
     given = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURMD_NODENAME": "n1"}
-    given |= {"PROBE": str(probe), "AGENTS": agents, "UNFINISHED": str(unfinished)}
     script = job(run, "1:2", python=str(python)).script()
-    done = subprocess.run(
-        ["bash"], input=script, text=True, check=False, capture_output=True, env=os.environ | given, timeout=30
-    )
-    assert (done.returncode, (pretended / "requeued").exists()) == (status, goes_back), done.stdout + done.stderr
-    assert Path(f"{python}.started").exists() == (probe in (0, 143))
+    return subprocess.run(
+        ["bash"], input=script, text=True, check=False, capture_output=True, env=os.environ | given | variables,
+        timeout=30,
+    )  # fmt: skip
 
 
 @pytest.fixture
