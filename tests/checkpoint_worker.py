@@ -65,8 +65,9 @@ def reshard(rank: int, ranks: int, directory: Path) -> dict[str, Any]:
                 for before in LAYOUTS:
                     fill(tensors, step=0)
                     run = directory / "{}-{}".format(*before)
-                    step = checkpoint.restore(run, tensors, world, IDENTITY["fingerprint"], lambda event: None)
-                    outcome[f"{before} as {(strategy, size)}"] = step == 7 and is_filled(tensors, 7)
+                    found = checkpoint.restore(run, tensors, world, IDENTITY["fingerprint"], lambda event: None)
+                    right = found is not None and found.step == 7 and is_filled(tensors, 7)
+                    outcome[f"{before} as {(strategy, size)}"] = right
     return outcome
 
 
@@ -122,7 +123,7 @@ def failing_rank(rank: int, ranks: int, directory: Path) -> dict[str, Any]:
         "counts": counts,
         "ended": names(ended),
         "reason": getattr(ended[0], "reason", None),
-        "found": found,
+        "found": found and found.step,
         "intact": holds(tensors, 2),
         "reports": [vars(report) for report in reports],
     }
