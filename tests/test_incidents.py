@@ -198,8 +198,8 @@ def test_incidents_built_entry_by_entry_are_those_read_from_the_log(run: Run):
 def test_each_worker_of_a_quorum_is_lost_once_however_often_it_is_told(run: Run):
     run.train(9)
     again = {"1": "its connection closed", "2": "its connection closed"}
-    for told in ({"1": "its connection closed"}, again, again):
-        run.write(members_changed(9, told))
+    for epoch, told in enumerate(({"1": "its connection closed"}, again, again), start=2):
+        run.write(members_changed(9, told, epoch=epoch))
     assert [(incident.rank, incident.others) for incident in incidents_of(run.history, running=True)] == [
         (1, ()),
         (2, ()),

@@ -103,7 +103,7 @@ def test_an_issue_without_a_decision_or_that_waits_stops_the_launch(tmp_path: Pa
 @pytest.mark.parametrize(
     ("outcomes", "own", "answer"),
     [
-        (["pass", "skipped"], True, "pass"),
+        (["pass", "skipped", "not applicable"], True, "pass"),
         (["pass", "fail"], True, "fail"),
         (["pass", "undetected"], True, "unknown"),
         (["pass", "unknown"], True, "unknown"),

@@ -285,7 +285,7 @@ class _Review:
                 outcomes[result["outcome"]] = outcomes.get(result["outcome"], 0) + 1
             said = f"{tree['campaign']}: " + ", ".join(f"{number} {name}" for name, number in sorted(outcomes.items()))
             answer: Answer = "fail" if "fail" in outcomes else "unknown"
-            if "pass" in outcomes and set(outcomes) <= {"pass", "skipped"}:
+            if "pass" in outcomes and set(outcomes) <= {"pass", "skipped", "not applicable"}:
                 answer = "pass"
             if commit is None or commit != self.commit or commit.endswith("+"):
                 # A "+" says that files were changed, and not which.
