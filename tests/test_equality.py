@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from scripts import fuzz_equality
-from tests.support import SMOKE, shared_directory, torchrun
+from tests.support import SMOKE, settings, shared_directory, torchrun, write_corpus
 from trainer.data import cache
 
-BASE = {"budget.steps": 4, "data.micro_batches": 6, "eval.max_tokens": 1024, "optim.learning_rate": 0.01}
+BASE = {"budget.steps": 3, "data.micro_batches": 5, "eval.max_tokens": 1024, "optim.learning_rate": 0.01}
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "unclipped": {"optim.clip_norm": 0.0},
@@ -74,9 +74,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any
     worlds = (1, 2, 3, 4)
 
     def train(directory: Path) -> None:
+        corpus = settings(data__source=write_corpus(directory / "corpus", 120), data__heldout_fraction=0.2)[1::2]
         for world_size in worlds:
             cases = directory / f"cases{world_size}.json"
-            cases.write_text(json.dumps(cases_for(world_size)))
+            # The standard library is a corpus of which each case would first look at a thousand files.
+            with_corpus = {n: case | {"set": [*corpus, *case["set"]]} for n, case in cases_for(world_size).items()}
+            cases.write_text(json.dumps(with_corpus))
             result = directory / f"results{world_size}.json"
             torchrun(world_size, cases, result, module="tests.equality_worker", timeout=300)
 
