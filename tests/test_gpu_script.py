@@ -39,6 +39,8 @@ def test_it_runs_to_its_end_on_a_cpu_and_every_part_is_made_or_skipped_with_the_
     assert "tiny sizes: the figures mean nothing" in table
     assert "| two runs, killed, resharded: one hash | True | True | holds |" in table
     assert "| MFU, 1 B | – | ≥ 0.5 | unknown |" in table
+    (stall,) = [line for line in table.splitlines() if "stall" in line]
+    assert stall.endswith("| unknown |"), "a tiny figure is none"
     assert not (made / "scratch").exists()
 
 
