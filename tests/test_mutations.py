@@ -17,7 +17,14 @@ CAMPAIGN = f"""
 config = "{SMOKE}"
 ranks = 2
 restarts = 0
-set = {{ budget.steps = 40, checkpoint.every_steps = 6, eval.every_steps = 0, elastic.startup_timeout_seconds = 60.0 }}
+
+[set]
+budget.steps = 40
+data.micro_batches = 4
+model.n_layers = 1
+checkpoint.every_steps = 6
+eval.every_steps = 0
+elastic.startup_timeout_seconds = 60.0
 """
 
 
