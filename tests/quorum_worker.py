@@ -1,17 +1,20 @@
 """A worker without torch for tests of the launcher, and the launcher that starts such workers.
 
-python -m tests.quorum_worker launch DIRECTORY BEHAVIOUR WORKERS [SPARES]
+python -m tests.quorum_worker launch|serve|join DIRECTORY BEHAVIOUR WORKERS [SPARES]
+
+`join` and `serve` are told by the environment: JOIN and LISTEN are addresses, RUN the run directory.
 """
 
 import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from trainer import config as configs
 from trainer import signals
-from trainer.errors import EXIT_FINISHED, EXIT_PREEMPTED, EXIT_QUARANTINED, EXIT_USAGE
+from trainer.errors import EXIT_FINISHED, EXIT_PREEMPTED, EXIT_QUARANTINED, EXIT_USAGE, TopropeError
 from trainer.launch import forkserver, quorum
 from trainer.log import rundir
 from trainer.parallel import elastic
@@ -38,11 +41,14 @@ class Worker:
             signal.signal(asking, lambda number, _: self.stopped.append(number))
         if (behaviour == "wrong usage") or (behaviour == "dies at every start" and self.slot == 1 and self.life > 1):
             sys.exit(EXIT_USAGE if behaviour == "wrong usage" else 1)
+        if behaviour == "never starts":
+            sys.exit(1)
         if behaviour == "a spare" and self.life > 1:  # a successor that starts more slowly than a spare, as with torch
             while not (directory / "told").exists():
                 time.sleep(STEP_SECONDS)
         self.holding = Holding()
-        self.membership = Membership.connect(given, {MICRO_BATCHES: "8"}, "127.0.0.1:1", limits=(0.5, 60.0))
+        identity = {MICRO_BATCHES: "8", "torch": "of tomorrow" if behaviour == "another torch" else "of today"}
+        self.membership = Membership.connect(given, identity, "127.0.0.1:1", limits=(0.5, 60.0))
         self.write(f"pid of {self.membership.member}", str(os.getpid()))
         self.meet()
 
@@ -81,6 +87,7 @@ class Worker:
             "a spare": (self.directory / "told").exists,
             "stops": (self.directory / "successor").exists,
             "waits": lambda: False,
+            "until told": (self.directory / "told").exists,
         }
         return (self.holding.step or 0) >= STEPS and lives.get(self.behaviour, lambda: True)()
 
@@ -107,14 +114,18 @@ class Worker:
 
 def main() -> int:
     what, directory, behaviour, *counts = sys.argv[1:]
-    if what == "launch":
+    if what != "work":
         forkserver.PRELOADED = ()  # no torch: it starts at once
         rundir.DYING_SECONDS = 0.2
         command = ["work", directory, behaviour]
         workers, spares = int(counts[0]), int(counts[1]) if counts[1:] else 0
         config = configs.parse({"elastic": {"step_timeout_seconds": 0.5}})
-        plan = quorum.Plan(config, command, Path(directory) / "run", workers, spares, module=__spec__.name)
-        return quorum.launch(plan)
+        run = Path(os.environ.get("RUN") or Path(directory) / "run")
+        listen = os.environ.get("LISTEN", "127.0.0.1:0")
+        plan = quorum.Plan(
+            config, command, run, workers, spares, listen, os.environ.get("JOIN", ""), module=__spec__.name
+        )
+        return quorum.serve(plan) if what == "serve" else quorum.launch(plan)
     elastic.belong_to_agent()
     try:
         return Worker(Path(directory), behaviour).run()
@@ -122,5 +133,14 @@ def main() -> int:
         return quorum.EXIT_STATUS[over.status]
 
 
+def told(work: Callable[[], int]) -> int:
+    """Return the exit status of `work`; its errors are shown as the command line shows them."""
+    try:
+        return work()
+    except TopropeError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return error.exit_status
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(told(main))

@@ -6,11 +6,15 @@ Its workers compute nothing (tests/quorum_worker.py), but they, the arbiter and 
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import pytest
 
@@ -18,7 +22,7 @@ from tests.support import ROOT, SMOKE
 from trainer import config as configs
 from trainer.errors import ConfigError, WorldError
 from trainer.launch import quorum
-from trainer.parallel import elastic
+from trainer.parallel import arbiter, elastic
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.skipif(sys.platform != "linux", reason="workers are forked")]
 
@@ -26,13 +30,26 @@ pytestmark = [pytest.mark.timeout(60), pytest.mark.skipif(sys.platform != "linux
 class Launched:
     """A launcher with workers that do as `behaviour` says."""
 
-    def __init__(self, directory: Path, behaviour: str, workers: int, spares: int = 0) -> None:
+    def __init__(
+        self, directory: Path, behaviour: str, workers: int, spares: int = 0, what: str = "launch",
+        variables: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:  # fmt: skip
+        directory.mkdir(exist_ok=True)
         self.directory = directory
-        command = [sys.executable, "-m", "tests.quorum_worker", "launch", directory, behaviour, workers, spares]
+        command = [sys.executable, "-m", "tests.quorum_worker", what, directory, behaviour, workers, spares]
         self.process = subprocess.Popen(
-            list(map(str, command)), cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
+            list(map(str, command)), cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)} | dict(variables), text=True,
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         )  # fmt: skip
+
+    def joined_by(
+        self, name: str, behaviour: str, variables: Mapping[str, str] = MappingProxyType({})
+    ) -> "Launched":  # fmt: skip
+        """A launcher on what stands for another node: it knows the run directory, and its workers have their own."""
+        run = self.directory / "run"
+        address = json.loads((run / "quorum" / "address.json").read_text())["address"]
+        told = {"RUN": str(run), "JOIN": address} | dict(variables)
+        return Launched(self.directory / name, behaviour, 1, what="join", variables=told)
 
     def ends(self) -> tuple[int, str]:
         _, errors = self.process.communicate(timeout=50)
@@ -171,6 +188,105 @@ def test_a_second_launcher_for_the_same_run_is_refused(tmp_path: Path, launched:
     assert status != 0
     assert "is in use by" in errors
     assert json.loads(address.read_text()) == before
+
+
+def test_a_second_arbiter_for_the_same_run_is_refused(tmp_path: Path, launched: list[Launched]):
+    launched.append(first := Launched(tmp_path, "waits", 1))
+    first.wait_for("epoch 1")
+    launched.append(second := Launched(tmp_path, "", 1, what="serve"))
+    assert "is in use by" in second.ends()[1]
+    assert second.process.returncode == 2
+    assert first.process.poll() is None
+
+
+def test_a_node_that_computes_with_another_torch_is_refused_by_name_and_the_job_goes_on(
+    tmp_path: Path, launched: list[Launched]
+):
+    launched.append(job := Launched(tmp_path, "until told", 2))
+    job.wait_for("epoch 1")
+    launched.append(other := job.joined_by("other", "another torch"))
+    status, errors = other.ends()
+    assert "its torch is of tomorrow, that of the job of today" in errors
+    assert (status, other.lives(0)) == (2, 1), "the same would be refused again"
+    (tmp_path / "told").touch()
+    assert job.ends() == (0, "")
+    assert [job.lives(slot) for slot in range(2)] == [1, 1]
+
+
+def test_a_node_whose_workers_never_start_leaves_by_name_and_the_job_goes_on(tmp_path: Path, launched: list[Launched]):
+    launched.append(job := Launched(tmp_path, "until told", 2))
+    job.wait_for("epoch 1")
+    launched.append(other := job.joined_by("other", "never starts"))
+    status, errors = other.ends()
+    assert (status, other.lives(0)) == (1, quorum.STARTS)
+    assert "This node has left the job: worker 0 of" in errors
+    (tmp_path / "told").touch()
+    assert job.ends() == (0, "")
+    assert [job.lives(slot) for slot in range(2)] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        ({"TOPROPE_QUORUM_TOKEN": "wrong"}, "has closed the connection: it does not know this token"),
+        ({"RUN": "elsewhere"}, "is not there, so the job's token is unknown"),
+    ],
+    ids=["wrong", "missing"],
+)
+def test_a_node_without_the_right_token_is_refused_before_any_work(
+    tmp_path: Path, launched: list[Launched], variables: dict[str, str], reason: str
+):
+    launched.append(job := Launched(tmp_path, "until told", 1))
+    job.wait_for("epoch 1")
+    launched.append(other := job.joined_by("other", "until told", variables))
+    status, errors = other.ends()
+    assert (status, list(other.directory.iterdir())) == (2, [])
+    assert reason in errors
+    (tmp_path / "told").touch()
+    assert job.ends() == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [(b"HTTP/1.1 400 Bad Request\r\n\r\n", "is no arbiter"), (None, "no arbiter has answered")],
+    ids=["a web server", "nobody"],
+)
+def test_a_node_that_finds_no_arbiter_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: Any, reason: str
+):
+    monkeypatch.setenv(arbiter.TOKEN, "secret")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        plan = quorum.Plan(configs.load(SMOKE), [], tmp_path, 1, join=f"127.0.0.1:{server.getsockname()[1]}")
+
+        def serve() -> None:
+            with server.accept()[0] as peer:
+                peer.sendall(answer)
+
+        if answer is None:
+            server.close()
+        else:
+            threading.Thread(target=serve).start()
+        with pytest.raises(WorldError, match=reason):
+            quorum.knock(plan, patience_seconds=0.3)
+
+
+def test_an_arbiter_alone_serves_two_nodes_and_goes_on_where_it_was_killed(tmp_path: Path, launched: list[Launched]):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        listen = f"127.0.0.1:{free.getsockname()[1]}"
+    launched.append(first := Launched(tmp_path, "", 2, what="serve", variables={"LISTEN": listen}))
+    first.wait_for("run/quorum/address.json")
+    nodes = [first.joined_by(name, "until told") for name in ("a", "b")]
+    launched.extend(nodes)
+    nodes[0].wait_for("epoch 1")
+    first.process.kill()
+    first.process.wait()
+    launched.append(second := Launched(tmp_path, "", 2, what="serve", variables={"LISTEN": listen}))
+    nodes[0].wait_for("epoch 2")
+    assert nodes[0].members(2) == nodes[0].members(1) == "0 2"
+    for node in nodes:
+        (node.directory / "told").touch()
+    assert [job.ends() for job in (second, *nodes)] == [(0, "")] * 3
+    assert [node.lives(0) for node in nodes] == [1, 1]
 
 
 def test_quorum_mode_under_torchrun_is_refused_with_the_command_that_works(monkeypatch: pytest.MonkeyPatch):

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from tests.support import wait_until
-from trainer.parallel import arbiter
+from trainer.parallel import arbiter, membership
 from trainer.parallel.arbiter import Connection, Server, listen
 from trainer.parallel.elastic import Quorum
-from trainer.parallel.membership import JobOver, Membership, RefusedError
+from trainer.parallel.membership import ArbiterLostError, JobOver, Membership, RefusedError
 from trainer.parallel.protocol import (
     FINISHED,
     HOPELESS,
@@ -206,6 +206,18 @@ def test_a_worker_with_other_code_is_refused_by_name_and_the_others_notice_nothi
     assert not first.change_wanted
 
 
+def test_a_newcomer_that_claims_a_state_is_ended_and_refused_and_the_others_notice_nothing(make: Any):
+    job = make(2)
+    launcher = job.launcher(2)
+    first, second = job.begin(2)
+    liar = job.connect()
+    with pytest.raises(RefusedError, match="worker 2 was taken for dead, and the others went on without it"):
+        job.meet(liar, 99, (0, 1)).result(10)
+    assert launcher.hear(Kill) == Kill(liar._hello.name, "it claims to have a state, but was no member")
+    assert not first.ended and not second.ended
+    assert not first.change_wanted
+
+
 @pytest.mark.parametrize(("leaves", "over"), [(FINISHED, FINISHED), (PREEMPTED, PREEMPTED), (HOPELESS, "failed")])
 def test_a_spare_that_waits_is_told_how_the_job_has_ended(make: Any, leaves: str, over: str):
     job = make(1)
@@ -234,6 +246,26 @@ def test_the_worker_that_has_not_reached_the_collective_is_ended_and_its_launche
     found = launcher.hear(Kill)
     assert found == Kill(second._hello.name, "it has not reached the collective of the others: backward")
     assert job.meet(first, 3, (0,)).result().members == (0,)
+
+
+def test_a_tunnel_that_takes_connections_without_an_arbiter_behind_it_is_given_up_in_time(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(membership, "LOST_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as tunnel:
+
+        def take_and_close() -> None:
+            with contextlib.suppress(OSError):  # the end of the test
+                while True:
+                    tunnel.accept()[0].close()
+
+        closing = threading.Thread(target=take_and_close)
+        closing.start()
+        quorum = Quorum("127.0.0.1", tunnel.getsockname()[1], "secret", "node", 0, 1)
+        with pytest.raises(ArbiterLostError, match="no arbiter has answered"):
+            Membership.connect(quorum, IDENTITY, "127.0.0.1:1")
+        tunnel.shutdown(socket.SHUT_RDWR)
+        closing.join()
 
 
 def test_a_launcher_can_end_the_job(make: Any):

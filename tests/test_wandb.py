@@ -350,6 +350,33 @@ def test_the_run_continues_under_one_id_after_rank_0_was_killed(run: Run):
     assert figures(rows, "run/lost_steps") == [(0, 0), (40, 5)]
 
 
+@needs_proc
+def test_writers_that_follow_one_another_in_an_attempt_show_each_step_once(run: Run):
+    """In quorum mode the main member dies and another goes on with the log. The helper of the dead one is late."""
+    first = shown(run)
+    run.start()
+    run.steps(1, 20)
+    assert wait_until(lambda: bool(list(run.path.glob("wandb/offline-run-*"))), 20)
+    assert first.pid is not None
+    os.kill(first.pid, signal.SIGSTOP)
+    run.now += 1
+    run.attempt -= 1  # as `shown` counts
+    second = shown(run, since=run.now)
+    run.attempt += 1
+    run.steps(21, 30)
+    os.kill(first.pid, signal.SIGCONT)
+    first.close()
+    run.steps(31, 40)
+    run.write(ended())
+    second.close()
+    assert figures(read_offline(run.path), "train/loss") == [(n, 5.0 - n / 100) for n in range(1, 41)]
+    runs = offline_records(run.path, "run")
+    assert {row["id"] for rows in runs.values() for row in rows} == {rundir.read(run.path)["run_id"]}
+    assert len(runs) == 2
+    numbers = [row["_step"] for row in read_offline(run.path)]
+    assert numbers == sorted(set(numbers)), "rows under a number that was given before are lost in an upload"
+
+
 def test_a_helper_of_the_attempt_before_that_never_ends_is_not_waited_for_for_ever(run: Run):
     (run.path / "wandb").mkdir()
     with (run.path / "wandb" / "helper.lock").open("w") as held:

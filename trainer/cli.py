@@ -777,6 +777,8 @@ def main() -> None:
             # If this rank left first, torchrun would end rank 0 before it has printed. Torchrun ends this rank instead.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(3)
+            if elastic.in_quorum():  # else the launcher had ended it: the others train, and this one is refused alone
+                print(f"{type(error).__name__}: {error}", file=sys.stderr)
         raise SystemExit(error.exit_status) from None
     except OSError as error:
         # Only where a file is named, and not of a rank that trains: its traceback says what it was doing.

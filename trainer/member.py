@@ -47,7 +47,11 @@ class Records:
 
     The main member may die between a step and its record. So every member keeps the events of the last step; the next
     main member looks what the log has, and writes the rest. The file is that of rank 0, whoever writes it: readers of
-    the log need not know who was the main member when.
+    the log need not know who was the main member when. It has one writer at a time.
+
+    What one member alone knows goes to a file of its own, by its number; what the main one knows, to the log of all.
+    Member 0 begins as the main one, and its file is that of all. So while another one is, member 0 has none: the main
+    member records how it leaves, as the arbiter tells all.
     """
 
     def __init__(
@@ -67,7 +71,10 @@ class Records:
 
     def append(self, event: Event) -> None:
         """Write an event that this member alone knows: into the log of all if it is the main one, else into its own."""
-        (self._main or self._own).append(event)
+        if self._main is not None:
+            self._main.append(event)
+        elif self._member != 0 or not self._path.stat().st_size:  # it is nobody's yet
+            self._own.append(event)
 
     def record(self, event: Event) -> None:
         """Take an event that all members know alike."""
@@ -112,20 +119,15 @@ class Records:
         since = time.time()
         is_new = not self._path.exists() or not any(kind == AttemptStarted.kind for kind, *_ in _tail(self._path, None))
         events.mend(self._path)
-        self._main = self._own if self._member == 0 else EventLog(self._path, self._attempt, 0)
+        self._main = EventLog(self._path, self._attempt, 0)
         self._show(self._main, 0.0 if is_new else since, self._shown)
         if is_new:
             self._announce(self._main, change)
 
-    def end(self, event: AttemptEnded) -> None:
-        """The end of this member's part, and if it is the main one that of the attempt."""
-        if self._main is not None or self._member != 0:  # member 0's own file is that of all
-            self.append(event)
-
     def close(self) -> None:
         """Stop writing for all."""
         self._shown.close()
-        if self._main is not None and self._main is not self._own:
+        if self._main is not None:
             self._main.close()
         self._main = None
 
@@ -195,12 +197,8 @@ def train(
         # Members meet at the store of the first of them, so each has one from its start.
         host = own_host(given)
         store = world.open_store(host, 0, is_master=True, wait_for_workers=False, alone=True)
-        identity = claim.computes_with | {
-            name: str(facts[name]) for name in ("fingerprint", "data_sha256", "tokenizer_sha256")
-        }
-        identity[protocol.MICRO_BATCHES] = str(config.data.micro_batches)
         limits = config.elastic.step_timeout_seconds, config.elastic.startup_timeout_seconds
-        membership = Membership.connect(given, identity, f"{host}:{store.port}", limits=limits)
+        membership = Membership.connect(given, identity(config, claim, facts), f"{host}:{store.port}", limits=limits)
         stack.callback(membership.close)
         attempt = membership.facts["attempt"]
         log = stack.enter_context(contextlib.closing(EventLog.open(run, attempt, membership.member)))
@@ -235,7 +233,7 @@ def train(
         def finished(state: Any) -> None:
             if state.step == config.budget.steps:
                 hook(Phase.BEFORE_END, state.step)
-                records.end(ended("finished", state.step, "", state))
+                records.append(ended("finished", state.step, "", state))
 
         def waiting() -> None:
             if stop.received and not members.has_met:  # nobody counts on this worker yet
@@ -262,12 +260,12 @@ def train(
                 done = loop.train(state, loop.Collaborators(context, records.record, score, checkpointer))
             if done:
                 if members.world.rank:
-                    records.end(ended("finished", state.step, "", state))
+                    records.append(ended("finished", state.step, "", state))
                 membership.leave(protocol.FINISHED)
                 return errors.EXIT_FINISHED
             if stop.received:
                 records.append(events.StopRequested(signal=stop.received, step=state.step))
-            records.end(ended("preempted", state.step, stop.received or "another worker was asked to stop"))
+            records.append(ended("preempted", state.step, stop.received or "another worker was asked to stop"))
             membership.leave(protocol.PREEMPTED)
             return errors.EXIT_PREEMPTED
         except (RefusedError, ArbiterLostError) as error:
@@ -275,7 +273,7 @@ def train(
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
             return errors.EXIT_FAILED
         except JobOver as over:
-            records.end(ended(over.status, state.step, "the job is over"))
+            records.append(ended(over.status, state.step, "the job is over"))
             return EXIT_STATUS[over.status]
         except Exception as error:
             fail(records, membership, state.step, error)
@@ -291,6 +289,8 @@ def prepare_claim(
     """
     wandb_mode(config)
     tensorboard.check(config)
+    # Each worker for itself: the file of the config may have changed since the launcher read it.
+    rundir.check(run, config)
     own = provenance.computes_with(config, alone.device)
     before = rundir.read(run) if rundir.is_run(run) else {}
     other_bits = provenance.compare(run, before, [own], accept_other_bits)
@@ -301,6 +301,12 @@ def prepare_claim(
     origin = branch.origin(run, config, parent)
     earlier = [e for e in events.read(run) if not isinstance(e.event, events.FaultFired)] if first else []
     return job.Claim(run, -1, alone, log, watchdog, earlier, own, other_bits, accept_other_bits, origin)
+
+
+def identity(config: Config, claim: job.Claim, facts: dict[str, Any]) -> dict[str, str]:
+    """What all members of a job must have alike, by name: who differs in one of these is refused by it."""
+    digests = {name: str(facts[name]) for name in ("fingerprint", "data_sha256", "tokenizer_sha256")}
+    return claim.computes_with | digests | {protocol.MICRO_BATCHES: str(config.data.micro_batches)}
 
 
 def show_run(config: Config, claim: job.Claim, log: EventLog, since: float, shown: contextlib.ExitStack) -> None:
@@ -330,7 +336,7 @@ def fail(records: Records, membership: Membership, step: int, error: Exception) 
     repeated = isinstance(error, errors.TopropeError) and not alone and not restarts
     with contextlib.suppress(Exception):
         if repeated:
-            records.end(ended("failed", step, reason))
+            records.append(ended("failed", step, reason))
             elastic.give_up()
         else:
             records.append(events.Warned(message=f"worker {membership.member} leaves: {reason}"))

@@ -38,6 +38,7 @@ from trainer.launch import forkserver
 from trainer.log import events, rundir
 from trainer.parallel import arbiter, elastic
 from trainer.parallel.arbiter import Connection
+from trainer.parallel.membership import LOST_SECONDS
 from trainer.parallel.protocol import FAILED, FINISHED, End, Gone, Kill, Launcher, Message, Over, Progress, decode
 from trainer.show import terminal
 
@@ -91,6 +92,8 @@ class Slot:
 def launch(plan: Plan) -> int:
     """Run the job, or this node's share of it, and return its exit status. Raises TopropeErrors before any work."""
     check(plan)
+    if plan.join:
+        knock(plan)
     # Before there is a thread: workers are forked from a process that has imported torch.
     server = forkserver.fork(forkserver.PRELOADED) if _is_cpu_only(plan.config) else None
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -185,8 +188,40 @@ def check(plan: Plan) -> None:
     parse_address(plan.join or plan.listen)
     if not plan.join:
         rundir.check(plan.run, plan.config)
-    elif arbiter.TOKEN not in os.environ:
-        _token(plan.run, make=False)
+    else:
+        _token_of_others(plan)
+
+
+def knock(plan: Plan, patience_seconds: float = LOST_SECONDS) -> None:
+    """Return once the arbiter of another node has answered. Raises WorldError if there is none that knows the token.
+
+    Nodes may start in any order, and an arbiter may be on its way back: it is waited for.
+    """
+    address, token, until = parse_address(plan.join), _token_of_others(plan), time.monotonic() + patience_seconds
+    while True:
+        with contextlib.suppress(OSError):
+            connection = Connection(socket.create_connection(address, timeout=5.0))
+            connection.heard = True
+            with contextlib.closing(connection):
+                connection.send_line({"token": token})
+                connection.send(Launcher(platform.node(), 0))
+                arbiter.wait_readable(connection.sock, 5.0)
+                try:
+                    if any(isinstance(decode(line), Progress) for line in connection.lines()):
+                        return
+                except (EOFError, ValueError):
+                    raise WorldError(
+                        f"{plan.join} has closed the connection: it does not know this token, or is no arbiter.\n"
+                        "  An arbiter hears only those with its run's token. Name the run directory that it trains in "
+                        f"by --run, or set {arbiter.TOKEN} to the token in RUN/quorum/address.json there."
+                    ) from None
+        if time.monotonic() > until:
+            raise WorldError(
+                f"no arbiter has answered at {plan.join} for {patience_seconds:g} s.\n"
+                "  Start the job on its node first: python -m trainer launch CONFIG --workers N --listen HOST:PORT. "
+                "Check the address and firewalls."
+            )
+        time.sleep(0.2)
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -202,14 +237,13 @@ class _Elsewhere:
 
     def __init__(self, plan: Plan) -> None:
         self.address = parse_address(plan.join)
-        self.token = os.environ.get(arbiter.TOKEN) or _token(plan.run, make=False)
+        self.token = _token_of_others(plan)
 
     def has_died(self) -> bool:
         return False  # nobody here knows
 
-    def revive(self) -> bool:
-        """True if it may come back by itself."""
-        return True
+    def revive(self) -> None:
+        raise NotImplementedError  # whoever started it does it
 
     def close(self) -> None:
         pass
@@ -242,12 +276,11 @@ class _Here:
             pass_fds=[self._listener.fileno()], start_new_session=True,
         )  # fmt: skip
 
-    def revive(self) -> bool:
+    def revive(self) -> None:
         """Start it again."""
         self.process.kill()
         self.process.wait()
         self.process = self._start()
-        return True
 
     def close(self) -> None:
         self._listener.close()
@@ -268,9 +301,10 @@ class Job:
         self._dead: dict[str, str] = {}
         """By name: how the workers that are gone have ended; told to an arbiter that starts again."""
         self._connection: Connection | None = None
-        self._lost_at = time.monotonic()
+        self._lost_at: float | None = None
+        """When the connection was lost; None once the arbiter has said something since."""
         self._has_begun = False
-        """True once workers have taken part."""
+        """True once workers of this node have taken part."""
         self._highest_step = self._restarts = self._arbiter_starts = 0
         self._over, self._reason = "", ""
         self._status: int | None = None
@@ -305,7 +339,8 @@ class Job:
     def _exit_status(self) -> int:
         statuses = {slot.status for slot in self._slots}
         if self._over == FAILED and self._reason:
-            terminal_line(f"The job has ended: {self._reason}")
+            what = "This node has left the job" if self._plan.join else "The job has ended"
+            terminal_line(f"{what}: {self._reason}")
         if self._status is not None:
             return self._status
         if EXIT_FINISHED in statuses or self._over == FINISHED:
@@ -375,8 +410,10 @@ class Job:
         return min(self._plan.workers, sum(not slot.is_given_up for slot in self._slots))
 
     def _end(self, status: int, reason: str) -> None:
+        """End the job; of another node's job only this node's part, since the others can go on."""
         self._status, self._over, self._reason = status, FAILED, reason
-        self._say(End(FAILED, reason))
+        if not self._plan.join:
+            self._say(End(FAILED, reason))
         self._kill_at = time.monotonic() + 2.0
 
     def _kill_all(self) -> None:
@@ -427,6 +464,9 @@ class Job:
         """Wait a moment for what the arbiter says, and for signals."""
         if self._connection is None:
             time.sleep(POLL_SECONDS)
+            if self._plan.join and self._lost_at is not None and time.monotonic() > self._lost_at + LOST_SECONDS:
+                self._lost_at = None
+                self._end(EXIT_FAILED, f"no arbiter has answered at {self._plan.join} for {LOST_SECONDS:.0f} s.")
             self._connect()
             return
         try:
@@ -439,7 +479,10 @@ class Job:
         except (EOFError, ValueError):
             self._connection.close()
             self._connection = None
-            if not self._over:
+            self._lost_at = self._lost_at or time.monotonic()
+            if (
+                not self._over and not self._plan.join
+            ):  # else it may come back by itself, and a tunnel to it closes often
                 self._revive()
 
     def _revive(self) -> None:
@@ -450,13 +493,14 @@ class Job:
             self._host.revive()
 
     def _take(self, message: Message) -> None:
+        self._lost_at = None
         match message:
             case Progress(step, members):
                 if step > self._highest_step:
                     self._highest_step, self._restarts, self._arbiter_starts = step, 0, 0
-                self._has_begun = self._has_begun or bool(members)
                 for slot in self._slots:
                     slot.took_part = slot.took_part or slot.name in members
+                    self._has_begun = self._has_begun or slot.took_part
             case Kill(name, why):
                 for slot in self._slots:
                     if slot.name == name and slot.process is not None:
@@ -510,6 +554,11 @@ def _token(run: Path, make: bool = True) -> str:
             f"  Name the run directory that the first node trains in by --run, or set {arbiter.TOKEN}."
         )
     return secrets.token_hex(16)
+
+
+def _token_of_others(plan: Plan) -> str:
+    """The token of the job that this node joins. Raises WorldError if it is unknown."""
+    return os.environ.get(arbiter.TOKEN) or _token(plan.run, make=False)
 
 
 def _publish_address(run: Path, listener: socket.socket, token: str) -> None:

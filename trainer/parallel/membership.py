@@ -70,7 +70,7 @@ class Membership:
         self._seat = Seat()
         self._connection: Connection | None = None
         self._report: Report | None = None
-        self._is_lost = self._is_closing = False
+        self._is_lost = self._is_closing = self._is_answered = False
         self._reached, self._place, self._step, self._progress = 0, "start", 0, monotonic()
         self._has_committed = False
         self._thread = threading.Thread(target=self._run, name="toprope-membership", daemon=True)
@@ -179,8 +179,10 @@ class Membership:
     # The thread
 
     def _run(self) -> None:
+        give_up = monotonic() + LOST_SECONDS
         while not self._is_closing:
-            connection = self._dial()
+            self._is_answered = False
+            connection = self._dial(give_up)
             if connection is None:
                 break
             with contextlib.suppress(EOFError, ValueError, OSError):
@@ -189,13 +191,16 @@ class Membership:
                 self._connection = None
                 connection.close()
                 self._seat.disconnected()
+            if self._is_answered:
+                give_up = monotonic() + LOST_SECONDS
+            else:  # a tunnel takes connections though nobody is at its other end
+                threading.Event().wait(RETRY_SECONDS)
         with self._changed:
             self._is_lost = True
             self._changed.notify_all()
 
-    def _dial(self) -> Connection | None:
+    def _dial(self, give_up: float) -> Connection | None:
         """Connect and say who this is. None if there is no arbiter, or if nothing more is to be heard from it."""
-        give_up = monotonic() + LOST_SECONDS
         while not self._is_closing and not self._seat.refused and not self._seat.over and monotonic() < give_up:
             try:
                 sock = socket.create_connection((self._quorum.host, self._quorum.port), timeout=5.0)
@@ -231,6 +236,7 @@ class Membership:
                     connection.send(Stuck(self._reached, self._place, self._step))
 
     def _hear(self, connection: Connection, message: Message) -> None:
+        self._is_answered = True
         if isinstance(message, Where):
             idle = monotonic() - self._progress
             with self._changed:

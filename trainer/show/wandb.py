@@ -7,6 +7,7 @@ trainer is done or gone: then it shows the rest, closes the W&B run and leaves.
 """
 
 import contextlib
+import json
 import netrc
 import os
 import select
@@ -21,7 +22,7 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock
 
-from trainer import errors
+from trainer import errors, files
 from trainer.config import Config
 from trainer.log import events, rundir
 from trainer.log.code_length import CodeLength
@@ -171,18 +172,13 @@ def follow(
 ) -> None:  # fmt: skip
     """The helper process: show rank 0's events of an attempt in W&B, in TensorBoard, until standard input ends.
 
-    Events from Unix time `since` on.
+    With a Unix time `since`: those after what the helper of the writer before has shown, or where that one left no
+    word, from that time on.
     """
     # The trainer decides when to end: the helper ignores signals to a whole session or job.
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     run = Path(run_directory)
-    earlier = [
-        entry
-        for entry in events.read(run)
-        if (entry.attempt < attempt or (entry.attempt == attempt and entry.time < since and entry.rank == 0))
-        and not isinstance(entry.event, events.FaultFired)
-    ]
     follower = events.Follower(run, f"attempt-{attempt:04d}-rank-00000.jsonl")
     with contextlib.ExitStack() as stack:
         # A killed trainer may be back before its old helper is done, and two writers of one run number their rows
@@ -190,6 +186,15 @@ def follow(
         lock = FileLock(run / "wandb" / "helper.lock", fallback_to_soft=False)
         with contextlib.suppress(OSError):
             stack.enter_context(lock.acquire(timeout=finish_timeout_seconds))
+        own = list(events.read_file(events.path_of(run, attempt, 0))) if since else []
+        # The helper of a writer that died may have been late, and have shown what the next writer wrote.
+        begin = _take_shown(run, attempt)
+        count = sum(entry.time < since for entry in own) if begin is None or not since else begin
+        earlier = [
+            entry
+            for entry in events.read(run)
+            if entry.attempt < attempt and not isinstance(entry.event, events.FaultFired)
+        ]
         shown = Sinks()
         if mode != "disabled":
             shown.sinks.append(open_run(_arguments(run, mode), finish_timeout_seconds))
@@ -199,17 +204,40 @@ def follow(
             shown.sinks.append(TensorboardRun(run, attempt))
         os.nice(10)  # only now: on a busy machine a start at low priority takes longer than a short run
         about = rundir.read(run)
-        metrics = _Metrics(shown, earlier, about.get("parent"), about)
-        is_over = False
+        metrics = _Metrics(shown, [*earlier, *own[:count]], about.get("parent"), about)
+        is_over, seen = False, 0
         while not is_over:
             # Nothing is ever written to standard input: it is readable when it ends.
             is_over = bool(select.select([sys.stdin], [], [], POLL_SECONDS)[0])
             for entry in follower.poll():
-                if entry.time >= since:
+                seen += 1
+                if seen > count:
                     metrics.show(entry)
+        _leave_shown(run, attempt, seen)
         if metrics.exit_status == errors.EXIT_PREEMPTED:
             shown.mark_preempting()
         shown.finish(metrics.exit_status)
+
+
+def _shown_path(run: Path) -> Path:
+    return run / "wandb" / "shown.json"
+
+
+def _leave_shown(run: Path, attempt: int, entries: int) -> None:
+    """Tell the helper of the next writer how many entries of the log are shown."""
+    with contextlib.suppress(OSError):
+        files.write(_shown_path(run), json.dumps({"attempt": attempt, "entries": entries}) + "\n")
+
+
+def _take_shown(run: Path, attempt: int) -> int | None:
+    """Return what the helper before has left, and remove it: it is not true of the helper after this one."""
+    found = None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        left = files.read_object(_shown_path(run))
+        found = int(left["entries"]) if left["attempt"] == attempt else None
+    with contextlib.suppress(OSError):
+        _shown_path(run).unlink(missing_ok=True)
+    return found
 
 
 def _arguments(run: Path, mode: str) -> dict[str, Any]:
