@@ -400,7 +400,8 @@ def test_a_piece_of_the_state_may_take_longer_than_a_look_at_the_epoch(calm: Job
     third = job.start()
     job.ended()
     assert first.result == third.result == calm.hash()
-    assert len(third.changes) == 1, "it was handed over once"
+    assert job.arbiter.epoch is not None
+    assert job.arbiter.epoch.number <= 3, "one epoch for the start, one for the death, one for the newcomer"
 
 
 def test_a_state_that_arrived_in_part_is_not_used_when_its_giver_dies(calm: Job):
