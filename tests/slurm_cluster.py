@@ -162,10 +162,12 @@ class SlurmCluster:
     def _start(self, *command: str, name: str = "") -> None:
         program = shutil.which(command[0], path=self.environment["PATH"])
         assert program is not None
+        # The kernel ends it with this process, also where no `finally` is reached.
+        tied = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
         with (self.directory / f"{name or command[0]}.out").open("ab") as output:
             self._running[name or command[0]] = subprocess.Popen(
-                [program, *command[1:]], stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=self.environment,
-                start_new_session=True,
+                [*tied, program, *command[1:]], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                env=self.environment, start_new_session=True,
             )  # fmt: skip
 
 
