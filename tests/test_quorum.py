@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support import SMOKE, summarise_run, trainer, wait_until
+from tests.support import SMOKE, settings, summarise_run, trainer, wait_until, with_faults
 from trainer import config as configs
 from trainer import job, loop, step
 from trainer.config import Config
@@ -475,3 +475,21 @@ def test_the_death_of_the_writer_restarts_nobody_else_and_its_successor_joins(tm
     (incident,) = summary["incidents"]
     assert (incident["kind"], incident["rank"], incident["lost_steps"]) == ("worker_lost", 0, 0)
     assert "worker 0 was lost" in done.stdout and "joined" in done.stdout, done.stdout
+
+
+@pytest.mark.slow
+def test_a_process_of_a_hybrid_run_dies_and_the_other_group_finishes_the_step(tmp_path: Path):
+    run = tmp_path / "run"
+    kills = with_faults({"kind": "sigkill", "rank": rank, "at_step": step} for rank, step in ((3, 12), (0, 41)))
+    done = trainer("launch", SMOKE, "--workers", "4", "--run", run, *settings(parallel__strategy="hybrid"), *kills)
+    entries = events.read(run)
+    assert summarise_run(run)["weights_sha256"] == SMOKE_SHA256
+    deaths = [event for _, event in events.select(entries, MembersChanged) if event.lost]
+    # Ranks 2 and 3 are worker 1: one dies, and both leave. Rank 0 is of the main member.
+    assert [list(death.lost) for death in deaths] == [["1"], ["0"]]
+    for death in deaths:
+        shares = [own for part in (death.kept, death.given) for own in part.values()]
+        assert sorted(index for own in shares for index in own) == [*range(8)]
+    assert [event.step for _, event in events.select(entries, StepDone)] == [*range(1, 61)]
+    assert events.select(entries, events.AttemptStarted)[0][1].world_size == 4
+    assert "worker 1 was lost" in done.stdout, done.stdout

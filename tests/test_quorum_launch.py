@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -302,6 +303,8 @@ def test_quorum_mode_under_torchrun_is_refused_with_the_command_that_works(monke
     [
         (['parallel.strategy="fsdp"'], "needs every rank for every step"),
         (["checkpoint.memory_every_steps=1"], "has no effect here"),
+        (['parallel.strategy="hybrid"'], "does not divide the world of 3 ranks"),
+        (['parallel.strategy="hybrid"', 'sentinel.audit="1/4"'], "does not check replica groups"),
         (["numerics.exact=false"], "a death would change the result"),
         (["data.micro_batches=2"], "leaves 1 of 3 ranks without work"),
     ],
@@ -313,6 +316,34 @@ def test_a_config_that_cannot_outlive_a_death_is_refused_before_any_work(
     with pytest.raises(ConfigError, match=reason):
         quorum.check(plan)
     assert not (tmp_path / "run").exists()
+
+
+def test_spares_of_a_hybrid_run_come_in_whole_groups(tmp_path: Path):
+    chosen = configs.load(SMOKE, ['parallel.strategy="hybrid"'])
+    quorum.check(quorum.Plan(chosen, [], tmp_path / "run", workers=4, spares=2))
+    with pytest.raises(ConfigError, match=r"--spares 1: parallel\.shard_ranks = 2 processes take a place together"):
+        quorum.check(quorum.Plan(chosen, [], tmp_path / "run", workers=4, spares=1))
+
+
+@pytest.mark.parametrize("more", [{"spares": 1}, {"join": "127.0.0.1:1"}, {"listen": "127.0.0.1:1"}])
+def test_a_sharded_run_without_copies_has_no_use_for_spares_and_joiners_and_says_so(
+    tmp_path: Path, more: dict[str, Any]
+):
+    chosen = configs.load(SMOKE, ['parallel.strategy="fsdp"'])
+    with pytest.raises(ConfigError, match="Leave out --spares, --listen, --join and --arbiter-only"):
+        quorum.become_torchrun(quorum.Plan(chosen, [], tmp_path / "run", workers=2, **more))
+
+
+def test_the_processes_of_a_group_end_together(tmp_path: Path):
+    meeting = tempfile.TemporaryDirectory(dir=tmp_path)
+    sleepers = [subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) for _ in range(2)]
+    group = quorum.GroupOfProcesses(sleepers, meeting)
+    assert (group.poll(), group.pid) == (None, sleepers[0].pid)
+    sleepers[1].send_signal(signal.SIGKILL)
+    while (status := group.poll()) is None:
+        time.sleep(0.02)
+    assert (status, [sleeper.poll() for sleeper in sleepers]) == (-signal.SIGKILL, [-signal.SIGKILL] * 2)
+    assert not Path(meeting.name).exists()
 
 
 def test_workers_end_with_their_launcher(tmp_path: Path, launched: list[Launched]):

@@ -7,6 +7,7 @@ checkpoints, console, W&B) is written by the main member, and by the next one wh
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import socket
@@ -23,16 +24,18 @@ from trainer.faults import injector as faults
 from trainer.log import events, rundir
 from trainer.log.events import AttemptEnded, AttemptStarted, EvalDone, Event, EventLog, MembersChanged, StepDone
 from trainer.log.incidents import first_line
-from trainer.parallel import elastic, protocol, world
+from trainer.parallel import elastic, groups, protocol, world
+from trainer.parallel.groups import GroupMembership
 from trainer.parallel.membership import ArbiterLostError, JobOver, Membership, RefusedError, own_host
 from trainer.parallel.quorum import Change, QuorumMembers, TransferError
+from trainer.parallel.sharding import FullySharded
 from trainer.parallel.world import World
 from trainer.phases import Phase, no_hook
 from trainer.sentinel.corruption import Sentinel
 from trainer.sentinel.hang import Watchdog
 from trainer.show import console, tensorboard
 from trainer.show.wandb import WandbHelper, wandb_mode
-from trainer.step import StepContext
+from trainer.step import StepContext, TrainState
 
 TAIL_BYTES = 2**18
 """End of a log in which the records of the last step are looked for."""
@@ -57,8 +60,13 @@ class Records:
     def __init__(
         self, run: Path, attempt: int, member: int, own: EventLog,
         announce: Callable[[EventLog, Change], None], show: Callable[[EventLog, float, contextlib.ExitStack], None],
+        writes: bool = True,
     ) -> None:  # fmt: skip
-        """`own` is this member's log. `announce` writes that it starts, `show` opens console and W&B."""
+        """`own` is this member's log. `announce` writes that it starts, `show` opens console and W&B.
+
+        `writes` is false in the processes of a group that are not its first: they know the same, and write nothing.
+        """
+        self._writes = writes
         self._attempt, self._member, self._own = attempt, member, own
         self._announce, self._show = announce, show
         self._path = events.path_of(run, attempt, 0)
@@ -102,7 +110,7 @@ class Records:
             self._has_started = True
             if self._member != 0:
                 self._announce(self._own, change)
-        if epoch.members[0] != self._member:
+        if epoch.members[0] != self._member or not self._writes:
             self.close()
             return
         if self._main is None:
@@ -176,8 +184,8 @@ def train(
     elastic.belong_to_agent()
     given = elastic.quorum()
     assert given is not None
-    check_world(config, given.size)
-    injector = faults.arm(config, run, given.slot, given.size)
+    check_world(config, elastic.expected_size())
+    injector = faults.arm(config, run, given.rank, elastic.expected_size())
     hook = injector.wrap_hook(no_hook)
     hook(Phase.STARTUP, 0)
     device = world.pick_device(config.parallel)
@@ -185,23 +193,28 @@ def train(
     stop = stop or signals.StopSignals()
     stopwatch.lap("imports")
     job.check_compiler(config, device)
+    limits = config.elastic.step_timeout_seconds, config.elastic.startup_timeout_seconds
+    timeout = 2 * max(limits) + 60
     with contextlib.ExitStack() as stack:
         stack.callback(injector.close)
-        claim = prepare_claim(config, run, World(0, 1, device), accept_other_bits, parent, given.slot == 0)
+        claim = prepare_claim(config, run, World(0, 1, device), accept_other_bits, parent, given.rank == 0)
         hook = job.with_heartbeat(claim.watchdog, hook)
         prepared, facts = job.prepare_data(config, claim)
         stopwatch.lap("data")
         sentinel = Sentinel(config)
-        state = job.build(config, facts["vocab_size"], claim.ranks, sentinel.watch)
+        group = groups.join(given, device, timeout)
+        stack.callback(world.disconnect)
+        state = build(config, facts["vocab_size"], group, sentinel)
         stopwatch.lap("model")
         # Members meet at the store of the first of them, so each has one from its start.
         host = own_host(given)
         store = world.open_store(host, 0, is_master=True, wait_for_workers=False, alone=True)
-        limits = config.elastic.step_timeout_seconds, config.elastic.startup_timeout_seconds
-        membership = Membership.connect(given, identity(config, claim, facts), f"{host}:{store.port}", limits=limits)
+        known = identity(config, claim, facts)
+        connect = functools.partial(Membership.connect, given, known, f"{host}:{store.port}", limits=limits)
+        membership = connect() if group.size == 1 else GroupMembership(group, Path(given.meeting), connect)
         stack.callback(membership.close)
         attempt = membership.facts["attempt"]
-        log = stack.enter_context(contextlib.closing(EventLog.open(run, attempt, membership.member)))
+        log = stack.enter_context(contextlib.closing(own_log(run, attempt, membership.member, group)))
         log.create()
         claim = dataclasses.replace(claim, attempt=attempt, log=log)
         injector.attach(
@@ -216,7 +229,8 @@ def train(
         def announce(to: EventLog, change: Change) -> None:
             stopwatch.lap("restore")
             order = change.epoch.members
-            ranks = World(order.index(membership.member), len(order), device)
+            first = order.index(membership.member) * group.size
+            ranks = World(first + group.place, len(order) * group.size, device)
             named = dataclasses.replace(claim, ranks=ranks, log=to)
             hosts = [str(report.note.get("host")) for report in change.epoch.reports.values()]
             job.announce(config, named, facts, hosts, change.step, stopwatch, injector.notice, begun_from[-1])
@@ -240,18 +254,18 @@ def train(
                 raise JobOver(protocol.PREEMPTED)
 
         begun_from = [""]
-        records = Records(run, attempt, membership.member, log, announce, show)
+        records = Records(run, attempt, membership.member, log, announce, show, writes=group.world.is_main)
         stack.callback(records.close)
-        timeout = 2 * max(limits) + 60
         members = QuorumMembers(
-            membership, device, config.data.micro_batches, timeout, restore, records.changed, records.note, waiting
-        )
+            membership, device, config.data.micro_batches, timeout, restore, records.changed, records.note, waiting,
+            group,
+        )  # fmt: skip
         unwatched = members.wrap_hook(hook)
         hook = sentinel.wrap_hook(unwatched)
         watched = sentinel.wrap_members(members, state, batches, records)
         context = StepContext(config, watched, batches, hook, stop.requested, lambda: membership.change_wanted)
         saving = MainCheckpointer(
-            lambda: members.world, finished, run, claim.ranks, facts, config.checkpoint, records, unwatched, unwatched,
+            lambda: members.world, finished, run, group.world, facts, config.checkpoint, records, unwatched, unwatched,
             sentinel.check_before_save,
         )  # fmt: skip
         try:
@@ -259,7 +273,7 @@ def train(
                 score = job.scorer(config, prepared, lambda: members.world, hook)
                 done = loop.train(state, loop.Collaborators(context, records.record, score, checkpointer))
             if done:
-                if members.world.rank:
+                if not members.world.has_main:
                     records.append(ended("finished", state.step, "", state))
                 membership.leave(protocol.FINISHED)
                 return errors.EXIT_FINISHED
@@ -276,8 +290,26 @@ def train(
             records.append(ended(over.status, state.step, "the job is over"))
             return EXIT_STATUS[over.status]
         except Exception as error:
+            if group.size > 1 and world.lost_peer(error):
+                os._exit(errors.EXIT_FAILED)  # another process of this group has died, and its launcher ends all
             fail(records, membership, state.step, error)
             raise
+
+
+def build(config: Config, vocab_size: int, group: groups.Group, sentinel: Sentinel) -> TrainState:
+    """The state of step 0, laid out over the processes of this member."""
+    if group.size == 1:
+        return job.build(config, vocab_size, group.world, sentinel.watch)
+    within = config.parallel.model_copy(update={"strategy": "fsdp"})
+    state = job.build(config.model_copy(update={"parallel": within}), vocab_size, group.world)
+    assert isinstance(state.sharding, FullySharded)
+    state.sharding = groups.Shards(state.sharding)
+    return state
+
+
+def own_log(run: Path, attempt: int, member: int, group: groups.Group) -> EventLog:
+    """The log of this member. Of a group, its first process keeps it; what the others write goes nowhere."""
+    return EventLog.open(run, attempt, member) if group.world.is_main else EventLog(Path(os.devnull), attempt, member)
 
 
 def prepare_claim(
@@ -327,7 +359,7 @@ def ended(status: str, step: int, reason: str, state: Any = None) -> AttemptEnde
     return AttemptEnded(status=status, step=step, reason=reason, weights_sha256=weights, state_sha256=whole)
 
 
-def fail(records: Records, membership: Membership, step: int, error: Exception) -> None:
+def fail(records: Records, membership: Membership | GroupMembership, step: int, error: Exception) -> None:
     """Log why this worker ends, and tell the arbiter if the others would end in the same error."""
     reason = f"{type(error).__name__}: {error}"
     # What is wrong with this worker or its memory is none of the others' business: they go on.

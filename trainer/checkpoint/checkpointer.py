@@ -17,6 +17,7 @@ from trainer.parallel.world import PeerLostError, World
 from trainer.phases import Hook, Phase
 
 if TYPE_CHECKING:
+    from trainer.parallel.quorum import EpochWorld
     from trainer.step import TrainState
 
 
@@ -189,13 +190,14 @@ class MainCheckpointer(Checkpointer):
     """
 
     def __init__(
-        self, present: Callable[[], World], finished: Callable[["TrainState"], None], run: Path, alone: World,
+        self, present: "Callable[[], EpochWorld]", finished: Callable[["TrainState"], None], run: Path, alone: World,
         facts: dict[str, Any], settings: config.Checkpoint, log: Writer, hook: Hook, heartbeat: Hook,
         check: Callable[[int], None] = lambda step: None,
     ) -> None:  # fmt: skip
         """`present` tells the members when it is called. `finished` is called by the main one when all is durable.
 
-        `check` is called by all members before the state of a step is saved; `hook` by the main one alone.
+        `alone` are the processes of one member. `check` is called by all members before the state of a step is saved;
+        `hook` by the main one alone.
         """
         super().__init__(run, alone, facts, settings, log, hook, heartbeat)
         self._present, self._finished, self._check = present, finished, check
@@ -212,7 +214,7 @@ class MainCheckpointer(Checkpointer):
                 Checkpointer.save(self, state)
 
         self._check(state.step)
-        self._present().from_main(save_on_main)
+        self._by_main(save_on_main)
 
     def finish(self, state: "TrainState") -> None:
         def finish_on_main() -> None:
@@ -221,4 +223,9 @@ class MainCheckpointer(Checkpointer):
 
         self._check(state.step)
         # The others leave only when it is done: if the main member dies, the next one does it.
-        self._present().from_main(finish_on_main)
+        self._by_main(finish_on_main)
+
+    def _by_main(self, act: Callable[[], None]) -> None:
+        """All processes of the main member do it; the others wait."""
+        world = self._present()
+        world.agree(act if world.has_main else lambda: None)

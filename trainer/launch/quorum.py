@@ -8,6 +8,7 @@ workers for the arbiter of this one.
 """
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -17,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -72,6 +74,15 @@ class Plan:
     """Address of another node's arbiter; empty: this launcher has its own."""
     module: str = "trainer"
     """What a worker runs."""
+
+    @property
+    def group_size(self) -> int:
+        """Processes that are one member: those that share one copy of a model."""
+        return self.config.parallel.shard_ranks if self.config.parallel.strategy == "hybrid" else 1
+
+    @property
+    def members(self) -> int:
+        return self.workers // self.group_size
 
 
 @dataclass
@@ -137,7 +148,7 @@ def serve(plan: Plan) -> int:
 
 def restarts_all(config: Config) -> bool:
     """True for strategies in which a rank holds what no other one has: without it nobody can go on."""
-    return config.parallel.strategy != "replicate"
+    return config.parallel.strategy == "fsdp"
 
 
 def become_torchrun(plan: Plan) -> NoReturn:
@@ -182,9 +193,21 @@ def check(plan: Plan) -> None:
             "numerics.exact = false makes sums depend on who adds what, so a death would change the result.\n"
             "  Start it by torchrun, or set numerics.exact = true."
         )
+    if plan.config.sentinel.on and plan.group_size > 1:
+        problems.append(
+            'the sentinel does not check replica groups (parallel.strategy = "hybrid") whose number changes.\n'
+            '  Start it by torchrun, or set sentinel.audit = "0" and sentinel.state_hash_every_steps = 0.'
+        )
     if problems:
         raise ConfigError(problems)
     check_world(plan.config, plan.workers)
+    if plan.spares % plan.group_size:
+        raise ConfigError(
+            [
+                f"--spares {plan.spares}: parallel.shard_ranks = {plan.group_size} processes take a place together.\n"
+                f"  Give a multiple of {plan.group_size}."
+            ]
+        )
     parse_address(plan.join or plan.listen)
     if not plan.join:
         rundir.check(plan.run, plan.config)
@@ -291,13 +314,47 @@ class _Here:
         self.process.wait()
 
 
+class GroupOfProcesses:
+    """Processes that are one worker: none lives on without the others."""
+
+    def __init__(self, processes: Sequence[Any], meeting: "tempfile.TemporaryDirectory[str]") -> None:
+        self._processes, self._meeting = processes, meeting
+        self._first_status: int | None = None
+        """Of the process that was the first to end in disorder."""
+
+    @property
+    def pid(self) -> int:
+        """That of the first process, which speaks for all."""
+        return self._processes[0].pid
+
+    def poll(self) -> int | None:
+        """The exit status, once all have ended: that of the one that ended the others, if one did."""
+        statuses = [process.poll() for process in self._processes]
+        disorderly = [status for status in statuses if status not in (None, EXIT_FINISHED, EXIT_PREEMPTED)]
+        if disorderly and self._first_status is None:
+            self._first_status = next((status for status in disorderly if status < 0), disorderly[0])
+            self.kill()
+        if None in statuses:
+            return None
+        self._meeting.cleanup()
+        return self._first_status if self._first_status is not None else max(statuses)
+
+    def send_signal(self, number: int) -> None:
+        for process in self._processes:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
 class Job:
     """The workers of this node, and their job's arbiter as it is seen from here."""
 
     def __init__(self, plan: Plan, host: "_Here | _Elsewhere", server: forkserver.ForkServer | None) -> None:
         self._plan, self._host, self._server = plan, host, server
         self._node = f"{platform.node()}-{secrets.token_hex(3)}"
-        self._slots = [Slot(number) for number in range(plan.workers + plan.spares)]
+        self._slots = [Slot(number) for number in range(plan.members + plan.spares // plan.group_size)]
         self._dead: dict[str, str] = {}
         """By name: how the workers that are gone have ended; told to an arbiter that starts again."""
         self._connection: Connection | None = None
@@ -352,16 +409,29 @@ class Job:
     # Workers
 
     def _start(self, slot: Slot) -> None:
-        host, port = self._host.address
-        quorum = elastic.Quorum(host, port, self._host.token, self._node, slot.number, self._plan.workers)
-        environment = dict(os.environ) | quorum.environment()
         slot.process, slot.took_part = None, False
-        if self._server is not None:
-            slot.process = self._server.start(self._plan.module, self._plan.command, environment)
-        if slot.process is None:
-            command = [sys.executable, "-u", "-m", self._plan.module, *self._plan.command]
-            slot.process = subprocess.Popen(command, env=environment, start_new_session=True)
+        host, port = self._host.address
+        quorum = elastic.Quorum(host, port, self._host.token, self._node, slot.number, self._plan.members)
+        size = self._plan.group_size
+        if size == 1:
+            slot.process = self._start_process(quorum)
+        else:
+            meeting = tempfile.TemporaryDirectory(prefix="toprope-group-")
+            places = (
+                dataclasses.replace(quorum, group_size=size, place=place, meeting=meeting.name) for place in range(size)
+            )
+            slot.process = GroupOfProcesses([self._start_process(place) for place in places], meeting)
         slot.name = f"{self._node}:{slot.process.pid}"
+
+    def _start_process(self, quorum: elastic.Quorum) -> Any:
+        environment = dict(os.environ) | quorum.environment()
+        process = None
+        if self._server is not None:
+            process = self._server.start(self._plan.module, self._plan.command, environment)
+        if process is None:
+            command = [sys.executable, "-u", "-m", self._plan.module, *self._plan.command]
+            process = subprocess.Popen(command, env=environment, start_new_session=True)
+        return process
 
     def _ended(self, slot: Slot, status: int) -> None:
         """A worker is gone: start its successor, or find that the job is over."""
@@ -407,7 +477,7 @@ class Job:
 
     @property
     def _size(self) -> int:
-        return min(self._plan.workers, sum(not slot.is_given_up for slot in self._slots))
+        return min(self._plan.members, sum(not slot.is_given_up for slot in self._slots))
 
     def _end(self, status: int, reason: str) -> None:
         """End the job; of another node's job only this node's part, since the others can go on."""
@@ -526,7 +596,7 @@ def _free_terminal() -> None:
 
 def _settings(plan: Plan, attempt: int) -> dict[str, Any]:
     return {
-        "workers": plan.workers,
+        "workers": plan.members,
         "facts": {"attempt": attempt},
         "patience_seconds": plan.config.elastic.step_timeout_seconds,
         "answer_seconds": min(5.0, plan.config.elastic.step_timeout_seconds),

@@ -50,11 +50,21 @@ class Quorum:
     slot: int
     """Place of this worker among the launcher's; its successor has the same one."""
     size: int
-    """Workers that the launcher keeps; in the slots beyond are spares."""
+    """Workers that the launcher keeps; in the slots beyond are spares. With groups: groups."""
+    group_size: int = 1
+    """Processes that are one worker together: a replica group, which shares one copy of the model (groups.py)."""
+    place: int = 0
+    """Place of this process in its group."""
+    meeting: str = ""
+    """Directory where the processes of the group meet."""
+
+    @property
+    def rank(self) -> int:
+        return self.slot * self.group_size + self.place
 
     def environment(self) -> dict[str, str]:
         """Variables that `quorum` reads in the worker."""
-        return {QUORUM: json.dumps(dataclasses.asdict(self))} | {n: str(self.slot) for n in ("RANK", "LOCAL_RANK")}
+        return {QUORUM: json.dumps(dataclasses.asdict(self))} | {n: str(self.rank) for n in ("RANK", "LOCAL_RANK")}
 
 
 def quorum() -> Quorum | None:
@@ -73,13 +83,13 @@ def started_by_torchrun() -> bool:
 def expected_size() -> int:
     """Number of ranks that the launcher says it started; 1 without one. Known before anything connects."""
     if (given := quorum()) is not None:
-        return given.size
+        return given.size * given.group_size
     return int(os.environ["WORLD_SIZE"]) if started_by_torchrun() else 1
 
 
 def expected_rank() -> int:
     if (given := quorum()) is not None:
-        return given.slot
+        return given.rank
     return int(os.environ["RANK"]) if started_by_torchrun() else 0
 
 

@@ -61,8 +61,13 @@ class Membership:
         identity: Mapping[str, str],
         store: str,
         limits: tuple[float, float] = (300.0, 1800.0),
+        epoch_ended: Callable[[int], None] = lambda number: None,
     ) -> None:
-        """`limits`: seconds without progress after which this worker counts as stuck, and before its first step."""
+        """`limits`: seconds without progress after which this worker counts as stuck, and before its first step.
+
+        `epoch_ended` is called, from a thread, with the number of an epoch that has ended.
+        """
+        self._epoch_ended = epoch_ended
         self._quorum, self._limits = quorum, limits
         name = f"{quorum.node}:{os.getpid()}"
         self._hello = Hello(None, name, store, dict(identity), quorum.slot >= quorum.size, quorum.slot)
@@ -191,6 +196,7 @@ class Membership:
                 self._connection = None
                 connection.close()
                 self._seat.disconnected()
+                self._note_end()
             if self._is_answered:
                 give_up = monotonic() + LOST_SECONDS
             else:  # a tunnel takes connections though nobody is at its other end
@@ -244,7 +250,12 @@ class Membership:
             return
         with self._changed:
             self._seat.hear(message)
+            self._note_end()
             self._changed.notify_all()
+
+    def _note_end(self) -> None:
+        if self._seat.ended and self._seat.epoch is not None:
+            self._epoch_ended(self._seat.epoch.number)
 
 
 def own_host(quorum: elastic.Quorum) -> str:

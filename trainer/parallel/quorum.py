@@ -17,8 +17,10 @@ from typing import Any, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from trainer.errors import WorldError
+from trainer.parallel.groups import Group
 from trainer.parallel.partial import PartialSums
 from trainer.parallel.protocol import Epoch, Report
 from trainer.parallel.sharding import Sharding
@@ -90,6 +92,9 @@ class Link:
         """`passing` is called before and after each collective. Without a group the link is dropped already."""
         self._group, self._passing, self._ended = group, passing, ended
 
+    def use(self, group: dist.ProcessGroupGloo | None) -> None:
+        self._group = group
+
     def drop(self) -> None:
         """Let go of the group. While an operation of it is under way this waits and closes nothing: so in a thread."""
         groups, self._group = [self._group], None
@@ -152,9 +157,40 @@ class Link:
 
 @dataclass(frozen=True)
 class EpochWorld(World):
-    """The members of an epoch, as one of them sees them."""
+    """The members of an epoch, as one of them sees them. With groups, each of a member's processes is a rank."""
 
     link: Link = field(default_factory=lambda: Link(None))
+    """To the other members; with groups to their processes in the same place."""
+    own: Group = field(default_factory=Group)
+    """The group of this process."""
+
+    @property
+    def has_main(self) -> bool:
+        """True for the processes of the main member."""
+        return self.rank < self.own.size
+
+    def across(self, act: Callable[[], None]) -> None:
+        """Do something with the other members. It fails on all processes of the group, or on none."""
+        failed: MembersChangedError | None = None
+        try:
+            act()
+        except MembersChangedError as error:
+            failed = error
+        if not self.own.decide(failed is None):
+            raise failed or MembersChangedError("the epoch has ended for another process of this group")
+
+    def sum_replicas(self, tensors: Sequence[Tensor]) -> None:
+        if self.size > self.own.size and tensors:
+            flat = torch.cat([tensor.reshape(-1) for tensor in tensors])  # a copy: it may be left behind
+            self._reduce_across(flat, dist.ReduceOp.SUM)
+            for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def _reduce_across(self, tensor: Tensor, how: Any) -> None:
+        if self.size > self.own.size:
+            self.across(
+                lambda: self.link.together(lambda group: dist.all_reduce(tensor, how, group=group, async_op=True))
+            )
 
     def max(self, tensor: Tensor) -> None:
         self._all_reduce(tensor, dist.ReduceOp.MAX)
@@ -166,9 +202,11 @@ class EpochWorld(World):
         if self.size > 1:
             # A collective that is left behind may still write. The gradients get another buffer then; what is small is
             # reduced in a copy.
-            small = tensor.numel() <= SMALL
+            small = tensor.numel() <= SMALL or self.own.size > 1
             reduced = tensor.clone() if small else tensor
-            self.link.together(lambda group: dist.all_reduce(reduced, how, group=group, async_op=True))
+            if self.own.size > 1:
+                dist.all_reduce(reduced, how)
+            self._reduce_across(reduced, how)
             if small:
                 tensor.copy_(reduced)
 
@@ -202,8 +240,10 @@ class EpochWorld(World):
         return [pickle.loads(row[:size].numpy().tobytes()) for row, size in zip(rows, sizes.tolist(), strict=True)]
 
 
-def join_group(epoch: Epoch, member: int, ended: Callable[[], bool], timeout_seconds: float) -> Any:
+def join_group(epoch: Epoch, member: int, ended: Callable[[], bool], timeout_seconds: float, place: int = 0) -> Any:
     """Make the process group of an epoch: the one place where groups of a quorum are made.
+
+    Members that are groups make one for each of their places.
 
     Raises MembersChangedError if the epoch ends meanwhile. torch offers no way to interrupt the making, so a thread
     does it: if a member dies then, the thread is left behind and fails by itself.
@@ -217,7 +257,7 @@ def join_group(epoch: Epoch, member: int, ended: Callable[[], bool], timeout_sec
     def make() -> None:
         try:
             store = open_store(host, int(port), timeout=datetime.timedelta(seconds=60), wait_for_workers=False)
-            own = dist.PrefixStore(f"epoch {epoch.number}", store)
+            own = dist.PrefixStore(f"epoch {epoch.number} place {place}", store)
             made.append(dist.ProcessGroupGloo(own, epoch.members.index(member), len(epoch.members), timeout))
         except RuntimeError as error:
             made.append(error)
@@ -260,18 +300,21 @@ class QuorumMembers:
         changed: Callable[[Change], None] = lambda change: None,
         note: Callable[[], dict[str, Any]] = dict,
         waiting: Callable[[], None] = lambda: None,
+        group: Group | None = None,
     ) -> None:
         """`restore` loads the newest checkpoint on all members where none of them has a state. Collective.
 
         `changed` is told of each epoch, `note` is carried to all members in the reports. `timeout_seconds` is that of
-        collectives. `waiting` is called while this member waits for an epoch.
+        collectives. `waiting` is called while this member waits for an epoch. `group`: the processes that are this
+        member, if it is not one alone; they call everything alike.
         """
+        self._own = group or Group()
         self._membership, self._device, self._count = membership, device, micro_batches
         self._timeout_seconds, self._restore, self._changed = timeout_seconds, restore, changed
         self._note, self._waiting = note, waiting
         self._partial = PartialSums()
         self._link = Link(None)
-        self._world = EpochWorld(0, 1, device)
+        self._world = EpochWorld(self._own.place, self._own.size, device, own=self._own)
         self._order: Sequence[int] = (0,)
         self._state: State | None = None
         """Set once it is whole: a report names its step."""
@@ -312,7 +355,8 @@ class QuorumMembers:
             if threading.get_ident() == main:  # the thread that writes checkpoints passes phases too
                 self._membership.heartbeat(phase, step)
             hook(phase, step)
-            if phase in INTERRUPTIBLE and self._membership.ended:
+            # The processes of a group hear of it one by one, and find out together in their next reduction.
+            if phase in INTERRUPTIBLE and self._own.size == 1 and self._membership.ended:
                 raise MembersChangedError(f"the epoch has ended ({phase})")
 
         return both
@@ -343,12 +387,7 @@ class QuorumMembers:
         if epoch.step is None and self._is_overwritten:
             # Without a checkpoint, all begin with the state that they have built.
             raise TransferError("the giver of the state has died, and only a part of it is here")
-        group = join_group(epoch, own, lambda: self._membership.ended, self._timeout_seconds)
-        self._link = link = Link(
-            group, lambda: self._membership.at("collective", state.step), lambda: self._membership.ended
-        )
-        del group
-        self._world = world = EpochWorld(rank, len(epoch.members), self._device, link=link)
+        self._world = world = self._connect(epoch, rank, state)
         self._order = epoch.members
         received = own in epoch.receivers
         if epoch.step is None:
@@ -361,11 +400,26 @@ class QuorumMembers:
         self._state = state
         if not epoch.kept.get(own, ()):
             self._partial.forget()
-        share = StepMembers(world, range(self._count), tuple(epoch.work.get(own, ())), self._partial)
+        work = self._own.share(epoch.work.get(own, ()))
+        share = StepMembers(world, range(self._count), work, self._partial)
         self._interrupted = share if epoch.step is not None else None
         self._ended_at = None
         self._changed(Change(epoch, state.step, time.monotonic() - started, received))
         return "all" not in self._stages and state.step > 0
+
+    def _connect(self, epoch: Epoch, rank: int, state: State) -> EpochWorld:
+        """Connect with the other members: `rank` is that of this member among them."""
+        membership, size = self._membership, self._own.size
+        self._link = link = Link(None, lambda: membership.at("collective", state.step), lambda: membership.ended)
+        world = EpochWorld(
+            rank * size + self._own.place, len(epoch.members) * size, self._device, link=link, own=self._own
+        )
+        world.across(
+            lambda: link.use(
+                join_group(epoch, membership.member, lambda: membership.ended, self._timeout_seconds, self._own.place)
+            )
+        )
+        return world
 
     def _count_fruitless(self, epoch: Epoch) -> None:
         self._fruitless = 0 if epoch.left.keys() - self._lost else self._fruitless + 1
@@ -378,25 +432,31 @@ class QuorumMembers:
 
     def _hand_over(self, state: State, world: EpochWorld, epoch: Epoch) -> None:
         """Give the state of the first member to those that need it, and check it by its hash."""
-        assert epoch.step is not None
+        step = epoch.step
+        assert step is not None
         receivers = [epoch.members.index(member) for member in epoch.receivers]
-        tensors = state.tensors()
+        own = epoch.members.index(self._membership.member)
+        pieces = _pieces(state.tensors())
         digest = torch.zeros(32, dtype=torch.uint8)
-        if receivers and world.rank == 0:
-            digest.copy_(_digest(state))
-            for piece in _pieces(tensors):
+
+        def send() -> None:
+            for piece in (*pieces, digest):
                 for receiver in receivers:
                     world.send(piece, receiver)
-                self._passed_piece(epoch.step)
-            for receiver in receivers:
-                world.send(digest, receiver)
-        elif world.rank in receivers:
-            self._state, self._is_overwritten = None, True  # until all of it is there
-            for piece in _pieces(tensors):
+                self._passed_piece(step)
+
+        def receive() -> None:
+            for piece in (*pieces, digest):
                 world.receive(piece, 0)
-                self._passed_piece(epoch.step)
-            world.receive(digest, 0)
-            state.restored(epoch.step)  # first: numbers of an optimizer of one's own are taken over from the tensors
+                self._passed_piece(step)
+
+        if receivers and own == 0:
+            digest.copy_(_digest(state))
+            world.across(send)
+        elif own in receivers:
+            self._state, self._is_overwritten = None, True  # until all of it is there
+            world.across(receive)
+            state.restored(step)  # first: numbers of an optimizer of one's own are taken over from the tensors
             if not torch.equal(digest, _digest(state)):
                 raise TransferError("the state that a peer has sent has another hash here")
             self._is_overwritten = False
@@ -436,8 +496,9 @@ class QuorumMembers:
 
 
 def _pieces(tensors: dict[str, Tensor]) -> Sequence[Tensor]:
-    """Views of all tensors in the order of their names, none too large to be sent at once."""
-    flat = (tensors[name].detach().view(-1) for name in sorted(tensors))
+    """Views of what this process holds of all tensors, in the order of names, none too large to be sent at once."""
+    own = (tensors[name].detach() for name in sorted(tensors))
+    flat = ((tensor.to_local() if isinstance(tensor, DTensor) else tensor).view(-1) for tensor in own)
     return [piece for tensor in flat if tensor.numel() for piece in tensor.split(PIECE)]
 
 
