@@ -119,6 +119,20 @@ def test_a_kind_that_does_not_apply_to_the_mode_is_refused_with_the_reason():
 # Quorum mode
 
 
+def test_what_must_be_noticed_depends_on_the_mode_and_the_phase():
+    kinds = {
+        "stopped": "in_update",
+        "exception": "in_update",
+        "sigkill": "startup",
+        "skipped_collective": "before_reduce",
+    }
+    expected = {name: KINDS[name].in_quorum(phase).expected_incidents for name, phase in kinds.items()}
+    lost = ("worker_lost",)
+    assert expected == {"stopped": lost, "exception": lost, "sigkill": (), "skipped_collective": ()}
+    assert KINDS["exception"].in_quorum("in_reduce").expected_incidents == (), "as a connection that fails"
+    assert KINDS["stopped"].expected_incidents == ("hung",)
+
+
 class Place:
     """A launcher's place for a worker, and the injectors of those that have it one after the other."""
 

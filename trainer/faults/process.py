@@ -52,6 +52,13 @@ class RaisedException(ProcessFault):
     made = "an exception is raised in the training thread"
     phases = (*STEP, Phase.IN_LOAD, Phase.IN_EVAL, Phase.BEFORE_END, Phase.STARTUP)
 
+    def in_quorum(self, phase: str) -> Fault:
+        kind = super().in_quorum(phase)
+        if phase == Phase.IN_REDUCE:
+            # It looks like a connection that has failed: the members meet again, and nobody is lost.
+            vars(kind).update(expected_incidents=(), may_cause=("worker_lost",))
+        return kind
+
     def fire(self, planned: PlannedFault, rank: RankContext) -> None:
         raise RuntimeError(f"a fault on purpose: {planned}")
 
