@@ -6,7 +6,6 @@ Runs in an environment of its own, which has torchft; toprope does not depend on
 """
 
 import argparse
-import contextlib
 import importlib
 import json
 import os
@@ -80,7 +79,6 @@ def replica(replicas: int, directory: Path, number: int) -> None:
         replica_id=f"replica_{number}", store_addr="localhost", store_port=store.port, rank=0, world_size=1,
         timeout=TIMEOUT, quorum_timeout=timedelta(seconds=60), init_sync=False,
     )  # fmt: skip
-    ddp = torchft.DistributedDataParallel(manager, gpt)
     optimizer = torchft.Optimizer(manager, adamw)
     own = range(number, config.data.micro_batches, replicas)
     with (directory / "steps.jsonl").open("a", buffering=1) as log:
@@ -92,9 +90,14 @@ def replica(replicas: int, directory: Path, number: int) -> None:
             optimizer.zero_grad()  # begins the quorum
             for index in own:
                 batch = batches.micro_batch(step, index)
-                with contextlib.nullcontext() if index == own[-1] else ddp.no_sync():
-                    result = ddp(torch.from_numpy(batch.inputs), torch.from_numpy(batch.targets))
-                    (result.objective / len(own)).backward()
+                result = gpt(torch.from_numpy(batch.inputs), torch.from_numpy(batch.targets))
+                (result.objective / len(own)).backward()
+            # Not torchft's DistributedDataParallel: in 0.2.0 its hook fails an assertion after a peer's death.
+            gradients = [parameter.grad for parameter in gpt.parameters() if parameter.grad is not None]
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            manager.allreduce(flat).wait()
+            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
             torch.nn.utils.clip_grad_norm_(gpt.parameters(), config.optim.clip_norm)
             before = manager.current_step()
             optimizer.step()
