@@ -137,27 +137,6 @@ def test_a_forked_worker_runs_its_own_finalizers_and_none_that_it_inherited(tmp_
     assert (done.stdout, done.stderr) == ("its own\n0\n", "")
 
 
-def test_a_child_of_a_spawned_server_forks_its_own_server_whose_children_are_found_by_their_own_mark(tmp_path):
-    (tmp_path / "nest.py").write_text(
-        "import sys, threading\nfrom trainer.launch import forkserver\n"
-        "server = forkserver.spawn(['wave'])\n"
-        "print('spawned' if server._spawned else 'forked', flush=True)\n"
-        "print(server.start('seen', [], {'TOPROPE_JOB': 'b' * 32}).wait(30), flush=True)\n"
-        "threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
-        "print('spawned' if forkserver.spawn(['wave'])._spawned else 'forked')\n"
-    )
-    shows = "print(*[v for v in open('/proc/self/environ').read().split(chr(0)) if 'TOPROPE_JOB' in v], flush=True)\n"
-    (tmp_path / "seen.py").write_text(shows)
-    done = run(
-        tmp_path,
-        "import os; from trainer.launch import forkserver\n"
-        "server = forkserver.spawn(['wave'])\n"
-        "environment = {'TOPROPE_JOB': 'a' * 32, 'PATH': os.environ['PATH'], 'PYTHONPATH': os.environ['PYTHONPATH']}\n"
-        "print(server.start('nest', [], environment).wait(60))\n",
-    )
-    assert done.stdout.split() == ["forked", f"TOPROPE_JOB={'b' * 32}", "0", "spawned", "0"], done.stderr
-
-
 @pytest.mark.parametrize(("cuda", "hip", "forks"), [(None, None, True), ("13.0", None, False), (None, "7.1", False)])
 def test_torchrun_forks_no_worker_with_a_build_of_torch_for_gpus(monkeypatch, cuda, hip, forks):
     monkeypatch.setattr(torch.version, "cuda", cuda)

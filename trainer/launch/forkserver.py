@@ -151,14 +151,9 @@ def fork(modules: Sequence[str]) -> ForkServer | None:
 
 
 def spawn(modules: Sequence[str]) -> ForkServer | None:
-    """Start a server as a new process, for callers that have threads. Returns None without Linux.
-
-    A child of such a server, which has all imports, is forked as long as it has no threads.
-    """
+    """Start a server as a new process, for callers that have threads. Returns None without Linux."""
     if sys.platform != "linux":
         return None
-    if _mark_address and (server := fork(modules)) is not None:
-        return server
     caller_end, server_end = Pipe()
     threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # read as torch is loaded, and torchrun's default
     program = f"from trainer.launch import forkserver; forkserver.serve({server_end.fileno()}, {list(modules)!r})"
