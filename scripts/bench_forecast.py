@@ -2,36 +2,38 @@
 
 import itertools
 import json
+import math
 import random
+import shutil
 import signal
 import statistics
-import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from scripts.bench_survival import EVERY, cluster
+from scripts import bench_quorum
+from scripts.bench_survival import EVERY
+from trainer import files
 from trainer.forecast import run as forecasts
 from trainer.forecast.calibrate import calibrate
 from trainer.forecast.scenario import DAY, Scenario, daly_goodput, daly_interval, load, parse
 from trainer.forecast.simulator import replay, simulate
-from trainer.launch.cluster import Cluster
 from trainer.log import goodput
+from trainer.log.events import MembersChanged
 from trainer.log.history import History
+from trainer.show import figure as pictures
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "forecast"
+RUNS = ROOT / "runs" / "bench-forecast"
 SECONDS = 180.0
 """Length of a storm."""
 CALM_SECONDS, PRACTICE_SECONDS = 60.0, 120.0
-"""Lengths of the two runs that are calibrated with, per number of ranks."""
-PRACTICE_MTBF = 20.0
-STORMS = ((2, 60.0), (2, 30.0), (2, 15.0), (3, 60.0), (3, 30.0), (3, 15.0))
-"""(ranks, mean seconds between kills), each with a seed of its own."""
-COMPARED = {"down": ("down", "hung"), "startup": ("startup",), "lost_steps": ("lost_steps",)}
-"""{part of the simulation: parts of a run}. Saves stall the loop too briefly to be compared."""
+"""Lengths of the two runs that are calibrated with, per policy and number of ranks."""
+PRACTICE_MTBF = 15.0
 
 
 def closed_forms() -> dict[str, Any]:
@@ -71,63 +73,77 @@ def forecast() -> dict[str, Any]:
 # Storms
 
 
+@dataclass(frozen=True)
+class Storm:
+    """A job that is killed now and then: `mtbf` seconds apart on average."""
+
+    policy: str
+    ranks: int
+    mtbf: float
+    seconds: float = SECONDS
+    seed: str = "storm"
+
+    @property
+    def name(self) -> str:
+        return f"{self.policy}-{self.ranks}-{self.mtbf:.0f}-{self.seed}"
+
+    def schedule(self, step_seconds: float) -> list[tuple[int, int]]:
+        """Draw (steps completed, place among the members) of kills, with exponential gaps.
+
+        A kill is bound to a step and not to a time, so that it loses the same steps in the simulation as in the run.
+        """
+        drawn, moment, kills = random.Random(self.name), 0.0, list[tuple[int, int]]()
+        while (moment := moment + drawn.expovariate(1 / self.mtbf)) < self.seconds:
+            after = kills[-1][0] if kills else 0
+            kills.append((max(after + 1, round(moment / step_seconds)), drawn.randrange(self.ranks)))
+        return kills
+
+
+STORMS = [Storm(policy, ranks, mtbf) for policy in ("restart", "quorum") for ranks in (2, 3) for mtbf in (30.0, 15.0)]
+
+
 def storms() -> dict[str, Any]:
-    """Calibrate with a calm run and a practice storm; then train and simulate the same schedules of kills."""
-    rows, measured = [], {}
-    with tempfile.TemporaryDirectory() as directory:
-        for ranks in sorted({ranks for ranks, _ in STORMS}):
-            calm, practice = Path(directory) / f"calm-{ranks}", Path(directory) / f"practice-{ranks}"
-            _train(calm, ranks, CALM_SECONDS, [])
-            _train(practice, ranks, PRACTICE_SECONDS, _schedule(ranks, PRACTICE_MTBF, PRACTICE_SECONDS, "practice"))
-            measured[ranks] = calibrate([calm, practice]) | {"working_share": _working_share(calm)}
-        for number, (ranks, mtbf) in enumerate(STORMS):
-            run = Path(directory) / f"storm-{number}"
-            schedule = _schedule(ranks, mtbf, SECONDS, f"storm-{number}")
-            kills, before = _train(run, ranks, SECONDS, schedule)
-            # A worker that was killed before it wrote is in no log, and no part of the measured time.
-            moments = [moment - before for moment in kills if moment > before]
-            row = _compare(run, moments, measured[ranks])
-            rows.append({"ranks": ranks, "mtbf": mtbf, "kills": len(moments), **row})
-            print(json.dumps(rows[-1]), flush=True)
+    """Calibrate with a calm run and a practice storm; then train and simulate the same schedules of kills.
+
+    Runs are kept in runs/bench-forecast: one that is there is not trained again.
+    """
+    measured = dict[str, dict[str, Any]]()
+    for policy, ranks in sorted({(storm.policy, storm.ranks) for storm in STORMS}):
+        calm = Storm(policy, ranks, math.inf, CALM_SECONDS, "calm")
+        practice = Storm(policy, ranks, PRACTICE_MTBF, PRACTICE_SECONDS, "practice")
+        calm_run = _train(calm, math.inf)
+        step_seconds = calibrate([calm_run])["step_seconds"]
+        found = calibrate([calm_run, _train(practice, step_seconds)])
+        measured[f"{policy}-{ranks}"] = found | {"working_share": _working_share(calm_run)}
+    rows = []
+    for storm in STORMS:
+        found = measured[f"{storm.policy}-{storm.ranks}"]
+        run = _train(storm, found["step_seconds"])
+        rows.append({"policy": storm.policy, "ranks": storm.ranks, "mtbf": storm.mtbf, **_compare(storm, run, found)})
+        print(json.dumps(rows[-1]), flush=True)
     return {"storms": rows, "calibrated": measured, "seconds": SECONDS, "every": EVERY}
 
 
-def _schedule(ranks: int, mtbf: float, seconds: float, seed: str) -> list[tuple[float, int]]:
-    """Draw (seconds since the start of the job, rank) of kills, with exponential gaps."""
-    drawn, moment, kills = random.Random(f"{seed}-{ranks}"), 0.0, []
-    while (moment := moment + drawn.expovariate(1 / mtbf)) < seconds:
-        kills.append((moment, drawn.randrange(ranks)))
-    return kills
-
-
-def _train(run: Path, ranks: int, seconds: float, schedule: list[tuple[float, int]]) -> tuple[list[float], float]:
-    """Train for so long and kill as scheduled. Returns the times of the kills, and how long the job took to begin.
-
-    Both are in seconds since its command; it begins when the log's first process does. A kill that finds no worker
-    strikes the next one that is there.
-    """
-    with tempfile.TemporaryDirectory() as directory, cluster(directory, run, ranks=ranks) as job:
-        started = time.time()
-        job.start()
-        kills = []
-        for moment, rank in schedule:
-            time.sleep(max(0.0, started + moment - time.time()))
-            if _kill(job, rank, started + seconds):
-                kills.append(time.time() - started)
-        time.sleep(max(0.0, started + seconds - time.time()))
-        job.nodes[0].signal(signal.SIGTERM)
-        job.wait(60)
-    first = next(attempt.start for attempt in History.read(run).attempts if attempt.start)
-    return kills, first[0].time - sum(first[1].startup_seconds.values()) - started
-
-
-def _kill(job: Cluster, rank: int, until: float) -> bool:
-    while time.time() < until:
-        pid = job.workers().get(rank)
-        if pid is not None and job.send(pid, signal.SIGKILL):
-            return True
-        time.sleep(0.02)
-    return False
+def _train(storm: Storm, step_seconds: float) -> Path:
+    """Train for so long and kill as scheduled, unless the run is there. kills.json gets the steps of the kills."""
+    place = RUNS / storm.name
+    if (place / "kills.json").exists():
+        return place / "run"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    make = bench_quorum.Quorum if storm.policy == "quorum" else bench_quorum.Restart
+    schedule = storm.schedule(step_seconds) if math.isfinite(storm.mtbf) else []
+    with make(place, storm.ranks) as job:
+        until, kills = time.time() + storm.seconds, list[int]()
+        while time.time() < until:
+            commits = job.read()
+            if schedule and commits and commits[-1].step >= schedule[0][0]:
+                members = [pid for _, pid in sorted(job.members().items())]
+                if members and job.send(members[schedule[0][1] % len(members)], signal.SIGKILL):
+                    kills.append(schedule.pop(0)[0])
+            time.sleep(0.01)
+    (place / "kills.json").write_text(json.dumps(kills))
+    return place / "run"
 
 
 def _working_share(calm: Path) -> float:
@@ -136,30 +152,69 @@ def _working_share(calm: Path) -> float:
     return parts["productive"] / (parts["productive"] + parts["other"])
 
 
-def _compare(run: Path, kills: list[float], measured: dict[str, Any]) -> dict[str, Any]:
-    account = goodput.account(History.read(run))
-    wall = account["wall_seconds"] - account["parts"]["shutdown"]
-    simulated = replay(_scenario(measured, wall), [(moment, "kill") for moment in kills])
+def _compare(storm: Storm, run: Path, measured: dict[str, Any]) -> dict[str, Any]:
+    """Goodput is the share of the time that the committed steps would take if nothing failed."""
+    history = History.read(run)
+    account = goodput.account(history)
+    wall, step_seconds = account["wall_seconds"], measured["step_seconds"]
+    useful = len(history.committed) * step_seconds
+    kills = json.loads((run.parent / "kills.json").read_text())
+    scenario = _scenario(storm, measured, wall, account["startup"])
+    simulated = replay(
+        scenario, _moments(scenario, [step * step_seconds / measured["working_share"] for step in kills])
+    )
+    changes = [entry.event for entry in history.entries if isinstance(entry.event, MembersChanged)]
+    ours = account["parts"]
     return {
+        "kills": len(kills),
         "wall": wall,
-        "goodput": account["productive_seconds"] / wall,
+        "goodput": useful / wall,
         "simulated": simulated.goodput * measured["working_share"],
-        "parts": {
-            part: [sum(account["parts"][name] for name in names), simulated.parts[part]]
-            for part, names in COMPARED.items()
-        },
+        "lost": [
+            sum(ours[name] for name in ("down", "hung", "lost_steps")) + _restarts(history)
+            + math.fsum(change.seconds for change in changes if change.joined and not change.lost),
+            simulated.lost_by_cause["kill"],
+        ],
+        "slower": [max(0.0, ours["productive"] - useful), simulated.parts["reduced"] * measured["working_share"]],
+        "parts": {part: seconds for part, seconds in simulated.parts.items() if seconds},
+        "account": {part: seconds for part, seconds in ours.items() if seconds},
+    }  # fmt: skip
+
+
+def _restarts(history: History) -> float:
+    """Seconds of start-up after the first."""
+    starts = [attempt.start[1] for attempt in history.attempts[1:] if attempt.start is not None]
+    return math.fsum(seconds for start in starts for seconds in start.startup_seconds.values())
+
+
+def _moments(scenario: Scenario, progress: list[float]) -> list[tuple[float, str]]:
+    """The times at which the simulated job has first made so much progress, in seconds of work, if it dies at each."""
+    moments = list[tuple[float, str]]()
+    for work in progress:
+        low, high = moments[-1][0] if moments else 0.0, scenario.days * DAY
+        for _ in range(40):
+            middle = (low + high) / 2
+            until_then = scenario.model_copy(update={"days": middle / DAY})
+            low, high = (low, middle) if replay(until_then, moments).parts["productive"] >= work else (middle, high)
+        moments.append((high, "kill"))
+    return moments
+
+
+def _scenario(storm: Storm, measured: dict[str, Any], wall: float, startup: dict[str, float]) -> Scenario:
+    quorum = {
+        name: measured[name] for name in ("regroup_seconds", "join_seconds", "start_seconds", "speed_without_one")
     }
-
-
-def _scenario(measured: dict[str, Any], wall: float) -> Scenario:
     tree = {
         "days": wall / DAY, "step_seconds": measured["step_seconds"],
-        "cluster": {"devices": measured["devices"], "devices_per_node": 1},
-        "failure": [{"name": "kill", "per_day": 1.0, "detect_seconds": measured["detect_seconds"]}],
+        "cluster": {"devices": storm.ranks, "devices_per_node": 1},
+        # A quorum knows of a death from the connection that is closed, within the time that regrouping takes.
+        "failure": [{"name": "kill", "per_day": 1.0, "detect_seconds": measured["detect_seconds"] or 0.0}],
         "policy": {
-            "kind": "restart", "restart_seconds": measured["restart_seconds"],
+            "kind": storm.policy,
+            "restart_seconds": measured["restart_seconds"] or math.fsum(startup.values()),
             "save_stall_seconds": measured["save_stall_seconds"], "save_write_seconds": measured["save_write_seconds"],
             "checkpoint_every_seconds": EVERY * measured["step_seconds"] / measured["working_share"],
+            **(quorum if storm.policy == "quorum" else {}),
         },
     }  # fmt: skip
     return parse(tree, Path("calibrated.toml"))
@@ -190,18 +245,50 @@ def forecast_table(figure: dict[str, Any]) -> list[str]:
 def storms_table(figure: dict[str, Any]) -> list[str]:
     lines = [
         "",
-        f"Storms of {figure['seconds']:.0f} s, trained and simulated with the same schedule of kills (`scripts/bench "
-        "forecast_storms`); the simulator was calibrated with other runs. Last three columns: seconds measured, "
-        "simulated.",
+        f"Storms of {figure['seconds']:.0f} s, trained and simulated with the same schedule of kills, each bound to a "
+        "step (`scripts/bench forecast_storms`); the simulator was calibrated with other runs. Goodput is the share of "
+        "the time that the committed steps would take if nothing failed. Last columns: seconds measured, simulated.",
         "",
-        "| ranks | mean time between kills | kills | goodput measured | simulated | points apart | down | startup | "
-        "lost steps |",
+        "| policy | ranks | mean time between kills | kills | goodput measured | simulated | points apart | lost by "
+        "kills | lost by computing with fewer |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in figure["storms"]:
-        parts = " | ".join(f"{ours:.1f}, {simulated:.1f}" for ours, simulated in row["parts"].values())
+        lost, slower = (f"{ours:.1f}, {simulated:.1f}" for ours, simulated in (row["lost"], row["slower"]))
         lines.append(
-            f"| {row['ranks']} | {row['mtbf']:.0f} s | {row['kills']} | {row['goodput']:.3f} | "
-            f"{row['simulated']:.3f} | {100 * abs(row['goodput'] - row['simulated']):.1f} | {parts} |"
+            f"| {row['policy']} | {row['ranks']} | {row['mtbf']:.0f} s | {row['kills']} | {row['goodput']:.3f} | "
+            f"{row['simulated']:.3f} | {100 * abs(row['goodput'] - row['simulated']):.1f} | {lost} | {slower} |"
         )
     return lines
+
+
+def picture(figure: dict[str, Any]) -> bytes:
+    """Draw measured against simulated goodput, a mark for each storm, and the band of three points."""
+    with pictures.style():
+        drawn = pictures.new_figure(5.4, 4.6)
+        axes = drawn.add_subplot()
+        low = min(min(row["goodput"], row["simulated"]) for row in figure["storms"]) - 0.05
+        axes.fill_between(
+            [low, 1], [low - 0.03, 0.97], [low + 0.03, 1.03], color=pictures.LINE, label="within 3 points"
+        )
+        for number, policy in enumerate(("restart", "quorum")):
+            for ranks, filled in ((2, "none"), (3, pictures.SERIES[number])):
+                rows = [row for row in figure["storms"] if (row["policy"], row["ranks"]) == (policy, ranks)]
+                axes.plot(
+                    [row["goodput"] for row in rows], [row["simulated"] for row in rows], pictures.MARKS[number],
+                    color=pictures.SERIES[number], markerfacecolor=filled, label=f"{policy}, {ranks} ranks",
+                )  # fmt: skip
+        axes.set(title="Storms of kills: the same schedule, trained and simulated", xlabel="goodput measured",
+                 ylabel="goodput simulated", xlim=(low, 1), ylim=(low, 1))  # fmt: skip
+        axes.legend(loc="upper left")
+        return pictures.png(drawn)
+
+
+def main() -> None:
+    """Draw docs/forecast-storms.png of what BENCHMARKS.json holds."""
+    figure = json.loads((ROOT / "BENCHMARKS.json").read_text(encoding="utf-8"))["forecast_storms"]
+    files.write(ROOT / "docs" / "forecast-storms.png", picture(figure))
+
+
+if __name__ == "__main__":
+    main()

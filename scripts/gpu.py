@@ -7,6 +7,7 @@ OUT/table.md what matters. See scripts/gpu.
 
 import argparse
 import contextlib
+import hashlib
 import importlib.metadata
 import json
 import multiprocessing
@@ -23,11 +24,16 @@ from pathlib import Path
 from typing import Any
 
 from scripts import gpu_parts
-from trainer import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET_SECONDS = 470.0
 LEAST_SECONDS = 15.0  # a part is not begun with less
+
+
+def code_digest() -> str:
+    """Digest of all code that a figure may depend on."""
+    sources = sorted([*(ROOT / "trainer").rglob("*.py"), *(ROOT / "scripts").glob("gpu*.py")])
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
 
 
 def main() -> int:
@@ -43,7 +49,7 @@ def main() -> int:
     place = gpu_parts.Place(on_gpu, chosen.tiny or not on_gpu, out / "scratch")
     place.scratch.mkdir(exist_ok=True)
     os.environ["TOPROPE_CACHE"] = str(place.scratch / "cache")
-    key = f"{provenance.code_digest()}, torch {torch.__version__}, {'tiny' if place.tiny else 'full'}"
+    key = f"{code_digest()}, torch {torch.__version__}, {'tiny' if place.tiny else 'full'}"
     for name, (seconds, part) in gpu_parts.PARTS.items():
         file = out / "parts" / f"{name}.json"
         if (chosen.parts and name not in chosen.parts) or done(file, key):

@@ -68,7 +68,7 @@ def headlines(shown: dict[str, Any]) -> list[tuple[str, str]]:
 
 def title(shown: dict[str, Any]) -> str:
     is_equal = len(set(shown["weights_sha256"])) == 1
-    number = {2: "Two", 3: "Three", 4: "Four"}.get(len(shown["faults"]), len(shown["faults"]))
+    number = {2: "Two", 3: "Three", 4: "Four", 5: "Five"}.get(len(shown["faults"]), len(shown["faults"]))
     return f"{number} faults in one run, and {'the same bits' if is_equal else 'OTHER BITS'} at its end"
 
 

@@ -74,8 +74,15 @@ def killed(rank: int = 1, pid: int = 101) -> WorkersLost:
 
 
 def members_changed(number: int, lost: dict[str, str], **changes: Any) -> MembersChanged:
-    values: dict[str, Any] = {"epoch": 2, "members": [0], "joined": [], "kept": {}, "given": {"0": [*range(8)]}}
-    return MembersChanged(step=number, lost=lost, seconds=0.1, **(values | changes))
+    values: dict[str, Any] = {
+        "seconds": 0.1,
+        "epoch": 2,
+        "members": [0],
+        "joined": [],
+        "kept": {},
+        "given": {"0": [*range(8)]},
+    }
+    return MembersChanged(step=number, lost=lost, **(values | changes))
 
 
 def hung(seconds: float, *culprits: dict[str, Any]) -> Hung:

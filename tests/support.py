@@ -23,6 +23,8 @@ from trainer.log import events
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOKE = ROOT / "configs" / "smoke.toml"
+SMOKE_SHA256 = "fbcbd2b139200b08877ce643a466dcc5d7fbdb121ef6a48514a96a6763ab0938"
+"""The weights that configs/smoke.toml ends with, on any number of ranks and under any fault."""
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 

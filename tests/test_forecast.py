@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tests.logs import Run, saved
+from tests.logs import Run, members_changed, saved
 from tests.support import trainer as cli
 from trainer.errors import ConfigError
 from trainer.forecast import calibrate, scale
@@ -78,6 +78,35 @@ def test_a_schedule_of_strikes_costs_what_lies_between_the_saves_and_them():
     assert found.parts["down"] == pytest.approx(10 + 10 + 10)
     assert found.parts["startup"] == pytest.approx(50 + 50 + 50)
     assert math.fsum(found.parts.values()) == pytest.approx(1000)
+
+
+def quorum(**policy: Any) -> Scenario:
+    policy = {"kind": "quorum", "checkpoint_every_seconds": 100.0, "save_stall_seconds": 0.0, "restart_seconds": 50.0,
+              "regroup_seconds": 2.0, "join_seconds": 3.0, **policy}  # fmt: skip
+    return scenario(days=1000 / DAY, cluster={"devices": 4, "devices_per_node": 1}, policy=policy,
+                    failure=[{"name": "kill", "per_day": 1.0, "detect_seconds": 1.0}])  # fmt: skip
+
+
+def test_a_quorum_is_slower_until_the_worker_that_takes_the_place_has_started():
+    found = replay(quorum(start_seconds=40.0), [(400.0, "kill")])
+    assert found.parts["down"] == pytest.approx(1)
+    assert found.parts["startup"] == pytest.approx(50 + 2 + 3)
+    assert found.parts["lost_steps"] == 0
+    # It is ready 41 s after the death, of which the others have waited 1 + 2; they compute with three of four.
+    assert found.parts["reduced"] == pytest.approx((41 - 3) * 0.25)
+    assert math.fsum(found.parts.values()) == pytest.approx(1000)
+
+
+def test_two_deaths_make_a_quorum_as_slow_as_its_measured_speed_says():
+    found = replay(quorum(start_seconds=40.0, speed_without_one=0.9), [(400.0, "kill"), (410.0, "kill")])
+    one, two = (410 - 403) + (451 - 444), 441 - 413
+    assert found.parts["reduced"] == pytest.approx(one * (1 - 0.9) + two * (1 - 0.9**2))
+
+
+def test_a_quorum_whose_last_member_dies_restarts_from_storage():
+    found = replay(quorum(start_seconds=40.0), [(seconds, "kill") for seconds in (370.0, 375.0, 380.0, 385.0)])
+    assert found.parts["startup"] == pytest.approx(50 + 3 * 2 + 50)  # nobody is waited for any more
+    assert found.parts["lost_steps"] == pytest.approx(20 + (375 - 373) * 0.75 + (380 - 378) * 0.5 + (385 - 383) * 0.25)
 
 
 def test_a_job_on_one_node_without_spares_is_struck_by_every_failure():
@@ -314,6 +343,25 @@ def test_calibration_measures_what_the_log_has_and_leaves_the_rest_unknown(run: 
     assert found["detect_seconds"] == pytest.approx(5.0, abs=0.01)
     text = calibrate.to_toml(found, [run.path])
     assert parse(tomllib.loads(text), Path("measured.toml")).step_seconds == 1.0
+
+
+def test_calibration_measures_what_a_death_costs_a_quorum(run: Run):
+    run.record()
+    run.train(20)
+    run.write(saved(10, 0.25))
+    run.write(members_changed(20, {"0": "its connection closed"}, members=[0], joined=[], seconds=0.5), after=0.5)
+    run.steps(21, 21, seconds=1.5)  # the interrupted step says nothing about the speed
+    run.steps(22, 25, seconds=2.0)
+    run.write(members_changed(25, {}, members=[0, 2], joined=[2], seconds=0.25), after=0.25)
+    run.finish(26, 60)
+    found = calibrate.calibrate([run.path])
+    assert found["failures"] == 1 and found["detect_seconds"] is None
+    assert (found["step_seconds"], found["speed_without_one"]) == (1.0, 0.5)
+    assert (found["regroup_seconds"], found["join_seconds"]) == (0.5, 0.25)
+    assert found["start_seconds"] == pytest.approx(0.5 + 1.5 + 4 * 2.0)
+    text = calibrate.to_toml(found, [run.path]).replace("# detect_seconds = ?", "detect_seconds = 0.0")
+    text = text.replace("# restart_seconds = ?", "restart_seconds = 5.0")
+    assert parse(tomllib.loads(text), Path("measured.toml")).policy.kind == "quorum"
 
 
 def test_a_calm_run_calibrates_no_failure_rate(run: Run):

@@ -477,7 +477,7 @@ def strange_environments() -> Iterator[Case]:
         if what in MET_BY_TRAIN_ALONE and name != "train":
             continue
         status: tuple[int, ...] = (0,)
-        if how.get("output") in ("full", "closed") and name in (*OF_RUNS, "judge"):
+        if how.get("output") in ("full", "closed") and name in (*OF_RUNS, "judge", "submit"):
             status = (1,)
         elif name == "train":
             status = (2,) if what in REFUSED_BY_TRAIN else (0, 2)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.logs import STARTUP, Run, evaluated, hung, not_finite, saved, step
-from trainer.log.events import CheckpointFailed, MembersChanged, StopRequested, Warned
+from tests.logs import STARTUP, Run, evaluated, hung, members_changed, not_finite, saved, step
+from trainer.log.events import CheckpointFailed, StopRequested, Warned
 from trainer.log.goodput import PARTS, account
 from trainer.log.incidents import incidents_of
 
@@ -247,17 +247,9 @@ def test_the_committed_samples_are_those_that_the_last_computation_of_each_step_
     assert run.history.committed_samples == {n: f"digest-{n}" for n in range(1, 61)} | {41: "other"}
 
 
-def changed(step: int, members: list[int], joined: list[int], seconds: float, epoch: int = 2) -> MembersChanged:
-    lost = (
-        {"0": "its connection closed", "1": "its connection closed"} if len(joined) == len(members) else {"1": "gone"}
-    )
-    return MembersChanged(epoch=epoch, members=members, lost=lost, joined=joined, step=step, kept={}, given={},
-                          seconds=seconds)  # fmt: skip
-
-
 def test_a_death_that_ends_nobody_else_costs_the_time_until_the_others_go_on(run: Run):
     run.train(47)
-    run.write(changed(47, [0], [], 0.25), after=0.25)
+    run.write(members_changed(47, {"0": "its connection closed"}, members=[0], joined=[], seconds=0.25), after=0.25)
     run.finish(48, 60)
     assert parts(run) == {"productive": 60.0, "startup": 2.0, "down": 0.25}
     (incident,) = incidents_of(run.history)
@@ -266,8 +258,10 @@ def test_a_death_that_ends_nobody_else_costs_the_time_until_the_others_go_on(run
 
 def test_if_all_workers_die_the_steps_since_the_checkpoint_are_lost_in_the_same_attempt(run: Run):
     run.train(47)
-    run.write(changed(40, [2, 3], [2, 3], 3.0), after=3.0)
-    run.write(changed(40, [4, 5], [4, 5], 3.0, epoch=3), after=3.0)
+    for lost, joined, epoch in (((0, 1), [2, 3], 2), ((2, 3), [4, 5], 3)):
+        why = {str(member): "its connection closed" for member in lost}
+        changed = members_changed(40, why, members=joined, joined=joined, seconds=3.0, epoch=epoch)
+        run.write(changed, after=3.0)
     run.finish(41, 60)
     assert parts(run) == {"productive": 60.0, "lost_steps": 7.0, "startup": 2.0, "down": 6.0}
     incident, again = incidents_of(run.history)

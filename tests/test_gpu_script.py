@@ -37,7 +37,7 @@ def test_it_runs_to_its_end_on_a_cpu_and_every_part_is_made_or_skipped_with_the_
     assert report["parts"]["speed-eager"]["plain"]["tokens_per_second"] > 0
     table = (made / "table.md").read_text()
     assert "tiny sizes: the figures mean nothing" in table
-    assert "| two runs, killed, resharded: one hash | True | True | holds |" in table
+    assert "| two runs, killed, fsdp to replicated: one hash | True | True | holds |" in table
     assert "| MFU, 1 B | – | ≥ 0.5 | unknown |" in table
     (stall,) = [line for line in table.splitlines() if "stall" in line]
     assert stall.endswith("| unknown |"), "a tiny figure is none"

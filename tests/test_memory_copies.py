@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.checkpoint_worker import IDENTITY, flip, holds, small_state
-from tests.support import SMOKE, settings, summarise_run, torchrun, trainer, with_faults
+from tests.support import SMOKE, SMOKE_SHA256, settings, summarise_run, torchrun, trainer, with_faults
 from trainer import checkpoint, config
 from trainer.checkpoint import memory, streams
 from trainer.checkpoint.checkpointer import Checkpointer
@@ -23,7 +23,6 @@ from trainer.parallel import elastic
 from trainer.parallel.world import World
 from trainer.phases import no_hook
 
-SMOKE_SHA256 = "fbcbd2b139200b08877ce643a466dcc5d7fbdb121ef6a48514a96a6763ab0938"
 ALONE = World(0, 1, torch.device("cpu"))
 
 

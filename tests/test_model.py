@@ -357,12 +357,14 @@ def test_memory_is_divided_by_sharding_and_activations_by_recomputing() -> None:
         assert parts["total"] == sum(parts.values()) - parts["total"]
 
 
-@pytest.mark.parametrize(("device", "quadratic"), [("cuda", False), ("cpu", True)])
-def test_memory_is_told_of_the_operators_that_the_device_uses(device: str, quadratic: bool) -> None:
+@pytest.mark.parametrize(
+    ("device", "quadratic", "dropout"), [("cuda", False, 0.0), ("cuda", False, 0.1), ("cpu", True, 0.0)]
+)
+def test_memory_is_told_of_the_operators_that_the_device_uses(device: str, quadratic: bool, dropout: float) -> None:
     """In bf16 a CPU keeps matrices of T × T for attention's backward pass; a GPU keeps none."""
 
     def activations(context: int) -> int:
-        sizes = {"model": SMALL | {"context": context}, "data": {"micro_batch_sequences": 1}}
+        sizes = {"model": SMALL | {"context": context, "dropout": dropout}, "data": {"micro_batch_sequences": 1}}
         config_of = config.parse(sizes | {"numerics": {"precision": "bf16"}, "parallel": {"device": device}})
         return costs.memory_per_rank(config_of, VOCAB, 1)["activations"]
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support import SMOKE, settings, summarise_run, trainer, wait_until, with_faults
+from tests.support import SMOKE, SMOKE_SHA256, settings, summarise_run, trainer, wait_until, with_faults
 from trainer import config as configs
 from trainer import job, loop, step
 from trainer.config import Config
@@ -441,9 +441,6 @@ def test_all_but_one_may_die_in_one_step(calm: Job):
     assert [worker.member for worker in job.survivors] == [1]
     assert job.hash() == calm.hash()
     assert job.distinct_commits() == calm.distinct_commits()
-
-
-SMOKE_SHA256 = "fbcbd2b139200b08877ce643a466dcc5d7fbdb121ef6a48514a96a6763ab0938"
 
 
 def kill_the_writer(run: Path, at_step: int) -> None:

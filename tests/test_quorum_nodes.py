@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from tests.logs import Run
-from tests.support import ENVIRONMENT, SMOKE, summarise_run
+from tests.support import ENVIRONMENT, SMOKE, SMOKE_SHA256, summarise_run
 from trainer import config as configs
 from trainer import job, member, provenance
 from trainer.config import parse
@@ -31,7 +31,6 @@ from trainer.parallel import arbiter
 from trainer.parallel.protocol import NOBODY, Arbiter, Hello, Refused, Send
 from trainer.parallel.world import World
 
-SMOKE_SHA256 = "fbcbd2b139200b08877ce643a466dcc5d7fbdb121ef6a48514a96a6763ab0938"
 CPU = torch.device("cpu")
 
 

@@ -9,14 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ENVIRONMENT, SMOKE, summarise_run, wait_until, worker_environment
+from tests.support import ENVIRONMENT, SMOKE, SMOKE_SHA256, summarise_run, wait_until, worker_environment
 from trainer.errors import EXIT_FINISHED, UsageError
 from trainer.launch import rendezvous
 from trainer.launch.cluster import Cluster
 from trainer.log import events, rundir
-
-CALM = "fbcbd2b139200b08877ce643a466dcc5d7fbdb121ef6a48514a96a6763ab0938"
-"""weights_sha256 of configs/smoke.toml without faults, on one rank."""
 
 
 class PatientCluster(Cluster):
@@ -50,7 +47,7 @@ def test_agents_outlive_a_store_that_comes_back_empty_and_meet_there_when_a_work
         assert cluster.send(cluster.workers()[1], signal.SIGKILL)
         assert cluster.wait(60) == EXIT_FINISHED, cluster.output
     story = summarise_run(run)
-    assert story["weights_sha256"] == CALM
+    assert story["weights_sha256"] == SMOKE_SHA256
     assert [attempt["world_size"] for attempt in story["attempts"]] == [2, 2]
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests.faulty_runs import fault
-from tests.support import SMOKE, settings, summarise_run, trainer, with_faults
-from tests.test_quorum import SMOKE_SHA256, Death, Job, Worker
+from tests.support import SMOKE, SMOKE_SHA256, settings, summarise_run, trainer, with_faults
+from tests.test_quorum import Death, Job, Worker
 from trainer import config as configs
 from trainer.config import Config
 from trainer.data import Prepared, prepare

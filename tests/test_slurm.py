@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from tests import slurm_cluster
 from tests.slurm_cluster import SlurmCluster
-from tests.support import ROOT, SMOKE, summarise_run, worker_environment
+from tests.support import ROOT, SMOKE, SMOKE_SHA256, summarise_run, worker_environment
 from tests.test_ladder_file import ARM
 from tests.test_ladder_run import ONE_RUNG, hashed_results, plan
 from trainer import cli
@@ -27,9 +27,6 @@ from trainer.ladder import run as ladder_run
 from trainer.ladder.preregistration import pool_of
 from trainer.launch import slurm
 from trainer.log import events, rundir
-
-CALM = "fbcbd2b139200b08877ce643a466dcc5d7fbdb121ef6a48514a96a6763ab0938"
-"""weights_sha256 of configs/smoke.toml without faults, on one rank."""
 
 
 def job(run: Path, nodes: str = "1", **changes: object) -> slurm.Job:
@@ -116,7 +113,7 @@ def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of commands on PATH that answer as Slurm's would; each prints the file of its name, if there is one."""
     folder = tmp_path / "commands"
     folder.mkdir()
-    for name in ("sbatch", "squeue", "scancel"):
+    for name in ("sbatch", "squeue"):
         program = folder / name
         program.write_text(f'#!/bin/bash\n[[ -f {program}.error ]] && cat {program}.error >&2 && exit 1\n'
                            f"cat {program}.answer\n")  # fmt: skip
@@ -319,7 +316,7 @@ def test_a_run_through_a_lost_node_and_a_preemption_ends_with_the_bits_of_a_calm
     wait_for(lambda: "PENDING" in cluster.state(number), 60, "requeue")
     wait_for(lambda: "COMPLETED" in cluster.state(number), 90, "end")
     story = summarise_run(run)
-    assert story["weights_sha256"] == CALM
+    assert story["weights_sha256"] == SMOKE_SHA256
     sizes = [(attempt["world_size"], attempt["ended"]) for attempt in story["attempts"]]
     assert sizes == [(3, "failed"), (2, "preempted"), (2, "finished")]
     assert "Traceback" not in told() and "frame #" not in told()

@@ -99,8 +99,10 @@ def test_compiled_gradients_that_are_the_eager_ones_pass(traced, precision: str)
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be:DeprecationWarning")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("wrong_by", [0.0, 0.5], ids=["lost", "halved"])
-def test_training_is_refused_where_a_compiled_gradient_is_wrong(traced, monkeypatch, precision: str, wrong_by: float):
+@pytest.mark.parametrize("wrong_by", [0.0, 0.5, None], ids=["lost", "halved", "cut off"])
+def test_training_is_refused_where_a_compiled_gradient_is_wrong(
+    traced, monkeypatch, precision: str, wrong_by: float | None
+):
     right = model._SquaredReLU.backward
 
     class Wrong(torch.autograd.Function):
@@ -111,9 +113,16 @@ def test_training_is_refused_where_a_compiled_gradient_is_wrong(traced, monkeypa
         @staticmethod
         def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
             found = right(ctx, grad)
-            return found * wrong_by if torch.compiler.is_compiling() else found
+            return found * (wrong_by or 0.0) if torch.compiler.is_compiling() else found
 
-    monkeypatch.setattr(model, "_SquaredReLU", Wrong)
+    class CutOff:
+        """Without a path to the weights when compiled."""
+
+        @staticmethod
+        def apply(x: torch.Tensor) -> torch.Tensor:
+            return model.F.relu(x.detach() if torch.compiler.is_compiling() else x).square()
+
+    monkeypatch.setattr(model, "_SquaredReLU", CutOff if wrong_by is None else Wrong)
     with pytest.raises(ConfigError, match=r"compile = true gives wrong gradients(?s:.*)blocks.0.mlp.up.weight"):
         checked(precision=precision)
 

@@ -33,7 +33,7 @@ MEETINGS = {
     "--local-addr=127.0.0.1",
 } | {
     backend: f"--nnodes=2 --rdzv-backend={backend} --rdzv-endpoint=127.0.0.1:PORT --rdzv-id=us --local-addr=127.0.0.1"
-    for backend in ("etcd-v2", "etcd")
+    for backend in ("etcd-v2",)
 }
 
 

@@ -58,6 +58,7 @@ AcceptOtherBits = Annotated[bool, typer.Option("--accept-other-bits", help="Resu
 SlurmOptions = Annotated[
     list[str] | None, typer.Option("--slurm", metavar="KEY=VALUE", help="Option of sbatch: partition=gpu.")
 ]
+LIMIT, NOTICE_SECONDS = "1:00:00", 120
 TimeLimit = Annotated[str, typer.Option("--time", help="Limit of each start, as Slurm takes it.")]
 Notice = Annotated[int, typer.Option(help="Seconds before the limit at which a run saves and leaves.")]
 Before = Annotated[
@@ -197,12 +198,12 @@ def submit(
     config_path: ConfigPath,
     on: Annotated[str, typer.Option(metavar="slurm", help="The scheduler.")],
     nodes: Annotated[str, typer.Option(metavar="N|MIN:MAX", help="With MIN:MAX it goes on with fewer.")] = "1",
-    limit: TimeLimit = "1:00:00",
+    limit: TimeLimit = LIMIT,
     run: RunOption = None,
     overrides: Overrides = None,
     ranks: Annotated[int | None, typer.Option("--ranks-per-node", min=1, help="Default one, or one a GPU.")] = None,
     gpus: Annotated[int | None, typer.Option("--gpus-per-node", min=1, help="GPUs of each node.")] = None,
-    notice: Notice = 120,
+    notice: Notice = NOTICE_SECONDS,
     options: SlurmOptions = None,
     before: Before = None,
     python: NodesPython = "",
@@ -220,8 +221,8 @@ def submit(
     config = configs.load(config_path, overrides or ())
     run = (run or Path("runs") / config_path.stem).absolute()
     ranks = ranks or gpus or 1
-    for size in {fewest * ranks, most * ranks}:
-        configs.check_world(config, size)
+    for count in range(fewest, most + 1):  # any of them may be left
+        configs.check_world(config, count * ranks)
     if config.elastic.mode == "quorum":
         raise UsageError(
             'elastic.mode = "quorum" needs a launcher of its own, and a job starts torchrun.\n'
@@ -454,9 +455,12 @@ def ladder_run(
         float | None, typer.Option(metavar="HOURS", help="Add runs that may settle open verdicts, for so many hours.")
     ] = None,
     on: Annotated[str, typer.Option(metavar="slurm", help="Make every run a job of this scheduler.")] = "",
-    max_jobs: Annotated[int | None, typer.Option(min=1, help="Jobs at a time; default as slots of the file.")] = None,
-    limit: TimeLimit = "1:00:00",
-    notice: Notice = 120,
+    max_jobs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Jobs at a time; default the file's slots, else as many as this machine could run."),
+    ] = None,
+    limit: TimeLimit = LIMIT,
+    notice: Notice = NOTICE_SECONDS,
     options: SlurmOptions = None,
     before: Before = None,
     python: NodesPython = "",
@@ -473,8 +477,10 @@ def ladder_run(
         raise UsageError("--settle and --up-to are given.\n  Verdicts are settled with all rungs. Leave one out.")
     if on not in ("", "slurm"):
         raise UsageError(f"--on {on!r} is no scheduler that `ladder run` knows.\n  Give --on slurm, or leave it out.")
-    if not on and (max_jobs or options or before or python):
-        raise UsageError("--max-jobs, --slurm, --before and --python are for jobs.\n  Add --on slurm.")
+    if not on and (max_jobs or options or before or python or limit != LIMIT or notice != NOTICE_SECONDS):
+        raise UsageError(
+            "--max-jobs, --time, --notice, --slurm, --before and --python are for jobs.\n  Add --on slurm."
+        )
     # Local: its imports run beside the planning.
     backend = SlurmJobs(_request(limit, notice, options, before, python)) if on else Local()
     given = [] if out is None else ["--out", str(out)]

@@ -203,7 +203,7 @@ class Numerics(Section):
     compile: bool = False
     """torch.compile each block."""
     tf32: bool = False
-    """fp32 on a GPU: matrix products may round their inputs to TF32, 10 bits; many times faster."""
+    """fp32 on a GPU: matrix products and convolutions may round their inputs to TF32, 10 bits; many times faster."""
 
 
 class Checkpoint(Section):

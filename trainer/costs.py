@@ -135,7 +135,7 @@ def memory_per_rank(config: Config, vocab_size: int, world_size: int) -> dict[st
 
 
 def kind_of_device(config: Config) -> str:
-    """ "cuda" or "cpu": what a run of this config computes with on this machine."""
+    """ "cuda" or "cpu": what a run of this config computes with where each rank has a GPU, if this machine has any."""
     import torch
 
     if config.parallel.device == "auto":

@@ -260,7 +260,12 @@ def prepare_data(config: Config, claim: Claim) -> tuple[Prepared, dict[str, Any]
     trial = check_own_code(config, vocab_size, claim)
     if config.numerics.compile:
         batch = batches_of(config, prepared).micro_batch(0, 0)
-        ranks.agree(lambda: compile_check.check(config, vocab_size, ranks.device, batch))
+
+        def compare() -> None:
+            with out_of_memory.explained(ranks.device):
+                compile_check.check(config, vocab_size, ranks.device, batch)
+
+        ranks.agree(compare)
     return prepared, ranks.from_main(lambda: _record(claim, config, prepared, vocab_size, trial))
 
 
@@ -535,6 +540,7 @@ def set_numerics(config: Config, device: torch.device) -> None:
     torch.set_num_threads(config.numerics.threads)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if config.numerics.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = config.numerics.tf32  # convolutions; torch allows it by itself
     if device.type == "cuda" and config.numerics.exact:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed one
         torch.use_deterministic_algorithms(True)

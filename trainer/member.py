@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainer import branch, errors, job, loop, provenance, signals
+from trainer import branch, errors, job, loop, out_of_memory, provenance, signals
 from trainer.checkpoint.checkpointer import MainCheckpointer
 from trainer.config import Config, check_world
 from trainer.faults import injector as faults
@@ -204,7 +204,8 @@ def train(
         sentinel = Sentinel(config)
         group = groups.join(given, device, timeout)
         stack.callback(world.disconnect)
-        state = build(config, facts["vocab_size"], group, sentinel)
+        with out_of_memory.explained(device):
+            state = build(config, facts["vocab_size"], group, sentinel)
         stopwatch.lap("model")
         # Members meet at the store of the first of them, so each has one from its start.
         host = own_host(given)
@@ -271,7 +272,8 @@ def train(
         try:
             with contextlib.closing(saving) as checkpointer:
                 score = job.scorer(config, prepared, lambda: members.world, hook)
-                done = loop.train(state, loop.Collaborators(context, records.record, score, checkpointer))
+                with out_of_memory.explained(device):
+                    done = loop.train(state, loop.Collaborators(context, records.record, score, checkpointer))
             if done:
                 if not members.world.has_main:
                     records.append(ended("finished", state.step, "", state))
@@ -363,7 +365,7 @@ def fail(records: Records, membership: Membership | GroupMembership, step: int, 
     """Log why this worker ends, and tell the arbiter if the others would end in the same error."""
     reason = f"{type(error).__name__}: {error}"
     # What is wrong with this worker or its memory is none of the others' business: they go on.
-    alone = isinstance(error, TransferError | errors.QuarantineError)
+    alone = isinstance(error, TransferError | errors.QuarantineError | errors.OutOfMemoryError)
     restarts = isinstance(error, errors.CorruptionError) and error.restart
     repeated = isinstance(error, errors.TopropeError) and not alone and not restarts
     with contextlib.suppress(Exception):

@@ -333,6 +333,8 @@ def _attend(q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, dropout: float) -> T
         scores_BHTT = (q_BHTC @ k_BHTC.transpose(2, 3)).float() * q_BHTC.shape[3] ** -0.5
         weights_BHTT = scores_BHTT.masked_fill(future_TT, -math.inf).softmax(3).to(v_BHTC.dtype)
         return F.dropout(weights_BHTT, dropout) @ v_BHTC
+    if _traced_as == "cuda":
+        dropout = 0.0  # fused kernels draw the mask again; a CPU has none with dropout, and would keep T × T
     return F.scaled_dot_product_attention(
         q_BHTC, k_BKTC, v_BKTC, dropout_p=dropout, is_causal=True, enable_gqa=q_BHTC.shape[1] != k_BKTC.shape[1]
     )

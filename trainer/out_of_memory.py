@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 GIB = 2**30
 ASKED = re.compile(r"tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", re.IGNORECASE)
 REMEDY = (
-    '  Without changing a bit: parallel.activation_checkpointing = true, or parallel.strategy = "fsdp" on several '
-    "devices. Else, in a new run: a smaller data.micro_batch_sequences with more data.micro_batches, or "
+    "  Without changing a bit: parallel.activation_checkpointing = true, checkpoint.memory_every_steps = 0, or "
+    'parallel.strategy = "fsdp" on several devices. Else, in a new run: model.loss_chunk_tokens, a smaller '
+    "data.micro_batch_sequences with more data.micro_batches, or "
     'numerics.precision = "bf16". `train --dry-run` shows what needs how much.'
 )
 OTHERS_SHARE = 0.05  # of a GPU's memory; contexts and displays hold some

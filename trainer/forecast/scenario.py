@@ -98,6 +98,11 @@ class Quorum(_Saving):
     """From the detection to the continued step: new process group, members agreed, lost micro-batches computed."""
     join_seconds: float = Field(ge=0)
     """Stall of the others when a repaired node or a spare joins."""
+    start_seconds: float = Field(default=0.0, ge=0)
+    """From a death until another worker is ready to take the place; the others go on meanwhile. 0: hot spares."""
+    speed_without_one: float | None = Field(default=None, gt=0, le=1)
+    """Speed of a job that misses one node, as a share of the full speed; of two, its square. None: the
+    share of the nodes that are left."""
 
 
 class Islands(_Saving):

@@ -124,6 +124,8 @@ class _Job:
         self.owed: dict[str, tuple[float, str | None]] = {}
         self.restarting = False  # all workers start again; else survivors wait with their state
         self.down_nodes = 0
+        self.starting = 0  # nodes that are healthy, and whose workers start while the others go on
+        self.starts = 0  # counts restarts of all: a worker that was starting then is not waited for
         self.timers: list[tuple[float, int, str, Any]] = []  # repairs, silent corruption noticed, maintenance
         self._numbers = 0
         if scenario.maintenance:
@@ -165,12 +167,12 @@ class _Job:
         if not in_service:
             return
         lost = 0.0
-        keeps = isinstance(self.policy, Quorum) and strike.nodes > 0 and self.enough and not self.restarting
+        keeps = isinstance(self.policy, Quorum) and strike.nodes > 0 and self._goes_on(strike.nodes)
         if isinstance(self.policy, Quorum) and keeps:
             self._owe("down", failure.detect_seconds, failure.name)
             self._owe("startup", self.policy.regroup_seconds, failure.name)
             if self.healthy_share >= 1:  # a spare, or the node itself, takes the place
-                self._owe("startup", self.policy.regroup_seconds + self.policy.join_seconds, failure.name)
+                self._join(strike.nodes, failure.detect_seconds, self.policy.regroup_seconds, failure.name)
         else:
             lost = self._roll_back(self._state_after(strike), failure.name)
             self._restart(failure.detect_seconds, failure.name)
@@ -183,7 +185,14 @@ class _Job:
             and self.down_nodes >= self.scenario.cluster.spare_nodes
             and not self.restarting
         ):
-            self._owe("startup", self.policy.join_seconds, None)  # it was missed, and joins
+            self._join(nodes, 0.0, 0.0, None)  # it was missed, and joins
+
+    def _on_ready(self, about: tuple[int, int, str | None]) -> None:
+        starts, nodes, cause = about
+        assert isinstance(self.policy, Quorum)
+        if starts == self.starts:
+            self.starting -= nodes
+            self._owe("startup", self.policy.join_seconds, cause)
 
     def _on_noticed(self, about: tuple[str, float]) -> None:
         name, safe = about
@@ -211,6 +220,28 @@ class _Job:
     @property
     def enough(self) -> bool:
         return self.healthy_share >= self.scenario.cluster.min_share
+
+    @property
+    def speed(self) -> float:
+        """Speed of the job, as a share of that with all nodes."""
+        share = max(0.0, self.healthy_share - self.starting / self.scenario.cluster.nodes)
+        without_one = self.policy.speed_without_one if isinstance(self.policy, Quorum) else None
+        return share if without_one is None else without_one ** ((1 - share) * self.scenario.cluster.nodes)
+
+    def _goes_on(self, lost: int) -> bool:
+        """True if a quorum that has just lost these nodes has a member left."""
+        absent = self.starting + (lost if self.healthy_share >= 1 else 0)  # those under repair are not healthy
+        return self.enough and not self.restarting and self.healthy_share * self.scenario.cluster.nodes > absent
+
+    def _join(self, nodes: int, detect_seconds: float, regroup_seconds: float, cause: str | None) -> None:
+        """Start workers that take the place of others, beside the job; the others wait only while they join."""
+        assert isinstance(self.policy, Quorum)
+        if self.policy.start_seconds:
+            self.starting += nodes
+            ready = self.now + detect_seconds + self.policy.start_seconds
+            self._at(ready, "ready", (self.starts, nodes, cause))
+        else:
+            self._owe("startup", regroup_seconds + self.policy.join_seconds, cause)
 
     def _hits_a_spare(self, strike: Strike, repair: float) -> bool:
         cluster = self.scenario.cluster
@@ -245,6 +276,7 @@ class _Job:
             part: owed for part, owed in self.owed.items() if part == "preempted"
         }  # maintenance takes its time
         self.restarting = True
+        self.starting, self.starts = 0, self.starts + 1
         self._owe("down", detect_seconds, cause)
         self._owe("startup", self.restart, cause)
 
@@ -291,7 +323,7 @@ class _Job:
 
     def _compute(self, seconds: float) -> None:
         """Compute for so long: cycles of `interval` seconds of work and one save."""
-        speed = self.healthy_share
+        speed = self.speed
         cost = self.policy.copy_cost if self.policy.kind == "peer_memory" else 0.0
         rate = speed * (1 - cost)  # work per second
         first = max(0.0, (self.interval - self.since_save) / rate)

@@ -159,20 +159,20 @@ def run(
             f"{out} is in use by another `ladder run`.\n"
             "  One scheduler is enough. Wait for it, stop it with Ctrl-C, or watch it with `ladder status`."
         )
+    here = not isinstance(backend, SlurmJobs)
     with lock:
         status = read_status(part, out)
         status = replace(status, slots=slots or status.slots)
         update(status)
         try:
             with supervision.handle_signals(signal.default_int_handler):
-                if not isinstance(backend, SlurmJobs):
+                if here:
                     status, _ = measure(part, out, status, backend)
         except KeyboardInterrupt:  # no run was started yet, so there is nothing to save
             return replace(status, stopping=True)
         # The plan is recorded only now: the baseline is known to run.
         pool.mkdir(exist_ok=True)
         preregistration.write(ladder, out)
-        here = not isinstance(backend, SlurmJobs)
         devices = functools.partial(speed.devices_of, part) if here else lambda slot: supervision.NOTHING
         with Supervisor(backend, status.slots, part.file.restarts, part.file.ranks, devices) as supervisor:
             return _Scheduler(part, pool, supervisor, update, status.earlier).work()

@@ -103,7 +103,7 @@ def patch_backend(c10d: Any, handler_class: Any) -> None:
 
 
 class _Lasting:
-    """What an agent needs to find a store again: where it was, and the last state that it held."""
+    """Address of an agent's store and the last state seen there, with which it is found again."""
 
     def __init__(self, host: str, port: int, seconds: int, timeout: datetime.timedelta) -> None:
         self._host, self._port, self._timeout = host, port, timeout

@@ -42,7 +42,10 @@ LEAVING_SECONDS = 10
 """Part of the notice that is left when workers that have not saved are killed: torchrun and srun still have to end."""
 ANSWER_SECONDS = 30.0
 UNLIMITED = ("UNLIMITED", "INFINITE")
-OWN_OPTIONS = {"nodes": "--nodes", "time": "--time", "gpus-per-node": "--gpus-per-node", "signal": "--notice"} | (
+OWN_OPTIONS = {
+    "nodes": "--nodes (a ladder's job has one)", "time": "--time", "signal": "--notice",
+    "gpus-per-node": "--gpus-per-node (for a ladder: --slurm gpus=N)",
+} | (
     dict.fromkeys(
         ("array", "chdir", "error", "job-name", "no-kill", "ntasks", "ntasks-per-node", "open-mode", "output",
          "parsable", "wait", "wrap"), "",
@@ -55,9 +58,13 @@ class SchedulerError(TopropeError):
     """The scheduler does not answer, or does not do what is asked."""
 
 
+class UnansweredError(SchedulerError):
+    """sbatch was cut off before the answer: Slurm may have taken the job."""
+
+
 @dataclass(frozen=True)
 class Request:
-    """What every job of a user asks of Slurm, and how Python is started on a node."""
+    """Options of every job of a user, and how Python is started on a node."""
 
     time: str
     """Time limit of each start, as Slurm takes it."""
@@ -206,7 +213,7 @@ def submit(job: Job, config: str) -> str:
     """Submit a job, whose config is the TOML text `config`, and return its id.
 
     Raises UsageError, with nothing submitted, if there is no Slurm here, if it refuses the job, or if a job of this run
-    is in its queue already.
+    is in its queue already; UnansweredError if nobody knows whether it was.
     """
     script = job.script()
     require()
@@ -220,6 +227,8 @@ def submit(job: Job, config: str) -> str:
             files.write(directory / "job.sh", script)
             try:
                 number = sbatch(directory / "job.sh")
+            except UnansweredError:
+                raise  # the job may be there, and needs its directory
             except TopropeError:
                 if made is not None:
                     shutil.rmtree(made)
@@ -236,12 +245,18 @@ def submit(job: Job, config: str) -> str:
 
 
 def sbatch(script: Path) -> str:
-    """Submit a script; return the job's id. Raises UsageError if Slurm refuses it, SchedulerError if it is silent."""
+    """Submit a script; return the job's id. Raises UsageError if Slurm refuses it, SchedulerError if it cannot be
+    reached, UnansweredError if it may have taken the job."""
     done = _ask("sbatch", "--parsable", str(script))
     if not done.returncode:
         return done.stdout.strip().partition(";")[0]
-    if re.search(r"[Uu]nable to contact|Connection (refused|timed out)|[Tt]imed out|did not answer", done.stderr):
+    if re.search(r"[Uu]nable to contact|Connection (refused|timed out)", done.stderr):
         raise SchedulerError(f"Slurm does not answer: {_words(done)}.\n  Nothing was submitted. Try again later.")
+    if re.search(r"[Tt]imed out|did not answer", done.stderr):
+        raise UnansweredError(
+            f"Slurm did not answer: {_words(done)}.\n  It may have taken the job: look with `squeue --me` before you "
+            "try again."
+        )
     raise UsageError(
         f"Slurm does not take the job: {_words(done)}.\n  Nothing was submitted. `sinfo` shows partitions, nodes and "
         "time limits; --slurm key=value passes an option to sbatch."
@@ -302,7 +317,7 @@ def _ask(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def _words(done: subprocess.CompletedProcess[str]) -> str:
-    """What a command of Slurm's said, in one line."""
+    """The error output of a command of Slurm's, in one line."""
     lines = [re.sub(r"^\w+: (error: )?", "", line).rstrip(". ") for line in done.stderr.splitlines() if line.strip()]
     return "; ".join(dict.fromkeys(lines)) or f"exit status {done.returncode}"
 

@@ -181,12 +181,19 @@ def _kill(workers: Sequence[Any]) -> None:
 
 
 @torch_versions.patch(
-    "traps 2 and 8 stay: a change of nodes takes up to 3 s longer, and workers meet at the host's name.",
+    "traps 2, 8 and 11 stay: a change of nodes takes up to 3 s longer, workers meet at the host's name, and a lost "
+    "store ends the job.",
     {
         "torch.distributed.run:config_from_args": 1,
         f"{ELASTIC}.rendezvous.dynamic_rendezvous:_delay": 1,
         f"{ELASTIC}.rendezvous.c10d_rendezvous_backend:TCPStore": None,
         f"{ELASTIC}.rendezvous.static_tcp_rendezvous:TCPStore": None,
+        f"{ELASTIC}.rendezvous.c10d_rendezvous_backend:create_backend": 1,
+        f"{ELASTIC}.rendezvous.c10d_rendezvous_backend:parse_rendezvous_endpoint": 2,
+        f"{ELASTIC}.rendezvous.c10d_rendezvous_backend:C10dRendezvousBackend._call_store": 2,
+        f"{ELASTIC}.rendezvous.c10d_rendezvous_backend:C10dRendezvousBackend._decode_state": 2,
+        f"{ELASTIC}.rendezvous.dynamic_rendezvous:DynamicRendezvousHandler._get_store": 1,
+        f"{ELASTIC}.rendezvous.dynamic_rendezvous:DynamicRendezvousHandler._wrap_store": 2,
     },
 )
 def _patch_meeting(run: Any) -> None:

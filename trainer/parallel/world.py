@@ -264,7 +264,7 @@ def disconnect() -> None:
 
 
 def pick_device(parallel: Parallel) -> torch.device:
-    """Return the device this process trains on; all ranks of a machine choose alike.
+    """Return the device this process trains on; all ranks of a machine choose alike. Spares need GPUs too.
 
     Raises WorldError if CUDA is asked for and there is none, or not for every rank.
     """
@@ -283,7 +283,8 @@ def pick_device(parallel: Parallel) -> torch.device:
     if max(rank + 1, size) > gpus:
         raise WorldError(
             f"local rank {rank if rank >= gpus else size - 1} has no GPU of its own: this machine has {gpus}.\n"
-            f"  Every rank takes one. Start at most {gpus} processes on this node, or set parallel.share_gpus = true."
+            f"  Every rank takes one. Start at most {gpus} processes on this node, spares included, or set "
+            "parallel.share_gpus = true."
         )
     return torch.device("cuda", rank)
 

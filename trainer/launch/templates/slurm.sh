@@ -71,14 +71,16 @@ fi
 if ((status != 0 && status != 75)); then
     "${python[@]}" -c 'import sys, trainer; sys.exit(trainer.open_run(sys.argv[1]).status != "finished")' "$run" && status=0
 fi
-read -r state nodes <<<"$(squeue --noheader --jobs="$job" --format="%T %D")"
+while read -r state nodes <<<"$(squeue --noheader --jobs="$job" --format="%T %D")"; [[ $state == RESIZING ]]; do
+    sleep 0.5 # Slurm is taking a lost node out of the job
+done
 if ((status != 0 && status != 75)) && [[ ${nodes:-$SLURM_JOB_NUM_NODES} -lt $SLURM_JOB_NUM_NODES ]]; then
     say "nodes were lost: $nodes of $SLURM_JOB_NUM_NODES are left"
     status=75
 fi
 # A notice may also reach agents that cannot leave in good order yet, or no more.
 [[ -n $notice && $status != [02] && $status != 76 ]] && status=75
-say "ends with status $status"
+say "ends with status $status, the job is ${state:-gone}"
 ((status == 75)) || exit "$status"
 
 in_vain=$(cat "$run/slurm/job-$job-in-vain" 2>/dev/null || echo 0)
@@ -90,7 +92,7 @@ if ((in_vain >= {{ starts_in_vain }})); then
     exit 1
 fi
 # Only a running job: one that was cancelled, or that Slurm itself puts back, is completing by now.
-if [[ ${state:-} == RUNNING ]]; then
+if [[ $state == RUNNING ]]; then
     say "goes back into the queue, to resume from its newest checkpoint"
     trap '' USR1 TERM
     scontrol requeue "$job" && sleep 60 # Slurm ends this script

@@ -20,6 +20,8 @@ trap 'notice=yes; [[ -z $worker ]] || kill -USR1 "$worker" 2>/dev/null' USR1 TER
 worker=$!
 [[ -z $notice ]] || kill -USR1 "$worker"
 while wait "$worker"; status=$?; kill -0 "$worker" 2>/dev/null; do :; done # a notice interrupts the wait
+# A notice may also reach a worker that does not listen yet, which it ends.
+[[ -n $notice && $status -gt 128 ]] && status=75
 
 # Only a running job: one that was cancelled, or that Slurm itself puts back, is completing by now.
 if [[ $status == 75 && -n $notice && $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]]; then
