@@ -1,5 +1,6 @@
 """The figures of scripts/bench about forecasts: closed forms, published systems, and storms simulated and trained."""
 
+import hashlib
 import itertools
 import json
 import math
@@ -105,7 +106,7 @@ STORMS = [Storm(policy, ranks, mtbf) for policy in ("restart", "quorum") for ran
 def storms() -> dict[str, Any]:
     """Calibrate with a calm run and a practice storm; then train and simulate the same schedules of kills.
 
-    Runs are kept in runs/bench-forecast: one that is there is not trained again.
+    Runs are kept in runs/bench-forecast/CODE: one that is there is not trained again.
     """
     measured = dict[str, dict[str, Any]]()
     for policy, ranks in sorted({(storm.policy, storm.ranks) for storm in STORMS}):
@@ -126,7 +127,7 @@ def storms() -> dict[str, Any]:
 
 def _train(storm: Storm, step_seconds: float) -> Path:
     """Train for so long and kill as scheduled, unless the run is there. kills.json gets the steps of the kills."""
-    place = RUNS / storm.name
+    place = RUNS / _code() / storm.name
     if (place / "kills.json").exists():
         return place / "run"
     shutil.rmtree(place, ignore_errors=True)
@@ -144,6 +145,12 @@ def _train(storm: Storm, step_seconds: float) -> Path:
             time.sleep(0.01)
     (place / "kills.json").write_text(json.dumps(kills))
     return place / "run"
+
+
+def _code() -> str:
+    """Digest of the package: runs of other code are no part of the figure."""
+    sources = sorted((ROOT / "trainer").rglob("*.py"))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
 
 
 def _working_share(calm: Path) -> float:

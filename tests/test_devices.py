@@ -159,6 +159,13 @@ def test_memory_that_a_cpu_does_not_have_is_an_error_with_what_was_asked_and_wha
     fact, remedy = str(refused.value).splitlines()
     assert fact.startswith(f"cpu is out of memory: {2**60} bytes more were asked for; this process has held ")
     assert "parallel.activation_checkpointing = true" in remedy
+    assert not refused.value.restart
+
+
+def test_out_of_memory_after_steps_that_had_enough_is_worth_another_start():
+    with pytest.raises(OutOfMemoryError) as refused, out_of_memory.explained(torch.device("cpu"), lambda: True):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes.")
+    assert refused.value.restart
 
 
 @pytest.mark.parametrize(("others", "told"), [(0.0, False), (60.0, True)])

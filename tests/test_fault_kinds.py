@@ -181,6 +181,12 @@ def test_a_fault_whose_rank_is_away_at_its_step_strikes_when_it_is_back(places):
     assert [(event.step, event.phase) for _, event in plan.fired(second.run)] == [(8, "before_reduce")]
 
 
+def test_of_two_deaths_the_second_is_the_neighbours_also_where_the_first_is_the_main_members(places):
+    dying = places({"kind": "two_deaths", "rank": "writer", "at_step": 3})
+    dying[0].is_main = True
+    assert [place.dies("before_forward", 2) for place in dying] == [True, True, False]
+
+
 def test_a_fault_of_the_main_member_strikes_whoever_that_is_and_once(places):
     first, second, third = places({"kind": "sigkill", "rank": "writer", "at_step": 3, "phase": "after_reduce"})
     second.is_main = True

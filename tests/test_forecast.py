@@ -364,6 +364,17 @@ def test_calibration_measures_what_a_death_costs_a_quorum(run: Run):
     assert parse(tomllib.loads(text), Path("measured.toml")).policy.kind == "quorum"
 
 
+def test_the_death_of_all_members_is_a_failure_whose_wait_is_a_restart(run: Run):
+    run.record()
+    run.train(20)
+    why = {"0": "its connection closed", "1": "its connection closed"}
+    run.write(members_changed(20, why, members=[2, 3], joined=[2, 3], seconds=8.0), after=8.0)
+    run.finish(21, 60)
+    found = calibrate.calibrate([run.path])
+    assert (found["failures"], found["restart_seconds"]) == (1, 8.0)
+    assert found["detect_seconds"] is None and found["join_seconds"] is None
+
+
 def test_a_calm_run_calibrates_no_failure_rate(run: Run):
     run.record()
     run.train(60)

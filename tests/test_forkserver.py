@@ -28,7 +28,7 @@ report = {
 }
 print(json.dumps(report))
 {"kill": lambda: os.kill(os.getpid(), signal.SIGKILL), "leave": lambda: sys.exit(7), "raise": lambda: 1 / 0,
- "complain": lambda: sys.exit("no room"), "end": lambda: None}[sys.argv[1]]()
+ "complain": lambda: sys.exit("no room"), "end": lambda: None, "wait": signal.pause}[sys.argv[1]]()
 """
 
 
@@ -49,6 +49,19 @@ def run(tmp_path: Path, agent: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-c", agent], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
         env=os.environ | {"PYTHONPATH": str(support.ROOT), "COLOR": "red"},
     )  # fmt: skip
+
+
+def test_a_signal_reaches_a_worker_that_has_just_been_started(tmp_path):
+    done = run(
+        tmp_path,
+        "import os, signal; from trainer.launch import forkserver\n"
+        "server = forkserver.fork(['wave'])\n"
+        "for _ in range(40):\n"
+        "    worker = server.start('worker', ['wait'], {'PATH': os.environ['PATH']})\n"
+        "    os.kill(worker.pid, signal.SIGTERM)\n"
+        "    print('ended by', worker.wait(30))\n",
+    )
+    assert done.stdout.count("ended by -15") == 40, done.stdout + done.stderr
 
 
 def test_a_forked_worker_is_its_agents_child_and_has_its_own_session_arguments_and_environment(tmp_path):

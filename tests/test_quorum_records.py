@@ -58,7 +58,7 @@ def meet() -> Callable[..., None]:
         left = {} if lost is None else {lost: "its connection closed"}
         epoch = Epoch(number, order, "", at_step, (), dict.fromkeys(order, ()), dict.fromkeys(order, ()), reports, left)
         for present in members:
-            present.records.changed(Change(epoch, at_step or 0, 0.1, False))
+            present.records.changed(Change(epoch, at_step or 0, 0.1, False, len(epoch.members)))
 
     return meet
 

@@ -95,6 +95,7 @@ def test_signals_that_were_ignored_at_the_start_stay_ignored_by_all_processes(tm
         for number in (signal.SIGHUP, signal.SIGINT):
             for pid in job.processes():
                 job.send(pid, number)
+        assert job.running, "the signals came too late"
         assert job.wait(60) == 0, job.output
     summary = summarise_run(tmp_path / "run")
     assert (summary["status"], len(summary["attempts"])) == ("finished", 1)

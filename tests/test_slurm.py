@@ -2,9 +2,9 @@
 
 import os
 import re
-import shutil
 import stat
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -296,7 +296,7 @@ def test_a_run_through_a_lost_node_and_a_preemption_ends_with_the_bits_of_a_calm
     monkeypatch.chdir(ROOT)
     run = tmp_path / "run"
     command = ["tests.worker", "train", str(run / "slurm" / "config.toml"), "--run", str(run)]
-    planned = slurm.Job(run, command, 1, 3, 1, slurm.Request("10:00", 60, python=shutil.which("python") or ""))
+    planned = slurm.Job(run, command, 1, 3, 1, slurm.Request("10:00", 60, python=sys.executable))
     number = slurm.submit(planned, configs.as_toml(configs.load(SMOKE)))
 
     def told() -> str:
@@ -335,7 +335,7 @@ def test_a_ladder_of_jobs_whose_process_was_killed_gives_the_results_of_a_local_
     ladder = plan(home, ONE_RUNG, ARM, name="jobs")
     here, there = home / "here" / "ladder", home / "there" / "ladder"
     ladder_run.run(ladder, here, backend=Local())
-    jobs = SlurmJobs(slurm.Request("10:00", 60, python=shutil.which("python") or ""))
+    jobs = SlurmJobs(slurm.Request("10:00", 60, python=sys.executable))
 
     def die(status: ladder_run.LadderStatus) -> None:
         if any(jobs.works_on(StoredRun(pool_of(there) / run.key)) for run in status.runs):

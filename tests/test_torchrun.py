@@ -133,7 +133,10 @@ def test_on_one_machine_nothing_listens_to_other_machines_and_workers_end_with_t
 
 def listening_everywhere(pids: list[int]) -> list[str]:
     """Sockets of these processes that listen on every address."""
-    links = [str(link.readlink()) for pid in pids for link in Path(f"/proc/{pid}/fd").iterdir()]
+    links = []
+    for link in (link for pid in pids for link in Path(f"/proc/{pid}/fd").iterdir()):
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            links.append(str(link.readlink()))
     rows = [line.split() for name in ("tcp", "tcp6") for line in Path("/proc/net", name).read_text().splitlines()[1:]]
     listening = [row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in links]
     assert listening, "the store of the agent, and that of rank 0"

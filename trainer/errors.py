@@ -48,6 +48,8 @@ class TopropeError(Exception):
     """Base of all errors meant for the user's eyes."""
 
     exit_status = EXIT_FAILED
+    restart = False
+    """True if the job may start again at once: the error need not be repeated."""
 
 
 class UsageError(TopropeError):
@@ -102,6 +104,11 @@ class NewerFormatError(CheckpointError, UsageError):
 
 class OutOfMemoryError(TopropeError):
     """The device has no memory left for what a step needs."""
+
+    def __init__(self, message: str, restart: bool = False) -> None:
+        super().__init__(message)
+        self.restart = restart
+        """True if there was enough before: something else may have taken it."""
 
 
 class CorruptionError(TopropeError):

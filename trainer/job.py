@@ -176,7 +176,8 @@ def train(
                 record = with_memory(loop.by_main(ranks, claim.log), ranks.device)
                 if ranks.is_main:
                     record = with_text_bytes(record, unfaulted, prepared.tokenizer.token_bytes)
-                with out_of_memory.explained(device):
+                begun_at = state.step
+                with out_of_memory.explained(device, lambda: state.step > begun_at):
                     finished = loop.train(state, loop.Collaborators(context, record, score, checkpointer))
             if finished:
                 hook(Phase.BEFORE_END, state.step)
@@ -525,8 +526,7 @@ def fail(claim: Claim, step: int, error: BaseException, screen: console.Console 
             screen.close()
         os._exit(errors.EXIT_FAILED)
     claim.end("failed", step, f"{type(error).__name__}: {error}")
-    restarts = isinstance(error, errors.CorruptionError) and error.restart
-    if isinstance(error, errors.TopropeError) and not restarts:
+    if isinstance(error, errors.TopropeError) and not error.restart:
         elastic.give_up()
 
 
@@ -536,9 +536,10 @@ def machine_of(config: Config, run: Path) -> Machine:
 
 
 def set_numerics(config: Config, device: torch.device) -> None:
-    """Make this process's kernels deterministic."""
+    """Make this process's kernels deterministic, on its own device."""
     torch.set_num_threads(config.numerics.threads)
     if device.type == "cuda":
+        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high" if config.numerics.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = config.numerics.tf32  # convolutions; torch allows it by itself
     if device.type == "cuda" and config.numerics.exact:

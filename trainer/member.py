@@ -76,6 +76,8 @@ class Records:
         """Open while this member is the main one."""
         self._shown = contextlib.ExitStack()
         self._has_started = False
+        self._told = set[str]()
+        """Losses that the log of all has."""
 
     def append(self, event: Event) -> None:
         """Write an event that this member alone knows: into the log of all if it is the main one, else into its own."""
@@ -121,12 +123,18 @@ class Records:
             if _key(event) not in written:
                 self._main.append(event)
         if epoch.number > 1:
-            self._main.append(_members_changed(change))
+            event = _members_changed(change)
+            # The arbiter tells a loss until a step is committed: whoever was to record it may have died first.
+            event = dataclasses.replace(event, lost={m: why for m, why in event.lost.items() if m not in self._told})
+            self._told |= event.lost.keys()
+            self._main.append(event)
 
     def _take_over(self, change: Change) -> None:
         since = time.time()
         is_new = not self._path.exists() or not any(kind == AttemptStarted.kind for kind, *_ in _tail(self._path, None))
         events.mend(self._path)
+        changes = [e.event for e in events.read_file(self._path) if isinstance(e.event, MembersChanged)]
+        self._told = {member for change_ in changes for member in change_.lost}
         self._main = EventLog(self._path, self._attempt, 0)
         self._show(self._main, 0.0 if is_new else since, self._shown)
         if is_new:
@@ -169,6 +177,7 @@ def _members_changed(change: Change) -> MembersChanged:
         kept={str(member): list(kept) for member, kept in epoch.kept.items() if kept},
         given={str(member): list(work) for member, work in epoch.work.items() if work},
         seconds=round(change.seconds, 4),
+        world_size=change.ranks,
     )
 
 
@@ -202,7 +211,7 @@ def train(
         prepared, facts = job.prepare_data(config, claim)
         stopwatch.lap("data")
         sentinel = Sentinel(config)
-        group = groups.join(given, device, timeout)
+        group = groups.join(given, device, timeout, config.parallel.share_gpus)
         stack.callback(world.disconnect)
         with out_of_memory.explained(device):
             state = build(config, facts["vocab_size"], group, sentinel)
@@ -366,8 +375,7 @@ def fail(records: Records, membership: Membership | GroupMembership, step: int, 
     reason = f"{type(error).__name__}: {error}"
     # What is wrong with this worker or its memory is none of the others' business: they go on.
     alone = isinstance(error, TransferError | errors.QuarantineError | errors.OutOfMemoryError)
-    restarts = isinstance(error, errors.CorruptionError) and error.restart
-    repeated = isinstance(error, errors.TopropeError) and not alone and not restarts
+    repeated = isinstance(error, errors.TopropeError) and not alone and not error.restart
     with contextlib.suppress(Exception):
         if repeated:
             records.append(ended("failed", step, reason))

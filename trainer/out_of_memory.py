@@ -4,7 +4,7 @@ import contextlib
 import re
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from trainer.errors import OutOfMemoryError
@@ -24,8 +24,11 @@ OTHERS_SHARE = 0.05  # of a GPU's memory; contexts and displays hold some
 
 
 @contextlib.contextmanager
-def explained(device: "torch.device") -> Iterator[None]:
-    """Turn torch's errors of memory into OutOfMemoryError. Starting again would only repeat them."""
+def explained(device: "torch.device", was_enough: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Turn torch's errors of memory into OutOfMemoryError. Starting again would only repeat them.
+
+    But not if `was_enough` says that steps have been made with the same settings: then something else takes the memory.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -33,7 +36,7 @@ def explained(device: "torch.device") -> Iterator[None]:
             raise
         there = _on_gpu(device) if device.type == "cuda" else _on_cpu()
         raise OutOfMemoryError(
-            f"{device} is out of memory: {asked[1]} {asked[2]} more were asked for; {there}.\n{REMEDY}"
+            f"{device} is out of memory: {asked[1]} {asked[2]} more were asked for; {there}.\n{REMEDY}", was_enough()
         ) from None
 
 

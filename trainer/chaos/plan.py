@@ -233,7 +233,7 @@ class _CaseBuilder:
         numbers = [number for number, fault in enumerate(faults) if _is_readable(number, fault, problems)]
         spares = self._file.spares if spares is None else spares
         kinds = [KINDS.get(str(fault.get("kind"))) for fault in faults]
-        if self._mode == "quorum" and any(kind is not None and SPARES in kind.needs for kind in kinds):
+        if self._mode_of(own or {}) == "quorum" and any(kind is not None and SPARES in kind.needs for kind in kinds):
             spares = max(spares, 1)
         case = self._plan(name, faults, numbers, ranks, nodes, strategy, own or {}, seed, problems, spares)
         self.problems += [f"{name}: {problem}" for problem in problems]
@@ -248,7 +248,7 @@ class _CaseBuilder:
         overrides = [*self.campaign.overrides, f"parallel.strategy={tomlfile.text(strategy)}"]
         # The nemesis needs time to strike, and a quorum's successors to join, so such a run lasts longer; its weights
         # stay the same.
-        mode = str(configs.flatten(dict(own)).get("elastic.mode", self._mode))
+        mode = self._mode_of(own)
         if any(_needs_time(fault, mode) for fault in faults):
             overrides += _override_list(self._file.set_outside)
         overrides += _override_list(own)
@@ -279,6 +279,10 @@ class _CaseBuilder:
 
     def _pair(self, first: Fault, second: Fault, ranks: int) -> list[Table]:
         return schedule.pair(first, second, self.campaign.config, ranks)
+
+    def _mode_of(self, own: Mapping[str, Any]) -> str:
+        """elastic.mode of a run with these overrides of its own."""
+        return str(configs.flatten(dict(own)).get("elastic.mode", self._mode))
 
     def _makeable(self) -> list[Fault]:
         """The kinds that can be made on this job."""

@@ -215,8 +215,10 @@ def at_phase(kind: Fault, phase: str, config: Config, world_size: int) -> list[T
         step = due(phase, 2 + rank * apart, config)
         if phase == Phase.WIDENED:  # the first step has it for sure, and others wait for their next one in quorum mode
             step = 1 + rank if in_quorum else 1
-        if not tables or tables[-1]["at_step"] < step or not by_main:
-            tables.append(fault | {"rank": "writer" if by_main else rank, "at_step": step})
+        table = fault | {"rank": "writer" if by_main else rank, "at_step": step}
+        is_new = not tables or tables[-1]["at_step"] < step or not by_main
+        if is_new and not _refused(kind, table, config, world_size):
+            tables.append(table)
     return tables
 
 

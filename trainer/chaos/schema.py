@@ -35,7 +35,7 @@ class Catalogue(Section):
 
 
 class Phases(Section):
-    """Kinds at every phase that they have: one run for each phase, in which each rank is hit once."""
+    """Kinds at every phase that they have: one run for each phase, in which each rank that passes it is hit once."""
 
     kinds: list[str] = Field(default=["sigkill"], min_length=1)
 

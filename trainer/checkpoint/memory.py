@@ -81,10 +81,13 @@ def _remove_orphans() -> None:
     """Remove the places of runs that are no longer there, and what a process that died left while removing."""
     for path in ROOT.glob("toprope-*"):
         with contextlib.suppress(OSError, ValueError):
+            if path.name.endswith(".removed"):
+                discard(path)
+                continue
             has_run = Path((path / "run").read_text(encoding="utf-8")).is_dir()
             written = max(entry.stat().st_mtime for entry in (path / "token", path / "checkpoints") if entry.exists())
             # A run may be invisible here and train all the same: in another container that shares this memory.
-            if path.name.endswith(".removed") or not (has_run or time.time() - written < ABANDONED_SECONDS):
+            if not has_run and time.time() - written >= ABANDONED_SECONDS:
                 discard(path)
 
 

@@ -372,7 +372,7 @@ class _RankPlan:
             sources = [_local(tensors[name]) for name in self._buffers]
             torch._foreach_copy_(list(self._buffers.values()), sources, non_blocking=True)
             if sources[0].is_cuda:  # the next step may overwrite the sources as soon as this returns
-                torch.cuda.current_stream().synchronize()
+                torch.cuda.current_stream(sources[0].device).synchronize()
 
     def resolve_data(self, item: WriteItem) -> Tensor:
         """Called by DCP's writer for the data of an item of the plan."""

@@ -126,7 +126,10 @@ def every_fault_fired(evidence: Evidence) -> Answer:
         return Answer(FIRED, NOT_ASKED, "no fault was planned")
     fired = evidence.fired_times
     # In quorum mode nobody waits for a successor, in which a fault fires again.
-    least = {fault.index: fault.times if fault.mode == "quorum" else 1 for fault in evidence.planned}
+    least = {
+        fault.index: fault.times * (1 + fault.kind.neighbours) if fault.mode == "quorum" else 1
+        for fault in evidence.planned
+    }
     missing = [fault for fault in evidence.planned if fired[fault.index] < least[fault.index]]
     if not missing:
         return Answer(FIRED, "pass")

@@ -92,7 +92,7 @@ class FaultInjector:
         if planned and rank == 0:
             storage.bring_back(run)  # the process that moved them away may have died before it moved them back
 
-    # Called by `job`, in this order.
+    # Called by `job` or `member`, in this order.
 
     def wrap_hook(self, hook: Hook) -> Hook:
         """A hook that calls `hook` and then fires what is due; `hook` itself where no fault concerns this rank."""

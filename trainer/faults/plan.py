@@ -143,7 +143,9 @@ def _resolve(
 ) -> PlannedFault:  # fmt: skip
     by_main = phase in OF_MAIN_MEMBER and entry.rank == "any"
     has_main = phase not in ("", Phase.STARTUP, Phase.JOINING)  # else the members are not known yet
-    on_main = mode == "quorum" and has_main and (by_main or entry.rank == "writer")
+    # A second death is that of a successor or a neighbour, so the first one must be in a place that is known.
+    is_single = not kind.repeats and not kind.neighbours
+    on_main = mode == "quorum" and has_main and is_single and (by_main or entry.rank == "writer")
     ranks: tuple[int, ...] | None
     if on_main:
         ranks = tuple(range(world_size))

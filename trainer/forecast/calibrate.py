@@ -24,7 +24,8 @@ def calibrate(runs: Sequence[Path]) -> dict[str, Any]:
     (mean start-up of an attempt that resumed), detect_seconds (mean time from the last progress of an attempt that died
     to the next process), failures, wall_seconds, devices, goodput; and of a quorum regroup_seconds (mean wait of the
     others after a death), join_seconds (mean wait for a worker that joins), start_seconds (mean time from a death until
-    the number of members is whole again), speed_without_one. Raises UsageError for a directory that is no run.
+    a successor is ready to join), speed_without_one; all None if its members never changed. Raises UsageError for a
+    directory that is no run.
     """
     steps, stalls, writes, starts = list[float](), list[float](), list[float](), list[float]()
     quorum = _Quorum()
@@ -56,14 +57,15 @@ def calibrate(runs: Sequence[Path]) -> dict[str, Any]:
         wall += account["wall_seconds"]
         productive += account["productive_seconds"]
     steps, shorter = quorum.steps[0], quorum.steps[1]
-    down -= math.fsum(quorum.regroups)  # counted apart
+    down -= math.fsum([*quorum.regroups, *quorum.restarts])  # counted apart
+    starts += quorum.restarts
     return {
         "step_seconds": median(steps) if steps else None,
         "save_stall_seconds": median(stalls) if stalls else None,
         "save_write_seconds": median(writes) if writes else None,
         "restart_seconds": fmean(starts) if starts else None,
         "detect_seconds": down / failures if failures else None,
-        "failures": failures + len(quorum.regroups),
+        "failures": failures + len(quorum.regroups) + len(quorum.restarts),
         "wall_seconds": wall,
         "goodput": productive / wall if wall else None,
         "devices": max(devices, default=None),
@@ -81,6 +83,7 @@ class _Quorum:
         self.steps = defaultdict[int, list[float]](list)
         """{members that were missing: seconds of whole steps}."""
         self.regroups, self.joins, self.starts = list[float](), list[float](), list[float]()
+        self.restarts = list[float]()
 
     def observe(self, attempt: Attempt) -> None:
         if attempt.start is None:
@@ -94,11 +97,12 @@ class _Quorum:
                     if is_whole_step:
                         steps.append((size, seconds))
                     is_whole_step = True
-                case events.MembersChanged(members=members, joined=joined, lost=lost, seconds=seconds):
-                    size, is_whole_step = len(members), False
+                case events.MembersChanged(members=members, joined=joined, lost=lost, seconds=seconds) as change:
+                    size, is_whole_step = change.world_size or len(members), False
                     whole = max(whole, size)
                     began = entry.time - seconds
                     if set(joined) == set(members):  # all had died: a restart, and no join
+                        self.restarts += [seconds] * bool(lost)
                         missed.clear()
                         continue
                     self.starts += [began - since for since, _ in zip(missed, joined, strict=False)]
@@ -124,7 +128,7 @@ def to_toml(found: dict[str, Any], runs: Sequence[Path]) -> str:
             else f"{name} = {tomlfile.text(value)}"
         )
 
-    is_quorum = found["regroup_seconds"] is not None
+    is_quorum = found["regroup_seconds"] is not None or found["join_seconds"] is not None
     rate = found["failures"] / found["wall_seconds"] * 86_400 if found["failures"] else None
     lines = [
         f"# Measured in {', '.join(str(run) for run in runs)}: {found['failures']} failures in "

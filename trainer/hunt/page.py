@@ -24,6 +24,8 @@ def write(tree: Mapping[str, Any], out: Path) -> None:
     files.write(out / PAGE, page.render("hunt.html", tree=tree, pictures=pictures))
     if tree["suspects"]:
         files.write(out / PICTURE, _picture(tree))
+    else:
+        (out / PICTURE).unlink(missing_ok=True)  # of an earlier hunt
 
 
 def lines(tree: Mapping[str, Any]) -> Iterator[str]:

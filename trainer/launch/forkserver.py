@@ -144,10 +144,7 @@ def fork(modules: Sequence[str]) -> ForkServer | None:
     signals.reset()
     # Ctrl-C reaches this process too, and Slurm sends its notice to all processes of a job. The caller heeds them.
     before = {number: signal.signal(number, signal.SIG_IGN) for number in signals.ASKING}
-    request = _serve(server_end, caller, modules)
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    _run(request)
+    _run(_serve(server_end, caller, modules, before))
 
 
 def spawn(modules: Sequence[str]) -> ForkServer | None:
@@ -183,8 +180,16 @@ def _adopt_orphans(adopt: bool) -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
 
 
-def _serve(requests: "Connection[Any, Any]", caller: int, modules: Sequence[str]) -> Request:
-    """Serve until the caller is gone; the server ends here. In each child this returns the child's request."""
+def _serve(
+    requests: "Connection[Any, Any]",
+    caller: int,
+    modules: Sequence[str],
+    handlers: Mapping[signal.Signals, Any] | None = None,
+) -> Request:
+    """Serve until the caller is gone; the server ends here. In each child this returns the child's request.
+
+    A child gets these signal handlers before its caller knows its pid, and so before any signal for it.
+    """
     for module in modules:
         importlib.import_module(module)
     provenance.code()  # each fork remembers it: it is the code that they run, whatever the files hold by then
@@ -204,6 +209,8 @@ def _serve(requests: "Connection[Any, Any]", caller: int, modules: Sequence[str]
             if os.fork():
                 os._exit(0)
             os.setsid()  # before our pid is known: torchrun sends its signals to a worker's whole process group
+            for number, handler in (handlers or {}).items():
+                signal.signal(number, handler)
             os.write(child_end, str(os.getpid()).encode())
             requests.close()
             os.close(pid_end)

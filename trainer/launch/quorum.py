@@ -218,7 +218,8 @@ def check(plan: Plan) -> None:
 def knock(plan: Plan, patience_seconds: float = LOST_SECONDS) -> None:
     """Return once the arbiter of another node has answered. Raises WorldError if there is none that knows the token.
 
-    Nodes may start in any order, and an arbiter may be on its way back: it is waited for.
+    Nodes may start in any order, and an arbiter may be on its way back: it is waited for. Whoever closes the connection
+    is not, so a tunnel must lead to an arbiter: that is how one refuses a wrong token.
     """
     address, token, until = parse_address(plan.join), _token_of_others(plan), time.monotonic() + patience_seconds
     while True:

@@ -141,8 +141,8 @@ class Corrupted(Event, kind="corrupted"):
     micro_batch: int | None
     parameter: str | None  # the first one that differs; None if it is unknown
     action: str
-    """repaired, recomputed, reported (and applied), restarted (from the checkpoint), stopped, quarantined (with its
-    node), or excluded (it alone: the others go on in the same attempt)."""
+    """repaired, recomputed, reported (and applied), restarted (from the checkpoint, or one worker alone from a peer's
+    state), stopped, quarantined (with its node), or excluded (it alone: the others go on in the same attempt)."""
     found: str  # one line for people
     node: str | None = None  # host of the culprit, where it is quarantined
 
@@ -169,6 +169,7 @@ class MembersChanged(Event, kind="members_changed"):
     kept: dict[str, list[int]]  # by member: micro-batches of the interrupted step whose sums were kept
     given: dict[str, list[int]]  # by member: those that were missing, and that it had to compute
     seconds: float  # from the end of the epoch before, as the main member noticed it, until they could go on
+    world_size: int | None = None  # ranks: with replica groups, more than members; None in older logs
 
 
 class WorkersLost(Event, kind="workers_lost"):

@@ -255,7 +255,7 @@ def describe(event: Event, rank: int = 0) -> str:
         case events.Corrupted(step=step):
             then = {
                 "repaired": "repaired", "reported": "and applied all the same", "stopped": "the run stops",
-                "restarted": "the job starts again from its checkpoint",
+                "restarted": "it starts again, from its checkpoint or, where others go on, from their state",
                 "recomputed": "computed again until two results agreed, which on one rank may both be wrong",
                 "quarantined": f"the job goes on without node {event.node}, or ends until that is taken out",
                 "excluded": f"its worker on node {event.node} is not started again, and the others go on without it",

@@ -94,16 +94,16 @@ def expected_rank() -> int:
 
 
 def local_rank() -> int:
-    """Number of this worker among those of its launcher on this machine; 0 without one."""
+    """Number of this process among those of its launcher on this machine; 0 without one."""
     if (given := quorum()) is not None:
-        return given.slot
+        return given.rank
     return int(os.environ.get("LOCAL_RANK", "0")) if started_by_torchrun() else 0
 
 
 def local_size() -> int:
-    """Number of workers that this one's launcher keeps on this machine; 1 without one."""
+    """Number of processes that this one's launcher keeps on this machine, without spares; 1 without one."""
     if (given := quorum()) is not None:
-        return given.size
+        return given.size * given.group_size
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if started_by_torchrun() else 1
 
 

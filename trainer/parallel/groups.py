@@ -20,7 +20,7 @@ from trainer.parallel import elastic
 from trainer.parallel.membership import JobOver, Membership
 from trainer.parallel.protocol import Epoch, Report
 from trainer.parallel.sharding import FullySharded
-from trainer.parallel.world import World
+from trainer.parallel.world import World, backend
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,15 @@ class Group:
         return tuple(None if position is None else micro_batches[position] for position in rounds)
 
 
-def join(given: elastic.Quorum, device: torch.device, timeout_seconds: float) -> Group:
+def join(given: elastic.Quorum, device: torch.device, timeout_seconds: float, share_gpus: bool = False) -> Group:
     """Meet the other processes of the group, which the launcher has started together with this one."""
     if given.group_size == 1:
         return Group(World(0, 1, device))
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store = dist.FileStore(str(Path(given.meeting) / "store"), given.group_size)
     timeout = datetime.timedelta(seconds=timeout_seconds)
-    dist.init_process_group(backend, store=store, rank=given.place, world_size=given.group_size, timeout=timeout)
+    dist.init_process_group(
+        backend(device, share_gpus), store=store, rank=given.place, world_size=given.group_size, timeout=timeout
+    )
     return Group(World(given.place, given.group_size, device))
 
 

@@ -373,6 +373,7 @@ class Arbiter:
                     arbiter.identity = line["identity"]
                 case "epoch":
                     arbiter.epoch, arbiter._left = decode_epoch(line["epoch"]), {}
+                    arbiter._untold = dict(arbiter.epoch.left)
                     arbiter.highest_step = max(arbiter.highest_step, arbiter.epoch.step or 0)
                 case "lost":
                     arbiter._dead.add(line["member"])

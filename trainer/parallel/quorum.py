@@ -211,13 +211,14 @@ class EpochWorld(World):
                 tensor.copy_(reduced)
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
+        assert self.own.size == 1  # the sentinel alone does it, and checks no groups
         if self.size > 1:
             options = dist.BroadcastOptions()
             options.rootRank, options.rootTensor = source, 0
             self.link.together(lambda group: group.broadcast([tensor], options))
 
     def send(self, tensor: Tensor, receiver: int) -> None:
-        """Not collective: rank `receiver` calls `receive`."""
+        """Not collective: the process in the same place of member number `receiver` of the epoch calls `receive`."""
         copied = tensor.to("cpu", copy=True)  # gloo sends from CPUs; the original may change if this is left behind
         self.link.apart(lambda group: group.send([copied], receiver, 0))
 
@@ -285,6 +286,8 @@ class Change:
     """From the end of the epoch before, as this member noticed it, until the members can go on."""
     received: bool
     """True if this member has got the state from the first one."""
+    ranks: int
+    """Processes of all members."""
 
 
 class QuorumMembers:
@@ -404,7 +407,7 @@ class QuorumMembers:
         share = StepMembers(world, range(self._count), work, self._partial)
         self._interrupted = share if epoch.step is not None else None
         self._ended_at = None
-        self._changed(Change(epoch, state.step, time.monotonic() - started, received))
+        self._changed(Change(epoch, state.step, time.monotonic() - started, received, world.size))
         return "all" not in self._stages and state.step > 0
 
     def _connect(self, epoch: Epoch, rank: int, state: State) -> EpochWorld:

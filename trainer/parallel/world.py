@@ -201,8 +201,6 @@ def connect(device: torch.device, timeout_seconds: float, share_gpus: bool = Fal
     # The Flight Recorder names a hung collective; the last few entries are enough and quick to dump.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "256")
     timeout = datetime.timedelta(seconds=timeout_seconds)
-    of_gpus = "gloo" if share_gpus else "nccl"
-    backend = f"cpu:gloo,cuda:{of_gpus}" if device.type == "cuda" else "gloo"
     rank, size = elastic.expected_rank(), elastic.expected_size()
     store: dist.Store = dist.HashStore()
     if elastic.started_by_torchrun():
@@ -219,10 +217,15 @@ def connect(device: torch.device, timeout_seconds: float, share_gpus: bool = Fal
         store.set_timeout(timeout)
         if of_agent:  # it still holds what the ranks of earlier attempts told each other
             store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    dist.init_process_group(backend(device, share_gpus), store=store, rank=rank, world_size=size, timeout=timeout)
     return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def backend(device: torch.device, share_gpus: bool) -> str:
+    """Name of torch's back ends for a group. NCCL wants a GPU for each rank."""
+    if device.type != "cuda":
+        return "gloo"
+    return f"cpu:gloo,cuda:{'gloo' if share_gpus else 'nccl'}"
 
 
 hosted_stores: list[dist.TCPStore] = []

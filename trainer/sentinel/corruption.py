@@ -150,7 +150,7 @@ class Sentinel:
         if self._seal.of(state.step):
             now, sealed = self._seal.compare("model.", "optim.")
             if now != sealed:
-                self._leave_with_wrong_state(state.step)
+                self._met_with_wrong_state(state.step)
         return self._members.meet(state)
 
     def applied(self, step: int, change: bool) -> None:
@@ -184,7 +184,7 @@ class Sentinel:
         self._committing = step, magnitude
         if not picked and not self._checking:
             return self._members.commit(step, compute)
-        self._quarantine.count_checked_step()
+        self._quarantine.count_checked_step(step)
         if self._checking and not self._seal.of(step):
             self._seal.renew()
         earlier: Observed | None = None
@@ -316,8 +316,9 @@ class Sentinel:
         if not (wrong := check.wrong(sample_ids, rows)):
             return rows
         again = batches.read(sample_ids)
-        stays = bool(check.wrong(sample_ids, again))  # then it is not this rank's reading
-        what, ranks = ("store", ()) if stays else ("tokens", (self.world.rank,))
+        stays = bool(check.wrong(sample_ids, again))
+        # Where the store is intact, it is this rank's reading that is wrong, however often.
+        what, ranks = ("store", ()) if check.changed(wrong) else ("tokens", (self.world.rank,))
         finding = Finding(what, ranks, parameter=f"sample {wrong[0]}")
         if self._act == "report":
             self._response.log_own(step, finding, "reported")
@@ -424,12 +425,19 @@ class Sentinel:
         self._response.heal(step, finding)
         self._seal.renew()
 
-    def _leave_with_wrong_state(self, step: int) -> None:
-        """End this worker: a successor takes the state of a peer."""
+    def _met_with_wrong_state(self, step: int) -> None:
+        """Do what `act` says where this rank's state has changed before the members meet."""
         finding = Finding("state", (self.world.rank,), parameter=self._seal.first_wrong)
-        self._response.log_own(step, finding, "restarted")
-        raise CorruptionError(
-            f"step {step}: {finding.told(self._quarantine.numbers)}. The members meet again, and none may get it.\n"
-            "  The worker is started again, and takes the state of another one.",
-            restart=True,
+        action = {"report": "reported", "stop": "stopped", "repair": "restarted"}[self._act]
+        self._response.log_own(step, finding, action)
+        if self._act == "report":
+            self._seal.renew()  # it is told once
+            return
+        restarts = self._act == "repair"
+        then = (
+            "The worker is started again, and takes the state of another one."
+            if restarts
+            else "A run must not train on wrong bits. Test or replace that machine; the same command then resumes."
         )
+        fact = f"step {step}: {finding.told(self._quarantine.numbers)}. The members meet again, and none may get it."
+        raise CorruptionError(f"{fact}\n  {then}", restart=restarts)

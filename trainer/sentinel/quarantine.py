@@ -19,6 +19,7 @@ class Quarantine:
     def __init__(self, within: int, members: Members) -> None:
         self._within, self._members = within, members
         self._checked = 0  # checked steps so far
+        self._counted = -1  # the one that was counted last
         self._wrong: dict[int, tuple[int, int]] = {}  # by number: (checked steps then, step) of the last time
 
     @property
@@ -34,8 +35,10 @@ class Quarantine:
         """By rank: what the log calls it."""
         return range(self.world.size)
 
-    def count_checked_step(self) -> None:
-        self._checked += 1
+    def count_checked_step(self, step: int) -> None:
+        """Count a step once, also if it is computed again because the members have changed."""
+        self._checked += step != self._counted
+        self._counted = step
 
     def second_time(self, step: int, found: Iterable[Sequence[int]]) -> tuple[int, int] | None:
         """Note who was wrong in a step, by the ranks of each finding, of which one alone is known to be wrong.

@@ -1,5 +1,7 @@
 """Tokens as they are read: held against the store as it was when its checksum was verified."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import xxhash
 
@@ -32,6 +34,10 @@ class TokenCheck:
             # Read from memory that is mapped: it may change between two looks, as the copy in `rows` may have.
             if not np.array_equal(row, self._windows[window]) or not self._is_intact(int(window))
         ]
+
+    def changed(self, sample_ids: Iterable[int]) -> bool:
+        """True if the store itself has changed where one of these windows lies."""
+        return not all(map(self._is_intact, sample_ids))
 
     def _is_intact(self, window: int) -> bool:
         first = window * self._stride

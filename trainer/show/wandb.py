@@ -362,8 +362,8 @@ class _Metrics:
                 self._log(step, {"run/attempt": entry.attempt, "run/world_size": world_size})
                 if not entry.attempt:  # the curves begin at 0, not at the first incident
                     self._log(step, self._counts())
-            case events.MembersChanged(step=step, members=members):
-                self._world_size = len(members)
+            case events.MembersChanged(step=step, members=members, world_size=ranks):
+                self._world_size = ranks or len(members)
                 self._log(step, {"run/world_size": self._world_size})
             case EvalDone(step=step, set=name) as event:
                 prefix = f"eval/{name}"

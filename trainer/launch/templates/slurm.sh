@@ -71,8 +71,8 @@ fi
 if ((status != 0 && status != 75)); then
     "${python[@]}" -c 'import sys, trainer; sys.exit(trainer.open_run(sys.argv[1]).status != "finished")' "$run" && status=0
 fi
-while read -r state nodes <<<"$(squeue --noheader --jobs="$job" --format="%T %D")"; [[ $state == RESIZING ]]; do
-    sleep 0.5 # Slurm is taking a lost node out of the job
+while read -r state nodes <<<"$(squeue --noheader --jobs="$job" --format="%T %D")"; [[ $state == RESIZING || $state == SIGNALING ]]; do
+    sleep 0.5 # a running job that Slurm is taking a lost node out of, or sending a notice to
 done
 if ((status != 0 && status != 75)) && [[ ${nodes:-$SLURM_JOB_NUM_NODES} -lt $SLURM_JOB_NUM_NODES ]]; then
     say "nodes were lost: $nodes of $SLURM_JOB_NUM_NODES are left"

@@ -24,7 +24,10 @@ while wait "$worker"; status=$?; kill -0 "$worker" 2>/dev/null; do :; done # a n
 [[ -n $notice && $status -gt 128 ]] && status=75
 
 # Only a running job: one that was cancelled, or that Slurm itself puts back, is completing by now.
-if [[ $status == 75 && -n $notice && $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]]; then
+while state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T); [[ $state == SIGNALING ]]; do
+    sleep 0.5 # a running job that Slurm is still sending the notice to
+done
+if [[ $status == 75 && -n $notice && $state == RUNNING ]]; then
     trap '' USR1 TERM
     scontrol requeue "$SLURM_JOB_ID" && sleep 60 # Slurm ends this script
 fi
