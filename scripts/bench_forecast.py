@@ -23,7 +23,7 @@ from trainer.forecast.calibrate import calibrate
 from trainer.forecast.scenario import DAY, Scenario, daly_goodput, daly_interval, load, parse
 from trainer.forecast.simulator import replay, simulate
 from trainer.log import goodput
-from trainer.log.events import MembersChanged
+from trainer.log.events import MembersChanged, StepDone
 from trainer.log.history import History
 from trainer.show import figure as pictures
 
@@ -32,7 +32,7 @@ CONFIGS = ROOT / "configs" / "forecast"
 RUNS = ROOT / "runs" / "bench-forecast"
 SECONDS = 180.0
 """Length of a storm."""
-CALM_SECONDS, PRACTICE_SECONDS = 60.0, 120.0
+CALM_SECONDS, PRACTICE_SECONDS = 40.0, 100.0
 """Lengths of the two runs that are calibrated with, per policy and number of ranks."""
 PRACTICE_MTBF = 15.0
 
@@ -100,7 +100,9 @@ class Storm:
         return kills
 
 
-STORMS = [Storm(policy, ranks, mtbf) for policy in ("restart", "quorum") for ranks in (2, 3) for mtbf in (30.0, 15.0)]
+STORMS = [
+    Storm(policy, ranks, mtbf) for policy in ("restart", "quorum") for ranks, mtbf in ((2, 30.0), (2, 15.0), (3, 15.0))
+]
 
 
 def storms() -> dict[str, Any]:
@@ -160,32 +162,43 @@ def _working_share(calm: Path) -> float:
 
 
 def _compare(storm: Storm, run: Path, measured: dict[str, Any]) -> dict[str, Any]:
-    """Goodput is the share of the time that the committed steps would take if nothing failed."""
+    """Goodput is that of `inspect`, without the time by which steps took longer for want of members."""
     history = History.read(run)
     account = goodput.account(history)
-    wall, step_seconds = account["wall_seconds"], measured["step_seconds"]
-    useful = len(history.committed) * step_seconds
+    wall, ours, slower = account["wall_seconds"], account["parts"], _slower(history)
+    step_seconds, share = measured["step_seconds"], measured["working_share"]
     kills = json.loads((run.parent / "kills.json").read_text())
     scenario = _scenario(storm, measured, wall, account["startup"])
-    simulated = replay(
-        scenario, _moments(scenario, [step * step_seconds / measured["working_share"] for step in kills])
-    )
+    simulated = replay(scenario, _moments(scenario, [step * step_seconds / share for step in kills]))
     changes = [entry.event for entry in history.entries if isinstance(entry.event, MembersChanged)]
-    ours = account["parts"]
+    joins = math.fsum(change.seconds for change in changes if change.joined and not change.lost)
     return {
         "kills": len(kills),
         "wall": wall,
-        "goodput": useful / wall,
-        "simulated": simulated.goodput * measured["working_share"],
+        "goodput": (ours["productive"] - slower) / wall,
+        "simulated": simulated.goodput * share,
         "lost": [
-            sum(ours[name] for name in ("down", "hung", "lost_steps")) + _restarts(history)
-            + math.fsum(change.seconds for change in changes if change.joined and not change.lost),
+            sum(ours[name] for name in ("down", "hung", "lost_steps")) + _restarts(history) + joins,
             simulated.lost_by_cause["kill"],
         ],
-        "slower": [max(0.0, ours["productive"] - useful), simulated.parts["reduced"] * measured["working_share"]],
-        "parts": {part: seconds for part, seconds in simulated.parts.items() if seconds},
-        "account": {part: seconds for part, seconds in ours.items() if seconds},
-    }  # fmt: skip
+        "slower": [slower, simulated.parts["reduced"] * share],
+    }
+
+
+def _slower(history: History) -> float:
+    """Seconds that steps with fewer members took longer than those with all."""
+    steps = dict[int, list[float]]()
+    for attempt in history.attempts:
+        size, is_whole_step = attempt.start[1].world_size if attempt.start else 0, True
+        for entry in attempt.main_entries:
+            if isinstance(entry.event, MembersChanged):
+                size, is_whole_step = len(entry.event.members), False
+            elif isinstance(entry.event, StepDone):
+                if is_whole_step:
+                    steps.setdefault(size, []).append(entry.event.seconds)
+                is_whole_step = True
+    usual = statistics.mean(steps[max(steps)])
+    return math.fsum(seconds - usual for size, found in steps.items() if size < max(steps) for seconds in found)
 
 
 def _restarts(history: History) -> float:
@@ -253,8 +266,9 @@ def storms_table(figure: dict[str, Any]) -> list[str]:
     lines = [
         "",
         f"Storms of {figure['seconds']:.0f} s, trained and simulated with the same schedule of kills, each bound to a "
-        "step (`scripts/bench forecast_storms`); the simulator was calibrated with other runs. Goodput is the share of "
-        "the time that the committed steps would take if nothing failed. Last columns: seconds measured, simulated.",
+        "step (`scripts/bench forecast_storms`); the simulator was calibrated with other runs. Goodput is that of "
+        "`inspect`, less the time by which steps took longer with fewer members. Last columns: seconds measured, "
+        "simulated.",
         "",
         "| policy | ranks | mean time between kills | kills | goodput measured | simulated | points apart | lost by "
         "kills | lost by computing with fewer |",
@@ -272,7 +286,7 @@ def storms_table(figure: dict[str, Any]) -> list[str]:
 def picture(figure: dict[str, Any]) -> bytes:
     """Draw measured against simulated goodput, a mark for each storm, and the band of three points."""
     with pictures.style():
-        drawn = pictures.new_figure(5.4, 4.6)
+        drawn = pictures.new_figure(6.0, 4.6)
         axes = drawn.add_subplot()
         low = min(min(row["goodput"], row["simulated"]) for row in figure["storms"]) - 0.05
         axes.fill_between(
