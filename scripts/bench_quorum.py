@@ -21,6 +21,7 @@ import sysconfig
 import tempfile
 import time
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -183,7 +184,7 @@ class Restart:
         return self._cluster.processes()
 
 
-class Recorded:
+class Recorded(ABC):
     """A job whose workers write a line of JSON for each commit into DIRECTORY/steps.jsonl."""
 
     def __init__(self, directory: Path, agent: Agent, workers: int) -> None:
@@ -202,8 +203,8 @@ class Recorded:
                 with contextlib.suppress(ValueError):  # a torn line, to which the next process has added its own
                     yield json.loads(line)
 
-    def members(self) -> dict[int, int]:
-        raise NotImplementedError
+    @abstractmethod
+    def members(self) -> dict[int, int]: ...
 
     def is_whole(self) -> bool:
         return len(self.members()) == self._workers
