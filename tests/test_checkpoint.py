@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,14 +23,17 @@ import torch
 from tests.checkpoint_worker import IDENTITY, LAYOUTS, flip, holds, names, small_state
 from tests.support import ROOT, mounted, start
 from trainer import checkpoint, config
+from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.errors import EXIT_USAGE, CheckpointError, NewerFormatError, UsageError
 from trainer.launch.forkserver import Child
 from trainer.log import events
-from trainer.log.events import CheckpointFailed, CheckpointRejected, CheckpointSaved
+from trainer.log.events import CheckpointFailed, CheckpointRejected, CheckpointSaved, EventLog
 from trainer.parallel.world import World
+from trainer.phases import no_hook
 
 ALONE = World(0, 1, torch.device("cpu"))
 FINGERPRINT = IDENTITY["fingerprint"]
+HOOKS = no_hook, no_hook
 
 
 def saver(run: Path, **options: Any) -> checkpoint.Saver:
@@ -140,6 +144,53 @@ def test_saving_again_copies_into_the_same_buffers(tmp_path: Path):
     writer.begin(2, small_state(2))
     writer.finish()
     assert [buffer.data_ptr() for buffer in writer._plan._buffers.values()] == before
+
+
+def test_room_that_was_made_at_the_start_is_what_the_first_save_copies_into(tmp_path: Path, monkeypatch):
+    (run := tmp_path / "run").mkdir()
+    writer, made = saver(run), list[torch.Tensor]()
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **more: made.append(tensor := empty(*a, **more)) or tensor)
+    writer.reserve(small_state(3))
+    at_start = len(made)
+    writer.begin(3, small_state(3))
+    assert at_start == len(made) > 0
+    assert [type(event) for event in writer.finish()] == [CheckpointSaved]
+    writer.close()
+    assert restore(run)[0] == 3
+
+
+def test_room_that_cannot_be_made_at_the_start_fails_nothing_but_the_save_that_lacks_it(tmp_path: Path, monkeypatch):
+    (run := tmp_path / "run").mkdir()
+    writer, full = saver(run), [True]
+    empty = torch.empty
+
+    def limited(*arguments: Any, **more: Any) -> torch.Tensor:
+        if full:
+            raise RuntimeError("CUDA error: out of memory")
+        return empty(*arguments, **more)
+
+    monkeypatch.setattr(torch, "empty", limited)
+    writer.reserve(small_state(3))
+    writer.begin(3, small_state(3))
+    (failed,) = writer.finish()
+    assert isinstance(failed, CheckpointFailed) and "out of memory" in failed.reason
+    full.clear()
+    writer.begin(4, small_state(4))
+    assert [type(event) for event in writer.finish()] == [CheckpointSaved]
+    writer.close()
+
+
+@pytest.mark.parametrize(("device", "calls"), [("cuda", 1), ("cpu", 0)])
+def test_a_run_on_a_gpu_makes_room_for_its_saves_before_it_trains(tmp_path: Path, monkeypatch, device, calls):
+    reserved = []
+    monkeypatch.setattr(checkpoint.Saver, "reserve", lambda saver, tensors: reserved.append(tensors))
+    world, facts = World(0, 1, torch.device(device)), {**IDENTITY, "run_id": "r"}
+    checkpointer = Checkpointer(tmp_path, world, facts, config.Checkpoint(), EventLog(tmp_path / "log", 0, 0), *HOOKS)
+    state: Any = SimpleNamespace(tensors=lambda: small_state(0))
+    checkpointer.reserve(state)
+    checkpointer.close()
+    assert len(reserved) == calls
 
 
 def test_the_manifest_lists_every_file_with_step_run_size_and_checksum(tmp_path: Path):

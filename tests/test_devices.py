@@ -1,6 +1,7 @@
 """Which device a rank takes, what is recorded of it, and what is said where memory runs out. No GPU here."""
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -178,6 +179,61 @@ def test_memory_that_a_gpu_does_not_have_is_told_beside_what_other_processes_hol
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 66.00 GiB. GPU 0 has a total capacity of …")
     assert "cuda:0 is out of memory: 66.00 GiB more were asked for; this process holds 15.0 GiB" in str(refused.value)
     assert ("Other processes hold 60.0 GiB" in str(refused.value)) == told
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "NCCL error: unhandled cuda error. Last error: Cuda failure 2 'out of memory'",
+    ],
+)
+def test_a_gpu_that_another_process_fills_is_told_where_not_even_cuda_has_room(monkeypatch, said: str):
+    def ask(device: torch.device) -> tuple[int, int]:
+        raise RuntimeError("CUDA error: out of memory")  # asking takes room, too
+
+    monkeypatch.setattr("torch.cuda.mem_get_info", ask)
+    with pytest.raises(OutOfMemoryError) as refused, out_of_memory.explained(torch.device("cuda", 0)):
+        raise RuntimeError(said)
+    fact, remedy, _ = str(refused.value).splitlines()
+    assert "no room even for what CUDA and its libraries need" in fact and "nvidia-smi tells how much is free" in fact
+    assert "choose another one by CUDA_VISIBLE_DEVICES" in remedy
+
+
+def test_a_gpu_that_another_process_has_for_itself_is_told():
+    with (
+        pytest.raises(WorldError, match=r"cuda:0 is busy.*\n.*nvidia-smi"),
+        out_of_memory.explained(torch.device("cuda", 0)),
+    ):
+        raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable")
+
+
+def test_a_start_on_a_full_gpu_is_an_error_of_memory_and_no_traceback(machine, monkeypatch, tmp_path):
+    def full(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    machine(1)
+    monkeypatch.setattr("torch.cuda.set_device", full)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (2**28, 80 * 2**30))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 0)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    config = configs.load(SMOKE, settings(wandb__mode="disabled")[1::2])
+    with pytest.raises(OutOfMemoryError, match=r"Other processes hold 79\.8 GiB of this GPU"):
+        api.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_nodes_with_other_versions_of_torch_are_refused_with_the_ranks_and_how_to_go_on():
+    versions = {"2.13.0+cu130": [0, 1], "2.11.0+cu130": [2, 3]}
+    base = provenance.computes_with(configs.load(SMOKE), torch.device("cpu"))
+    ranks = [base | {"torch": version} for version, members in versions.items() for _ in members]
+    for contents in ({}, {"computes_with": ranks[0], "code": provenance.code()}):
+        with pytest.raises(RunDirectoryError) as refused:
+            provenance.compare(Path("run"), contents, ranks, accept=False)
+        assert 'torch: "2.13.0+cu130" → "2.11.0+cu130" (rank 2, 3)' in str(refused.value)
+        assert "its ranks differ from one another" in str(refused.value)
+        assert "the same on all nodes" in str(refused.value)
 
 
 def test_other_errors_of_torch_pass():

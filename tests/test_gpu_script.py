@@ -3,24 +3,31 @@
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from scripts import gpu_parts
-from tests.support import ROOT
-
-
-def gpu(out: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    command = [ROOT / "scripts" / "gpu", "--tiny", "--out", out, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=check)
+from tests import support
+from tests.support import ROOT, write_corpus
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_corpus(tmp_path_factory.mktemp("gpu-text") / "corpus", 400)
+
+
+def gpu(corpus: str, out: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tests.small_gpu_script", corpus, "--tiny", "--out", str(out), *arguments]
+    return support.run(command, check, timeout=250)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, corpus: str) -> Path:
     out = tmp_path_factory.mktemp("gpu") / "out"
-    done = gpu(out, check=False)
+    done = gpu(corpus, out, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return out
 
@@ -45,11 +52,11 @@ def test_it_runs_to_its_end_on_a_cpu_and_every_part_is_made_or_skipped_with_the_
 
 
 @pytest.mark.slow
-def test_given_again_it_makes_only_what_is_missing(made: Path, tmp_path: Path):
+def test_given_again_it_makes_only_what_is_missing(made: Path, tmp_path: Path, corpus: str):
     out = Path(shutil.copytree(made, tmp_path / "out"))
     (out / "parts" / "machine.json").unlink()
     kept = (out / "parts" / "bits.json").read_text()
-    again = gpu(out, "machine", "bits", "runs")
+    again = gpu(corpus, out, "machine", "bits", "runs")
     assert [line.split(",")[0] for line in again.stdout.splitlines() if line.startswith("gpu: ")] == ["gpu: machine"]
     assert (out / "parts" / "bits.json").read_text() == kept
     assert list(json.loads((out / "report.json").read_text())["parts"]) == list(gpu_parts.PARTS)

@@ -24,14 +24,15 @@ from tests.test_ladder_file import ARM, HEAD, SIZES, TARGET_TABLE, write
 from trainer import api, cli, provenance
 from trainer import config as configs
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, ConfigError, RunDirectoryError, UsageError
-from trainer.fleet import scheduling
+from trainer.fleet import gpus, scheduling
 from trainer.fleet.backend import Local, Process, Task
 from trainer.fleet.run_store import RunState, StoredRun
-from trainer.ladder import collect, preregistration, report, run, speed, tuning
-from trainer.ladder.plan import load
+from trainer.ladder import collect, preregistration, report, run, slots, speed, tuning
+from trainer.ladder.plan import load, sizes
 from trainer.ladder.plan.ladder import AA, Ladder, PlannedRun
 from trainer.ladder.preregistration import pool_of
 from trainer.ladder.run import LadderStatus
+from trainer.ladder.slots import Slots
 from trainer.ladder.speed import Speed
 from trainer.ladder.stats.records import BASELINE, RunResult
 from trainer.launch import agent
@@ -376,19 +377,175 @@ def test_runs_of_two_ranks_are_torchrun_s_and_end_with_the_same_bits(reference, 
     assert (collected.machine or ("", "", 0))[2] == 2
 
 
-def test_gpus_are_shared_out_among_slots_and_each_run_sees_its_own(home, monkeypatch):
+@pytest.fixture
+def machine(monkeypatch, tmp_path) -> Any:
+    """Pretend a machine with GPUs of 80 GiB, of which so many are free on each, and with so many cores."""
+
+    def pretend(*free: float, cores: int = 16, total: float = 80) -> None:
+        lines = "".join(f"{n}, GPU-{n}{n}aa-bb, {total * 1024:.0f}, {gib * 1024:.0f}\n" for n, gib in enumerate(free))
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\ncat <<'END'\n{lines}END\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        monkeypatch.setattr("torch.cuda.device_count", lambda: len(free))
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+        monkeypatch.setattr(os, "cpu_count", lambda: cores)
+
+    return pretend
+
+
+@pytest.fixture
+def needs(monkeypatch) -> Any:
+    """Pretend that a run of each rung takes so many GiB of each of its GPUs."""
+
+    def pretend(**gib: float | None) -> None:
+        def needed(config: Any, ranks: int) -> int | None:
+            found = gib["s" if config.model.width == 16 else "m"]
+            return None if found is None else int(found * 2**30)
+
+        monkeypatch.setattr(slots, "_needed", needed)
+
+    return pretend
+
+
+ON_GPUS = PLAIN.replace("slots = 2\n", ""), "[set]\nparallel.device = 'auto'\n"
+
+
+def test_gpus_whose_memory_is_unknown_are_shared_out_among_slots_and_each_run_sees_its_own(home, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 5)
+    monkeypatch.setattr(gpus, "_listed", list)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    ladder = plan(home, PLAIN.replace("slots = 2", "ranks = 2"), "[set]\nparallel.device = 'auto'\n", name="gpus")
-    assert speed.slots_of(ladder) == 2  # of two GPUs each; the fifth is left over
-    assert [speed.devices_of(ladder, slot)["CUDA_VISIBLE_DEVICES"] for slot in (0, 1)] == ["0,1", "2,3"]
+    ladder = plan(home, PLAIN.replace("slots = 2", "ranks = 2"), ON_GPUS[1], name="gpus")
+
+    def devices() -> list[str]:
+        found = slots.of(ladder)
+        return [found.devices(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(found.count)]
+
+    assert devices() == ["0,1", "2,3"]  # of two GPUs each; the fifth is left over
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,6,3,1,0")
-    assert [speed.devices_of(ladder, slot)["CUDA_VISIBLE_DEVICES"] for slot in (0, 1)] == ["7,6", "3,1"]
+    assert devices() == ["7,6", "3,1"]
     tasks: list[Task] = []
-    speed.probe(ladder, 2, lambda task: tasks.append(task) or mock.Mock(wait=lambda: 0))
+    speed.probe(ladder, slots.of(ladder), lambda task: tasks.append(task) or mock.Mock(wait=lambda: 0))
     assert [task.environment["CUDA_VISIBLE_DEVICES"] for task in tasks] == ["7,6", "3,1"] * 2
     alone = plan(home, PLAIN.replace("slots = 2", ""), "[set]\nparallel.device = 'cpu'\n", name="cores")
-    assert speed.devices_of(alone, 1) == {}
+    assert slots.of(alone).devices(1) == {}
+
+
+def test_small_runs_share_a_gpu_as_its_free_memory_allows_and_large_ones_have_room_kept(home, machine, needs):
+    ladder = plan(home, *ON_GPUS, name="shared")
+    small, large = (next(planned for planned in ladder.runs if planned.rung == rung) for rung in "sm")
+    machine(80, 30)
+    needs(s=20, m=50)
+    found = slots.of(ladder)
+    assert found.all_for(small) == [0, 1, 2, 4, 6] and found.all_for(large) == [0, 1]
+    assert [found.devices(slot)["CUDA_VISIBLE_DEVICES"] for slot in (0, 1, 2)] == ["0", "1", "0"]
+    assert found.free_for(small, {}) == 0 and found.free_for(small, {0: small}) == 1  # the emptiest GPU first
+    assert found.free_for(small, {0: small, 1: small}) == 2
+    assert found.free_for(large, {0: small, 1: small}) == 2  # 70 of 80 GiB
+    assert found.free_for(large, {0: small, 1: small, 2: small}) is None  # it waits
+    assert found.free_for(small, {0: large, 1: small}) == 2 and found.free_for(large, {0: large, 1: small}) is None
+    assert found.free_for(large, {0: large}) == 1  # alone it is tried in any case
+
+
+@pytest.mark.parametrize(
+    ("gib", "cores", "count"),
+    [(10, 16, 8), (10, 3, 3), (1, 16, 16), (None, 16, 1)],
+    ids=["memory", "a core feeds each run", "small runs", "a model that cannot be traced"],
+)
+def test_memory_and_cores_say_how_many_runs_share_one_gpu(home, machine, needs, gib, cores, count):
+    machine(80, cores=cores)
+    needs(s=gib, m=gib)
+    assert slots.of(plan(home, *ON_GPUS, name="one")).count == count
+
+
+def test_a_file_s_slots_are_taken_as_they_are_and_spread_over_the_gpus(home, machine, needs):
+    machine(80, 80)
+    needs(s=70, m=70)
+    ladder = plan(home, PLAIN.replace("slots = 2", "slots = 4"), ON_GPUS[1], name="fixed")
+    found = slots.of(ladder)
+    assert (found.count, found.by_memory, found.all_for(ladder.runs[0])) == (4, False, [0, 1, 2, 3])
+    assert [found.devices(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(4)] == ["0", "1", "0", "1"]
+
+
+def test_a_run_of_several_ranks_takes_as_many_gpus_and_the_one_with_least_memory_counts(home, machine, needs):
+    machine(80, 20, 80, 80, cores=32)
+    needs(s=15, m=15)
+    text = PLAIN.replace("slots = 2", "ranks = 2")
+    ladder = plan(home, text, ON_GPUS[1], name="groups")
+    found = slots.of(ladder)
+    assert found.all_for(ladder.runs[0]) == [0, 1, 3, 5, 7, 9]
+    assert [found.devices(slot)["CUDA_VISIBLE_DEVICES"] for slot in (0, 1)] == ["0,1", "2,3"]
+
+
+def test_gpus_are_found_by_number_or_uuid_and_those_of_two_kinds_by_the_smallest(machine, monkeypatch):
+    machine(70, 50)
+    assert [(gpu.name, gpu.free) for gpu in gpus.visible(2)] == [("0", 70 * 2**30), ("1", 50 * 2**30)]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-11aa,MIG-5,1")
+    assert [gpu.free for gpu in gpus.visible(3)] == [50 * 2**30, None, 50 * 2**30]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    two_kinds = [("0", "GPU-a", 80, 70), ("1", "GPU-b", 40, 30)]
+    monkeypatch.setattr(gpus, "_listed", lambda: two_kinds)
+    assert [gpu.free for gpu in gpus.visible(2)] == [30, 30]  # CUDA may number them the other way round
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    assert [gpu.free for gpu in gpus.visible(2)] == [70, 30]
+
+
+def test_without_a_driver_or_with_fields_that_it_does_not_know_memory_is_unknown(machine, tmp_path):
+    machine(80)
+    for script in ("echo failed; exit 9", "echo '0, GPU-a, [N/A], [N/A]'", "echo No devices were found"):
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+        assert [gpu.free for gpu in gpus.visible(1)] == [None]
+
+
+def test_the_memory_that_a_run_needs_is_its_dry_run_s_with_room_for_what_that_does_not_count(home, machine):
+    from trainer import costs
+
+    machine(80)
+    ladder = plan(home, *ON_GPUS, name="needs")
+    planned = ladder.runs[0]
+    told = costs.memory_per_rank(planned.config, sizes.vocab_of(planned.config.data, planned.config.eval, 0), 1)
+    needed = slots.of(ladder).needed(planned)
+    assert needed == slots.CONTEXT_BYTES + int(slots.TEMPORARIES * told["total"])
+
+
+def test_a_ladder_fills_the_gpus_starts_no_run_that_has_no_room_and_finishes(home, machine, needs):
+    """Pretended runs: two of the smallest fit on a GPU beside one another, and nothing beside one of the largest."""
+    machine(60, 60)
+    needs(s=20, m=50)
+    ladder = plan(home, *ON_GPUS, ARM, name="filled")
+    running: list[tuple[str, str]] = []
+    beside: list[int] = []
+
+    def start(task: Task) -> Any:
+        gpu, rung = task.environment["CUDA_VISIBLE_DEVICES"], "s" if f"{ladder.name} s " in task.name else "m"
+        running.append(place := (gpu, rung))
+        there = [other for its_gpu, other in running if its_gpu == gpu]
+        beside.append(len(there))
+        assert sum({"s": 20, "m": 50}[other] for other in there) <= 60
+        polls = iter(range(3))
+
+        def poll() -> int | None:
+            if next(polls, None) is not None:
+                return None
+            if not task.stored.has_finished():
+                running.remove(place)
+                write_end(task.stored)
+            return 0
+
+        return mock.Mock(poll=poll)
+
+    out = home / "filled" / "filled"
+    speed.save(Speed({1: 1e-9}, {}), out)
+    done = run.run(ladder, out, backend=start)
+    assert done.exit_status == EXIT_FINISHED, done.missing
+    assert len(beside) == 6 and max(beside) == 2 and running == []
+
+
+def write_end(stored: StoredRun) -> None:
+    """Have a run finished by its log."""
+    log = events.events_directory(stored.run) / "attempt-0000-rank-00000.jsonl"
+    log.parent.mkdir(parents=True)
+    log.write_text(json.dumps({"event": "attempt_ended", "status": "finished"}) + "\n")
 
 
 def test_an_edited_file_is_reported_and_a_criterion_changed_after_the_fact_is_recorded(reference, home):
@@ -504,11 +661,11 @@ def test_time_left_is_that_of_the_runs_left_at_the_speed_measured(reference):
     first, *rest = [planned for planned in ladder.runs if planned.rung == "s"]
     steps = first.config.budget.steps
     states = {first.key: RunState("finished", steps, "", 0.5, 2.0), rest[0].key: RunState("running", steps // 2)}
-    status = LadderStatus([first, *rest], states, 2)
+    status = LadderStatus([first, *rest], states, Slots(2))
     each = steps * 0.5 + 2.0
     left = (steps - steps // 2) * 0.5 + 2.0 + each
     assert status.seconds_left == pytest.approx(left / 2 if left / 2 > each else each)
-    assert LadderStatus([first], {}, 2).seconds_left is None
+    assert LadderStatus([first], {}, Slots(2)).seconds_left is None
     assert speed.measured([first], states).seconds(first) == pytest.approx(each)
 
 

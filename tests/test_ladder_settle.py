@@ -19,6 +19,7 @@ from trainer.ladder import preregistration, run, settle
 from trainer.ladder.plan.ladder import Ladder, PlannedRun
 from trainer.ladder.plan.schema import AddedRuns
 from trainer.ladder.run import LadderStatus
+from trainer.ladder.slots import Slots
 from trainer.ladder.speed import UNKNOWN
 from trainer.ladder.stats.records import BASELINE, RunResult
 
@@ -54,7 +55,7 @@ def made_up(monkeypatch) -> Callable[[Ladder, Path], LadderStatus]:
 
     def finish(ladder: Ladder, out: Path, **_: object) -> LadderStatus:
         preregistration.write(ladder, out)
-        return LadderStatus([], {}, 1, UNKNOWN)
+        return LadderStatus([], {}, Slots(1), UNKNOWN)
 
     monkeypatch.setattr(run, "run", finish)
     monkeypatch.setattr(settle, "read_results", lambda ladder, out: results(ladder))

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ from trainer.exact import Grids
 from trainer.faults import injector as faults
 from trainer.faults.wrong_operators import Machine
 from trainer.log import events, rundir
-from trainer.parallel import elastic, world
+from trainer.parallel import elastic, peers, world
 from trainer.parallel.sharding import Rounder, RounderOf, shard
 from trainer.parallel.world import AllRanks, World
 from trainer.phases import Hook, Phase, no_hook
@@ -120,7 +120,8 @@ def train(
     hook = injector.wrap_hook(no_hook)
     hook(Phase.STARTUP, 0)
     device = world.pick_device(config.parallel)
-    set_numerics(config, device)
+    with out_of_memory.explained(device):
+        set_numerics(config, device)
     stop = stop or signals.StopSignals()
     stopwatch.lap("imports")
     # Collectives may take longer than the watchdog's limits: it acts first and reports more.
@@ -159,6 +160,7 @@ def train(
                     claim.log.subscribe(checkpointer.heed)
                 branched = begin_from_parent(claim, state)
                 begin_from_weights(config, claim, facts["vocab_size"], prepared, state)
+                checkpointer.reserve(state)
                 stopwatch.lap("restore")
                 hosts = ranks.agree(socket.gethostname)
                 # Of its own: faults and checks are for what is computed with.
@@ -177,7 +179,10 @@ def train(
                 if ranks.is_main:
                     record = with_text_bytes(record, unfaulted, prepared.tokenizer.token_bytes)
                 begun_at = state.step
-                with out_of_memory.explained(device, lambda: state.step > begun_at):
+                with (
+                    out_of_memory.explained(device, lambda: state.step > begun_at),
+                    watched_peers(config, claim, state),
+                ):
                     finished = loop.train(state, loop.Collaborators(context, record, score, checkpointer))
             if finished:
                 hook(Phase.BEFORE_END, state.step)
@@ -518,16 +523,29 @@ def warn_of_overlap(claim: Claim, prepared: Prepared, config: Config) -> None:
 def fail(claim: Claim, step: int, error: BaseException, screen: console.Console | None) -> None:
     """Log the reason of a failed attempt. Ends the process at once if another rank was lost."""
     if world.lost_peer(error):
-        # The next attempt reports the peer's death: its launcher knows more than the broken connection does.
-        claim.end("failed", step, events.LOST_A_PEER)
-        # Closing connections to dead peers takes up to minutes, and torchrun waits for this process before a restart.
-        claim.watchdog.stop()
-        if screen is not None:
-            screen.close()
-        os._exit(errors.EXIT_FAILED)
+        leave_lost(claim, step, screen)
     claim.end("failed", step, f"{type(error).__name__}: {error}")
     if isinstance(error, errors.TopropeError) and not error.restart:
         elastic.give_up()
+
+
+def leave_lost(claim: Claim, step: int, screen: console.Console | None = None) -> NoReturn:
+    """End this process at once, because another rank was lost."""
+    # The next attempt reports the peer's death: its launcher knows more than the broken connection does.
+    claim.end("failed", step, events.LOST_A_PEER)
+    # Closing connections to dead peers takes up to minutes, and torchrun waits for this process before a restart.
+    claim.watchdog.stop()
+    if screen is not None:
+        screen.close()
+    os._exit(errors.EXIT_FAILED)
+
+
+def watched_peers(config: Config, claim: Claim, state: TrainState) -> contextlib.AbstractContextManager[None]:
+    """While training: leave when another rank is gone, where the ranks wait in NCCL, which may not tell."""
+    ranks = claim.ranks
+    if not peers.needed(ranks, world.backend(ranks.device, config.parallel.share_gpus)):
+        return contextlib.nullcontext()
+    return peers.watched(ranks, lambda: leave_lost(claim, state.step))
 
 
 def machine_of(config: Config, run: Path) -> Machine:

@@ -100,7 +100,7 @@ def take_step(state: TrainState, collaborators: Collaborators) -> bool:
     context, started = collaborators.context, time.perf_counter()
     config = context.config
     # Only what the step's members commit is applied.
-    result, norm = context.members.commit(state.step, lambda members: finite_gradients(state, collaborators, members))
+    result = context.members.commit(state.step, lambda members: finite_gradients(state, collaborators, members))
     rate = optim.set_learning_rates(state.optimizers, state.step, config.optim, config.budget.steps)
     # Between these two phases the ranks do not communicate. A rank that dies here leaves no half-applied step behind:
     # each of the others has the sums of all, and all start again from a checkpoint, or all apply the step and go on.
@@ -111,7 +111,7 @@ def take_step(state: TrainState, collaborators: Collaborators) -> bool:
         StepDone(
             step=state.step,
             loss=result.loss,
-            grad_norm=norm,
+            grad_norm=result.norm,
             learning_rate=rate,
             tokens=config.data.micro_batches * config.data.micro_batch_sequences * config.model.context,
             seconds=time.perf_counter() - started,
@@ -124,19 +124,19 @@ def take_step(state: TrainState, collaborators: Collaborators) -> bool:
     return result.stop
 
 
-def finite_gradients(state: TrainState, collaborators: Collaborators, members: StepMembers) -> tuple[StepResult, float]:
-    """Return the step's result and its gradient norm, both finite.
+def finite_gradients(state: TrainState, collaborators: Collaborators, members: StepMembers) -> StepResult:
+    """Return the step's result; its loss and gradient norm are finite.
 
     A step is a function of the config, so a value that is finite when computed again was a fault of the machine, and
     training continues. Raises NumericsError with the place of the first non-finite value if it is not.
     """
     for trial in range(2):
         result = step.compute_gradients(state, collaborators.context, members)
-        norm = step.clip_gradients(state, collaborators.context.config.optim.clip_norm)
+        step.clip_gradients(state, result.norm, collaborators.context.config.optim.clip_norm)
         # Loss and norm are the same bits on all ranks, so all ranks decide alike.
-        if math.isfinite(result.loss) and math.isfinite(norm):
-            return result, norm
-        collaborators.record(NotFinite(step=state.step + 1, loss=result.loss, grad_norm=norm, trial=trial))
+        if math.isfinite(result.loss) and math.isfinite(result.norm):
+            return result
+        collaborators.record(NotFinite(step=state.step + 1, loss=result.loss, grad_norm=result.norm, trial=trial))
         members = members.anew()
     raise NumericsError(
         f"step {state.step + 1}: loss or gradient is not finite, also when computed again. It was not applied.\n"

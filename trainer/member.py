@@ -198,7 +198,8 @@ def train(
     hook = injector.wrap_hook(no_hook)
     hook(Phase.STARTUP, 0)
     device = world.pick_device(config.parallel)
-    job.set_numerics(config, device)
+    with out_of_memory.explained(device):
+        job.set_numerics(config, device)
     stop = stop or signals.StopSignals()
     stopwatch.lap("imports")
     job.check_compiler(config, device)

@@ -50,7 +50,7 @@ What makes tokens of text is left out: tokens and tokenizer are identified by th
 """
 
 
-CODE_BEFORE_RECORDS = "922d5f6ccd93953f"
+CODE_BEFORE_RECORDS = "ffacb2c921f3b2b9"
 """`code_digest()` of the newest code that gives the bits of the code from before code was recorded. What is keyed by
 code leaves it out at this value, so that what was made then keeps its key. Move it only with a change that changes no
 bit."""
@@ -158,13 +158,18 @@ def compare(run: Path, contents: Mapping[str, Any], ranks: Sequence[Mapping[str,
     if before.get("code") != ranks[0]["code"]:
         lines = code_changes(contents.get("code", {}), code()) + [line for line in lines if not line.startswith("code")]
     if lines and not accept:
+        listed = "".join(f"    {line}\n" for line in lines)
+        if any(now != ranks[0] for now in ranks):
+            raise RunDirectoryError(
+                f"{run} was not started: its ranks differ from one another{' or from those before' * bool(contents)}:\n"
+                f"{listed}  Any rank may compute any micro-batch, so bits would depend on which one does. Use the same "
+                "on all nodes (torch, its build, kind of machine), or accept other bits with --accept-other-bits."
+            )
         device = before.get("device", "")
         chosen = f' (parallel.device = "{device}" chooses the device)' if device != ranks[0]["device"] else ""
-        alike = "was computed with something else than this start would use" if contents else "has ranks that differ"
         raise RunDirectoryError(
-            f"{run} {alike}:\n"
-            + "".join(f"    {line}\n" for line in lines)
-            + f"  The steps that follow could end with other bits. Go back to what it was{chosen}, accept that with "
+            f"{run} was computed with something else than this start would use:\n{listed}"
+            f"  The steps that follow could end with other bits. Go back to what it was{chosen}, accept that with "
             "--accept-other-bits, or give a new --run."
         )
     return lines

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -77,6 +77,39 @@ class TrainState:
         return sha256_of(self.tensors())
 
 
+class Placed(NamedTuple):
+    """A micro-batch on the device, or on its way there."""
+
+    sample_ids: np.ndarray
+    inputs: Tensor
+    """int64[B, T]"""
+    targets: Tensor
+    """int64[B, T]"""
+
+
+class Feed:
+    """The micro-batches of the steps on the device. A GPU's first one is there before its step begins.
+
+    Within a step the host is ahead of a GPU anyway: it cuts a micro-batch while the one before is computed. It waits at
+    the end of the step, so the next step's first micro-batch is cut before that. A micro-batch is found by its step and
+    index: where ranks compute other ones than was expected, what was cut ahead is not used.
+    """
+
+    def __init__(self, batches: Batches, device: torch.device) -> None:
+        self._batches, self._device = batches, device
+        self._ahead: dict[tuple[int, int], Placed] = {}
+        """At most one, by (step, index)."""
+
+    def take(self, step: int, index: int) -> Placed:
+        ahead = self._ahead.pop((step, index), None)
+        return place(self._batches.micro_batch(step, index), self._device) if ahead is None else ahead
+
+    def prefetch(self, step: int, index: int) -> None:
+        """Cut a micro-batch and begin to copy it. Does nothing on a CPU, which would compute no sooner."""
+        if self._device.type == "cuda" and (step, index) not in self._ahead:
+            self._ahead = {(step, index): place(self._batches.micro_batch(step, index), self._device)}
+
+
 @dataclass(frozen=True)
 class StepContext:
     """The inputs of every step, and the ranks that may compute it."""
@@ -94,6 +127,10 @@ class StepContext:
     def world(self) -> World:
         return self.members.world
 
+    @functools.cached_property
+    def feed(self) -> Feed:
+        return Feed(self.batches, self.world.device)
+
     def any_stop_requested(self) -> bool:
         """True if any rank received a stop signal. Collective; inside a step use `StepResult.stop`."""
         requested = torch.tensor(float(self.stop_requested()), device=self.world.device)
@@ -107,6 +144,8 @@ class StepResult:
 
     loss: float
     """Mean cross-entropy in nats per token."""
+    norm: float
+    """Global L2 norm of the reduced gradients, before they are clipped."""
     samples: str
     """Digest of the ids of the samples that were read."""
     redone: int
@@ -128,28 +167,31 @@ def compute_gradients(state: TrainState, context: StepContext, members: StepMemb
     """
     grids, largest = state.grids, members.world.max
     if grids is None:
-        return _one_pass(state, context, members)
+        return _one_pass(state, context, members)()
     for redone in (0, 2):
         result = _one_pass(state, context, members)
         if not grids.overflowed(largest):
-            return replace(result, redone=redone)
+            return replace(result(), redone=redone)
         # Some entry exceeded its bound, so these sums are not exact. Make a grid that fits it, and compute again.
         members = members.anew()
         seen, before = grids.widen()
         result = _one_pass(state, context, members)
         if not grids.overflowed(largest) and grids.seen.equal(seen):
-            return replace(result, redone=redone + 1)
+            return replace(result(), redone=redone + 1)
         grids.restore(before)
         if not grids.finite:
-            return replace(result, redone=redone + 1)
+            return replace(result(), redone=redone + 1)
     raise NumericsError(
         f"step {state.step + 1}: a gradient is beyond the coarsest grid, or computing it twice gives two results. "
         "The step was not applied.\n  Lower optim.learning_rate, or suspect the machine."
     )
 
 
-def _one_pass(state: TrainState, context: StepContext, members: StepMembers) -> StepResult:
-    """Forward and backward over this rank's micro-batches, then the reduction over the members."""
+def _one_pass(state: TrainState, context: StepContext, members: StepMembers) -> Callable[[], StepResult]:
+    """Forward and backward over this rank's micro-batches, then the reduction over the members.
+
+    Returns the function that reads the result. Nothing before it waits for a GPU, so all work is under way by then.
+    """
     world, sharding, count = members.world, state.sharding, context.config.data.micro_batches
     local = _local_sums(state, members, count)
     for index, batch in _own_micro_batches(state, context, members):
@@ -165,15 +207,36 @@ def _one_pass(state: TrainState, context: StepContext, members: StepMembers) -> 
     # Everything else that ranks must know of one another travels in one small all-reduce. Its sums are exact: losses
     # and digests have one owner each, the rest are counts.
     nonzero = torch.zeros(2, dtype=torch.float64, device=world.device) if state.grids is None else state.grids.nonzero
-    wishes = torch.tensor([context.stop_requested(), context.change_wanted()], dtype=torch.float64, device=world.device)
-    slots = torch.cat([local.losses, local.digests.to(world.device), nonzero, wishes])
+    wishes = torch.tensor([context.stop_requested(), context.change_wanted()], dtype=torch.float64)
+    of_host = sent(torch.cat([local.digests, wishes]), world.device)
+    slots = torch.cat([local.losses, of_host[:count], nonzero, of_host[count:]])
     world.sum(slots)
     context.hook(Phase.AFTER_REDUCE, state.step)
-    values = slots.tolist()
-    nonzero_before, nonzero_after, stops, changes = values[2 * count :]
-    samples = hashlib.sha256(repr([int(value) for value in values[count : 2 * count]]).encode()).hexdigest()[:16]
-    flushed = 1 - nonzero_after / nonzero_before if nonzero_before else None
-    return StepResult(math.fsum(values[:count]) / count, samples, 0, flushed, bool(stops), bool(changes))
+    read = _read_later(torch.cat([slots, gradient_square(state).reshape(1)]))
+
+    def result() -> StepResult:
+        *values, square = read()
+        nonzero_before, nonzero_after, stops, changes = values[2 * count :]
+        samples = hashlib.sha256(repr([int(value) for value in values[count : 2 * count]]).encode()).hexdigest()[:16]
+        flushed = 1 - nonzero_after / nonzero_before if nonzero_before else None
+        loss, norm = math.fsum(values[:count]) / count, math.sqrt(square)
+        return StepResult(loss, norm, samples, 0, flushed, bool(stops), bool(changes))
+
+    return result
+
+
+def _read_later(tensor: Tensor) -> Callable[[], list[float]]:
+    """Begin to copy a vector to the host; the function that is returned waits for it."""
+    if not tensor.is_cuda:
+        return tensor.tolist
+    copied, done = tensor.to("cpu", non_blocking=True), torch.cuda.Event()  # into pinned memory
+    done.record(torch.cuda.current_stream(tensor.device))
+
+    def read() -> list[float]:
+        done.synchronize()
+        return copied.tolist()
+
+    return read
 
 
 def _local_sums(state: TrainState, members: StepMembers, count: int) -> LocalSums:
@@ -192,7 +255,7 @@ def _local_sums(state: TrainState, members: StepMembers, count: int) -> LocalSum
 
 def _own_micro_batches(
     state: TrainState, context: StepContext, members: StepMembers
-) -> Iterator[tuple[int | None, MicroBatch]]:
+) -> Iterator[tuple[int | None, Placed]]:
     """Yield (index, batch) of this rank's share.
 
     The index is None where the rank has no micro-batch of its own, but must compute one for a sharded model's sake.
@@ -202,10 +265,19 @@ def _own_micro_batches(
         if index is not None or state.sharding.needs_lockstep:
             state.sharding.last_micro_batch(number == len(own_micro_batches))
             context.hook(Phase.BEFORE_FORWARD, state.step)
-            yield index, context.batches.micro_batch(state.step, index or 0)
+            yield index, context.feed.take(state.step, index or 0)
+    if state.step + 1 < context.config.budget.steps:
+        # As it is dealt out if the members stay the same.
+        first = next(members.world.assign_micro_batches(context.config.data.micro_batches))
+        if first is not None or state.sharding.needs_lockstep:
+            context.feed.prefetch(state.step + 1, first or 0)
 
 
-def backward(state: TrainState, context: StepContext, index: int | None, batch: MicroBatch) -> Tensor:
+def place(batch: MicroBatch, device: torch.device) -> Placed:
+    return Placed(batch.sample_ids, on_device(batch.inputs, device), on_device(batch.targets, device))
+
+
+def backward(state: TrainState, context: StepContext, index: int | None, batch: Placed) -> Tensor:
     """Add a micro-batch's share of the gradient; return its cross-entropy in nats per token (scalar).
 
     The objective is divided by the number of micro-batches; without an index its weight, and so the gradient, is 0.
@@ -215,34 +287,34 @@ def backward(state: TrainState, context: StepContext, index: int | None, batch: 
         # Random numbers depend on the micro-batch alone, so any rank may compute it.
         key = repr((config.seed, state.step, index or 0))
         torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1)
-    tokens = (on_device(ids, device) for ids in (batch.inputs, batch.targets))
     with autocast(config, device):
-        objective, cross_entropy = state.model(*tokens)
+        objective, cross_entropy = state.model(batch.inputs, batch.targets)
     context.hook(Phase.BEFORE_BACKWARD, state.step)
     (objective * (0.0 if index is None else 1.0 / config.data.micro_batches)).backward()
     return cross_entropy.detach()
 
 
 def on_device(ids: np.ndarray, device: torch.device) -> Tensor:
-    """Copy token ids to `device`; a GPU's copy runs beside its kernels, since they come from pinned memory."""
-    tokens = torch.from_numpy(ids)
-    return (tokens.pin_memory() if device.type == "cuda" else tokens).to(device, non_blocking=True)
+    return sent(torch.from_numpy(ids), device)
 
 
-def clip_gradients(state: TrainState, limit: float) -> float:
-    """Scale the reduced gradients to a global norm of at most `limit` (0: leave them); return the norm before scaling.
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor from the host to `device`. No one waits for a GPU's copy, since it is from pinned memory."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
-    The norm comes from exact sums, added up in the order of the parameters, so it is the same bits on every rank.
-    """
-    norm = gradient_norm(state)
+
+def clip_gradients(state: TrainState, norm: float, limit: float) -> None:
+    """Scale the reduced gradients, whose global norm is `norm`, to one of at most `limit` (0: leave them)."""
     if limit and norm > limit:
         for _, gradient, _ in state.sharding.gradients():
             gradient.mul_(limit / norm)
-    return norm
 
 
-def gradient_norm(state: TrainState) -> float:
-    """Global L2 norm of the reduced gradients. Collective for sharded models."""
+def gradient_square(state: TrainState) -> Tensor:
+    """Square of the global L2 norm of the reduced gradients (float64 scalar). Collective for sharded models.
+
+    It comes from exact sums, added up in the order of the parameters, so it is the same bits on every rank.
+    """
     grids, gradients = state.grids, state.sharding.gradients()
     if grids is None:
         squares = torch.stack([torch.linalg.vector_norm(grad).double().square() for _, grad, _ in gradients])
@@ -252,7 +324,7 @@ def gradient_norm(state: TrainState) -> float:
             segments, sums = grids.square_sums(name, grad, rows)
             squares[segments] = sums
     state.sharding.sum_over_shards(squares)
-    return math.sqrt(squares.sum().item())
+    return squares.sum()
 
 
 def apply(state: TrainState) -> None:

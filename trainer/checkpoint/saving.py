@@ -94,6 +94,15 @@ class Saver:
         # Monotonic times: when any rank last made progress in this save, and when the ranks last exchanged a message.
         self._last_progress = self._last_exchange = time.monotonic()
 
+    def reserve(self, tensors: Mapping[str, Tensor]) -> None:
+        """Decide who writes what, and make room for the copies, so that the first save waits for neither. Collective.
+
+        Where this fails, the first save tries again and reports why.
+        """
+        with contextlib.suppress(Exception):
+            self._plan = self._make_plan(tensors)
+            self._plan.reserve(tensors)
+
     def begin(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Save `tensors` (plain ones equal on all ranks, or DTensors) as the checkpoint of `step`.
 
@@ -171,7 +180,7 @@ class Saver:
         planner = dcp.DefaultSavePlanner(flatten_state_dict=False, dedup_save_to_lowest_rank=False)
         plans, metadata = planner.create_global_plan(plans)
         plans = Writer(self._run, lambda: None).prepare_global_plan(plans)  # gives each rank the names of its files
-        return _RankPlan(plans[self._world.rank], metadata, tensors)
+        return _RankPlan(plans[self._world.rank], metadata)
 
     def _write(self, save: "_Save") -> None:
         """The writing thread. Training runs first."""
@@ -357,17 +366,23 @@ class _Shard:
 class _RankPlan:
     """This rank's part of every save, and the buffers that hold a copy of it; each save uses them again."""
 
-    def __init__(self, plan: SavePlan, metadata: Metadata, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, plan: SavePlan, metadata: Metadata) -> None:
         items = [item for item in plan.items if item.tensor_storage_size()]
         self.dcp_plan = SavePlan(items, storage_data=plan.storage_data)
         self.metadata = metadata
-        owned = {item.index.fqn: _local(tensors[item.index.fqn]) for item in items}
+        self._buffers: dict[str, Tensor] = {}
+
+    def reserve(self, tensors: Mapping[str, Tensor]) -> None:
+        """Make the buffers. Those for a GPU are pinned, which takes the longer the larger they are."""
+        owned = {item.index.fqn: _local(tensors[item.index.fqn]) for item in self.dcp_plan.items}
         # Pinned memory: a copy from a GPU then needs no stop of its stream.
         self._buffers = {n: torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda) for n, t in owned.items()}
 
     def copy(self, tensors: Mapping[str, Tensor]) -> None:
-        if not self._buffers:
+        if not self.dcp_plan.items:
             return
+        if not self._buffers:
+            self.reserve(tensors)
         with torch.no_grad():
             sources = [_local(tensors[name]) for name in self._buffers]
             torch._foreach_copy_(list(self._buffers.values()), sources, non_blocking=True)

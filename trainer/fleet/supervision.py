@@ -149,9 +149,13 @@ class Supervisor(contextlib.AbstractContextManager["Supervisor"]):
         return sorted(set(range(self.slots)) - {run.slot for run in self.runs.values()})
 
     def try_start(
-        self, key: str, stored: StoredRun, name: str, config: Config, environment: Mapping[str, str] = NOTHING
-    ) -> bool:
-        """Start a run in a free slot; False if another scheduler has it, or has finished it meanwhile."""
+        self, key: str, stored: StoredRun, name: str, config: Config, environment: Mapping[str, str] = NOTHING,
+        slot: int | None = None,
+    ) -> bool:  # fmt: skip
+        """Start a run in a free slot: `slot`, else the first.
+
+        Returns False if another scheduler has the run, or has finished it meanwhile.
+        """
         lock = stored.claim()
         if lock is None:
             return False
@@ -159,7 +163,7 @@ class Supervisor(contextlib.AbstractContextManager["Supervisor"]):
             lock.release()
             return False
         stored.prepare(config, name)
-        slot = self.free_slots[0]
+        slot = self.free_slots[0] if slot is None else slot
         task = Task(stored, name, self.ranks, {**self.devices(slot), **environment})
         # Progress is read again at the end of each start: only a difference makes another start worth while.
         self.runs[key] = SupervisedRun(task, lock, slot, self._start(task), stored.progress())

@@ -180,14 +180,16 @@ class Sweep:
 
     def gradients(self) -> list[Tensor]:
         """Gradients of the next step, which is not taken."""
-        members = StepMembers(self._context.world, range(self._context.config.data.micro_batches))
-        step.compute_gradients(self._state, self._context, members)
+        self._compute()
         return [gradient for _, gradient, _ in self._state.sharding.gradients()]
+
+    def _compute(self) -> step.StepResult:
+        members = StepMembers(self._context.world, range(self._context.config.data.micro_batches))
+        return step.compute_gradients(self._state, self._context, members)
 
     def _take_step(self) -> None:
         config = self._context.config
-        self.gradients()
-        step.clip_gradients(self._state, config.optim.clip_norm)
+        step.clip_gradients(self._state, self._compute().norm, config.optim.clip_norm)
         optim.set_learning_rates(self._state.optimizers, 0, config.optim, config.budget.steps)
         step.apply(self._state)
 

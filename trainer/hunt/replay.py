@@ -122,8 +122,8 @@ class Replay:
         number, self._check, self._micro_batch = state.step + 1, check, -1
         with self._machine, check or nullcontext():
             result = step.compute_gradients(state, context, members)
-            norm = step.clip_gradients(state, self.config.optim.clip_norm)
-            taken = Taken(number, result.loss, norm, result.redone)
+            step.clip_gradients(state, result.norm, self.config.optim.clip_norm)
+            taken = Taken(number, result.loss, result.norm, result.redone)
             if taken.finite:
                 optim.set_learning_rates(state.optimizers, state.step, self.config.optim, self.config.budget.steps)
                 step.apply(state)
@@ -137,7 +137,7 @@ class Replay:
         state.sharding.zero_gradients()
         self._machine.play(rank, state.step + 1)
         with self._machine, check or nullcontext():
-            step.backward(state, context, index, self._batches.micro_batch(state.step, index))
+            step.backward(state, context, index, context.feed.take(state.step, index))
         return torch.cat([gradient.reshape(-1) for _, gradient, _ in state.sharding.gradients()])
 
     def score(self, name: str, check: OperatorCheck | None = None) -> float:

@@ -10,7 +10,7 @@ Smallest rungs first, unless that would cost time (fleet/scheduling.py); the tar
 import functools
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,9 +21,11 @@ from trainer.fleet.run_store import RunState, RunStatus, StoredRun
 from trainer.fleet.slurm import SlurmJobs
 from trainer.fleet.supervision import Supervisor
 from trainer.ladder import preregistration, speed, tuning
+from trainer.ladder import slots as places
 from trainer.ladder.plan import code as codearms
 from trainer.ladder.plan.ladder import TARGET, Ladder, PlannedRun
 from trainer.ladder.preregistration import pool_of
+from trainer.ladder.slots import Slots
 from trainer.ladder.speed import Speed
 
 WAIT_SECONDS = 0.2
@@ -39,7 +41,7 @@ class LadderStatus:
     """All known runs; with [tuning], more are added when sweeps end."""
     states: dict[str, RunState]
     """State of each run, by key."""
-    slots: int
+    slots: Slots
     earlier: Speed = speed.UNKNOWN
     """Speed that a plan measured."""
     stopping: bool = False
@@ -84,15 +86,18 @@ class LadderStatus:
     def seconds_left(self) -> float | None:
         """Estimate; None while nothing was measured."""
         left = [run for run in self.distinct if self.state(run).status not in ("finished", "missing")]
-        return self.seconds_in_slots(self.speed.seconds(run, self.state(run).step) for run in left)
+        return self.seconds_in_slots(left, {run.key: self.state(run).step for run in left})
 
-    def seconds_in_slots(self, seconds: Iterable[float | None]) -> float | None:
-        """Time that runs of these durations take side by side; None if one is unknown."""
-        known = list(seconds)
-        if None in known:
-            return None
-        numbers = [number for number in known if number is not None]
-        return max(sum(numbers) / self.slots, max(numbers, default=0.0))
+    def seconds_in_slots(self, runs: Iterable[PlannedRun], from_steps: Mapping[str, int] | None = None) -> float | None:
+        """Time that runs take side by side; None if that of one is unknown. `from_steps` is the progress by key."""
+        # A run that leaves no room for others takes the whole machine for its time, another one a slot of many.
+        longest = total = 0.0
+        for run in runs:
+            seconds = self.speed.seconds(run, (from_steps or {}).get(run.key, 0))
+            if seconds is None:
+                return None
+            longest, total = max(longest, seconds), total + seconds / len(self.slots.all_for(run))
+        return max(total, longest)
 
     @property
     def missing(self) -> dict[str, str]:
@@ -117,7 +122,7 @@ def _read_states(pool: Path, runs: Iterable[PlannedRun]) -> dict[str, RunState]:
 def read_status(ladder: Ladder, out: Path) -> LadderStatus:
     """Read the states of all runs of a ladder from their files."""
     runs = tuning.wanted(ladder, pool_of(out))
-    return LadderStatus(runs, _read_states(pool_of(out), runs), speed.slots_of(ladder), speed.load(out))
+    return LadderStatus(runs, _read_states(pool_of(out), runs), places.of(ladder), speed.load(out))
 
 
 def measure(ladder: Ladder, out: Path, status: LadderStatus, backend: Backend) -> tuple[LadderStatus, str]:
@@ -162,7 +167,10 @@ def run(
     here = not isinstance(backend, SlurmJobs)
     with lock:
         status = read_status(part, out)
-        status = replace(status, slots=slots or status.slots)
+        if slots:
+            status = replace(status, slots=places.of(part, slots))
+        if not here:  # the memory of this machine's GPUs is not that of the nodes
+            status = replace(status, slots=replace(status.slots, by_memory=False))
         update(status)
         try:
             with supervision.handle_signals(signal.default_int_handler):
@@ -173,9 +181,9 @@ def run(
         # The plan is recorded only now: the baseline is known to run.
         pool.mkdir(exist_ok=True)
         preregistration.write(ladder, out)
-        devices = functools.partial(speed.devices_of, part) if here else lambda slot: supervision.NOTHING
-        with Supervisor(backend, status.slots, part.file.restarts, part.file.ranks, devices) as supervisor:
-            return _Scheduler(part, pool, supervisor, update, status.earlier).work()
+        devices = status.slots.devices if here else lambda slot: supervision.NOTHING
+        with Supervisor(backend, status.slots.count, part.file.restarts, part.file.ranks, devices) as supervisor:
+            return _Scheduler(part, pool, status.slots, supervisor, update, status.earlier).work()
 
 
 @dataclass
@@ -184,6 +192,7 @@ class _Scheduler:
 
     ladder: Ladder
     pool: Path
+    slots: Slots
     supervisor: Supervisor
     update: Callable[[LadderStatus], None]
     earlier: Speed
@@ -231,7 +240,11 @@ class _Scheduler:
         while left and self.supervisor.free_slots:
             status = self._status()
             # The target's runs are by far the longest, so they wait until all rungs are done.
-            candidates = [run for run in left if run.rung != TARGET] or left
+            waiting = [run for run in left if run.rung != TARGET] or left
+            busy_slots = self._busy_slots()
+            candidates = [run for run in waiting if self.slots.free_for(run, busy_slots) is not None]
+            if not candidates:  # until a run ends and leaves its memory
+                return
             # Seconds until each slot is free: those of the runs that we started, and 0 for the slots without one.
             busy = [status.estimate(run) for run in status.distinct if run.key in self.supervisor.runs]
             busy += [0.0] * (self.supervisor.slots - len(busy))
@@ -239,10 +252,15 @@ class _Scheduler:
             left.remove(run)
             self._start(run)
 
+    def _busy_slots(self) -> dict[int, PlannedRun]:
+        running = self.supervisor.runs
+        return {running[run.key].slot: run for run in self._runs if run.key in running}
+
     def _start(self, run: PlannedRun) -> None:
         name = f"{self.ladder.name} {run.name}"
         stored, changed = StoredRun(self.pool / run.key), codearms.environment(run.tree)
-        if not self.supervisor.try_start(run.key, stored, name, run.config, changed):
+        slot = self.slots.free_for(run, self._busy_slots())
+        if not self.supervisor.try_start(run.key, stored, name, run.config, changed, slot):
             self._refresh([run])  # another ladder has it, or has just finished it
 
     def _collect(self) -> None:
@@ -269,5 +287,5 @@ class _Scheduler:
     def _status(self) -> LadderStatus:
         supervisor = self.supervisor
         return LadderStatus(
-            self._runs, dict(self._states), supervisor.slots, self.earlier, supervisor.urgency > 0, supervisor.started
+            self._runs, dict(self._states), self.slots, self.earlier, supervisor.urgency > 0, supervisor.started
         )

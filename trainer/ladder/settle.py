@@ -90,7 +90,7 @@ def read_results(ladder: Ladder, out: Path) -> list[RunResult]:
 
 
 def _seconds(runs: Sequence[PlannedRun], status: LadderStatus) -> float | None:
-    return status.seconds_in_slots(status.speed.seconds(planned) for planned in runs)
+    return status.seconds_in_slots(runs)
 
 
 def choose(ladder: Ladder, results: Sequence[RunResult], hours: float, seconds: Seconds) -> Choice | str:

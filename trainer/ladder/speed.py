@@ -1,12 +1,10 @@
-"""Duration of runs on this machine, estimated from measured speeds; slots for runs, and their devices.
+"""Duration of runs on this machine, on the device that they use, estimated from measured speeds.
 
 OUT/speed.json holds the duration of a few steps, from which time left is estimated before there are runs.
 """
 
 import math
-import os
 import statistics
-import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -23,6 +21,7 @@ from trainer.fleet import supervision
 from trainer.fleet.backend import Backend, Task
 from trainer.fleet.run_store import RunState, StoredRun
 from trainer.ladder.plan.ladder import Ladder, PlannedRun
+from trainer.ladder.slots import Slots
 
 PROBE_STEPS = 6  # the first includes work that is done once; the median ignores it
 PROBE_SETTINGS: dict[str, dict[str, Any]] = {
@@ -110,7 +109,7 @@ def _evals(config: Config, step: int) -> int:
     return times + (step == last and (not every or last % every > 0))
 
 
-def probe(ladder: Ladder, slots: int, backend: Backend) -> Speed:
+def probe(ladder: Ladder, slots: Slots, backend: Backend) -> Speed:
     """Time a few steps of the smallest and the largest rung in a temporary directory.
 
     If a process dies by chance, the speed of its size is missing. Raises UsageError if the baseline fails.
@@ -118,7 +117,7 @@ def probe(ladder: Ladder, slots: int, backend: Backend) -> Speed:
     firsts = {run.rung: run for run in reversed(ladder.runs)}
     ends = [firsts[name] for name in dict.fromkeys((ladder.rungs[0].name, ladder.rungs[-1].name))]
     runs, states = [], {}
-    # Each rung is timed in all slots at once, since runs side by side slow each other down.
+    # Each rung is timed in all slots that have room for it at once, since runs side by side slow each other down.
     with tempfile.TemporaryDirectory(prefix="toprope-probe-", ignore_cleanup_errors=True) as directory:
         for run in ends:
             sections = {name: getattr(run.config, name).model_copy(update=new) for name, new in PROBE_SETTINGS.items()}
@@ -128,49 +127,18 @@ def probe(ladder: Ladder, slots: int, backend: Backend) -> Speed:
     return measured(runs, states)
 
 
-def _timed(ladder: Ladder, run: PlannedRun, directory: Path, slots: int, backend: Backend) -> RunState:
-    copies = [StoredRun(directory / f"{run.key}-{slot}") for slot in range(slots)]
+def _timed(ladder: Ladder, run: PlannedRun, directory: Path, slots: Slots, backend: Backend) -> RunState:
+    copies = {slot: StoredRun(directory / f"{run.key}-{slot}") for slot in slots.all_for(run)}
     tasks = []
-    for slot, stored in enumerate(copies):
+    for slot, stored in copies.items():
         stored.directory.mkdir(parents=True)
         stored.prepare(run.config, run.name)
-        tasks.append(Task(stored, f"probe of {run.rung}", ladder.file.ranks, devices_of(ladder, slot)))
+        tasks.append(Task(stored, f"probe of {run.rung}", ladder.file.ranks, slots.devices(slot)))
     with supervision.started(backend, tasks) as processes:
         statuses = [process.wait() for process in processes]
     # Only an error of the config itself is final: a process that was killed says nothing about the ladder.
-    for status, stored in zip(statuses, copies, strict=True):
+    for status, stored in zip(statuses, copies.values(), strict=True):
         output = stored.last_output()
         if status and supervision.is_final(status, output):
             raise UsageError(f"{run.rung}: the baseline fails in its first {PROBE_STEPS} steps.\n{output}")
     return copies[0].read_state(PROBE_STEPS)
-
-
-def slots_of(ladder: Ladder) -> int:
-    """Number of runs side by side: the file's, or as many as this machine has cores (or GPUs) for."""
-    if ladder.file.slots:
-        return ladder.file.slots
-    config = ladder.runs[0].config
-    if gpus := _gpus(config):
-        return max(1, gpus // ladder.file.ranks)
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return max(1, cores // (config.numerics.threads * ladder.file.ranks))
-
-
-def _gpus(config: Config) -> int:
-    """Number of GPUs available to runs of this config."""
-    if config.parallel.device == "cpu":
-        return 0
-    import torch
-
-    return torch.cuda.device_count()
-
-
-def devices_of(ladder: Ladder, slot: int) -> dict[str, str]:
-    """Environment that gives a slot its own GPUs; {} without GPUs."""
-    gpus = _gpus(ladder.runs[0].config)
-    if not gpus:
-        return {}
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else [str(number) for number in range(gpus)]
-    devices = [names[(slot * ladder.file.ranks + rank) % gpus] for rank in range(min(ladder.file.ranks, gpus))]
-    return {"CUDA_VISIBLE_DEVICES": ",".join(devices)}

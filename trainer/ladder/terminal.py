@@ -33,7 +33,7 @@ def plan_json(ladder: Ladder, status: LadderStatus, source: str, edits: Edits) -
         **_fields(ladder.file, "question", "metric", "unit"),
         **_fields(ladder, "target_flops", "notices"),
         "criterion": ladder.criterion.to_json(),
-        "slots": status.slots,
+        "slots": status.slots.count,
         "rungs": [rung.to_json() for rung in ladder.all_rungs],
         "arms": [
             {"name": arm.name, "question": arm.question, "set": arm.settings, "combines": list(arm.combines)}
@@ -67,7 +67,7 @@ def _hours(seconds: float | None) -> float | None:
 
 def _whole_seconds(status: LadderStatus) -> float | None:
     """Time of the whole ladder as if nothing had been run; None if no speed is known."""
-    return status.seconds_in_slots(map(status.speed.seconds, status.distinct))
+    return status.seconds_in_slots(status.distinct)
 
 
 def plan(ladder: Ladder, status: LadderStatus, source: str, edits: Edits) -> RenderableType:
@@ -88,7 +88,7 @@ def plan(ladder: Ladder, status: LadderStatus, source: str, edits: Edits) -> Ren
     rule = ladder.criterion
     totals = (
         f"{len(status.distinct)} runs, {status.count('finished')} of them finished; {scientific(status.flops)} FLOPs; "
-        f"{duration(_whole_seconds(status))} in {status.slots} slots, {duration(status.seconds_left)} of it left"
+        f"{duration(_whole_seconds(status))} in {status.slots.count} slots, {duration(status.seconds_left)} of it left"
     )
     promotion = (
         f"an arm is promoted if it is surely worth {rule.min_gain:g}× compute at {scientific(ladder.target_flops)} "
@@ -116,7 +116,8 @@ def status_json(ladder: Ladder, status: LadderStatus) -> dict[str, Any]:
     return {
         "name": ladder.name,
         "counts": {name: status.count(name) for name in SIGNS},
-        **_fields(status, "flops", "flops_done", "seconds_left", "slots"),
+        **_fields(status, "flops", "flops_done", "seconds_left"),
+        "slots": status.slots.count,
         "runs": [_run_json(run, status) for run in status.runs],
     }
 

@@ -78,7 +78,7 @@ class Audits:
                 if mine is not None:
                     self._open_sink(mine, audit=True)
                 state.sharding.last_micro_batch(True)
-                backward(state, context, mine, context.batches.micro_batch(state.step, mine or 0))
+                backward(state, context, mine, context.feed.take(state.step, mine or 0))
                 self._sink = None
 
     def next_micro_batch(self) -> None:
