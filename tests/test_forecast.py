@@ -396,3 +396,56 @@ def test_the_commands_print_tables_or_one_json_object(tmp_path: Path):
     assert json.loads(cli("forecast", "run", str(path), "--json").stdout)["goodput"]["value"] > 0.9
     refused = cli("forecast", "run", str(tmp_path / "none.toml"), check=False)
     assert refused.returncode == 2 and "does not exist" in refused.stderr
+
+
+# --- the course of one simulated run ----------------------------------------------------------------------------------
+
+SPARSE = [{"name": "node", "per_day": 6.0, "detect_seconds": 20.0, "repair_hours": 2.0},
+          {"name": "switch", "per_day": 2.0, "detect_seconds": 60.0}]  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", [None, PEERS, QUORUM, ISLANDS])
+def test_the_course_of_a_run_ends_with_the_work_that_survived(policy: dict[str, Any] | None):
+    made = scenario(days=10.0, failure=SPARSE, **({"policy": policy} if policy else {}))
+    found = simulate(made, 3, keep_course=True)
+    assert found.course is not None
+    drawn = found.course.timeline(made.step_seconds, found.incidents)
+    assert drawn["steps"][-1][1] * made.step_seconds == pytest.approx(found.parts["productive"], abs=0.1)
+    assert len(drawn["incidents"]) == len(found.incidents) > 20
+    assert json.loads(json.dumps(drawn)) == drawn
+    assert simulate(made, 3).parts == found.parts
+
+
+def test_the_incidents_of_a_course_last_as_long_as_no_rank_trains_and_lose_the_steps_that_are_lost():
+    made = scenario(days=20.0, failure=SPARSE)
+    found = simulate(made, 1, keep_course=True)
+    assert found.course is not None
+    drawn = found.course.timeline(made.step_seconds, found.incidents)
+    idle = math.fsum(found.parts[name] for name in ("down", "startup", "waiting"))
+    assert math.fsum(incident["seconds"] for incident in drawn["incidents"]) == pytest.approx(idle)
+    lost = sum(incident["lost_steps"] for incident in drawn["incidents"])
+    assert lost == pytest.approx(found.parts["lost_steps"] / made.step_seconds, abs=0.5 * len(drawn["incidents"]))
+    trained = math.fsum(a["ended"] - a["ready"] for a in drawn["attempts"] if a["ready"] is not None)
+    assert trained + idle == pytest.approx(found.wall_seconds)
+    assert drawn["attempts"][-1]["ended_as"] == "finished"
+
+
+def test_a_course_of_more_incidents_than_a_picture_holds_ends_early_and_says_when():
+    made = scenario(days=3.0, failure=[{"name": "node", "per_day": 500.0, "detect_seconds": 5.0}], policy=QUORUM,
+                    replicates=2)  # fmt: skip
+    drawn = runs.forecast(made)["timeline"]
+    assert len(drawn["incidents"]) == 1000
+    assert drawn["steps"][-1][0] <= drawn["attempts"][-1]["ended"] < made.days * DAY
+    assert "its first" in drawn["title"] and "(seed 0)" in drawn["title"]
+
+
+def test_the_page_of_a_forecast_has_the_timeline_and_every_incident_of_one_run(tmp_path: Path):
+    from trainer.forecast import report
+
+    found = runs.forecast(scenario(days=30.0, failure=SPARSE, replicates=2))
+    report.write(found, tmp_path)
+    page = (tmp_path / report.PAGE).read_text()
+    assert found["timeline"]["title"] in page and page.count("<svg") == 2
+    assert len(found["timeline"]["incidents"]) > 100
+    assert all(incident["text"] in page for incident in found["timeline"]["incidents"])
+    assert (tmp_path / report.TIMELINE).read_bytes().startswith(b"\x89PNG")

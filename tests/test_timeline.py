@@ -182,6 +182,34 @@ def test_faults_beyond_what_can_be_labelled_are_counted(run: Run):
     assert f"{40 - FLAG_ROWS} more faults without a label" in texts(picture)
 
 
+def many_incidents(number: int, sorts: int) -> dict[str, Any]:
+    """A timeline of so many incidents, a minute apart and of half a minute each, evenly of so many sorts."""
+    attempts = [
+        {"attempt": n, "process_started": 60.0 * n, "ready": 60.0 * n + 20, "ended": 60.0 * n + 50, "from_step": n,
+         "to_step": n + 2, "world_size": 2, "ended_as": "died"}
+        for n in range(number)
+    ]  # fmt: skip
+    incidents = [{"t": 60.0 * n + 50, "kind": "worker_lost", "lost_steps": 1, "seconds": 30.0, "attempt": n,
+                  "rank": n % sorts, "step": n + 2} for n in range(number)]  # fmt: skip
+    steps = [[60.0 * n + 20 + 15 * done, n + done, n] for n in range(number) for done in (1, 2)]
+    return {"origin": 0.0, "steps_budget": number + 2, "saves": [], "evals": [], "faults": [], "steps": steps,
+            "attempts": attempts, "incidents": incidents}  # fmt: skip
+
+
+def test_incidents_that_need_more_rows_than_there_are_share_a_row_by_sort():
+    few = [text for text in texts(timeline.svg(many_incidents(40, 2))) if text.startswith("rank")]
+    assert sorted(few) == ["rank 0 lost, 30.0 s"] * 20 + ["rank 1 lost, 30.0 s"] * 20
+    many = [text for text in texts(timeline.svg(many_incidents(400, 2))) if text.startswith("rank")]
+    assert many == ["rank 0 lost: 200, 1.7 h", "rank 1 lost: 200, 1.7 h"]
+
+
+def test_the_rarest_sorts_of_incidents_share_the_last_row():
+    shown = texts(timeline.svg(many_incidents(400, 40)))
+    assert sum(text.endswith(" lost: 10, 300.0 s") for text in shown) == timeline.SORT_ROWS - 1
+    rest = 40 - (timeline.SORT_ROWS - 1)
+    assert f"{rest} other sorts: {10 * rest}, {30 * 10 * rest / 3600:.1f} h" in shown
+
+
 def test_one_fault_that_hits_several_ranks_is_one_flag(run: Run):
     run.train(5)
     for victim in (2, 0, 1):

@@ -13,20 +13,23 @@ from typing import Any
 import numpy as np
 
 from trainer.forecast import simulator
+from trainer.forecast.course import Course
 from trainer.forecast.failures import Strikes
 from trainer.forecast.scenario import DAY, Islands, Scenario, load_seconds, save_interval
 
 
-def simulate_islands(scenario: Scenario, random: np.random.Generator) -> "simulator.Replicate":
+def simulate_islands(
+    scenario: Scenario, random: np.random.Generator, course: Course | None = None
+) -> "simulator.Replicate":
     """Simulate one run of an `islands` policy until its horizon; a round that is under way then counts as lost."""
-    return _Clusters(scenario, random).run()
+    return _Clusters(scenario, random, course).run()
 
 
 class _Clusters:
-    def __init__(self, scenario: Scenario, random: np.random.Generator) -> None:
+    def __init__(self, scenario: Scenario, random: np.random.Generator, course: Course | None) -> None:
         policy = scenario.policy
         assert isinstance(policy, Islands)
-        self.scenario, self.policy, self.random = scenario, policy, random
+        self.scenario, self.policy, self.random, self.course = scenario, policy, random, course
         self.horizon = scenario.days * DAY
         self.strikes = Strikes(scenario, random)
         self.interval = save_interval(scenario)
@@ -56,7 +59,7 @@ class _Clusters:
                 start, planned = end, planned + self.scenario.maintenance.every_days * DAY
                 continue
             start = self._round(start)
-        return simulator.Replicate(self.horizon, self.parts, self.by_cause, self.counts, self.incidents)
+        return simulator.Replicate(self.horizon, self.parts, self.by_cause, self.counts, self.incidents, self.course)
 
     def _round(self, start: float) -> float:
         """Simulate the round that begins at `start`; returns when the next one begins."""
@@ -71,7 +74,10 @@ class _Clusters:
                 if struck_at < finish[cluster]:
                     finish[cluster] = self._finish_of(cluster, start)
             end = self._end(finish)
+        before = self.parts["productive"]
         self._account(start, min(end, self.horizon), finish, completed=end <= self.horizon)
+        if self.course is not None:
+            self.course.computed((start, before), (min(end, self.horizon), self.parts["productive"]))
         while self.noticed and self.noticed[0][0] <= end:
             _, before, cause = heapq.heappop(self.noticed)
             lost = self.parts["productive"] - before
@@ -127,6 +133,8 @@ class _Clusters:
                 ("waiting", known, enough, failure.name),
                 ("startup", enough, back, failure.name),
             ]
+            if self.course is not None:
+                self.course.struck(now)
             if len(self.incidents) < simulator.KEPT_INCIDENTS:
                 self.incidents.append(
                     {"time": now, "kind": "worker_lost", "ends_attempt": not keeps, "detected_as": failure.name,

@@ -4,13 +4,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer import files
-from trainer.show import figure, page, units
+from trainer.show import figure, inspect, page, timeline, units
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import RenderableType
 
 PAGE, PICTURE, TREE = "forecast.html", "forecast.png", "forecast.json"
+TIMELINE = "timeline.png"
+SHOWN_INCIDENTS = 12
+"""Incidents that the terminal shows; the page has all."""
 MEANINGS = {
     "productive": "work that survived",
     "save_stall": "waiting for saves and copies",
@@ -27,7 +30,7 @@ COLOURS = dict(
 
 
 def write(tree: dict[str, Any], out: Path) -> None:
-    """Write OUT/forecast.html, forecast.png and forecast.json. Raises OSError."""
+    """Write OUT/forecast.html, forecast.png, forecast.json and of one scenario timeline.png. Raises OSError."""
     import json
 
     out.mkdir(parents=True, exist_ok=True)
@@ -35,8 +38,11 @@ def write(tree: dict[str, Any], out: Path) -> None:
     title = tree["question"] or "A forecast of goodput"
     files.write(out / PICTURE, figure.png(drawn))
     files.write(out / TREE, json.dumps(tree, indent=1))
-    picture = figure.svg(drawn, "forecast", title)
-    files.write(out / PAGE, page.render("forecast.html", tree=tree, picture=picture, meanings=MEANINGS, title=title))
+    pictures = {"picture": figure.svg(drawn, "forecast", title), "timeline": ""}
+    if "timeline" in tree:
+        pictures["timeline"] = timeline.svg(tree["timeline"])
+        files.write(out / TIMELINE, figure.png(timeline.draw(tree["timeline"])))
+    files.write(out / PAGE, page.render("forecast.html", tree=tree, meanings=MEANINGS, title=title, **pictures))
 
 
 def terminal(tree: dict[str, Any]) -> "RenderableType":
@@ -65,7 +71,25 @@ def _run_table(tree: dict[str, Any]) -> "RenderableType":
     causes = Table("lost to", "failures", "hours", box=None, header_style="bold")
     for name, seconds in sorted(tree["lost_by_cause"].items(), key=lambda item: -item[1]):
         causes.add_row(name, f"{tree['failures'][name]:,.0f}", f"{seconds / 3600:,.1f}")
-    return Group(tree["question"], "", head, "", parts, "", causes, *_published_lines(tree), *tree["findings"])
+    return Group(
+        tree["question"], "", head, "", parts, "", causes, "", *_incidents(tree["timeline"]), *_published_lines(tree),
+        *tree["findings"],
+    )  # fmt: skip
+
+
+def _incidents(drawn: dict[str, Any]) -> "list[RenderableType]":
+    """The first incidents of the simulated run that is drawn, as `inspect` shows those of a real one."""
+    found = drawn["incidents"]
+    rest = [f"… and {len(found) - SHOWN_INCIDENTS:,} more: --out DIR writes all of them"]
+    return (
+        [
+            drawn["title"],
+            inspect.incidents(found[:SHOWN_INCIDENTS]),
+            *(rest if len(found) > SHOWN_INCIDENTS else []),
+        ]
+        if found
+        else [f"{drawn['title']}: no incident"]
+    )
 
 
 def _mttf(tree: dict[str, Any]) -> float | None:

@@ -8,17 +8,20 @@ from scipy import stats
 
 from trainer.forecast import scenario as scenarios
 from trainer.forecast.scenario import DAY, Scenario
-from trainer.forecast.simulator import PARTS, simulate
+from trainer.forecast.simulator import PARTS, Replicate, simulate
+from trainer.show import units
 
 INTERVALS = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Checkpoint intervals that are tried, as multiples of the scenario's own."""
 LEVEL = 0.95
+DRAWN = 0
+"""Number of the replicate whose incidents and timeline are shown."""
 
 
 def forecast(scenario: Scenario) -> dict[str, Any]:
     """Return the forecast as a tree: goodput, time by part, time lost by cause, best checkpoint interval, source."""
     settings = draw(scenario)
-    replicates = [simulate(drawn, seed) for seed, drawn in enumerate(settings)]
+    replicates = [simulate(drawn, seed, keep_course=seed == DRAWN) for seed, drawn in enumerate(settings)]
     goodput = [replicate.goodput for replicate in replicates]
     failures = [sum(replicate.failures.values()) for replicate in replicates]
     tree = {
@@ -35,10 +38,24 @@ def forecast(scenario: Scenario) -> dict[str, Any]:
         "mttf_hours": mean_interval([scenario.days * 24 / number for number in failures if number]),
         "checkpoint": checkpoint_intervals(scenario),
         "findings": scenarios.findings(scenario),
-        "incidents": replicates[0].incidents,
+        "incidents": replicates[DRAWN].incidents,
+        "timeline": _timeline(settings[DRAWN], replicates[DRAWN]),
     }  # fmt: skip
     tree["published"] = _held_against(scenario, tree)
     return tree
+
+
+def _timeline(scenario: Scenario, replicate: Replicate) -> dict[str, Any]:
+    """Return the timeline of the replicate that is drawn, with a title that says which one it is."""
+    course = replicate.course
+    assert course is not None
+    found = course.timeline(scenario.step_seconds, replicate.incidents)
+    count = len(found["incidents"])
+    part = "" if course.is_whole else f", its first {units.duration(course.until)} with {count:,} incidents"
+    saves = f"; {found['saves_unlisted']:,} checkpoints, not marked" if found["saves_unlisted"] else ""
+    title = f"simulated run {DRAWN} of {scenario.replicates} (seed {scenario.seed}), "
+    title += f"goodput {units.percent(replicate.goodput)}{part}{saves}"
+    return {"title": title, "seed": [scenario.seed, DRAWN], **found}
 
 
 def draw(scenario: Scenario) -> list[Scenario]:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from trainer.forecast.course import Course
 from trainer.forecast.failures import Strike, Strikes
 from trainer.forecast.scenario import DAY, Quorum, Scenario, load_seconds, save_interval, write_seconds
 
@@ -47,20 +48,26 @@ class Replicate:
     failures: dict[str, int]
     incidents: list[dict[str, Any]] = field(default_factory=list)
     """The first of them, with the keys of log/incidents.py."""
+    course: Course | None = None
+    """What happened when, if it was asked for."""
 
     @property
     def goodput(self) -> float:
         return self.parts["productive"] / self.wall_seconds
 
 
-def simulate(scenario: Scenario, seed: int) -> Replicate:
-    """Simulate one run with these random numbers. The same scenario and seed give the same replicate."""
+def simulate(scenario: Scenario, seed: int, keep_course: bool = False) -> Replicate:
+    """Simulate one run with these random numbers. The same scenario and seed give the same replicate.
+
+    With `keep_course` it comes with what is drawn of it.
+    """
     random = np.random.default_rng([scenario.seed, seed])
+    course = Course(scenario.days * DAY) if keep_course else None
     if scenario.policy.kind == "islands":
         from trainer.forecast.islands import simulate_islands
 
-        return simulate_islands(scenario, random)
-    return _Job(scenario, random, Strikes(scenario, random)).run()
+        return simulate_islands(scenario, random, course)
+    return _Job(scenario, random, Strikes(scenario, random), course).run()
 
 
 def replay(scenario: Scenario, schedule: Iterable[tuple[float, str]]) -> Replicate:
@@ -101,7 +108,9 @@ class _Schedule:
 class _Job:
     """A job that computes as one: restart, peer memory or quorum."""
 
-    def __init__(self, scenario: Scenario, random: np.random.Generator, strikes: _Source) -> None:
+    def __init__(
+        self, scenario: Scenario, random: np.random.Generator, strikes: _Source, course: Course | None = None
+    ) -> None:
         policy = scenario.policy
         self.scenario, self.policy, self.random = scenario, policy, random
         self.horizon = scenario.days * DAY
@@ -117,6 +126,7 @@ class _Job:
         self.by_cause = {failure.name: 0.0 for failure in scenario.failure}
         self.counts = {failure.name: 0 for failure in scenario.failure}
         self.incidents: list[dict[str, Any]] = []
+        self.course = course
         # Progress is in seconds of work at full size. `durable` is what a restart from storage begins with.
         self.progress = self.durable = self.since_save = 0.0
         self.pending: tuple[float, float] | None = None  # (time it becomes durable, progress): a save under way
@@ -144,7 +154,7 @@ class _Job:
             else:
                 self._on_failure(*self.strikes.pop())
         self.advance(self.horizon)
-        return Replicate(self.horizon, self.parts, self.by_cause, self.counts, self.incidents)
+        return Replicate(self.horizon, self.parts, self.by_cause, self.counts, self.incidents, self.course)
 
     def _at(self, time: float, what: str, about: Any) -> None:
         self._numbers += 1  # so that equal times never compare what they are about
@@ -205,8 +215,9 @@ class _Job:
         maintenance = self.scenario.maintenance
         assert maintenance is not None
         self.durable, self.since_save, self.pending = self.progress, 0.0, None  # it saves first
-        self._restart(0.0, None)
+        self._restart(0.0, None, "preempted")
         self._owe("preempted", maintenance.hours * 3600, None)
+        self._note("preempted", "maintenance", 0.0, ends=True)
         self._at(self.now + maintenance.every_days * DAY, "maintenance", None)
 
     # The state
@@ -270,8 +281,10 @@ class _Job:
         self.progress, self.since_save, self.pending = to, 0.0, None
         return lost
 
-    def _restart(self, detect_seconds: float, cause: str | None) -> None:
+    def _restart(self, detect_seconds: float, cause: str | None, ended_as: str = "died") -> None:
         """Begin a restart of the whole job; one that was under way is void."""
+        if self.course is not None:
+            self.course.ended(self.now, ended_as)
         self.owed = {
             part: owed for part, owed in self.owed.items() if part == "preempted"
         }  # maintenance takes its time
@@ -286,6 +299,8 @@ class _Job:
             self.owed[part] = (seconds, cause)
 
     def _note(self, kind: str, cause: str, lost: float, ends: bool) -> None:
+        if self.course is not None:
+            self.course.struck(self.now)
         if len(self.incidents) < KEPT_INCIDENTS:
             seconds = math.fsum(owed for owed, _ in self.owed.values())
             self.incidents.append(
@@ -302,12 +317,17 @@ class _Job:
                 part = next(name for name in ORDER if name in self.owed)
                 seconds, cause = self.owed.pop(part)
                 left = until - self.now
+                if self.course is not None and self.restarting and part == "startup":
+                    self.course.starting(self.now)
                 self._spend(part, min(seconds, left), cause)
                 if seconds > left:
                     self.owed[part] = (seconds - left, cause)
                     break
                 self.now += seconds
-                self.restarting = self.restarting and bool(self.owed)
+                if self.restarting and not self.owed:
+                    self.restarting = False
+                    if self.course is not None:
+                        self.course.ready(self.now, self.progress)
             elif self.enough:
                 self._compute(until - self.now)
                 break
@@ -346,6 +366,12 @@ class _Job:
                 self.durable = self.pending[1]
             self.pending = (begun + self.stall + self.write, at_save)
             self.since_save = worked
+            if self.course is not None:
+                self.course.saved(
+                    int(full) + 1, (self.now + first, cycle), (self.progress + first * rate, self.interval)
+                )
+        if self.course is not None:
+            self.course.computed((self.now, self.progress), (self.now + seconds, self.progress + work))
         self.progress += work
         self.parts["productive"] += work
         self.parts["save_stall"] += stalled + (seconds - stalled) * speed * cost

@@ -39,9 +39,7 @@ def render(summary: Mapping[str, Any]) -> RenderableType:
     if summary["goodput"]["wall_seconds"]:
         parts.append(_goodput(summary["goodput"]))
     if summary["incidents"]:
-        # Text, since whatever a run wrote must not be read as markup.
-        rows = ((str(incident["attempt"]), Text(_short(incident["text"]))) for incident in summary["incidents"])
-        parts.append(_table(("attempt", "incident"), rows))
+        parts.append(incidents(summary["incidents"]))
     counted = Counter(warning["message"] for warning in summary["warnings"])
     lines = [message if times == 1 else f"{message} ({times} times)" for message, times in counted.items()]
     if different := summary["replayed_differently"]:
@@ -49,6 +47,13 @@ def render(summary: Mapping[str, Any]) -> RenderableType:
     warnings = [Text(_short(f"warning: {line}"), style="yellow") for line in lines]
     body = [Padding(part, (1, 0, 0, 2), expand=False) for part in parts]
     return Group(_headline(summary), *body, *([Text()] if warnings else []), *warnings)
+
+
+def incidents(found: Iterable[Mapping[str, Any]]) -> Table:
+    """Return the table of a run's incidents, or of a simulated one's: attempt, and what happened."""
+    # Text, since whatever a run wrote must not be read as markup.
+    rows = ((str(incident["attempt"]), Text(_short(incident["text"]))) for incident in found)
+    return _table(("attempt", "incident"), rows)
 
 
 def _headline(summary: Mapping[str, Any]) -> Text:

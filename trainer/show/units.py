@@ -123,7 +123,9 @@ def plural(number: int, noun: str) -> str:
 
 
 def words(incident: Mapping[str, Any]) -> str:
-    """An incident as "rank 1 lost" or "save failed"."""
+    """An incident as "rank 1 lost" or "save failed"; a simulated one by its cause."""
+    if cause := incident.get("cause"):
+        return cause
     kind, rank = incident["kind"], incident["rank"]
     short = {"worker_lost": "lost", "checkpoint_rejected": "damaged checkpoint"}
     text: str = short.get(kind) or kind.replace("_", " ")
