@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scripts import bench_chaos, bench_forecast, bench_quorum, bench_sentinel
+from scripts import bench_chaos, bench_forecast, bench_islands, bench_quorum, bench_sentinel
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "BENCHMARKS.json"
@@ -272,6 +272,7 @@ CHAOS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "storm": bench_chaos.storm_table,
     "mutants": bench_chaos.mutants_table,
     "quorum": bench_quorum.table,
+    "islands": bench_islands.table,
     "forecast": bench_forecast.forecast_table,
     "forecast_storms": bench_forecast.storms_table,
 }

@@ -16,6 +16,8 @@ from trainer import config as configs
 from trainer import costs, job, loop
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.data import prepare
+from trainer.islands.members import with_islands
+from trainer.islands.state import IslandsState
 from trainer.log.events import EventLog, StepDone
 from trainer.parallel import world
 from trainer.parallel.world import AllRanks
@@ -26,7 +28,8 @@ def train(case: dict[str, Any], ranks: world.World, directory: Path) -> dict[str
     config = configs.load(Path(case["config"]), case["set"])
     job.set_numerics(config, ranks.device)
     prepared = prepare(config.data, config.eval, config.model.context)
-    state = job.build(config, costs.padded_vocab(prepared.tokenizer.vocab_size, config.model.vocab_size), ranks)
+    rows = costs.padded_vocab(prepared.tokenizer.vocab_size, config.model.vocab_size)
+    state = job.build_any(config, rows, ranks, lambda rounders: rounders)
     log = EventLog.open(directory, next(attempts), ranks.rank)
     steps: list[StepDone] = []
     log.subscribe(lambda entry: steps.append(entry.event) if isinstance(entry.event, StepDone) else None)
@@ -34,6 +37,8 @@ def train(case: dict[str, Any], ranks: world.World, directory: Path) -> dict[str
     collaborators = loop.Collaborators(
         context, loop.by_main(ranks, log), job.scorer(config, prepared, lambda: ranks), NoCheckpointer()
     )
+    if isinstance(state, IslandsState):
+        collaborators = with_islands(state, collaborators, log.append)
     loop.train(state, collaborators)
     scores = [(done.set, done.loss, done.bits_per_byte) for done in collaborators.evaluate(state.model, state.step)]
     log.close()

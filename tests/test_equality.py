@@ -43,6 +43,19 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 SCATTERED_ONCE = {"parallel.scatter_gradients": "step"}
 MUON = {"optim.optimizer": "muon"}
 PLAIN_SUMS = {"numerics.exact": False}
+FOUR = {"data.micro_batches": 8, "islands.count": 4, "islands.inner_steps": 2, "budget.steps": 5}
+ISLANDS: dict[str, dict[str, Any]] = {
+    "islands": FOUR | {"model.dropout": 0.1},
+    "islands, streamed in int4": FOUR
+    | {
+        "islands.inner_steps": 3, "islands.fragments": 2, "islands.overlap_steps": 1, "islands.mixing": 0.5,
+        "islands.quantise": "int4", "model.width": 36, "model.n_heads": 6,
+    },
+    "islands, muon, int8": FOUR | MUON | {"islands.quantise": "int8"},
+}  # fmt: skip
+"""A cluster computes whole islands. Three of one rank have two, two and none of the four."""
+OF_TWO_RANKS = ISLANDS["islands"] | {"parallel.island_ranks": 2}
+STREAMED_OF_TWO = ISLANDS["islands, streamed in int4"] | {"parallel.island_ranks": 2}
 COMPILED = {
     "data.micro_batches": 5, "model.context": 17, "model.n_layers": 1, "model.dropout": 0.1, "numerics.compile": True,
     "parallel.activation_checkpointing": True,
@@ -59,6 +72,9 @@ def cases_for(world_size: int) -> dict[str, dict[str, Any]]:
         for strategy in strategies
     }
     cases |= {f"scattered once / {name}": BASE | STRATEGIES[name] | SCATTERED_ONCE for name in strategies[1:]}
+    cases |= {f"{feature} / replicate": BASE | changes for feature, changes in ISLANDS.items()}
+    if world_size % 2 == 0:
+        cases |= {"of two ranks / islands": BASE | OF_TWO_RANKS, "of two ranks / streamed": BASE | STREAMED_OF_TWO}
     cases["muon / replicate"] = BASE | MUON
     cases["plain sums / replicate"] = BASE | PLAIN_SUMS
     if world_size < 4:
@@ -91,7 +107,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("feature", "world_size"),
-    [*itertools.product([*FEATURES, "muon"], [1, 2, 3, 4]), ("compiled", 1), ("compiled", 2), ("compiled", 3)],
+    [
+        *itertools.product([*FEATURES, *ISLANDS, "muon"], [1, 2, 3, 4]),
+        ("compiled", 1),
+        ("compiled", 2),
+        ("compiled", 3),
+    ],
 )
 def test_every_world_size_and_sharding_gives_the_bits_of_one_unsharded_process(results, world_size, feature):
     reference = results[1][f"{feature} / replicate"]
@@ -101,7 +122,15 @@ def test_every_world_size_and_sharding_gives_the_bits_of_one_unsharded_process(r
         if other is not None:
             assert other == reference, f"{strategy} on {world_size} ranks"
             compared += 1
-    assert compared == (1 if feature == "muon" else 2 + (world_size % 2 == 0))
+    assert compared == (1 if feature in ("muon", *ISLANDS) else 2 + (world_size % 2 == 0))
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_islands_of_two_ranks_each_give_the_bits_of_one_process_that_computes_all(results, world_size):
+    found = results[world_size]
+    assert found["of two ranks / islands"] == results[1]["islands / replicate"]
+    assert found["of two ranks / streamed"] == results[1]["islands, streamed in int4 / replicate"]
 
 
 @pytest.mark.timeout(600)
@@ -136,7 +165,7 @@ def test_without_exact_sums_world_sizes_disagree(results):
 @pytest.mark.timeout(600)
 def test_features_change_the_weights(results):
     """Guards the matrix itself: a switch without effect would make its row worthless."""
-    weights = {feature: results[1][f"{feature} / replicate"]["weights"] for feature in FEATURES}
+    weights = {feature: results[1][f"{feature} / replicate"]["weights"] for feature in [*FEATURES, *ISLANDS]}
     assert weights.pop("recomputed") == weights["dropout"], "recomputing must not change a bit"
     assert len(set(weights.values())) == len(weights)
 

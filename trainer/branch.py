@@ -17,6 +17,8 @@ from trainer.step import TrainState, sha256_of
 Record = dict[str, Any]
 """A parent, as config.json holds it: {run, run_id, step, state_sha256, fingerprint, tokens, tokenizer_sha256}."""
 WEIGHTS = "model."
+OF_ISLANDS = "islands.model."
+"""Weights of all islands, one entry each along the first dim (islands/state.py)."""
 
 
 def find(name: str, config: Config | None = None) -> Saved:
@@ -131,6 +133,7 @@ def check(parent: Record, config: Config, vocab_size: int, tokenizer_sha256: str
     stored = loading.shapes(_saved(parent))
     built = model.construct(config.model, vocab_size, "meta")
     own = {f"{WEIGHTS}{name}": parameter.shape for name, parameter in built.named_parameters()}
+    _check_islands(where, [shape[0] for name, (shape, _) in stored.items() if name.startswith(OF_ISLANDS)], config)
     other = [name for name in own.keys() & stored.keys() if own[name] != stored[name][0]]
     other += own.keys() ^ {name for name in stored if name.startswith(WEIGHTS)}
     if other:
@@ -147,10 +150,22 @@ def check(parent: Record, config: Config, vocab_size: int, tokenizer_sha256: str
         )
 
 
+def _check_islands(where: str, counts: list[int], config: Config) -> None:
+    wanted = config.islands.count
+    if counts and wanted and counts[0] != wanted:
+        raise ConfigError(
+            [
+                f"islands.count = {wanted}, but {where} holds the state of {counts[0]} islands.\n"
+                "  An island's moments and its share of the data are its own. Set "
+                f"islands.count = {counts[0]}, or leave [islands] out to go on from the weights that they share."
+            ]
+        )
+
+
 def begin(parent: Record, state: TrainState) -> list[str]:
     """Load the parent's state, on every rank for itself; return the names of moments and grids that it does not hold.
 
-    Those stay as they are in a new run: another optimizer has other moments.
+    Those stay as they are in a new run: another optimizer has other moments. Islands then begin from the weights.
     """
     saved, tensors = _saved(parent), state.tensors()
     stored = loading.shapes(saved)
@@ -159,7 +174,7 @@ def begin(parent: Record, state: TrainState) -> list[str]:
     checkpoint.load(saved, taken)
     missing = sorted(tensors.keys() - taken.keys())
     state.restored(saved.step, missing)
-    return missing
+    return [name for name in missing if not name.startswith(OF_ISLANDS)]
 
 
 def _saved(parent: Record) -> Saved:

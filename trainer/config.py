@@ -182,6 +182,8 @@ class Parallel(Section):
     """Ranks of a machine with fewer GPUs share them, and communicate over gloo: slow, for trying several ranks."""
     shard_ranks: int = Field(default=2, ge=2)
     """Hybrid only: ranks that share one copy of the weights; the world is a multiple of it."""
+    island_ranks: int = Field(default=1, ge=1)
+    """With [islands]: ranks that share the work of an island; the world is a multiple of it."""
     reshard_after_forward: bool = True
     """FSDP: free gathered weights between forward and backward; less memory, one more all-gather."""
     scatter_gradients: Literal["micro-batch", "step"] = "micro-batch"
@@ -241,6 +243,26 @@ class Elastic(Section):
     """The same before an attempt's first step: kernels may have to be compiled, a tokenizer trained.
 
     Reading and encoding data counts as progress."""
+
+
+class Islands(Section):
+    count: int = Field(default=0, ge=0, le=1024)
+    """K: virtual islands, each with weights of its own and every K-th micro-batch of a step; any number of ranks up to
+    K may compute them. 0 is off: one set of weights for all."""
+    inner_steps: int = Field(default=30, ge=1)
+    """H: steps that islands take between two exchanges of what they have learnt. The last step ends a round too."""
+    outer_learning_rate: float = Field(default=0.7, gt=0)
+    """Rate of the outer step, along the mean of the islands' changes; 1 without momentum takes the mean of weights."""
+    outer_momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Nesterov momentum of the outer step; 0 is off."""
+    fragments: int = Field(default=1, ge=1)
+    """Parts of the weights that are exchanged in turn, spread evenly over `inner_steps`."""
+    overlap_steps: int = Field(default=0, ge=0)
+    """Steps that islands go on with while an exchange travels; it is applied after so many."""
+    mixing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of an island's own weights that is kept when the outer weights arrive; 0 replaces them."""
+    quantise: Literal["none", "int8", "int4"] = "none"
+    """Width of what is sent of a change; what rounding leaves out is added to the next (error feedback)."""
 
 
 class Sentinel(Section):
@@ -314,6 +336,8 @@ class Config(Section):
     """How ranks share the work. Changes no bit of the result."""
     numerics: Numerics = Numerics()
     """How numbers are rounded and added."""
+    islands: Islands = Islands()
+    """Virtual clusters that train apart and exchange changes of the weights now and then. Off by default."""
     checkpoint: Checkpoint = Checkpoint()
     """When the state is saved, and what is kept."""
     eval: Eval = Eval()
@@ -331,7 +355,7 @@ class Config(Section):
 
 
 # These sections decide the weights. Everything else may change between attempts of one run.
-MATHEMATICS = ("seed", "data", "model", "optim", "budget", "numerics")
+MATHEMATICS = ("seed", "data", "model", "optim", "budget", "numerics", "islands")
 NOT_MATHEMATICS = ("data.cache_dir", "data.streaming")
 # Left out at the value that changes nothing, so that runs older than the setting keep their fingerprint.
 ADDED_LATER = {
@@ -342,6 +366,7 @@ ADDED_LATER = {
     "optim.class": "",
     "numerics.tf32": False,
     "model.loss_chunk_tokens": 0,
+    **{f"islands.{name}": field.default for name, field in Islands.model_fields.items()},
 }
 # These say where the text is. What it is is known when it has been read: a run is compared by data_sha256 (rundir.py).
 PLACES_OF_TEXT = ("data.source", "data.revision", "data.subset", "data.hub_split", "data.text_column")
@@ -408,6 +433,8 @@ def check_world(config: Config, world_size: int) -> None:
             f"  A micro-batch is the smallest unit of work. Start at most {m} ranks, or set data.micro_batches to "
             f"{world_size} or more."
         )
+    if config.islands.count:
+        problems += _clusters_problems(config, world_size)
     if config.parallel.strategy == "hybrid" and world_size % shard:
         problems.append(
             f"parallel.shard_ranks = {shard} does not divide the world of {world_size} ranks.\n"
@@ -415,6 +442,22 @@ def check_world(config: Config, world_size: int) -> None:
         )
     if problems:
         raise ConfigError(problems)
+
+
+def _clusters_problems(config: Config, world_size: int) -> list[str]:
+    islands, ranks = config.islands.count, config.parallel.island_ranks
+    if world_size % ranks:
+        return [
+            f"parallel.island_ranks = {ranks} does not divide the world of {world_size} ranks.\n"
+            f"  Clusters have equally many ranks. Start a multiple of {ranks} ranks, or change parallel.island_ranks."
+        ]
+    if world_size > islands * ranks:
+        return [
+            f"islands.count = {islands} leaves {world_size - islands * ranks} of {world_size} ranks without an island, "
+            f"with parallel.island_ranks = {ranks}.\n"
+            f"  Clusters compute whole islands. Start at most {islands * ranks} ranks, or raise parallel.island_ranks."
+        ]
+    return []
 
 
 def fingerprint(config: Config, parent: Mapping[str, Any] | None = None) -> str:

@@ -96,7 +96,7 @@ def contradictions(config: "Config") -> list[str]:
     broken = [problem for is_broken, problem in rules if is_broken]
     return [
         *broken,
-        *_of_own_code(config), *_sentinel_problems(config), *_init_problems(config),
+        *_of_own_code(config), *_sentinel_problems(config), *_init_problems(config), *_islands_problems(config),
     ]  # fmt: skip
 
 
@@ -137,6 +137,61 @@ def _init_problems(config: "Config") -> list[str]:
     return []
 
 
+def _islands_problems(config: "Config") -> list[str]:
+    islands, m, steps = config.islands, config.data.micro_batches, config.budget.steps
+    if not islands.count:
+        return []
+    h = islands.inner_steps
+    rules = [
+        (
+            m % islands.count,
+            f"islands.count = {islands.count} does not divide data.micro_batches = {m}.\n"
+            "  Every island takes an equal part of a step's micro-batches. Change one so that it divides.",
+        ),
+        (
+            config.parallel.island_ranks > m // islands.count > 0,
+            f"parallel.island_ranks = {config.parallel.island_ranks} leaves ranks without work: an island has "
+            f"{m // islands.count} micro-batches in a step.\n  Set parallel.island_ranks to at most that.",
+        ),
+        (
+            h > steps,
+            f"islands.inner_steps = {h} is longer than budget.steps = {steps}.\n"
+            "  The islands would exchange nothing before the end. Set fewer inner steps.",
+        ),
+        (
+            islands.overlap_steps >= h,
+            f"islands.overlap_steps = {islands.overlap_steps} is not below islands.inner_steps = {h}.\n"
+            "  An exchange must have arrived before the next one of the same weights. Set a smaller overlap.",
+        ),
+        (
+            islands.fragments > h,
+            f"islands.fragments = {islands.fragments} exceeds islands.inner_steps = {h}.\n"
+            "  Each fragment is exchanged once in so many steps, at a step of its own. Set fewer fragments.",
+        ),
+        (
+            not config.numerics.exact,
+            "[islands] needs numerics.exact = true: who computes an island must not change it.\n"
+            "  Set it, or leave [islands] out.",
+        ),
+        (
+            config.parallel.strategy != "replicate",
+            f'[islands] cannot run with parallel.strategy = "{config.parallel.strategy}".\n'
+            '  A rank computes whole islands, and shards lie on several. Set parallel.strategy = "replicate".',
+        ),
+        (
+            config.sentinel != type(config.sentinel)(),
+            "[sentinel] does not know islands: it holds the ranks' weights against each other, and those of islands "
+            "differ.\n  Leave one of them out.",
+        ),
+        (
+            config.optim.class_,
+            "optim.class keeps its state to itself, and an island's state must be saved with the others.\n"
+            "  Use an optimizer of toprope's with [islands].",
+        ),
+    ]
+    return [problem for is_broken, problem in rules if is_broken]
+
+
 def _sentinel_problems(config: "Config") -> list[str]:
     sentinel = config.sentinel
     try:
@@ -171,7 +226,7 @@ def without_effect(config: "Config") -> list[str]:
     c, hub = config, config.data.source.startswith("hub:")
     sources = [config.data.source, *config.eval.sources.values()]
     tables, plain = any(map(_may_be_tables, sources)), any(map(_may_be_text, sources))
-    sums = c.numerics.exact and c.data.micro_batches > 1
+    sums = c.numerics.exact and c.data.micro_batches > max(1, c.islands.count)
     needs = [
         *((f"data.{name}", hub, 'data.source = "hub:…"') for name in ("revision", "subset", "hub_split", "streaming")),
         ("data.text_column", tables, "a jsonl, parquet or hub source"),
@@ -190,6 +245,7 @@ def without_effect(config: "Config") -> list[str]:
         ("optim.muon_momentum", c.optim.optimizer == "muon", 'optim.optimizer = "muon"'),
         ("optim.decay_fraction", c.optim.schedule == "wsd", 'optim.schedule = "wsd"'),
         ("optim.final_fraction", c.optim.schedule != "constant", "a schedule that decays"),
+        ("parallel.island_ranks", c.islands.count, "islands.count"),
         ("parallel.shard_ranks", c.parallel.strategy == "hybrid", 'parallel.strategy = "hybrid"'),
         ("parallel.reshard_after_forward", c.parallel.strategy != "replicate", 'parallel.strategy "fsdp" or "hybrid"'),
         ("parallel.scatter_gradients", c.parallel.strategy != "replicate", 'parallel.strategy "fsdp" or "hybrid"'),
@@ -198,6 +254,11 @@ def without_effect(config: "Config") -> list[str]:
             "numerics.tf32",
             c.numerics.precision == "fp32" and c.parallel.device != "cpu",
             'numerics.precision = "fp32" and a GPU',
+        ),
+        *(
+            (f"islands.{name}", c.islands.count, "islands.count")
+            for name in type(c.islands).model_fields
+            if name != "count"
         ),
         ("numerics.headroom_bits", sums, "numerics.exact = true and several micro-batches"),
     ]

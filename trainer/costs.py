@@ -131,7 +131,21 @@ def memory_per_rank(config: Config, vocab_size: int, world_size: int) -> dict[st
         "gathered": gathered if shards > 1 else 0,
         "activations": activations,
     }
+    if config.islands.count:
+        parts |= _islands_bytes(config, parts, world_size)
     return parts | {"total": sum(parts.values())}
+
+
+def _islands_bytes(config: Config, one: dict[str, int], world_size: int) -> dict[str, int]:
+    """Bytes of the cluster with most islands: `one` for each of them, and the outer weights."""
+    weights, islands = one["master_weights"], config.islands
+    most = -(-islands.count // max(1, world_size // config.parallel.island_ranks))
+    return {
+        "master_weights": weights * (most + 1),
+        "gradients": weights * (most + 1),
+        "optimizer": one["optimizer"] * most + weights * (islands.outer_momentum > 0),
+        "residuals": weights * most * (islands.quantise != "none"),
+    }
 
 
 def kind_of_device(config: Config) -> str:

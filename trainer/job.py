@@ -43,6 +43,9 @@ from trainer.data import Batches, EvalWindows, Prepared, first_epoch, prepare
 from trainer.exact import Grids
 from trainer.faults import injector as faults
 from trainer.faults.wrong_operators import Machine
+from trainer.islands import members as islands
+from trainer.islands.state import IslandsState
+from trainer.islands.state import build as build_islands
 from trainer.log import events, rundir
 from trainer.parallel import elastic, peers, world
 from trainer.parallel.sharding import Rounder, RounderOf, shard
@@ -140,10 +143,10 @@ def train(
         stopwatch.lap("data")
         sentinel = Sentinel(config)
         with out_of_memory.explained(device):
-            state = build(config, facts["vocab_size"], ranks, sentinel.watch)
+            state = build_any(config, facts["vocab_size"], ranks, sentinel.watch)
         stopwatch.lap("model")
         claim.log.create()  # the file of its log makes an attempt count
-        injector.attach(claim.attempt, claim.log, state, prepared)
+        injector.attach(claim.attempt, claim.log, islands.trained_here(state), prepared)
         batches = injector.wrap_batches(batches_of(config, prepared))
         sentinel.check_tokens(batches, prepared.train.tokens, ranks)
         hook = sentinel.wrap_hook(hook)
@@ -178,12 +181,15 @@ def train(
                 record = with_memory(loop.by_main(ranks, claim.log), ranks.device)
                 if ranks.is_main:
                     record = with_text_bytes(record, unfaulted, prepared.tokenizer.token_bytes)
+                collaborators = loop.Collaborators(context, record, score, checkpointer)
+                if isinstance(state, IslandsState):
+                    collaborators = islands.with_islands(state, collaborators, claim.log.append)
                 begun_at = state.step
                 with (
                     out_of_memory.explained(device, lambda: state.step > begun_at),
                     watched_peers(config, claim, state),
                 ):
-                    finished = loop.train(state, loop.Collaborators(context, record, score, checkpointer))
+                    finished = loop.train(state, collaborators)
             if finished:
                 hook(Phase.BEFORE_END, state.step)
                 claim.end("finished", state.step, "", state.weights_sha256(), state.state_sha256())
@@ -355,6 +361,13 @@ def begin_from_parent(claim: Claim, state: TrainState) -> str:
         message += ", and AdamW counts its steps from the run's step."
         claim.log.append(events.Warned(message=message))
     return branch.shown(parent)
+
+
+def build_any(config: Config, vocab_size: int, ranks: World, watch: Callable[[RounderOf], RounderOf]) -> TrainState:
+    """Build the state of step 0, with one set of weights or with those of islands."""
+    if config.islands.count:
+        return build_islands(config, vocab_size, ranks, lambda one, alone: build(one, vocab_size, alone))
+    return build(config, vocab_size, ranks, watch)
 
 
 def build(

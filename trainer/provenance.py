@@ -74,6 +74,13 @@ def code_digest() -> str:
     return own_code.digest_of(code())
 
 
+@functools.cache
+def _digest_of_folder(name: str, package: Path = Path(__file__).parent) -> str:
+    """Digest of the code of a folder that decides bits of some runs only: those of the others keep their record."""
+    paths = sorted((package / name).glob("*.py"))
+    return own_code.digest_of({path.name: own_code.digests_of(own_code.parse(path), ()) for path in paths})
+
+
 def code_changes(before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]) -> list[str]:
     """Return a line for each file whose code differs, with the functions that do."""
     lines = []
@@ -101,6 +108,8 @@ def computes_with(config: Config, device: "torch.device") -> dict[str, str]:
     }
     if is_cuda:
         found |= _gpu_kernels()
+    if config.islands.count:
+        found["code of islands"] = _digest_of_folder("islands")
     if config.numerics.compile and not is_cuda:
         from torch._inductor.cpp_builder import get_cpp_compiler
 

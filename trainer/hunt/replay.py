@@ -191,6 +191,11 @@ def _refuse(run: Path, config: configs.Config) -> None:
             f"{run} was trained with numerics.compile: fused kernels have no references, and without fusing the bits "
             "are others.\n  Hunt in a run of the same config with numerics.compile = false."
         )
+    if config.islands.count:
+        raise UsageError(
+            f"{run} was trained with islands, and a replay computes one set of weights.\n"
+            "  Hunt in a run of the same config without [islands]."
+        )
     if not config.numerics.exact:
         raise UsageError(
             f"{run} was trained with numerics.exact = false: its sums depend on their order, so its steps cannot be "

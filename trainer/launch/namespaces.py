@@ -10,6 +10,7 @@ see themselves as root. For all others they and their files belong to the user.
 
 import contextlib
 import functools
+import json
 import os
 import shutil
 import subprocess
@@ -64,8 +65,8 @@ class Hosts:
         self._in_user_namespace = os.geteuid() != 0
         self._holders: list[subprocess.Popen[bytes]] = []
         self._drops: set[int] = set()
-        self._delays: dict[int, float] = {}
-        """Milliseconds that slow links delay a packet, by host."""
+        self._slow: dict[int, tuple[float, str]] = {}
+        """Milliseconds that slow links delay a packet, and their rate, by host."""
         self._changing = threading.Lock()
 
     def __len__(self) -> int:
@@ -121,38 +122,44 @@ class Hosts:
             self._change(host)
 
     @contextlib.contextmanager
-    def slow(self, host: int, milliseconds: float) -> Iterator[None]:
-        """Inside this context the link is limited to RATE and its packets are delayed, in both directions.
+    def slow(self, host: int, milliseconds: float, rate: str = RATE) -> Iterator[None]:
+        """Inside this context the link has a rate, as tc writes it, and delays its packets, in both directions.
 
         With netem in the kernel the delay is `milliseconds`; else it is at most that, by a queue that fills up.
         """
         try:
-            self._delays[host] = milliseconds
+            self._slow[host] = milliseconds, rate
             self._change(host)
             yield
         finally:
-            del self._delays[host]
+            del self._slow[host]
             self._change(host)
 
     def _change(self, host: int) -> None:
         with self._changing:
-            self._shape(0, f"port{host}", self._delays.get(host))
+            self._shape(0, f"port{host}", self._slow.get(host))
             if host in self._drops:
                 self._run(host + 1, "tc", "qdisc", "replace", "dev", INTERFACE, "root", "blackhole")
             else:
-                self._shape(host + 1, INTERFACE, self._delays.get(host))
+                self._shape(host + 1, INTERFACE, self._slow.get(host))
 
-    def _shape(self, namespace: int, device: str, milliseconds: float | None) -> None:
+    def sent_bytes(self, host: int) -> int:
+        """Bytes that the host has sent over its link so far, headers and all."""
+        told = self._run(host + 1, "ip", "-s", "-j", "link", "show", "dev", INTERFACE)
+        return int(json.loads(told)[0]["stats64"]["tx"]["bytes"])
+
+    def _shape(self, namespace: int, device: str, slow: tuple[float, str] | None) -> None:
         replace = ("tc", "qdisc", "replace", "dev", device, "root")
-        if milliseconds is None:
+        if slow is None:
             with contextlib.suppress(OSError):  # there is none to remove
                 self._run(namespace, "tc", "qdisc", "del", "dev", device, "root")
             return
+        milliseconds, rate = slow
         delay = f"{milliseconds:g}ms"
         try:
-            self._run(namespace, *replace, "netem", "delay", delay, "rate", RATE)
+            self._run(namespace, *replace, "netem", "delay", delay, "rate", rate)
         except OSError:
-            self._run(namespace, *replace, "tbf", "rate", RATE, "burst", "16kb", "latency", delay)
+            self._run(namespace, *replace, "tbf", "rate", rate, "burst", "16kb", "latency", delay)
 
     def _make(self) -> None:
         """Make namespace 0 for the switch and namespace n + 1 for host n, and link them."""
@@ -201,7 +208,7 @@ class Hosts:
         # Without --preserve-credentials nsenter gives up the user's groups, which is not allowed there.
         return ["nsenter", f"--user=/proc/{self._holders[0].pid}/ns/user", "--preserve-credentials"]
 
-    def _run(self, namespace: int, *command: str) -> None:
+    def _run(self, namespace: int, *command: str) -> str:
         inside = [*self._in_namespace(namespace), *command]
         try:
             done = subprocess.run(inside, capture_output=True, text=True, check=False, timeout=COMMAND_SECONDS)
@@ -209,3 +216,4 @@ class Hosts:
             raise TimeoutError(f"{' '.join(command)} takes longer than {COMMAND_SECONDS} s") from None
         if done.returncode:
             raise OSError(f"{' '.join(command)}: {done.stderr.strip() or f'exit status {done.returncode}'}")
+        return done.stdout

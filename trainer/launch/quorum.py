@@ -147,8 +147,12 @@ def serve(plan: Plan) -> int:
 
 
 def restarts_all(config: Config) -> bool:
-    """True for strategies in which a rank holds what no other one has: without it nobody can go on."""
-    return config.parallel.strategy == "fsdp"
+    """True where a rank holds what no other one has: without it nobody can go on."""
+    return config.parallel.strategy == "fsdp" or config.islands.count > 0
+
+
+def _why(config: Config) -> str:
+    return "[islands]" if config.islands.count else f'parallel.strategy = "{config.parallel.strategy}"'
 
 
 def become_torchrun(plan: Plan) -> NoReturn:
@@ -165,8 +169,8 @@ def become_torchrun(plan: Plan) -> NoReturn:
     if not checkpoints.memory_every_steps:
         state = "from the newest checkpoint on disk; with checkpoint.memory_every_steps from a newer copy in memory"
     terminal_line(
-        f'parallel.strategy = "{plan.config.parallel.strategy}": each worker holds what no other one has, so a death '
-        f"restarts all {plan.workers}, {state}."
+        f"{_why(plan.config)}: each worker holds what no other one has, so a death restarts all {plan.workers}, "
+        f"{state}."
     )
     command = ["--standalone", f"--nproc-per-node={plan.workers}", f"--max-restarts={RESTARTS_OF_ALL}"]
     torchrun = [sys.executable, "-m", "trainer.launch.torchrun", *command]
@@ -178,10 +182,10 @@ def check(plan: Plan) -> None:
     problems = []
     if restarts_all(plan.config):
         problems.append(
-            f'parallel.strategy = "{plan.config.parallel.strategy}" needs every rank for every step: a death restarts '
-            "all, so there is no arbiter, and no worker joins or waits as a spare.\n"
-            "  Leave out --spares, --listen, --join and --arbiter-only; on several nodes start torchrun. Or set "
-            'parallel.strategy = "replicate".'
+            f"{_why(plan.config)} needs every rank for every step: a death restarts all, so there is no arbiter, no "
+            "worker joins, and none waits as a spare.\n"
+            "  Leave out --spares, --listen, --join and --arbiter-only; on several nodes start torchrun. Or "
+            + ("leave [islands] out." if plan.config.islands.count else 'set parallel.strategy = "replicate".')
         )
     if plan.config.checkpoint.memory_every_steps and not restarts_all(plan.config):
         problems.append(

@@ -95,6 +95,16 @@ class EvalDone(Event, kind="eval"):
     digest: str  # digest of the tokens that were scored
 
 
+class ChangesApplied(Event, kind="changes_applied"):
+    """Islands: what they have learnt of a fragment was applied to the outer weights. Written by rank 0."""
+
+    step: int  # after which it was applied
+    sent_after: int  # step after which it was sent
+    fragment: int
+    bytes: int  # that the cluster of rank 0 gave to the others, without headers; 0 if it is alone
+    waited_seconds: float  # for which its steps waited until it had arrived
+
+
 class CheckpointSaved(Event, kind="checkpoint"):
     """A checkpoint was committed and verified. Rank 0 notes it when the loop next polls, so a little late."""
 

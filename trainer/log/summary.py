@@ -30,7 +30,7 @@ from typing import Any
 from trainer.errors import RunDirectoryError
 from trainer.log import events, goodput, rundir
 from trainer.log.code_length import CodeLength
-from trainer.log.events import AttemptEnded, AttemptStarted, Entry, EvalDone, StepDone, Warned
+from trainer.log.events import AttemptEnded, AttemptStarted, ChangesApplied, Entry, EvalDone, StepDone, Warned
 from trainer.log.history import Attempt, History
 from trainer.log.incidents import incidents_of
 
@@ -84,6 +84,7 @@ def summarise(run: Path, checkpoints: Sequence[dict[str, Any]] = ()) -> dict[str
         "eval": _evals(entries),
         "code_length": _code_length(history, identity["config"].get("model", {})),
         "faults": [],
+        "islands": _islands(entries),
         "sentinel": _sentinel(identity["config"].get("sentinel", {}), entries),
         "incidents": [dataclasses.asdict(incident) for incident in incidents_of(history, running)],
         "goodput": goodput.account(history, now=time.time() if running else None),
@@ -101,6 +102,16 @@ def summarise(run: Path, checkpoints: Sequence[dict[str, Any]] = ()) -> dict[str
         "ended": None if running else newest,
         "warnings": _warnings(history, ends, parent["step"]),
     }
+
+
+def _islands(entries: Sequence[Entry]) -> dict[str, Any] | None:
+    """Sum what islands have exchanged, replayed rounds too; None for a run that has exchanged nothing."""
+    found = [event for _, event in events.select(entries, ChangesApplied)]
+    return {
+        "exchanges": len(found),
+        "bytes": sum(event.bytes for event in found),
+        "waited_seconds": sum(event.waited_seconds for event in found),
+    } if found else None  # fmt: skip
 
 
 def _attempt(attempt: Attempt, ended: str | None) -> dict[str, Any]:
