@@ -2,12 +2,16 @@
 
 The protocol's own machines run here; only what is outside them is imitated. A schedule is a random walk over all that
 may happen next: a message arrives, a worker computes a micro-batch or reaches a collective, a collective completes at
-one member and fails at another, a worker or the arbiter is killed or starts again. Then the walk goes on without
-further kills until nothing more can happen. `ViolationError` tells what must never be:
+one member and fails at another, a worker or the arbiter is killed or starts again, a worker or its main thread stops.
+Then the walk goes on without further kills until nothing more can happen. Only then does the clock move: those that
+wait say that they are stuck, and the arbiter's limits pass. `ViolationError` tells what must never be:
 
     two commits of one step with different content · a micro-batch lost or counted twice · members of one epoch in
     different collectives · a state that is not the step's it is taken for · a worker that is ended though it is well ·
     a job that is stuck
+
+A worker may be a replica group: some processes, each of which meets those of its place in the other groups. They reach,
+complete and leave a collective one by one, and then decide together. One of them may die before the others.
 """
 
 import random
@@ -27,10 +31,13 @@ from trainer.parallel.protocol import (
     Kill,
     Left,
     Met,
+    Position,
     Publish,
     Record,
     Seat,
     Send,
+    Stuck,
+    Where,
 )  # fmt: skip
 
 EOF = None
@@ -47,10 +54,13 @@ class Size:
 
     workers: int = 3
     spares: int = 0
+    group: int = 1
+    """Processes that are one worker."""
     micro_batches: int = 4
     steps: int = 3
     kills: int = 3
     arbiter_kills: int = 0
+    stops: int = 0
     overflowing: frozenset[int] = frozenset()
     """Steps whose first pass does not fit the grid."""
 
@@ -77,8 +87,17 @@ class Process:
     spare: bool = False
     round: int = 0
     """Collectives completed in this epoch."""
-    inside: bool = False
-    """True if it has reached the next collective and not left it."""
+    places: dict[int, str] = field(default_factory=dict)
+    """In a collective: by place, how far that process of the group is: "before", "inside", "passed" or "failed"."""
+    brings: tuple[Any, ...] = ()
+    dead_place: int | None = None
+    """A process of the group that has died before the others."""
+    stopped: str = ""
+    """What does not run: "process" (the first one), "main thread" of it, or "place" (another one of the group)."""
+    given_up: bool = False
+    """The arbiter takes it for dead, and nobody has ended it."""
+    reached: int = 0
+    """Collectives that its first process has reached in this epoch."""
     flag: bool = False
     first: bool = True
     """True in the epoch's first step, whose division the epoch gives."""
@@ -108,16 +127,18 @@ class World:
         self.kills, self.arbiter_kills = size.kills, size.arbiter_kills
         self.disk = 0
         self.commits: dict[int, tuple[Any, ...]] = {}
-        self.collectives: dict[tuple[int, int], Collective] = {}
-        self.gone: dict[int, set[int]] = {}
-        """By epoch: members that died or left its group."""
+        self.collectives: dict[tuple[int, int, int], Collective] = {}
+        """By epoch, round and place."""
+        self.gone: dict[tuple[int, int], set[int]] = {}
+        """By epoch and place: members whose process there has died, or left its group."""
         self.workers: list[Process] = []
         self.by_member: dict[int, Process] = {}
         self.exits: list[tuple[Process, str]] = []
         """What the launcher knows: processes that have ended, and the status of those that left in order."""
         self.told = 0
         """How many of them the arbiter has heard of."""
-        self.events = 0
+        self.events, self.now = 0, 0.0
+        self.stops = size.stops
         self.trace: list[tuple[Any, ...]] = []
         """The events so far, for a person who looks into a violation."""
         for slot in range(size.workers + size.spares):
@@ -137,10 +158,11 @@ class World:
         self.exits.append((worker, ""))
         self.start(worker.slot, worker.spare)
 
-    def leave_group(self, worker: Process) -> None:
-        worker.inside = False
+    def leave_group(self, worker: Process, *places: int) -> None:
+        """Some processes of a worker, or all, let go of the others in their places."""
         if worker.seat.epoch is not None and worker.seat.member in worker.epoch.members:
-            self.gone.setdefault(worker.epoch.number, set()).add(worker.member)
+            for place in places or range(self.size.group):
+                self.gone.setdefault((worker.epoch.number, place), set()).add(worker.member)
 
     def kill_arbiter(self) -> None:
         self.arbiter = None
@@ -152,7 +174,7 @@ class World:
 
     def restart_arbiter(self) -> None:
         settings = {"wanted": self.size.workers, "reserved": self.size.workers}
-        self.arbiter = self.make_arbiter.restarted(self.lines, **settings)
+        self.arbiter = self.make_arbiter.restarted(self.lines, self.now, **settings)
         self.told = 0
 
     def do(self, actions: list[Any], talking: Process | None = None) -> None:
@@ -165,7 +187,12 @@ class World:
                     if worker is not None and worker.alive and worker.connected:
                         worker.down.append(message)
                 case Kill(name, why):
-                    raise ViolationError(f"worker {name} is ended although it neither lies nor hangs: {why}")
+                    worker = self.workers[int(name)]
+                    if not worker.stopped and worker.dead_place is None:
+                        raise ViolationError(f"worker {name} is ended although it neither lies nor hangs: {why}")
+                    self.by_member.pop(worker.member, None)
+                    worker.connected = False
+                    self.kill(worker)
 
     def name(self, worker: Process) -> str:
         return str(self.workers.index(worker))
@@ -180,11 +207,13 @@ class World:
                 choices.append((self.deliver_up, worker))
             if not worker.alive or worker.doing == "left":
                 continue
-            if worker.down:
+            if worker.down and worker.stopped != "process":
                 choices.append((self.deliver_down, worker))
             choices += self.enabled_at(worker)
             if self.kills and arbiter is not None:
                 choices.append((self.chance_to_kill, worker))
+            if self.stops and self.may_stop(worker):
+                choices.append((self.chance_to_stop, worker))
         if arbiter is None:
             choices.append((self.restart_arbiter,))
         elif self.told < len(self.exits):
@@ -195,6 +224,12 @@ class World:
 
     def enabled_at(self, worker: Process) -> list[tuple[Any, ...]]:
         seat = worker.seat
+        if worker.stopped == "place":
+            return self.enabled_inside(worker)
+        if worker.stopped:
+            return []
+        if worker.dead_place is not None:  # the others of its group cannot decide anything without it
+            return [*self.enabled_inside(worker), *([(self.kill, worker)] if self.arbiter is not None else [])]
         if not worker.connected:
             return [(self.connect, worker)] if self.arbiter is not None else []
         if seat.over or seat.refused:
@@ -203,18 +238,27 @@ class World:
             return [(self.meet, worker)] if seat.member is not None else []
         if worker.doing == "waiting":
             return [(self.enter, worker)] if seat.fresh else []
-        if seat.ended:
-            return [(self.meet, worker)]  # whatever it does: it leaves the collective
-        if not worker.inside:
-            return [(self.work, worker)]
-        number, everyone = worker.epoch.number, worker.epoch.members
-        collective = self.collectives[number, worker.round]
+        if worker.places:
+            return self.enabled_inside(worker)
+        return [(self.meet, worker)] if seat.ended else [(self.work, worker)]
+
+    def enabled_inside(self, worker: Process) -> list[tuple[Any, ...]]:
+        """What the processes of a worker may do in a collective, each for itself."""
         choices: list[tuple[Any, ...]] = []
-        if len(collective.brought) == len(everyone):
-            choices.append((self.complete, worker, collective))
-        if self.gone.get(number):
-            choices.append((self.meet, worker))  # the collective fails
+        for place, state in worker.places.items():
+            stopped = worker.stopped == "place" and place == self.size.group - 1
+            if stopped or place == worker.dead_place or state not in ("before", "inside"):
+                continue
+            if state == "before":
+                choices.append((self.reach, worker, place))
+            elif len(self.collective(worker, place).brought) == len(worker.epoch.members):
+                choices.append((self.over, worker, place, "passed"))
+            if worker.seat.ended or self.gone.get((worker.epoch.number, place)):
+                choices.append((self.over, worker, place, "failed"))
         return choices
+
+    def collective(self, worker: Process, place: int) -> Collective:
+        return self.collectives[worker.epoch.number, worker.round, place]
 
     def step(self) -> bool:
         choices = self.enabled()
@@ -229,9 +273,58 @@ class World:
     # Events
 
     def chance_to_kill(self, worker: Process) -> None:
-        if self.random.random() < 0.15:
+        if self.random.random() < 0.15 and worker.dead_place is None:
             self.kills -= 1
-            self.kill(worker)
+            # The process that is connected with the arbiter takes the others with it; another one is missed first.
+            place = self.random.randrange(self.size.group)
+            if place:
+                worker.dead_place = place
+                self.leave_group(worker, place)
+            else:
+                self.kill(worker)
+
+    def may_stop(self, worker: Process) -> bool:
+        """True for a member at work, if another one runs: the last one that runs has nobody to notice it."""
+        others = (w for w in self.workers if w is not worker and self.is_at_work(w))
+        return self.is_at_work(worker) and any(others)
+
+    def is_at_work(self, worker: Process) -> bool:
+        busy = worker.doing in ("restoring", "computing", "committing", "finishing")
+        return worker.alive and busy and not worker.stopped and worker.dead_place is None
+
+    def chance_to_stop(self, worker: Process) -> None:
+        if self.random.random() < 0.1:
+            self.stops -= 1
+            worker.stopped = self.random.choice(["process", "main thread", "place"][: 3 if self.size.group > 1 else 2])
+
+    def pass_time(self) -> bool:
+        """Nothing more happens until a limit has passed. Returns False if then nothing happens either."""
+        arbiter = self.arbiter
+        if arbiter is None or not any(w.alive and w.stopped for w in self.workers):
+            return False
+        before = self.traffic()
+        for member, worker in list(self.by_member.items()):
+            # A thread of its own speaks for the first process.
+            if worker.alive and worker.stopped != "process" and worker.doing != "waiting" and not worker.seat.ended:
+                self.do(arbiter.stuck(member, Stuck(worker.reached, worker.doing, 0), self.now))
+        for limit in (arbiter.answer_seconds, arbiter.return_seconds, arbiter.patience_seconds):
+            if self.traffic() != before:
+                return True
+            self.now += limit
+            awaited = {*arbiter.awaited}
+            self.do(arbiter.tick(self.now))
+            for worker in self.workers:
+                worker.given_up |= worker.seat.member in awaited - {*arbiter.awaited}
+        if self.traffic() == before:
+            if not arbiter.over and any(not self.by_member[m].stopped for m in arbiter.members):
+                return False  # a member that runs waits for one that does not, and nobody notices
+            for worker in self.workers:  # none runs: whoever stopped them lets them go on
+                worker.stopped = ""
+        return True
+
+    def traffic(self) -> tuple[int, ...]:
+        assert self.arbiter is not None
+        return (*(len(w.down) for w in self.workers), len(self.lines), self.arbiter._searches, len(self.exits))
 
     def chance_to_kill_arbiter(self) -> None:
         self.arbiter_kills -= 1
@@ -258,13 +351,15 @@ class World:
         match message:
             case None:
                 del self.by_member[member]
-                self.do(arbiter.closed(member), worker)
+                self.do(arbiter.closed(member, now=self.now), worker)
             case Met(report):
-                self.do(arbiter.met(member, report), worker)
+                self.do(arbiter.met(member, report, self.now), worker)
             case Committed(step):
                 self.do(arbiter.committed(step), worker)
             case Left(status, reason):
-                self.do(arbiter.left(member, status, reason), worker)
+                self.do(arbiter.left(member, status, reason, self.now), worker)
+            case Position():
+                self.do(arbiter.position(member, message, self.now), worker)
 
     def deliver_down(self, worker: Process) -> None:
         message = worker.down.popleft()
@@ -275,10 +370,14 @@ class World:
             if worker.doing == "waiting" and not worker.seat.fresh:
                 worker.doing = "start"  # it reports once more
             return
+        if isinstance(message, Where):
+            idle = self.make_arbiter.patience_seconds
+            worker.up.append(Position(message.asked, worker.reached, worker.doing, 0, idle))
+            return
         worker.seat.hear(message)
         if isinstance(message, Publish) and worker.doing != "waiting":
             raise ViolationError(f"worker {worker.member} is in an epoch already")
-        if worker.seat.refused:
+        if worker.seat.refused and not worker.given_up:
             raise ViolationError(f"refused: {worker.seat.refused}")
 
     def connect(self, worker: Process) -> None:
@@ -290,6 +389,7 @@ class World:
 
     def meet(self, worker: Process) -> None:
         self.leave_group(worker)
+        worker.places = {}
         worker.doing = "waiting"
         worker.seat.ended = True
         worker.up.append(Met(worker.holding.report()))
@@ -297,14 +397,19 @@ class World:
     def leave(self, worker: Process) -> None:
         self.leave_group(worker)
         worker.doing = "left"
+        if worker.seat.refused:
+            worker.alive = False
+            self.exits.append((worker, ""))
+            self.start(worker.slot, worker.spare)
+            return
         self.exits.append((worker, worker.seat.over or FINISHED))
         if worker.connected:
             worker.up.append(EOF)
 
     def enter(self, worker: Process) -> None:
         epoch, worker.seat.fresh = worker.epoch, False
-        worker.round, worker.inside, worker.flag, worker.first = 0, False, False, True
-        self.gone.setdefault(epoch.number, set())
+        worker.round, worker.places, worker.flag, worker.first = 0, {}, False, True
+        worker.reached = 0
         work = worker.holding.enter(epoch, worker.member)
         if epoch.step is None or epoch.receivers:
             worker.doing = "restoring"
@@ -314,7 +419,7 @@ class World:
             worker.doing, worker.todo = "computing", list(work)
 
     def work(self, worker: Process) -> None:
-        """The worker's next event of its own: a micro-batch, or it reaches a collective."""
+        """The worker's next event of its own: a micro-batch, or the way to a collective begins."""
         if worker.doing == "computing" and worker.todo:
             worker.holding.added(worker.todo.pop(0))
             return
@@ -326,16 +431,32 @@ class World:
             "computing": ("reduce", worker.holding.step, worker.holding.key),
             "finishing": ("finish", worker.holding.step),
         }
-        kind = kinds[worker.doing]
-        at = self.collectives.setdefault((worker.epoch.number, worker.round), Collective(kind))
+        # A group adds up what its processes have, and whether its first one heard that somebody waits.
+        have, flag = tuple(worker.holding.have), worker.seat.change_wanted
+        worker.brings = (kinds[worker.doing], worker.holding.step, have, flag)
+        worker.places = dict.fromkeys(range(self.size.group), "before")
+
+    def reach(self, worker: Process, place: int) -> None:
+        """A process of the worker enters the collective of its place."""
+        kind, *brought = worker.brings
+        at = self.collectives.setdefault((worker.epoch.number, worker.round, place), Collective(kind))
         if at.kind != kind:
             raise ViolationError(f"worker {worker.member} is at {kind} while others are at {at.kind}")
-        flag = worker.seat.change_wanted
-        at.brought[worker.member] = (worker.holding.step, tuple(worker.holding.have), flag)
-        worker.inside = True
+        at.brought[worker.member] = tuple(brought)
+        worker.places[place] = "inside"
+        worker.reached += place == 0
+
+    def over(self, worker: Process, place: int, how: str) -> None:
+        """The collective is over for a process of the worker. With the last one all decide: it has passed, or not."""
+        worker.places[place] = how
+        if not {*worker.places.values()} & {"before", "inside"}:
+            if "failed" in worker.places.values():
+                self.meet(worker)
+            else:
+                self.complete(worker, self.collective(worker, 0))
 
     def complete(self, worker: Process, collective: Collective) -> None:
-        worker.inside, worker.round = False, worker.round + 1
+        worker.places, worker.round = {}, worker.round + 1
         epoch, holding = worker.epoch, worker.holding
         match collective.kind:
             case ("state", step):
@@ -382,7 +503,7 @@ class World:
             worker.doing, worker.todo = "computing", self.share(worker)
 
     def run(self) -> "World":
-        while self.step():
+        while self.step() or self.pass_time():
             if self.events > MOST_EVENTS:
                 raise ViolationError("the job does not come to an end")
         assert self.arbiter is not None
@@ -403,5 +524,7 @@ def random_size(seed: int) -> Size:
         steps=draw.randint(1, 3),
         kills=draw.randint(0, 6),
         arbiter_kills=draw.randint(0, 2),
+        stops=draw.choice((0, 0, 1, 2)),
         overflowing=frozenset(step for step in range(3) if draw.random() < 0.3),
+        group=draw.choice((1, 1, 2, 3)),
     )

@@ -127,9 +127,8 @@ MODES = ("restart", "quorum")
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_has_a_moment_at_which_it_is_sure_to_come_by(kind):
     for mode in [mode for mode in MODES if mode not in KINDS[kind].not_in]:
-        config = small(
-            budget={"steps": 30}, checkpoint={"every_steps": 6}, eval={"every_steps": 12}, elastic={"mode": mode}
-        )
+        saves = {"every_steps": 6, **KINDS[kind].sets.get("checkpoint", {})}
+        config = small(budget={"steps": 30}, checkpoint=saves, eval={"every_steps": 12}, elastic={"mode": mode})
         for number in range(3):
             fault = schedule.usual(KINDS[kind], config, 3, number)
             (planned,) = plan.make(configs.parse(config.model_dump() | {"faults": [fault]}), 3)
@@ -141,7 +140,7 @@ def test_a_sample_of_pairs_is_drawn_by_its_seed_and_each_pair_can_be_planned():
     pairs = schedule.sample_pairs(kinds, 60, seed=1)
     assert pairs == schedule.sample_pairs(kinds, 60, seed=1) != schedule.sample_pairs(kinds, 60, seed=2)
     assert len({frozenset((first.name, second.name)) for first, second in pairs}) == 60
-    config = small(budget={"steps": 30}, checkpoint={"every_steps": 6})
+    config = small(budget={"steps": 30}, checkpoint={"every_steps": 6, "memory_every_steps": 1})
     for first, second in pairs:
         for ranks in (1, 2):
             if ranks > 1 or not (first.needs_peers or second.needs_peers):

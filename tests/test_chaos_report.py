@@ -199,6 +199,16 @@ def test_whatever_a_report_holds_is_escaped_in_the_page(full: Report):
     assert Page(source).text.count(EVIL) > 10
 
 
+def test_a_report_says_which_code_its_runs_were_made_with_for_one_that_was_resumed_may_have_several(full: Report):
+    assert " code commit" not in Page(report.html(full)).text, "as reports of older versions, that do not know it"
+    for number, one in enumerate(full.results[:3]):
+        one.run, one.commit = f"cases/{number}/run", "0123456789abcdef+"
+    assert "code commit 0123456789 with changes reference run" in Page(report.html(full)).text
+    full.results[1].commit, full.results[2].commit = "fedcba9876543210", ""
+    expected = "commits 0123456789 with changes (1 of 3), fedcba9876 (1 of 3), unknown (1 of 3)"
+    assert expected in Page(report.html(full)).text
+
+
 def test_sums_that_are_not_exact_are_said_to_leave_equality_unknown(full: Report):
     full.reference["exact"] = False
     assert "not exact" in Page(report.html(full)).text

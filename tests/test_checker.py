@@ -528,6 +528,19 @@ def test_the_loss_of_two_workers_in_one_epoch_reports_both_faults(log):
     assert not_passed(evidence(log, *faults, config=QUORUM, ranks=3)) == {}
 
 
+@pytest.mark.parametrize(("sentinel", "answer"), [({"audit": "1"}, "pass"), ({}, "fail")], ids=["watched", "unwatched"])
+def test_workers_that_leave_a_damaged_token_store_are_no_false_alarm_where_a_sentinel_reads_it(log, sentinel, answer):
+    log.start(0, ranks=3)
+    log.steps(1, 9)
+    log.fault("corrupt_tokens", 0.05, 1, 10, 0, member=1)
+    go_on(log, 1, kept={}, given={"0": [0, 2, 4, 6], "2": [1, 3, 5, 7]})
+    go_on(log, 2, epoch=3, members=[0], kept={}, given={"0": list(range(8))})
+    log.complete(10)
+    fault = {"kind": "corrupt_tokens", "rank": 1, "at_step": 10}
+    found = answers(evidence(log, fault, config=QUORUM | {"sentinel": sentinel}, ranks=3))[checker.ATTRIBUTED]
+    assert found.answer == answer, found.why
+
+
 def test_a_late_fault_is_held_against_the_step_in_which_it_struck(log):
     """Its victim was away at step 4, and the fault waited for its successor."""
     strike_member(log, member=3, step=10)

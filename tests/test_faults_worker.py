@@ -7,6 +7,7 @@ import dataclasses
 import io
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -35,7 +36,7 @@ from trainer.faults.fault import KINDS
 from trainer.faults.rank import RankContext
 from trainer.faults.storage import CheckpointDamage
 from trainer.log import events
-from trainer.log.events import CheckpointFailed, CheckpointSaved, Hung, NotFinite
+from trainer.log.events import CheckpointFailed, CheckpointRejected, CheckpointSaved, Hung, NotFinite
 from trainer.parallel.world import World
 
 LIMITS = settings(elastic__step_timeout_seconds=3.0, elastic__startup_timeout_seconds=60.0)
@@ -110,6 +111,19 @@ def test_damage_to_the_newest_checkpoint_is_met_by_the_next_start(trial: FaultyR
     unfired = run_summary["faults"][-1]
     assert (unfired["kind"], unfired["fired"], unfired["time"]) == (faults[-1]["kind"], False, None)
     assert any("did not fire: there is no checkpoint" in w["message"] for w in run_summary["warnings"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/shm is Linux's")
+def test_a_start_that_meets_a_damaged_copy_in_memory_or_none_goes_on_from_the_disk(trial: FaultyRun):
+    trial.survive(
+        2, [fault("flipped_copy", 14, 1), fault("vanished_copies", 20, 0)], *settings(checkpoint__memory_every_steps=1)
+    )
+    run_summary = trial.ends_as_reference(attempts=3)
+    assert [attempt["state_from"] for attempt in run_summary["attempts"]] == [None, "disk", "disk"]
+    assert trial.detected_as(0, 1) == ["checkpoint_rejected", "worker_lost"]
+    (rejected,) = trial.events(CheckpointRejected)
+    assert rejected.step == 13 and re.match("in memory: .*does not match its checksum", rejected.reason)
 
 
 @pytest.mark.slow

@@ -63,6 +63,9 @@ MUTANTS = {
     ),
     "forgets after a restart whom it waits for": ("if self._awaited or any(", "if any("),
     "gives a number twice after a restart": ('arbiter.names[line["member"]] = line["name"]', "pass"),
+    "ends those that wait for one that stands still": ("at.reached < search.reached", "at.reached <= search.reached"),
+    "waits for a worker that does not answer": ("m for m in self.members if m not in search.answers", "m for m in ()"),
+    "waits for a member that does not leave": ("silent if len(silent) < len(self.members) else ():", "():"),
     "tells nobody that an epoch ended": ("Ended(self.epoch.number)) for m in self.members", "0) for m in ()"),
 }
 

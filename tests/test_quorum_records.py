@@ -1,20 +1,34 @@
 """The logs of members that change: the steps are in one file, each once, whoever was the main member when."""
 
 import contextlib
+import errno
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from tests.checkpoint_worker import IDENTITY
 from tests.logs import ended, started, step
-from trainer import member
+from trainer import config, member
+from trainer.checkpoint import files as checkpoint_files
+from trainer.checkpoint.checkpointer import MainCheckpointer
 from trainer.log import events
-from trainer.log.events import AttemptEnded, AttemptStarted, EventLog, MembersChanged, StepDone, Warned
+from trainer.log.events import (
+    AttemptEnded,
+    AttemptStarted,
+    CheckpointFailed,
+    EventLog,
+    MembersChanged,
+    StepDone,
+    Warned,
+)
 from trainer.log.history import History
 from trainer.member import Records
 from trainer.parallel.protocol import Epoch, Report
-from trainer.parallel.quorum import Change
+from trainer.parallel.quorum import Change, EpochWorld
+from trainer.phases import no_hook
 
 
 class Member:
@@ -113,3 +127,25 @@ def test_a_worker_that_fails_before_anybody_has_trained_says_so_whatever_its_num
     for number, present in enumerate(make(2)):
         present.records.append(member.ended("failed", 0, "CheckpointError: none is intact"))
         assert kinds(run, number) == [AttemptEnded.kind]
+
+
+def test_a_save_that_fails_is_reported_of_the_member_that_wrote_it(run: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(run: Path, step: int) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    class State:
+        step = 1
+
+        def tensors(self) -> dict[str, torch.Tensor]:
+            return {"a": torch.zeros(3)}
+
+    monkeypatch.setattr(checkpoint_files, "stage", full)
+    written: list[Any] = []
+    alone, facts, log, state = EpochWorld(0, 1, torch.device("cpu")), IDENTITY, written, State()
+    arguments: Any = (lambda: alone, lambda state: None, run, alone, facts, config.Checkpoint(), log, no_hook, no_hook)
+    saving = MainCheckpointer(*arguments, member=11)
+    for state.step in (1, 2):  # the second save waits for the first
+        saving.save(state)  # pyright: ignore[reportArgumentType]
+    saving.close()
+    failed = [event for event in written if isinstance(event, CheckpointFailed)]
+    assert [(event.step, event.on_rank) for event in failed][:1] == [(1, 11)]

@@ -277,7 +277,7 @@ def train(
         context = StepContext(config, watched, batches, hook, stop.requested, lambda: membership.change_wanted)
         saving = MainCheckpointer(
             lambda: members.world, finished, run, group.world, facts, config.checkpoint, records, unwatched, unwatched,
-            sentinel.check_before_save,
+            sentinel.check_before_save, membership.member,
         )  # fmt: skip
         try:
             with contextlib.closing(saving) as checkpointer:

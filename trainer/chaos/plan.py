@@ -172,19 +172,22 @@ class _CaseBuilder:
             if file.catalogue is not None:
                 for number, kind in enumerate(self._kinds("catalogue", file.catalogue.kinds, list(KINDS))):
                     ranks, nodes = self._shape_for(kind)
-                    self._add(kind.name, [self._usual(kind, ranks, number)], ranks, nodes, strategy)
+                    faults = [self._usual(kind, ranks, number)]
+                    self._add(kind.name, faults, ranks, nodes, strategy, self._needed(kind))
             if file.phases is not None:
                 for kind in self._kinds("phases", file.phases.kinds, []):
                     for phase in self._phases_of(kind):
                         faults = schedule.at_phase(kind, phase, self.campaign.config, file.ranks)
-                        self._add(f"{kind.name} at {phase}", faults, file.ranks, file.nodes, strategy)
+                        own = self._needed(kind)
+                        self._add(f"{kind.name} at {phase}", faults, file.ranks, file.nodes, strategy, own)
             if file.pairs is not None:
                 on_one_node = [kind.name for kind in self._makeable() if NODES not in kind.needs]
                 kinds = self._kinds("pairs", file.pairs.kinds, on_one_node)
                 for first, second in schedule.sample_pairs(kinds, file.pairs.sample, file.seed):
                     ranks, nodes = self._shape_for(first, second)
                     faults = self._pair(first, second, ranks)
-                    self._add(f"pair: {first.name} + {second.name}", faults, ranks, nodes, strategy)
+                    own = self._needed(first, second)
+                    self._add(f"pair: {first.name} + {second.name}", faults, ranks, nodes, strategy, own)
             if file.storm is not None:
                 self._add_storms(strategy)
         for (name, strategy), times in Counter((case.name, case.strategy) for case in self.cases).items():
@@ -209,6 +212,11 @@ class _CaseBuilder:
                 world_size=file.ranks, inside=self.campaign.command is None,
             )  # fmt: skip
             self._add(f"storm {name} seed {seed}", faults, file.ranks, file.nodes, strategy, seed=seed)
+
+    def _needed(self, *kinds: Fault) -> Table:
+        """The settings that faults of these kinds need beside the campaign's own."""
+        makeable = [kind for kind in kinds if not _not_in(self._mode, {"kind": kind.name})]
+        return {name: value for kind in makeable for name, value in kind.sets.items()}
 
     def _kinds(self, where: str, wanted: list[str] | str, every: list[str]) -> list[Fault]:
         names = every if isinstance(wanted, str) else wanted
@@ -362,6 +370,9 @@ class _CommandCaseBuilder(_CaseBuilder):
         limits = {"timeout_seconds": self._file.timeout_seconds}
         given: Any = (name, kinds, trees, ranks, nodes, "", seed, 0, [], limits)
         return Case(*given, config=config, planned=planned, not_applicable="; ".join(dict.fromkeys(reasons)))
+
+    def _needed(self, *kinds: Fault) -> Table:
+        return {}  # the job has no config of ours
 
     def _usual(self, kind: Fault, ranks: int, number: int) -> Table:
         # In the middle of a job, if it is known where that is: there is something to lose, and something left to do.

@@ -71,6 +71,8 @@ class Result(Setup):
     run: str = ""
     """Run directory; "" if skipped."""
     seconds: float = 0.0
+    commit: str = ""
+    """git_commit of the run's config.json: the code that it was made with; "" if it is not known."""
 
 
 @dataclass

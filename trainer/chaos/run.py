@@ -37,6 +37,7 @@ from trainer.faults.fault import LINUX, NAMESPACES, SHAPING, Fault
 from trainer.fleet import supervision
 from trainer.launch import namespaces
 from trainer.launch.cluster import Cluster, QuorumCluster
+from trainer.log import rundir
 from trainer.log.timeline import read_timeline
 
 MORE_STARTS = 3
@@ -194,7 +195,7 @@ def run_case(campaign: Campaign, case: Case, reference: Reference | CommandRefer
     leftovers = [leftover for launch in launched for leftover in launch.leftovers]
     notes = [note for launch in launched for note in launch.notes]
     job = (launches, leftovers, notes)
-    drawn = {}
+    drawn, commit = {}, ""
     if isinstance(reference, CommandReference):
         assert campaign.command is not None
         seen = CommandEvidence(command.record(directory), case.config, case.planned, reference, *job)
@@ -206,10 +207,11 @@ def run_case(campaign: Campaign, case: Case, reference: Reference | CommandRefer
         with contextlib.suppress(TopropeError):  # the log cannot be read, and the answers say so
             measured = checker.measure(evidence)
             drawn = read_timeline(evidence.run)
+            commit = rundir.read(evidence.run).get("git_commit") or ""
     outcome, why = results.outcome(answers)
     return case.make_result(
         outcome, why, answers=answers, launches=launches, measured=measured, timeline=drawn,
-        run=str(directory / "run"), seconds=time.time() - started,
+        run=str(directory / "run"), seconds=time.time() - started, commit=commit,
     )  # fmt: skip
 
 

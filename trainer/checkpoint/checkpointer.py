@@ -5,6 +5,7 @@ a restart after the death of processes then repeats fewer steps. What must last 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -202,20 +203,28 @@ class MainCheckpointer(Checkpointer):
     def __init__(
         self, present: "Callable[[], EpochWorld]", finished: Callable[["TrainState"], None], run: Path, alone: World,
         facts: dict[str, Any], settings: config.Checkpoint, log: Writer, hook: Hook, heartbeat: Hook,
-        check: Callable[[int], None] = lambda step: None,
+        check: Callable[[int], None] = lambda step: None, member: int = 0,
     ) -> None:  # fmt: skip
         """`present` tells the members when it is called. `finished` is called by the main one when all is durable.
 
-        `alone` are the processes of one member. `check` is called by all members before the state of a step is saved;
-        `hook` by the main one alone.
+        `alone` are the processes of one member, `member` is its number. `check` is called by all members before the
+        state of a step is saved; `hook` by the main one alone.
         """
         super().__init__(run, alone, facts, settings, log, hook, heartbeat)
-        self._present, self._finished, self._check = present, finished, check
+        self._present, self._finished, self._check, self._member = present, finished, check, member
         self._begun_step = -1
 
     @property
     def _readers(self) -> World:
         return self._present()
+
+    def _record(self, ended: list[Event]) -> None:
+        # The saver knows the processes of this member alone; the log names members by their numbers.
+        super()._record([
+            replace(event, on_rank=self._member)
+            if isinstance(event, CheckpointFailed) and event.on_rank is not None else event
+            for event in ended
+        ])  # fmt: skip
 
     def save(self, state: "TrainState") -> None:
         def save_on_main() -> None:

@@ -5,7 +5,7 @@ config has `[[faults]]`.
 
 # Importing a module registers its kinds. The order of the modules is the order of the catalogue.
 # isort: off
-from trainer.faults import process, time, network, storage, corruption, membership, clock, quorum
+from trainer.faults import process, time, network, storage, corruption, membership, clock, quorum, copies
 # isort: on
 
-__all__ = ["clock", "corruption", "membership", "network", "process", "quorum", "storage", "time"]
+__all__ = ["clock", "copies", "corruption", "membership", "network", "process", "quorum", "storage", "time"]

@@ -98,6 +98,9 @@ class Fault:
     """Phases at which it strikes inside a rank, the usual first. Empty if it comes from outside."""
     settings: ClassVar[Mapping[str, Setting]] = {}
     needs: ClassVar[tuple[str, ...]] = ()
+    sets: ClassVar[Mapping[str, Any]] = {}
+    """Settings without which it cannot be made, as a config has them: a campaign's catalogue and pairs set them. None
+    of them is part of the fingerprint."""
     signal_number: ClassVar[int] = 0
     """The signal that makes it, or 0. Such a kind can also come from outside, at a wall time."""
 

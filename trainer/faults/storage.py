@@ -117,14 +117,18 @@ class CheckpointDamage(Fault):
         return ""
 
     def fire(self, planned: PlannedFault, rank: RankContext) -> None:
-        damage = self.damage(rank.run, rank.chance(planned))
+        damage = self.damage(self.place(rank), rank.chance(planned))
         assert damage is not None
         damage()
         kill_self()
 
-    def damage(self, run: Path, chance: random.Random) -> Damage | None:
-        """A function that damages the newest committed checkpoint; None where there is not enough to damage."""
-        saved = [saved.path for saved in files.committed(run)]
+    def place(self, rank: RankContext) -> Path:
+        """The directory whose checkpoints are damaged."""
+        return rank.run
+
+    def damage(self, place: Path, chance: random.Random) -> Damage | None:
+        """A function that damages the newest checkpoint that is committed in a place; None where that is not enough."""
+        saved = [saved.path for saved in files.committed(place)]
         shards = sorted(path for path in saved[0].glob(f"*{SHARD}") if path.stat().st_size) if saved else []
         return self.damage_shards(shards, saved[1:], chance) if shards else None
 
@@ -206,8 +210,8 @@ class CorruptTokens(Fault):
 
     def watched(self, world_size: int) -> Fault:
         kind = copy.copy(self)
-        # Another rank may read what was damaged before it notices the death.
-        vars(kind).update(expected_incidents=("worker_lost", "corrupted"))
+        # Another rank may read what was damaged before it notices the death. In quorum mode it leaves for that alone.
+        vars(kind).update(expected_incidents=("worker_lost", "corrupted"), may_cause=("worker_lost",))
         return kind
 
     def obstacle(self, planned: PlannedFault, rank: RankContext) -> str:

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SHOWN_SUSPECTS = 8
+_CONFIRMED = {
+    (True, True): "confirmed", (False, True): "not gone ", (True, False): "changed  ", (False, False): "the same ",
+}  # fmt: skip
+"""By (the symptom went or the value changed, the log shows a symptom)."""
 
 
 def write(tree: Mapping[str, Any], out: Path) -> None:
@@ -32,19 +36,24 @@ def lines(tree: Mapping[str, Any]) -> Iterator[str]:
     """Yield the report in lines."""
     yield tree["summary"]
     for symptom in tree["symptoms"]:
-        yield f"symptom   {symptom['text']}"
+        yield f"{'looked at' if symptom['kind'] == 'sample' else 'symptom  '} {symptom['text']}"
     for suspect in tree["suspects"][:SHOWN_SUSPECTS]:
         yield (
             f"suspect   {suspect['operator']}: error / tolerance {_times(suspect['excess'])}, "
             f"explains {len(suspect['explains'])} of {len(tree['symptoms'])}; {'; '.join(suspect['conditions'])}"
         )
     for found in tree["confirmations"]:
-        yield f"{'confirmed' if found['gone'] else 'not gone '} {found['what']}: {found['before']} → {found['after']}"
+        yield f"{_CONFIRMED[found['gone'], _is_shown(found)]} {found['what']}: {found['before']} → {found['after']}"
     script = tree["reproduction"]
     if script is not None:
         yield f"script    {script['script'] or script['why']}"
     for line in tree["not_checked"]:
         yield f"unchecked {line}"
+
+
+def _is_shown(symptom: Mapping[str, Any]) -> bool:
+    """True if the log shows it; False for steps that were chosen or asked for."""
+    return symptom["kind"] not in ("sample", "asked")
 
 
 def _times(excess: float | None) -> str:
@@ -102,7 +111,7 @@ def _draw_timeline(panels: "Sequence[Axes]", tree: Mapping[str, Any]) -> None:
             xytext=(0, 11 * height - 8), textcoords="offset points", color=BAD, fontsize=9,
             annotation_clip=False,
         )  # fmt: skip
-    panels[1].set_xlabel("step (red numbers: symptoms; shaded: every call checked; purple: wrong calls)")
+    panels[1].set_xlabel("step (red numbers: as in the table; shaded: every call checked; purple: wrong calls)")
 
 
 def _draw_evidence(axes: "Axes", tree: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainer import checkpoint, job, optim, provenance, step
+from trainer import architectures, checkpoint, job, optim, provenance, step
 from trainer import config as configs
 from trainer.checkpoint.files import Saved
 from trainer.data import prepare
@@ -73,8 +73,11 @@ class Replay:
         self.ranks = _ranks_of(run)
         self.saved = checkpoint.committed(run)
         self._log, self._contents, self._vocabulary = log, contents, rundir.fact(run, "vocab_size")
+        self._tokenizer = prepared.tokenizer
         self._world = World(0, 1, device)
         self._machine = job.machine_of(config, run)
+        # A mode costs time in every call, also one that changes nothing.
+        self._computing = self._machine if self._machine.planned else nullcontext()
         self._batches = job.batches_of(self.config, prepared)
         self._score = job.scorer(self.config, prepared, lambda: self._world)
         self._check: OperatorCheck | None = None
@@ -86,6 +89,11 @@ class Replay:
         """True if operators are wrong on purpose."""
         return bool(self._machine.planned)
 
+    @property
+    def can_begin(self) -> bool:
+        """True if the state of step 0 can be made anew: the run did not go on from a state of another one."""
+        return "parent" not in self._contents
+
     def before(self, number: int, again: bool = False) -> TrainState:
         """Return the state from which step `number` was computed. With `again`, from its checkpoint on."""
         if again:
@@ -94,11 +102,13 @@ class Replay:
         start = next((saved for saved in self.saved if saved.step < number and _intact(saved)), None)
         if self.state is None or held >= number or (start is not None and start.step > held):
             self.state = job.build(self.config, self._vocabulary, self._world)
-            if start is None and "parent" in self._contents:
+            if start is None and not self.can_begin:
                 raise StepNotReachedError(
                     f"{self.run} began from a state of another run, and step {number} comes before its first "
                     "checkpoint.\n  Hunt in a later step, or in the run that it began from."
                 )
+            if start is None and self.config.init_from:
+                architectures.begin(self.config, self._vocabulary, self._tokenizer, self.state.model)
             if start is not None:
                 checkpoint.load(start, self.state.tensors())
                 self.state.restored(start.step)
@@ -120,7 +130,7 @@ class Replay:
         context = StepContext(self.config, everyone, self._batches, self._hook)
         members = StepMembers(self._world, range(self.config.data.micro_batches))
         number, self._check, self._micro_batch = state.step + 1, check, -1
-        with self._machine, check or nullcontext():
+        with self._computing, check or nullcontext():
             result = step.compute_gradients(state, context, members)
             step.clip_gradients(state, result.norm, self.config.optim.clip_norm)
             taken = Taken(number, result.loss, result.norm, result.redone)
@@ -136,7 +146,7 @@ class Replay:
         context = StepContext(self.config, AllRanks(self._world, self.config.data.micro_batches), self._batches)
         state.sharding.zero_gradients()
         self._machine.play(rank, state.step + 1)
-        with self._machine, check or nullcontext():
+        with self._computing, check or nullcontext():
             step.backward(state, context, index, context.feed.take(state.step, index))
         return torch.cat([gradient.reshape(-1) for _, gradient, _ in state.sharding.gradients()])
 
@@ -147,7 +157,7 @@ class Replay:
         self._machine.play(0, state.step)
         if check is not None:
             check.where = "evaluation"
-        with self._machine, check or nullcontext():
+        with self._computing, check or nullcontext():
             return next(scored.loss for scored in self._score(state.model, state.step) if scored.set == name)
 
     def machine_at(self, number: int, place: str) -> Machine:

@@ -16,14 +16,15 @@ from typing import Any
 from trainer.errors import UsageError
 from trainer.hunt import reproduction
 from trainer.hunt.replay import Replay, StepNotReachedError, Taken
-from trainer.hunt.symptoms import Symptom, samples, symptoms_of
+from trainer.hunt.symptoms import Symptom, near, sampled_evaluation, samples, symptoms_of
 from trainer.log import events, rundir
 from trainer.log.history import History
 from trainer.sentinel.operator_check import Failure, OperatorCheck
 
 STEPS = 10  # replayed under the check, at most
-WITHOUT_SYMPTOMS = 3
+NEAR = 50  # steps without a symptom are looked at where so few lie between them and a state before
 CONFIRMED = 4  # symptoms by which the first suspect is confirmed
+CHANGED = " (no symptom, so any change counts)"
 REPORT, PAGE, PICTURE = "hunt.json", "hunt.html", "hunt.svg"
 
 
@@ -70,28 +71,18 @@ def hunt(run: Path, steps: Sequence[int], out: Path, log: Callable[[str], None],
         raise UsageError(f"--step {beyond[0]} is beyond the run's {last} steps.\n  Give a step from 1 to {last}.")
     symptoms = [s for s in symptoms_of(run, steps) if auto or s.kind == "asked"]
     nothing_unusual = not symptoms
-    symptoms = symptoms or samples(run, WITHOUT_SYMPTOMS)
-    replay = Replay(run, log)
+    looked = _Look(run, Replay(run, log), symptoms, log)
     planned, left_out = plan(symptoms, run)
-    checked: list[Checked] = []
-    suspects: dict[str, Suspect] = {}
-    unchecked: Counter[tuple[str, str]] = Counter()
-    unreached: list[str] = []
-    refused: StepNotReachedError | None = None
     for step in planned:
-        log(f"checking every call of step {step}")
-        try:
-            found, check = _checked(replay, step, run)
-        except StepNotReachedError as error:
-            unreached.append(str(error).splitlines()[0])
-            refused = error
-            continue
-        checked.append(found)
-        unchecked += check.unchecked
-        _add(suspects, check, step, symptoms)
-    _evaluations(replay, symptoms, suspects, unchecked, unreached, log)
-    if refused is not None and not checked and not suspects:
-        raise refused
+        looked.at_step(step)
+    for number, symptom in enumerate(symptoms):
+        if symptom.kind == "evaluation" and symptom.set:
+            looked.at_evaluation(number)  # the first alone: it costs several evaluations
+            break
+    if auto and not looked.accused:
+        _sample(looked)
+    looked.refuse_if_nothing_was_reached()
+    replay, suspects = looked.replay, looked.suspects
     ranked = sorted((s for s in suspects.values() if s.failed), key=lambda s: (-len(s.explains), -s.excess, s.operator))
     confirmations: list[dict[str, Any]] = []
     script = None
@@ -102,7 +93,7 @@ def hunt(run: Path, steps: Sequence[int], out: Path, log: Callable[[str], None],
             try:
                 confirmations.append(confirm(replay, symptoms[number], first.operator))
             except StepNotReachedError as error:
-                unreached.append(f"{symptoms[number].text}: {str(error).splitlines()[0]}")
+                looked.unreached.append(f"{symptoms[number].text}: {str(error).splitlines()[0]}")
         log("making the call small")
         number = first.steps[0] if first.steps else symptoms[first.explains[0]].step
         machine = replay.machine_at(number, first.places.most_common(1)[0][0])
@@ -110,17 +101,115 @@ def hunt(run: Path, steps: Sequence[int], out: Path, log: Callable[[str], None],
     return {
         "run": str(run), "ranks": replay.ranks,
         "nothing_unusual": nothing_unusual, "symptoms": [_plain(asdict(symptom)) for symptom in symptoms],
-        "checked": [_plain(asdict(one)) for one in checked],
+        "checked": [_plain(asdict(one)) for one in looked.checked],
         "suspects": [_suspect(s, len(symptoms), replay.ranks) for s in ranked],
         "runners_up": [
             {"operator": s.operator, "worst": s.excess}
             for s in sorted(suspects.values(), key=lambda s: -s.excess) if not s.failed and s.excess > 0
         ][:4],
         "confirmations": confirmations, "reproduction": script, "planted": replay.planted,
-        "not_checked": unreached + _not_checked(unchecked, left_out, checked, symptoms, ranked),
+        "not_checked": looked.unreached + _not_checked(looked, left_out, ranked),
         "series": _series(run),
-        "summary": _summary(symptoms, nothing_unusual, checked, ranked, confirmations),
+        "summary": _summary(looked, ranked, confirmations),
     }  # fmt: skip
+
+
+@dataclass
+class _Look:
+    """What was looked at so far, and what it has shown."""
+
+    run: Path
+    replay: Replay
+    symptoms: list[Symptom]
+    log: Callable[[str], None]
+    checked: list[Checked] = field(default_factory=list)
+    suspects: dict[str, Suspect] = field(default_factory=dict)
+    unchecked: Counter[tuple[str, str]] = field(default_factory=Counter)
+    calls: int = 0
+    evaluations: int = 0
+    unreached: list[str] = field(default_factory=list)
+    refused: StepNotReachedError | None = None
+
+    @property
+    def accused(self) -> bool:
+        return any(suspect.failed for suspect in self.suspects.values())
+
+    def at_step(self, step: int) -> None:
+        """Compute a step again under the check."""
+        self.log(f"checking every call of step {step}")
+        try:
+            found, check = _checked(self.replay, step, self.run)
+        except StepNotReachedError as error:
+            self.unreached.append(str(error).splitlines()[0])
+            self.refused = error
+            return
+        self.checked.append(found)
+        self._add(check, step)
+
+    def at_evaluation(self, number: int) -> None:
+        """Check the evaluation of a symptom: its forward pass may be wrong where training is right."""
+        symptom = self.symptoms[number]
+        self.log(f"checking every call of the evaluation of step {symptom.step}")
+        try:
+            self.replay.before(symptom.step + 1)
+        except StepNotReachedError as error:
+            self.unreached.append(f"{symptom.text}: {str(error).splitlines()[0]}")
+            return
+        check = OperatorCheck()
+        self.replay.score(symptom.set, check)
+        self.evaluations += 1
+        self._add(check, None)
+        for name, tally in check.tallies.items():
+            if tally.failed:
+                self.suspects[name].explains = sorted({*self.suspects[name].explains, number})
+
+    def refuse_if_nothing_was_reached(self) -> None:
+        if self.refused is not None and not self.checked and not self.suspects:
+            raise self.refused
+
+    def _add(self, check: OperatorCheck, step: int | None) -> None:
+        self.unchecked += check.unchecked
+        self.calls += sum(tally.calls for tally in check.tallies.values())
+        for name, tally in check.tallies.items():
+            suspect = self.suspects.setdefault(name, Suspect(name))
+            suspect.calls += tally.calls
+            suspect.shapes += tally.shapes
+            suspect.excess = max(suspect.excess, tally.worst)
+            if not tally.failed:
+                continue
+            suspect.failed += tally.failed
+            suspect.failed_shapes += tally.failed_shapes
+            suspect.places += tally.failed_places
+            suspect.failures += [failure for failure in check.failures if failure.operator == name]
+            if step is not None:
+                suspect.steps.append(step)
+                here = [n for n, symptom in enumerate(self.symptoms) if symptom.since <= step <= symptom.step]
+                suspect.explains = sorted({*suspect.explains, *here})
+
+
+def _sample(looked: _Look) -> None:
+    """No symptom has led to a wrong operator: look at steps without one while there is room, until one is found."""
+    states = [saved.step for saved in looked.replay.saved]
+    if looked.replay.can_begin:
+        states.append(0)
+    seen = {one.step for one in looked.checked}
+    for symptom in samples(looked.run, states, NEAR, seen):
+        if len(looked.checked) + len(looked.unreached) >= STEPS:
+            break
+        looked.symptoms.append(symptom)
+        looked.at_step(symptom.step)
+        if looked.accused:
+            return
+    evaluation = None if looked.evaluations else sampled_evaluation(looked.run, states, NEAR)
+    if evaluation is not None:
+        looked.symptoms.append(evaluation)
+        looked.at_evaluation(len(looked.symptoms) - 1)
+    steps = {event.step for _, event in History.read(looked.run).steps}
+    if far := len(steps) - len(near(sorted(steps), states, NEAR)):
+        looked.unreached.append(
+            f"{far} of {len(steps)} steps have no checkpoint within the {NEAR} steps before them, so none of these was "
+            "chosen (--step asks for one)"
+        )
 
 
 def plan(symptoms: Sequence[Symptom], run: Path) -> tuple[list[int], list[int]]:
@@ -169,47 +258,6 @@ def _logged(run: Path, step: int) -> set[str]:
     return done | {repr((e.loss, e.grad_norm)) for _, e in not_finite if e.step == step}
 
 
-def _add(suspects: dict[str, Suspect], check: OperatorCheck, step: int | None, symptoms: Sequence[Symptom]) -> None:
-    for name, tally in check.tallies.items():
-        suspect = suspects.setdefault(name, Suspect(name))
-        suspect.calls += tally.calls
-        suspect.shapes += tally.shapes
-        suspect.excess = max(suspect.excess, tally.worst)
-        if not tally.failed:
-            continue
-        suspect.failed += tally.failed
-        suspect.failed_shapes += tally.failed_shapes
-        suspect.places += tally.failed_places
-        suspect.failures += [failure for failure in check.failures if failure.operator == name]
-        if step is not None:
-            suspect.steps.append(step)
-            here = [n for n, symptom in enumerate(symptoms) if symptom.since <= step <= symptom.step]
-            suspect.explains = sorted({*suspect.explains, *here})
-
-
-def _evaluations(
-    replay: Replay, symptoms: Sequence[Symptom], suspects: dict[str, Suspect], unchecked: Counter[Any],
-    unreached: list[str], log: Callable[[str], None],
-) -> None:  # fmt: skip
-    """Check the first evaluation that jumped: its forward pass may be wrong where training is right."""
-    for number, symptom in enumerate(symptoms):
-        if symptom.kind == "evaluation" and symptom.set:
-            log(f"checking every call of the evaluation of step {symptom.step}")
-            try:
-                replay.before(symptom.step + 1)
-            except StepNotReachedError as error:
-                unreached.append(f"{symptom.text}: {str(error).splitlines()[0]}")
-                return
-            check = OperatorCheck()
-            replay.score(symptom.set, check)
-            unchecked.update(check.unchecked)
-            _add(suspects, check, None, symptoms)
-            for name, tally in check.tallies.items():
-                if tally.failed:
-                    suspects[name].explains = sorted({*suspects[name].explains, number})
-            return
-
-
 def confirm(replay: Replay, symptom: Symptom, operator: str) -> dict[str, Any]:
     """Compute the symptom's step again, with and without the operator replaced; say if the symptom went."""
 
@@ -233,16 +281,18 @@ def confirm(replay: Replay, symptom: Symptom, operator: str) -> dict[str, Any]:
         # gradient that is rounded to its grid may then move by a step of it.
         gone = apart[1] <= 0.01 * apart[0] and apart[0] > 0
         before, after = (f"{value:.2g}" for value in apart)
-    elif symptom.kind == "evaluation":
+    elif symptom.set:
         scores = []
         for replace in ((), (operator,)):
             replay.before(symptom.since, again=True)
             for _ in range(symptom.since, symptom.step + 1):
                 replay.take(_only(replace))
             scores.append(replay.score(symptom.set, _only(replace)))
-        what, (before, after) = f"loss on {symptom.set}", (f"{score:.5f}" for score in scores)
-        assert symptom.usual is not None
-        gone = scores[1] - symptom.usual < 0.5 * (scores[0] - symptom.usual)
+        what, (before, after) = f"loss on {symptom.set}", (f"{score:.9g}" for score in scores)
+        if symptom.usual is not None:
+            gone = scores[1] - symptom.usual < 0.5 * (scores[0] - symptom.usual)
+        else:
+            gone, shown = scores[0] != scores[1], CHANGED
     else:
         first, second = taken(()), taken((operator,))
         name = {"norm_spike": "grad_norm", "loss_spike": "loss", "redone": "redone"}.get(symptom.kind)
@@ -254,7 +304,7 @@ def confirm(replay: Replay, symptom: Symptom, operator: str) -> dict[str, Any]:
             gone = abs(getattr(second, name) - symptom.usual) < 0.5 * abs(getattr(first, name) - symptom.usual)
         else:
             gone = (first.loss, first.grad_norm) != (second.loss, second.grad_norm)
-            shown = " (the step's numbers change; the log shows no symptom of it)"
+            shown = CHANGED
         before, after = (
             f"{getattr(t, name):.5g}" if name else f"{t.loss:.9g}, {t.grad_norm:.9g}" for t in (first, second)
         )
@@ -292,13 +342,11 @@ def _suspect(suspect: Suspect, symptoms: int, ranks: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _not_checked(
-    unchecked: Counter[tuple[str, str]], left_out: Sequence[int], checked: Sequence[Checked],
-    symptoms: Sequence[Symptom], ranked: Sequence[Suspect],
-) -> list[str]:  # fmt: skip
-    lines = [f"{name}, {calls} calls: {why}" for (name, why), calls in sorted(unchecked.items())]
+def _not_checked(looked: _Look, left_out: Sequence[int], ranked: Sequence[Suspect]) -> list[str]:
+    symptoms = looked.symptoms
+    lines = [f"{name}, {calls} calls: {why}" for (name, why), calls in sorted(looked.unchecked.items())]
     lines += [f"no room among {STEPS} steps for: {symptoms[number].text}" for number in left_out]
-    for one in checked:
+    for one in looked.checked:
         if one.as_logged is False:
             lines.append(
                 f"step {one.step} has other bits here than in the log: what happened there then was no function of the "
@@ -306,7 +354,8 @@ def _not_checked(
             )
     explained = {number for suspect in ranked for number in suspect.explains}
     if ranked:
-        lines += [f"not explained by any suspect: {s.text}" for n, s in enumerate(symptoms) if n not in explained]
+        shown = [s for n, s in enumerate(symptoms) if n not in explained and s.kind != "sample"]
+        lines += [f"not explained by any suspect: {s.text}" for s in shown]
     lines.append("collectives, and what is wrong in another process or on another machine only")
     return lines
 
@@ -332,26 +381,30 @@ def _plain(value: Any) -> Any:
     return _finite(value) if isinstance(value, float) else value
 
 
-def _summary(
-    symptoms: Sequence[Symptom], nothing_unusual: bool, checked: Sequence[Checked], ranked: Sequence[Suspect],
-    confirmations: Sequence[dict[str, Any]],
-) -> str:  # fmt: skip
-    calls = sum(one.calls for one in checked)
-    looked = f"{calls} operator calls of {len(checked)} steps"
-    several = "s" if len(symptoms) != 1 else ""
-    begun = "The log shows nothing unusual. " if nothing_unusual else f"{len(symptoms)} symptom{several}. "
+def _summary(looked: _Look, ranked: Sequence[Suspect], confirmations: Sequence[dict[str, Any]]) -> str:
+    steps = len(looked.checked)
+    shown = [number for number, symptom in enumerate(looked.symptoms) if symptom.kind != "sample"]
+    begun = f"{len(shown)} symptom{'s' * (len(shown) != 1)}. " if shown else "The log shows nothing unusual. "
     if not ranked:
-        return f"{begun}Of {looked} each agrees with its reference: no operator is accused."
+        more = f" and {looked.evaluations} evaluation{'s' * (looked.evaluations != 1)}" if looked.evaluations else ""
+        every = f"{looked.calls} operator calls of {steps} step{'s' * (steps != 1)}{more}"
+        return f"{begun}Of {every} each agrees with its reference: no operator is accused."
     first = ranked[0]
     factor = (
         f"by up to {first.excess:.3g} times its tolerance" if math.isfinite(first.excess) else "by an infinite error"
     )
+    # Where no symptom is explained, a step without one has led to the operator.
+    here = len({*first.explains} & {*shown})
+    if here:
+        where = f", and explains {here} of {len(shown)}"
+    else:
+        where = f", in {len(first.steps)} of {steps} steps" if first.steps else ", in an evaluation"
     gone = sum(found["gone"] for found in confirmations)
+    tried = f"{gone} of {len(confirmations)} that were tried {'go' if here else 'change'}"
     confirmed = (
-        f"With {first.operator} alone replaced by its reference, {gone} of {len(confirmations)} that were tried go."
+        f"With {first.operator} alone replaced by its reference, {tried}."
         if confirmations else "No symptom could be computed again."
     )  # fmt: skip
     return (
-        f"{begun}{first.operator} is wrong in {first.failed} of its {first.calls} calls, {factor}, and explains "
-        f"{len(first.explains)} of {len(symptoms)}. {confirmed}"
+        f"{begun}{first.operator} is wrong in {first.failed} of its {first.calls} calls, {factor}{where}. {confirmed}"
     )

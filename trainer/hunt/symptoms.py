@@ -6,7 +6,7 @@ Needs the event log alone, and no torch.
 import itertools
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,10 +41,7 @@ class Symptom:
 def symptoms_of(run: Path, asked: Sequence[int] = ()) -> list[Symptom]:
     """Return the run's symptoms, the most telling first; then the steps that a person asked for."""
     history = History.read(run)
-    done: dict[int, events.StepDone] = {}
-    for _, event in history.steps:
-        done.setdefault(event.step, event)  # as it was computed first
-    steps = [done[step] for step in sorted(done)]
+    steps = _first_results(history)
     found = [
         *_not_finite(history), *_disagreements(history), *_other_results(history),
         *_spikes("norm_spike", "the gradient norm", [(e.step, e.grad_norm) for e in steps], 0),
@@ -55,11 +52,57 @@ def symptoms_of(run: Path, asked: Sequence[int] = ()) -> list[Symptom]:
     return [Symptom("asked", step, f"step {step}, as asked", step) for step in asked] + first
 
 
-def samples(run: Path, count: int) -> list[Symptom]:
-    """Steps to look at where nothing is unusual: the last one, and some spread over the run."""
-    last = max((event.step for _, event in History.read(run).steps), default=0)
-    chosen = sorted({max(1, round(last * (number + 1) / count)) for number in range(count)} if last else ())
-    return [Symptom("sample", step, f"step {step}, for want of a symptom", step) for step in chosen]
+def samples(run: Path, states: Collection[int], within: int, seen: Collection[int] = ()) -> Iterator[Symptom]:
+    """Yield steps to look at where no symptom leads to a cause, in the order of looking.
+
+    First the last step. Then in turn the step whose numbers are least usual, though no symptom, and the step that is
+    farthest from all that were looked at. Only `near` steps are taken, and none of `seen`.
+    """
+    steps = _first_results(History.read(run))
+    left = set(near([event.step for event in steps], states, within)) - set(seen)
+    losses, norms = [(e.step, e.loss) for e in steps], [(e.step, e.grad_norm) for e in steps]
+    unusual = sorted(
+        (-abs(away), step, f"its {what} is {away:+.1f} σ from those before")
+        for what, series in (("loss", losses), ("gradient norm", norms))
+        for step, _, _, away in _distances(series)
+    )
+    looked, why = {*seen}, "the last one"
+    step = max(left, default=0)
+    while left:
+        yield Symptom("sample", step, f"step {step}, without a symptom ({why})", step)
+        left.discard(step)
+        looked.add(step)
+        unusual = [entry for entry in unusual if entry[1] in left]
+        if unusual and not why.startswith("its"):
+            _, step, why = unusual[0]
+        elif left:
+            step = max(left, key=lambda one: (min(abs(one - other) for other in looked), one))
+            why = "far from those that were looked at"
+
+
+def sampled_evaluation(run: Path, states: Collection[int], within: int) -> Symptom | None:
+    """Return the last evaluation that is near: its calls have shapes that training's have not. None without one."""
+    scored = [event for _, event in events.select(History.read(run).entries, events.EvalDone)]
+    # A state itself can be scored, too.
+    at_hand = {*states, *near([event.step for event in scored], states, within)}
+    last = max((event for event in scored if event.step in at_hand), key=lambda event: event.step, default=None)
+    if last is None:
+        return None
+    text = f"the evaluation of step {last.step}, without a symptom"
+    return Symptom("sample", last.step, text, last.step + 1, last.loss, set=last.set)
+
+
+def near(steps: Sequence[int], states: Collection[int], within: int) -> list[int]:
+    """The steps that are computed again at little cost: at most `within` after one of `states`."""
+    return [step for step in steps if any(0 < step - state <= within for state in states)]
+
+
+def _first_results(history: History) -> list[events.StepDone]:
+    """The steps in their order, each as it was computed first."""
+    done: dict[int, events.StepDone] = {}
+    for _, event in history.steps:
+        done.setdefault(event.step, event)
+    return [done[step] for step in sorted(done)]
 
 
 def _not_finite(history: History) -> Iterator[Symptom]:
@@ -94,8 +137,17 @@ def _other_results(history: History) -> Iterator[Symptom]:
 
 def _spikes(kind: str, what: str, series: Sequence[tuple[int, float]], earlier: int) -> Iterator[Symptom]:
     """Values far from those before. The cause may be `earlier` steps before the one that shows it."""
-    finite = [(step, math.log(value)) for step, value in series if math.isfinite(value) and value > 0]
     last = -WINDOW
+    for step, value, usual, away in _distances(series):
+        if abs(away) > SIGMAS and step - last > LEAST // 2:
+            last = step
+            text = f"{what} of step {step} is {value:.4g}, {away:+.0f} σ from {usual:.4g}"
+            yield Symptom(kind, step, text, max(1, step - earlier), value, usual)
+
+
+def _distances(series: Sequence[tuple[int, float]]) -> Iterator[tuple[int, float, float, float]]:
+    """Yield (step, value, what the values before it lead to expect, how many σ lie between) from the 9th step on."""
+    finite = [(step, math.log(value)) for step, value in series if math.isfinite(value) and value > 0]
     for number in range(LEAST, len(finite)):
         step, value = finite[number]
         before = [v for _, v in finite[max(0, number - WINDOW) : number]]
@@ -103,11 +155,7 @@ def _spikes(kind: str, what: str, series: Sequence[tuple[int, float]], earlier: 
         # Of differences, so that a loss that falls counts as quiet.
         changes = [abs(b - a) for a, b in itertools.pairwise(before)]
         noise = 1.4826 * statistics.median(changes) / math.sqrt(2)
-        away = (value - usual) / max(noise, 1e-3)
-        if abs(away) > SIGMAS and step - last > LEAST // 2:
-            last = step
-            text = f"{what} of step {step} is {math.exp(value):.4g}, {away:+.0f} σ from {math.exp(usual):.4g}"
-            yield Symptom(kind, step, text, max(1, step - earlier), math.exp(value), math.exp(usual))
+        yield step, math.exp(value), math.exp(usual), (value - usual) / max(noise, 1e-3)
 
 
 def _redone(steps: Sequence[events.StepDone]) -> Iterator[Symptom]:

@@ -120,7 +120,7 @@ class CheckpointFailed(Event, kind="checkpoint_failed"):
     step: int
     reason: str
     in_a_row: int
-    on_rank: int | None = None  # the rank that failed first; None if a rank was lost meanwhile
+    on_rank: int | None = None  # the rank (in quorum mode the member) that failed first; None if one was lost meanwhile
     stall_seconds: float | None = None  # wait of the loop; None where it was not measured
 
 

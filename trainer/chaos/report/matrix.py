@@ -48,6 +48,18 @@ def counts(results: Sequence[Result]) -> dict[str, int]:
     return {outcome: found[outcome] for outcome in OUTCOMES if found[outcome]}
 
 
+def commits(results: Sequence[Result]) -> list[str]:
+    """The commits of the code that the runs were made with, in words; [] if none is known.
+
+    A campaign that is resumed keeps its results, whatever has become of the code.
+    """
+    ran = [result.commit for result in results if result.run]
+    found = Counter(f"{commit[:10]}{' with changes' * commit.endswith('+')}" if commit else "unknown" for commit in ran)
+    several = len(found) > 1
+    words = ", ".join(f"{name}{f' ({number} of {len(ran)})' * several}" for name, number in found.most_common())
+    return [f"commit{'s' * several} {words}"] if any(ran) else []
+
+
 def world(result: Result) -> str:
     """ "4 fsdp on 2 nodes": ranks, strategy, nodes if several, the mode if it is not the usual one."""
     nodes = f" on {result.nodes} nodes" if result.nodes > 1 else ""

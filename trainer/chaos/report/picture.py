@@ -46,6 +46,7 @@ def matrix_png(report: Report, path: Path) -> None:
     width, height = sum(widths) + 2 * MARGIN, ROW * rows + head + 0.8
     counts = matrix.counts(report.results)
     title = f"{report.campaign}: {', '.join(f'{number} {name}' for name, number in counts.items())}"
+    made = "".join(f"     {words}" for words in matrix.commits(report.results))
     # A skipped run says why in its row.
     given = {answer.answer for result in report.results for answer in result.answers}
     legend = "     ".join(f"{SIGNS[name]} {meaning}" for name, meaning in matrix.MEANINGS.items() if name in given)
@@ -56,7 +57,7 @@ def matrix_png(report: Report, path: Path) -> None:
             _draw(axes, panel, asked, name / ROW)
             axes.set_ylim(rows, -head / ROW)
         figure.suptitle(title, x=MARGIN / width, ha="left", fontsize=11, fontweight="bold", color=INK)
-        figure.text(MARGIN / width, 0.12 / height, legend, fontsize=8, color=SOFT)
+        figure.text(MARGIN / width, 0.12 / height, legend + made, fontsize=8, color=SOFT)
         edges = {"left": MARGIN / width, "right": 1 - MARGIN / width, "bottom": 0.4 / height, "top": 1 - 0.4 / height}
         figure.subplots_adjust(**edges, wspace=0)
     path.parent.mkdir(parents=True, exist_ok=True)
