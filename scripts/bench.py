@@ -24,7 +24,7 @@ import torch
 from scripts import bench_chaos as chaos
 from scripts import bench_forecast as forecast
 from scripts import bench_ladder as ladder
-from scripts import bench_quorum, bench_sentinel
+from scripts import bench_meeting, bench_quorum, bench_sentinel
 from scripts import bench_survival as survival
 from scripts.bench_tables import Ratio, record
 from trainer import config as configs
@@ -415,6 +415,8 @@ def measure(name: str) -> dict[str, Any]:
             return survival.killed()
         case "nodes":
             return survival.nodes()
+        case "meeting":
+            return bench_meeting.figure()
         case "goodput":
             return survival.goodput()
         case "quorum":
@@ -444,8 +446,9 @@ def measure(name: str) -> dict[str, Any]:
 
 FIGURES = (
     "throughput_12m", "throughput_0.8m", "exact_against_plain_sums", "bf16_compile", "first_step", "memory",
-    "shakespeare", "seeds", "saving", "copies", "killed", "nodes", "goodput", "quorum", "sentinel", "sentinel_faults",
-    "sentinel_flips", "sentinel_clean", "catalogue", "storm", "mutants", "ladder", "forecast", "forecast_storms",
+    "shakespeare", "seeds", "saving", "copies", "killed", "nodes", "meeting", "goodput", "quorum", "sentinel",
+    "sentinel_faults", "sentinel_flips", "sentinel_clean", "catalogue", "storm", "mutants", "ladder", "forecast",
+    "forecast_storms",
 )  # fmt: skip
 
 

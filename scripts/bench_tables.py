@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scripts import bench_chaos, bench_forecast, bench_islands, bench_quorum, bench_sentinel
+from scripts import bench_chaos, bench_forecast, bench_islands, bench_meeting, bench_quorum, bench_sentinel
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "BENCHMARKS.json"
@@ -304,5 +304,6 @@ ROWS: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
     "copies": copies_rows,
     "killed": killed_rows,
     "nodes": nodes_rows,
+    "meeting": bench_meeting.rows,
     "goodput": goodput_rows,
 }

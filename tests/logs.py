@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,13 +106,22 @@ class Run:
         self.path.mkdir(parents=True, exist_ok=True)
         rundir.record(self.path, parse({"budget": {"steps": 60}}), {"data_sha256": "d" * 64})
 
-    def start(self, from_step: int = 0, after: float = 0.0, world_size: int = 2, record: bool = True) -> None:
-        """A process starts `after` seconds from now and is ready when its start-up is over."""
+    def start(
+        self,
+        from_step: int = 0,
+        after: float = 0.0,
+        world_size: int = 2,
+        record: bool = True,
+        nodes: Sequence[str] = (),
+    ) -> None:
+        """A process starts `after` seconds from now and is ready when its start-up is over. `nodes` are by rank."""
+        world_size = len(nodes) or world_size
         self.now += after + sum(STARTUP.values())
         self.attempt, self.world_size = self.attempt + 1, world_size
         for rank in range(world_size if record else 0):
             pid = 100 + 10 * self.attempt + rank
-            self.write(started(from_step, world_size=world_size, pid=pid), rank=rank)
+            named = () if rank else tuple(nodes)
+            self.write(started(from_step, world_size=world_size, pid=pid, nodes=named), rank=rank)
 
     def write(self, event: Event, after: float = 0.0, rank: int = 0) -> None:
         self.now += after

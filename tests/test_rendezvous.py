@@ -1,5 +1,6 @@
 """The rendezvous store as a process of its own: served, refused, and outlived by the agents that meet there."""
 
+import json
 import os
 import signal
 import socket
@@ -9,18 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ENVIRONMENT, SMOKE, SMOKE_SHA256, summarise_run, wait_until, worker_environment
-from trainer.errors import EXIT_FINISHED, UsageError
+from tests.support import ENVIRONMENT, ROOT, SMOKE, SMOKE_SHA256, summarise_run, wait_until, worker_environment
+from trainer.errors import EXIT_FINISHED, EXIT_PREEMPTED, UsageError
 from trainer.launch import rendezvous
 from trainer.launch.cluster import Cluster
 from trainer.log import events, rundir
 
 
 class PatientCluster(Cluster):
-    """Its agents look for a store that is gone."""
+    """Its agents look for a store that is gone, and its job may come back after it has saved and left."""
 
     def _meeting(self, number: int) -> list[str]:
-        more = f",{rendezvous.STORE_SECONDS}=60"
+        more = f",{rendezvous.STORE_SECONDS}=60,{rendezvous.RESUMABLE}=1"
         return [option + more * option.startswith("--rdzv-conf=") for option in super()._meeting(number)]
 
 
@@ -49,6 +50,40 @@ def test_agents_outlive_a_store_that_comes_back_empty_and_meet_there_when_a_work
     story = summarise_run(run)
     assert story["weights_sha256"] == SMOKE_SHA256
     assert [attempt["world_size"] for attempt in story["attempts"]] == [2, 2]
+
+
+@pytest.mark.slow
+def test_agents_that_left_with_75_since_one_was_asked_to_meet_again_under_the_same_id(tmp_path):
+    """As when Kubernetes evicts one pod of a job: all ranks save, and all pods are started again."""
+    run = tmp_path / "run"
+    cluster = PatientCluster(
+        SMOKE, run, (), ranks=1, nodes=2, own_store=True, directory=tmp_path / "start", warm=True,
+        worker=("tests.worker", "train"), environment=worker_environment({"before_update": 0.1}),
+    )  # fmt: skip
+    with cluster:
+        cluster.start()
+        assert wait_until(lambda: len(steps_of(run)) > 3, 60), cluster.output
+        assert cluster.nodes[1].signal(signal.SIGTERM)
+        assert [node.process.wait(30) for node in cluster.nodes] == [EXIT_PREEMPTED] * 2, cluster.output
+        again = [cluster.add_node(), cluster.add_node()]
+        assert [node.process.wait(60) for node in again] == [EXIT_FINISHED] * 2, again[0].output
+    story = summarise_run(run)
+    assert story["weights_sha256"] == SMOKE_SHA256
+    assert [attempt["ended"] for attempt in story["attempts"]][:: len(story["attempts"]) - 1] == [
+        "preempted",
+        "finished",
+    ]
+
+
+@pytest.mark.slow
+def test_64_agents_meet_lose_eight_and_gain_eight():
+    """The script checks that all have the same size, and each a rank of its own."""
+    settings = "is_host=0,keep_alive_interval=2,keep_alive_max_attempt=3,last_call_timeout=3"
+    command = [sys.executable, "-m", "scripts.bench_meeting", "64", "8", settings]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=110, cwd=ROOT)
+    measured = json.loads(done.stdout)
+    assert (measured["agents"], measured["lost"]) == (64, 8)
+    assert measured["after_loss"] > 3  # the loss was noticed, not told
 
 
 @pytest.mark.parametrize("listen", ["", "29400", "127.0.0.1:", "127.0.0.1:x", "127.0.0.1:99999", ":29400"])

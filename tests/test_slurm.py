@@ -1,7 +1,10 @@
 """Slurm: the job script, what is refused, and a run on a real Slurm of three nodes."""
 
+import dataclasses
+import json
 import os
 import re
+import shlex
 import stat
 import subprocess
 import sys
@@ -15,7 +18,7 @@ from tests import slurm_cluster
 from tests.slurm_cluster import SlurmCluster
 from tests.support import ROOT, SMOKE, SMOKE_SHA256, summarise_run, worker_environment
 from tests.test_ladder_file import ARM
-from tests.test_ladder_run import ONE_RUNG, hashed_results, plan
+from tests.test_ladder_run import ONE_RUNG, hashed_results, plan, reported
 from trainer import cli
 from trainer import config as configs
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USAGE, ConfigError, UsageError
@@ -57,13 +60,27 @@ def test_the_script_asks_for_nodes_a_notice_and_another_start_and_is_valid_shell
     script = job(run, "1:3", options={"partition": "gpu", "exclusive": ""}, before=["module load cuda"]).script()
     header = re.findall(r"^#SBATCH (\S+)", script, re.MULTILINE)
     expected = {"--nodes=1-3", "--no-kill", "--signal=B:USR1@120", "--requeue", "--time=10:00", "--partition=gpu"}
-    assert expected | {"--exclusive", "--cpus-per-task=1"} <= set(header)
+    assert expected | {"--exclusive", "--cpus-per-task=1", "--dependency=singleton"} <= set(header)
     assert "\nmodule load cuda\n" in script
-    assert "--nnodes=1:$SLURM_JOB_NUM_NODES" in script
+    assert "--nnodes=1:$used" in script
     fixed = job(run, "2", options={"no-requeue": ""}).script()
-    assert "no-kill" not in fixed and "--requeue" not in fixed and "--nnodes=$SLURM_JOB_NUM_NODES" in fixed
+    assert "no-kill" not in fixed and "--requeue" not in fixed and "--nnodes=$used" in fixed
     for text in (script, fixed):
         assert subprocess.run(["bash", "-n"], input=text, text=True, check=False, capture_output=True).stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("asked", "given"),
+    [("afterok:7", "afterok:7,singleton"), ("afterok:7?afterok:8", "afterok:7?afterok:8"), ("", "singleton")],
+)
+def test_a_job_depends_on_what_the_user_says_and_on_other_jobs_of_its_run(tmp_path, asked, given):
+    script = job(tmp_path, options={"dependency": asked}).script()
+    assert re.findall(r"--dependency=(.*)", script) == [shlex.quote(given)]
+
+
+def test_two_runs_of_one_name_have_jobs_of_different_names(tmp_path):
+    names = {slurm.name_of(tmp_path / parent / "my run") for parent in ("a", "b")}
+    assert len(names) == 2 and all(re.fullmatch(r"my-run-[0-9a-f]{8}", name) for name in names)
 
 
 @pytest.mark.parametrize(
@@ -129,11 +146,57 @@ def test_a_run_whose_job_is_in_the_queue_is_not_submitted_again(tmp_path, preten
     assert slurm.submit(job(run), "seed = 1\n") == "17"
     assert (run / "slurm" / "config.toml").read_text() == "seed = 1\n"
     rundir.check(run, configs.load(SMOKE))  # still a place to start in
-    (pretended / "squeue.answer").write_text("9 RUNNING\n17 PENDING\n")
+    (pretended / "squeue.answer").write_text("9 RUNNING b\n17 PENDING as it was named before\n")
     with pytest.raises(UsageError, match="in use by Slurm's job 17, which is pending"):
         slurm.submit(job(run), "")
-    (pretended / "squeue.answer").write_text("9 RUNNING\n")
+    (run / "slurm" / "job.json").unlink()  # a process that was killed before Slurm told it the id
+    (pretended / "squeue.answer").write_text(f"9 RUNNING b\n18 PENDING {slurm.name_of(run)}\n")
+    with pytest.raises(UsageError, match="in use by Slurm's job 18, which is pending"):
+        slurm.submit(job(run), "")
+    (pretended / "squeue.answer").write_text("9 RUNNING b\n")
     assert slurm.submit(job(run), "") == "17"
+
+
+UNANSWERED = "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation"
+
+
+@pytest.fixture
+def sbatch_unheard(pretended, monkeypatch) -> Path:
+    """An sbatch that times out after Slurm has taken the job; the answer is the number of its calls, line by line.
+
+    Slurm shows the job when it is asked the third time.
+    """
+    calls, asked = pretended / "calls", pretended / "asked"
+    (pretended / "sbatch").write_text(
+        f"#!/bin/bash\nsed -n 's/^#SBATCH --job-name=/21 PENDING /p' \"${{@: -1}}\" >{pretended}/taken\n"
+        f"echo call >>{calls}; echo '{UNANSWERED}' >&2; exit 1\n"
+    )
+    (pretended / "squeue").write_text(
+        f"#!/bin/bash\n[[ -f {pretended}/taken ]] || exit 0\necho >>{asked}\n"
+        f"(($(wc -l <{asked}) < 3)) || cat {pretended}/taken\n"
+    )
+    monkeypatch.setattr(slurm, "ASK_SECONDS", 0.0)
+    return calls
+
+
+def test_a_job_that_slurm_took_without_an_answer_is_found_by_its_name(tmp_path, sbatch_unheard, capsys):
+    run = tmp_path / "run"
+    assert slurm.submit(job(run), "") == slurm.submitted(run) == "21"
+    with pytest.raises(UsageError, match="in use by Slurm's job 21"):
+        slurm.submit(job(run), "")
+    assert sbatch_unheard.read_text() == "call\n"
+    assert "has had no answer" in capsys.readouterr().err
+
+
+def test_a_submission_without_an_answer_is_waited_for_by_the_next_command(tmp_path, sbatch_unheard, monkeypatch):
+    run = tmp_path / "run"
+    monkeypatch.setattr(slurm, "SETTLE_SECONDS", 0.0)
+    with pytest.raises(slurm.UnansweredError, match="It may still take the job"):
+        slurm.submit(job(run), "")
+    monkeypatch.setattr(slurm, "SETTLE_SECONDS", 60.0)
+    with pytest.raises(UsageError, match="in use by Slurm's job 21"):
+        slurm.submit(job(run), "")
+    assert sbatch_unheard.read_text() == "call\n"
 
 
 @pytest.mark.parametrize(
@@ -158,6 +221,7 @@ case $* in
         [[ $AGENTS == notice ]] && kill -USR1 $PPID && AGENTS=138
         exit $AGENTS ;;
     *open_run*) exit $UNFINISHED ;;
+    *nodes.failing*) exec "$REAL" "$@" ;;
     *) exit $PROBE ;;
 esac
 """
@@ -189,6 +253,39 @@ def test_how_a_job_ends_and_when_it_goes_back_into_the_queue(
     assert (pretended / "python.started").exists() == (probe in (0, 143))
 
 
+def fail_on(run: Path, node: str, times: int) -> None:
+    """Write a log of a run on two nodes that a rank on one of them has ended so many times."""
+    names = ["n1", "n2"]
+    for attempt in range(times + 1):
+        log = events.EventLog.open(run, attempt, 0)
+        if attempt:
+            killed = {"rank": names.index(node), "pid": None, "exitcode": -9, "signal": "SIGKILL"}
+            log.append(events.WorkersLost(failures=[killed], reason=""))
+        log.append(made_start(names))
+        log.close()
+
+
+def made_start(names: list[str]) -> events.AttemptStarted:
+    return events.AttemptStarted(
+        world_size=len(names), from_step=0, steps=9, fingerprint="", host="", pid=1, device="cpu", strategy="",
+        parameters=1, tokens_per_step=1, startup_seconds={}, nodes=names,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("times", "nodes", "status", "said"),
+    [(2, "1:2", 0, ""), (3, "1:2", 0, "excluded after 3 failures or more: n2"), (3, "2", 76, "--slurm exclude=n2")],
+)
+def test_a_node_that_failed_three_times_takes_no_part(tmp_path, pretended, times, nodes, status, said):
+    run = tmp_path / "run"
+    fail_on(run, "n2", times)
+    real = {"PROBE": "0", "AGENTS": "0", "UNFINISHED": "1", "REAL": sys.executable, "PYTHONPATH": str(ROOT)}
+    done = run_script(run, pretended, "RUNNING 2", nodes=nodes, exclude_after="3", **real)
+    assert (done.returncode, said in done.stdout) == (status, True), done.stdout + done.stderr
+    srun = (pretended / "srun.asked").read_text() if (pretended / "srun.asked").exists() else ""
+    assert ("--nodes=1 --exclude=n2" in srun) == (times > 2 and status == 0)
+
+
 def test_a_job_does_not_go_back_after_five_starts_in_a_row_without_a_checkpoint(tmp_path, pretended):
     variables = {"PROBE": "0", "AGENTS": "75", "UNFINISHED": "1"}
     starts = [run_script(tmp_path / "run", pretended, "RUNNING 2", **variables) for _ in range(5)]
@@ -196,18 +293,26 @@ def test_a_job_does_not_go_back_after_five_starts_in_a_row_without_a_checkpoint(
     assert "5 starts in a row have saved no checkpoint" in starts[-1].stdout
 
 
-def run_script(run: Path, pretended: Path, queue: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def run_script(
+    run: Path, pretended: Path, queue: str, nodes: str = "1:2", exclude_after: str = "", **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Run the job script of two nodes where all of Slurm, and Python, is pretended."""
     python = pretended / "python"
     (run / "slurm").mkdir(parents=True, exist_ok=True)
     (pretended / "squeue.answer").write_text(queue + "\n")
-    (pretended / "scontrol").write_text(f"#!/bin/bash\n[[ $1 == requeue ]] && touch {pretended}/requeued; false\n")
-    (pretended / "srun").write_text('#!/bin/bash\nwhile [[ $1 == -* ]]; do shift; done; exec "$@"\n')
+    (pretended / "scontrol").write_text(
+        f"#!/bin/bash\n[[ $1 == requeue ]] && touch {pretended}/requeued\n"
+        "[[ $2 == hostnames ]] && printf 'n1\\nn2\\n'; false\n"
+    )
+    (pretended / "srun").write_text(
+        f'#!/bin/bash\necho "$*" >>{pretended}/srun.asked\nwhile [[ $1 == -* ]]; do shift; done; exec "$@"\n'
+    )
     python.write_text(PYTHON)
     for program in (pretended / "scontrol", pretended / "srun", python):
         program.chmod(0o755)
     given = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURMD_NODENAME": "n1"}
-    script = job(run, "1:2", python=str(python)).script()
+    made = job(run, nodes, python=str(python))
+    script = dataclasses.replace(made, exclude_after=int(exclude_after) if exclude_after else None).script()
     return subprocess.run(
         ["bash"], input=script, text=True, check=False, capture_output=True, env=os.environ | given | variables,
         timeout=30,
@@ -224,22 +329,24 @@ def task(tmp_path: Path) -> Task:
 
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No waiting between questions to Slurm."""
+    """No waiting between questions to Slurm, nor for a job that it has taken without an answer."""
     monkeypatch.setattr(fleet_slurm, "ASK_SECONDS", 0.0)
     monkeypatch.setattr(fleet_slurm, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(slurm, "SETTLE_SECONDS", 0.0)
 
 
 @pytest.mark.parametrize(("written", "status"), [("0", 0), ("1", 1), (None, -9), ("", -9)])
 def test_a_job_ends_with_the_status_that_its_script_wrote_or_as_lost(task, pretended, eager, written, status):
     started = SlurmJobs(slurm.Request("10:00"))(task)
     assert started.poll() is None  # submitted
-    (pretended / "squeue.answer").write_text(f"{name_of(task.stored)} PENDING\n")
+    (pretended / "squeue.answer").write_text(f"17 PENDING {name_of(task.stored)}\n")
     assert started.poll() is None
     if written is not None:
         (task.stored.directory / "exit-status").write_text(written)
     assert started.poll() is None
-    (pretended / "squeue.answer").write_text("another RUNNING\n")
+    (pretended / "squeue.answer").write_text("18 RUNNING another\n")
     assert started.poll() == started.wait() == status
+    assert SlurmJobs(slurm.Request("10:00"))(task).poll() is None  # that end was another job's
     script = (task.stored.directory / "job.sh").read_text()
     assert "export A='b c'\n" in script and "#SBATCH --comment='demo s baseline'\n" in script
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False, capture_output=True).stderr == ""
@@ -254,13 +361,36 @@ def test_a_scheduler_that_does_not_answer_is_waited_for_and_a_job_is_submitted_o
     (pretended / "squeue.error").unlink()
     (pretended / "sbatch.error").write_text(silent.replace("squeue", "sbatch"))
     assert started.poll() is None
-    (pretended / "squeue.answer").write_text(f"{name_of(task.stored)} RUNNING\n")  # sbatch was heard, after all
+    (pretended / "squeue.answer").write_text(f"17 RUNNING {name_of(task.stored)}\n")  # sbatch was heard, after all
     (pretended / "sbatch.error").write_text("sbatch: error: it must not be asked again")
     assert started.poll() is None
     (pretended / "squeue.error").write_text(silent)
     assert started.poll() is None
     started.kill()
     assert started.poll() == EXIT_PREEMPTED
+
+
+def test_a_job_whose_submission_had_no_answer_is_not_submitted_again_by_this_or_the_next_ladder(
+    task, sbatch_unheard, eager, monkeypatch
+):
+    monkeypatch.setattr(slurm, "SETTLE_SECONDS", 60.0)
+    jobs = SlurmJobs(slurm.Request("10:00"))
+    started = jobs(task)
+    assert [started.poll() for _ in range(2)] == [None, None]
+    assert not jobs.works_on(task.stored)  # not yet in the queue
+    following = SlurmJobs(slurm.Request("10:00"))
+    again = following(task)  # the first one was killed
+    assert [again.poll() for _ in range(3)] == [None] * 3
+    assert following.works_on(task.stored) and sbatch_unheard.read_text() == "call\n"
+
+
+@pytest.mark.parametrize("status", [0, 1, 75])
+def test_the_end_of_a_job_that_nobody_watched_is_not_followed_by_another_submission(task, pretended, eager, status):
+    """The ladder process was killed, and the job ended before the next one asked for the queue."""
+    (pretended / "sbatch.error").write_text("sbatch: error: it must not be asked again")
+    slurm.note(task.stored.directory / "submission.json", "17")
+    (task.stored.directory / "exit-status").write_text(f"{status}\n")
+    assert SlurmJobs(slurm.Request("10:00"))(task).poll() == status
 
 
 def test_options_of_jobs_without_a_scheduler_are_refused():
@@ -319,6 +449,8 @@ def test_a_run_through_a_lost_node_and_a_preemption_ends_with_the_bits_of_a_calm
     assert story["weights_sha256"] == SMOKE_SHA256
     sizes = [(attempt["world_size"], attempt["ended"]) for attempt in story["attempts"]]
     assert sizes == [(3, "failed"), (2, "preempted"), (2, "finished")]
+    assert {node["name"]: node["failures"] for node in story["nodes"]} == {"n1": 0, "n2": 0, "n3": 1}
+    assert "without n3" in story["incidents"][0]["text"]
     assert "Traceback" not in told() and "frame #" not in told()
 
 
@@ -348,6 +480,7 @@ def test_a_ladder_of_jobs_whose_process_was_killed_gives_the_results_of_a_local_
     done = ladder_run.run(ladder, there, backend=jobs, slots=2)
     assert done.exit_status == EXIT_FINISHED
     assert hashed_results(ladder, pool_of(there)) == hashed_results(ladder, pool_of(here))
+    assert json.dumps(reported(ladder, there)) == json.dumps(reported(ladder, here))
     submitted = {name_of(StoredRun(pool_of(there) / run.key)) for run in done.distinct}
     known = cluster.call("scontrol", "show", "jobs", "--oneliner")
     assert sorted(re.findall(r"JobName=(toprope-\w+)", known)) == sorted(submitted)

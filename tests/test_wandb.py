@@ -25,7 +25,16 @@ from trainer.config import Config, parse
 from trainer.errors import ConfigError
 from trainer.launch import processes
 from trainer.log import rundir
-from trainer.log.events import CheckpointFailed, CheckpointSaved, EventLog, StepDone, StopRequested, Warned, read
+from trainer.log.events import (
+    CheckpointFailed,
+    CheckpointSaved,
+    EventLog,
+    RankPace,
+    StepDone,
+    StopRequested,
+    Warned,
+    read,
+)
 from trainer.show import tensorboard, utilisation, wandb
 from trainer.show.console import Console
 from trainer.show.wandb import WandbHelper, wandb_mode
@@ -544,6 +553,18 @@ def test_tensorboard_gets_the_numbers_of_every_row_over_its_step_in_a_folder_of_
     size = next(value for name, value, _ in rows if name == "run/world_size")
     assert share == pytest.approx(100 * 2048 / 0.5 / (989e12 * size))
     assert not any(name == "step" for name, _, _ in rows)
+
+
+def test_the_pace_of_every_rank_has_a_curve_with_its_node(run: Run):
+    run.start(nodes=("n1", "n2"))
+    for rank, node in enumerate(("n1", "n2")):
+        run.write(RankPace(step=20, node=node, seconds_per_micro_batch=0.5 + rank), rank=rank)
+    rows: list[dict[str, Any]] = []
+    shown = SimpleNamespace(step=0, log=lambda row, step, commit: rows.append(row))
+    metrics = wandb._Metrics(shown, [])
+    for entry in read(run.path):
+        metrics.show(entry)
+    assert {"step": 20, "pace/n1/rank 0": 0.5} in rows and {"step": 20, "pace/n2/rank 1": 1.5} in rows
 
 
 @pytest.mark.parametrize(

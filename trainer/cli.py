@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 import time
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -196,7 +196,7 @@ def launch(
 @app.command()
 def submit(
     config_path: ConfigPath,
-    on: Annotated[str, typer.Option(metavar="slurm", help="The scheduler.")],
+    on: Annotated[str, typer.Option(metavar="slurm|kubernetes|kubeflow", help="The scheduler.")],
     nodes: Annotated[str, typer.Option(metavar="N|MIN:MAX", help="With MIN:MAX it goes on with fewer.")] = "1",
     limit: TimeLimit = LIMIT,
     run: RunOption = None,
@@ -208,18 +208,31 @@ def submit(
     before: Before = None,
     python: NodesPython = "",
     accept: AcceptOtherBits = False,
-    only_print: Annotated[bool, typer.Option("--print", help="Print the job script, submit nothing.")] = False,
+    exclude_after: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Slurm: leave out nodes that have failed so often."),
+    ] = None,
+    only_print: Annotated[bool, typer.Option("--print", help="Print the script or manifests, submit nothing.")] = False,
+    image: Annotated[str, typer.Option(help="Kubernetes: container image with toprope.")] = "",
+    claim: Annotated[str, typer.Option(help="Kubernetes: volume claim, mounted at the parent of --run.")] = "",
+    memory: Annotated[str, typer.Option(metavar="16Gi", help="Kubernetes: memory of a node's pod.")] = "",
 ) -> None:
     """Submit a run to a cluster's scheduler as a job that goes on after lost nodes, preemption and time limits."""
     from trainer import config as configs
-    from trainer.launch import slurm
+    from trainer.launch import kubernetes, slurm
     from trainer.log import rundir
 
-    if on != "slurm":
-        raise UsageError(f"--on {on!r} is no scheduler that `submit` knows.\n  Give --on slurm.")
+    if on not in ("slurm", *kubernetes.KINDS):
+        raise UsageError(
+            f"--on {on!r} is no scheduler that `submit` knows.\n  Give --on slurm, --on kubernetes or --on kubeflow."
+        )
+    given = {"--time": limit != LIMIT, "--slurm": options, "--before": before, "--python": python}
+    given |= {"--exclude-after": exclude_after}
+    foreign = given if on != "slurm" else {"--image": image, "--claim": claim, "--memory": memory}
+    if wrong := [option for option, is_given in foreign.items() if is_given]:
+        raise UsageError(f"{', '.join(wrong)} without effect with --on {on}.\n  Leave out what is another scheduler's.")
     fewest, most = slurm.parse_nodes(nodes)
     config = configs.load(config_path, overrides or ())
-    run = (run or Path("runs") / config_path.stem).absolute()
     ranks = ranks or gpus or 1
     for count in range(fewest, most + 1):  # any of them may be left
         configs.check_world(config, count * ranks)
@@ -228,21 +241,40 @@ def submit(
             'elastic.mode = "quorum" needs a launcher of its own, and a job starts torchrun.\n'
             '  Set elastic.mode = "restart": a lost node then restarts the others.'
         )
-    rundir.check(run, config)
-    command = ["trainer", "train", str(run / "slurm" / "config.toml"), "--run", str(run)]
-    command += ["--accept-other-bits"] if accept else []
-    request = _request(limit, notice, options, before, python)
-    job = slurm.Job(run, command, fewest, most, ranks, request, config.numerics.threads, gpus)
-    if only_print:
-        from trainer.show import terminal
-
-        print(job.script(), end="")
-        terminal.check()
+    text = f"# {config_path}, as it was submitted.\n\n{configs.as_toml(config)}"
+    further = ["--accept-other-bits"] if accept else []
+    if on != "slurm":
+        place = PurePosixPath(run or Path("/runs") / config_path.stem)
+        manifests = kubernetes.Manifests(
+            place, text, image, claim, fewest, most, ranks, config.numerics.threads, gpus, memory, notice, further
+        ).text(on)
+        if not only_print:
+            raise UsageError(
+                f"--on {on} submits nothing itself: there was no cluster to try that on.\n"
+                "  Add --print, and give the output to `kubectl apply -f -`."
+            )
+        _print_whole(manifests)
         return
-    number = slurm.submit(job, f"# {config_path}, as it was submitted.\n\n{configs.as_toml(config)}")
+    run = (run or Path("runs") / config_path.stem).absolute()
+    rundir.check(run, config)
+    command = ["trainer", "train", str(run / "slurm" / "config.toml"), "--run", str(run), *further]
+    request = _request(limit, notice, options, before, python)
+    job = slurm.Job(run, command, fewest, most, ranks, request, config.numerics.threads, gpus, exclude_after)
+    if only_print:
+        _print_whole(job.script())
+        return
+    number = slurm.submit(job, text)
     print(f"job {number}  {run}")
     print(f"watch  tail -F {shlex.quote(str(run / 'slurm'))}/job-{number}*.txt")
     print(f"story  python -m trainer inspect {shlex.quote(str(run))}")
+
+
+def _print_whole(text: str) -> None:
+    """Print a text that must not be cut off unnoticed."""
+    from trainer.show import terminal
+
+    print(text, end="")
+    terminal.check()
 
 
 def _request(
@@ -259,8 +291,9 @@ def rendezvous(
     listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Address of this machine; port 0: a free one.")],
 ) -> None:
     """Serve the store at which the torchrun agents of a job meet, so that any of their nodes may be lost."""
-    from trainer.launch import rendezvous
+    from trainer.launch import rendezvous, transport
 
+    transport.prepare("trainer")
     rendezvous.serve(listen)
 
 

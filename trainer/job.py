@@ -46,13 +46,14 @@ from trainer.faults.wrong_operators import Machine
 from trainer.islands import members as islands
 from trainer.islands.state import IslandsState
 from trainer.islands.state import build as build_islands
-from trainer.log import events, rundir
+from trainer.log import events, nodes, rundir
 from trainer.parallel import elastic, peers, world
 from trainer.parallel.sharding import Rounder, RounderOf, shard
 from trainer.parallel.world import AllRanks, World
 from trainer.phases import Hook, Phase, no_hook
 from trainer.sentinel.corruption import Sentinel
 from trainer.sentinel.hang import Watchdog
+from trainer.sentinel.pace import with_pace
 from trainer.show import console, tensorboard
 from trainer.show.wandb import WandbHelper, wandb_mode
 from trainer.step import StepContext, TrainState
@@ -135,7 +136,7 @@ def train(
         stack.callback(injector.close)
         ranks.from_main(lambda: check_compiler(config, device))
         claim = claim_run(config, run, ranks, accept_other_bits, stack, parent)
-        hook = with_heartbeat(claim.watchdog, hook)
+        hook = with_pace(config, ranks, claim.log, with_heartbeat(claim.watchdog, hook))
         stopwatch.lap("connect")
         prepared, facts = prepare_data(config, claim)
         # From here on the directory is a run's, so a rank that dies now leaves a run that can be resumed.
@@ -165,12 +166,12 @@ def train(
                 begin_from_weights(config, claim, facts["vocab_size"], prepared, state)
                 checkpointer.reserve(state)
                 stopwatch.lap("restore")
-                hosts = ranks.agree(socket.gethostname)
+                names = ranks.agree(elastic.node_name)
                 # Of its own: faults and checks are for what is computed with.
                 unfaulted = batches_of(config, prepared)
                 fresh = first_epoch.steps(unfaulted)
                 announce(
-                    config, claim, facts, hosts, state.step, stopwatch, injector.notice, branched, fresh, state_from
+                    config, claim, facts, names, state.step, stopwatch, injector.notice, branched, fresh, state_from
                 )
                 warn_of_overlap(claim, prepared, config)
                 # From here on a branch does not need its parent, and a save that was due is made up for.
@@ -474,14 +475,14 @@ def with_memory(record: Callable[[events.Event], None], device: torch.device) ->
 
 
 def announce(
-    config: Config, claim: Claim, facts: dict[str, Any], hosts: Sequence[str], step: int, stopwatch: Stopwatch,
+    config: Config, claim: Claim, facts: dict[str, Any], names: Sequence[str], step: int, stopwatch: Stopwatch,
     armed: str, parent: str = "", first_epoch_steps: int | None = None, state_from: str = "",
 ) -> None:  # fmt: skip
     """Log that the attempt starts from `step`, why the workers were started again, and what a user should know.
 
-    `hosts` are the names of the ranks' machines.
+    `names` are those of the ranks' nodes, in the order of ranks unless ranks may change.
     """
-    ranks, log = claim.ranks, claim.log
+    ranks, log, changing = claim.ranks, claim.log, elastic.in_quorum()
     log.append(
         events.AttemptStarted(
             world_size=ranks.size,
@@ -500,6 +501,7 @@ def announce(
             parent=parent,
             state_from=state_from,
             first_epoch_steps=first_epoch_steps,
+            nodes=tuple(names) if ranks.is_main and not changing else (),
         )
     )
     losses = elastic.take_losses()  # taken on every node, so that none reports them again later
@@ -510,6 +512,7 @@ def announce(
         said = {event.message for _, event in events.select(claim.earlier, events.Warned)}
         before = events.select(claim.earlier, events.AttemptStarted)
         other_bits = "; ".join(claim.other_bits)
+        shard_ranks = config.parallel.shard_ranks if config.parallel.strategy == "hybrid" and not changing else 1
         for message, holds in (
             (elastic.SHARED_STORE_WARNING, elastic.shares_rendezvous_store()),
             (armed, armed),
@@ -517,9 +520,10 @@ def announce(
             (provenance.NOT_RECORDED, any(event.computes_with is None for _, event in before)),
             (f"the steps from here on may have other bits, which was accepted: {other_bits}.", other_bits),
             *(
-                (f"node {event.node} computes again, though it is quarantined: {event.found}.", event.node in hosts)
+                (f"node {event.node} computes again, though it is quarantined: {event.found}.", event.node in names)
                 for _, event in events.select(claim.earlier, events.Corrupted)
             ),
+            *((message, message) for message in nodes.warnings(claim.earlier, names, shard_ranks)),
         ):
             if holds and message not in said:
                 log.append(events.Warned(message=message))

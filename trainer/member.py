@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import json
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -99,7 +98,7 @@ class Records:
 
     def note(self) -> dict[str, Any]:
         """What the next main member may need to know."""
-        return {"host": socket.gethostname(), "events": [events.to_record(event) for event in self._recent]}
+        return {"host": elastic.node_name(), "events": [events.to_record(event) for event in self._recent]}
 
     def changed(self, change: Change) -> None:
         """Take over from a main member that is gone, or hand over to another one; record the change."""

@@ -4,8 +4,12 @@ Jobs outlive the scheduler that submitted them: the next one finds them in the q
 their directories. Whether a job is there Slurm says; how it ended, a file that its script writes. A job that is gone
 without one was lost with its node, or cancelled: the run is started again.
 
-    STORE/KEY/job.sh         the script
-    STORE/KEY/exit-status    written by the script at its end
+A run is submitted only if nothing says that it has a job: none in the queue, no end that nobody has read yet, no
+submission without an answer that may still become a job (launch/slurm.py).
+
+    STORE/KEY/job.sh             the script
+    STORE/KEY/submission.json    written before the script is submitted, and when Slurm has told the job's id
+    STORE/KEY/exit-status        written by the script at its end; renamed to exit-status.read by the one who reads it
 """
 
 import contextlib
@@ -16,11 +20,11 @@ import time
 
 from trainer import config as configs
 from trainer import files
-from trainer.errors import EXIT_PREEMPTED
+from trainer.errors import EXIT_FINISHED, EXIT_PREEMPTED, TopropeError
 from trainer.fleet.backend import THREADS, Task
 from trainer.fleet.run_store import StoredRun
 from trainer.launch import slurm
-from trainer.launch.slurm import SchedulerError
+from trainer.launch.slurm import SchedulerError, UnansweredError
 
 ASK_SECONDS = 2.0
 """Interval at which Slurm is asked for the queue, once for all jobs."""
@@ -46,16 +50,16 @@ class SlurmJobs:
 
     def works_on(self, stored: StoredRun) -> bool:
         """True if a job of this run waits or runs."""
-        return self.in_queue(name_of(stored), since=self._asked_at) is True
+        return name_of(stored) in self.names()[0]
 
-    def in_queue(self, name: str, since: float) -> bool | None:
-        """True if a job of that name waits, runs or ends just now; None if Slurm has not answered since `since`."""
+    def names(self) -> tuple[set[str], float]:
+        """Names of the jobs that wait, run or end just now, and when Slurm was asked for them (monotonic)."""
         if (now := time.monotonic()) - self._tried_at >= ASK_SECONDS:
             self._tried_at = now
             with contextlib.suppress(SchedulerError):  # it is waited for
-                self._names = slurm.names()
+                self._names = {job.name for job in slurm.queue()}
                 self._asked_at = now
-        return name in self._names if self._asked_at >= since else None
+        return self._names, self._asked_at
 
 
 class SlurmJob:
@@ -69,23 +73,26 @@ class SlurmJob:
     def __init__(self, jobs: SlurmJobs, task: Task) -> None:
         self._jobs, self._task = jobs, task
         self._name = name_of(task.stored)
-        self._submitted_at: float | None = None
+        self._submission = task.stored.directory / "submission.json"
+        self._was_seen = False
+        """True if the job was in the queue, or Slurm has told its id."""
         self._tried_at = float("-inf")
-        self._began = time.monotonic()
+        self._asked_since = time.monotonic()
+        """What the queue said before is not about this job."""
+        self._absent_since = self._asked_since + slurm.seconds_unsettled(self._submission)
+        """What is not in the queue before may still come."""
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
         """The run's exit status, -SIGKILL if the job vanished; None while it waits, runs, or Slurm does not answer."""
         if self.returncode is None:
-            since = self._began if self._submitted_at is None else self._submitted_at
-            found = self._jobs.in_queue(self._name, since)
-            if self._submitted_at is None:
-                if found:  # of an earlier scheduler, or submitted while Slurm did not answer
-                    self._submitted_at = since
-                elif found is False:
+            names, asked_at = self._jobs.names()
+            if asked_at >= self._asked_since and self._name in names:
+                self._was_seen = True  # of an earlier scheduler, or submitted while Slurm did not answer
+            elif asked_at >= self._absent_since:
+                self.returncode = self._end()
+                if self.returncode is None:
                     self._submit()
-            elif found is False:
-                self.returncode = self._exit_status()
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
@@ -124,16 +131,33 @@ class SlurmJob:
             ranks=task.ranks,
         )
         files.write(directory / "job.sh", script)
-        (directory / "exit-status").unlink(missing_ok=True)
-        with contextlib.suppress(SchedulerError):
-            slurm.sbatch(directory / "job.sh")
-            self._submitted_at = time.monotonic()
-        self._tried_at = self._began = time.monotonic()  # the queue is read anew: Slurm may have taken it unanswered
+        slurm.note(self._submission)
+        unsettled = 0.0
+        try:
+            slurm.note(self._submission, slurm.sbatch(directory / "job.sh"))
+            self._was_seen = True
+        except UnansweredError:
+            unsettled = slurm.SETTLE_SECONDS
+        except TopropeError as error:
+            self._submission.unlink()  # nothing was submitted
+            if not isinstance(error, SchedulerError):
+                raise
+        self._tried_at = self._asked_since = time.monotonic()
+        self._absent_since = self._asked_since + unsettled
 
-    def _exit_status(self) -> int:
-        with contextlib.suppress(OSError, ValueError):
-            return int((self._task.stored.directory / "exit-status").read_text(encoding="ascii"))
-        return -signal.SIGKILL
+    def _end(self) -> int | None:
+        """How a job ended that is not in the queue; None if there was none. Each end is returned once."""
+        file = self._task.stored.directory / "exit-status"
+        try:
+            if not self._submission.exists():  # an end that was read before ends were renamed
+                file.unlink(missing_ok=True)
+            status = int(file.read_text(encoding="ascii"))
+            file.replace(file.with_suffix(".read"))
+            return status  # also of a job that ended while nobody watched
+        except (OSError, ValueError):
+            if self._was_seen:
+                return -signal.SIGKILL
+            return EXIT_FINISHED if self._task.stored.has_finished() else None
 
 
 def name_of(stored: StoredRun) -> str:

@@ -59,9 +59,10 @@ class Hosts:
     All methods raise OSError if the kernel or a tool refuses.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, links: int = 1) -> None:
+        """`links` is the number of links of each host, each to a switch and a network of its own."""
         assert 1 <= count <= 250
-        self._count = count
+        self._count, self._links = count, links
         self._in_user_namespace = os.geteuid() != 0
         self._holders: list[subprocess.Popen[bytes]] = []
         self._drops: set[int] = set()
@@ -98,17 +99,25 @@ class Hosts:
         """Words before a command that make it run on `host`. The command keeps the process id of the whole."""
         return self._in_namespace(host + 1)
 
-    def address(self, host: int) -> str:
-        return f"10.99.0.{host + 1}"
+    def address(self, host: int, link: int = 0) -> str:
+        return f"10.{99 - link}.0.{host + 1}"
 
     @contextlib.contextmanager
-    def down(self, host: int) -> Iterator[None]:
-        """Inside this context the link is down at the switch: no carrier, and nothing passes either way."""
+    def down(self, host: int, link: int = 0) -> Iterator[None]:
+        """Inside this context a link is down at the switch: no carrier, and nothing passes either way."""
         try:
-            self._run(0, "ip", "link", "set", f"port{host}", "down")
+            self._run(0, "ip", "link", "set", _port(host, link), "down")
             yield
         finally:
-            self._run(0, "ip", "link", "set", f"port{host}", "up")
+            self._run(0, "ip", "link", "set", _port(host, link), "up")
+
+    def allow_multipath(self) -> None:
+        """Let connections of Multipath TCP use every link of every host."""
+        for host in range(self._count):
+            self._run(host + 1, "ip", "mptcp", "limits", "set", "subflow", "4", "add_addr_accepted", "4")
+            for link in range(1, self._links):
+                endpoint = (self.address(host, link), "dev", _interface(link), "subflow", "signal")
+                self._run(host + 1, "ip", "mptcp", "endpoint", "add", *endpoint)
 
     @contextlib.contextmanager
     def dropping(self, host: int) -> Iterator[None]:
@@ -164,18 +173,24 @@ class Hosts:
     def _make(self) -> None:
         """Make namespace 0 for the switch and namespace n + 1 for host n, and link them."""
         self._hold()
-        self._run(0, "ip", "link", "add", "switch", "type", "bridge")
-        self._run(0, "ip", "link", "set", "switch", "up")
+        for link in range(self._links):
+            self._run(0, "ip", "link", "add", f"switch{link}", "type", "bridge")
+            self._run(0, "ip", "link", "set", f"switch{link}", "up")
         for host in range(self._count):
             holder = self._hold()
-            port, peer = f"port{host}", ("peer", "name", INTERFACE, "netns", str(holder.pid))
-            self._run(0, "ip", "link", "add", port, "type", "veth", *peer)
-            self._run(0, "ip", "link", "set", port, "master", "switch", "up")
-            # No IPv6 address: a process that looks up its interface's address must get the one that its peers know.
-            self._run(host + 1, "ip", "link", "set", INTERFACE, "addrgenmode", "none")
-            self._run(host + 1, "ip", "address", "add", f"{self.address(host)}/24", "dev", INTERFACE)
-            for device in ("lo", INTERFACE):
-                self._run(host + 1, "ip", "link", "set", device, "up")
+            self._run(host + 1, "ip", "link", "set", "lo", "up")
+            for link in range(self._links):
+                self._link(host, link, holder.pid)
+
+    def _link(self, host: int, link: int, holder: int) -> None:
+        """Link a host, whose namespace the process `holder` holds, to a switch."""
+        port, device = _port(host, link), _interface(link)
+        self._run(0, "ip", "link", "add", port, "type", "veth", "peer", "name", device, "netns", str(holder))
+        self._run(0, "ip", "link", "set", port, "master", f"switch{link}", "up")
+        # No IPv6 address: a process that looks up its interface's address must get the one that its peers know.
+        self._run(host + 1, "ip", "link", "set", device, "addrgenmode", "none")
+        self._run(host + 1, "ip", "address", "add", f"{self.address(host, link)}/24", "dev", device)
+        self._run(host + 1, "ip", "link", "set", device, "up")
 
     def _hold(self) -> subprocess.Popen[bytes]:
         """Start a process that holds a new namespace until its input ends, which it does at the latest when we end."""
@@ -217,3 +232,13 @@ class Hosts:
         if done.returncode:
             raise OSError(f"{' '.join(command)}: {done.stderr.strip() or f'exit status {done.returncode}'}")
         return done.stdout
+
+
+def _interface(link: int) -> str:
+    """Name of a link's device on its host; the first is INTERFACE."""
+    return f"eth{link}"
+
+
+def _port(host: int, link: int = 0) -> str:
+    """Name of a link's device at the switch."""
+    return f"port{host}" if link == 0 else f"port{host}-{link}"

@@ -18,6 +18,8 @@ from trainer.errors import UsageError
 
 STORE_SECONDS = "store_seconds"
 """Key of --rdzv-conf: so long agents look for a store that is gone before they give up. Default 0."""
+RESUMABLE = "resumable"
+"""Key of --rdzv-conf: 1 if the job may meet again, under the same id at the same store, after it has left with 75."""
 LOOK_SECONDS, CONNECT_SECONDS = 0.2, 2.0
 
 

@@ -2,25 +2,34 @@
 
     RUN/slurm/job.sh         the script as it was submitted last
     RUN/slurm/config.toml    the whole config, which every start of the job reads
-    RUN/slurm/job.json       {"job": id} of that submission
+    RUN/slurm/job.json       {"job": id, "time": …} of that submission; no id until Slurm has told it
     RUN/slurm/job-ID.txt     what the script says, start after start
     RUN/slurm/job-ID-start-N-NODE.txt    output of the ranks of a node
 
 Slurm starts one torchrun agent a node. A notice before the time limit or a preemption ends in a save, and the job goes
 back into the queue. submitit pickles a function for each job, and TorchX gives no notice and never goes back into the
 queue: with either, all of this would still be ours. So the script is a template, which users can read and change.
+
+Slurm may take a job without telling so, if it is slow or the process that asks is killed. So a job's name belongs to
+one run: before anything is submitted the queue is asked for that name, and asked again for SETTLE_SECONDS after a
+submission without an answer. A job that Slurm takes even later waits for the other one (`singleton`), and finds nothing
+left to do.
 """
 
+import contextlib
 import functools
+import hashlib
 import json
 import re
 import shlex
 import shutil
 import subprocess
+import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -41,6 +50,9 @@ LEAST_NOTICE_SECONDS = 30
 LEAVING_SECONDS = 10
 """Part of the notice that is left when workers that have not saved are killed: torchrun and srun still have to end."""
 ANSWER_SECONDS = 30.0
+ASK_SECONDS = 2.0
+SETTLE_SECONDS = 60.0
+"""After a submission without an answer, a job may appear in the queue for so long."""
 UNLIMITED = ("UNLIMITED", "INFINITE")
 OWN_OPTIONS = {
     "nodes": "--nodes (a ladder's job has one)", "time": "--time", "signal": "--notice",
@@ -60,6 +72,14 @@ class SchedulerError(TopropeError):
 
 class UnansweredError(SchedulerError):
     """sbatch was cut off before the answer: Slurm may have taken the job."""
+
+
+class Queued(NamedTuple):
+    """A job of this user that waits, runs or ends just now."""
+
+    id: str
+    state: str
+    name: str
 
 
 @dataclass(frozen=True)
@@ -121,7 +141,7 @@ class Request:
             "time": self.time, "signal": f"B:USR1@{self.notice_seconds}", "requeue": "", "open-mode": "append",
             "output": str(output.with_name(f"{output.stem}%j{output.suffix}")),
         }  # fmt: skip
-        given |= {**own, **self.options}
+        given |= {**own, **self.options, "dependency": self._dependency()}
         if "no-requeue" in given:
             del given["requeue"]
         return _template(template).render(
@@ -131,6 +151,12 @@ class Request:
             shutdown_seconds=self.notice_seconds - LEAVING_SECONDS,
             **values,
         )
+
+    def _dependency(self) -> str:
+        """The dependency of every job: two jobs of one name never run at once."""
+        asked = self.options.get("dependency", "")
+        # With "?" any one dependency is enough, so a further one would be wrong there.
+        return asked if "?" in asked else ",".join(filter(None, [asked, "singleton"]))
 
 
 @dataclass(frozen=True)
@@ -150,13 +176,15 @@ class Job:
     threads: int = 1
     """CPU threads of each rank."""
     gpus_per_node: int | None = None
+    exclude_after: int | None = None
+    """Failures of a node after which it takes no part; None: it always may."""
 
     def script(self) -> str:
         """Return the job script. Raises ConfigError for what Slurm would refuse."""
         self.request.check()
         elastic = self.fewest < self.nodes
         own = {
-            "job-name": re.sub(r"\s", "-", self.run.name),
+            "job-name": name_of(self.run),
             # Without ntasks-per-node, with which Slurm gives the fewest nodes however many are free.
             "nodes": f"{self.fewest}-{self.nodes}" if elastic else str(self.nodes),
             "cpus-per-task": str(self.ranks * self.threads),
@@ -176,6 +204,7 @@ class Job:
             ranks=self.ranks,
             restarts=RESTARTS,
             starts_in_vain=STARTS_IN_VAIN,
+            exclude_after=self.exclude_after,
             rendezvous=RENDEZVOUS,
         )
 
@@ -225,15 +254,19 @@ def submit(job: Job, config: str) -> str:
             _refuse_second(job.run)
             files.write(directory / "config.toml", config)
             files.write(directory / "job.sh", script)
+            note(directory / "job.json")
             try:
                 number = sbatch(directory / "job.sh")
-            except UnansweredError:
-                raise  # the job may be there, and needs its directory
+            except UnansweredError as error:
+                number = _taken_unheard(job.run)
+                if number is None:
+                    raise error from None  # the job may still come, and needs its directory
             except TopropeError:
+                (directory / "job.json").unlink()
                 if made is not None:
                     shutil.rmtree(made)
                 raise
-            files.write(directory / "job.json", json.dumps({"job": number}) + "\n")
+            note(directory / "job.json", number)
     except Timeout:
         raise RunDirectoryError(
             f"{job.run} is being submitted by another process.\n  Wait for it, or give another --run."
@@ -244,18 +277,38 @@ def submit(job: Job, config: str) -> str:
     return number
 
 
+def name_of(run: Path) -> str:
+    """Name of the job of a run, which no other run has."""
+    digest = hashlib.sha256(str(run).encode()).hexdigest()
+    return re.sub(r"\s", "-", f"{run.name}-{digest[:8]}")
+
+
+def note(path: Path, job: str | None = None) -> None:
+    """Write down a submission: before it, without an id; and when Slurm has told the id."""
+    files.write(path, json.dumps({"job": job, "time": time.time()}) + "\n")
+
+
+def seconds_unsettled(path: Path) -> float:
+    """Seconds for which a job that was noted there, and is not in the queue, may still appear in it."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        noted = files.read_object(path)
+        if noted["job"] is None:
+            return min(max(0.0, noted["time"] + SETTLE_SECONDS - time.time()), SETTLE_SECONDS)
+    return 0.0
+
+
 def sbatch(script: Path) -> str:
     """Submit a script; return the job's id. Raises UsageError if Slurm refuses it, SchedulerError if it cannot be
     reached, UnansweredError if it may have taken the job."""
     done = _ask("sbatch", "--parsable", str(script))
     if not done.returncode:
         return done.stdout.strip().partition(";")[0]
-    if re.search(r"[Uu]nable to contact|Connection (refused|timed out)", done.stderr):
+    if re.search(r"[Uu]nable to contact|Connection refused", done.stderr):
         raise SchedulerError(f"Slurm does not answer: {_words(done)}.\n  Nothing was submitted. Try again later.")
-    if re.search(r"[Tt]imed out|did not answer", done.stderr):
+    if re.search(r"[Tt]imed out|did not answer|Zero Bytes|Connection reset", done.stderr):
         raise UnansweredError(
-            f"Slurm did not answer: {_words(done)}.\n  It may have taken the job: look with `squeue --me` before you "
-            "try again."
+            f"Slurm did not answer: {_words(done)}.\n  It may still take the job. The same command looks for it in the "
+            "queue before it submits another."
         )
     raise UsageError(
         f"Slurm does not take the job: {_words(done)}.\n  Nothing was submitted. `sinfo` shows partitions, nodes and "
@@ -273,38 +326,59 @@ def require() -> None:
 
 
 def submitted(run: Path) -> str | None:
-    """Id of the job that was submitted last for a run; None if there was none."""
+    """Id of the job that was submitted last for a run; None if there was none, or Slurm has not told it."""
     try:
-        return str(files.read_object(run / "slurm" / "job.json")["job"])
+        job = files.read_object(run / "slurm" / "job.json")["job"]
     except (OSError, ValueError, KeyError):
         return None
+    return None if job is None else str(job)
 
 
-def states() -> dict[str, str]:
-    """Return {id: state} of this user's jobs that wait, run or end just now."""
-    return _queue("%i %T")
-
-
-def names() -> set[str]:
-    """Names of this user's jobs that wait, run or end just now."""
-    return set(_queue("%j %T"))
-
-
-def _queue(columns: str) -> dict[str, str]:
-    """Two columns of the queue as a dictionary. Raises SchedulerError if Slurm does not answer."""
-    done = _ask("squeue", "--me", "--noheader", f"--format={columns}")
+def queue() -> list[Queued]:
+    """This user's jobs that wait, run or end just now. Raises SchedulerError if Slurm does not answer."""
+    done = _ask("squeue", "--me", "--noheader", "--format=%i %T %j")
     if done.returncode:
         raise SchedulerError(f"squeue fails: {_words(done)}.\n  Wait until Slurm answers, then try again.")
-    return dict(line.rsplit(maxsplit=1) for line in done.stdout.splitlines() if line.strip())
+    return [Queued(*line.split(maxsplit=2)) for line in done.stdout.splitlines() if len(line.split()) > 2]
 
 
 def _refuse_second(run: Path) -> None:
-    job = submitted(run)
-    if job is not None and (state := states().get(job)):
-        raise RunDirectoryError(
-            f"{run} is in use by Slurm's job {job}, which is {state.lower()}.\n  Two jobs would write over each other. "
-            f"Wait for it, end it with `scancel {job}`, or give another --run."
-        )
+    last, unsettled = submitted(run), seconds_unsettled(run / "slurm" / "job.json")
+    deadline = time.monotonic() + unsettled
+    if unsettled:
+        _say_that_it_looks(run, unsettled)
+    while True:
+        asked_at = time.monotonic()
+        for job in queue():
+            if job.id == last or job.name == name_of(run):
+                raise RunDirectoryError(
+                    f"{run} is in use by Slurm's job {job.id}, which is {job.state.lower()}.\n  Two jobs would write "
+                    f"over each other. Wait for it, end it with `scancel {job.id}`, or give another --run."
+                )
+        if asked_at >= deadline:
+            return
+        time.sleep(ASK_SECONDS)
+
+
+def _taken_unheard(run: Path) -> str | None:
+    """Id of the job of a run that Slurm has taken without an answer; None if none appears in the queue."""
+    deadline = time.monotonic() + SETTLE_SECONDS
+    _say_that_it_looks(run, SETTLE_SECONDS)
+    while True:
+        asked_at = time.monotonic()
+        with contextlib.suppress(SchedulerError):
+            if found := [job.id for job in queue() if job.name == name_of(run)]:
+                return found[0]
+        if asked_at >= deadline:
+            return None
+        time.sleep(ASK_SECONDS)
+
+
+def _say_that_it_looks(run: Path, seconds: float) -> None:
+    print(
+        f"A submission of {run} has had no answer: the queue is asked for its job for up to {seconds:.0f} s.",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
 
 
 def _ask(*command: str) -> subprocess.CompletedProcess[str]:

@@ -20,7 +20,7 @@ from typing import Any
 from trainer import signals, torch_versions
 from trainer.checkpoint import memory
 from trainer.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_QUARANTINED, EXIT_USAGE, TopropeError, WorldError
-from trainer.launch import forkserver, processes, rendezvous
+from trainer.launch import forkserver, processes, rendezvous, transport
 from trainer.parallel import elastic
 from trainer.show import terminal
 
@@ -40,6 +40,11 @@ LOST_STORE = (
 
 def torchrun() -> None:
     """Run torch.distributed.run on the command line's arguments and leave with the job's exit status."""
+    try:
+        transport.prepare("trainer.launch.torchrun")
+    except TopropeError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_status) from None
     terminal.take()
     asked, note = os.pipe()  # signals are noted there, because no Python handler runs while torch waits in C++
     os.set_blocking(note, False)
@@ -293,6 +298,9 @@ def _patch_restarts(config: Any) -> None:
         result = monitor(agent, worker_group)
         if elastic.gave_up() or any(failure.exitcode in ON_PURPOSE for failure in result.failures.values()):
             agent._remaining_restarts = 0
+        left = any(failure.exitcode == EXIT_PREEMPTED for failure in result.failures.values())
+        if left and config.rdzv_configs.get(rendezvous.RESUMABLE) == "1":
+            worker_group.spec.rdzv_handler._close = lambda: None  # closed, the job could not come back under its id
         first = getattr(agent._pcontext, "failed_first", set())
         failed = [(rank, failure) for rank, failure in result.failures.items() if failure.local_rank in first]
         crashed = [(rank, failure) for rank, failure in failed if failure.exitcode < 0]

@@ -64,6 +64,8 @@ class AttemptStarted(Event, kind="attempt_started"):
     """Where the state of `from_step` was: "memory" or "disk"; empty at the start, and in logs from before."""
     first_epoch_steps: int | None = None
     """Steps, from the first, whose text is read for the first time; None in logs from before it was recorded."""
+    nodes: Sequence[str] = ()
+    """Name of every rank's node, by rank. Rank 0 writes it; empty in logs from before, and where ranks may change."""
 
 
 class StepDone(Event, kind="step"):
@@ -81,6 +83,14 @@ class StepDone(Event, kind="step"):
     memory_bytes: int | None = None  # peak so far of rank 0: of its device, on CPUs of the process
     text_bytes: int | None = None
     """UTF-8 bytes that the step's targets stand for; None after the first epoch, and in logs from before."""
+
+
+class RankPace(Event, kind="pace"):
+    """How fast a rank computes, without its waiting for others. Each rank writes its own, from time to time."""
+
+    step: int
+    node: str
+    seconds_per_micro_batch: float  # median over the last steps that were measured
 
 
 class EvalDone(Event, kind="eval"):

@@ -163,8 +163,16 @@ def _ending(attempt: Attempt, loss: events.WorkersLost | None, next_start: Start
     seconds = max(0.0, next_start[0].time - last.time) if next_start is not None and last is not None else None
     starting = " while it was starting" if step is None else f" after step {step}"
     when = "" if kind in ("not_finite", "corrupted") else starting  # those two name their step
-    text = f"{cause}{when}{_resumption(attempt, next_start, lost, seconds)}"
+    text = f"{cause}{_on_node(attempt, rank)}{when}{_resumption(attempt, next_start, lost, seconds)}"
     return Incident(attempt.number, kind, True, rank, point, step, lost, seconds, detected_as, text, last and last.time)
+
+
+def _on_node(attempt: Attempt, rank: int | None) -> str:
+    """ " on n2": the node of the rank that is the cause, where there are several."""
+    nodes = attempt.start[1].nodes if attempt.start is not None else ()
+    if rank is None or rank >= len(nodes) or len(set(nodes)) == 1 or attempt.failures.get(rank) == LOST_A_PEER:
+        return ""
+    return f" on {nodes[rank]}"
 
 
 def _before(start: Entry, loss: events.WorkersLost) -> Incident:
@@ -213,6 +221,9 @@ def _resumption(attempt: Attempt, next_start: Start | None, lost: int | None, se
     text = f"; resumed from step {step}" if step else "; started again from step 0"
     if attempt.start is not None and (before := attempt.start[1].world_size) != size:
         text += f" on {size} rank{'s' if size > 1 else ''} instead of {before}"
+    if attempt.start is not None and (now := set(next_start[1].nodes)):
+        gone = [node for node in dict.fromkeys(attempt.start[1].nodes) if node not in now]
+        text += f" without {', '.join(gone)}" if gone else ""
     text += f", {lost or 'no'} step{'' if lost == 1 else 's'} to replay"
     return text if seconds is None else f"{text}; {seconds:.1f} s without training"
 

@@ -12,7 +12,8 @@ How the log is read:
   attempt's end. An attempt without one is "running" while it lives, "failed" when it died. On another host silence
   decides: a live rank leaves a hung collective after elastic.step_timeout_seconds, so twice that is "failed".
 - `faults` is filled in by faults/attribution.py.
-- `incidents` are described in incidents.py, `goodput` in goodput.py, `code_length` in code_length.py.
+- `incidents` are described in incidents.py, `nodes` in nodes.py, `goodput` in goodput.py, `code_length` in
+  code_length.py.
 
 A value that was not measured is None, never 0.
 """
@@ -33,6 +34,7 @@ from trainer.log.code_length import CodeLength
 from trainer.log.events import AttemptEnded, AttemptStarted, ChangesApplied, Entry, EvalDone, StepDone, Warned
 from trainer.log.history import Attempt, History
 from trainer.log.incidents import incidents_of
+from trainer.log.nodes import nodes_of
 
 
 def summarise(run: Path, checkpoints: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
@@ -100,6 +102,7 @@ def summarise(run: Path, checkpoints: Sequence[dict[str, Any]] = ()) -> dict[str
         "strategy": start.strategy if start else None,
         "started": entries[0].time,
         "ended": None if running else newest,
+        "nodes": [dataclasses.asdict(node) | {"is_slow": node.is_slow} for node in nodes_of(history, running)],
         "warnings": _warnings(history, ends, parent["step"]),
     }
 

@@ -7,6 +7,7 @@ import ipaddress
 import json
 import os
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -28,6 +29,8 @@ LAUNCHERS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_T
 QUORUM = "TOPROPE_QUORUM"
 """Environment variable: `Quorum` as JSON."""
 PR_SET_PDEATHSIG = 1  # linux/prctl.h: the kernel sends this signal when the parent ends
+NODE_NAMES = ("TOPROPE_NODE", "SLURMD_NODENAME")
+"""Environment variables that name this node, where that is not the host's name: in a pod, and on Slurm."""
 NAME_PREFIX = "rank "
 """Start of a worker's name in the list of processes."""
 SHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
@@ -74,6 +77,11 @@ def quorum() -> Quorum | None:
 
 def in_quorum() -> bool:
     return QUORUM in os.environ
+
+
+def node_name() -> str:
+    """Name of the node that this process runs on, as its scheduler knows it; without one, the host's."""
+    return next(filter(None, map(os.environ.get, NODE_NAMES)), "") or socket.gethostname()
 
 
 def started_by_torchrun() -> bool:

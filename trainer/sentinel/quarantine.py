@@ -1,11 +1,11 @@
 """Quarantine: a rank that is wrong twice is not computed with any more."""
 
 import os
-import socket
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 from trainer.errors import CorruptionError, QuarantineError
+from trainer.parallel import elastic
 from trainer.parallel.quorum import MembersChangedError, QuorumMembers
 from trainer.parallel.world import Members, World
 
@@ -56,8 +56,8 @@ class Quarantine:
         return again
 
     def node_of(self, rank: int) -> str:
-        """Name of the host of a rank. Collective."""
-        return self.world.agree(socket.gethostname)[rank]
+        """Name of the node of a rank. Collective."""
+        return self.world.agree(elastic.node_name)[rank]
 
     def end(self, rank: int, node: str, fact: str) -> NoReturn:
         """Raise QuarantineError on the node of `rank`, and what asks for a restart on all others. Collective."""

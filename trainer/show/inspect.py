@@ -22,7 +22,7 @@ PART_COLOURS = {
     "startup": "cyan", "hung": "bright_red", "down": "bright_magenta", "preempted": "bright_yellow",
     "shutdown": "bright_blue", "other": "bright_black",
 }  # fmt: skip
-LEFT_ALIGNED = ("attempt", "ended", "checkpoint", "state", "time", "incident", "")
+LEFT_ALIGNED = ("attempt", "ended", "checkpoint", "state", "time", "incident", "node", "")
 BAR_WIDTH = 60
 
 
@@ -36,6 +36,8 @@ def render(summary: Mapping[str, Any]) -> RenderableType:
             for save in summary["checkpoints"]
         )
         parts.append(_table(("checkpoint", "size", "state"), saves))
+    if len(summary["nodes"]) > 1:
+        parts.append(_table(("node", "ranks", "a micro-batch", "failures", ""), map(_node_row, summary["nodes"])))
     if summary["goodput"]["wall_seconds"]:
         parts.append(_goodput(summary["goodput"]))
     if summary["incidents"]:
@@ -116,6 +118,14 @@ def _attempt_row(attempt: Mapping[str, Any]) -> tuple[RenderableType, ...]:
         ended += f": {first_line(attempt['reason'])}"
     number, ranks = str(attempt["attempt"]), known(attempt["world_size"])
     return number, ranks, steps, Text(_short(ended)), clock(attempt["seconds"])
+
+
+def _node_row(node: Mapping[str, Any]) -> tuple[RenderableType, ...]:
+    seconds, times = node["seconds_per_micro_batch"], node["times_others"]
+    ranks = ", ".join(map(str, node["ranks"])) or "none now"
+    slow = Text(f"slow: {times:.1f} times the others", "yellow") if node["is_slow"] else ""
+    pace = "not measured" if seconds is None else f"{1000 * seconds:,.1f} ms"
+    return Text(node["name"]), ranks, pace, str(node["failures"]), slow
 
 
 def _goodput(account: Mapping[str, Any]) -> RenderableType:

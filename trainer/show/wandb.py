@@ -180,6 +180,7 @@ def follow(
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     run = Path(run_directory)
     follower = events.Follower(run, f"attempt-{attempt:04d}-rank-00000.jsonl")
+    others = events.Follower(run, f"attempt-{attempt:04d}-rank-*.jsonl")
     with contextlib.ExitStack() as stack:
         # A killed trainer may be back before its old helper is done, and two writers of one run number their rows
         # alike. Suppressed: a timeout, or a file system without locks.
@@ -212,6 +213,9 @@ def follow(
             for entry in follower.poll():
                 seen += 1
                 if seen > count:
+                    metrics.show(entry)
+            for entry in others.poll():
+                if entry.rank and isinstance(entry.event, events.RankPace):
                     metrics.show(entry)
         _leave_shown(run, attempt, seen)
         if metrics.exit_status == errors.EXIT_PREEMPTED:
@@ -337,7 +341,10 @@ class _Metrics:
             self._log(incident.step, {**self._counts(), "run/incident": f"attempt {incident.attempt}: {incident.text}"})
             title = f"{incident.kind.replace('_', ' ')} in attempt {incident.attempt}"
             self._alert(title, incident.text, "INFO" if incident.kind == "preempted" else "WARN")
-        if entry.rank != 0:  # of the other ranks only their incidents count
+        if isinstance(entry.event, events.RankPace):
+            name = f"pace/{entry.event.node}/rank {entry.rank}"
+            self._log(entry.event.step, {name: entry.event.seconds_per_micro_batch})
+        if entry.rank != 0:  # of the other ranks only their incidents and their pace count
             return
         self._code.observe(entry.event)
         match entry.event:

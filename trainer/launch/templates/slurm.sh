@@ -12,11 +12,30 @@ run={{ run | quote }}
 job=$SLURM_JOB_ID
 start="$run/slurm/job-$job-start-${SLURM_RESTART_COUNT:-0}"
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it from the job
-on_each_node=(srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 --mpi=none --input=none{{ " --no-kill" if elastic }})
+used=$SLURM_JOB_NUM_NODES excluded=
 newest() { ls "$run/checkpoints" 2>/dev/null | sort | tail -n 1; }
 say() { printf '%(%F %T)T  %s\n' -1 "$*"; }
 began_at=$(newest)
 say "job $job, start ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST"
+{% if exclude_after %}
+
+# Nodes that have failed that often take no part.
+failing=$("${python[@]}" -c '
+import sys
+from trainer.log import nodes
+print(*nodes.failing(sys.argv[1], int(sys.argv[2])))' "$run" {{ exclude_after }})
+for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+    [[ " $failing " != *" $node "* ]] || { excluded+="${excluded:+,}$node" used=$((used - 1)); }
+done
+if [[ -n $excluded ]]; then
+    say "excluded after {{ exclude_after }} failures or more: $excluded"
+    if ((used < {{ fewest if elastic else "$SLURM_JOB_NUM_NODES" }})); then
+        say "  Too few nodes are left. Submit again with --slurm exclude=$excluded"
+        exit 76
+    fi
+fi
+{% endif %}
+on_each_node=(srun --nodes="$used" ${excluded:+--exclude="$excluded"} --ntasks-per-node=1 --kill-on-bad-exit=0 --mpi=none --input=none{{ " --no-kill" if elastic }})
 
 # The meeting point of the agents is a process of this script, so it outlives every node but this one. The others reach
 # this node where Slurm does. A name may mean another address here, so the store of a name listens at all of them.
@@ -58,7 +77,7 @@ if [[ -z $notice ]]; then
     # Each node names its file after itself: for srun two nodes of one host have one name.
     "${on_each_node[@]}" bash -c 'exec "$@" >>"$0-$SLURMD_NODENAME.txt" 2>&1' "$start" \
         "${python[@]}" -m trainer.launch.torchrun \
-        --nnodes={{ fewest if elastic else "$SLURM_JOB_NUM_NODES" }}{{ ":$SLURM_JOB_NUM_NODES" if elastic }} --nproc-per-node={{ ranks }} \
+        --nnodes={{ fewest if elastic else "$used" }}{{ ":$used" if elastic }} --nproc-per-node={{ ranks }} \
         --rdzv-backend=c10d --rdzv-endpoint="$address:$port" --rdzv-id="$job.${SLURM_RESTART_COUNT:-0}" \
         --rdzv-conf={{ rendezvous }} --max-restarts={{ restarts }} --shutdown-timeout={{ shutdown_seconds }} \
         -m {{ command }} &
