@@ -173,6 +173,20 @@ def test_a_deviation_of_a_run_is_found(log, changes, invariant):
     assert others <= {checker.EQUAL}, "another result of a replayed step is also an unequal one"
 
 
+def test_with_islands_the_log_may_be_behind_by_the_steps_since_they_met(log):
+    """Killed in step 10, when the log had six steps."""
+    log.strike(last=6)
+    log.start(6)
+    log.lose()
+    log.complete(7)
+    assert answers(evidence(log))[checker.ATTRIBUTED].answer == "fail"
+    islands = {"islands": {"count": 2, "inner_steps": 4}}
+    assert answers(evidence(log, config=islands))[checker.ATTRIBUTED].answer == "pass"
+    assert (
+        answers(evidence(log, config={"islands": {"count": 2, "inner_steps": 1}}))[checker.ATTRIBUTED].answer == "fail"
+    )
+
+
 def test_a_run_that_did_not_finish_is_not_equal(log):
     log.strike()
     found = not_passed(evidence(log, statuses=(1,)))

@@ -214,7 +214,8 @@ def _mismatch(firing: Firing, incident: Incident) -> str:
     else:
         # Ranks are up to a step apart when one of them dies, and rank 0's steps are those that are counted.
         assert fault.point_step is not None
-        differs = incident.kind != "preempted" and abs(incident.step - fault.point_step) > 1
+        behind = fault.point_step - incident.step
+        differs = incident.kind != "preempted" and not -1 <= behind <= 1 + fault.log_lags
     return f"reported of step {incident.step}, it was in step {fault.at_step}" if differs else ""
 
 

@@ -11,7 +11,7 @@ import os
 import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,8 @@ class PlannedFault:
     do not wait for it, so a fault whose rank is away at its step strikes at the first later one."""
     on_main: bool = False
     """Quorum mode: it strikes whoever is the main member by then; `ranks` are all."""
+    log_lags: int = 0
+    """Steps by which the log may be behind training: with islands it is written where they meet."""
 
     @property
     def from_outside(self) -> bool:
@@ -131,7 +133,8 @@ def make(
         if not found:
             shown = kind.watched(world_size) if config.sentinel.on else kind
             shown = shown.in_quorum(phase) if mode == "quorum" else shown
-            planned.append(_resolve(index, entry, shown, phase, config.seed, world_size, mode))
+            fault = _resolve(index, entry, shown, phase, config.seed, world_size, mode)
+            planned.append(replace(fault, log_lags=config.islands.inner_steps if config.islands.count else 0))
     problems += _joint_problems(planned, world_size, nodes)
     if problems:
         raise ConfigError(problems)
