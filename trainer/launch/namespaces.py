@@ -236,7 +236,7 @@ class Hosts:
 
 def _interface(link: int) -> str:
     """Name of a link's device on its host; the first is INTERFACE."""
-    return f"eth{link}"
+    return f"eth{link}" if link else INTERFACE
 
 
 def _port(host: int, link: int = 0) -> str:
