@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from tests import ladders
-from tests.ladders import LONG, SEVEN, SHORT, Arm, Design, Law, Trouble
+from tests.ladders import LONG, SEVEN, SHORT, TEXT, Arm, Design, Law, Trouble
 from trainer.ladder.stats.worth import LINE, Baselines, Worths, decisions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,23 +92,43 @@ def hard() -> Iterator[Cell]:
     yield "arm levels off elsewhere; 4 rungs", SHORT, power, FLOORS, Trouble()
 
 
+def over_data() -> Iterator[Cell]:
+    """Ladders over unique text, of models of one size, by a published law that is not the form of the fit."""
+    four_rungs = replace(TEXT, flops=tuple(np.geomspace(5e8, 1e10, 4)))
+    for what, design, trouble in (
+        ("5 rungs, 2 decades; ρ 0", TEXT, Trouble()),
+        ("5 rungs, 2 decades; ρ 0.5", replace(TEXT, correlation=0.5), Trouble()),
+        ("5 rungs, 2 decades; sd 0.02", replace(TEXT, sd=0.02), Trouble()),
+        ("4 rungs, 1.3 decades", four_rungs, Trouble()),
+        ("effect of a rung on one arm, sd 0.003", replace(TEXT, sd=0.003), Trouble(own=0.003)),
+        ("1 seed", replace(TEXT, seeds=1), Trouble()),
+    ):
+        yield what, design, ladders.of_text(4), ladders.TEXT_ARMS, trouble
+
+
 def statistics(count: int = 1000) -> dict[str, Any]:
     """Simulate all rows and write the tables and the figure."""
     started = time.perf_counter()
-    figure: dict[str, Any] = {"ladders": count, "regular": [], "hard": [], "public": published()}
-    for kind, cells in (("regular", regular()), ("hard", hard())):
-        for seed, (name, design, base, arms, trouble) in enumerate(cells):
-            done = ladders.simulate(design, arms, count, base, seed + 100 * (kind == "hard"), trouble)
-            figure[kind].append({"name": name, "false_trends": done.false_trends} | {
-                "arms": {arm: asdict(shares) | {"wrong": shares.wrong(MIN_GAIN)} for arm, shares in done.arms.items()}
-            })  # fmt: skip
-            print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
+    figure: dict[str, Any] = {"ladders": count, "public": published()}
+    for first, (kind, cells) in enumerate({"regular": regular(), "hard": hard(), "data": over_data()}.items()):
+        figure[kind] = simulated(cells, count, 100 * first)
+        print(f"{kind}: {time.perf_counter() - started:.0f} s", flush=True)
     for row, (_, design, base, *_) in zip(figure["regular"], regular(), strict=True):
         row["curve"] = asdict(ladders.simulate_fits(design, count // 5, base, seed=7))
     figure |= {"advice": advice(max(count // 5, 1)), "looks": looks(count)}
     figure["bars"] = bars(figure)
     write(figure)
     return figure
+
+
+def simulated(cells: Iterator[Cell], count: int, first_seed: int) -> list[dict[str, Any]]:
+    """A row for each cell."""
+    rows = []
+    for seed, (name, design, base, arms, trouble) in enumerate(cells):
+        done = ladders.simulate(design, arms, count, base, seed + first_seed, trouble)
+        shares = {arm: asdict(found) | {"wrong": found.wrong(MIN_GAIN)} for arm, found in done.arms.items()}
+        rows.append({"name": name, "false_trends": done.false_trends, "arms": shares})
+    return rows
 
 
 def advice(count: int) -> list[dict[str, Any]]:
@@ -246,6 +266,18 @@ def decision_table(figure: Mapping[str, Any]) -> list[str]:
     ], rows)  # fmt: skip
 
 
+def data_table(figure: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for row in figure["data"]:
+        arms = row["arms"]
+        rows.append([row["name"], *(percent(arms[name]["coverage"]) for name in ladders.TEXT_ARMS),
+                     *(percent(arms[name]["promote"]) for name in ("A/A", "1.15× the text", "16 epochs, not 4")),
+                     percent(max(arm["wrong"] for arm in arms.values()))])  # fmt: skip
+    columns = ["ladder", *(f"covers {name}" for name in ladders.TEXT_ARMS)]
+    promoted = ("A/A", "1.15× the text", "16 epochs")
+    return table([*columns, *(f"promotes {name}" for name in promoted), "most wrong verdicts"], rows)
+
+
 def hard_table(figure: Mapping[str, Any]) -> list[str]:
     rows = []
     for row in figure["hard"]:
@@ -306,6 +338,7 @@ TABLES = {
     "regular": coverage_table,
     "decisions": decision_table,
     "hard": hard_table,
+    "data": data_table,
     "public": public_table,
 }
 
@@ -314,11 +347,14 @@ def write(figure: Mapping[str, Any]) -> None:
     """Write the tables between their marks in the README, and the figure beside it."""
     text = README.read_text(encoding="utf-8")
     for name, lines in TABLES.items():
+        if {"decisions": "regular"}.get(name, name) not in figure:
+            continue
         start, end = MARKS.format(name), MARKS.format(f"end of {name}")
         block = "\n".join([start, "", *lines(figure), "", end])
         text = re.sub(re.escape(start) + ".*?" + re.escape(end), lambda _, block=block: block, text, flags=re.DOTALL)
     README.write_text(text, encoding="utf-8")
-    draw(figure, ROOT / "docs" / "ladder-coverage.svg")
+    if "regular" in figure:
+        draw(figure, ROOT / "docs" / "ladder-coverage.svg")
 
 
 def draw(figure: Mapping[str, Any], path: Path) -> None:
@@ -345,7 +381,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("ladders", nargs="?", type=int, default=1000, help="number for each row")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
+    parser.add_argument("--data", action="store_true", help="the table of ladders over data alone")
     arguments = parser.parse_args()
+    if arguments.data:
+        write({"data": simulated(over_data(), arguments.ladders, 200)})
+        return
     figure = statistics(arguments.ladders)
     print(json.dumps(figure["bars"], indent=1))
     if arguments.json:

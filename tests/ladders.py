@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy import optimize
 
 from trainer.errors import FitError
 from trainer.ladder.stats import fit as fits
 from trainer.ladder.stats import significance, verdict
 from trainer.ladder.stats.records import BASELINE, Criterion, Interval, Remedy, RunResult
+from trainer.ladder.stats.repetition import Repetition
 from trainer.ladder.stats.worth import LINE, Baselines, Worths, decisions
 
 Law = Callable[[float], float]
@@ -42,6 +44,33 @@ class Arm:
 
     def law(self, base: Law) -> Law:
         return lambda flops: base(flops * math.exp(self.log_multiplier(flops)))
+
+
+PARAMETERS = 1e9
+"""Size of the models of ladders over data."""
+
+
+def of_text(epochs: float, parameters: float = PARAMETERS) -> Law:
+    """Loss as a function of unique text, by the law that was published for C4 (Muennighoff et al. 2023).
+
+    Not the form that ladders fit: what more text is worth to a model of one size changes along the rungs.
+    """
+    law = Repetition(
+        1.87, 521.0, 1488.0, 0.353, Interval(15.39, None, None), Interval(5.31, None, None), 0, None
+    )  # fmt: skip
+    return lambda unique: float(law.loss_at(np.array(parameters), np.array(unique * epochs), np.array(unique)))
+
+
+def instead(base: Law, other: Law) -> Arm:
+    """An arm with a law of its own: its worth is the amount at which the baseline has its loss, over its own."""
+
+    def log_multiplier(amount: float) -> float:
+        goal = other(amount)
+        there = optimize.brentq(lambda x: base(math.exp(x)) - goal, math.log(1e2), math.log(1e24), xtol=1e-9)
+        assert isinstance(there, float)
+        return there - math.log(amount)
+
+    return Arm(log_multiplier)
 
 
 def line(first: float, last: float) -> Arm:
@@ -95,6 +124,16 @@ class Design:
 LONG = Design.spanning(5, 3.0)
 SHORT = Design.spanning(4, 1.5)
 SEVEN = Design.spanning(7, 3.0)
+TEXT = Design(tuple(np.geomspace(1e8, 1e10, 5)), target=3e10)
+"""Tokens of unique text."""
+TEXT_ARMS = {
+    "A/A": UNCHANGED,
+    "1.15× the text": CONSTANT,
+    "1.02× the text": BARELY,
+    "16 epochs, not 4": instead(of_text(4), of_text(16)),
+    "1 epoch, not 4": instead(of_text(4), of_text(1)),
+    "half the parameters": instead(of_text(4), of_text(4, PARAMETERS / 2)),
+}
 
 
 def draw(design: Design, base: Law, arms: Mapping[str, Arm], random: np.random.Generator) -> list[RunResult]:

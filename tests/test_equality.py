@@ -23,6 +23,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "dropout": {"model.dropout": 0.1},
     "recomputed": {"model.dropout": 0.1, "parallel.activation_checkpointing": True},
     "seven micro-batches of one": {"data.micro_batches": 7, "data.micro_batch_sequences": 1},
+    "repeated text": {"data.unique_tokens": 2048},
     # Odd widths: rows that fill no whole vector of the optimizer's kernels.
     "everything": {
         "model.width": 36, "model.n_heads": 6, "model.n_kv_heads": 2, "model.mlp": "swiglu", "model.norm": "layernorm",

@@ -155,6 +155,7 @@ COMMANDS: dict[str, list[str]] = {
     "inspect": ["inspect", "{}"],
     "verify": ["verify", "{}"],
     "sample": ["sample", "{}", "--tokens", "4"],
+    "ensemble": ["ensemble", "{}", "run"],
     "plot": ["plot", "{}"],
     "chaos": ["chaos", "{}", "--out", "out"],
     "ladder plan": ["ladder", "plan", "{}", "--out", "out"],
@@ -166,7 +167,7 @@ COMMANDS: dict[str, list[str]] = {
     "hunt": ["hunt", "{}", "--out", "out"],
     "submit": ["submit", "{}", "--on", "slurm", "--run", "out", "--print"],
 }
-OF_RUNS = ("inspect", "verify", "sample", "plot")
+OF_RUNS = ("inspect", "verify", "sample", "plot", "ensemble")
 FILES = {
     "train": "tiny.toml",
     "dry run": "tiny.toml",
@@ -397,7 +398,9 @@ ARGUMENTS = [
     [], ["x"], ["--x"], ["train"], ["train", "a", "b"], ["train", "tiny.toml", "--set"], ["train", "--ranks", "x"],
     ["train", "tiny.toml", "--from"],
     ["train", "tiny.toml", "--run", "new", "--from", "nowhere"],
-    ["sample", "run", "--tokens", "0"], ["sample", "run", "--temperature", "x"],
+    ["ensemble", "run"], ["ensemble", "run", "run", "--weights", "1"], ["ensemble", "run", "run", "--weights", "1,x"],
+    ["ensemble", "run", "run", "--weights", "1,-1"], ["sample", "run", "--tokens", "0"],
+    ["sample", "run", "--temperature", "x"],
     ["sample", "run", "--temperature", "-1"], ["sample", "run", "--top-k", "-1"], ["sample", "run", "--seed", "9" * 30],
     ["sample", "run", "--prompt", b"\xff"], ["chaos", "campaign.toml", "--repeat", "0"], ["ladder"], ["ladder", "x"],
     ["init"], ["schema", "x"], ["train", "no-built-in"],

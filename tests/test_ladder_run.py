@@ -21,13 +21,13 @@ from typer.testing import CliRunner
 
 from tests.support import ENVIRONMENT, ROOT, summarise_run, trainer, wait_until
 from tests.test_ladder_file import ARM, HEAD, SIZES, TARGET_TABLE, write
-from trainer import api, cli, provenance
+from trainer import api, cli, ensemble, provenance
 from trainer import config as configs
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, ConfigError, RunDirectoryError, UsageError
 from trainer.fleet import gpus, scheduling
 from trainer.fleet.backend import Local, Process, Task
 from trainer.fleet.run_store import RunState, StoredRun
-from trainer.ladder import collect, preregistration, report, run, slots, speed, tuning
+from trainer.ladder import collect, ensembles, preregistration, report, run, slots, speed, tuning
 from trainer.ladder.plan import load, sizes
 from trainer.ladder.plan.ladder import AA, Ladder, PlannedRun
 from trainer.ladder.preregistration import pool_of
@@ -130,6 +130,28 @@ def test_results_are_what_the_logs_say(reference):
         assert 0 < result.seconds < run_summary["goodput"]["wall_seconds"]
     first = {result.arm: result.loss for result in results if result.rung == "s"}
     assert len(set(first.values())) == 3  # also of the A/A arm, whose weights are another draw
+
+
+def test_an_ensemble_is_scored_when_its_members_have_finished_and_its_members_are_runs_like_others(home, backend):
+    ladder = plan(home, ONE_RUNG, '[[arms]]\nname = "two"\nensemble = 2\n', name="ensemble")
+    out = home / "ladders" / "ensemble"
+    pool = pool_of(out)
+    assert collect.collect_runs(ladder, pool, ladder.runs)[-1].status == "waiting"
+    done = run.run(ladder, out, backend=backend)
+    assert (done.exit_status, len(done.distinct)) == (EXIT_FINISHED, 2), "the baseline and A/A are its members"
+    base, aa, two = collect.collect_runs(ladder, pool, ladder.runs)
+    tree = ensemble.describe([StoredRun(pool / member.key).run for member in ladder.runs[-1].members])
+    assert (two.status, two.loss, two.digest) == ("finished", tree["ensemble"]["val"]["loss"], base.digest)
+    assert base.loss is not None and aa.loss is not None and two.loss is not None
+    assert two.loss < (base.loss + aa.loss) / 2
+    assert two.flops == base.flops + aa.flops == tree["training_flops"]
+    assert two.undisturbed_seconds == sum(run.undisturbed_seconds or 0.0 for run in (base, aa))
+    shown = report.build_report(report.collect_ladder(ladder, out))
+    assert (shown["flops"], shown["counts"]) == (two.flops, {"finished": 2}), "each member counts once"
+    score = ensembles.path_of(pool, ladder.runs[-1])
+    before = score.stat().st_mtime_ns
+    run.run(ladder, out, backend=backend)
+    assert score.stat().st_mtime_ns == before, "it is not scored again"
 
 
 def test_a_run_that_was_scored_on_another_text_is_missing_and_says_why(reference, home):

@@ -97,3 +97,13 @@ def test_a_wrong_curve_leads_to_few_wrong_verdicts():
     for base in (ladders.two_powers(), ladders.power_law(0.2, 2.7, 0.06)):
         done = simulate(LONG, REGULAR, 200, base=base, seed=14)
         assert all(arm.wrong(1.02) <= LEVEL for arm in done.arms.values())
+
+
+def test_over_data_intervals_cover_and_the_level_holds_although_the_law_is_another():
+    base = ladders.of_text(4)
+    done = simulate(replace(ladders.TEXT, correlation=0.5), ladders.TEXT_ARMS, COUNT, base=base, seed=15)
+    for name, arm in done.arms.items():
+        assert arm.coverage >= 0.915, name
+        assert arm.wrong(1.02) <= limit(LEVEL), name
+    assert done.arms["A/A"].promote <= limit(LEVEL)
+    assert done.arms["16 epochs, not 4"].promote > 0.9

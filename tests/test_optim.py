@@ -153,6 +153,21 @@ def test_weight_decay_is_decoupled_from_the_gradient() -> None:
     torch.testing.assert_close(holder.blocks[0].detach(), torch.full((4, 16), 2.0 * (1 - 0.1 * 0.5)))
 
 
+@pytest.mark.parametrize(("kind", "power"), [("rate", 1), ("corrected", 2), ("constant", 0)])
+def test_decay_follows_its_schedule_while_the_rate_falls(kind: Any, power: int) -> None:
+    settings_ = config.Optim(
+        learning_rate=0.1, weight_decay=0.5, schedule="linear", final_fraction=0.25, weight_decay_schedule=kind
+    )
+    holder, left = Holder([torch.ones(16, 16)]), 1.0
+    (adamw,) = build(holder, settings_)
+    for step, rate in enumerate((1.0, 0.625, 0.25)):
+        optim.set_learning_rates([adamw], step, settings_, 3)
+        holder.blocks[0].grad = torch.zeros(16, 16)
+        adamw.step()
+        left *= 1 - 0.1 * 0.5 * rate**power
+        torch.testing.assert_close(holder.blocks[0].detach(), torch.full((16, 16), left))
+
+
 @pytest.mark.parametrize("shape", [(4, 16), (4, 5)])
 def test_adamw_follows_the_published_update(shape: tuple[int, int]) -> None:
     holder = Holder([torch.randn(shape, generator=torch.Generator().manual_seed(0))])

@@ -395,6 +395,30 @@ def sample(
 
 
 @app.command()
+def ensemble(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run directories, two or more.")],
+    weights: Annotated[
+        str, typer.Option(metavar="W,W,…", help="How much each run counts, relative to the others; default equally.")
+    ] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Score the averaged probabilities of several runs on their held-out sets, as one run is scored."""
+    from trainer import ensemble
+
+    try:
+        shares = [float(weight) for weight in weights.split(",")] if weights else []
+    except ValueError:
+        raise UsageError(f"--weights {weights!r} is no list of numbers.\n  Write them as 3,1,1.") from None
+    tree = ensemble.describe(runs, shares)
+    if as_json:
+        _print_json(tree)
+    else:
+        from trainer.show.ensemble import render
+
+        _show(render(tree))
+
+
+@app.command()
 def export(run: RunPath, out: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")]) -> None:
     """Write a run's newest checkpoint for `transformers`: safetensors, config.json and tokenizer files."""
     from trainer import export

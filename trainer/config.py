@@ -26,10 +26,28 @@ class Section(BaseModel):
     )  # fmt: skip
 
 
+class MixtureSource(Section):
+    """One source of a mixture."""
+
+    name: str = ""
+    """Name in messages and of its held-out part: "val/NAME"."""
+    source: str = ""
+    """As data.source, but a function of one's own; a hub dataset is pinned as "hub:OWNER/NAME@COMMIT[:SPLIT]"."""
+    weight: float = Field(default=0.0, ge=0, le=1)
+    """Share of the sequences that are trained on; the weights sum to 1."""
+    epochs: int = Field(default=1, ge=1)
+    """Number of times that its text may be read."""
+    max_megabytes: float = Field(default=0.0, ge=0)
+    """Stop reading it after this many megabytes of text; 0 reads all of it."""
+
+
 class Data(Section):
     source: str = "python-stdlib"
     """"python-stdlib", "repo" (this source tree), a path or glob (.jsonl, .parquet, else text), "hub:OWNER/NAME", or a
     function of one's own that yields documents: "my_corpus.py:documents", "package.module:documents"."""
+    mixture: tuple[MixtureSource, ...] = ()
+    """Several sources with weights, as [[data.mixture]] tables, in the place of `source`. A text that two of them have
+    belongs to the first."""
     revision: str = ""
     """Commit of a hub dataset (40 hex digits); required, since a branch moves and a run must not."""
     subset: str = ""
@@ -44,6 +62,9 @@ class Data(Section):
     """Unit of a plain text file that makes one document: the whole file, a paragraph, or a line."""
     max_megabytes: float = Field(default=0.0, ge=0)
     """Stop reading the corpus after this many megabytes of text; 0 reads all of it."""
+    unique_tokens: int = Field(default=0, ge=0)
+    """Tokens of the training text that are read, as often as the steps take them; 0 reads all. They are whole sequences
+    drawn by `seed`, and those of a smaller number are among those of a larger one."""
     heldout: Literal["hash", "tail"] = "hash"
     """"hash" holds out whole documents by a hash of their content, "tail" the last part of every document. Of a
     corpus that is a single document, both hold out the last part."""
@@ -154,6 +175,9 @@ class Optim(Section):
     """Added to AdamW's denominator."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled; applies to matrices, not to norms, biases and embeddings."""
+    weight_decay_schedule: Literal["rate", "corrected", "constant"] = "rate"
+    """Decay of a step: rate × weight_decay, so that it falls as the rate does; "corrected": with the rate's square
+    (Defazio 2025, arXiv:2506.02285); "constant": peak rate × weight_decay in every step."""
     clip_norm: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0 is off."""
     schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
@@ -361,7 +385,10 @@ NOT_MATHEMATICS = ("data.cache_dir", "data.streaming")
 ADDED_LATER = {
     "data.deduplicate": "exact",
     "data.decontaminate": "off",
+    "data.unique_tokens": 0,
+    "data.mixture": [],
     "model.init_draw": 0,
+    "optim.weight_decay_schedule": "rate",
     "model.class": "",
     "optim.class": "",
     "numerics.tf32": False,

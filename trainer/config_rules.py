@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -18,6 +19,8 @@ HF = "hf:"
 """Before the name of a folder of transformers, in init_from."""
 FLOAT32_BITS = 24  # of the significand
 MIN_BITS_KEPT = 4
+MOST_PARTS = 10_000
+"""Longest cycle in which the sources of a mixture take turns."""
 TABLES = ("jsonl", "parquet")
 A_FAULT = 'Write [[faults]], and below it its settings: kind = "sigkill", rank = 1, at_step = 9.'
 
@@ -69,6 +72,16 @@ def contradictions(config: "Config") -> list[str]:
             '  A decay ends at the last step. Shorten the warmup by a step or more, or use schedule "constant".',
         ),
         (
+            o.weight_decay_schedule == "constant" and o.schedule != "constant" and not o.final_fraction,
+            'optim.weight_decay_schedule = "constant" needs a rate above 0 in every step; optim.final_fraction is 0.\n'
+            '  Decay is applied with the update. Set optim.final_fraction above 0, or use "rate".',
+        ),
+        (
+            0 < data.unique_tokens < m.context,
+            f"data.unique_tokens = {data.unique_tokens} is less than one sequence: model.context = {m.context}.\n"
+            "  Whole sequences are read. Give a multiple of model.context, or 0 for all of the text.",
+        ),
+        (
             data.source.startswith("hub:") and not is_pinned,
             f"data.revision = {data.revision!r} does not pin {data.source}.\n"
             "  A branch moves, and the run with it. Give the dataset's commit: 40 hex digits.",
@@ -96,8 +109,53 @@ def contradictions(config: "Config") -> list[str]:
     broken = [problem for is_broken, problem in rules if is_broken]
     return [
         *broken,
-        *_of_own_code(config), *_sentinel_problems(config), *_init_problems(config), *_islands_problems(config),
+        *_mixture_problems(config), *_of_own_code(config), *_sentinel_problems(config), *_init_problems(config),
+        *_islands_problems(config),
     ]  # fmt: skip
+
+
+def weights_of_mixture(config: "Config") -> list[Fraction]:
+    """The weights of data.mixture, exactly as they are written."""
+    return [Fraction(str(source.weight)) for source in config.data.mixture]
+
+
+def _mixture_problems(config: "Config") -> list[str]:
+    mixture, problems = config.data.mixture, list[str]()
+    if not mixture:
+        return []
+    names = [source.name for source in mixture]
+    for number, source in enumerate(mixture):
+        where = f"data.mixture[{number}]"
+        if not source.name.strip() or "/" in source.name or names.count(source.name) > 1:
+            problems.append(
+                f"{where}.name = {source.name!r} is no name of its own.\n  Give each source one, without /."
+            )
+        if not source.source:
+            problems.append(f"{where} has no source.\n  Name its text: a path, a glob, a hub dataset.")
+        elif own_code.is_own_source(source.source):
+            problems.append(f"{where}.source is a function of your own.\n  A mixture reads files and hub datasets.")
+        if not source.weight:
+            problems.append(f"{where}.weight is 0, so it is never read.\n  Give a weight, or leave it out.")
+    weights = weights_of_mixture(config)
+    if sum(weights) != 1:
+        problems.append(
+            f"the weights of data.mixture sum to {float(sum(weights)):.10g}.\n"
+            "  They are shares of the sequences. Change them so that they sum to 1 exactly."
+        )
+    elif math.lcm(*(weight.denominator for weight in weights)) > MOST_PARTS:
+        problems.append(
+            f"the weights of data.mixture are finer than 1/{MOST_PARTS:,}.\n"
+            "  Sources take turns in a cycle of that length. Write weights with four decimals or fewer."
+        )
+    if config.data.unique_tokens:
+        problems.append(
+            "data.unique_tokens has no effect with data.mixture.\n  Limit each source by its max_megabytes and epochs."
+        )
+    if config.data.source != type(config.data)().source or config.data.max_megabytes:
+        problems.append(
+            "data.source and data.max_megabytes have no effect with data.mixture.\n  Give each source its own."
+        )
+    return problems
 
 
 def own_names(config: "Config") -> dict[str, str]:
@@ -224,7 +282,7 @@ def _sentinel_problems(config: "Config") -> list[str]:
 def without_effect(config: "Config") -> list[str]:
     """Return a problem for each setting that differs from its default but that another setting makes meaningless."""
     c, hub = config, config.data.source.startswith("hub:")
-    sources = [config.data.source, *config.eval.sources.values()]
+    sources = [config.data.source, *config.eval.sources.values(), *(part.source for part in config.data.mixture)]
     tables, plain = any(map(_may_be_tables, sources)), any(map(_may_be_text, sources))
     sums = c.numerics.exact and c.data.micro_batches > max(1, c.islands.count)
     needs = [
@@ -240,6 +298,7 @@ def without_effect(config: "Config") -> list[str]:
             (f"optim.{name}", not c.optim.class_, "an optimizer of toprope's, not optim.class")
             for name in ("optimizer", "beta1", "beta2", "eps")
         ),
+        ("optim.weight_decay_schedule", c.optim.weight_decay, "optim.weight_decay above 0"),
         ("model.rope_base", c.model.positions == "rope", 'model.positions = "rope"'),
         ("optim.muon_learning_rate", c.optim.optimizer == "muon", 'optim.optimizer = "muon"'),
         ("optim.muon_momentum", c.optim.optimizer == "muon", 'optim.optimizer = "muon"'),

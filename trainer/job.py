@@ -39,7 +39,7 @@ from trainer import model as models
 from trainer import step as steps
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.config import Config, check_world
-from trainer.data import Batches, EvalWindows, Prepared, first_epoch, prepare
+from trainer.data import Batches, EvalWindows, Prepared, first_epoch, prepare, shares
 from trainer.exact import Grids
 from trainer.faults import injector as faults
 from trainer.faults.wrong_operators import Machine
@@ -402,7 +402,11 @@ def batches_of(config: Config, prepared: Prepared) -> Batches:
     """Training batches of a run, by step and micro-batch."""
     m, b = config.data.micro_batches, config.data.micro_batch_sequences
     context = config.model.context
-    return Batches(prepared.train.tokens, seed=config.seed, context=context, micro_batches=m, sequences=b)
+    return Batches(
+        prepared.train.tokens, seed=config.seed, context=context, micro_batches=m, sequences=b,
+        unique_tokens=config.data.unique_tokens,
+        mixture=shares(config.data, prepared.train, context, config.budget.steps * m * b),
+    )  # fmt: skip
 
 
 def with_text_bytes(

@@ -19,6 +19,8 @@ from trainer import config
 from trainer.model import TABLES, Role, role_of_parameters
 from trainer.own_optimizer import OwnOptimizer
 
+DECAYED = ("hidden", "head")
+"""First parts of the names of groups that weight decay applies to: matrices."""
 VECTOR_ELEMENTS = 16  # float32 per AVX-512 register; a multiple of every narrower vector
 
 
@@ -91,7 +93,7 @@ def group_of_parameters(model: nn.Module) -> dict[str, str]:
 
 
 def _adamw_group(group: str, shape: Sequence[int], width: int, optim: config.Optim) -> dict[str, Any]:
-    is_matrix = group in ("hidden", "head")
+    is_matrix = group in DECAYED
     scale = optim.mup_base_width / width if is_matrix and optim.mup_base_width else 1.0
     fused = is_fused(shape)
     return {
@@ -151,7 +153,19 @@ def set_learning_rates(optimizers: Sequence[Optimizer], step: int, optim: config
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_learning_rate"] * factor
+            if optim.weight_decay_schedule != "rate" and group["name"].startswith(DECAYED):
+                group["weight_decay"] = optim.weight_decay * weight_decay_factor(factor, optim)
     return optim.learning_rate * factor
+
+
+def weight_decay_factor(rate: float, optim: config.Optim) -> float:
+    """Coefficient of weight decay as a fraction of optim.weight_decay; `rate` is the learning rate's fraction.
+
+    The update multiplies it by the learning rate, which is above 0 where the schedule is "constant" (config_rules.py).
+    """
+    if optim.weight_decay_schedule == "constant":
+        return 1 / rate
+    return rate if optim.weight_decay_schedule == "corrected" else 1.0
 
 
 def materialise_state(optimizers: Sequence[Optimizer]) -> None:

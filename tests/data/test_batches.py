@@ -17,9 +17,13 @@ def tokens(n_windows: int, left_over: int = 0) -> np.ndarray:
     return np.arange(n_windows * CONTEXT + 1 + left_over, dtype=np.uint16)
 
 
-def make(n_windows: int, *, seed: int = 1, micro_batches: int = 3, sequences: int = 4, left_over: int = 0) -> Batches:
+def make(
+    n_windows: int, *, seed: int = 1, micro_batches: int = 3, sequences: int = 4, left_over: int = 0, unique: int = 0
+) -> Batches:
     flat = tokens(n_windows, left_over)
-    return Batches(flat, seed=seed, context=CONTEXT, micro_batches=micro_batches, sequences=sequences)
+    return Batches(
+        flat, seed=seed, context=CONTEXT, micro_batches=micro_batches, sequences=sequences, unique_tokens=unique
+    )
 
 
 @given(st.integers(1, 40), st.integers(1, 4), st.integers(1, 9), st.integers(0, CONTEXT - 1), st.integers(0, 2**63 - 1))
@@ -30,6 +34,31 @@ def test_each_epoch_reads_each_window_once(n_windows, micro_batches, sequences, 
     read = np.concatenate([m.sample_ids for step in range(steps) for m in batches.for_step(step)])
     for epoch in range(3):
         assert sorted(read[epoch * n_windows : (epoch + 1) * n_windows]) == list(range(n_windows))
+
+
+def windows_read(batches: Batches, epochs: int) -> np.ndarray:
+    """Windows of so many epochs, one row each."""
+    positions = batches.n_windows * epochs
+    steps = -(-positions // (batches.micro_batches * batches.sequences))
+    read = np.concatenate([m.sample_ids for step in range(steps) for m in batches.for_step(step)])
+    return read[:positions].reshape(epochs, -1)
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**63 - 1))
+def test_each_epoch_of_unique_text_reads_its_windows_once_and_more_text_contains_less(first, second, seed):
+    less, more = sorted((first, second))
+    read = [windows_read(make(40, seed=seed, unique=n * CONTEXT + 3), 3) for n in (less, more)]
+    for count, rows in zip((less, more), read, strict=True):
+        assert [len(set(row)) for row in rows] == [count] * 3
+        assert {*rows[0]} == {*rows[1]} == {*rows[2]}
+    assert {*read[0][0]} <= {*read[1][0]}
+
+
+def test_all_of_the_text_as_unique_text_is_read_in_another_order_but_whole():
+    assert {*windows_read(make(40, unique=40 * CONTEXT), 1)[0]} == set(range(40))
+    assert {*windows_read(make(40, unique=8 * CONTEXT), 1)[0]} != {
+        *windows_read(make(40, unique=8 * CONTEXT, seed=2), 1)[0]
+    }, "each seed draws text of its own"
 
 
 def test_epochs_and_seeds_read_in_different_orders():

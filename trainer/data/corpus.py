@@ -6,7 +6,7 @@ Memory holds one document, and 16 bytes for each one seen (to drop exact duplica
 import hashlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ class Document:
     """SHA-256 of the text's UTF-8 bytes. Two documents are the same if their digests are."""
     origin: str
     """Source for messages: a file's name, or a hub dataset."""
+    part: str = ""
+    """Name of its source in a mixture."""
 
 
 @dataclass
@@ -140,8 +142,39 @@ class Corpus:
                 yield file.name, text
 
 
+@dataclass(frozen=True)
+class Mixture(Corpus):
+    """Several corpora after one another, each document once: a text that two of them have belongs to the first."""
+
+    parts: tuple[tuple[str, Corpus], ...] = ()
+
+    def shaped_by(self, root: Path, progress: ProgressCallback = no_progress) -> dict[str, Any]:
+        return {"mixture": [[name, corpus.shaped_by(root, progress)] for name, corpus in self.parts]}
+
+    def documents(self, tally: Tally | None = None) -> Iterator[Document]:
+        tally = tally if tally is not None else Tally()
+        seen: set[bytes] = set()
+        for name, corpus in self.parts:
+            own = Tally()
+            for document in corpus.documents(own):
+                if document.digest[:16] in seen:
+                    tally.duplicates += 1
+                    continue
+                seen.add(document.digest[:16])
+                tally.documents += 1
+                tally.bytes += len(document.text.encode())
+                yield replace(document, part=name)
+            tally.duplicates += own.duplicates
+            tally.empty += own.empty
+
+
 def open_corpus(data: Data) -> Corpus:
     """Return the training corpus that `data` describes. Raises CorpusError if a local source names no file."""
+    if data.mixture:
+        opened = [(part, _open_pinned(f"data.mixture {part.name!r}", part.source, data)) for part in data.mixture]
+        parts = tuple((part.name, replace(c, max_bytes=round(part.max_megabytes * 10**6))) for part, c in opened)
+        hub = next((corpus.hub for _, corpus in parts if corpus.hub is not None), None)
+        return Mixture(f"the mixture of {', '.join(name for name, _ in parts)}", (), hub, "", "", 0, parts)
     hub = None
     if data.source.startswith("hub:"):
         hub = Hub(data.source.removeprefix("hub:"), data.revision, data.subset, data.hub_split, data.streaming)
@@ -154,12 +187,16 @@ def open_eval_corpus(name: str, source: str, data: Data) -> Corpus:
 
     A hub source pins its own commit and may name its split: "hub:OWNER/NAME@COMMIT" or "hub:OWNER/NAME@COMMIT:SPLIT".
     """
+    return _open_pinned(f"eval.sources.{name}", source, data)
+
+
+def _open_pinned(where: str, source: str, data: Data) -> Corpus:
     hub = None
     if source.startswith("hub:"):
         match = _EVAL_HUB.fullmatch(source)
         if match is None:
             raise CorpusError(
-                f"eval.sources.{name} = {source!r} does not pin a commit.\n"
+                f"{where} = {source!r} does not pin a commit.\n"
                 "  A branch moves, and the score with it. Write hub:OWNER/NAME@COMMIT (40 hex digits), or "
                 "hub:OWNER/NAME@COMMIT:SPLIT."
             )

@@ -6,7 +6,8 @@ import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from trainer.config import Data, Eval
+from trainer.data.batches import Share, Turns
 from trainer.data.cache import ProgressCallback, cache_root, no_progress
 from trainer.data.corpus import Corpus, Document, Tally, open_corpus, open_eval_corpus, split
 from trainer.data.overlap import HeldOut, Overlap, compare, digest_of
@@ -57,10 +59,17 @@ def prepare(
             f"  A sequence takes context + 1 tokens. Give more text, or set model.context to {len(store.tokens) - 1} "
             "or less."
         )
+    if data.unique_tokens // context > (len(store.tokens) - 1) // context:
+        raise CorpusError(
+            f"data.unique_tokens = {data.unique_tokens:,} is more than the training split has: "
+            f"{_unique(store, context):,} tokens in whole sequences.\n"
+            "  What is read twice is not unique. Give more text, or a smaller number."
+        )
     return Prepared(
         train=store,
         tokenizer=store.tokenizer,
-        eval_sets={name: _eval_set(root, name, data, eval, store, progress, verify) for name in eval.sets},
+        eval_sets={name: _eval_set(root, name, data, eval, store, progress, verify) for name in eval.sets}
+        | (_parts_of_val(store) if "val" in eval.sets else {}),
         sha256=_identity(store),
         overlap=overlap,
     )
@@ -70,6 +79,17 @@ def sha256_of_text(data: Data, eval: Eval) -> str:
     """Return what `Prepared.sha256` is for these settings, without evaluation sets. Raises as `prepare` does."""
     root = cache_root(data.cache_dir)
     return _identity(_training_store(root, data, _overlap(root, data, eval, no_progress), no_progress))
+
+
+def unique_tokens_of(data: Data, eval: Eval, context: int) -> int:
+    """Return the largest data.unique_tokens that these settings allow. Raises as `prepare` does."""
+    root = cache_root(data.cache_dir)
+    overlap = _overlap(root, data, eval, no_progress)
+    return _unique(_training_store(root, data, overlap, no_progress), context)
+
+
+def _unique(store: TokenStore, context: int) -> int:
+    return (len(store.tokens) - 1) // context * context
 
 
 def _identity(store: TokenStore) -> str:
@@ -83,7 +103,8 @@ def check(data: Data, eval: Eval, context: int) -> list[str]:
     Returns a sentence about each source that is not there yet or on the hub: those are left to `prepare`.
     """
     notes = _check_parts(partial(open_corpus, data), {"train", "heldout"}, lambda corpus: _splitter(corpus, data))
-    if not notes and _is_short(open_corpus(data), context, 1 - data.heldout_fraction):
+    needed = max(context, data.unique_tokens)
+    if not notes and _is_short(open_corpus(data), needed, 1 - data.heldout_fraction):
         with tempfile.TemporaryDirectory() as scratch:
             prepare(data.model_copy(update={"cache_dir": scratch}), eval.model_copy(update={"sets": ()}), context)
     for name in eval.sets:
@@ -111,10 +132,10 @@ def _check_parts(
     raise empty_part(max(missing), corpus, tally)  # of two, "train"
 
 
-def _is_short(corpus: Corpus, context: int, share: float) -> bool:
-    """True if `share` of the text, that for training, may make too few tokens for a sequence. Reads only so far."""
+def _is_short(corpus: Corpus, tokens: int, share: float) -> bool:
+    """True if `share` of the text, that for training, may make fewer than `tokens` + 1 tokens. Reads only so far."""
     tally = Tally()
-    return all(share * tally.bytes <= _BYTES_PER_TOKEN * (context + 1) for _ in corpus.documents(tally))
+    return all(share * tally.bytes <= _BYTES_PER_TOKEN * (tokens + 1) for _ in corpus.documents(tally))
 
 
 def tokenizer_for(data: Data, eval: Eval, *, progress: ProgressCallback = no_progress) -> Tokenizer:
@@ -233,6 +254,48 @@ def _eval_set(
         opened = open_or_build(root, corpus, key, lambda: store.tokenizer, ("eval",), _whole, named_progress, verify)
     _refuse_overlap(name, corpus, opened.parts["eval"].digests, store)
     return opened.parts["eval"]
+
+
+def _parts_of_val(store: TokenStore) -> dict[str, Part]:
+    """Held-out text of each source of a mixture, as a set of its own."""
+    val, found = store.parts["heldout"], {}
+    for source, (first, end) in val.sources.items():
+        if end - first < 2:
+            raise CorpusError(
+                f"source {source!r} of the mixture has {end - first} held-out tokens, and its loss needs 2 or more.\n"
+                "  Give it more text, or raise data.heldout_fraction."
+            )
+        found[f"val/{source}"] = replace(val, tokens=val.tokens[first:end], sources={})
+    return found
+
+
+def shares(data: Data, store: TokenStore, context: int, sequences: int) -> list[Share]:
+    """Return each source's part of a mixture; [] without one. `sequences` is the number of those that are trained on.
+
+    Raises CorpusError if a source has no whole sequence, or is read more often than its epochs allow.
+    """
+    train, found = store.parts["train"], []
+    for source in data.mixture:
+        first, end = train.sources.get(source.name, (0, 0))
+        # Windows lie at multiples of the context; those that hold a token of two sources are no one's.
+        begin, after = -(-first // context), (end - 1) // context
+        if after <= begin:
+            raise CorpusError(
+                f"source {source.name!r} of the mixture has {end - first:,} training tokens, less than one sequence of "
+                f"{context}.\n  Give it more text, or leave it out."
+            )
+        found.append(Share(source.name, begin, after - begin, Fraction(str(source.weight))))
+    turns = Turns(found) if found else None
+    for number, source in enumerate(data.mixture):
+        assert turns is not None
+        if (position := turns.exhausted_at(number, source.epochs)) < sequences:
+            step = position // (data.micro_batches * data.micro_batch_sequences) + 1
+            raise CorpusError(
+                f"source {source.name!r} of the mixture is exhausted at step {step}: its {found[number].count:,} "
+                f"sequences are then read {source.epochs} times, and weight {source.weight:g} asks for more.\n"
+                "  Raise its epochs, lower its weight, train for fewer steps, or give it more text."
+            )
+    return found
 
 
 def _eval_corpus(name: str, data: Data, eval: Eval) -> Corpus:

@@ -49,6 +49,8 @@ class Part:
     documents: int
     bytes: int
     """UTF-8 bytes of text."""
+    sources: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """First token and end of each source of a mixture; empty without one."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,8 @@ def _open_part(directory: Path, name: str, entry: Mapping[str, Any], dtype: np.d
         tokens = np.memmap(path, dtype=dtype, mode="r")
     except (OSError, ValueError) as error:
         raise _damaged(directory, str(error)) from None
-    return Part(tokens, digests, entry["sha256"], entry["documents"], entry["bytes"])
+    sources = {source: (first, end) for source, (first, end) in entry.get("sources", {}).items()}
+    return Part(tokens, digests, entry["sha256"], entry["documents"], entry["bytes"], sources)
 
 
 def _write(
@@ -185,7 +188,13 @@ def _write(
     with ExitStack() as stack:
         opened = {name: stack.enter_context((directory / f"{name}.bin").open("wb")) for name in parts}
         writers = {name: _PartWriter(file, dtype) for name, file in opened.items()}
+        source = ""
         for document in reported(corpus, tally, "encoding", progress):
+            if document.part != source:  # a mixture's sources follow one another
+                source = document.part
+                encoder.flush()
+                for writer in writers.values():
+                    writer.begin(source)
             for part, text in route(document).items():
                 if text:
                     writers[part].digests.append(document.digest[:16])
@@ -226,6 +235,13 @@ class _PartWriter:
     tokens: int = 0
     text_bytes: int = 0
 
+    starts: dict[str, int] = field(default_factory=dict)
+    """First token of each source of a mixture."""
+
+    def begin(self, source: str) -> None:
+        """Note where a source of a mixture begins."""
+        self.starts[source] = self.tokens
+
     def append(self, ids: np.ndarray) -> None:
         raw = ids.astype(self.dtype).tobytes()  # hashed as written, so that opening need not convert
         self.file.write(raw)
@@ -238,7 +254,11 @@ class _PartWriter:
         return {
             "documents": len(self.digests), "bytes": self.text_bytes, "tokens": self.tokens, "dtype": self.dtype.str,
             "sha256": self.hash.hexdigest(), "digests_sha256": files.sha256(path_of_digests),
-        }  # fmt: skip
+        } | ({"sources": self._sources()} if self.starts else {})  # fmt: skip
+
+    def _sources(self) -> dict[str, list[int]]:
+        ends = [*list(self.starts.values())[1:], self.tokens]
+        return {source: [first, end] for (source, first), end in zip(self.starts.items(), ends, strict=True)}
 
 
 def changed(corpus: Corpus) -> CorpusError:

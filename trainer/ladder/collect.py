@@ -15,9 +15,10 @@ from trainer.config import Data, Eval
 from trainer.data import sha256_of_text
 from trainer.errors import NumericsError, TopropeError
 from trainer.fleet.run_store import RunState, RunStatus, StoredRun
+from trainer.ladder import ensembles
 from trainer.ladder.plan.ladder import Ladder, PlannedRun
 from trainer.ladder.plan.schema import CODE_LENGTH
-from trainer.ladder.stats.records import JsonRecord, RunResult
+from trainer.ladder.stats.records import Axis, JsonRecord, RunResult
 from trainer.log import events, goodput, rundir
 from trainer.log.code_length import CodeLength
 from trainer.log.events import EvalDone, FaultFired, NotFinite
@@ -47,6 +48,10 @@ class CollectedRun(JsonRecord):
     tokens: int
     steps: int
     step: int
+    unique_tokens: int = 0
+    """U; 0: all of the text."""
+    ensemble: int = 0
+    """Above 0: number of the runs whose averaged probabilities were scored."""
     loss: float | None = None
     """The ladder's metric at the last step; None while there is none, not finite if the run diverged."""
     digest: str | None = None
@@ -84,7 +89,7 @@ class CollectedRun(JsonRecord):
         """Return what is known of a run without its event log."""
         return cls(
             run.arm, run.rung, run.seed, run.rate, run.key, state.status, state.reason, run.flops, run.parameters,
-            run.tokens, run.config.budget.steps, state.step,
+            run.tokens, run.config.budget.steps, state.step, run.unique_tokens, run.ensemble,
         )  # fmt: skip
 
 
@@ -97,7 +102,7 @@ def collect_runs(ladder: Ladder, pool: Path, runs: Sequence[PlannedRun]) -> list
     collected = [collect_run(run, pool, ladder.file.metric, ladder.file.unit) for run in runs]
     texts: dict[Data, str | None] = {}
     for number, (run, result) in enumerate(zip(runs, collected, strict=True)):
-        settings = run.config.data
+        settings = run.config.data.model_copy(update={"unique_tokens": 0})  # of the same text
         if result.data_sha256 is not None and settings not in texts:
             texts[settings] = _text_now(settings, run.config.eval)  # held-out sets are those of the ladder
         if texts.get(settings) and result.data_sha256 not in (None, texts[settings]):
@@ -131,17 +136,18 @@ def _text_now(settings: Data, held_out: Eval) -> str | None:
         return None
 
 
-def run_results(collected: Sequence[CollectedRun]) -> list[RunResult]:
+def run_results(collected: Sequence[CollectedRun], axis: Axis = "compute") -> list[RunResult]:
     """Return the runs that finished or diverged, for fit and verdict; the target's too, with rung TARGET.
 
-    Seconds are those of an undisturbed run. They are None for a run on another machine than most: comparing them would
-    compare machines.
+    `axis` says what the rungs are amounts of. Seconds are those of an undisturbed run. They are None for a run on
+    another machine than most: comparing them would compare machines.
     """
     machines = Counter(run.machine for run in collected if run.status == "finished" and run.machine is not None)
     usual_machines = [machine for machine, _ in machines.most_common(1)]
     return [
         RunResult(
-            run.arm, run.rung, run.seed, run.flops, run.parameters, run.tokens, run.loss,
+            run.arm, run.rung, run.seed, run.flops if axis == "compute" else float(run.unique_tokens),
+            run.parameters, run.tokens, run.loss,
             run.undisturbed_seconds if run.machine in usual_machines and math.isfinite(run.loss) else None,
         )
         for run in collected
@@ -151,6 +157,8 @@ def run_results(collected: Sequence[CollectedRun]) -> list[RunResult]:
 
 def collect_run(planned: PlannedRun, pool: Path, metric: str, unit: str) -> CollectedRun:
     """Read one run from its files as they are now."""
+    if planned.ensemble:
+        return _collect_ensemble(planned, pool, metric, unit)
     stored = StoredRun(pool / planned.key)
     # Without a readable log a run is shown as its files have it: waiting, running, or missing with a reason.
     unread = CollectedRun.of(planned, stored.read_state(planned.config.budget.steps))
@@ -167,6 +175,34 @@ def collect_run(planned: PlannedRun, pool: Path, metric: str, unit: str) -> Coll
         score = _code_length(history, unread, unit) | {"digest": about.get("data_sha256")}
     recorded = {key: about.get(key) for key in ("git_commit", "data_sha256")}
     return dataclasses.replace(unread, **_measure(history) | score, **recorded)
+
+
+def _collect_ensemble(planned: PlannedRun, pool: Path, metric: str, unit: str) -> CollectedRun:
+    """Read an ensemble: its score, and what its members took together."""
+    members = [collect_run(member, pool, metric, unit) for member in planned.members]
+    collected = CollectedRun.of(planned, RunState("waiting"))
+    missing = next((member for member in members if member.status == "missing"), None)
+    if missing is not None:
+        diverged = missing.loss is not None  # and so is not finite
+        return dataclasses.replace(
+            collected, status="missing", reason=f"a member is missing: {missing.reason}",
+            loss=math.nan if diverged else None,
+        )  # fmt: skip
+    scores = ensembles.read(pool, planned)
+    if scores is None or any(member.status != "finished" for member in members):
+        return collected
+    found = scores.get(metric, {})
+    seconds: dict[str, Any] = {}
+    for key in ("seconds", "undisturbed_seconds", "wall_seconds"):
+        values = [getattr(member, key) for member in members]
+        seconds[key] = None if None in values else math.fsum(values)
+    texts, machines = ({getattr(member, key) for member in members} for key in ("data_sha256", "machine"))
+    return dataclasses.replace(
+        collected, status="finished", step=collected.steps, digest=found.get("digest"),
+        loss=found.get("bits_per_byte" if unit == "bits_per_byte" else "loss"),
+        data_sha256=texts.pop() if len(texts) == 1 else None, machine=machines.pop() if len(machines) == 1 else None,
+        **seconds,
+    )  # fmt: skip
 
 
 def _measure(history: History) -> dict[str, Any]:

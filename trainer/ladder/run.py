@@ -20,7 +20,7 @@ from trainer.fleet.backend import Backend, Local
 from trainer.fleet.run_store import RunState, RunStatus, StoredRun
 from trainer.fleet.slurm import SlurmJobs
 from trainer.fleet.supervision import Supervisor
-from trainer.ladder import preregistration, speed, tuning
+from trainer.ladder import ensembles, preregistration, speed, tuning
 from trainer.ladder import slots as places
 from trainer.ladder.plan import code as codearms
 from trainer.ladder.plan.ladder import TARGET, Ladder, PlannedRun
@@ -217,6 +217,8 @@ class _Scheduler:
                 supervisor.wait(WAIT_SECONDS)
                 self._collect()  # may add runs: a sweep that ended decides on its followers
             self._refresh(self._runs)
+            if not supervisor.urgency:
+                ensembles.score(self.pool, tuning.final(self.ladder, tuning.choices(self.ladder, self.pool)))
         self._report()
         return self._status()
 

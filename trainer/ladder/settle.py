@@ -85,7 +85,7 @@ def read_results(ladder: Ladder, out: Path) -> list[RunResult]:
     """Results at the rungs, without what rests on seconds."""
     pool = preregistration.pool_of(out)
     runs = tuning.final(ladder, tuning.choices(ladder, pool))
-    found = collect.run_results(collect.collect_runs(ladder, pool, runs))
+    found = collect.run_results(collect.collect_runs(ladder, pool, runs), ladder.axis)
     return decision.without_time(result for result in found if result.rung != TARGET)
 
 
@@ -96,13 +96,13 @@ def _seconds(runs: Sequence[PlannedRun], status: LadderStatus) -> float | None:
 def choose(ladder: Ladder, results: Sequence[RunResult], hours: float, seconds: Seconds) -> Choice | str:
     """Return the runs to add, or the reason why none are; `seconds` estimates how long runs take together."""
     arms, unchanged = [arm.name for arm in ladder.arms], [arm.name for arm in ladder.arms if arm.is_aa]
-    flops, duration = math.fsum(planned.flops for planned in ladder.runs), seconds(ladder.runs)
+    amount, duration = math.fsum(map(ladder.amount, ladder.runs)), seconds(ladder.runs)
     if duration is None:
         return "How long runs take is not known, so nothing is added."
     try:
         verdicts = verdict.judge(
-            results, ladder.criterion, ladder.target_flops, arms=arms, unchanged=unchanged,
-            most_flops=max(hours, 0.0) * 3600 * flops / duration,
+            results, ladder.criterion, ladder.target_amount, arms=arms, unchanged=unchanged, axis=ladder.axis,
+            most_flops=max(hours, 0.0) * 3600 * amount / duration,
         )  # fmt: skip
     except FitError as error:
         return f"There is no verdict that more runs could settle: {error}"
@@ -142,10 +142,13 @@ def _widened(ladder: Ladder, arm: str, remedy: Remedy) -> tuple[Ladder, AddedRun
         return load.extended(ladder, [added]), added
     largest = ladder.rungs[-1]
     name = f"added {sum(rung.name.startswith('added ') for rung in ladder.rungs) + 1}"
+    if ladder.axis == "data":
+        seeds = _seeds_of_new_rung(ladder, largest.name, remedy.seeds)
+        added = AddedRuns(arms=[arm], seeds={name: seeds}, unique_tokens=round(remedy.flops))
+        return load.extended(ladder, [added]), added
     # Along a ladder of fixed D / N, compute grows as N².
     parameters = largest.parameters * math.sqrt(remedy.flops / largest.flops)
-    seeds = sorted({run.seed for run in ladder.runs if run.rung == largest.name})
-    seeds = [*seeds, *_unused_seeds(ladder, max(seeds) + 1, remedy.seeds)][: remedy.seeds]
+    seeds = _seeds_of_new_rung(ladder, largest.name, remedy.seeds)
     while True:
         added = AddedRuns(arms=[arm], seeds={name: seeds}, parameters=parameters)
         try:
@@ -154,6 +157,12 @@ def _widened(ladder: Ladder, arm: str, remedy: Remedy) -> tuple[Ladder, AddedRun
             parameters *= SMALLER
             if parameters <= largest.parameters * 1.05:
                 raise
+
+
+def _seeds_of_new_rung(ladder: Ladder, largest: str, number: int) -> list[int]:
+    """So many seeds: first those of the largest rung."""
+    seeds = sorted({run.seed for run in ladder.runs if run.rung == largest})
+    return [*seeds, *_unused_seeds(ladder, max(seeds) + 1, number)][:number]
 
 
 def _further_seeds(ladder: Ladder, arm: str, rung: str, number: int) -> list[int]:

@@ -13,7 +13,7 @@ from trainer.fleet.run_store import RunStatus
 from trainer.ladder.plan.ladder import Ladder, PlannedRun
 from trainer.ladder.preregistration import Edits
 from trainer.ladder.run import LadderStatus
-from trainer.ladder.stats.records import BASELINE
+from trainer.ladder.stats.records import BASELINE, SCARCE, UNITS
 from trainer.show.live import LiveTable
 from trainer.show.units import amount, clock, duration, scientific, setting
 
@@ -31,7 +31,9 @@ def plan_json(ladder: Ladder, status: LadderStatus, source: str, edits: Edits) -
     return {
         "name": ladder.name,
         **_fields(ladder.file, "question", "metric", "unit"),
-        **_fields(ladder, "target_flops", "notices"),
+        **_fields(
+            ladder, "target_flops", "notices", *(("axis", "target_unique_tokens") if ladder.axis == "data" else ())
+        ),
         "criterion": ladder.criterion.to_json(),
         "slots": status.slots.count,
         "rungs": [rung.to_json() for rung in ladder.all_rungs],
@@ -72,12 +74,16 @@ def _whole_seconds(status: LadderStatus) -> float | None:
 
 def plan(ladder: Ladder, status: LadderStatus, source: str, edits: Edits) -> RenderableType:
     """The plan of a ladder: a table of sizes, a line for each arm, totals, notices."""
-    sizes = empty_table("rung", "size", "parameters", "tokens", "steps", "FLOPs", "runs", "each")
+    on_data = ladder.axis == "data"
+    text = ("unique text", "epochs") if on_data else ()
+    sizes = empty_table("rung", "size", "parameters", *text, "tokens", "steps", "FLOPs", "runs", "each")
     for rung in ladder.all_rungs:
         runs = [run for run in status.runs if run.rung == rung.name]
         base = next((run for run in runs if run.arm == BASELINE), None)
         sizes.add_row(
-            rung.name, f"{rung.shape.width} × {rung.shape.n_layers}", amount(rung.parameters), amount(rung.tokens),
+            rung.name, f"{rung.shape.width} × {rung.shape.n_layers}", amount(rung.parameters),
+            *((amount(rung.unique_tokens), f"{rung.tokens / rung.unique_tokens:.3g}") if on_data else ()),
+            amount(rung.tokens),
             f"{base.config.budget.steps:,}" if base else "–", scientific(rung.flops),
             str(len({run.key for run in runs})) if runs else "–", duration(status.speed.seconds(base)) if base else "–",
         )  # fmt: skip
@@ -90,9 +96,10 @@ def plan(ladder: Ladder, status: LadderStatus, source: str, edits: Edits) -> Ren
         f"{len(status.distinct)} runs, {status.count('finished')} of them finished; {scientific(status.flops)} FLOPs; "
         f"{duration(_whole_seconds(status))} in {status.slots.count} slots, {duration(status.seconds_left)} of it left"
     )
+    speed = "" if on_data else f", and takes at most {rule.max_slowdown:g}× the time"
     promotion = (
-        f"an arm is promoted if it is surely worth {rule.min_gain:g}× compute at {scientific(ladder.target_flops)} "
-        f"FLOPs, at level {rule.level:g}, and takes at most {rule.max_slowdown:g}× the time; "
+        f"an arm is promoted if it is surely worth {rule.min_gain:g}× {SCARCE[ladder.axis]} at "
+        f"{scientific(ladder.target_amount)} {UNITS[ladder.axis]}, at level {rule.level:g}{speed}; "
         f"metric: {ladder.file.metric}, {ladder.file.unit}"
     )
     notices = [*(f"notice: {notice}" for notice in ladder.notices), *([str(edits)] if edits.lines else [])]

@@ -64,7 +64,8 @@ def final(ladder: Ladder, chosen: Iterable[Choice]) -> list[PlannedRun]:
 
 
 def wanted(ladder: Ladder, pool: Path) -> list[PlannedRun]:
-    """Return all runs that are known by now, rung by rung, each rung's sweep first."""
+    """Return all runs that are known by now, rung by rung, each rung's sweep first; of an ensemble, its members."""
     order = list(dict.fromkeys(run.rung for run in ladder.runs))
-    runs = [*ladder.sweep, *final(ladder, choices(ladder, pool))]
+    chosen = final(ladder, choices(ladder, pool))
+    runs = [*ladder.sweep, *(each for run in chosen for each in (run.members or [run]))]
     return sorted(runs, key=lambda run: (order.index(run.rung), run.rate is None))

@@ -129,7 +129,11 @@ def compressors(run: Path, code_length: Mapping[str, Any]) -> dict[str, float | 
         remedy = "Compressors must read what the model read. Restore the text, or leave out --compress."
         raise RunDirectoryError(f"{config.data.source} holds another text than {run} was trained on.\n  {remedy}")
     m, b, context = config.data.micro_batches, config.data.micro_batch_sequences, config.model.context
-    batches = data.Batches(prepared.train.tokens, seed=config.seed, context=context, micro_batches=m, sequences=b)
+    batches = data.Batches(
+        prepared.train.tokens, seed=config.seed, context=context, micro_batches=m, sequences=b,
+        unique_tokens=config.data.unique_tokens,
+        mixture=data.shares(config.data, prepared.train, context, code_length["steps"] * m * b),
+    )  # fmt: skip
     text = data.first_epoch.text(batches, code_length["steps"], prepared.tokenizer.pieces)
     total, sizes = data.first_epoch.compressed_bytes(text)
     assert total == code_length["bytes"], (total, code_length["bytes"])

@@ -56,6 +56,12 @@ def interval(found: Mapping[str, Any] | None, number: Callable[..., str], *digit
     return value if low == high == UNKNOWN else f"{value} ({low.rstrip('×')} to {high.rstrip('×')})"
 
 
+def bounds(found: Mapping[str, Any], number: Callable[..., str], *digits: int) -> str:
+    """ "15.4 (9.1 to ?)": as `interval`, but an end that the data do not bound is always shown."""
+    value, low, high = (number(found[key], *digits) for key in ("value", "low", "high"))
+    return f"{value} ({low.rstrip('×')} to {high.rstrip('×')})"
+
+
 def mean_and_sd(noise: Mapping[str, Any]) -> str:
     """ "2.9132 ± 0.0040": mean and standard deviation over seeds, the latter only if there are two seeds."""
     return loss(noise["mean"]) + ("" if noise["sd"] is None else f" ± {loss(noise['sd'])}")
@@ -139,17 +145,17 @@ def setting(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else f'"{value}"' if isinstance(value, str) else str(value)
 
 
-def remedies(found: Sequence[Mapping[str, Any]]) -> str:
+def remedies(found: Sequence[Mapping[str, Any]], unit: str = "FLOPs") -> str:
     """ "3 more seeds at every rung (62 %, 3.1·10¹⁵ FLOPs), or a further rung …"; "" if there are none."""
-    return ", or ".join(map(remedy, found))
+    return ", or ".join(remedy(one, unit) for one in found)
 
 
-def remedy(found: Mapping[str, Any]) -> str:
+def remedy(found: Mapping[str, Any], unit: str = "FLOPs") -> str:
     """One of further runs in words, with the probability that it settles the question and the compute it takes."""
     if found["what"] == "rung":
-        what = f"a further rung of {scientific(found['flops'])} FLOPs with {plural(found['seeds'], 'seed')}"
+        what = f"a further rung of {scientific(found['flops'])} {unit} with {plural(found['seeds'], 'seed')}"
     else:
         what = f"{plural(found['seeds'], 'more seed')} at {found.get('rung') or 'every rung'}"
     if found.get("probability") is None:  # reports from before these were estimated have none
         return what
-    return f"{what} ({found['probability']:.0%}, {scientific(found['total_flops'])} FLOPs)"
+    return f"{what} ({found['probability']:.0%}, {scientific(found['total_flops'])} {unit})"

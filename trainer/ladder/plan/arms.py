@@ -12,7 +12,7 @@ from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.ladder.plan import code as codearms
 from trainer.ladder.plan import sizes
-from trainer.ladder.plan.ladder import AA, PlannedArm, PlannedRun
+from trainer.ladder.plan.ladder import AA, ENSEMBLE, PlannedArm, PlannedRun
 from trainer.ladder.plan.schema import CODE_LENGTH, Arm, LadderFile
 
 
@@ -27,6 +27,9 @@ def plan_arms(file: LadderFile, config: Config, folder: Path, problems: list[str
         if arm.patch or arm.commit:
             if (made := _change_of_code(arm, folder, config, problems)) is not None:
                 singles[arm.name] = made
+        elif arm.ensemble:
+            if settings := _ensemble(arm, file, problems):
+                singles[arm.name] = PlannedArm(arm.name, arm.question, settings)
         elif not arm.combines and (settings := _single_change(arm, file, problems)):
             singles[arm.name] = PlannedArm(arm.name, arm.question, settings)
     arms: dict[str, PlannedArm] = {}
@@ -51,7 +54,7 @@ def plan_arms(file: LadderFile, config: Config, folder: Path, problems: list[str
 
 def _change_of_code(arm: Arm, folder: Path, config: Config, problems: list[str]) -> PlannedArm | None:
     """Return an arm that is a patch or a commit; None if it cannot be planned."""
-    named = [name for name in ("set", "patch", "commit", "combines") if getattr(arm, name)]
+    named = [name for name in ("set", "patch", "commit", "ensemble", "combines") if getattr(arm, name)]
     if len(named) > 1:
         remedy = "An arm is a single change. Make several arms and one that `combines` them."
         problems.append(f"arm {arm.name!r} has {' and '.join(named)}.\n  {remedy}")
@@ -64,6 +67,23 @@ def _change_of_code(arm: Arm, folder: Path, config: Config, problems: list[str])
     # All changes of code have one key, so that a combination cannot have two of them.
     settings = {"code.change": arm.patch or arm.commit, **change.own}
     return PlannedArm(arm.name, arm.question, settings, tree=change.tree)
+
+
+def _ensemble(arm: Arm, file: LadderFile, problems: list[str]) -> dict[str, Any]:
+    """The change of an arm that is an ensemble; empty if it cannot be planned."""
+    if arm.set or arm.combines:
+        remedy = "An arm is a single change. Make several arms and one that `combines` them."
+        problems.append(f"arm {arm.name!r} has ensemble and {'set' if arm.set else 'combines'}.\n  {remedy}")
+    elif arm.ensemble < 2:
+        problems.append(f"arm {arm.name!r}: an ensemble of one is the baseline.\n  Give ensemble = 2 or more.")
+    elif file.metric == CODE_LENGTH:
+        problems.append(
+            f"arm {arm.name!r}: metric = {CODE_LENGTH!r} is made of training losses, and an ensemble has none.\n"
+            "  Compare by a held-out set."
+        )
+    else:
+        return {ENSEMBLE: arm.ensemble}
+    return {}
 
 
 def _single_change(arm: Arm, file: LadderFile, problems: list[str]) -> dict[str, Any]:
@@ -81,21 +101,26 @@ def _single_change(arm: Arm, file: LadderFile, problems: list[str]) -> dict[str,
     known = [*configs.flatten(Config().model_dump(include=set(configs.MATHEMATICS)))]
     known += [f"sizes.{rule}" for rule in sizes.DERIVES]
     tokenizer = key in ("data.tokenizer", "data.vocab_size")
-    batch = key in ("data.micro_batches", "data.micro_batch_sequences")
+    kept = key in ("data.micro_batches", "data.micro_batch_sequences", "data.unique_tokens")  # the split
     if key not in known and not key.startswith(("model.options.", "optim.options.")):
         problem = (
             f" sets {key}, which decides no weights.{near(key, known)}"
             "  An arm changes what is trained, or a rule as sizes.NAME; a setting of all runs belongs in [set]."
         )
-    elif key in sizes.SET_BY_RUNGS:
+    elif key in sizes.SET_BY_RUNGS[file.sizes.axis]:
         problem = f" sets {key}, which rungs and seeds decide.\n  Change another setting."
+    elif tokenizer and file.sizes.axis == "data":
+        problem = (
+            f": {key} makes other tokens, and so many tokens of another kind are another amount of text.\n"
+            '  Compare tokenizers on the axis "compute".'
+        )
     # The other two would change the metric, so that the arm could not be compared with the baseline.
     elif tokenizer and file.unit == "nats_per_token":
         problem = (
             f": {key} makes other tokens, and nats per token of two tokenizers cannot be compared.\n"
             '  Set unit = "bits_per_byte".'
         )
-    elif key.startswith("data.") and not (tokenizer or batch) and file.metric in ("val", CODE_LENGTH):
+    elif key.startswith("data.") and not (tokenizer or kept) and file.metric in ("val", CODE_LENGTH):
         problem = (
             f": {key} may change which text is held out, and so what is scored.\n"
             '  Give a metric that is not cut from the training text: "repo", or a set of eval.sources.'
@@ -125,6 +150,9 @@ def _combined_changes(arm: Arm, singles: Mapping[str, PlannedArm], problems: lis
     if twice or len(arm.combines) < 2:
         fault = f"changes {', '.join(twice)} twice" if twice else "combines one arm only"
         problems.append(f"{where} {fault}.\n  Combine two arms or more that change different settings.")
+        return {}
+    if ENSEMBLE in dict(changes) and any(singles[name].tree for name in arm.combines if name in singles):
+        problems.append(f"{where} combines an ensemble with a change of the package.\n  Combine it with settings only.")
         return {}
     return {} if unknown else dict(changes)
 
@@ -162,7 +190,7 @@ def difference(first: Config, second: Config) -> list[str]:
 def split_rules(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return (rules, settings): those named sizes.NAME, without the prefix, and the others that a config has."""
     rules = {key.removeprefix("sizes."): value for key, value in settings.items() if key.startswith("sizes.")}
-    return rules, {key: value for key, value in settings.items() if not key.startswith(("sizes.", "code."))}
+    return rules, {key: value for key, value in settings.items() if not key.startswith(("sizes.", "code.", ENSEMBLE))}
 
 
 def near(name: str, known: Iterable[str]) -> str:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from trainer import config as configs
 from trainer import provenance
@@ -15,13 +15,24 @@ from trainer.errors import ConfigError
 from trainer.ladder.plan import code as codearms
 from trainer.ladder.plan.schema import LadderFile
 from trainer.ladder.plan.sizes import Shape
-from trainer.ladder.stats.records import Criterion
+from trainer.ladder.stats.records import Axis, Criterion
 
 AA = "A/A"
 """Name of the arm that changes only the draw of the initial weights."""
+ENSEMBLE = "ensemble"
+"""Key of the number of runs, among the settings of an arm that is an ensemble."""
 TARGET = "target"
 FIT_RUNGS = 3
 """A curve of three parameters needs as many rungs."""
+
+
+class HasAmounts(Protocol):
+    """A run or a rung, by what a ladder's rungs may be amounts of."""
+
+    @property
+    def flops(self) -> float: ...
+    @property
+    def unique_tokens(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -52,18 +63,22 @@ class PlannedRung:
     flops: float
     """C, the training FLOPs of a run."""
     seeds: tuple[int, ...]
+    unique_tokens: int = 0
+    """U, on the axis "data"; else 0."""
 
     def to_json(self) -> dict[str, Any]:
         tree: dict[str, Any] = {"name": self.name} | asdict(self.shape)
         figures = {"parameters": self.parameters, "tokens": self.tokens, "flops": self.flops}
-        return tree | figures | {"seeds": list(self.seeds)}
+        text = {"unique_tokens": self.unique_tokens} if self.unique_tokens else {}
+        return tree | figures | text | {"seeds": list(self.seeds)}
 
     @classmethod
     def of(cls, run: "PlannedRun", seeds: Iterable[int]) -> "PlannedRung":
         """Return the rung of this run of the baseline."""
         model = run.config.model
         shape = Shape(model.width, model.n_layers, model.n_heads)
-        return cls(run.rung, shape, run.parameters, run.tokens, run.flops, tuple(seeds))
+        unique = run.config.data.unique_tokens
+        return cls(run.rung, shape, run.parameters, run.tokens, run.flops, tuple(seeds), unique)
 
 
 @dataclass(frozen=True)
@@ -81,15 +96,33 @@ class PlannedRun:
     """Multiplier of the learning rate in a sweep; None outside of sweeps."""
     tree: Path | None = None
     """Folder with the package that the run is started with; None: the one that plans it."""
+    ensemble: int = 0
+    """Above 0 this is no run but the ensemble of so many, its `members`."""
+    member: int | None = None
+    """Number of this run in its ensemble."""
 
     @property
     def name(self) -> str:
         sweep = "" if self.rate is None else f" rate ×{self.rate:g}"
-        return f"{self.rung} {self.arm} seed {self.seed}{sweep}"
+        member = "" if self.member is None else f" member {self.member}"
+        return f"{self.rung} {self.arm} seed {self.seed}{sweep}{member}"
+
+    @property
+    def members(self) -> list["PlannedRun"]:
+        """Runs of an ensemble. They differ in the draw of initial weights: all read the same text in the same order."""
+        model, found = self.config.model, []
+        for number in range(self.ensemble):
+            draw = model.model_copy(update={"init_draw": model.init_draw + number})
+            config = self.config.model_copy(update={"model": draw})
+            found.append(replace(self, config=config, ensemble=0, member=number))
+        return found
 
     @functools.cached_property
     def key(self) -> str:
         """Digest of what decides the result, 16 hex digits: runs of two ladders with the same key are one run."""
+        if self.ensemble:
+            of_members = " ".join(member.key for member in self.members)
+            return hashlib.sha256(f"{ENSEMBLE} {of_members}".encode()).hexdigest()[:16]
         # What is held out is no part of the mathematics, but it decides the loss that is read from the run.
         scored = json.dumps(configs.flatten(self.config.eval.model_dump(mode="json")), sort_keys=True)
         code = codearms.digest(self.tree)
@@ -103,7 +136,12 @@ class PlannedRun:
 
     @property
     def flops(self) -> float:
-        return float(self.flops_per_token * self.tokens)
+        return float(self.flops_per_token * self.tokens * max(self.ensemble, 1))
+
+    @property
+    def unique_tokens(self) -> int:
+        """U; 0: all of the text."""
+        return self.config.data.unique_tokens
 
     def at_rate(self, multiplier: float) -> "PlannedRun":
         """Return the run with every learning rate multiplied."""
@@ -119,7 +157,7 @@ class PlannedRun:
         wandb = self.config.wandb
         tags = (*wandb.tags[:-1], f"seed {seed}", f"rate ×{multiplier:g}")
         update = {"seed": seed, "faults": (), "wandb": wandb.model_copy(update={"tags": tags})}
-        run = replace(self, seed=seed, rate=multiplier, config=self.config.model_copy(update=update))
+        run = replace(self, seed=seed, rate=multiplier, ensemble=0, config=self.config.model_copy(update=update))
         return run.at_rate(multiplier)
 
 
@@ -142,6 +180,18 @@ class Ladder:
     notices: list[str]
     settings: dict[str, Any] = field(repr=False)
     """Contents of the file, flat: edits are found by comparing them."""
+    axis: Axis = "compute"
+    target_unique_tokens: int = 0
+    """U at the target, on the axis "data"."""
+
+    @property
+    def target_amount(self) -> float:
+        """Amount at the target of what the rungs are amounts of."""
+        return float(self.target_unique_tokens) if self.axis == "data" else self.target_flops
+
+    def amount(self, run: "HasAmounts") -> float:
+        """Amount of a run or rung of what the rungs are amounts of."""
+        return float(run.unique_tokens) if self.axis == "data" else run.flops
 
     @property
     def all_rungs(self) -> list[PlannedRung]:

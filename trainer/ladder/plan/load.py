@@ -21,7 +21,7 @@ from trainer.faults.fault import NODES
 from trainer.ladder.plan import arms as armplans
 from trainer.ladder.plan import code as codearms
 from trainer.ladder.plan import sizes
-from trainer.ladder.plan.ladder import AA, FIT_RUNGS, TARGET, Ladder, PlannedArm, PlannedRun, PlannedRung
+from trainer.ladder.plan.ladder import AA, ENSEMBLE, FIT_RUNGS, TARGET, Ladder, PlannedArm, PlannedRun, PlannedRung
 from trainer.ladder.plan.schema import CODE_LENGTH, AddedRuns, LadderFile, Rung
 from trainer.ladder.plan.sizes import Rules, Scale, Size
 from trainer.ladder.stats.records import BASELINE, Criterion
@@ -43,7 +43,9 @@ def extended(ladder: Ladder, added: Sequence[AddedRuns]) -> Ladder:
     rungs = {rung.name: rung for rung in ladder.file.rungs}
     for addition in added:
         for name, seeds in addition.seeds.items():
-            rung = rungs.get(name) or Rung(name=name, parameters=addition.parameters, seeds=seeds)
+            rung = rungs.get(name) or Rung(
+                name=name, parameters=addition.parameters, unique_tokens=addition.unique_tokens, seeds=seeds
+            )
             before = ladder.file.seeds if rung.seeds is None else rung.seeds
             rungs[name] = rung.model_copy(update={"seeds": sorted({*before, *seeds})})
     wider = _plan(ladder.file.model_copy(update={"rungs": list(rungs.values())}), ladder.path)
@@ -64,6 +66,12 @@ def _plan(file: LadderFile, path: Path) -> Ladder:
     if builder.problems:
         raise ConfigError(list(dict.fromkeys(builder.problems)))
     return ladder
+
+
+def _settings(file: LadderFile) -> dict[str, Any]:
+    """Contents of the file, flat. A default that was added since does not make an edit of an older file."""
+    settings = configs.flatten(_keyed(file.model_dump(mode="json")))
+    return {key: value for key, value in settings.items() if (key, value) != ("sizes.axis", "compute")}
 
 
 def _changed(config: Config, settings: Mapping[str, Any]) -> Config:
@@ -99,7 +107,16 @@ class _LadderBuilder:
         except TopropeError as error:
             self.problems += error.problems if isinstance(error, ConfigError) else [str(error)]
         target_flops = file.target.flops or (target.flops if target else 0.0)
-        if rungs and target_flops and target_flops < rungs[-1].flops:
+        if file.sizes.axis == "data":
+            target_flops = target.flops if target else 0.0
+            if rungs and 0 < file.target.unique_tokens < rungs[-1].unique_tokens:
+                self.problems.append(
+                    f"the target has {file.target.unique_tokens:,} tokens of unique text, fewer than rung "
+                    f"{rungs[-1].name!r} with {rungs[-1].unique_tokens:,}.\n"
+                    "  A verdict is about an amount that was not run. Give a larger target, or leave out the rungs "
+                    "above it."
+                )
+        elif rungs and target_flops and target_flops < rungs[-1].flops:
             self.problems.append(
                 f"the target takes {scientific(target_flops)} FLOPs, less than rung {rungs[-1].name!r} with "
                 f"{scientific(rungs[-1].flops)}.\n  A verdict is about a scale that was not run. Give a larger "
@@ -109,7 +126,8 @@ class _LadderBuilder:
             name=self._path.stem, path=self._path, file=file, criterion=Criterion(**file.criterion.model_dump()),
             rungs=rungs, arms=list(self._arms.values()), target_flops=target_flops, target=target, runs=runs,
             notices=list(dict.fromkeys(self._notices)),
-            settings=configs.flatten(_keyed(file.model_dump(mode="json"))) | self._code_of_arms(),
+            settings=_settings(file) | self._code_of_arms(), axis=file.sizes.axis,
+            target_unique_tokens=file.target.unique_tokens,
         )  # fmt: skip
 
     def _code_of_arms(self) -> dict[str, str]:
@@ -126,7 +144,7 @@ class _LadderBuilder:
         file = self._file
         self.problems += file.sizes.problems()
         for rung in file.rungs:
-            self.problems += rung.problems(f"rung {rung.name!r}")
+            self.problems += rung.problems(f"rung {rung.name!r}", file.sizes.axis)
         for plural, tables, reserved in (("rungs", file.rungs, (TARGET,)), ("arms", file.arms, (BASELINE, AA))):
             for name, times in Counter(table.name for table in tables).items():
                 if times > 1:
@@ -148,6 +166,8 @@ class _LadderBuilder:
                 f"metric = {file.metric!r}, but the runs' eval.sets are {', '.join(map(repr, sets))}.\n"
                 "  Name one of them, or add it to eval.sets in [set]."
             )
+        if file.sizes.axis == "data":
+            self._check_data_axis()
         if len(file.rungs) < FIT_RUNGS:
             self._notices.append(
                 f"{len(file.rungs)} rungs are too few for a fit: a curve of {FIT_RUNGS} parameters needs {FIT_RUNGS}. "
@@ -158,6 +178,24 @@ class _LadderBuilder:
             self.problems.append(
                 f"{file.baseline} has faults of its own, which all runs would share.\n"
                 "  Move them to [[faults]] of the ladder, where arm, rung and seed select their runs."
+            )
+
+    def _check_data_axis(self) -> None:
+        file = self._file
+        if file.metric == CODE_LENGTH and file.sizes.epochs != 1:
+            self.problems.append(
+                f"metric = {CODE_LENGTH!r} needs text that is read once, and these runs read it again.\n"
+                "  Set sizes.epochs = 1, or compare by a held-out set."
+            )
+        if self._config.data.unique_tokens:
+            self.problems.append(
+                f"data.unique_tokens = {self._config.data.unique_tokens} is set for all runs, and rungs decide it.\n"
+                "  Remove it from the baseline's config and from [set]."
+            )
+        if "max_slowdown" in file.criterion.model_fields_set:
+            self.problems.append(
+                'criterion.max_slowdown has no effect with sizes.axis = "data": text is short there, not time.\n'
+                "  Remove it. The report shows what each arm takes in compute."
             )
 
     def _check_seeds(self) -> None:
@@ -183,10 +221,17 @@ class _LadderBuilder:
             self.problems.append(f"tuning.rates = {file.tuning.rates} is not in order.\n  List each once, rising.")
 
     def _check_target(self) -> None:
-        target = self._file.target
+        target, on_data = self._file.target, self._file.sizes.axis == "data"
+        if on_data:
+            self.problems += target.problems("[target]", "data")
+            if target.flops:
+                rule = 'With sizes.axis = "data" the target is an amount of unique text. Give unique_tokens alone.'
+                self.problems.append(f"[target] has flops.\n  {rule}")
         # One scale is needed, a size or its compute; runs at it need a size.
         sized = bool(target.width or target.n_layers or target.n_heads or target.parameters)
-        if sized == bool(target.flops):
+        if on_data:
+            pass
+        elif sized == bool(target.flops):
             self.problems.append(
                 "[target] needs one scale.\n  Give a size (width and n_layers, or parameters), or flops."
             )
@@ -214,6 +259,8 @@ class _LadderBuilder:
             return sizes.counts(sizes.with_shape(self._config, shape).model, vocab)[0], shape
 
         # Sizes that cannot be read have been reported. The rules scale settings from the smallest of the others.
+        if file.sizes.axis == "data":
+            return self._plan_amounts()
         by_size = sorted(((*measure(rung), rung) for rung in file.rungs if not rung.problems("")), key=lambda it: it[0])
         for (parameters, _, first), (above, _, second) in itertools.pairwise(by_size):
             if parameters == above:
@@ -238,6 +285,64 @@ class _LadderBuilder:
             runs += planned if file.target.seeds else []
         return rungs, target, self._with_faults(runs)
 
+    def _plan_amounts(self) -> tuple[list[PlannedRung], PlannedRung | None, list[PlannedRun]]:
+        """The same on the axis "data"."""
+        file, config = self._file, self._config
+        known = [rung for rung in file.rungs if not rung.problems("", "data")]
+        if not known or file.sizes.problems():
+            return [], None, []
+        by_amount = sorted(known, key=lambda rung: rung.unique_tokens)
+        for first, second in itertools.pairwise(by_amount):
+            if first.unique_tokens == second.unique_tokens:
+                self.problems.append(
+                    f"rungs {first.name!r} and {second.name!r} have {first.unique_tokens:,} unique tokens each.\n"
+                    "  A second rung of an amount says nothing about scale. Change it, or give more seeds."
+                )
+        vocab = sizes.vocab_of(config.data, config.eval, config.model.vocab_size)
+        parameters, _ = sizes.counts(config.model, vocab)
+        shape = sizes.Shape(config.model.width, config.model.n_layers, config.model.n_heads)
+        there_are = sizes.unique_tokens_of(config.data, config.eval, config.model.context)
+
+        def scale(size: Size) -> Scale:
+            return Scale(parameters, shape, parameters, shape, size.unique_tokens, by_amount[0].unique_tokens)
+
+        def fits(where: str, size: Size) -> bool:
+            found = self._amount_problems(where, size.unique_tokens, there_are)
+            self.problems += found
+            return not found
+
+        rungs, target, runs = [], None, []
+        for rung in by_amount:
+            if not fits(f"rung {rung.name!r}", rung):
+                continue
+            seeds = rung.seeds or file.seeds
+            planned = self._plan_runs(rung.name, scale(rung), seeds, self._arms.values())
+            rungs += [PlannedRung.of(run, seeds) for run in planned[:1]]
+            runs += planned
+        self._check_changes(runs)
+        # A target that is only predicted may be more text than there is: that is then the question.
+        if file.target.seeds and not file.target.problems("", "data") and fits("[target]", file.target):
+            arms = [self._arms[name] for name in file.target.arms if name in self._arms]
+            planned = self._plan_runs(TARGET, scale(file.target), file.target.seeds, arms)
+            target = PlannedRung.of(planned[0], file.target.seeds) if planned else None
+            runs += planned
+        return rungs, target, self._with_faults(runs)
+
+    def _amount_problems(self, where: str, unique_tokens: int, there_are: int) -> list[str]:
+        """Say why runs cannot be made on so much unique text."""
+        config = self._config
+        if unique_tokens < config.model.context:
+            return [
+                f"{where} has {unique_tokens:,} unique tokens, less than one sequence of {config.model.context}.\n"
+                "  Give more."
+            ]
+        if unique_tokens // config.model.context * config.model.context > there_are:
+            return [
+                f"{where} has {unique_tokens:,} unique tokens, and {config.data.source} has {there_are:,} for "
+                "training.\n  What is read twice is not unique. Give more text, or smaller rungs."
+            ]
+        return []
+
     def _plan_runs(self, rung: str, scale: Scale, seeds: Sequence[int], arms: Iterable[PlannedArm]) -> list[PlannedRun]:
         """The baseline's runs and the arms' at one rung, seed by seed; none if the baseline's config is refused."""
         # The baseline's decay is used for all arms, or they would differ in it too.
@@ -257,9 +362,12 @@ class _LadderBuilder:
                 if not planned:
                     return []
                 continue
-            planned.append(run := PlannedRun(arm.name, rung, config.seed, config, *counts, tree=arm.tree))
+            members = arm.settings.get(ENSEMBLE, 0)
+            run = PlannedRun(arm.name, rung, config.seed, config, *counts, tree=arm.tree, ensemble=members)
+            planned.append(run)
             self.problems += [f"{where}: {problem}" for problem in armplans.prove(arm, planned[0], run)]
-            if run.config.budget != planned[0].config.budget:
+            trains_longer = not LENGTHS.isdisjoint(arm.settings)
+            if run.config.budget != planned[0].config.budget and not trains_longer:
                 self._notices.append(f"arm {arm.name!r} takes other steps, so that its tokens stay equal.")
         return [self._at_seed(run, seed) for seed in seeds for run in planned]
 
@@ -273,6 +381,12 @@ class _LadderBuilder:
             raise ConfigError([f"{', '.join(rules)}: {error}"]) from None
         if rules and (problems := arm_rules.problems()):
             raise ConfigError(problems)
+        if 0 < arm_rules.run_tokens < scale.unique_tokens:
+            raise ConfigError([
+                f"sizes.run_tokens = {arm_rules.run_tokens:,} reads {arm_rules.run_tokens / scale.unique_tokens:.2g} "
+                f"epochs of {scale.unique_tokens:,} unique tokens.\n"
+                "  What is never read is not the run's text. Give tokens that reach every rung, or epochs."
+            ])  # fmt: skip
         # The rung gives the width. An arm with another head width divides it into other heads.
         shape = scale.shape
         if arm_rules.head_width != self._file.sizes.head_width:
@@ -335,6 +449,8 @@ class _LadderBuilder:
             self.problems.append(f"{name} would damage tokens that all runs read.\n  Leave it out.")
 
 
+LENGTHS = frozenset(("sizes.epochs", "sizes.run_tokens"))
+"""Settings of an arm that trains on the same text for longer, or less long."""
 SELECTORS = ("arm", "rung", "seed")
 """Keys of a [[faults]] table that select runs; the other keys are the fault's."""
 

@@ -21,7 +21,7 @@ class Rung(Size):
 
 
 class Target(Size):
-    """The scale that the verdicts are about: a size, or its compute."""
+    """The scale that the verdicts are about: a size, or its compute; on the axis "data", an amount of unique text."""
 
     flops: float = Field(default=0.0, ge=0)
     seeds: list[int] = Field(default_factory=list)
@@ -48,6 +48,9 @@ class Arm(Section):
     """Path of a diff, relative to the ladder file's directory: of files under trainer/, or of the user's own files."""
     commit: str = ""
     """Commit (7 to 40 hex digits) from which the package, or else the user's own files, are taken."""
+    ensemble: int = Field(default=0, ge=0)
+    """Number of runs whose averaged probabilities are scored: the baseline's, and others that draw other initial
+    weights. The compute of all of them counts."""
     combines: list[str] = Field(default_factory=list)
     """Names of arms whose changes are made together."""
 
@@ -98,3 +101,5 @@ class AddedRuns(Section):
     """{rung: seeds}"""
     parameters: float = 0.0
     """N of a new rung; 0: all rungs are of the file."""
+    unique_tokens: int = 0
+    """U of a new rung, on the axis "data"."""

@@ -7,6 +7,7 @@ change it from there on.
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeVar
@@ -16,6 +17,7 @@ from pydantic import Field
 from trainer import config as configs
 from trainer import costs
 from trainer.config import Config, Section
+from trainer.ladder.stats.records import Axis
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -23,8 +25,16 @@ F = TypeVar("F", bound=Callable[..., Any])
 class Rules(Section):
     """[sizes]: the rules."""
 
-    tokens_per_parameter: float = Field(gt=0)
+    axis: Axis = "compute"
+    """"compute": rungs are sizes of the model. "data": rungs are amounts of unique text, which a model of the config's
+    size reads `epochs` times, or as often as it goes into `run_tokens`."""
+    tokens_per_parameter: float = Field(default=0.0, ge=0)
     """D / N of every rung. About 20 is compute-optimal in Hoffmann et al. 2022 (arXiv:2203.15556), table 3."""
+    epochs: float = Field(default=0.0, ge=0)
+    """Axis "data": number of times that a run reads its text. Compute then grows with the text."""
+    run_tokens: int = Field(default=0, ge=0)
+    """Axis "data": tokens that each run is trained on, however many of them are unique. Compute is then the same at
+    every rung."""
     aspect: float = Field(default=0.0, ge=0)
     """Width divided by depth, for sizes given by their parameters; 0: the config's."""
     head_width: int = Field(default=0, ge=0)
@@ -32,7 +42,8 @@ class Rules(Section):
     learning_rate: Literal["fixed", "mup", "power"] = "fixed"
     """"mup": optim.mup_base_width is the base rung's width; hidden rates then fall as 1 / width (Yang et al. 2022,
     arXiv:2203.03466, table 8). "power": rate × (N / N_base)^learning_rate_exponent; −0.25 is DeepSeek's C^−0.125 (Bi
-    et al. 2024, arXiv:2401.02954) along a ladder of fixed D / N, where C grows as N²."""
+    et al. 2024, arXiv:2401.02954) along a ladder of fixed D / N, where C grows as N². On the axis "data", the amount
+    of unique text takes N's place here and below."""
     learning_rate_exponent: float = 0.0
     batch: Literal["fixed", "power"] = "fixed"
     """"power": data.micro_batches × (D / D_base)^batch_exponent, rounded; 0.47 is the critical batch of Zhang et al.
@@ -46,16 +57,43 @@ class Rules(Section):
     2024); 0 leaves it as the config says."""
 
     def problems(self) -> list[str]:
-        """Name exponents without a rule, and rules without an exponent."""
-        return [
+        """Name settings that contradict each other or have no effect, and those that are missing."""
+        problems = [
             f'sizes.{name}_exponent = {exponent:g} beside sizes.{name} = "{rule}".\n'
             f'  The exponent is that of "power", and "power" needs one. Give both or none.'
             for name in ("learning_rate", "batch")
             if ((rule := getattr(self, name)) == "power") != ((exponent := getattr(self, f"{name}_exponent")) != 0)
         ]
+        if self.axis == "compute":
+            needed, unused = ("tokens_per_parameter",), ("epochs", "run_tokens")
+        else:
+            needed, unused = ("epochs", "run_tokens"), ("tokens_per_parameter", "aspect", "head_width")
+        if sum(bool(getattr(self, name)) for name in needed) != 1:
+            problems.append(
+                f'sizes.axis = "{self.axis}" needs {" or ".join(needed)}{", not both" if len(needed) > 1 else ""}.\n'
+                "  They say how long a run trains. Give a number above 0."
+            )
+        problems += [
+            f'sizes.{name} has no effect with sizes.axis = "{self.axis}".\n  Remove it.'
+            for name in unused
+            if getattr(self, name)
+        ]
+        if self.axis == "data" and self.learning_rate == "mup":
+            problems.append(
+                'sizes.learning_rate = "mup" has no effect with sizes.axis = "data": all runs have one width.\n'
+                '  Use "fixed", or "power" in the amount of unique text.'
+            )
+        if 0 < self.epochs < 1:
+            problems.append(
+                f"sizes.epochs = {self.epochs:g} reads a part of the text only, and the rest would count as unique.\n"
+                "  Give 1 or more."
+            )
+        return problems
 
 
 DERIVES: Mapping[str, tuple[str, ...]] = {
+    "epochs": ("budget.steps", "optim.warmup_steps"),
+    "run_tokens": ("budget.steps", "optim.warmup_steps"),
     "head_width": ("model.n_heads",),
     "learning_rate": ("optim.learning_rate", "optim.mup_base_width"),
     "learning_rate_exponent": ("optim.learning_rate",),
@@ -65,11 +103,14 @@ DERIVES: Mapping[str, tuple[str, ...]] = {
     "warmup_fraction": ("optim.warmup_steps",),
 }
 """Settings that each rule decides. An arm may change one rule instead of a setting."""
-SET_BY_RUNGS = ("seed", "model.width", "model.n_layers", "budget.steps")
+SET_BY_RUNGS: Mapping[Axis, tuple[str, ...]] = {
+    "compute": ("seed", "model.width", "model.n_layers", "budget.steps"),
+    "data": ("seed", "data.unique_tokens", "budget.steps"),
+}
 
 
 class Size(Section):
-    """A model size: by width and depth, or by parameters."""
+    """A model size, by width and depth or by parameters; on the axis "data", an amount of unique text."""
 
     width: int = Field(default=0, ge=0)
     n_layers: int = Field(default=0, ge=0)
@@ -77,8 +118,21 @@ class Size(Section):
     """0: by sizes.head_width."""
     parameters: float = Field(default=0.0, ge=0)
     """N, met as closely as whole heads and layers allow."""
+    unique_tokens: int = Field(default=0, ge=0)
+    """U: tokens of unique text (data.unique_tokens)."""
 
-    def problems(self, where: str) -> list[str]:
+    def problems(self, where: str, axis: Axis = "compute") -> list[str]:
+        """Say what keeps this from being one size."""
+        sized = bool(self.width or self.n_layers or self.n_heads or self.parameters)
+        if axis == "data":
+            if self.unique_tokens and not sized:
+                return []
+            return [
+                f"{where} has no one amount of text.\n"
+                '  With sizes.axis = "data" give unique_tokens alone: the model has the baseline\'s size.'
+            ]
+        if self.unique_tokens:
+            return [f'{where} has unique_tokens.\n  Set sizes.axis = "data", or give a size of the model.']
         by_shape = self.width and self.n_layers
         if (by_shape and not self.parameters) or (
             self.parameters and not (self.width or self.n_layers or self.n_heads)
@@ -96,15 +150,21 @@ class Shape:
 
 @dataclass(frozen=True)
 class Scale:
-    """The baseline's N and shape, at a rung and at the base rung."""
+    """The baseline's N and shape at a rung and at the base rung, and the unique text there."""
 
     parameters: int
     shape: Shape
     base_parameters: int
     base: Shape
+    unique_tokens: int = 0
+    """U, on the axis "data"; else 0."""
+    base_unique_tokens: int = 0
 
     @property
     def ratio(self) -> float:
+        """Size of the rung over that of the base rung, in what the rungs are amounts of."""
+        if self.unique_tokens:
+            return self.unique_tokens / self.base_unique_tokens
         return self.parameters / self.base_parameters
 
 
@@ -137,6 +197,18 @@ def _vocab_of(data: configs.Data, held_out: str, rows: int) -> int:
 
     tokenizer = tokenizer_for(data, configs.Eval.model_validate_json(held_out))
     return costs.padded_vocab(tokenizer.vocab_size, rows)
+
+
+def unique_tokens_of(data: configs.Data, held_out: configs.Eval, context: int) -> int:
+    """Return the tokens of unique text that there are, in whole sequences. May have to encode the corpus."""
+    return _unique_tokens_of(data, held_out.model_dump_json(), context)
+
+
+@_cached
+def _unique_tokens_of(data: configs.Data, held_out: str, context: int) -> int:
+    from trainer.data import unique_tokens_of
+
+    return unique_tokens_of(data, configs.Eval.model_validate_json(held_out), context)
 
 
 def shape_of(size: Size, rules: Rules, config: Config, vocab_size: int) -> Shape:
@@ -177,6 +249,8 @@ def scaled(config: Config, rules: Rules, shape: Shape, scale: Scale, decay: floa
     """
     # A rule that is "fixed" sets nothing: the config's own value stays.
     settings: dict[str, Any] = {f"model.{name}": value for name, value in asdict(shape).items()}
+    if rules.axis == "data":  # the shape is the config's, which an arm may change
+        settings = {"data.unique_tokens": scale.unique_tokens}
     if rules.batch == "power":
         settings["data.micro_batches"] = max(1, round(config.data.micro_batches * scale.ratio**rules.batch_exponent))
     if rules.learning_rate == "mup" and shape.width != scale.base.width:
@@ -184,7 +258,7 @@ def scaled(config: Config, rules: Rules, shape: Shape, scale: Scale, decay: floa
     if rules.learning_rate == "power":
         factor = scale.ratio**rules.learning_rate_exponent
         settings["optim.learning_rate"] = _legible(config.optim.learning_rate * factor)
-    settings["budget.steps"] = steps = _steps(config, rules, scale.parameters, settings)
+    settings["budget.steps"] = steps = _steps(config, rules, scale, settings)
     # The number of steps depends on the batch, so what depends on the number of steps comes after it.
     if rules.weight_decay == "inverse_steps":
         settings["optim.weight_decay"] = _legible(config.optim.weight_decay * decay)
@@ -193,11 +267,16 @@ def scaled(config: Config, rules: Rules, shape: Shape, scale: Scale, decay: floa
     return settings
 
 
-def _steps(config: Config, rules: Rules, parameters: int, settings: Mapping[str, Any]) -> int:
+def _steps(config: Config, rules: Rules, scale: Scale, settings: Mapping[str, Any]) -> int:
     # The tokens are those of the baseline's N, so an arm with another batch takes another number of steps.
     micro_batches = settings.get("data.micro_batches", config.data.micro_batches)
     tokens_per_step = micro_batches * config.data.micro_batch_sequences * config.model.context
-    return max(1, round(rules.tokens_per_parameter * parameters / tokens_per_step))
+    if rules.epochs:
+        # Whole epochs, rounded up: what no step reads would not be the run's text.
+        sequences = scale.unique_tokens // config.model.context
+        return math.ceil(rules.epochs * sequences * config.model.context / tokens_per_step)
+    tokens = rules.run_tokens or rules.tokens_per_parameter * scale.parameters
+    return max(1, round(tokens / tokens_per_step))
 
 
 def inverse_steps(config: Config, rules: Rules, scale: Scale) -> float:
@@ -211,7 +290,9 @@ def inverse_steps(config: Config, rules: Rules, scale: Scale) -> float:
     rate = settings.get("optim.learning_rate", config.optim.learning_rate) / config.optim.learning_rate
     if rules.learning_rate == "mup":
         rate *= scale.base.width / scale.shape.width
-    return _steps(config, rules, scale.base_parameters, {}) / (rate * settings["budget.steps"])
+    base = Scale(scale.base_parameters, scale.base, scale.base_parameters, scale.base,
+                 scale.base_unique_tokens, scale.base_unique_tokens)  # fmt: skip
+    return _steps(config, rules, base, {}) / (rate * settings["budget.steps"])
 
 
 def _legible(value: float) -> float:

@@ -2,6 +2,9 @@
 
 All of it is a function of the runs' results, except the subtree "course": that describes this execution of the runs,
 and would differ if they were run again or had been killed on the way (execution.py).
+
+A ladder over data has "axis": "data". Every "flops" of its fit, curve, lines, predictions and verdicts is then an
+amount of unique text, in tokens; those of rungs and runs remain FLOPs, beside their "unique_tokens".
 """
 
 import math
@@ -11,17 +14,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from trainer import files
+from trainer.errors import FitError
 from trainer.fleet.run_store import RunState
 from trainer.ladder import collect, preregistration, tuning
 from trainer.ladder.collect import CollectedRun
 from trainer.ladder.plan.ladder import FIT_RUNGS, TARGET, Ladder, PlannedRun
 from trainer.ladder.report import estimates, execution
 from trainer.ladder.report.estimates import EstimatePlan, Tree
+from trainer.ladder.stats import repetition
+from trainer.ladder.stats.records import BASELINE
 from trainer.ladder.tuning import Choice
 from trainer.show import units
 
 FORMAT = 1
+EPOCHS = (2, 4, 8, 16, 32)
+"""Epochs whose worth a report over data shows."""
 EXECUTION = "course"
 """Key of the subtree that describes the execution."""
 RESULT_KEYS = (
@@ -49,6 +59,13 @@ class CollectedLadder:
     """Learning rates that the sweeps chose."""
     record: Mapping[str, Any] = field(default_factory=dict)
     """ladder.json."""
+    members: Sequence[CollectedRun] = ()
+    """Runs of ensembles."""
+
+    @property
+    def made(self) -> list[CollectedRun]:
+        """All runs but a sweep's: ensembles are represented by their members."""
+        return [run for run in [*self.runs, *self.members] if not run.ensemble]
 
 
 def collect_ladder(ladder: Ladder, out: Path) -> CollectedLadder:
@@ -70,6 +87,7 @@ def collect_ladder(ladder: Ladder, out: Path) -> CollectedLadder:
         collect.collect_runs(ladder, pool, ladder.sweep),
         chosen,
         record.model_dump() if record else {},
+        collect.collect_runs(ladder, pool, [member for planned in final for member in planned.members]),
     )
 
 
@@ -79,7 +97,8 @@ def _identity(planned: PlannedRun) -> tuple[str, str, int]:
 
 def build_report(collected: CollectedLadder) -> Tree:
     """Return the report as JSON values."""
-    ladder, results = collected.ladder, collect.run_results(collected.runs)
+    ladder = collected.ladder
+    results, on_data = collect.run_results(collected.runs, ladder.axis), ladder.axis == "data"
     arms = sorted(ladder.arms, key=lambda arm: arm.is_aa)  # the noise floor comes after what is judged
     plan = EstimatePlan(ladder, collected.runs)
     tree = {
@@ -94,17 +113,25 @@ def build_report(collected: CollectedLadder) -> Tree:
             for arm in arms
         ],
         "notices": list(ladder.notices),
-        "counts": dict(Counter(run.status for run in _distinct(collected.runs))),
-        "runs": [_run(run) for run in collected.runs],
+        "counts": dict(Counter(run.status for run in _distinct(collected.made))),
+        "runs": [_run(run) | ({"unique_tokens": run.unique_tokens} if on_data else {}) for run in collected.runs],
         "sweeps": [choice.to_json() for choice in collected.choices],
-        "flops": _finished_flops(collected.runs), "sweep_flops": _finished_flops(collected.sweep),
+        "flops": _finished_flops(collected.made), "sweep_flops": _finished_flops(collected.sweep),
         **estimates.estimate(results, plan),
     }  # fmt: skip
+    if on_data:
+        tree["axis"] = ladder.axis
+        tree["target"] |= {"flops": ladder.target_flops or None, "unique_tokens": ladder.target_unique_tokens}
+        for arm in tree["arms"]:
+            arm["compute"] = _compute_ratio(arm["name"], collected.runs)
+        tree["repetition"] = _repetition(collected)
     if len(ladder.rungs) < FIT_RUNGS and tree["no_fit"]:
         few = units.plural(len(ladder.rungs), "rung")
         tree["no_fit"] = f"the ladder has {few}, and a curve of {FIT_RUNGS} parameters needs {FIT_RUNGS}."
     verdicts = tree["verdicts"]
-    described = execution.describe(collected.runs, collected.sweep, results, plan, collected.record, verdicts)
+    described = execution.describe(
+        collected.runs, collected.made, collected.sweep, results, plan, collected.record, verdicts
+    )
     return tree | {EXECUTION: described}
 
 
@@ -118,6 +145,40 @@ def _run(run: CollectedRun) -> Tree:
     tree = run.to_json()
     diverged = run.loss is not None and not math.isfinite(run.loss)
     return {key: tree[key] for key in RESULT_KEYS} | {"diverged": diverged, "reason": without_home(run.reason) or None}
+
+
+def _compute_ratio(arm: str, runs: Sequence[CollectedRun]) -> float | None:
+    """Compute of an arm's runs over that of the baseline's at the largest rung that both have."""
+    flops = {(run.arm, run.rung): run.flops for run in runs}
+    shared = [run.rung for run in runs if run.arm == arm and (BASELINE, run.rung) in flops]
+    return flops[arm, shared[-1]] / flops[BASELINE, shared[-1]] if shared else None
+
+
+def _repetition(collected: CollectedLadder) -> Tree:
+    """What text is worth that is read again, by the baseline's runs and those that differ in their epochs alone."""
+    axis = {"sizes.epochs", "sizes.run_tokens", "model.init_draw"}
+    alike = {BASELINE} | {arm.name for arm in collected.ladder.arms if arm.settings.keys() <= axis}
+    runs = [run for run in collected.runs if run.arm in alike and run.loss is not None and math.isfinite(run.loss)]
+    if not runs:
+        return {"refused": "no run has finished."}
+    columns = ("parameters", "tokens", "unique_tokens", "loss")
+    try:
+        values = (np.array([float(getattr(run, name)) for run in runs]) for name in columns)
+        law = repetition.fit(*values, level=collected.ladder.criterion.level)
+    except FitError as error:
+        return {"refused": str(error)}
+    rungs = []
+    for rung in collected.ladder.rungs:
+        worth = law.worth_of(rung.tokens / rung.unique_tokens)
+        found = {"rung": rung.name, "unique_tokens": rung.unique_tokens, "epochs": rung.tokens / rung.unique_tokens}
+        missing = None if worth.value is None else rung.unique_tokens * (worth.value - 1)
+        rungs.append(found | {"worth": worth.to_json(), "missing": missing})
+    return law.to_json() | {
+        "refused": None,
+        "last_paying_epoch": law.last_paying_epoch().to_json(),
+        "epochs": [{"epoch": n, "value": law.value_of_epoch(n).to_json()} for n in EPOCHS],
+        "rungs": rungs,
+    }
 
 
 def _distinct(runs: Sequence[CollectedRun]) -> list[CollectedRun]:

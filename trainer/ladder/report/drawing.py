@@ -1,4 +1,4 @@
-"""Shared by a report's pictures: an arm's colour and mark, its decision, axes of compute and of multipliers."""
+"""Shared by a report's pictures: an arm's colour and mark, its decision, axes of amounts and of multipliers."""
 
 import itertools
 import math
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trainer.ladder.report.estimates import Tree
+from trainer.ladder.stats import records
 from trainer.ladder.stats.decision import final_verdict
 from trainer.ladder.stats.records import BASELINE
 from trainer.show.figure import GOOD, GREY, INK, MARKS, PAPER, SERIES, SOFT
@@ -59,11 +60,31 @@ def floats(values: Sequence[float | None]) -> list[float]:
     return [math.nan if value is None else value for value in values]
 
 
-def compute_axis(axes: "Axes", tree: Tree) -> None:
-    """Make the x axis one of FLOPs, logarithmic, over all rungs, with a line at the target."""
+def axis_of(tree: Tree) -> records.Axis:
+    """What the ladder's rungs are amounts of."""
+    return tree.get("axis", "compute")
+
+
+def amount(tree: Tree, row: Tree) -> float:
+    """Amount of a rung, of a run or of the target, as the x axis has it."""
+    return row["unique_tokens" if axis_of(tree) == "data" else "flops"]
+
+
+def amount_label(tree: Tree) -> str:
+    """Label of the x axis."""
+    return "unique text of a run (tokens)" if axis_of(tree) == "data" else "training compute of a run (FLOPs)"
+
+
+def multiplier_label(tree: Tree) -> str:
+    """Label of an axis of multipliers."""
+    return f"{axis_of(tree)} multiplier"
+
+
+def amount_axis(axes: "Axes", tree: Tree) -> None:
+    """Make the x axis one of amounts, logarithmic, over all rungs, with a line at the target."""
     from matplotlib.ticker import NullFormatter
 
-    target, first = tree["target"]["flops"], tree["rungs"][0]["flops"]
+    target, first = amount(tree, tree["target"]), amount(tree, tree["rungs"][0])
     margin = (target / first) ** 0.06
     axes.set_xscale("log")
     axes.set_xlim(first / margin, target * margin)

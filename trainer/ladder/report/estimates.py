@@ -19,14 +19,14 @@ from trainer.ladder.plan.ladder import TARGET, Ladder
 from trainer.ladder.stats import decision, verdict
 from trainer.ladder.stats import fit as fits
 from trainer.ladder.stats.pairs import Baseline, can_extrapolate
-from trainer.ladder.stats.records import BASELINE, CurveFit, Interval, RunResult, Verdict
+from trainer.ladder.stats.records import BASELINE, Axis, CurveFit, Interval, RunResult, Verdict
 from trainer.ladder.stats.worth import LINE, OTHER_FLOOR
 
 Tree = dict[str, Any]
 GRID = 61
-"""Number of compute values at which curves and their bands are given."""
+"""Number of amounts at which curves and their bands are given."""
 MARGIN = 1.25
-"""Curves extend beyond the smallest rung and the target by this factor of compute."""
+"""Curves extend beyond the smallest rung and the target by this factor."""
 CURVE_ITSELF = 10**12
 """Number of seeds: the mean of so many has no noise, so a prediction's interval is that of the curve itself."""
 
@@ -35,17 +35,20 @@ class EstimatePlan:
     """The ladder as planned, as far as the estimates need it."""
 
     def __init__(self, ladder: Ladder, runs: Iterable[CollectedRun]) -> None:
-        self.criterion, self.target_flops = ladder.criterion, ladder.target_flops
+        self.criterion, self.target = ladder.criterion, ladder.target_amount
+        self.axis: Axis = ladder.axis
         self.rungs = [rung.name for rung in ladder.rungs]  # without the target
         self.seeds = {rung.name: len(rung.seeds) for rung in ladder.all_rungs}
         self.arms = [arm.name for arm in sorted(ladder.arms, key=lambda arm: arm.is_aa)]
         self.unchanged = [arm.name for arm in ladder.arms if arm.is_aa]
-        # By (rung, arm), also of runs that are still to be made: predictions of them need their compute.
-        self.flops = {(run.rung, run.arm): run.flops for run in runs} | {(TARGET, BASELINE): ladder.target_flops}
-        self.flops |= {(rung.name, BASELINE): rung.flops for rung in ladder.rungs}
+        # Amounts on the axis by (rung, arm), also of runs that are still to be made: predictions of them need theirs.
+        self.amounts = {(run.rung, run.arm): ladder.amount(run) for run in runs} | {(TARGET, BASELINE): self.target}
+        self.amounts |= {(rung.name, BASELINE): ladder.amount(rung) for rung in ladder.rungs}
 
     def judge(self, results: Sequence[RunResult], flops: float, **more: Any) -> list[Verdict]:
-        return verdict.judge(results, self.criterion, flops, arms=self.arms, unchanged=self.unchanged, **more)
+        return verdict.judge(
+            results, self.criterion, flops, arms=self.arms, unchanged=self.unchanged, axis=self.axis, **more
+        )
 
 
 def estimate(results: Sequence[RunResult], plan: EstimatePlan) -> Tree:
@@ -62,16 +65,16 @@ def estimate(results: Sequence[RunResult], plan: EstimatePlan) -> Tree:
         "predictions": _predictions(results, plan), "multiplier_predictions": [],
     }  # fmt: skip
     try:
-        fit = fits.fit_curve(rungs, level)
+        fit = fits.fit_curve(rungs, level, axis=plan.axis)
     except FitError as error:
         return tree | {"no_fit": str(error)}
-    verdicts, grid = plan.judge(rungs, plan.target_flops, fit=fit), _grid(plan)
+    verdicts, grid = plan.judge(rungs, plan.target, fit=fit), _grid(plan)
     return tree | {
         "fit": fit.to_json(),
         "bootstrap": fits.bootstrap(rungs, level).to_json(),
         "curve": {"flops": grid}
         | _columns([fits.predict(rungs, flops, CURVE_ITSELF, level).predicted for flops in grid]),
-        "verdicts": [decision.loss_tree(found) for found in verdicts],
+        "verdicts": [decision.loss_tree(found, plan.axis) for found in verdicts],
         "lines": _lines(rungs, fit, plan),
         "multiplier_predictions": list(_multiplier_predictions(results, plan, verdicts)),
     }
@@ -123,8 +126,8 @@ def _mean(values: Sequence[float], level: float) -> Interval:
 
 
 def _grid(plan: EstimatePlan) -> list[float]:
-    first = min(plan.flops[rung, BASELINE] for rung in plan.rungs)
-    return np.geomspace(first / MARGIN, plan.target_flops * MARGIN, GRID).tolist()
+    first = min(plan.amounts[rung, BASELINE] for rung in plan.rungs)
+    return np.geomspace(first / MARGIN, plan.target * MARGIN, GRID).tolist()
 
 
 def _columns(intervals: Sequence[Interval]) -> Tree:
@@ -180,7 +183,7 @@ def _predictions(results: Sequence[RunResult], plan: EstimatePlan) -> list[Tree]
         _prediction(results, arm, rung, below, plan)
         for rung, below in _questions(results, plan)
         for arm in (BASELINE, *plan.arms)
-        if (rung, arm) in plan.flops
+        if (rung, arm) in plan.amounts
     ]
 
 
@@ -193,11 +196,11 @@ def _prediction(results: Sequence[RunResult], arm: str, rung: str, below: Sequen
         by = [result for result in arm_results if result.rung in below]
         # The interval is that of a mean of so many runs: those that there are, or else those to come.
         seeds = len(losses) or plan.seeds.get(rung, 0) or 1
-        check = fits.predict(by, plan.flops[rung, arm], seeds, plan.criterion.level)
+        check = fits.predict(by, plan.amounts[rung, arm], seeds, plan.criterion.level)
     except FitError as error:
         observed = statistics.fmean(losses) if losses else None
         return tree | {
-            "refused": str(error), "flops": plan.flops[rung, arm], "predicted": None, "seeds": len(losses),
+            "refused": str(error), "flops": plan.amounts[rung, arm], "predicted": None, "seeds": len(losses),
             "observed": observed, "error": None, "relative_error": None, "inside": None,
         }  # fmt: skip
     return tree | (fits.check(check, losses) if losses else check).to_json()
@@ -208,12 +211,12 @@ def _multiplier_predictions(
 ) -> Iterable[Tree]:  # fmt: skip
     """Yield predicted multipliers beside those that the runs there measured."""
     for rung, below in _questions(results, plan):
-        flops = plan.flops[rung, BASELINE]
+        flops = plan.amounts[rung, BASELINE]
         measured = _judge(results, [*below, rung], plan, flops)
         # The verdicts are already predictions of the target by all rungs.
         by = {found.arm: found for found in verdicts} if rung == TARGET else _judge(results, below, plan, flops)
         for arm in plan.arms:
-            if (rung, arm) not in plan.flops:
+            if (rung, arm) not in plan.amounts:
                 continue
             rungs = measured[arm].rungs if arm in measured else []
             estimate, found = next((point for point in rungs if point.rung == rung), None), by.get(arm)

@@ -26,12 +26,13 @@ RUN_KEYS = (
 
 
 def describe(
-    runs: Sequence[CollectedRun], sweep: Sequence[CollectedRun], results: Sequence[RunResult], plan: EstimatePlan,
-    record: Mapping[str, Any], by_losses: Sequence[Tree],
+    runs: Sequence[CollectedRun], made: Sequence[CollectedRun], sweep: Sequence[CollectedRun],
+    results: Sequence[RunResult], plan: EstimatePlan, record: Mapping[str, Any], by_losses: Sequence[Tree],
 ) -> Tree:  # fmt: skip
-    """Return the report's subtree "course". `record` is ladder.json; `by_losses` has the verdicts by losses, if any."""
+    """Return the report's subtree "course". `made` are the runs with an ensemble's members in its place, `record` is
+    ladder.json, and `by_losses` has the verdicts by losses, if any."""
     # An arm may share runs with the baseline at a rung where it changes nothing: each counts once.
-    distinct = list({run.key: run for run in [*runs, *sweep]}.values())
+    distinct = list({run.key: run for run in [*made, *sweep]}.values())
     rungs = [result for result in results if result.rung != TARGET]
     return {
         "verdicts": _verdicts(rungs, plan, by_losses) if by_losses else [],
@@ -47,7 +48,9 @@ def describe(
 
 
 def _verdicts(rungs: Sequence[RunResult], plan: EstimatePlan, by_losses: Sequence[Tree]) -> list[Tree]:
-    found = plan.judge(rungs, plan.target_flops, remedies=False)
+    if plan.axis == "data":  # text is short there, not time: an arm may take as long as it likes
+        return []
+    found = plan.judge(rungs, plan.target, remedies=False)
     # Further runs are sought for their losses alone.
     sought = {tree["arm"]: tree["remedies"] for tree in by_losses}
     return [

@@ -81,7 +81,7 @@ def _draw_multipliers(axes: "Axes", tree: Tree, rows: Sequence[Tree | None]) -> 
     intervals = [row[key] for row in rows if row is not None for key in ("predicted", "measured")]
     axes.set_xlim(drawing.multiplier_limits(intervals))
     drawing.multiplier_axis(axes.xaxis)
-    axes.set_xlabel("compute multiplier")
+    axes.set_xlabel(drawing.multiplier_label(tree))
     axes.set_title("Multiplier")
 
 

@@ -1,10 +1,19 @@
-"""The picture of loss against compute: losses above, their distances from the baseline's curve below."""
+"""The picture of loss against compute or text: losses above, their distances from the baseline's curve below."""
 
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from trainer.ladder.report.drawing import DASHED, arm_styles, compute_axis, error_bar, floats, hollow
+from trainer.ladder.report.drawing import (
+    DASHED,
+    amount,
+    amount_axis,
+    amount_label,
+    arm_styles,
+    error_bar,
+    floats,
+    hollow,
+)
 from trainer.ladder.report.estimates import Tree
 from trainer.ladder.stats.records import BASELINE
 from trainer.show import units
@@ -31,13 +40,13 @@ def draw(tree: Tree) -> "Figure | None":
         _draw_runs(above, below, tree, arm, number)
     _draw_target(above, below, tree)
     for axes in (above, below):
-        compute_axis(axes, tree)
-    above.annotate("target", (tree["target"]["flops"], 1.0), xycoords=above.get_xaxis_transform(), xytext=(0, 3),
+        amount_axis(axes, tree)
+    above.annotate("target", (amount(tree, tree["target"]), 1.0), xycoords=above.get_xaxis_transform(), xytext=(0, 3),
                    textcoords="offset points", ha="center", va="bottom", color=SOFT, fontsize=8.5)  # fmt: skip
     unit = units.LOSS_UNITS[tree["unit"]]
     in_bits = tree["unit"] == "bits_per_byte"
     above.set_ylabel(f"{tree['metric']}, {unit}" if in_bits else f"{tree['metric']} loss ({unit})")
-    below.set_xlabel("training compute of a run (FLOPs)")
+    below.set_xlabel(amount_label(tree))
     reference = "curve" if fitted else "mean"
     below.set_ylabel(f"minus the baseline's {reference}\n({units.SHORT_LOSS_UNITS[tree['unit']]})")
     handles, labels = above.get_legend_handles_labels()
@@ -52,7 +61,7 @@ def draw(tree: Tree) -> "Figure | None":
 
 def _draw_curve(above: "Axes", below: "Axes", tree: Tree) -> None:
     """The baseline's curve and its band: solid up to the largest rung, dashed where it extrapolates."""
-    curve, fit, last_rung = tree["curve"], tree["fit"]["curve"], tree["rungs"][-1]["flops"]
+    curve, fit, last_rung = tree["curve"], tree["fit"]["curve"], amount(tree, tree["rungs"][-1])
     flops = curve["flops"]
     value, low, high = (floats(curve[key]) for key in ("value", "low", "high"))
     known = sum(point <= last_rung * 1.001 for point in flops)  # 1.001: the grid is rounded
@@ -67,9 +76,9 @@ def _draw_curve(above: "Axes", below: "Axes", tree: Tree) -> None:
 
 
 def _draw_runs(above: "Axes", below: "Axes", tree: Tree, arm: str, number: int) -> None:
-    """Draw each seed small and their mean large. In the lower panel, arms of equal compute stand side by side."""
+    """Draw each seed small and their mean large. In the lower panel, arms of one amount stand side by side."""
     colour, mark = arm_styles(tree)[arm]
-    step = math.log(tree["target"]["flops"] / tree["rungs"][0]["flops"]) * 0.014
+    step = math.log(amount(tree, tree["target"]) / amount(tree, tree["rungs"][0])) * 0.014
     shift = math.exp(step * (number - len(tree["arms"]) / 2))
     means: list[tuple[float, float, float]] = []
     for rung in [*(rung["name"] for rung in tree["rungs"]), tree["target"]["rung"]]:
@@ -77,36 +86,36 @@ def _draw_runs(above: "Axes", below: "Axes", tree: Tree, arm: str, number: int) 
         losses = [run["loss"] for run in runs if run["loss"] is not None]
         reference = _reference(tree, rung, runs)
         if runs and reference is not None and (not losses or any(run["diverged"] for run in runs)):
-            _mark_gap(below, runs, shift, colour)
+            _mark_gap(below, runs, amount(tree, runs[0]) * shift, colour)
         if not losses or reference is None:
             means.append((math.nan, math.nan, math.nan))  # a gap in the line
             continue
-        flops, mean = runs[0]["flops"], math.fsum(losses) / len(losses)
+        at, mean = amount(tree, runs[0]), math.fsum(losses) / len(losses)
         distances = [loss - reference for loss in losses]
-        above.plot([flops] * len(losses), losses, linestyle="", marker=mark, markersize=3, color=colour, alpha=0.35)
-        below.plot([flops * shift] * len(losses), distances, linestyle="", marker=mark, markersize=3.4, color=colour,
+        above.plot([at] * len(losses), losses, linestyle="", marker=mark, markersize=3, color=colour, alpha=0.35)
+        below.plot([at * shift] * len(losses), distances, linestyle="", marker=mark, markersize=3.4, color=colour,
                    alpha=0.4)  # fmt: skip
-        below.plot([flops * shift] * 2, [min(distances), max(distances)], color=colour, linewidth=1.1, alpha=0.6)
-        means.append((flops, mean, mean - reference))
-    flops, losses, distances = zip(*means, strict=True)
+        below.plot([at * shift] * 2, [min(distances), max(distances)], color=colour, linewidth=1.1, alpha=0.6)
+        means.append((at, mean, mean - reference))
+    amounts, losses, distances = zip(*means, strict=True)
     style: Any = {"color": colour, "marker": mark, "markersize": 6, "markeredgecolor": PAPER, "markeredgewidth": 0.7}
-    above.plot(flops, losses, linestyle="", label=shortened(arm, 30), zorder=4, **style)
-    below.plot([value * shift for value in flops], distances, linewidth=0.9, zorder=4,
+    above.plot(amounts, losses, linestyle="", label=shortened(arm, 30), zorder=4, **style)
+    below.plot([value * shift for value in amounts], distances, linewidth=0.9, zorder=4,
                linestyle="" if arm == BASELINE else (0, (2, 2)), **style)  # fmt: skip
 
 
 def _reference(tree: Tree, rung: str, runs: Sequence[Tree]) -> float | None:
-    """The loss that the lower panel subtracts: the curve's at that compute, else the baseline's mean."""
+    """The loss that the lower panel subtracts: the curve's at that amount, else the baseline's mean."""
     if tree["fit"] is not None and runs:
         curve = tree["fit"]["curve"]
-        return curve["E"] + curve["A"] * (runs[0]["flops"] / curve["scale"]) ** -curve["alpha"]
+        return curve["E"] + curve["A"] * (amount(tree, runs[0]) / curve["scale"]) ** -curve["alpha"]
     return next((row["mean"] for row in tree["noise"] if (row["arm"], row["rung"]) == (BASELINE, rung)), None)
 
 
-def _mark_gap(axes: "Axes", runs: Sequence[Tree], shift: float, colour: str) -> None:
+def _mark_gap(axes: "Axes", runs: Sequence[Tree], at: float, colour: str) -> None:
     """At the lower edge: a cross if a run diverged, a ring if none has finished."""
     diverged = any(run["diverged"] for run in runs)
-    axes.plot([runs[0]["flops"] * shift], [0.0], marker="X" if diverged else "o", markersize=6.5 if diverged else 5,
+    axes.plot([at], [0.0], marker="X" if diverged else "o", markersize=6.5 if diverged else 5,
               color=colour, markerfacecolor=colour if diverged else "none", transform=axes.get_xaxis_transform(),
               clip_on=False, zorder=6, linestyle="", label=DIVERGED if diverged else WAITING)  # fmt: skip
 

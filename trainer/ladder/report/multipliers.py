@@ -1,4 +1,4 @@
-"""The picture of compute multipliers against compute, with a panel for each arm."""
+"""The picture of multipliers against compute or text, with a panel for each arm."""
 
 import math
 from collections.abc import Sequence
@@ -51,9 +51,9 @@ def draw(tree: Tree) -> "Figure | None":
     # The lowest panel of each column has the labels, also above an empty place.
     for axes in panels[max(0, len(shown) - columns) : len(shown)]:
         axes.tick_params(labelbottom=True)
-        axes.set_xlabel("training compute of a run (FLOPs)")
+        axes.set_xlabel(drawing.amount_label(tree))
     for axes in grid[:, 0]:
-        axes.set_ylabel("compute multiplier")
+        axes.set_ylabel(drawing.multiplier_label(tree))
     handles = _legend(tree)
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 2 * columns), fontsize=8)
     return figure
@@ -66,14 +66,14 @@ def _known(rung: Tree) -> bool:
 def _draw_arm(axes: "Axes", tree: Tree, verdict: Tree, limits: tuple[float, float]) -> None:
     arm = verdict["arm"]
     colour, mark = drawing.arm_styles(tree)[arm]
-    drawing.compute_axis(axes, tree)
+    drawing.amount_axis(axes, tree)
     axes.set_yscale("log")
     axes.set_ylim(*limits)
     drawing.multiplier_axis(axes.yaxis)
     drawing.reference_lines(tree, axes.axhline)
-    line, target = tree["lines"].get(arm), tree["target"]
+    line, target = tree["lines"].get(arm), drawing.amount(tree, tree["target"])
     if line is not None:
-        _draw_line(axes, line, tree["rungs"][-1]["flops"], colour)
+        _draw_line(axes, line, drawing.amount(tree, tree["rungs"][-1]), colour)
     for rung in filter(_known, verdict["rungs"]):
         style: Any = {"marker": mark, "markersize": 5.5, "markeredgecolor": PAPER, "markeredgewidth": 0.6, "zorder": 4}
         value = rung["multiplier"]["value"]
@@ -83,17 +83,17 @@ def _draw_arm(axes: "Axes", tree: Tree, verdict: Tree, limits: tuple[float, floa
     if verdict["multiplier"]["value"] is not None:
         style = {"markersize": 6, "linewidth": 1.8, "capsize": 4, "zorder": 5, **drawing.hollow("D")}
         value = verdict["multiplier"]["value"]
-        drawing.error_bar(axes, target["flops"], value, verdict["multiplier"], color=colour, **style)
+        drawing.error_bar(axes, target, value, verdict["multiplier"], color=colour, **style)
     for prediction in _measured_at_target(tree):
         if prediction["arm"] == arm:
-            axes.plot([target["flops"]], [prediction["measured"]["value"]], marker="*", markersize=13, color=colour,
+            axes.plot([target], [prediction["measured"]["value"]], marker="*", markersize=13, color=colour,
                       markeredgecolor=PAPER, linestyle="", zorder=6)  # fmt: skip
     # A rung without a multiplier says so: an empty place could be read as "not planned".
     known = {rung["rung"] for rung in verdict["rungs"] if _known(rung)}
     for rung in tree["rungs"]:
         if rung["name"] not in known:
-            axes.annotate("no pair", (rung["flops"], 0.02), xycoords=axes.get_xaxis_transform(), rotation=90,
-                          ha="center", va="bottom", fontsize=7.5, color=SOFT)  # fmt: skip
+            place: Any = {"xycoords": axes.get_xaxis_transform(), "rotation": 90, "ha": "center", "va": "bottom"}
+            axes.annotate("no pair", (drawing.amount(tree, rung), 0.02), fontsize=7.5, color=SOFT, **place)
     decided = (drawing.final(tree, arm) or verdict)["decision"]
     axes.set_title(shortened(arm, 30 - len(decided)), color=colour if colour != GREY else SOFT)
     axes.set_title(f"{units.SIGNS[decided]} {decided}", loc="right", fontsize=9, color=DECISION_COLOURS[decided])

@@ -8,21 +8,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.ladder.report import forest, losses, multipliers
-from trainer.ladder.report.drawing import final
+from trainer.ladder.report.drawing import axis_of, final
 from trainer.ladder.report.estimates import Tree
-from trainer.ladder.stats.records import BASELINE
+from trainer.ladder.stats.records import BASELINE, SCARCE, UNITS
 from trainer.show import figure, page
 
 DECISIONS = ("promote", "reject", "inconclusive")
 KINDS: Sequence[tuple[str, Callable[[Tree], Any], str, str]] = (
     (
-        "multiplier", multipliers.draw, "Compute multiplier against compute",
-        "How many times more compute the baseline would need to reach the arm's loss. Points: each rung alone. "
+        "multiplier", multipliers.draw, "Multiplier against {scarce}",
+        "How many times more {scarce} the baseline would need to reach the arm's loss. Points: each rung alone. "
         "Line and band: all rungs, extrapolated to the target over all forms that the data allow. "
         "Thin lines: three of these forms. A verdict must hold under all of them.",
     ),
     (
-        "loss", losses.draw, "Loss against compute",
+        "loss", losses.draw, "Loss against {scarce}",
         "Above: means over seeds, each seed faint. Below: the same minus the baseline's curve, arms side by side. A "
         "run without a result leaves a gap.",
     ),
@@ -37,7 +37,8 @@ KINDS: Sequence[tuple[str, Callable[[Tree], Any], str, str]] = (
         "run's fastest steps: sharing a machine only makes steps slower.",
     ),
 )  # fmt: skip
-"""(name, drawing function, which returns None if there is nothing to draw, title, caption) of each picture."""
+"""(name, drawing function, which returns None if there is nothing to draw, title, caption) of each picture; "{scarce}"
+stands for what the rungs are amounts of."""
 NAMES = [name for name, *_ in KINDS]
 
 
@@ -57,7 +58,9 @@ class Picture:
 def draw(tree: Tree) -> list[Picture]:
     """Draw all pictures for which the report has something to show."""
     found = []
-    for name, make, title, caption in KINDS:
+    scarce = SCARCE[axis_of(tree)]
+    for name, make, *texts in KINDS:
+        title, caption = (text.format(scarce=scarce) for text in texts)
         with figure.style():
             drawn = make(tree)
         if drawn is not None:
@@ -81,6 +84,9 @@ def html(tree: Tree, pictures: Sequence[Picture]) -> str:
     return page.render(
         "ladder.html",
         tree=tree,
+        scarce=SCARCE[axis_of(tree)],
+        unit=UNITS[axis_of(tree)],
+        on_data=axis_of(tree) == "data",
         pictures=pictures,
         execution=execution,
         baseline=BASELINE,

@@ -7,9 +7,9 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from trainer.ladder import terminal as tables
-from trainer.ladder.report.drawing import NOISE_FLOOR, final
+from trainer.ladder.report.drawing import NOISE_FLOOR, axis_of, final
 from trainer.ladder.report.estimates import Tree
-from trainer.ladder.stats.records import BASELINE
+from trainer.ladder.stats.records import BASELINE, UNITS
 from trainer.show import units
 
 STYLES = {"promote": "bold green", "reject": "red", "inconclusive": "yellow", NOISE_FLOOR: "dim"}
@@ -25,9 +25,9 @@ def terminal(tree: Tree) -> RenderableType:
         parts += [Text(f"no fit: {tree['no_fit']}", "yellow"), Text()]
         parts += [] if tree.get("surface") else [_means(tree), Text()]
     if verdicts := [verdict for arm in tree["arms"] if (verdict := final(tree, arm["name"]))]:
-        parts += [_table(verdicts), Text()]
+        parts += [_table(tree, verdicts), Text()]
         for verdict in verdicts:
-            name, remedies = verdict["decision"], units.remedies(verdict["remedies"])
+            name, remedies = verdict["decision"], units.remedies(verdict["remedies"], UNITS[axis_of(tree)])
             why = f". {verdict['why']}{f' It may be settled by {remedies}.' if remedies else ''}"
             parts.append(Text.assemble((f"{verdict['arm']}: ", "bold"), (name, STYLES[name]), why))
         parts.append(Text())
@@ -40,7 +40,9 @@ def terminal(tree: Tree) -> RenderableType:
     return Group(*parts)
 
 
-def _table(verdicts: list[Tree]) -> Any:
+def _table(tree: Tree, verdicts: list[Tree]) -> Any:
+    if axis_of(tree) == "data":
+        return _table_over_data(tree, verdicts)
     table = tables.empty_table("arm", "verdict", "at the target", "in time", "trend", "a step takes")
     for verdict in verdicts:
         name = verdict["decision"]
@@ -48,6 +50,19 @@ def _table(verdicts: list[Tree]) -> Any:
             Text(verdict["arm"]), Text(f"{units.SIGNS[name]} {name}", STYLES[name]),
             units.interval(verdict["multiplier"], units.ratio), units.ratio(verdict.get("wall_clock", {}).get("value")),
             units.TRENDS[verdict["trend"]], units.ratio(verdict.get("slowdown", {}).get("value")),
+        )  # fmt: skip
+    return table
+
+
+def _table_over_data(tree: Tree, verdicts: list[Tree]) -> Any:
+    compute = {arm["name"]: arm["compute"] for arm in tree["arms"]}
+    table = tables.empty_table("arm", "verdict", "× the unique text", "trend", "compute")
+    for verdict in verdicts:
+        name = verdict["decision"]
+        table.add_row(
+            Text(verdict["arm"]), Text(f"{units.SIGNS[name]} {name}", STYLES[name]),
+            units.interval(verdict["multiplier"], units.ratio), units.TRENDS[verdict["trend"]],
+            units.ratio(compute[verdict["arm"]]),
         )  # fmt: skip
     return table
 
@@ -70,6 +85,12 @@ def _lines(tree: Tree) -> Iterator[str]:
         p = fit["lack_of_fit_p"]
         parts += [] if p is None else [f"lack of fit p = {units.p_value(p)}"]
         yield f"baseline: {', '.join(parts)}"
+    law = tree.get("repetition")
+    if law and not law["refused"]:
+        yield (
+            f"text read again: R_D {units.bounds(law['R_D'], units.loss, 2)}; an epoch pays up to number "
+            f"{units.bounds(law['last_paying_epoch'], units.loss, 1)}"
+        )
     for form in tree.get("surface", {}).get("forms", ()):
         yield f"{form['name']}, {form['formula']}: {form['refused'] or _surface_form(form)}"
     for guess in tree["predictions"]:

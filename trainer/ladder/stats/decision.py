@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from trainer.ladder.stats.records import RunResult, Verdict
+from trainer.ladder.stats.records import SCARCE, Axis, RunResult, Verdict
 
 Tree = dict[str, Any]
 TIMED = ("slowdown", "wall_clock", "faster_per_flop_slower_per_second")
@@ -23,13 +23,13 @@ def without_time(results: Iterable[RunResult]) -> list[RunResult]:
     return [replace(result, seconds=float(result.tokens)) for result in results]
 
 
-def loss_tree(verdict: Verdict) -> Tree:
+def loss_tree(verdict: Verdict, axis: Axis = "compute") -> Tree:
     """Return the verdict by losses as JSON, without the fields that rest on seconds."""
     tree = {key: value for key, value in verdict.to_json().items() if key not in TIMED}
     tree["rungs"] = [{key: value for key, value in rung.items() if key not in TIMED} for rung in tree["rungs"]]
     if verdict.decision == "promote":
         assert verdict.lower is not None
-        tree["why"] = f"At the target it is worth at least {verdict.lower:.3g}× the baseline's compute."
+        tree["why"] = f"At the target it is worth at least {verdict.lower:.3g}× the baseline's {SCARCE[axis]}."
     return tree
 
 

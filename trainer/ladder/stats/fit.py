@@ -19,7 +19,7 @@ import numpy as np
 
 from trainer.errors import FitError
 from trainer.ladder.stats import forms, records, significance
-from trainer.ladder.stats.records import Curve, CurveFit, Interval, RunResult
+from trainer.ladder.stats.records import SCARCE, Axis, Curve, CurveFit, Interval, RunResult
 
 Array = np.ndarray
 ALPHAS = np.geomspace(0.005, 4.0, 161)  # 4 % apart; published exponents of compute lie between 0.05 and 0.5
@@ -172,7 +172,9 @@ def check_runs(results: Sequence[RunResult]) -> None:
                 )
 
 
-def fit_curve(results: Iterable[RunResult], level: float = 0.05, second_opinion: bool = True) -> CurveFit:
+def fit_curve(
+    results: Iterable[RunResult], level: float = 0.05, second_opinion: bool = True, axis: Axis = "compute"
+) -> CurveFit:
     """Fit the baseline's finished runs among `results`.
 
     Intervals are two-sided and cover the truth with probability 1 − level. `second_opinion` adds the slower fit by
@@ -185,9 +187,9 @@ def fit_curve(results: Iterable[RunResult], level: float = 0.05, second_opinion:
     curve = profile.curve
     if curve.A <= 0 or rungs.loss[-1] >= rungs.loss[0]:
         raise FitError(
-            f"the baseline's loss does not fall with compute: {rungs.loss[0]:.4f} at {rungs.names[0]}, "
+            f"the baseline's loss does not fall with {SCARCE[axis]}: {rungs.loss[0]:.4f} at {rungs.names[0]}, "
             f"{rungs.loss[-1]:.4f} at {rungs.names[-1]}.\n"
-            "  Without a slope there is no compute multiplier. Check the largest rung's learning rate and tokens."
+            "  Without a slope there is no multiplier. Check the largest rung's learning rate and tokens."
         )
     E = profile.floor()
     return CurveFit(

@@ -139,17 +139,17 @@ def varpro(
     """
 
     def squares(exponents: Sequence[float]) -> float:
-        return _coefficients(columns(exponents), loss)[1]
+        return linear(columns(exponents), loss)[1]
 
     start = min(grid, key=squares)
     options = {"xatol": 1e-10, "fatol": 1e-18, "maxiter": 4000}
     best = optimize.minimize(squares, start, method="Nelder-Mead", options=options).x
-    coefficients, _ = _coefficients(columns(best), loss)
+    coefficients, _ = linear(columns(best), loss)
     return tuple(float(value) for value in best), tuple(float(value) for value in coefficients)
 
 
-def _coefficients(design: Array, loss: Array) -> tuple[Array, float]:
-    """(coefficients ≥ 0, sum of squares)."""
+def linear(design: Array, loss: Array) -> tuple[Array, float]:
+    """Return (coefficients ≥ 0, sum of squares) of the least squares."""
     # nnls compares columns by absolute size, so all get the same length.
     length = np.linalg.norm(design, axis=0)
     scaled, rest = optimize.nnls(design / length, loss)

@@ -5,10 +5,17 @@ A value that was not measured, or that the data do not determine, is None, never
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 BASELINE = "baseline"
+
+Axis = Literal["compute", "data"]
+"""What a ladder's rungs are amounts of, and so what multipliers multiply: compute, or unique text."""
+SCARCE: Mapping[Axis, str] = {"compute": "compute", "data": "unique text"}
+"""What is short, in words."""
+UNITS: Mapping[Axis, str] = {"compute": "FLOPs", "data": "tokens of unique text"}
 
 Decision = Literal["promote", "reject", "inconclusive"]
 Trend = Literal["none", "persists", "shrinks", "reverses", "grows", "unknown"]
@@ -46,7 +53,9 @@ class RunResult(JsonRecord):
     arm: str  # BASELINE for the baseline
     rung: str
     seed: int
-    flops: float  # Training FLOPs of the run: forward and backward, with the head, without embedding lookups
+    flops: float
+    """Amount of what the ladder's rungs are amounts of, here and in all records below. Usually compute: training FLOPs,
+    forward and backward, with the head, without embedding lookups. On the axis "data": tokens of unique text."""
     parameters: int  # N of this run, counted as the ladder counts (trainer/ladder/plan/sizes.py)
     tokens: int
     loss: float

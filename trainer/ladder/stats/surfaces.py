@@ -27,6 +27,47 @@ FORM_FAILS = 0.01
 
 
 @dataclass(frozen=True)
+class HuberErrors:
+    """What the residuals of a fit by Huber losses on log L tell of its errors."""
+
+    residuals: Array  # log of loss minus log of the fit
+    loss: Array
+    freedom: int
+
+    @cached_property
+    def weights(self) -> Array:
+        """Weights of squares in nats that have their minimum where the sum of Huber losses on log L has its own."""
+        size = np.maximum(np.abs(self.residuals), 1e-12)
+        return np.minimum(1.0, forms.DELTA / size) / self.loss**2
+
+    @cached_property
+    def sd(self) -> float | None:
+        """Relative standard deviation of a run about the fit; None without a degree of freedom."""
+        if self.freedom < 1:
+            return None
+        # From the median, which no outlying run moves; as many residuals as parameters are near 0 whatever the noise.
+        left = np.sort(np.abs(self.residuals))[len(self.loss) - self.freedom :]
+        return float(np.median(left)) / float(special.ndtri(0.75)) or None
+
+    @cached_property
+    def scatter(self) -> float:
+        """Variance that takes the place of sd² in errors of the estimates.
+
+        Huber's estimator with a small delta is nearly one of least absolute errors: less precise than least squares
+        where errors are normal, by up to π/2 in variance (Huber 1964).
+        """
+        assert self.sd is not None
+        k = forms.DELTA / self.sd
+        inside, density = 2 * special.ndtr(k) - 1, math.exp(-(k**2) / 2) / math.sqrt(2 * math.pi)
+        return self.sd**2 * float(inside - 2 * k * density + k**2 * (1 - inside)) / float(inside) ** 2
+
+    def room(self, level: float) -> float:
+        """Growth of the weighted sum of squares that an interval of this level allows."""
+        quantile = significance.student_quantile(level / 2, self.freedom)
+        return quantile**2 * self.scatter * float((self.weights * self.loss**2).mean())
+
+
+@dataclass(frozen=True)
 class Surface:
     """A fitted form with its runs."""
 
@@ -59,31 +100,21 @@ class Surface:
         return len(self.loss) - len(self.coefficients) - len(self.exponents)
 
     @cached_property
-    def _weights(self) -> Array:
-        """Weights of squares in nats that have their minimum where the sum of Huber losses on log L has its own."""
-        size = np.maximum(np.abs(self.residuals), 1e-12)
-        return np.minimum(1.0, forms.DELTA / size) / self.loss**2
+    def _errors(self) -> "HuberErrors":
+        return HuberErrors(self.residuals, self.loss, self.degrees_of_freedom)
 
-    @cached_property
+    @property
+    def _weights(self) -> Array:
+        return self._errors.weights
+
+    @property
     def sd(self) -> float | None:
         """Relative standard deviation of a run about the surface; None without a degree of freedom."""
-        if self.degrees_of_freedom < 1:
-            return None
-        # From the median, which no outlying run moves; as many residuals as parameters are near 0 whatever the noise.
-        left = np.sort(np.abs(self.residuals))[len(self.loss) - self.degrees_of_freedom :]
-        return float(np.median(left)) / float(special.ndtri(0.75)) or None
+        return self._errors.sd
 
-    @cached_property
+    @property
     def _scatter(self) -> float:
-        """Variance that takes the place of sd² in errors of the estimates.
-
-        Huber's estimator with a small delta is nearly one of least absolute errors: less precise than least squares
-        where errors are normal, by up to π/2 in variance (Huber 1964).
-        """
-        assert self.sd is not None
-        k = forms.DELTA / self.sd
-        inside, density = 2 * special.ndtr(k) - 1, math.exp(-(k**2) / 2) / math.sqrt(2 * math.pi)
-        return self.sd**2 * float(inside - 2 * k * density + k**2 * (1 - inside)) / float(inside) ** 2
+        return self._errors.scatter
 
     def _columns(self, exponents: Array, variables: Sequence[Array]) -> Array:
         """Columns of (E, c) in units of the fitted c, for each row of `exponents`; shape (rows, runs, columns)."""
@@ -122,9 +153,7 @@ class Surface:
         coefficients = (inverse @ (np.swapaxes(weighted, -1, -2) @ self.loss)[..., None])[..., 0]
         rest = self.loss - (columns @ coefficients[..., None])[..., 0]
         squares = (self._weights * rest**2).sum(-1)
-        quantile = significance.student_quantile(self.level / 2, self.degrees_of_freedom)
-        noise = quantile**2 * self._scatter * float((self._weights * self.loss**2).mean())
-        room = squares.min() + noise - squares
+        room = squares.min() + self._errors.room(self.level) - squares
         allowed = (room >= 0) & (coefficients >= 0).all(-1)
         if not allowed.any():
             raise FitError("no surface of this form is near the runs.\n  Leave out runs that do not belong to it.")

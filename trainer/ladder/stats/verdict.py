@@ -19,7 +19,7 @@ from trainer.ladder.stats import advice, records, significance
 from trainer.ladder.stats import fit as fits
 from trainer.ladder.stats.advice import Situation
 from trainer.ladder.stats.pairs import Baseline, MatchedRung, can_extrapolate, pairing
-from trainer.ladder.stats.records import Criterion, CurveFit, Interval, RunResult, Trend, Verdict
+from trainer.ladder.stats.records import SCARCE, UNITS, Axis, Criterion, CurveFit, Interval, RunResult, Trend, Verdict
 from trainer.ladder.stats.worth import LINE, OTHER_FLOOR, Extrapolation, Worths
 from trainer.show.units import scientific
 
@@ -34,19 +34,21 @@ NO_NOISE = 1e-9  # an arm whose losses scatter by less than this, in nats, has n
 def judge(
     results: Sequence[RunResult], criterion: Criterion, target_flops: float, *,
     fit: CurveFit | None = None, arms: Sequence[str] | None = None, unchanged: Collection[str] = (),
-    remedies: bool = True, most_flops: float = math.inf,
+    remedies: bool = True, most_flops: float = math.inf, axis: Axis = "compute",
 ) -> list[Verdict]:  # fmt: skip
     """Return one verdict for each of `arms` (default: all arms in `results`, in their order).
 
     `target_flops` is the baseline's compute at the target; `unchanged` names the A/A arms. `remedies=False` plans none
-    for inconclusive verdicts, and `most_flops` none that take more compute. Raises FitError if the baseline has no
+    for inconclusive verdicts, and `most_flops` none that take more compute. On the axis "data" all FLOPs are tokens of
+    unique text. Raises FitError if the baseline has no
     curve, for results that cannot be, and if the target lies below the largest rung.
     """
     fits.check_runs(results)
-    fit = fit or fits.fit_curve(results, criterion.level, second_opinion=False)
+    fit = fit or fits.fit_curve(results, criterion.level, second_opinion=False, axis=axis)
     if arms is None:
         arms = list(dict.fromkeys(result.arm for result in results if result.arm != records.BASELINE))
-    ladder = JudgedLadder(Baseline.from_results(results, fit), results, list(arms), unchanged, criterion, target_flops)
+    baseline = Baseline.from_results(results, fit)
+    ladder = JudgedLadder(baseline, results, list(arms), unchanged, criterion, target_flops, axis)
     found = [Judgement(ladder, number) for number in range(len(arms))]
     verdicts = [one.verdict() for one in found]
     if not remedies:
@@ -68,11 +70,13 @@ class JudgedLadder:
     unchanged: Collection[str]
     criterion: Criterion
     target_flops: float
+    axis: Axis = "compute"
 
     def __post_init__(self) -> None:
         if not (largest := self.baseline.rungs.flops[-1]) * 0.999 <= self.target_flops < math.inf:
             raise FitError(
-                f"the target of {self.target_flops:.3g} FLOPs lies below the largest rung of {largest:.3g}.\n"
+                f"the target of {self.target_flops:.3g} {UNITS[self.axis]} lies below the largest rung of "
+                f"{largest:.3g}.\n"
                 "  A verdict extrapolates. Give a target at or above the largest rung, or leave out the rungs above it."
             )
 
@@ -240,7 +244,7 @@ class Judgement:
         if not promising or self._depends_on_curve(worth_it=True):
             return "inconclusive", self._why_inconclusive(lower, upper)
         # Worth its compute. It is promoted if its steps are known to be fast enough.
-        worth = f"at the target it is worth at least {_times(lower)} the baseline's compute"
+        worth = f"at the target it is worth at least {_times(lower)} the baseline's {SCARCE[self._ladder.axis]}"
         if not self._timed:
             return "promote", f"{worth}; seconds were not given."
         if slowdown is None:
@@ -254,7 +258,7 @@ class Judgement:
 
     def _why_no_bounds(self) -> str:
         if low := [rung for rung in self._rungs if rung.pairs and not rung.usable]:
-            return f"at {low[0].name} {low[0].gap}, where no amount of compute compares."
+            return f"at {low[0].name} {low[0].gap}, where no amount of {SCARCE[self._ladder.axis]} compares."
         if self._noiseless:
             return "its losses show no noise at all, so nothing says how far to trust them."
         compared = sum(rung.usable for rung in self._rungs)
@@ -287,7 +291,7 @@ class Judgement:
         crossing = self._crossing
         if crossing is None or crossing.value is None or self._trend not in ("shrinks", "reverses"):
             return ""
-        return f"; its gain is gone at {scientific(crossing.value)} FLOPs"
+        return f"; its gain is gone at {scientific(crossing.value)} {UNITS[self._ladder.axis]}"
 
     @property
     def to_go(self) -> float:

@@ -1,0 +1,85 @@
+"""Promises about the law of text that is read again."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from trainer.errors import FitError
+from trainer.ladder.stats import repetition
+from trainer.ladder.stats.records import Interval
+from trainer.ladder.stats.repetition import Repetition, effective
+
+LAW = Repetition(1.9, 520.0, 1490.0, 0.35, Interval(15.0, None, None), Interval(5.0, None, None), 0, None)
+N, U, EPOCHS = (
+    each.ravel()
+    for each in np.meshgrid(
+        np.geomspace(1e7, 1e9, 4), np.geomspace(1e8, 1e10, 4), [1.0, 4.0, 16.0, 64.0], indexing="ij"
+    )
+)
+
+
+def losses(sd: float, law: Repetition = LAW, seed: int = 0) -> np.ndarray:
+    noise = np.random.Generator(np.random.Philox(seed)).standard_normal(len(N))
+    return law.loss_at(N, U * EPOCHS, U) + sd * noise
+
+
+def test_text_read_once_counts_whole_and_read_for_ever_one_plus_r_times():
+    one = np.array(1.0)
+    assert effective(np.array(0.5), one, 15.0) == 0.5 and effective(one, one, 15.0) == 1.0
+    assert effective(np.array(1e9), one, 15.0) == pytest.approx(16.0)
+    assert LAW.value_of_epoch(1).value == 1.0
+    assert LAW.value_of_epoch(2).value == pytest.approx(15 * (1 - np.exp(-1 / 15)))
+    assert LAW.worth_of(4.0).value == pytest.approx(1 + sum(LAW.value_of_epoch(n).value or 0.0 for n in (2, 3, 4)))
+    last = LAW.last_paying_epoch().value
+    assert last is not None
+    rise = repetition.worth(last + 1e-4, 15.0) - repetition.worth(last, 15.0)
+    assert rise / 1e-4 == pytest.approx(repetition.PAYS, rel=1e-3), "beyond it a token is worth less than that"
+
+
+def test_a_law_without_noise_is_found_exactly():
+    found = repetition.fit(N, U * EPOCHS, U, losses(0.0))
+    assert (found.E, found.alpha) == (pytest.approx(1.9, rel=1e-3), pytest.approx(0.35, rel=1e-3))
+    assert (pytest.approx(520, rel=1e-2), pytest.approx(1490, rel=1e-2)) == (found.A, found.B)
+    assert found.R_N is not None
+    assert (found.R_D.value, found.R_N.value) == (pytest.approx(15, rel=1e-2), pytest.approx(5, rel=1e-2))
+    assert np.abs(found.loss_at(N, U * EPOCHS, U) - losses(0.0)).max() < 1e-4
+
+
+def test_intervals_by_profile_hold_the_truth_and_shrink_with_the_noise():
+    quiet, loud = (repetition.fit(N, U * EPOCHS, U, losses(sd)) for sd in (0.002, 0.01))
+    for found in (quiet, loud):
+        for name, truth in (("R_D", 15.0), ("R_N", 5.0)):
+            one = getattr(found, name)
+            assert one.low is not None and one.high is not None and one.low < truth < one.high
+    assert (quiet.R_D.high or 0) - (quiet.R_D.low or 0) < (loud.R_D.high or 0) - (loud.R_D.low or 0)
+
+
+def test_of_one_size_the_law_of_text_alone_is_fitted():
+    one = np.isclose(N, N[0])
+    found = repetition.fit(N[one], (U * EPOCHS)[one], U[one], 2.5 + 1490 * effective(U * EPOCHS, U, 15.0)[one] ** -0.35)
+    assert (found.A, found.R_N) == (None, None)
+    assert (found.E, found.alpha, found.R_D.value) == (
+        pytest.approx(2.5, rel=1e-3), pytest.approx(0.35, rel=1e-3), pytest.approx(15, rel=1e-2),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("epochs", "low", "high"), [([1.0, 2.0], True, False), ([8.0], False, False)])
+def test_an_end_that_the_runs_do_not_bound_is_unknown(epochs: list[float], low: bool, high: bool):
+    """Two epochs of nearly new worth leave open how soon it fades; one number of epochs leaves open all."""
+    chosen = np.isclose(N, N[0])
+    u, e = (each.ravel() for each in np.meshgrid(np.geomspace(1e8, 1e10, 8), epochs))
+    noise = 0.01 * np.random.Generator(np.random.Philox(3)).standard_normal(len(u))
+    found = repetition.fit(
+        np.full(len(u), N[chosen][0]), u * e, u, 2.5 + 1490 * effective(u * e, u, 15.0) ** -0.35 + noise
+    )
+    assert (found.R_D.low is not None, found.R_D.high is not None) == (low, high)
+    assert found.last_paying_epoch().high is None and found.worth_of(8.0).high is None
+
+
+def test_runs_that_cannot_tell_are_refused():
+    with pytest.raises(FitError, match="no run read its text more than 1 times"):
+        repetition.fit(N, U, U, losses(0.0))
+    few: Any = slice(0, 5)
+    with pytest.raises(FitError, match="too few for this law"):
+        repetition.fit(N[few] * np.arange(1, 6), (U * EPOCHS)[few], U[few], losses(0.0)[few])

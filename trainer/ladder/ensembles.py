@@ -1,0 +1,60 @@
+"""Scores of a ladder's ensembles, made in one process of its own when their members have finished.
+
+POOL/KEY/ensemble.json    what `ensemble --json` prints; KEY is that of the ensemble (plan/ladder.py)
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from trainer import files
+from trainer.errors import TopropeError
+from trainer.fleet.run_store import StoredRun
+from trainer.ladder.plan.ladder import PlannedRun
+
+
+def path_of(pool: Path, planned: PlannedRun) -> Path:
+    """Return the place of an ensemble's scores."""
+    return pool / planned.key / "ensemble.json"
+
+
+def read(pool: Path, planned: PlannedRun) -> dict[str, Any] | None:
+    """Return an ensemble's scores; None before they are made."""
+    try:
+        return files.read_object(path_of(pool, planned))["ensemble"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def score(pool: Path, planned: Iterable[PlannedRun]) -> None:
+    """Score the ensembles whose members have all finished. Raises TopropeError with the reason if one cannot be."""
+    wanted = [
+        {"out": str(path_of(pool, one)), "runs": [str(pool / member.key / "run") for member in one.members]}
+        for one in {one.key: one for one in planned if one.ensemble}.values()
+        if read(pool, one) is None and all(StoredRun(pool / member.key).has_finished() for member in one.members)
+    ]
+    if not wanted:
+        return
+    command, text = [sys.executable, "-m", "trainer.ladder.ensembles"], json.dumps(wanted)
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = done.stderr.strip().splitlines()[-1:] or ["its process ended without a message"]
+        remedy = "Its runs are kept; the next `ladder run` tries again."
+        raise TopropeError(f"An ensemble could not be scored: {reason[0]}\n  {remedy}")
+
+
+def main() -> None:
+    """Score the ensembles that standard input names."""
+    from trainer import ensemble
+
+    for wanted in json.load(sys.stdin):
+        tree = ensemble.describe([Path(run) for run in wanted["runs"]])
+        Path(wanted["out"]).parent.mkdir(parents=True, exist_ok=True)
+        files.write(Path(wanted["out"]), json.dumps(tree, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
