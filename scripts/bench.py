@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 
+from scripts import bench_advise, bench_meeting, bench_quorum, bench_sentinel
 from scripts import bench_chaos as chaos
 from scripts import bench_forecast as forecast
 from scripts import bench_ladder as ladder
-from scripts import bench_meeting, bench_quorum, bench_sentinel
 from scripts import bench_survival as survival
 from scripts.bench_tables import Ratio, record
 from trainer import config as configs
@@ -437,6 +437,8 @@ def measure(name: str) -> dict[str, Any]:
             return chaos.mutants()
         case "ladder":
             return ladder.statistics()
+        case "advise":
+            return bench_advise.figure()
         case "forecast":
             return forecast.forecast()
         case "forecast_storms":
@@ -448,7 +450,7 @@ FIGURES = (
     "throughput_12m", "throughput_0.8m", "exact_against_plain_sums", "bf16_compile", "first_step", "memory",
     "shakespeare", "seeds", "saving", "copies", "killed", "nodes", "meeting", "goodput", "quorum", "sentinel",
     "sentinel_faults", "sentinel_flips", "sentinel_clean", "catalogue", "storm", "mutants", "ladder", "forecast",
-    "forecast_storms",
+    "forecast_storms", "advise",
 )  # fmt: skip
 
 

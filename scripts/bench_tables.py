@@ -13,7 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scripts import bench_chaos, bench_forecast, bench_islands, bench_meeting, bench_quorum, bench_sentinel
+from scripts import (
+    bench_advise,
+    bench_chaos,
+    bench_forecast,
+    bench_islands,
+    bench_meeting,
+    bench_quorum,
+    bench_sentinel,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "BENCHMARKS.json"
@@ -275,6 +283,7 @@ CHAOS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "islands": bench_islands.table,
     "forecast": bench_forecast.forecast_table,
     "forecast_storms": bench_forecast.storms_table,
+    "advise": bench_advise.table,
 }
 
 

@@ -165,6 +165,7 @@ COMMANDS: dict[str, list[str]] = {
     "judge": ["judge", "{}", "--out", "out"],
     "burnin": ["burnin", "{}", "--minutes", "0", "--out", "out"],
     "hunt": ["hunt", "{}", "--out", "out"],
+    "advise": ["advise", "{}", "--out", "out"],
     "submit": ["submit", "{}", "--on", "slurm", "--run", "out", "--print"],
 }
 OF_RUNS = ("inspect", "verify", "sample", "plot", "ensemble")
@@ -175,6 +176,7 @@ FILES = {
     "judge": "table.csv",
     "burnin": "tiny.toml",
     "hunt": "run",
+    "advise": "tiny.toml",
     "submit": "tiny.toml",
 } | dict.fromkeys(OF_RUNS, "run")
 """What each command takes; others take ladder.toml."""
@@ -263,6 +265,7 @@ TO_PLACES = {
     "judge": ["judge", "table.csv", "--out", "OUT"],
     "burnin": ["burnin", "tiny.toml", "--minutes", "0", "--out", "OUT"],
     "hunt": ["hunt", "run", "--step", "2", "--symptoms", "none", "--out", "OUT"],
+    "advise": ["advise", "tiny.toml", "--out", "OUT"],
     "submit": ["submit", "tiny.toml", "--on", "slurm", "--run", "OUT"],  # in a good place it fails for want of a Slurm
 }
 
@@ -475,7 +478,9 @@ MET_BY_TRAIN_ALONE = (
 
 def strange_environments() -> Iterator[Case]:
     for (what, (environment, change, how)), name in itertools.product(ENVIRONMENTS.items(), FILES):
-        if name in ("chaos", "dry run", "verify", "burnin", "hunt") or (name == "plot" and what not in MET_BY_PLOT):
+        if name in ("chaos", "dry run", "verify", "burnin", "hunt", "advise") or (
+            name == "plot" and what not in MET_BY_PLOT
+        ):
             continue
         if what in MET_BY_TRAIN_ALONE and name != "train":
             continue

@@ -79,6 +79,15 @@ def test_a_changed_setting_has_the_answer_of_the_ladder_arm_that_is_this_change(
     assert decision in found["evidence"] and found["link"].endswith("report.json")
 
 
+def test_a_ladder_of_another_commit_is_shown_as_stale(tmp_path: Path):
+    own = rundir.git_commit(Path(readiness.__file__).parents[1])
+    for commit, stale in (("a" * 40, True), (own, False)):
+        report = ladder(tmp_path / str(stale), "promote", course={"verdicts": [], "commits": [commit]})
+        found = line(check(tmp_path, '[model]\nmlp = "gelu"\n', ladders=[report]), "changes")
+        assert found["answer"] == "pass"
+        assert ("Stale: its runs are of commit aaaaaaaaaa" in found["evidence"]) == stale
+
+
 @pytest.mark.parametrize("changes", [{"model.mlp": "swiglu"}, {"model.mlp": "gelu", "model.norm": "layernorm"}])
 def test_an_arm_with_another_change_or_more_changes_covers_nothing(tmp_path: Path, changes: dict[str, Any]):
     tree = check(tmp_path, '[model]\nmlp = "gelu"\n', ladders=[ladder(tmp_path / "ladder", "promote", changes)])
@@ -91,6 +100,25 @@ def test_a_decision_about_one_setting_lets_that_setting_pass_and_no_other(tmp_pa
     tree = check(tmp_path, changed, [*ACCEPTED, decided])
     answers = {found["what"].split(":")[0]: found["decision"] for found in tree["lines"] if found["topic"] == "changes"}
     assert answers == {"model.mlp": "mitigate: watched by hand", "model.norm": ""} and not tree["go"]
+
+
+@pytest.mark.parametrize(
+    ("share", "model", "answer"), [(0.9, {}, "pass"), (0.4, {}, "fail"), (0.9, {"model.width": 48}, "unknown")]
+)
+def test_the_line_about_shapes_has_what_advise_found_for_this_config(
+    tmp_path: Path, share: float, model: dict[str, Any], answer: str
+):
+    from trainer import config as configs
+
+    ours = configs.load(SMOKE).model.model_dump(mode="json", by_alias=True)
+    torch = importlib.metadata.version("torch")
+    tree = {"model": configs.flatten(ours) | model, "precision": "fp32", "share_of_best": share,
+            "mfu": {"value": 0.3}, "computes_with": {"torch": f"{torch} of commit 1", "device model": "a CPU"},
+            "proposals": [{"what": "2 heads of 16 channels", "gain": 1.2}]}  # fmt: skip
+    (tmp_path / "report.json").write_text(json.dumps(tree))
+    found = line(check(tmp_path, advice=str(tmp_path)), "shapes")
+    assert found["answer"] == answer
+    assert f"{share:.0%}" in found["evidence"] and "2 heads of 16 channels" in found["evidence"]
 
 
 @pytest.mark.parametrize("decision", ["", "wait"])

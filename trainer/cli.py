@@ -7,6 +7,7 @@ import json
 import shlex
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any
@@ -794,6 +795,35 @@ def burnin(
         _show(checks.terminal(tree))
         print(out / checks.REPORT)
     raise typer.Exit(EXIT_FINISHED if tree["passed"] else EXIT_FAILED)
+
+
+@app.command()
+def advise(
+    config_path: ConfigPath,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Where report.json goes; default runs/advise/CONFIG.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say where a step's time goes on this machine, and which shapes of the same size would be faster."""
+    from trainer import config as configs
+    from trainer.log import rundir
+
+    configs.load(config_path, overrides or ())  # its problems first: torch takes a second
+    out = out or Path("runs") / "advise" / config_path.stem
+    rundir.check_out(out, "report.json")
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=out):  # a place that cannot be written is told before a minute of work
+        pass
+    from trainer import advise as advice
+    from trainer.advise.terminal import terminal
+
+    tree = advice.advise(config_path, overrides or (), lambda text: print(text, file=sys.stderr, flush=True))
+    advice.write(tree, out)
+    if as_json:
+        _print_json(tree)
+    else:
+        _show(terminal(tree))
+        print(out / advice.REPORT)
 
 
 def _forecast(tree: dict[str, Any], out: Path | None, as_json: bool) -> None:

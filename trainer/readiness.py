@@ -63,6 +63,8 @@ class Needs(Section):
     hours: float | None = Field(default=None, gt=0)
     tokens_per_second: float | None = Field(default=None, gt=0)
     """Measured on the target machine."""
+    matmul_share: float = Field(default=0.7, gt=0, le=1)
+    """Matrix products run at this share of the best rate at their size, at least."""
     max_epochs: float = Field(default=4.0, gt=0)
     """Up to four, text that is read again is nearly as good as new (Muennighoff et al. 2023, arXiv:2305.16264)."""
 
@@ -88,6 +90,8 @@ class Plan(Section):
     """Folders of chaos campaigns."""
     burnin: str = ""
     """Folder of the report that `burnin` wrote on the target machine, for this config."""
+    advice: str = ""
+    """Folder of the report that `advise` wrote on the target machine, for this config."""
     max_age_days: float = Field(default=30.0, gt=0)
     loss: LossPlan | None = None
     goodput: GoodputPlan | None = None
@@ -200,10 +204,9 @@ class _Review:
         yield from self._chaos()
         yield self._drill()
         yield self._goodput()
-        none = "no such report is made by this version"
         yield self._data()
         yield self._operators()
-        yield Line("shapes", "matrix products run near the machine's rate", "unknown", none)
+        yield self._shapes()
         yield self._disk()
         yield self._time()
 
@@ -249,9 +252,17 @@ class _Review:
                     continue
                 answer: Answer = {"promote": "pass", "reject": "fail"}.get(verdict["decision"], "unknown")  # type: ignore[assignment]
                 said = f"{verdict['decision']} by ladder {tree['name']}, arm {arm['name']}. {verdict['why']}"
+                said += self._stale((tree.get("course") or {}).get("commits", []))
                 return Line("changes", what, answer, said, str(path), path.stat().st_mtime)
         missing = f" ({'; '.join(reasons)})" if reasons else ""
         return Line("changes", what, "unknown", f"never derisked: no ladder here has an arm for it{missing}")
+
+    def _stale(self, commits: list[str]) -> str:
+        """Say of which commits a ladder's runs are, unless all are of this one. Its losses are what they were."""
+        if not commits or commits == [self.commit]:
+            return ""
+        theirs = ", ".join(commit[:10] for commit in commits)
+        return f" Stale: its runs are of commit {theirs}, and this is {(self.commit or 'unknown')[:10]}."
 
     def _loss(self) -> Line:
         what = "the predicted loss is worth the run"
@@ -393,19 +404,41 @@ class _Review:
             f"{min(device['repeats'] for device in devices)} times, "
             f"{sum(len(device['differing']) for device in devices)} cases with other bits"
         )
+        others = self._other_machine(tree, devices[0]["computes_with"])
+        answer: Answer = "pass" if tree["passed"] else "fail"
+        if others and tree["passed"]:
+            answer, said = "unknown", f"{said}, but not of this config and torch: {'; '.join(others)}"
+        return Line("operators", what, answer, said, str(path), path.stat().st_mtime)
+
+    def _other_machine(self, tree: Mapping[str, Any], computes_with: Mapping[str, str]) -> list[str]:
+        """Differences of model, precision and torch between what was measured and what is to start."""
         ours = configs.flatten(self.config.model.model_dump(mode="json", by_alias=True))
-        others = configs.differences(tree["model"], ours)
-        others += configs.differences(
-            {"numerics.precision": tree["precision"], "torch": devices[0]["computes_with"]["torch"].partition("+")[0]},
+        return configs.differences(tree["model"], ours) + configs.differences(
+            {"numerics.precision": tree["precision"], "torch": computes_with["torch"].partition("+")[0]},
             {
                 "numerics.precision": self.config.numerics.precision,
                 "torch": importlib.metadata.version("torch").partition("+")[0],
             },
         )
-        answer: Answer = "pass" if tree["passed"] else "fail"
-        if others and tree["passed"]:
+
+    def _shapes(self) -> Line:
+        least = self.plan.needs.matmul_share
+        what = f"matrix products run at {least:.0%} of the machine's best rate at their size, or more"
+        if not self.plan.advice:
+            return Line("shapes", what, "unknown", "the plan names no advise report")
+        path, tree, reason = self._read(self.plan.advice)
+        if tree is None:
+            return Line("shapes", what, "unknown", reason)
+        share, best = tree["share_of_best"], next(iter(tree["proposals"]), None)
+        if share is None:
+            return Line("shapes", what, "unknown", f"{path} has no matrix product", str(path), path.stat().st_mtime)
+        said = f"{share:.0%} of the best on {tree['computes_with']['device model']}, MFU {tree['mfu']['value']:.0%}"
+        if best is not None and best["gain"] > 1:
+            said += f"; {best['what']} would be {best['gain']:.2f} times as fast, as predicted"
+        answer: Answer = "pass" if share >= least else "fail"
+        if others := self._other_machine(tree, tree["computes_with"]):
             answer, said = "unknown", f"{said}, but not of this config and torch: {'; '.join(others)}"
-        return Line("operators", what, answer, said, str(path), path.stat().st_mtime)
+        return Line("shapes", what, answer, said, str(path), path.stat().st_mtime)
 
     def _data(self) -> Line:
         """Compare the training text with the held-out sets, as training would, and count the epochs."""

@@ -144,7 +144,7 @@ def _text(incident: Mapping[str, Any], t: float, step: float, stopped: float | N
     """One line for people, as `log.incidents` writes it. `stopped`: seconds without training; None: others went on."""
     lost, cause = incident["lost_steps"], incident["detected_as"]
     what = {"preempted": "preempted (planned maintenance)", "corrupted": f"silent corruption ({cause}) was noticed"}
-    when = f"day {t / 86_400:.2f}: {what.get(incident['kind'], f'{cause} failed')} after step {math.floor(step):,}"
+    when = f"day {t / 86_400:.2f}: {what.get(incident['kind'], f'failure ({cause})')} after step {math.floor(step):,}"
     again = f"{lost or 'no'} step{'' if lost == 1 else 's'} to replay"
     if stopped is not None:
         return f"{when}; resumed with {again}; {units.duration(stopped)} without training"

@@ -22,6 +22,7 @@ from trainer.config import Config
 from trainer.data import Batches
 from trainer.hunt.hard_cases import hard_cases
 from trainer.parallel.world import AllRanks, StepMembers, World, pick_device
+from trainer.phases import Hook, no_hook
 from trainer.sentinel.operator_check import OperatorCheck, Tally, digest
 from trainer.step import StepContext, TrainState
 
@@ -154,7 +155,7 @@ def _collect(tallies: dict[str, Tally], failures: list[dict[str, Any]], check: O
 class Sweep:
     """Steps of a config's model on made-up tokens."""
 
-    def __init__(self, config: Config, device: torch.device) -> None:
+    def __init__(self, config: Config, device: torch.device, hook: Hook = no_hook) -> None:
         vocabulary = costs.padded_vocab(costs.vocabulary(config)[0], config.model.vocab_size)
         world, count, context = World(0, 1, device), config.data.micro_batches, config.model.context
         sequences = config.data.micro_batch_sequences
@@ -162,7 +163,7 @@ class Sweep:
         tokens = np.random.default_rng(config.seed).integers(0, vocabulary, length)
         batches = Batches(tokens, seed=config.seed, context=context, micro_batches=count, sequences=sequences)
         self._state: TrainState = job.build(config, vocabulary, world)
-        self._context = StepContext(config, AllRanks(world, count), batches)
+        self._context = StepContext(config, AllRanks(world, count), batches, hook)
 
     def run(self, check: AbstractContextManager[Any]) -> None:
         """Take a step, then another one and a forward pass without gradients inside `check`.
@@ -171,7 +172,7 @@ class Sweep:
         """
         for context in (nullcontext(), nullcontext(), check):
             with context:
-                self._take_step()
+                self.take_step()
         batch = self._context.batches.micro_batch(0, 0)
         ids = (torch.from_numpy(part).to(self._context.world.device) for part in (batch.inputs, batch.targets))
         with torch.no_grad(), step.autocast(self._context.config, self._context.world.device), check:
@@ -187,7 +188,8 @@ class Sweep:
         members = StepMembers(self._context.world, range(self._context.config.data.micro_batches))
         return step.compute_gradients(self._state, self._context, members)
 
-    def _take_step(self) -> None:
+    def take_step(self) -> None:
+        """Compute the gradients of a step and apply them."""
         config = self._context.config
         step.clip_gradients(self._state, self._compute().norm, config.optim.clip_norm)
         optim.set_learning_rates(self._state.optimizers, 0, config.optim, config.budget.steps)

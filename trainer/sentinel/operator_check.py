@@ -90,7 +90,7 @@ class OperatorCheck(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         keywords, name = kwargs or {}, str(func)
-        if _only_views(func) or (self._only is not None and name not in self._only):
+        if only_views(func) or (self._only is not None and name not in self._only):
             return func(*args, **keywords)
         expected, why, before = None, "", ([], {})
         with _disable_current_modes(), np.errstate(all="ignore"):
@@ -304,7 +304,7 @@ def _as_compared(func: Any, args: Any, before: list[Any]) -> list[Any]:
     return [before[0], as_numpy(number), *before[2:]]
 
 
-def _only_views(func: Any) -> bool:
+def only_views(func: Any) -> bool:
     """True if an operator returns its argument in another shape, and computes nothing."""
     aliases = [value.alias_info for value in func._schema.returns]
     return bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)
