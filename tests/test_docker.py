@@ -1,11 +1,15 @@
 """Docker: what compose.yaml promises of its containers, and an image that is built and run where that is possible."""
 
+import os
+import shlex
+import shutil
+import subprocess
 from typing import Any
 
 import pytest
 import yaml
 
-from tests.support import ROOT
+from tests.support import ROOT, SMOKE_SHA256, summarise_run
 from trainer.launch import cluster
 
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())
@@ -36,3 +40,31 @@ def test_a_container_that_is_stopped_has_the_time_to_save():
     (shutdown,) = [int(word.partition("=")[2]) for word in node["command"] if word.startswith("--shutdown-timeout=")]
     assert shutdown < int(node["stop_grace_period"].removesuffix("s"))
     assert set(node["volumes"]) == {"runs:/runs", "cache:/cache"} and set(COMPOSE["volumes"]) == {"runs", "cache"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_an_image_trains_to_the_usual_bits_without_root_or_capabilities_and_on_a_read_only_root(tmp_path):
+    """TOPROPE_TEST_BASE names the base image; TOPROPE_TEST_BUILD has further options of `podman build` (volumes with
+    wheels), TOPROPE_TEST_GLOBAL those of podman itself (a runtime)."""
+    base = os.environ.get("TOPROPE_TEST_BASE")
+    if shutil.which("podman") is None or not base:
+        pytest.skip(
+            "no podman here" if base else "TOPROPE_TEST_BASE names no image with Python 3.11 (docs/clusters.md)"
+        )
+    further = shlex.split(os.environ.get("TOPROPE_TEST_BUILD", ""))
+    build = ["podman", "build", "--isolation", "chroot", "--network", "host", "--build-arg", f"BASE={base}", *further]
+    image = f"localhost/toprope-test-{os.getpid()}"
+    try:
+        subprocess.run([*build, "--file", "docker/Dockerfile", "--tag", image, "."], check=True, cwd=ROOT)
+        run = ["podman", *shlex.split(os.environ.get("TOPROPE_TEST_GLOBAL", "")), "run", "--rm", "--network", "none"]
+        rights = ["--user", "1000:1000", "--read-only", "--cap-drop", "ALL", "--tmpfs", "/tmp:mode=1777"]
+        limits = ["--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024"]
+        places = [part for name in ("runs", "cache") for part in ("--volume", f"{tmp_path / name}:/{name}")]
+        for name in ("runs", "cache"):
+            (tmp_path / name).mkdir()
+            os.chown(tmp_path / name, 1000, 1000)
+        subprocess.run([*run, *rights, *limits, *places, image], check=True)
+    finally:
+        subprocess.run(["podman", "rmi", "--force", image], check=False)
+    assert summarise_run(tmp_path / "runs" / "smoke")["weights_sha256"] == SMOKE_SHA256
