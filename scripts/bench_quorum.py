@@ -111,9 +111,9 @@ class Quorum:
     def read(self) -> list[Commit]:
         for entry in self._follower.poll() if events.events_directory(self.run).exists() else ():
             match entry.event:
-                case AttemptStarted(pid=pid, world_size=size):
+                case AttemptStarted(pid=pid):
                     self._pids[entry.rank] = pid
-                    self._members = self._members or list(range(size))
+                    self._members = self._members or self._first_members()
                 case MembersChanged(members=members) as change:
                     self._members = members
                     self.changes.append((entry.time, change))
@@ -122,6 +122,11 @@ class Quorum:
                 case _:
                     pass
         return self._commits
+
+    def _first_members(self) -> list[int]:
+        """Of all workers and spares, those that came first."""
+        told = arbiter.log_path(self.run, 0).read_text().splitlines()
+        return next(json.loads(line)["epoch"]["members"] for line in told if line.startswith('{"what": "epoch"'))
 
     def members(self) -> dict[int, int]:
         self.read()

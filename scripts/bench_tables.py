@@ -17,6 +17,7 @@ from scripts import (
     bench_advise,
     bench_chaos,
     bench_forecast,
+    bench_gpu,
     bench_islands,
     bench_meeting,
     bench_quorum,
@@ -81,7 +82,7 @@ def tables(results: dict[str, Any]) -> str:
         "",
         *[f"- {letter[machine]}: {machine}" for machine in machines],
         "",
-        "*Not run on a GPU*: `scripts/gpu` measures there.",
+        "GPUs have a section of their own, at the end.",
         "",
         "| figure | measured | target | where, when |",
         "|---|---|---|---|",
@@ -101,8 +102,9 @@ def tables(results: dict[str, Any]) -> str:
         lines += breakdown("From the command to the first step", results["first_step"]["breakdown"])
     if "killed" in results:
         lines += breakdown("From a SIGKILL to the next new step", results["killed"]["median"])
-    if "sentinel_flips" in results:  # the last: it has a heading of its own
+    if "sentinel_flips" in results:  # it has a heading of its own
         lines += bench_sentinel.table(results["sentinel_flips"])
+    lines += bench_gpu.tables()
     return "\n".join(lines) + "\n"
 
 

@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -50,17 +51,32 @@ def main() -> int:
     place.scratch.mkdir(exist_ok=True)
     os.environ["TOPROPE_CACHE"] = str(place.scratch / "cache")
     key = f"{code_digest()}, torch {torch.__version__}, {'tiny' if place.tiny else 'full'}"
-    for name, (seconds, part) in gpu_parts.PARTS.items():
-        file = out / "parts" / f"{name}.json"
-        if (chosen.parts and name not in chosen.parts) or done(file, key):
-            continue
-        left = deadline - time.monotonic()
+    missing = [
+        name
+        for name in gpu_parts.PARTS
+        if not (chosen.parts and name not in chosen.parts) and not done(out / "parts" / f"{name}.json", key)
+    ]
+
+    def attempt(name: str) -> None:
+        seconds, part = gpu_parts.PARTS[name]
+        file, left = out / "parts" / f"{name}.json", deadline - time.monotonic()
         print(f"gpu: {name}, at {time.monotonic() - began:.0f} s", flush=True)
         if left < LEAST_SECONDS:
             reason = f"{left:.0f} s of {chosen.seconds:.0f} were left; give the command again"
             save(file, {"key": key, "skipped": reason})
-            continue
+            return
         run(part, place, file, key, min(seconds, left))
+
+    # What is not timed runs side by side, where there are CPUs for that.
+    together = [name for name in missing if name in gpu_parts.UNTIMED] if on_gpu else []
+    threads = [threading.Thread(target=attempt, args=(name,)) for name in together]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name in missing:
+        if name not in together:
+            attempt(name)
     found = {path.stem: json.loads(path.read_text()) for path in sorted((out / "parts").glob("*.json"))}
     report = {"about": about(place), "parts": {name: found[name] for name in gpu_parts.PARTS if name in found}}
     save(out / "report.json", report)

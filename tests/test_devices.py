@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.support import SMOKE, settings
+from tests.support import SMOKE, settings, summarise_run, torchrun, trainer
 from trainer import api, out_of_memory, provenance
 from trainer import config as configs
 from trainer.errors import ConfigError, OutOfMemoryError, RunDirectoryError, WorldError
 from trainer.log import events
-from trainer.parallel import elastic, world
+from trainer.parallel import elastic, sharding, world
 from trainer.parallel.world import pick_device
 
 parallel = configs.Parallel
@@ -92,9 +92,28 @@ def test_ranks_that_share_a_gpu_communicate_over_gloo(monkeypatch, share, backen
     assert asked == [backend]
 
 
+def test_shards_on_gpus_that_are_shared_go_by_way_of_the_host_with_the_same_bits(tmp_path):
+    """gloo crashes on a GPU's shards. Here the CPU's go the same way."""
+    few = settings(budget__steps=4, data__micro_batches=4, eval__every_steps=0, wandb__mode="disabled")
+    trainer("train", SMOKE, "--run", tmp_path / "one", *few)
+    sharded = settings(parallel__strategy="hybrid", parallel__shard_ranks=2)
+    torchrun(4, "train", SMOKE, "--run", tmp_path / "four", *few, *sharded, module="tests.shared_gpu_worker")
+    assert summarise_run(tmp_path / "one")["state_sha256"] == summarise_run(tmp_path / "four")["state_sha256"]
+
+
+@pytest.mark.parametrize(("backend", "through"), [("cpu:gloo,cuda:gloo", True), ("cpu:gloo,cuda:nccl", False)])
+def test_only_gloo_needs_the_host_between_gpus(monkeypatch, backend: str, through: bool):
+    monkeypatch.setattr(sharding.dist, "get_backend_config", lambda group: backend)
+    group: Any = None
+    assert sharding.through_host(torch.device("cuda", 0), group) is through
+    assert not sharding.through_host(torch.device("cpu"), group)
+
+
 @pytest.mark.parametrize(
     ("override", "needs"),
     [
+        (["parallel.cuda_graphs=true", 'parallel.strategy="fsdp"'], 'a GPU, parallel.strategy = "replicate"'),
+        (["parallel.cuda_graphs=true", 'sentinel.audit="1/8"'], "a GPU, .* no sentinel"),
         (["parallel.share_gpus=true", 'parallel.device="cpu"'], 'parallel.device "auto" or "cuda"'),
         (["numerics.tf32=true", 'numerics.precision="bf16"'], 'numerics.precision = "fp32" and a GPU'),
         (["numerics.tf32=true", 'parallel.device="cpu"'], 'numerics.precision = "fp32" and a GPU'),
@@ -122,6 +141,9 @@ def test_what_decides_the_bits_on_a_gpu_is_recorded(h100, monkeypatch):
     config = configs.load(SMOKE)
     found = provenance.computes_with(config, h100)
     assert (found["device"], found["device model"]) == ("cuda", "NVIDIA H100 80GB HBM3")
+    assert found["attention in compiled blocks"] == "as in others"
+    compiled = configs.load(SMOKE, ["numerics.compile=true", "model.context=128"])
+    assert provenance.computes_with(compiled, h100)["attention in compiled blocks"] == "FlexAttention"
     assert found["CUDA"] == "13.0" and torch.__version__ in found["torch"]
     replace = monkeypatch.setattr
     changes: dict[str, Any] = {

@@ -130,7 +130,7 @@ def test_comments_docstrings_and_formatting_are_no_other_code(package: Path):
     [
         ("model.py", "return positive * positive", "return 2 * positive * positive", "_SquaredReLU.forward"),
         ("model.py", "NORM_EPSILON = 1e-6", "NORM_EPSILON = 1e-5", "(outside of functions)"),
-        ("exact.py", "2.0**coarser", "2.0**(coarser + 1)", "Grids.square_sums"),
+        ("exact.py", "return max(2, math.ceil(", "return max(3, math.ceil(", "Grids._coarser"),
         ("job.py", "if config.numerics.exact and config.data.micro_batches > 1:", "if config.numerics.exact:", "build"),
         ("config.py", "return round(self.mlp_ratio * self.width)", "return 4 * self.width", "Model.mlp_width"),
     ],

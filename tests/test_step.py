@@ -19,6 +19,7 @@ from trainer.data import Batches, MicroBatch
 from trainer.errors import EXIT_FAILED
 from trainer.exact import Grids
 from trainer.log.events import StepDone
+from trainer.parallel.sharding import Sharding
 from trainer.parallel.world import AllRanks, StepMembers, World
 from trainer.phases import Phase
 
@@ -78,7 +79,7 @@ class Trained:
         world, data, context = World(0, 1, torch.device(device)), self.config.data, self.config.model.context
         self.state, self.notes = job.build(self.config, 320, world), list[Any]()
         tokens = np.random.default_rng(0).integers(0, 257, 2**14).astype(np.uint16)
-        sizes = {"micro_batches": data.micro_batches, "sequences": data.micro_batch_sequences}
+        sizes: dict[str, Any] = {"micro_batches": data.micro_batches, "sequences": data.micro_batch_sequences}
         self.batches = Batches(tokens, seed=0, context=context, **sizes)
         self.members = AllRanks(world, data.micro_batches)
         self.context = step.StepContext(self.config, self.members, self.batches, lambda p, _: self.notes.append(p))
@@ -154,6 +155,19 @@ def test_what_was_cut_ahead_is_not_used_for_another_micro_batch_where_the_share_
     assert compute(ahead, share) == compute(plain, share)
     gradients = [[grad for _, grad, _ in trained.state.sharding.gradients()] for trained in (ahead, plain)]
     assert all(map(torch.equal, *gradients))
+
+
+def test_gradients_that_are_added_all_at_once_train_the_same_bits(monkeypatch):
+    """As on a GPU, where a kernel reads the gradients of all parameters once; also after a sum was shown and hidden."""
+    plain = Trained()
+    monkeypatch.setattr(Sharding, "round_with", lambda self, rounder_of: self.add_with(rounder_of.__self__.add))
+    at_once = Trained()
+    for _ in range(6):
+        plain.take_step()
+        at_once.take_step()
+        assert at_once.state.state_sha256() == plain.state.state_sha256()
+    sums = [[grad.clone() for _, grad, _ in trained.state.sharding.gradients()] for trained in (plain, at_once)]
+    assert all(map(torch.equal, *sums))
 
 
 class NotesReads(TorchDispatchMode):

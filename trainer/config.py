@@ -215,6 +215,8 @@ class Parallel(Section):
     holds whole gradients. Exact sums make it the same bits."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations. Changes no bit of the result."""
+    cuda_graphs: bool = False
+    """Replay each micro-batch's kernels as one CUDA graph: for GPUs that would wait for the host. Changes no bit."""
 
 
 class Numerics(Section):
@@ -227,7 +229,7 @@ class Numerics(Section):
     threads: int = Field(default=1, ge=1)
     """CPU threads per rank. Some CPU kernels sum in an order that depends on it, so it is part of the fingerprint."""
     compile: bool = False
-    """torch.compile each block."""
+    """torch.compile each block, and on a GPU head and loss."""
     tf32: bool = False
     """fp32 on a GPU: matrix products and convolutions may round their inputs to TF32, 10 bits; many times faster."""
 
@@ -376,6 +378,14 @@ class Config(Section):
     """Curves for TensorBoard."""
     faults: tuple[FaultEntry, ...] = ()
     """Planned faults, as [[faults]] tables. None by default."""
+
+    @property
+    def flex_attention(self) -> bool:
+        """True if compiled blocks on a GPU attend by FlexAttention: deterministic, and faster than flash attention is
+        then. Without exact sums any kernel will do, and cuDNN's is the fastest."""
+        model, numerics = self.model, self.numerics
+        fits = not model.dropout and not model.class_ and model.context % 128 == 0 and model.head_channels >= 16
+        return numerics.compile and numerics.exact and fits
 
 
 # These sections decide the weights. Everything else may change between attempts of one run.

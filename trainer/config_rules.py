@@ -310,6 +310,13 @@ def without_effect(config: "Config") -> list[str]:
         ("parallel.scatter_gradients", c.parallel.strategy != "replicate", 'parallel.strategy "fsdp" or "hybrid"'),
         ("parallel.share_gpus", c.parallel.device != "cpu", 'parallel.device "auto" or "cuda"'),
         (
+            "parallel.cuda_graphs",
+            c.parallel.device != "cpu"
+            and c.parallel.strategy == "replicate"
+            and not (c.model.dropout or c.sentinel.on or c.islands.count),
+            'a GPU, parallel.strategy = "replicate", model.dropout = 0, no [islands], no sentinel',
+        ),
+        (
             "numerics.tf32",
             c.numerics.precision == "fp32" and c.parallel.device != "cpu",
             'numerics.precision = "fp32" and a GPU',

@@ -27,7 +27,8 @@ In a training loop of one's own: `ExactGradients` (docs/exact.md, examples/plain
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -79,6 +80,8 @@ class Grids:
         views = [part.unsqueeze(1) if len(shape) == 2 else part for shape, part in parts]
         self._shifts = dict(zip(self._shapes, views, strict=True))
         self._seen_parts = dict(zip(self._shapes, self.seen.split(counts), strict=True))
+        self._kernels = _kernels(device)
+        self._layouts: dict[tuple[tuple[str, int, int], ...], Any] = {}
         self.derive()
 
     def rounder(self, name: str) -> Callable[[Tensor], Tensor]:
@@ -89,6 +92,8 @@ class Grids:
         shift, seen, rows = self._shifts[name], self._seen_parts[name], len(self._shapes[name]) == 2
 
         def round_gradient(grad: Tensor) -> Tensor:
+            if self._kernels and not self._counting:
+                return self._kernels.round_(grad, shift, seen, by_rows=rows)
             magnitude = grad.abs()
             torch.maximum(seen, magnitude.amax(1) if rows else magnitude.amax(), out=seen)
             # The buffer of the magnitudes is free now; rounding into it saves an allocation per parameter.
@@ -98,6 +103,19 @@ class Grids:
             return rounded
 
         return round_gradient
+
+    def add(self, gradients: Sequence[Tensor], total: Tensor) -> None:
+        """Add a micro-batch's gradients of all parameters, in their order and rounded, to the flat buffer `total`.
+
+        The same bits as adding what the rounders return.
+        """
+        if self._kernels and not self._counting:
+            layout, _ = self._layout([(name, 0, shape[0]) for name, shape in self._shapes.items()])
+            self._kernels.round_and_add(gradients, layout, self._shift, self.seen, total)
+            return
+        sizes = [shape.numel() for shape in self._shapes.values()]
+        for name, gradient, part in zip(self._shapes, gradients, total.split(sizes), strict=True):
+            part.add_(self.rounder(name)(gradient).view(-1))
 
     def begin(self, counting: bool) -> None:
         """Begin a pass over a step's micro-batches: reset what was seen. `counting` turns on `nonzero`."""
@@ -147,12 +165,49 @@ class Grids:
         expected = torch.maximum(self.magnitude, floor)
         _, exponent = torch.frexp(expected)  # expected < 2^exponent
         # A tensor without a gradient so far gets the finest grid, so that its first gradient overflows and is measured.
-        exponent[expected == 0] = FINEST_EXPONENT
+        exponent.masked_fill_(expected == 0, FINEST_EXPONENT)
         spacing = exponent + (self._headroom_bits + self._sum_bits - SIGNIFICAND_BITS)
         spacing.clamp_(FINEST_EXPONENT, COARSEST_EXPONENT)
         ones = torch.ones_like(self.magnitude)
         torch.ldexp(ones, spacing + (SIGNIFICAND_BITS - self._sum_bits), out=self._bound)
         torch.ldexp(ones.mul_(1.5), spacing + (SIGNIFICAND_BITS - 1), out=self._shift)
+
+    def squares(self, parts: Iterable[tuple[str, Tensor, slice]]) -> Tensor:
+        """Exact sums of squares of reduced gradients by segment, float64, of (name, part of the gradient, its rows)."""
+        if self._kernels:
+            parts = list(parts)
+            layout, coarser = self._layout([(name, rows.start, rows.stop) for name, _, rows in parts])
+            gradients = [grad for _, grad, _ in parts]
+            return self._kernels.square_sums(gradients, layout, coarser, self._shift, self.magnitude.numel())
+        squares = torch.zeros(self.magnitude.numel(), dtype=torch.float64, device=self.magnitude.device)
+        for name, grad, rows in parts:
+            segments, sums = self.square_sums(name, grad, rows)
+            squares[segments] = sums
+        return squares
+
+    def _layout(self, parts: Sequence[tuple[str, int, int]]) -> Any:
+        """Return the programs of a kernel over parts of parameters, and how much coarser each one's squares are.
+
+        `parts` are (name, first row, row after the last).
+        """
+        key = tuple(parts)
+        if key not in self._layouts:
+            assert self._kernels
+            shapes = [torch.Size((stop - start, *self._shapes[name][1:])) for name, start, stop in parts]
+            matrix = [len(self._shapes[name]) == 2 for name, _, _ in parts]
+            first = [
+                self._starts[name] + start * is_matrix
+                for (name, start, _), is_matrix in zip(parts, matrix, strict=True)
+            ]
+            coarser = torch.tensor([2.0 ** self._coarser(name) for name, _, _ in parts], device=self.seen.device)
+            self._layouts[key] = self._kernels.Layout.of(shapes, first, self.seen.device), coarser
+        return self._layouts[key]
+
+    def _coarser(self, name: str) -> int:
+        """How many bits the squares' grid is coarser than the gradient's."""
+        shape = self._shapes[name]
+        count = shape[-1] if len(shape) == 2 else shape.numel()
+        return max(2, math.ceil((2 * SIGNIFICAND_BITS + math.log2(count) - DOUBLE_BITS) / 2))
 
     def square_sums(self, name: str, grad: Tensor, rows: slice) -> tuple[slice, Tensor]:
         """Return the segments of a shard of a reduced gradient, and its exact sums of squares by segment (float64).
@@ -163,10 +218,7 @@ class Grids:
         """
         shape, start = self._shapes[name], self._starts[name]
         matrix = len(shape) == 2
-        coarser = max(
-            2, math.ceil((2 * SIGNIFICAND_BITS + math.log2(shape[-1] if matrix else shape.numel()) - DOUBLE_BITS) / 2)
-        )
-        shift = (self._shifts[name][rows] if matrix else self._shifts[name]) * 2.0**coarser
+        shift = (self._shifts[name][rows] if matrix else self._shifts[name]) * 2.0 ** self._coarser(name)
         squares = torch.add(grad, shift).sub_(shift).double().square_()
         if matrix:
             return slice(start + rows.start, start + rows.stop), squares.sum(1)
@@ -249,10 +301,8 @@ class ExactGradients:
 
     def clip_(self, limit: float) -> float:
         """Scale the gradients to a global L2 norm of at most `limit`; return the norm before. Exact. Collective."""
-        squares = torch.zeros(self.grids.magnitude.numel(), dtype=torch.float64, device=self.grids.magnitude.device)
-        for name, grad, first in self._own_gradients():
-            segments, sums = self.grids.square_sums(name, grad, slice(first, first + grad.shape[0]))
-            squares[segments] = sums
+        own = self._own_gradients()
+        squares = self.grids.squares((name, grad, slice(first, first + grad.shape[0])) for name, grad, first in own)
         if self._sharded:
             dist.all_reduce(squares)
         norm = math.sqrt(squares.sum().item())
@@ -295,6 +345,17 @@ class ExactGradients:
                 whole.register_hook(self.grids.rounder(name))
         for unit in units:
             unit.reshard()
+
+
+def _kernels(device: torch.device) -> ModuleType | None:
+    """Return the module of fused kernels for a device; None where torch's operators do."""
+    if device.type != "cuda":
+        return None
+    try:
+        from trainer import exact_triton
+    except ImportError:  # no Triton
+        return None
+    return exact_triton
 
 
 def _maximise(tensor: Tensor) -> None:

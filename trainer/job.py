@@ -368,7 +368,9 @@ def build_any(config: Config, vocab_size: int, ranks: World, watch: Callable[[Ro
     """Build the state of step 0, with one set of weights or with those of islands."""
     if config.islands.count:
         return build_islands(config, vocab_size, ranks, lambda one, alone: build(one, vocab_size, alone))
-    return build(config, vocab_size, ranks, watch)
+    state = build(config, vocab_size, ranks, watch)
+    capture(state, config, ranks.device)
+    return state
 
 
 def build(
@@ -389,9 +391,17 @@ def build(
         grids = Grids(shapes, config.data.micro_batches, config.numerics.headroom_bits, ranks.device)
     rounders = unrounded if grids is None else grids.rounder
     watched = watch(rounders)
-    if watched is not unrounded:  # a hook costs time
+    if ranks.device.type == "cuda" and watched is rounders and config.parallel.strategy == "replicate":
+        sharding.add_with(grids.add if grids else None)
+    elif watched is not unrounded:  # a hook costs time
         sharding.round_with(watched)
     return TrainState(0, model, sharding, optimizers, grids)
+
+
+def capture(state: TrainState, config: Config, device: torch.device) -> None:
+    """Have micro-batches computed by a CUDA graph, if that is wanted and there is a GPU; faults need the operators."""
+    if config.parallel.cuda_graphs and device.type == "cuda" and not config.faults:
+        state.graph = steps.graph_of(state, config, device)
 
 
 def unrounded(name: str) -> Rounder:
@@ -578,7 +588,7 @@ def set_numerics(config: Config, device: torch.device) -> None:
     """Make this process's kernels deterministic, on its own device."""
     torch.set_num_threads(config.numerics.threads)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
         torch.set_float32_matmul_precision("high" if config.numerics.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = config.numerics.tf32  # convolutions; torch allows it by itself
     if device.type == "cuda" and config.numerics.exact:

@@ -215,6 +215,7 @@ def train(
         stack.callback(world.disconnect)
         with out_of_memory.explained(device):
             state = build(config, facts["vocab_size"], group, sentinel)
+            job.capture(state, config, group.world.device)
         stopwatch.lap("model")
         # Members meet at the store of the first of them, so each has one from its start.
         host = own_host(given)

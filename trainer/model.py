@@ -61,12 +61,12 @@ def build(config: config.Config, vocab_size: int, device: torch.device) -> nn.Mo
     initialise(model, config.model, config.seed)
     model.to(device)
     if config.numerics.compile:
-        compile_blocks(model)
+        compile_blocks(model, flex_attention=config.flex_attention)
     return model
 
 
-def compile_blocks(model: nn.Module) -> None:
-    """Compile each block, so that its bits depend on the shapes it is called with and on nothing that came before.
+def compile_blocks(model: nn.Module, flex_attention: bool = False) -> None:
+    """Compile each block, and on a GPU head and loss of a GPT, so that bits depend on shapes and on nothing earlier.
 
     By default torch makes kernels for any size once it has seen two, and once it has made 8 it runs what is new
     uncompiled, with other bits and no more than a warning.
@@ -74,6 +74,11 @@ def compile_blocks(model: nn.Module) -> None:
     _compile_without_limit()
     for block in blocks_of(model):
         block.compile(dynamic=False)
+    # On CPUs they stay as they are: other kernels would change the bits of runs that were made with these.
+    if isinstance(model, GPT) and model.embed.weight.is_cuda:
+        model.head_and_loss = torch.compile(model.head_and_loss, dynamic=False)
+        if flex_attention:
+            model.attend_with_flex()
 
 
 @torch_versions.patch(
@@ -190,6 +195,8 @@ class GPT(nn.Module):
         self.final_norm = _norm(model)
         # A tied head has no module of its own: one name per tensor for checkpoints, hashes and shards.
         self.head = None if model.tied_embeddings else Linear(model.width, vocab_size, bias=False, role=Role.HEAD)
+        self.head_and_loss = self._head_and_loss
+        """Compiled, it makes no float32 copy of the logits."""
         if model.positions == "rope":
             shape = (model.context, model.head_channels // 2, 2)
             self.register_buffer("rotation_TP2", torch.empty(shape), persistent=False)
@@ -199,6 +206,15 @@ class GPT(nn.Module):
         """Fill the table of rotations, which is neither a parameter nor part of the state."""
         if self.settings.positions == "rope":
             self.rotation_TP2 = _rotations(self.settings).to(self.rotation_TP2.device)
+
+    def attend_with_flex(self) -> None:
+        """Have compiled blocks attend by FlexAttention, whose backward pass is deterministic and fast on GPUs."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        t, device = self.settings.context, self.embed.weight.device
+        mask = create_block_mask(_is_past, None, None, t, t, device=device)  # pyright: ignore[reportArgumentType]
+        for block in self.blocks:
+            block.attention.causal_mask = mask  # pyright: ignore
 
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor | None = None) -> Any:
         """Token ids to float32 logits_BTV, or to `Losses` if targets are given. T may be shorter than the context."""
@@ -215,8 +231,12 @@ class GPT(nn.Module):
         x_BTD = self.final_norm(x_BTD)
         if targets_BT is not None and self.settings.loss_chunk_tokens:
             return self._losses_by_chunks(x_BTD, head_VD, targets_BT)
-        logits_BTV = self._logits(x_BTD, head_VD)
-        return logits_BTV if targets_BT is None else losses(logits_BTV, targets_BT, self.settings.z_loss)
+        if targets_BT is None:
+            return self._logits(x_BTD, head_VD)
+        return self.head_and_loss(x_BTD, head_VD, targets_BT)
+
+    def _head_and_loss(self, x_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor) -> Losses:
+        return losses(self._logits(x_BTD, head_VD), targets_BT, self.settings.z_loss)
 
     def _logits(self, x: Tensor, head_VD: Tensor) -> Tensor:
         logits = F.linear(x, head_VD).float()
@@ -288,6 +308,7 @@ class Attention(nn.Module):
         self.qk_norm, self.dropout = model.qk_norm, model.dropout
         self.qkv = Linear(model.width, (self.heads + 2 * self.kv_heads) * self.channels, bias=model.biases)
         self.out = Linear(model.width, model.width, bias=model.biases, role=Role.OUTPUT)
+        self.causal_mask: Any = None
         has_values = model.value_embeddings and layer % 2 == 1
         self.embed_values = ValueEmbedding(vocab_size, self.kv_heads * self.channels) if has_values else None
 
@@ -303,8 +324,14 @@ class Attention(nn.Module):
             qk_BTNC = _rotate(qk_BTNC, rotation_TP2)
         q_BTHC, k_BTKC = qk_BTNC.split((self.heads, self.kv_heads), dim=2)
         dropout = self.dropout if self.training else 0.0
-        y_BHTC = _attend(q_BTHC.transpose(1, 2), k_BTKC.transpose(1, 2), v_BTKC.transpose(1, 2), dropout)
+        y_BHTC = _attend(
+            q_BTHC.transpose(1, 2), k_BTKC.transpose(1, 2), v_BTKC.transpose(1, 2), dropout, self.causal_mask
+        )
         return self.out(y_BHTC.transpose(1, 2).flatten(2))
+
+
+def _is_past(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return query >= key
 
 
 _traced_as = ""
@@ -321,8 +348,16 @@ def traced_as(device_type: str) -> Iterator[None]:
         _traced_as = before
 
 
-def _attend(q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, dropout: float) -> Tensor:
-    """Causal attention; query heads share key/value heads in groups of H / K."""
+def _attend(q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, dropout: float, mask: Any = None) -> Tensor:
+    """Causal attention; query heads share key/value heads in groups of H / K.
+
+    `mask` is the block mask of FlexAttention (Dong et al. 2024), which is used while compiling.
+    """
+    if mask is not None and torch.compiler.is_compiling() and q_BHTC.shape[2] == mask.shape[-1]:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        gqa = q_BHTC.shape[1] != k_BKTC.shape[1]
+        return flex_attention(q_BHTC, k_BKTC, v_BKTC, block_mask=mask, enable_gqa=gqa)  # pyright: ignore
     if (_traced_as or q_BHTC.device.type) == "cpu" and v_BKTC.dtype == torch.bfloat16:
         # torch 2.13's CPU kernel is slow in bfloat16: plain matrix products took 0.2–0.6 of its time.
         group = q_BHTC.shape[1] // k_BKTC.shape[1]

@@ -33,8 +33,10 @@ NUMERIC_SOURCES: dict[str, tuple[str, ...]] = {
     "data/batches.py": (),
     "evaluate.py": (),
     "exact.py": (),
+    "exact_triton.py": (),
     "job.py": ("set_numerics", "build", "batches_of", "scorer"),
     "loop.py": ("take_step", "finite_gradients"),
+    "micro_batch_graph.py": (),
     "model.py": (),
     "optim.py": (),
     "own_model.py": ("construct", "initial_value"),
@@ -50,7 +52,7 @@ What makes tokens of text is left out: tokens and tokenizer are identified by th
 """
 
 
-CODE_BEFORE_RECORDS = "b26858302e95d2da"
+CODE_BEFORE_RECORDS = "286719af3116b541"
 """`code_digest()` of the newest code that gives the bits of the code from before code was recorded. What is keyed by
 code leaves it out at this value, so that what was made then keeps its key. Move it only with a change that changes no
 bit."""
@@ -107,7 +109,7 @@ def computes_with(config: Config, device: "torch.device") -> dict[str, str]:
         "torch": f"{torch.__version__} of commit {str(torch.version.git_version)[:12]}",
     }
     if is_cuda:
-        found |= _gpu_kernels()
+        found |= _gpu_kernels(config)
     if config.islands.count:
         found["code of islands"] = _digest_of_folder("islands")
     if config.numerics.compile and not is_cuda:
@@ -119,7 +121,7 @@ def computes_with(config: Config, device: "torch.device") -> dict[str, str]:
     return found | {name: value for name in KERNEL_VARIABLES if (value := os.environ.get(name))}
 
 
-def _gpu_kernels() -> dict[str, str]:
+def _gpu_kernels(config: Config) -> dict[str, str]:
     """Return what decides which kernels a GPU runs, beside torch and the GPU itself.
 
     Not recorded on CPUs, so that older runs resume: nothing in toprope changes these there.
@@ -137,6 +139,7 @@ def _gpu_kernels() -> dict[str, str]:
         "CUDA": str(torch.version.cuda or torch.version.hip),
         "cuDNN": str(torch.backends.cudnn.version()),
         "attention": ", ".join(name for name, enabled in attention.items() if enabled()),
+        "attention in compiled blocks": "FlexAttention" if config.flex_attention else "as in others",
         "TF32": "on" if torch.get_float32_matmul_precision() != "highest" else "off",
         "deterministic kernels": "on" if torch.are_deterministic_algorithms_enabled() else "off",
         "cuBLAS workspace": os.environ.get("CUBLAS_WORKSPACE_CONFIG", "default"),

@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ from trainer.config import Config
 from trainer.data import Batches, MicroBatch, digest
 from trainer.errors import NumericsError
 from trainer.exact import Grids
+from trainer.micro_batch_graph import MicroBatchGraph
 from trainer.own_optimizer import OwnOptimizer
 from trainer.parallel.partial import LocalSums
 from trainer.parallel.sharding import Sharding, whole
@@ -40,6 +41,8 @@ class TrainState:
     sharding: Sharding
     optimizers: list[torch.optim.Optimizer]
     grids: Grids | None
+    graph: MicroBatchGraph | None = field(default=None, kw_only=True)
+    """Computes each micro-batch, where `parallel.cuda_graphs` asks for it."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights, optimizer moments and grids, by name. The optimizers' step counts are the run's, so left out."""
@@ -287,11 +290,27 @@ def backward(state: TrainState, context: StepContext, index: int | None, batch: 
         # Random numbers depend on the micro-batch alone, so any rank may compute it.
         key = repr((config.seed, state.step, index or 0))
         torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1)
-    with autocast(config, device):
-        objective, cross_entropy = state.model(batch.inputs, batch.targets)
-    context.hook(Phase.BEFORE_BACKWARD, state.step)
-    (objective * (0.0 if index is None else 1.0 / config.data.micro_batches)).backward()
+    if state.graph is not None:
+        context.hook(Phase.BEFORE_BACKWARD, state.step)
+        cross_entropy = state.graph(batch.inputs, batch.targets)
+    else:
+        with autocast(config, device):
+            objective, cross_entropy = state.model(batch.inputs, batch.targets)
+        context.hook(Phase.BEFORE_BACKWARD, state.step)
+        (objective * (0.0 if index is None else 1.0 / config.data.micro_batches)).backward()
+    state.sharding.micro_batch_done()
     return cross_entropy.detach()
+
+
+def graph_of(state: TrainState, config: Config, device: torch.device) -> MicroBatchGraph:
+    """Return what computes a micro-batch as `backward` does, as one CUDA graph."""
+
+    def passes(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        with autocast(config, device):
+            objective, cross_entropy = state.model(inputs, targets)
+        return objective * (1.0 / config.data.micro_batches), cross_entropy
+
+    return MicroBatchGraph(passes, state.sharding.parameters)
 
 
 def on_device(ids: np.ndarray, device: torch.device) -> Tensor:
@@ -306,8 +325,7 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
 def clip_gradients(state: TrainState, norm: float, limit: float) -> None:
     """Scale the reduced gradients, whose global norm is `norm`, to one of at most `limit` (0: leave them)."""
     if limit and norm > limit:
-        for _, gradient, _ in state.sharding.gradients():
-            gradient.mul_(limit / norm)
+        state.sharding.scale_gradients(limit / norm)
 
 
 def gradient_square(state: TrainState) -> Tensor:
@@ -319,10 +337,7 @@ def gradient_square(state: TrainState) -> Tensor:
     if grids is None:
         squares = torch.stack([torch.linalg.vector_norm(grad).double().square() for _, grad, _ in gradients])
     else:
-        squares = torch.zeros(grids.magnitude.numel(), dtype=torch.float64, device=grids.magnitude.device)
-        for name, grad, rows in gradients:
-            segments, sums = grids.square_sums(name, grad, rows)
-            squares[segments] = sums
+        squares = grids.squares(gradients)
     state.sharding.sum_over_shards(squares)
     return squares.sum()
 
@@ -350,6 +365,7 @@ def find_not_finite(state: TrainState, context: StepContext, members: StepMember
         return gradient
 
     members = members.anew()
+    state.graph = None  # no hook would be called
     # The hooks stay: the run ends here.
     state.sharding.round_with(lambda name: functools.partial(note_not_finite, name))
     state.sharding.zero_gradients()

@@ -4,6 +4,7 @@ Nothing here may change what is computed, only where.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from trainer.parallel.world import World
 
 Rounder = Callable[[Tensor], Tensor]
 RounderOf = Callable[[str], Rounder]
+Add = Callable[[Sequence[Tensor], Tensor], None]
 
 
 class Sharding:
@@ -32,21 +34,40 @@ class Sharding:
 
     def __init__(self, model: nn.Module, world: World) -> None:
         self.parameters = dict(model.named_parameters())
+        self._add: Add | None = None
         self._bind(torch.zeros(sum(parameter.numel() for parameter in self.parameters.values()), device=world.device))
 
     def _bind(self, flat: Tensor) -> None:
         self._flat = flat
-        sizes = [parameter.numel() for parameter in self.parameters.values()]
-        for parameter, part in zip(self.parameters.values(), flat.split(sizes), strict=True):
-            parameter.grad = part.view_as(parameter)  # autograd then accumulates in place
+        parts = flat.split([parameter.numel() for parameter in self.parameters.values()])
+        named = zip(self.parameters.items(), parts, strict=True)
+        self._sums = {name: part.view_as(parameter) for (name, parameter), part in named}
+        self._show_sums()
+
+    def _show_sums(self) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.grad = self._sums[name]  # autograd accumulates in place there, and the optimizer reads it
+
+    def _hide_sums(self) -> None:
+        if self._add:  # without a sum in its place, autograd leaves a micro-batch's gradient there, uncopied
+            for parameter in self.parameters.values():
+                parameter.grad = None
 
     def round_with(self, rounder_of: RounderOf) -> None:
         """Pass each parameter's gradient of each micro-batch (full shape) through its rounder before it is added."""
         for name, parameter in self.parameters.items():
             parameter.register_hook(rounder_of(name))
 
+    def add_with(self, add: Add | None) -> None:
+        """Have all gradients of a micro-batch added at once, by a function of (gradients, flat sum): `Grids.add`.
+
+        None adds them as they are. They are kept until the backward pass has ended.
+        """
+        self._add = add or (lambda gradients, _: torch._foreach_add_(list(self._sums.values()), list(gradients)))
+
     def zero_gradients(self) -> None:
         self._flat.zero_()
+        self._hide_sums()
 
     def reduced_in_place(self) -> list[Tensor]:
         """The tensors that `reduce_gradients` overwrites."""
@@ -58,16 +79,29 @@ class Sharding:
 
     def last_micro_batch(self, is_last: bool) -> None:
         """Called before each backward pass; lets gradients be reduced once a step where the strategy can."""
+        self._hide_sums()
+
+    def micro_batch_done(self) -> None:
+        """Called after each backward pass: add what it has left to be added."""
+        if self._add:
+            named = self.parameters.items()
+            gradients = [torch.zeros_like(self._sums[n]) if p.grad is None else p.grad for n, p in named]
+            self._add(gradients, self._flat)
+            self._hide_sums()
 
     def reduce_gradients(self, world: World) -> None:
         """After all micro-batches: make `gradients()` the sums over the ranks of `world`."""
         world.sum(self._flat)
+        self._show_sums()
+
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply the reduced gradients, in place."""
+        self._flat.mul_(factor)
 
     def gradients(self) -> Iterator[tuple[str, Tensor, slice]]:
         """Yield (name, this rank's part of the gradient, the rows of the full parameter that it covers)."""
-        for name, parameter in self.parameters.items():
-            assert parameter.grad is not None
-            yield name, parameter.grad, slice(0, parameter.shape[0])
+        for name, total in self._sums.items():
+            yield name, total, slice(0, total.shape[0])
 
     def sum_over_shards(self, tensor: Tensor) -> None:
         """Sum in place over the ranks that together hold one copy of the gradients."""
@@ -98,6 +132,9 @@ class FullySharded(Sharding):
         for unit in self._units:
             unit.set_gradient_divide_factor(1.0)  # a mean over ranks would depend on how many there are
             unit.set_force_sum_reduction_for_comms(True)
+            if through_host(world.device, self._shard_mesh.get_group()):
+                unit.set_custom_all_gather(GatherThroughHost())  # pyright: ignore[reportArgumentType]
+                unit.set_custom_reduce_scatter(ScatterThroughHost())  # pyright: ignore[reportArgumentType]
         self.parameters = dict(model.named_parameters())
         self._rows = {name: self._own_rows(parameter.shape[0]) for name, parameter in self.parameters.items()}
 
@@ -123,6 +160,12 @@ class FullySharded(Sharding):
                 unit.set_requires_gradient_sync(is_last, recurse=False)
             else:
                 unit.set_requires_all_reduce(is_last, recurse=False)
+
+    def micro_batch_done(self) -> None:
+        pass
+
+    def scale_gradients(self, factor: float) -> None:
+        torch._foreach_mul_([gradient for _, gradient, _ in self.gradients()], factor)
 
     def reduce_gradients(self, world: World) -> None:
         pass  # every backward pass has reduced them, over the mesh
@@ -155,4 +198,50 @@ def shard(model: nn.Module, units: Sequence[nn.Module], parallel: Parallel, worl
 
 def whole(tensor: Tensor) -> Tensor:
     """Return the full tensor of a parameter or moment. Collective for sharded ones, which are gathered."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    mesh = tensor.device_mesh
+    group = mesh.get_group(mesh.ndim - 1)  # the ranks that together hold one copy
+    if not through_host(tensor.device, group):
+        return tensor.full_tensor()
+    size, rows = group.size(), tensor.shape[0]
+    local = tensor.to_local()
+    padded = local.new_zeros(-(-rows // size), *local.shape[1:])  # FSDP2's last shards are smaller or empty
+    padded[: local.shape[0]] = local
+    found = local.new_empty(size * padded.shape[0], *local.shape[1:])
+    GatherThroughHost()(found, padded, group)
+    return found[:rows]
+
+
+def through_host(device: torch.device, group: dist.ProcessGroup) -> bool:
+    """True if shards of this device must be exchanged by way of the host.
+
+    gloo adds up and broadcasts a GPU's tensors, but its all-gather and reduce-scatter take them for the host's memory
+    and crash (pytorch#132471).
+    """
+    return device.type == "cuda" and "gloo" in str(dist.get_backend_config(group)).partition("cuda:")[2]
+
+
+class ThroughHost:
+    """A collective of FSDP2 for GPUs that ranks share over gloo: see `fsdp.FSDPModule.set_custom_all_gather`."""
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+
+class GatherThroughHost(ThroughHost):
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> None:
+        found = torch.empty_like(output_tensor, device="cpu")
+        dist.all_gather_into_tensor(found, input_tensor.cpu(), group=group)
+        output_tensor.copy_(found)
+
+
+class ScatterThroughHost(ThroughHost):
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+    ) -> None:
+        found = torch.empty_like(output_tensor, device="cpu")
+        dist.reduce_scatter_tensor(found, input_tensor.cpu(), op=op, group=group)
+        output_tensor.copy_(found)
