@@ -1,7 +1,8 @@
 """The bench of truth: how often the ladder's verdicts are right, on synthetic ladders and on published runs.
 
 It writes the tables and the figure of trainer/ladder/README.md. Run it alone (`python -m scripts.bench_ladder
-[LADDERS]`) or as `scripts/bench ladder`. Every row has its own seed, so rows are independent and reproducible.
+[LADDERS]`; `--only advice` for one table) or as `scripts/bench ladder`. Every row has its own seed, so rows are
+independent and reproducible.
 """
 
 import argparse
@@ -10,7 +11,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ import numpy as np
 
 from tests import ladders
 from tests.ladders import LONG, SEVEN, SHORT, TEXT, Arm, Design, Law, Trouble
+from trainer.ladder.stats import verdict
+from trainer.ladder.stats.records import Criterion
 from trainer.ladder.stats.worth import LINE, Baselines, Worths, decisions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +46,20 @@ FADING = {
 FLOORS = {
     f"{first:g}× → {last:g}×, other floor": ladders.other_floor(first, last)
     for first, last in ((1.3, 1.0), (1.3, 1.15), (2, 1.2), (1.1, 1.3))
+}
+WORTHS: Mapping[str, ladders.Worth] = {
+    "A/A": lambda n, d: 1.0,
+    "1.15× everywhere": lambda n, d: 1.15,
+    "1.02× everywhere": lambda n, d: 1.02,
+    "1.15×, more with D / N": lambda n, d: 1.15 * (d / n / 20) ** 0.1,
+    "1.3× → 1.05×": lambda n, d: math.exp(
+        math.log(1.3) + math.log(1.05 / 1.3) * math.log(6 * n * d / 3e15) / math.log(1e21 / 3e15)
+    ),
+}
+APART: Mapping[str, Mapping[str, Any]] = {
+    "sd 0.003; 1 seed": {"sd": 0.003},
+    "sd 0.003; 3 seeds": {"sd": 0.003, "seeds": 3},
+    "effect of a size on one arm, sd 0.003; 1 seed": {"sd": 0.003, "own": 0.003},
 }
 SHAPES = {"5 rungs, 3 decades": LONG, "4 rungs, 1.5 decades": SHORT}
 Cell = tuple[str, Design, Law, Mapping[str, Arm], Trouble]
@@ -115,10 +132,17 @@ def statistics(count: int = 1000) -> dict[str, Any]:
         print(f"{kind}: {time.perf_counter() - started:.0f} s", flush=True)
     for row, (_, design, base, *_) in zip(figure["regular"], regular(), strict=True):
         row["curve"] = asdict(ladders.simulate_fits(design, count // 5, base, seed=7))
-    figure |= {"advice": advice(max(count // 5, 1)), "looks": looks(count)}
+    figure |= {"apart": list(apart(max(count // 5, 1))), "advice": advice(max(count // 5, 1)), "looks": looks(count)}
     figure["bars"] = bars(figure)
     write(figure)
     return figure
+
+
+def apart(count: int) -> Iterator[dict[str, Any]]:
+    """Ladders whose parameters and tokens vary apart."""
+    for seed, (name, design) in enumerate(APART.items()):
+        found = ladders.simulate_apart(WORTHS, count, seed=61 + seed, **design)
+        yield {"name": name, "arms": {arm: asdict(it) | {"wrong": it.wrong(MIN_GAIN)} for arm, it in found.items()}}
 
 
 def simulated(cells: Iterator[Cell], count: int, first_seed: int) -> list[dict[str, Any]]:
@@ -158,6 +182,7 @@ def bars(figure: Mapping[str, Any]) -> dict[str, float]:
         "least coverage": min(arm["coverage"] for arm in arms), "most wrong": max(arm["wrong"] for arm in arms),
         "most false trends": max(trends),
         "wrong on published runs": sum(row["wrong"] for row in figure["public"]),
+        "seconds for 200 arms, 6 rungs, 3 seeds": seconds_of_many_arms(),
         "advice: told minus settled": max(
             (row["stated"] - row["settled"] for row in figure["advice"]), key=abs
         ),
@@ -166,6 +191,18 @@ def bars(figure: Mapping[str, Any]) -> dict[str, float]:
             any_look["1.02× everywhere"]["reject"][-1],
         ),
     }  # fmt: skip
+
+
+def seconds_of_many_arms() -> float:
+    """Seconds that verdicts on 200 arms at 6 rungs and 3 seeds take, with advice."""
+    random = np.random.Generator(np.random.Philox(1))
+    ends = np.exp(random.normal(0.03, 0.12, (200, 2)))
+    arms = {f"arm {k}": ladders.line(*map(float, pair)) for k, pair in enumerate(ends)}
+    design = Design.spanning(6, 3.0)
+    results = ladders.draw(design, ladders.power_law(), arms, random)
+    started = time.perf_counter()
+    verdict.judge(results, Criterion(), design.target)
+    return time.perf_counter() - started
 
 
 # Published runs
@@ -295,6 +332,15 @@ def hard_table(figure: Mapping[str, Any]) -> list[str]:
     return table(["what is so", "least coverage", "of the line alone", "most wrong verdicts", "any false trend"], rows)
 
 
+def apart_table(figure: Mapping[str, Any]) -> list[str]:
+    rows = [
+        [row["name"], *(" · ".join(percent(arm[key]) for key in ("coverage", "promote", "reject"))
+                        for arm in row["arms"].values())]
+        for row in figure["apart"]
+    ]  # fmt: skip
+    return table(["5 × 3 sizes", *WORTHS], rows)
+
+
 def public_table(figure: Mapping[str, Any]) -> list[str]:
     keys = ("predictions", "covered", "covered_by_line", "right", "wrong", "inconclusive")
     total: dict[str, Any] = {"baseline": "all"} | {key: sum(row[key] for row in figure["public"]) for key in keys}
@@ -334,6 +380,7 @@ def looks_table(figure: Mapping[str, Any]) -> list[str]:
 
 TABLES = {
     "advice": advice_table,
+    "apart": apart_table,
     "looks": looks_table,
     "regular": coverage_table,
     "decisions": decision_table,
@@ -344,7 +391,7 @@ TABLES = {
 
 
 def write(figure: Mapping[str, Any]) -> None:
-    """Write the tables between their marks in the README, and the figure beside it."""
+    """Write the tables between their marks in the README, and the figure beside it, as far as they were measured."""
     text = README.read_text(encoding="utf-8")
     for name, lines in TABLES.items():
         if {"decisions": "regular"}.get(name, name) not in figure:
@@ -377,14 +424,28 @@ def draw(figure: Mapping[str, Any], path: Path) -> None:
     picture.savefig(path)
 
 
+PARTS: Mapping[str, Callable[[int], list[Any]]] = {
+    "advice": lambda count: advice(max(count // 5, 1)),
+    "apart": lambda count: list(apart(max(count // 5, 1))),
+    "looks": looks,
+    "public": lambda count: published(),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("ladders", nargs="?", type=int, default=1000, help="number for each row")
+    parser.add_argument("--only", choices=PARTS, help="measure and write this table alone")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     parser.add_argument("--data", action="store_true", help="the table of ladders over data alone")
     arguments = parser.parse_args()
     if arguments.data:
         write({"data": simulated(over_data(), arguments.ladders, 200)})
+        return
+    if arguments.only:
+        part = {arguments.only: PARTS[arguments.only](arguments.ladders)}
+        write(part)
+        print(json.dumps(part, indent=1))
         return
     figure = statistics(arguments.ladders)
     print(json.dumps(figure["bars"], indent=1))

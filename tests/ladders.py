@@ -10,7 +10,7 @@ from scipy import optimize
 
 from trainer.errors import FitError
 from trainer.ladder.stats import fit as fits
-from trainer.ladder.stats import significance, verdict
+from trainer.ladder.stats import planes, significance, verdict
 from trainer.ladder.stats.records import BASELINE, Criterion, Interval, Remedy, RunResult
 from trainer.ladder.stats.repetition import Repetition
 from trainer.ladder.stats.worth import LINE, Baselines, Worths, decisions
@@ -248,6 +248,61 @@ def simulate(
     flat = [k for k, one in enumerate(constant) if one]
     only = np.array([significance.false_discovery(each) for each in p[:, flat]]) < level if flat else None
     return Simulated(shares, None if only is None else float(only.any(-1).mean()))
+
+
+# Parameters and tokens apart
+
+Worth = Callable[[float, float], float]
+"""Multiplier of an arm at N and D, at the same tokens per parameter."""
+APART = [(n, ratio * n) for n in (1e7, 3e7, 1e8, 3e8, 1e9) for ratio in (5.0, 20.0, 80.0)]
+APART_TARGET, APART_MIX = 1e21, math.log(20)
+
+
+def surface_law(n: float, d: float) -> float:
+    """Loss in nats at N and D, as of Hoffmann et al. 2022."""
+    return 1.69 + 406.4 / n**0.34 + 410.7 / d**0.28
+
+
+def draw_apart(
+    arms: Mapping[str, Worth], random: np.random.Generator, sd: float = 0.002, seeds: int = 1, own: float = 0.0
+) -> list[RunResult]:
+    """Draw the baseline and each arm at every size of APART; `own` is the sd of an effect of each size of each arm."""
+    found = []
+    for n, d in APART:
+        for arm, worth in {BASELINE: lambda n, d: 1.0, **arms}.items():
+            scale = math.sqrt(worth(n, d))
+            mean = surface_law(n * scale, d * scale) + own * float(random.standard_normal())
+            for seed in range(seeds):
+                loss, size = mean + sd * float(random.standard_normal()), f"{n:g} × {d:g}"
+                found.append(RunResult(arm, size, seed, 6 * n * d, round(n), round(d), loss, 1.0))
+    return found
+
+
+def simulate_apart(
+    arms: Mapping[str, Worth], count: int, seed: int = 0, sd: float = 0.003, seeds: int = 1, own: float = 0.0,
+    level: float = Criterion.level, min_gain: float = Criterion.min_gain,
+) -> dict[str, Shares]:  # fmt: skip
+    """Draw and judge `count` ladders by losses, each arm at `level`, for the tokens per parameter of APART_MIX."""
+    random, half = np.random.Generator(np.random.Philox(seed)), level / 2
+    n = math.sqrt(APART_TARGET / 6 / math.exp(APART_MIX))
+    truths = np.log([worth(n, n * math.exp(APART_MIX)) for worth in arms.values()])
+    found = []
+    for _ in range(count):
+        results = draw_apart(arms, random, sd, seeds, own)
+        sizes = planes.SurfaceBaseline.from_results(results, APART_TARGET, level, APART_MIX)
+        worths = sizes.compare([list(sizes.match(results, arm)) for arm in arms])
+        x = math.log(APART_TARGET / sizes.scale)
+        at, decided = worths.at(x), decisions(worths, x, level, math.log(min_gain))
+        ends = [(at.bound(half, -1), at.bound(half, 1)), (at.bound_of(LINE, half, -1), at.bound_of(LINE, half, 1))]
+        covered = [(low <= truths + 1e-12) & (truths - 1e-12 <= high) for low, high in ends]
+        found.append([*covered, decided == 1, decided == -1])
+    covered, by_line, promote, reject = np.mean(found, axis=0)
+    return {
+        arm: Shares(
+            math.exp(truths[k]), float(covered[k]), float(by_line[k]), float(promote[k]), float(reject[k]), math.nan
+        )
+        for k, arm in enumerate(arms)
+    }
 
 
 # Many looks

@@ -21,8 +21,8 @@ from trainer import api, cli
 from trainer.errors import EXIT_FINISHED, ConfigError
 from trainer.ladder import report
 from trainer.ladder.judge import judge, read_criterion
-from trainer.ladder.stats import decision, verdict
-from trainer.ladder.stats.records import BASELINE, Criterion, RunResult
+from trainer.ladder.stats import decision, downstream, verdict
+from trainer.ladder.stats.records import BASELINE, Criterion, Interval, RunResult
 
 DESIGN = dataclasses.replace(ladders.LONG, seeds=2)
 ONE_SEED = dataclasses.replace(ladders.LONG, seeds=1)
@@ -403,3 +403,86 @@ def test_the_api_judges_a_table_and_gives_a_record_for_each_arm(tmp_path):
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report.tree
     with pytest.raises(ConfigError, match="val_nll"):
         api.judge(table, columns={"loss": "val_nll"})
+
+
+# A metric that is no loss
+
+
+def with_accuracy(
+    found: Sequence[RunResult], sd: float = 0.004, off: Mapping[str, float] | None = None
+) -> list[Values]:
+    """Rows with an accuracy that follows the loss: 0.25 by chance, up to 0.9."""
+    random = np.random.Generator(np.random.Philox(4))
+    return [
+        row | {"accuracy": accuracy(row["loss"]) + (off or {}).get(row["arm"], 0.0) + sd * random.standard_normal()}
+        for row in rows(found)
+    ]
+
+
+def accuracy(loss: float) -> float:
+    return 0.25 + 0.65 / (1 + math.exp(2.5 * (loss - 3.2)))
+
+
+def test_a_tasks_accuracy_is_predicted_through_the_loss_with_the_links_error(tmp_path):
+    path = write(tmp_path / "runs.csv", with_accuracy(results()))
+    tree = judge(str(path), target_flops=DESIGN.target)
+    assert tree["table"]["columns"]["downstream"] == "accuracy" and tree["metric"] == "loss"
+    found = {row["arm"]: row for row in tree["downstream"]["predictions"]}
+    base = ladders.power_law()
+    truths = {"baseline": 1.0, "better": 1.6, "worse": 0.7}
+    for arm, gain in truths.items():
+        metric = found[arm]["metric"]
+        assert metric["value"] == pytest.approx(accuracy(base(DESIGN.target * gain)), abs=0.02)
+        assert metric["low"] < metric["value"] < metric["high"]
+    difference = found["better"]["difference"]
+    assert 0 < difference["low"] < accuracy(base(DESIGN.target * 1.6)) - accuracy(base(DESIGN.target))
+    assert found["worse"]["difference"]["high"] < 0
+    assert "accuracy of better at the target" in shown(tree) and "accuracy at the target" in report.html(tree, [])
+    noisier = write(tmp_path / "noisier.csv", with_accuracy(results(), sd=0.02))
+    wider = judge(str(noisier), target_flops=DESIGN.target)["downstream"]["predictions"][0]["metric"]
+    assert wider["high"] - wider["low"] > 1.5 * (found[BASELINE]["metric"]["high"] - found[BASELINE]["metric"]["low"])
+
+
+def test_a_links_interval_holds_the_truth_as_often_as_it_says():
+    random, base, held = np.random.Generator(np.random.Philox(2)), ladders.power_law(), []
+    loss = np.repeat([base(flops) for flops in ladders.LONG.flops], 4) + 0.005 * random.standard_normal(20)
+    known = Interval(base(1e16), base(1e16), base(1e16))
+    for _ in range(20):
+        metric = [accuracy(value) + 0.004 * float(random.standard_normal()) for value in loss]
+        found = downstream.Link(loss, np.array(metric), ["arm"] * len(loss), 1.0).predict(known)
+        held.append(ladders.covers(found, accuracy(base(1e16))))
+    assert sum(held) >= 17
+
+
+def test_an_arm_that_lies_off_the_link_makes_what_the_loss_says_of_the_metric_uncertain(tmp_path):
+    off = write(tmp_path / "off.csv", with_accuracy(results(), off={"better": -0.05}))
+    tree = judge(str(off), target_flops=DESIGN.target)
+    assert "lie off the link" in " ".join(tree["notices"])
+    difference = next(row for row in tree["downstream"]["predictions"] if row["arm"] == "better")["difference"]
+    assert difference["low"] < 0 < difference["high"]
+
+
+def test_a_metric_in_bits_is_linked_by_a_line_and_few_runs_are_refused(tmp_path):
+    table = [
+        row | {"downstream_bpb": 0.2 + 0.3 * row["loss"] + 1e-3 * (n % 3)} for n, row in enumerate(rows(results()))
+    ]
+    named = {"downstream": "downstream_bpb"}
+    tree = judge(str(write(tmp_path / "runs.csv", table)), columns=named, target_flops=DESIGN.target)
+    assert tree["downstream"]["link"]["form"] == "line"
+    found = tree["downstream"]["predictions"][0]["metric"]
+    assert found["low"] < 0.201 + 0.3 * ladders.power_law()(DESIGN.target) < found["high"]
+    few = [row | {"downstream_bpb": row["downstream_bpb"] if number < 2 else ""} for number, row in enumerate(table)]
+    tree = judge(str(write(tmp_path / "few.csv", few)), columns=named, target_flops=DESIGN.target)
+    assert "needs 3 runs of different loss" in tree["downstream"]["refused"]
+
+
+def test_the_ranking_at_the_largest_size_is_shown_beside_the_verdicts(tmp_path):
+    found = results(ONE_SEED, {"fades": ladders.line(3, 0.9), "worse": ladders.line(0.7, 0.7)})
+    tree = judge(str(write(tmp_path / "runs.csv", rows(found))), target_flops=1e18)
+    says = {row["arm"]: row["says"] for row in tree["ranking"]}
+    assert list(says) == ["fades", BASELINE, "worse"]
+    assert says == {"fades": "promote", BASELINE: None, "worse": "reject"}
+    decided = {row["arm"]: row["decision"] for row in tree["verdicts"]}
+    assert decided["fades"] != "promote" and decided["worse"] == "reject"
+    assert "the best first: fades, baseline, worse" in shown(tree)
+    assert "By ranking at the largest size alone" in report.html(tree, [])

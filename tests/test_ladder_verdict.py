@@ -144,7 +144,7 @@ def test_more_of_the_same_runs_settle_a_question_more_often():
         Baseline.from_results(results, fits.fit_curve(results)), results, ["arm"], (), Criterion(), TARGET
     )
     futures = advice.Futures(judged.situation(0), 400, np.random.Generator(np.random.Philox(0)))
-    chances = [futures.settled(advice.Purchase((0, 1, 2, 3), pairs, None, 1.0)) for pairs in (1, 8, 64)]
+    chances = futures.settled([advice.Purchase((0, 1, 2, 3), pairs, None, 1.0) for pairs in (1, 8, 64)])
     assert chances[0] < chances[1] < chances[2]
 
 

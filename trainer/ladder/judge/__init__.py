@@ -1,9 +1,8 @@
 """A verdict on runs that were made elsewhere: a table of their results is judged as a ladder's runs are.
 
 table.py reads the rows; meaning.py finds out what they say, and all that is wrong with them. Here they become the
-records that collect.py makes of a ladder's own runs: fit, verdicts and report are the same from there on. What was
-guessed, derived or left out is said in the report's notices. surface.py has the forms for runs on no one line of
-compute.
+records that collect.py makes of a ladder's own runs: fit, verdicts and report are the same from there on, also for runs
+on no one line of compute. What was guessed, derived or left out is said in the report's notices.
 """
 
 import math
@@ -15,16 +14,18 @@ from pydantic import ValidationError
 
 from trainer import tomlfile
 from trainer.errors import ConfigError
+from trainer.ladder import collect
 from trainer.ladder.collect import CollectedRun
-from trainer.ladder.judge import meaning, surface, table
+from trainer.ladder.judge import downstream, meaning, table
 from trainer.ladder.judge.meaning import TableRun
 from trainer.ladder.judge.table import Table
 from trainer.ladder.plan.ladder import Ladder, PlannedArm, PlannedRung
 from trainer.ladder.plan.schema import CriterionTable, LadderFile
 from trainer.ladder.plan.sizes import Shape
-from trainer.ladder.report import build
+from trainer.ladder.report import build, surface
 from trainer.ladder.report.build import CollectedLadder
 from trainer.ladder.report.estimates import Tree
+from trainer.ladder.stats import planes
 from trainer.ladder.stats.records import BASELINE, Criterion
 from trainer.ladder.stats.significance import LACK_OF_FIT
 from trainer.show.units import scientific
@@ -57,8 +58,7 @@ def judge(
     runs = meaning.with_baseline(found, runs, baseline, notices)
     runs = meaning.in_nats(runs, metric, more, notices)
     base = [run for run in runs if run.arm == BASELINE and run.params and run.tokens and math.isfinite(run.loss)]
-    parameters, tokens, loss = (np.array([getattr(run, name) for run in base]) for name in ("params", "tokens", "loss"))
-    apart = surface.is_surface(parameters, tokens)
+    apart = planes.is_surface(*(np.array([getattr(run, name) for run in base]) for name in ("params", "tokens")))
     runs = meaning.with_seeds(meaning.with_rungs(runs, apart), notices)
     if crowded := meaning.crowded(found, runs):
         raise ConfigError(crowded)
@@ -77,13 +77,9 @@ def judge(
     tree = _report(found, runs, notices, metric, unit, criterion, target_flops)
     shown = build.short_path(Path(source))
     tree["table"] = {"source": shown, "columns": chosen, "command": f"python -m trainer judge {shown}"}
-    if apart:
-        tree |= {
-            "fit": None, "bootstrap": None, "curve": None, "verdicts": [], "lines": {}, "predictions": [],
-            "multiplier_predictions": [], "surface": surface.fit(parameters, tokens, loss, target_flops),
-            "no_fit": "parameters and tokens vary apart, so a curve in compute cannot hold these runs; a surface can.",
-        }  # fmt: skip
-        tree.pop(build.EXECUTION, None)
+    if "downstream" in chosen:
+        results = collect.run_results([_collected(run) for run in runs])
+        tree["downstream"] = downstream.estimate(chosen["downstream"], runs, results, tree)
     tree["notices"] += _cautions(tree)
     return tree
 
@@ -156,7 +152,11 @@ def _cautions(tree: Tree) -> list[str]:
     """What shows that a form does not hold for these runs, and so hardly for the target."""
     found = surface.cautions(tree["surface"]) if "surface" in tree else []
     if "surface" in tree and tree["arms"]:
-        found.append("Arms are compared size by size: a surface gives no verdict on them.")
+        found.append(
+            "Arms are compared size by size: by how much more compute, at the same tokens per parameter, the baseline "
+            "would need for their loss, as its surface has it."
+        )
+    found += downstream.cautions(tree["downstream"]) if "downstream" in tree else []
     if tree["fit"] and (tree["fit"]["lack_of_fit_p"] or 1.0) < LACK_OF_FIT:
         found.append("The curve E + A·C^−α does not fit the baseline's rungs: do not trust its target.")
     return found + [

@@ -25,6 +25,7 @@ ROLES: Mapping[str, tuple[str, ...]] = {
              "final_loss"),
     "seconds": ("seconds", "train_seconds", "training_seconds"),
     "unique_tokens": ("unique_tokens",),
+    "downstream": ("downstream", "accuracy", "acc", "task_accuracy", "exact_match", "f1"),
 }  # fmt: skip
 """The meanings that a column may have, and the names by which it is recognised."""
 METRICS = ("bits_per_byte", "bpb", "perplexity", "ppl", "accuracy", "acc", "error_rate", "error")
@@ -61,6 +62,8 @@ class TableRun:
     loss: float
     """NaN if the run diverged."""
     seconds: float | None
+    metric: float | None = None
+    """The value of the column that is predicted through the loss."""
 
 
 def words(name: str) -> str:
@@ -89,6 +92,8 @@ def choose_columns(found: Table, named: Mapping[str, str]) -> dict[str, str]:
             problems.append(f"{found.source} has several losses: {listed}.\n  Name one: --column loss={losses[0]}.")
         chosen["loss"] = losses[0] if losses else ""
     chosen |= named
+    if chosen["downstream"] == chosen["loss"]:
+        chosen["downstream"] = ""  # the metric itself is judged as a loss
     if not chosen["loss"]:
         problems.append(
             f"{found.source} has no column that is called a loss. Its columns are {', '.join(found.columns)}.\n"
@@ -159,7 +164,7 @@ def read_runs(
         runs.append(
             TableRun(
                 row.place, texts["arm"] or BASELINE, texts["rung"], None if seed is None else int(seed), params, tokens,
-                flops, loss, values.get("seconds"),
+                flops, loss, values.get("seconds"), values.get("downstream"),
             )
         )  # fmt: skip
     remedy = "Correct the table, or give another column with --column ROLE=NAME (--column ROLE= for none)."
@@ -191,7 +196,7 @@ def _number(row: Row, role: str, chosen: Mapping[str, str], wrong: dict[str, lis
             return None
         if role == "seed" and not number.is_integer():
             problem = "is no whole number"
-        elif role != "seed" and not (0 < number < math.inf):
+        elif role not in ("seed", "downstream") and not (0 < number < math.inf):
             problem = "is not positive and finite"
         elif number < LEAST.get(role, -math.inf):
             problem = "is too few, as if in a larger unit: write all digits, or 124M, 2.5B"

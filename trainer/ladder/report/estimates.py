@@ -16,10 +16,12 @@ from scipy import special
 from trainer.errors import FitError
 from trainer.ladder.collect import CollectedRun
 from trainer.ladder.plan.ladder import TARGET, Ladder
-from trainer.ladder.stats import decision, verdict
+from trainer.ladder.report import surface
+from trainer.ladder.stats import decision, downstream, planes, verdict
 from trainer.ladder.stats import fit as fits
-from trainer.ladder.stats.pairs import Baseline, can_extrapolate
-from trainer.ladder.stats.records import BASELINE, Axis, CurveFit, Interval, RunResult, Verdict
+from trainer.ladder.stats.pairs import Baseline, Sizes, by_arm, can_extrapolate
+from trainer.ladder.stats.planes import SurfaceBaseline
+from trainer.ladder.stats.records import BASELINE, Axis, Interval, RunResult, Verdict
 from trainer.ladder.stats.worth import LINE, OTHER_FLOOR
 
 Tree = dict[str, Any]
@@ -44,11 +46,12 @@ class EstimatePlan:
         # Amounts on the axis by (rung, arm), also of runs that are still to be made: predictions of them need theirs.
         self.amounts = {(run.rung, run.arm): ladder.amount(run) for run in runs} | {(TARGET, BASELINE): self.target}
         self.amounts |= {(rung.name, BASELINE): ladder.amount(rung) for rung in ladder.rungs}
+        target = ladder.target
+        self.target_mix = math.log(target.tokens / target.parameters) if target else None
 
     def judge(self, results: Sequence[RunResult], flops: float, **more: Any) -> list[Verdict]:
-        return verdict.judge(
-            results, self.criterion, flops, arms=self.arms, unchanged=self.unchanged, axis=self.axis, **more
-        )
+        more = {"arms": self.arms, "unchanged": self.unchanged, "target_mix": self.target_mix} | more
+        return verdict.judge(results, self.criterion, flops, axis=self.axis, **more)
 
 
 def estimate(results: Sequence[RunResult], plan: EstimatePlan) -> Tree:
@@ -60,10 +63,13 @@ def estimate(results: Sequence[RunResult], plan: EstimatePlan) -> Tree:
     rungs, level = [result for result in results if result.rung != TARGET], plan.criterion.level
     tree: Tree = {
         "noise": _noise(results),
+        "ranking": downstream.ranking(rungs),
         "differences": _differences(results, plan),
         "fit": None, "no_fit": None, "bootstrap": None, "curve": None, "verdicts": [], "lines": {},
         "predictions": _predictions(results, plan), "multiplier_predictions": [],
     }  # fmt: skip
+    if plan.axis == "compute" and planes.vary_apart(rungs):
+        return tree | {"predictions": []} | _on_a_surface(rungs, plan)
     try:
         fit = fits.fit_curve(rungs, level, axis=plan.axis)
     except FitError as error:
@@ -75,9 +81,28 @@ def estimate(results: Sequence[RunResult], plan: EstimatePlan) -> Tree:
         "curve": {"flops": grid}
         | _columns([fits.predict(rungs, flops, CURVE_ITSELF, level).predicted for flops in grid]),
         "verdicts": [decision.loss_tree(found, plan.axis) for found in verdicts],
-        "lines": _lines(rungs, fit, plan),
+        "lines": _lines(rungs, Baseline.from_results(rungs, fit), plan),
         "multiplier_predictions": list(_multiplier_predictions(results, plan, verdicts)),
     }
+
+
+def _on_a_surface(results: Sequence[RunResult], plan: EstimatePlan) -> Tree:
+    """Verdicts and surfaces of a ladder whose parameters and tokens vary apart."""
+    reason = "parameters and tokens vary apart, so a curve in compute cannot hold these runs; a surface can."
+    base = [run for run in results if run.arm == BASELINE and math.isfinite(run.loss)]
+    parameters, tokens, loss = np.array([(run.parameters, run.tokens, run.loss) for run in base], dtype=float).T
+    verdicts, lines = [], {}
+    try:
+        if plan.arms:
+            sizes = SurfaceBaseline.from_results(results, plan.target, plan.criterion.level, plan.target_mix)
+            verdicts = plan.judge(results, plan.target, surface=sizes)
+            lines = _lines(results, sizes, plan)
+    except FitError as error:
+        reason = f"{reason} Arms have no verdict: {error}"
+    return {
+        "no_fit": reason, "verdicts": [decision.loss_tree(found, plan.axis) for found in verdicts], "lines": lines,
+        "surface": surface.fit(parameters, tokens, loss, plan.target),
+    }  # fmt: skip
 
 
 # --- without a curve --------------------------------------------------------------------------------------------------
@@ -99,15 +124,16 @@ def _noise(results: Sequence[RunResult]) -> list[Tree]:
 
 def _differences(results: Sequence[RunResult], plan: EstimatePlan) -> list[Tree]:
     """Mean loss of each rung and arm minus the baseline's of the same seed, with Student's interval."""
-    losses = {(result.rung, result.arm, result.seed): result.loss for result in results if math.isfinite(result.loss)}
+    losses: dict[tuple[str, str], dict[int, float]] = {}
+    for result in results:
+        if math.isfinite(result.loss):
+            losses.setdefault((result.rung, result.arm), {})[result.seed] = result.loss
     found = []
     for rung in (*plan.rungs, TARGET):
+        base = losses.get((rung, BASELINE), {})
         for arm in plan.arms:
-            pairs = [
-                loss - losses[rung, BASELINE, seed]
-                for (run_rung, run_arm, seed), loss in losses.items()
-                if (run_rung, run_arm) == (rung, arm) and (rung, BASELINE, seed) in losses
-            ]
+            own = losses.get((rung, arm), {})
+            pairs = [loss - base[seed] for seed, loss in own.items() if seed in base]
             if pairs:
                 difference = _mean(pairs, plan.criterion.level).to_json()
                 found.append({"rung": rung, "arm": arm, "pairs": len(pairs), "difference": difference})
@@ -135,12 +161,12 @@ def _columns(intervals: Sequence[Interval]) -> Tree:
     return {name: [tree[name] for tree in trees] for name in ("value", "low", "high")}
 
 
-def _lines(results: Sequence[RunResult], fit: CurveFit, plan: EstimatePlan) -> Tree:
+def _lines(results: Sequence[RunResult], baseline: Sizes, plan: EstimatePlan) -> Tree:
     """Each arm's multiplier against compute, over all forms and by each; None if it cannot be extrapolated."""
-    baseline, half = Baseline.from_results(results, fit), plan.criterion.level / 2
-    matched = [list(baseline.match(results, arm)) for arm in plan.arms]
+    half, runs = plan.criterion.level / 2, by_arm(results)
+    matched = [list(baseline.match(runs.get(arm, []), arm)) for arm in plan.arms]
     grid, worths = _grid(plan), baseline.compare(matched)
-    found = [worths.at(math.log(flops / fit.curve.scale)) for flops in grid]
+    found = [worths.at(math.log(flops / baseline.scale)) for flops in grid]
     fading = LINE + found[-1].excess[:, LINE:].argmin(-1)
     columns = {
         "value": [point.value for point in found],
@@ -179,8 +205,9 @@ def _questions(results: Sequence[RunResult], plan: EstimatePlan) -> list[tuple[s
 
 def _predictions(results: Sequence[RunResult], plan: EstimatePlan) -> list[Tree]:
     """Predicted losses of the baseline and each arm, beside the observed ones."""
+    runs = by_arm(results)
     return [
-        _prediction(results, arm, rung, below, plan)
+        _prediction(runs.get(arm, []), arm, rung, below, plan)
         for rung, below in _questions(results, plan)
         for arm in (BASELINE, *plan.arms)
         if (rung, arm) in plan.amounts
@@ -189,7 +216,7 @@ def _predictions(results: Sequence[RunResult], plan: EstimatePlan) -> list[Tree]
 
 def _prediction(results: Sequence[RunResult], arm: str, rung: str, below: Sequence[str], plan: EstimatePlan) -> Tree:
     # The arm's own curve: fit_curve and predict know only the baseline.
-    arm_results = [replace(result, arm=BASELINE) for result in results if result.arm == arm]
+    arm_results = [replace(result, arm=BASELINE) for result in results]
     losses = [result.loss for result in arm_results if result.rung == rung and math.isfinite(result.loss)]
     tree: Tree = {"rung": rung, "arm": arm, "by": list(below), "runs": len(losses), "refused": None}
     try:

@@ -93,6 +93,11 @@ def _lines(tree: Tree) -> Iterator[str]:
         )
     for form in tree.get("surface", {}).get("forms", ()):
         yield f"{form['name']}, {form['formula']}: {form['refused'] or _surface_form(form)}"
+    if ranked := tree.get("ranking"):
+        order = ", ".join(row["arm"] for row in ranked)
+        yield f"by loss at {ranked[0]['rung']} alone, the best first: {order}"
+    if down := tree.get("downstream"):
+        yield from _downstream(down)
     for guess in tree["predictions"]:
         if guess["arm"] == BASELINE and guess["predicted"] is not None:
             observed = "not run" if guess["observed"] is None else f"observed {units.loss(guess['observed'])}"
@@ -104,6 +109,14 @@ def _lines(tree: Tree) -> Iterator[str]:
         yield "faults survived: " + ", ".join(
             f"{number['survived']} of {number['made']} {kind}" for kind, number in faults.items()
         )
+
+
+def _downstream(down: Tree) -> Iterator[str]:
+    if down["refused"]:
+        yield f"{down['column']} is not predicted: {down['refused']}"
+    for row in down["predictions"]:
+        gain = f"; minus the baseline's {units.interval(row['difference'], units.signed)}" if row["difference"] else ""
+        yield f"{down['column']} of {row['arm']} at the target: {units.interval(row['metric'], units.loss)}{gain}"
 
 
 def _surface_form(form: Tree) -> str:

@@ -12,7 +12,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from trainer.ladder.stats import fit as fits
 from trainer.ladder.stats import significance
+from trainer.ladder.stats.pairs import CLEAR_OF_FLOOR
 from trainer.ladder.stats.worth import FADING, POOLED, PREFERENCE, Baselines, Worths, decisions
 
 Array = np.ndarray
@@ -52,6 +54,7 @@ class Situation:
     scale: float  # FLOPs at x = 0
     target: float  # FLOPs
     level: Callable[[float], float]  # of a bound, by the number of pairs
+    curve_level: float  # of the intervals of the baseline's curve
     least: float  # ln of the least useful gain
 
     @property
@@ -104,7 +107,9 @@ class Futures:
         # Noise of pairs and of the baseline's runs, each with the share that seeds have in it.
         (self._noise, self._share), (self._base_noise, self._base_share) = map(self._draw_noise, situation.believed)
         # The baseline's curve moves with its noise: (E, A, alpha) of each truth, minus the fitted ones.
-        influence = worths.curve[2].reshape(3, -1)
+        curve = worths.baselines
+        influence = fits.sensitivity(curve.x, curve.seeds, curve.E, curve.A, curve.alpha)
+        influence = influence * np.exp(worths.growth * curve.x) / np.sqrt(curve.seeds)
         self._moved = (influence @ (np.sqrt(self._base_noise) * self._normal(influence.shape[-1]).T)).T
         # A form, and a line in its z: z is 0 at the largest rung, and its slope is 1 there.
         self._form, self._level, self._slope, z = self._draw_line()
@@ -152,44 +157,81 @@ class Futures:
         slopes = slope[own] + moved
         return form, level[own] - b / a * moved + self._normal() / np.sqrt(a), slopes, z[form]
 
-    def settled(self, purchase: Purchase) -> float:
-        """Share of the truths in which these runs would lead to a decision."""
+    def settled(self, purchases: Sequence[Purchase]) -> list[float]:
+        """Share of the truths in which these runs would lead to a decision, for each purchase."""
+        found: dict[int, float] = {}
+        for new in dict.fromkeys(one.new for one in purchases):
+            places = [place for place, one in enumerate(purchases) if one.new == new]
+            found |= zip(places, self._settled([purchases[place] for place in places], new), strict=True)
+        return [found[place] for place in range(len(purchases))]
+
+    def _settled(self, purchases: Sequence[Purchase], new: float | None) -> list[float]:
+        """The same for purchases with the same new rung, or with none; the first axes are purchases and draws."""
         now, worths = self._now, self._now.worths
-        x, base, pairs = worths.x, self._widened(now.base, purchase), self._widened(now.pairs, purchase)
-        for rung in purchase.rungs:
-            self._run(base, pairs, purchase.pairs, rung, float(x[rung]), self._worth[:, rung])
-        if purchase.new is not None:
-            new = math.log(purchase.new / now.scale)
-            x = np.append(x, new)
-            slope = float(worths.baselines.slope(np.array([new]))[0])
-            unit = math.exp(float(worths.growth) * new) / slope
+        x, base, pairs = worths.x, self._widened(now.base, purchases), self._widened(now.pairs, purchases)
+        for place, one in enumerate(purchases):
+            for rung in one.rungs:
+                self._run(base[place], pairs[:, place], one.pairs, rung, float(x[rung]), self._worth[:, rung])
+        if new is not None:
+            x = np.append(x, at := math.log(new / now.scale))
+            slope = float(worths.baselines.slope(np.array([at]))[0])
+            unit = math.exp(float(worths.growth) * at) / slope
             effect = np.sqrt(self._noise * (1 - self._share) / self._pairs_of_rung) * unit
-            z = worths.z(np.array([new]))[0, self._form, 0]
-            worth = self._level + self._slope * z + effect * self._normal()
-            self._run(base, pairs, purchase.pairs, len(x) - 1, new, worth)
-        evidence, curve = worths.evidence, Baselines.fit(x, base, coarse=True)
+            z = worths.z(np.array([at]))[0, self._form, 0]
+            for place, one in enumerate(purchases):
+                worth = self._level + self._slope * z + effect * self._normal()
+                self._run(base[place], pairs[:, place], one.pairs, len(x) - 1, at, worth)
+        return self._decided(x, base, pairs).mean(-1).tolist()
+
+    def _decided(self, x: Array, base: Array, pairs: Array) -> Array:
+        """True where the rule of verdict.py decides, without what it says of seconds; shape (purchases, draws)."""
+        now, worths = self._now, self._now.worths
+        curve = Baselines.fit(x, base, coarse=True)
         # Without a slope there is no multiplier, and no decision.
         flat = (curve.A <= 0) | (curve.slope(x)[..., -1] < LEAST_SLOPE * float(worths.baselines.slope(x)[-1]))
         curve = replace(curve, **{
             name: np.where(flat, getattr(worths.baselines, name), getattr(curve, name)) for name in ("E", "A", "alpha")
         })  # fmt: skip
-        then = Worths.from_pairs(
-            curve, *pairs[:, :, None], growth=float(worths.growth),
-            absent=evidence.sum(-1) - evidence[:, now.number], fading=SOME_FADING,
-        )  # fmt: skip
-        level = now.level(float(np.isfinite(pairs[0, 0]).sum()))
-        decided = decisions(then, math.log(now.target / now.scale), level, now.least)[:, 0]
-        return float(((decided != 0) & ~flat).mean())
+        then, target = self._compare(curve, pairs), math.log(now.target / now.scale)
+        levels = [now.level(float(number)) for number in np.isfinite(pairs[0, :, 0]).sum((-1, -2))]
+        decided = np.zeros(flat.shape, dtype=int)
+        for level in dict.fromkeys(levels):
+            same = np.array(levels) == level
+            decided[same] = decisions(then, target, level, now.least)[same, :, 0]
+        # No loss may lie at the floor, nor may the answer differ within the interval of (E, alpha).
+        lowest, sd = np.nanmin(pairs[:2], (0, -1, -2)), curve.sd
+        decided[flat | (lowest <= curve.E + CLEAR_OF_FLOOR * sd)] = 0
+        chosen = np.nonzero(decided)
+        if not len(chosen[0]):
+            return decided != 0
+        seeds, lack = curve.seeds[chosen], curve.lack[chosen]
+        quantile = significance.student_quantile(now.curve_level / 2, np.maximum(curve.freedom[chosen], 1.0))
+        most = np.where(curve.freedom[chosen] > 0, lack + (quantile * sd[chosen]) ** 2, math.inf)
+        ends = fits.extremes(x, Baselines.means(base[chosen]), seeds, most)
+        other = Baselines(x, *ends, np.broadcast_to(seeds, (2, *seeds.shape)), curve.within[chosen], lack)
+        values = self._compare(other, pairs[:, *chosen]).value_at(target)[..., 0]
+        way = decided[chosen]
+        holds = (lowest[chosen] > other.E) & ((values >= now.least) == (way > 0))
+        decided[chosen] = np.where(holds.all(0), way, 0)
+        return decided != 0
 
-    def _widened(self, losses: Array, purchase: Purchase) -> Array:
-        """The losses for each truth, shape (..., draws, rungs, seeds), with room for the new runs."""
+    def _compare(self, curve: Baselines, pairs: Array) -> Worths:
+        evidence = self._now.worths.evidence
+        return Worths.from_pairs(
+            curve, *pairs[..., None, :, :], growth=float(self._now.worths.growth),
+            absent=evidence.sum(-1) - evidence[:, self._now.number], fading=SOME_FADING,
+        )  # fmt: skip
+
+    def _widened(self, losses: Array, purchases: Sequence[Purchase]) -> Array:
+        """Losses for each purchase and truth, shape (..., purchases, draws, rungs, seeds), with room for new runs."""
         *more, rungs, seeds = losses.shape
-        wide = np.full((*more, self._draws, rungs + (purchase.new is not None), seeds + purchase.pairs), np.nan)
-        wide[..., :rungs, :seeds] = losses[..., None, :, :]
+        new, most = purchases[0].new is not None, max(one.pairs for one in purchases)
+        wide = np.full((*more, len(purchases), self._draws, rungs + new, seeds + most), np.nan)
+        wide[..., :rungs, :seeds] = losses[..., None, None, :, :]
         return wide
 
     def _run(self, base: Array, pairs: Array, number: int, rung: int, x: float, worth: Array) -> None:
-        """Draw runs of the baseline and the arm, and write their losses into the last places of the rung."""
+        """Draw runs of the baseline and the arm, and write their losses beside those of the rung."""
         now, worths = self._now, self._now.worths
         curve = worths.baselines
         E, A, alpha = float(curve.E), float(curve.A), float(curve.alpha)
@@ -213,9 +255,11 @@ class Futures:
         cost = float(now.log_cost[min(rung, len(now.base) - 1)])
         worth = np.clip(worth[:, None] + apart / slope, -MOST_WORTH, MOST_WORTH)
         arm_loss = E + (base_loss - E) * np.exp(-alpha * (worth + cost))
-        base[:, rung, -number:] = base_loss
+        first = now.base.shape[-1]
+        base[:, rung, first : first + number] = base_loss
+        first = now.pairs.shape[-1]
         for losses, new in zip(pairs, (base_loss, arm_loss, cost), strict=True):
-            losses[:, rung, -number:] = new
+            losses[:, rung, first : first + number] = new
 
 
 def advise(
@@ -230,7 +274,8 @@ def advise(
         return []
     random = np.random.Generator(np.random.Philox(seed))
     futures = Futures(situation, FEW_DRAWS, random)
-    found = [(one, futures.settled(one)) for one in situation.purchases(further) if one.flops <= most_flops]
+    possible = [one for one in situation.purchases(further) if one.flops <= most_flops]
+    found = list(zip(possible, futures.settled(possible), strict=True))
     likely = max((chance for _, chance in found), default=0.0)
     if not likely:
         return []
@@ -240,5 +285,5 @@ def advise(
     for one, _ in found:
         kinds.setdefault("rung" if one.new else "everywhere" if len(one.rungs) > 1 else "one", one)
     # What was chosen for its share was also lucky with it: the share that is told comes from other draws.
-    futures = Futures(situation, DRAWS, random)
-    return [(one, futures.settled(one)) for one in kinds.values()]
+    chosen = list(kinds.values())
+    return list(zip(chosen, Futures(situation, DRAWS, random).settled(chosen), strict=True))

@@ -130,6 +130,18 @@ def solve(x: Array, loss: Array, weights: Array, coarse: bool = False) -> tuple[
     return E, A, alpha, squares
 
 
+def extremes(x: Array, loss: Array, weights: Array, most: Array) -> tuple[Array, Array, Array]:
+    """Return (E, A, alpha) of the curves with the least and the greatest alpha of ALPHAS whose sum is below `most`.
+
+    Many ladders at once, as `project` takes them; the result has the two ends on a first axis.
+    """
+    E, A, squares = project(ALPHAS, x, loss, weights)
+    inside = squares <= np.maximum(most, squares.min(-1))[..., None]
+    ends = np.stack([inside.argmax(-1), inside.shape[-1] - 1 - inside[..., ::-1].argmax(-1)])
+    E, A = (np.take_along_axis(values, np.moveaxis(ends, 0, -1), -1) for values in (E, A))
+    return np.moveaxis(E, -1, 0), np.moveaxis(A, -1, 0), ALPHAS[ends]
+
+
 def curve_with_alpha(rungs: Rungs, alpha: float) -> Curve:
     """Return the best curve with this exponent."""
     E, A, _ = project(np.array([alpha]), rungs.x, rungs.loss, rungs.seeds)
@@ -350,17 +362,22 @@ def bootstrap(results: Iterable[RunResult], level: float = 0.05, draws: int = 40
     """
     rungs = Rungs.from_results(results)
     random = np.random.Generator(np.random.Philox(seed))
-    curves: list[tuple[float, float]] = []
+    means, weights = [], []
     for _ in range(draws):
         chosen, counts = np.unique(random.integers(len(rungs.names), size=len(rungs.names)), return_counts=True)
         if len(chosen) < FEWEST_RUNGS:
             continue
-        means = np.array([random.choice(rungs.losses[k], len(rungs.losses[k])).mean() for k in chosen])
-        E, A, alpha, _ = map(float, solve(rungs.x[chosen], means, rungs.seeds[chosen] * counts))
-        if A > 0:
-            curves.append((E, alpha))
+        # A rung that was not drawn has no weight.
+        means.append(rungs.loss.copy())
+        weights.append(np.zeros(len(rungs.names)))
+        means[-1][chosen] = [random.choice(rungs.losses[k], len(rungs.losses[k])).mean() for k in chosen]
+        weights[-1][chosen] = rungs.seeds[chosen] * counts
     E = alpha = Interval(None, None, None, level)
-    if curves:
+    curves = np.zeros((0, 2))
+    if means:
+        found_E, A, found_alpha, _ = solve(rungs.x, np.array(means), np.array(weights))
+        curves = np.stack([found_E, found_alpha], -1)[A > 0]
+    if len(curves):
         found = np.quantile(curves, [0.5, level / 2, 1 - level / 2], axis=0)
         E, alpha = (Interval(middle, low, high, level) for middle, low, high in found.T.tolist())
     return records.Bootstrap(E, alpha, draws, draws - len(curves))

@@ -8,6 +8,7 @@ as far apart in any order.
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,15 @@ Runs = dict[str, dict[int, RunResult]]
 """Results by rung and seed."""
 
 
-def _runs(results: Iterable[RunResult], arm: str) -> Runs:
+def by_arm(results: Iterable[RunResult]) -> dict[str, list[RunResult]]:
+    """The results of each arm."""
+    found: dict[str, list[RunResult]] = {}
+    for result in results:
+        found.setdefault(result.arm, []).append(result)
+    return found
+
+
+def runs_of(results: Iterable[RunResult], arm: str) -> Runs:
     runs: Runs = {}
     for result in results:
         if result.arm == arm:
@@ -70,30 +79,32 @@ def pairing(rungs: Iterable[MatchedRung]) -> Pairing:
 
 
 @dataclass(frozen=True)
-class Baseline:
-    """The baseline's runs and curve, with which all arms are compared."""
+class Sizes:
+    """The baseline's runs by rung, with which all arms are compared. Subclasses know the form on which they lie."""
 
-    fit: CurveFit
     rungs: fits.Rungs
     runs: Runs
-
-    @classmethod
-    def from_results(cls, results: Sequence[RunResult], fit: CurveFit) -> "Baseline":
-        return cls(fit, fits.Rungs.from_results(results), _runs(results, BASELINE))
+    E: float  # loss that no amount of compute reaches
+    E_determined: bool
+    sd: float | None  # of a run; None if unknown
+    scale: float  # FLOPs at x = 0
 
     @property
     def floor(self) -> float:
         """Lowest loss that still has a multiplier."""
-        return self.fit.curve.E + CLEAR_OF_FLOOR * (self.fit.sd or 0.0)
+        return self.E + CLEAR_OF_FLOOR * (self.sd or 0.0)
 
-    def extreme_curves(self) -> list[Curve]:
-        """The curves at both ends of alpha's interval, each with the E that belongs to it."""
-        ends = ((self.fit.alpha.low, fits.ALPHAS[0]), (self.fit.alpha.high, fits.ALPHAS[-1]))
-        return [fits.curve_with_alpha(self.rungs, float(edge) if end is None else end) for end, edge in ends]
+    def alternatives(self) -> list[tuple[float, Any]]:
+        """(E, form) of the outermost forms that the baseline's runs allow."""
+        raise NotImplementedError
+
+    def compare(self, arms: Sequence[Sequence[MatchedRung]], form: Any = None) -> Worths:
+        """Estimate what arms with these rungs are worth, by the baseline's form or another of `alternatives`."""
+        raise NotImplementedError
 
     def match(self, results: Iterable[RunResult], arm: str) -> Iterator[MatchedRung]:
         """Yield the baseline's rungs, by compute, with the arm's runs there. Raises FitError if its unit differs."""
-        runs, ratios = _runs(results, arm), []
+        runs, ratios = runs_of(results, arm), []
         for name, flops in zip(self.rungs.names, self.rungs.flops, strict=True):
             base, own = (
                 {seed: run for seed, run in side.get(name, {}).items() if math.isfinite(run.loss)}
@@ -113,7 +124,7 @@ class Baseline:
             elif not paired:
                 gap = "no common seed, so its runs are compared as unpaired"
             elif at_floor:
-                gap = f"a loss lies at the baseline's floor of {self.fit.curve.E:.4f}"
+                gap = f"a loss lies at the baseline's floor of {self.E:.4f}"
             yield MatchedRung(name, float(flops), pairs, paired, gap, bool(pairs) and not at_floor)
         logs = np.abs(np.log(ratios)) if ratios else np.zeros(1)
         if (np.abs(logs / math.log(1 / math.log(2)) - 1) < MIXED_UNITS).all():
@@ -141,14 +152,35 @@ class Baseline:
                     table[:, number, k, : len(costs)] = [*rung.losses, costs]
         return table
 
-    def compare(self, arms: Sequence[Sequence[MatchedRung]], curve: Curve | None = None) -> Worths:
-        """Estimate what arms with these rungs are worth, by the baseline's curve or another."""
-        curve, rungs = curve or self.fit.curve, self.rungs
+    @property
+    def within(self) -> np.ndarray:
+        """Sum of squares of each rung's losses about their mean."""
+        return np.array([((losses - losses.mean()) ** 2).sum() for losses in self.rungs.losses])
+
+
+@dataclass(frozen=True)
+class Baseline(Sizes):
+    """The baseline's runs and their curve in compute."""
+
+    fit: CurveFit
+
+    @classmethod
+    def from_results(cls, results: Sequence[RunResult], fit: CurveFit) -> "Baseline":
+        rungs, curve = fits.Rungs.from_results(results), fit.curve
+        return cls(rungs, runs_of(results, BASELINE), curve.E, fit.E_determined, fit.sd, curve.scale, fit)
+
+    def alternatives(self) -> list[tuple[float, Curve]]:
+        """The curves at both ends of alpha's interval, each with the E that belongs to it."""
+        ends = ((self.fit.alpha.low, fits.ALPHAS[0]), (self.fit.alpha.high, fits.ALPHAS[-1]))
+        found = [fits.curve_with_alpha(self.rungs, float(edge) if end is None else end) for end, edge in ends]
+        return [(curve.E, curve) for curve in found]
+
+    def compare(self, arms: Sequence[Sequence[MatchedRung]], form: Curve | None = None) -> Worths:
+        curve, rungs = form or self.fit.curve, self.rungs
         E, A, alpha = (np.array(value) for value in (curve.E, curve.A, curve.alpha))
         x = np.log(rungs.flops / curve.scale)
         lack = rungs.seeds @ (rungs.loss - E - A * np.exp(-alpha * x)) ** 2
-        within = np.array([((losses - losses.mean()) ** 2).sum() for losses in rungs.losses])
-        return Worths.from_pairs(Baselines(x, E, A, alpha, rungs.seeds, within, lack), *self.table(arms))
+        return Worths.from_pairs(Baselines(x, E, A, alpha, rungs.seeds, self.within, lack), *self.table(arms))
 
 
 def can_extrapolate(rungs: Sequence[MatchedRung]) -> bool:

@@ -9,7 +9,7 @@ run that is far off counts less.
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -77,6 +77,7 @@ class Surface:
     exponents: tuple[float, ...]  # positive: loss falls
     coefficients: tuple[float, ...]  # E, then one of each power law
     level: float = 0.05
+    shift: float = 0.0  # of the logarithm of tokens
 
     @cached_property
     def fitted(self) -> Array:
@@ -89,6 +90,10 @@ class Surface:
             for v, j, c in zip(variables, self.exponent_of, self.coefficients[1:], strict=True)
         ]
         return self.coefficients[0] + np.sum(powers, axis=0)
+
+    def loss_at(self, parameters: float, tokens: float) -> Array:
+        """The same at N and D, in an array of one."""
+        return self.at([np.array([math.log(parameters)]), np.array([math.log(tokens) + self.shift])])
 
     @cached_property
     def residuals(self) -> Array:
@@ -216,6 +221,24 @@ class Surface:
         there = self._slopes([np.array([v]) for v in variables])[0]
         return -(there @ inverse) * root[:, 0] * self.residuals / (1 - leverage)
 
+    def influence_of_losses(self) -> Array:
+        """d(log c, exponents) / d(loss of each run), as large as Huber's estimator makes their errors."""
+        loss_of_precision = math.sqrt(self._scatter) / self.sd if self.sd else 1.0
+        return np.linalg.pinv(self._jacobian) * loss_of_precision / self.loss
+
+    def extremes(self) -> list["Surface"]:
+        """Surfaces with the least and the greatest of each exponent in the interval."""
+        if self.sd is None:
+            return [self]
+        exponents, coefficients, *_ = self._profile
+        middles = np.array([v.mean() for v in self.variables])
+        found = []
+        for k in sorted({int(end) for column in exponents.T for end in (column.argmin(), column.argmax())}):
+            powers = coefficients[k, 1:] * np.exp(exponents[k][list(self.exponent_of)] * middles)
+            values = (float(coefficients[k, 0]), *map(float, powers))
+            found.append(replace(self, exponents=tuple(map(float, exponents[k])), coefficients=values))
+        return found
+
     def bend_p(self) -> float | None:
         """p of the F test for a bend in ln N and ln D that the form does not have; None with too few runs."""
         bends = [a * b for a, b in itertools.combinations_with_replacement([v - v.mean() for v in self.variables], 2)]
@@ -241,4 +264,4 @@ def gadre(parameters: Array, tokens: Array, loss: Array, level: float = 0.05) ->
     """Fit E + a·N^eta + b·6^(eta/2)·D^eta by the sum of Huber losses on log L. Raises FitError."""
     law = forms.fit_overtrained(parameters, tokens / parameters, loss)
     variables = [np.log(parameters), np.log(tokens) + math.log(6) / 2]
-    return Surface(variables, [0, 0], loss, (-law.eta,), (law.E, law.a, law.b), level)
+    return Surface(variables, [0, 0], loss, (-law.eta,), (law.E, law.a, law.b), level, math.log(6) / 2)

@@ -15,10 +15,11 @@ from functools import cached_property
 import numpy as np
 
 from trainer.errors import FitError
-from trainer.ladder.stats import advice, records, significance
+from trainer.ladder.stats import advice, planes, records, significance
 from trainer.ladder.stats import fit as fits
 from trainer.ladder.stats.advice import Situation
-from trainer.ladder.stats.pairs import Baseline, MatchedRung, can_extrapolate, pairing
+from trainer.ladder.stats.pairs import Baseline, MatchedRung, Sizes, by_arm, can_extrapolate, pairing
+from trainer.ladder.stats.planes import SurfaceBaseline
 from trainer.ladder.stats.records import SCARCE, UNITS, Axis, Criterion, CurveFit, Interval, RunResult, Trend, Verdict
 from trainer.ladder.stats.worth import LINE, OTHER_FLOOR, Extrapolation, Worths
 from trainer.show.units import scientific
@@ -34,22 +35,24 @@ NO_NOISE = 1e-9  # an arm whose losses scatter by less than this, in nats, has n
 def judge(
     results: Sequence[RunResult], criterion: Criterion, target_flops: float, *,
     fit: CurveFit | None = None, arms: Sequence[str] | None = None, unchanged: Collection[str] = (),
-    remedies: bool = True, most_flops: float = math.inf, axis: Axis = "compute",
+    remedies: bool = True, most_flops: float = math.inf, axis: Axis = "compute", target_mix: float | None = None,
+    surface: SurfaceBaseline | None = None,
 ) -> list[Verdict]:  # fmt: skip
     """Return one verdict for each of `arms` (default: all arms in `results`, in their order).
 
     `target_flops` is the baseline's compute at the target; `unchanged` names the A/A arms. `remedies=False` plans none
     for inconclusive verdicts, and `most_flops` none that take more compute. On the axis "data" all FLOPs are tokens of
-    unique text. Raises FitError if the baseline has no
+    unique text. Where parameters and tokens vary apart, arms are compared by a surface (planes.py), `target_mix` is
+    ln(D / N) at the target (default: the best), and no remedies are planned. Raises FitError if the baseline has no
     curve, for results that cannot be, and if the target lies below the largest rung.
     """
     fits.check_runs(results)
+    if fit is None and axis == "compute" and planes.vary_apart(results):
+        surface = surface or SurfaceBaseline.from_results(results, target_flops, criterion.level, target_mix)
+        return [one.verdict() for one in judgements(surface, results, criterion, target_flops, arms, unchanged)]
     fit = fit or fits.fit_curve(results, criterion.level, second_opinion=False, axis=axis)
-    if arms is None:
-        arms = list(dict.fromkeys(result.arm for result in results if result.arm != records.BASELINE))
     baseline = Baseline.from_results(results, fit)
-    ladder = JudgedLadder(baseline, results, list(arms), unchanged, criterion, target_flops, axis)
-    found = [Judgement(ladder, number) for number in range(len(arms))]
+    found = judgements(baseline, results, criterion, target_flops, arms, unchanged, axis)
     verdicts = [one.verdict() for one in found]
     if not remedies:
         return verdicts
@@ -60,11 +63,22 @@ def judge(
     return verdicts
 
 
+def judgements(
+    baseline: Sizes, results: Sequence[RunResult], criterion: Criterion, target_flops: float,
+    arms: Sequence[str] | None = None, unchanged: Collection[str] = (), axis: Axis = "compute",
+) -> list["Judgement"]:  # fmt: skip
+    """Compare each of `arms` with the baseline; arguments as of `judge`."""
+    if arms is None:
+        arms = list(dict.fromkeys(result.arm for result in results if result.arm != records.BASELINE))
+    ladder = JudgedLadder(baseline, results, list(arms), unchanged, criterion, target_flops, axis)
+    return [Judgement(ladder, number) for number in range(len(arms))]
+
+
 @dataclass(frozen=True)
 class JudgedLadder:
     """All arms of a ladder, estimated together; arrays have an entry for each arm."""
 
-    baseline: Baseline
+    baseline: Sizes
     results: Sequence[RunResult]
     arms: list[str]
     unchanged: Collection[str]
@@ -82,14 +96,23 @@ class JudgedLadder:
 
     @cached_property
     def rungs(self) -> list[list[MatchedRung]]:
-        return [list(self.baseline.match(self.results, arm)) for arm in self.arms]
+        return [list(self.baseline.match(self.by_arm.get(arm, []), arm)) for arm in self.arms]
+
+    @cached_property
+    def by_arm(self) -> dict[str, list[RunResult]]:
+        return by_arm(self.results)
+
+    @cached_property
+    def timed(self) -> bool:
+        """True if any run has seconds: a table without any is judged by compute alone."""
+        return any(result.seconds for result in self.results)
 
     @cached_property
     def worths(self) -> Worths:
         return self.baseline.compare(self.rungs)
 
     def x(self, flops: float) -> float:
-        return math.log(flops / self.baseline.fit.curve.scale)
+        return math.log(flops / self.baseline.scale)
 
     @cached_property
     def at_target(self) -> Extrapolation:
@@ -124,9 +147,9 @@ class JudgedLadder:
 
     @cached_property
     def extremes(self) -> list[tuple[float, Array]]:
-        """(E, ln m of each arm at the target) by the curves at both ends of alpha's interval."""
-        curves = self.baseline.extreme_curves()
-        return [(one.E, self.baseline.compare(self.rungs, one).at(self.x(self.target_flops)).value) for one in curves]
+        """(E, ln m of each arm at the target) by the outermost forms that the baseline's runs allow."""
+        forms = self.baseline.alternatives()
+        return [(E, self.baseline.compare(self.rungs, one).value_at(self.x(self.target_flops))) for E, one in forms]
 
     @cached_property
     def crossings(self) -> tuple[Array, Array, Array, Array]:
@@ -150,8 +173,8 @@ class JudgedLadder:
         """An arm's results, with what is needed to judge them again with more runs."""
         return Situation(
             self.worths, number, self.baseline.losses, self.baseline.table(self.rungs)[:, number],
-            self.baseline.rungs.flops, self.baseline.fit.curve.scale, self.target_flops, self.level_of,
-            math.log(self.criterion.min_gain),
+            self.baseline.rungs.flops, self.baseline.scale, self.target_flops, self.level_of,
+            self.criterion.level, math.log(self.criterion.min_gain),
         )  # fmt: skip
 
     @cached_property
@@ -171,15 +194,15 @@ class Judgement:
         self._ladder, self._number, self._criterion = ladder, number, ladder.criterion
         self._arm, self._rungs = ladder.arms[number], ladder.rungs[number]
         self._level, self._least = ladder.level, math.log(ladder.criterion.min_gain)
-        arm_results = [result for result in ladder.results if result.arm == self._arm]
+        arm_results = ladder.by_arm.get(self._arm, [])
         self._diverged = [result for result in arm_results if not math.isfinite(result.loss)]
         names = dict.fromkeys(result.rung for result in arm_results)
         self._without_baseline = [name for name in names if name not in ladder.baseline.rungs.names]
         self._noiseless = bool(ladder.noiseless[number])
         self._known = can_extrapolate(self._rungs)
         self._compared = self._known and not self._noiseless
-        # Seconds are asked for if anyone has them: a table without any is judged by compute alone.
-        self._timed = any(result.seconds for result in ladder.results)
+        # Seconds are asked for if anyone has them.
+        self._timed = ladder.timed
 
     def _of(self, values: Array) -> float:
         return float(values[..., self._number])
@@ -383,7 +406,7 @@ class Judgement:
         before, after = np.flatnonzero(side * near[: k + 2] > 0), np.flatnonzero(side * far[k:] < 0)
         low = _zero(x, near, int(before[-1])) if len(before) else None
         high = _zero(x, far, k + int(after[0]) - 1) if len(after) else None
-        scale = self._ladder.baseline.fit.curve.scale
+        scale = self._ladder.baseline.scale
         root, low, high = (None if end is None else scale * math.exp(end) for end in (root, low, high))
         return Interval(root, low, high, self._criterion.level)
 
@@ -441,7 +464,7 @@ class Judgement:
             yield "No rung has two seeds: noise is only known from the rungs' scatter about a smooth curve."
         if not self._timed:
             yield "Seconds were not given: nothing is said about the time of a step."
-        if not self._ladder.baseline.fit.E_determined:
+        if not self._ladder.baseline.E_determined:
             yield "The baseline's E is badly determined."
         if verdict.faster_per_flop_slower_per_second:
             yield (

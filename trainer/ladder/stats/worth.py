@@ -19,7 +19,7 @@ Every array may have leading axes (many ladders at once, as scripts/bench_ladder
 import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from scipy import special
@@ -51,19 +51,79 @@ class Baselines:
     within: Array  # (..., rungs): sum of squares about the rung's mean
     lack: Array  # sum of squares of rung means about the curve, weighted by seeds
 
+    parameters: ClassVar[int] = 3
+    """Number of the baseline's parameters."""
+
+    @property
+    def mix(self) -> Array | None:
+        """(rungs,): ln(D / N) minus the target's, if it varies apart from compute."""
+        return None
+
     @classmethod
     def fit(cls, x: Array, losses: Array, coarse: bool = False) -> "Baselines":
         """Fit a curve to losses of shape (..., rungs, seeds); NaN where a rung has fewer seeds."""
         known = np.isfinite(losses)
-        seeds = known.sum(-1).astype(float)
-        means = np.where(known, losses, 0.0).sum(-1) / seeds
+        seeds, means = known.sum(-1).astype(float), cls.means(losses)
         E, A, alpha, lack = fits.solve(x, means, seeds, coarse)
         return cls(x, E, A, alpha, seeds, (_away(losses, known, seeds) ** 2).sum(-1), lack)
+
+    @staticmethod
+    def means(losses: Array) -> Array:
+        """Mean of each rung."""
+        known = np.isfinite(losses)
+        return np.where(known, losses, 0.0).sum(-1) / known.sum(-1)
+
+    @property
+    def freedom(self) -> Array:
+        """Degrees of freedom of a run's noise about the curve: fit.Profile has the same."""
+        return np.where(self._form_fails, self.seeds.shape[-1], self.seeds.sum(-1)) - 3.0
+
+    @property
+    def sd(self) -> Array:
+        """Standard deviation of a run about the curve; 0 without a degree of freedom."""
+        squares = self.lack + np.where(self._form_fails, 0.0, self.within.sum(-1))
+        return np.where(self.freedom > 0, np.sqrt(squares / np.maximum(self.freedom, 1.0)), 0.0)
+
+    @property
+    def _form_fails(self) -> Array:
+        rungs = self.seeds.shape[-1]
+        free, pure = self.seeds.sum(-1) - rungs, self.within.sum(-1)
+        known = (free > 0) & (pure > 0) & (rungs > 3)
+        ratio = self.lack / max(rungs - 3, 1) / np.where(known, pure / np.maximum(free, 1), 1.0)
+        p = special.fdtrc(max(rungs - 3, 1), np.maximum(free, 1), ratio)
+        return known & (p < significance.LACK_OF_FIT)
 
     def slope(self, x: Array) -> Array:
         """−dL / d ln C at each x, shape (..., len(x)): noise in ln m is noise in nats over the slope."""
         alpha = self.alpha[..., None]
         return alpha * self.A[..., None] * np.exp(-alpha * x)
+
+    @property
+    def slopes(self) -> Array:
+        """−dL / d ln C at each rung, shape (..., rungs)."""
+        return self.slope(self.x)
+
+    def equivalents(self, base: Array, arm: Array, log_cost: Array | float) -> "Equivalents":
+        """Compare losses of shape (..., arms, rungs, pairs)."""
+        E, alpha = (value[..., None, None, None] for value in (self.E, self.alpha))
+        valid = (base > E) & (arm > E)
+        above, other = np.where(valid, base - E, 1.0), np.where(valid, arm - E, 1.0)
+        ratio = np.log(above / other) / alpha
+        by = np.stack([np.where(valid, 1 / other - 1 / above, 0.0) / alpha, -ratio / alpha])
+        return Equivalents(valid, np.where(valid, ratio - log_cost, 0.0), by)
+
+    def influence(self) -> Array:
+        """d(parameters that `equivalents` has derivatives by) / d(rung means), shape (..., parameters, rungs)."""
+        return fits.sensitivity(self.x, self.seeds, self.E, self.A, self.alpha)[..., [0, 2], :]
+
+
+@dataclass(frozen=True)
+class Equivalents:
+    """ln m of pairs, shape (..., arms, rungs, pairs); 0 where there is none."""
+
+    valid: Array
+    log_m: Array
+    by: Array  # d ln m / d(parameters of the baseline's form), with an axis for them before the others
 
 
 @dataclass(frozen=True)
@@ -76,6 +136,7 @@ class Extrapolation:
     excess: Array  # growth of the sum of squares over the best form's, in units of the noise
     gammas: Array
     _halves: dict[float, Array] = field(init=False, default_factory=dict)
+    _bounds: dict[tuple[float, ...], Array] = field(init=False, default_factory=dict)
 
     @cached_property
     def value(self) -> Array:
@@ -91,12 +152,17 @@ class Extrapolation:
 
     def bound(self, level: float, side: int) -> Array:
         """One-sided bound (side −1: lower) over all forms, each of which misses the truth with probability `level`."""
-        return side * (side * self.values + self._half(level)).max(-1)
+        if (level, side) not in self._bounds:
+            self._bounds[level, side] = side * (side * self.values + self._half(level)).max(-1)
+        return self._bounds[level, side]
 
     def bound_of(self, form: int, level: float, side: int) -> Array:
         """The same if this form were known to be true."""
-        quantile = significance.student_quantile(level, self.freedoms[..., form])
-        return self.values[..., form] + side * quantile * np.sqrt(self.variances[..., form])
+        if (form, level, side) not in self._bounds:
+            quantile = significance.student_quantile(level, self.freedoms[..., form])
+            bound = self.values[..., form] + side * quantile * np.sqrt(self.variances[..., form])
+            self._bounds[form, level, side] = bound
+        return self._bounds[form, level, side]
 
     def limiting(self, level: float, side: int) -> Array:
         """Exponent γ of the form that gives the bound."""
@@ -121,8 +187,7 @@ class Worths:
     x: Array  # (rungs,): the baseline's, and a planned one
     means: Array  # (..., arms, rungs); 0 where there is no pair
     counts: Array  # number of pairs
-    by_floor: Array  # d mean / d E
-    by_alpha: Array
+    by: Array  # d mean / d(parameters of the baseline's form), with an axis for them before the others
     growth: Array  # (...): sd of a seed's noise is proportional to exp(growth·x)
     within: Array  # (..., arms): variance of a pair's difference in nats²; 0 if there are no seeds
     seed_freedom: Array
@@ -146,19 +211,16 @@ class Worths:
         For one arm of many alone, `growth` and `absent` give what the others tell of the noise. `fading` has the γ of
         the line and of gains that fade to a constant.
         """
-        E, alpha = (value[..., None, None, None] for value in (baselines.E, baselines.alpha))
-        x, slope = baselines.x, baselines.slope(baselines.x)[..., None, :]
-        valid = (base > E) & (arm > E)
+        x, slope = baselines.x, baselines.slopes[..., None, :]
+        found = baselines.equivalents(base, arm, log_cost)
+        valid, nats = found.valid, found.log_m * slope[..., None]
         counts = valid.sum(-1)
-        above, other = np.where(valid, base - E, 1.0), np.where(valid, arm - E, 1.0)
-        costs = np.where(valid, log_cost, 0.0)
-        nats = np.where(valid, np.log(above / other) / alpha - costs, 0.0) * slope[..., None]
         base_away, arm_away = (_away(values, valid, counts) for values in (base, arm))
 
         # Seed noise by scale, from the pairs of all arms.
-        squares = ((base_away - arm_away) ** 2).sum((-1, -3))
-        found = significance.noise_growth(x, squares, np.maximum(counts - 1, 0).sum(-2))
-        grows = found if growth is None else np.full_like(found, growth)
+        squares, freedom = ((base_away - arm_away) ** 2).sum((-1, -3)), np.maximum(counts - 1, 0).sum(-2)
+        known = growth is not None
+        grows = np.full(squares.shape[:-1], growth) if known else significance.noise_growth(x, squares, freedom)
         spread = np.exp(grows[..., None] * x)[..., None, :]
 
         nats = _without_outliers(nats, valid, counts, spread)
@@ -166,9 +228,7 @@ class Worths:
         means = nats.sum(-1) / np.maximum(counts, 1) / slope
         pure = ((away / spread[..., None]) ** 2).sum((-1, -2))
         pure_freedom = np.maximum(counts - 1, 0).sum(-1)
-        share = np.maximum(counts, 1)
-        by_floor = np.where(valid, 1 / other - 1 / above, 0.0).sum(-1) / share / alpha[..., 0]
-        by_alpha = -(means + costs.sum(-1) / share) / alpha[..., 0]
+        by = found.by.sum(-1) / np.maximum(counts, 1)
 
         # How a pair's difference goes with its baseline's loss; as of independent runs if there are no seeds.
         both = [(one * two).sum((-1, -2)) for one, two in (
@@ -178,16 +238,18 @@ class Worths:
         correlation = np.where(known, both[0] / np.sqrt(np.where(known, both[1] * both[2], 1.0)), math.sqrt(0.5))
 
         within = baselines.within / spread[..., 0, :] ** 2
-        own = _evidence(within.sum(-1), np.maximum(baselines.seeds - 1, 0).sum(-1), baselines.lack, len(x) - 3.0)
+        free, rest = np.maximum(baselines.seeds - 1, 0).sum(-1), max(len(x) - float(baselines.parameters), 0.0)
+        own = _evidence(within.sum(-1), free, baselines.lack, rest)
         worths = cls(
-            baselines, x, means, counts, by_floor, by_alpha, grows, pure / np.maximum(pure_freedom, 1), pure_freedom,
+            baselines, x, means, counts, by, grows, pure / np.maximum(pure_freedom, 1), pure_freedom,
             np.zeros((4, *pure.shape)), np.ones_like(pure), np.ones_like(pure), own,
             *significance.rung_variance(own), correlation, fading,
         )  # fmt: skip
         return worths._with_noise(pure, pure_freedom, absent)
 
     def _with_noise(self, pure: Array, pure_freedom: Array, absent: Array | None) -> "Worths":
-        rungs = (self.counts > 0).sum(-1)
+        # Where sizes also differ in their mix of N and D, one parameter more is spent.
+        rungs = (self.counts > 0).sum(-1) - (self.baselines.mix is not None)
         residual = self.residual
         lack_freedom = np.where(rungs >= 3, rungs - 3.0, 0.0)
         lack = np.where(rungs >= 3, residual.min(-1), 0.0)
@@ -220,16 +282,37 @@ class Worths:
     @cached_property
     def unit(self) -> Array:
         """Noise of ln m of a pair where its noise in nats is 1 at x = 0, shape (..., 1, rungs)."""
-        return (np.exp(self.growth[..., None] * self.x) / self.baselines.slope(self.x))[..., None, :]
+        return (np.exp(self.growth[..., None] * self.x) / self.baselines.slopes)[..., None, :]
 
     @cached_property
     def regression(self) -> tuple[Array, Array, Array, Array]:
-        """(weights, their shares, z minus its mean, that mean) of shape (..., arms, forms, rungs)."""
+        """(weights, rows that give c from the means, z without what they explain, c of z), (..., arms, forms, rungs).
+
+        Where sizes differ in their mix too, ln m is a line in it, and c is its value at the target's mix.
+        """
         weights = (self.counts / self.unit**2)[..., None, :]
         shares = weights / np.maximum(weights.sum(-1, keepdims=True), 1e-300)
+        mix = self._mix(weights)
+        if mix is not None:
+            shares = shares - (shares * self.baselines.mix).sum(-1, keepdims=True) * mix[1]
         z = self.z(self.x)
-        centre = (shares * z).sum(-1, keepdims=True)
-        return weights, shares, z - centre, centre
+        return weights, shares, self._swept(z, weights), (shares * z).sum(-1, keepdims=True)
+
+    def _mix(self, weights: Array) -> tuple[Array, Array] | None:
+        """(The mix minus its mean, rows that give its slope); None if all sizes have one."""
+        if self.baselines.mix is None:
+            return None
+        away = self.baselines.mix - (weights * self.baselines.mix).sum(-1, keepdims=True) / np.maximum(
+            weights.sum(-1, keepdims=True), 1e-300
+        )
+        spread = (weights * away**2).sum(-1, keepdims=True)
+        return away, weights * away / np.where(spread > 0, spread, 1.0)
+
+    def _swept(self, values: Array, weights: Array) -> Array:
+        """Values at the rungs without what their mean and the mix explain."""
+        shares = weights / np.maximum(weights.sum(-1, keepdims=True), 1e-300)
+        rest, mix = values - (shares * values).sum(-1, keepdims=True), self._mix(weights)
+        return rest if mix is None else rest - (mix[1] * rest).sum(-1, keepdims=True) * mix[0]
 
     @cached_property
     def slope_rows(self) -> Array:
@@ -241,10 +324,10 @@ class Worths:
     @cached_property
     def residual(self) -> Array:
         """Weighted sum of squares of the means about each form, shape (..., arms, forms)."""
-        weights, shares, away, _ = self.regression
+        weights, _, away, _ = self.regression
         means = self.means[..., None, :]
-        level, slope = ((rows * means).sum(-1, keepdims=True) for rows in (shares, self.slope_rows))
-        return (weights * (means - level - slope * away) ** 2).sum(-1)
+        slope = (self.slope_rows * means).sum(-1, keepdims=True)
+        return (weights * (self._swept(means, weights) - slope * away) ** 2).sum(-1)
 
     def _estimate(self, rows: Array) -> tuple[Array, Array, Array]:
         """(value, variance, freedom) of rows @ means; rows have the shape (..., arms, any number, rungs)."""
@@ -253,8 +336,9 @@ class Worths:
         direct = rows * self.unit[..., None, :]
         pairs = (direct**2 / np.maximum(self.counts, 1)[..., None, :]).sum(-1) * noise**2
         through, seeds, influence = self.curve
-        by_curve = (rows * self.by_floor[..., None, :]).sum(-1, keepdims=True) * influence[..., 0, :]
-        by_curve = by_curve + (rows * self.by_alpha[..., None, :]).sum(-1, keepdims=True) * influence[..., 2, :]
+        by_curve = np.zeros(())
+        for number, by in enumerate(self.by):
+            by_curve = by_curve + (rows * by[..., None, :]).sum(-1, keepdims=True) * influence[..., number, :]
         curve = (by_curve**2).sum(-1) * through**2
         shared = (direct[..., : seeds.shape[-1]] * by_curve / np.sqrt(seeds)).sum(-1)
         cross = self.correlation[..., None] * noise * through * shared
@@ -265,11 +349,10 @@ class Worths:
 
     @cached_property
     def curve(self) -> tuple[Array, Array, Array]:
-        """(sd of a run, seeds, d(E, A, alpha) / d(unit noise of a rung)) of the baseline, with axes for arms, rows."""
+        """(sd of a run, seeds, d(parameters) / d(unit noise of a rung)) of the baseline, with axes for arms, rows."""
         found, x = self.baselines, self.baselines.x
-        influence = fits.sensitivity(x, found.seeds, found.E, found.A, found.alpha)
-        spread = np.exp(self.growth[..., None] * x) / np.sqrt(found.seeds)
-        influence = influence * spread[..., None, :]
+        influence = found.influence()
+        influence = influence * (np.exp(self.growth[..., None] * x) / np.sqrt(found.seeds))[..., None, :]
         seeds = found.seeds[..., None, None, :]
         return np.sqrt(self.baseline_variance)[..., None, None], seeds, influence[..., None, None, :, :]
 
@@ -283,13 +366,22 @@ class Worths:
         """Extrapolate to ln(C / scale) = x."""
         if x in self._found:
             return self._found[x]
-        _, shares, _, centre = self.regression
-        rows = shares + (self.z(np.array([x])) - centre) * self.slope_rows
-        residual = self.residual
-        noise = np.where(self.variance > 0, self.variance, 1.0)[..., None]
-        excess = (residual - residual.min(-1, keepdims=True)) / noise
-        self._found[x] = Extrapolation(*self._estimate(rows), excess, self.gammas)
+        self._found[x] = Extrapolation(*self._estimate(self._rows(x)), self._excess, self.gammas)
         return self._found[x]
+
+    def value_at(self, x: float) -> Array:
+        """The value that `at` gives, without what its bounds need."""
+        values = (self._rows(x) * self.means[..., None, :]).sum(-1)
+        return Extrapolation(values, values, values, self._excess, self.gammas).value
+
+    def _rows(self, x: float) -> Array:
+        _, shares, _, centre = self.regression
+        return shares + (self.z(np.array([x])) - centre) * self.slope_rows
+
+    @cached_property
+    def _excess(self) -> Array:
+        residual, noise = self.residual, np.where(self.variance > 0, self.variance, 1.0)[..., None]
+        return (residual - residual.min(-1, keepdims=True)) / noise
 
     def rung_estimates(self) -> tuple[Array, Array, Array]:
         """(ln m, variance, freedom) at each rung alone, shape (..., arms, rungs), without any form in C."""
@@ -297,6 +389,10 @@ class Worths:
 
     def slope(self) -> tuple[Array, Array, Array]:
         """(d ln m / d ln C, variance, freedom) of the line, shape (..., arms)."""
+        return self._slope
+
+    @cached_property
+    def _slope(self) -> tuple[Array, Array, Array]:
         value, variance, freedom = self._estimate(self.slope_rows[..., LINE : LINE + 1, :])
         return value[..., 0], variance[..., 0], freedom[..., 0]
 
@@ -305,17 +401,23 @@ class Worths:
         freedom = int(self.seed_freedom[arm])
         lack = float(self.residual[arm, LINE])
         rungs = int((self.counts[arm] > 0).sum())
-        return significance.lack_of_fit_p(lack, rungs - 2, float(self.within[arm]) * freedom, freedom)
+        rungs -= 2 + (self.baselines.mix is not None)
+        return significance.lack_of_fit_p(lack, rungs, float(self.within[arm]) * freedom, freedom)
 
     def bend_p(self) -> Array:
         """p of the t test of a bend, by the scatter about it, which needs no seeds; NaN below four rungs."""
-        z = np.stack([np.ones_like(self.x), self.x, self.x**2], -1)
+        return self._bend_p
+
+    @cached_property
+    def _bend_p(self) -> Array:
+        more = [] if self.baselines.mix is None else [self.baselines.mix]
+        z = np.stack([np.ones_like(self.x), self.x, self.x**2, *more], -1)
         weights = np.sqrt(self.counts) / self.unit
         design = weights[..., None] * z
         solution = np.linalg.pinv(design)
         coefficients = (solution * (weights * self.means)[..., None, :]).sum(-1)
         rest = ((weights * self.means - (design * coefficients[..., None, :]).sum(-1)) ** 2).sum(-1)
-        freedom = (self.counts > 0).sum(-1) - 3.0
+        freedom = (self.counts > 0).sum(-1) - float(z.shape[-1])
         known = (freedom > 0) & (rest > 0)
         error = np.sqrt(np.where(known, rest / np.where(known, freedom, 1), 1.0) * (solution[..., 2, :] ** 2).sum(-1))
         p = 2 * special.stdtr(np.where(known, freedom, 1.0), -np.abs(coefficients[..., 2]) / np.maximum(error, 1e-300))
@@ -358,7 +460,14 @@ def _without_outliers(nats: Array, valid: Array, counts: Array, spread: Array) -
     known = several.reshape(*nats.shape[:-3], -1)
     # A ladder without such rungs has no sd, and needs none.
     known = known | ~known.any(-1, keepdims=True)
-    sd = np.nanmedian(np.where(known, away.reshape(known.shape), np.nan), -1) / special.ndtri(0.75)
+    sd = _median(np.where(known, away.reshape(known.shape), np.nan)) / special.ndtri(0.75)
     limit = OUTLIER * sd[..., None, None, None] * spread[..., None]
-    middle = np.nanmedian(np.where(several, nats, np.where(several.any(-1, keepdims=True), np.nan, 0.0)), -1)[..., None]
+    middle = _median(np.where(several, nats, np.where(several.any(-1, keepdims=True), np.nan, 0.0)))[..., None]
     return np.where(several, middle + np.clip(nats - middle, -limit, limit), nats)
+
+
+def _median(values: Array) -> Array:
+    """Median of the last axis without NaN; numpy's nanmedian takes several times as long."""
+    ordered, number = np.sort(values, axis=-1), np.isfinite(values).sum(-1)
+    middle = [np.take_along_axis(ordered, place[..., None], -1)[..., 0] for place in ((number - 1) // 2, number // 2)]
+    return (middle[0] + middle[1]) / 2

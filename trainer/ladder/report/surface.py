@@ -5,32 +5,19 @@ fit is not shown.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy import optimize
 
 from trainer.errors import FitError
-from trainer.ladder.stats import surfaces
+from trainer.ladder.stats import planes, surfaces
 from trainer.ladder.stats.records import Interval
 from trainer.ladder.stats.surfaces import Surface
 
 Array = np.ndarray
-OFF_THE_LINE = 0.2
-"""Runs are on one line of compute if ln D is a line in ln N, about which it scatters by no more than this."""
 MISFIT = 3.0
 """The held-out run does not fit if it is so many times farther off than the other runs are (root of mean squares)."""
-Form = Callable[[Array, Array], Any]
-
-
-def is_surface(parameters: Array, tokens: Array) -> bool:
-    """True if tokens and parameters vary apart, so that one curve in compute cannot hold all runs."""
-    n, d = np.log(parameters), np.log(tokens)
-    if len(n) < 5 or np.ptp(n) == 0:
-        return False
-    rest = d - np.polyval(np.polyfit(n, d, 1), n)
-    return bool(np.sqrt(np.mean(rest**2)) > OFF_THE_LINE)
 
 
 def fit(parameters: Array, tokens: Array, loss: Array, target_flops: float) -> dict[str, Any]:
@@ -38,33 +25,32 @@ def fit(parameters: Array, tokens: Array, loss: Array, target_flops: float) -> d
     largest = int(np.argmax(parameters * tokens))
     rest = np.arange(len(loss)) != largest
     found = []
-    for name, formula, fitted, names, shift in (
-        ("Hoffmann et al. 2022", "E + A / N^α + B / D^β", surfaces.hoffmann, ("E", "A", "B", "alpha", "beta"), 0.0),
-        ("Gadre et al. 2024", "E + a·N^η + b·6^(η/2)·D^η", surfaces.gadre, ("E", "a", "b", "eta"), math.log(6) / 2),
+    for name, formula, fitted, names in (
+        ("Hoffmann et al. 2022", "E + A / N^α + B / D^β", surfaces.hoffmann, ("E", "A", "B", "alpha", "beta")),
+        ("Gadre et al. 2024", "E + a·N^η + b·6^(η/2)·D^η", surfaces.gadre, ("E", "a", "b", "eta")),
     ):
         try:
             surface = fitted(parameters, tokens, loss)
             others = fitted(parameters[rest], tokens[rest], loss[rest])
             found.append({"name": name, "formula": formula, "refused": None}
-                         | _estimates(surface, names, shift, target_flops)
-                         | {"held_out": _held_out(others, parameters, tokens, loss, largest, shift)})  # fmt: skip
+                         | _estimates(surface, names, target_flops)
+                         | {"held_out": _held_out(others, parameters, tokens, loss, largest)})  # fmt: skip
         except FitError as error:
             found.append({"name": name, "formula": formula, "refused": str(error)})
     return {"runs": len(loss), "forms": found}
 
 
-def _estimates(surface: Surface, names: Sequence[str], shift: float, target_flops: float) -> dict[str, Any]:
-    """Values and intervals of a surface, and its prediction of the target's best size; `shift` is that of ln D."""
+def _estimates(surface: Surface, names: Sequence[str], target_flops: float) -> dict[str, Any]:
+    """Values and intervals of a surface, and its prediction of the target's best size."""
     exponents = [surface.exponent(number) for number in range(len(surface.exponents))]
     if "eta" in names:  # loss falls as N^eta: the exponent with its sign
         exponents = [_negative(it) for it in exponents]
     values = [*surface.coefficients, *(it.value for it in exponents)]
-
-    def predict(n: Array, d: Array) -> Array:
-        return surface.at([np.log(n), np.log(d) + shift])
-
-    best = _best_size(predict, target_flops)
-    point = [math.log(best["parameters"]), math.log(best["tokens"]) + shift]
+    n, d = planes.best_size(surface, target_flops)
+    point = [math.log(n), math.log(d) + surface.shift]
+    best = {
+        "flops": target_flops, "parameters": n, "tokens": d, "predicted": float(surface.loss_at(n, d)[0]),
+    }  # fmt: skip
     moved = surface.influence(point)
     most = int(np.abs(moved).argmax())
     return {
@@ -75,7 +61,7 @@ def _estimates(surface: Surface, names: Sequence[str], shift: float, target_flop
         "target": best | {"interval": surface.predict(point).to_json()},
         "most_influential": {
             "parameters": math.exp(surface.variables[0][most]),
-            "tokens": math.exp(surface.variables[1][most] - shift), "relative_change": float(moved[most]),
+            "tokens": math.exp(surface.variables[1][most] - surface.shift), "relative_change": float(moved[most]),
         },
     }  # fmt: skip
 
@@ -85,11 +71,9 @@ def _negative(found: Interval) -> Interval:
     return Interval(value, low, high, found.level)
 
 
-def _held_out(
-    others: Surface, parameters: Array, tokens: Array, loss: Array, largest: int, shift: float
-) -> dict[str, Any]:
+def _held_out(others: Surface, parameters: Array, tokens: Array, loss: Array, largest: int) -> dict[str, Any]:
     """The largest run beside its prediction by a surface that was fitted without it."""
-    guess = others.predict([math.log(parameters[largest]), math.log(tokens[largest]) + shift], runs=1)
+    guess = others.predict([math.log(parameters[largest]), math.log(tokens[largest]) + others.shift], runs=1)
     assert guess.value is not None
     observed, error = float(loss[largest]), float(np.sqrt(np.mean(others.residuals**2)))
     off = guess.value / observed - 1
@@ -99,19 +83,6 @@ def _held_out(
         "interval": guess.to_json(), "observed": observed, "relative_error": off,
         "fits": abs(off) <= MISFIT * max(error, 1e-3) and inside is not False,
     }  # fmt: skip
-
-
-def _best_size(predict: Form, flops: float) -> dict[str, float]:
-    """The size at which the form's loss is lowest for this compute, by C = 6·N·D."""
-
-    def loss_at(log_n: float) -> float:
-        n = math.exp(log_n)
-        return float(predict(np.array(n), np.array(flops / (6 * n))))
-
-    middle = math.log(flops / 6) / 2
-    found = optimize.minimize_scalar(loss_at, bounds=(middle - 12, middle + 12), method="bounded")
-    n = math.exp(found.x)
-    return {"flops": flops, "parameters": n, "tokens": flops / (6 * n), "predicted": float(found.fun)}
 
 
 def cautions(tree: dict[str, Any]) -> list[str]:
