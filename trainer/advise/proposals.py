@@ -15,6 +15,7 @@ from trainer.advise.rates import Rates
 from trainer.advise.steps import Step, trace
 from trainer.config import Config
 from trainer.errors import ConfigError
+from trainer.show.units import plural
 from trainer.tomlfile import text
 
 EQUAL = 0.02
@@ -100,7 +101,7 @@ def candidates(config: Config) -> Iterator[Candidate]:
         sequences, number = data.micro_batch_sequences * factor, data.micro_batches / factor
         if sequences == int(sequences) and number == int(number) and number >= 2:
             changed = {"data.micro_batch_sequences": int(sequences), "data.micro_batches": int(number)}
-            yield Candidate(f"micro-batches of {int(sequences)} sequences", changed)
+            yield Candidate(f"micro-batches of {plural(int(sequences), 'sequence')}", changed)
     rows = costs.padded_vocab(costs.vocabulary(config)[0], settings.vocab_size)
     for multiple in ROW_MULTIPLES:
         if (padded := -(-rows // multiple) * multiple) != rows:
@@ -110,7 +111,7 @@ def candidates(config: Config) -> Iterator[Candidate]:
     for channels in HEAD_CHANNELS:
         heads, rest = divmod(settings.width, channels)
         if not rest and heads != settings.n_heads:
-            yield Candidate(f"{heads} heads of {channels} channels", {"model.n_heads": heads})
+            yield Candidate(f"{plural(heads, 'head')} of {channels} channels", {"model.n_heads": heads})
     layers, width, channels = settings.n_layers, settings.width, settings.head_channels
     for other in (-2, -1, 1, 2):
         yield from _traded(settings, rows, layers, width + other * channels)
