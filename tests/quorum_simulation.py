@@ -71,6 +71,8 @@ class Collective:
 
     kind: tuple[Any, ...]
     brought: dict[int, Any] = field(default_factory=dict)
+    found: int = 0
+    """The newest step on disk, as they find it when they restore together."""
 
 
 @dataclass
@@ -439,7 +441,7 @@ class World:
     def reach(self, worker: Process, place: int) -> None:
         """A process of the worker enters the collective of its place."""
         kind, *brought = worker.brings
-        at = self.collectives.setdefault((worker.epoch.number, worker.round, place), Collective(kind))
+        at = self.collectives.setdefault((worker.epoch.number, worker.round, place), Collective(kind, found=self.disk))
         if at.kind != kind:
             raise ViolationError(f"worker {worker.member} is at {kind} while others are at {at.kind}")
         at.brought[worker.member] = tuple(brought)
@@ -460,7 +462,7 @@ class World:
         epoch, holding = worker.epoch, worker.holding
         match collective.kind:
             case ("state", step):
-                source = self.disk if step is None else collective.brought[epoch.members[0]][0]
+                source = collective.found if step is None else collective.brought[epoch.members[0]][0]
                 if step not in (None, source):
                     raise ViolationError(f"a state of step {source} is taken for one of step {step}")
                 if step is None or worker.member in epoch.receivers:

@@ -28,6 +28,9 @@ class FlippedCopy(CheckpointDamage):
     sets = COPIES
     not_in: ClassVar = {"quorum": NO_COPIES}
 
+    def usual_step(self, every: int, steps: int) -> int:
+        return min(3 * every + 2, steps)  # of a copy and a checkpoint of one step, the checkpoint is loaded
+
     def refuses(self, entry: FaultEntry, phase: str, config: Config, world_size: int) -> str:
         return _makes_no_copies(config)
 
