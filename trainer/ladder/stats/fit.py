@@ -130,18 +130,6 @@ def solve(x: Array, loss: Array, weights: Array, coarse: bool = False) -> tuple[
     return E, A, alpha, squares
 
 
-def extremes(x: Array, loss: Array, weights: Array, most: Array) -> tuple[Array, Array, Array]:
-    """Return (E, A, alpha) of the curves with the least and the greatest alpha of ALPHAS whose sum is below `most`.
-
-    Many ladders at once, as `project` takes them; the result has the two ends on a first axis.
-    """
-    E, A, squares = project(ALPHAS, x, loss, weights)
-    inside = squares <= np.maximum(most, squares.min(-1))[..., None]
-    ends = np.stack([inside.argmax(-1), inside.shape[-1] - 1 - inside[..., ::-1].argmax(-1)])
-    E, A = (np.take_along_axis(values, np.moveaxis(ends, 0, -1), -1) for values in (E, A))
-    return np.moveaxis(E, -1, 0), np.moveaxis(A, -1, 0), ALPHAS[ends]
-
-
 def curve_with_alpha(rungs: Rungs, alpha: float) -> Curve:
     """Return the best curve with this exponent."""
     E, A, _ = project(np.array([alpha]), rungs.x, rungs.loss, rungs.seeds)

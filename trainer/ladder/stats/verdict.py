@@ -174,7 +174,7 @@ class JudgedLadder:
         return Situation(
             self.worths, number, self.baseline.losses, self.baseline.table(self.rungs)[:, number],
             self.baseline.rungs.flops, self.baseline.scale, self.target_flops, self.level_of,
-            self.criterion.level, math.log(self.criterion.min_gain),
+            math.log(self.criterion.min_gain),
         )  # fmt: skip
 
     @cached_property

@@ -73,26 +73,6 @@ class Baselines:
         known = np.isfinite(losses)
         return np.where(known, losses, 0.0).sum(-1) / known.sum(-1)
 
-    @property
-    def freedom(self) -> Array:
-        """Degrees of freedom of a run's noise about the curve: fit.Profile has the same."""
-        return np.where(self._form_fails, self.seeds.shape[-1], self.seeds.sum(-1)) - 3.0
-
-    @property
-    def sd(self) -> Array:
-        """Standard deviation of a run about the curve; 0 without a degree of freedom."""
-        squares = self.lack + np.where(self._form_fails, 0.0, self.within.sum(-1))
-        return np.where(self.freedom > 0, np.sqrt(squares / np.maximum(self.freedom, 1.0)), 0.0)
-
-    @property
-    def _form_fails(self) -> Array:
-        rungs = self.seeds.shape[-1]
-        free, pure = self.seeds.sum(-1) - rungs, self.within.sum(-1)
-        known = (free > 0) & (pure > 0) & (rungs > 3)
-        ratio = self.lack / max(rungs - 3, 1) / np.where(known, pure / np.maximum(free, 1), 1.0)
-        p = special.fdtrc(max(rungs - 3, 1), np.maximum(free, 1), ratio)
-        return known & (p < significance.LACK_OF_FIT)
-
     def slope(self, x: Array) -> Array:
         """−dL / d ln C at each x, shape (..., len(x)): noise in ln m is noise in nats over the slope."""
         alpha = self.alpha[..., None]
