@@ -325,7 +325,7 @@ def speed(place: Place, more: list[str], sides: tuple[str, ...] = ("exact", "sam
             torch.cuda.set_sync_debug_mode("warn")
             loops["exact"](1)
             torch.cuda.set_sync_debug_mode("default")
-        found["synchronisations_per_step"] = sum("synchroniz" in str(warning.message) for warning in caught)
+        found["synchronisations_per_step"] = sum("called a synchronizing" in str(warning.message) for warning in caught)
     return found
 
 
@@ -467,8 +467,8 @@ PARTS: dict[str, tuple[float, Callable[[Place], dict[str, Any]]]] = {
     "tests": (90, tests),
 }
 """In the order of their worth, each with its limit in seconds."""
-UNTIMED = ("bits", "runs", "ranks", "compiled", "tests", "recovery")
-"""Parts that may run beside others: their figures are not those of the GPU's speed."""
+UNTIMED = ("bits", "runs", "ranks", "compiled", "tests")
+"""Parts that may run beside others: none of their figures is a time."""
 
 
 # Shared by the parts

@@ -269,7 +269,7 @@ def test_a_batch_goes_to_a_gpu_from_pinned_memory(monkeypatch):
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, non_blocking: (tensor, str(device), non_blocking))
-    ids = torch.arange(3).numpy()
+    ids = torch.arange(3)
     for device, count in (("cpu", 0), ("cuda", 1)):
-        _, to, ahead = step.on_device(ids, torch.device(device))
+        _, to, ahead = step.sent(ids, torch.device(device))
         assert (to, ahead, len(pinned)) == (device, True, count)

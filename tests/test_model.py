@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.support import ROOT
 from trainer import config, costs, model, sample
 from trainer.errors import TokenizerError
 
@@ -340,6 +341,14 @@ def test_parameter_count_of_gpt2_small_is_the_known_one() -> None:
 
 def settings_for(**sections: dict[str, Any]) -> config.Config:
     return config.parse({"model": SMALL, "data": {"micro_batch_sequences": 2}} | sections)
+
+
+@pytest.mark.parametrize(("sequences", "measured"), [(16, 8.69), (64, 27.97)])
+def test_the_memory_that_is_told_for_a_gpu_is_what_one_took(sequences: int, measured: float):
+    """GiB of gpt2_124m's compiled steps on an H200 (docs/gpu)."""
+    wanted = [f"data.micro_batch_sequences={sequences}", "data.micro_batches=4"]
+    told = costs.memory_per_rank(config.load(ROOT / "configs" / "gpt2_124m.toml", wanted), 50_304, 1)["total"]
+    assert told / 2**30 == pytest.approx(measured, rel=0.05)
 
 
 def test_memory_is_divided_by_sharding_and_activations_by_recomputing() -> None:

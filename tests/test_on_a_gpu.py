@@ -1,4 +1,4 @@
-"""What only a GPU shows: kernels in Triton and CUDA graphs give the bits of torch's operators, one by one."""
+"""Tests that need a GPU: kernels in Triton and CUDA graphs give the bits of torch's operators, one by one."""
 
 import pytest
 import torch

@@ -42,7 +42,7 @@ def check(config: Config, vocab_size: int, device: torch.device, batch: MicroBat
     if config.model.class_:
         model.eval()
     _spread(model)
-    tokens = [step.on_device(ids, device) for ids in (batch.inputs, batch.targets)]
+    _, *tokens = step.place(batch, device)
     worst = largest_difference(model, tokens, lambda: step.autocast(config, device))
     limit = LIMITS[config.numerics.precision]
     if not worst.error <= limit:

@@ -169,6 +169,8 @@ def _activation_bytes(config: Config, vocab_size: int, fake: bool = True) -> int
 
     kept: dict[int, int] = {}
     bf16 = config.numerics.precision == "bf16"
+    # A GPU's compiled head keeps its logits as they are computed, and loss and gradient read them as float32.
+    halves_logits = bf16 and config.numerics.compile and not config.model.class_ and kind_of_device(config) == "cuda"
     # torch without CUDA cannot trace on "cuda". Fused attention keeps the same on a CPU: q, k, v, output, log-sums.
     with model.traced_as(kind_of_device(config)), FakeTensorMode() if fake else contextlib.nullcontext():
         made = model.construct(config.model, vocab_size, recompute=config.parallel.activation_checkpointing)
@@ -179,6 +181,8 @@ def _activation_bytes(config: Config, vocab_size: int, fake: bool = True) -> int
             # Several views of one storage may be saved: it is counted once, and weights not at all.
             storage = tensor.untyped_storage()
             kept[storage._cdata] = 0 if storage._cdata in weights else storage.nbytes()
+            if halves_logits and tensor.shape[-1:] == (vocab_size,) and tensor.dtype is torch.float32:
+                kept[storage._cdata] //= 2
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), torch.autocast("cpu", torch.bfloat16, bf16):

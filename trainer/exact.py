@@ -115,7 +115,7 @@ class Grids:
             return
         sizes = [shape.numel() for shape in self._shapes.values()]
         for name, gradient, part in zip(self._shapes, gradients, total.split(sizes), strict=True):
-            part.add_(self.rounder(name)(gradient).view(-1))
+            part.add_(self.rounder(name)(gradient).reshape(-1))
 
     def begin(self, counting: bool) -> None:
         """Begin a pass over a step's micro-batches: reset what was seen. `counting` turns on `nonzero`."""

@@ -1,4 +1,4 @@
-"""What `exact.Grids` does to every gradient, in one pass over it: kernels in Triton, for CUDA devices.
+"""Triton kernels for CUDA devices: one pass over a gradient for what `exact.Grids` does with torch's operators.
 
 With torch's operators rounding, largest magnitude and sum take five passes over memory, and a launch for each of them
 and each parameter. The bits are equal: rounding is two float32 additions, which Triton neither reorders nor contracts;
@@ -29,7 +29,7 @@ class Layout(NamedTuple):
 
     parameter: Tensor
     offset: Tensor
-    """Of its first element in the parameter."""
+    """Index of the program's first element in the parameter."""
     length: Tensor
     segment: Tensor
     starts: Tensor

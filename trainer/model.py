@@ -195,8 +195,6 @@ class GPT(nn.Module):
         self.final_norm = _norm(model)
         # A tied head has no module of its own: one name per tensor for checkpoints, hashes and shards.
         self.head = None if model.tied_embeddings else Linear(model.width, vocab_size, bias=False, role=Role.HEAD)
-        self.head_and_loss = self._head_and_loss
-        """Compiled, it makes no float32 copy of the logits."""
         if model.positions == "rope":
             shape = (model.context, model.head_channels // 2, 2)
             self.register_buffer("rotation_TP2", torch.empty(shape), persistent=False)
@@ -235,7 +233,8 @@ class GPT(nn.Module):
             return self._logits(x_BTD, head_VD)
         return self.head_and_loss(x_BTD, head_VD, targets_BT)
 
-    def _head_and_loss(self, x_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor) -> Losses:
+    def head_and_loss(self, x_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor) -> Losses:
+        """Compiled, it makes no float32 copy of the logits."""
         return losses(self._logits(x_BTD, head_VD), targets_BT, self.settings.z_loss)
 
     def _logits(self, x: Tensor, head_VD: Tensor) -> Tensor:

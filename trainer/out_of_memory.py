@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 GIB = 2**30
 ASKED = re.compile(r"tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", re.IGNORECASE)
 NO_ROOM = re.compile(r"CUDA error: out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED|failure 2 'out of memory'")
-"""What CUDA and its libraries say where there is no room for what torch does not allocate: contexts, workspaces."""
+"""Messages of CUDA and its libraries where there is no room for what torch does not allocate: contexts, workspaces."""
 BUSY = "busy or unavailable"
 REMEDY = (
     "  Without changing a bit: parallel.activation_checkpointing = true, checkpoint.memory_every_steps = 0, or "

@@ -269,7 +269,9 @@ def _own_micro_batches(
             state.sharding.last_micro_batch(number == len(own_micro_batches))
             context.hook(Phase.BEFORE_FORWARD, state.step)
             yield index, context.feed.take(state.step, index or 0)
-    if state.step + 1 < context.config.budget.steps:
+    # Faults in what is read, and checks of it, belong to the step under way.
+    watched = context.config.faults or context.config.sentinel.on
+    if state.step + 1 < context.config.budget.steps and not watched:
         # As it is dealt out if the members stay the same.
         first = next(members.world.assign_micro_batches(context.config.data.micro_batches))
         if first is not None or state.sharding.needs_lockstep:
@@ -277,7 +279,8 @@ def _own_micro_batches(
 
 
 def place(batch: MicroBatch, device: torch.device) -> Placed:
-    return Placed(batch.sample_ids, on_device(batch.inputs, device), on_device(batch.targets, device))
+    inputs, targets = (sent(torch.from_numpy(ids), device) for ids in (batch.inputs, batch.targets))
+    return Placed(batch.sample_ids, inputs, targets)
 
 
 def backward(state: TrainState, context: StepContext, index: int | None, batch: Placed) -> Tensor:
@@ -311,10 +314,6 @@ def graph_of(state: TrainState, config: Config, device: torch.device) -> MicroBa
         return objective * (1.0 / config.data.micro_batches), cross_entropy
 
     return MicroBatchGraph(passes, state.sharding.parameters)
-
-
-def on_device(ids: np.ndarray, device: torch.device) -> Tensor:
-    return sent(torch.from_numpy(ids), device)
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:

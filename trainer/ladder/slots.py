@@ -18,9 +18,9 @@ from trainer.fleet.gpus import Gpu
 from trainer.ladder.plan import sizes
 from trainer.ladder.plan.ladder import Ladder, PlannedRun
 
-# Untested on GPUs: temporaries and the allocator's gaps come on top of what `costs` counts,
+# Temporaries and the allocator's gaps, on top of what `costs` counts. Untested on GPUs.
 TEMPORARIES = 1.5
-# and CUDA's context with the libraries' workspaces on top of what torch allocates.
+# CUDA's context and the libraries' workspaces, on top of what torch allocates. Untested on GPUs.
 CONTEXT_BYTES = 2**30
 
 
@@ -99,7 +99,7 @@ def of(ladder: Ladder, count: int | None = None) -> Slots:
     if not groups:
         return Slots(by_cores)
     if len(groups[0]) < ranks:  # the ranks share them, or train on the CPU
-        return Slots(1, groups)
+        return Slots(1, groups) if first.config.parallel.share_gpus else Slots(by_cores)  # these train on the CPU
     # Each run keeps a core busy that feeds its GPU. The smallest run says how many may ever be side by side.
     most = Slots(max(by_cores, len(groups)), groups, by_memory=True)
     return replace(most, count=1 + max(most.all_for(first)))
