@@ -10,6 +10,7 @@ import torch
 from trainer import advise
 from trainer import config as configs
 from trainer.advise import steps
+from trainer.show import units
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ("gpt2_baseline", "modern", "gpt_tiny")
@@ -40,7 +41,8 @@ def _one(name: str, cache: str) -> dict[str, Any]:
 
 
 def _token_seconds(config: configs.Config, device: torch.device) -> float:
-    taken = steps.take(config, device)
+    # Micro-batches differ between a config and its proposal, and so does the share of what a step does once.
+    taken = steps.take(config, device, config.data.micro_batches)
     return taken.seconds / (taken.micro_batches * config.data.micro_batch_sequences * config.model.context)
 
 
@@ -50,7 +52,8 @@ def table(found: dict[str, Any]) -> list[str]:
     lines = [
         "",
         "Advice on shapes (`scripts/bench advise`), 2 threads: a step of 2 micro-batches as predicted from operators "
-        "timed alone and as measured, and the best proposal at equal parameters or FLOPs, run in turn with its config.",
+        "timed alone and as measured, and the best proposal at equal parameters or FLOPs, run in turn with its config, "
+        "each with all micro-batches of its step.",
         "",
         f"| {' | '.join(columns)} |",
         "|---" * len(columns) + "|",
@@ -62,7 +65,7 @@ def table(found: dict[str, Any]) -> list[str]:
             proposed = [best["what"], f"{best['tokens_gain']:.2f}×", f"{row['measured_tokens_gain']:.2f}×"]
         times = [f"{1e3 * step[side]:,.1f}" for side in ("predicted", "measured")]
         off = ", ".join(step["off"]) or "none: within 15 %"
-        shares = [f"{row['mfu']['value']:.2f}", f"{row['share_of_best']:.2f}"]
+        shares = [f"{row['mfu']['value']:.2f}", units.known(row["share_of_best"], ".2f")]
         cells = [f"`{name}`", *times, f"{step['ratio']:.2f}", off, *shares, *proposed]
         lines.append(f"| {' | '.join(cells)} |")
     return lines

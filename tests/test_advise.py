@@ -11,8 +11,8 @@ import torch
 from rich.console import Console
 
 from trainer import config as configs
-from trainer import costs
-from trainer.advise import REPORT, advise, calls, proposals, share_of_best, steps, write
+from trainer import costs, files
+from trainer.advise import advise, calls, matrix_products, proposals, share_of_best, steps
 from trainer.advise.calls import Call
 from trainer.advise.rates import Rates
 from trainer.advise.terminal import terminal
@@ -56,6 +56,35 @@ def test_the_matrix_products_of_a_micro_batch_do_the_flops_that_the_config_count
     found = sum(2 * row["batch"] * row["m"] * row["n"] * row["k"] * row["calls"] for row in tree["matrix_products"])
     assert found == (costs.flops_per_token(config.model, 512) - attention) * tokens
     assert 0 < tree["share_of_best"] <= 1
+
+
+def test_a_step_of_as_many_micro_batches_as_asked_for_is_taken():
+    config = configs.load(CONFIG, SMALL)
+    made = {number: steps.take(config, CPU, number) for number in (1, 3)}
+    assert {number: (taken.micro_batches, taken.step.micro_batches) for number, taken in made.items()} == {
+        1: (1, 1), 3: (3, 3)
+    }  # fmt: skip
+    products = [
+        sum(seen.counts["micro_batch"] for seen in taken.step.calls.values() if seen.call.product)
+        for taken in made.values()
+    ]
+    assert products[1] == 3 * products[0] > 0
+
+
+def test_the_time_of_a_call_includes_what_the_device_still_does_after_it_and_nothing_from_before(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    now = 0.0
+
+    def wait() -> None:
+        nonlocal now
+        now += 2.0
+
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    with calls.Recorder(wait) as recorder:
+        torch.ones(2)
+    [seen] = recorder.seen.values()
+    assert seen.seconds == {"step": 2.0} and now == 4.0
 
 
 @pytest.mark.parametrize("more", [[], ['numerics.precision="bf16"'], ['model.mlp="swiglu"', "model.biases=true"]])
@@ -134,12 +163,33 @@ def test_the_share_of_the_best_is_that_of_time():
     assert share_of_best([]) is None
 
 
-def test_the_report_names_the_proposal_to_try_and_is_written_as_it_is(tree: dict[str, Any], tmp_path: Path):
-    write(tree, tmp_path)
-    assert json.loads((tmp_path / REPORT).read_text()) == tree
+def test_a_product_smaller_than_any_of_the_grid_has_no_best_and_no_part_in_the_share():
+    rates = Rates(Path("nowhere"), CPU, {"grid": {"fp32": [[2_000_000, 0.01]]}})
+    grid_like, small = calls.product(100, 100, 50, torch.float32), calls.product(100, 100, 49, torch.float32)
+    seen = {name: calls.Seen(call, {"micro_batch": 1}) for name, call in {"a": grid_like, "b": small}.items()}
+    step = steps.Step(seen, 1, alone={"a": 0.01, "b": 0.01})
+    rows = matrix_products(step, rates, "fp32")
+    assert {row["k"]: row["best"] for row in rows} == {50: 2e8, 49: None}
+    assert share_of_best(rows) == pytest.approx(0.5)
+    assert share_of_best([row for row in rows if row["best"] is None]) is None
+
+
+def shown(tree: dict[str, Any]) -> str:
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(terminal(tree))
-    shown = console.export_text()
+    return console.export_text()
+
+
+def test_what_is_not_known_of_matrix_products_is_shown_as_a_question_mark(tree: dict[str, Any]):
+    [product, *_] = tree["matrix_products"]
+    text = shown({**tree, "share_of_best": None, "matrix_products": [{**product, "best": None}]})
+    assert "matrix products run at ? of the best" in text
+    [row] = [line for line in text.splitlines() if f"{product['batch']} × {product['m']} ×" in line]
+    assert row.split()[-1] == "?"
+
+
+def test_the_report_names_the_proposal_to_try_and_is_written_as_it_is(tree: dict[str, Any], tmp_path: Path):
+    assert json.loads(files.write_report(tree, tmp_path).read_text()) == tree
     best = tree["proposals"][0]
-    assert f"{tree['share_of_best']:.0%}"[:-1] in shown and best["what"] in shown
-    assert (f"--set {best['set'][0]}" in shown) == (best["gain"] > 1)
+    assert f"{tree['share_of_best']:.0%}"[:-1] in shown(tree) and best["what"] in shown(tree)
+    assert (f"--set {best['set'][0]}" in shown(tree)) == (best["gain"] > 1)

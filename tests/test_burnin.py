@@ -122,7 +122,7 @@ def test_the_command_writes_a_report_and_says_what_it_did(tmp_path: Path):
     done = trainer("burnin", SMOKE, "--minutes", "0", "--device", "cpu", "--out", tmp_path, "--json")
     tree = json.loads(done.stdout)
     assert done.returncode == EXIT_FINISHED and tree["passed"]
-    assert json.loads((tmp_path / burnin.REPORT).read_text()) == tree
+    assert json.loads((tmp_path / "report.json").read_text()) == tree
 
 
 @pytest.mark.parametrize(

@@ -439,6 +439,36 @@ def test_a_course_of_more_incidents_than_a_picture_holds_ends_early_and_says_whe
     assert "its first" in drawn["title"] and "(seed 0)" in drawn["title"]
 
 
+@pytest.mark.parametrize(("hours", "number"), [(2.0, 6), (100.0, 5)])
+def test_planned_maintenance_of_islands_ends_an_attempt_and_is_an_incident(hours: float, number: int):
+    made = scenario(days=20.0, failure=SPARSE, policy=ISLANDS, maintenance={"every_days": 3.0, "hours": hours})
+    found = simulate(made, 3, keep_course=True)
+    assert found.course is not None
+    planned = [incident for incident in found.incidents if incident["kind"] == "preempted"]
+    expected = {"kind": "preempted", "ends_attempt": True, "detected_as": "maintenance", "seconds": 3600 * hours,
+                "lost_steps": 0}  # fmt: skip
+    assert [incident | {"time": 0} for incident in planned] == [expected | {"time": 0}] * number
+    times = [incident["time"] for incident in found.incidents]
+    assert times == sorted(times) and len(times) > len(planned)
+    stopped = math.fsum(min(made.days * DAY - incident["time"], incident["seconds"]) for incident in planned)
+    assert found.parts["preempted"] == pytest.approx(stopped)
+    drawn = found.course.timeline(made.step_seconds, found.incidents)
+    trained = math.fsum(attempt["ended"] - attempt["ready"] for attempt in drawn["attempts"])
+    assert trained == pytest.approx(found.wall_seconds - stopped)
+    assert [a["ended_as"] for a in drawn["attempts"]].count("preempted") == number
+
+
+@pytest.mark.parametrize("policy", [QUORUM, ISLANDS])
+def test_after_the_end_of_a_course_no_attempt_begins(policy: dict[str, Any]):
+    often = [{"name": "node", "per_day": 500.0, "detect_seconds": 5.0}]
+    made = scenario(days=6.0, failure=often, policy=policy, maintenance={"every_days": 5.0, "hours": 2.0})
+    found = simulate(made, 0, keep_course=True)
+    assert found.course is not None and found.course.until < 5 * DAY
+    drawn = found.course.timeline(made.step_seconds, found.incidents)
+    assert drawn["attempts"][0]["ready"] < 0.1 * DAY
+    assert all(attempt["ready"] < attempt["ended"] for attempt in drawn["attempts"])
+
+
 def test_the_page_of_a_forecast_has_the_timeline_and_every_incident_of_one_run(tmp_path: Path):
     from trainer.forecast import report
 

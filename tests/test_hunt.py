@@ -18,6 +18,7 @@ from trainer.hunt.symptoms import sampled_evaluation, samples, symptoms_of
 from trainer.log import events, rundir
 from trainer.log.events import EvalDone, NotFinite, StepDone
 from trainer.sentinel.operator_check import OperatorCheck
+from trainer.show.page import render
 
 PLANTED = {
     "clean": [],
@@ -163,6 +164,28 @@ def test_the_log_shows_each_symptom_and_a_quiet_log_none(tmp_path: Path, changed
     steps |= {event.step: event for event in changed if isinstance(event, StepDone)}
     run = logged(tmp_path, *steps.values(), *others)
     assert [(symptom.kind, symptom.step) for symptom in symptoms_of(run)] == expected
+
+
+@pytest.mark.parametrize(
+    ("kinds", "told"),
+    [
+        (["norm_spike"], "explains 1 of 1"),
+        (["sample"], "wrong in 1 of 1 looked at"),
+        (["norm_spike", "sample"], "wrong in 1 of 2 looked at"),
+    ],
+)
+def test_steps_that_were_chosen_without_a_symptom_are_not_called_symptoms(kinds: list[str], told: str):
+    symptoms = [{"kind": kind, "text": f"step {n}", "step": n} for n, kind in enumerate(kinds)]
+    worst = {"where": "", "shape": "[3]", "place": [0], "found": "1", "expected": "2", "wrong": 1, "entries": 3}
+    suspect = {"operator": "aten.sum.default", "excess": 9.0, "explains": [len(kinds) - 1], "conditions": ["one call"],
+               "worst": worst}  # fmt: skip
+    confirmed = {"symptom": "step 0", "kind": kinds[-1], "what": "loss", "before": "1", "after": "2", "gone": True}
+    tree = {"run": "a run", "ranks": 1, "summary": "wrong", "planted": False, "symptoms": symptoms, "checked": [],
+            "suspects": [suspect], "confirmations": [confirmed], "reproduction": None, "not_checked": []}  # fmt: skip
+    html = render("hunt.html", tree=tree, pictures={"timeline": "", "evidence": ""})
+    assert ("ymptom" in html, "that were looked at" in html) == ("sample" not in kinds, "sample" in kinds)
+    [line] = [line for line in page.lines(tree) if line.startswith("suspect")]
+    assert told in line
 
 
 def test_a_failing_call_is_made_as_small_as_still_fails_with_its_strides():

@@ -121,6 +121,12 @@ def test_the_line_about_shapes_has_what_advise_found_for_this_config(
     assert f"{share:.0%}" in found["evidence"] and "2 heads of 16 channels" in found["evidence"]
 
 
+def test_shapes_without_a_matrix_product_whose_best_is_known_are_unknown(tmp_path: Path):
+    (tmp_path / "report.json").write_text(json.dumps({"share_of_best": None, "proposals": []}))
+    found = line(check(tmp_path, advice=str(tmp_path)), "shapes")
+    assert found["answer"] == "unknown" and "no matrix product with a known best" in found["evidence"]
+
+
 @pytest.mark.parametrize("decision", ["", "wait"])
 def test_an_issue_without_a_decision_or_that_waits_stops_the_launch(tmp_path: Path, decision: str):
     tree = check(tmp_path, issues=[*ACCEPTED, {"title": "a flaky switch", "decision": decision}])

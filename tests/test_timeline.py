@@ -210,6 +210,26 @@ def test_the_rarest_sorts_of_incidents_share_the_last_row():
     assert f"{rest} other sorts: {10 * rest}, {30 * 10 * rest / 3600:.1f} h" in shown
 
 
+def test_causes_have_a_row_each_whatever_they_are_called():
+    tree = many_incidents(400, 2)
+    for number, incident in enumerate(tree["incidents"]):
+        incident["cause"] = "others" if number % 4 == 0 else "gpu"
+    shown = [text for text in texts(timeline.svg(tree)) if text.startswith(("gpu", "others", "0 other"))]
+    assert shown == ["gpu: 300, 2.5 h", "others: 100, 50.0 min"]
+
+
+def test_a_frequent_cause_named_others_does_not_join_the_rarest():
+    tree, rest = many_incidents(400, 1), 20 - (timeline.SORT_ROWS - 1)
+    for number, incident in enumerate(tree["incidents"]):
+        incident["cause"] = "others" if number < 210 else f"cause {number % 19}"
+    shown = texts(timeline.svg(tree))
+    assert "others: 210, 1.8 h" in shown
+    [bundle] = [text for text in shown if text.startswith(f"{rest} other sorts: ")]
+    told = [text for text in shown if text.startswith("cause ")]
+    counts = [int(text.split(": ")[1].split(",")[0]) for text in [*told, bundle]]
+    assert len(told) == timeline.SORT_ROWS - 2 and sum(counts) == 190
+
+
 def test_one_fault_that_hits_several_ranks_is_one_flag(run: Run):
     run.train(5)
     for victim in (2, 0, 1):

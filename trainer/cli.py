@@ -777,6 +777,7 @@ def burnin(
 ) -> None:
     """Check this machine's operators against references before a run: exit 0 if all are right, 1 if not."""
     from trainer import config as configs
+    from trainer import files
     from trainer.log import rundir
 
     if device not in ("", "auto", "cpu", "cuda"):
@@ -788,12 +789,12 @@ def burnin(
     from trainer.hunt import burnin as checks
 
     tree = checks.burn_in(config, minutes, lambda text: print(text, file=sys.stderr, flush=True))
-    checks.write(tree, out)
+    report = files.write_report(tree, out)
     if as_json:
         _print_json(tree)
     else:
         _show(checks.terminal(tree))
-        print(out / checks.REPORT)
+        print(report)
     raise typer.Exit(EXIT_FINISHED if tree["passed"] else EXIT_FAILED)
 
 
@@ -806,6 +807,7 @@ def advise(
 ) -> None:
     """Say where a step's time goes on this machine, and which shapes of the same size would be faster."""
     from trainer import config as configs
+    from trainer import files
     from trainer.log import rundir
 
     configs.load(config_path, overrides or ())  # its problems first: torch takes a second
@@ -818,12 +820,12 @@ def advise(
     from trainer.advise.terminal import terminal
 
     tree = advice.advise(config_path, overrides or (), lambda text: print(text, file=sys.stderr, flush=True))
-    advice.write(tree, out)
+    report = files.write_report(tree, out)
     if as_json:
         _print_json(tree)
     else:
         _show(terminal(tree))
-        print(out / advice.REPORT)
+        print(report)
 
 
 def _forecast(tree: dict[str, Any], out: Path | None, as_json: bool) -> None:

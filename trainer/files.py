@@ -10,7 +10,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,13 @@ def write(path: Path, content: str | bytes) -> None:
     _remove_leftovers(path)
     while not _written(path, content.encode() if isinstance(content, str) else content):
         pass
+
+
+def write_report(tree: Mapping[str, Any], out: Path) -> Path:
+    """Write OUT/report.json; return its path. Raises OSError."""
+    out.mkdir(parents=True, exist_ok=True)
+    write(out / "report.json", json.dumps(tree, indent=1))
+    return out / "report.json"
 
 
 def sha256(path: Path, progress: Callable[[int], None] = lambda done: None) -> str:

@@ -404,13 +404,13 @@ class _Review:
             f"{min(device['repeats'] for device in devices)} times, "
             f"{sum(len(device['differing']) for device in devices)} cases with other bits"
         )
-        others = self._other_machine(tree, devices[0]["computes_with"])
+        others = self._differences(tree, devices[0]["computes_with"])
         answer: Answer = "pass" if tree["passed"] else "fail"
         if others and tree["passed"]:
             answer, said = "unknown", f"{said}, but not of this config and torch: {'; '.join(others)}"
         return Line("operators", what, answer, said, str(path), path.stat().st_mtime)
 
-    def _other_machine(self, tree: Mapping[str, Any], computes_with: Mapping[str, str]) -> list[str]:
+    def _differences(self, tree: Mapping[str, Any], computes_with: Mapping[str, str]) -> list[str]:
         """Differences of model, precision and torch between what was measured and what is to start."""
         ours = configs.flatten(self.config.model.model_dump(mode="json", by_alias=True))
         return configs.differences(tree["model"], ours) + configs.differences(
@@ -431,12 +431,13 @@ class _Review:
             return Line("shapes", what, "unknown", reason)
         share, best = tree["share_of_best"], next(iter(tree["proposals"]), None)
         if share is None:
-            return Line("shapes", what, "unknown", f"{path} has no matrix product", str(path), path.stat().st_mtime)
+            reason = f"{path} has no matrix product with a known best"
+            return Line("shapes", what, "unknown", reason, str(path), path.stat().st_mtime)
         said = f"{share:.0%} of the best on {tree['computes_with']['device model']}, MFU {tree['mfu']['value']:.0%}"
         if best is not None and best["gain"] > 1:
             said += f"; {best['what']} would be {best['gain']:.2f} times as fast, as predicted"
         answer: Answer = "pass" if share >= least else "fail"
-        if others := self._other_machine(tree, tree["computes_with"]):
+        if others := self._differences(tree, tree["computes_with"]):
             answer, said = "unknown", f"{said}, but not of this config and torch: {'; '.join(others)}"
         return Line("shapes", what, answer, said, str(path), path.stat().st_mtime)
 

@@ -1,13 +1,12 @@
 """Shapes that this machine likes: where a step's time goes, and which changes at equal size would make it faster."""
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from trainer import config as configs
-from trainer import costs, files, job, provenance
+from trainer import costs, job, provenance
 from trainer.advise import proposals
 from trainer.advise.rates import Rates
 from trainer.advise.steps import Step, Timed, take
@@ -15,7 +14,6 @@ from trainer.config import Config
 from trainer.parallel.world import pick_device
 from trainer.show import utilisation
 
-REPORT = "report.json"
 NEAR = 0.15
 """A prediction within this share of the measured time holds; beyond it the report says which operators are off."""
 
@@ -46,7 +44,7 @@ def advise(path: Path, overrides: Sequence[str], log: Callable[[str], None]) -> 
             "seconds_per_call": rates.overhead,
         },
         **_compared(config, rows, taken, step, rates),
-        "matrix_products": _products(step, rates, config.numerics.precision),
+        "matrix_products": matrix_products(step, rates, config.numerics.precision),
     }
     tree["share_of_best"] = share_of_best(tree["matrix_products"])
     log("other shapes of the same size")
@@ -60,10 +58,7 @@ def _compared(config: Config, rows: int, taken: Timed, step: Step, rates: Rates)
     """Predicted time against measured time: of the step that was taken, and of each operator inside it."""
     measured, predicted = taken.seconds, step.seconds(taken.micro_batches)
     operators = step.by_operator(taken.micro_batches)
-    off = sorted(
-        (row for row in operators if row["measured"] is not None),
-        key=lambda row: -abs(row["predicted"] - row["measured"]),
-    )
+    off = sorted(operators, key=lambda row: -abs(row["predicted"] - row["measured"]))
     tokens = config.data.micro_batch_sequences * config.model.context
     full = step.seconds(config.data.micro_batches)
     flops = costs.flops_per_token(config.model, rows)
@@ -87,8 +82,8 @@ def _compared(config: Config, rows: int, taken: Timed, step: Step, rates: Rates)
     }  # fmt: skip
 
 
-def _products(step: Step, rates: Rates, precision: str) -> list[dict[str, Any]]:
-    """Each matrix product of a micro-batch: its rate, and the best one at no more than twice its size."""
+def matrix_products(step: Step, rates: Rates, precision: str) -> list[dict[str, Any]]:
+    """Each matrix product of a micro-batch: its rate, and the best one at no more than twice its size, if any."""
     found = []
     for call, count, seconds in step.timed_calls:
         if call.product is None or not seconds:
@@ -96,21 +91,17 @@ def _products(step: Step, rates: Rates, precision: str) -> list[dict[str, Any]]:
         batch, m, n, k = call.product
         found.append(
             {"operator": call.operator, "batch": batch, "m": m, "n": n, "k": k, "calls": count, "seconds": seconds,
-             "flops_per_second": call.flops / seconds, "best": rates.best(precision, call.flops)}
+             "flops_per_second": call.flops / seconds, "best": rates.best(precision, call.flops) or None}
         )  # fmt: skip
     return sorted(found, key=lambda row: -row["calls"] * row["seconds"])
 
 
 def share_of_best(products: Sequence[Mapping[str, Any]]) -> float | None:
-    """Time that the matrix products would take at the best rates of their sizes, divided by the time they take."""
-    taken = sum(row["calls"] * row["seconds"] for row in products)
-    # Smaller ones than any of the grid have no best.
-    rates = [(row["calls"] * row["seconds"], row["flops_per_second"], row["best"]) for row in products]
-    at_best = sum(seconds * min(1.0, rate / best if best else 1.0) for seconds, rate, best in rates)
+    """Time that the matrix products would take at the best rates of their sizes, divided by the time they take.
+
+    Those without a best are left out: the grid has none so small. None if no other is left.
+    """
+    rated = [row for row in products if row["best"]]
+    taken = sum(row["calls"] * row["seconds"] for row in rated)
+    at_best = sum(row["calls"] * row["seconds"] * min(1.0, row["flops_per_second"] / row["best"]) for row in rated)
     return at_best / taken if taken else None
-
-
-def write(tree: Mapping[str, Any], out: Path) -> None:
-    """Write OUT/report.json. Raises OSError."""
-    out.mkdir(parents=True, exist_ok=True)
-    files.write(out / REPORT, json.dumps(tree, indent=1))

@@ -5,7 +5,7 @@ They are seen in a dispatch mode, and each can be made again alone, to be timed.
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,10 +68,6 @@ class Call:
     product: tuple[int, int, int, int] | None
     """(batch, m, n, k) of a matrix product."""
 
-    @property
-    def is_attention(self) -> bool:
-        return "attention" in self.operator
-
     def seconds(self, device: torch.device) -> float | None:
         """Make the call again, alone, and time it; None if it cannot be made."""
         args, keywords = pytree.tree_map_only(Shape, lambda shape: shape.make(device), self.arguments)
@@ -98,10 +94,14 @@ class Seen:
 
 
 class Recorder(TorchDispatchMode):
-    """While entered, sees all calls. `phase` is set by who computes."""
+    """While entered, sees all calls. `phase` is set by who computes.
 
-    def __init__(self) -> None:
+    `wait` returns when the device has done what was asked of it: a GPU's operators return before they are done.
+    """
+
+    def __init__(self, wait: Callable[[], None] = lambda: None) -> None:
         super().__init__()
+        self.wait = wait
         self.phase = "step"
         self.seen: dict[str, Seen] = {}
 
@@ -109,8 +109,10 @@ class Recorder(TorchDispatchMode):
         keywords = kwargs or {}
         # Shapes are read before the call, since it may change its arguments.
         arguments = pytree.tree_map_only(Tensor, _shape, (tuple(args), keywords))
+        self.wait()
         began = time.perf_counter()
         result = func(*args, **keywords)
+        self.wait()
         took = time.perf_counter() - began
         key = key_of(str(func), arguments)
         seen = self.seen.get(key)

@@ -19,7 +19,7 @@ from trainer.phases import Phase
 if TYPE_CHECKING:
     from trainer.advise.rates import Rates
 
-MICRO_BATCHES = 2  # of the step that is taken: with one there would be no sums
+MICRO_BATCHES = 2  # of the step that is taken, unless told otherwise: with one there would be no sums
 SAMPLES = 3
 MOST_STEPS = 12
 """A step whose sums do not fit their grid is computed again; such ones are not timed."""
@@ -54,7 +54,7 @@ class Step:
         return total / (self.micro_batches if phase == "micro_batch" else 1)
 
     def by_operator(self, micro_batches: int) -> list[dict[str, Any]]:
-        """Predicted and, where they were timed, measured seconds of each operator in a step; the longest first."""
+        """Predicted and measured seconds of each operator in a step; the longest first."""
         found: dict[str, dict[str, Any]] = {}
         for key, seen in self.calls.items():
             row = found.setdefault(
@@ -105,9 +105,9 @@ class _Phases:
             self.recorder.phase = "micro_batch" if starts else "step"
 
 
-def take(config: Config, device: torch.device) -> Timed:
+def take(config: Config, device: torch.device, micro_batches: int = MICRO_BATCHES) -> Timed:
     """Take steps of the config's model on made-up tokens: some are timed, one is recorded."""
-    config = _alone(config)
+    config = _alone(config, micro_batches)
     phases = _Phases()
     sweep = Sweep(config, device, phases)
     sweep.take_step()  # the first one computes what is computed once
@@ -116,10 +116,10 @@ def take(config: Config, device: torch.device) -> Timed:
     for _ in range(MOST_STEPS):
         phases.micro_batches = 0
         if recorder is None:
-            phases.recorder = Recorder()
+            phases.recorder = Recorder(lambda: _wait_for(device))
             with phases.recorder:
                 sweep.take_step()
-            if phases.micro_batches == MICRO_BATCHES:
+            if phases.micro_batches == micro_batches:
                 recorder = phases.recorder
             phases.recorder = None
             continue
@@ -127,7 +127,7 @@ def take(config: Config, device: torch.device) -> Timed:
         sweep.take_step()
         _wait_for(device)
         took = time.perf_counter() - began
-        if phases.micro_batches == MICRO_BATCHES:
+        if phases.micro_batches == micro_batches:
             samples.append(took)
         if len(samples) == SAMPLES:
             break
@@ -136,14 +136,14 @@ def take(config: Config, device: torch.device) -> Timed:
             f"each of {MOST_STEPS} steps was computed again, since its sums did not fit their grid.\n"
             "  A step is timed only if it is computed once. Lower optim.learning_rate."
         )
-    return Timed(Step(recorder.seen, MICRO_BATCHES), MICRO_BATCHES, statistics.median(samples), samples)
+    return Timed(Step(recorder.seen, micro_batches), micro_batches, statistics.median(samples), samples)
 
 
-def _alone(config: Config) -> Config:
+def _alone(config: Config, micro_batches: int) -> Config:
     """The config of a step on one rank, without what watches it."""
     return config.model_copy(
         update={
-            "data": config.data.model_copy(update={"micro_batches": MICRO_BATCHES}),
+            "data": config.data.model_copy(update={"micro_batches": micro_batches}),
             "faults": (),
             "numerics": config.numerics.model_copy(update={"compile": False}),
             "parallel": config.parallel.model_copy(update={"strategy": "replicate"}),

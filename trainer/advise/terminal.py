@@ -23,11 +23,11 @@ def terminal(tree: Mapping[str, Any]) -> "Group":
             made.add_column(name, justify="right" if number else "left")
         return made
 
-    def milliseconds(seconds: float | None) -> str:
-        return units.known(None if seconds is None else 1000 * seconds, ",.2f")
+    def milliseconds(seconds: float) -> str:
+        return f"{1000 * seconds:,.2f}"
 
-    def giga(rate: float) -> str:
-        return f"{rate / 1e9:,.0f}"
+    def giga(rate: float | None) -> str:
+        return units.known(None if rate is None else rate / 1e9, ",.0f")
 
     step, full = tree["step"], tree["full_step"]
     operators = table(f"a step of {step['micro_batches']} micro-batches by operator", "operator", "calls",

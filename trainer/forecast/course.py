@@ -78,8 +78,9 @@ class Course:
             self._now["process_started"] = time
 
     def ready(self, time: float, work: float) -> None:
-        self.starting(time)
-        self._now |= {"ready": time, "from_work": work}
+        if time < self.until:  # beyond it no end is noted, so no start is either
+            self.starting(time)
+            self._now |= {"ready": time, "from_work": work}
 
     def timeline(self, step_seconds: float, incidents: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         """Return the timeline, with the keys of `log.timeline.read_timeline` and `simulated`, `saves_unlisted`.

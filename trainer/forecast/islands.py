@@ -54,11 +54,18 @@ class _Clusters:
         while start < self.horizon:
             if start >= planned:
                 assert self.scenario.maintenance is not None
-                end = start + self.scenario.maintenance.hours * 3600
+                seconds = self.scenario.maintenance.hours * 3600
+                end = start + seconds
                 self.parts["preempted"] += min(end, self.horizon) - start
+                if self.course is not None:
+                    self.course.ended(start, "preempted")
+                    self.course.ready(end, self.parts["productive"])
+                self._note("preempted", "maintenance", start, seconds, 0.0, ends=True)
                 start, planned = end, planned + self.scenario.maintenance.every_days * DAY
                 continue
             start = self._round(start)
+        # Where one maintenance follows another at once, failures in the first are noted after the second.
+        self.incidents.sort(key=lambda incident: incident["time"])
         return simulator.Replicate(self.horizon, self.parts, self.by_cause, self.counts, self.incidents, self.course)
 
     def _round(self, start: float) -> float:
@@ -133,14 +140,17 @@ class _Clusters:
                 ("waiting", known, enough, failure.name),
                 ("startup", enough, back, failure.name),
             ]
-            if self.course is not None:
-                self.course.struck(now)
-            if len(self.incidents) < simulator.KEPT_INCIDENTS:
-                self.incidents.append(
-                    {"time": now, "kind": "worker_lost", "ends_attempt": not keeps, "detected_as": failure.name,
-                     "seconds": back - now, "lost_steps": round(lost / self.scenario.step_seconds)}
-                )  # fmt: skip
+            self._note("worker_lost", failure.name, now, back - now, lost, ends=not keeps)
         return hit
+
+    def _note(self, kind: str, cause: str, time: float, seconds: float, lost: float, ends: bool) -> None:
+        if self.course is not None:
+            self.course.struck(time)
+        if len(self.incidents) < simulator.KEPT_INCIDENTS:
+            self.incidents.append(
+                {"time": time, "kind": kind, "ends_attempt": ends, "detected_as": cause, "seconds": seconds,
+                 "lost_steps": round(lost / self.scenario.step_seconds)}
+            )  # fmt: skip
 
     def _done(self, cluster: int, start: float, now: float) -> float:
         """Work of this round that a cluster has computed and not lost, in seconds of work."""

@@ -4,12 +4,10 @@ Three parts on every device: steps of the config's model on made-up tokens, in i
 known-hard cases, each call checked; then both again and again until the time is over: equal calls must give equal bits.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +15,7 @@ import torch
 from torch import Tensor
 
 from trainer import config as configs
-from trainer import costs, files, job, optim, provenance, step
+from trainer import costs, job, optim, provenance, step
 from trainer.config import Config
 from trainer.data import Batches
 from trainer.hunt.hard_cases import hard_cases
@@ -29,7 +27,6 @@ from trainer.step import StepContext, TrainState
 if TYPE_CHECKING:
     from rich.console import Group
 
-REPORT = "report.json"
 MICRO_BATCHES = 2  # enough for every shape of a step, and for sums over micro-batches
 CHECKED_LOGITS = 2**26
 """Largest number of logits in a micro-batch that are checked: a call takes several times 8 bytes for each."""
@@ -207,12 +204,6 @@ def _repeat(cases: Sequence[tuple[str, Callable[[], Sequence[Tensor]]]], deadlin
                 differing[name] = None
         repeats += 1
     return repeats, list(differing)
-
-
-def write(tree: Mapping[str, Any], out: Path) -> None:
-    """Write OUT/report.json. Raises OSError."""
-    out.mkdir(parents=True, exist_ok=True)
-    files.write(out / REPORT, json.dumps(tree, indent=1))
 
 
 def terminal(tree: Mapping[str, Any]) -> "Group":

@@ -37,10 +37,12 @@ def lines(tree: Mapping[str, Any]) -> Iterator[str]:
     yield tree["summary"]
     for symptom in tree["symptoms"]:
         yield f"{'looked at' if symptom['kind'] == 'sample' else 'symptom  '} {symptom['text']}"
+    sampled = any(symptom["kind"] == "sample" for symptom in tree["symptoms"])
     for suspect in tree["suspects"][:SHOWN_SUSPECTS]:
+        number = f"{len(suspect['explains'])} of {len(tree['symptoms'])}"
         yield (
             f"suspect   {suspect['operator']}: error / tolerance {_times(suspect['excess'])}, "
-            f"explains {len(suspect['explains'])} of {len(tree['symptoms'])}; {'; '.join(suspect['conditions'])}"
+            f"{f'wrong in {number} looked at' if sampled else f'explains {number}'}; {'; '.join(suspect['conditions'])}"
         )
     for found in tree["confirmations"]:
         yield f"{_CONFIRMED[found['gone'], _is_shown(found)]} {found['what']}: {found['before']} → {found['after']}"

@@ -70,7 +70,6 @@ def hunt(run: Path, steps: Sequence[int], out: Path, log: Callable[[str], None],
     if beyond := [step for step in steps if step > last]:
         raise UsageError(f"--step {beyond[0]} is beyond the run's {last} steps.\n  Give a step from 1 to {last}.")
     symptoms = [s for s in symptoms_of(run, steps) if auto or s.kind == "asked"]
-    nothing_unusual = not symptoms
     looked = _Look(run, Replay(run, log), symptoms, log)
     planned, left_out = plan(symptoms, run)
     for step in planned:
@@ -100,9 +99,9 @@ def hunt(run: Path, steps: Sequence[int], out: Path, log: Callable[[str], None],
         script = reproduction.write(first.failures, str(run), machine, out / "reproduction")
     return {
         "run": str(run), "ranks": replay.ranks,
-        "nothing_unusual": nothing_unusual, "symptoms": [_plain(asdict(symptom)) for symptom in symptoms],
+        "symptoms": [_plain(asdict(symptom)) for symptom in symptoms],
         "checked": [_plain(asdict(one)) for one in looked.checked],
-        "suspects": [_suspect(s, len(symptoms), replay.ranks) for s in ranked],
+        "suspects": [_suspect(s, replay.ranks) for s in ranked],
         "runners_up": [
             {"operator": s.operator, "worst": s.excess}
             for s in sorted(suspects.values(), key=lambda s: -s.excess) if not s.failed and s.excess > 0
@@ -318,7 +317,7 @@ def _only(replace: Sequence[str]) -> OperatorCheck | None:
     return OperatorCheck(replace=replace, only=replace) if replace else None
 
 
-def _suspect(suspect: Suspect, symptoms: int, ranks: int) -> dict[str, Any]:
+def _suspect(suspect: Suspect, ranks: int) -> dict[str, Any]:
     worst = max(suspect.failures, key=lambda failure: failure.excess)
     rare = sum(suspect.shapes[shape] for shape in suspect.failed_shapes)
     conditions = [
@@ -332,7 +331,7 @@ def _suspect(suspect: Suspect, symptoms: int, ranks: int) -> dict[str, Any]:
     return {
         "operator": suspect.operator, "calls": suspect.calls, "failed": suspect.failed,
         "excess": suspect.excess if math.isfinite(suspect.excess) else None,
-        "explains": suspect.explains, "share": len(suspect.explains) / symptoms, "steps": suspect.steps,
+        "explains": suspect.explains, "steps": suspect.steps,
         "conditions": conditions, "places": dict(suspect.places),
         "shapes": [shape for shape, _ in suspect.failed_shapes.most_common(3)],
         "worst": {

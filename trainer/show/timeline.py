@@ -161,12 +161,14 @@ def _incidents(timeline: Mapping[str, Any], begin: float, end: float, inch: floa
         return singles, rows
     sorts = [text for text, _ in Counter(text for _, _, text in spans).most_common()]
     rest = sorts[SORT_ROWS - 1 :] if len(sorts) > SORT_ROWS else []
+    groups = [(text, {text}) for text in sorts[: len(sorts) - len(rest)]]
+    if rest:
+        groups.append((f"{len(rest)} other sorts", set(rest)))
     bundles = []
-    for text in [sort for sort in sorts if sort not in rest] + ["others"] * bool(rest):
-        those = [(t, until) for t, until, sort in spans if sort == text or (text == "others" and sort in rest)]
+    for name, texts in groups:
+        those = [(t, until) for t, until, text in spans if text in texts]
         seconds = math.fsum(until - t for t, until in those)
-        kinds = f"{len(rest)} other sorts" if text == "others" else text
-        label = Label(f"{kinds}: {len(those):,}" + _lasting(seconds), begin, len(bundles))
+        label = Label(f"{name}: {len(those):,}" + _lasting(seconds), begin, len(bundles))
         bundles.append(Incidents(label, those))
     return bundles, len(bundles)
 
