@@ -85,8 +85,9 @@ def figure() -> dict[str, Any]:
 def table(figure: dict[str, Any]) -> list[str]:
     lines = [
         "", "## Islands over a slow link", "",
-        f"`configs/gpt_tiny.toml` on two hosts of one rank each, {DELAY_MILLISECONDS:g} ms of delay. Sent by one of",
-        "them, and time, per 1,000 tokens; in brackets how many times less than synchronous training on the same link.",
+        f"`configs/gpt_tiny.toml` on two hosts of one rank each, up to {DELAY_MILLISECONDS:g} ms of delay. Sent by",
+        "one of them, and time, per 1,000 tokens; in brackets how many times less than synchronous training on the",
+        "same link.",
         "", "| link | | kB | seconds |", "|---|---|---|---|",
     ]  # fmt: skip
     for rate, arms in figure["links"].items():

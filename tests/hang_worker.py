@@ -50,6 +50,13 @@ def works_without_a_sign() -> None:
         time.sleep(0.05)
 
 
+def works_apart(dog: Watchdog, step: int) -> None:
+    """Makes progress for longer than the timeout while the others wait, as where ranks are many steps apart."""
+    for _ in range(12):
+        time.sleep(0.2)
+        dog.heartbeat("before_update", step)
+
+
 # fault → (the point at which it strikes, what happens); "skip" leaves a collective out.
 FAULTS = {
     "stop": ("before_reduce", stops_itself),
@@ -59,6 +66,8 @@ FAULTS = {
     "fsdp": ("before_forward", waits_for_a_lock),
     "skip": ("before_reduce", lambda: None),
     "slow": ("before_forward", works_without_a_sign),
+    "apart": ("before_reduce", lambda: None),
+    "apart, stop": ("before_reduce", stops_itself),
 }
 
 
@@ -70,7 +79,7 @@ def main(run: Path, rank: int, ranks: int, timeout: float, fault: str) -> None:
     store = dist.FileStore(str(run / "store"), ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=datetime.timedelta(seconds=60))
     log = EventLog.open(run, 0, rank)
-    dog = Watchdog(run, rank, ranks, 0, timeout, 20.0, report=log.append)
+    dog = Watchdog(run, rank, ranks, 0, timeout, 20.0, report=log.append, meet_rarely=fault.startswith("apart"))
     dog.start()
     try:
         _steps(dog, run, rank, fault)
@@ -98,6 +107,8 @@ def _steps(dog: Watchdog, run: Path, rank: int, fault: str) -> None:
                 (run / "struck").write_text(repr(time.monotonic()))
                 strike()
 
+        if is_struck and fault.startswith("apart"):
+            works_apart(dog, step)
         hook("before_forward")
         output = model(torch.ones(1, 8))
         hook("before_backward")

@@ -343,6 +343,24 @@ def test_a_rank_that_died_while_starting_is_reported_by_the_next_attempt(log):
     assert measured[1]["attributed_correctly"] is True and measured[1]["detected_as"] == "worker_lost"
 
 
+@pytest.mark.parametrize("told", [(0, 1), (0,), (1,)])
+def test_of_two_ranks_that_died_while_starting_the_launcher_may_have_seen_only_one(log, told):
+    """It ended the other one, which was dead already."""
+    log.strike(0)
+    log.attempt += 1
+    for index in (1, 2):
+        log.fire(index, victim=index - 1, step=6)
+    log.start(6)
+    log.lose(1, pid=102)
+    died = [{"rank": rank, "pid": 4711 + rank, "exitcode": -9, "signal": "SIGKILL"} for rank in told]
+    log.write(logs.lost(*died, reason="ended by SIGKILL"))
+    log.complete(7)
+    found = evidence(log, KILL, *({"kind": "sigkill", "rank": rank, "phase": "in_load"} for rank in (0, 1)))
+    assert not_passed(found) == {}
+    reported = [fault["attributed_correctly"] for fault in checker.measure(found)]
+    assert reported == [True, *(True if rank == told[0] else None for rank in (0, 1))]
+
+
 def test_a_damaged_checkpoint_is_reported_by_the_attempt_that_met_it_and_may_then_be_older(log):
     log.strike(kind="flipped_shard", last=7)
     log.start_over(CheckpointRejected(step=6, reason="does not match its checksum"))

@@ -22,7 +22,14 @@ from tests.hang_worker import FAULTY_RANK, FAULTY_STEP
 from trainer.log import events
 from trainer.sentinel import hang
 from trainer.sentinel.hang import Watchdog
-from trainer.sentinel.hang_diagnosis import Collective, RankStatus, diagnose, is_recorded, pending_collective
+from trainer.sentinel.hang_diagnosis import (
+    Collective,
+    RankStatus,
+    diagnose,
+    is_recorded,
+    patience,
+    pending_collective,
+)
 
 TIMEOUT = 1.0
 PROMISED_SECONDS = 2.5  # after the timeout, until the process has ended
@@ -85,6 +92,15 @@ def test_among_waiting_ranks_the_minority_is_named_and_among_equals_none() -> No
     assert named([*WAITING, ahead, status(3, step=6, pending=collective())]) == []
     assert named(WAITING) == []  # a cut network: the cause is unknown
     assert named([status(0)]) == [0], "a rank alone can only blame itself"
+
+
+def test_where_ranks_meet_rarely_one_waits_while_all_answer_and_another_makes_progress() -> None:
+    works = status(1, "before_forward", idle=0.4, left_seconds=0.6)
+    assert patience(WAITING[0], [*WAITING, works]) == 0.6
+    assert patience(WAITING[0], [*WAITING, replace(works, left_seconds=0.0)]) == 0, "nobody makes progress"
+    assert patience(WAITING[0], [*WAITING, works, status(3, alive=False)]) == 0
+    assert patience(works, [*WAITING, works]) == 0, "it is stuck itself, in no collective"
+    assert patience(WAITING[0], WAITING[:1]) == 0
 
 
 def test_healthy_ranks_of_a_hybrid_mesh_wait_in_different_groups() -> None:
@@ -478,6 +494,16 @@ def test_a_rank_that_skipped_a_collective_is_named(ranks: Ranks) -> None:
     reports = ranks.hung()
     assert reports, ranks.output()
     assert [culprit["rank"] for culprit in reports[0][1].culprits] == [FAULTY_RANK], reports
+
+
+def test_where_ranks_meet_rarely_those_that_wait_for_one_that_works_train_on(ranks: Ranks) -> None:
+    ranks.start(3, "apart")
+    assert ranks.exits(0, 1, 2) == [0, 0, 0], ranks.output()
+    assert ranks.hung() == []
+
+
+def test_where_ranks_meet_rarely_one_that_stops_is_named_after_the_timeout(ranks: Ranks) -> None:
+    assert "does not answer" in hangs(ranks, "apart, stop").culprits[0]["why"]
 
 
 def test_ranks_stopped_for_long_train_on_when_they_are_continued(ranks: Ranks, tmp_path: Path) -> None:

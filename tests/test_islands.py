@@ -5,6 +5,8 @@ import contextlib
 import itertools
 import json
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -29,7 +31,7 @@ from trainer import checkpoint, costs, job, optim, step
 from trainer import config as configs
 from trainer.checkpoint import loading
 from trainer.data import prepare
-from trainer.errors import EXIT_FAILED, ConfigError, RunDirectoryError
+from trainer.errors import EXIT_FAILED, EXIT_PREEMPTED, ConfigError, RunDirectoryError
 from trainer.islands import deltas
 from trainer.islands.clusters import Clusters, owner_of
 from trainer.islands.exchange import Exchange
@@ -224,6 +226,20 @@ def test_changes_arrive_after_the_overlap_and_are_mixed_with_what_was_learnt_mea
         assert torch.allclose(weight_of(island), expected, rtol=0, atol=1e-5)
 
 
+def test_a_branch_applies_no_exchange_that_was_never_sent():
+    """It begins after step 3, which would have sent what arrives after step 5."""
+    exchange, islands, _ = exchange_of({"inner_steps": 3, "overlap_steps": 2}, 20, torch.zeros(3, 4))
+    exchange.completed = 3
+    exchange.begin()
+    for learnt in (-1.0, -2.0, -3.0):
+        for island in islands:
+            gradient = island.sharding.parameters["weight"].grad
+            assert gradient is not None
+            gradient.fill_(1.0)
+        exchange.step()
+        assert all(weight_of(island).eq(learnt).all() for island in islands)
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_what_rounding_leaves_out_is_sent_later(kind):
     """Islands move alike for 30 rounds: each sum of what was sent is short of the truth by no more than one round."""
@@ -364,6 +380,17 @@ def test_ranks_that_torchrun_starts_again_end_with_the_same_bits(corpus, calm, t
     assert outcome(tmp_path / "run") == calm
 
 
+def test_a_stop_signal_is_heeded_where_the_clusters_meet_and_the_run_goes_on_to_the_same_bits(corpus, calm, tmp_path):
+    """Rank 1 is asked in step 5; they meet after step 6."""
+    ask = with_faults([{"kind": "sigterm", "rank": 1, "at_step": 5, "phase": "before_update"}])
+    run = ["train", SMOKE, "--run", tmp_path / "run", *arguments(corpus)]
+    assert torchrun(2, *run, *ask, check=False).returncode == EXIT_PREEMPTED
+    ends = [entry.event for entry in events.read(tmp_path / "run") if isinstance(entry.event, events.AttemptEnded)]
+    assert [(end.status, end.step) for end in ends] == [("preempted", 6)] * 2
+    assert command(*run).returncode == 0
+    assert outcome(tmp_path / "run") == calm
+
+
 def test_an_island_whose_gradient_is_not_finite_ends_the_job_by_name_on_all_ranks(corpus, tmp_path):
     """In a step after which the ranks do not meet: those that are well learn it in the next one."""
     fault = {"kind": "nan_sample", "rank": 1, "at_step": 3, "where": "output"}
@@ -371,6 +398,7 @@ def test_an_island_whose_gradient_is_not_finite_ends_the_job_by_name_on_all_rank
     ended = torchrun(2, *command, module="tests.worker", check=False)
     assert ended.returncode == EXIT_FAILED
     assert "island 2: step 3: loss or gradient is not finite, also when computed again" in ended.stderr
+    assert "Its micro-batch i is micro-batch 2 + 4·i of the whole step" in ended.stderr
     entries = events.read(tmp_path / "run")
     ends = [entry.event for entry in entries if isinstance(entry.event, events.AttemptEnded)]
     assert ends and all(end.reason.startswith("NumericsError: island 2: step 3") for end in ends), (
@@ -430,18 +458,33 @@ def test_settings_that_contradict_each_other_are_refused_by_name(changes: dict[s
     assert said in refused.value.problems[0]
 
 
+@dataclass(frozen=True)
 class TwoRanks(World):
-    """As rank 0 sees it; rank 1 was started with twice the inner steps."""
+    """As rank 0 sees it; rank 1 was started with a setting of its own."""
+
+    other: Mapping[str, Any] = field(default_factory=dict)
 
     def agree(self, compute: Any, waiting: Any = None) -> list[Any]:
         mine = compute()
-        return [mine, mine | {"islands.inner_steps": 60}]
+        assert mine.keys() >= self.other.keys()
+        return [mine, mine | self.other]
 
 
-def test_a_cluster_that_was_started_with_another_config_is_refused_by_what_differs():
-    config = configs.load(SMOKE, ["islands.count=2", "islands.inner_steps=29"])
-    with pytest.raises(ConfigError, match=r"rank 1 was started with another config.*islands.inner_steps: 29 → 60"):
-        check_alike(config, TwoRanks(0, 2, ALONE.device))
+@pytest.mark.parametrize(
+    ("setting", "old"),
+    [
+        ("islands.inner_steps", 29),
+        ("eval.every_steps", 20),
+        ("checkpoint.every_steps", 21),
+        ("checkpoint.memory_every_steps", 7),
+    ],
+)
+def test_a_cluster_that_would_compute_another_run_or_meet_after_other_steps_is_refused_by_what_differs(
+    setting: str, old: int
+):
+    config = configs.load(SMOKE, ["islands.count=2", "islands.inner_steps=29", f"{setting}={old}"])
+    with pytest.raises(ConfigError, match=rf"rank 1 was started with another config.*{setting}: {old} → 60"):
+        check_alike(config, TwoRanks(0, 2, ALONE.device, other={setting: 60}))
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,9 @@ def train(
     stopwatch.lap("imports")
     # Collectives may take longer than the watchdog's limits: it acts first and reports more.
     limits = config.elastic.step_timeout_seconds, config.elastic.startup_timeout_seconds
-    ranks = world.connect(device, 2 * max(limits) + 60, config.parallel.share_gpus)
+    # With islands a rank may wait for one that has many steps to do before they meet, and the watchdog lets it.
+    apart = config.islands.inner_steps if config.islands.count else 1
+    ranks = world.connect(device, apart * (2 * max(limits) + 60), config.parallel.share_gpus)
     with contextlib.ExitStack() as stack:  # closes in reverse order what is entered below
         stack.callback(world.disconnect)
         stack.callback(injector.close)
@@ -229,7 +231,9 @@ def claim_run(
     attempt, other_bits, begun_from = ranks.from_main(claim_on_main)
     log = stack.enter_context(contextlib.closing(events.EventLog.open(run, attempt, ranks.rank)))
     limits = config.elastic.step_timeout_seconds, config.elastic.startup_timeout_seconds
-    watchdog = Watchdog(run, ranks.rank, ranks.size, attempt, *limits, report=log.append)
+    watchdog = Watchdog(
+        run, ranks.rank, ranks.size, attempt, *limits, report=log.append, meet_rarely=config.islands.count > 0
+    )  # fmt: skip
     watchdog.start()
     stack.callback(watchdog.stop)
     return Claim(run, attempt, ranks, log, watchdog, earlier, own, other_bits, accept_other_bits, begun_from)

@@ -134,6 +134,10 @@ def may_report(kind: Fault, attempt: int, incident: Incident) -> bool:
         return False
     if incident.kind == "checkpoint_rejected":  # found by the attempt that loads next
         return incident.attempt > attempt
+    return _is_of(incident, attempt)
+
+
+def _is_of(incident: Incident, attempt: int) -> bool:
     # An attempt that ended before it wrote anything is reported by the one after it, as its own.
     return incident.attempt == attempt or (incident.step is None and incident.attempt == attempt + 1)
 
@@ -159,7 +163,7 @@ def _attribute(evidence: Evidence, firing: Firing, taken: set[int]) -> Attributi
         correct = not problem
     elif kind.expected_incidents:
         # Another fault may have ended the attempt before this one could be noticed.
-        ending = next((i for i in incidents if i.ends_attempt and i.attempt == firing.attempt), None)
+        ending = next((i for i in incidents if i.ends_attempt and _is_of(i, firing.attempt)), None)
         alone = all(other is firing or other.attempt != firing.attempt for other in evidence.firings)
         if ending is None or alone:
             correct, problem = False, "no incident in the log reports it"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 SIGNIFICAND_BITS = 24  # float32
 BITS = {"int8": 8, "int4": 4}
-"""Of one element on the wire, by `islands.quantise`; what it does not name travels as float32."""
+"""Bits of one element on the wire, by `islands.quantise`. A kind that is not here travels as float32."""
 # Far above denormals, so that flush-to-zero modes cannot make two machines disagree.
 FINEST_SCALE = 2.0**-100
 

@@ -93,7 +93,8 @@ class Exchange(Optimizer):
             step.apply(island)
         self.completed += 1
         for number in self._schedule.arriving(self.completed):
-            self._apply(number)
+            if self._is_on_its_way(number):
+                self._apply(number)
         for number in self._schedule.sent(self.completed):
             self._send(number)
             if not self._schedule.overlap_steps or self.completed == self._schedule.steps:
@@ -169,7 +170,7 @@ class Exchange(Optimizer):
         return {n: deltas.scale_of(part, settings.quantise, settings.count) for n, part in magnitudes.items()}
 
     def _change(self, island: int, name: str) -> Tensor:
-        """What an island's parameter has moved by, against the direction of learning, as a gradient points."""
+        """Return how far an island's parameter has moved, against the direction of learning, as a gradient points."""
         change = self._outer[name] - self._own[island].sharding.parameters[name].data
         residual = self._residuals.get(island, {}).get(name)
         return change if residual is None else change.add_(residual)
@@ -188,13 +189,23 @@ class Exchange(Optimizer):
             self._residuals[island][name].copy_(change.sub_(integers[-1] * scales[name]))
         return deltas.pack(torch.cat([part.reshape(-1) for part in integers]), deltas.BITS[kind])
 
+    def _is_on_its_way(self, number: int) -> bool:
+        """Wait for a fragment that was sent. False if none was: a branch may begin later than its schedule sends it.
+
+        The outer weights are then older than what the islands have learnt. It is told by the changes alone, which are
+        in the state, so that a resumed run decides alike.
+        """
+        if number in self._travelling:  # else it has arrived when the state was saved
+            self._wait_for(number)
+        return any(bool(self._changes[name].any()) for name in self._fragments[number])
+
     def _apply(self, number: int, whole_round: bool = True) -> None:
         """Take the outer step of a fragment that was sent, and give the new outer weights to the islands.
 
         A round that the end of the run has cut short ends in the mean of the islands' weights: momentum is that of
         whole rounds.
         """
-        if number in self._travelling:  # else it has arrived when the state was saved, or has no parameters
+        if number in self._travelling:  # else it has been waited for, or has no parameters
             self._wait_for(number)
         rate, decay, kept = self._settings.outer_learning_rate, self._settings.outer_momentum, self._settings.mixing
         if not whole_round:

@@ -48,14 +48,14 @@ class IslandBatches(Batches):
 
 @dataclass
 class Told:
-    """What this rank knows of the steps since the ranks met last."""
+    """Results of the steps since the ranks met last, as this rank knows them."""
 
     own: list[list[StepResult]] = field(default_factory=list)
-    """What its islands have computed, by step."""
+    """Results of its own islands, by step."""
     error: TopropeError | None = None
-    """Why it computes nothing more; raised on all ranks when they meet."""
+    """The error after which it computes nothing more; raised on all ranks when they meet."""
     of_all: list[StepResult] = field(default_factory=list)
-    """What all islands have computed, by step: known when the ranks have met."""
+    """Results of all islands, by step: known when the ranks have met."""
     unwritten: list[StepDone] = field(default_factory=list)
 
     def tell(self) -> list[list[StepResult]]:
@@ -101,7 +101,7 @@ class IslandMembers(AllRanks):
         told = self.told
         if told.error is None:
             try:
-                told.own.append([_compute(*island) for island in self.islands])
+                told.own.append([self._compute(*island) for island in self.islands])
             except TopropeError as error:
                 told.error = error  # the islands' state is not used again: where the ranks meet, all end
         if not ranks_meet(self.config, step + 1):
@@ -113,13 +113,13 @@ class IslandMembers(AllRanks):
         told.own, told.of_all = [], [together(list(itertools.chain(*ranks)), stop) for ranks in by_step]
         return cast(T, told.of_all[-1])
 
-
-def _compute(island: int, state: TrainState, collaborators: Collaborators) -> StepResult:
-    members = collaborators.context.members
-    try:
-        return members.commit(state.step, lambda present: loop.finite_gradients(state, collaborators, present))
-    except NumericsError as error:
-        raise NumericsError(f"island {island}: {error}") from None
+    def _compute(self, island: int, state: TrainState, collaborators: Collaborators) -> StepResult:
+        members, islands = collaborators.context.members, self.config.islands.count
+        try:
+            return members.commit(state.step, lambda present: loop.finite_gradients(state, collaborators, present))
+        except NumericsError as error:
+            counted = f"Its micro-batch i is micro-batch {island} + {islands}·i of the whole step"
+            raise NumericsError(f"island {island}: {error}\n  {counted}.") from None
 
 
 def together(results: Sequence[StepResult], stop: bool) -> StepResult:

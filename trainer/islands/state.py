@@ -76,8 +76,17 @@ def build(
 
 
 def check_alike(config: Config, ranks: World) -> None:
-    """Raise ConfigError on all ranks if one was started with another config: its islands would be another run's."""
-    found = ranks.agree(lambda: configs.mathematics(config) | {"parallel.island_ranks": config.parallel.island_ranks})
+    """Raise ConfigError on all ranks if one was started with another config.
+
+    Its islands would be another run's, or it would meet the others after other steps and wait in vain.
+    """
+    meetings = {
+        "parallel.island_ranks": config.parallel.island_ranks,
+        "eval.every_steps": config.eval.every_steps,
+        "checkpoint.every_steps": config.checkpoint.every_steps,
+        "checkpoint.memory_every_steps": config.checkpoint.memory_every_steps,
+    }
+    found = ranks.agree(lambda: configs.mathematics(config) | meetings)
     for rank, settings in enumerate(found):
         if lines := configs.differences(found[0], settings):
             raise ConfigError(

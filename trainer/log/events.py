@@ -111,7 +111,7 @@ class ChangesApplied(Event, kind="changes_applied"):
     step: int  # after which it was applied
     sent_after: int  # step after which it was sent
     fragment: int
-    bytes: int  # that the cluster of rank 0 gave to the others, without headers; 0 if it is alone
+    bytes: int  # given by the cluster of rank 0, each tensor once for however many receive it; 0 if it is alone
     waited_seconds: float  # for which its steps waited until it had arrived
 
 

@@ -32,7 +32,14 @@ from typing import Any, NamedTuple
 from trainer import files
 from trainer.log.events import Hung
 from trainer.phases import Phase
-from trainer.sentinel.hang_diagnosis import Collective, RankStatus, diagnose, is_recorded, pending_collective
+from trainer.sentinel.hang_diagnosis import (
+    Collective,
+    RankStatus,
+    diagnose,
+    is_recorded,
+    patience,
+    pending_collective,
+)
 
 ANSWER_SECONDS = 1.2  # how long the first rank to notice waits for the others' stacks
 SECOND_SECONDS = 0.4  # how much longer the others wait, so that the first can report and leave
@@ -64,10 +71,14 @@ class Watchdog:
         startup_timeout_seconds: float,
         report: Callable[[Hung], None],
         leave: Callable[[int], None] = os._exit,
+        meet_rarely: bool = False,
     ) -> None:
-        """`startup_timeout_seconds` holds until the first step is done. `leave` ends the process, given its status."""
+        """`startup_timeout_seconds` holds until the first step is done. `leave` ends the process, given its status.
+
+        `meet_rarely`: ranks may be many steps apart when they meet, so waiting for one that makes progress is no hang.
+        """
         self._files = HangFiles(run, rank, world_size, attempt)
-        self._rank, self._alone = rank, world_size == 1
+        self._rank, self._world_size, self._alone, self._meet_rarely = rank, world_size, world_size == 1, meet_rarely
         self._step_timeout, self._startup_timeout = step_timeout_seconds, startup_timeout_seconds
         self.report, self._leave = report, leave
         self._interval = min(0.5, step_timeout_seconds / 8, startup_timeout_seconds / 8)
@@ -140,7 +151,7 @@ class Watchdog:
                 woke = monotonic()  # the diagnosis took time that is not the main thread's
 
     def _gives_up(self, last: Heartbeat) -> bool:
-        """Diagnose, report and leave. False if the main thread made progress meanwhile: it was slow, but not hung."""
+        """Diagnose, report and leave. False if it is no hang: this rank was slow, or waits for one that is."""
         last_resort = threading.Timer(LAST_RESORT_SECONDS, self._leave_without_report)
         last_resort.daemon = True
         try:
@@ -158,7 +169,7 @@ class Watchdog:
         return True
 
     def _investigate(self, last: Heartbeat) -> Hung | None:
-        """Gather all ranks' stacks and find the culprits. None if the main thread has made progress since `last`."""
+        """Gather all ranks' stacks and find the culprits. None if it is no hang, or not yet."""
         noticed, limit = monotonic(), self._limit
         request = self._files.request()
         with self._answering:
@@ -169,6 +180,9 @@ class Watchdog:
             return None
         self._files.collect_forced_dumps()
         judged = [replace(s, alive=s.rank == self._rank or s.answers >= request) for s in statuses]
+        if self._meet_rarely and len(judged) == self._world_size and (left := patience(own, judged)):
+            self._idle = max(0.0, limit - left)  # asks again when those that it waits for might be stuck
+            return None
         return Hung(
             step=last.step,
             point=last.phase,
@@ -199,7 +213,10 @@ class Watchdog:
     def _status(self) -> RankStatus:
         last = self._last
         idle = min(self._idle + self._interval, monotonic() - last.time)
-        return RankStatus(self._rank, last.phase, last.step, round(idle, 3), self._answers, recorded=self._alone)
+        left = round(max(0.0, self._limit - idle), 3)
+        return RankStatus(
+            self._rank, last.phase, last.step, round(idle, 3), self._answers, recorded=self._alone, left_seconds=left
+        )
 
     def _answer(self, request: int) -> tuple[RankStatus, bool]:
         """Dump stacks and Flight Recorder; publish and return this rank's status. The bool: it could be published."""

@@ -47,6 +47,7 @@ class RankStatus:
     """True if the Flight Recorder was on: only then does no `pending` collective mean that the rank is in none."""
     pending: Collective | None = None
     alive: bool = True  # False if it did not answer the request for its stacks
+    left_seconds: float = 0.0  # without progress, after which its own watchdog acts
 
 
 def diagnose(statuses: Sequence[RankStatus], limit_seconds: float) -> list[dict[str, Any]]:
@@ -71,6 +72,19 @@ def diagnose(statuses: Sequence[RankStatus], limit_seconds: float) -> list[dict[
         # No rank is stuck: the others wait for a rank that is slow, or that has skipped their collective.
         culprits = [_culprit(status, f"makes progress, but is not in the collective{meanwhile}") for status in outside]
     return culprits or _minority(waiting)
+
+
+def patience(own: RankStatus, statuses: Sequence[RankStatus]) -> float:
+    """Return for how many more seconds a rank may wait for ranks that meet only now and then; 0 if it is a hang.
+
+    The first one may come to a meeting long before the last. While all answer and one of them makes progress, none
+    hangs: a rank that is stuck outside any collective is found by its own watchdog.
+    """
+    others = [status for status in statuses if status.rank != own.rank]
+    waits = own.pending is not None or not own.recorded
+    if not waits or not all(status.alive for status in others):
+        return 0.0
+    return max((status.left_seconds for status in others), default=0.0)
 
 
 def is_recorded(trace: dict[str, Any]) -> bool:

@@ -86,7 +86,7 @@ def _figures(summary: Mapping[str, Any]) -> Table:
     equal = f", {different} differed" if different else ", all equal" if replayed else ""
     grid.add_row("exact sums", f"{known(summary['redone'])} redone   {flushed} flushed   {replayed} replayed{equal}")
     if islands := summary["islands"]:
-        sent = f"{megabytes(islands['bytes'])} sent by the first cluster"
+        sent = f"{megabytes(islands['bytes'])} given by the first cluster to all others"
         grid.add_row("islands", f"{islands['exchanges']} exchanges   {sent}   {islands['waited_seconds']:.1f} s waited")
     if sentinel := summary["sentinel"]:
         found = ", ".join(f"{count} {action}" for action, count in sentinel["found"].items()) or "nothing found"
