@@ -70,7 +70,8 @@ def test_a_pod_has_the_time_to_save_and_no_more_rights_than_it_needs(on):
         "allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}, "readOnlyRootFilesystem": True,
     }  # fmt: skip
     # All that a run writes to is mounted.
-    assert {mount["mountPath"] for mount in container["volumeMounts"]} >= {"/runs", "/tmp", "/cache", "/dev/shm"}
+    mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
+    assert mounted >= {"/runs", "/tmp", "/cache", "/dev/shm"} and mounted - {"/runs"} <= {*kubernetes.MOUNTED}
 
 
 @pytest.mark.parametrize("on", kubernetes.KINDS)
@@ -130,8 +131,10 @@ def test_the_pods_read_the_config_that_was_submitted(tmp_path):
         (["--image", "toprope", "--print"], "--claim is missing"),
         ([*GIVEN, "--claim", "a/b"], "'a/b' is no name of a claim"),
         ([*GIVEN, "--memory", "much"], "'much' is no amount of memory"),
+        ([*GIVEN, "--memory", "500K"], "'500K' is no amount of memory"),
         ([*GIVEN, "--run", "runs/x"], "--run runs/x is no place in a pod"),
-        ([*GIVEN, "--run", "/runs/" + "x" * 60], "gives no name for Kubernetes"),
+        ([*GIVEN, "--run", "/tmp/x"], "--run /tmp/x has the parent /tmp, which each pod has anyway"),
+        ([*GIVEN, "--run", "/runs/" + "x" * 45], "gives no name for Kubernetes"),
         ([*GIVEN, "--notice", "5"], "--notice 5 leaves no time"),
         ([*GIVEN, "--nodes", "9"], "leaves 1 of 9 ranks without work"),
         ([*GIVEN, "--nodes", "0"], "'0' is no number of nodes"),
@@ -143,6 +146,22 @@ def test_the_pods_read_the_config_that_was_submitted(tmp_path):
 def test_a_bad_request_ends_with_2_and_prints_nothing(arguments, fact):
     status, said = submit(SMOKE, "--on", "kubernetes", *arguments)
     assert status == EXIT_USAGE and fact in said
+
+
+@pytest.mark.parametrize("memory", ["500", "500k", "500M", "500Ki", "16Gi"])
+def test_amounts_of_memory_are_taken_as_kubernetes_writes_them(memory):
+    (container,) = job_spec(printed("kubernetes", "--memory", memory))["template"]["spec"]["containers"]
+    assert container["resources"]["limits"]["memory"] == container["resources"]["requests"]["memory"] == memory
+
+
+def test_the_longest_name_leaves_room_for_what_is_added_to_it():
+    name = "x" * kubernetes.LONGEST_NAME
+    found = printed("kubeflow", "--run", f"/runs/{name}")
+    assert f"TrainJob {name}" in found
+    # The name of a pod of JobSet, which its webhook refuses as soon as one of 100,000 pods would have too long a one.
+    (node,) = found[f"TrainingRuntime {name}"]["spec"]["template"]["spec"]["replicatedJobs"]
+    names = [f"{name}-{node['name']}-0-99999-abcde", *(key.split()[1] for key in found)]
+    assert max(map(len, names)) == 63
 
 
 def test_options_of_kubernetes_are_refused_for_slurm():

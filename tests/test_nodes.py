@@ -79,6 +79,18 @@ def test_a_node_that_is_gone_after_others_lost_a_peer_has_failed(run: Run):
     assert "on 2 ranks instead of 3 without n3" in page(run) and "none now" in page(run)
 
 
+def test_a_job_that_moves_to_other_nodes_counts_for_none_of_them(run: Run):
+    run.start(nodes=("n1", "n2"))
+    run.steps(1, 1)
+    run.start(nodes=("n3", "n2"), after=1.0)  # killed without notice
+    run.steps(1, 1)
+    run.end("failed", 1, reason=LOST_A_PEER)
+    run.start(nodes=("n4", "n5"), after=1.0)
+    run.steps(1, 1)
+    found = {node.name: node.failures for node in nodes.nodes_of(run.history)}
+    assert found == {"n1": 0, "n2": 0, "n3": 0, "n4": 0, "n5": 0}
+
+
 def test_an_incident_names_the_node_of_the_rank_that_hung_or_died(run: Run):
     run.start(nodes=THREE)
     run.write(hung(5.0, {"rank": 1, "point": "before_reduce"}))
@@ -169,7 +181,7 @@ def test_a_ranks_pace_is_its_own_time_for_a_micro_batch_without_the_wait_for_oth
     assert 3 <= len(written) <= 10  # not every step, but every ten seconds
 
 
-def test_a_delay_on_purpose_counts_and_a_step_that_is_begun_anew_does_not():
+def test_a_delay_on_purpose_counts_and_a_step_that_was_not_completed_does_not():
     clock, written = Clock(), list[RankPace]()
 
     def hook(phase: str, step: int) -> None:
@@ -182,7 +194,7 @@ def test_a_delay_on_purpose_counts_and_a_step_that_is_begun_anew_does_not():
     measured = pace.Pace(Log(), hook, clock=clock)
     for step in range(30):
         measured(Phase.BEFORE_FORWARD, step)
-        clock.now += 7.0  # interrupted: the members changed, and the next step begins
+        clock.now += 7.0  # not completed: another step begins
         measured(Phase.BEFORE_FORWARD, step + 1000)
         clock.now += 0.25
         measured(Phase.BEFORE_REDUCE, step + 1000)

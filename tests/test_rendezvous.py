@@ -83,7 +83,7 @@ def test_64_agents_meet_lose_eight_and_gain_eight():
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=110, cwd=ROOT)
     measured = json.loads(done.stdout)
     assert (measured["agents"], measured["lost"]) == (64, 8)
-    assert measured["after_loss"] > 3  # the loss was noticed, not told
+    assert measured["after_loss"] > 6  # 3 s of last call, and 4 or more until the missing heartbeats are noticed
 
 
 @pytest.mark.parametrize("listen", ["", "29400", "127.0.0.1:", "127.0.0.1:x", "127.0.0.1:99999", ":29400"])

@@ -30,10 +30,12 @@ UNREACHABLE_SECONDS = 30
 PORT = 29400
 USER = 1000
 CONFIG = "/config/config.toml"
-QUANTITY = r"[1-9]\d*([KMGT]i?)?"
+QUANTITY = r"[1-9]\d*([kMGT]|[KMGT]i)?"
 IMAGE = r"[a-z0-9][\w.:/-]*(@sha256:[0-9a-f]{64})?"
-LONGEST_NAME = 50
-"""A Service's name has at most 63 characters: NAME-rendezvous, and the pods' NAME-12345."""
+LONGEST_NAME = 44
+"""A name has at most 63 characters: NAME-rendezvous, and what JobSet calls its pods, NAME-node-0-12345-abcde."""
+MOUNTED = ("/tmp", "/cache", "/config", "/dev", "/dev/shm")
+"""Places that each pod has anyway. Kubernetes refuses a second mount at one of them, or the claim would hide it."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,11 @@ class Manifests:
             problems.append(
                 f"--run {self.run} is no place in a pod.\n  The claim is mounted at its parent: give a path like "
                 "/runs/NAME."
+            )
+        elif str(self.run.parent) in MOUNTED:
+            problems.append(
+                f"--run {self.run} has the parent {self.run.parent}, which each pod has anyway.\n  The claim is "
+                "mounted at the parent: give a path like /runs/NAME."
             )
         if self.notice_seconds < LEAST_NOTICE_SECONDS:
             problems.append(

@@ -1,8 +1,9 @@
-"""Hosts for network faults: network namespaces on this machine, each with a link to one switch.
+"""Hosts for network faults: network namespaces on this machine, each with one or more links.
 
-The switch is a bridge in a namespace of its own, so the machine's interfaces, routes and firewall are not touched.
-Nothing has to be cleaned up after a crash: a namespace has no name and lasts as long as a process in it, and the
-process that holds it ends with ours, even if ours is killed.
+Each link of a host leads to a switch of its own, which all hosts share. The switches are bridges in a namespace of
+their own, so the machine's interfaces, routes and firewall are not touched. Nothing has to be cleaned up after a crash:
+a namespace has no name and lasts as long as a process in it, and the process that holds it ends with ours, even if ours
+is killed.
 
 For users other than root the namespaces are made within a user namespace, where the system allows one. Processes there
 see themselves as root. For all others they and their files belong to the user.
@@ -19,7 +20,7 @@ import threading
 from collections.abc import Iterator
 from typing import Self
 
-INTERFACE = "eth0"  # every host's only one
+INTERFACE = "eth0"  # every host's first one, which dropping(), slow() and sent_bytes() are about
 TOOLS = {"unshare": "util-linux", "nsenter": "util-linux", "ip": "iproute2", "tc": "iproute2"}
 RATE = "20mbit"  # of a slow link: a small model's gradient takes some tenths of a second
 COMMAND_SECONDS = 10
@@ -103,13 +104,13 @@ class Hosts:
         return f"10.{99 - link}.0.{host + 1}"
 
     @contextlib.contextmanager
-    def down(self, host: int, link: int = 0) -> Iterator[None]:
-        """Inside this context a link is down at the switch: no carrier, and nothing passes either way."""
+    def down(self, host: int) -> Iterator[None]:
+        """Inside this context the host's first link is down at the switch: no carrier, nothing passes either way."""
         try:
-            self._run(0, "ip", "link", "set", _port(host, link), "down")
+            self._run(0, "ip", "link", "set", _port(host), "down")
             yield
         finally:
-            self._run(0, "ip", "link", "set", _port(host, link), "up")
+            self._run(0, "ip", "link", "set", _port(host), "up")
 
     def allow_multipath(self) -> None:
         """Let connections of Multipath TCP use every link of every host."""
@@ -121,7 +122,7 @@ class Hosts:
 
     @contextlib.contextmanager
     def dropping(self, host: int) -> Iterator[None]:
-        """Inside this context every packet that the host sends is dropped. Packets for it still arrive."""
+        """Inside this context what the host sends over its first link is dropped. Packets for it still arrive."""
         try:
             self._drops.add(host)
             self._change(host)
@@ -132,7 +133,7 @@ class Hosts:
 
     @contextlib.contextmanager
     def slow(self, host: int, milliseconds: float, rate: str = RATE) -> Iterator[None]:
-        """Inside this context the link has a rate, as tc writes it, and delays its packets, in both directions.
+        """Inside this context the first link has a rate, as tc writes it, and delays its packets, in both directions.
 
         With netem in the kernel the delay is `milliseconds`; else it is at most that, by a queue that fills up.
         """
@@ -146,14 +147,14 @@ class Hosts:
 
     def _change(self, host: int) -> None:
         with self._changing:
-            self._shape(0, f"port{host}", self._slow.get(host))
+            self._shape(0, _port(host), self._slow.get(host))
             if host in self._drops:
                 self._run(host + 1, "tc", "qdisc", "replace", "dev", INTERFACE, "root", "blackhole")
             else:
                 self._shape(host + 1, INTERFACE, self._slow.get(host))
 
     def sent_bytes(self, host: int) -> int:
-        """Bytes that the host has sent over its link so far, headers and all."""
+        """Bytes that the host has sent over its first link so far, headers and all."""
         told = self._run(host + 1, "ip", "-s", "-j", "link", "show", "dev", INTERFACE)
         return int(json.loads(told)[0]["stats64"]["tx"]["bytes"])
 
@@ -171,7 +172,7 @@ class Hosts:
             self._run(namespace, *replace, "tbf", "rate", rate, "burst", "16kb", "latency", delay)
 
     def _make(self) -> None:
-        """Make namespace 0 for the switch and namespace n + 1 for host n, and link them."""
+        """Make namespace 0 for the switches and namespace n + 1 for host n, and link them."""
         self._hold()
         for link in range(self._links):
             self._run(0, "ip", "link", "add", f"switch{link}", "type", "bridge")

@@ -1,7 +1,8 @@
 """The nodes of a run, from its event log alone: their ranks, how fast they compute, and how often they failed.
 
 A node failed where one of its ranks was the first to die, hung or was wrong, and where the node is gone in the attempt
-after one in which ranks only lost a peer. An error that ranks of several nodes wrote alike is nobody's.
+after one in which ranks only lost a peer, unless all its nodes are gone. An error that ranks of
+several nodes wrote alike is nobody's.
 """
 
 import itertools
@@ -123,4 +124,7 @@ def _culprits(attempt: Attempt, following: Attempt | None, incident: Incident) -
     if rank is not None and rank < len(names) and reason != LOST_A_PEER:
         alike = {names[other] for other, why in attempt.failures.items() if why == reason and other < len(names)}
         return {names[rank]} if len(alike | {names[rank]}) == 1 else set()
-    return set(names) - set(_names(following)) if following is not None and _names(following) else set()
+    if following is None or incident.detected_as == "silence":
+        return set()  # all were ended without a word: preempted or cancelled without notice
+    left = set(names) & set(_names(following))
+    return set(names) - left if left else set()  # where all are gone, the job has moved
