@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
+import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,12 @@ import trainer
 from tests.support import trainer as command
 from tests.support import write_corpus
 from tests.test_branch import config
-from trainer import ensemble, evaluate
+from trainer import checkpoint, ensemble, evaluate
 from trainer.config import Config
 from trainer.data import EvalWindows
 from trainer.ensemble import Member, Mixture
-from trainer.errors import UsageError
-from trainer.log import summary
+from trainer.errors import CheckpointError, UsageError
+from trainer.log import events, rundir, summary
 from trainer.parallel.world import World
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -28,11 +31,12 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Finished runs: three draws of initial weights, one of other tokens, one on other text, one of other windows."""
+    """Finished runs: three draws of initial weights, two islands, other tokens, other text, other windows."""
     home = tmp_path_factory.mktemp("ensemble")
     text, other = write_corpus(home / "corpus"), write_corpus(home / "other corpus", 41)
     made: dict[str, dict[str, Any]] = {f"draw {draw}": {"model__init_draw": draw} for draw in range(3)}
     made |= {"tokens": {"data__tokenizer": "chars"}, "text": {"data__source": other}, "windows": {"model__context": 8}}
+    made["islands"] = {"islands__count": 2, "islands__inner_steps": 3}
     for name, settings in made.items():
         trainer.train(config(**{"data__source": text} | settings), home / name)
     return {name: home / name for name in made}
@@ -65,7 +69,7 @@ def test_the_order_of_runs_makes_no_difference_to_any_bit_and_weights_follow_the
 
 def test_every_world_size_gives_the_bits_of_one_process(runs: dict[str, Path]):
     members = ensemble.load([runs["draw 0"], runs["draw 1"]])
-    windows, token_bytes = ensemble.windows_of(members[0].config)
+    windows, token_bytes = ensemble.windows_of(members[0])
     (name,) = windows
     expected = ensemble.score(members, windows, token_bytes, ALONE)[name]
 
@@ -113,6 +117,42 @@ def test_probabilities_are_averaged_not_losses():
 def test_runs_that_cannot_be_one_are_refused_before_any_work(runs, others, weights, hint):
     with pytest.raises(UsageError, match=hint):
         ensemble.load([runs[name] for name in ("draw 0", *others)], weights)
+
+
+def test_islands_are_a_member_by_their_outer_weights(runs: dict[str, Path]):
+    _, member = ensemble.load([runs["draw 0"], runs["islands"]])
+    assert member.sha256 == summary.summarise(runs["islands"])["weights_sha256"]
+
+
+def test_a_run_that_has_not_finished_is_refused(runs: dict[str, Path], tmp_path: Path):
+    (log,) = events.events_directory(shutil.copytree(runs["draw 1"], tmp_path / "run")).glob("*.jsonl")
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(line for line in lines if '"attempt_ended"' not in line))
+    with pytest.raises(UsageError, match="has not finished"):
+        ensemble.load([runs["draw 0"], tmp_path / "run"])
+
+
+def test_a_run_whose_last_checkpoint_is_damaged_is_refused_until_it_is_resumed(runs: dict[str, Path], tmp_path: Path):
+    run = shutil.copytree(runs["draw 1"], tmp_path / "run")
+    os.truncate(next(checkpoint.committed(run)[0].path.glob("*.distcp")), 100)
+    with pytest.raises(CheckpointError, match="holds other weights than its log ended with"):
+        ensemble.load([runs["draw 0"], run])
+    trainer.train(rundir.config_of(run), run)
+    assert ensemble.load([runs["draw 0"], run])[1].sha256 == summary.summarise(runs["draw 1"])["weights_sha256"]
+
+
+def test_a_text_that_has_changed_since_is_refused(runs: dict[str, Path], tmp_path: Path):
+    member, _ = ensemble.load([runs["draw 0"], runs["draw 1"]])
+    data = member.config.data.model_copy(update={"source": write_corpus(tmp_path / "corpus")})
+    moved = replace(member, config=member.config.model_copy(update={"data": data}))
+    found, expected = (ensemble.windows_of(each)[0] for each in (moved, member))
+    assert {name: held_out.digest for name, held_out in found.items()} == {
+        name: held_out.digest for name, held_out in expected.items()
+    }
+    document = tmp_path / "corpus" / "07.txt"
+    document.write_text(document.read_text().replace("document 7", "document seven"))
+    with pytest.raises(UsageError, match=r"holds another text than .* was trained on"):
+        ensemble.windows_of(moved)
 
 
 def test_the_command_prints_what_the_function_finds(runs: dict[str, Path]):

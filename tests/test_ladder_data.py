@@ -16,9 +16,10 @@ from trainer import job
 from trainer.errors import ConfigError
 from trainer.ladder import settle, tuning
 from trainer.ladder.plan import arms
-from trainer.ladder.plan.ladder import AA, TARGET, PlannedRun
+from trainer.ladder.plan.ladder import AA, TARGET, PlannedArm, PlannedRun
 from trainer.ladder.report import build, page
-from trainer.ladder.stats.records import BASELINE, Remedy
+from trainer.ladder.stats.records import BASELINE, Interval, Remedy
+from trainer.ladder.stats.repetition import Repetition
 
 HEAD = 'question = "What is it worth in text?"\nbaseline = "tiny.toml"\nseeds = [0, 1]\n'
 EPOCHS = '[sizes]\naxis = "data"\nepochs = 4\n'
@@ -162,6 +163,7 @@ def test_a_ladder_over_compute_is_planned_and_recorded_as_before(home):
         ((over_compute(), FOUR + 'combines = ["A", "B"]\n'), "has ensemble and combines"),
         ((plain(head=HEAD + 'metric = "code_length"\n', sizes=EPOCHS.replace("4", "1")), FOUR), "an ensemble has none"),
         ((plain(), arm("t", "data.tokenizer", '"chars"')), "are another amount of text"),
+        ((plain(), arm("c", "model.context", "8")), 'Compare contexts on the axis "compute"'),
     ],
 )
 def test_a_ladder_over_data_that_makes_no_sense_is_refused(home, parts, hint):
@@ -200,6 +202,58 @@ def tree() -> dict[str, Any]:
     rungs = [replace(rung, unique_tokens=round(rung.flops / 1e7)) for rung in planned.rungs]
     ladder = replace(planned, rungs=rungs, target_flops=0.0)
     return build.build_report(build.CollectedLadder(ladder, runs, record=ladder_reports.HISTORY))
+
+
+LAW = Repetition(2.5, None, 1490.0, 0.35, Interval(15.0, None, None), None, 0, None)
+OTHERS: dict[str, dict[str, Any]] = {
+    AA: {"model.init_draw": 1}, "more": {"sizes.epochs": 16}, "decay": {"optim.weight_decay": 1.6},
+}  # fmt: skip
+
+
+def reread(epochs: int, more: int) -> build.CollectedLadder:
+    """A made-up ladder whose losses follow LAW: arm "more" reads the text `more` times, others `epochs`."""
+    design = replace(TEXT, flops=tuple(1e7 * n for n in TEXT.flops), sd=0.0, target=1e15)
+    random, runs = np.random.Generator(np.random.Philox(5)), []
+    for run in ladder_reports.runs_of(design, dict.fromkeys(OTHERS, ladders.UNCHANGED)):
+        unique = round(run.flops / 1e7)
+        tokens = unique * (more if run.arm == "more" else epochs)
+        loss = float(LAW.loss_at(np.array(1e5), np.array(float(tokens)), np.array(float(unique))))
+        loss += 0.004 * float(random.standard_normal()) + (run.arm == "decay")
+        runs.append(replace(run, parameters=10**5, tokens=tokens, unique_tokens=unique, flops=1e12, loss=loss))
+    planned = ladder_reports.ladder_of(design, list(OTHERS), axis="data", target=None, target_unique_tokens=10**8)
+    rungs = [
+        replace(rung, unique_tokens=round(rung.flops / 1e7), tokens=epochs * round(rung.flops / 1e7))
+        for rung in planned.rungs
+    ]
+    changed = [PlannedArm(name, "is it worth it?", settings) for name, settings in OTHERS.items()]
+    ladder = replace(planned, rungs=rungs, arms=changed, target_flops=0.0)
+    return build.CollectedLadder(ladder, runs, record=ladder_reports.HISTORY)
+
+
+@pytest.fixture(scope="module")
+def read_again() -> dict[str, Any]:
+    return build.build_report(reread(4, 16))
+
+
+def test_the_law_of_repeated_text_is_fitted_to_runs_that_differ_in_their_epochs_alone_and_told(read_again):
+    law = read_again["repetition"]
+    assert law["refused"] is None
+    assert law["runs"] == 3 * len(TEXT.flops) * TEXT.seeds, "the arm of weight decay is left out"
+    assert law["R_D"]["low"] < 15.0 < law["R_D"]["high"]
+    assert [(row["unique_tokens"], row["epochs"]) for row in law["rungs"]] == [(round(n), 4.0) for n in TEXT.flops]
+    for row in law["rungs"]:
+        assert row["worth"]["low"] < LAW.worth_of(4.0).value < row["worth"]["high"]
+    html = page.html(read_again, [])
+    assert "Text that is read again" in html and f"Fitted to {law['runs']} runs of the baseline" in html
+    assert "text read again: R_D " in " ".join(screen(read_again).split())
+
+
+def test_without_repeats_the_report_says_why_there_is_no_law_of_them(read_again):
+    refused = build._repetition(reread(1, 1))
+    assert refused["refused"].startswith("no run read its text more than 1 times")
+    tree = read_again | {"repetition": refused}
+    assert "No law of it: no run read its text more than 1 times" in page.html(tree, [])
+    assert "text read again" not in screen(tree)
 
 
 def test_multipliers_over_data_are_of_text_and_what_an_arm_computes_does_not_count(tree):

@@ -21,9 +21,17 @@ from typer.testing import CliRunner
 
 from tests.support import ENVIRONMENT, ROOT, summarise_run, trainer, wait_until
 from tests.test_ladder_file import ARM, HEAD, SIZES, TARGET_TABLE, write
-from trainer import api, cli, ensemble, provenance
+from trainer import api, checkpoint, cli, ensemble, provenance
 from trainer import config as configs
-from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, ConfigError, RunDirectoryError, UsageError
+from trainer.errors import (
+    EXIT_FAILED,
+    EXIT_FINISHED,
+    EXIT_PREEMPTED,
+    ConfigError,
+    RunDirectoryError,
+    TopropeError,
+    UsageError,
+)
 from trainer.fleet import gpus, scheduling
 from trainer.fleet.backend import Local, Process, Task
 from trainer.fleet.run_store import RunState, StoredRun
@@ -152,6 +160,12 @@ def test_an_ensemble_is_scored_when_its_members_have_finished_and_its_members_ar
     before = score.stat().st_mtime_ns
     run.run(ladder, out, backend=backend)
     assert score.stat().st_mtime_ns == before, "it is not scored again"
+    copied = shutil.copytree(pool, home / "unscored")
+    ensembles.path_of(copied, ladder.runs[-1]).unlink()
+    (newest, *_) = checkpoint.committed(StoredRun(copied / ladder.runs[0].key).run)
+    os.truncate(next(newest.path.glob("*.distcp")), 100)
+    with pytest.raises(TopropeError, match=r"could not be scored: .* holds other weights than its log ended with\.\n"):
+        ensembles.score(copied, ladder.runs)
 
 
 def test_a_run_that_was_scored_on_another_text_is_missing_and_says_why(reference, home):

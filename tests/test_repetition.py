@@ -1,15 +1,19 @@
 """Promises about the law of text that is read again."""
 
+import csv
+import math
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.support import ROOT
 from trainer.errors import FitError
 from trainer.ladder.stats import repetition
 from trainer.ladder.stats.records import Interval
 from trainer.ladder.stats.repetition import Repetition, effective
 
+PUBLISHED_RUNS = ROOT.parent / "shared" / "data" / "datablations.csv"
 LAW = Repetition(1.9, 520.0, 1490.0, 0.35, Interval(15.0, None, None), Interval(5.0, None, None), 0, None)
 N, U, EPOCHS = (
     each.ravel()
@@ -75,6 +79,33 @@ def test_an_end_that_the_runs_do_not_bound_is_unknown(epochs: list[float], low: 
     )
     assert (found.R_D.low is not None, found.R_D.high is not None) == (low, high)
     assert found.last_paying_epoch().high is None and found.worth_of(8.0).high is None
+
+
+def test_where_repeats_look_better_than_new_text_r_ends_where_its_profile_does():
+    u, e = (each.ravel() for each in np.meshgrid(np.geomspace(1e8, 1e10, 8), [1.0, 4.0, 16.0]))
+    noise = 0.002 * np.random.Generator(np.random.Philox(3)).standard_normal(len(u))
+    loss = 2.5 + 1490 * (u * e) ** -0.35 * e**-0.02 + noise
+    found = repetition.fit(np.full(len(u), 1e8), u * e, u, loss)
+    assert found.R_D.value == pytest.approx(repetition.MOST)
+    assert found.R_D.low is not None and found.R_D.high is None
+    assert found.last_paying_epoch().high is None
+
+
+def test_on_the_published_runs_r_depends_on_the_number_of_rounds(monkeypatch: pytest.MonkeyPatch):
+    """A doubt: with the published law but for R_D and R_N, 15.4 was published, and the estimator stops elsewhere."""
+    if not PUBLISHED_RUNS.exists():
+        pytest.skip(f"{PUBLISHED_RUNS} is not there")
+    with PUBLISHED_RUNS.open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    parameters, tokens, unique, loss = (
+        np.array([float(row[name]) for row in rows]) for name in ("params", "tokens", "unique_tokens", "loss")
+    )
+    E, A, B, alpha = math.exp(0.6254804), math.exp(6.255414), math.exp(7.3049974), 0.3526596
+    known = {"E": E, "A": A, "alpha": alpha, "G": (A / B) ** (1 / (2 * alpha))}
+    for rounds, expected in ((repetition.ROUNDS, 36.1), (30, 15.3)):
+        monkeypatch.setattr(repetition, "ROUNDS", rounds)
+        found = repetition.fit(parameters, tokens, unique, loss, known=known)
+        assert found.R_D.value == pytest.approx(expected, abs=0.2)
 
 
 def test_runs_that_cannot_tell_are_refused():

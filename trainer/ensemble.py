@@ -21,7 +21,7 @@ from trainer import data, evaluate, job, sample
 from trainer import step as steps
 from trainer.config import Config
 from trainer.data import EvalWindows
-from trainer.errors import UsageError
+from trainer.errors import CheckpointError, UsageError
 from trainer.evaluate import Score
 from trainer.log import rundir, summary
 from trainer.model import Losses
@@ -64,9 +64,10 @@ class Mixture(nn.Module):
 
 
 def load(runs: Sequence[Path], weights: Sequence[float] = ()) -> list[Member]:
-    """Load the newest intact checkpoint of each run; `weights` are relative, and equal where none are given.
+    """Load the weights that each run ended with; `weights` are relative, and equal where none are given.
 
-    Raises UsageError if the runs cannot be scored as one, RunDirectoryError or CheckpointError if one cannot be read.
+    Raises UsageError if the runs cannot be scored as one, RunDirectoryError if one cannot be read, CheckpointError if
+    its newest intact checkpoint does not hold those weights.
     """
     if len(runs) < 2:
         raise UsageError("An ensemble needs two runs or more.\n  Name several; `inspect` shows the score of one.")
@@ -82,8 +83,17 @@ def load(runs: Sequence[Path], weights: Sequence[float] = ()) -> list[Member]:
     total = math.fsum(shares)
     members = []
     for run, config, share in zip(runs, configs, shares, strict=True):
-        model, about = sample.restore(run), summary.summarise(run)
+        about = summary.summarise(run)
+        if about["weights_sha256"] is None:
+            remedy = "An ensemble is made of finished runs. Let it finish, or leave it out."
+            raise UsageError(f"{run} has not finished.\n  {remedy}")
+        model = sample.restore(run)
         sha256 = steps.sha256_of(dict(model.named_parameters()))
+        if sha256 != about["weights_sha256"]:
+            raise CheckpointError(
+                f"{run}: its newest intact checkpoint holds other weights than its log ended with.\n"
+                "  They would be scored as those of its last step. Resume it, or leave it out."
+            )
         flops = float(about["tokens"] * rundir.fact(run, "flops_per_token"))
         members.append(Member(run, share / total, config, model, sha256, about["step"], flops))
     return members
@@ -125,9 +135,18 @@ def score(
     }
 
 
-def windows_of(config: Config) -> tuple[dict[str, EvalWindows], np.ndarray]:
-    """Return (held-out sets as windows, bytes of each token) of a run's config. Raises what `data.prepare` raises."""
+def windows_of(member: Member) -> tuple[dict[str, EvalWindows], np.ndarray]:
+    """Return (held-out sets as windows, bytes of each token) of a run.
+
+    Raises UsageError if its text is no longer what it was trained on, and what `data.prepare` raises.
+    """
+    run, config = member.run, member.config
     prepared = data.prepare(config.data, config.eval, config.model.context)
+    if prepared.sha256 != rundir.read(run).get("data_sha256"):
+        raise UsageError(
+            f"{config.data.source} holds another text than {run} was trained on.\n"
+            "  Its tokens and held-out text would be others. Restore the text."
+        )
     sequences, limit = config.data.micro_batch_sequences, config.eval.max_tokens
     found = {
         name: EvalWindows(part.tokens, context=config.model.context, sequences=sequences, max_tokens=limit)
@@ -139,11 +158,11 @@ def windows_of(config: Config) -> tuple[dict[str, EvalWindows], np.ndarray]:
 def describe(runs: Sequence[Path], weights: Sequence[float] = ()) -> dict[str, Any]:
     """Load and score: the object that `ensemble --json` prints.
 
-    Raises as `load` does, and what `data.prepare` raises if the text cannot be read.
+    Raises as `load` and `windows_of` do.
     """
     members, world = load(runs, weights), World(0, 1, torch.device("cpu"))
     first = min(members, key=lambda member: member.sha256)  # whichever run is named first
-    windows, token_bytes = windows_of(first.config)
+    windows, token_bytes = windows_of(first)
     mixed = score(members, windows, token_bytes, world)
     described = []
     for member in members:

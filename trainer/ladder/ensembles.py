@@ -51,7 +51,10 @@ def main() -> None:
     from trainer import ensemble
 
     for wanted in json.load(sys.stdin):
-        tree = ensemble.describe([Path(run) for run in wanted["runs"]])
+        try:
+            tree = ensemble.describe([Path(run) for run in wanted["runs"]])
+        except TopropeError as error:
+            sys.exit(str(error).splitlines()[0])  # the fact; the remedy is that of `score`
         Path(wanted["out"]).parent.mkdir(parents=True, exist_ok=True)
         files.write(Path(wanted["out"]), json.dumps(tree, indent=1) + "\n")
 

@@ -101,7 +101,8 @@ def _single_change(arm: Arm, file: LadderFile, problems: list[str]) -> dict[str,
     known = [*configs.flatten(Config().model_dump(include=set(configs.MATHEMATICS)))]
     known += [f"sizes.{rule}" for rule in sizes.DERIVES]
     tokenizer = key in ("data.tokenizer", "data.vocab_size")
-    kept = key in ("data.micro_batches", "data.micro_batch_sequences", "data.unique_tokens")  # the split
+    # These leave held-out text as it is.
+    same_split = key in ("data.micro_batches", "data.micro_batch_sequences", "data.unique_tokens")
     if key not in known and not key.startswith(("model.options.", "optim.options.")):
         problem = (
             f" sets {key}, which decides no weights.{near(key, known)}"
@@ -114,13 +115,18 @@ def _single_change(arm: Arm, file: LadderFile, problems: list[str]) -> dict[str,
             f": {key} makes other tokens, and so many tokens of another kind are another amount of text.\n"
             '  Compare tokenizers on the axis "compute".'
         )
+    elif key == "model.context" and file.sizes.axis == "data":
+        problem = (
+            f": {key} cuts the text into other sequences, of which the seed draws other text.\n"
+            '  Compare contexts on the axis "compute".'
+        )
     # The other two would change the metric, so that the arm could not be compared with the baseline.
     elif tokenizer and file.unit == "nats_per_token":
         problem = (
             f": {key} makes other tokens, and nats per token of two tokenizers cannot be compared.\n"
             '  Set unit = "bits_per_byte".'
         )
-    elif key.startswith("data.") and not (tokenizer or kept) and file.metric in ("val", CODE_LENGTH):
+    elif key.startswith("data.") and not (tokenizer or same_split) and file.metric in ("val", CODE_LENGTH):
         problem = (
             f": {key} may change which text is held out, and so what is scored.\n"
             '  Give a metric that is not cut from the training text: "repo", or a set of eval.sources.'
