@@ -254,6 +254,7 @@ def test_an_issue_about_no_line_is_refused(tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(240)  # two drills, each of two runs with a kill
 def test_the_command_drills_now_and_its_exit_status_is_the_answer(tmp_path: Path):
     plan = tmp_path / "plan.toml"
     issues = "".join(f'[[issue]]\nline = "{topic}"\ntitle = "{topic}"\ndecision = "accept"\n'

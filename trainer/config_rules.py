@@ -311,9 +311,12 @@ def without_effect(config: "Config") -> list[str]:
         ("parallel.share_gpus", c.parallel.device != "cpu", 'parallel.device "auto" or "cuda"'),
         (
             "parallel.cuda_graphs",
-            c.parallel.device != "cpu"
-            and c.parallel.strategy == "replicate"
-            and not (c.model.dropout or c.sentinel.on or c.islands.count),
+            not c.parallel.cuda_graphs  # else a share that cannot be read would be read here
+            or (
+                c.parallel.device != "cpu"
+                and c.parallel.strategy == "replicate"
+                and not (c.model.dropout or c.sentinel.on or c.islands.count)
+            ),
             'a GPU, parallel.strategy = "replicate", model.dropout = 0, no [islands], no sentinel',
         ),
         (
