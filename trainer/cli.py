@@ -493,9 +493,9 @@ def ladder_plan(path: LadderPath, out: LadderOut = None, as_json: AsJson = False
     from trainer.ladder import preregistration, run, terminal
     from trainer.ladder.plan import load
 
-    backend = Local()
     out = out or run.default_out(path)
     ladder = preregistration.with_additions(load.load(path), out)
+    backend = Local()  # its imports take seconds: not for a file that cannot be used
     status, source = run.measure(ladder, out, run.read_status(ladder, out), backend)
     edits = preregistration.write(ladder, out)
     if as_json:
@@ -539,8 +539,7 @@ def ladder_run(
         raise UsageError(
             "--max-jobs, --time, --notice, --slurm, --before and --python are for jobs.\n  Add --on slurm."
         )
-    # Local: its imports run beside the planning.
-    backend = SlurmJobs(_request(limit, notice, options, before, python)) if on else Local()
+    jobs = SlurmJobs(_request(limit, notice, options, before, python)) if on else None
     given = [] if out is None else ["--out", str(out)]
     given += [] if up_to is None else ["--up-to", up_to]
     given += [] if settle is None else ["--settle", f"{settle:g}"]
@@ -553,6 +552,7 @@ def ladder_run(
     command = shlex.join(["python", "-m", "trainer", "ladder", "run", str(path), *given])
     out = out or run.default_out(path)
     ladder = preregistration.with_additions(load.load(path), out)
+    backend = jobs or Local()  # its imports run beside the planning
     notes = sys.stderr if as_json else sys.stdout
     if edits := str(preregistration.compare(ladder, out)):
         print(edits, file=notes, flush=True)
