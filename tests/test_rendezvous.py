@@ -25,6 +25,14 @@ class PatientCluster(Cluster):
         return [option + more * option.startswith("--rdzv-conf=") for option in super()._meeting(number)]
 
 
+def two_nodes(run: Path, directory: Path, step_seconds: float) -> PatientCluster:
+    """Agents of two nodes that train smoke, with a store that belongs to neither."""
+    return PatientCluster(
+        SMOKE, run, (), ranks=1, nodes=2, own_store=True, directory=directory, warm=True,
+        worker=("tests.worker", "train"), environment=worker_environment({"before_update": step_seconds}),
+    )  # fmt: skip
+
+
 def steps_of(run: Path) -> list[int]:
     found = events.read(run) if rundir.is_run(run) else []
     return [entry.event.step for entry in found if isinstance(entry.event, events.StepDone)]
@@ -33,10 +41,7 @@ def steps_of(run: Path) -> list[int]:
 @pytest.mark.slow
 def test_agents_outlive_a_store_that_comes_back_empty_and_meet_there_when_a_worker_dies(tmp_path):
     run = tmp_path / "run"
-    cluster = PatientCluster(
-        SMOKE, run, (), ranks=1, nodes=2, own_store=True, directory=tmp_path / "start", warm=True,
-        worker=("tests.worker", "train"), environment=worker_environment({"before_update": 0.15}),
-    )  # fmt: skip
+    cluster = two_nodes(run, tmp_path / "start", step_seconds=0.15)
     with cluster:
         cluster.start()
         assert wait_until(lambda: len(steps_of(run)) > 3, 60), cluster.output
@@ -56,10 +61,7 @@ def test_agents_outlive_a_store_that_comes_back_empty_and_meet_there_when_a_work
 def test_agents_that_left_with_75_since_one_was_asked_to_meet_again_under_the_same_id(tmp_path):
     """As when Kubernetes evicts one pod of a job: all ranks save, and all pods are started again."""
     run = tmp_path / "run"
-    cluster = PatientCluster(
-        SMOKE, run, (), ranks=1, nodes=2, own_store=True, directory=tmp_path / "start", warm=True,
-        worker=("tests.worker", "train"), environment=worker_environment({"before_update": 0.1}),
-    )  # fmt: skip
+    cluster = two_nodes(run, tmp_path / "start", step_seconds=0.1)
     with cluster:
         cluster.start()
         assert wait_until(lambda: len(steps_of(run)) > 3, 60), cluster.output

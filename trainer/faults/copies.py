@@ -1,7 +1,5 @@
 """Faults of the copies that lie in the machine's memory (checkpoint/memory.py)."""
 
-import functools
-import random
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +11,7 @@ from trainer.faults.fault import LINUX, STEP, Fault
 from trainer.faults.plan import PlannedFault
 from trainer.faults.process import kill_self
 from trainer.faults.rank import SAVE_SECONDS, RankContext
-from trainer.faults.storage import CheckpointDamage, Damage, flip_bit
+from trainer.faults.storage import CheckpointDamage, FlippedShard
 from trainer.log import rundir
 
 COPIES: Mapping[str, Any] = {"checkpoint": {"memory_every_steps": 1}}
@@ -40,9 +38,7 @@ class FlippedCopy(CheckpointDamage):
     def obstacle(self, planned: PlannedFault, rank: RankContext) -> str:
         return _await_copy(rank)
 
-    def damage_shards(self, shards: list[Path], older: list[Path], chance: random.Random) -> Damage | None:
-        shard = chance.choice(shards)
-        return functools.partial(flip_bit, shard, chance.randrange(shard.stat().st_size), chance.randrange(8))
+    damage_shards = FlippedShard.damage_shards
 
 
 class VanishedCopies(Fault):
