@@ -266,9 +266,9 @@ def test_a_replicate_takes_seconds_at_any_number_of_devices(devices: int, days: 
     assert time.process_time() - began < limit
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
 def test_each_scenario_gives_a_page_and_holds_against_its_source_as_it_says(path: Path, tmp_path: Path):
-    if path.parent.name == "scale":
+    if "published" not in tomllib.loads(path.read_text()):
         file = scale.load(path)
         found = scale.scale(file.model_copy(update={"replicates": 2, "failures": 100, "devices": file.devices[::4]}))
     else:

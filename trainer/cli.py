@@ -679,7 +679,7 @@ def forecast_run(
 
 @forecasts.command("scale")
 def forecast_scale(
-    path: Annotated[Path, _file("SCALE", "A range of sizes", "forecast/scale")],
+    path: Annotated[Path, _file("SCALE", "A range of sizes", "forecast")],
     out: ForecastOut = None,
     as_json: AsJson = False,
 ) -> None:
