@@ -1,79 +1,87 @@
 """Many agents meet: seconds until all have their ranks, at first, after some are lost, and after as many have come.
 
-`python -m scripts.bench_meeting AGENTS LOST` prints one measurement as JSON. Each agent is a thread around torchrun's
-own rendezvous, with the patches of trainer/launch; the store is a process of its own. Nothing is trained.
+`python -m scripts.bench_meeting AGENTS LOST` prints one measurement as JSON. Each agent is a process around torchrun's
+own rendezvous, with the patches of trainer/launch; so is the store. Nothing is trained.
 """
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
 from typing import Any
 
 from trainer.launch import slurm
 from trainer.parallel import elastic
 
 COUNTS = (4, 16, 64)
-PATIENCE_SECONDS = 120.0
+PATIENCE_SECONDS = 60.0
 POLL_SECONDS = 0.1
 
 
-class Agent:
-    """What a torchrun agent does to meet others."""
+def serve_agent(parameters: Any, orders: Connection) -> None:
+    """Do what a torchrun agent does to meet others, whenever told how many are expected; answer (rank, size)."""
+    from torch.distributed.elastic.rendezvous import registry
 
-    def __init__(self, parameters: Any) -> None:
-        from torch.distributed.elastic.rendezvous import registry
+    handler: Any = registry.get_rendezvous_handler(parameters)
 
-        self._handler: Any = registry.get_rendezvous_handler(parameters)
-        self.rank, self.size = -1, 0
-
-    def meet(self, expected: int) -> None:
-        """Meet until `expected` agents have; in between wait, as an agent that trains does, for those that come."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while time.monotonic() < deadline:
-            found = self._handler.next_rendezvous()
-            self.rank, self.size = found.rank, found.world_size
-            if self.size == expected or not self._some_wait(deadline):
-                return
-
-    def meet_those_that_come(self, expected: int) -> None:
-        self._some_wait(time.monotonic() + PATIENCE_SECONDS)
-        self.meet(expected)
-
-    def die(self) -> None:
-        """Be gone without a word: no heartbeat follows."""
-        self._handler._stop_heartbeats()
-
-    def _some_wait(self, deadline: float) -> bool:
-        while not self._handler.num_nodes_waiting():
+    def some_wait(deadline: float) -> bool:
+        while not handler.num_nodes_waiting():
             if time.monotonic() > deadline:
                 return False
             time.sleep(POLL_SECONDS)
         return True
 
+    while True:
+        expected, others_come = orders.recv()
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        if others_come:
+            some_wait(deadline)
+        while True:  # in between wait, as an agent that trains does, for those that come
+            found = handler.next_rendezvous()
+            if found.world_size == expected or not some_wait(deadline):
+                break
+        orders.send((found.rank, found.world_size))
 
-def all_at_once(acts: Sequence[Callable[[], None]]) -> float:
-    """Do them side by side; return the seconds until the last is done."""
-    threads = [threading.Thread(target=act, daemon=True) for act in acts]
-    began = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(PATIENCE_SECONDS)
-    return time.perf_counter() - began
+
+class Agent:
+    """A process that meets others. It is forked, since 64 imports of torch would take longer than all meetings."""
+
+    def __init__(self, parameters: Any) -> None:
+        context = multiprocessing.get_context("fork")
+        self._orders, theirs = context.Pipe()
+        self._process = context.Process(target=serve_agent, args=(parameters, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def order(self, expected: int, *, others_come: bool = False) -> None:
+        self._orders.send((expected, others_come))
+
+    def answer(self) -> tuple[int, int]:
+        """Its rank and the size of the meeting."""
+        assert self._orders.poll(PATIENCE_SECONDS + 30), "an agent does not answer"
+        return self._orders.recv()
+
+    def die(self) -> None:
+        """Be gone without a word: no heartbeat follows."""
+        self._process.kill()
+        self._process.join()
 
 
-def check(agents: Sequence[Agent]) -> None:
-    """Every agent knows the size, and each has a rank of its own."""
-    assert {agent.size for agent in agents} == {len(agents)}, [agent.size for agent in agents]
-    assert sorted(agent.rank for agent in agents) == [*range(len(agents))]
+def meeting_seconds(began: float, agents: Sequence[Agent]) -> float:
+    """Wait until all have met; every agent knows the size, and each has a rank of its own."""
+    answers = [agent.answer() for agent in agents]
+    seconds = time.perf_counter() - began
+    assert {size for _, size in answers} == {len(agents)}, answers
+    assert sorted(rank for rank, _ in answers) == [*range(len(agents))], answers
+    return seconds
 
 
 def measure(count: int, lost: int, settings: str = slurm.RENDEZVOUS) -> dict[str, Any]:
-    """Let `count` agents meet in this process, lose some and gain as many. `settings` are --rdzv-conf."""
+    """Let `count` agents meet on this machine, lose some and gain as many. `settings` are --rdzv-conf."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault(elastic.SHARED_STORE, "1")  # as the launcher does: see trap 1 in launch/torchrun.py
     from torch.distributed import run
@@ -84,6 +92,7 @@ def measure(count: int, lost: int, settings: str = slurm.RENDEZVOUS) -> dict[str
     torchrun._patch_meeting(run)
     configured = dict(setting.split("=") for setting in settings.split(","))
     command = [sys.executable, "-m", "trainer", "rendezvous", "--listen", "127.0.0.1:0"]
+    agents: list[Agent] = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as store:
         try:
             assert store.stdout is not None
@@ -92,20 +101,31 @@ def measure(count: int, lost: int, settings: str = slurm.RENDEZVOUS) -> dict[str
             parameters = RendezvousParameters(
                 "c10d", endpoint, "meeting", fewest, count, local_addr="127.0.0.1", **configured
             )
+            began = time.perf_counter()
             agents = [Agent(parameters) for _ in range(count)]
-            first = all_at_once([lambda agent=agent: agent.meet(count) for agent in agents])
-            check(agents)
+            for agent in agents:
+                agent.order(count)
+            first = meeting_seconds(began, agents)
+
+            began = time.perf_counter()
             for agent in agents[fewest:]:
                 agent.die()
             agents = agents[:fewest]
-            after_loss = all_at_once([lambda agent=agent: agent.meet(fewest) for agent in agents])
-            check(agents)
+            for agent in agents:
+                agent.order(fewest)
+            after_loss = meeting_seconds(began, agents)
+
+            began = time.perf_counter()
+            for agent in agents:
+                agent.order(count, others_come=True)
             newcomers = [Agent(parameters) for _ in range(lost)]
-            staying = [lambda agent=agent: agent.meet_those_that_come(count) for agent in agents]
-            coming = [lambda agent=agent: agent.meet(count) for agent in newcomers]
-            after_gain = all_at_once([*staying, *coming])
-            check([*agents, *newcomers])
+            agents += newcomers
+            for agent in newcomers:
+                agent.order(count)
+            after_gain = meeting_seconds(began, agents)
         finally:
+            for agent in agents:
+                agent.die()
             store.terminate()
     return {"agents": count, "lost": lost, "first": first, "after_loss": after_loss, "after_gain": after_gain}
 
@@ -134,5 +154,4 @@ def rows(figure: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])), flush=True)
-    os._exit(0)  # threads of agents that died may still wait
+    print(json.dumps(measure(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])))
