@@ -176,29 +176,44 @@ def exact_against_plain_worker() -> None:
 
 
 def sentinel_worker(size: str) -> None:
-    """One of two ranks: steps with a check and without, alternating in the same processes."""
+    """One of two ranks: seconds that the checks of every step take, and that an audit of every micro-batch takes.
+
+    Each alternates in the same processes with the same loop without it. The checks go over weights, moments and
+    gradients: they take as long with short micro-batches, where they stand out of the machine's noise, as with the
+    config's own, to whose step both are related. Audits are measured where every micro-batch has one: a share of them
+    costs that share of it.
+    """
     ranks = world.connect(torch.device("cpu"), 120)
-    base, steps, rounds = (BIG, 1, 15) if size == "big" else (SMALL, 16, 25)
-    # Audits are measured where every micro-batch has one: a share of them costs that share of it.
-    checks = {"plain": [], "hashes": ["sentinel.state_hash_every_steps=1"], "audit": ['sentinel.audit="1"']}
+    base = (BIG[0], ["checkpoint.every_steps=0"]) if size == "big" else SMALL
+    short = ["data.micro_batch_sequences=1"] if size == "big" else []
+    settings = {
+        "plain": [], "audit": ['sentinel.audit="1"'], "short": short,
+        "checks": [*short, "sentinel.state_hash_every_steps=1"],
+    }  # fmt: skip
+    steps = 1 if size == "big" else 16
     with tempfile.TemporaryDirectory() as directory:
         loops = {
-            name: Ours(load(base, "numerics.threads=1", *check), ranks, Path(directory))
-            for name, check in checks.items()
+            name: Ours(load(base, "numerics.threads=1", *more), ranks, Path(directory))
+            for name, more in settings.items()
         }
         parameters = costs.parameter_count(loops["plain"].state.model).total
         seconds: dict[str, list[float]] = {name: [] for name in loops}
-        for number in range(-1, rounds):  # the first warms up
-            for name in list(loops)[:: 1 if number % 2 else -1]:
-                started = time.perf_counter()
-                loops[name](steps if number >= 0 else max(2, steps))
-                seconds[name] += [(time.perf_counter() - started) / steps] if number >= 0 else []
-    found: dict[str, Any] = {"parameters": parameters}
-    for name in ("hashes", "audit"):
-        ratio = Ratio.of([watched / plain for watched, plain in zip(seconds[name], seconds["plain"], strict=True)])
-        found[name] = {"ratio": vars(ratio), "plain_seconds": statistics.median(seconds["plain"])}
+
+        def alternate(names: list[str], rounds: int) -> None:
+            for number in range(-1, rounds):  # the first warms up
+                for name in names[:: 1 if number % 2 else -1]:
+                    started = time.perf_counter()
+                    loops[name](steps)
+                    seconds[name] += [(time.perf_counter() - started) / steps] if number >= 0 else []
+
+        alternate(["short", "checks"], 25)
+        alternate(["plain", "audit"], 5 if size == "big" else 25)
+    step = statistics.median(seconds["plain"])
+    checks = [(with_ - without) / step for with_, without in zip(seconds["checks"], seconds["short"], strict=True)]
+    audit = [audited / plain - 1 for audited, plain in zip(seconds["audit"], seconds["plain"], strict=True)]
     if ranks.is_main:
-        print("RESULT " + json.dumps(found))
+        found = {"checks": vars(Ratio.of(checks)), "audit": vars(Ratio.of(audit))}
+        print("RESULT " + json.dumps({"parameters": parameters, "step_seconds": step, **found}))
     world.disconnect()
 
 
