@@ -28,6 +28,7 @@ from trainer.faults import checker, plan
 from trainer.faults.checker import Reference
 from trainer.faults.fault import KINDS, NODES
 from trainer.launch import namespaces
+from trainer.launch import transport as transports
 
 SETTINGS = """
 [set]
@@ -406,7 +407,63 @@ def test_the_campaigns_that_come_with_it_can_be_planned(path):
     assert {
         "smoke": 8 <= len(kinds) <= 12, "catalogue": kinds == KINDS.keys(), "storm-llama3": faults >= 100,
         "quorum": kinds == KINDS.keys(), "quorum_storm": kills >= 200,
+        "links": {(*case.kinds, case.transport) for case in planned.cases} == LINKS_AND_TRANSPORTS,
     }.get(path.stem, True)  # fmt: skip
+
+
+LINKS_AND_TRANSPORTS = set(itertools.product(("link_dies_of_two", "link_slow_of_two"), ("tcp", "mptcp")))
+
+
+def test_a_case_has_the_campaigns_transport_or_its_own_and_what_it_must_notice_depends_on_it(tmp_path):
+    text = 'nodes = 2\ntransport = "mptcp"\n' + SETTINGS
+    for name, own in (("usual", ""), ("own", 'transport = "tcp"\n')):
+        text += f'[[runs]]\nname = "{name}"\n{own}faults = [{{kind = "link_dies_of_two", at_step = 3}}]\n'
+    usual, own = campaigns.load(write(tmp_path, text)).cases
+    assert (usual.transport, own.transport) == ("mptcp", "tcp") and usual.slug != own.slug
+    assert (usual.planned[0].kind.expected_incidents, own.planned[0].kind.expected_incidents) == (
+        (),
+        ("hung", "worker_lost"),
+    )
+    check_refused(write(tmp_path, 'transport = "mptcp"\n' + SETTINGS + KILL), "kill: transport", "Set nodes = 2")
+
+
+@pytest.mark.parametrize("transport", ["tcp", "mptcp"])
+def test_a_case_runs_over_its_transport_on_hosts_with_the_links_that_its_faults_need(monkeypatch, tmp_path, transport):
+    asked: list[Any] = []
+
+    class Hosts:
+        def __init__(self, count: int, links: int) -> None:
+            asked.append((count, links))
+
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+        def allow_multipath(self) -> None:
+            asked.append("multipath")
+
+    class StartedError(Exception):
+        pass
+
+    def start(*_: Any, environment: dict[str, str], **more: Any) -> None:
+        asked.append(environment[transports.TRANSPORT])
+        raise StartedError
+
+    monkeypatch.setattr(namespaces, "Hosts", Hosts)
+    monkeypatch.setattr(run, "Cluster", start)
+    planned = campaigns.load(ROOT / "configs" / "chaos" / "links.toml")
+    case = next(case for case in planned.cases if case.transport == transport)
+    with pytest.raises(StartedError):
+        run.launch_until_done(planned, case, tmp_path, 0.0)
+    assert asked == [(2, 2), *(["multipath"] if transport == "mptcp" else []), transport]
+
+
+def test_a_failed_case_over_mptcp_is_replayed_over_mptcp(tmp_path):
+    planned = campaigns.load(ROOT / "configs" / "chaos" / "links.toml")
+    failed = [case.make_result("fail", "late") for case in planned.cases]
+    (tmp_path / "replay.toml").write_text(run._replay(planned, failed))
+    replayed = campaigns.load(tmp_path / "replay.toml").cases
+    assert [case.transport for case in replayed] == [case.transport for case in planned.cases]
 
 
 # Results
@@ -511,6 +568,13 @@ def test_a_case_that_this_machine_cannot_make_is_skipped_with_the_reason(planned
     reference = Reference("w", "s", {}, 24, 1.0, True)
     skipped = run.run_case(planned, case_of(planned, "slow_link"), reference, tmp_path)
     assert skipped.outcome == "skipped" and "need" in skipped.why and skipped.run == ""
+    monkeypatch.setattr(namespaces, "probe", lambda: None)
+    monkeypatch.setattr(namespaces, "shaping", lambda: None)
+    monkeypatch.setattr(transports, "missing", lambda: "the kernel has no MPTCP: not supported")
+    links = campaigns.load(ROOT / "configs" / "chaos" / "links.toml")
+    over_mptcp = next(case for case in links.cases if case.transport == "mptcp")
+    skipped = run.run_case(links, over_mptcp, reference, tmp_path)
+    assert (skipped.outcome, skipped.why) == ("skipped", "transport: the kernel has no MPTCP: not supported")
 
 
 Act = Callable[[Case], Result]

@@ -115,7 +115,8 @@ def evidence(log: Log, *faults: dict[str, Any], statuses: tuple[int | None, ...]
     config = configs.parse(BASE | {"faults": list(faults or [KILL])} | more.pop("config", {}))
     launches = [{"started": log.started - 0.5, "ended": log.now, "status": status} for status in statuses]
     reference, ranks = more.pop("reference", REFERENCE), more.pop("ranks", 2)
-    return Evidence(log.run, config, plan.make(config, ranks), reference, more.pop("launches", launches), **more)
+    planned = plan.make(config, ranks, transport=more.pop("transport", "tcp"))
+    return Evidence(log.run, config, planned, reference, more.pop("launches", launches), **more)
 
 
 def answers(found: Evidence) -> dict[str, Answer]:
@@ -220,6 +221,22 @@ def test_what_is_asked_of_no_fault_is_not_applicable_and_never_passed(log, kinds
     assert {name for name, answer in found.items() if answer.answer == checker.NOT_ASKED} == unasked
     if "sigkill" in kinds:  # asked of a fault that did not fire
         assert {found[name].answer for name in (checker.DETECTED, checker.ATTRIBUTED)} == {"unknown"}
+
+
+@pytest.mark.parametrize(
+    ("transport", "restarts", "answer"),
+    [("tcp", True, "pass"), ("tcp", False, "fail"), ("mptcp", True, "fail"), ("mptcp", False, "pass")],
+)
+def test_a_link_of_two_that_dies_must_be_noticed_over_tcp_and_must_not_over_mptcp(log, transport, restarts, answer):
+    log.strike(kind="link_dies_of_two", victim=None)
+    if restarts:
+        log.start(6)
+        log.lose()
+    log.complete(7 if restarts else 10)
+    found = answers(evidence(log, {"kind": "link_dies_of_two", "at_step": 10}, transport=transport))
+    assert found[checker.ATTRIBUTED].answer == answer
+    if transport == "mptcp" and restarts:
+        assert "false alarm: " in found[checker.ATTRIBUTED].why
 
 
 def test_a_run_that_ended_before_its_first_save_has_kept_no_checkpoint(log):

@@ -420,13 +420,16 @@ def steps_by(run: Path, nodes: int) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.slurm
 @pytest.mark.timeout(240)
-def test_a_run_through_a_lost_node_and_a_preemption_ends_with_the_bits_of_a_calm_one(cluster, tmp_path, monkeypatch):
+def test_a_run_through_a_lost_node_that_is_excluded_and_a_preemption_ends_with_the_bits_of_a_calm_one(
+    cluster, tmp_path, monkeypatch
+):
     for name, value in worker_environment({"before_update": 0.1}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(ROOT)
     run = tmp_path / "run"
     command = ["tests.worker", "train", str(run / "slurm" / "config.toml"), "--run", str(run)]
-    planned = slurm.Job(run, command, 1, 3, 1, slurm.Request("10:00", 60, python=sys.executable))
+    request = slurm.Request("10:00", 60, python=sys.executable)
+    planned = slurm.Job(run, command, 1, 3, 1, request, exclude_after=1)
     number = slurm.submit(planned, configs.as_toml(configs.load(SMOKE)))
 
     def told() -> str:
@@ -442,7 +445,12 @@ def test_a_run_through_a_lost_node_and_a_preemption_ends_with_the_bits_of_a_calm
     wait_for(lambda: len(steps_by(run, 3)) > 3, 60, "steps of three nodes")
     cluster.kill_node("n3")
     wait_for(lambda: len(steps_by(run, 2)) > 3, 60, "steps of the two nodes that are left")
-    cluster.call("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    # The node comes back before the next start, and has failed once.
+    wait_for(lambda: cluster.nodes()["n3"].startswith("down"), 30, "lost node")
+    cluster.start_node("n3")
+    wait_for(lambda: cluster.nodes()["n3"] == "idle", 30, "node that is back")
+    urgent = ["sbatch", "--partition=urgent", "--nodelist=n1,n2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
+    cluster.call(*urgent)
     wait_for(lambda: "PENDING" in cluster.state(number), 60, "requeue")
     wait_for(lambda: "COMPLETED" in cluster.state(number), 90, "end")
     story = summarise_run(run)
@@ -451,6 +459,9 @@ def test_a_run_through_a_lost_node_and_a_preemption_ends_with_the_bits_of_a_calm
     assert sizes == [(3, "failed"), (2, "preempted"), (2, "finished")]
     assert {node["name"]: node["failures"] for node in story["nodes"]} == {"n1": 0, "n2": 0, "n3": 1}
     assert "without n3" in story["incidents"][0]["text"]
+    said = (run / "slurm" / f"job-{number}.txt").read_text()
+    assert "start 1, on n[1-3]\n" in said and "excluded after 1 failures or more: n3\n" in said
+    assert [list(node["ranks"]) for node in story["nodes"]] == [[0], [1], []]
     assert "Traceback" not in told() and "frame #" not in told()
 
 

@@ -1,13 +1,21 @@
 """Multipath TCP: asked for, refused, done without, and a link that dies below a run that does not notice."""
 
+import contextlib
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from tests.support import ENVIRONMENT, ROOT, SMOKE, SMOKE_SHA256, summarise_run, wait_until, worker_environment
 from tests.test_rendezvous import steps_of
+from trainer import config as configs
 from trainer.errors import EXIT_FINISHED, EXIT_USAGE, UsageError
+from trainer.faults import plan as plans
+from trainer.faults.nemesis import Outside
 from trainer.launch import namespaces, transport
 from trainer.launch.cluster import Cluster
 from trainer.launch.namespaces import Hosts
@@ -58,18 +66,63 @@ def test_an_unknown_transport_is_refused(monkeypatch):
         transport.prepare("trainer")
 
 
+class Links:
+    """Hosts that note what is done to their links."""
+
+    links = 2
+
+    def __init__(self) -> None:
+        self.done: list[tuple[str, int]] = []
+
+    @contextlib.contextmanager
+    def _until_the_end(self, what: str, host: int) -> Iterator[None]:
+        self.done.append((what, host))
+        yield
+        self.done.append((f"not {what}", host))
+
+    def down(self, host: int) -> Any:
+        return self._until_the_end("down", host)
+
+    def slow(self, host: int, milliseconds: float) -> Any:
+        return self._until_the_end("slow", host)
+
+
+@pytest.mark.parametrize(("kind", "done"), [("link_dies_of_two", "down"), ("link_slow_of_two", "slow")])
+def test_a_fault_of_one_link_of_two_hits_the_last_node_and_ends(kind, done):
+    hosts, node = Links(), SimpleNamespace(running=True, host=1)
+    cluster: Any = SimpleNamespace(hosts=hosts, nodes=[SimpleNamespace(running=True, host=0), node], running=True)
+    (fault,) = plans.make(configs.parse({"faults": [{"kind": kind, "at_step": 3, "seconds": 0.01}]}), 2, 2)
+    assert fault.kind.obstacle_outside(fault, cluster) == ""
+    fault.kind.fire_from_outside(fault, Outside(cluster), {})
+    assert hosts.done == [(done, 1), (f"not {done}", 1)]
+    hosts.links = 1
+    assert "fewer than 2 links" in fault.kind.obstacle_outside(fault, cluster)
+
+
+@pytest.mark.skipif(namespaces.shaping() is not None, reason=namespaces.shaping() or "")
+def test_a_second_link_is_made_slow_alone_and_keeps_its_rate_after_a_slower_time():
+    with Hosts(1, links=2) as hosts:
+
+        def rates() -> list[str]:
+            shown = (hosts._run(1, "tc", "qdisc", "show", "dev", f"eth{link}") for link in range(2))
+            return [found[1] if (found := re.search(r"rate (\S+)", text)) else "" for text in shown]
+
+        with hosts.slow(0, 5, "80mbit", link=1):
+            with hosts.slow(0, 5, "8mbit", link=1):
+                assert rates() == ["", "8Mbit"]
+            assert rates() == ["", "80Mbit"]
+        assert rates() == ["", ""]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_link_of_two_that_dies_costs_a_run_over_mptcp_no_restart(tmp_path):
-    if reason := namespaces.probe() or transport.missing():
+    if reason := transport.missing() or namespaces.multipath():
         pytest.skip(reason)
     run = tmp_path / "run"
     environment = worker_environment({"before_update": 0.1}) | {transport.TRANSPORT: "mptcp"}
     with Hosts(2, links=2) as hosts:
-        try:
-            hosts.allow_multipath()
-        except OSError as error:
-            pytest.skip(f"ip cannot set up MPTCP: {error}")
+        hosts.allow_multipath()
         cluster = Cluster(
             SMOKE, run, (), ranks=1, nodes=2, hosts=hosts, directory=tmp_path / "start",
             worker=("tests.worker", "train"), environment=environment,

@@ -42,6 +42,7 @@ class Case(Setup):
         identity = json.dumps(
             [self.name, self.ranks, self.nodes, self.strategy, self.faults, self.overrides]
             + ([self.spares] if self.spares else [])
+            + ([self.transport] if self.transport != "tcp" else [])
         )
         words = re.sub(r"[^a-z0-9]+", "-", f"{self.name}-{self.strategy}".lower()).strip("-")[:60]
         return f"{words}-{hashlib.sha256(identity.encode()).hexdigest()[:6]}-{self.repeat}"
@@ -76,7 +77,9 @@ class Campaign:
             config = configs.parse({"budget": self.config.budget.model_dump(), "faults": faults})
         else:
             config = configs.load(self.config_path, [*case.overrides, f"faults={tomlfile.text(faults)}"])
-        planned = plan.make(config, case.ranks, case.nodes, inside=self.command is None)
+        planned = plan.make(
+            config, case.ranks, case.nodes, inside=self.command is None, transport=case.transport
+        )  # fmt: skip
         return replace(case, faults=faults, config=config, planned=planned)
 
     def restarts_for(self, faults: int) -> int:
@@ -167,7 +170,9 @@ class _CaseBuilder:
             for strategy in [run.strategy] if run.strategy else self.strategies:
                 spares = file.spares if run.spares is None else run.spares
                 ranks, nodes = run.ranks or file.ranks, run.nodes or file.nodes
-                self._add(name, run.faults, ranks, nodes, strategy, run.set, spares=spares)
+                self._add(
+                    name, run.faults, ranks, nodes, strategy, run.set, spares=spares, transport=run.transport
+                )  # fmt: skip
         for strategy in self.strategies:
             if file.catalogue is not None:
                 for number, kind in enumerate(self._kinds("catalogue", file.catalogue.kinds, list(KINDS))):
@@ -234,6 +239,7 @@ class _CaseBuilder:
     def _add(
         self, name: str, faults: list[Table], ranks: int, nodes: int, strategy: str,
         own: Mapping[str, Any] | None = None, seed: int | None = None, spares: int | None = None,
+        transport: str | None = None,
     ) -> None:  # fmt: skip
         """Plan one case with its own overrides, or note why it cannot be planned."""
         problems = list[str]()
@@ -243,14 +249,17 @@ class _CaseBuilder:
         kinds = [KINDS.get(str(fault.get("kind"))) for fault in faults]
         if self._mode_of(own or {}) == "quorum" and any(kind is not None and SPARES in kind.needs for kind in kinds):
             spares = max(spares, 1)
-        case = self._plan(name, faults, numbers, ranks, nodes, strategy, own or {}, seed, problems, spares)
+        case = self._plan(
+            name, faults, numbers, ranks, nodes, strategy, own or {}, seed, problems, spares,
+            transport or self._file.transport,
+        )  # fmt: skip
         self.problems += [f"{name}: {problem}" for problem in problems]
         if case is not None and not problems:
             self.cases.append(case)
 
     def _plan(
         self, name: str, faults: list[Table], numbers: list[int], ranks: int, nodes: int, strategy: str,
-        own: Mapping[str, Any], seed: int | None, problems: list[str], spares: int,
+        own: Mapping[str, Any], seed: int | None, problems: list[str], spares: int, transport: str,
     ) -> Case | None:  # fmt: skip
         """Return the case with those of the faults that have these numbers; adds what is wrong to the problems."""
         overrides = [*self.campaign.overrides, f"parallel.strategy={tomlfile.text(strategy)}"]
@@ -270,15 +279,15 @@ class _CaseBuilder:
         if config is not None:
             with _collect_into(problems):
                 configs.check_world(config, ranks)
-            problems += self._misfits(config, ranks, nodes, spares)
+            problems += self._misfits(config, ranks, nodes, spares, transport)
             with _collect_into(problems):
-                planned = plan.make(config, ranks, nodes, numbers)
+                planned = plan.make(config, ranks, nodes, numbers, transport=transport)
         if config is None or planned is None:
             return None
         limits: dict[str, float] = {"timeout_seconds": self._file.timeout_seconds, "restarts": self._file.restarts}
         trees = faults if reasons else [plan.tree(fault) for fault in planned]
         kinds = [str(fault["kind"]) for fault in trees]
-        given: Any = (name, kinds, trees, ranks, nodes, strategy, seed, 0, overrides, limits, mode, spares)
+        given: Any = (name, kinds, trees, ranks, nodes, strategy, seed, 0, overrides, limits, mode, spares, transport)
         why = "; ".join(dict.fromkeys(reasons))
         return Case(*given, config=config, planned=planned, not_applicable=why)
 
@@ -304,7 +313,7 @@ class _CaseBuilder:
             raise ConfigError([f"{facts}.\n  Leave them out, or set the other elastic.mode."])
         return {kind: weight for kind, weight in found.items() if kind not in away}
 
-    def _misfits(self, config: Config, ranks: int, nodes: int, spares: int) -> list[str]:
+    def _misfits(self, config: Config, ranks: int, nodes: int, spares: int, transport: str) -> list[str]:
         """Problems of a valid run that make it useless or impossible in this campaign."""
         problems = []
         mode = config.elastic.mode
@@ -314,6 +323,9 @@ class _CaseBuilder:
             problems.append(f"nodes = {nodes}, but a campaign starts the workers of a quorum on one.\n  Set nodes = 1.")
         if ranks % nodes:
             problems.append(f"{ranks} ranks cannot be spread evenly over {nodes} nodes.\n  Give a multiple of nodes.")
+        if transport == "mptcp" and nodes == 1:
+            fact = 'transport = "mptcp" on one node, which has no links.'
+            problems.append(f"{fact}\n  Set nodes = 2, or leave transport out.")
         restarts = self.campaign.restarts_for(len(config.faults))
         for fault in config.faults:
             times, kind = (fault.model_extra or {}).get("times"), KINDS.get(fault.kind)
@@ -341,10 +353,11 @@ class _CommandCaseBuilder(_CaseBuilder):
 
     def _plan(
         self, name: str, faults: list[Table], numbers: list[int], ranks: int, nodes: int, strategy: str,
-        own: Mapping[str, Any], seed: int | None, problems: list[str], spares: int,
+        own: Mapping[str, Any], seed: int | None, problems: list[str], spares: int, transport: str,
     ) -> Case | None:  # fmt: skip
-        if own or strategy:
-            problems.append("set and strategy are for runs of toprope.\n  Put options of the job into its command.")
+        if own or strategy or transport != "tcp":
+            fact = "set, strategy and transport are for runs of toprope."
+            problems.append(f"{fact}\n  Put options of the job into its command.")
         if ranks % nodes:
             problems.append(f"{ranks} ranks cannot be spread evenly over {nodes} nodes.\n  Give a multiple of nodes.")
         alone = self._job.ranks // self._file.nodes

@@ -45,6 +45,8 @@ class Setup:
     mode: str = "restart"
     """elastic.mode: "restart" under torchrun, "quorum" under `trainer launch`."""
     spares: int = 0
+    transport: str = "tcp"
+    """Transport of the connections between nodes: "tcp" or "mptcp"."""
 
     def values(self) -> dict[str, Any]:
         return {own.name: getattr(self, own.name) for own in dataclasses.fields(Setup)}

@@ -35,7 +35,7 @@ from trainer.faults import checker
 from trainer.faults.checker import NOT_ASKED, Evidence, Reference
 from trainer.faults.fault import LINUX, NAMESPACES, SHAPING, Fault
 from trainer.fleet import supervision
-from trainer.launch import namespaces
+from trainer.launch import namespaces, transport
 from trainer.launch.cluster import Cluster, QuorumCluster
 from trainer.log import rundir
 from trainer.log.timeline import read_timeline
@@ -184,6 +184,8 @@ def run_case(campaign: Campaign, case: Case, reference: Reference | CommandRefer
     if case.not_applicable:
         return case.make_result(NOT_ASKED, case.not_applicable)
     reasons = [f"{fault.kind.name}: {why}" for fault in case.planned if (why := missing(fault.kind))]
+    if case.transport == "mptcp" and (why := transport.missing() or namespaces.multipath()):
+        reasons.append(f"transport: {why}")
     if reasons:
         return case.make_result("skipped", "; ".join(dict.fromkeys(reasons)))
     directory, started = out / "cases" / case.slug, time.time()
@@ -250,9 +252,13 @@ def _launch(
 ) -> Launch:  # fmt: skip
     """Start the job once and wait for its end. None of its processes is alive on return."""
     with contextlib.ExitStack() as stack:
-        hosts = None
-        if any(NAMESPACES in fault.kind.needs for fault in case.planned):
-            hosts = stack.enter_context(namespaces.Hosts(case.nodes))
+        hosts, environment = None, {"WANDB_MODE": "disabled", transport.TRANSPORT: case.transport}
+        over_mptcp = case.transport == "mptcp"
+        if over_mptcp or any(NAMESPACES in fault.kind.needs for fault in case.planned):
+            links = max([2 if over_mptcp else 1, *(fault.kind.links for fault in case.planned)])
+            hosts = stack.enter_context(namespaces.Hosts(case.nodes, links))
+            if over_mptcp:
+                hosts.allow_multipath()
         began, start, run = time.time(), supervision.new_start_directory(directory), directory / "run"
         own_store = any(fault.kind.needs_store for fault in case.planned)
         watch = None
@@ -265,14 +271,14 @@ def _launch(
         elif case.mode == "quorum":
             cluster = QuorumCluster(
                 campaign.config_path, run, overrides, ranks=case.ranks, spares=case.spares, directory=start,
-                environment={"WANDB_MODE": "disabled"}, warm=True,
+                environment=environment, warm=True,
             )  # fmt: skip
         else:
             # A warm cluster forks its ranks from a process that has torch imported: that costs seconds per start.
             cluster = Cluster(
                 campaign.config_path, run, overrides, ranks=case.ranks // case.nodes, nodes=case.nodes,
                 restarts=campaign.restarts_for(len(case.planned)), directory=start, hosts=hosts,
-                environment={"WANDB_MODE": "disabled"}, own_store=own_store, worker=case.worker, warm=True,
+                environment=environment, own_store=own_store, worker=case.worker, warm=True,
             )  # fmt: skip
         nemesis = stack.enter_context(supervision.running(cluster, case.planned, run, started, watch))
         if watch is not None:
@@ -354,6 +360,7 @@ def _replay(campaign: Campaign, failed: Iterable[Result]) -> str:
         run = {"name": result.name, "ranks": result.ranks, "nodes": result.nodes}
         run |= {"strategy": result.strategy} if result.strategy else {}
         run |= {"spares": result.spares} if result.spares else {}
+        run |= {"transport": result.transport} if result.transport != "tcp" else {}
         lines += ["", f"# {result.outcome}: {' '.join(result.why.split())}", "[[runs]]", *tomlfile.lines(run)]
         # Its own `set` holds the settings that the campaign does not have.
         own = {key: value for key, value in _split(result.overrides).items() if shared.get(key) != value}

@@ -12,6 +12,7 @@ from trainer.config import Config, Section
 from trainer.errors import ConfigError
 
 Strategy = Literal["replicate", "fsdp", "hybrid"]
+Transport = Literal["tcp", "mptcp"]
 
 
 class Run(Section):
@@ -23,6 +24,7 @@ class Run(Section):
     nodes: int = Field(default=0, ge=0)
     strategy: Strategy | None = None
     spares: int | None = Field(default=None, ge=0)
+    transport: Transport | None = None
     set: dict[str, Any] = Field(default_factory=dict)
     """Overrides of this run alone. None may change the weights, or there would be nothing to compare with."""
     faults: list[dict[str, Any]] = Field(default_factory=list)
@@ -113,6 +115,8 @@ class CampaignFile(Section):
     nodes: int = Field(default=1, ge=1)
     spares: int = Field(default=0, ge=0)
     """With elastic.mode = "quorum": workers beyond `ranks` that wait to be needed."""
+    transport: Transport = "tcp"
+    """"mptcp": connections between the nodes of each run are of Multipath TCP, over two links."""
     strategies: list[Strategy] = Field(default=["replicate"], min_length=1)
     repeat: int = Field(default=1, ge=1)
     seed: int = 0
@@ -131,7 +135,7 @@ class CampaignFile(Section):
 NEEDED_BY_ALL = {"config", "command", "directory", "progress", "set", "set_outside", "ranks", "nodes", "strategies"}
 """Settings without which no run can be planned."""
 OF_COMMANDS = {"directory", "environment", "progress", "result", "checkpoints", "again_after"}
-OF_CONFIGS = {"set", "set_outside", "strategies", "restarts", "spares"}
+OF_CONFIGS = {"set", "set_outside", "strategies", "restarts", "spares", "transport"}
 
 
 def read(path: Path) -> tuple[CampaignFile | None, list[str]]:

@@ -260,6 +260,8 @@ def _answer_if_asked(evidence: Evidence, invariant: str, problems: Iterable[str]
     answer = answer_of(invariant, problems)
     if answer.answer == "fail" or any(fault[MEASURED_AS[invariant]] is not None for fault in measure(evidence)):
         return answer
+    if invariant == ATTRIBUTED and any(firing.fault.kind.unnoticed for firing in evidence.firings):
+        return answer  # there was no false alarm
     fired = {firing.fault.index for firing in evidence.firings}
     for fault in evidence.planned:
         asked = not fault.kind.moves_clock if invariant == RECOVERED else bool(fault.kind.expected_incidents)
@@ -316,7 +318,7 @@ def _false_alarms(evidence: Evidence) -> list[Incident]:
     """Incidents that none of the faults can have caused."""
     kinds = [firing.fault.kind for firing in evidence.firings]
     # Such a fault may cause any incident in any attempt.
-    if any(kind.silent or kind.from_outside or kind.repeats for kind in kinds):
+    if any(kind.silent or (kind.from_outside and not kind.unnoticed) or kind.repeats for kind in kinds):
         return []
     expected = {name for kind in kinds for name in kind.expected_incidents}
     broken = {

@@ -132,11 +132,17 @@ class Fault:
     """True if it can be made from outside in any job whose checkpoint files the campaign names."""
     damages_tokens: ClassVar[bool] = False  # True if it writes to the token store, which other runs may share
     moves_clock: ClassVar[bool] = False  # True if the run's own times cannot be trusted afterwards
+    links: ClassVar[int] = 1  # links that each host must have
+    unnoticed: ClassVar[bool] = False
+    """True if the run must report no incident at all. Other kinds from outside may cause any."""
     node_balance: ClassVar[int] = 0  # nodes that join (1) or leave (-1) permanently
     not_in: ClassVar[Mapping[str, str]] = {}
     """{elastic.mode: the reason why it cannot be made there}."""
     in_quorum_mode: ClassVar[Mapping[str, Any]] = {}
     """Fields that have other values in quorum mode, where a death ends nobody else: `expected_incidents`, `exits`, …"""
+
+    over_mptcp: ClassVar[Mapping[str, Any]] = {}
+    """Fields that have other values where the job's connections are of Multipath TCP."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -174,6 +180,14 @@ class Fault:
         """This kind as it shows in a run with a sentinel."""
         return self
 
+    def over(self, transport: str) -> "Fault":
+        """This kind as it shows where the job's connections are "tcp" or "mptcp"."""
+        if transport != "mptcp" or not self.over_mptcp:
+            return self
+        kind = copy.copy(self)
+        vars(kind).update(self.over_mptcp)
+        return kind
+
     def in_quorum(self, phase: str) -> "Fault":
         """This kind as it shows in quorum mode, at a phase of a rank or, if that is empty, from outside."""
         changes = dict(self.in_quorum_mode)
@@ -203,6 +217,8 @@ class Fault:
         """The reason why it cannot be made on this cluster; empty if it can."""
         if NAMESPACES in self.needs and cluster.hosts is None:
             return "its nodes are not on hosts of their own"
+        if cluster.hosts is not None and cluster.hosts.links < self.links:
+            return f"its hosts have fewer than {self.links} links"
         if self.needs_store and cluster.store is None:
             return "its rendezvous store is no process of its own"
         return ""

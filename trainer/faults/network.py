@@ -77,6 +77,27 @@ class SlowLink(Harmless, NetworkFault):
             outside.wait(planned.settings["seconds"])
 
 
+class LinkDiesOfTwo(Partition):
+    imitates = "a cable or a switch of one of two networks fails"
+    made = "the first of the last node's two links goes down"
+    links = 2
+    over_mptcp: ClassVar = {
+        "detected": "Multipath TCP: no fault, the other link is there",
+        "recovered": "connections go on over the other link",
+        "expected_incidents": (),
+        "unnoticed": True,
+        "exits": (0,),
+        "recover_seconds": 20.0,
+    }
+
+
+class LinkSlowOfTwo(SlowLink):
+    imitates = "one of two networks is congested"
+    made = "the first of the last node's two links is delayed and limited"
+    links = 2
+    over_mptcp: ClassVar = {"recovered": "most goes over the other link", "unnoticed": True, "exits": (0,)}
+
+
 class StoreKilled(StoreFault):
     imitates = "the rendezvous host dies"
     made = "the rendezvous store is killed"

@@ -99,13 +99,14 @@ class PlannedFault:
 
 def make(
     config: Config, world_size: int, nodes: int | None = None, numbers: Sequence[int] | None = None, *,
-    inside: bool = True,
+    inside: bool = True, transport: str = "tcp",
 ) -> list[PlannedFault]:  # fmt: skip
     """The plan of a config's faults in a world of this size. Raises ConfigError naming every problem.
 
     A rank does not know on how many `nodes` it runs; the planner of a campaign does. `numbers` are the positions of
     the faults in the file, if the config holds some of them only. Without `inside` every fault is made from outside:
-    the job is not a toprope run, so that no rank of it makes faults itself.
+    the job is not a toprope run, so that no rank of it makes faults itself. `transport` of its connections is "tcp" or
+    "mptcp".
     """
     problems: list[str] = []
     planned = []
@@ -132,7 +133,7 @@ def make(
         # An entry with problems is left out, so that those of the others are reported in the same error.
         if not found:
             shown = kind.watched(world_size) if config.sentinel.on else kind
-            shown = shown.in_quorum(phase) if mode == "quorum" else shown
+            shown = (shown.in_quorum(phase) if mode == "quorum" else shown).over(transport)
             fault = _resolve(index, entry, shown, phase, config.seed, world_size, mode)
             planned.append(replace(fault, log_lags=config.islands.inner_steps if config.islands.count else 0))
     problems += _joint_problems(planned, world_size, nodes)

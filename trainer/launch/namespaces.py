@@ -20,7 +20,7 @@ import threading
 from collections.abc import Iterator
 from typing import Self
 
-INTERFACE = "eth0"  # every host's first one, which dropping(), slow() and sent_bytes() are about
+INTERFACE = "eth0"  # every host's first one, which down(), dropping() and sent_bytes() are about
 TOOLS = {"unshare": "util-linux", "nsenter": "util-linux", "ip": "iproute2", "tc": "iproute2"}
 RATE = "20mbit"  # of a slow link: a small model's gradient takes some tenths of a second
 COMMAND_SECONDS = 10
@@ -54,6 +54,19 @@ def shaping() -> str | None:
         return f"tc cannot shape traffic here: {error}"
 
 
+@functools.cache
+def multipath() -> str | None:
+    """Reason why connections between hosts cannot use two links here; None if they can."""
+    if probe() is not None:
+        return probe()
+    try:
+        with Hosts(1, links=2) as hosts:
+            hosts.allow_multipath()
+            return None
+    except OSError as error:
+        return f"ip cannot set up MPTCP here: {error}"
+
+
 class Hosts:
     """`count` hosts that reach each other and no other machine. A context manager; any thread may call any method.
 
@@ -67,12 +80,17 @@ class Hosts:
         self._in_user_namespace = os.geteuid() != 0
         self._holders: list[subprocess.Popen[bytes]] = []
         self._drops: set[int] = set()
-        self._slow: dict[int, tuple[float, str]] = {}
-        """Milliseconds that slow links delay a packet, and their rate, by host."""
+        self._slow: dict[tuple[int, int], tuple[float, str]] = {}
+        """Milliseconds that slow links delay a packet, and their rate, by host and link."""
         self._changing = threading.Lock()
 
     def __len__(self) -> int:
         return self._count
+
+    @property
+    def links(self) -> int:
+        """Number of links of each host."""
+        return self._links
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
@@ -132,26 +150,30 @@ class Hosts:
             self._change(host)
 
     @contextlib.contextmanager
-    def slow(self, host: int, milliseconds: float, rate: str = RATE) -> Iterator[None]:
-        """Inside this context the first link has a rate, as tc writes it, and delays its packets, in both directions.
+    def slow(self, host: int, milliseconds: float, rate: str = RATE, link: int = 0) -> Iterator[None]:
+        """Inside this context a link has a rate, as tc writes it, and delays its packets, in both directions.
 
         With netem in the kernel the delay is `milliseconds`; else it is at most that, by a queue that fills up.
         """
+        usual = self._slow.get((host, link))
         try:
-            self._slow[host] = milliseconds, rate
-            self._change(host)
+            self._slow[host, link] = milliseconds, rate
+            self._change(host, link)
             yield
         finally:
-            del self._slow[host]
-            self._change(host)
+            del self._slow[host, link]
+            if usual is not None:
+                self._slow[host, link] = usual
+            self._change(host, link)
 
-    def _change(self, host: int) -> None:
+    def _change(self, host: int, link: int = 0) -> None:
         with self._changing:
-            self._shape(0, _port(host), self._slow.get(host))
-            if host in self._drops:
+            slow = self._slow.get((host, link))
+            self._shape(0, _port(host, link), slow)
+            if link == 0 and host in self._drops:
                 self._run(host + 1, "tc", "qdisc", "replace", "dev", INTERFACE, "root", "blackhole")
             else:
-                self._shape(host + 1, INTERFACE, self._slow.get(host))
+                self._shape(host + 1, _interface(link), slow)
 
     def sent_bytes(self, host: int) -> int:
         """Bytes that the host has sent over its first link so far, headers and all."""

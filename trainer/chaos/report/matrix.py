@@ -61,8 +61,9 @@ def commits(results: Sequence[Result]) -> list[str]:
 
 
 def world(result: Result) -> str:
-    """ "4 fsdp on 2 nodes": ranks, strategy, nodes if several, the mode if it is not the usual one."""
+    """ "4 fsdp on 2 nodes": ranks, strategy, nodes if several, mode and transport if they are not the usual ones."""
     nodes = f" on {result.nodes} nodes" if result.nodes > 1 else ""
+    nodes += f" over {result.transport.upper()}" if result.transport != "tcp" else ""
     mode = f" {result.mode}" if result.mode != "restart" else ""
     return f"{result.ranks} {result.strategy}".rstrip() + mode + nodes
 
