@@ -1,5 +1,7 @@
 """The run directory: how it is recognised, which commit it records, which files it may hold."""
 
+import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -7,11 +9,13 @@ from pathlib import Path
 import pytest
 
 from tests.logs import Run
+from tests.support import SMOKE, wait_until, worker_environment
 from trainer import cli
 from trainer import config as configs
 from trainer.checkpoint import files
 from trainer.config import Config
-from trainer.errors import ConfigError
+from trainer.errors import EXIT_USAGE, ConfigError, RunDirectoryError
+from trainer.launch.agent import Agent
 from trainer.log import events, rundir
 
 
@@ -104,3 +108,35 @@ def test_a_library_that_is_not_installed_is_recorded_as_unknown(monkeypatch, tmp
     run.record()
     versions = rundir.read(run.path)["versions"]
     assert versions["torch"] and versions["no-such-library"] is None
+
+
+def test_a_rank_that_sees_another_directory_than_rank_0_is_refused_with_its_node(tmp_path, monkeypatch):
+    monkeypatch.setattr(rundir, "SHARING_SECONDS", 0.0)
+    shared, own = tmp_path / "shared", tmp_path / "own"
+    with rundir.claim(shared, Config()):
+        owner = rundir.owner_of(shared)
+        rundir.check_shared(shared, owner)
+        with pytest.raises(RunDirectoryError, match="is not the directory that rank 0 has claimed"):
+            rundir.check_shared(own, owner)
+        own.mkdir()
+        (own / "lock").write_text("process 1 on n2\n")  # of an earlier job there
+        with pytest.raises(RunDirectoryError, match=f"{re.escape(owner)}.*\n.*that all nodes share"):
+            rundir.check_shared(own, owner)
+
+
+@pytest.mark.slow
+def test_two_nodes_whose_run_directories_are_their_own_leave_with_2_before_any_step(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    agents = list[Agent]()
+    for node in range(2):
+        (directory := tmp_path / f"node-{node}").mkdir()
+        meeting = ["--nnodes=2", f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}"]
+        command = [*meeting, "--nproc-per-node=1", "-m", "tests.worker", "train", str(SMOKE), "--run", "run"]
+        log = tmp_path / f"agent-{node}.txt"
+        agents.append(Agent(command, log, environment=worker_environment(), directory=directory, warm=True))
+    with agents[0], agents[1]:
+        assert wait_until(lambda: not any(agent.running for agent in agents), 60), agents[0].output
+        assert [agent.process.wait(10) for agent in agents] == [EXIT_USAGE, EXIT_USAGE], agents[0].output
+        assert "is not the directory that rank 0 has claimed" in agents[0].output
+    assert not any(rundir.is_run(tmp_path / f"node-{node}" / "run") for node in range(2))

@@ -8,7 +8,7 @@ import shlex
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -242,6 +242,8 @@ esac
         (0, "76", 1, "RUNNING 2", 76, False),
         (66, "0", 1, "RUNNING 2", 2, False),  # a node does not see the run directory
         (127, "0", 1, "RUNNING 2", 2, False),  # no Python there
+        (2, "0", 1, "RUNNING 2", 2, False),  # the same, as srun says it
+        (1, "0", 1, "RUNNING 2", 2, False),  # a Python without toprope or torch
         (143, "0", 1, "RUNNING 2", 0, False),  # a node was lost before it answered
     ],
 )  # fmt: skip
@@ -250,6 +252,7 @@ def test_how_a_job_ends_and_when_it_goes_back_into_the_queue(
 ):
     done = run_script(tmp_path / "run", pretended, queue, PROBE=str(probe), AGENTS=agents, UNFINISHED=str(unfinished))
     assert (done.returncode, (pretended / "requeued").exists()) == (status, goes_back), done.stdout + done.stderr
+    assert ("Slurm has not put the job back" in done.stdout) == goes_back  # this pretended one never does
     assert (pretended / "python.started").exists() == (probe in (0, 143))
 
 
@@ -294,8 +297,9 @@ def test_a_job_does_not_go_back_after_five_starts_in_a_row_without_a_checkpoint(
 
 
 def run_script(
-    run: Path, pretended: Path, queue: str, nodes: str = "1:2", exclude_after: str = "", **variables: str
-) -> subprocess.CompletedProcess[str]:
+    run: Path, pretended: Path, queue: str, nodes: str = "1:2", exclude_after: str = "",
+    before: Sequence[str] = (), **variables: str,
+) -> subprocess.CompletedProcess[str]:  # fmt: skip
     """Run the job script of two nodes where all of Slurm, and Python, is pretended."""
     python = pretended / "python"
     (run / "slurm").mkdir(parents=True, exist_ok=True)
@@ -311,12 +315,33 @@ def run_script(
     for program in (pretended / "scontrol", pretended / "srun", python):
         program.chmod(0o755)
     given = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURMD_NODENAME": "n1"}
-    made = job(run, nodes, python=str(python))
+    made = job(run, nodes, python=str(python), before=before)
     script = dataclasses.replace(made, exclude_after=int(exclude_after) if exclude_after else None).script()
     return subprocess.run(
         ["bash"], input=script, text=True, check=False, capture_output=True, env=os.environ | given | variables,
         timeout=30,
     )  # fmt: skip
+
+
+def test_a_line_that_prepares_the_shell_may_read_unset_variables_and_ends_the_job_with_2_if_it_fails(
+    tmp_path, pretended
+):
+    (pretended / "python.started").unlink(missing_ok=True)
+    variables = {"PROBE": "0", "AGENTS": "0", "UNFINISHED": "1"}
+    unset = run_script(tmp_path / "unset", pretended, "RUNNING 2", before=["[[ -z $NOT_SET ]]"], **variables)
+    assert unset.returncode == 0, unset.stdout + unset.stderr
+    (pretended / "python.started").unlink()
+    done = run_script(tmp_path / "run", pretended, "RUNNING 2", before=["false # it's"], **variables)
+    assert done.returncode == 2 and "UsageError: --before failed: false # it's\n  It prepares" in done.stdout
+    assert not (pretended / "python.started").exists()
+
+
+def test_a_ladders_job_whose_shell_cannot_be_prepared_ends_with_2_for_the_ladder_too(task, pretended, eager):
+    request = slurm.Request("10:00", before=["false"])
+    assert SlurmJobs(request)(task).poll() is None  # submitted
+    done = subprocess.run(["bash", task.stored.directory / "job.sh"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "--before failed: false" in done.stdout
+    assert (task.stored.directory / "exit-status").read_text() == "2\n"
 
 
 @pytest.fixture

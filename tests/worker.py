@@ -17,10 +17,12 @@ from trainer.faults.corruption import VisibleFault
 from trainer.faults.fault import Setting
 from trainer.faults.plan import PlannedFault
 from trainer.faults.rank import RankContext
+from trainer.log import rundir
 from trainer.model import blocks_of
 from trainer.sentinel.hang import Watchdog
 
 SLOW = "TOPROPE_TEST_SLOW"
+rundir.SHARING_SECONDS = 0.5  # all ranks of a test are on one machine
 
 
 class NanSample(VisibleFault):

@@ -216,7 +216,7 @@ def claim_run(
     own = provenance.computes_with(config, ranks.device)
     of_ranks = ranks.agree(lambda: own)
 
-    def claim_on_main() -> tuple[int, list[str], branch.Record | None]:
+    def claim_on_main() -> tuple[int, list[str], branch.Record | None, str]:
         wandb_mode(config)  # only rank 0 shows the run, but a wrong mode is an error before any work
         tensorboard.check(config)
         # Before the claim, which leaves a lock: a parent that is not there leaves nothing.
@@ -226,9 +226,11 @@ def claim_run(
         other_bits = provenance.compare(run, before, of_ranks, accept_other_bits)
         # The console shows how the last attempt ended. It must not learn from the log that a fault was made on purpose.
         earlier.extend(entry for entry in events.read(run) if not isinstance(entry.event, events.FaultFired))
-        return events.next_attempt(run), other_bits, branch.origin(run, config, parent) if before else origin
+        begun_from = branch.origin(run, config, parent) if before else origin
+        return events.next_attempt(run), other_bits, begun_from, rundir.owner_of(run)
 
-    attempt, other_bits, begun_from = ranks.from_main(claim_on_main)
+    attempt, other_bits, begun_from, owner = ranks.from_main(claim_on_main)
+    ranks.agree(lambda: rundir.check_shared(run, owner))
     log = stack.enter_context(contextlib.closing(events.EventLog.open(run, attempt, ranks.rank)))
     limits = config.elastic.step_timeout_seconds, config.elastic.startup_timeout_seconds
     watchdog = Watchdog(

@@ -13,6 +13,7 @@ import platform
 import re
 import secrets
 import subprocess
+import time
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from trainer.errors import ConfigError, RunDirectoryError, of_system
 
 FORMAT = 1
 DYING_SECONDS = 3.0
+SHARING_SECONDS = 10.0
+"""Until what one node wrote is seen by the others: network file systems take a while."""
 LEFT_BY_A_START = frozenset({"lock", "live", "stacks", "events", "quorum", "slurm", "config.json.partial"})
 """Names that a start, or `submit`, leaves in the directory before config.json is written: watchdogs come first."""
 _KINDS = {"fingerprint": str, "data_sha256": str, "mathematics": dict, "config": dict}
@@ -95,7 +98,7 @@ def _claim(run: Path, config: Config) -> AbstractContextManager[object]:
         lock = FileLock(run / "lock", fallback_to_soft=False)
         lock.acquire(timeout=DYING_SECONDS)  # its owner may be ending: workers that have just lost their agent
     except Timeout:
-        owner = (run / "lock").read_text(encoding="utf-8").strip() or "another job"
+        owner = owner_of(run) or "another job"
         raise RunDirectoryError(
             f"{run} is in use by {owner}.\n"
             "  Two jobs would write over each other. Wait for it, end it, or give another --run."
@@ -103,6 +106,26 @@ def _claim(run: Path, config: Config) -> AbstractContextManager[object]:
     with contextlib.suppress(OSError), open(run / "lock", "w", encoding="utf-8", opener=files.no_follow) as file:
         file.write(f"process {os.getpid()} on {platform.node()}\n")  # on a full disk, it holds without a name in it
     return lock
+
+
+def owner_of(run: Path) -> str:
+    """The process that has claimed a run; "" if nobody has, or it could not write its name."""
+    try:
+        return (run / "lock").read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
+def check_shared(run: Path, owner: str) -> None:
+    """Raise RunDirectoryError if this rank sees another directory than that of rank 0, which `owner` has claimed."""
+    deadline = time.monotonic() + SHARING_SECONDS
+    while owner and owner_of(run) != owner:
+        if time.monotonic() > deadline:
+            raise RunDirectoryError(
+                f"{run} on {platform.node()} is not the directory that rank 0 has claimed ({owner}).\n"
+                "  All ranks write parts of a checkpoint there. Give a --run on a file system that all nodes share."
+            )
+        time.sleep(0.1)
 
 
 def _version(library: str) -> str | None:

@@ -3,10 +3,11 @@
 {% for option in options %}
 #SBATCH {{ option }}
 {% endfor %}
-set -u
 {% for line in before %}
 {{ line }}
+(($? == 0)) || { printf '%s\n' {{ ("UsageError: --before failed: " ~ line) | quote }} "  It prepares the shell at each start. Mend it, or end it with || true if it may fail."; exit 2; }
 {% endfor %}
+set -u # not before: what users load may read variables that are not set
 python=({{ python }})
 run={{ run | quote }}
 job=$SLURM_JOB_ID
@@ -52,15 +53,17 @@ trap 'notice=yes; [[ -z $agents ]] || kill -USR1 "$agents" 2>/dev/null' USR1 TER
 
 touch "$start-seen"
 "${on_each_node[@]}" "${python[@]}" -c '
-import os, pathlib, sys
-import trainer
+import importlib.util, os, pathlib, sys
+import trainer.cli
+if importlib.util.find_spec("torch") is None:
+    sys.exit("no module torch")
 sys.exit(0 if pathlib.Path(sys.argv[1]).exists() else print(
     "UsageError: node {} does not see {}.\n  All nodes write to the run directory. Give a --run on a file system that "
     "they share, or --nodes 1.".format(os.environ["SLURMD_NODENAME"], pathlib.Path(sys.argv[1]).parents[1])) or 66)
 ' "$start-seen"
 case $? in
     66) exit 2 ;;
-    1 | 126 | 127)
+    1 | 2 | 13 | 126 | 127) # srun has 2 where a program is not there, 13 where it may not be run
         say "Python on a node does not start, or has no toprope (see above)."
         say "  Give submit --python, the command that starts Python there, or --before, a line that prepares the shell."
         exit 2 ;;
@@ -115,5 +118,7 @@ if [[ $state == RUNNING ]]; then
     say "goes back into the queue, to resume from its newest checkpoint"
     trap '' USR1 TERM
     scontrol requeue "$job" && sleep 60 # Slurm ends this script
+    say "Slurm has not put the job back (see above)."
+    say "  The run is saved. The same submit resumes it."
 fi
 exit 75

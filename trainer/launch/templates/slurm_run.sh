@@ -3,15 +3,17 @@
 {% for option in options %}
 #SBATCH {{ option }}
 {% endfor %}
-set -u
+directory={{ directory | quote }}
+leave() { echo "$1" >"$directory/exit-status.partial" && mv "$directory/exit-status.partial" "$directory/exit-status"; exit "$1"; }
 {% for line in before %}
 {{ line }}
+(($? == 0)) || { printf '%s\n' {{ ("UsageError: --before failed: " ~ line) | quote }} "  It prepares the shell at each start. Mend it, or end it with || true if it may fail."; leave 2; }
 {% endfor %}
+set -u # not before: what users load may read variables that are not set
 {% for name, value in environment.items() %}
 export {{ name }}={{ value | quote }}
 {% endfor %}
 python=({{ python }})
-directory={{ directory | quote }}
 
 # A notice (time limit, preemption) asks the run to save and leave.
 worker= notice=
@@ -31,5 +33,4 @@ if [[ $status == 75 && -n $notice && $state == RUNNING ]]; then
     trap '' USR1 TERM
     scontrol requeue "$SLURM_JOB_ID" && sleep 60 # Slurm ends this script
 fi
-echo "$status" >"$directory/exit-status.partial" && mv "$directory/exit-status.partial" "$directory/exit-status"
-exit "$status"
+leave "$status"
