@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 1 << 22
-_BLOCK = 1 << 15  # float64: 256 KiB
+_BLOCK = 1 << 16  # float64: 512 KiB
 _BASE = 6_364_136_223_846_793_005  # odd, so that a flip in an early chunk stays one
 _SPARE_BITS = 53 - 24  # of a float64 beside the 24 of a gradient on its grid: for the factors, and the number of terms
 
