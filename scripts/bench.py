@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from scripts import bench_advise, bench_meeting, bench_quorum, bench_sentinel
+from scripts import bench_advise, bench_islands, bench_meeting, bench_quorum, bench_sentinel
 from scripts import bench_chaos as chaos
 from scripts import bench_forecast as forecast
 from scripts import bench_ladder as ladder
@@ -436,6 +436,8 @@ def measure(name: str) -> dict[str, Any]:
             return survival.goodput()
         case "quorum":
             return bench_quorum.figure()
+        case "islands":
+            return bench_islands.figure()
         case "sentinel":
             return {size: worker("sentinel", size) for size in ("small", "big")}
         case "sentinel_faults":
@@ -463,9 +465,9 @@ def measure(name: str) -> dict[str, Any]:
 
 FIGURES = (
     "throughput_12m", "throughput_0.8m", "exact_against_plain_sums", "bf16_compile", "first_step", "memory",
-    "shakespeare", "seeds", "saving", "copies", "killed", "nodes", "meeting", "goodput", "quorum", "sentinel",
-    "sentinel_faults", "sentinel_flips", "sentinel_clean", "catalogue", "storm", "mutants", "ladder", "forecast",
-    "forecast_storms", "advise",
+    "shakespeare", "seeds", "saving", "copies", "killed", "nodes", "meeting", "goodput", "quorum", "islands",
+    "sentinel", "sentinel_faults", "sentinel_flips", "sentinel_clean", "catalogue", "storm", "mutants", "ladder",
+    "forecast", "forecast_storms", "advise",
 )  # fmt: skip
 
 

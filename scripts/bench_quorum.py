@@ -22,7 +22,7 @@ import tempfile
 import time
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -405,11 +405,13 @@ def _usual(commits: list[Commit]) -> float:
 # Goodput.
 
 
-def goodput(make: Callable[[Path], Job], period: float, seconds: float, seed: int = 0) -> dict[str, Any]:
+def goodput(
+    make: Callable[[Path], Job], period: float, seconds: float, seed: int = 0, workers: int = 3
+) -> dict[str, Any]:
     """Useful micro-batches of a time with a kill every so often, against those of as long a calm time."""
     chance = random.Random(seed)
     with tempfile.TemporaryDirectory() as directory, make(Path(directory)) as job:
-        wait_until(lambda: len(job.members()) == 3 and len(job.read()) > 5, PATIENCE_SECONDS)
+        wait_until(lambda: len(job.members()) == workers and len(job.read()) > 5, PATIENCE_SECONDS)
         calm_from = time.time()
         time.sleep(CALM_SECONDS)
         started, done, skipped = time.time(), 0, 0
@@ -518,9 +520,16 @@ def rows(repeats: int = 20, seconds: float = 180.0) -> list[Row]:
 
 def measure(names: list[str], minutes: float, repeats: int, seconds: float, out: Path) -> dict[str, Any]:
     """Measure what `out` lacks of the named rows, or of all; return all that it has then."""
+    return measure_rows(rows(repeats, seconds), names, minutes, out, summary)
+
+
+def measure_rows(
+    wanted: Sequence[Row], names: list[str], minutes: float, out: Path, summary: Callable[[str, dict[str, Any]], str]
+) -> dict[str, Any]:
+    """Measure what `out` lacks of the named rows, or of all; return all that it has then."""
     out.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
-    for row in rows(repeats, seconds):
+    for row in wanted:
         path = out / f"{row.name}.json"
         if (names and row.name not in names) or (path.exists() and not names):
             continue
@@ -541,11 +550,11 @@ def measure(names: list[str], minutes: float, repeats: int, seconds: float, out:
     return {path.stem: json.loads(path.read_text()) for path in sorted(out.glob("*.json"))}
 
 
-def place() -> Path:
+def place(name: str = "bench-quorum") -> Path:
     """Where the rows of this state of the package are."""
     command = ["git", "log", "-1", "--format=%h", "--", "trainer"]
     commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    return ROOT / "runs" / "bench-quorum" / commit
+    return ROOT / "runs" / name / commit
 
 
 def figure() -> dict[str, Any]:

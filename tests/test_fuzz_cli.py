@@ -412,6 +412,8 @@ ARGUMENTS = [
     ["launch", "tiny.toml", "--workers", "2", "--join", "127.0.0.1:1"],
     ["launch", "tiny.toml", "--workers", "2", "--join", "127.0.0.1:1", "--arbiter-only"],
     ["launch", "tiny.toml", "--workers", "2", "--set", "numerics.exact=false"],
+    ["launch", "tiny.toml", "--islands", "0"], ["launch", "tiny.toml", "--islands", "2"],
+    ["launch", "tiny.toml", "--islands", "2", "--spares", "1"],
     ["chaos", "campaign.toml", "--only", "none", "--out", "out"],
     ["ladder", "run", "ladder.toml", "--up-to", "none", "--out", "out"], ["verify"], ["inspect", "--json"],
     ["train", "tiny.toml", "--dry-run", "--ranks", "0"], ["train", "tiny.toml", "--dry-run", "--ranks", "99"],

@@ -32,6 +32,8 @@ from trainer import config as configs
 from trainer.checkpoint import loading
 from trainer.data import prepare
 from trainer.errors import EXIT_FAILED, EXIT_PREEMPTED, ConfigError, RunDirectoryError
+from trainer.faults import plan as faultplan
+from trainer.faults.fault import IN_ISLANDS, comes_at
 from trainer.islands import deltas
 from trainer.islands.clusters import Clusters, owner_of
 from trainer.islands.exchange import Exchange
@@ -255,6 +257,39 @@ def test_what_rounding_leaves_out_is_sent_later(kind):
     missing = -30 * gradient - weight_of(islands[0])
     assert torch.allclose(missing, -residuals[0]["weight"], atol=1e-4)
     assert missing.abs().max() < 1.0 / deltas.levels(kind, 2)
+
+
+STREAM = {"inner_steps": 6, "fragments": 2, "overlap_steps": 2}
+
+
+@pytest.mark.parametrize("settings", [STREAM, {"inner_steps": 4}], ids=["streamed", "plain"])
+def test_faults_are_planned_at_the_steps_in_which_an_exchange_passes_their_phases(settings: dict[str, Any]):
+    start = torch.zeros(3, 4)
+    exchange, islands, _ = exchange_of(settings, 11, start)
+    passed = set[tuple[str, int]]()
+    exchange.hook = lambda phase, step: passed.add((phase, step))
+    for number in range(11):
+        move(islands, torch.Generator().manual_seed(number))
+        exchange.step()
+    config = configs.parse({"islands": {"count": 2, **settings}, "budget": {"steps": 11}}, check_rules=False)
+    # The one matrix is in a fragment of its own; the other one is empty, and sends nothing.
+    foreseen = {(str(phase), step) for phase in IN_ISLANDS for step in range(1, 12) if comes_at(phase, step, config)}
+    assert passed <= foreseen
+    assert passed == foreseen or settings is STREAM
+
+
+@pytest.mark.parametrize(
+    ("changes", "step", "said"),
+    [
+        ({}, 3, "faults[0] (sigkill): in_send is not reached at step 3.\n  Give one of the steps 4, 8, 10."),
+        ({"islands.count": 0}, 4, "faults[0] (sigkill): in_send is passed with islands alone.\n  Set islands.count"),
+    ],
+)
+def test_a_fault_in_an_exchange_that_never_comes_is_refused(changes: dict[str, Any], step: int, said: str):
+    fault = {"kind": "sigkill", "rank": 0, "at_step": step, "phase": "in_send"}
+    tree = {"islands": {"count": 2, "inner_steps": 4} if not changes else {}, "budget": {"steps": 10}}
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        faultplan.make(configs.parse({**tree, "faults": [fault]}, check_rules=False), 2)
 
 
 # An island's step is that of a run of its own.

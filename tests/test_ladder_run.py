@@ -467,6 +467,19 @@ def test_gpus_whose_memory_is_unknown_are_shared_out_among_slots_and_each_run_se
     assert slots.of(alone).devices(1) == {}
 
 
+def test_a_baseline_with_islands_is_timed_in_rounds_that_are_as_short_as_the_probe(home):
+    """A whole round would take too long, and a round that is longer than the run is refused."""
+    more = "[set]\nislands.count = 2\nislands.inner_steps = 8\nislands.overlap_steps = 7\n"
+    ladder, timed = plan(home, PLAIN, more, name="islands"), list[configs.Config]()
+
+    def start(task: Task) -> Any:
+        timed.append(configs.load(task.stored.config, ()))
+        return mock.Mock(wait=lambda: 0)
+
+    speed.probe(ladder, slots.of(ladder), start)
+    assert {(config.islands.count, config.islands.inner_steps) for config in timed} == {(2, speed.PROBE_STEPS)}
+
+
 def test_small_runs_share_a_gpu_as_its_free_memory_allows_and_large_ones_have_room_kept(home, machine, needs):
     ladder = plan(home, *ON_GPUS, name="shared")
     small, large = (next(planned for planned in ladder.runs if planned.rung == rung) for rung in "sm")

@@ -156,9 +156,16 @@ def train(
 @app.command()
 def launch(
     config_path: ConfigPath,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that train together, on this node.")],
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes that train together, on this node. With --islands: default all."),
+    ] = None,
     run: RunOption = None,
     overrides: Overrides = None,
+    apart: Annotated[
+        int | None,
+        typer.Option("--islands", min=1, metavar="N", help="Clusters of islands, of all nodes, that live apart."),
+    ] = None,
     spares: Annotated[int, typer.Option(min=0, help="Further processes, ready to take a dead one's place.")] = 0,
     listen: Annotated[
         str, typer.Option(metavar="HOST:PORT", help="Where workers of other nodes reach the arbiter.")
@@ -178,9 +185,17 @@ def launch(
 
     if join and (arbiter_only or listen != "127.0.0.1:0"):
         raise UsageError("--join takes the arbiter of another node.\n  Leave out --listen and --arbiter-only.")
-    config = configs.load(config_path, [*(overrides or ()), 'elastic.mode="quorum"'])
+    if apart is not None and (join or arbiter_only or listen != "127.0.0.1:0" or spares):
+        raise UsageError(
+            "--islands has no arbiter: the clusters meet in the run directory.\n"
+            "  Leave out --spares, --listen, --join and --arbiter-only, and give the same command on every node."
+        )
+    if apart is None and workers is None:
+        raise UsageError("launch starts --workers N processes, or --islands N clusters.\n  Give one of them.")
+    mode = "quorum" if apart is None else "restart"
+    config = configs.load(config_path, [*(overrides or ()), f'elastic.mode="{mode}"'])
     run = run or Path("runs") / config_path.stem
-    command = ["train", str(config_path), "--run", str(run), *(["--accept-other-bits"] if accept else [])]
+    command = ["train", str(config_path), *(["--accept-other-bits"] if accept else [])]
     if parent:
         from trainer import branch
 
@@ -188,6 +203,12 @@ def launch(
         command += ["--from", parent]
     mode = "restart" if quorum.restarts_all(config) else "quorum"
     command += [part for override in [*(overrides or ()), f'elastic.mode="{mode}"'] for part in ("--set", override)]
+    if apart is not None:
+        from trainer.launch import islands
+
+        raise typer.Exit(islands.launch(islands.Plan(config, command, run, apart, workers or apart)))
+    assert workers is not None
+    command += ["--run", str(run)]
     plan = quorum.Plan(config, command, run, workers, spares, listen, join)
     if quorum.restarts_all(config) and not arbiter_only:
         quorum.become_torchrun(plan)
@@ -866,7 +887,7 @@ def main() -> None:
         app()
     except TopropeError as error:
         # Every rank raises the same error, so one message is enough. A worker that may not take part is alone in that.
-        if elastic.expected_rank() == 0 or isinstance(error, RefusedError):
+        if elastic.expected_rank() == 0 or elastic.apart() is not None or isinstance(error, RefusedError):
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
         else:
             # If this rank left first, torchrun would end rank 0 before it has printed. Torchrun ends this rank instead.

@@ -43,7 +43,9 @@ from trainer.data import Batches, EvalWindows, Prepared, first_epoch, prepare, s
 from trainer.exact import Grids
 from trainer.faults import injector as faults
 from trainer.faults.wrong_operators import Machine
+from trainer.islands import apart
 from trainer.islands import members as islands
+from trainer.islands.post import Post
 from trainer.islands.state import IslandsState
 from trainer.islands.state import build as build_islands
 from trainer.log import events, nodes, rundir
@@ -131,8 +133,8 @@ def train(
     # Collectives may take longer than the watchdog's limits: it acts first and reports more.
     limits = config.elastic.step_timeout_seconds, config.elastic.startup_timeout_seconds
     # With islands a rank may wait for one that has many steps to do before they meet, and the watchdog lets it.
-    apart = config.islands.inner_steps if config.islands.count else 1
-    ranks = world.connect(device, apart * (2 * max(limits) + 60), config.parallel.share_gpus)
+    between_meetings = config.islands.inner_steps if config.islands.count else 1
+    ranks = world.connect(device, between_meetings * (2 * max(limits) + 60), config.parallel.share_gpus)
     with contextlib.ExitStack() as stack:  # closes in reverse order what is entered below
         stack.callback(world.disconnect)
         stack.callback(injector.close)
@@ -146,7 +148,8 @@ def train(
         stopwatch.lap("data")
         sentinel = Sentinel(config)
         with out_of_memory.explained(device):
-            state = build_any(config, facts["vocab_size"], ranks, sentinel.watch)
+            post = apart.post_of(config, claim.watchdog.heartbeat)
+            state = build_any(config, facts["vocab_size"], ranks, sentinel.watch, post)
         stopwatch.lap("model")
         claim.log.create()  # the file of its log makes an attempt count
         injector.attach(claim.attempt, claim.log, islands.trained_here(state), prepared)
@@ -159,7 +162,8 @@ def train(
         screen = show(config, claim, stack)
         try:
             heartbeat = claim.watchdog.heartbeat
-            saving = Checkpointer(run, ranks, facts, config.checkpoint, claim.log, hook, heartbeat)
+            of_all = run, ranks, facts, config.checkpoint, claim.log, hook, heartbeat
+            saving = Checkpointer(*of_all) if post is None else apart.ApartCheckpointer(post, *of_all)
             with contextlib.closing(saving) as checkpointer:
                 state_from = checkpointer.restore(state)
                 if ranks.is_main:
@@ -370,10 +374,12 @@ def begin_from_parent(claim: Claim, state: TrainState) -> str:
     return branch.shown(parent)
 
 
-def build_any(config: Config, vocab_size: int, ranks: World, watch: Callable[[RounderOf], RounderOf]) -> TrainState:
-    """Build the state of step 0, with one set of weights or with those of islands."""
+def build_any(
+    config: Config, vocab_size: int, ranks: World, watch: Callable[[RounderOf], RounderOf], post: Post | None = None
+) -> TrainState:
+    """Build the state of step 0, with one set of weights or with those of islands; with `post`, of clusters apart."""
     if config.islands.count:
-        return build_islands(config, vocab_size, ranks, lambda one, alone: build(one, vocab_size, alone))
+        return build_islands(config, vocab_size, ranks, lambda one, alone: build(one, vocab_size, alone), post)
     state = build(config, vocab_size, ranks, watch)
     capture(state, config, ranks.device)
     return state

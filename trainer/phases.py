@@ -28,6 +28,13 @@ class Phase(StrEnum):
     """The grid was too fine and has been widened; the second pass over the step has not begun."""
     BEFORE_UPDATE = "before_update"
     IN_UPDATE = "in_update"
+    IN_SEND = "in_send"
+    """Islands: a part of what they have learnt is on its way. In this phase and the next two, which come with the
+    update, the step counts as completed."""
+    IN_RECEIVE = "in_receive"
+    """Islands: what the others have learnt is waited for."""
+    IN_OUTER_UPDATE = "in_outer_update"
+    """Islands: a part of the outer weights has moved, the rest has not."""
     AFTER_UPDATE = "after_update"
     IN_EVAL = "in_eval"
     WAITING_FOR_SAVE = "waiting_for_save"

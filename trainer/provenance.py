@@ -57,6 +57,9 @@ CODE_BEFORE_RECORDS = "3f3b3e07ab4d257b"
 code leaves it out at this value, so that what was made then keeps its key. Move it only with a change that changes no
 bit."""
 
+SAME_ISLANDS = {"503bc74b2c2c28cf": "ecc09f419acf64f8"}
+"""By the digest of the code of islands: that of older code which gives the same bits, so that its runs are resumed."""
+
 
 @functools.cache
 def code(package: Path = Path(__file__).parent) -> dict[str, dict[str, str]]:
@@ -111,7 +114,8 @@ def computes_with(config: Config, device: "torch.device") -> dict[str, str]:
     if is_cuda:
         found |= _gpu_kernels(config)
     if config.islands.count:
-        found["code of islands"] = _digest_of_folder("islands")
+        code = _digest_of_folder("islands")
+        found["code of islands"] = SAME_ISLANDS.get(code, code)
     if config.numerics.compile and not is_cuda:
         from torch._inductor.cpp_builder import get_cpp_compiler
 

@@ -20,7 +20,7 @@ from trainer.chaos.schema import CampaignFile, read
 from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.faults import plan
-from trainer.faults.fault import IN_QUORUM, KINDS, NODES, SPARES, Fault
+from trainer.faults.fault import IN_ISLANDS, IN_QUORUM, KINDS, NODES, SPARES, Fault
 from trainer.faults.plan import PlannedFault
 from trainer.phases import Phase
 
@@ -200,7 +200,9 @@ class _CaseBuilder:
                 self.problems.append(f"{times} runs are called {name!r} ({strategy}).\n  Give each a name of its own.")
 
     def _phases_of(self, kind: Fault) -> list[Phase]:
-        return [phase for phase in kind.phases if self._mode == "quorum" or phase not in IN_QUORUM]
+        never = set[Phase]() if self._mode == "quorum" else set(IN_QUORUM)
+        never |= set() if self.campaign.config.islands.count else set(IN_ISLANDS)
+        return [phase for phase in kind.phases if phase not in never]
 
     def _add_storms(self, strategy: str) -> None:
         file, storm = self._file, self._file.storm

@@ -15,7 +15,7 @@ from trainer import tomlfile
 from trainer.chaos.results import Table
 from trainer.config import Config, FaultEntry
 from trainer.errors import ConfigError
-from trainer.faults.fault import KINDS, NODES, NOT_DRAWN, OF_MAIN_MEMBER, WITHOUT_STEP, Fault, interval
+from trainer.faults.fault import KINDS, NODES, NOT_DRAWN, OF_MAIN_MEMBER, WITHOUT_STEP, Fault, comes_at, interval
 from trainer.phases import Phase
 
 Moment = tuple[int | None, str, int | str]
@@ -160,8 +160,8 @@ def _refused(kind: Fault, fault: Table, config: Config, world_size: int) -> bool
 
 def due(phase: str, step: int, config: Config) -> int:
     """Return the first step, from this one on, that has a phase; the last step if there is none."""
-    (every, _), last = interval(phase, config), config.budget.steps
-    return min(last, -(-step // every) * every) if every else last
+    last = config.budget.steps
+    return next((later for later in range(step, last) if comes_at(phase, later, config)), last)
 
 
 def _moments(fault: Table) -> set[Moment]:

@@ -41,8 +41,8 @@ NOT_ASKED: Answers = "not applicable"
 MEASURED_AS = {DETECTED: "detect_seconds", RECOVERED: "recover_seconds", ATTRIBUTED: "attributed_correctly"}
 """The value in `measure` that an invariant tests; None for a fault of which it asks nothing."""
 KNOWN_FILES = {
-    "config.json", "tokenizer.json", "lock", "events", "checkpoints", "quorum", "stacks", "wandb", "tensorboard",
-    "curves.png", "timeline.svg",
+    "config.json", "tokenizer.json", "lock", "events", "checkpoints", "quorum", "islands", "stacks", "wandb",
+    "tensorboard", "curves.png", "timeline.svg",
 }  # fmt: skip
 BREAKING = {"worker_lost", "hung", "preempted", "checkpoint_rejected"}
 """Incidents that make all workers start again. Damage to a checkpoint comes with the death of a rank."""

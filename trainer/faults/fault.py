@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from trainer.config import Config, FaultEntry
+from trainer.islands.schedule import Schedule
 from trainer.phases import Phase
 
 if TYPE_CHECKING:
@@ -37,13 +38,15 @@ AROUND_SAVE = (Phase.WAITING_FOR_SAVE, Phase.AFTER_SAVE)
 STEP = (*GRADIENT, *UPDATE)
 IN_QUORUM = (Phase.JOINING, Phase.IN_TRANSFER)
 """Phases that are passed in quorum mode alone."""
-NOT_DRAWN = (*AROUND_SAVE, *IN_QUORUM, Phase.WIDENED)
+IN_ISLANDS = (Phase.IN_SEND, Phase.IN_RECEIVE, Phase.IN_OUTER_UPDATE)
+"""Phases that are passed with islands alone."""
+NOT_DRAWN = (*AROUND_SAVE, *IN_QUORUM, *IN_ISLANDS, Phase.WIDENED)
 """Phases that a storm does not draw, since not every step and rank has them: a kind or a person must ask for them."""
 ANYWHERE = (
     *STEP, *SAVE, Phase.STARTUP, Phase.IN_LOAD, Phase.IN_EVAL, Phase.BEFORE_END, Phase.AFTER_END, *NOT_DRAWN,
 )  # fmt: skip
 WITHOUT_STEP = (Phase.STARTUP, Phase.JOINING, Phase.IN_LOAD, Phase.BEFORE_END, Phase.AFTER_END)
-AFTER_THE_UPDATE = (Phase.AFTER_UPDATE, Phase.IN_EVAL, *SAVE, *AROUND_SAVE)
+AFTER_THE_UPDATE = (*IN_ISLANDS, Phase.AFTER_UPDATE, Phase.IN_EVAL, *SAVE, *AROUND_SAVE)
 """Phases at which the rank already counts the step as completed."""
 OF_MAIN_MEMBER = (*SAVE, *AROUND_SAVE, Phase.BEFORE_END, Phase.AFTER_END)
 """Phases that in quorum mode the main member alone passes: whoever that is by then."""
@@ -249,4 +252,17 @@ def interval(phase: str, config: Config) -> tuple[int, str]:
         return config.checkpoint.every_steps, "checkpoint.every_steps"
     if phase == Phase.IN_EVAL:
         return config.eval.every_steps, "eval.every_steps"
+    if phase in IN_ISLANDS:
+        return config.islands.inner_steps, "islands.inner_steps"
     return 1, ""
+
+
+def comes_at(phase: str, step: int, config: Config) -> bool:
+    """True if a phase is passed in a step."""
+    if phase in IN_ISLANDS:
+        schedule = Schedule.of(config)
+        if phase == Phase.IN_SEND or not schedule.overlap_steps:
+            return bool(schedule.sent(step))
+        return step == config.budget.steps or bool(schedule.arriving(step))
+    every, _ = interval(phase, config)
+    return step == config.budget.steps or (every > 0 and step % every == 0)

@@ -19,12 +19,14 @@ from trainer.config import Config, FaultEntry
 from trainer.errors import ConfigError
 from trainer.faults.fault import (
     AFTER_THE_UPDATE,
+    IN_ISLANDS,
     IN_QUORUM,
     KINDS,
     NODES,
     OF_MAIN_MEMBER,
     WITHOUT_STEP,
     Fault,
+    comes_at,
     interval,
 )
 from trainer.log import events
@@ -220,9 +222,15 @@ def _moment_problems(
             yield f"{where}: {phase} belongs to no step.\n  Remove at_step; `attempt` selects the start."
     elif step is None:
         yield f"{where} does not say when.\n  Give at_step."
-    else:
+    elif phase in IN_ISLANDS and not config.islands.count:
+        yield f"{where}: {phase} is passed with islands alone.\n  Set islands.count, or name another phase."
+    elif not comes_at(phase, step, config):
         every, setting = interval(phase, config)
-        if step != last and (every == 0 or step % every):
+        if phase in IN_ISLANDS:
+            steps = [str(later) for later in range(1, last + 1) if comes_at(phase, later, config)]
+            shown = ", ".join(steps[:8]) + (", …" if steps[8:] else "")
+            yield f"{where}: {phase} is not reached at step {step}.\n  Give one of the steps {shown}."
+        else:
             yield (
                 f"{where}: {phase} is not reached at step {step}: {setting} = {every}.\n"
                 f"  Give a step that it divides, or {last}, the last."

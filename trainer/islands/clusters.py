@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from trainer.islands.post import Apart, Between, Post
 from trainer.parallel.world import World
 
 
@@ -22,20 +23,30 @@ class Clusters:
     """All ranks."""
     within: World
     """Those of this rank's cluster."""
-    between: World
+    between: Between
     """The ranks that have this one's place in their clusters; the rank in it is the number of the cluster."""
     mesh: DeviceMesh | None
-    """Clusters by ranks of one; None for a job of one rank."""
+    """Clusters by ranks of one; None for a job of one rank, and for clusters that live apart."""
+    post: Post | None = None
+    """How clusters that live apart speak with one another."""
 
     @classmethod
-    def of(cls, world: World, ranks: int) -> "Clusters":
-        """Group the ranks of a job into clusters of `ranks`, which divides their number. Collective."""
+    def of(cls, world: World, ranks: int, post: Post | None = None) -> "Clusters":
+        """Group the ranks of a job into clusters of `ranks`, which divides their number. Collective.
+
+        With `post` the job is one cluster of several that live apart, and has one rank.
+        """
+        if post is not None:
+            assert world.size == 1
+            between = Apart(post.cluster, post.clusters, world.device, post=post)
+            return cls(between, world, between, None, post)
         if world.size == 1:
-            return cls(world, world, world, None)
+            return cls(world, world, Between(0, 1, world.device), None)
         mesh = init_device_mesh(world.device.type, (world.size // ranks, ranks), mesh_dim_names=("cluster", "rank"))
         number, place = divmod(world.rank, ranks)
         within = World(place, ranks, world.device, mesh.get_group("rank"))
-        return cls(world, within, World(number, world.size // ranks, world.device, mesh.get_group("cluster")), mesh)
+        between = Between(number, world.size // ranks, world.device, mesh.get_group("cluster"))
+        return cls(world, within, between, mesh)
 
     def owner_of(self, island: int, islands: int) -> int:
         """Return the cluster that computes an island."""
@@ -46,7 +57,7 @@ class Clusters:
         return [island for island in range(islands) if self.owner_of(island, islands) == self.between.rank]
 
     def stacked(self, local: Tensor, islands: int) -> Tensor:
-        """Return the tensor of all islands along a first dim, of which this cluster has `local`."""
+        """Return the tensor of all islands along a first dim; `local` has this cluster's, or all without a mesh."""
         if self.mesh is None:
             return local
         shape = torch.Size((islands, *local.shape[1:]))

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -22,9 +21,11 @@ from trainer import step
 from trainer.config import Config
 from trainer.islands import deltas
 from trainer.islands.clusters import Clusters
+from trainer.islands.post import Later
 from trainer.islands.schedule import Schedule
 from trainer.log.events import ChangesApplied, Event
 from trainer.parallel.sharding import Sharding
+from trainer.phases import Hook, Phase, no_hook
 from trainer.step import TrainState
 
 
@@ -35,7 +36,7 @@ class Travelling:
     scales: Mapping[str, Tensor]
     packets: list[Tensor] = field(default_factory=list)
     """The packed integers of each island; empty where the sum itself travels."""
-    under_way: list[dist.Work] = field(default_factory=list)
+    under_way: list[Later] = field(default_factory=list)
     sent_after: int = 0
     sent_bytes: int = 0
 
@@ -63,6 +64,7 @@ class Exchange(Optimizer):
         self._clusters, self._own, self._residuals = clusters, own, residuals
         self._travelling: dict[int, Travelling] = {}
         self._arrived: dict[int, ChangesApplied] = {}
+        self.hook: Hook = no_hook
         self.report: Callable[[Event], None] = lambda event: None
         """Takes an event that all ranks know alike."""
         self._settings, self._schedule = config.islands, Schedule.of(config)
@@ -73,6 +75,7 @@ class Exchange(Optimizer):
         self._momentum = (
             {n: torch.zeros_like(w) for n, w in self._outer.items()} if self._settings.outer_momentum else {}
         )
+        self.islands, self.last_step = self._settings.count, config.budget.steps
         self._fragments = _fragments(self._outer, self._settings.fragments)
         self.completed = 0
         """Completed steps of the run."""
@@ -93,11 +96,13 @@ class Exchange(Optimizer):
             step.apply(island)
         self.completed += 1
         for number in self._schedule.arriving(self.completed):
+            self.hook(Phase.IN_RECEIVE, self.completed)
             if self._is_on_its_way(number):
                 self._apply(number)
         for number in self._schedule.sent(self.completed):
             self._send(number)
             if not self._schedule.overlap_steps or self.completed == self._schedule.steps:
+                self.hook(Phase.IN_RECEIVE, self.completed)
                 self._apply(number, self._schedule.ends_round(number, self.completed))
 
     @torch.no_grad()
@@ -118,20 +123,25 @@ class Exchange(Optimizer):
             for island in range(islands):
                 travelling.packets.append(self._packet(island, names, travelling.scales))
                 owner = self._clusters.owner_of(island, islands)
-                self._start(travelling, dist.broadcast, travelling.packets[-1], group_src=owner)
+                self._start(travelling, travelling.packets[-1], owner)
+                if not island:
+                    self.hook(Phase.IN_SEND, self.completed)
             return
         for island in self._own:
             for name in names:
                 change = self._change(island, name)
                 self._changes[name].add_(deltas.rounded(change, travelling.scales[name], kind, islands))
-        self._start(travelling, dist.all_reduce, flat)
+        self._start(travelling, flat)
+        self.hook(Phase.IN_SEND, self.completed)
 
-    def _start(self, travelling: Travelling, collective: Callable[..., Any], tensor: Tensor, **where: Any) -> None:
+    def _start(self, travelling: Travelling, tensor: Tensor, owner: int | None = None) -> None:
+        """Begin to sum a tensor over clusters, or to give them that of `owner`."""
         # On connections of their own: what travels beside the steps must not hold up what the ranks wait for.
         between = self._clusters.between
         if self._clusters.within.is_main and between.size > 1:
-            travelling.under_way.append(collective(tensor, group=between.group, async_op=True, **where))
-            if where.get("group_src", between.rank) == between.rank:
+            later = between.sum_later(tensor) if owner is None else between.broadcast_later(tensor, owner)
+            travelling.under_way.append(later)
+            if owner in (None, between.rank):
                 travelling.sent_bytes += tensor.numel() * tensor.element_size()
 
     def _wait_for(self, number: int) -> None:
@@ -210,7 +220,7 @@ class Exchange(Optimizer):
         rate, decay, kept = self._settings.outer_learning_rate, self._settings.outer_momentum, self._settings.mixing
         if not whole_round:
             rate, decay = 1.0, 0.0
-        for name in self._fragments[number]:
+        for name in (names := self._fragments[number]):
             outer, change = self._outer[name], self._changes[name]
             # One rounding an operation: a fused one might differ between the body and the tail of a kernel.
             if decay:
@@ -218,6 +228,8 @@ class Exchange(Optimizer):
                 change = change + momentum * decay
             outer.sub_(change * rate)
             self._changes[name].zero_()
+            if name == names[0]:
+                self.hook(Phase.IN_OUTER_UPDATE, self.completed)
             for island in self._own.values():
                 weights = island.sharding.parameters[name].data
                 if kept:

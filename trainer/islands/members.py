@@ -8,13 +8,14 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar, cast
 
 from trainer import loop
 from trainer.config import Config
 from trainer.data import Batches, MicroBatch
 from trainer.errors import NumericsError, TopropeError
+from trainer.islands.post import Post
 from trainer.islands.schedule import Schedule
 from trainer.islands.state import IslandsState, config_of
 from trainer.log.events import Event, StepDone
@@ -98,7 +99,9 @@ class IslandMembers(AllRanks):
 
         The result is that of all islands, or NOT_KNOWN where the ranks do not meet after this step.
         """
-        told = self.told
+        told, clusters = self.told, self.state.clusters
+        if clusters.post is not None:
+            clusters.post.at(step + 1)
         if told.error is None:
             try:
                 told.own.append([self._compute(*island) for island in self.islands])
@@ -108,7 +111,7 @@ class IslandMembers(AllRanks):
             return cast(T, NOT_KNOWN)
         found = self.world.agree(lambda: (self.stop_requested(), told.tell()))
         stop = any(stop for stop, _ in found)
-        of_clusters = found[:: self.state.clusters.within.size]  # the ranks of a cluster have computed the same
+        of_clusters = found[:: clusters.within.size]  # the ranks of a cluster have computed the same
         by_step = zip(*(own for _, own in of_clusters), strict=True)
         told.own, told.of_all = [], [together(list(itertools.chain(*ranks)), stop) for ranks in by_step]
         return cast(T, told.of_all[-1])
@@ -152,7 +155,7 @@ def with_islands(state: IslandsState, collaborators: Collaborators, log: Callabl
     `log` takes an event that this rank alone knows.
     """
     context = collaborators.context
-    config, world, batches = context.config, context.world, context.batches
+    config, world, batches = context.config, state.clusters.world, context.batches
     islands = []
     for k, island in state.own.items():
         own = config_of(config, k)
@@ -165,8 +168,23 @@ def with_islands(state: IslandsState, collaborators: Collaborators, log: Callabl
         for one in told.written(event) if isinstance(event, StepDone) else [event]:
             collaborators.record(one)
 
-    state.exchange.report = collaborators.record
+    state.exchange.report, state.exchange.hook = collaborators.record, context.hook
     members = IslandMembers(
         world, config.data.micro_batches, state, islands, config, context.stop_requested, told
     )  # fmt: skip
-    return replace(collaborators, context=replace(context, members=members), record=record)
+    given = replace(collaborators, context=replace(context, members=members), record=record)
+    return given if state.clusters.post is None else _apart(given, state.clusters.post, log)
+
+
+class ApartContext(StepContext):
+    """Of a cluster that lives apart: it may begin when the others are many steps on, or not there."""
+
+    def any_stop_requested(self) -> bool:
+        return False  # it is heeded where the clusters meet next
+
+
+def _apart(collaborators: Collaborators, post: Post, log: Callable[[Event], None]) -> Collaborators:
+    post.report = log
+    given = {field.name: getattr(collaborators.context, field.name) for field in fields(StepContext)}
+    evaluated = collaborators.evaluate if post.cluster == 0 else lambda model, step: ()  # all have the same weights
+    return replace(collaborators, context=ApartContext(**given), evaluate=evaluated)

@@ -11,9 +11,10 @@ from trainer import config as configs
 from trainer import model as models
 from trainer.config import Config
 from trainer.errors import ConfigError
-from trainer.islands import deltas
+from trainer.islands import deltas, post
 from trainer.islands.clusters import Clusters
 from trainer.islands.exchange import Exchange
+from trainer.islands.post import Post
 from trainer.parallel.sharding import Sharding
 from trainer.parallel.world import World
 from trainer.step import TrainState
@@ -36,6 +37,24 @@ class IslandsState(TrainState):
     exchange: Exchange
     clusters: Clusters
 
+    def gather(self, is_reader: bool) -> None:
+        """Give this cluster's islands to the others, where clusters live apart; a reader also takes theirs. Collective.
+
+        Else nobody needs it: each rank saves and hashes what it holds.
+        """
+        if self.clusters.post is None:
+            return
+        self.exchange.tensors()  # all wait for what travels: once the save is there, its messages may be removed
+        between = self.clusters.between
+        for island in range(self.exchange.islands):
+            slots = [stack[island] for stack in self.stacks.values()]
+            owner = self.clusters.owner_of(island, self.exchange.islands)
+            content = post.as_bytes(slots)
+            letter = between.broadcast_later(content, owner)
+            if is_reader and owner != between.rank:
+                letter.wait()
+                post.from_bytes(content, slots)
+
     def tensors(self) -> dict[str, Tensor]:
         """Outer weights and momentum, changes on their way, and weights, moments, grids and residuals of islands."""
         outer = {f"model.{name}": p.data for name, p in self.sharding.parameters.items()}
@@ -50,11 +69,16 @@ class IslandsState(TrainState):
 
 
 def build(
-    config: Config, vocab_size: int, ranks: World, build_one: Callable[[Config, World], TrainState]
-) -> IslandsState:
-    """Build the state of step 0. `build_one` builds that of a run without islands, here of each island for itself."""
-    check_alike(config, ranks)
-    count, clusters = config.islands.count, Clusters.of(ranks, config.parallel.island_ranks)
+    config: Config, vocab_size: int, ranks: World, build_one: Callable[[Config, World], TrainState],
+    letters: Post | None = None,
+) -> IslandsState:  # fmt: skip
+    """Build the state of step 0. `build_one` builds that of a run without islands, here of each island for itself.
+
+    With `letters` this is one cluster of several that live apart. It has room for the islands of all: it reads whole
+    checkpoints, and the first cluster writes them.
+    """
+    count, clusters = config.islands.count, Clusters.of(ranks, config.parallel.island_ranks, letters)
+    check_alike(config, clusters.world)
     model = models.build(config, vocab_size, ranks.device)
     sharding = Sharding(model, ranks)
     own = {k: build_one(config_of(config, k), clusters.within) for k in clusters.own(count)}
@@ -63,10 +87,11 @@ def build(
     like = example.tensors()
     if config.islands.quantise in deltas.BITS:
         like |= {f"residual.{name}": p.data.new_zeros(p.shape) for name, p in sharding.parameters.items()}
-    local = {name: _slots(len(own), tensor) for name, tensor in like.items()}
+    places = {k: place if letters is None else k for place, k in enumerate(own)}
+    local = {name: _slots(len(own) if letters is None else count, tensor) for name, tensor in like.items()}
     residuals: dict[int, dict[str, Tensor]] = {}
-    for place, (k, island) in enumerate(own.items()):
-        slots = {name: stack[place] for name, stack in local.items()}
+    for k, island in own.items():
+        slots = {name: stack[places[k]] for name, stack in local.items()}
         _move(island, slots)
         residuals[k] = {n.removeprefix("residual."): slot for n, slot in slots.items() if n.startswith("residual.")}
     exchange = Exchange(config, clusters, sharding, own, residuals)

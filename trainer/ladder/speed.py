@@ -121,6 +121,9 @@ def probe(ladder: Ladder, slots: Slots, backend: Backend) -> Speed:
     with tempfile.TemporaryDirectory(prefix="toprope-probe-", ignore_cleanup_errors=True) as directory:
         for run in ends:
             sections = {name: getattr(run.config, name).model_copy(update=new) for name, new in PROBE_SETTINGS.items()}
+            if run.config.islands.count:  # a whole round, as short as the probe
+                round_ = {"inner_steps": PROBE_STEPS, "fragments": 1, "overlap_steps": 0}
+                sections["islands"] = run.config.islands.model_copy(update=round_)
             short = replace(run, config=run.config.model_copy(update={**sections, "faults": ()}))
             states[short.key] = _timed(ladder, short, Path(directory), slots, backend)
             runs.append(short)

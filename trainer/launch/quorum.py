@@ -106,7 +106,7 @@ def launch(plan: Plan) -> int:
     if plan.join:
         knock(plan)
     # Before there is a thread: workers are forked from a process that has imported torch.
-    server = forkserver.fork(forkserver.PRELOADED) if _is_cpu_only(plan.config) else None
+    server = forkserver.fork(forkserver.PRELOADED) if is_cpu_only(plan.config) else None
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings are about peers that leave
     failures_file = elastic.make_failures_file()
@@ -170,7 +170,7 @@ def become_torchrun(plan: Plan) -> NoReturn:
         state = "from the newest checkpoint on disk; with checkpoint.memory_every_steps from a newer copy in memory"
     terminal_line(
         f"{_why(plan.config)}: each worker holds what no other one has, so a death restarts all {plan.workers}, "
-        f"{state}."
+        f"{state}." + (" --islands N starts clusters that live apart." if plan.config.islands.count else "")
     )
     command = ["--standalone", f"--nproc-per-node={plan.workers}", f"--max-restarts={RESTARTS_OF_ALL}"]
     torchrun = [sys.executable, "-m", "trainer.launch.torchrun", *command]
@@ -646,7 +646,7 @@ def _publish_address(run: Path, listener: socket.socket, token: str) -> None:
     os.close(descriptor)
 
 
-def _is_cpu_only(config: Config) -> bool:
+def is_cpu_only(config: Config) -> bool:
     """True if no worker uses a GPU: forked workers are tested on CPUs alone."""
     if config.parallel.device == "cpu" or importlib.metadata.version("torch").endswith("+cpu"):
         return True

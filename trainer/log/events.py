@@ -115,6 +115,14 @@ class ChangesApplied(Event, kind="changes_applied"):
     waited_seconds: float  # for which its steps waited until it had arrived
 
 
+class ClusterAwaited(Event, kind="cluster_awaited"):
+    """Islands that live apart: the steps have waited for a cluster that is late, or dead. Written by who waited."""
+
+    step: int
+    cluster: int
+    seconds: float
+
+
 class CheckpointSaved(Event, kind="checkpoint"):
     """A checkpoint was committed and verified. Rank 0 notes it when the loop next polls, so a little late."""
 

@@ -28,7 +28,7 @@ FORMAT = 1
 DYING_SECONDS = 3.0
 SHARING_SECONDS = 10.0
 """Until what one node wrote is seen by the others: network file systems take a while."""
-LEFT_BY_A_START = frozenset({"lock", "live", "stacks", "events", "quorum", "slurm", "config.json.partial"})
+LEFT_BY_A_START = frozenset({"lock", "live", "stacks", "events", "quorum", "slurm", "islands", "config.json.partial"})
 """Names that a start, or `submit`, leaves in the directory before config.json is written: watchdogs come first."""
 _KINDS = {"fingerprint": str, "data_sha256": str, "mathematics": dict, "config": dict}
 """Keys of config.json that every format has."""

@@ -23,7 +23,7 @@ import math
 import os
 import socket
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,16 @@ from typing import Any
 from trainer.errors import RunDirectoryError
 from trainer.log import events, goodput, rundir
 from trainer.log.code_length import CodeLength
-from trainer.log.events import AttemptEnded, AttemptStarted, ChangesApplied, Entry, EvalDone, StepDone, Warned
+from trainer.log.events import (
+    AttemptEnded,
+    AttemptStarted,
+    ChangesApplied,
+    ClusterAwaited,
+    Entry,
+    EvalDone,
+    StepDone,
+    Warned,
+)
 from trainer.log.history import Attempt, History
 from trainer.log.incidents import incidents_of
 from trainer.log.nodes import nodes_of
@@ -110,10 +119,14 @@ def summarise(run: Path, checkpoints: Sequence[dict[str, Any]] = ()) -> dict[str
 def _islands(entries: Sequence[Entry]) -> dict[str, Any] | None:
     """Sum what islands have exchanged, replayed rounds too; None for a run that has exchanged nothing."""
     found = [event for _, event in events.select(entries, ChangesApplied)]
+    awaited = defaultdict[str, float](float)
+    for _, event in events.select(entries, ClusterAwaited):
+        awaited[str(event.cluster)] += event.seconds
     return {
         "exchanges": len(found),
         "bytes": sum(event.bytes for event in found),
         "waited_seconds": sum(event.waited_seconds for event in found),
+        "awaited": dict(awaited),  # seconds by cluster that was late or dead, where clusters live apart
     } if found else None  # fmt: skip
 
 

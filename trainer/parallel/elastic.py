@@ -28,6 +28,8 @@ LAUNCHERS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_T
 """Variables in which torchrun and others (mpirun, srun) give the number of processes that they have started."""
 QUORUM = "TOPROPE_QUORUM"
 """Environment variable: `Quorum` as JSON."""
+APART = "TOPROPE_APART"
+"""Environment variable: `Apart` as JSON."""
 PR_SET_PDEATHSIG = 1  # linux/prctl.h: the kernel sends this signal when the parent ends
 NODE_NAMES = ("TOPROPE_NODE", "SLURMD_NODENAME")
 """Environment variables that name this node, where that is not the host's name: in a pod, and on Slurm."""
@@ -79,6 +81,31 @@ def in_quorum() -> bool:
     return QUORUM in os.environ
 
 
+@dataclass(frozen=True)
+class Apart:
+    """What our launcher tells one of several clusters of islands that live and die apart (launch/islands.py)."""
+
+    run: str
+    """Run directory of the whole."""
+    post: str
+    """Directory of the messages of this job."""
+    cluster: int
+    clusters: int
+    place: int
+    """Place of this cluster among those of its launcher."""
+    neighbours: int
+    """Clusters of its launcher, this one among them."""
+
+    def environment(self) -> dict[str, str]:
+        """Variables that `apart` reads in the cluster."""
+        return {APART: json.dumps(dataclasses.asdict(self)), "RANK": str(self.cluster), "LOCAL_RANK": "0"}
+
+
+def apart() -> Apart | None:
+    """What the launcher has told this cluster of islands; None if this is none that lives apart."""
+    return Apart(**json.loads(os.environ[APART])) if APART in os.environ else None
+
+
 def node_name() -> str:
     """Name of the node that this process runs on, as its scheduler knows it; without one, the host's."""
     return next(filter(None, map(os.environ.get, NODE_NAMES)), "") or socket.gethostname()
@@ -92,12 +119,16 @@ def expected_size() -> int:
     """Number of ranks that the launcher says it started; 1 without one. Known before anything connects."""
     if (given := quorum()) is not None:
         return given.size * given.group_size
+    if (cluster := apart()) is not None:
+        return cluster.clusters
     return int(os.environ["WORLD_SIZE"]) if started_by_torchrun() else 1
 
 
 def expected_rank() -> int:
     if (given := quorum()) is not None:
         return given.rank
+    if (cluster := apart()) is not None:
+        return cluster.cluster
     return int(os.environ["RANK"]) if started_by_torchrun() else 0
 
 
@@ -105,6 +136,8 @@ def local_rank() -> int:
     """Number of this process among those of its launcher on this machine; 0 without one."""
     if (given := quorum()) is not None:
         return given.rank
+    if (cluster := apart()) is not None:
+        return cluster.place
     return int(os.environ.get("LOCAL_RANK", "0")) if started_by_torchrun() else 0
 
 
@@ -112,11 +145,15 @@ def local_size() -> int:
     """Number of processes that this one's launcher keeps on this machine, without spares; 1 without one."""
     if (given := quorum()) is not None:
         return given.size * given.group_size
+    if (cluster := apart()) is not None:
+        return cluster.neighbours
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if started_by_torchrun() else 1
 
 
 def will_restart() -> bool:
-    """True if torchrun has restarts left for workers that fail."""
+    """True if our launcher starts this process again when it fails, or torchrun has restarts left for it."""
+    if apart() is not None:
+        return True
     made, most = (os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RESTART_COUNT", "MAX_RESTARTS"))
     return started_by_torchrun() and int(made) < int(most)
 
@@ -132,7 +169,7 @@ def belong_to_agent() -> None:
     Otherwise it would train on unsupervised, and keep the run directory locked when the job is started again. Raises
     WorldError if another launcher has started this process as one of several ranks.
     """
-    launched = started_by_torchrun() or in_quorum()
+    launched = started_by_torchrun() or in_quorum() or apart() is not None
     for name in () if launched else LAUNCHERS:
         size = os.environ.get(name, "")
         if size.isdecimal() and int(size) > 1:

@@ -201,7 +201,8 @@ def connect(device: torch.device, timeout_seconds: float, share_gpus: bool = Fal
     # The Flight Recorder names a hung collective; the last few entries are enough and quick to dump.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "256")
     timeout = datetime.timedelta(seconds=timeout_seconds)
-    rank, size = elastic.expected_rank(), elastic.expected_size()
+    # A cluster of islands that lives apart has a group of its own.
+    rank, size = (elastic.expected_rank(), elastic.expected_size()) if elastic.apart() is None else (0, 1)
     store: dist.Store = dist.HashStore()
     if elastic.started_by_torchrun():
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

@@ -15,7 +15,7 @@ from trainer.phases import Phase
 # In the order in which a rank passes them with one number of completed steps: the update makes a step complete, so what
 # follows it comes before the next step's forward. Only used where the Flight Recorder is off.
 PHASES = (
-    Phase.STARTUP, Phase.IN_LOAD,
+    Phase.STARTUP, Phase.IN_LOAD, Phase.IN_SEND, Phase.IN_RECEIVE, Phase.IN_OUTER_UPDATE,
     Phase.AFTER_UPDATE, Phase.IN_EVAL, Phase.WAITING_FOR_SAVE, Phase.AFTER_SAVE, Phase.BEFORE_END, Phase.AFTER_END,
     Phase.BEFORE_FORWARD, Phase.BEFORE_BACKWARD, Phase.BEFORE_REDUCE, Phase.AFTER_REDUCE, Phase.BEFORE_UPDATE,
 )  # fmt: skip

@@ -87,7 +87,9 @@ def _figures(summary: Mapping[str, Any]) -> Table:
     grid.add_row("exact sums", f"{known(summary['redone'])} redone   {flushed} flushed   {replayed} replayed{equal}")
     if islands := summary["islands"]:
         sent = f"{megabytes(islands['bytes'])} given by the first cluster to all others"
-        grid.add_row("islands", f"{islands['exchanges']} exchanges   {sent}   {islands['waited_seconds']:.1f} s waited")
+        late = "".join(f"   {seconds:.1f} s for cluster {number}" for number, seconds in islands["awaited"].items())
+        waited = f"{islands['waited_seconds']:.1f} s waited{late}"
+        grid.add_row("islands", f"{islands['exchanges']} exchanges   {sent}   {waited}")
     if sentinel := summary["sentinel"]:
         found = ", ".join(f"{count} {action}" for action, count in sentinel["found"].items()) or "nothing found"
         every = sentinel["state_hash_every_steps"]

@@ -1,0 +1,233 @@
+"""Promises about clusters of islands that live and die apart: `trainer launch CONFIG --islands N`."""
+
+import contextlib
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import trainer
+from tests.support import SMOKE, outcome, settings, summarise_run, with_faults, write_corpus
+from tests.support import trainer as command
+from trainer import config as configs
+from trainer.errors import EXIT_PREEMPTED, ConfigError, CorruptionError
+from trainer.islands.post import Apart, Post
+from trainer.launch import islands
+from trainer.log import events
+from trainer.parallel.world import PeerLostError
+
+SMALL: dict[str, Any] = {
+    "budget.steps": 12, "checkpoint.every_steps": 4, "checkpoint.memory_every_steps": 2, "data.micro_batches": 4,
+    "data.micro_batch_sequences": 1, "elastic.step_timeout_seconds": 4.0, "eval.every_steps": 6, "eval.max_tokens": 512,
+    "islands.count": 4, "islands.inner_steps": 4, "islands.fragments": 2, "islands.overlap_steps": 2,
+    "islands.mixing": 0.5, "islands.quantise": "int4", "model.context": 12, "model.n_layers": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_corpus(tmp_path_factory.mktemp("apart") / "corpus")
+
+
+def arguments(corpus: str) -> list[str]:
+    return settings(**{key.replace(".", "__"): value for key, value in SMALL.items()}, data__source=corpus)
+
+
+@pytest.fixture(scope="module")
+def calm(corpus, tmp_path_factory) -> dict[str, Any]:
+    run = tmp_path_factory.mktemp("calm") / "run"
+    overrides = [f"{key}={json.dumps(value)}" for key, value in (SMALL | {"data.source": corpus}).items()]
+    trainer.train(configs.load(SMOKE, overrides), run)
+    return outcome(run)
+
+
+def attempts(run: Path, cluster: int) -> list[events.AttemptStarted]:
+    found = events.select(events.read(islands.run_of(run, cluster)), events.AttemptStarted)
+    return [event for _, event in found]
+
+
+# Messages.
+
+
+def posts(place: Path, count: int = 2, patience_seconds: float = 20.0) -> list[Post]:
+    return [Post(place, cluster, count, patience_seconds) for cluster in range(count)]
+
+
+def worlds(place: Path, count: int = 2) -> list[Apart]:
+    return [Apart(post.cluster, count, torch.device("cpu"), post=post) for post in posts(place, count)]
+
+
+def at(world: Apart, step: int) -> Apart:
+    assert world.post is not None
+    world.post.at(step)
+    return world
+
+
+def test_what_clusters_say_to_each_other_is_what_ranks_would_and_one_that_comes_back_hears_it_again(tmp_path):
+    heard: dict[int, Any] = {}
+
+    def speak(world: Apart) -> Any:
+        own = torch.tensor([1.0 + world.rank, -world.rank, 3.0])
+        most, total, first, later = (own.clone() for _ in range(4))
+        at(world, 1).max(most)
+        letter = world.sum_later(later)
+        world.sum(total)
+        world.broadcast(first, 1)
+        letter.wait()
+        return [part.tolist() for part in (most, total, first, later)], world.agree(lambda: world.rank * 10)
+
+    threads = [
+        threading.Thread(target=lambda world=world: heard.update({world.rank: speak(world)}))
+        for world in worlds(tmp_path, 3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=20)
+    expected = [[3.0, 0.0, 3.0], [6.0, -3.0, 9.0], [2.0, -1.0, 3.0], [6.0, -3.0, 9.0]], [0, 10, 20]
+    assert heard == dict.fromkeys(range(3), expected)
+    assert speak(worlds(tmp_path, 3)[1]) == expected, "alone, long after"
+
+
+def test_a_message_that_is_computed_again_must_have_the_same_bits(tmp_path):
+    at(worlds(tmp_path)[1], 3).sum_later(torch.tensor([0.25]))
+    at(worlds(tmp_path)[1], 3).sum_later(torch.tensor([0.25]))
+    with pytest.raises(CorruptionError, match="cluster 1 has computed step 3 again, and it gives other bits"):
+        at(worlds(tmp_path)[1], 3).sum_later(torch.tensor([0.25000003]))
+
+
+def test_a_stop_that_was_not_asked_for_the_first_time_is_not_heard_when_the_step_is_repeated(tmp_path):
+    """Else the clusters would disagree on where the run has ended."""
+    world, again = (at(worlds(tmp_path, 1)[0], 2) for _ in range(2))
+    assert world.agree(lambda: False) == [False]
+    assert again.agree(lambda: True) == [False]
+
+
+def test_a_cluster_that_is_waited_for_is_named_and_the_wait_has_an_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.islands.post.AWAITED_SECONDS", 0.01)
+    steps, reports = list[int](), list[events.Event]()
+    waiting = Post(tmp_path, 0, 2, 0.2, steps.append, reports.append)
+    waiting.at(5)
+    name = waiting.next()
+    late = posts(tmp_path)[1]
+    late.at(5)
+    giving = threading.Timer(0.05, lambda: late.give(late.next(), b"here"))
+    giving.start()
+    assert waiting.take(name, 1) == b"here"
+    (awaited,) = reports
+    assert isinstance(awaited, events.ClusterAwaited)
+    assert (awaited.step, awaited.cluster, awaited.seconds >= 0.04) == (5, 1, True)
+    assert set(steps) == {5}, "the watchdog hears that the step goes on"
+    with pytest.raises(PeerLostError, match=r"cluster 1 has given no message for 0\.2 s"):
+        waiting.take(waiting.next(), 1)
+
+
+def test_messages_are_kept_from_the_step_on_that_somebody_may_begin_from(tmp_path):
+    post, late = posts(tmp_path)
+    for step in (0, 1, 2, 3):
+        post.at(step)
+        post.give(post.next(), b"x")
+    post.forget(2)
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"start", "step-00000003"}
+    late.at(2)
+    with pytest.raises(PeerLostError, match="messages of step 2 are gone: a newer checkpoint is there by now"):
+        late.take(late.next(), 0)
+
+
+# Whole jobs.
+
+
+def launch(run: Path, corpus: str, *more: str, islands: int = 2) -> list[str]:
+    return ["launch", str(SMOKE), "--run", str(run), "--islands", str(islands), *arguments(corpus), *more]
+
+
+DEATHS = [(1, 2, "in_send"), (0, 4, "in_receive"), (1, 6, "in_outer_update"), (0, 8, "after_save"), (1, 9, "in_update")]
+
+
+@pytest.mark.slow
+def test_clusters_that_die_cost_the_others_no_attempt_and_end_with_the_bits_of_one_process(corpus, calm, tmp_path):
+    kills = [{"kind": "sigkill", "rank": rank, "at_step": step, "phase": phase} for rank, step, phase in DEATHS]
+    run = tmp_path / "run"
+    ended = command(*launch(run, corpus, *with_faults(kills)))
+    assert outcome(run) == calm
+    assert "cluster 1 was ended by SIGKILL. It is started again; the others go on." in ended.stderr
+    assert [len(attempts(run, cluster)) for cluster in (0, 1)] == [3, 4], "one more for each death of its own"
+    lost = [event.reason for _, event in events.select(events.read(islands.run_of(run, 1)), events.WorkersLost)]
+    assert lost == ["rank 1 was ended by SIGKILL"] * 3
+    other = summarise_run(islands.run_of(run, 1))
+    assert (other["status"], other["state_sha256"]) == ("finished", calm["state_sha256"])
+
+
+def test_a_stop_is_heeded_by_all_clusters_after_one_step_and_any_number_of_them_goes_on(corpus, calm, tmp_path):
+    """Cluster 1 is asked in step 5; they meet after step 6."""
+    ask = with_faults([{"kind": "sigterm", "rank": 1, "at_step": 5, "phase": "before_update"}])
+    ended = command(*launch(tmp_path / "run", corpus, *ask), check=False)
+    assert ended.returncode == EXIT_PREEMPTED, ended.stderr
+    ends = [
+        event
+        for cluster in (0, 1)
+        for _, event in events.select(events.read(islands.run_of(tmp_path / "run", cluster)), events.AttemptEnded)
+    ]
+    assert [(end.status, end.step) for end in ends] == [("preempted", 6)] * 2
+    command(*launch(tmp_path / "run", corpus, islands=3))
+    assert outcome(tmp_path / "run") == calm
+
+
+@pytest.mark.slow
+def test_a_cluster_whose_launcher_dies_is_taken_over_by_another_one(corpus, calm, tmp_path):
+    run = tmp_path / "run"
+    stop = with_faults([{"kind": "stopped", "rank": 1, "at_step": 5}])
+    patient = settings(elastic__step_timeout_seconds=60.0)
+    both = [launch(run, corpus, "--workers", "1", *stop, *more) for more in ([], patient)]
+    with (tmp_path / "output").open("w") as output, contextlib.ExitStack() as stack:
+        launchers = []
+        for arguments in both:
+            process = subprocess.Popen([sys.executable, "-m", "trainer", *arguments], stdout=output, stderr=output)
+            launchers.append(process)
+            stack.callback(process.wait, 60)
+            stack.callback(process.kill)
+            lock = run / "islands" / f"cluster-{len(launchers) - 1}.lock"
+            until(lock.exists)
+        until(lambda: fired(islands.run_of(run, 1)))
+        launchers[1].kill()  # with it its cluster, which is stopped
+        assert launchers[0].wait(timeout=60) == 0
+    assert outcome(run) == calm
+    assert len(attempts(run, 0)) == 1
+    assert "cluster 1 has had no launcher for 4 s, and is taken over here." in (tmp_path / "output").read_text()
+
+
+def fired(run: Path) -> bool:
+    return events.events_directory(run).exists() and bool(list(events.select(events.read(run), events.FaultFired)))
+
+
+def until(condition: Any, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(
+    ("changes", "clusters", "here", "said"),
+    [
+        ({"islands.count": 0}, 2, 2, "--islands starts clusters that compute islands, and islands.count = 0"),
+        ({"parallel.island_ranks": 2}, 1, 1, "parallel.island_ranks = 2: a cluster that lives apart has one rank"),
+        ({}, 2, 3, "--workers 3 exceeds --islands 2"),
+        ({}, 5, 5, "islands.count = 4 leaves 1 of 5 ranks without an island"),
+    ],
+)
+def test_clusters_that_cannot_live_apart_are_refused(tmp_path, changes, clusters, here, said):
+    chosen = {"islands.count": 4} | changes
+    config = configs.load(SMOKE, [f"{key}={json.dumps(value)}" for key, value in chosen.items()])
+    with pytest.raises(ConfigError) as refused:
+        islands.check(islands.Plan(config, [], tmp_path / "run", clusters, here))
+    assert said in refused.value.problems[0]

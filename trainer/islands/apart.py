@@ -1,0 +1,123 @@
+"""One cluster of several that live apart: a job of its own, which trains its islands of another job's run.
+
+The first cluster is the run: its directory, log, evaluations and checkpoints. Each other one has a run directory below
+it, with its own attempts and incidents, and begins from the run's checkpoints.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from trainer import checkpoint
+from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.config import Config
+from trainer.islands.post import Post
+from trainer.islands.state import IslandsState
+from trainer.log import rundir
+from trainer.log.events import CheckpointSaved, Event
+from trainer.parallel import elastic
+from trainer.parallel.world import PeerLostError
+from trainer.phases import Hook, Phase
+from trainer.step import TrainState
+
+
+def post_of(config: Config, heartbeat: Hook) -> Post | None:
+    """Return how this job's cluster speaks with the others; None if it is a run of its own."""
+    given = elastic.apart()
+    if given is None:
+        return None
+    # As long as ranks wait for one another in a collective: another cluster may have to be started again first.
+    limits = config.elastic.step_timeout_seconds, config.elastic.startup_timeout_seconds
+    patience = config.islands.inner_steps * (2 * max(limits) + 60)
+    return Post(
+        Path(given.post), given.cluster, given.clusters, patience, functools.partial(heartbeat, Phase.BEFORE_REDUCE)
+    )
+
+
+class ApartCheckpointer(Checkpointer):
+    """Saves and restores the state of a run whose clusters live apart: all read checkpoints, the first one writes them.
+
+    A save is a meeting: the first cluster must have the islands of all.
+    """
+
+    def __init__(self, post: Post, run: Path, world: Any, facts: dict[str, Any], *more: Any) -> None:
+        """As of a Checkpointer; `run` is this cluster's own run directory."""
+        given = elastic.apart()
+        assert given is not None
+        self._post, self._is_first = post, post.cluster == 0
+        self._gathered_step = -1
+        if not self._is_first:  # the first one has written it: all have met since
+            run = Path(given.run)
+            facts = facts | {"run_id": rundir.read(run)["run_id"]}
+        super().__init__(run, world, facts, *more)
+
+    def restore(self, state: TrainState) -> str:
+        name = self._post.next()
+        if self._is_first:
+            state_from = super().restore(state)
+            self._post.give(name, str(state.step).encode(), is_function_of_config=False)
+            return state_from
+        begun_at = int(self._post.take(name, 0))
+        if not self._post.has_given(name):
+            # The job begins, with the state that the first cluster has found intact; nobody has gone on from it yet.
+            saved = self._of_step(begun_at) if begun_at else None
+            if saved is not None:
+                checkpoint.load(saved, state.tensors())
+            self._post.give(name, b"")
+        else:
+            saved = checkpoint.restore(
+                self._run, state.tensors(), self._world, self._identity["fingerprint"], self._log.append, self._hook,
+                self._identity["run_id"], self._in_memory,
+            )  # fmt: skip
+        if saved is None:
+            return ""
+        state.restored(saved.step)
+        return "disk" if saved.path.is_relative_to(checkpoint.directory(self._run)) else "memory"
+
+    @property
+    def _in_memory(self) -> Path | None:
+        return self._memory_place if self._settings.memory_every_steps else None
+
+    def _of_step(self, step: int) -> checkpoint.Saved:
+        places = [self._run, *([self._in_memory] if self._in_memory else [])]
+        for saved in (saved for place in places for saved in checkpoint.committed(place)):
+            if saved.step == step:
+                return saved
+        raise PeerLostError(f"the checkpoint of step {step}, from which the first cluster has begun, is not there")
+
+    def reserve(self, state: TrainState) -> None:
+        if self._is_first:
+            super().reserve(state)
+
+    def save(self, state: TrainState) -> None:
+        self._gather(state)
+        if self._is_first:
+            super().save(state)
+
+    def keep(self, state: TrainState) -> None:
+        self._gather(state)
+        if self._is_first:
+            super().keep(state)
+
+    def _gather(self, state: TrainState) -> None:
+        assert isinstance(state, IslandsState)
+        # Before the first step, what was restored is all there, and the others may have begun elsewhere.
+        if self._post.has_begun and self._gathered_step != state.step:  # a copy and a save may be due in one step
+            self._gathered_step = state.step
+            state.gather(self._is_first or state.step == state.exchange.last_step)
+
+    def poll(self) -> None:
+        if self._is_first:
+            super().poll()
+
+    def finish(self, state: TrainState) -> None:
+        # The others need not wait: if the first one dies now, it is begun again, and finds their last messages.
+        if self._is_first:
+            super().finish(state)
+
+    def _record(self, ended: list[Event]) -> None:
+        super()._record(ended)
+        if any(isinstance(event, CheckpointSaved) for event in ended):
+            # Whoever finds the newest one damaged begins from the one before.
+            for saved in checkpoint.committed(self._run)[1:2]:
+                self._post.forget(saved.step)

@@ -1,0 +1,237 @@
+"""Messages between clusters that live and die apart: each is a file, written once and kept until nobody can need it.
+
+A cluster's work is a function of the config. Begun again from a checkpoint, it sends the same messages in the same
+order, wherever it runs and however often: so a message is named by the step, its number in the step, and the cluster
+that gives it. A cluster that comes back finds what the others have said meanwhile, and catches up without waiting for
+them. One that never was away finds the messages of the dead as if they lived. Nobody has to know who died.
+
+    RUN/islands/post-3f2a/step-00000060/02-1     message number 2 of step 60, from cluster 1
+                          start/00-1             of the start
+"""
+
+import contextlib
+import os
+import pickle
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trainer import files
+from trainer.errors import CorruptionError
+from trainer.log.events import ClusterAwaited, Event, Warned
+from trainer.parallel.world import PeerLostError, World
+
+START, FORGOTTEN = "start", "forgotten"
+AWAITED_SECONDS = 1.0
+"""A wait for another cluster that is longer is logged when it ends."""
+NOTICE_SECONDS = 30.0
+"""One that is longer is told while it lasts."""
+FIRST_POLL_SECONDS, POLL_SECONDS = 0.001, 0.05
+
+
+class Post:
+    """What one cluster gives to the others, and takes from them."""
+
+    def __init__(
+        self, place: Path, cluster: int, clusters: int, patience_seconds: float,
+        waiting: Callable[[int], None] = lambda step: None, report: Callable[[Event], None] = lambda event: None,
+    ) -> None:  # fmt: skip
+        """`place` is the directory of this job's messages. `waiting` is called while a message is waited for, with the
+        step. A message that has not come after `patience_seconds` raises PeerLostError.
+        """
+        self.cluster, self.clusters = cluster, clusters
+        self._place, self._patience_seconds, self._waiting = place, patience_seconds, waiting
+        self.report = report
+        self._step, self._number = 0, 0
+
+    @property
+    def has_begun(self) -> bool:
+        """True from this attempt's first step on."""
+        return self._step > 0
+
+    def at(self, step: int) -> None:
+        """What follows belongs to `step`, counted from 1."""
+        self._step, self._number = step, 0
+
+    def next(self) -> Path:
+        """Name the next message: all clusters call this in the same order."""
+        self._number += 1
+        return self._place / (_directory(self._step) if self._step else START) / f"{self._number:02d}"
+
+    def give(self, name: Path, content: bytes, is_function_of_config: bool = True) -> None:
+        """Give this cluster's message, unless it was given before: then that one holds.
+
+        Raises CorruptionError if it was another one, though it is a function of the config.
+        """
+        path = _of(name, self.cluster)
+        with contextlib.suppress(FileNotFoundError):
+            if path.read_bytes() != content and is_function_of_config:
+                raise CorruptionError(
+                    f"cluster {self.cluster} has computed step {self._step} again, and it gives other bits to the "
+                    "others than before.\n  One of the two is wrong, and what the others have made of it may be: "
+                    "resume from a checkpoint before that step, on another machine."
+                )
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        partial.write_bytes(content)
+        partial.rename(path)  # readers see all of it or nothing
+
+    def has_given(self, name: Path) -> bool:
+        return _of(name, self.cluster).exists()
+
+    def take(self, name: Path, cluster: int) -> bytes:
+        """Return a cluster's message; wait until it is there."""
+        path, started, pause, said = _of(name, cluster), time.monotonic(), FIRST_POLL_SECONDS, False
+        while True:
+            with contextlib.suppress(FileNotFoundError):
+                content = path.read_bytes()
+                break
+            self._waiting(self._step)
+            if self._step and self._step <= self._forgotten():
+                raise PeerLostError(f"messages of step {self._step} are gone: a newer checkpoint is there by now")
+            waited = time.monotonic() - started
+            if waited > NOTICE_SECONDS and not said:
+                said = True
+                self.report(Warned(message=f"step {self._step} waits for cluster {cluster}, which says nothing."))
+            if waited > self._patience_seconds:
+                raise PeerLostError(
+                    f"cluster {cluster} has given no message for {self._patience_seconds:g} s (step {self._step})"
+                )
+            time.sleep(pause)
+            # Unasked, a network file system may repeat for a minute that there is no such file.
+            with contextlib.suppress(OSError):
+                list(path.parent.iterdir())
+            pause = min(POLL_SECONDS, 1.5 * pause)
+        waited = time.monotonic() - started
+        if waited > AWAITED_SECONDS:
+            self.report(ClusterAwaited(step=self._step, cluster=cluster, seconds=round(waited, 3)))
+        return content
+
+    def forget(self, step: int) -> None:
+        """Remove the messages up to `step`. A cluster that has begun before it must begin again, from a newer state."""
+        files.write(self._place / FORGOTTEN, str(step))
+        for path in self._place.glob("step-*"):
+            if path.name <= _directory(step):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _forgotten(self) -> int:
+        with contextlib.suppress(FileNotFoundError):
+            return int((self._place / FORGOTTEN).read_text(encoding="utf-8"))
+        return 0
+
+
+def _directory(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _of(name: Path, cluster: int) -> Path:
+    return name.with_name(f"{name.name}-{cluster}")
+
+
+class Later(Protocol):
+    """What travels beside the steps."""
+
+    def wait(self) -> Any:
+        """Return once it has arrived."""
+        ...
+
+
+class Between(World):
+    """One rank of each cluster; what they send may travel beside the steps."""
+
+    def sum_later(self, tensor: Tensor) -> Later:
+        """Begin the sum over clusters, in place. The caller makes it exact."""
+        work = dist.all_reduce(tensor, group=self.group, async_op=True)
+        assert work is not None
+        return work
+
+    def broadcast_later(self, tensor: Tensor, source: int) -> Later:
+        """Begin to overwrite a tensor, in place, with that of cluster `source`."""
+        work = dist.broadcast(tensor, group=self.group, group_src=source, async_op=True)
+        assert work is not None
+        return work
+
+
+@dataclass(frozen=True)
+class _Letter:
+    arrived: Callable[[], None]
+
+    def wait(self) -> None:
+        self.arrived()
+
+
+@dataclass(frozen=True)
+class Apart(Between):
+    """Clusters of one rank each, which exchange messages by `post`."""
+
+    post: Post | None = None
+
+    def max(self, tensor: Tensor) -> None:
+        self._together(tensor, torch.maximum).wait()
+
+    def sum(self, tensor: Tensor) -> None:
+        self._together(tensor, torch.add).wait()
+
+    def sum_later(self, tensor: Tensor) -> Later:
+        return self._together(tensor, torch.add)
+
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        self.broadcast_later(tensor, source).wait()
+
+    def broadcast_later(self, tensor: Tensor, source: int) -> Later:
+        name = self._post.next()
+        if source == self.rank:
+            self._post.give(name, _bytes(tensor))
+            return _Letter(lambda: None)
+        return _Letter(lambda: _fill(tensor, self._post.take(name, source)))
+
+    def _together(self, tensor: Tensor, combine: Callable[..., Tensor]) -> Later:
+        name = self._post.next()
+        self._post.give(name, _bytes(tensor))
+
+        def arrived() -> None:
+            for cluster in range(self.size):
+                other = torch.empty_like(tensor)
+                _fill(other, self._post.take(name, cluster))
+                tensor.copy_(combine(tensor, other) if cluster else other)
+
+        return _Letter(arrived)
+
+    def _exchange(self, mine: Any) -> list[Any]:
+        # Stop requests are in it, which are no function of the config: what was said first holds.
+        name = self._post.next()
+        self._post.give(name, pickle.dumps(mine), is_function_of_config=False)
+        return [pickle.loads(self._post.take(name, cluster)) for cluster in range(self.size)]
+
+    @property
+    def _post(self) -> Post:
+        assert self.post is not None
+        return self.post
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy().tobytes()
+
+
+def _fill(tensor: Tensor, content: bytes) -> None:
+    tensor.copy_(torch.frombuffer(bytearray(content), dtype=tensor.dtype).view_as(tensor))
+
+
+def as_bytes(parts: Sequence[Tensor]) -> Tensor:
+    """Return all tensors as one flat uint8 tensor."""
+    return torch.cat([part.detach().reshape(-1).contiguous().view(torch.uint8) for part in parts])
+
+
+def from_bytes(content: Tensor, parts: Sequence[Tensor]) -> None:
+    """Overwrite tensors, in place, with what `as_bytes` made of such ones."""
+    sizes = [part.numel() * part.element_size() for part in parts]
+    for part, own in zip(parts, content.split(sizes), strict=True):
+        part.copy_(own.clone().view(part.dtype).view_as(part))  # a copy: a view must begin at a multiple of its width

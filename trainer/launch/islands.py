@@ -1,0 +1,333 @@
+"""The launcher of `trainer launch CONFIG --islands n`: clusters of islands, each of which lives and dies alone.
+
+    launcher ── starts ──▶ cluster 0      the run itself: its log, evaluations, checkpoints
+             ├─ starts ──▶ cluster 1      trains in RUN/islands/cluster-1, beside the log cluster-1.txt
+             └─ …                         one that dies is started again, alone; the others wait for its next message
+
+There is no arbiter: clusters exchange files (islands/post.py), and nobody has to know who lives. On several nodes that
+share the run directory, the same command on each starts its share of the clusters. A cluster has a lock, which its
+launcher holds and the kernel frees: where one is free for a while, another launcher starts the cluster.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from trainer import files, signals
+from trainer.config import Config, check_world
+from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USAGE, ConfigError, RunDirectoryError
+from trainer.launch import forkserver, processes
+from trainer.launch.quorum import LEAVE_SECONDS, RESTARTS_WITHOUT_PROGRESS, is_cpu_only, terminal_line
+from trainer.log import rundir
+from trainer.parallel import elastic
+
+POLL_SECONDS = 0.02
+LOOK_SECONDS = 0.5
+"""How often a launcher looks for clusters that have none, and for stopped ones."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be started."""
+
+    config: Config
+    command: Sequence[str]
+    """Arguments of `-m trainer` for a cluster, without --run."""
+    run: Path
+    clusters: int
+    """Of the job, on all nodes."""
+    here: int
+    """Of them on this node."""
+    module: str = "trainer"
+    """What a cluster runs."""
+
+    @property
+    def place(self) -> Path:
+        return self.run / "islands"
+
+
+def run_of(run: Path, cluster: int) -> Path:
+    """The run directory of a cluster."""
+    return run / "islands" / f"cluster-{cluster}" if cluster else run
+
+
+def output_of(run: Path, cluster: int) -> Path:
+    """What a cluster other than the first one prints."""
+    return run / "islands" / f"cluster-{cluster}.txt"
+
+
+@dataclass
+class Cluster:
+    """A cluster that this launcher is to keep alive."""
+
+    number: int
+    lock: FileLock
+    failures: Path
+    """File through which its next attempt learns how it has ended."""
+    process: Any = None
+    status: int | None = None
+    """Exit status of one that left in order."""
+    stopped_at: float | None = None
+
+
+def launch(plan: Plan) -> int:
+    """Run the clusters, or this node's share of them; return the exit status. Raises TopropeErrors before any work."""
+    check(plan)
+    # Before there is a thread: clusters are forked from a process that has imported torch.
+    server = forkserver.fork(forkserver.PRELOADED) if is_cpu_only(plan.config) else None
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with contextlib.ExitStack() as stack:
+        if server is not None:
+            stack.callback(server.close)
+        job = Job(plan, _enter(plan, stack), server)
+        stack.callback(job.close)
+        return job.run()
+
+
+def check(plan: Plan) -> None:
+    """Raise ConfigError for what cannot be computed by clusters that live apart."""
+    config, problems = plan.config, []
+    if not config.islands.count:
+        problems.append(
+            "--islands starts clusters that compute islands, and islands.count = 0: there are none.\n"
+            "  Set islands.count, or start --workers without --islands."
+        )
+    if config.parallel.island_ranks > 1:
+        problems.append(
+            f"parallel.island_ranks = {config.parallel.island_ranks}: a cluster that lives apart has one rank.\n"
+            "  Leave it out, or start torchrun, which starts all ranks again when one dies."
+        )
+    if plan.here > plan.clusters:
+        problems.append(
+            f"--workers {plan.here} exceeds --islands {plan.clusters}: those are the clusters of all nodes.\n"
+            "  Leave --workers out to start all of them here."
+        )
+    if problems:
+        raise ConfigError(problems)
+    check_world(config, plan.clusters)
+    rundir.check(plan.run, config)
+
+
+def _enter(plan: Plan, stack: contextlib.ExitStack) -> Path:
+    """Join the job that is going on in the run directory, or begin one; return the directory of its messages."""
+    place = plan.place
+    place.mkdir(parents=True, exist_ok=True)
+    with FileLock(place / "start.lock", fallback_to_soft=False):
+        alive = stack.enter_context((place / "job.lock").open("a"))
+        try:
+            fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            job = json.loads((place / "job.json").read_text(encoding="utf-8"))
+        else:
+            # No launcher lives, so all begin from one checkpoint, and no message of before is needed.
+            for old in place.glob("post-*"):
+                shutil.rmtree(old, ignore_errors=True)
+            job = {"post": f"post-{secrets.token_hex(4)}", "clusters": plan.clusters}
+            (place / job["post"]).mkdir()
+            files.write(place / "job.json", json.dumps(job))
+        fcntl.flock(alive, fcntl.LOCK_SH)  # held by every launcher of the job
+    if job["clusters"] != plan.clusters:
+        raise RunDirectoryError(
+            f"{plan.run} is being trained by {job['clusters']} clusters, not by {plan.clusters}.\n"
+            f"  All nodes of a job give the same number: --islands {job['clusters']}. Or wait for the end of that job."
+        )
+    return place / job["post"]
+
+
+@dataclass
+class Job:
+    """The clusters of this node."""
+
+    plan: Plan
+    post: Path
+    server: forkserver.ForkServer | None
+    _clusters: list[Cluster] = field(default_factory=list)
+    _free_since: dict[int, float] = field(default_factory=dict)
+    """When a cluster was first seen without a launcher."""
+    _highest_step: int = 0
+    _restarts: int = 0
+    """Since there was a new step."""
+    _status: int | None = None
+    _kill_at: float | None = None
+    _look_at: float = 0.0
+    _asked: list[int] = field(default_factory=list)
+    _passed_on: int = 0
+
+    def run(self) -> int:
+        for number in signals.heeded():
+            signal.signal(number, lambda number, _: self._asked.append(number))
+        for number in range(self.plan.clusters):
+            if len(self._clusters) < self.plan.here:
+                self._keep(number)
+        if not self._clusters:
+            terminal_line(f"All {self.plan.clusters} clusters have launchers. This one waits until one has none.")
+        while self._goes_on():
+            time.sleep(POLL_SECONDS)
+            self._pass_signals_on()
+            for cluster in self._clusters:
+                if cluster.process is not None and (status := cluster.process.poll()) is not None:
+                    self._ended(cluster, status)
+            if time.monotonic() > self._look_at:
+                self._look_at = time.monotonic() + LOOK_SECONDS
+                self._look()
+            if self._kill_at is not None and time.monotonic() > self._kill_at:
+                self._kill_all()
+        return self._exit_status()
+
+    def _goes_on(self) -> bool:
+        if not self._clusters:
+            return not self._passed_on
+        return any(cluster.process is not None for cluster in self._clusters)
+
+    def close(self) -> None:
+        """End what still runs."""
+        self._kill_all()
+        for cluster in self._clusters:
+            if cluster.process is not None:
+                cluster.process.wait()
+            for suffix in (".json", ".final", ".memory"):
+                cluster.failures.with_suffix(suffix).unlink(missing_ok=True)
+            cluster.lock.release()
+
+    def _exit_status(self) -> int:
+        if self._status is not None:
+            return self._status
+        statuses = {cluster.status for cluster in self._clusters}
+        if statuses == {EXIT_FINISHED}:
+            return EXIT_FINISHED
+        return EXIT_PREEMPTED if self._passed_on or EXIT_PREEMPTED in statuses else EXIT_FAILED
+
+    # Clusters
+
+    def _keep(self, number: int) -> bool:
+        """Start a cluster, unless another launcher keeps it."""
+        lock = FileLock(self.plan.place / f"cluster-{number}.lock", fallback_to_soft=False)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return False
+        cluster = Cluster(number, lock, elastic.make_failures_file())
+        self._clusters.append(cluster)
+        self._start(cluster)
+        return True
+
+    def _start(self, cluster: Cluster) -> None:
+        plan, number = self.plan, cluster.number
+        place = self._clusters.index(cluster)
+        given = elastic.Apart(str(plan.run), str(self.post), number, plan.clusters, place, max(plan.here, place + 1))
+        environment = os.environ | given.environment() | {elastic.FAILURES_FILE: str(cluster.failures)}
+        if number:  # the first one shows the run
+            environment["WANDB_MODE"] = "disabled"
+        command = [*plan.command, "--run", str(run_of(plan.run, number))]
+        output = output_of(plan.run, number) if number else None
+        process = None
+        if self.server is not None:
+            process = self.server.start(plan.module, command, environment, output=output)
+        if process is None:
+            with contextlib.ExitStack() as stack:
+                stdout = stack.enter_context(output.open("wb")) if output else None
+                process = subprocess.Popen(
+                    [sys.executable, "-u", "-m", plan.module, *command], env=environment, start_new_session=True,
+                    stdout=stdout, stderr=stdout,
+                )  # fmt: skip
+        cluster.process, cluster.stopped_at = process, None
+
+    def _ended(self, cluster: Cluster, status: int) -> None:
+        end = elastic.failure(cluster.number, cluster.process.pid, status)
+        cluster.process = None
+        if status in (EXIT_FINISHED, EXIT_PREEMPTED):
+            cluster.status = status
+            if status == EXIT_PREEMPTED:
+                self._ask_all_to_stop(signal.SIGTERM)
+            return
+        if self._passed_on or self._status is not None:
+            # A stop is heeded where the clusters meet, which may be many steps on; without this one they never do.
+            self._kill_at = self._kill_at or time.monotonic() + LEAVE_SECONDS
+            return
+        step = _newest_step(self.post)
+        if step > self._highest_step:
+            self._highest_step, self._restarts = step, 0
+        self._restarts += 1
+        if status == EXIT_USAGE and not step:  # else its run directory may be held by a process that is about to end
+            self._end(EXIT_USAGE, cluster, end)
+        elif elastic.gave_up(cluster.failures) or self._restarts > RESTARTS_WITHOUT_PROGRESS * len(self._clusters):
+            self._end(EXIT_FAILED, cluster, end)
+        else:
+            elastic.note_failures([end], cluster.failures)
+            terminal_line(f"cluster {cluster.number} {elastic.how(end)}. It is started again; the others go on.")
+            self._start(cluster)
+
+    def _end(self, status: int, cluster: Cluster, end: dict[str, Any]) -> None:
+        self._status, self._kill_at = status, time.monotonic() + 2.0
+        said = f"; its last words are in {output_of(self.plan.run, cluster.number)}" if cluster.number else ""
+        terminal_line(f"The job has ended: cluster {cluster.number} {elastic.how(end)}{said}.")
+
+    def _look(self) -> None:
+        """End a cluster that is stopped for too long, and take over one that has no launcher for as long."""
+        patience, now = self.plan.config.elastic.step_timeout_seconds, time.monotonic()
+        for cluster in self._clusters:
+            if cluster.process is None:
+                continue
+            is_stopped = processes.stat(cluster.process.pid)[:1] == ["T"]
+            cluster.stopped_at = (cluster.stopped_at or now) if is_stopped else None
+            if cluster.stopped_at is not None and now - cluster.stopped_at > patience:
+                terminal_line(f"cluster {cluster.number} has been stopped for {patience:g} s, and is ended.")
+                cluster.process.kill()
+        if self._passed_on or self._status is not None:
+            return
+        kept = {cluster.number for cluster in self._clusters}
+        for number in set(range(self.plan.clusters)) - kept:
+            if not self._is_free(number):
+                self._free_since.pop(number, None)
+            elif now - self._free_since.setdefault(number, now) > patience and self._keep(number):
+                terminal_line(f"cluster {number} has had no launcher for {patience:g} s, and is taken over here.")
+
+    def _is_free(self, number: int) -> bool:
+        lock = FileLock(self.plan.place / f"cluster-{number}.lock", fallback_to_soft=False)
+        try:
+            with lock.acquire(timeout=0):
+                return True
+        except Timeout:
+            return False
+
+    def _kill_all(self) -> None:
+        self._signal_all(signal.SIGKILL)
+
+    def _signal_all(self, number: int) -> None:
+        for cluster in self._clusters:
+            if cluster.process is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    cluster.process.send_signal(number)
+
+    # Signals
+
+    def _pass_signals_on(self) -> None:
+        while self._asked:
+            number = self._asked.pop(0)
+            if not self._passed_on:
+                self._ask_all_to_stop(number)
+            elif number == signal.SIGINT:
+                self._kill_all()
+
+    def _ask_all_to_stop(self, number: int) -> None:
+        if not self._passed_on:
+            self._passed_on = number
+            self._signal_all(number)
+
+
+def _newest_step(post: Path) -> int:
+    """The last step of which the clusters have spoken (islands/post.py has the names)."""
+    return max((int(path.name.removeprefix("step-")) for path in post.glob("step-*")), default=0)
