@@ -166,6 +166,7 @@ class Trouble:
     exponent: float = 0.0  # a run's sd is proportional to compute to this power
     heavy_tails: bool = False  # Student's t with 3 degrees of freedom
     outlier: float = 0.0  # one run of the ladder is off by so many sd
+    added: int = 0  # further seeds at the largest rung alone
 
 
 def draw_many(
@@ -173,7 +174,7 @@ def draw_many(
     trouble: Trouble = Trouble(),
 ) -> np.ndarray:  # fmt: skip
     """Losses of `count` ladders, shape (ladders, 1 + arms, rungs, seeds), the baseline's first."""
-    flops, shape = np.array(design.flops), (count, 1 + len(arms), len(design.flops), design.seeds)
+    flops, shape = np.array(design.flops), (count, 1 + len(arms), len(design.flops), design.seeds + trouble.added)
     sds = design.sd * (flops / np.exp(np.log(flops).mean())) ** trouble.exponent
     common, own = (
         random.standard_t(3, each) / math.sqrt(3) if trouble.heavy_tails else random.standard_normal(each)
@@ -185,6 +186,7 @@ def draw_many(
     off = noise.reshape(count, -1)
     hit = random.integers(0, off.shape[1], count)
     off[np.arange(count), hit] += trouble.outlier * design.sd * random.choice([-1, 1], count)
+    noise[:, :, :-1, design.seeds :] = np.nan
     laws = [base, *(arm.law(base) for arm in arms.values())]
     return np.array([[law(point) for point in design.flops] for law in laws])[:, :, None] + noise
 

@@ -215,7 +215,8 @@ def test_two_rungs_can_be_run_with_a_notice_that_there_will_be_no_fit(home):
 
 
 def test_all_problems_of_a_ladder_file_are_reported_at_once(home):
-    text = plain(head=HEAD.replace("[0, 1]", "[0, 0]") + 'metric = "books"\n', target="[target]\nflops = 1.0\n")
+    head = HEAD.replace("[0, 1]", "[0, 0]") + 'metric = "books"\ndownstream = "tasks"\n'
+    text = plain(head=head, target="[target]\nflops = 1.0\n")
     nothing = '[[arms]]\nname = "nothing"\n'
     same = '[[arms]]\nname = "same"\nset = { model.qk_norm = true }\n'
     two = '[[arms]]\nname = "two"\nset = { model.qk_norm = false, model.mlp = "gelu" }\n'
@@ -225,7 +226,7 @@ def test_all_problems_of_a_ladder_file_are_reported_at_once(home):
     combined = '[[arms]]\nname = "mix"\ncombines = ["twin", "absent"]\n'
     message = problems(home, text, nothing, same, two, typo, twins, double, combined)
     for hint in (
-        "seeds names 0 2 times", "metric = 'books'", "arm 'nothing' changes nothing",
+        "seeds names 0 2 times", "metric = 'books'", "downstream = 'tasks'", "arm 'nothing' changes nothing",
         "arm 'same': it sets model.qk_norm to what the baseline has", "arm 'two' changes 2 settings",
         "Did you mean model.qk_norm", "'no qk-norm' and 'twin' make the same change", "2 rungs are called 's'",
         "have 22,528 parameters each", "the target takes 1.0·10⁰ FLOPs", "combines 'absent'",

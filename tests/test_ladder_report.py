@@ -212,6 +212,24 @@ def test_pictures_are_the_same_bytes_every_time(single):
     assert pages.draw(single) == drawn
 
 
+def test_a_second_held_out_set_is_predicted_through_the_metric_and_decides_nothing(full):
+    score = [
+        replace(run, downstream=0.4 + 0.5 * run.loss + 1e-4 * (number % 3))
+        for number, run in enumerate(made.runs_of(CLEAR, made.ARMS))
+        if run.loss
+    ]
+    ladder = made.ladder_of(CLEAR, list(made.ARMS))
+    asked = replace(ladder, file=ladder.file.model_copy(update={"downstream": "task"}))
+    tree = build.build_report(CollectedLadder(asked, score, record=made.HISTORY))
+    found = {row["arm"]: row for row in tree["downstream"]["predictions"]}
+    assert found.keys() == {BASELINE, *made.ARMS} and tree["downstream"]["link"]["form"] == "line"
+    truth = 0.4 + 0.5 * made.ARMS["rope"].law(ladders.power_law())(CLEAR.target)
+    assert found["rope"]["metric"]["low"] <= truth <= found["rope"]["metric"]["high"]
+    assert found["rope"]["difference"]["high"] < 0 and tree["runs"][0]["downstream"] == score[0].downstream
+    assert [one["decision"] for one in tree["verdicts"]] == [one["decision"] for one in full["verdicts"]]
+    assert "task at the target" in page(tree) and "task of rope at the target" in screen(tree, 200)
+
+
 def test_a_ladder_without_a_single_run_has_a_report(tmp_path):
     found = made.change(made.runs_of(SHORT, made.ARMS), lambda run: True, status="waiting", loss=None, attempts=0,
                         seconds=None, wall_seconds=None, spent={}, git_commit=None, machine=None)  # fmt: skip
@@ -334,6 +352,16 @@ def test_pictures_are_png_and_svg_of_the_page_s_colours(gaps, tmp_path):
     used = set(re.findall(r"var\((--\w+)\)", shown))
     assert used <= set(re.findall(r"(--\w[\w-]*):", shown))
     assert json.loads((tmp_path / "report.json").read_text()) == tree
+
+
+def test_of_very_many_arms_pictures_show_those_that_promise_most_and_say_so(single, full, monkeypatch):
+    monkeypatch.setattr(pages, "MOST_DRAWN", 2)
+    shown = pages._of_some_arms(full)
+    worth = {one["arm"]: one["multiplier"]["value"] for one in full["verdicts"]}
+    best = sorted(worth, key=worth.__getitem__)[-2:]
+    assert {arm["name"] for arm in shown["arms"]} == set(best) == shown["lines"].keys()
+    assert {run["arm"] for run in shown["runs"]} == {BASELINE, *best} and len(full["arms"]) == 4
+    assert all("Of 4 arms, the 2 that promise most" in picture.caption for picture in pages.draw(single))
 
 
 def test_a_picture_without_data_is_removed(tmp_path, single):

@@ -196,6 +196,24 @@ def test_a_run_whose_bits_per_byte_are_unknown_is_missing_in_a_ladder_of_bits_an
     assert collect.collect_run(planned, copied, "val", "nats_per_token").status == "finished"
 
 
+def test_a_second_held_out_set_is_read_from_the_runs_and_a_score_on_other_text_is_none(reference, home):
+    ladder, pool, _ = reference
+    copied = home / "task" / "pool"
+    for number, planned in enumerate(ladder.runs):
+        shutil.copytree(pool / planned.key, copied / planned.key)
+        (log,) = events.events_directory(StoredRun(copied / planned.key).run).glob("*.jsonl")
+        digest = collect.collect_run(planned, pool, "val", "nats_per_token").digest or ""
+        lines = log.read_text().splitlines()
+        scores = [line.replace('"val"', '"task"') for line in lines if '"event": "eval"' in line]
+        scores = [score.replace(digest, "f" * 64) if number == 2 else score for score in scores]
+        log.write_text("\n".join([*lines, *scores]) + "\n")
+    asked = dataclasses.replace(ladder, file=ladder.file.model_copy(update={"downstream": "task"}))
+    found = collect.collect_runs(asked, copied, ladder.runs)
+    assert [run.downstream for run in found] == [None if n == 2 else run.loss for n, run in enumerate(found)]
+    assert all(run.loss is not None for run in found)
+    assert all(run.downstream is None for run in collect.collect_runs(ladder, copied, ladder.runs)), "not asked for"
+
+
 def test_a_run_without_a_code_length_is_missing_in_a_ladder_of_it_and_says_why(reference, home):
     ladder, pool, _ = reference
     copied = home / "no code" / "pool"

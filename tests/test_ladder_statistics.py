@@ -76,6 +76,11 @@ HARD = {
     "levels off elsewhere": (LONG, FLOORS, Trouble()),
     "rungs shared by all arms": (replace(LONG, sd=0.003), BIG, Trouble(shared=0.003)),
     "rungs of each arm": (replace(LONG, sd=0.003), STANDARD, Trouble(own=0.003)),
+    "rungs of each arm, and nine seeds more at one": (  # which do not average the effect of that rung
+        replace(LONG, sd=0.003, seeds=1),
+        STANDARD,
+        Trouble(own=0.005, added=9),
+    ),
     "noise falls with scale": (LONG, STANDARD, Trouble(exponent=-0.15)),
     "heavy tails": (LONG, STANDARD, Trouble(heavy_tails=True)),
     "an outlying run": (LONG, STANDARD, Trouble(outlier=10)),

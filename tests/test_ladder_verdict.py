@@ -15,7 +15,7 @@ from scripts import bench_ladder
 from tests import ladders
 from tests.ladders import LONG, SHORT, Arm, Design, draw, power_law
 from trainer.errors import FitError
-from trainer.ladder.stats import advice, verdict
+from trainer.ladder.stats import advice, significance, verdict
 from trainer.ladder.stats import fit as fits
 from trainer.ladder.stats.pairs import Baseline
 from trainer.ladder.stats.records import BASELINE, Criterion, Interval, RunResult, Verdict
@@ -146,6 +146,37 @@ def test_more_of_the_same_runs_settle_a_question_more_often():
     futures = advice.Futures(judged.situation(0), 400, np.random.Generator(np.random.Philox(0)))
     chances = futures.settled([advice.Purchase((0, 1, 2, 3), pairs, None, 1.0) for pairs in (1, 8, 64)])
     assert chances[0] < chances[1] < chances[2]
+
+
+def test_further_seeds_at_one_rung_count_as_far_as_seeds_explain_its_noise():
+    counts = np.array([1, 1, 10, 0])
+    assert significance.effective_counts(counts, np.array(1.0)) == pytest.approx(counts)
+    alike = significance.effective_counts(counts, np.array(0.0))
+    assert alike == pytest.approx([1 / 0.7, 1 / 0.7, 1 / 0.7, 0]), "the harmonic mean of 1, 1 and 10"
+    half = significance.effective_counts(np.array([[2, 2, 2], [1, 1, 10]]), np.array([0.5, 0.5]))
+    assert half[0] == pytest.approx(2) and 1 < half[1, 0] < half[1, 2] < 4
+
+
+@pytest.mark.parametrize(("seeds", "further", "rung", "gain"), [(3, 9, "r4", 1.08), (2, 3, "r0", 1.12)])
+def test_advice_decides_as_a_verdict_does_about_the_same_runs(seeds: int, further: int, rung: str, gain: float):
+    """Else the share of possible truths that are decided is not the probability that is told."""
+    decided, alike, arm = [], [], {"arm": ladders.line(gain, gain)}
+    for seed in range(40):
+        results = ladder(arm, replace(LONG, sd=0.006, seeds=seeds), seed)
+        baseline = Baseline.from_results(results, fits.fit_curve(results, second_opinion=False))
+        now = verdict.JudgedLadder(baseline, results, ["arm"], (), Criterion(), TARGET).situation(0)
+        futures = advice.Futures(now, 1, np.random.Generator(np.random.Philox(seed)))
+        more = ladder(arm, replace(LONG, sd=0.006, seeds=further), 1000 + seed)
+        results += [replace(run, seed=100 + run.seed) for run in more if run.rung == rung]
+        sizes = Baseline.from_results(results, fits.fit_curve(results, second_opinion=False))
+        pairs = sizes.table([list(sizes.match(results, "arm"))])[:, 0]
+        x = np.log(sizes.rungs.flops / now.scale)
+        foreseen = bool(futures._decided(x, sizes.losses[None, None], pairs[:, None, None])[0, 0])
+        (found,) = verdict.judge(results, Criterion(), TARGET, remedies=False)
+        decided.append(found.decision != "inconclusive")
+        alike.append(foreseen == decided[-1])
+    assert 0.2 < np.mean(decided) < 0.8
+    assert all(alike)
 
 
 def test_a_change_whose_steps_take_too_long_is_rejected_however_good():

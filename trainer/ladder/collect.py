@@ -54,6 +54,9 @@ class CollectedRun(JsonRecord):
     """Above 0: number of the runs whose averaged probabilities were scored."""
     loss: float | None = None
     """The ladder's metric at the last step; None while there is none, not finite if the run diverged."""
+    downstream: float | None = None
+    """The score of the ladder's `downstream` set at the last step, in the metric's unit; None where there is none."""
+    downstream_digest: str | None = None
     digest: str | None = None
     """Digest of the held-out tokens that the run was scored on; of the training data for "code_length"."""
     seconds: float | None = None
@@ -99,7 +102,8 @@ def collect_runs(ladder: Ladder, pool: Path, runs: Sequence[PlannedRun]) -> list
     A run that was trained on other text than its config's source holds now counts as missing, and so does one that was
     scored on other tokens than most: the held-out set changed ("repo" does so).
     """
-    collected = [collect_run(run, pool, ladder.file.metric, ladder.file.unit) for run in runs]
+    file = ladder.file
+    collected = [collect_run(run, pool, file.metric, file.unit, file.downstream) for run in runs]
     texts: dict[Data, str | None] = {}
     for number, (run, result) in enumerate(zip(runs, collected, strict=True)):
         settings = run.config.data.model_copy(update={"unique_tokens": 0})  # of the same text
@@ -111,14 +115,12 @@ def collect_runs(ladder: Ladder, pool: Path, runs: Sequence[PlannedRun]) -> list
                 f"  Runs are compared on one text. Restore it, or remove {result.key} from the pool to run it again."
             )
             collected[number] = dataclasses.replace(result, status="missing", reason=reason, loss=None, digest=None)
-    # An arm's tokenizer or context turns the same text into other tokens, so digests are compared within groups.
-    groups: dict[tuple[str, int, int], Counter[str]] = {}
-    for run, result in zip(runs, collected, strict=True):
-        data = run.config.data
-        digests = groups.setdefault((data.tokenizer, data.vocab_size, run.config.model.context), Counter())
-        digests.update([result.digest] if result.digest is not None else [])
-    odd = {digest for digests in groups.values() for digest, _ in digests.most_common()[1:]}
+    odd, odd_downstream = (
+        _odd(runs, [getattr(it, name) for it in collected]) for name in ("digest", "downstream_digest")
+    )
     for number, result in enumerate(collected):
+        if result.downstream_digest in odd_downstream:
+            collected[number] = result = dataclasses.replace(result, downstream=None)
         if result.digest in odd:
             reason = (
                 "It was scored on another text than most runs: the held-out set has changed since.\n"
@@ -126,6 +128,17 @@ def collect_runs(ladder: Ladder, pool: Path, runs: Sequence[PlannedRun]) -> list
             )
             collected[number] = dataclasses.replace(result, status="missing", reason=reason, loss=None)
     return collected
+
+
+def _odd(runs: Sequence[PlannedRun], digests: Sequence[str | None]) -> set[str]:
+    """Digests of another text than most runs were scored on."""
+    # An arm's tokenizer or context turns the same text into other tokens, so digests are compared within groups.
+    groups: dict[tuple[str, int, int], Counter[str]] = {}
+    for run, digest in zip(runs, digests, strict=True):
+        data = run.config.data
+        found = groups.setdefault((data.tokenizer, data.vocab_size, run.config.model.context), Counter())
+        found.update([digest] if digest is not None else [])
+    return {digest for found in groups.values() for digest, _ in found.most_common()[1:]}
 
 
 def _text_now(settings: Data, held_out: Eval) -> str | None:
@@ -155,10 +168,10 @@ def run_results(collected: Sequence[CollectedRun], axis: Axis = "compute") -> li
     ]  # fmt: skip
 
 
-def collect_run(planned: PlannedRun, pool: Path, metric: str, unit: str) -> CollectedRun:
+def collect_run(planned: PlannedRun, pool: Path, metric: str, unit: str, downstream: str = "") -> CollectedRun:
     """Read one run from its files as they are now."""
     if planned.ensemble:
-        return _collect_ensemble(planned, pool, metric, unit)
+        return _collect_ensemble(planned, pool, metric, unit, downstream)
     stored = StoredRun(pool / planned.key)
     # Without a readable log a run is shown as its files have it: waiting, running, or missing with a reason.
     unread = CollectedRun.of(planned, stored.read_state(planned.config.budget.steps))
@@ -173,11 +186,13 @@ def collect_run(planned: PlannedRun, pool: Path, metric: str, unit: str) -> Coll
     score = _score(history, unread, metric, unit)
     if metric == CODE_LENGTH and unread.status == "finished":
         score = _code_length(history, unread, unit) | {"digest": about.get("data_sha256")}
+    if downstream and unread.status == "finished" and (last := _last_score(history, unread, downstream)):
+        score |= {"downstream": _in_unit(last, unit), "downstream_digest": last.digest}
     recorded = {key: about.get(key) for key in ("git_commit", "data_sha256")}
     return dataclasses.replace(unread, **_measure(history) | score, **recorded)
 
 
-def _collect_ensemble(planned: PlannedRun, pool: Path, metric: str, unit: str) -> CollectedRun:
+def _collect_ensemble(planned: PlannedRun, pool: Path, metric: str, unit: str, downstream: str) -> CollectedRun:
     """Read an ensemble: its score, and what its members took together."""
     members = [collect_run(member, pool, metric, unit) for member in planned.members]
     collected = CollectedRun.of(planned, RunState("waiting"))
@@ -191,15 +206,16 @@ def _collect_ensemble(planned: PlannedRun, pool: Path, metric: str, unit: str) -
     scores = ensembles.read(pool, planned)
     if scores is None or any(member.status != "finished" for member in members):
         return collected
-    found = scores.get(metric, {})
+    found, second = scores.get(metric, {}), scores.get(downstream, {})
+    key = "bits_per_byte" if unit == "bits_per_byte" else "loss"
     seconds: dict[str, Any] = {}
-    for key in ("seconds", "undisturbed_seconds", "wall_seconds"):
-        values = [getattr(member, key) for member in members]
-        seconds[key] = None if None in values else math.fsum(values)
+    for name in ("seconds", "undisturbed_seconds", "wall_seconds"):
+        values = [getattr(member, name) for member in members]
+        seconds[name] = None if None in values else math.fsum(values)
     texts, machines = ({getattr(member, key) for member in members} for key in ("data_sha256", "machine"))
     return dataclasses.replace(
         collected, status="finished", step=collected.steps, digest=found.get("digest"),
-        loss=found.get("bits_per_byte" if unit == "bits_per_byte" else "loss"),
+        loss=found.get(key), downstream=second.get(key), downstream_digest=second.get("digest"),
         data_sha256=texts.pop() if len(texts) == 1 else None, machine=machines.pop() if len(machines) == 1 else None,
         **seconds,
     )  # fmt: skip
@@ -242,18 +258,27 @@ def _score(history: History, run: CollectedRun, metric: str, unit: str) -> dict[
         failures = [attempt.ends[0][1] for attempt in history.attempts if attempt.main_status == "failed"]
         diverged = any(end.reason.startswith(NumericsError.__name__) for end in failures[-1:])
         return {"loss": math.nan if diverged and run.status == "missing" else None}
-    # A run that resumed after its last step was scored again: the newest score counts.
-    scores = [event for _, event in events.select(history.entries, EvalDone) if event.set == metric]
-    last = next((score for score in reversed(scores) if score.step == run.steps), None)
+    last = _last_score(history, run, metric)
     if last is None:
         return {}
-    if unit == "bits_per_byte" and last.bits_per_byte is None:
+    if _in_unit(last, unit) is None:
         reason = (
             f"Its tokens of the held-out set {metric!r} stand for no text, so it has no bits per byte.\n"
             "  A tokenizer that knows none of the set's characters cannot be compared with others on it."
         )
         return {"status": "missing", "reason": reason}
-    return {"loss": last.bits_per_byte if unit == "bits_per_byte" else last.loss, "digest": last.digest}
+    return {"loss": _in_unit(last, unit), "digest": last.digest}
+
+
+def _last_score(history: History, run: CollectedRun, name: str) -> EvalDone | None:
+    """A held-out set's score after the last step."""
+    # A run that resumed after its last step was scored again: the newest score counts.
+    scores = [event for _, event in events.select(history.entries, EvalDone) if event.set == name]
+    return next((score for score in reversed(scores) if score.step == run.steps), None)
+
+
+def _in_unit(score: EvalDone, unit: str) -> float | None:
+    return score.bits_per_byte if unit == "bits_per_byte" else score.loss
 
 
 def _code_length(history: History, run: CollectedRun, unit: str) -> dict[str, Any]:

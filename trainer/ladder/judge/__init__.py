@@ -16,13 +16,13 @@ from trainer import tomlfile
 from trainer.errors import ConfigError
 from trainer.ladder import collect
 from trainer.ladder.collect import CollectedRun
-from trainer.ladder.judge import downstream, meaning, table
+from trainer.ladder.judge import meaning, table
 from trainer.ladder.judge.meaning import TableRun
 from trainer.ladder.judge.table import Table
 from trainer.ladder.plan.ladder import Ladder, PlannedArm, PlannedRung
 from trainer.ladder.plan.schema import CriterionTable, LadderFile
 from trainer.ladder.plan.sizes import Shape
-from trainer.ladder.report import build, surface
+from trainer.ladder.report import build, downstream, surface
 from trainer.ladder.report.build import CollectedLadder
 from trainer.ladder.report.estimates import Tree
 from trainer.ladder.stats import planes
@@ -79,7 +79,9 @@ def judge(
     tree["table"] = {"source": shown, "columns": chosen, "command": f"python -m trainer judge {shown}"}
     if "downstream" in chosen:
         results = collect.run_results([_collected(run) for run in runs])
-        tree["downstream"] = downstream.estimate(chosen["downstream"], runs, results, tree)
+        known = {(run.arm, run.rung, run.seed or 0): run.metric for run in runs if run.metric is not None}
+        most = meaning.most_of_share(chosen["downstream"], list(known.values()))
+        tree["downstream"] = downstream.estimate(chosen["downstream"], known, results, tree, target_flops, most)
     tree["notices"] += _cautions(tree)
     return tree
 

@@ -31,6 +31,8 @@ ROLES: Mapping[str, tuple[str, ...]] = {
 METRICS = ("bits_per_byte", "bpb", "perplexity", "ppl", "accuracy", "acc", "error_rate", "error")
 """Names by which the metric is recognised if no column is a loss."""
 MORE_IS_BETTER = ("accuracy", "acc", "score", "f1", "exact_match", "auc")
+NO_SHARE = {"bits", "bpb", "nats", "loss", "perplexity", "ppl"}
+"""Words of a metric that lies between 0 and 1 and is yet no share."""
 BASELINES = ("baseline", "base", "reference", "control", "default")
 SUFFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 LEAST = {"params": 1e3, "tokens": 1e3, "flops": 1e6}
@@ -68,6 +70,16 @@ class TableRun:
 
 def words(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+def most_of_share(column: str, values: Sequence[float]) -> float | None:
+    """The value of all for a share; None for a metric that is none."""
+    said = set(words(column).split("_"))
+    if not values or said & NO_SHARE or min(values) < 0:
+        return None
+    if max(values) <= 1:
+        return 1.0
+    return 100.0 if max(values) <= 100 and said & {*MORE_IS_BETTER, "error", "percent"} else None
 
 
 def choose_columns(found: Table, named: Mapping[str, str]) -> dict[str, str]:

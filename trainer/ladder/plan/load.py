@@ -166,6 +166,11 @@ class _LadderBuilder:
                 f"metric = {file.metric!r}, but the runs' eval.sets are {', '.join(map(repr, sets))}.\n"
                 "  Name one of them, or add it to eval.sets in [set]."
             )
+        if file.downstream and (file.downstream == file.metric or file.downstream not in sets):
+            self.problems.append(
+                f"downstream = {file.downstream!r}, but the runs' eval.sets are {', '.join(map(repr, sets))}, and "
+                f"{file.metric!r} is the metric.\n  Name another set, or add it to eval.sets in [set]."
+            )
         if file.sizes.axis == "data":
             self._check_data_axis()
         if len(file.rungs) < FIT_RUNGS:

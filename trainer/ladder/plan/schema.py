@@ -74,6 +74,9 @@ class LadderFile(Section):
     metric: str = "val"
     """Name of the held-out set whose loss is compared, or "code_length" (log/code_length.py)."""
     unit: Unit = "nats_per_token"
+    downstream: str = ""
+    """Name of another held-out set, such as the text of a task: what it is scored at the target is predicted through
+    the metric (stats/downstream.py). It decides nothing. "": none."""
     slots: int = Field(default=0, ge=0)
     """Number of runs at the same time; 0: as many as the machine has cores, or GPUs, for."""
     ranks: int = Field(default=1, ge=1)

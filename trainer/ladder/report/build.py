@@ -22,7 +22,7 @@ from trainer.fleet.run_store import RunState
 from trainer.ladder import collect, preregistration, tuning
 from trainer.ladder.collect import CollectedRun
 from trainer.ladder.plan.ladder import FIT_RUNGS, TARGET, Ladder, PlannedRun
-from trainer.ladder.report import estimates, execution
+from trainer.ladder.report import downstream, estimates, execution
 from trainer.ladder.report.estimates import EstimatePlan, Tree
 from trainer.ladder.stats import repetition
 from trainer.ladder.stats.records import BASELINE
@@ -114,7 +114,11 @@ def build_report(collected: CollectedLadder) -> Tree:
         ],
         "notices": list(ladder.notices),
         "counts": dict(Counter(run.status for run in _distinct(collected.made))),
-        "runs": [_run(run) | ({"unique_tokens": run.unique_tokens} if on_data else {}) for run in collected.runs],
+        "runs": [
+            _run(run) | ({"unique_tokens": run.unique_tokens} if on_data else {})
+            | ({"downstream": run.downstream} if ladder.file.downstream else {})
+            for run in collected.runs
+        ],
         "sweeps": [choice.to_json() for choice in collected.choices],
         "flops": _finished_flops(collected.made), "sweep_flops": _finished_flops(collected.sweep),
         **estimates.estimate(results, plan),
@@ -125,6 +129,11 @@ def build_report(collected: CollectedLadder) -> Tree:
         for arm in tree["arms"]:
             arm["compute"] = _compute_ratio(arm["name"], collected.runs)
         tree["repetition"] = _repetition(collected)
+    if name := ladder.file.downstream:
+        known = {(run.arm, run.rung, run.seed): run.downstream for run in collected.runs if run.downstream is not None}
+        below = [result for result in results if result.rung != TARGET]
+        tree["downstream"] = downstream.estimate(name, known, below, tree, plan.target)
+        tree["notices"] += downstream.cautions(tree["downstream"])
     if len(ladder.rungs) < FIT_RUNGS and tree["no_fit"]:
         few = units.plural(len(ladder.rungs), "rung")
         tree["no_fit"] = f"the ladder has {few}, and a curve of {FIT_RUNGS} parameters needs {FIT_RUNGS}."

@@ -237,11 +237,15 @@ def _multiplier_predictions(
     results: Sequence[RunResult], plan: EstimatePlan, verdicts: Sequence[Verdict]
 ) -> Iterable[Tree]:  # fmt: skip
     """Yield predicted multipliers beside those that the runs there measured."""
+    of_all, rungs_of_all = {found.arm: found for found in verdicts}, {run.rung for run in results} - {TARGET}
+    ran = {run.rung for run in results}
     for rung, below in _questions(results, plan):
         flops = plan.amounts[rung, BASELINE]
-        measured = _judge(results, [*below, rung], plan, flops)
+        # What a rung alone says does not depend on the target: where no other rung is left out, the verdicts have it.
+        known = rungs_of_all == {*below, rung}
+        measured = of_all if known else _judge(results, [*below, rung], plan, flops) if rung in ran else {}
         # The verdicts are already predictions of the target by all rungs.
-        by = {found.arm: found for found in verdicts} if rung == TARGET else _judge(results, below, plan, flops)
+        by = of_all if rung == TARGET else _judge(results, below, plan, flops)
         for arm in plan.arms:
             if (rung, arm) not in plan.amounts:
                 continue

@@ -40,6 +40,10 @@ KINDS: Sequence[tuple[str, Callable[[Tree], Any], str, str]] = (
 """(name, drawing function, which returns None if there is nothing to draw, title, caption) of each picture; "{scarce}"
 stands for what the rungs are amounts of."""
 NAMES = [name for name, *_ in KINDS]
+MOST_DRAWN = 12
+"""Arms that pictures show; nobody reads two hundred panels, and they would take a minute."""
+BY_ARM = ("runs", "noise", "verdicts", "predictions", "multiplier_predictions")
+"""Lists of the tree whose rows each belong to an arm."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,9 @@ class Picture:
 
 def draw(tree: Tree) -> list[Picture]:
     """Draw all pictures for which the report has something to show."""
-    found = []
+    found, note = [], ""
+    if (arms := len(tree["arms"])) > MOST_DRAWN:
+        tree, note = _of_some_arms(tree), f" Of {arms} arms, the {MOST_DRAWN} that promise most; tables have all."
     scarce = SCARCE[axis_of(tree)]
     for name, make, *texts in KINDS:
         title, caption = (text.format(scarce=scarce) for text in texts)
@@ -65,7 +71,18 @@ def draw(tree: Tree) -> list[Picture]:
             drawn = make(tree)
         if drawn is not None:
             svg = figure.svg(drawn, name, f"{tree['name']}: {title}")
-            found.append(Picture(name, title, caption, figure.png(drawn), svg))
+            found.append(Picture(name, title, caption + note, figure.png(drawn), svg))
+    return found
+
+
+def _of_some_arms(tree: Tree) -> Tree:
+    """The tree of the arms that are worth most at the target, as far as is known."""
+    worth = {verdict["arm"]: verdict["multiplier"]["value"] or 0.0 for verdict in tree["verdicts"]}
+    names = [arm["name"] for arm in tree["arms"]]
+    kept = {BASELINE, *sorted(names, key=lambda name: -worth.get(name, 0.0))[:MOST_DRAWN]}
+    found = tree | {key: [row for row in tree[key] if row["arm"] in kept] for key in BY_ARM}
+    found["arms"] = [arm for arm in tree["arms"] if arm["name"] in kept]
+    found["lines"] = {arm: line for arm, line in tree["lines"].items() if arm in kept}
     return found
 
 

@@ -23,9 +23,9 @@ FEW_DRAWS, DRAWS = 30, 200  # of truths: to choose, and to state the probability
 LEAST_FREEDOM = 0.5  # degrees of freedom below which nothing is known of the noise, and so of further runs
 LEAST_SLOPE = 0.01  # of the curve's, below which one that is fitted to drawn runs counts as flat
 PRIOR_NOISE = (0.005, 2.0)
-"""Belief about the noise of a run before the results: its sd in nats, and the degrees of freedom that it counts for."""
+"""Belief about the noise of seeds before the results: a run's sd in nats, and the degrees of freedom it counts for."""
 MOST_WORTH = 20.0  # ln m beyond which a drawn truth means nothing
-SOME_FADING = FADING[::4]
+SOME_FADING = FADING[::4]  # enough to choose; bounds over fewer forms are a little narrower, and settle more
 PRIOR_SDS = (0.15, 0.02)
 """What is believed before the results: sd of ln m at the largest rung, and of its slope there per e-fold of compute."""
 WORTHWHILE = 0.5  # of the largest probability: runs that settle less often are not advised, however cheap they are
@@ -65,7 +65,7 @@ class Situation:
         """The same with the prior's; two runs differ by twice the variance of one."""
         sd, freedom = PRIOR_NOISE
         return tuple(
-            each + np.array([0.0, 0.0, runs * freedom * sd**2, freedom])
+            each + np.array([runs * freedom * sd**2, freedom, 0.0, 0.0])
             for runs, each in zip((2, 1), self.evidence, strict=True)
         )
 
@@ -98,8 +98,10 @@ class Situation:
 class Futures:
     """Possible truths behind an arm's results, and the runs that they would give."""
 
-    def __init__(self, situation: Situation, draws: int, random: np.random.Generator) -> None:
-        self._now, self._random, self._draws = situation, random, draws
+    def __init__(
+        self, situation: Situation, draws: int, random: np.random.Generator, fading: Array = FADING
+    ) -> None:  # fmt: skip
+        self._now, self._random, self._draws, self._fading = situation, random, draws, fading
         worths, arm = situation.worths, situation.number
         self._spread = np.exp(worths.growth * worths.x)
         # Noise of pairs and of the baseline's runs, each with the share that seeds have in it.
@@ -107,18 +109,24 @@ class Futures:
         # The baseline's curve moves with its noise: (E, A, alpha) of each truth, minus the fitted ones.
         curve = worths.baselines
         influence = fits.sensitivity(curve.x, curve.seeds, curve.E, curve.A, curve.alpha)
-        influence = influence * np.exp(worths.growth * curve.x) / np.sqrt(curve.seeds)
-        self._moved = (influence @ (np.sqrt(self._base_noise) * self._normal(influence.shape[-1]).T)).T
+        self._base_effect, self._base_kept = self._effects(curve.seeds, self._base_share)
+        seeds = significance.effective_counts(curve.seeds, self._base_share)
+        noise = np.sqrt(self._base_noise[:, None] / seeds) * np.exp(worths.growth * curve.x)
+        self._moved = (noise * self._normal(influence.shape[-1])) @ influence.T
         # A form, and a line in its z: z is 0 at the largest rung, and its slope is 1 there.
         self._form, self._level, self._slope, z = self._draw_line()
-        counts, means, share = worths.counts[arm], worths.means[arm], self._share[:, None]
+        counts, means = worths.counts[arm], worths.means[arm]
+        self._effect, kept = self._effects(counts, self._share)
         fitted = self._level[:, None] + self._slope[:, None] * z
-        # A rung's own worth lies between its mean and the form, as far as seeds explain the distance.
-        own = np.sqrt(self._noise[:, None] * share * (1 - share) / np.maximum(counts, 1)) * worths.unit[0]
-        self._worth = (
-            fitted + np.where(counts > 0, (1 - share) * (means - fitted), 0.0) + own * self._normal(len(counts))
-        )
-        self._pairs_of_rung = float(np.median(counts[counts > 0]))
+        # A rung's own worth lies between its mean and the form, as far as its own effect explains the distance.
+        own = np.sqrt(self._noise[:, None] * kept * self._share[:, None] / np.maximum(counts, 1)) * worths.unit[0]
+        self._worth = fitted + np.where(counts > 0, kept * (means - fitted), 0.0) + own * self._normal(len(counts))
+
+    @staticmethod
+    def _effects(counts: Array, share: Array) -> tuple[Array, Array]:
+        """(Share of a rung's own effect in the variance of a run, its share in that of each rung's mean)."""
+        effect = (1 - share) * np.mean(1 / counts[counts > 0])
+        return effect, effect[:, None] * significance.effective_counts(counts, share)
 
     def _normal(self, *shape: int) -> Array:
         return self._random.standard_normal((self._draws, *shape))
@@ -134,7 +142,8 @@ class Futures:
     def _draw_line(self) -> tuple[Array, Array, Array, Array]:
         """(form, ln m at the largest rung, its slope there, z at each rung) of each truth, by Bayes' rule."""
         worths, arm = self._now.worths, self._now.number
-        weights = (worths.counts[arm] / worths.unit[0] ** 2) / self._noise[:, None, None]
+        counts = significance.effective_counts(worths.counts[arm], self._share)
+        weights = (counts / worths.unit[0] ** 2 / self._noise[:, None])[:, None]
         z = worths.z(worths.x)[0]
         means, prior = worths.means[arm], np.array(PRIOR_SDS) ** -2
         # Normal equations of (level, slope) for each truth's noise and each form.
@@ -174,7 +183,7 @@ class Futures:
             x = np.append(x, at := math.log(new / now.scale))
             slope = float(worths.baselines.slope(np.array([at]))[0])
             unit = math.exp(float(worths.growth) * at) / slope
-            effect = np.sqrt(self._noise * (1 - self._share) / self._pairs_of_rung) * unit
+            effect = np.sqrt(self._noise * self._effect) * unit
             z = worths.z(np.array([at]))[0, self._form, 0]
             for place, one in enumerate(purchases):
                 worth = self._level + self._slope * z + effect * self._normal()
@@ -193,20 +202,15 @@ class Futures:
         curve = replace(curve, **{
             name: np.where(flat, getattr(worths.baselines, name), getattr(curve, name)) for name in ("E", "A", "alpha")
         })  # fmt: skip
-        then, target = self._compare(curve, pairs), math.log(now.target / now.scale)
+        # Noise is estimated anew from all runs, its growth with scale too, and all forms count: as a verdict does it.
+        then = Worths.from_pairs(curve, *pairs[..., None, :, :], absent=worths.others(now.number), fading=self._fading)
+        target = math.log(now.target / now.scale)
         levels = [now.level(float(number)) for number in np.isfinite(pairs[0, :, 0]).sum((-1, -2))]
         decided = np.zeros(flat.shape, dtype=int)
         for level in dict.fromkeys(levels):
             same = np.array(levels) == level
             decided[same] = decisions(then, target, level, now.least)[same, :, 0]
         return (decided != 0) & ~flat
-
-    def _compare(self, curve: Baselines, pairs: Array) -> Worths:
-        evidence = self._now.worths.evidence
-        return Worths.from_pairs(
-            curve, *pairs[..., None, :, :], growth=float(self._now.worths.growth),
-            absent=evidence.sum(-1) - evidence[:, self._now.number], fading=SOME_FADING,
-        )  # fmt: skip
 
     def _widened(self, losses: Array, purchases: Sequence[Purchase]) -> Array:
         """Losses for each purchase and truth, shape (..., purchases, draws, rungs, seeds), with room for new runs."""
@@ -227,11 +231,11 @@ class Futures:
         spread, slope = math.exp(float(worths.growth) * x), alpha * (fitted - E)
         noise, share = np.sqrt(self._base_noise), self._base_share
         if rung < len(now.base):
-            seeds = curve.seeds[rung]
-            mean = true + (1 - share) * (np.nanmean(now.base[rung]) - true)
-            mean = mean + noise * np.sqrt(share * (1 - share) / seeds) * spread * self._normal()
+            kept = self._base_kept[:, rung]
+            mean = true + kept * (np.nanmean(now.base[rung]) - true)
+            mean = mean + noise * np.sqrt(kept * share / curve.seeds[rung]) * spread * self._normal()
         else:
-            mean = true + noise * np.sqrt((1 - share) / curve.seeds.mean()) * spread * self._normal()
+            mean = true + noise * np.sqrt(self._base_effect) * spread * self._normal()
         own, paired = self._normal(number), self._normal(number)
         base_loss = mean[:, None] + (noise * np.sqrt(share))[:, None] * spread * own
         base_loss = np.maximum(base_loss, E + 0.01 * (fitted - E))
@@ -259,7 +263,7 @@ def advise(
     if not situation.has_noise:
         return []
     random = np.random.Generator(np.random.Philox(seed))
-    futures = Futures(situation, FEW_DRAWS, random)
+    futures = Futures(situation, FEW_DRAWS, random, SOME_FADING)
     possible = [one for one in situation.purchases(further) if one.flops <= most_flops]
     found = list(zip(possible, futures.settled(possible), strict=True))
     likely = max((chance for _, chance in found), default=0.0)

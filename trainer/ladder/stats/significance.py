@@ -92,6 +92,24 @@ def share_posterior(evidence: Array) -> tuple[Array, Array]:
     return weights / weights.sum(-1, keepdims=True), freedom * SHARES / total
 
 
+def mean_share(evidence: Array) -> Array:
+    """Share that seeds have in a rung's noise, by its posterior."""
+    return (share_posterior(evidence)[0] * SHARES).sum(-1)
+
+
+def effective_counts(counts: Array, share: Array) -> Array:
+    """Number of runs that each rung's mean is worth where seeds are this share of a usual rung's noise.
+
+    The rest is the rung's own effect, which further seeds there do not average. A usual rung has the harmonic mean of
+    `counts` (..., rungs); where all have as many runs, that is the result.
+    """
+    known = counts > 0
+    inverse = np.where(known, 1 / np.maximum(counts, 1), 0.0)
+    usual = inverse.sum(-1, keepdims=True) / np.maximum(known.sum(-1, keepdims=True), 1)
+    share = np.asarray(share)[..., None]
+    return np.where(known, 1 / np.where(known, share * inverse + (1 - share) * usual, 1.0), 0.0)
+
+
 def rung_variance(evidence: Array) -> tuple[Array, Array]:
     """(variance, freedom) of a rung's noise, in units of a run's, from seeds and from rungs about their curve.
 

@@ -160,6 +160,14 @@ class Extrapolation:
 
 
 @dataclass(frozen=True)
+class Absent:
+    """What arms tell of the noise that are not estimated along: sums over them."""
+
+    evidence: Array  # (4,): as Worths.evidence
+    squares: Array  # (2, rungs): as Worths.squares
+
+
+@dataclass(frozen=True)
 class Worths:
     """Mean ln m of each rung of each arm, and what is needed to extrapolate it."""
 
@@ -167,10 +175,12 @@ class Worths:
     x: Array  # (rungs,): the baseline's, and a planned one
     means: Array  # (..., arms, rungs); 0 where there is no pair
     counts: Array  # number of pairs
+    weights: Array  # the same, less where a rung has more than others and its own effect remains
     by: Array  # d mean / d(parameters of the baseline's form), with an axis for them before the others
     growth: Array  # (...): sd of a seed's noise is proportional to exp(growth·x)
     within: Array  # (..., arms): variance of a pair's difference in nats²; 0 if there are no seeds
     seed_freedom: Array
+    squares: Array  # (2, ..., arms, rungs): squares of pairs' differences about their rung's mean, and their freedom
     evidence: Array  # (4, ..., arms): what seeds and rungs tell of the noise, as significance.share_posterior takes it
     variance: Array  # of a rung's noise, with the room that its uncertainty takes
     freedom: Array
@@ -184,12 +194,12 @@ class Worths:
     @classmethod
     def from_pairs(
         cls, baselines: Baselines, base: Array, arm: Array, log_cost: Array | float = 0.0, *,
-        growth: float | None = None, absent: Array | None = None, fading: Array = FADING,
+        absent: "Absent | None" = None, fading: Array = FADING,
     ) -> "Worths":  # fmt: skip
         """Estimate from losses of shape (..., arms, rungs, pairs); NaN where there is no pair.
 
-        For one arm of many alone, `growth` and `absent` give what the others tell of the noise. `fading` has the γ of
-        the line and of gains that fade to a constant.
+        For one arm of many alone, `absent` has what the others tell of the noise. `fading` has the γ of the line and
+        of gains that fade to a constant.
         """
         x, slope = baselines.x, baselines.slopes[..., None, :]
         found = baselines.equivalents(base, arm, log_cost)
@@ -198,9 +208,12 @@ class Worths:
         base_away, arm_away = (_away(values, valid, counts) for values in (base, arm))
 
         # Seed noise by scale, from the pairs of all arms.
-        squares, freedom = ((base_away - arm_away) ** 2).sum((-1, -3)), np.maximum(counts - 1, 0).sum(-2)
-        known = growth is not None
-        grows = np.full(squares.shape[:-1], growth) if known else significance.noise_growth(x, squares, freedom)
+        squares = _evidence(((base_away - arm_away) ** 2).sum(-1), np.maximum(counts - 1, 0))
+        of_all = squares.sum(-2)
+        if absent is not None:
+            there = absent.squares.shape[-1]  # a new rung has none of the others' pairs
+            of_all[..., :there] += absent.squares.reshape(2, *([1] * (of_all.ndim - 2)), there)
+        grows = significance.noise_growth(x, *of_all)
         spread = np.exp(grows[..., None] * x)[..., None, :]
 
         nats = _without_outliers(nats, valid, counts, spread)
@@ -221,11 +234,11 @@ class Worths:
         free, rest = np.maximum(baselines.seeds - 1, 0).sum(-1), max(len(x) - float(baselines.parameters), 0.0)
         own = _evidence(within.sum(-1), free, baselines.lack, rest)
         worths = cls(
-            baselines, x, means, counts, by, grows, pure / np.maximum(pure_freedom, 1), pure_freedom,
-            np.zeros((4, *pure.shape)), np.ones_like(pure), np.ones_like(pure), own,
+            baselines, x, means, counts, counts, by, grows, pure / np.maximum(pure_freedom, 1), pure_freedom,
+            squares, np.zeros((4, *pure.shape)), np.ones_like(pure), np.ones_like(pure), own,
             *significance.rung_variance(own), correlation, fading,
         )  # fmt: skip
-        return worths._with_noise(pure, pure_freedom, absent)
+        return worths._with_noise(pure, pure_freedom, None if absent is None else absent.evidence)
 
     def _with_noise(self, pure: Array, pure_freedom: Array, absent: Array | None) -> "Worths":
         # Where sizes also differ in their mix of N and D, one parameter more is spent.
@@ -233,8 +246,11 @@ class Worths:
         residual = self.residual
         lack_freedom = np.where(rungs >= 3, rungs - 3.0, 0.0)
         lack = np.where(rungs >= 3, residual.min(-1), 0.0)
-        first = _evidence(pure, pure_freedom, lack, lack_freedom)
-        noise, _ = significance.rung_variance(significance.pooled(first, POOLED, absent))
+        first = significance.pooled(_evidence(pure, pure_freedom, lack, lack_freedom), POOLED, absent)
+        if self.weights is self.counts and (self.counts != self.counts.max(-1, keepdims=True)).any():
+            weights = significance.effective_counts(self.counts, significance.mean_share(first))
+            return replace(self, weights=weights)._with_noise(pure, pure_freedom, absent)
+        noise, _ = significance.rung_variance(first)
         # Where the data do not determine γ, the best form's residual is too small: take the mean over likely forms.
         likely = np.exp(-(residual - residual.min(-1, keepdims=True)) / (2 * np.maximum(noise, 1e-300)[..., None]))
         lack = np.where(rungs >= 3, (likely * residual).sum(-1) / likely.sum(-1), 0.0)
@@ -242,6 +258,10 @@ class Worths:
         evidence = _evidence(pure, pure_freedom, lack, lack_freedom)
         variance, freedom = significance.rung_variance(significance.pooled(evidence, POOLED, absent))
         return replace(self, variance=variance, freedom=freedom, evidence=evidence)
+
+    def others(self, arm: int) -> Absent:
+        """What all arms but this one tell of the noise."""
+        return Absent(self.evidence.sum(-1) - self.evidence[:, arm], self.squares.sum(-2) - self.squares[:, arm])
 
     # Regression of means on z, for every form
 
@@ -270,7 +290,7 @@ class Worths:
 
         Where sizes differ in their mix too, ln m is a line in it, and c is its value at the target's mix.
         """
-        weights = (self.counts / self.unit**2)[..., None, :]
+        weights = (self.weights / self.unit**2)[..., None, :]
         shares = weights / np.maximum(weights.sum(-1, keepdims=True), 1e-300)
         mix = self._mix(weights)
         if mix is not None:
@@ -314,7 +334,8 @@ class Worths:
         value = (rows * self.means[..., None, :]).sum(-1)
         noise = np.sqrt(self.variance)[..., None]
         direct = rows * self.unit[..., None, :]
-        pairs = (direct**2 / np.maximum(self.counts, 1)[..., None, :]).sum(-1) * noise**2
+        known = np.where(self.weights > 0, self.weights, 1.0)[..., None, :]
+        pairs = (direct**2 / known).sum(-1) * noise**2
         through, seeds, influence = self.curve
         by_curve = np.zeros(())
         for number, by in enumerate(self.by):
@@ -332,8 +353,9 @@ class Worths:
         """(sd of a run, seeds, d(parameters) / d(unit noise of a rung)) of the baseline, with axes for arms, rows."""
         found, x = self.baselines, self.baselines.x
         influence = found.influence()
-        influence = influence * (np.exp(self.growth[..., None] * x) / np.sqrt(found.seeds))[..., None, :]
-        seeds = found.seeds[..., None, None, :]
+        seeds = significance.effective_counts(found.seeds, significance.mean_share(self.baseline_evidence))
+        influence = influence * (np.exp(self.growth[..., None] * x) / np.sqrt(seeds))[..., None, :]
+        seeds = seeds[..., None, None, :]
         return np.sqrt(self.baseline_variance)[..., None, None], seeds, influence[..., None, None, :, :]
 
     @property
@@ -392,7 +414,7 @@ class Worths:
     def _bend_p(self) -> Array:
         more = [] if self.baselines.mix is None else [self.baselines.mix]
         z = np.stack([np.ones_like(self.x), self.x, self.x**2, *more], -1)
-        weights = np.sqrt(self.counts) / self.unit
+        weights = np.sqrt(self.weights) / self.unit
         design = weights[..., None] * z
         solution = np.linalg.pinv(design)
         coefficients = (solution * (weights * self.means)[..., None, :]).sum(-1)
@@ -405,7 +427,7 @@ class Worths:
 
     def without(self, rung: int, x: float) -> Array:
         """ln m at x by a line through the other rungs."""
-        left = replace(self, counts=self.counts * (np.arange(len(self.x)) != rung))
+        left = replace(self, weights=self.weights * (np.arange(len(self.x)) != rung))
         return left.at(x).values[..., LINE]
 
 

@@ -1,14 +1,15 @@
-"""What a table's second metric, such as the accuracy of a task, will be at the target: through the loss."""
+"""A second metric at the target, such as a task's accuracy or another held-out set's score: predicted by the loss.
+
+A ladder names a held-out set of its own runs (`downstream` in its file), a table a column.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from trainer.errors import FitError
-from trainer.ladder.judge import meaning
-from trainer.ladder.judge.meaning import TableRun
 from trainer.ladder.report.estimates import Tree
 from trainer.ladder.stats import fit as fits
 from trainer.ladder.stats.downstream import Link, ranking
@@ -16,50 +17,45 @@ from trainer.ladder.stats.records import BASELINE, Curve, Interval, RunResult
 from trainer.ladder.stats.significance import LACK_OF_FIT
 
 MANY = 10**12  # runs whose mean has no noise
-NO_SHARE = {"bits", "bpb", "nats", "loss", "perplexity", "ppl"}
-"""Words of a metric that lies between 0 and 1 and is yet no share."""
 
 
-def estimate(column: str, runs: Sequence[TableRun], results: Sequence[RunResult], tree: Tree) -> Tree:
-    """Return the metric's link to the loss, its predictions at the target, and the ranking at the largest size."""
-    known = [run for run in runs if run.metric is not None and math.isfinite(run.loss)]
-    metric = np.array([run.metric for run in known], dtype=float)
-    found: Tree = {"column": column, "runs": len(known), "refused": None, "link": None, "predictions": []}
+def estimate(
+    name: str, metric: Mapping[tuple[str, str, int], float], results: Sequence[RunResult], tree: Tree, target: float,
+    most: float | None = None,
+) -> Tree:  # fmt: skip
+    """Return the metric's link to the loss, its predictions at the target, and the ranking at the largest size.
+
+    `metric` has the values of runs by (arm, rung, seed), `tree` the fit and the verdicts, `target` the amount that they
+    are about. `most` is the value of all where the metric is a share, and None where it is none.
+    """
+    known = [run for run in results if (run.arm, run.rung, run.seed) in metric and math.isfinite(run.loss)]
+    values = np.array([metric[run.arm, run.rung, run.seed] for run in known], dtype=float)
+    found: Tree = {"column": name, "runs": len(known), "refused": None, "link": None, "predictions": []}
     try:
         loss, level = np.array([run.loss for run in known]), tree["criterion"]["level"]
-        link = Link(loss, metric, [run.arm for run in known], _whole(column, metric), level)
+        link = Link(loss, values, [run.arm for run in known], most, level)
         # Where a smaller loss goes with less of it, less is better.
-        better = -1.0 if float(np.cov(loss, metric)[0, 1]) > 0 else 1.0
-        ranked = ranking(results, {(run.arm, run.rung, run.seed or 0): better * (run.metric or 0.0) for run in known})
+        better = -1.0 if float(np.cov(loss, values)[0, 1]) > 0 else 1.0
+        ranked = ranking(results, {key: better * value for key, value in metric.items()})
         found |= {
             "link": {"form": link.form, "sd": link.sd, "arms_sd": link.arms_sd, "arms_differ_p": link.arms_differ_p},
             "ranking": [row | {"value": better * row["value"]} for row in ranked],
         }
-        return found | {"predictions": _predictions(link, results, tree)}
+        return found | {"predictions": _predictions(link, results, tree, target)}
     except FitError as error:
         return found | {"refused": str(error)}
 
 
-def _whole(column: str, metric: np.ndarray) -> float | None:
-    """The value of all for a share; None for a metric that is none."""
-    said = set(meaning.words(column).split("_"))
-    if not len(metric) or said & NO_SHARE or metric.min() < 0:
-        return None
-    if metric.max() <= 1:
-        return 1.0
-    return 100.0 if metric.max() <= 100 and said & {*meaning.MORE_IS_BETTER, "error", "percent"} else None
-
-
-def _predictions(link: Link, results: Sequence[RunResult], tree: Tree) -> list[Tree]:
+def _predictions(link: Link, results: Sequence[RunResult], tree: Tree, target: float) -> list[Tree]:
     if tree["fit"] is None:
         raise FitError("the metric is predicted through the loss, and no curve of the loss in compute was fitted.")
-    curve, flops = Curve(**tree["fit"]["curve"]), tree["target"]["flops"]
-    base = fits.predict([run for run in results if run.arm == BASELINE], flops, MANY, link.level).predicted
+    curve = Curve(**tree["fit"]["curve"])
+    base = fits.predict([run for run in results if run.arm == BASELINE], target, MANY, link.level).predicted
     found = [_prediction(BASELINE, base, link.predict(base), None)]
     for verdict in tree["verdicts"]:
         # More compute, less loss: the ends change places.
         value, high, low = (
-            None if m is None else curve.loss_at(flops * m)
+            None if m is None else curve.loss_at(target * m)
             for m in (verdict["multiplier"][key] for key in ("value", "low", "high"))
         )
         own = Interval(value, low, high, link.level)
