@@ -5,6 +5,7 @@ with the quartiles of the round-by-round ratios.
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -26,7 +27,7 @@ from scripts import bench_chaos as chaos
 from scripts import bench_forecast as forecast
 from scripts import bench_ladder as ladder
 from scripts import bench_survival as survival
-from scripts.bench_tables import Ratio, record
+from scripts.bench_tables import Ratio, record, recorded
 from trainer import config as configs
 from trainer import costs, job, loop
 from trainer import model as models
@@ -455,7 +456,7 @@ def measure(name: str) -> dict[str, Any]:
         case "ladder":
             return ladder.statistics()
         case "advise":
-            return bench_advise.figure()
+            return bench_advise.figure(recorded(name), functools.partial(record, name))
         case "forecast":
             return forecast.forecast()
         case "forecast_storms":

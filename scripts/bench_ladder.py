@@ -20,7 +20,7 @@ import numpy as np
 
 from tests import ladders
 from tests.ladders import LONG, SEVEN, SHORT, TEXT, Arm, Design, Law, Trouble
-from trainer.ladder.stats import verdict
+from trainer.ladder.stats import repetition, verdict
 from trainer.ladder.stats.records import Criterion
 from trainer.ladder.stats.worth import LINE, Baselines, Worths, decisions
 
@@ -169,6 +169,34 @@ def advice(count: int) -> list[dict[str, Any]]:
     ]
 
 
+REPEATED = {
+    "4 and 16 epochs; sd 0.002": ((4.0, 16.0), 0.002),
+    "4 and 16 epochs; sd 0.005": ((4.0, 16.0), 0.005),
+    "1, 4 and 16 epochs; sd 0.005": ((1.0, 4.0, 16.0), 0.005),
+    "8 and 16 epochs; sd 0.005": ((8.0, 16.0), 0.005),
+}
+TRUE_R = 15.0
+
+
+def repeated(count: int) -> Iterator[dict[str, Any]]:
+    """The law of repeated text, fitted to runs of one size at 4 amounts of text over a factor of 6, 3 seeds each."""
+    for seed, (name, (epochs, sd)) in enumerate(REPEATED.items()):
+        random = np.random.Generator(np.random.Philox(83 + seed))
+        unique, read, _ = (
+            each.ravel() for each in np.meshgrid(np.geomspace(1e8, 6e8, 4), epochs, range(3), indexing="ij")
+        )
+        law = 2.5 + 1490 * repetition.effective(unique * read, unique, TRUE_R) ** -0.35
+        found = []
+        for _ in range(count):
+            loss = law + sd * random.standard_normal(len(law))
+            found.append(repetition.fit(np.full_like(unique, 1e8), unique * read, unique, loss).R_D)
+        yield {
+            "name": name, "median": float(np.median([one.value for one in found])),
+            "covered": float(np.mean([(one.low or 0.0) <= TRUE_R <= (one.high or math.inf) for one in found])),
+            "bounded": float(np.mean([one.low is not None and one.high is not None for one in found])),
+        }  # fmt: skip
+
+
 def looks(count: int) -> list[dict[str, Any]]:
     """Ladders that are read after every seed."""
     found = {name: ladders.look_often(LONG, ARMS[name], count, seed=41) for name in ("A/A", "1.02× everywhere")}
@@ -314,10 +342,18 @@ def data_table(figure: Mapping[str, Any]) -> list[str]:
         arms = row["arms"]
         rows.append([row["name"], *(percent(arms[name]["coverage"]) for name in ladders.TEXT_ARMS),
                      *(percent(arms[name]["promote"]) for name in ("A/A", "1.15× the text", "16 epochs, not 4")),
-                     percent(max(arm["wrong"] for arm in arms.values()))])  # fmt: skip
+                     percent(max(arm["wrong"] for arm in arms.values())),
+                     "" if row["false_trends"] is None else percent(row["false_trends"])])  # fmt: skip
     columns = ["ladder", *(f"covers {name}" for name in ladders.TEXT_ARMS)]
     promoted = ("A/A", "1.15× the text", "16 epochs")
-    return table([*columns, *(f"promotes {name}" for name in promoted), "most wrong verdicts"], rows)
+    columns += [*(f"promotes {name}" for name in promoted), "most wrong verdicts", "any false trend"]
+    return table(columns, rows)
+
+
+def repeated_table(figure: Mapping[str, Any]) -> list[str]:
+    rows = [[row["name"], percent(row["covered"]), percent(row["bounded"]), f"{row['median']:.1f}"]
+            for row in figure["repeated"]]  # fmt: skip
+    return table(["runs", "covers R_D = 15", "bounds it on both sides", "median R_D"], rows)
 
 
 def hard_table(figure: Mapping[str, Any]) -> list[str]:
@@ -391,6 +427,7 @@ TABLES = {
     "decisions": decision_table,
     "hard": hard_table,
     "data": data_table,
+    "repeated": repeated_table,
     "public": public_table,
 }
 
@@ -432,6 +469,7 @@ def draw(figure: Mapping[str, Any], path: Path) -> None:
 PARTS: Mapping[str, Callable[[int], dict[str, Any]]] = {
     "synthetic": synthetic,
     "data": lambda count: {"data": simulated(over_data(), count, 200)},
+    "repeated": lambda count: {"repeated": list(repeated(max(count // 5, 1)))},
     # A surface takes most of a second to fit.
     "apart": lambda count: {"apart": list(apart(max(count // 15, 1)))},
     "advice": lambda count: {"advice": advice(max(count // 5, 1))},

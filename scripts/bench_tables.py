@@ -38,6 +38,11 @@ def record(name: str, figure: dict[str, Any]) -> None:
     TABLES.write_text(tables(results), encoding="utf-8")
 
 
+def recorded(name: str) -> dict[str, Any]:
+    """The figure of this name as it was recorded last; empty without one."""
+    return json.loads(RESULTS.read_text()).get(name, {}) if RESULTS.exists() else {}
+
+
 def machine() -> str:
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):

@@ -233,7 +233,8 @@ def simulate(
     called = np.array([significance.false_discovery(each) for each in p]) < level
     half, shares, constant = level / 2, {}, []
     for k, (name, arm) in enumerate(arms.items()):
-        ends = [arm.log_multiplier(flops) for flops in (1e12, 1e16)]
+        # Of this ladder: far beyond it, worths that change here may be constant.
+        ends = [arm.log_multiplier(flops) for flops in (design.flops[0], design.target)]
         constant.append(abs(ends[0] - ends[1]) < 1e-9)
         truth = arm.log_multiplier(design.target)
         covered = [

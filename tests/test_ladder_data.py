@@ -28,6 +28,7 @@ RUNGS = "".join(
     f'[[rungs]]\nname = "{name}"\nunique_tokens = {n}\n' for name, n in (("s", 512), ("m", 1000), ("l", 2048))
 )
 TARGET_TABLE = "[target]\nunique_tokens = 100_000_000\n"
+TAUGHT = '[[arms]]\nname = "taught"\ndistil = 2\n'
 FOUR = '[[arms]]\nname = "four"\nensemble = 4\n'
 CONTEXT, PER_STEP = 16, 2 * 2 * 16
 
@@ -108,6 +109,23 @@ def test_an_ensemble_s_members_differ_in_their_initial_weights_alone_and_all_of_
     assert len({run.key for run in tuning.wanted(ladder, home)}) == 3 * 2 * (2 + 2 + 4)
 
 
+def test_a_taught_run_is_a_change_of_its_own_and_its_teachers_cost_too(home):
+    both = '[[arms]]\nname = "both"\ncombines = ["taught", "decay"]\n'
+    ladder = load(home, plain(), TAUGHT, arm("decay", "optim.weight_decay", "1.6"), both)
+    by_arm = {run.arm: run for run in ladder.runs if (run.rung, run.seed) == ("m", 1)}
+    base, taught = by_arm[BASELINE], by_arm["taught"]
+    *teachers, student = taught.members
+    assert [teacher.key for teacher in teachers] == [base.key, by_arm[AA].key], "they are there already"
+    assert student.config == taught.config and student.teachers == tuple(teachers)
+    assert student.config.model == base.config.model, "it begins with the baseline's weights"
+    assert len({base.key, taught.key, student.key, by_arm["both"].key}) == 4
+    forward = base.flops_per_token // 3
+    assert student.flops == (base.flops_per_token + 2 * forward) * base.tokens
+    assert taught.flops == 2 * base.flops + student.flops and taught.unique_tokens == base.unique_tokens
+    assert {member.config.optim.weight_decay for member in by_arm["both"].members} == {1.6}
+    assert len({run.key for run in tuning.wanted(ladder, home)}) == 3 * 2 * (2 + 1 + 3)
+
+
 def test_rules_that_scale_with_size_follow_the_text(home):
     rules = 'learning_rate = "power"\nlearning_rate_exponent = -0.5\nweight_decay = "inverse_steps"\n'
     ladder = load(home, plain(sizes=EPOCHS + rules))
@@ -160,6 +178,9 @@ def test_a_ladder_over_compute_is_planned_and_recorded_as_before(home):
         ((plain(head=HEAD + 'metric = "code_length"\n'),), "needs text that is read once"),
         ((plain(), FOUR.replace("4", "1")), "an ensemble of one is the baseline"),
         ((plain(), FOUR + "set = { model.dropout = 0.1 }\n"), "has ensemble and set"),
+        ((plain(), FOUR + "distil = 2\n"), "has ensemble and distil"),
+        ((plain(), FOUR, TAUGHT, '[[arms]]\nname = "x"\ncombines = ["four", "taught"]\n'), "an ensemble and distil"),
+        ((plain(head=HEAD + 'metric = "code_length"\n', sizes=EPOCHS.replace("4", "1")), TAUGHT), "make no code"),
         ((over_compute(), FOUR + 'combines = ["A", "B"]\n'), "has ensemble and combines"),
         ((plain(head=HEAD + 'metric = "code_length"\n', sizes=EPOCHS.replace("4", "1")), FOUR), "an ensemble has none"),
         ((plain(), arm("t", "data.tokenizer", '"chars"')), "are another amount of text"),
@@ -245,7 +266,23 @@ def test_the_law_of_repeated_text_is_fitted_to_runs_that_differ_in_their_epochs_
         assert row["worth"]["low"] < LAW.worth_of(4.0).value < row["worth"]["high"]
     html = page.html(read_again, [])
     assert "Text that is read again" in html and f"Fitted to {law['runs']} runs of the baseline" in html
-    assert "text read again: R_D " in " ".join(screen(read_again).split())
+    shown = " ".join(screen(read_again).split())
+    assert "text read again: R_D " in shown and "R_N" not in shown, "all runs have one size"
+    penalty = law["penalty"]
+    assert penalty["held"] == ["delta", "kappa"], "4 and 16 epochs do not tell them"
+    assert penalty["sd"] > 1.5 * law["sd"], "the made-up losses follow the other law"
+    assert [row["epochs"]["high"] for row in penalty["rungs"]] == [None] * len(TEXT.flops), "none was seen"
+    assert "epochs with the lowest loss" in html and "if it can harm: the loss at r3 is lowest after ? (" in shown
+
+
+def test_arms_of_other_sizes_belong_to_the_law_and_what_they_tell_is_shown(read_again):
+    ladder = reread(4, 16).ladder
+    wide = PlannedArm("wide", "is it worth it?", {"model.width": 96})
+    assert build._alike(replace(ladder, arms=[*ladder.arms, wide])) == {BASELINE, AA, "more", "wide"}
+    law = read_again["repetition"] | {"R_N": Interval(5.0, 2.0, None).to_json()}
+    tree = read_again | {"repetition": law}
+    assert "R<sub>N</sub> = 5.00 (2.00 to ?)" in page.html(tree, [])
+    assert ", R_N 5.00 (2.00 to ?)" in " ".join(screen(tree).split())
 
 
 def test_without_repeats_the_report_says_why_there_is_no_law_of_them(read_again):

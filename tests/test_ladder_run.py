@@ -44,7 +44,7 @@ from trainer.ladder.slots import Slots
 from trainer.ladder.speed import Speed
 from trainer.ladder.stats.records import BASELINE, RunResult
 from trainer.launch import agent
-from trainer.log import events
+from trainer.log import events, rundir
 
 RUNGS = "".join(f'[[rungs]]\nname = "{n}"\nwidth = {w}\nn_layers = 1\n' for n, w in (("s", 16), ("m", 24)))
 PLAIN = HEAD.replace("[0, 1]", "[0]") + "slots = 2\n" + SIZES + RUNGS + TARGET_TABLE
@@ -166,6 +166,27 @@ def test_an_ensemble_is_scored_when_its_members_have_finished_and_its_members_ar
     os.truncate(next(newest.path.glob("*.distcp")), 100)
     with pytest.raises(TopropeError, match=r"could not be scored: .* holds other weights than its log ended with\.\n"):
         ensembles.score(copied, ladder.runs)
+
+
+def test_a_taught_run_begins_when_its_teachers_have_finished_and_learns_from_their_weights(home, backend):
+    ladder = plan(home, ONE_RUNG, '[[arms]]\nname = "taught"\ndistil = 2\n', name="taught")
+    out = home / "ladders" / "taught"
+    pool = pool_of(out)
+    done = run.run(ladder, out, backend=backend)
+    assert (done.exit_status, len(done.distinct)) == (EXIT_FINISHED, 3)
+    base, aa, taught = collect.collect_runs(ladder, pool, ladder.runs)
+    *teachers, student = ladder.runs[-1].members
+    made = rundir.config_of(StoredRun(pool / student.key).run).distil
+    expected = [summarise_run(StoredRun(pool / teacher.key).run)["weights_sha256"] for teacher in teachers]
+    assert [*made.weights_sha256] == expected and [Path(one).parent.name for one in made.runs] == [base.key, aa.key]
+    began = min(entry.time for entry in events.read(StoredRun(pool / student.key).run))
+    ended = [max(entry.time for entry in events.read(StoredRun(pool / one.key).run)) for one in teachers]
+    assert began > max(ended)
+    assert taught.status == "finished" and taught.loss not in (None, base.loss)
+    assert taught.digest == base.digest and taught.flops == ladder.runs[-1].flops
+    shown = report.build_report(report.collect_ladder(ladder, out))
+    assert (shown["flops"], shown["counts"]) == (taught.flops, {"finished": 3}), "each run counts once"
+    assert run.run(ladder, out, backend=backend).started == 0
 
 
 def test_a_run_that_was_scored_on_another_text_is_missing_and_says_why(reference, home):

@@ -9,7 +9,9 @@ import pytest
 
 from tests.support import ROOT
 from trainer.errors import FitError
-from trainer.ladder.stats import repetition
+from trainer.ladder.stats import overfitting, repetition
+from trainer.ladder.stats.forms import DELTA
+from trainer.ladder.stats.huber import HuberLaw
 from trainer.ladder.stats.records import Interval
 from trainer.ladder.stats.repetition import Repetition, effective
 
@@ -91,21 +93,83 @@ def test_where_repeats_look_better_than_new_text_r_ends_where_its_profile_does()
     assert found.last_paying_epoch().high is None
 
 
-def test_on_the_published_runs_r_depends_on_the_number_of_rounds(monkeypatch: pytest.MonkeyPatch):
-    """A doubt: with the published law but for R_D and R_N, 15.4 was published, and the estimator stops elsewhere."""
+def published() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Parameters, tokens, unique tokens and loss of the 182 runs of Muennighoff et al. 2023."""
     if not PUBLISHED_RUNS.exists():
         pytest.skip(f"{PUBLISHED_RUNS} is not there")
     with PUBLISHED_RUNS.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    parameters, tokens, unique, loss = (
+    params, tokens, unique, loss = (
         np.array([float(row[name]) for row in rows]) for name in ("params", "tokens", "unique_tokens", "loss")
     )
-    E, A, B, alpha = math.exp(0.6254804), math.exp(6.255414), math.exp(7.3049974), 0.3526596
-    known = {"E": E, "A": A, "alpha": alpha, "G": (A / B) ** (1 / (2 * alpha))}
-    for rounds, expected in ((repetition.ROUNDS, 36.1), (30, 15.3)):
-        monkeypatch.setattr(repetition, "ROUNDS", rounds)
-        found = repetition.fit(parameters, tokens, unique, loss, known=known)
-        assert found.R_D.value == pytest.approx(expected, abs=0.2)
+    return params, tokens, unique, loss
+
+
+A, B, ALPHA = math.exp(6.255414), math.exp(7.3049974), 0.3526596
+PUBLISHED_LAW = {"E": math.exp(0.6254804), "A": A, "alpha": ALPHA, "G": (A / B) ** (1 / (2 * ALPHA))}
+
+
+@pytest.mark.parametrize("start", [(20 / 3, 20 / 3), (40 / 3, 20 / 3), (20, 20 / 3)])
+def test_from_their_authors_starts_the_published_digits_come_out(start: tuple[float, float]):
+    """Published: R_D 15.387756, R_N 5.309743 at a sum of 0.0158259366, where L-BFGS stopped in float32."""
+    parameters, tokens, unique, loss = published()
+    law = repetition._Law(parameters, tokens, unique, sizes=True)
+    search = HuberLaw(law.terms, loss, [repetition._bounds(name, PUBLISHED_LAW) for name in repetition.NAMES])
+    first = repetition._held([0.0, 0.0, 0.0, *np.log(start), 0.0], repetition.NAMES, PUBLISHED_LAW)
+    found, least = search.descend(first)
+    assert np.exp(found[3:5]) == pytest.approx((15.387756, 5.309743), rel=1.5e-3)
+    assert least * DELTA**2 == pytest.approx(0.0158259366, rel=1e-6)
+
+
+def test_they_are_a_local_minimum_and_the_published_runs_do_not_bound_r_above():
+    found = repetition.fit(*published(), known=PUBLISHED_LAW)
+    assert found.R_D.value == pytest.approx(95.4, abs=0.5), "its sum is 0.13 % lower"
+    assert found.R_D.low is not None and 4.0 < found.R_D.low < 15.39 and found.R_D.high is None
+    assert found.R_N is not None and found.R_N.low is not None and found.R_N.high is not None
+    assert found.R_N.low < 5.31 < found.R_N.high
+
+
+def test_with_all_parameters_free_the_published_runs_bound_r():
+    found = repetition.fit(*published())
+    assert found.R_D.value == pytest.approx(33.6, abs=0.5)
+    assert found.R_D.low is not None and found.R_D.low > 20
+    assert found.R_D.high is not None and found.R_D.high < 110
+
+
+def test_a_penalty_describes_the_published_runs_better_and_says_when_to_stop():
+    size, tokens, unique, loss = published()
+    penalty, effective_data = (law.fit(size, tokens, unique, loss) for law in (overfitting, repetition))
+    medians = [
+        float(np.median(np.abs(np.log(loss / law.loss_at(size, tokens, unique))))) for law in (penalty, effective_data)
+    ]
+    assert medians == [pytest.approx(0.0169, abs=3e-4), pytest.approx(0.0260, abs=3e-4)]
+    law = penalty.law
+    assert (law.delta, law.kappa) == tuple(pytest.approx(value, abs=0.005) for value in overfitting.EXPONENTS.values())
+    assert law.P.low is not None and law.P.low > 0.02 and law.P.high is not None and law.held == ()
+    # The more parameters for each unique token, the sooner repeats harm.
+    stops = [penalty.best_epochs(count, 1e8).value for count in (14e6, 146e6, 1e9)]
+    assert stops == sorted(stops, reverse=True) and stops[-1] == pytest.approx(34, abs=2)
+
+
+def test_a_penalty_without_noise_is_found_and_one_of_nothing_has_no_end():
+    u, e = (each.ravel() for each in np.meshgrid(np.geomspace(1e8, 1e10, 4), [1.0, 4.0, 8.0, 32.0]))
+    size = np.full_like(u, 1e8)
+    plain = 2.5 + 1490 * (u * e) ** -0.35
+    found = overfitting.fit(size, u * e, u, plain + 0.05 * (e - 1) ** 0.5 * (size / u) ** 0.71)
+    assert (found.law.P.value, found.law.delta) == (pytest.approx(0.05, rel=1e-2), pytest.approx(0.5, rel=1e-2))
+    assert (found.law.A, found.law.held) == (None, ("kappa",)), "runs of one size"
+    noise = 0.002 * np.random.Generator(np.random.Philox(3)).standard_normal(len(u))
+    harmless = overfitting.fit(size, u * e, u, plain + noise)
+    assert harmless.best_epochs(1e8, 1e9).high is None and harmless.law.P.low is None
+
+
+def test_two_numbers_of_epochs_leave_one_parameter_of_the_penalty():
+    u, e = (each.ravel() for each in np.meshgrid(np.geomspace(1e8, 1e10, 4), [8.0, 16.0]))
+    size = np.full_like(u, 1e8)
+    law = overfitting.fit(size, u * e, u, 2.5 + 1490 * (u * e) ** -0.35 + 0.05 * (e - 1) ** 0.35 * (size / u) ** 0.71)
+    assert law.law.held == ("delta", "kappa") and law.law.P.value == pytest.approx(0.05, rel=0.02)
+    with pytest.raises(FitError, match="no run read its text again"):
+        overfitting.fit(size, u, u, 2.5 + 1490 * u**-0.35)
 
 
 def test_runs_that_cannot_tell_are_refused():

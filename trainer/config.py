@@ -291,6 +291,17 @@ class Islands(Section):
     """Width of what is sent of a change; what rounding leaves out is added to the next (error feedback)."""
 
 
+class Distil(Section):
+    runs: tuple[str, ...] = ()
+    """Directories of finished runs with this run's tokenizer, the teachers: the target of each token becomes a mixture
+    of the text's token and of their probabilities, averaged. Empty: the text alone."""
+    weights_sha256: tuple[str, ...] = ()
+    """Digests of the weights that they ended with, in the same order, as `inspect` shows them. A directory may change,
+    and the run must not."""
+    weight: float = Field(default=0.5, gt=0, le=1)
+    """Share of the teachers' probabilities in the target; 1 leaves nothing to the text's own tokens."""
+
+
 class Sentinel(Section):
     audit: str = "0"
     """Share of the micro-batches that a second rank computes too, such as "1/32"; "0" is off."""
@@ -364,6 +375,8 @@ class Config(Section):
     """How numbers are rounded and added."""
     islands: Islands = Islands()
     """Virtual clusters that train apart and exchange changes of the weights now and then. Off by default."""
+    distil: Distil = Distil()
+    """Finished runs whose averaged probabilities are learnt from, beside the text. Off by default."""
     checkpoint: Checkpoint = Checkpoint()
     """When the state is saved, and what is kept."""
     eval: Eval = Eval()
@@ -389,8 +402,8 @@ class Config(Section):
 
 
 # These sections decide the weights. Everything else may change between attempts of one run.
-MATHEMATICS = ("seed", "data", "model", "optim", "budget", "numerics", "islands")
-NOT_MATHEMATICS = ("data.cache_dir", "data.streaming")
+MATHEMATICS = ("seed", "data", "model", "optim", "budget", "numerics", "islands", "distil")
+NOT_MATHEMATICS = ("data.cache_dir", "data.streaming", "distil.runs")
 # Left out at the value that changes nothing, so that runs older than the setting keep their fingerprint.
 ADDED_LATER = {
     "data.deduplicate": "exact",
@@ -404,6 +417,8 @@ ADDED_LATER = {
     "numerics.tf32": False,
     "model.loss_chunk_tokens": 0,
     **{f"islands.{name}": field.default for name, field in Islands.model_fields.items()},
+    "distil.weights_sha256": [],
+    "distil.weight": Distil().weight,
 }
 # These say where the text is. What it is is known when it has been read: a run is compared by data_sha256 (rundir.py).
 PLACES_OF_TEXT = ("data.source", "data.revision", "data.subset", "data.hub_split", "data.text_column")
@@ -428,6 +443,10 @@ def anchored(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
     """
     if isinstance(tree.get("init_from"), str) and tree["init_from"].startswith(config_rules.HF):
         tree["init_from"] = config_rules.HF + str(folder.absolute() / tree["init_from"].removeprefix(config_rules.HF))
+    distil = tree.get("distil")
+    for node, name in ((tree, "distil.runs"), (distil, "runs")):
+        if isinstance(node, dict) and isinstance(node.get(name), list | tuple):
+            node[name] = [str(folder.absolute() / run) if isinstance(run, str) else run for run in node[name]]
     for setting in own_code.SETTINGS:
         section, _, key = setting.partition(".")
         for node, name in ((tree, setting), (tree.get(section), key)):
@@ -516,7 +535,10 @@ def mathematics(config: Config, parent: Mapping[str, Any] | None = None) -> dict
         flat["init_from"] = _weights_digest(config)
     if flat["data.decontaminate"] == "report":
         flat["data.decontaminate"] = "off"  # what is read stays the same
+    flat["distil.weights_sha256"] = sorted(flat["distil.weights_sha256"])  # their mean has no order
     left_out = {key for key, unchanged in ADDED_LATER.items() if flat[key] == unchanged}.union(NOT_MATHEMATICS)
+    if config.distil.runs:
+        left_out.discard("distil.weight")
     return {key: value for key, value in flat.items() if key not in left_out}
 
 

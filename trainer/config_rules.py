@@ -110,7 +110,7 @@ def contradictions(config: "Config") -> list[str]:
     return [
         *broken,
         *_mixture_problems(config), *_of_own_code(config), *_sentinel_problems(config), *_init_problems(config),
-        *_islands_problems(config),
+        *_islands_problems(config), *_distil_problems(config),
     ]  # fmt: skip
 
 
@@ -250,6 +250,45 @@ def _islands_problems(config: "Config") -> list[str]:
     return [problem for is_broken, problem in rules if is_broken]
 
 
+def _distil_problems(config: "Config") -> list[str]:
+    distil = config.distil
+    if not distil.runs and not distil.weights_sha256:
+        return []
+    rules = [
+        (
+            len(distil.runs) != len(distil.weights_sha256),
+            f"[distil] names {len(distil.runs)} runs and {len(distil.weights_sha256)} digests in weights_sha256.\n"
+            "  A directory may change, and the run must not. Give the weights_sha256 that `inspect` shows of each run.",
+        ),
+        *(
+            (
+                len(digest) != 64 or not set(digest) <= set("0123456789abcdef"),
+                f"distil.weights_sha256 has {digest!r}, which is no digest: 64 hex digits.\n"
+                "  Copy the weights_sha256 that `inspect` shows of the run.",
+            )
+            for digest in distil.weights_sha256
+        ),
+        (
+            len(set(distil.weights_sha256)) < len(distil.weights_sha256),
+            "distil.weights_sha256 names the same weights twice.\n  Name each teacher once.",
+        ),
+        (
+            config.model.class_,
+            "[distil] needs the built-in GPT, and model.class is another.\n"
+            "  Its loss takes no probabilities for a target. Leave one of them out.",
+        ),
+        (
+            config.islands.count,
+            "[distil] does not know islands: each would need the teachers.\n  Leave one of them out.",
+        ),
+        (
+            config.parallel.cuda_graphs,
+            "parallel.cuda_graphs captures the model without the teachers of [distil].\n  Leave one of them out.",
+        ),
+    ]
+    return [problem for is_broken, problem in rules if is_broken]
+
+
 def _sentinel_problems(config: "Config") -> list[str]:
     sentinel = config.sentinel
     try:
@@ -329,6 +368,7 @@ def without_effect(config: "Config") -> list[str]:
             for name in type(c.islands).model_fields
             if name != "count"
         ),
+        ("distil.weight", c.distil.runs, "distil.runs"),
         ("numerics.headroom_bits", sums, "numerics.exact = true and several micro-batches"),
     ]
     problems = []

@@ -14,6 +14,7 @@ from rich.table import Table
 from trainer.config import Config, Model
 from trainer.data.tokenizer import ByteTokenizer, Tokenizer
 from trainer.errors import ConfigError, TokenizerError
+from trainer.log import rundir
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -52,6 +53,12 @@ def flops_per_token(model: Model, vocab_size: int) -> int:
     mlp = (3 if model.mlp == "swiglu" else 2) * d * f
     weights = model.n_layers * (qkv + d * d + mlp) + d * vocab_size
     return 3 * (2 * weights + model.n_layers * 4 * model.context * d)
+
+
+def teaching_flops(config: Config, vocab_size: int) -> int:
+    """FLOPs per token of the forward passes of the runs that [distil] names. Raises RunDirectoryError."""
+    models = [rundir.config_of(Path(run)).model for run in config.distil.runs]
+    return sum(flops_per_token(model, vocab_size) // 3 for model in models)
 
 
 def _counted_flops(settings: Model, vocab_size: int) -> int:
@@ -131,6 +138,8 @@ def memory_per_rank(config: Config, vocab_size: int, world_size: int) -> dict[st
         "gathered": gathered if shards > 1 else 0,
         "activations": activations,
     }
+    if config.distil.runs:
+        parts["teachers"] = sum(FLOAT32_BYTES * rundir.fact(Path(run), "parameters") for run in config.distil.runs)
     if config.islands.count:
         parts |= _islands_bytes(config, parts, world_size)
     return parts | {"total": sum(parts.values())}
@@ -196,7 +205,8 @@ def show(config: Config, ranks: int) -> None:
 
     tokens, source = vocabulary(config)
     rows = padded_vocab(tokens, config.model.vocab_size)
-    counts, flops = parameter_count(model.construct(config.model, rows, "meta")), flops_per_token(config.model, rows)
+    counts = parameter_count(model.construct(config.model, rows, "meta"))
+    flops = flops_per_token(config.model, rows) + teaching_flops(config, rows)
     step_tokens = config.data.micro_batches * config.data.micro_batch_sequences * config.model.context
     total_tokens = step_tokens * config.budget.steps
     table = Table(title="dry run: nothing is trained", show_header=False, box=None, title_justify="left")

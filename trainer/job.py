@@ -24,6 +24,7 @@ from trainer import (
     branch,
     compile_check,
     costs,
+    distil,
     errors,
     evaluate,
     loop,
@@ -175,7 +176,7 @@ def train(
                 names = ranks.agree(elastic.node_name)
                 # Of its own: faults and checks are for what is computed with.
                 unfaulted = batches_of(config, prepared)
-                fresh = first_epoch.steps(unfaulted)
+                fresh = first_reads(config, unfaulted)
                 announce(
                     config, claim, facts, names, state.step, stopwatch, injector.notice, branched, fresh, state_from
                 )
@@ -186,7 +187,7 @@ def train(
                     checkpointer.save(state)
                 score = scorer(config, prepared, lambda: members.world, hook)
                 record = with_memory(loop.by_main(ranks, claim.log), ranks.device)
-                if ranks.is_main:
+                if ranks.is_main and fresh is not None:
                     record = with_text_bytes(record, unfaulted, prepared.tokenizer.token_bytes)
                 collaborators = loop.Collaborators(context, record, score, checkpointer)
                 if isinstance(state, IslandsState):
@@ -326,6 +327,7 @@ def _record(claim: Claim, config: Config, prepared: Prepared, vocab_size: int, t
     Raises RunDirectoryError if it cannot be written or if the run was trained on other data.
     """
     run, data = claim.run, config.data
+    distil.check(config, vocab_size, prepared.tokenizer.sha256)
     facts = trial | {
         "code": provenance.code(),
         "computes_with": claim.computes_with,
@@ -334,7 +336,7 @@ def _record(claim: Claim, config: Config, prepared: Prepared, vocab_size: int, t
         "vocab_size": vocab_size,
         "parameters": costs.parameter_count(models.construct(config.model, vocab_size, "meta")).total,
         "tokens_per_step": data.micro_batches * data.micro_batch_sequences * config.model.context,
-        "flops_per_token": costs.flops_per_token(config.model, vocab_size),
+        "flops_per_token": costs.flops_per_token(config.model, vocab_size) + costs.teaching_flops(config, vocab_size),
     }
     if prepared.overlap is not None:
         facts["near_duplicates"] = prepared.overlap.report
@@ -407,7 +409,7 @@ def build(
         sharding.add_with(grids.add if grids else None)
     elif watched is not unrounded:  # a hook costs time
         sharding.round_with(watched)
-    return TrainState(0, model, sharding, optimizers, grids)
+    return TrainState(0, model, sharding, optimizers, grids, teachers=distil.load(config, ranks.device))
 
 
 def capture(state: TrainState, config: Config, device: torch.device) -> None:
@@ -429,6 +431,11 @@ def batches_of(config: Config, prepared: Prepared) -> Batches:
         unique_tokens=config.data.unique_tokens,
         mixture=shares(config.data, prepared.train, context, config.budget.steps * m * b),
     )  # fmt: skip
+
+
+def first_reads(config: Config, batches: Batches) -> int | None:
+    """Number of steps that read text for the first time; None if teachers know it: its losses are then no code."""
+    return None if config.distil.runs else first_epoch.steps(batches)
 
 
 def with_text_bytes(

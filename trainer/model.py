@@ -11,6 +11,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple
 
@@ -176,6 +177,16 @@ class Losses(NamedTuple):
     """Mean nats per token. Scalar, float32."""
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What teachers say of a micro-batch (distil.py)."""
+
+    probabilities: Callable[[int, int], Tensor]
+    """Of the tokens from a first to before a last one, counted through the micro-batch: float32[N, V]."""
+    weight: float
+    """Their share in the target; the rest is the text's token."""
+
+
 class GPT(nn.Module):
     """Decoder-only transformer with pre-norm residual blocks (Radford et al. 2019, GPT-2).
 
@@ -214,8 +225,27 @@ class GPT(nn.Module):
         for block in self.blocks:
             block.attention.causal_mask = mask  # pyright: ignore
 
-    def forward(self, inputs_BT: Tensor, targets_BT: Tensor | None = None) -> Any:
-        """Token ids to float32 logits_BTV, or to `Losses` if targets are given. T may be shorter than the context."""
+    def forward(self, inputs_BT: Tensor, targets_BT: Tensor | None = None, lesson: Lesson | None = None) -> Any:
+        """Token ids to float32 logits_BTV, or to `Losses` if targets are given. T may be shorter than the context.
+
+        With a lesson the objective is of its mixture of targets; the cross-entropy stays that of the text.
+        """
+        x_BTD = self.hidden(inputs_BT)
+        head_VD = self.head_weight
+        if targets_BT is not None and lesson is not None:
+            return self._losses_taught(x_BTD, head_VD, targets_BT, lesson)
+        if targets_BT is not None and self.settings.loss_chunk_tokens:
+            return self._losses_by_chunks(x_BTD, head_VD, targets_BT)
+        if targets_BT is None:
+            return self._logits(x_BTD, head_VD)
+        return self.head_and_loss(x_BTD, head_VD, targets_BT)
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.embed.weight if self.head is None else self.head.weight
+
+    def hidden(self, inputs_BT: Tensor) -> Tensor:
+        """What the head reads: x_BTD after the last norm."""
         x_BTD = self.embed(inputs_BT)
         if self.embed_positions is not None:
             x_BTD = x_BTD + self.embed_positions(torch.arange(inputs_BT.shape[1], device=inputs_BT.device))
@@ -225,13 +255,7 @@ class GPT(nn.Module):
         rotation_TP2 = self.rotation_TP2[: inputs_BT.shape[1]] if self.settings.positions == "rope" else None
         for block in self.blocks:
             x_BTD = block(x_BTD, inputs_BT, rotation_TP2)
-        head_VD = self.embed.weight if self.head is None else self.head.weight
-        x_BTD = self.final_norm(x_BTD)
-        if targets_BT is not None and self.settings.loss_chunk_tokens:
-            return self._losses_by_chunks(x_BTD, head_VD, targets_BT)
-        if targets_BT is None:
-            return self._logits(x_BTD, head_VD)
-        return self.head_and_loss(x_BTD, head_VD, targets_BT)
+        return self.final_norm(x_BTD)
 
     def head_and_loss(self, x_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor) -> Losses:
         """Compiled, it makes no float32 copy of the logits."""
@@ -253,12 +277,48 @@ class GPT(nn.Module):
         cross_entropy, penalty = (torch.stack(parts).sum() / targets_BT.numel() for parts in zip(*sums, strict=True))
         return Losses(cross_entropy + self.settings.z_loss * penalty, cross_entropy)
 
+    def _losses_taught(self, x_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, lesson: Lesson) -> Losses:
+        """Losses whose target is the lesson's mixture (Hinton et al. 2015, at temperature 1).
+
+        By chunks where `loss_chunk_tokens` asks for them, teachers' probabilities included.
+        """
+        x_ND, targets_N, sums = x_BTD.flatten(0, 1), targets_BT.flatten(), []
+        size = self.settings.loss_chunk_tokens or len(targets_N)
+        for first in range(0, len(targets_N), size):
+            part = slice(first, min(first + size, len(targets_N)))
+            arguments = (x_ND[part], head_VD, targets_N[part], lesson, part)
+            if size >= len(targets_N):
+                sums.append(self._taught_sums(*arguments))
+            else:
+                sums.append(checkpoint(self._taught_sums, *arguments, use_reentrant=False, preserve_rng_state=False))
+        cross_entropy, taught, penalty = (torch.stack(part).sum() / len(targets_N) for part in zip(*sums, strict=True))
+        objective = (1 - lesson.weight) * cross_entropy + lesson.weight * taught
+        return Losses(objective + self.settings.z_loss * penalty, cross_entropy)
+
+    def _taught_sums(
+        self, x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, lesson: Lesson, part: slice
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums over tokens: cross-entropy to the text, to the teachers, and the square of log Z."""
+        logits_NV = self._logits(x_ND, self._head_of_chunks(head_VD))
+        log_NV = logits_NV.log_softmax(-1)
+        taught = -(lesson.probabilities(part.start, part.stop) * log_NV).sum()
+        cross_entropy = F.nll_loss(log_NV, targets_N, reduction="sum")
+        if not self.settings.z_loss:
+            return cross_entropy, taught, torch.zeros_like(cross_entropy)
+        return cross_entropy, taught, torch.logsumexp(logits_NV, dim=-1).square().sum()
+
+    def probabilities(self, x_ND: Tensor) -> Tensor:
+        """Probabilities float32[N, V] of what `hidden` gave of N tokens."""
+        return self._logits(x_ND, self._head_of_chunks(self.head_weight)).softmax(-1)
+
+    @staticmethod
+    def _head_of_chunks(head_VD: Tensor) -> Tensor:
+        """Autocast would cast it once for all chunks, and add up their gradients in 16 bits."""
+        kind = head_VD.device.type
+        return head_VD.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else head_VD
+
     def _loss_sums(self, x_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-        kind = x_ND.device.type
-        if torch.is_autocast_enabled(kind):
-            # Autocast would cast once for all chunks, and add up their gradients in 16 bits.
-            head_VD = head_VD.to(torch.get_autocast_dtype(kind))
-        logits_NV = self._logits(x_ND, head_VD)
+        logits_NV = self._logits(x_ND, self._head_of_chunks(head_VD))
         cross_entropy = F.cross_entropy(logits_NV, targets_N, reduction="sum")
         if not self.settings.z_loss:
             return cross_entropy, torch.zeros_like(cross_entropy)

@@ -502,7 +502,8 @@ def _flops(config: Config) -> float:
     from trainer import costs
 
     vocabulary = costs.padded_vocab(costs.vocabulary(config)[0], config.model.vocab_size)
-    return float(costs.flops_per_token(config.model, vocabulary)) * _tokens(config)
+    of_token = costs.flops_per_token(config.model, vocabulary) + costs.teaching_flops(config, vocabulary)
+    return float(of_token) * _tokens(config)
 
 
 def _checkpoint_bytes(config: Config) -> int:

@@ -22,6 +22,7 @@ from trainer.data import Batches, MicroBatch, digest
 from trainer.errors import NumericsError
 from trainer.exact import Grids
 from trainer.micro_batch_graph import MicroBatchGraph
+from trainer.model import Lesson
 from trainer.own_optimizer import OwnOptimizer
 from trainer.parallel.partial import LocalSums
 from trainer.parallel.sharding import Sharding, whole
@@ -43,6 +44,8 @@ class TrainState:
     grids: Grids | None
     graph: MicroBatchGraph | None = field(default=None, kw_only=True)
     """Computes each micro-batch, where `parallel.cuda_graphs` asks for it."""
+    teachers: Callable[[Tensor], Lesson] | None = field(default=None, kw_only=True)
+    """Input tokens to what teachers say of them, where [distil] names some."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights, optimizer moments and grids, by name. The optimizers' step counts are the run's, so left out."""
@@ -298,7 +301,8 @@ def backward(state: TrainState, context: StepContext, index: int | None, batch: 
         cross_entropy = state.graph(batch.inputs, batch.targets)
     else:
         with autocast(config, device):
-            objective, cross_entropy = state.model(batch.inputs, batch.targets)
+            lesson = () if state.teachers is None else (state.teachers(batch.inputs),)
+            objective, cross_entropy = state.model(batch.inputs, batch.targets, *lesson)
         context.hook(Phase.BEFORE_BACKWARD, state.step)
         (objective * (0.0 if index is None else 1.0 / config.data.micro_batches)).backward()
     state.sharding.micro_batch_done()

@@ -20,6 +20,8 @@ from trainer.sentinel.operator_check import only_views
 
 MIN_SECONDS = 0.005
 """A call is repeated for so long, once at least."""
+DRAWN = 2**16
+"""Normal numbers that are drawn for a tensor, and repeated: drawing all takes longer than most calls."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,12 @@ class Shape:
     def make(self, device: torch.device) -> Tensor:
         """Make a tensor: normal numbers, or zeros, which are valid as indices."""
         stored = [size if stride else min(1, size) for size, stride in zip(self.size, self.stride, strict=True)]
-        made = torch.empty_strided(stored, self.stride, dtype=self.dtype, device=device)
-        if self.dtype.is_floating_point or self.dtype.is_complex:
-            made.normal_()
-        else:
-            made.zero_()
-        return made.expand(self.size)
+        if not (self.dtype.is_floating_point or self.dtype.is_complex):
+            return torch.empty_strided(stored, self.stride, dtype=self.dtype, device=device).zero_().expand(self.size)
+        reach = 1 + sum((size - 1) * stride for size, stride in zip(stored, self.stride, strict=True))
+        numbers = torch.randn(min(DRAWN, max(reach, 1)), dtype=self.dtype, device=device)
+        repeated = numbers.repeat(-(-reach // len(numbers))) if reach > len(numbers) else numbers
+        return repeated.as_strided(stored, self.stride).expand(self.size)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """The calls of a step: of one that is taken and timed, or of a forward and backward pass without data."""
 
+import math
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -137,6 +138,32 @@ def take(config: Config, device: torch.device, micro_batches: int = MICRO_BATCHE
             "  A step is timed only if it is computed once. Lower optim.learning_rate."
         )
     return Timed(Step(recorder.seen, micro_batches), micro_batches, statistics.median(samples), samples)
+
+
+def in_turn(
+    compared: Sequence[Config], micro_batches: Sequence[int], device: torch.device, rounds: int
+) -> list[list[float]]:
+    """Seconds of steps of several configs, taken in turn: for each round, one of each. First steps are not timed."""
+    phases = [_Phases() for _ in compared]
+    sweeps = [
+        Sweep(_alone(config, number), device, phase)
+        for config, number, phase in zip(compared, micro_batches, phases, strict=True)
+    ]
+    for sweep in sweeps:
+        sweep.take_step()
+
+    def seconds(sweep: Sweep, phase: _Phases, number: int) -> float:
+        took = math.inf
+        for _ in range(MOST_STEPS):
+            phase.micro_batches, began = 0, time.perf_counter()
+            sweep.take_step()
+            _wait_for(device)
+            took = time.perf_counter() - began
+            if phase.micro_batches == number:
+                break
+        return took
+
+    return [[seconds(*one) for one in zip(sweeps, phases, micro_batches, strict=True)] for _ in range(rounds)]
 
 
 def _alone(config: Config, micro_batches: int) -> Config:

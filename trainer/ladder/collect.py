@@ -51,7 +51,8 @@ class CollectedRun(JsonRecord):
     unique_tokens: int = 0
     """U; 0: all of the text."""
     ensemble: int = 0
-    """Above 0: number of the runs whose averaged probabilities were scored."""
+    """Above 0: number of the runs that this is made of. Their averaged probabilities were scored, or the others taught
+    the last."""
     loss: float | None = None
     """The ladder's metric at the last step; None while there is none, not finite if the run diverged."""
     downstream: float | None = None
@@ -92,7 +93,7 @@ class CollectedRun(JsonRecord):
         """Return what is known of a run without its event log."""
         return cls(
             run.arm, run.rung, run.seed, run.rate, run.key, state.status, state.reason, run.flops, run.parameters,
-            run.tokens, run.config.budget.steps, state.step, run.unique_tokens, run.ensemble,
+            run.tokens, run.config.budget.steps, state.step, run.unique_tokens, len(run.members),
         )  # fmt: skip
 
 
@@ -170,8 +171,8 @@ def run_results(collected: Sequence[CollectedRun], axis: Axis = "compute") -> li
 
 def collect_run(planned: PlannedRun, pool: Path, metric: str, unit: str, downstream: str = "") -> CollectedRun:
     """Read one run from its files as they are now."""
-    if planned.ensemble:
-        return _collect_ensemble(planned, pool, metric, unit, downstream)
+    if planned.members:
+        return _collect_several(planned, pool, metric, unit, downstream)
     stored = StoredRun(pool / planned.key)
     # Without a readable log a run is shown as its files have it: waiting, running, or missing with a reason.
     unread = CollectedRun.of(planned, stored.read_state(planned.config.budget.steps))
@@ -192,9 +193,9 @@ def collect_run(planned: PlannedRun, pool: Path, metric: str, unit: str, downstr
     return dataclasses.replace(unread, **_measure(history) | score, **recorded)
 
 
-def _collect_ensemble(planned: PlannedRun, pool: Path, metric: str, unit: str, downstream: str) -> CollectedRun:
-    """Read an ensemble: its score, and what its members took together."""
-    members = [collect_run(member, pool, metric, unit) for member in planned.members]
+def _collect_several(planned: PlannedRun, pool: Path, metric: str, unit: str, downstream: str) -> CollectedRun:
+    """Read an ensemble, or a run with its teachers: its score, and what its members took together."""
+    members = [collect_run(member, pool, metric, unit, downstream) for member in planned.members]
     collected = CollectedRun.of(planned, RunState("waiting"))
     missing = next((member for member in members if member.status == "missing"), None)
     if missing is not None:
@@ -203,21 +204,29 @@ def _collect_ensemble(planned: PlannedRun, pool: Path, metric: str, unit: str, d
             collected, status="missing", reason=f"a member is missing: {missing.reason}",
             loss=math.nan if diverged else None,
         )  # fmt: skip
-    scores = ensembles.read(pool, planned)
-    if scores is None or any(member.status != "finished" for member in members):
+    if any(member.status != "finished" for member in members):
         return collected
-    found, second = scores.get(metric, {}), scores.get(downstream, {})
-    key = "bits_per_byte" if unit == "bits_per_byte" else "loss"
+    found: dict[str, Any]
+    if planned.distil:
+        student = members[-1]
+        found = {name: getattr(student, name) for name in ("loss", "digest", "downstream", "downstream_digest")}
+    else:
+        scores = ensembles.read(pool, planned)
+        if scores is None:
+            return collected
+        first, second = scores.get(metric, {}), scores.get(downstream, {})
+        key = "bits_per_byte" if unit == "bits_per_byte" else "loss"
+        found = {"loss": first.get(key), "digest": first.get("digest")}
+        found |= {"downstream": second.get(key), "downstream_digest": second.get("digest")}
     seconds: dict[str, Any] = {}
     for name in ("seconds", "undisturbed_seconds", "wall_seconds"):
         values = [getattr(member, name) for member in members]
         seconds[name] = None if None in values else math.fsum(values)
     texts, machines = ({getattr(member, key) for member in members} for key in ("data_sha256", "machine"))
     return dataclasses.replace(
-        collected, status="finished", step=collected.steps, digest=found.get("digest"),
-        loss=found.get(key), downstream=second.get(key), downstream_digest=second.get("digest"),
+        collected, status="finished", step=collected.steps,
         data_sha256=texts.pop() if len(texts) == 1 else None, machine=machines.pop() if len(machines) == 1 else None,
-        **seconds,
+        **seconds, **found,
     )  # fmt: skip
 
 

@@ -1,4 +1,6 @@
-"""Scores of a ladder's ensembles, made in one process of its own when their members have finished.
+"""What a ladder makes of several runs: scores of ensembles, and configs of runs that others teach.
+
+Scores are made in one process of its own when the members have finished.
 
 POOL/KEY/ensemble.json    what `ensemble --json` prints; KEY is that of the ensemble (plan/ladder.py)
 """
@@ -11,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from trainer import files
+from trainer.config import Config
 from trainer.errors import TopropeError
 from trainer.fleet.run_store import StoredRun
 from trainer.ladder.plan.ladder import PlannedRun
+from trainer.log import summary
 
 
 def path_of(pool: Path, planned: PlannedRun) -> Path:
@@ -44,6 +48,18 @@ def score(pool: Path, planned: Iterable[PlannedRun]) -> None:
         reason = done.stderr.strip().splitlines()[-1:] or ["its process ended without a message"]
         remedy = "Its runs are kept; the next `ladder run` tries again."
         raise TopropeError(f"An ensemble could not be scored: {reason[0]}\n  {remedy}")
+
+
+def with_teachers(pool: Path, planned: PlannedRun) -> Config:
+    """Return the config of a run whose teachers have finished, with them in it; that of another run as it is."""
+    if not planned.teachers:
+        return planned.config
+    runs = [pool.absolute() / teacher.key / "run" for teacher in planned.teachers]
+    named = {
+        "runs": tuple(map(str, runs)),
+        "weights_sha256": tuple(summary.summarise(run)["weights_sha256"] for run in runs),
+    }
+    return planned.config.model_copy(update={"distil": planned.config.distil.model_copy(update=named)})
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ from trainer.ladder.slots import Slots
 from trainer.ladder.speed import Speed
 
 WAIT_SECONDS = 0.2
+WAITING = RunState("waiting")
 REFRESH_SECONDS = 1.0
 """Interval at which the files of runs are read for the table."""
 
@@ -50,7 +51,7 @@ class LadderStatus:
     """Number of processes that this scheduler started."""
 
     def state(self, run: PlannedRun) -> RunState:
-        return self.states.get(run.key, RunState("waiting"))
+        return self.states.get(run.key, WAITING)
 
     @functools.cached_property
     def distinct(self) -> list[PlannedRun]:
@@ -234,10 +235,15 @@ class _Scheduler:
     def _left(self) -> list[PlannedRun]:
         """Runs that have not finished, were not given up, and are not running here; in the planned order."""
         taken, status = self.supervisor.given_up | self.supervisor.runs.keys(), self._status()
-        return [run for run in status.distinct if run.key not in taken and status.state(run).status != "finished"]
+        left = [run for run in status.distinct if run.key not in taken and status.state(run).status != "finished"]
+        return [run for run in left if not any(one.key in self.supervisor.given_up for one in run.teachers)]
+
+    def _can_start(self, run: PlannedRun) -> bool:
+        """True if the run's teachers have finished."""
+        return all(self._states.get(one.key, WAITING).status == "finished" for one in run.teachers)
 
     def _fill_slots(self) -> None:
-        left = self._left()
+        left = [run for run in self._left() if self._can_start(run)]
         # Runs that another ladder holds are skipped in this round, and tried again in the next one.
         while left and self.supervisor.free_slots:
             status = self._status()
@@ -262,7 +268,8 @@ class _Scheduler:
         name = f"{self.ladder.name} {run.name}"
         stored, changed = StoredRun(self.pool / run.key), codearms.environment(run.tree)
         slot = self.slots.free_for(run, self._busy_slots())
-        if not self.supervisor.try_start(run.key, stored, name, run.config, changed, slot):
+        config = ensembles.with_teachers(self.pool, run)
+        if not self.supervisor.try_start(run.key, stored, name, config, changed, slot):
             self._refresh([run])  # another ladder has it, or has just finished it
 
     def _collect(self) -> None:

@@ -64,7 +64,7 @@ def final(ladder: Ladder, chosen: Iterable[Choice]) -> list[PlannedRun]:
 
 
 def wanted(ladder: Ladder, pool: Path) -> list[PlannedRun]:
-    """Return all runs that are known by now, rung by rung, each rung's sweep first; of an ensemble, its members."""
+    """Return all runs that are known by now, rung by rung, each rung's sweep first; in place of several, each."""
     order = list(dict.fromkeys(run.rung for run in ladder.runs))
     chosen = final(ladder, choices(ladder, pool))
     runs = [*ladder.sweep, *(each for run in chosen for each in (run.members or [run]))]

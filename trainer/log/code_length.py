@@ -83,7 +83,10 @@ class CodeLength:
     def why_unknown(self, steps: int) -> str | None:
         """Return why the length of the first epoch is not known, after `steps` completed ones; None if it is."""
         if self.first_epoch_steps is None:
-            return "the log does not say how long the first epoch is, as an older toprope wrote it"
+            return (
+                "the log does not say how long the first epoch is: an older toprope wrote it, or the run has teachers, "
+                "who may know the text"
+            )
         if self.first_epoch_steps == 0:
             return "one step reads more than an epoch, so no whole step reads text for the first time"
         if steps and len(self.sums) < min(steps, self.first_epoch_steps):

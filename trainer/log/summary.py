@@ -106,6 +106,7 @@ def summarise(run: Path, checkpoints: Sequence[dict[str, Any]] = ()) -> dict[str
         **_exactness(steps),
         "fingerprint": start.fingerprint if start else identity["fingerprint"],
         "parent": identity.get("parent"),
+        "teachers": _teachers(identity["config"].get("distil", {})),
         "parameters": start.parameters if start else None,
         "device": start.device if start else None,
         "strategy": start.strategy if start else None,
@@ -114,6 +115,11 @@ def summarise(run: Path, checkpoints: Sequence[dict[str, Any]] = ()) -> dict[str
         "nodes": [dataclasses.asdict(node) | {"is_slow": node.is_slow} for node in nodes_of(history, running)],
         "warnings": _warnings(history, ends, parent["step"]),
     }
+
+
+def _teachers(distil: Mapping[str, Any]) -> list[dict[str, str]]:
+    runs = zip(distil.get("runs", ()), distil.get("weights_sha256", ()), strict=False)
+    return [{"run": run, "weights_sha256": digest} for run, digest in runs]
 
 
 def _islands(entries: Sequence[Entry]) -> dict[str, Any] | None:

@@ -97,6 +97,8 @@ def _figures(summary: Mapping[str, Any]) -> Table:
         grid.add_row("sentinel", f"audits {sentinel['audit']}   {hashes}   {found}")
     if parent := summary["parent"]:
         grid.add_row("began from", Text(f"{parent['run']} at step {parent['step']}"))
+    if summary["teachers"]:
+        grid.add_row("taught by", Text(", ".join(teacher["run"] for teacher in summary["teachers"])))
     for name in ("fingerprint", "weights_sha256", "state_sha256"):
         if summary[name] is not None:
             # Cut where the terminal ends, never over two lines: `--json` has it whole.

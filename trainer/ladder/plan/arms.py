@@ -12,7 +12,7 @@ from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.ladder.plan import code as codearms
 from trainer.ladder.plan import sizes
-from trainer.ladder.plan.ladder import AA, ENSEMBLE, PlannedArm, PlannedRun
+from trainer.ladder.plan.ladder import AA, DISTIL, ENSEMBLE, PlannedArm, PlannedRun
 from trainer.ladder.plan.schema import CODE_LENGTH, Arm, LadderFile
 
 
@@ -27,8 +27,8 @@ def plan_arms(file: LadderFile, config: Config, folder: Path, problems: list[str
         if arm.patch or arm.commit:
             if (made := _change_of_code(arm, folder, config, problems)) is not None:
                 singles[arm.name] = made
-        elif arm.ensemble:
-            if settings := _ensemble(arm, file, problems):
+        elif arm.ensemble or arm.distil:
+            if settings := _of_several_runs(arm, file, problems):
                 singles[arm.name] = PlannedArm(arm.name, arm.question, settings)
         elif not arm.combines and (settings := _single_change(arm, file, problems)):
             singles[arm.name] = PlannedArm(arm.name, arm.question, settings)
@@ -54,7 +54,7 @@ def plan_arms(file: LadderFile, config: Config, folder: Path, problems: list[str
 
 def _change_of_code(arm: Arm, folder: Path, config: Config, problems: list[str]) -> PlannedArm | None:
     """Return an arm that is a patch or a commit; None if it cannot be planned."""
-    named = [name for name in ("set", "patch", "commit", "ensemble", "combines") if getattr(arm, name)]
+    named = [name for name in ("set", "patch", "commit", "ensemble", "distil", "combines") if getattr(arm, name)]
     if len(named) > 1:
         remedy = "An arm is a single change. Make several arms and one that `combines` them."
         problems.append(f"arm {arm.name!r} has {' and '.join(named)}.\n  {remedy}")
@@ -69,20 +69,22 @@ def _change_of_code(arm: Arm, folder: Path, config: Config, problems: list[str])
     return PlannedArm(arm.name, arm.question, settings, tree=change.tree)
 
 
-def _ensemble(arm: Arm, file: LadderFile, problems: list[str]) -> dict[str, Any]:
-    """The change of an arm that is an ensemble; empty if it cannot be planned."""
-    if arm.set or arm.combines:
+def _of_several_runs(arm: Arm, file: LadderFile, problems: list[str]) -> dict[str, Any]:
+    """The change of an arm that is an ensemble, or whose runs are taught; empty if it cannot be planned."""
+    named = [name for name in (ENSEMBLE, DISTIL, "set", "combines") if getattr(arm, name)]
+    if len(named) > 1:
         remedy = "An arm is a single change. Make several arms and one that `combines` them."
-        problems.append(f"arm {arm.name!r} has ensemble and {'set' if arm.set else 'combines'}.\n  {remedy}")
-    elif arm.ensemble < 2:
+        problems.append(f"arm {arm.name!r} has {' and '.join(named)}.\n  {remedy}")
+    elif arm.ensemble == 1:
         problems.append(f"arm {arm.name!r}: an ensemble of one is the baseline.\n  Give ensemble = 2 or more.")
     elif file.metric == CODE_LENGTH:
+        why = "an ensemble has none" if arm.ensemble else "teachers who know the text make no code of them"
         problems.append(
-            f"arm {arm.name!r}: metric = {CODE_LENGTH!r} is made of training losses, and an ensemble has none.\n"
+            f"arm {arm.name!r}: metric = {CODE_LENGTH!r} is made of training losses, and {why}.\n"
             "  Compare by a held-out set."
         )
     else:
-        return {ENSEMBLE: arm.ensemble}
+        return {ENSEMBLE: arm.ensemble} if arm.ensemble else {DISTIL: arm.distil}
     return {}
 
 
@@ -157,8 +159,13 @@ def _combined_changes(arm: Arm, singles: Mapping[str, PlannedArm], problems: lis
         fault = f"changes {', '.join(twice)} twice" if twice else "combines one arm only"
         problems.append(f"{where} {fault}.\n  Combine two arms or more that change different settings.")
         return {}
-    if ENSEMBLE in dict(changes) and any(singles[name].tree for name in arm.combines if name in singles):
-        problems.append(f"{where} combines an ensemble with a change of the package.\n  Combine it with settings only.")
+    several = {ENSEMBLE: "an ensemble", DISTIL: "distil"}
+    kinds = [words for key, words in several.items() if key in dict(changes)]
+    if kinds and any(singles[name].tree for name in arm.combines if name in singles):
+        problems.append(f"{where} combines {kinds[0]} with a change of the package.\n  Combine it with settings only.")
+        return {}
+    if len(kinds) > 1:
+        problems.append(f"{where} combines {' and '.join(kinds)}.\n  Make an arm of each.")
         return {}
     return {} if unknown else dict(changes)
 
@@ -196,7 +203,9 @@ def difference(first: Config, second: Config) -> list[str]:
 def split_rules(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return (rules, settings): those named sizes.NAME, without the prefix, and the others that a config has."""
     rules = {key.removeprefix("sizes."): value for key, value in settings.items() if key.startswith("sizes.")}
-    return rules, {key: value for key, value in settings.items() if not key.startswith(("sizes.", "code.", ENSEMBLE))}
+    several = (ENSEMBLE, DISTIL)
+    of_config = {k: v for k, v in settings.items() if k not in several and not k.startswith(("sizes.", "code."))}
+    return rules, of_config
 
 
 def near(name: str, known: Iterable[str]) -> str:

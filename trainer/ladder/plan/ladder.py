@@ -21,6 +21,8 @@ AA = "A/A"
 """Name of the arm that changes only the draw of the initial weights."""
 ENSEMBLE = "ensemble"
 """Key of the number of runs, among the settings of an arm that is an ensemble."""
+DISTIL = "distil"
+"""Key of the number of teachers, among the settings of an arm whose run is taught by runs of the ladder."""
 TARGET = "target"
 FIT_RUNGS = 3
 """A curve of three parameters needs as many rungs."""
@@ -98,8 +100,12 @@ class PlannedRun:
     """Folder with the package that the run is started with; None: the one that plans it."""
     ensemble: int = 0
     """Above 0 this is no run but the ensemble of so many, its `members`."""
+    distil: int = 0
+    """Above 0 this is no run but so many teachers and the run that they teach, its `members`, that one last."""
+    teachers: tuple["PlannedRun", ...] = ()
+    """Runs that must have finished before this one begins: their digests complete its config."""
     member: int | None = None
-    """Number of this run in its ensemble."""
+    """Number of this run in its ensemble, or among the teachers."""
 
     @property
     def name(self) -> str:
@@ -109,25 +115,33 @@ class PlannedRun:
 
     @property
     def members(self) -> list["PlannedRun"]:
-        """Runs of an ensemble. They differ in the draw of initial weights: all read the same text in the same order."""
-        model, found = self.config.model, []
-        for number in range(self.ensemble):
+        """Runs that this is made of; none of an ordinary run.
+
+        Those of an ensemble, or teachers, differ in the draw of initial weights: all read the same text in the same
+        order. A run that is taught begins with the weights of the baseline.
+        """
+        model, found = self.config.model, list[PlannedRun]()
+        for number in range(self.ensemble or self.distil):
             draw = model.model_copy(update={"init_draw": model.init_draw + number})
             config = self.config.model_copy(update={"model": draw})
-            found.append(replace(self, config=config, ensemble=0, member=number))
-        return found
+            found.append(replace(self, config=config, ensemble=0, distil=0, member=number))
+        return [*found, replace(self, distil=0, teachers=tuple(found))] if self.distil else found
 
     @functools.cached_property
     def key(self) -> str:
         """Digest of what decides the result, 16 hex digits: runs of two ladders with the same key are one run."""
-        if self.ensemble:
+        if self.ensemble or self.distil:
             of_members = " ".join(member.key for member in self.members)
-            return hashlib.sha256(f"{ENSEMBLE} {of_members}".encode()).hexdigest()[:16]
+            kind = ENSEMBLE if self.ensemble else DISTIL
+            return hashlib.sha256(f"{kind} {of_members}".encode()).hexdigest()[:16]
         # What is held out is no part of the mathematics, but it decides the loss that is read from the run.
         scored = json.dumps(configs.flatten(self.config.eval.model_dump(mode="json")), sort_keys=True)
         code = codearms.digest(self.tree)
         computed_by = "" if code == provenance.CODE_BEFORE_RECORDS else f" {code}"
-        return hashlib.sha256(f"{configs.fingerprint(self.config)} {scored}{computed_by}".encode()).hexdigest()[:16]
+        # What teachers learn is decided by what their own keys stand for.
+        taught_by = "".join(f" {DISTIL} {teacher.key}" for teacher in self.teachers)
+        decided_by = f"{configs.fingerprint(self.config)} {scored}{computed_by}{taught_by}"
+        return hashlib.sha256(decided_by.encode()).hexdigest()[:16]
 
     @property
     def tokens(self) -> int:
@@ -136,7 +150,10 @@ class PlannedRun:
 
     @property
     def flops(self) -> float:
-        return float(self.flops_per_token * self.tokens * max(self.ensemble, 1))
+        if members := self.members:
+            return sum(member.flops for member in members)
+        # A teacher computes forward passes alone.
+        return float((self.flops_per_token + sum(t.flops_per_token // 3 for t in self.teachers)) * self.tokens)
 
     @property
     def unique_tokens(self) -> int:
@@ -157,7 +174,9 @@ class PlannedRun:
         wandb = self.config.wandb
         tags = (*wandb.tags[:-1], f"seed {seed}", f"rate ×{multiplier:g}")
         update = {"seed": seed, "faults": (), "wandb": wandb.model_copy(update={"tags": tags})}
-        run = replace(self, seed=seed, rate=multiplier, ensemble=0, config=self.config.model_copy(update=update))
+        run = replace(
+            self, seed=seed, rate=multiplier, ensemble=0, distil=0, config=self.config.model_copy(update=update)
+        )
         return run.at_rate(multiplier)
 
 

@@ -21,7 +21,17 @@ from trainer.faults.fault import NODES
 from trainer.ladder.plan import arms as armplans
 from trainer.ladder.plan import code as codearms
 from trainer.ladder.plan import sizes
-from trainer.ladder.plan.ladder import AA, ENSEMBLE, FIT_RUNGS, TARGET, Ladder, PlannedArm, PlannedRun, PlannedRung
+from trainer.ladder.plan.ladder import (
+    AA,
+    DISTIL,
+    ENSEMBLE,
+    FIT_RUNGS,
+    TARGET,
+    Ladder,
+    PlannedArm,
+    PlannedRun,
+    PlannedRung,
+)
 from trainer.ladder.plan.schema import CODE_LENGTH, AddedRuns, LadderFile, Rung
 from trainer.ladder.plan.sizes import Rules, Scale, Size
 from trainer.ladder.stats.records import BASELINE, Criterion
@@ -367,8 +377,8 @@ class _LadderBuilder:
                 if not planned:
                     return []
                 continue
-            members = arm.settings.get(ENSEMBLE, 0)
-            run = PlannedRun(arm.name, rung, config.seed, config, *counts, tree=arm.tree, ensemble=members)
+            several: dict[str, Any] = {"ensemble": arm.settings.get(ENSEMBLE, 0), "distil": arm.settings.get(DISTIL, 0)}
+            run = PlannedRun(arm.name, rung, config.seed, config, *counts, tree=arm.tree, **several)
             planned.append(run)
             self.problems += [f"{where}: {problem}" for problem in armplans.prove(arm, planned[0], run)]
             trains_longer = not LENGTHS.isdisjoint(arm.settings)

@@ -51,6 +51,9 @@ class Arm(Section):
     ensemble: int = Field(default=0, ge=0)
     """Number of runs whose averaged probabilities are scored: the baseline's, and others that draw other initial
     weights. The compute of all of them counts."""
+    distil: int = Field(default=0, ge=0)
+    """Number of runs whose averaged probabilities are half of the target of the arm's run: the baseline's, and others
+    that draw other initial weights. The compute of all of them counts."""
     combines: list[str] = Field(default_factory=list)
     """Names of arms whose changes are made together."""
 

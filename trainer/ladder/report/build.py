@@ -24,7 +24,7 @@ from trainer.ladder.collect import CollectedRun
 from trainer.ladder.plan.ladder import FIT_RUNGS, TARGET, Ladder, PlannedRun
 from trainer.ladder.report import downstream, estimates, execution
 from trainer.ladder.report.estimates import EstimatePlan, Tree
-from trainer.ladder.stats import repetition
+from trainer.ladder.stats import overfitting, repetition
 from trainer.ladder.stats.records import BASELINE
 from trainer.ladder.tuning import Choice
 from trainer.show import units
@@ -60,11 +60,11 @@ class CollectedLadder:
     record: Mapping[str, Any] = field(default_factory=dict)
     """ladder.json."""
     members: Sequence[CollectedRun] = ()
-    """Runs of ensembles."""
+    """Runs of ensembles; runs that are taught, and their teachers."""
 
     @property
     def made(self) -> list[CollectedRun]:
-        """All runs but a sweep's: ensembles are represented by their members."""
+        """All runs but a sweep's: what is made of several is represented by its members."""
         return [run for run in [*self.runs, *self.members] if not run.ensemble]
 
 
@@ -164,16 +164,16 @@ def _compute_ratio(arm: str, runs: Sequence[CollectedRun]) -> float | None:
 
 
 def _repetition(collected: CollectedLadder) -> Tree:
-    """What text is worth that is read again, by the baseline's runs and those that differ in their epochs alone."""
-    axis = {"sizes.epochs", "sizes.run_tokens", "model.init_draw"}
-    alike = {BASELINE} | {arm.name for arm in collected.ladder.arms if arm.settings.keys() <= axis}
+    """What text is worth that is read again, by the baseline's runs and those that differ in epochs or size alone."""
+    alike = _alike(collected.ladder)
     runs = [run for run in collected.runs if run.arm in alike and run.loss is not None and math.isfinite(run.loss)]
     if not runs:
         return {"refused": "no run has finished."}
     columns = ("parameters", "tokens", "unique_tokens", "loss")
+    level = collected.ladder.criterion.level
     try:
-        values = (np.array([float(getattr(run, name)) for run in runs]) for name in columns)
-        law = repetition.fit(*values, level=collected.ladder.criterion.level)
+        values = [np.array([float(getattr(run, name)) for run in runs]) for name in columns]
+        law = repetition.fit(*values, level=level)
     except FitError as error:
         return {"refused": str(error)}
     rungs = []
@@ -187,7 +187,27 @@ def _repetition(collected: CollectedLadder) -> Tree:
         "last_paying_epoch": law.last_paying_epoch().to_json(),
         "epochs": [{"epoch": n, "value": law.value_of_epoch(n).to_json()} for n in EPOCHS],
         "rungs": rungs,
+        "penalty": _penalty(values, collected.ladder, level),
     }
+
+
+def _alike(ladder: Ladder) -> set[str]:
+    """The arms that one law of repeated text describes: they change epochs, size or draw alone."""
+    axis = {"sizes.epochs", "sizes.run_tokens", "model.init_draw", "model.width", "model.n_layers", "model.n_heads"}
+    return {BASELINE} | {arm.name for arm in ladder.arms if arm.settings.keys() <= axis}
+
+
+def _penalty(values: Sequence[np.ndarray], ladder: Ladder, level: float) -> Tree:
+    """The same by a law in which text that is read again can harm."""
+    try:
+        found = overfitting.fit(*values, level=level)
+    except FitError as error:
+        return {"refused": str(error)}
+    best = [
+        {"rung": rung.name, "epochs": found.best_epochs(rung.parameters, rung.unique_tokens).to_json()}
+        for rung in ladder.rungs
+    ]
+    return found.law.to_json() | {"refused": None, "rungs": best}
 
 
 def _distinct(runs: Sequence[CollectedRun]) -> list[CollectedRun]:

@@ -87,10 +87,15 @@ def _lines(tree: Tree) -> Iterator[str]:
         yield f"baseline: {', '.join(parts)}"
     law = tree.get("repetition")
     if law and not law["refused"]:
+        size = f", R_N {units.bounds(law['R_N'], units.loss, 2)}" if law["R_N"] else ""
         yield (
-            f"text read again: R_D {units.bounds(law['R_D'], units.loss, 2)}; an epoch pays up to number "
+            f"text read again: R_D {units.bounds(law['R_D'], units.loss, 2)}{size}; an epoch pays up to number "
             f"{units.bounds(law['last_paying_epoch'], units.loss, 1)}"
         )
+        if not law["penalty"]["refused"]:
+            last = law["penalty"]["rungs"][-1]
+            most = units.bounds(last["epochs"], units.loss, 1)
+            yield f"if it can harm: the loss at {last['rung']} is lowest after {most} epochs"
     for form in tree.get("surface", {}).get("forms", ()):
         yield f"{form['name']}, {form['formula']}: {form['refused'] or _surface_form(form)}"
     if ranked := tree.get("ranking"):
