@@ -28,6 +28,15 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)
 
+LONGEST_FIRST = (
+    "survival", "nemesis", "fuzz_cli", "slurm", "faults_worker", "network", "chaos", "equality", "rendezvous",
+    "ladder_run", "mutations", "elastic", "signals", "sentinel", "quorum", "chaos_quorum", "hunt", "transport", "wandb",
+    "own_model", "packaging", "judge", "quorum_launch", "cli", "provenance", "memory_copies", "readme", "chaos_command",
+    "examples",
+)  # fmt: skip
+"""Files that take long, so that none of them is begun when all others are done; those that wait among those that
+compute."""
+
 hypothesis.settings.register_profile("default", deadline=None)  # the machine is shared: time is no failure
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
@@ -44,6 +53,11 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["TOPROPE_CACHE"] = cache
     os.environ["HF_HOME"] = str(Path(cache) / "huggingface")
     config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {f"test_{name}": number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -15,7 +15,7 @@ import torch
 from trainer import config as configs
 from trainer import costs, job, loop
 from trainer.checkpoint.checkpointer import Checkpointer
-from trainer.data import prepare
+from trainer.data import Prepared, prepare
 from trainer.islands.members import with_islands
 from trainer.islands.state import IslandsState
 from trainer.log.events import EventLog, StepDone
@@ -27,7 +27,7 @@ from trainer.step import StepContext, TrainState
 def train(case: dict[str, Any], ranks: world.World, directory: Path) -> dict[str, Any]:
     config = configs.load(Path(case["config"]), case["set"])
     job.set_numerics(config, ranks.device)
-    prepared = prepare(config.data, config.eval, config.model.context)
+    prepared = prepared_once(config)
     rows = costs.padded_vocab(prepared.tokenizer.vocab_size, config.model.vocab_size)
     state = job.build_any(config, rows, ranks, lambda rounders: rounders)
     log = EventLog.open(directory, next(attempts), ranks.rank)
@@ -55,6 +55,17 @@ def train(case: dict[str, Any], ranks: world.World, directory: Path) -> dict[str
 
 
 attempts = itertools.count()
+prepared: dict[str, Prepared] = {}
+
+
+def prepared_once(config: configs.Config) -> Prepared:
+    """The data of a config, which most cases share: what is not of the text makes no difference to them."""
+    data = config.data.model_dump_json(exclude={"micro_batches", "micro_batch_sequences"})
+    sets = config.eval.model_dump_json(exclude={"every_steps", "max_tokens"})
+    key = f"{data} {sets} {config.model.context}"
+    if key not in prepared:
+        prepared[key] = prepare(config.data, config.eval, config.model.context)
+    return prepared[key]
 
 
 class NoCheckpointer(Checkpointer):

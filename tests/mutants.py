@@ -147,19 +147,20 @@ class Mutant:
     faults: tuple[str, ...]
     """Faults that bring it to light, as TOML; after a second save has begun, which has waited for the first."""
     nodes: int = 1
+    """Of one rank each."""
     set: str = "{}"
     """Overrides of this run, as TOML."""
 
 
 # Slow enough to be met from outside, and saved twice before the node leaves.
 MET_OUTSIDE = "{ eval.every_steps = 1, eval.max_tokens = 1024, checkpoint.every_steps = 3 }"
-KILL = '{kind = "sigkill", at_step = 16, rank = 1}'
+KILL = '{kind = "sigkill", at_step = 16, rank = 0}'
 KILLED_AGAIN = '{kind = "sigkill", at_step = 34, rank = 0}'
 KILLED_SAVING = '{kind = "sigkill", at_step = 12, rank = 0, phase = "in_save_shard"}'
-KILLED_AT_THE_END = '{kind = "sigkill", phase = "before_end", rank = 1}'
+KILLED_AT_THE_END = '{kind = "sigkill", phase = "before_end", rank = 0}'
 TRUNCATED = '{kind = "truncated_shard", at_step = 20, rank = 0}'
 FLIPPED = '{kind = "flipped_shard", at_step = 27, rank = 0}'
-NO_SPACE = '{kind = "no_space", at_step = 30, rank = 1}'
+NO_SPACE = '{kind = "no_space", at_step = 30, rank = 0}'
 NODE_LEAVES = '{kind = "node_leaves", at_step = 9}'
 MUTANTS = {
     mutant.apply.__name__: mutant

@@ -9,8 +9,9 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -59,10 +60,11 @@ def many_runs(plans: Sequence[Sequence[str]], directory: Path) -> None:
 
 
 def start(
-    command: list[str], output: Path | None = None, errors: Path | None = None, *, warm: bool = True
-) -> subprocess.Popen[bytes] | Child:
+    command: list[str], output: Path | None = None, errors: Path | None = None, *, warm: bool = True,
+    variables: Mapping[str, str] = MappingProxyType({}),
+) -> subprocess.Popen[bytes] | Child:  # fmt: skip
     """Start a command. If `warm`, a `python -m` is forked from a process that has imported torch already."""
-    environment = os.environ | ENVIRONMENT
+    environment = os.environ | ENVIRONMENT | dict(variables)
     if warm and command[:2] == [sys.executable, "-m"] and (server := warm_server()) is not None:
         child = server.start(command[2], command[3:], environment, directory=ROOT, output=output, errors=errors)
         if child is not None:

@@ -5,12 +5,12 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests import support
 from tests.support import ROOT, SMOKE, inspect, settings, summarise_run, torchrun, trainer
 from trainer import config as configs
 from trainer.log import rundir
@@ -178,28 +178,10 @@ def test_a_directory_that_is_no_run_is_refused_and_left_alone(capsys, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-DIES_WRITING = """
-import os, sys
-from trainer import files
-from trainer.cli import main
-
-real, name = files.write, sys.argv.pop(1)
-
-def write(path, content):
-    if path.name == name:
-        path.with_name(f".{name}.0123abcd.partial").write_text("half")
-        os._exit(9)
-    real(path, content)
-
-files.write = write
-main()
-"""
-
-
 def test_a_run_whose_start_died_at_any_file_can_be_started_again(run):
     for name in ("config.json", "tokenizer.json"):
-        code = ["-c", DIES_WRITING, name, "train", str(SMOKE), "--run", str(run), *TINY]
-        died = subprocess.run([sys.executable, *code], cwd=ROOT, capture_output=True, text=True, check=False)
+        command = [sys.executable, "-m", "tests.dies_writing", name, "train", str(SMOKE), "--run", str(run), *TINY]
+        died = support.run(command, check=False, timeout=100)
         assert died.returncode == 9, died.stderr
         assert (run / f".{name}.0123abcd.partial").exists()
     trainer("train", SMOKE, "--run", run, *TINY)

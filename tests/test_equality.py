@@ -3,8 +3,8 @@
 Each world size trains all cases once on real gloo ranks; the tests hold the results against the single process.
 """
 
-import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,21 @@ ISLANDS: dict[str, dict[str, Any]] = {
 """A cluster computes whole islands. Three of one rank have two, two and none of the four."""
 OF_TWO_RANKS = ISLANDS["islands"] | {"parallel.island_ranks": 2}
 STREAMED_OF_TWO = ISLANDS["islands, streamed in int4"] | {"parallel.island_ranks": 2}
+Layout = tuple[int, str]
+"""World size and strategy."""
+LAYOUTS: list[Layout] = [
+    (world_size, strategy)
+    for world_size in (1, 2, 3, 4)
+    for strategy in ("replicate", "fsdp", "hybrid")
+    if strategy != "hybrid" or world_size % 2 == 0
+]
+REFERENCE: Layout = (1, "replicate")
+CROSSED: tuple[list[Layout], ...] = (
+    [(2, "hybrid"), (3, "fsdp"), (4, "replicate")],
+    [(2, "replicate"), (3, "fsdp"), (4, "hybrid")],
+    [(1, "fsdp"), (2, "fsdp"), (3, "replicate"), (4, "hybrid")],
+)
+"""Sets of layouts in each of which every world size and every strategy occurs."""
 COMPILED = {
     "data.micro_batches": 5, "model.context": 17, "model.n_layers": 1, "model.dropout": 0.1, "numerics.compile": True,
     "parallel.activation_checkpointing": True,
@@ -65,25 +80,58 @@ DRAWN = [f"0-{number}" for number in range(6)]
 """A sample of scripts/fuzz_equality, which trains as many as one likes."""
 
 
+def grid() -> Iterator[tuple[str, Layout, dict[str, Any]]]:
+    """Every case as (feature, world size and strategy, what it sets).
+
+    All switches at once meet every layout. Any other feature meets every world size and every strategy, but not each of
+    one with each of the other: what is wrong with a pair of them shows with all switches.
+    """
+
+    def on(feature: str, changes: dict[str, Any], *layouts: Layout) -> Iterator[tuple[str, Layout, dict[str, Any]]]:
+        yield from ((feature, layout, changes) for layout in layouts)
+
+    for number, (feature, changes) in enumerate(FEATURES.items()):
+        crossed = [REFERENCE, *CROSSED[number % len(CROSSED)]]
+        yield from on(feature, changes, *(LAYOUTS if feature == "everything" else crossed))
+    yield from on("scattered once", SCATTERED_ONCE, (1, "fsdp"), (3, "fsdp"), (2, "hybrid"), (4, "hybrid"))
+    alone, two, three, four = ((size, "replicate") for size in (1, 2, 3, 4))
+    islands = zip(ISLANDS.items(), [(alone, two, three, four), (alone, three), (alone, four)], strict=True)
+    for (feature, changes), layouts in islands:
+        yield from on(feature, changes, *layouts)
+    yield from on("islands of two ranks", OF_TWO_RANKS, two, four)
+    yield from on("islands of two ranks, streamed in int4", STREAMED_OF_TWO, two, four)
+    yield from on("muon", MUON, alone, three, four)
+    yield from on("plain sums", PLAIN_SUMS, alone, two, three, four)
+    yield from on("compiled", COMPILED, REFERENCE, (1, "fsdp"), (2, "hybrid"), three)
+
+
+SAME = {
+    "scattered once": "plain",
+    "islands of two ranks": "islands",
+    "islands of two ranks, streamed in int4": "islands, streamed in int4",
+}
+"""Features that must not change a bit of another one."""
+
+
 def cases_for(world_size: int) -> dict[str, dict[str, Any]]:
-    strategies = [name for name in STRATEGIES if name != "hybrid" or world_size % 2 == 0]
-    cases = {
-        f"{feature} / {strategy}": BASE | FEATURES[feature] | STRATEGIES[strategy]
-        for feature in FEATURES
-        for strategy in strategies
+    """The equality worker's cases at one world size, by feature or seed and strategy."""
+    found = {
+        f"{feature} / {strategy}": {
+            "config": str(SMOKE),
+            "set": [f"{key}={json.dumps(value)}" for key, value in (BASE | STRATEGIES[strategy] | changes).items()],
+        }
+        for feature, (size, strategy), changes in grid()
+        if size == world_size
     }
-    cases |= {f"scattered once / {name}": BASE | STRATEGIES[name] | SCATTERED_ONCE for name in strategies[1:]}
-    cases |= {f"{feature} / replicate": BASE | changes for feature, changes in ISLANDS.items()}
-    if world_size % 2 == 0:
-        cases |= {"of two ranks / islands": BASE | OF_TWO_RANKS, "of two ranks / streamed": BASE | STREAMED_OF_TWO}
-    cases["muon / replicate"] = BASE | MUON
-    cases["plain sums / replicate"] = BASE | PLAIN_SUMS
-    if world_size < 4:
-        cases |= {f"compiled / {strategy}": BASE | COMPILED | STRATEGIES[strategy] for strategy in strategies}
-    return fuzz_equality.cases(DRAWN, world_size) | {
-        name: {"config": str(SMOKE), "set": [f"{key}={json.dumps(value)}" for key, value in case.items()]}
-        for name, case in cases.items()
-    }
+    return found | {name: case for size, name, case in drawn_cases() if size == world_size}
+
+
+def drawn_cases() -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Drawn configs: the reference, and every third of the other layouts that one allows, from another one on each."""
+    for number, seed in enumerate(DRAWN):
+        allowed = [(size, *case) for size in fuzz_equality.WORLDS for case in fuzz_equality.cases([seed], size).items()]
+        reference, *others = allowed
+        yield from (reference, *others[number % min(3, len(others)) :: 3])
 
 
 @pytest.fixture(scope="module")
@@ -107,40 +155,21 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    ("feature", "world_size"),
-    [
-        *itertools.product([*FEATURES, *ISLANDS, "muon"], [1, 2, 3, 4]),
-        ("compiled", 1),
-        ("compiled", 2),
-        ("compiled", 3),
-    ],
+    ("feature", "world_size", "strategy"), [(case[0], *case[1]) for case in grid() if case[0] != "plain sums"]
 )
-def test_every_world_size_and_sharding_gives_the_bits_of_one_unsharded_process(results, world_size, feature):
-    reference = results[1][f"{feature} / replicate"]
-    compared = 0
-    for strategy in STRATEGIES:
-        other = results[world_size].get(f"{feature} / {strategy}")
-        if other is not None:
-            assert other == reference, f"{strategy} on {world_size} ranks"
-            compared += 1
-    assert compared == (1 if feature in ("muon", *ISLANDS) else 2 + (world_size % 2 == 0))
+def test_every_world_size_and_sharding_gives_the_bits_of_one_unsharded_process(results, feature, world_size, strategy):
+    reference = results[1][f"{SAME.get(feature, feature)} / replicate"]
+    assert results[world_size][f"{feature} / {strategy}"] == reference
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_islands_of_two_ranks_each_give_the_bits_of_one_process_that_computes_all(results, world_size):
-    found = results[world_size]
-    assert found["of two ranks / islands"] == results[1]["islands / replicate"]
-    assert found["of two ranks / streamed"] == results[1]["islands, streamed in int4 / replicate"]
-
-
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_gradients_that_are_scattered_once_a_step_give_the_bits_of_those_scattered_each_micro_batch(
-    results, world_size
-):
-    found = [result for name, result in results[world_size].items() if name.startswith("scattered once")]
-    assert found == [results[1]["plain / replicate"]] * (1 + (world_size % 2 == 0))
+def test_all_switches_meet_every_layout_and_each_switch_every_world_size_and_every_strategy():
+    met: dict[str, set[Layout]] = {}
+    for feature, layout, _ in grid():
+        met.setdefault(feature, set()).add(layout)
+    assert met["everything"] == set(LAYOUTS)
+    for feature in FEATURES:
+        assert {size for size, _ in met[feature]} == {1, 2, 3, 4}
+        assert {strategy for _, strategy in met[feature]} == set(STRATEGIES)
 
 
 @pytest.mark.timeout(600)
@@ -152,7 +181,7 @@ def test_drawn_settings_give_one_result_at_every_world_size_and_sharding(results
         for name, result in by_name.items()
         if name.startswith(f"{seed} ")
     }
-    assert len(layouts) >= 2
+    assert len(layouts) >= 2 and "1 ranks, replicate" in layouts
     assert fuzz_equality.different(layouts) == []
 
 

@@ -150,6 +150,20 @@ def test_a_forked_worker_runs_its_own_finalizers_and_none_that_it_inherited(tmp_
     assert (done.stdout, done.stderr) == ("its own\n0\n", "")
 
 
+def test_what_few_workers_import_is_loaded_once_the_first_one_runs(tmp_path):
+    done = run(
+        tmp_path,
+        "import os, sys, time; from trainer.launch import forkserver\n"
+        "sys.modules['torch'] = os\n"
+        "forkserver.LATER, forkserver.IDLE_SECONDS = ('wave',), 0.1\n"
+        "server = forkserver.fork([])\n"
+        "for _ in range(2):\n"
+        "    server.start('worker', ['end'], {'PATH': os.environ['PATH']}).wait(30)\n"
+        "    time.sleep(1)\n",
+    )
+    assert [json.loads(line)["preloaded"] for line in done.stdout.splitlines()] == [False, True], done.stderr
+
+
 @pytest.mark.parametrize(("cuda", "hip", "forks"), [(None, None, True), ("13.0", None, False), (None, "7.1", False)])
 def test_torchrun_forks_no_worker_with_a_build_of_torch_for_gpus(monkeypatch, cuda, hip, forks):
     monkeypatch.setattr(torch.version, "cuda", cuda)

@@ -19,7 +19,7 @@ from unittest import mock
 import pytest
 from typer.testing import CliRunner
 
-from tests.support import ENVIRONMENT, ROOT, summarise_run, trainer, wait_until
+from tests.support import ROOT, start, summarise_run, trainer, wait_until
 from tests.test_ladder_file import ARM, HEAD, SIZES, TARGET_TABLE, write
 from trainer import api, checkpoint, cli, ensemble, provenance
 from trainer import config as configs
@@ -366,16 +366,16 @@ def start_scheduler(ladder: Ladder, out: Path) -> Process:
 
 def test_asked_to_stop_it_saves_every_run_leaves_no_process_and_says_how_to_resume(home, backend):
     path = write(home, SLOW, "slow")
-    out = home / "stopped" / "slow"
-    process = subprocess.Popen(command(path, out), env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    out, screen = home / "stopped" / "slow", home / "stopped.txt"
+    process = start(command(path, out), screen)
     pool = pool_of(out)
     assert wait_until(lambda: steps_of(pool) > 20, 60)
     ladder = load.load(path)
     with pytest.raises(RunDirectoryError, match="is in use by another `ladder run`"):
         run.run(ladder, out, backend=backend)
     process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == EXIT_PREEMPTED, said
+    status, said = process.wait(60), screen.read_text()
+    assert status == EXIT_PREEMPTED, said
     assert f"Continue with: python -m trainer ladder run {path} --out {out}" in " ".join(said.split())
     states = run.read_status(ladder, out)
     assert [states.state(planned).status for planned in ladder.runs[:2]] == ["stopped", "stopped"]
@@ -703,17 +703,17 @@ def test_a_plan_measures_a_few_steps_and_starts_nothing_else(home, backend, tmp_
 
 
 def test_a_stop_while_the_baseline_is_tried_leaves_nothing_and_75(home, backend, tmp_path):
-    path = write(home, SLOW, "early")
+    path, screen = write(home, SLOW, "early"), tmp_path / "screen.txt"
     with tempfile.TemporaryDirectory(prefix="t") as short:
-        process = subprocess.Popen(
-            command(path, tmp_path / "out" / "early"), stdout=subprocess.PIPE, text=True,
-            env=os.environ | ENVIRONMENT | {"TMPDIR": short, "TOPROPE_CACHE": str(tmp_path / "cache")},
-        )  # fmt: skip
-        with process:
+        variables = {"TMPDIR": short, "TOPROPE_CACHE": str(tmp_path / "cache")}
+        process = start(command(path, tmp_path / "out" / "early"), screen, variables=variables)
+        try:
             assert wait_until(lambda: any(Path(short).glob("toprope-probe-*/*/*")), 60)
-            process.terminate()
-            said, _ = process.communicate(timeout=60)
-        assert process.returncode == EXIT_PREEMPTED, said
+            process.send_signal(signal.SIGTERM)
+            status, said = process.wait(60), screen.read_text()
+        finally:
+            process.kill()
+        assert status == EXIT_PREEMPTED, said
         assert "Continue with" in said
         assert list(Path(short).glob("toprope-probe-*")) == []
     assert not (tmp_path / "out" / "pool").exists()

@@ -232,6 +232,17 @@ def test_a_job_on_a_host_is_its_starters_own(tmp_path, hosts):
         assert job.leftovers() == []
 
 
+def test_a_forked_process_can_enter_a_host_of_root_as_nsenter_does(hosts):
+    command = [*hosts.command(1), "python", "-m", "trainer"]
+    file, words = network.entered(command)
+    if os.geteuid() == 0:
+        assert Path(file).readlink() == Path(f"/proc/{hosts._holders[2].pid}/ns/net").readlink()
+        assert words == ["python", "-m", "trainer"]
+    else:
+        assert (file, words) == ("", command)
+    assert network.entered(["python", "-m", "trainer"]) == ("", ["python", "-m", "trainer"])
+
+
 def test_a_missing_need_is_the_reason(monkeypatch):
     monkeypatch.setattr(network.shutil, "which", lambda tool: None if tool == "tc" else f"/usr/bin/{tool}")
     assert network.probe.__wrapped__() == "network namespaces need tc (iproute2)"

@@ -20,11 +20,12 @@ import pytest
 import torch
 
 from tests.logs import Run
-from tests.support import ENVIRONMENT, SMOKE, SMOKE_SHA256, summarise_run
+from tests.support import SMOKE, SMOKE_SHA256, start, summarise_run
 from trainer import config as configs
 from trainer import job, member, provenance
 from trainer.config import parse
 from trainer.errors import RunDirectoryError
+from trainer.launch.forkserver import Child
 from trainer.log import events
 from trainer.log.events import MembersChanged, StepDone
 from trainer.parallel import arbiter
@@ -132,12 +133,11 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcome]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
 
-    def launch(name: str, *options: str | Path, run: Path = run, **variables: str) -> "subprocess.Popen[bytes]":
+    def launch(name: str, *options: str | Path, run: Path = run, **variables: str) -> "subprocess.Popen[bytes] | Child":
         command = [sys.executable, "-m", "trainer", "launch", SMOKE, "--run", run, *options]
-        with (place / f"{name}.txt").open("wb") as errors:
-            return stack.enter_context(
-                Ended(list(map(str, command)), env=os.environ | ENVIRONMENT | variables, stdout=errors, stderr=errors)
-            )
+        process = start([*map(str, command)], place / f"{name}.txt", variables=variables)
+        stack.callback(process.kill)
+        return process
 
     def told(what: str) -> list[dict[str, Any]]:
         lines = log.read_text().splitlines(keepends=True) if log.exists() else []
@@ -179,14 +179,6 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcome]:
         statuses = [process.wait(60) for process in (again, direct, through)]
         texts = {path.stem: path.read_text() for path in place.glob("*.txt")}
         yield Outcome(run, statuses, (refusal, texts["refused"]), texts["through"])
-
-
-class Ended(subprocess.Popen[bytes]):
-    """A process that does not outlive its `with`."""
-
-    def __exit__(self, *about: Any) -> None:
-        self.kill()
-        super().__exit__(*about)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from scripts import architecture, bench_tables, readme_picture
-from tests.support import ROOT, inspect, settings, torchrun, trainer
+from tests.support import ROOT, settings, summarise_run, torchrun, trainer
 from trainer.chaos import plan
 from trainer.ladder.plan import load
 
@@ -53,7 +53,7 @@ def test_every_command_of_the_readme_runs_and_all_worlds_print_one_hash(tmp_path
             run = Path(arguments[arguments.index("--run") + 1]) if "--run" in arguments else tmp_path / config.stem
             named = [] if "--run" in arguments else ["--run", run]
             torchrun(int(words[words.index("--nproc-per-node") + 1]), *arguments, *named, *SHORTER)
-            hashes.setdefault(config.stem, set()).add(inspect(run)["weights_sha256"])
+            hashes.setdefault(config.stem, set()).add(summarise_run(run)["weights_sha256"])
     assert {name: len(different) for name, different in hashes.items()} == {"gpt_tiny": 1, "smoke": 1}
 
 

@@ -14,7 +14,17 @@ from typing import Any
 
 import pytest
 
-from tests.support import ROOT, SMOKE, Job, committed_samples, settings, summarise_run, wait_until, worker_environment
+from tests.support import (
+    ROOT,
+    SMOKE,
+    Job,
+    committed_samples,
+    run,
+    settings,
+    summarise_run,
+    wait_until,
+    worker_environment,
+)
 from trainer import signals
 from trainer.fleet import supervision
 from trainer.launch.agent import LAUNCH
@@ -35,10 +45,11 @@ fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 os.execv(sys.argv[1], sys.argv[1:])
 """
 OUTPUTS = {
-    "a closed standard output": ">&-",
-    "a full standard output": ">/dev/full 2>/dev/full",
-    "a reader that left (`… | head`)": "2>&1 | true",
+    "a closed standard output": (">&-", "closed"),
+    "a full standard output": (">/dev/full 2>/dev/full", "full"),
+    "a reader that left (`… | head`)": ("2>&1 | true", "left"),
 }
+"""{row: (what a shell writes, what tests.lost_output does)}"""
 
 
 def table() -> dict[str, dict[str, tuple[str, int]]]:
@@ -137,10 +148,14 @@ def test_a_run_in_a_terminal_that_is_closed_saves_and_leaves(tmp_path: Path, way
 def test_a_lost_output_disturbs_no_run(tmp_path: Path, row: str):
     assert {table()[row][way] for way in (ALONE, TORCHRUN)} == {("is not disturbed", 0)}
     few = settings(budget__steps=2, checkpoint__every_steps=0, eval__every_steps=0, wandb__mode="disabled")
-    for way, launch in ((ALONE, [sys.executable]), (TORCHRUN, [*LAUNCH, "--standalone", "--nproc-per-node=2"])):
-        command = [*launch, "-m", "trainer", "train", str(SMOKE), "--run", str(tmp_path / way), *few]
-        shell = ["bash", "-c", f'set -o pipefail; "$@" {OUTPUTS[row]}', "bash", *command]
-        done = subprocess.run(shell, cwd=ROOT, check=False, timeout=60, capture_output=True)
+    by_shell, by_ourselves = OUTPUTS[row]
+    train = ["trainer", "train", str(SMOKE), *few, "--run"]
+    command = [sys.executable, "-m", *train, str(tmp_path / ALONE)]
+    shell = ["bash", "-c", f'set -o pipefail; "$@" {by_shell}', "bash", *command]
+    alone = subprocess.run(shell, cwd=ROOT, check=False, timeout=60, capture_output=True)
+    launch = [*LAUNCH[2:], "--standalone", "--nproc-per-node=2", "-m", *train, str(tmp_path / TORCHRUN)]
+    ranks = run([sys.executable, "-m", "tests.lost_output", by_ourselves, *launch], check=False, timeout=60)
+    for way, done in ((ALONE, alone), (TORCHRUN, ranks)):
         assert (done.returncode, summarise_run(tmp_path / way)["status"]) == (0, "finished"), done.stderr
 
 

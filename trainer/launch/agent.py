@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
-from trainer.launch import forkserver, processes
+from trainer.launch import forkserver, namespaces, processes
 from trainer.launch.processes import PROC, unused_shared_memory, wait_until
 from trainer.parallel import elastic
 from trainer.parallel.elastic import JOB_MARK
@@ -145,7 +145,7 @@ class Agent:
 @functools.cache
 def warm_server() -> forkserver.ForkServer | None:
     """This process's own fork server, which has imported what agents and their workers need. None without Linux."""
-    server = forkserver.spawn([*forkserver.PRELOADED, "torch.distributed.run"])
+    server = forkserver.spawn([*forkserver.PRELOADED, *forkserver.LATER, "torch.distributed.run"])
     if server is not None:
         atexit.register(server.close)
     return server
@@ -155,8 +155,9 @@ def _start(
     command: Sequence[str], environment: Mapping[str, str], directory: Path | None, log: Path, warm: bool
 ) -> subprocess.Popen[bytes] | forkserver.Child:
     """Start a command in a session of its own, with empty input and all output in the log."""
-    if warm and list(command[:2]) == [sys.executable, "-m"] and (server := warm_server()) is not None:
-        child = server.start(command[2], command[3:], environment, directory=directory, output=log)
+    network, words = namespaces.entered(command) if warm else ("", command)
+    if warm and list(words[:2]) == [sys.executable, "-m"] and (server := warm_server()) is not None:
+        child = server.start(words[2], words[3:], environment, directory=directory, output=log, network=network)
         if child is not None:
             return child
     with log.open("w", encoding="utf-8") as output:

@@ -20,6 +20,7 @@ from trainer.log import events
 # A lost node is noticed after 3 s; a rendezvous round is closed 1 s after the last call.
 RENDEZVOUS = "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=1,join_timeout=60,read_timeout=30"
 SPARE_NODES = 2  # may join while all others are there
+STORE = (sys.executable, "-m", "trainer.launch.rendezvous")
 ARBITER = "trainer.parallel.arbiter"  # its module
 STORE_SECONDS = 30  # until the store listens; torch's import takes most of it
 PARTING_SECONDS = 10  # until the other agents have left after the first
@@ -35,11 +36,13 @@ class Agents:
 
     def __init__(
         self, *, ranks: int, directory: Path, nodes: int, hosts: Hosts | None, environment: Mapping[str, str] | None,
-        own_store: bool,
+        own_store: bool, warm: bool = False,
     ) -> None:  # fmt: skip
+        """`warm` as for Agent."""
         assert nodes > 1 or not (own_store or hosts), "a single agent holds its own store"
         self._ranks, self._first_nodes = ranks, nodes
         self._directory, self._environment, self._own_store = directory, dict(environment or {}), own_store
+        self._warm = warm
         self._port = _free_port() if nodes > 1 else 0
         self._stores: list[Agent] = []
         self._growing = threading.Lock()  # faults add nodes from threads of their own
@@ -70,9 +73,8 @@ class Agents:
         host, address, enter = self._place(0)
         self._directory.mkdir(parents=True, exist_ok=True)
         store = Agent(
-            ["-c", f"from trainer.launch.rendezvous import store; store({address!r}, {self._port})"],
-            self._directory / f"store-{len(self._stores)}.txt", launch=[*enter, sys.executable],
-            environment=self._environment, host=host,
+            [address, str(self._port)], self._directory / f"store-{len(self._stores)}.txt", launch=[*enter, *STORE],
+            environment=self._environment, host=host, warm=self._warm,
         )  # fmt: skip
         self._stores.append(store)
         wait_until(lambda: "listens" in store.output or not store.running, STORE_SECONDS)
@@ -186,11 +188,12 @@ class Cluster(Agents):
     ) -> None:  # fmt: skip
         """`worker` is the module, with its first arguments, that each rank runs. `warm` as for Agent."""
         super().__init__(
-            ranks=ranks, directory=directory, nodes=nodes, hosts=hosts, environment=environment, own_store=own_store
-        )
+            ranks=ranks, directory=directory, nodes=nodes, hosts=hosts, environment=environment, own_store=own_store,
+            warm=warm,
+        )  # fmt: skip
         settings = [part for override in overrides for part in ("--set", override)]
         self._command = ["-m", *worker, str(config), "--run", str(run), *settings]
-        self._restarts, self._warm = restarts, warm
+        self._restarts = restarts
 
     def _start(
         self, number: int, log: Path, enter: Sequence[str], host: int | None, environment: Mapping[str, str]
@@ -215,11 +218,11 @@ class QuorumCluster(Agents):
         environment: Mapping[str, str] | None = None, warm: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(
-            ranks=ranks, directory=directory, nodes=1, hosts=None, environment=environment, own_store=False
+            ranks=ranks, directory=directory, nodes=1, hosts=None, environment=environment, own_store=False, warm=warm
         )
         settings = [part for override in overrides for part in ("--set", override)]
         size = ["--workers", str(ranks), "--spares", str(spares)]
-        self._command, self._warm = ["launch", str(config), *size, "--run", str(run), *settings], warm
+        self._command = ["launch", str(config), *size, "--run", str(run), *settings]
         self._run = run
 
     def workers(self) -> dict[int, int]:

@@ -36,10 +36,15 @@ from trainer.show import terminal
 
 PRELOADED = (
     "multiprocessing.synchronize", "random", "numpy.random", "rich.console", "torch.distributed.checkpoint",
-    "torch.profiler", "trainer.checkpoint.loading", "trainer.checkpoint.saving", "trainer.member", "typer",
+    "torch.profiler", "trainer.checkpoint.loading", "trainer.checkpoint.saving", "trainer.cli", "trainer.member",
 )  # fmt: skip
 """All that a run imports on its way; a fork server loads it, so that each fork has it."""
+LATER = ("torch._dynamo",)
+"""What only sharded and compiled runs import, in a second each: loaded too, once the first children have been started.
+Each start after a death then has it."""
+IDLE_SECONDS = 2.0
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h: this process adopts descendants whose own parent has ended
+CLONE_NEWNET = 0x40000000  # linux/sched.h
 POLL_SECONDS = 0.01
 UNMARKED = "0" * elastic.MARK_LENGTH
 _mark_address = 0
@@ -56,6 +61,8 @@ class Request(NamedTuple):
     output: Path | None
     """File for stdout, and for stderr if `errors` is None. None: the server's stdout and stderr."""
     errors: Path | None
+    network: str
+    """File of the network namespace that it enters; empty for none."""
 
 
 class Child:
@@ -102,14 +109,15 @@ class ForkServer:
 
     def start(
         self, module: str, arguments: Sequence[str], environment: Mapping[str, str], *, directory: Path | None = None,
-        output: Path | None = None, errors: Path | None = None,
+        output: Path | None = None, errors: Path | None = None, network: str = "",
     ) -> Child | None:  # fmt: skip
         """Start a child that runs `-m module arguments` in a session of its own. Returns None if the server is gone.
 
         It works in `directory` (default: the caller's). stdout and stderr go to the file `output`, or stderr to the
-        file `errors`. PYTHONPATH and other variables that an interpreter reads as it starts are those of the server.
+        file `errors`. `network` is the file of a network namespace that it enters, which only root may. PYTHONPATH and
+        other variables that an interpreter reads as it starts are those of the server.
         """
-        request = Request(module, list(arguments), dict(environment), directory or Path.cwd(), output, errors)
+        request = Request(module, list(arguments), dict(environment), directory or Path.cwd(), output, errors, network)
         with self._asking:
             try:
                 _adopt_orphans(True)
@@ -190,19 +198,17 @@ def _serve(
 
     A child gets these signal handlers before its caller knows its pid, and so before any signal for it.
     """
-    for module in modules:
-        importlib.import_module(module)
+    _load(modules)
     provenance.code()  # each fork remembers it: it is the code that they run, whatever the files hold by then
-    # To look at what is there would copy its memory in each fork, which costs more than to train a step: garbage is not
-    # looked for there, and at its end a fork does not undo what torch registered as it was imported.
-    gc.freeze()
-    for finalizer in list(weakref.finalize._registry):  # pyright: ignore[reportAttributeAccessIssue]
-        finalizer.atexit = False
+    later: list[str] = []
     while True:
         try:
+            if later and not requests.poll(IDLE_SECONDS):
+                _load(later)
             request = requests.recv()
         except (OSError, EOFError):
             os._exit(0)
+        later = [module for module in LATER if "torch" in sys.modules and module not in sys.modules]
         pid_end, child_end = os.pipe()
         between = os.fork()
         if not between:
@@ -226,6 +232,16 @@ def _serve(
         os.close(pid_end)
 
 
+def _load(modules: Sequence[str]) -> None:
+    for module in modules:
+        importlib.import_module(module)
+    # To look at what is there would copy its memory in each fork, which costs more than to train a step: garbage is not
+    # looked for there, and at its end a fork does not undo what torch registered as it was imported.
+    gc.freeze()
+    for finalizer in list(weakref.finalize._registry):  # pyright: ignore[reportAttributeAccessIssue]
+        finalizer.atexit = False
+
+
 def _run(request: Request) -> NoReturn:
     """Do what `python -u -m module arguments` does in the environment of the request."""
     os.environ.clear()
@@ -240,9 +256,16 @@ def _run(request: Request) -> NoReturn:
             for descriptor in descriptors:
                 os.dup2(file, descriptor)
             os.close(file)
+    if request.network:
+        namespace = os.open(request.network, os.O_RDONLY)
+        if ctypes.CDLL(None, use_errno=True).setns(namespace, CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), request.network)
+        os.close(namespace)
     if "RANK" in os.environ:
         elastic.name_process()
     terminal.take(unbuffered=True)
+    if (command_line := sys.modules.get("trainer.cli")) is not None:
+        setattr(command_line, "PROCESS_STARTED", time.time())  # noqa: B010 - it measures how long a start takes
     sys.path.insert(0, str(Path.cwd()))
     sys.argv = [request.module, *request.arguments]
     try:

@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Self
 
 INTERFACE = "eth0"  # every host's first one, which down(), dropping() and sent_bytes() are about
@@ -255,6 +255,16 @@ class Hosts:
         if done.returncode:
             raise OSError(f"{' '.join(command)}: {done.stderr.strip() or f'exit status {done.returncode}'}")
         return done.stdout
+
+
+def entered(command: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """Take the words of `Hosts.command` off a command: the file of the network namespace that they enter, and the rest.
+
+    ("", command) where there are none, or where they enter a user namespace too.
+    """
+    if list(command[:1]) == ["nsenter"] and command[1].startswith("--net=") and command[2] == "--":
+        return command[1].removeprefix("--net="), command[3:]
+    return "", command
 
 
 def _interface(link: int) -> str:

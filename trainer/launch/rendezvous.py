@@ -9,6 +9,7 @@ import datetime
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
 from typing import Any
@@ -133,3 +134,7 @@ class _Lasting:
         now = datetime.datetime.now(datetime.UTC)
         state.last_heartbeats = dict.fromkeys(state.last_heartbeats, now)
         return base64.b64encode(pickle.dumps(state)).decode()
+
+
+if __name__ == "__main__":
+    store(sys.argv[1], int(sys.argv[2]))
