@@ -99,6 +99,9 @@ def hard() -> Iterator[Cell]:
         ("E hardly shows", ladders.power_law(0.2, 2.7, 0.06)),
     ):
         yield f"{what}; 3 seeds", LONG, base, ARMS, Trouble()
+    for seeds in (3, 1):
+        what = f"effect of a rung on one arm, 9 seeds more at the largest; {seeds} seed{'s' * (seeds > 1)}"
+        yield what, replace(quiet, seeds=seeds), power, ARMS, Trouble(own=0.003, added=9)
     # A single arm has no other to tell of its noise.
     for name in ("1.15× everywhere", "1.02× everywhere"):
         for seeds in (3, 1):
