@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import trainer
+from scripts import islands_picture
 from tests.support import SMOKE, outcome, settings, summarise_run, with_faults, write_corpus
 from tests.support import trainer as command
 from trainer import config as configs
@@ -160,6 +161,7 @@ def test_clusters_that_die_cost_the_others_no_attempt_and_end_with_the_bits_of_o
     assert [len(attempts(run, cluster)) for cluster in (0, 1)] == [3, 4], "one more for each death of its own"
     lost = [event.reason for _, event in events.select(events.read(islands.run_of(run, 1)), events.WorkersLost)]
     assert lost == ["rank 1 was ended by SIGKILL"] * 3
+    assert not list((run / "islands").glob("post-*")), "nobody is left who might need a message"
     other = summarise_run(islands.run_of(run, 1))
     assert (other["status"], other["state_sha256"]) == ("finished", calm["state_sha256"])
 
@@ -211,6 +213,18 @@ def until(condition: Any, seconds: float = 60.0) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+# What is shown of it.
+
+
+def test_the_picture_compares_the_bytes_of_the_same_time():
+    """A synchronous run of a megabyte each second, and islands of ten kilobytes every second second."""
+    sent = {
+        "synchronous": [[at, 1e6 * (1 + at)] for at in range(61)],
+        "islands": [[2 * at, 1e4 * (1 + at)] for at in range(26)],
+    }
+    assert islands_picture.title({"sent": sent}) == "Islands send 196 times fewer bytes in the same time"
 
 
 # Bad input.

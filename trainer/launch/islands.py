@@ -185,7 +185,10 @@ class Job:
                 self._look()
             if self._kill_at is not None and time.monotonic() > self._kill_at:
                 self._kill_all()
-        return self._exit_status()
+        status = self._exit_status()
+        if status == EXIT_FINISHED and len(self._clusters) == self.plan.clusters:
+            shutil.rmtree(self.post, ignore_errors=True)  # nobody is left who might need a message
+        return status
 
     def _goes_on(self) -> bool:
         if not self._clusters:
