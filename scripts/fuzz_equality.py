@@ -29,7 +29,7 @@ def draw(seed: str) -> dict[str, Any]:
     """Settings that decide the weights of a small run."""
     rng = random.Random(seed)
     heads, compiled = rng.choice((1, 2, 4, 6)), rng.randrange(ONE_IN) == 0
-    return {
+    drawn = {
         "seed": rng.randrange(2**32),
         "budget.steps": rng.choice((2, 3)),
         "eval.max_tokens": rng.choice((100, 700)),
@@ -62,6 +62,11 @@ def draw(seed: str) -> dict[str, Any]:
         "numerics.precision": rng.choice(("fp32", "bf16")),
         "numerics.headroom_bits": rng.choice((1, 5, 10)),
         "numerics.compile": compiled,
+    }
+    may_have_gains = drawn["model.norm"] == "rmsnorm" or drawn["model.qk_norm"]
+    return drawn | {
+        "model.norm_gain": may_have_gains and rng.random() < 0.5,
+        "model.head_width": rng.choice((0, 0, 6)),
     }
 
 

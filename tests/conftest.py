@@ -3,7 +3,10 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -89,6 +92,30 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("ladders")
     (directory / "tiny.toml").write_text(TINY.format(corpus=write_corpus(directory / "corpus")))
     return directory
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds what the wheel installs, away from the repository."""
+    from tests.support import ROOT, shared_directory
+    from trainer.data.cache import built_once, no_progress
+
+    def build(site: Path) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            source, made = Path(scratch, "source"), Path(scratch, "made")
+            made.mkdir()
+            for name in ("trainer", "configs"):
+                ignored = shutil.ignore_patterns("__pycache__")
+                shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
+            for name in ("pyproject.toml", "README.md", "LICENSE"):
+                shutil.copy(ROOT / name, source)
+            code = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+            subprocess.run([sys.executable, "-c", code, str(made)], cwd=source, check=True, capture_output=True)
+            (wheel,) = made.glob("*.whl")
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(site)
+
+    return built_once(shared_directory(tmp_path_factory), "wheel", build, no_progress)
 
 
 @pytest.fixture(scope="session")

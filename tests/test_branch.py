@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import trainer
 from tests.support import SMOKE, outcome, settings, torchrun, with_faults, write_corpus
 from tests.support import trainer as command
-from trainer import cli
+from trainer import branch, checkpoint, cli
 from trainer import config as configs
+from trainer.checkpoint import loading
 from trainer.errors import CheckpointError, ConfigError, RunDirectoryError, TopropeError
 from trainer.launch import quorum
 from trainer.log import events, rundir
@@ -95,6 +97,30 @@ def test_another_optimizer_and_other_text_go_on_and_the_log_names_what_is_new(pa
     assert run.status == "finished"
     (message,) = [warning["message"] for warning in run.summary()["warnings"]]
     assert "does not hold optim.blocks.0" in message
+
+
+def test_moments_that_begin_at_the_branch_are_corrected_by_their_own_count_also_after_a_resume(tmp_path: Path):
+    parent = trainer.train(config(optim__optimizer="muon"), tmp_path / "parent").path
+    chosen = config(optim__schedule="constant", budget__steps=8, checkpoint__every_steps=1)
+    run = trainer.train(chosen, tmp_path / "run", parent=parent)
+    before, after = (loading.read(saved) for saved in checkpoint.committed(run.path)[:0:-1])
+    o = chosen.optim
+    # The hidden matrices were Muon's, so their moments are new; the table's are as old as the run.
+    for name, count, decay in (("blocks.0.mlp.up.weight", 1, o.weight_decay), ("embed.weight", 7, 0.0)):
+        first, second = (after[f"optim.{name}.{key}"].double() for key in ("exp_avg", "exp_avg_sq"))
+        mean, square = first / (1 - o.beta1**count), second / (1 - o.beta2**count)
+        expected = before[f"model.{name}"] * (1 - o.learning_rate * decay)
+        expected = expected - o.learning_rate * mean / (square.sqrt() + o.eps)
+        torch.testing.assert_close(after[f"model.{name}"].double(), expected.double(), rtol=1e-6, atol=1e-7)
+    whole = run.summary()["state_sha256"]
+    shutil.rmtree(run.path / "events")
+    shutil.rmtree(checkpoint.committed(run.path)[0].path)
+    again = trainer.train(chosen, run.path)
+    assert [row["step"] for row in again.losses()] == [8]
+    assert again.summary()["state_sha256"] == whole
+    # A branch of the branch takes over moments with their counts.
+    next_parent = branch.origin(tmp_path / "next", config(budget__steps=9), str(run.path))
+    assert {*branch.moments_from(next_parent).values()} == {6}
 
 
 @pytest.mark.parametrize(

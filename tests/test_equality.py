@@ -19,7 +19,10 @@ FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "unclipped": {"optim.clip_norm": 0.0},
     "bf16": {"numerics.precision": "bf16"},
-    "loss by chunks": {"model.loss_chunk_tokens": 48, "model.z_loss": 1e-4},
+    "loss by chunks, as Qwen3": {
+        "model.loss_chunk_tokens": 48, "model.z_loss": 1e-4, "model.mlp": "swiglu", "model.n_heads": 4,
+        "model.n_kv_heads": 2, "model.head_width": 12, "model.norm_gain": True, "model.norm_epsilon": 1e-5,
+    },
     "dropout": {"model.dropout": 0.1},
     "recomputed": {"model.dropout": 0.1, "parallel.activation_checkpointing": True},
     "seven micro-batches of one": {"data.micro_batches": 7, "data.micro_batch_sequences": 1},
@@ -32,7 +35,7 @@ FEATURES: dict[str, dict[str, Any]] = {
         "optim.schedule": "wsd", "optim.warmup_steps": 2, "optim.mup_base_width": 18,
     },
     "gpt-2": {
-        "model.norm": "layernorm", "model.positions": "learned", "model.mlp": "gelu", "model.qk_norm": False,
+        "model.norm": "layernorm", "model.positions": "learned", "model.mlp": "gelu_tanh", "model.qk_norm": False,
         "model.biases": True, "model.tied_embeddings": True, "model.init": "gpt2", "model.dropout": 0.1,
     },
 }  # fmt: skip

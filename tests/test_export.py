@@ -3,17 +3,22 @@
 import contextlib
 import itertools
 import json
+import tomllib
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from tests.support import SMOKE, settings, trainer
-from trainer import architectures, config, export, sample
+from trainer import architectures, cli, config, export, job, sample
 from trainer.api import open_run
+from trainer.api import train as train_run
+from trainer.data import prepare
 from trainer.data.tokenizer import CharTokenizer, Tokenizer, train
 from trainer.errors import ConfigError, UsageError
 from trainer.model import construct, initialise
@@ -31,6 +36,7 @@ ROWS: list[tuple[str, dict[str, Any]]] = [
     ("LlamaForCausalLM", {"mlp": "swiglu", "qk_norm": False, "biases": False}),
     ("LlamaForCausalLM", {"mlp": "swiglu", "qk_norm": False, "biases": True}),
     ("Qwen3ForCausalLM", {"mlp": "swiglu", "qk_norm": True}),
+    ("Qwen3ForCausalLM", {"mlp": "swiglu", "norm_gain": True, "norm_epsilon": 1e-4, "head_width": 12}),
     ("ArceeForCausalLM", {"mlp": "relu2", "qk_norm": False, "biases": True}),
     ("ArceeForCausalLM", {"mlp": "gelu", "qk_norm": False}),
     ("ApertusForCausalLM", {"mlp": "relu2", "qk_norm": True}),
@@ -159,7 +165,93 @@ def test_a_gpt2_that_scales_its_attention_otherwise_is_refused(tmp_path: Path):
         architectures.read(tmp_path / "out", model.settings, 320)
 
 
+FOREIGN: dict[str, Any] = {
+    "gpt2": transformers.GPT2Config(
+        vocab_size=300, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0
+    ),
+    "llama": transformers.LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=88, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+    ),
+    "llama, tied": transformers.LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=88, num_hidden_layers=1, num_attention_heads=4,
+        head_dim=16, tie_word_embeddings=True,
+    ),
+    "qwen3": transformers.Qwen3Config(
+        vocab_size=300, hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=12, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    ),
+    "starcoder2": transformers.Starcoder2Config(
+        vocab_size=300, hidden_size=32, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        bos_token_id=0, eos_token_id=0,
+    ),
+}  # fmt: skip
+"""Models as their makers configure them, but small: with gains, biases, epsilons and activations of their own."""
+
+
+def saved(folder: Path, settings: Any, headless: bool = False) -> Any:
+    """A model of transformers, all of whose weights matter, and its folder as `save_pretrained` writes it."""
+    torch.manual_seed(0)
+    theirs = transformers.AutoModelForCausalLM.from_config(settings).eval()
+    with torch.no_grad():
+        for number, parameter in enumerate(theirs.parameters()):
+            parameter += 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+    (theirs.base_model if headless else theirs).save_pretrained(folder)
+    return theirs
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_model_made_by_transformers_goes_in_and_out_with_the_same_logits(tmp_path: Path, name: str):
+    theirs = saved(tmp_path / "in", FOREIGN[name], headless=name == "gpt2")
+    fits = fitting(tmp_path / "in", config.Model(context=64))
+    chosen = config.parse({"model": {"context": 64} | fits}).model
+    ours: Any = construct(chosen, 300)
+    values = architectures.read(tmp_path / "in", chosen, 300)
+    with torch.no_grad():
+        for own, parameter in ours.named_parameters():
+            parameter.copy_(values[own])
+    export.write(ours, train("bytes", [], 257), tmp_path / "out")
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert type(back) is type(theirs)
+    ids = torch.randint(257, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        torch.testing.assert_close(ours.eval()(ids), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(back(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def fitting(folder: Path, start: config.Model) -> dict[str, Any]:
+    """What is to be changed of these settings of [model] to hold a folder: the refusal lists it."""
+    with pytest.raises(ConfigError) as refused:
+        architectures.read(folder, start, 300)
+    line = str(refused.value).partition("set in [model]: ")[2].splitlines()[0]
+    return tomllib.loads(line.removesuffix(".").replace(", ", "\n"))
+
+
+def test_training_goes_on_from_a_model_that_transformers_made(tmp_path: Path):
+    theirs = saved(tmp_path / "in", FOREIGN["qwen3"])
+    model = fitting(tmp_path / "in", config.load(SMOKE).model)
+    few = {"budget.steps": 2, "eval.max_tokens": 64, "data.micro_batches": 2, "init_from": f"hf:{tmp_path}/in"}
+    refused = CliRunner().invoke(cli.app, ["train", str(SMOKE), "--dry-run", "--set", f"init_from=hf:{tmp_path}/in"])
+    assert isinstance(refused.exception, ConfigError) and "head_width = 12" in str(refused.exception)
+    few |= {f"model.{name}": value for name, value in model.items()}
+    chosen = config.load(SMOKE, [f"{name}={json.dumps(value)}" for name, value in few.items()])
+    done = train_run(chosen, tmp_path / "run")
+    batches = job.batches_of(chosen, prepare(chosen.data, chosen.eval, 32)).for_step(0)
+    losses = []
+    for batch in batches:
+        with torch.no_grad():
+            logits = theirs(torch.from_numpy(batch.inputs)).logits
+        losses.append(F.cross_entropy(logits.flatten(0, 1), torch.from_numpy(batch.targets).flatten()).item())
+    first, second = (row["loss"] for row in done.losses())
+    assert first == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert second != first
+    assert export.export(tmp_path / "run", tmp_path / "out").name == "Qwen3ForCausalLM"
+
+
 @pytest.mark.parametrize(("changes", "switch"), [
+    ({"norm": "layernorm", "qk_norm": False, "mlp": "swiglu", "head_width": 12}, "head_width"),
+    ({"mlp": "swiglu", "qk_norm": False, "head_width": 12, "width": 30}, "n_heads"),
     ({"logit_softcap": 15.0}, "logit_softcap"), ({"value_embeddings": True}, "value_embeddings"),
     ({"bigram_buckets": 64}, "bigram_buckets"), ({"positions": "learned"}, "positions"),
     ({"qk_norm": True, "biases": True}, "biases"), ({"norm": "layernorm", "qk_norm": True}, "qk_norm"),

@@ -23,6 +23,7 @@ from tests.support import ROOT, start, summarise_run, trainer, wait_until
 from tests.test_ladder_file import ARM, HEAD, SIZES, TARGET_TABLE, write
 from trainer import api, checkpoint, cli, ensemble, provenance
 from trainer import config as configs
+from trainer.data import EvalWindows, prepare
 from trainer.errors import (
     EXIT_FAILED,
     EXIT_FINISHED,
@@ -43,6 +44,7 @@ from trainer.ladder.run import LadderStatus
 from trainer.ladder.slots import Slots
 from trainer.ladder.speed import Speed
 from trainer.ladder.stats.records import BASELINE, RunResult
+from trainer.ladder.stored import stored
 from trainer.launch import agent
 from trainer.log import events, rundir
 
@@ -668,6 +670,47 @@ def test_a_run_on_another_text_than_the_source_holds_now_is_missing_with_the_rea
     found = collect.collect_runs(ladder, copy, ladder.runs)
     assert [result.status for result in found] == ["missing"] + ["finished"] * (len(found) - 1)
     assert f"trained on another text than {other.config.data.source!r} holds now" in found[0].reason
+
+
+def test_a_ladder_finds_its_runs_where_its_text_lies_elsewhere_and_not_where_that_is_another(reference, home, tmp_path):
+    before, pool, _ = reference
+    corpus, out = shutil.copytree(home / "corpus", tmp_path / "corpus"), pool.parent / "moved"
+    moved = plan(home, PLAIN, ARM, f'[set]\ndata.source = "{corpus}/*.txt"\n', name="moved")
+    assert not {planned.key for planned in moved.runs} & {planned.key for planned in before.runs}
+    assert {run.read_status(moved, out).state(made).status for made in moved.runs} == {"finished"}
+    assert run_results(moved, pool) == run_results(before, pool)
+    preregistration.write(moved, out)
+    record = preregistration.read(out)
+    assert record is not None and record.runs.keys() == {planned.key for planned in before.runs}
+    text = corpus / "07.txt"
+    text.write_text(text.read_text().replace("document", "dokument"))
+    assert {run.read_status(moved, out).state(made).status for made in moved.runs} == {"waiting"}
+
+
+def test_a_run_is_found_by_the_content_of_the_sets_that_it_was_scored_on(reference, home, tmp_path):
+    before, pool, _ = reference
+
+    def scored_on(name: str) -> PlannedRun:
+        """The first run, scored on a set of its own too."""
+        (tmp_path / name).write_text(f"{name[:1]} held-out text, " * 40)
+        scored = before.runs[0].config.eval.model_copy(
+            update={"sets": ("val", "own"), "sources": {"own": str(tmp_path / name)}}
+        )
+        changed = before.runs[0].config.model_copy(update={"eval": scored})
+        return dataclasses.replace(before.runs[0], config=changed)
+
+    planned = scored_on("a.txt")
+    made = StoredRun(shutil.copytree(pool / before.runs[0].key, tmp_path / "pool" / planned.key))
+    about = made.run / "config.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"config": planned.config.model_dump(mode="json")}))
+    tokens = prepare(planned.config.data, planned.config.eval, 16).eval_sets["own"].tokens
+    digest = EvalWindows(tokens, context=16, sequences=2, max_tokens=512).digest
+    (log,) = events.events_directory(made.run).glob("*.jsonl")
+    (score,) = [json.loads(line) for line in log.read_text().splitlines() if '"event": "eval"' in line]
+    log.write_text(log.read_text() + json.dumps(score | {"set": "own", "digest": digest}) + "\n")
+    for name, key in (("a copy.txt", planned.key), ("b.txt", None)):
+        other = scored_on(name)
+        assert stored(tmp_path / "pool", other).directory.name == (key or other.key)
 
 
 def test_runs_by_other_code_are_made_anew_and_the_functions_that_changed_are_named(reference, home, monkeypatch):

@@ -23,7 +23,10 @@ SMALL: dict[str, Any] = {"n_layers": 2, "n_heads": 4, "width": 32, "context": 16
 SWITCHES: dict[str, tuple[Any, ...]] = {
     "norm": ("rmsnorm", "layernorm"),
     "positions": ("rope", "learned"),
-    "mlp": ("relu2", "gelu", "swiglu"),
+    "norm_gain": (False, True),
+    "norm_epsilon": (0.0, 1e-4),
+    "mlp": ("relu2", "gelu", "gelu_tanh", "swiglu"),
+    "head_width": (0, 6),
     "n_kv_heads": (0, 1, 2),
     "qk_norm": (True, False),
     "tied_embeddings": (False, True),
@@ -310,7 +313,10 @@ def test_every_shape_gets_a_compiled_block_of_its_own_however_many_there_are(mon
     assert len(graphs) == 11
 
 
-@pytest.mark.parametrize("switches", [{}, {"mlp": "swiglu", "n_kv_heads": 2}, {"mlp": "gelu", "tied_embeddings": True}])
+@pytest.mark.parametrize(
+    "switches",
+    [{}, {"mlp": "swiglu", "n_kv_heads": 2, "head_width": 12}, {"mlp": "gelu", "tied_embeddings": True}],
+)
 def test_flops_agree_with_what_torch_counts(switches: dict[str, Any]) -> None:
     gpt = model.construct(config.Model(**(SMALL | switches)), VOCAB, "meta")
     assert isinstance(gpt, model.GPT)

@@ -12,6 +12,7 @@ import torch
 from tests.support import ROOT, SMOKE, outcome, settings, torchrun, trainer, with_faults
 from trainer import config as configs
 from trainer import costs, model, own_check, own_code
+from trainer.chaos import plan
 from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.ladder.plan import load as ladders
@@ -26,39 +27,52 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "replicate": {},
     "fsdp": {"parallel.strategy": "fsdp"},
     "fsdp, recomputed": {"parallel.strategy": "fsdp", "parallel.activation_checkpointing": True},
+    "hybrid": {"parallel.strategy": "hybrid"},
 }
-VARIANTS: dict[str, dict[str, Any]] = {"fp32": {}, "bf16": {"numerics.precision": "bf16"}}
+WORLDS = {1: ("replicate", "fsdp"), 2: ("replicate", "fsdp, recomputed"), 3: ("fsdp",), 4: ("replicate", "hybrid")}
+"""Layouts at each number of ranks: every one somewhere, and the uneven shares of 3 and 4 of 5 micro-batches."""
+VARIANTS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": {"numerics.precision": "bf16"},
+    "with optimizer and text of one's own": {
+        "optim.class": f"{ROOT}/examples/own_optimizer/lion.py:Lion", "optim.learning_rate": 3e-4,
+        "data.source": f"{ROOT}/examples/own_corpus/functions.py:documents",
+    },
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
-    directory = tmp_path_factory.mktemp("own")
-    cases = {
-        f"{name} {variant} {layout}": {
-            "config": str(SMOKE),
-            "set": [f"{key}={json.dumps(value)}" for key, value in (SMALL | own | changes | placed).items()],
+    directory, found = tmp_path_factory.mktemp("own"), {}
+    for size, layouts in WORLDS.items():
+        cases = {
+            f"{name} {variant} {layout}": {
+                "config": str(SMOKE),
+                "set": [
+                    f"{key}={json.dumps(value)}" for key, value in (SMALL | own | changes | LAYOUTS[layout]).items()
+                ],
+            }
+            for name, own in MODELS.items()
+            for variant, changes in VARIANTS.items()
+            for layout in layouts
         }
-        for name, own in MODELS.items()
-        for variant, changes in VARIANTS.items()
-        for layout, placed in LAYOUTS.items()
-    }
-    (directory / "cases.json").write_text(json.dumps(cases))
-    for size in (1, 2):
+        (directory / f"cases{size}.json").write_text(json.dumps(cases))
         result = directory / f"{size}.json"
-        torchrun(size, directory / "cases.json", result, module="tests.equality_worker", timeout=200)
-    return {size: json.loads((directory / f"{size}.json").read_text()) for size in (1, 2)}
+        torchrun(size, directory / f"cases{size}.json", result, module="tests.equality_worker", timeout=200)
+        found[size] = json.loads(result.read_text())
+    return found
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", MODELS)
-def test_one_and_two_ranks_replicated_and_sharded_give_the_same_bits(trained, name: str, variant: str):
+def test_one_to_four_ranks_replicated_sharded_and_hybrid_give_the_same_bits(trained, name: str, variant: str):
     reference = trained[1][f"{name} {variant} replicate"]
     assert reference["losses"][0] != reference["losses"][-1]
-    for size, results in trained.items():
-        for layout in LAYOUTS:
-            assert results[f"{name} {variant} {layout}"] == reference, f"{layout} on {size} ranks"
+    for size, layouts in WORLDS.items():
+        for layout in layouts:
+            assert trained[size][f"{name} {variant} {layout}"] == reference, f"{layout} on {size} ranks"
 
 
 @pytest.mark.slow
@@ -242,13 +256,17 @@ def test_another_process_that_computes_other_numbers_is_refused_at_the_start_or_
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_sharded_run_on_three_ranks_under_faults_ends_as_a_calm_one_on_one_rank(tmp_path: Path):
-    chosen = MODELS["experts"] | SMALL | {"budget.steps": 6, "checkpoint.every_steps": 2, "parallel.strategy": "fsdp"}
+@pytest.mark.parametrize(("name", "strategy", "ranks"), [("experts", "fsdp", 3), ("recurrent", "hybrid", 4)])
+def test_a_sharded_run_under_faults_resumes_and_ends_as_a_calm_one_on_one_rank(
+    tmp_path: Path, name: str, strategy: str, ranks: int
+):
+    chosen = MODELS[name] | SMALL | {"budget.steps": 6, "checkpoint.every_steps": 2}
     options = settings(**{key.replace(".", "__"): value for key, value in chosen.items()})
     faults = [{"kind": "nan_gradient", "at_step": 3, "rank": 1}, {"kind": "sigkill", "at_step": 5, "rank": 2}]
     trainer("train", SMOKE, "--run", tmp_path / "calm", *options)
-    command = ("train", SMOKE, "--run", tmp_path / "storm", *options, *with_faults(faults))
-    torchrun(3, *command, restarts=5, timeout=250)
+    placed = settings(parallel__strategy=strategy)
+    command = ("train", SMOKE, "--run", tmp_path / "storm", *options, *placed, *with_faults(faults))
+    torchrun(ranks, *command, restarts=5, timeout=250)
     assert outcome(tmp_path / "storm") == outcome(tmp_path / "calm")
 
 
@@ -328,6 +346,14 @@ def test_a_property_is_digested_with_its_setter_and_getter():
     text = f"class A:\n    {getter}\n    {setter}\n"
     one, two = (own_code.digests_of(ast.parse(text.format(value))) for value in (1, 2))
     assert one != two
+
+
+def test_a_campaign_names_a_model_from_its_own_folder(tmp_path: Path):
+    own(tmp_path, GOOD)
+    text = f'question = "q"\nconfig = "{SMOKE}"\nset = {{ model.class = "mine.py:Mine" }}\n[[runs]]\nname = "calm"\n'
+    (tmp_path / "campaign.toml").write_text(text)
+    campaign = plan.load(tmp_path / "campaign.toml")
+    assert campaign.config is not None and campaign.config.model.class_ == f"{tmp_path}/mine.py:Mine"
 
 
 def test_options_without_a_class_and_a_class_that_is_none_are_refused():

@@ -4,11 +4,9 @@ import ast
 import importlib.metadata
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -136,19 +134,8 @@ def test_every_template_of_the_pages_is_packaged():
     assert packaged == set((show / "templates").iterdir()) != set()
 
 
-def test_a_wheel_outside_the_repository_trains_a_built_in_config_and_starts_a_folder(tmp_path: Path):
-    source, site, empty = tmp_path / "source", tmp_path / "site", tmp_path / "empty"
-    for name in ("trainer", "configs"):
-        ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
-    subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=source, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(site)
-    shutil.rmtree(source)
+def test_a_wheel_outside_the_repository_trains_a_built_in_config_and_starts_a_folder(wheel: Path, tmp_path: Path):
+    site, empty = wheel, tmp_path / "empty"
     shipped = {path.relative_to(site / "trainer/configs") for path in (site / "trainer/configs").rglob("*.toml")}
     assert shipped == {path.relative_to(ROOT / "configs") for path in (ROOT / "configs").rglob("*.toml")}
     empty.mkdir()

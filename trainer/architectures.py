@@ -18,9 +18,25 @@ from trainer.config import Config, Model
 from trainer.config_rules import HF
 from trainer.data.tokenizer import END, ByteTokenizer, CharTokenizer, Tokenizer
 from trainer.errors import ConfigError, UsageError
-from trainer.model import NORM_EPSILON, construct
+from trainer.model import LAYER_NORM_EPSILON, NORM_EPSILON, construct
 
-LAYER_NORM_EPSILON = 1e-5  # torch's default, which the model uses
+ACTIVATIONS = {
+    "gelu": ("gelu", "gelu_python"),
+    "gelu_tanh": ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_python_tanh"),
+    "relu2": ("relu2",),
+    "swiglu": ("silu", "swish"),
+}
+"""Names there of each `model.mlp`; the first is the one that is written, but by GPT-2."""
+SILENT: dict[str, dict[str, Any]] = {
+    "gpt2": {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5},
+    "llama": {"hidden_act": "silu", "rms_norm_eps": 1e-6},
+    "qwen3": {"hidden_act": "silu", "rms_norm_eps": 1e-6, "head_dim": 128},
+    "arcee": {"hidden_act": "relu2", "rms_norm_eps": 1e-5},
+    "apertus": {"hidden_act": "xielu", "rms_norm_eps": 1e-5},
+    "stablelm": {"hidden_act": "silu", "layer_norm_eps": 1e-5, "use_parallel_residual": False, "qk_layernorm": False},
+    "starcoder2": {"hidden_act": "gelu_pytorch_tanh", "norm_epsilon": 1e-5},
+}
+"""Values that transformers takes where a config.json has none, by `model_type`."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +86,20 @@ def architecture_of(model: Model) -> Architecture:
             problems.append('model.qk_norm = true with model.norm = "layernorm": no architecture has both')
         if model.positions == "rope":
             found = STABLELM if model.mlp == "swiglu" else STARCODER2
+            if found is STABLELM and model.head_width:
+                problems.append(f"model.head_width = {model.head_width}: {found.name} divides its width by the heads")
             if found is STABLELM and model.biases:
                 problems.append(f'model.biases = true with model.mlp = "swiglu": {found.name} has no biases in its MLP')
         else:
             found = GPT2
             if model.mlp == "swiglu":
                 problems.append('model.mlp = "swiglu" with model.positions = "learned": GPT2LMHeadModel has no gate')
+            if model.head_width:
+                problems.append(f"model.head_width = {model.head_width}: {found.name} divides its width by the heads")
             if model.kv_heads != model.n_heads:
                 problems.append('model.n_kv_heads with model.positions = "learned": GPT2LMHeadModel has no groups')
+    if model.head_width and model.width % model.n_heads and found in (LLAMA, ARCEE):
+        problems.append(f"model.n_heads = {model.n_heads} does not divide model.width, which {found.name} asks for")
     if problems:
         raise UsageError(
             "This model cannot be exported: " + "; ".join(problems) + ".\n"
@@ -88,7 +110,8 @@ def architecture_of(model: Model) -> Architecture:
 
 def settings_of(model: Model, vocab_size: int, architecture: Architecture) -> dict[str, Any]:
     """Return the contents of config.json, without the ids of special tokens."""
-    activation = {"gelu": "gelu", "relu2": "relu2", "swiglu": "silu"}[model.mlp]
+    activation = "gelu_new" if (architecture, model.mlp) == (GPT2, "gelu_tanh") else ACTIVATIONS[model.mlp][0]
+    of_layer_norm = model.norm_epsilon or LAYER_NORM_EPSILON
     common = {
         "architectures": [architecture.name],
         "model_type": architecture.model_type,
@@ -100,7 +123,7 @@ def settings_of(model: Model, vocab_size: int, architecture: Architecture) -> di
         dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), model.dropout)
         return common | dropouts | {
             "n_positions": model.context, "n_embd": model.width, "n_layer": model.n_layers, "n_head": model.n_heads,
-            "n_inner": model.mlp_width, "activation_function": activation, "layer_norm_epsilon": LAYER_NORM_EPSILON,
+            "n_inner": model.mlp_width, "activation_function": activation, "layer_norm_epsilon": of_layer_norm,
             "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
         }  # fmt: skip
     rope = {"rope_type": "default", "rope_theta": model.rope_base}
@@ -114,7 +137,8 @@ def settings_of(model: Model, vocab_size: int, architecture: Architecture) -> di
         "hidden_size": model.width, "intermediate_size": model.mlp_width, "num_hidden_layers": model.n_layers,
         "num_attention_heads": model.n_heads, "num_key_value_heads": model.kv_heads, "head_dim": model.head_channels,
         "hidden_act": activation, "max_position_embeddings": model.context, "attention_dropout": model.dropout,
-        "rms_norm_eps": NORM_EPSILON, "norm_epsilon": LAYER_NORM_EPSILON, "layer_norm_eps": LAYER_NORM_EPSILON,
+        "rms_norm_eps": model.norm_epsilon or NORM_EPSILON,
+        "norm_epsilon": of_layer_norm, "layer_norm_eps": of_layer_norm,
         "rope_parameters": rope, "rope_theta": model.rope_base,  # the second is where versions before 5 look
     }  # fmt: skip
 
@@ -157,8 +181,9 @@ def tensors(own: Mapping[str, Tensor], settings: Model, architecture: Architectu
             yield f"{mlp}{architecture.up}.{kind}", up
             yield f"{mlp}{architecture.down}.{kind}", down
         if settings.qk_norm:
-            for name in ("q_norm", "k_norm"):
-                yield f"{attention}{name}.weight", _constant(1, settings.head_channels, own)
+            for name in "qk":
+                gain = own.get(f"{ours}attention.{name}_gain", _constant(1, settings.head_channels, own))
+                yield f"{attention}{name}_norm.weight", gain.unflatten(0, (-1, 2)).T.flatten()  # in halves, as rows
 
 
 def _norm(own: Mapping[str, Tensor], ours: str, theirs: str, settings: Model) -> Iterator[tuple[str, Tensor]]:
@@ -248,32 +273,18 @@ def read(folder: Path, settings: Model, rows: int) -> dict[str, Tensor]:
     except (OSError, ValueError, SafetensorError) as error:
         fact = f"init_from: {folder} cannot be read as a model of transformers: {error}."
         raise ConfigError([f"{fact}\n  It needs config.json and *.safetensors."]) from None
-    kinds = {"rope_parameters": dict, "rope_scaling": dict, "sliding_window": int}
+    kinds = {"rope_parameters": dict, "rope_scaling": dict, "sliding_window": int, "model_type": str}
     wrong = ["what stands"]
     if isinstance(said, dict):
         wrong = [name for name, kind in kinds.items() if not isinstance(said.get(name), kind | None)]
     if wrong:
         fact = f"init_from: {wrong[0]} in {folder}/config.json is not what transformers writes there."
         raise ConfigError([f"{fact}\n  Name another folder."])
-    wanted = settings_of(settings, rows, architecture)
-    free = {"dtype", "attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "rope_theta", "rope_parameters"}
-    problems = [
-        f"init_from: {name} is {said[name]!r} in {folder}/config.json, and {value!r} by this config"
-        for name, value in wanted.items()
-        if name in said and name not in free and said[name] != value
-    ]
-    base = (said.get("rope_parameters") or {}).get("rope_theta", said.get("rope_theta"))
-    if settings.positions == "rope" and base not in (None, settings.rope_base):
-        problems.append(f"init_from: rope_theta is {base!r} there, and model.rope_base {settings.rope_base!r} here")
-    if settings.positions == "rope":
-        theirs = {"partial_rotary_factor": said.get("partial_rotary_factor", 0.25 if architecture is STABLELM else 1.0)}
-        theirs |= (said.get("rope_scaling") or {}) | (said.get("rope_parameters") or {})
-        ours = {"partial_rotary_factor": 1.0, "rope_type": "default", "type": "default"}
-        problems += [
-            f"init_from: {name} of the rotation is {value!r} there, and {ours.get(name)!r} here"
-            for name, value in theirs.items()
-            if name != "rope_theta" and ours.get(name) != value
-        ]
+    said = _completed(said)
+    root = "transformer." if architecture is GPT2 else "model."
+    if not any(name.startswith(root) for name in found):  # saved without a head, as GPT-2 on the hub
+        found = {name if name.startswith("lm_head.") else root + name: value for name, value in found.items()}
+    problems = _differences(said, settings, rows, architecture, folder) + _rotation_problems(said, settings)
     window = said.get("sliding_window") if said.get("use_sliding_window", True) else None
     if window is not None and window < settings.context:
         problems.append(f"init_from: sliding_window is {window!r} there, and attention here sees the whole context")
@@ -288,8 +299,109 @@ def read(folder: Path, settings: Model, rows: int) -> dict[str, Tensor]:
     if not problems:
         own, problems = _inverse(found, settings, rows, architecture)
     if problems:
-        raise ConfigError([f"{problem}.\n  Change [model], or name another folder." for problem in problems])
+        remedy = "Change [model], or name another folder."
+        fitting = {k: v for k, v in _fitting(said, found).items() if v != getattr(settings, k)}
+        if fitting:
+            listed = ", ".join(f"{name} = {json.dumps(value)}" for name, value in fitting.items())
+            remedy = f"For this folder, set in [model]: {listed}."
+        raise ConfigError([*(f"{problem}." for problem in problems[:-1]), f"{problems[-1]}.\n  {remedy}"])
     return own
+
+
+def _completed(said: dict[str, Any]) -> dict[str, Any]:
+    """Return a config.json with what transformers takes where it is silent."""
+    said = SILENT.get(said.get("model_type", ""), {}) | said
+    width, heads = said.get("hidden_size"), said.get("num_attention_heads")
+    if said.get("n_inner", 0) is None and isinstance(said.get("n_embd"), int):
+        said["n_inner"] = 4 * said["n_embd"]
+    if said.get("num_key_value_heads", 0) is None:
+        said["num_key_value_heads"] = heads
+    if said.get("head_dim", 0) is None and isinstance(width, int) and isinstance(heads, int) and heads:
+        said["head_dim"] = width // heads
+    return said
+
+
+def _differences(
+    said: Mapping[str, Any], settings: Model, rows: int, architecture: Architecture, folder: Path
+) -> list[str]:
+    """Return a problem for each value of config.json that is another than these settings would write."""
+    dropouts = {"attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"}
+    free = {"architectures", "dtype", "rope_theta", "rope_parameters"} | dropouts
+    problems = []
+    for name, value in settings_of(settings, rows, architecture).items():
+        alike = [value]
+        if name in ("hidden_act", "activation_function"):
+            alike = [*ACTIVATIONS[settings.mlp]]
+        elif name == "max_position_embeddings" and isinstance(said.get(name), int) and said[name] >= value:
+            continue  # rotations are the same, however many of them are used
+        if name in said and name not in free and said[name] not in alike:
+            theirs = f"{said[name]!r} in {folder}/config.json"
+            problems.append(f"init_from: {name} is {theirs}, and {value!r} by this config")
+    return problems
+
+
+def _rotation_problems(said: Mapping[str, Any], settings: Model) -> list[str]:
+    if settings.positions != "rope":
+        return []
+    base, problems = _rope_base(said), []
+    if base != settings.rope_base:
+        problems.append(f"init_from: rope_theta is {base!r} there, and model.rope_base {settings.rope_base!r} here")
+    is_partial = said.get("model_type") == STABLELM.model_type
+    theirs = {"partial_rotary_factor": said.get("partial_rotary_factor", 0.25 if is_partial else 1.0)}
+    theirs |= (said.get("rope_scaling") or {}) | (said.get("rope_parameters") or {})
+    ours = {"partial_rotary_factor": 1.0, "rope_type": "default", "type": "default"}
+    return problems + [
+        f"init_from: {name} of the rotation is {value!r} there, and {ours.get(name)!r} here"
+        for name, value in theirs.items()
+        if name != "rope_theta" and ours.get(name) != value
+    ]
+
+
+def _rope_base(said: Mapping[str, Any]) -> Any:
+    usual = 12e6 if said.get("model_type") == APERTUS.model_type else 10_000.0
+    return (said.get("rope_parameters") or {}).get("rope_theta", said.get("rope_theta", usual))
+
+
+def _fitting(said: Mapping[str, Any], found: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the settings of [model] that hold such a folder's model; {} where it is no architecture of ours."""
+    kind = said.get("model_type")
+    mlp = {theirs: ours for ours, names in ACTIVATIONS.items() for theirs in names}
+    try:
+        if kind == GPT2.model_type:
+            width, heads = said["n_embd"], said["n_head"]
+            return {
+                "n_layers": said["n_layer"], "n_heads": heads, "n_kv_heads": 0, "head_width": 0, "width": width,
+                "context": said["n_positions"], "vocab_size": said["vocab_size"], "norm": "layernorm",
+                "norm_gain": False, "norm_epsilon": _unless(said["layer_norm_epsilon"], LAYER_NORM_EPSILON),
+                "positions": "learned", "mlp": mlp[said["activation_function"]],
+                "mlp_ratio": said.get("n_inner", 4 * width) / width, "qk_norm": False, "biases": True,
+                "tied_embeddings": "lm_head.weight" not in found or said.get("tie_word_embeddings", True),
+            }  # fmt: skip
+        if kind not in SILENT:
+            return {}
+        width, heads, kv_heads = said["hidden_size"], said["num_attention_heads"], said.get("num_key_value_heads")
+        is_rms = kind not in (STABLELM.model_type, STARCODER2.model_type)
+        epsilon = said.get("rms_norm_eps", said.get("norm_epsilon", said.get("layer_norm_eps")))
+        gains = [value for name, value in found.items() if name.endswith("norm.weight")]
+        return {
+            "n_layers": said["num_hidden_layers"], "n_heads": heads, "n_kv_heads": _unless(kv_heads or 0, heads),
+            "head_width": _unless(said.get("head_dim", 0), width // heads), "width": width,
+            "vocab_size": said["vocab_size"], "norm": "rmsnorm" if is_rms else "layernorm",
+            "norm_gain": is_rms and any(bool((gain != 1).any()) for gain in gains),
+            "norm_epsilon": _unless(epsilon, NORM_EPSILON if is_rms else LAYER_NORM_EPSILON), "positions": "rope",
+            "rope_base": float(_rope_base(said)), "mlp": mlp[said["hidden_act"]],
+            "mlp_ratio": said["intermediate_size"] / width,
+            "qk_norm": kind in (QWEN3.model_type, APERTUS.model_type),
+            "biases": bool(said.get("use_bias", said.get("mlp_bias", False))),
+            "tied_embeddings": bool(said.get("tie_word_embeddings", "lm_head.weight" not in found)),
+        }  # fmt: skip
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):  # no such file was ever written by transformers
+        return {}
+
+
+def _unless(value: Any, usual: Any) -> Any:
+    """0 for a value that the setting's default stands for."""
+    return 0 if value == usual else value
 
 
 def _inverse(
@@ -322,12 +434,17 @@ def _inverse(
     return {name: flat[places[name]] for name in shapes}, problems
 
 
+def folder_of(config: Config) -> Path:
+    """Return the folder that `init_from` names."""
+    return Path(config.init_from.removeprefix(HF))
+
+
 def begin(config: Config, rows: int, tokenizer: Tokenizer, model: nn.Module) -> None:
     """Fill a model, sharded or not, with the weights that `init_from` names.
 
     Raises ConfigError as `read` does, and if the folder's tokenizer gives other ids.
     """
-    folder = Path(config.init_from.removeprefix(HF))
+    folder = folder_of(config)
     values = read(folder, config.model, rows)
     if (folder / "tokenizer.json").exists():
         theirs, ours = (json.loads(text) for text in (files.read(folder / "tokenizer.json"), tokenizer_json(tokenizer)))

@@ -15,7 +15,8 @@ from trainer.log import rundir
 from trainer.step import TrainState, sha256_of
 
 Record = dict[str, Any]
-"""A parent, as config.json holds it: {run, run_id, step, state_sha256, fingerprint, tokens, tokenizer_sha256}."""
+"""A parent, as config.json holds it: {run, run_id, step, state_sha256, fingerprint, tokens, tokenizer_sha256}, and
+moments_from: {parameter: step after which its moments began at zero}, for those that did so at a branch."""
 WEIGHTS = "model."
 OF_ISLANDS = "islands.model."
 """Weights of all islands, one entry each along the first dim (islands/state.py)."""
@@ -73,12 +74,12 @@ def origin(run: Path, config: Config, name: str) -> Record | None:
     state is not there any more though the run has not saved one of its own.
     """
     if not rundir.is_run(run):
-        return _record(find(name, config)) if name else None
+        return _record(find(name, config), config) if name else None
     before = rundir.read(run).get("parent")
     if name:
         _check_same(run, before, name)
     if before is not None and not checkpoint.committed(run):
-        again = _record(find(shown(before), config))
+        again = _record(find(shown(before), config), config)
         if again["state_sha256"] != before["state_sha256"]:
             raise RunDirectoryError(
                 f"{before['run']} has another state at step {before['step']} than when {run} began from it.\n"
@@ -104,7 +105,7 @@ def _check_same(run: Path, before: Record | None, name: str) -> None:
         )
 
 
-def _record(saved: Saved) -> Record:
+def _record(saved: Saved, config: Config) -> Record:
     run = saved.path.parent.parent.resolve()
     about = rundir.read(run)
     earlier = about.get("parent") or {"step": 0, "tokens": 0}
@@ -116,7 +117,29 @@ def _record(saved: Saved) -> Record:
         "fingerprint": about["fingerprint"],
         "tokens": earlier["tokens"] + (saved.step - earlier["step"]) * about["tokens_per_step"],
         "tokenizer_sha256": about.get("tokenizer_sha256"),
+        "moments_from": _moments_from(saved, moments_from(about.get("parent")), config),
     }
+
+
+def moments_from(parent: Record | None) -> dict[str, int]:
+    """{parameter: step after which its moments began at zero}, which AdamW counts from.
+
+    Empty for a run that began before that was recorded: its counts went on from the run's step, and still do.
+    """
+    return (parent or {}).get("moments_from", {})
+
+
+def _moments_from(saved: Saved, earlier: dict[str, int], config: Config) -> dict[str, int]:
+    """Return those of a run of `config` that begins from `saved`; `earlier` are those of the parent."""
+    found: dict[str, int] = {}
+    stored, prefix = loading.shapes(saved), OF_ISLANDS.removesuffix(WEIGHTS) if config.islands.count else ""
+    for name in (name.removeprefix(WEIGHTS) for name in stored if name.startswith(WEIGHTS)):
+        held = f"{prefix}optim.{name}."
+        began = earlier.get(name, 0) if f"{held}exp_avg" in stored else saved.step
+        stays_with_muon = config.optim.optimizer == "muon" and f"{held}momentum_buffer" in stored
+        if began and not stays_with_muon and not config.optim.class_:  # an optimizer of one's own keeps its own counts
+            found[name] = began
+    return found
 
 
 def check(parent: Record, config: Config, vocab_size: int, tokenizer_sha256: str) -> None:

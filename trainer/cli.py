@@ -135,6 +135,12 @@ def train(
             for setting, name in (("model.class", config.model.class_), ("optim.class", config.optim.class_)):
                 if name:
                     own_check.attempt(setting, config, vocab_size, device, ranks or 1)
+        # The rows of a table whose tokens are not made yet are known only if the config says them.
+        if config.init_from and (config.model.vocab_size or config.data.tokenizer not in ("bpe", "chars")):
+            from trainer import architectures
+
+            rows = costs.padded_vocab(costs.vocabulary(config)[0], config.model.vocab_size)
+            architectures.read(architectures.folder_of(config), config.model, rows)
         costs.show(config, ranks or 1)
         return
     if ranks is not None:

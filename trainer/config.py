@@ -76,7 +76,8 @@ class Data(Section):
     """Compare the training text with every set of eval.sets: "report" training documents that are near-duplicates of
     held-out ones (data/near.py), or "drop" them from training."""
     tokenizer: str = "bpe"
-    """"bpe" (byte-level, trained on the training split), "bytes", "chars", or the path of a tokenizer.json."""
+    """"bpe" (byte-level, trained on the training split), "bytes", "chars", the path of a tokenizer.json, or that of a
+    repository of the hub at a commit: "hub:OWNER/NAME@COMMIT"."""
     vocab_size: int = Field(default=4096, ge=257)
     """Tokens of a trained BPE; has no meaning for other tokenizers."""
     micro_batches: int = Field(default=8, ge=1, le=2**20)
@@ -101,6 +102,8 @@ class Model(Section):
     """Query heads; they divide `width`."""
     n_kv_heads: int = Field(default=0, ge=0)
     """Key/value heads shared by groups of query heads; 0 means as many as n_heads."""
+    head_width: int = Field(default=0, ge=0)
+    """Channels of a head; 0 means width / n_heads."""
     width: int = Field(default=128, ge=1)
     """Channels of the residual stream."""
     context: int = Field(default=64, ge=1)
@@ -109,12 +112,16 @@ class Model(Section):
     """Rows of the embedding table; 0 takes the tokenizer's size, rounded up to a multiple of 64."""
     norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
     """Normalisation before attention, MLP and head."""
+    norm_gain: bool = False
+    """Learned gains in "rmsnorm" and in qk_norm, as Llama and Qwen3 have them; "layernorm" always has its own."""
+    norm_epsilon: float = Field(default=0.0, ge=0, lt=1)
+    """Added to the mean square under the root of a norm; 0 means 1e-6, and in "layernorm" 1e-5."""
     positions: Literal["learned", "rope"] = "rope"
     """A learned vector for each position, or queries and keys turned by it."""
     rope_base: float = Field(default=10_000.0, gt=0)
     """Base of the wavelengths of "rope"."""
-    mlp: Literal["gelu", "swiglu", "relu2"] = "relu2"
-    """Activation of the MLP; "swiglu" has a gate, and so a third matrix."""
+    mlp: Literal["gelu", "gelu_tanh", "swiglu", "relu2"] = "relu2"
+    """Activation of the MLP; "gelu_tanh" is GPT-2's own approximation; "swiglu" has a gate, and so a third matrix."""
     mlp_ratio: float = Field(default=4.0, gt=0)
     """Hidden width of the MLP divided by `width`."""
     qk_norm: bool = True
@@ -147,7 +154,7 @@ class Model(Section):
 
     @property
     def head_channels(self) -> int:
-        return self.width // self.n_heads
+        return self.head_width or self.width // self.n_heads
 
     @property
     def mlp_width(self) -> int:
@@ -416,6 +423,9 @@ ADDED_LATER = {
     "optim.class": "",
     "numerics.tf32": False,
     "model.loss_chunk_tokens": 0,
+    "model.head_width": 0,
+    "model.norm_gain": False,
+    "model.norm_epsilon": 0.0,
     **{f"islands.{name}": field.default for name, field in Islands.model_fields.items()},
     "distil.weights_sha256": [],
     "distil.weight": Distil().weight,

@@ -3,6 +3,7 @@
 import difflib
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -22,6 +23,7 @@ MIN_BITS_KEPT = 4
 MOST_PARTS = 10_000
 """Longest cycle in which the sources of a mixture take turns."""
 TABLES = ("jsonl", "parquet")
+HUB_TOKENIZER = re.compile(r"hub:([\w.-]+/)?[\w.-]+@[0-9a-f]{40}")
 A_FAULT = 'Write [[faults]], and below it its settings: kind = "sigkill", rank = 1, at_step = 9.'
 
 
@@ -30,7 +32,7 @@ def contradictions(config: "Config") -> list[str]:
     m, o, data, held_out = config.model, config.optim, config.data, config.eval
     strategy = config.parallel.strategy
     is_gpt = not m.class_  # a class of one's own need not have heads
-    heads_fit = m.width % m.n_heads == 0
+    heads_fit = m.head_width > 0 or m.width % m.n_heads == 0
     bits_kept = FLOAT32_BITS - (data.micro_batches - 1).bit_length() - config.numerics.headroom_bits
     is_pinned = len(data.revision) == 40 and set(data.revision) <= set("0123456789abcdef")
     rules = [
@@ -40,9 +42,9 @@ def contradictions(config: "Config") -> list[str]:
             "  Every head takes an equal part of the width. Change one so that it divides.",
         ),
         (
-            is_gpt and heads_fit and m.positions == "rope" and (m.width // m.n_heads) % 2,
-            f'model.positions = "rope" rotates pairs, but a head is {m.width // m.n_heads} wide.\n'
-            "  model.width / model.n_heads must be even.",
+            is_gpt and heads_fit and m.positions == "rope" and m.head_channels % 2,
+            f'model.positions = "rope" rotates pairs, but a head is {m.head_channels} wide.\n'
+            f"  {'model.head_width' if m.head_width else 'model.width / model.n_heads'} must be even.",
         ),
         (
             is_gpt and m.n_kv_heads and m.n_heads % m.n_kv_heads,
@@ -85,6 +87,11 @@ def contradictions(config: "Config") -> list[str]:
             data.source.startswith("hub:") and not is_pinned,
             f"data.revision = {data.revision!r} does not pin {data.source}.\n"
             "  A branch moves, and the run with it. Give the dataset's commit: 40 hex digits.",
+        ),
+        (
+            data.tokenizer.startswith("hub:") and not HUB_TOKENIZER.fullmatch(data.tokenizer),
+            f"data.tokenizer = {data.tokenizer!r} does not pin a commit.\n"
+            "  A branch moves, and the token ids with it. Write hub:OWNER/NAME@COMMIT (40 hex digits).",
         ),
         *(
             (
@@ -338,6 +345,7 @@ def without_effect(config: "Config") -> list[str]:
             for name in ("optimizer", "beta1", "beta2", "eps")
         ),
         ("optim.weight_decay_schedule", c.optim.weight_decay, "optim.weight_decay above 0"),
+        ("model.norm_gain", c.model.norm == "rmsnorm" or c.model.qk_norm, 'model.norm = "rmsnorm" or model.qk_norm'),
         ("model.rope_base", c.model.positions == "rope", 'model.positions = "rope"'),
         ("optim.muon_learning_rate", c.optim.optimizer == "muon", 'optim.optimizer = "muon"'),
         ("optim.muon_momentum", c.optim.optimizer == "muon", 'optim.optimizer = "muon"'),

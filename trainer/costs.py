@@ -42,17 +42,18 @@ def flops_per_token(model: Model, vocab_size: int) -> int:
     """Training FLOPs per token: 3 × the forward pass, multiply and add counted apart.
 
     Matrices: 2 per weight, the head included (Kaplan et al. 2020, with the correction of Porian et al. 2024).
-    Attention: 4·T·D per layer for scores and mixing over all T positions, as if not causal (Chowdhery et al. 2022,
+    Attention: 4·T·H·C per layer for scores and mixing over all T positions, as if not causal (Chowdhery et al. 2022,
     PaLM, appendix B), though kernels skip the masked half. Look-ups, norms and activations are not counted.
     A model of one's own is run, and torch counts its matrix products, convolutions and attention.
     """
     if model.class_:
         return 3 * _counted_flops(model, vocab_size) // model.context
     d, f = model.width, model.mlp_width
-    qkv = d * (model.n_heads + 2 * model.kv_heads) * model.head_channels
+    heads = model.n_heads * model.head_channels
+    qkv = d * (heads + 2 * model.kv_heads * model.head_channels)
     mlp = (3 if model.mlp == "swiglu" else 2) * d * f
-    weights = model.n_layers * (qkv + d * d + mlp) + d * vocab_size
-    return 3 * (2 * weights + model.n_layers * 4 * model.context * d)
+    weights = model.n_layers * (qkv + d * heads + mlp) + d * vocab_size
+    return 3 * (2 * weights + model.n_layers * 4 * model.context * heads)
 
 
 def teaching_flops(config: Config, vocab_size: int) -> int:

@@ -151,6 +151,7 @@ def train(
         with out_of_memory.explained(device):
             post = apart.post_of(config, claim.watchdog.heartbeat)
             state = build_any(config, facts["vocab_size"], ranks, sentinel.watch, post)
+        state.moments_from = branch.moments_from(claim.parent)
         stopwatch.lap("model")
         claim.log.create()  # the file of its log makes an attempt count
         injector.attach(claim.attempt, claim.log, islands.trained_here(state), prepared)
@@ -370,8 +371,7 @@ def begin_from_parent(claim: Claim, state: TrainState) -> str:
     fresh = claim.ranks.agree(lambda: branch.begin(parent, state))[0]
     if fresh and claim.ranks.is_main:
         named = ", ".join(fresh[:3]) + (f" and {len(fresh) - 3} more" if len(fresh) > 3 else "")
-        message = f"{branch.shown(parent)} does not hold {named}: they begin at zero"
-        message += ", and AdamW counts its steps from the run's step."
+        message = f"{branch.shown(parent)} does not hold {named}: they begin at zero, and so do AdamW's counts of them."
         claim.log.append(events.Warned(message=message))
     return branch.shown(parent)
 

@@ -216,6 +216,7 @@ def train(
         with out_of_memory.explained(device):
             state = build(config, facts["vocab_size"], group, sentinel)
             job.capture(state, config, group.world.device)
+        state.moments_from = branch.moments_from(claim.parent)
         stopwatch.lap("model")
         # Members meet at the store of the first of them, so each has one from its start.
         host = own_host(given)

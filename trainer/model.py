@@ -25,6 +25,7 @@ from trainer import config, own_model, torch_versions
 from trainer.errors import ConfigError
 
 NORM_EPSILON = 1e-6
+LAYER_NORM_EPSILON = 1e-5
 # Its compiler loses the gradient of an autograd.Function that saves its own output, without a word.
 LOSES_GRADIENTS = torch_versions.release(torch.__version__) < (2, 12)
 EMBEDDING_STD = 0.02
@@ -358,15 +359,22 @@ class Attention(nn.Module):
     """Causal multi-head attention (Vaswani et al. 2017).
 
     Grouped key/value heads: Ainslie et al. 2023. qk_norm: queries and keys are RMS-normalised per head, after
-    Henry et al. 2020 and Dehghani et al. 2023; without a learned gain, as nanochat and modded-nanogpt.
+    Henry et al. 2020 and Dehghani et al. 2023; without a learned gain, as nanochat and modded-nanogpt, or with one
+    that all heads share, as Qwen3.
     """
+
+    q_gain: nn.Parameter | None
+    k_gain: nn.Parameter | None
 
     def __init__(self, model: config.Model, layer: int, vocab_size: int) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.channels = model.n_heads, model.kv_heads, model.head_channels
-        self.qk_norm, self.dropout = model.qk_norm, model.dropout
+        self.qk_norm, self.epsilon, self.dropout = model.qk_norm, model.norm_epsilon or NORM_EPSILON, model.dropout
         self.qkv = Linear(model.width, (self.heads + 2 * self.kv_heads) * self.channels, bias=model.biases)
-        self.out = Linear(model.width, model.width, bias=model.biases, role=Role.OUTPUT)
+        self.out = Linear(self.heads * self.channels, model.width, bias=model.biases, role=Role.OUTPUT)
+        for name in ("q_gain", "k_gain"):
+            has_gain = model.qk_norm and model.norm_gain
+            self.register_parameter(name, nn.Parameter(torch.empty(self.channels)) if has_gain else None)
         self.causal_mask: Any = None
         has_values = model.value_embeddings and layer % 2 == 1
         self.embed_values = ValueEmbedding(vocab_size, self.kv_heads * self.channels) if has_values else None
@@ -378,7 +386,7 @@ class Attention(nn.Module):
         if self.embed_values is not None:
             v_BTKC = v_BTKC + self.embed_values(inputs_BT).view(b, t, self.kv_heads, self.channels).to(v_BTKC.dtype)
         if self.qk_norm:
-            qk_BTNC = _rms_normalise(qk_BTNC)
+            qk_BTNC = self.normalise(qk_BTNC)
         if rotation_TP2 is not None:
             qk_BTNC = _rotate(qk_BTNC, rotation_TP2)
         q_BTHC, k_BTKC = qk_BTNC.split((self.heads, self.kv_heads), dim=2)
@@ -387,6 +395,13 @@ class Attention(nn.Module):
             q_BTHC.transpose(1, 2), k_BTKC.transpose(1, 2), v_BTKC.transpose(1, 2), dropout, self.causal_mask
         )
         return self.out(y_BHTC.transpose(1, 2).flatten(2))
+
+    def normalise(self, qk_BTNC: Tensor) -> Tensor:
+        qk_BTNC = _rms_normalise(qk_BTNC, self.epsilon)
+        if self.q_gain is None or self.k_gain is None:
+            return qk_BTNC
+        gain_NC = torch.cat((self.q_gain.expand(self.heads, -1), self.k_gain.expand(self.kv_heads, -1)))
+        return qk_BTNC * gain_NC.to(qk_BTNC.dtype)
 
 
 def _is_past(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -437,7 +452,8 @@ def _attend(q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, dropout: float, mask
 class MLP(nn.Module):
     """gelu (Hendrycks & Gimpel 2016), relu2 = relu(x)² (So et al. 2021) or swiglu = silu(a)·b (Shazeer 2020).
 
-    swiglu has three matrices; set mlp_ratio = 8/3 for the parameters of the others at 4.
+    gelu_tanh is the approximation of gelu that GPT-2 was trained with. swiglu has three matrices; set mlp_ratio = 8/3
+    for the parameters of the others at 4.
     """
 
     def __init__(self, model: config.Model) -> None:
@@ -451,6 +467,8 @@ class MLP(nn.Module):
         h_BTF = self.up(x_BTD)
         if self.kind == "gelu":
             return self.out(F.gelu(h_BTF))
+        if self.kind == "gelu_tanh":
+            return self.out(F.gelu(h_BTF, approximate="tanh"))
         if self.kind == "relu2":
             return self.out(_SquaredReLU.apply(h_BTF))
         gate_BTF, value_BTF = h_BTF.chunk(2, dim=-1)
@@ -499,39 +517,49 @@ class ValueEmbedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) (Zhang & Sennrich 2019), without a gain: the matrix that follows can hold it (nanochat does so)."""
+    """x / rms(x) (Zhang & Sennrich 2019). Without a gain the matrix that follows can hold it (nanochat does so)."""
+
+    weight: nn.Parameter | None
+
+    def __init__(self, model: config.Model) -> None:
+        super().__init__()
+        self.epsilon = model.norm_epsilon or NORM_EPSILON
+        if model.norm_gain:
+            self.role = Role.NORM
+        self.register_parameter("weight", nn.Parameter(torch.empty(model.width)) if model.norm_gain else None)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return _rms_normalise(x_BTD)
+        y_BTD = _rms_normalise(x_BTD, self.epsilon)
+        return y_BTD if self.weight is None else y_BTD * self.weight.to(y_BTD.dtype)
 
 
-def _rms_normalise(x: Tensor) -> Tensor:
+def _rms_normalise(x: Tensor, epsilon: float = NORM_EPSILON) -> Tensor:
     if LOSES_GRADIENTS and torch.compiler.is_compiling():
-        return (x * _rms_scale(x)).to(x.dtype)
-    return _RMSNormalise.apply(x)
+        return (x * _rms_scale(x, epsilon)).to(x.dtype)
+    return _RMSNormalise.apply(x, epsilon)
 
 
-def _rms_scale(x: Tensor) -> Tensor:
+def _rms_scale(x: Tensor, epsilon: float = NORM_EPSILON) -> Tensor:
     precise = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=precise)
-    return (norm.square() / x.shape[-1] + NORM_EPSILON).rsqrt()
+    return (norm.square() / x.shape[-1] + epsilon).rsqrt()
 
 
 class _RMSNormalise(torch.autograd.Function):
     """x / sqrt(mean x² + ε) over the last axis: half the time of F.rms_norm on CPU, whose backward is many kernels."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        scale = _rms_scale(x)
+    def forward(ctx: Any, x: Tensor, epsilon: float = NORM_EPSILON) -> Tensor:  # pyright: ignore
+        scale = _rms_scale(x, epsilon)
         y = (x * scale).to(x.dtype)
         ctx.save_for_backward(y, scale)
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
         y, scale = ctx.saved_tensors
         along = (grad * y).mean(-1, keepdim=True)
-        return torch.addcmul(grad, y, along, value=-1).mul_(scale)
+        return torch.addcmul(grad, y, along, value=-1).mul_(scale), None
 
 
 class _SquaredReLU(torch.autograd.Function):
@@ -608,8 +636,8 @@ def _generator(name: str, settings: config.Model, seed: int) -> torch.Generator:
 
 def _norm(model: config.Model) -> nn.Module:
     if model.norm == "rmsnorm":
-        return RMSNorm()
-    norm = nn.LayerNorm(model.width, bias=model.biases)  # Ba et al. 2016
+        return RMSNorm(model)
+    norm = nn.LayerNorm(model.width, model.norm_epsilon or LAYER_NORM_EPSILON, bias=model.biases)  # Ba et al. 2016
     norm.role = Role.NORM  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
     return norm
 

@@ -30,7 +30,10 @@ from trainer.log import rundir
 Answer = Literal["pass", "fail", "unknown"]
 TOPICS = ("changes", "loss", "chaos", "drill", "goodput", "data", "operators", "shapes", "disk", "time")
 PAGE, TREE = "ready.html", "ready.json"
-SIZE = ("model.n_layers", "model.n_heads", "model.n_kv_heads", "model.width", "budget.", "optim.warmup_steps")
+SIZE = (
+    "model.n_layers", "model.n_heads", "model.n_kv_heads", "model.head_width", "model.width", "budget.",
+    "optim.warmup_steps",
+)  # fmt: skip
 """Settings that say how large a run is, and not how it is made: a ladder varies them, and derisks the others."""
 GIGABYTE = 1e9
 

@@ -151,7 +151,7 @@ class CachedReader(Reader):
         if attention.embed_values is not None:
             v_BTKC = v_BTKC + attention.embed_values(inputs_BT).view_as(v_BTKC)
         if attention.qk_norm:
-            qk_BTNC = F.rms_norm(qk_BTNC, (attention.channels,), eps=models.NORM_EPSILON)
+            qk_BTNC = attention.normalise(qk_BTNC)
         if rotation_TP2 is not None:
             qk_BTNC = models._rotate(qk_BTNC, rotation_TP2)
         q_BHTC, k_BKTC = (part.transpose(1, 2) for part in qk_BTNC.split((heads, kv_heads), dim=2))

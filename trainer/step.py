@@ -44,11 +44,13 @@ class TrainState:
     grids: Grids | None
     graph: MicroBatchGraph | None = field(default=None, kw_only=True)
     """Computes each micro-batch, where `parallel.cuda_graphs` asks for it."""
+    moments_from: Mapping[str, int] = field(default_factory=dict, kw_only=True)
+    """{parameter: step after which its moments began at zero}, where the run took over a state without them."""
     teachers: Callable[[Tensor], Lesson] | None = field(default=None, kw_only=True)
     """Input tokens to what teachers say of them, where [distil] names some."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Weights, optimizer moments and grids, by name. The optimizers' step counts are the run's, so left out."""
+        """Weights, optimizer moments and grids, by name. The optimizers' counts follow from the step: left out."""
         tensors: dict[str, Tensor] = {f"model.{name}": p.data for name, p in self.sharding.parameters.items()}
         names: dict[Tensor, str] = {parameter: name for name, parameter in self.sharding.parameters.items()}
         for optimizer in self.optimizers:
@@ -68,11 +70,19 @@ class TrainState:
             if isinstance(optimizer, OwnOptimizer):
                 named = self.sharding.parameters.items()
                 optimizer.loaded([p for name, p in named if any(m.startswith(f"optim.{name}.own") for m in missing)])
-            for moments in optimizer.state.values():
-                if "step" in moments:
-                    moments["step"].fill_(step)
+        self.count_steps(step)
         if self.grids is not None:
             self.grids.derive()
+
+    def count_steps(self, step: int) -> None:
+        """Set AdamW's counts, by which it corrects moments that began at zero, to what they are after `step`."""
+        names: dict[Tensor, str] = {}
+        if self.moments_from:
+            names |= {parameter: name for name, parameter in self.sharding.parameters.items()}
+        for optimizer in self.optimizers:
+            for parameter, moments in optimizer.state.items():
+                if "step" in moments:
+                    moments["step"].fill_(step - self.moments_from.get(names.get(parameter, ""), 0))
 
     def weights_sha256(self) -> str:
         """SHA-256 over name, shape and raw little-endian float32 bytes of every full parameter. Collective."""

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
 from tokenizers import models, pre_tokenizers
 
+from trainer import config
 from trainer.data import tokenizer as module
 from trainer.data.tokenizer import CharTokenizer, Tokenizer, train
-from trainer.errors import TokenizerError
+from trainer.errors import ConfigError, TokenizerError
 
 WORDS = ["the", "rope", "holds", "what", "the", "climber", "lets", "go", "and", "nothing", "is", "lost"]
 TEXTS = [" ".join(WORDS[n % 7 :] + WORDS[: n % 5]) for n in range(35)] + ["naïve café – 東京 😀"]
@@ -187,3 +189,18 @@ def test_a_missing_or_broken_tokenizer_is_refused_by_name(tmp_path, content, nam
 def test_a_tokenizer_that_cannot_end_a_document_is_refused(tmp_path):
     with pytest.raises(TokenizerError, match="no token that ends a document"):
         Tokenizer.load(foreign(tmp_path / "t.json", added_tokens=[]))
+
+
+def test_a_tokenizer_of_the_hub_is_that_of_its_commit_and_a_commit_is_needed():
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = Path(constants.HF_HUB_CACHE, "models--maker--words", "snapshots", commit)
+    snapshot.mkdir(parents=True)
+    (snapshot / "tokenizer.json").write_text(BPE.to_json())  # as a download leaves it
+    found = Tokenizer.load(Path(f"hub:maker/words@{commit}"))
+    (ids,) = found.encode_batch([TEXTS[0]])
+    assert ids.tolist() == BPE.encode_batch([TEXTS[0]])[0].tolist()
+    with pytest.raises(TokenizerError, match=r"hub:maker/words@f{40} cannot be read: .*\n  Check name, commit"):
+        Tokenizer.load(Path(f"hub:maker/words@{'f' * 40}"))
+    for wrong in ("hub:maker/words", "hub:maker/words@main", "hub:a/b/c@" + commit):
+        with pytest.raises(ConfigError, match=r"does not pin a commit\.\n.*hub:OWNER/NAME@COMMIT"):
+            config.parse({"data": {"tokenizer": wrong}})

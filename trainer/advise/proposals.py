@@ -106,8 +106,8 @@ def candidates(config: Config) -> Iterator[Candidate]:
     for multiple in ROW_MULTIPLES:
         if (padded := -(-rows // multiple) * multiple) != rows:
             yield Candidate(f"a vocabulary of {padded:,} rows", {"model.vocab_size": padded})
-    if settings.n_kv_heads:
-        return  # grouped heads tie the widths to one another
+    if settings.n_kv_heads or settings.head_width:
+        return  # they tie the widths to one another
     for channels in HEAD_CHANNELS:
         heads, rest = divmod(settings.width, channels)
         if not rest and heads != settings.n_heads:

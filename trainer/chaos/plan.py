@@ -114,7 +114,7 @@ def load(path: Path, only: Sequence[str] = (), repeat: int | None = None) -> Cam
 def _of_config(path: Path, file: CampaignFile, problems: list[str]) -> "_CaseBuilder":
     # The config of the reference run comes first: every case is compared with it.
     config_path = path.parent / file.config
-    overrides = [*_override_list(file.set), 'wandb.mode="disabled"']
+    overrides = [*_override_list(file.set, path.parent), 'wandb.mode="disabled"']
     config = None
     with _collect_into(problems):
         config = configs.load(config_path, overrides)
@@ -144,8 +144,10 @@ def _collect_into(problems: list[str]) -> Iterator[None]:
         problems += error.problems
 
 
-def _override_list(table: Mapping[str, Any]) -> list[str]:
-    return [f"{key}={tomlfile.text(value)}" for key, value in configs.flatten(table).items()]
+def _override_list(table: Mapping[str, Any], folder: Path) -> list[str]:
+    """Return a table of settings as `--set` takes them; files of one's own code are named from `folder`."""
+    settings = configs.anchored(configs.flatten(table), folder)
+    return [f"{key}={tomlfile.text(value)}" for key, value in settings.items()]
 
 
 def _hint(name: str, names: Sequence[str]) -> str:
@@ -269,8 +271,8 @@ class _CaseBuilder:
         # stay the same.
         mode = self._mode_of(own)
         if any(_needs_time(fault, mode) for fault in faults):
-            overrides += _override_list(self._file.set_outside)
-        overrides += _override_list(own)
+            overrides += _override_list(self._file.set_outside, self.campaign.path.parent)
+        overrides += _override_list(own, self.campaign.path.parent)
         config, planned = None, None
         reasons = [reason for number in numbers if (reason := _not_in(mode, faults[number]))]
         numbers = [number for number in numbers if not _not_in(mode, faults[number])]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from trainer import errors, files
+from trainer.data.reading import first_line
 from trainer.errors import TokenizerError
 
 END = "<|end|>"
@@ -235,7 +236,9 @@ def from_json(text: str, name: str) -> Tokenizer:
 
 
 def read_json(path: Path) -> str:
-    """Read a tokenizer.json. Raises TokenizerError if it cannot be read."""
+    """Read a tokenizer.json; `path` may be "hub:OWNER/NAME@COMMIT". Raises TokenizerError if it cannot be read."""
+    if str(path).startswith("hub:"):
+        return _from_hub(str(path))
     try:
         return files.read(path.expanduser()).decode()  # as bytes: text mode would alter line ends
     except FileNotFoundError:
@@ -252,6 +255,17 @@ def read_json(path: Path) -> str:
         raise TokenizerError(
             f"{path} has no place: the home directory is not known.\n  Write the whole path, or set $HOME."
         ) from None
+
+
+def _from_hub(source: str) -> str:
+    from tokenizers import Tokenizer as Library
+
+    name, _, commit = source.removeprefix("hub:").partition("@")
+    try:
+        return Library.from_pretrained(name, revision=commit).to_str()
+    except Exception as error:  # the library raises plain Exception, also for what the network does
+        remedy = "Check name, commit and the network; a private repository needs HF_TOKEN."
+        raise TokenizerError(f"{source} cannot be read: {first_line(error)}.\n  {remedy}") from None
 
 
 def _broken(name: str, why: object) -> TokenizerError:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainer import architectures, checkpoint, job, optim, provenance, step
+from trainer import architectures, branch, checkpoint, job, optim, provenance, step
 from trainer import config as configs
 from trainer.checkpoint.files import Saved
 from trainer.data import prepare
@@ -102,6 +102,7 @@ class Replay:
         start = next((saved for saved in self.saved if saved.step < number and _intact(saved)), None)
         if self.state is None or held >= number or (start is not None and start.step > held):
             self.state = job.build(self.config, self._vocabulary, self._world)
+            self.state.moments_from = branch.moments_from(self._contents.get("parent"))
             if start is None and not self.can_begin:
                 raise StepNotReachedError(
                     f"{self.run} began from a state of another run, and step {number} comes before its first "

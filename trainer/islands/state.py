@@ -63,6 +63,7 @@ class IslandsState(TrainState):
     def restored(self, step: int, missing: Collection[str] = ()) -> None:
         self.step = self.exchange.completed = step
         for island in self.own.values():
+            island.moments_from = self.moments_from
             island.restored(step)
         if any(name.startswith(WEIGHTS) for name in missing):  # the state of a run without islands
             self.exchange.begin()

@@ -14,11 +14,12 @@ import numpy as np
 from trainer.config import Data, Eval
 from trainer.data import sha256_of_text
 from trainer.errors import NumericsError, TopropeError
-from trainer.fleet.run_store import RunState, RunStatus, StoredRun
+from trainer.fleet.run_store import RunState, RunStatus
 from trainer.ladder import ensembles
 from trainer.ladder.plan.ladder import Ladder, PlannedRun
 from trainer.ladder.plan.schema import CODE_LENGTH
 from trainer.ladder.stats.records import Axis, JsonRecord, RunResult
+from trainer.ladder.stored import stored
 from trainer.log import events, goodput, rundir
 from trainer.log.code_length import CodeLength
 from trainer.log.events import EvalDone, FaultFired, NotFinite
@@ -173,12 +174,13 @@ def collect_run(planned: PlannedRun, pool: Path, metric: str, unit: str, downstr
     """Read one run from its files as they are now."""
     if planned.members:
         return _collect_several(planned, pool, metric, unit, downstream)
-    stored = StoredRun(pool / planned.key)
+    found = stored(pool, planned)
     # Without a readable log a run is shown as its files have it: waiting, running, or missing with a reason.
-    unread = CollectedRun.of(planned, stored.read_state(planned.config.budget.steps))
+    unread = CollectedRun.of(planned, found.read_state(planned.config.budget.steps))
+    unread = dataclasses.replace(unread, key=found.directory.name)
     try:
-        entries = events.read(stored.run)
-        about = rundir.read(stored.run) if entries else {}
+        entries = events.read(found.run)
+        about = rundir.read(found.run) if entries else {}
     except TopropeError as error:
         return dataclasses.replace(unread, status="missing", reason=str(error))
     if not entries:

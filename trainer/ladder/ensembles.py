@@ -15,14 +15,15 @@ from typing import Any
 from trainer import files
 from trainer.config import Config
 from trainer.errors import TopropeError
-from trainer.fleet.run_store import StoredRun
-from trainer.ladder.plan.ladder import PlannedRun
+from trainer.ladder.plan.ladder import ENSEMBLE, PlannedRun, key_of_several
+from trainer.ladder.stored import stored
 from trainer.log import summary
 
 
 def path_of(pool: Path, planned: PlannedRun) -> Path:
     """Return the place of an ensemble's scores."""
-    return pool / planned.key / "ensemble.json"
+    key = key_of_several(ENSEMBLE, (stored(pool, member).directory.name for member in planned.members))
+    return pool / key / "ensemble.json"
 
 
 def read(pool: Path, planned: PlannedRun) -> dict[str, Any] | None:
@@ -36,9 +37,9 @@ def read(pool: Path, planned: PlannedRun) -> dict[str, Any] | None:
 def score(pool: Path, planned: Iterable[PlannedRun]) -> None:
     """Score the ensembles whose members have all finished. Raises TopropeError with the reason if one cannot be."""
     wanted = [
-        {"out": str(path_of(pool, one)), "runs": [str(pool / member.key / "run") for member in one.members]}
+        {"out": str(path_of(pool, one)), "runs": [str(stored(pool, member).run) for member in one.members]}
         for one in {one.key: one for one in planned if one.ensemble}.values()
-        if read(pool, one) is None and all(StoredRun(pool / member.key).has_finished() for member in one.members)
+        if read(pool, one) is None and all(stored(pool, member).has_finished() for member in one.members)
     ]
     if not wanted:
         return
@@ -54,7 +55,7 @@ def with_teachers(pool: Path, planned: PlannedRun) -> Config:
     """Return the config of a run whose teachers have finished, with them in it; that of another run as it is."""
     if not planned.teachers:
         return planned.config
-    runs = [pool.absolute() / teacher.key / "run" for teacher in planned.teachers]
+    runs = [stored(pool.absolute(), teacher).run for teacher in planned.teachers]
     named = {
         "runs": tuple(map(str, runs)),
         "weights_sha256": tuple(summary.summarise(run)["weights_sha256"] for run in runs),

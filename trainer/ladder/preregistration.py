@@ -19,6 +19,7 @@ from trainer.fleet.run_store import StoredRun
 from trainer.ladder.plan import load
 from trainer.ladder.plan.ladder import Ladder
 from trainer.ladder.plan.schema import AddedRuns
+from trainer.ladder.stored import stored
 from trainer.log import rundir
 
 FORMAT = 1
@@ -109,7 +110,7 @@ def compare(ladder: Ladder, out: Path) -> Edits:
         raise RunDirectoryError(
             f"{out} belongs to ladder {before.name!r}, and this one is {ladder.name!r}.\n  Give another --out."
         )
-    finished, wanted = _finished(before.runs, out), {run.key for run in [*ladder.runs, *ladder.sweep]}
+    finished, wanted = _finished(before.runs, out), _names(ladder, out)
     kept = sum(key in wanted for key in finished)
     lines = configs.differences(before.settings, ladder.settings)
     if before.code is not None:
@@ -133,7 +134,7 @@ def add(ladder: Ladder, out: Path, added: AddedRuns, probability: float, hours: 
         finished_runs=len(_finished(record.runs, out)),
     )  # fmt: skip
     record.additions.append(addition)
-    record.runs = {run.key: run.name for run in [*ladder.runs, *ladder.sweep]}
+    record.runs = _names(ladder, out)
     files.write(out / "ladder.json", record.model_dump_json(indent=1) + "\n")
     return addition
 
@@ -152,10 +153,17 @@ def write(ladder: Ladder, out: Path) -> Edits:
     if edits.lines:
         record.edits.append(entry | {"lines": edits.lines})
     record.path, record.settings, record.code = str(ladder.path), ladder.settings, provenance.code()
-    record.runs = {run.key: run.name for run in [*ladder.runs, *ladder.sweep]}
+    record.runs = _names(ladder, out)
     out.mkdir(parents=True, exist_ok=True)
     files.write(out / "ladder.json", record.model_dump_json(indent=1) + "\n")
     return edits
+
+
+def _names(ladder: Ladder, out: Path) -> dict[str, str]:
+    """{key: name} of the ladder's runs; the key is that under which the pool has the run."""
+    keys = ((run.key if run.members else stored(pool_of(out), run).directory.name, run.name)
+            for run in [*ladder.runs, *ladder.sweep])  # fmt: skip
+    return dict(keys)
 
 
 def _finished(keys: Iterable[str], out: Path) -> list[str]:

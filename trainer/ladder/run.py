@@ -17,7 +17,7 @@ from pathlib import Path
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, RunDirectoryError
 from trainer.fleet import run_store, scheduling, supervision
 from trainer.fleet.backend import Backend, Local
-from trainer.fleet.run_store import RunState, RunStatus, StoredRun
+from trainer.fleet.run_store import RunState, RunStatus
 from trainer.fleet.slurm import SlurmJobs
 from trainer.fleet.supervision import Supervisor
 from trainer.ladder import ensembles, preregistration, speed, tuning
@@ -27,6 +27,7 @@ from trainer.ladder.plan.ladder import TARGET, Ladder, PlannedRun
 from trainer.ladder.preregistration import pool_of
 from trainer.ladder.slots import Slots
 from trainer.ladder.speed import Speed
+from trainer.ladder.stored import stored
 
 WAIT_SECONDS = 0.2
 WAITING = RunState("waiting")
@@ -117,7 +118,7 @@ def default_out(ladder_file: Path) -> Path:
 
 
 def _read_states(pool: Path, runs: Iterable[PlannedRun]) -> dict[str, RunState]:
-    return {run.key: StoredRun(pool / run.key).read_state(run.config.budget.steps) for run in runs}
+    return {run.key: stored(pool, run).read_state(run.config.budget.steps) for run in runs}
 
 
 def read_status(ladder: Ladder, out: Path) -> LadderStatus:
@@ -229,7 +230,7 @@ class _Scheduler:
         if not isinstance(jobs, SlurmJobs):
             return
         for run in self._left():
-            if self.supervisor.free_slots and jobs.works_on(StoredRun(self.pool / run.key)):
+            if self.supervisor.free_slots and jobs.works_on(stored(self.pool, run)):
                 self._start(run)
 
     def _left(self) -> list[PlannedRun]:
@@ -266,10 +267,10 @@ class _Scheduler:
 
     def _start(self, run: PlannedRun) -> None:
         name = f"{self.ladder.name} {run.name}"
-        stored, changed = StoredRun(self.pool / run.key), codearms.environment(run.tree)
+        directory, changed = stored(self.pool, run), codearms.environment(run.tree)
         slot = self.slots.free_for(run, self._busy_slots())
         config = ensembles.with_teachers(self.pool, run)
-        if not self.supervisor.try_start(run.key, stored, name, config, changed, slot):
+        if not self.supervisor.try_start(run.key, directory, name, config, changed, slot):
             self._refresh([run])  # another ladder has it, or has just finished it
 
     def _collect(self) -> None:

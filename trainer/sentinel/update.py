@@ -40,10 +40,8 @@ class UpdateAudit:
         while len(seen) < RESULTS:
             for name, tensor in _updated(state).items():
                 tensor.copy_(before[name])
+            state.count_steps(state.step - 1)
             for optimizer in state.optimizers:
-                for moments in optimizer.state.values():
-                    if "step" in moments:
-                        moments["step"].fill_(state.step - 1)
                 optimizer.step()
             seen.append(_hashes(state))
             if not repeat(seen[-1] not in seen[:-1]):

@@ -28,6 +28,24 @@ FIT_RUNGS = 3
 """A curve of three parameters needs as many rungs."""
 
 
+def key_of(fingerprint: str, scored_on: configs.Eval, tree: Path | None, teachers: Iterable[str] = ()) -> str:
+    """Key of a run: digest of its fingerprint, of what it is scored on, and of the code in `tree` (None: this code).
+
+    `teachers` are keys of those that teach it: what they learn is decided by what these stand for.
+    """
+    # What is held out is no part of the mathematics, but it decides the loss that is read from the run.
+    scored = json.dumps(configs.flatten(scored_on.model_dump(mode="json")), sort_keys=True)
+    code = codearms.digest(tree)
+    computed_by = "" if code == provenance.CODE_BEFORE_RECORDS else f" {code}"
+    taught_by = "".join(f" {DISTIL} {teacher}" for teacher in teachers)
+    return hashlib.sha256(f"{fingerprint} {scored}{computed_by}{taught_by}".encode()).hexdigest()[:16]
+
+
+def key_of_several(kind: str, members: Iterable[str]) -> str:
+    """Key of what is made of several runs, by the keys of these."""
+    return hashlib.sha256(f"{kind} {' '.join(members)}".encode()).hexdigest()[:16]
+
+
 class HasAmounts(Protocol):
     """A run or a rung, by what a ladder's rungs may be amounts of."""
 
@@ -131,17 +149,10 @@ class PlannedRun:
     def key(self) -> str:
         """Digest of what decides the result, 16 hex digits: runs of two ladders with the same key are one run."""
         if self.ensemble or self.distil:
-            of_members = " ".join(member.key for member in self.members)
-            kind = ENSEMBLE if self.ensemble else DISTIL
-            return hashlib.sha256(f"{kind} {of_members}".encode()).hexdigest()[:16]
-        # What is held out is no part of the mathematics, but it decides the loss that is read from the run.
-        scored = json.dumps(configs.flatten(self.config.eval.model_dump(mode="json")), sort_keys=True)
-        code = codearms.digest(self.tree)
-        computed_by = "" if code == provenance.CODE_BEFORE_RECORDS else f" {code}"
-        # What teachers learn is decided by what their own keys stand for.
-        taught_by = "".join(f" {DISTIL} {teacher.key}" for teacher in self.teachers)
-        decided_by = f"{configs.fingerprint(self.config)} {scored}{computed_by}{taught_by}"
-        return hashlib.sha256(decided_by.encode()).hexdigest()[:16]
+            return key_of_several(ENSEMBLE if self.ensemble else DISTIL, (member.key for member in self.members))
+        return key_of(
+            configs.fingerprint(self.config), self.config.eval, self.tree, [teacher.key for teacher in self.teachers]
+        )
 
     @property
     def tokens(self) -> int:

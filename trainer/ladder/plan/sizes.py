@@ -213,7 +213,7 @@ def _unique_tokens_of(data: configs.Data, held_out: str, context: int) -> int:
 
 def shape_of(size: Size, rules: Rules, config: Config, vocab_size: int) -> Shape:
     """Return width, depth and heads of a size, by the rules; `config` is the baseline's."""
-    channels = rules.head_width or max(1, config.model.width // config.model.n_heads)
+    channels = rules.head_width or max(1, config.model.head_channels)
     if size.width:
         # A width that is no multiple of the heads is refused with the config.
         return Shape(size.width, size.n_layers, size.n_heads or max(1, round(size.width / channels)))
