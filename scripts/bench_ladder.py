@@ -474,7 +474,7 @@ PARTS: Mapping[str, Callable[[int], dict[str, Any]]] = {
     "data": lambda count: {"data": simulated(over_data(), count, 200)},
     "repeated": lambda count: {"repeated": list(repeated(max(count // 5, 1)))},
     # A surface takes most of a second to fit.
-    "apart": lambda count: {"apart": list(apart(max(count // 15, 1)))},
+    "apart": lambda count: {"apart": list(apart(max(count // 25, 1)))},
     "advice": lambda count: {"advice": advice(max(count // 5, 1))},
     "looks": lambda count: {"looks": looks(count)},
     "public": lambda count: {"public": published()},
