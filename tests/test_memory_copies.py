@@ -18,6 +18,7 @@ from trainer import checkpoint, config
 from trainer.checkpoint import memory, streams
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.launch import torchrun as launcher
+from trainer.launch.agent import Agent
 from trainer.log import events, rundir
 from trainer.parallel import elastic
 from trainer.parallel.world import World
@@ -290,6 +291,21 @@ def test_nothing_but_a_place_is_ever_removed(tmp_path: Path):
     (tmp_path / "precious").mkdir()
     memory.discard(tmp_path / "precious")
     assert (tmp_path / "precious").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/shm is Linux's")
+def test_a_job_has_not_left_what_another_run_keeps_in_memory(tmp_path: Path):
+    with Agent(["-c", "", "--run", "mine"], tmp_path / "log.txt", launch=[sys.executable], directory=tmp_path) as job:
+        job.process.wait(20)
+        places = {name: memory.place(tmp_path / name, "1234") for name in ("mine", "other")}
+        try:
+            assert [memory.prepare(place, tmp_path / name, 1) for name, place in places.items()] == [None, None]
+            assert [job._may_have_made(str(place)) for place in places.values()] == [True, False]
+            memory.discard(places["mine"])
+            assert job.leftovers() == []
+        finally:
+            for place in places.values():
+                memory.discard(place)
 
 
 # Real processes

@@ -59,6 +59,14 @@ def prepare(path: Path, run: Path, needed: int) -> str | None:
     return None
 
 
+def run_of(path: Path) -> Path | None:
+    """The directory of the run whose place this is; None if it is no place, or is being made or removed."""
+    try:
+        return Path((path / "run").read_text(encoding="utf-8")) if _NAME.fullmatch(path.name) else None
+    except (OSError, ValueError):
+        return None
+
+
 def token(path: Path) -> str | None:
     """The token that rank 0 has written, as this process sees it; None if it sees none."""
     try:

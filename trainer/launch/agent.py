@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
+from trainer.checkpoint import memory
 from trainer.launch import forkserver, namespaces, processes
 from trainer.launch.processes import PROC, unused_shared_memory, wait_until
 from trainer.parallel import elastic
@@ -50,7 +51,8 @@ class Agent:
         self.temporary.mkdir(parents=True)
         self._earlier_segments = unused_shared_memory()
         variables = {JOB_MARK: self.mark, "TMPDIR": str(self.temporary)}
-        self.process = _start([*launch, *arguments], os.environ | (environment or {}) | variables, directory, log, warm)
+        self._command, self._directory = [*launch, *arguments], directory or Path.cwd()
+        self.process = _start(self._command, os.environ | (environment or {}) | variables, directory, log, warm)
 
     def __enter__(self) -> Self:
         return self
@@ -136,10 +138,15 @@ class Agent:
         expected = ("torchinductor_", *([elastic.FAILURES_PREFIX] if self.process.poll() == -signal.SIGKILL else []))
         found = [path for path in sorted(self.temporary.rglob("*")) if not path.name.startswith(expected)]
         # Semaphores of other jobs have a name for an instant, or until the tracker of a killed agent removes them.
-        segments = unused_shared_memory() - self._earlier_segments
+        segments = {path for path in unused_shared_memory() - self._earlier_segments if self._may_have_made(path)}
         wait_until(lambda: not segments.intersection(unused_shared_memory()), seconds=5)
         segments &= unused_shared_memory()
         return [*orphans, *(f"file {path}" for path in found), *(f"segment {path}" for path in sorted(segments))]
+
+    def _may_have_made(self, segment: str) -> bool:
+        """False for copies of checkpoints of a run that the command does not name: another job keeps them."""
+        run = memory.run_of(Path(segment))
+        return run is None or any((self._directory / word).resolve() == run for word in self._command)
 
 
 @functools.cache
