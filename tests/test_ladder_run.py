@@ -170,6 +170,7 @@ def test_an_ensemble_is_scored_when_its_members_have_finished_and_its_members_ar
         ensembles.score(copied, ladder.runs)
 
 
+@pytest.mark.slow
 def test_a_taught_run_begins_when_its_teachers_have_finished_and_learns_from_their_weights(home, backend):
     ladder = plan(home, ONE_RUNG, '[[arms]]\nname = "taught"\ndistil = 2\n', name="taught")
     out = home / "ladders" / "taught"
