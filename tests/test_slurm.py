@@ -141,6 +141,13 @@ def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(("reason", "is_told"), [("PartitionTimeLimit", True), ("Priority", False), ("", False)])
+def test_a_job_that_slurm_takes_though_it_can_never_start_is_told_so(tmp_path, pretended, reason, is_told):
+    (pretended / "squeue.answer").write_text(f"{reason}\n")
+    status, said = submit(SMOKE, "--on", "slurm", "--run", tmp_path / "run")
+    assert (status, "never starts as it is: PartitionTimeLimit" in said) == (EXIT_FINISHED, is_told)
+
+
 def test_a_run_whose_job_is_in_the_queue_is_not_submitted_again(tmp_path, pretended):
     run = tmp_path / "run"
     assert slurm.submit(job(run), "seed = 1\n") == "17"
@@ -486,7 +493,7 @@ def test_a_run_through_a_lost_node_that_is_excluded_and_a_preemption_ends_with_t
     assert "without n3" in story["incidents"][0]["text"]
     said = (run / "slurm" / f"job-{number}.txt").read_text()
     assert "start 1, on n[1-3]\n" in said and "excluded after 1 failures or more: n3\n" in said
-    assert [list(node["ranks"]) for node in story["nodes"]] == [[0], [1], []]
+    assert [len(node["ranks"]) for node in story["nodes"]] == [1, 1, 0]
     assert "Traceback" not in told() and "frame #" not in told()
 
 

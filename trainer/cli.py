@@ -295,6 +295,11 @@ def submit(
     print(f"job {number}  {run}")
     print(f"watch  tail -F {shlex.quote(str(run / 'slurm'))}/job-{number}*.txt")
     print(f"story  python -m trainer inspect {shlex.quote(str(run))}")
+    if reason := slurm.obstacle(number):
+        print(
+            f"It waits, and never starts as it is: {reason}.\n  `scontrol show partition` shows what the partition "
+            f"allows. `scancel {number}`, and submit what fits.", file=sys.stderr,
+        )  # fmt: skip
 
 
 def _print_whole(text: str) -> None:

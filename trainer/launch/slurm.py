@@ -54,6 +54,10 @@ ASK_SECONDS = 2.0
 SETTLE_SECONDS = 60.0
 """After a submission without an answer, a job may appear in the queue for so long."""
 UNLIMITED = ("UNLIMITED", "INFINITE")
+NEVER_STARTS = (
+    "PartitionTimeLimit", "PartitionNodeLimit", "PartitionConfig", "BadConstraints", "InvalidAccount", "InvalidQOS",
+)  # fmt: skip
+"""Reasons of Slurm's for which a job waits until someone changes it or the partition."""
 OWN_OPTIONS = {
     "nodes": "--nodes (a ladder's job has one)", "time": "--time", "signal": "--notice",
     "gpus-per-node": "--gpus-per-node (for a ladder: --slurm gpus=N)",
@@ -323,6 +327,12 @@ def require() -> None:
             f"No {missing[0]} on this machine, so nothing can be submitted.\n  Give the command on a login node of the "
             "cluster. --print shows the job script anywhere."
         )
+
+
+def obstacle(job: str) -> str:
+    """The reason, as Slurm names it, why a job that was just submitted never starts as it is; "" if none is known."""
+    reason = _ask("squeue", "--noheader", f"--jobs={job}", "--format=%r").stdout.strip()
+    return reason if reason in NEVER_STARTS else ""
 
 
 def submitted(run: Path) -> str | None:
