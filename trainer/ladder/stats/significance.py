@@ -30,7 +30,8 @@ def student_quantile(level: float, freedom: Any) -> Any:
     if np.size(freedom) < MANY:
         return -special.stdtrit(freedom, level)
     logs, quantiles = _quantiles(level)
-    return np.exp(np.interp(np.log(freedom), logs, quantiles))
+    # Almost equal and opposite parts of a variance may leave no degree of freedom.
+    return np.exp(np.interp(np.log(np.maximum(freedom, 1e-300)), logs, quantiles))
 
 
 @functools.lru_cache(maxsize=64)
