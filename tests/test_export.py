@@ -236,7 +236,9 @@ def test_training_goes_on_from_a_model_that_transformers_made(tmp_path: Path):
     assert isinstance(refused.exception, ConfigError) and "head_width = 12" in str(refused.exception)
     few |= {f"model.{name}": value for name, value in model.items()}
     chosen = config.load(SMOKE, [f"{name}={json.dumps(value)}" for name, value in few.items()])
-    done = train_run(chosen, tmp_path / "run")
+    with pytest.raises(ConfigError, match="num_attention_heads is 4"):
+        train_run(config.load(SMOKE, [f"init_from=hf:{tmp_path}/in", "data.tokenizer=bytes"]), tmp_path / "run")
+    done = train_run(chosen, tmp_path / "run")  # what was refused has left no run of another config
     batches = job.batches_of(chosen, prepare(chosen.data, chosen.eval, 32)).for_step(0)
     losses = []
     for batch in batches:

@@ -439,21 +439,27 @@ def folder_of(config: Config) -> Path:
     return Path(config.init_from.removeprefix(HF))
 
 
-def begin(config: Config, rows: int, tokenizer: Tokenizer, model: nn.Module) -> None:
-    """Fill a model, sharded or not, with the weights that `init_from` names.
+def values(config: Config, rows: int, tokenizer: Tokenizer) -> dict[str, Tensor]:
+    """Return the weights that `init_from` names, by the names of a GPT's parameters.
 
     Raises ConfigError as `read` does, and if the folder's tokenizer gives other ids.
     """
     folder = folder_of(config)
-    values = read(folder, config.model, rows)
+    found = read(folder, config.model, rows)
     if (folder / "tokenizer.json").exists():
         theirs, ours = (json.loads(text) for text in (files.read(folder / "tokenizer.json"), tokenizer_json(tokenizer)))
         if theirs.get("model", {}).get("vocab") != ours.get("model", {}).get("vocab"):
             fact = f"init_from: the tokenizer of {folder} gives other ids than this run's, so the weights mean nothing."
             raise ConfigError([f'{fact}\n  Set data.tokenizer = "{folder}/tokenizer.json".'])
+    return found
+
+
+def begin(config: Config, rows: int, tokenizer: Tokenizer, model: nn.Module) -> None:
+    """Fill a model, sharded or not, with the weights that `init_from` names. Raises ConfigError as `values` does."""
+    found = values(config, rows, tokenizer)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            value = values[name].to(parameter.device)
+            value = found[name].to(parameter.device)
             if isinstance(parameter, DTensor):
                 value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
             parameter.copy_(value)

@@ -341,6 +341,9 @@ def _record(claim: Claim, config: Config, prepared: Prepared, vocab_size: int, t
     }
     if prepared.overlap is not None:
         facts["near_duplicates"] = prepared.overlap.report
+    if config.init_from and not rundir.is_run(run):
+        # A folder that does not fit must not leave a run that the config, once it is mended, would not belong to.
+        architectures.values(config, vocab_size, prepared.tokenizer)
     if claim.parent is not None:
         if not rundir.is_run(run):
             branch.check(claim.parent, config, vocab_size, prepared.tokenizer.sha256)
