@@ -70,7 +70,7 @@ def table(found: dict[str, Any]) -> list[str]:
         "",
         "Advice on shapes (`scripts/bench advise`), 2 threads: a step of 2 micro-batches as predicted from operators "
         "timed alone and as measured, and the best proposal at equal parameters or FLOPs, run in turn with its config, "
-        "each with half of its step's micro-batches, or with all where they are two.",
+        "each with half of its step's micro-batches where both have an even number of at least four, else with all.",
         "",
         f"| {' | '.join(columns)} |",
         "|---" * len(columns) + "|",

@@ -39,8 +39,10 @@ def record(name: str, figure: dict[str, Any]) -> None:
 
 
 def recorded(name: str) -> dict[str, Any]:
-    """The figure of this name as it was recorded last; empty without one."""
-    return json.loads(RESULTS.read_text()).get(name, {}) if RESULTS.exists() else {}
+    """The figure of this name as it was recorded on this machine today; empty without one."""
+    found = json.loads(RESULTS.read_text()).get(name, {}) if RESULTS.exists() else {}
+    now = (machine(), time.strftime("%Y-%m-%d"))
+    return found if (found.get("machine"), found.get("date")) == now else {}
 
 
 def machine() -> str:

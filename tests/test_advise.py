@@ -16,6 +16,8 @@ from trainer.advise import advise, calls, matrix_products, proposals, share_of_b
 from trainer.advise.calls import Call
 from trainer.advise.rates import Rates
 from trainer.advise.terminal import terminal
+from trainer.errors import NumericsError
+from trainer.phases import Phase
 
 CONFIG = Path("configs/smoke.toml")
 SMALL = ["model.vocab_size=512", "model.width=48", "model.n_heads=3", "data.micro_batch_sequences=4"]
@@ -69,6 +71,23 @@ def test_a_step_of_as_many_micro_batches_as_asked_for_is_taken():
         for taken in made.values()
     ]
     assert products[1] == 3 * products[0] > 0
+
+
+@pytest.mark.parametrize(
+    "timed", [lambda config: steps.take(config, CPU, 2), lambda config: steps.in_turn([config], [2], CPU, 1)]
+)
+def test_a_step_that_is_always_computed_again_is_not_timed(timed: Any, monkeypatch: pytest.MonkeyPatch):
+    class Twice:
+        def __init__(self, config: configs.Config, device: torch.device, hook: Any) -> None:
+            self._hook = hook
+
+        def take_step(self) -> None:
+            for _ in range(4):
+                self._hook(Phase.BEFORE_FORWARD, 0)
+
+    monkeypatch.setattr(steps, "Sweep", Twice)
+    with pytest.raises(NumericsError, match="each of 12 steps was computed again"):
+        timed(configs.load(CONFIG, SMALL))
 
 
 def test_the_time_of_a_call_includes_what_the_device_still_does_after_it_and_nothing_from_before(

@@ -134,6 +134,11 @@ def test_a_student_differs_from_the_run_of_the_text_alone_and_its_teachers_passe
     assert memory["teachers"] == 2 * 4 * rundir.fact(plain, "parameters")
 
 
+def test_a_teacher_is_counted_at_the_length_of_the_sequences_that_it_reads(teachers: dict[str, Path]):
+    shorter = student(teachers, "draw 1", model__context=4)
+    assert costs.teaching_flops(shorter, VOCABULARY) == costs.flops_per_token(shorter.model, VOCABULARY) // 3
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_killed_on_two_ranks_and_resumed_on_one_it_ends_with_the_bits_of_a_calm_one(

@@ -181,6 +181,10 @@ def test_a_ladder_over_compute_is_planned_and_recorded_as_before(home):
         ((plain(), FOUR + "distil = 2\n"), "has ensemble and distil"),
         ((plain(), FOUR, TAUGHT, '[[arms]]\nname = "x"\ncombines = ["four", "taught"]\n'), "an ensemble and distil"),
         ((plain(head=HEAD + 'metric = "code_length"\n', sizes=EPOCHS.replace("4", "1")), TAUGHT), "make no code"),
+        (
+            (plain(head=HEAD + "set = { islands.count = 2, islands.inner_steps = 4 }\n"), TAUGHT),
+            "does not know islands",
+        ),
         ((over_compute(), FOUR + 'combines = ["A", "B"]\n'), "has ensemble and combines"),
         ((plain(head=HEAD + 'metric = "code_length"\n', sizes=EPOCHS.replace("4", "1")), FOUR), "an ensemble has none"),
         ((plain(), arm("t", "data.tokenizer", '"chars"')), "are another amount of text"),

@@ -592,11 +592,14 @@ def test_the_memory_that_a_run_needs_is_its_dry_run_s_with_room_for_what_that_do
     from trainer import costs
 
     machine(80)
-    ladder = plan(home, *ON_GPUS, name="needs")
+    ladder = plan(home, *ON_GPUS, '[[arms]]\nname = "taught"\ndistil = 2\n', name="needs")
     planned = ladder.runs[0]
     told = costs.memory_per_rank(planned.config, sizes.vocab_of(planned.config.data, planned.config.eval, 0), 1)
-    needed = slots.of(ladder).needed(planned)
-    assert needed == slots.CONTEXT_BYTES + int(slots.TEMPORARIES * told["total"])
+    places = slots.of(ladder)
+    needed = places.needed(planned)
+    assert needed is not None and needed == slots.CONTEXT_BYTES + int(slots.TEMPORARIES * told["total"])
+    *_, student = next(run for run in ladder.runs if run.arm == "taught" and run.rung == planned.rung).members
+    assert places.needed(student) == needed + int(slots.TEMPORARIES * 2 * 4 * planned.parameters)
 
 
 def test_a_ladder_fills_the_gpus_starts_no_run_that_has_no_room_and_finishes(home, machine, needs):

@@ -69,6 +69,15 @@ def test_the_tables_of_the_benchmarks_are_made_of_their_figures():
     assert bench_tables.tables(figures) == (ROOT / "BENCHMARKS.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("other", [{}, {"machine": "another"}, {"date": "2020-01-01"}])
+def test_an_interrupted_figure_goes_on_on_its_own_machine_and_day_alone(other, monkeypatch, tmp_path: Path):
+    monkeypatch.setattr(bench_tables, "RESULTS", tmp_path / "BENCHMARKS.json")
+    monkeypatch.setattr(bench_tables, "TABLES", tmp_path / "BENCHMARKS.md")
+    monkeypatch.setattr(bench_tables, "tables", str)
+    bench_tables.record("advise", {"modern": 1} | other)
+    assert ("modern" in bench_tables.recorded("advise")) == (not other)
+
+
 def test_the_first_picture_its_caption_and_the_benchmarks_hold_the_same_figures_and_one_hash():
     stored = json.loads((ROOT / "docs/same-bits.json").read_text())
     redraw = "run python -m scripts.readme_picture"

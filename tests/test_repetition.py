@@ -9,7 +9,7 @@ import pytest
 
 from tests.support import ROOT
 from trainer.errors import FitError
-from trainer.ladder.stats import overfitting, repetition
+from trainer.ladder.stats import huber, overfitting, repetition
 from trainer.ladder.stats.forms import DELTA
 from trainer.ladder.stats.huber import HuberLaw
 from trainer.ladder.stats.records import Interval
@@ -165,11 +165,25 @@ def test_a_penalty_without_noise_is_found_and_one_of_nothing_has_no_end():
 
 def test_two_numbers_of_epochs_leave_one_parameter_of_the_penalty():
     u, e = (each.ravel() for each in np.meshgrid(np.geomspace(1e8, 1e10, 4), [8.0, 16.0]))
+    e *= np.tile(1 + 0.003 * np.arange(4), 2)  # steps are whole: no amount of text is read exactly so often
     size = np.full_like(u, 1e8)
     law = overfitting.fit(size, u * e, u, 2.5 + 1490 * (u * e) ** -0.35 + 0.05 * (e - 1) ** 0.35 * (size / u) ** 0.71)
     assert law.law.held == ("delta", "kappa") and law.law.P.value == pytest.approx(0.05, rel=0.02)
     with pytest.raises(FitError, match="no run read its text again"):
         overfitting.fit(size, u, u, 2.5 + 1490 * u**-0.35)
+
+
+def test_where_each_round_finds_a_lower_sum_the_last_minimum_is_told_without_an_interval(monkeypatch):
+    def refuted(fit: huber.HuberFit, place: int, room: float) -> np.ndarray:
+        fit.ends[place] = (0.0, 1.0)
+        return fit.best
+
+    monkeypatch.setattr(huber.HuberFit, "profile", refuted)
+    u, e = (each.ravel() for each in np.meshgrid(np.geomspace(1e8, 1e10, 4), [8.0, 16.0]))
+    loss = 2.5 + 1490 * (u * e) ** -0.35 + 0.05 * (e - 1) ** 0.35
+    found = overfitting.fit(np.full_like(u, 1e8), u * e, u, loss)
+    epochs = found.best_epochs(1e8, 1e9)
+    assert [found.law.P.low, found.law.P.high, epochs.low, epochs.high] == [None] * 4
 
 
 def test_runs_that_cannot_tell_are_refused():

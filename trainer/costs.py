@@ -58,7 +58,9 @@ def flops_per_token(model: Model, vocab_size: int) -> int:
 
 def teaching_flops(config: Config, vocab_size: int) -> int:
     """FLOPs per token of the forward passes of the runs that [distil] names. Raises RunDirectoryError."""
-    models = [rundir.config_of(Path(run)).model for run in config.distil.runs]
+    # A teacher reads this run's sequences, however long its own were.
+    read = {"context": config.model.context}
+    models = [rundir.config_of(Path(run)).model.model_copy(update=read) for run in config.distil.runs]
     return sum(flops_per_token(model, vocab_size) // 3 for model in models)
 
 

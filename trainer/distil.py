@@ -60,7 +60,7 @@ class Teachers:
 
     @torch.no_grad()
     def __call__(self, inputs_BT: Tensor) -> Lesson:
-        # Of the vocabulary's size are the probabilities alone, and they are made for as many tokens as are asked for.
+        # Probabilities are as wide as the vocabulary, so they are made only for the tokens that are asked for.
         hidden = [model.hidden(inputs_BT).flatten(0, 1) for model in self._models]
 
         @torch.no_grad()

@@ -183,7 +183,7 @@ class Lesson:
     """What teachers say of a micro-batch (distil.py)."""
 
     probabilities: Callable[[int, int], Tensor]
-    """Of the tokens from a first to before a last one, counted through the micro-batch: float32[N, V]."""
+    """(first, last) to the probabilities float32[N, V] of tokens first to last − 1 of the flattened micro-batch."""
     weight: float
     """Their share in the target; the rest is the text's token."""
 
@@ -246,7 +246,7 @@ class GPT(nn.Module):
         return self.embed.weight if self.head is None else self.head.weight
 
     def hidden(self, inputs_BT: Tensor) -> Tensor:
-        """What the head reads: x_BTD after the last norm."""
+        """x_BTD after the last norm, which the head reads."""
         x_BTD = self.embed(inputs_BT)
         if self.embed_positions is not None:
             x_BTD = x_BTD + self.embed_positions(torch.arange(inputs_BT.shape[1], device=inputs_BT.device))

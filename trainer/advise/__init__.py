@@ -61,7 +61,7 @@ def _compared(config: Config, rows: int, taken: Timed, step: Step, rates: Rates)
     off = sorted(operators, key=lambda row: -abs(row["predicted"] - row["measured"]))
     tokens = config.data.micro_batch_sequences * config.model.context
     full = step.seconds(config.data.micro_batches)
-    flops = costs.flops_per_token(config.model, rows)
+    flops = costs.flops_per_token(config.model, rows) + costs.teaching_flops(config, rows)
     best = rates.best(config.numerics.precision)
     about = {"computes_with": provenance.computes_with(config, rates.device), "flops_per_token": flops,
              "config": {"numerics": {"precision": config.numerics.precision}}}  # fmt: skip

@@ -1,6 +1,5 @@
 """The calls of a step: of one that is taken and timed, or of a forward and backward pass without data."""
 
-import math
 import statistics
 import time
 from collections.abc import Iterable, Sequence
@@ -133,10 +132,7 @@ def take(config: Config, device: torch.device, micro_batches: int = MICRO_BATCHE
         if len(samples) == SAMPLES:
             break
     if recorder is None or not samples:
-        raise NumericsError(
-            f"each of {MOST_STEPS} steps was computed again, since its sums did not fit their grid.\n"
-            "  A step is timed only if it is computed once. Lower optim.learning_rate."
-        )
+        raise _always_again()
     return Timed(Step(recorder.seen, micro_batches), micro_batches, statistics.median(samples), samples)
 
 
@@ -153,17 +149,23 @@ def in_turn(
         sweep.take_step()
 
     def seconds(sweep: Sweep, phase: _Phases, number: int) -> float:
-        took = math.inf
         for _ in range(MOST_STEPS):
             phase.micro_batches, began = 0, time.perf_counter()
             sweep.take_step()
             _wait_for(device)
             took = time.perf_counter() - began
             if phase.micro_batches == number:
-                break
-        return took
+                return took
+        raise _always_again()
 
     return [[seconds(*one) for one in zip(sweeps, phases, micro_batches, strict=True)] for _ in range(rounds)]
+
+
+def _always_again() -> NumericsError:
+    return NumericsError(
+        f"each of {MOST_STEPS} steps was computed again, since its sums did not fit their grid.\n"
+        "  A step is timed only if it is computed once. Lower optim.learning_rate."
+    )
 
 
 def _alone(config: Config, micro_batches: int) -> Config:

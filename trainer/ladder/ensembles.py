@@ -1,4 +1,4 @@
-"""What a ladder makes of several runs: scores of ensembles, and configs of runs that others teach.
+"""Scores of a ladder's ensembles, and configs of its runs that others teach.
 
 Scores are made in one process of its own when the members have finished.
 

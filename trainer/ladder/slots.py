@@ -72,7 +72,10 @@ class Slots:
             traced = config.model_dump_json(exclude={**left_out, "model": {"init_draw"}})
             if traced not in self._needed:
                 self._needed[traced] = _needed(config, ranks)
-            self._needed[run.key] = self._needed[traced]
+            needed = self._needed[traced]
+            # The config names its teachers only when they have finished.
+            taught = int(TEMPORARIES * sum(costs.FLOAT32_BYTES * teacher.parameters for teacher in run.teachers))
+            self._needed[run.key] = None if needed is None else needed + taught
         return self._needed[run.key]
 
     def _group(self, slot: int) -> int:

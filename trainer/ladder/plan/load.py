@@ -368,6 +368,8 @@ class _LadderBuilder:
             # An arm whose config is refused is left out, so that the problems of the other arms are found too.
             try:
                 config = self._config_of(arm, scale, decay)
+                if arm.settings.get(DISTIL):  # its digests are known later, what it contradicts is known now
+                    _changed(config, {"distil.runs": ["teacher"], "distil.weights_sha256": ["0" * 64]})
                 configs.check_world(config, self._file.ranks)
                 vocab = sizes.vocab_of(config.data, config.eval, config.model.vocab_size)
                 count = sizes.counts if arm.tree is None else functools.partial(codearms.counts, arm.tree)

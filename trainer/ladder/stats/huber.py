@@ -18,7 +18,7 @@ from trainer.ladder.stats.surfaces import HuberErrors
 
 Array = np.ndarray
 FIRST_STEP = 0.05
-"""Of a profile, in a logarithm; each step is twice the one before."""
+"""A profile's first step, in a logarithm; each step is twice the one before."""
 BISECTIONS = 10
 OPTIONS: dict[str, Any] = {"maxiter": 1000, "ftol": 1e-12}
 BETTER = 1e-6
@@ -73,7 +73,6 @@ class HuberLaw:
         """Minimise, and profile the parameters at these places, until no profile finds a lower sum."""
         best, least = self.minimise(starts)
         freedom = len(self.loss) - self.searched
-        fit = HuberFit(self, best, least, None, {}, [best])
         for _ in range(len(self.bounds)):
             errors = HuberErrors(self.residuals(best), self.loss, freedom)
             room = _room(errors, level)
@@ -87,7 +86,8 @@ class HuberLaw:
             if lower is None:
                 return fit
             best, least = self.descend(lower)
-        return fit
+        sd = HuberErrors(self.residuals(best), self.loss, freedom).sd
+        return HuberFit(self, best, least, sd, {}, [best])  # each round found a lower sum: no interval is known
 
 
 def _room(errors: HuberErrors, level: float) -> float | None:
@@ -113,7 +113,7 @@ class HuberFit:
     sd: float | None
     """Relative standard deviation of a run about the law; None without a degree of freedom."""
     ends: dict[int, tuple[float | None, float | None]]
-    """Of each parameter that was profiled: ends of its interval, as logarithms; None where its bound is inside."""
+    """Ends of the interval of each profiled parameter, as logarithms; None where its bound is inside."""
     inside: list[Array]
     """Parameters that the profiles found within the room."""
 

@@ -75,7 +75,7 @@ class OverfittingFit:
 
         The ends are those over the parameters that the profiles of P and of the exponents passed through.
         """
-        if self.fit.sd is None:
+        if not self.fit.ends:
             return Interval(self._best(self.fit.best, parameters, unique), None, None, self.level)
         found = [self._best(p, parameters, unique) for p in self.fit.inside]
         known = [epochs for epochs in found if epochs is not None]
@@ -98,12 +98,14 @@ class OverfittingFit:
 
 def fit(parameters: Array, tokens: Array, unique: Array, loss: Array, level: float = 0.05) -> OverfittingFit:
     """Fit the law. Raises FitError with too few runs, and where no text was read more than once."""
-    repeats = np.round(tokens / unique - 1, 3)
+    repeats = tokens / unique - 1
     if repeats.max() < 0.5:
         raise FitError("no run read its text again, so nothing says what it harms.\n  Add runs of two epochs or more.")
     terms = _Terms(parameters, tokens, unique, bool(np.ptp(np.log(parameters)) > 0.1))
     held = () if terms.sizes else ("kappa",)
-    if len(set(repeats[repeats > 0].tolist())) < FEWEST_EPOCHS:
+    # Steps are whole, so one planned number of epochs is a slightly different one at each rung.
+    numbers = np.sort(np.log(repeats[repeats > 0.05]))
+    if 1 + (np.diff(numbers) > 0.1).sum() < FEWEST_EPOCHS:
         held = ("delta", "kappa")
     names = terms.names
     freedom = len(loss) - len(names) + len(held)
