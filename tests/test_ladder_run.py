@@ -236,6 +236,16 @@ def test_a_second_held_out_set_is_read_from_the_runs_and_a_score_on_other_text_i
     assert [run.downstream for run in found] == [None if n == 2 else run.loss for n, run in enumerate(found)]
     assert all(run.loss is not None for run in found)
     assert all(run.downstream is None for run in collect.collect_runs(ladder, copied, ladder.runs)), "not asked for"
+    three = ladder.runs[1:4]
+    for planned in (
+        three[0],
+        three[2],
+    ):  # most are of another text: their score neither counts nor outvotes the third's
+        about = rundir.config_path(StoredRun(copied / planned.key).run)
+        about.write_text(json.dumps(json.loads(about.read_text()) | {"data_sha256": "e" * 64}))
+    after = collect.collect_runs(asked, copied, three)
+    assert [run.status for run in after] == ["missing", "finished", "missing"]
+    assert [run.downstream for run in after] == [None, after[1].loss, None]
 
 
 def test_a_run_without_a_code_length_is_missing_in_a_ladder_of_it_and_says_why(reference, home):

@@ -351,6 +351,13 @@ def test_a_ladders_job_whose_shell_cannot_be_prepared_ends_with_2_for_the_ladder
     assert (task.stored.directory / "exit-status").read_text() == "2\n"
 
 
+def test_a_ladder_learns_how_its_job_ended_whatever_variables_the_lines_before_it_set(task, pretended, eager, tmp_path):
+    elsewhere = f"cd /; directory={tmp_path / 'elsewhere'}"
+    SlurmJobs(slurm.Request("10:00", before=[elsewhere, "false"]))(task).poll()
+    subprocess.run(["bash", task.stored.directory / "job.sh"], capture_output=True, check=False)
+    assert (task.stored.directory / "exit-status").read_text() == "2\n"
+
+
 @pytest.fixture
 def task(tmp_path: Path) -> Task:
     stored = StoredRun(tmp_path / "pool" / "key")

@@ -116,7 +116,9 @@ def collect_runs(ladder: Ladder, pool: Path, runs: Sequence[PlannedRun]) -> list
                 f"It was trained on another text than {settings.source!r} holds now.\n"
                 f"  Runs are compared on one text. Restore it, or remove {result.key} from the pool to run it again."
             )
-            collected[number] = dataclasses.replace(result, status="missing", reason=reason, loss=None, digest=None)
+            collected[number] = dataclasses.replace(
+                result, status="missing", reason=reason, loss=None, digest=None, downstream=None, downstream_digest=None
+            )
     odd, odd_downstream = (
         _odd(runs, [getattr(it, name) for it in collected]) for name in ("digest", "downstream_digest")
     )
@@ -128,7 +130,7 @@ def collect_runs(ladder: Ladder, pool: Path, runs: Sequence[PlannedRun]) -> list
                 "It was scored on another text than most runs: the held-out set has changed since.\n"
                 f"  Losses on two texts cannot be compared. Remove {result.key} from the pool, and it is run again."
             )
-            collected[number] = dataclasses.replace(result, status="missing", reason=reason, loss=None)
+            collected[number] = dataclasses.replace(result, status="missing", reason=reason, loss=None, downstream=None)
     return collected
 
 

@@ -4,6 +4,7 @@ A key names the place of the text, so that reading a ladder's runs needs no text
 a run is taken that differs in places alone and was trained and scored on the text that is there now.
 """
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,22 @@ def stored(pool: Path, planned: PlannedRun) -> StoredRun:
     return next((other for other in others if _is_same(other, planned, wanted)), own)
 
 
+@functools.lru_cache(maxsize=4096)
+def _about(run: Path, _changed: int) -> dict[str, Any]:
+    """Contents of config.json, which was written at this time: a ladder asks for them once for each of its runs."""
+    return rundir.read(run)
+
+
 def _is_same(other: StoredRun, planned: PlannedRun, wanted: dict[str, Any]) -> bool:
     """True if `other` is the planned run, whose mathematics are `wanted`, but for the places of texts."""
     if not rundir.is_run(other.run):
         return False
     try:
-        about = rundir.read(other.run)
+        changed = rundir.config_path(other.run).stat().st_mtime_ns
+    except OSError:
+        return False
+    try:
+        about = _about(other.run, changed)
         if not configs.same_but_for_places(about["mathematics"], wanted):
             return False
         # The key tells by which code it was computed, which config.json tells of the newest attempt alone.

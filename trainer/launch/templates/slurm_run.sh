@@ -3,8 +3,7 @@
 {% for option in options %}
 #SBATCH {{ option }}
 {% endfor %}
-directory={{ directory | quote }}
-leave() { echo "$1" >"$directory/exit-status.partial" && mv "$directory/exit-status.partial" "$directory/exit-status"; exit "$1"; }
+leave() { cd {{ directory | quote }} && echo "$1" >exit-status.partial && mv exit-status.partial exit-status; exit "$1"; }
 {% for line in before %}
 {{ line }}
 (($? == 0)) || { printf '%s\n' {{ ("UsageError: --before failed: " ~ line) | quote }} "  It prepares the shell at each start. Mend it, or end it with || true if it may fail."; leave 2; }
@@ -14,6 +13,7 @@ set -u # not before: what users load may read variables that are not set
 export {{ name }}={{ value | quote }}
 {% endfor %}
 python=({{ python }})
+directory={{ directory | quote }}
 
 # A notice (time limit, preemption) asks the run to save and leave.
 worker= notice=
