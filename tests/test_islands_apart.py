@@ -2,25 +2,32 @@
 
 import contextlib
 import json
+import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 import trainer
 from scripts import islands_picture
 from tests.support import SMOKE, outcome, settings, summarise_run, with_faults, write_corpus
 from tests.support import trainer as command
 from trainer import config as configs
-from trainer.errors import EXIT_PREEMPTED, ConfigError, CorruptionError
+from trainer import signals
+from trainer.errors import EXIT_FINISHED, EXIT_PREEMPTED, ConfigError, CorruptionError
 from trainer.islands.post import Apart, Post
+from trainer.islands.state import check_alike
 from trainer.launch import islands
 from trainer.log import events
+from trainer.parallel import elastic
 from trainer.parallel.world import PeerLostError
 
 SMALL: dict[str, Any] = {
@@ -103,6 +110,35 @@ def test_a_message_that_is_computed_again_must_have_the_same_bits(tmp_path):
         at(worlds(tmp_path)[1], 3).sum_later(torch.tensor([0.25000003]))
 
 
+def test_of_two_processes_that_play_one_cluster_the_first_one_that_speaks_is_heard(tmp_path, monkeypatch):
+    first, second = (at(worlds(tmp_path, 1)[0], 2).post for _ in range(2))
+    assert first is not None
+    assert second is not None
+    write_bytes = Path.write_bytes
+
+    def slowly(path: Path, content: bytes) -> int:
+        monkeypatch.setattr(Path, "write_bytes", write_bytes)
+        first.give(first.next(), b"stop", is_function_of_config=False)  # between the other's look and its word
+        return write_bytes(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", slowly)
+    name = second.next()
+    second.give(name, b"go on", is_function_of_config=False)
+    assert second.take(name, 0) == b"stop"
+    assert [path.name for path in name.parent.iterdir()] == ["01-0"]
+
+
+def test_a_cluster_that_is_begun_again_with_another_config_is_refused(tmp_path):
+    def config(*changes: str) -> configs.Config:
+        return configs.load(SMOKE, ["islands.count=2", *changes])
+
+    check_alike(config(), worlds(tmp_path, 1)[0])
+    check_alike(config(), worlds(tmp_path, 1)[0])
+    with pytest.raises(ConfigError) as refused:
+        check_alike(config("checkpoint.every_steps=7"), worlds(tmp_path, 1)[0])
+    assert "rank 0 was started with another config than before: checkpoint.every_steps" in refused.value.problems[0]
+
+
 def test_a_stop_that_was_not_asked_for_the_first_time_is_not_heard_when_the_step_is_repeated(tmp_path):
     """Else the clusters would disagree on where the run has ended."""
     world, again = (at(worlds(tmp_path, 1)[0], 2) for _ in range(2))
@@ -141,6 +177,62 @@ def test_messages_are_kept_from_the_step_on_that_somebody_may_begin_from(tmp_pat
         late.take(late.next(), 0)
 
 
+# Launchers.
+
+
+def cluster_of(plan: islands.Plan, number: int, process: Any = None) -> islands.Cluster:
+    lock = FileLock(plan.place / f"cluster-{number}.lock", thread_local=False)
+    lock.acquire(timeout=0)
+    return islands.Cluster(number, lock, elastic.make_failures_file(), process)
+
+
+@pytest.fixture
+def kept(monkeypatch) -> Iterator[list[int]]:
+    """Numbers of the clusters that launchers of this process begin to keep, without starting them."""
+    numbers: list[int] = []
+    monkeypatch.setattr(islands.Job, "_keep", lambda self, number: bool(numbers.append(number)) or True)
+    handlers = {number: signal.getsignal(number) for number in signals.heeded()}
+    yield numbers
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("status", [EXIT_FINISHED, EXIT_PREEMPTED])
+def test_a_spare_leaves_when_the_job_is_over_also_if_that_is_a_stop(tmp_path, kept, monkeypatch, status):
+    monkeypatch.setattr(islands, "LOOK_SECONDS", 0.05)
+    config = configs.load(SMOKE, ["islands.count=4", "elastic.step_timeout_seconds=1"])
+    plan = islands.Plan(config, [], tmp_path / "run", 2, 0)
+    with contextlib.ExitStack() as stack:
+        post = islands._enter(plan, stack)
+        first, spare = (islands.Job(plan, post, None) for _ in range(2))
+        process = SimpleNamespace(pid=0, send_signal=lambda number: None)
+        first._clusters = [cluster_of(plan, number, process) for number in range(2)]
+
+        def leave() -> None:
+            first._ended(first._clusters[0], status)
+            for cluster in first._clusters:
+                cluster.lock.release()
+
+        threading.Timer(0.2, leave).start()
+        assert spare.run() == status
+        late = islands.Job(islands.Plan(config, [], tmp_path / "run", 2, 2), post, None)
+        assert late.run() == status
+    assert kept == [], "no cluster is started any more"
+
+
+@pytest.mark.parametrize(("is_cpu_only", "taken_over"), [(True, [1]), (False, [])])
+def test_a_cluster_is_taken_over_only_where_a_gpu_is_left_for_it(tmp_path, kept, monkeypatch, is_cpu_only, taken_over):
+    monkeypatch.setattr(islands, "is_cpu_only", lambda config: is_cpu_only)
+    config = configs.load(SMOKE, ["islands.count=4"])
+    plan = islands.Plan(config, [], tmp_path / "run", 2, 1)
+    with contextlib.ExitStack() as stack:
+        job = islands.Job(plan, islands._enter(plan, stack), None)
+        job._clusters = [cluster_of(plan, 0)]
+        job._free_since = {1: time.monotonic() - 1e6}
+        job._look()
+        assert kept == taken_over
+
+
 # Whole jobs.
 
 
@@ -169,15 +261,19 @@ def test_clusters_that_die_cost_the_others_no_attempt_and_end_with_the_bits_of_o
 def test_a_stop_is_heeded_by_all_clusters_after_one_step_and_any_number_of_them_goes_on(corpus, calm, tmp_path):
     """Cluster 1 is asked in step 5; they meet after step 6."""
     ask = with_faults([{"kind": "sigterm", "rank": 1, "at_step": 5, "phase": "before_update"}])
-    ended = command(*launch(tmp_path / "run", corpus, *ask), check=False)
+    keep_one = settings(checkpoint__keep_last=1)
+    ended = command(*launch(tmp_path / "run", corpus, *ask, *keep_one), check=False)
     assert ended.returncode == EXIT_PREEMPTED, ended.stderr
+    (post,) = (tmp_path / "run" / "islands").glob("post-*")
+    assert (post / islands.OVER).read_text() == str(EXIT_PREEMPTED)
+    assert min(path.name for path in post.glob("step-*")) == "step-00000006", "saved after 4, and after 6"
     ends = [
         event
         for cluster in (0, 1)
         for _, event in events.select(events.read(islands.run_of(tmp_path / "run", cluster)), events.AttemptEnded)
     ]
     assert [(end.status, end.step) for end in ends] == [("preempted", 6)] * 2
-    command(*launch(tmp_path / "run", corpus, islands=3))
+    command(*launch(tmp_path / "run", corpus, *keep_one, islands=3))
     assert outcome(tmp_path / "run") == calm
 
 

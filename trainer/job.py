@@ -149,7 +149,7 @@ def train(
         stopwatch.lap("data")
         sentinel = Sentinel(config)
         with out_of_memory.explained(device):
-            post = apart.post_of(config, claim.watchdog.heartbeat)
+            post = apart.post_of(config, claim.watchdog.heartbeat, claim.log.append)
             state = build_any(config, facts["vocab_size"], ranks, sentinel.watch, post)
         state.moments_from = branch.moments_from(claim.parent)
         stopwatch.lap("model")
@@ -576,6 +576,8 @@ def warn_of_overlap(claim: Claim, prepared: Prepared, config: Config) -> None:
 def fail(claim: Claim, step: int, error: BaseException, screen: console.Console | None) -> None:
     """Log the reason of a failed attempt. Ends the process at once if another rank was lost."""
     if world.lost_peer(error):
+        if isinstance(error, world.PeerLostError) and elastic.apart() is not None:  # else the launcher knows more
+            claim.log.append(events.Warned(message=f"{error}."))
         leave_lost(claim, step, screen)
     claim.end("failed", step, f"{type(error).__name__}: {error}")
     if isinstance(error, errors.TopropeError) and not error.restart:

@@ -5,24 +5,30 @@ it, with its own attempts and incidents, and begins from the run's checkpoints.
 """
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from trainer import checkpoint
+from trainer.checkpoint import memory
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.config import Config
+from trainer.errors import CheckpointError
 from trainer.islands.post import Post
 from trainer.islands.state import IslandsState
 from trainer.log import rundir
-from trainer.log.events import CheckpointSaved, Event
+from trainer.log.events import Event
 from trainer.parallel import elastic
 from trainer.parallel.world import PeerLostError
 from trainer.phases import Hook, Phase
 from trainer.step import TrainState
 
 
-def post_of(config: Config, heartbeat: Hook) -> Post | None:
-    """Return how this job's cluster speaks with the others; None if it is a run of its own."""
+def post_of(config: Config, heartbeat: Hook, report: Callable[[Event], None]) -> Post | None:
+    """Return how this job's cluster speaks with the others; None if it is a run of its own.
+
+    `report` takes events that this cluster alone knows.
+    """
     given = elastic.apart()
     if given is None:
         return None
@@ -30,8 +36,9 @@ def post_of(config: Config, heartbeat: Hook) -> Post | None:
     limits = config.elastic.step_timeout_seconds, config.elastic.startup_timeout_seconds
     patience = config.islands.inner_steps * (2 * max(limits) + 60)
     return Post(
-        Path(given.post), given.cluster, given.clusters, patience, functools.partial(heartbeat, Phase.BEFORE_REDUCE)
-    )
+        Path(given.post), given.cluster, given.clusters, patience,
+        functools.partial(heartbeat, Phase.BEFORE_REDUCE), report,
+    )  # fmt: skip
 
 
 class ApartCheckpointer(Checkpointer):
@@ -54,8 +61,11 @@ class ApartCheckpointer(Checkpointer):
     def restore(self, state: TrainState) -> str:
         name = self._post.next()
         if self._is_first:
+            if not self._post.has_given(name):  # the job begins: with what all nodes see
+                memory.discard(self._memory_place)
             state_from = super().restore(state)
             self._post.give(name, str(state.step).encode(), is_function_of_config=False)
+            self._check_begun(state.step, int(self._post.take(name, 0)))
             return state_from
         begun_at = int(self._post.take(name, 0))
         if not self._post.has_given(name):
@@ -69,18 +79,25 @@ class ApartCheckpointer(Checkpointer):
                 self._run, state.tensors(), self._world, self._identity["fingerprint"], self._log.append, self._hook,
                 self._identity["run_id"], self._in_memory,
             )  # fmt: skip
+        self._check_begun(saved.step if saved else 0, begun_at)
         if saved is None:
             return ""
         state.restored(saved.step)
         return "disk" if saved.path.is_relative_to(checkpoint.directory(self._run)) else "memory"
+
+    def _check_begun(self, step: int, begun_at: int) -> None:
+        if step < begun_at:
+            raise CheckpointError(
+                f"the job has begun from step {begun_at}, and the newest intact state here is of step {step}: no "
+                "cluster has messages of the steps between.\n  End all launchers and start them again."
+            )
 
     @property
     def _in_memory(self) -> Path | None:
         return self._memory_place if self._settings.memory_every_steps else None
 
     def _of_step(self, step: int) -> checkpoint.Saved:
-        places = [self._run, *([self._in_memory] if self._in_memory else [])]
-        for saved in (saved for place in places for saved in checkpoint.committed(place)):
+        for saved in checkpoint.committed(self._run):
             if saved.step == step:
                 return saved
         raise PeerLostError(f"the checkpoint of step {step}, from which the first cluster has begun, is not there")
@@ -116,8 +133,7 @@ class ApartCheckpointer(Checkpointer):
             super().finish(state)
 
     def _record(self, ended: list[Event]) -> None:
+        before = self._durable_step
         super()._record(ended)
-        if any(isinstance(event, CheckpointSaved) for event in ended):
-            # Whoever finds the newest one damaged begins from the one before.
-            for saved in checkpoint.committed(self._run)[1:2]:
-                self._post.forget(saved.step)
+        if 0 < before < self._durable_step:  # whoever finds the newest one damaged begins from the one before
+            self._post.forget(before)

@@ -173,7 +173,7 @@ def with_islands(state: IslandsState, collaborators: Collaborators, log: Callabl
         world, config.data.micro_batches, state, islands, config, context.stop_requested, told
     )  # fmt: skip
     given = replace(collaborators, context=replace(context, members=members), record=record)
-    return given if state.clusters.post is None else _apart(given, state.clusters.post, log)
+    return given if state.clusters.post is None else _apart(given, state.clusters.post)
 
 
 class ApartContext(StepContext):
@@ -183,8 +183,7 @@ class ApartContext(StepContext):
         return False  # it is heeded where the clusters meet next
 
 
-def _apart(collaborators: Collaborators, post: Post, log: Callable[[Event], None]) -> Collaborators:
-    post.report = log
+def _apart(collaborators: Collaborators, post: Post) -> Collaborators:
     given = {field.name: getattr(collaborators.context, field.name) for field in fields(StepContext)}
     evaluated = collaborators.evaluate if post.cluster == 0 else lambda model, step: ()  # all have the same weights
     return replace(collaborators, context=ApartContext(**given), evaluate=evaluated)

@@ -12,6 +12,7 @@ them. One that never was away finds the messages of the dead as if they lived. N
 import contextlib
 import os
 import pickle
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -80,9 +81,13 @@ class Post:
                 )
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         partial.write_bytes(content)
-        partial.rename(path)  # readers see all of it or nothing
+        try:
+            os.link(partial, path)  # readers see all of it or nothing, and nobody another one
+        except FileExistsError:  # another process that plays this cluster was faster
+            self.give(name, content, is_function_of_config)
+        partial.unlink()
 
     def has_given(self, name: Path) -> bool:
         return _of(name, self.cluster).exists()
@@ -100,7 +105,8 @@ class Post:
             waited = time.monotonic() - started
             if waited > NOTICE_SECONDS and not said:
                 said = True
-                self.report(Warned(message=f"step {self._step} waits for cluster {cluster}, which says nothing."))
+                place = f"step {self._step}" if self._step else "the start"
+                self.report(Warned(message=f"{place} waits for cluster {cluster}, which says nothing."))
             if waited > self._patience_seconds:
                 raise PeerLostError(
                     f"cluster {cluster} has given no message for {self._patience_seconds:g} s (step {self._step})"

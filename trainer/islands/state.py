@@ -112,12 +112,15 @@ def check_alike(config: Config, ranks: World) -> None:
         "checkpoint.every_steps": config.checkpoint.every_steps,
         "checkpoint.memory_every_steps": config.checkpoint.memory_every_steps,
     }
-    found = ranks.agree(lambda: configs.mathematics(config) | meetings)
-    for rank, settings in enumerate(found):
+    own = configs.mathematics(config) | meetings
+    found = ranks.agree(lambda: own)
+    # A cluster that is begun again finds what it said the first time.
+    for rank, settings in [*enumerate(found), (ranks.rank, own)]:
         if lines := configs.differences(found[0], settings):
+            first = "rank 0" if rank else "before"
             raise ConfigError(
                 [
-                    f"rank {rank} was started with another config than rank 0: {'; '.join(lines)}.\n"
+                    f"rank {rank} was started with another config than {first}: {'; '.join(lines)}.\n"
                     "  All clusters compute islands of one run. Start them with the same config."
                 ]
             )

@@ -27,6 +27,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from trainer import files, signals
+from trainer.checkpoint import memory
 from trainer.config import Config, check_world
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USAGE, ConfigError, RunDirectoryError
 from trainer.launch import forkserver, processes
@@ -36,7 +37,9 @@ from trainer.parallel import elastic
 
 POLL_SECONDS = 0.02
 LOOK_SECONDS = 0.5
-"""How often a launcher looks for clusters that have none, and for stopped ones."""
+"""How often a launcher looks for clusters that have none, for stopped ones, and for the end of the job."""
+OVER = "over"
+"""File among the messages: the exit status of the first cluster, once it has left in order."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,6 @@ class Plan:
     """Of the job, on all nodes."""
     here: int
     """Of them on this node."""
-    module: str = "trainer"
-    """What a cluster runs."""
 
     @property
     def place(self) -> Path:
@@ -165,14 +166,17 @@ class Job:
     _look_at: float = 0.0
     _asked: list[int] = field(default_factory=list)
     _passed_on: int = 0
+    _over: int | None = None
+    """How the job has ended, also on other nodes; None if it goes on."""
 
     def run(self) -> int:
         for number in signals.heeded():
             signal.signal(number, lambda number, _: self._asked.append(number))
+        self._over = _over(self.post)
         for number in range(self.plan.clusters):
-            if len(self._clusters) < self.plan.here:
+            if len(self._clusters) < self.plan.here and self._over is None:
                 self._keep(number)
-        if not self._clusters:
+        if not self._clusters and self._over is None:
             terminal_line(f"All {self.plan.clusters} clusters have launchers. This one waits until one has none.")
         while self._goes_on():
             time.sleep(POLL_SECONDS)
@@ -192,7 +196,7 @@ class Job:
 
     def _goes_on(self) -> bool:
         if not self._clusters:
-            return not self._passed_on
+            return not self._passed_on and self._over is None
         return any(cluster.process is not None for cluster in self._clusters)
 
     def close(self) -> None:
@@ -201,6 +205,8 @@ class Job:
         for cluster in self._clusters:
             if cluster.process is not None:
                 cluster.process.wait()
+            if cluster.number == 0 and (place := elastic.noted_memory(cluster.failures)) is not None:
+                memory.discard(place)
             for suffix in (".json", ".final", ".memory"):
                 cluster.failures.with_suffix(suffix).unlink(missing_ok=True)
             cluster.lock.release()
@@ -208,7 +214,7 @@ class Job:
     def _exit_status(self) -> int:
         if self._status is not None:
             return self._status
-        statuses = {cluster.status for cluster in self._clusters}
+        statuses = {cluster.status for cluster in self._clusters} or {self._over}
         if statuses == {EXIT_FINISHED}:
             return EXIT_FINISHED
         return EXIT_PREEMPTED if self._passed_on or EXIT_PREEMPTED in statuses else EXIT_FAILED
@@ -238,12 +244,12 @@ class Job:
         output = output_of(plan.run, number) if number else None
         process = None
         if self.server is not None:
-            process = self.server.start(plan.module, command, environment, output=output)
+            process = self.server.start("trainer", command, environment, output=output)
         if process is None:
             with contextlib.ExitStack() as stack:
                 stdout = stack.enter_context(output.open("wb")) if output else None
                 process = subprocess.Popen(
-                    [sys.executable, "-u", "-m", plan.module, *command], env=environment, start_new_session=True,
+                    [sys.executable, "-u", "-m", "trainer", *command], env=environment, start_new_session=True,
                     stdout=stdout, stderr=stdout,
                 )  # fmt: skip
         cluster.process, cluster.stopped_at = process, None
@@ -253,6 +259,8 @@ class Job:
         cluster.process = None
         if status in (EXIT_FINISHED, EXIT_PREEMPTED):
             cluster.status = status
+            if cluster.number == 0:  # all that counts is on disk
+                files.write(self.post / OVER, str(status))
             if status == EXIT_PREEMPTED:
                 self._ask_all_to_stop(signal.SIGTERM)
             return
@@ -289,8 +297,16 @@ class Job:
             if cluster.stopped_at is not None and now - cluster.stopped_at > patience:
                 terminal_line(f"cluster {cluster.number} has been stopped for {patience:g} s, and is ended.")
                 cluster.process.kill()
-        if self._passed_on or self._status is not None:
+        self._over = _over(self.post)
+        if self._over == EXIT_PREEMPTED:
+            # A cluster that has begun from what the stop has saved waits for clusters that have left.
+            self._ask_all_to_stop(signal.SIGTERM)
+            self._kill_at = self._kill_at or now + LEAVE_SECONDS
+        if self._passed_on or self._status is not None or self._over is not None:
             return
+        has_gpu_each = not is_cpu_only(self.plan.config) and not self.plan.config.parallel.share_gpus
+        if has_gpu_each and len(self._clusters) >= self.plan.here:
+            return  # no GPU is left: a spare, or a node with room, takes the cluster over
         kept = {cluster.number for cluster in self._clusters}
         for number in set(range(self.plan.clusters)) - kept:
             if not self._is_free(number):
@@ -329,6 +345,13 @@ class Job:
         if not self._passed_on:
             self._passed_on = number
             self._signal_all(number)
+
+
+def _over(post: Path) -> int | None:
+    """How the job has ended; None if it goes on."""
+    with contextlib.suppress(FileNotFoundError):
+        return int((post / OVER).read_text(encoding="utf-8"))
+    return None if post.is_dir() else EXIT_FINISHED  # who finishes all clusters removes the messages
 
 
 def _newest_step(post: Path) -> int:
