@@ -241,6 +241,10 @@ def test_all_problems_of_a_ladder_file_are_reported_at_once(home):
         ((HEAD + SIZES + RUNGS,), "target is missing"),
         ((plain(sizes="[sizes]\ntokens_per_parameter = 1\nbacth = 'fixed'\n"),), "Did you mean batch?"),
         ((plain(sizes=SIZES + 'learning_rate = "power"\n'),), "sizes.learning_rate_exponent = 0"),
+        (
+            (plain(head=HEAD + "set = { model.head_width = 12 }\n", sizes=SIZES + "head_width = 8\n"),),
+            "Both say how wide a head is",
+        ),
         ((plain(), '[[rungs]]\nname = "x"\nwidth = 8\nparameters = 100\n'), "rung 'x' has no one size"),
         ((plain(target="[target]\nflops = 1e15\nwidth = 64\nn_layers = 1\n"),), "[target] needs one scale"),
         ((plain(target="[target]\nflops = 1e15\nseeds = [0]\n"),), "[target] has no size"),

@@ -725,6 +725,10 @@ def test_a_run_is_found_by_the_content_of_the_sets_that_it_was_scored_on(referen
     for name, key in (("a copy.txt", planned.key), ("b.txt", None)):
         other = scored_on(name)
         assert stored(tmp_path / "pool", other).directory.name == (key or other.key)
+    # Resumed, an unfinished run would have the new place in its config.json, and be lost under its key.
+    log.write_text("".join(line for line in log.read_text().splitlines(True) if '"status": "finished"' not in line))
+    other = scored_on("a copy.txt")
+    assert stored(tmp_path / "pool", other).directory.name == other.key
 
 
 def test_runs_by_other_code_are_made_anew_and_the_functions_that_changed_are_named(reference, home, monkeypatch):

@@ -48,6 +48,14 @@ def test_ranks_that_compute_alike_go_on_and_one_that_does_not_is_named(contents:
         provenance.compare(RUN, contents, [RECORDED, RECORDED | {"CPU threads": "4"}, RECORDED], accept=False)
 
 
+def test_a_run_of_older_code_that_gives_the_same_bits_goes_on_and_one_of_any_other_code_does_not():
+    now = RECORDED | {"code": provenance.CODE_BEFORE_RECORDS}
+    for older in provenance.SAME_BITS:
+        assert provenance.compare(RUN, {"computes_with": RECORDED | {"code": older}}, [now], accept=False) == []
+    with pytest.raises(RunDirectoryError):
+        provenance.compare(RUN, {"computes_with": RECORDED}, [now], accept=False)
+
+
 # Few and small: two threads of a rank turn in vain while others hold the cores.
 SETTINGS = settings(budget__steps=4, checkpoint__every_steps=2, numerics__threads=2, data__micro_batches=2)
 

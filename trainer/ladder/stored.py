@@ -56,7 +56,8 @@ def _is_same(other: StoredRun, planned: PlannedRun, wanted: dict[str, Any]) -> b
         if about["data_sha256"] != sha256_of_text(config.data, config.eval):
             return False
         moved = [name for name, place in config.eval.sources.items() if scored.sources[name] != place]
-        return not moved or _was_scored_on(other.run, config, moved)
+        # An unfinished one would be resumed with the new places in its config.json, and its key would not fit any more.
+        return not moved or (other.has_finished() and _was_scored_on(other.run, config, moved))
     except TopropeError:  # the text is not here, or that run cannot be read
         return False
 

@@ -398,6 +398,11 @@ class _LadderBuilder:
             raise ConfigError([f"{', '.join(rules)}: {error}"]) from None
         if rules and (problems := arm_rules.problems()):
             raise ConfigError(problems)
+        if arm_rules.head_width and config.model.head_width:
+            raise ConfigError([
+                f"sizes.head_width = {arm_rules.head_width}, and model.head_width = {config.model.head_width}.\n"
+                "  Both say how wide a head is. Leave one of them out."
+            ])  # fmt: skip
         if 0 < arm_rules.run_tokens < scale.unique_tokens:
             raise ConfigError([
                 f"sizes.run_tokens = {arm_rules.run_tokens:,} reads {arm_rules.run_tokens / scale.unique_tokens:.2g} "
