@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.logs import Run
-from tests.support import SMOKE, wait_until, worker_environment
+from tests.support import ENVIRONMENT, SMOKE, wait_until
 from trainer import cli
 from trainer import config as configs
 from trainer.checkpoint import files
@@ -132,9 +132,9 @@ def test_two_nodes_whose_run_directories_are_their_own_leave_with_2_before_any_s
     for node in range(2):
         (directory := tmp_path / f"node-{node}").mkdir()
         meeting = ["--nnodes=2", f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}"]
-        command = [*meeting, "--nproc-per-node=1", "-m", "tests.worker", "train", str(SMOKE), "--run", "run"]
+        command = [*meeting, "--nproc-per-node=1", "-m", "trainer", "train", str(SMOKE), "--run", "run"]
         log = tmp_path / f"agent-{node}.txt"
-        agents.append(Agent(command, log, environment=worker_environment(), directory=directory, warm=True))
+        agents.append(Agent(command, log, environment=ENVIRONMENT, directory=directory, warm=True))
     with agents[0], agents[1]:
         assert wait_until(lambda: not any(agent.running for agent in agents), 60), agents[0].output
         assert [agent.process.wait(10) for agent in agents] == [EXIT_USAGE, EXIT_USAGE], agents[0].output
