@@ -91,7 +91,7 @@ def _done(cluster: Cluster, run: Path, step: int) -> float:
 # Islands that die.
 
 
-class Apart:
+class Apart(bench_quorum.Launched):
     """`python -m trainer launch --islands`, as a job of bench_quorum."""
 
     def __init__(self, directory: Path, clusters: int) -> None:
@@ -109,12 +109,6 @@ class Apart:
         self._commits: list[Commit] = []
         self._pids: dict[int, int] = {}
 
-    def __enter__(self) -> "Apart":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._agent.kill()
-
     def read(self) -> list[Commit]:
         """Steps are written where the clusters meet."""
         for cluster, (run, follower) in enumerate(zip(self._runs, self._followers, strict=True)):
@@ -131,15 +125,6 @@ class Apart:
 
     def is_whole(self) -> bool:
         return len(self.members()) == len(self._runs)
-
-    def send(self, pid: int, number: int) -> bool:
-        return self._agent.send(pid, number)
-
-    def resumed(self, since: float) -> float | None:
-        return None
-
-    def processes(self) -> list[int]:
-        return self._agent.processes()
 
 
 SYSTEMS: dict[str, tuple[str, Callable[[Path], bench_quorum.Job]]] = {

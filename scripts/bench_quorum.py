@@ -25,7 +25,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from scripts import bench_survival as survival
 from trainer.launch.agent import Agent
@@ -85,8 +85,29 @@ class Job(Protocol):
     def processes(self) -> list[int]: ...
 
 
-class Quorum:
-    """`python -m trainer launch`."""
+class Launched:
+    """A job of `python -m trainer launch`: its launcher's part of a Job."""
+
+    _agent: Agent
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._agent.kill()
+
+    def send(self, pid: int, number: int) -> bool:
+        return self._agent.send(pid, number)
+
+    def resumed(self, since: float) -> float | None:
+        return None
+
+    def processes(self) -> list[int]:
+        return self._agent.processes()
+
+
+class Quorum(Launched):
+    """`python -m trainer launch --workers`."""
 
     def __init__(self, directory: Path, workers: int, spares: int = 0) -> None:
         self.run, self._workers, self._spares = directory / "run", workers, spares
@@ -101,12 +122,6 @@ class Quorum:
         self._pids: dict[int, int] = {}
         self._members: list[int] = []
         self.changes: list[tuple[float, MembersChanged]] = []
-
-    def __enter__(self) -> "Quorum":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._agent.kill()
 
     def read(self) -> list[Commit]:
         for entry in self._follower.poll() if events.events_directory(self.run).exists() else ():
@@ -138,14 +153,8 @@ class Quorum:
         connected = told.count('"what": "worker"') - told.count('"what": "lost"')
         return len(self.members()) == self._workers and connected == self._workers + self._spares
 
-    def send(self, pid: int, number: int) -> bool:
-        return self._agent.send(pid, number)
-
     def resumed(self, since: float) -> float | None:
         return next((at for at, change in self.changes if at > since and change.lost), None)
-
-    def processes(self) -> list[int]:
-        return self._agent.processes()
 
 
 class Restart:

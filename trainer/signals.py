@@ -4,6 +4,7 @@ No torch here: the command line listens before torch is imported, which takes se
 """
 
 import signal
+from collections.abc import Callable
 from typing import Any
 
 ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
@@ -43,3 +44,33 @@ class StopSignals:
     def requested(self) -> bool:
         """True once this process has received a stop signal."""
         return bool(self.received)
+
+
+class PassedOn:
+    """A launcher's stop signals: the first one is passed on to its workers, and a Ctrl-C after it kills them."""
+
+    def __init__(self, send: Callable[[int], None]) -> None:
+        """`send` gives a signal to all workers."""
+        self.number = 0
+        """The signal that was passed on; 0 before."""
+        self._send = send
+        self._received: list[int] = []
+
+    def listen(self) -> None:
+        for number in heeded():
+            signal.signal(number, lambda number, _: self._received.append(number))
+
+    def pass_on(self) -> None:
+        """Act on what was received since the last call."""
+        while self._received:
+            number = self._received.pop(0)
+            if not self.number:
+                self.ask(number)
+            elif number == signal.SIGINT:
+                self._send(signal.SIGKILL)
+
+    def ask(self, number: int) -> None:
+        """Ask all workers to stop, unless they have been asked."""
+        if not self.number:
+            self.number = number
+            self._send(number)

@@ -164,14 +164,14 @@ class Job:
     _status: int | None = None
     _kill_at: float | None = None
     _look_at: float = 0.0
-    _asked: list[int] = field(default_factory=list)
-    _passed_on: int = 0
     _over: int | None = None
     """How the job has ended, also on other nodes; None if it goes on."""
 
+    def __post_init__(self) -> None:
+        self._stop = signals.PassedOn(self._signal_all)
+
     def run(self) -> int:
-        for number in signals.heeded():
-            signal.signal(number, lambda number, _: self._asked.append(number))
+        self._stop.listen()
         self._over = _over(self.post)
         for number in range(self.plan.clusters):
             if len(self._clusters) < self.plan.here and self._over is None:
@@ -180,7 +180,7 @@ class Job:
             terminal_line(f"All {self.plan.clusters} clusters have launchers. This one waits until one has none.")
         while self._goes_on():
             time.sleep(POLL_SECONDS)
-            self._pass_signals_on()
+            self._stop.pass_on()
             for cluster in self._clusters:
                 if cluster.process is not None and (status := cluster.process.poll()) is not None:
                     self._ended(cluster, status)
@@ -188,7 +188,7 @@ class Job:
                 self._look_at = time.monotonic() + LOOK_SECONDS
                 self._look()
             if self._kill_at is not None and time.monotonic() > self._kill_at:
-                self._kill_all()
+                self._signal_all(signal.SIGKILL)
         status = self._exit_status()
         if status == EXIT_FINISHED and len(self._clusters) == self.plan.clusters:
             shutil.rmtree(self.post, ignore_errors=True)  # nobody is left who might need a message
@@ -196,12 +196,12 @@ class Job:
 
     def _goes_on(self) -> bool:
         if not self._clusters:
-            return not self._passed_on and self._over is None
+            return not self._stop.number and self._over is None
         return any(cluster.process is not None for cluster in self._clusters)
 
     def close(self) -> None:
         """End what still runs."""
-        self._kill_all()
+        self._signal_all(signal.SIGKILL)
         for cluster in self._clusters:
             if cluster.process is not None:
                 cluster.process.wait()
@@ -217,7 +217,7 @@ class Job:
         statuses = {cluster.status for cluster in self._clusters} or {self._over}
         if statuses == {EXIT_FINISHED}:
             return EXIT_FINISHED
-        return EXIT_PREEMPTED if self._passed_on or EXIT_PREEMPTED in statuses else EXIT_FAILED
+        return EXIT_PREEMPTED if self._stop.number or EXIT_PREEMPTED in statuses else EXIT_FAILED
 
     # Clusters
 
@@ -262,9 +262,9 @@ class Job:
             if cluster.number == 0:  # all that counts is on disk
                 files.write(self.post / OVER, str(status))
             if status == EXIT_PREEMPTED:
-                self._ask_all_to_stop(signal.SIGTERM)
+                self._stop.ask(signal.SIGTERM)
             return
-        if self._passed_on or self._status is not None:
+        if self._stop.number or self._status is not None:
             # A stop is heeded where the clusters meet, which may be many steps on; without this one they never do.
             self._kill_at = self._kill_at or time.monotonic() + LEAVE_SECONDS
             return
@@ -300,9 +300,9 @@ class Job:
         self._over = _over(self.post)
         if self._over == EXIT_PREEMPTED:
             # A cluster that has begun from what the stop has saved waits for clusters that have left.
-            self._ask_all_to_stop(signal.SIGTERM)
+            self._stop.ask(signal.SIGTERM)
             self._kill_at = self._kill_at or now + LEAVE_SECONDS
-        if self._passed_on or self._status is not None or self._over is not None:
+        if self._stop.number or self._status is not None or self._over is not None:
             return
         has_gpu_each = not is_cpu_only(self.plan.config) and not self.plan.config.parallel.share_gpus
         if has_gpu_each and len(self._clusters) >= self.plan.here:
@@ -322,29 +322,11 @@ class Job:
         except Timeout:
             return False
 
-    def _kill_all(self) -> None:
-        self._signal_all(signal.SIGKILL)
-
     def _signal_all(self, number: int) -> None:
         for cluster in self._clusters:
             if cluster.process is not None:
                 with contextlib.suppress(ProcessLookupError):
                     cluster.process.send_signal(number)
-
-    # Signals
-
-    def _pass_signals_on(self) -> None:
-        while self._asked:
-            number = self._asked.pop(0)
-            if not self._passed_on:
-                self._ask_all_to_stop(number)
-            elif number == signal.SIGINT:
-                self._kill_all()
-
-    def _ask_all_to_stop(self, number: int) -> None:
-        if not self._passed_on:
-            self._passed_on = number
-            self._signal_all(number)
 
 
 def _over(post: Path) -> int | None:

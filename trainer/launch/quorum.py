@@ -371,28 +371,28 @@ class Job:
         self._over, self._reason = "", ""
         self._status: int | None = None
         self._kill_at: float | None = None
-        self._asked: list[int] = []
-        self._passed_on = 0
+        self._stop = signals.PassedOn(self._signal_all)
 
     def run(self) -> int:
-        for number in signals.heeded():
-            signal.signal(number, lambda number, _: self._asked.append(number))
+        self._stop.listen()
         self._connect()
         for slot in self._slots:
             self._start(slot)
         while any(slot.process is not None for slot in self._slots):
-            self._pass_signals_on()
+            self._stop.pass_on()
+            if self._stop.number and self._kill_at is None:
+                self._kill_at = time.monotonic() + LEAVE_SECONDS
             self._hear()
             for slot in self._slots:
                 if slot.process is not None and (status := slot.process.poll()) is not None:
                     self._ended(slot, status)
             if self._kill_at is not None and time.monotonic() > self._kill_at:
-                self._kill_all()
+                self._signal_all(signal.SIGKILL)
         return self._exit_status()
 
     def close(self) -> None:
         """End what still runs."""
-        self._kill_all()
+        self._signal_all(signal.SIGKILL)
         if self._connection is not None:
             self._connection.close()
         if self._server is not None:
@@ -407,7 +407,7 @@ class Job:
             return self._status
         if EXIT_FINISHED in statuses or self._over == FINISHED:
             return EXIT_FINISHED
-        if self._passed_on or EXIT_PREEMPTED in statuses:
+        if self._stop.number or EXIT_PREEMPTED in statuses:
             return EXIT_PREEMPTED
         return EXIT_STATUS.get(self._over, EXIT_FAILED)
 
@@ -448,9 +448,9 @@ class Job:
             slot.status = status
             self._say(End("finished" if status == EXIT_FINISHED else "preempted", ""))
             if status == EXIT_PREEMPTED:
-                self._ask_all_to_stop(signal.SIGTERM)
+                self._stop.ask(signal.SIGTERM)
             return
-        if self._passed_on or self._over:
+        if self._stop.number or self._over:
             return
         slot.starts_in_a_row = 0 if slot.took_part else slot.starts_in_a_row + 1
         self._restarts += 1
@@ -491,26 +491,7 @@ class Job:
             self._say(End(FAILED, reason))
         self._kill_at = time.monotonic() + 2.0
 
-    def _kill_all(self) -> None:
-        for slot in self._slots:
-            if slot.process is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    slot.process.kill()
-
-    # Signals
-
-    def _pass_signals_on(self) -> None:
-        while self._asked:
-            number = self._asked.pop(0)
-            if not self._passed_on:
-                self._ask_all_to_stop(number)
-            elif number == signal.SIGINT:
-                self._kill_all()
-
-    def _ask_all_to_stop(self, number: int) -> None:
-        if self._passed_on:
-            return
-        self._passed_on, self._kill_at = number, time.monotonic() + LEAVE_SECONDS
+    def _signal_all(self, number: int) -> None:
         for slot in self._slots:
             if slot.process is not None:
                 with contextlib.suppress(ProcessLookupError):
