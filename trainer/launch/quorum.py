@@ -621,10 +621,11 @@ def _publish_address(run: Path, listener: socket.socket, token: str) -> None:
     host, port = listener.getsockname()[:2]
     path = arbiter.address_path(run)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)  # nobody else may read the token
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)  # nobody else may read the token
     os.write(descriptor, json.dumps({"address": f"{host}:{port}", "token": token}).encode())
     os.close(descriptor)
+    partial.rename(path)  # readers see all of it or nothing
 
 
 def is_cpu_only(config: Config) -> bool:
