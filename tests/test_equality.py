@@ -87,8 +87,8 @@ DRAWN = [f"0-{number}" for number in range(6)]
 def grid() -> Iterator[tuple[str, Layout, dict[str, Any]]]:
     """Every case as (feature, world size and strategy, what it sets).
 
-    bf16, and most switches at once, meet every layout. Any other feature meets every world size and every strategy, but
-    not each of one with each of the other.
+    bf16, and most switches at once, meet every layout. Any other one of FEATURES meets every world size and every
+    strategy, but not each of one with each of the other. What follows them meets the layouts that it is for.
     """
 
     def on(feature: str, changes: dict[str, Any], *layouts: Layout) -> Iterator[tuple[str, Layout, dict[str, Any]]]:

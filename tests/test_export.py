@@ -231,6 +231,18 @@ def fitting(folder: Path, start: config.Model) -> dict[str, Any]:
     return tomllib.loads(line.removesuffix(".").replace(", ", "\n"))
 
 
+def test_the_settings_that_a_refusal_lists_are_taken_and_none_are_listed_where_none_fit(tmp_path: Path):
+    llama, start = FOREIGN["llama"].to_dict(), config.Model(context=64)
+    saved(tmp_path / "short", transformers.LlamaConfig(**llama | {"max_position_embeddings": 32}))
+    fits = fitting(tmp_path / "short", start)
+    assert fits["context"] == 32
+    architectures.read(tmp_path / "short", config.parse({"model": {"context": 64} | fits}).model, 300)
+    scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    saved(tmp_path / "scaled", transformers.LlamaConfig(**llama | {"rope_parameters": scaled}))
+    with pytest.raises(ConfigError, match=r"No settings of \[model\] hold it"):
+        architectures.read(tmp_path / "scaled", start, 300)
+
+
 def test_training_goes_on_from_a_model_that_transformers_made(tmp_path: Path):
     theirs = saved(tmp_path / "in", FOREIGN["qwen3"])
     model = fitting(tmp_path / "in", config.load(SMOKE).model)

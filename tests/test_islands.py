@@ -272,10 +272,10 @@ def test_faults_are_planned_at_the_steps_in_which_an_exchange_passes_their_phase
         move(islands, torch.Generator().manual_seed(number))
         exchange.step()
     config = configs.parse({"islands": {"count": 2, **settings}, "budget": {"steps": 11}}, check_rules=False)
-    # The one matrix is in a fragment of its own; the other one is empty, and sends nothing.
     foreseen = {(str(phase), step) for phase in IN_ISLANDS for step in range(1, 12) if comes_at(phase, step, config)}
-    assert passed <= foreseen
-    assert passed == foreseen or settings is STREAM
+    # The one matrix is in a fragment of its own; the other one is empty, and sends nothing.
+    of_the_empty_one = {("in_send", 3), ("in_send", 9), ("in_outer_update", 5)} if settings is STREAM else set()
+    assert passed == foreseen - of_the_empty_one and of_the_empty_one <= foreseen
 
 
 @pytest.mark.parametrize(

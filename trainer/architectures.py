@@ -299,13 +299,30 @@ def read(folder: Path, settings: Model, rows: int) -> dict[str, Tensor]:
     if not problems:
         own, problems = _inverse(found, settings, rows, architecture)
     if problems:
-        remedy = "Change [model], or name another folder."
-        fitting = {k: v for k, v in _fitting(said, found).items() if v != getattr(settings, k)}
-        if fitting:
-            listed = ", ".join(f"{name} = {json.dumps(value)}" for name, value in fitting.items())
-            remedy = f"For this folder, set in [model]: {listed}."
+        remedy = _remedy(said, found, settings, folder, window)
         raise ConfigError([*(f"{problem}." for problem in problems[:-1]), f"{problems[-1]}.\n  {remedy}"])
     return own
+
+
+def _remedy(
+    said: Mapping[str, Any], found: Mapping[str, Tensor], settings: Model, folder: Path, window: int | None
+) -> str:
+    """Return the settings to change, if any settings hold this folder's model."""
+    fitting = _fitting(said, found)
+    longest = [most for most in (said.get("max_position_embeddings"), window) if isinstance(most, int)]
+    if fitting and min(longest, default=settings.context) < settings.context:
+        fitting["context"] = min(longest)
+    fitted, left = settings.model_copy(update=fitting), []
+    try:
+        left = _differences(said, fitted, fitted.vocab_size, architecture_of(fitted), folder)
+    except UsageError:
+        fitting = {}
+    if not fitting or left or _rotation_problems(said, fitted):
+        return "No settings of [model] hold it. Name another folder."
+    changed = {name: value for name, value in fitting.items() if value != getattr(settings, name)}
+    if not changed:
+        return "Change [model], or name another folder."
+    return f"For this folder, set in [model]: {', '.join(f'{k} = {json.dumps(v)}' for k, v in changed.items())}."
 
 
 def _completed(said: dict[str, Any]) -> dict[str, Any]:
