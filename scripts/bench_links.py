@@ -1,9 +1,10 @@
 """A link of two dies or slows down: seconds lost and restarts, over plain TCP and over Multipath TCP.
 
-    python -m scripts.bench_links [--trial]
+    python -m scripts.bench_links [--trial FILE]
 
 Two hosts (network namespaces) of one rank each, with two links between them. Takes about five minutes; let nothing else
-run meanwhile. What is measured already is kept in runs/bench-links.json, so that a bench that was ended goes on there.
+run meanwhile. Rounds that are measured are kept in runs/bench-links/COMMIT/ (the last commit of the package), so that a
+bench that was ended goes on there.
 """
 
 import argparse
@@ -14,7 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from scripts.bench_survival import ENDLESS, ENVIRONMENT, ROOT, TINY
+from scripts import bench_quorum
+from scripts.bench_survival import ENDLESS, ENVIRONMENT, TINY
 from trainer import files
 from trainer.launch import namespaces, transport
 from trainer.launch.cluster import Cluster
@@ -24,7 +26,6 @@ from trainer.log.events import AttemptStarted, StepDone
 
 TRANSPORTS = ("tcp", "mptcp")
 ROUNDS = 2
-KEPT = ROOT / "runs" / "bench-links.json"
 RATE, MILLISECONDS = "100mbit", 2.0  # of both links, as long as nothing is wrong
 SLOW_RATE, SLOW_MILLISECONDS = "20mbit", 20.0
 DOWN_SECONDS = 20.0
@@ -107,10 +108,11 @@ def measure(name: str, directory: Path) -> dict[str, float]:
             }
 
 
-def figure(kept: Path = KEPT) -> dict[str, Any]:
-    """Measure both transports in turn, ROUNDS times."""
+def figure(kept: Path | None = None) -> dict[str, Any]:
+    """Measure both transports in turn, ROUNDS times; rounds that the file `kept` has are not measured again."""
     if reason := namespaces.shaping() or transport.missing() or namespaces.multipath():
         raise SystemExit(f"bench_links: {reason}")
+    kept = kept or bench_quorum.place("bench-links") / "rounds.json"
     found: dict[str, list[dict[str, float]]] = json.loads(kept.read_text()) if kept.exists() else {}
     for number in range(ROUNDS):
         for name in TRANSPORTS:
@@ -120,7 +122,7 @@ def figure(kept: Path = KEPT) -> dict[str, Any]:
             with tempfile.TemporaryDirectory() as directory:
                 rounds.append(measure(name, Path(directory)))
             print(name, rounds[-1], flush=True)
-            kept.parent.mkdir(exist_ok=True)
+            kept.parent.mkdir(parents=True, exist_ok=True)
             files.write(kept, json.dumps(found))
     return {"transports": found}
 
@@ -157,15 +159,17 @@ def _mbit(rate: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trial", action="store_true", help="print the table, and record nothing")
-    is_trial, found = parser.parse_args().trial, figure()
-    if is_trial:
+    parser.add_argument(
+        "--trial", type=Path, metavar="FILE", help="keep the rounds in this file, print the table, and record nothing"
+    )
+    trial = parser.parse_args().trial
+    found = figure(trial)
+    if trial is not None:
         print("\n".join(table(found)))
         return
     from scripts.bench_tables import record
 
     record("links", found)
-    KEPT.unlink()
 
 
 if __name__ == "__main__":

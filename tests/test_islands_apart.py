@@ -1,6 +1,7 @@
 """Promises about clusters of islands that live and die apart: `trainer launch CONFIG --islands N`."""
 
 import contextlib
+import dataclasses
 import json
 import signal
 import subprocess
@@ -20,15 +21,17 @@ import trainer
 from scripts import islands_picture
 from tests.support import SMOKE, outcome, settings, summarise_run, with_faults, write_corpus
 from tests.support import trainer as command
+from trainer import checkpoint, signals
 from trainer import config as configs
-from trainer import signals
+from trainer.checkpoint import memory
 from trainer.errors import EXIT_FINISHED, EXIT_PREEMPTED, ConfigError, CorruptionError
+from trainer.islands import apart
 from trainer.islands.post import Apart, Post
 from trainer.islands.state import check_alike
 from trainer.launch import islands
 from trainer.log import events
 from trainer.parallel import elastic
-from trainer.parallel.world import PeerLostError
+from trainer.parallel.world import PeerLostError, World
 
 SMALL: dict[str, Any] = {
     "budget.steps": 12, "checkpoint.every_steps": 4, "checkpoint.memory_every_steps": 2, "data.micro_batches": 4,
@@ -177,6 +180,69 @@ def test_messages_are_kept_from_the_step_on_that_somebody_may_begin_from(tmp_pat
         late.take(late.next(), 0)
 
 
+class Weights:
+    """As much of a TrainState as a Checkpointer restores."""
+
+    def __init__(self) -> None:
+        self.step, self.weights = 0, torch.zeros(3)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"weights": self.weights}
+
+    def restored(self, step: int) -> None:
+        self.step = step
+
+
+@pytest.mark.parametrize("cluster", [0, 1])
+def test_copies_in_memory_that_an_earlier_job_left_are_not_used_and_those_of_this_job_are(
+    tmp_path, monkeypatch, cluster
+):
+    """On disk is step 8; an earlier job has left a copy of step 10 here, and this job one of step 9."""
+    run, identity = tmp_path / "run", {"fingerprint": "f", "run_id": "r"}
+    own = islands.run_of(run, cluster)
+    own.mkdir(parents=True)
+    monkeypatch.setattr(apart.rundir, "read", lambda run: identity)
+    monkeypatch.delenv(elastic.FAILURES_FILE, raising=False)
+    chosen = configs.load(SMOKE, ["checkpoint.memory_every_steps=2"]).checkpoint
+    world = World(0, 1, torch.device("cpu"))
+
+    def save(where: Path, step: int) -> None:
+        saver = checkpoint.Saver(where, world, identity, chosen, lambda *_: None, lambda *_: None)
+        saver.begin(step, {"weights": torch.full((3,), float(step))})
+        saver.finish()
+        saver.close()
+
+    def start(cluster: int, job: str) -> tuple[str, int]:
+        given = elastic.Apart(str(run), str(tmp_path / job), cluster, 2, 0, 1)
+        monkeypatch.setenv(elastic.APART, json.dumps(dataclasses.asdict(given)))
+        log: Any = SimpleNamespace(append=lambda event: None)
+        post = Post(tmp_path / job, cluster, 2, 1.0)
+        state: Any = Weights()
+        checkpointer = apart.ApartCheckpointer(
+            post, islands.run_of(run, cluster), world, identity, chosen, log, lambda *_: None, lambda *_: None
+        )
+        state_from = checkpointer.restore(state)
+        checkpointer.close()
+        return state_from, state.step
+
+    place = memory.place(run, "r")
+    try:
+        save(run, 8)
+        start(0, "earlier")
+        save(place, 10)
+        assert start(0, "earlier") == ("memory", 10)
+        # Cluster 0 of this job is on another node, with no such copy; here a cluster begins, and begins again.
+        Post(tmp_path / "this", 0, 2, 1.0).give(tmp_path / "this" / "start" / "01", b"8")
+        assert start(cluster, "this") == ("disk", 8)
+        assert start(cluster, "this") == ("disk", 8)
+        memory.discard(place)
+        start(0, "this")
+        save(place, 9)
+        assert start(cluster, "this") == ("memory", 9)
+    finally:
+        memory.discard(place)
+
+
 # Launchers.
 
 
@@ -190,7 +256,13 @@ def cluster_of(plan: islands.Plan, number: int, process: Any = None) -> islands.
 def kept(monkeypatch) -> Iterator[list[int]]:
     """Numbers of the clusters that launchers of this process begin to keep, without starting them."""
     numbers: list[int] = []
-    monkeypatch.setattr(islands.Job, "_keep", lambda self, number: bool(numbers.append(number)) or True)
+
+    def keep(job: islands.Job, number: int) -> bool:
+        numbers.append(number)
+        job._clusters.append(cluster_of(job.plan, number))
+        return True
+
+    monkeypatch.setattr(islands.Job, "_keep", keep)
     handlers = {number: signal.getsignal(number) for number in signals.heeded()}
     yield numbers
     for number, handler in handlers.items():
@@ -220,17 +292,38 @@ def test_a_spare_leaves_when_the_job_is_over_also_if_that_is_a_stop(tmp_path, ke
     assert kept == [], "no cluster is started any more"
 
 
-@pytest.mark.parametrize(("is_cpu_only", "taken_over"), [(True, [1]), (False, [])])
-def test_a_cluster_is_taken_over_only_where_a_gpu_is_left_for_it(tmp_path, kept, monkeypatch, is_cpu_only, taken_over):
+@pytest.mark.parametrize(
+    ("is_cpu_only", "kept_before", "taken_over"),
+    [(True, [0], [1, 2]), (False, [0], []), (False, [], [0])],
+    ids=["CPUs", "its GPU is taken", "one GPU for three free clusters"],
+)
+def test_a_cluster_is_taken_over_only_where_a_gpu_is_left_for_it(
+    tmp_path, kept, monkeypatch, is_cpu_only, kept_before, taken_over
+):
     monkeypatch.setattr(islands, "is_cpu_only", lambda config: is_cpu_only)
     config = configs.load(SMOKE, ["islands.count=4"])
-    plan = islands.Plan(config, [], tmp_path / "run", 2, 1)
+    plan = islands.Plan(config, [], tmp_path / "run", 3, 1)
     with contextlib.ExitStack() as stack:
         job = islands.Job(plan, islands._enter(plan, stack), None)
-        job._clusters = [cluster_of(plan, 0)]
-        job._free_since = {1: time.monotonic() - 1e6}
+        job._clusters = [cluster_of(plan, number) for number in kept_before]
+        job._free_since = dict.fromkeys(range(3), time.monotonic() - 1e6)
         job._look()
         assert kept == taken_over
+
+
+@pytest.mark.parametrize(("status", "is_kept"), [(EXIT_FINISHED, False), (EXIT_PREEMPTED, True)])
+def test_the_last_launcher_of_a_finished_job_removes_its_messages(tmp_path, status, is_kept):
+    plan = islands.Plan(configs.load(SMOKE, ["islands.count=4"]), [], tmp_path / "run", 2, 1)
+    first, second = contextlib.ExitStack(), contextlib.ExitStack()
+    post = islands._enter(plan, first)
+    assert islands._enter(plan, second) == post
+    (post / islands.OVER).write_text(str(status))
+    first.close()
+    assert post.is_dir(), "the other one may need a message"
+    second.close()
+    assert post.is_dir() == is_kept
+    with contextlib.ExitStack() as stack:
+        assert islands._enter(plan, stack) != post, "a new job"
 
 
 # Whole jobs.

@@ -53,17 +53,18 @@ What makes tokens of text is left out: tokens and tokenizer are identified by th
 """
 
 
-CODE_BEFORE_RECORDS = "cb58cdba3b5e040a"
-"""`code_digest()` of the newest code that gives the bits of the code from before code was recorded. What is keyed by
-code leaves it out at this value, so that what was made then keeps its key. Move it only with a change that changes no
-bit."""
+CODE_BEFORE_RECORDS = "3f3b3e07ab4d257b"
+"""Digest that stands for the code from before code was recorded. What is keyed by code leaves it out at this value, so
+that what was made then keeps its key."""
 
-SAME_BITS = {"3f3b3e07ab4d257b"}
-"""Digests of older code with the bits of CODE_BEFORE_RECORDS, so that its runs are resumed. Move that, and add the old
-one here."""
+SAME_BITS = {"cb58cdba3b5e040a": CODE_BEFORE_RECORDS, "8a0a7d92b0c087be": "ecc09f419acf64f8"}
+"""By the digest of code, of all of it or of a folder: that of older code with the same bits, which stands for both.
+Runs are then resumed and keep their keys. A change that changes no bit adds an entry for its digest."""
 
-SAME_ISLANDS = {"15b9079326aba0bc": "ecc09f419acf64f8"}
-"""By the digest of the code of islands: that of older code which gives the same bits, so that its runs are resumed."""
+
+def same_bits(digest: str) -> str:
+    """Return the digest that stands for all code with the bits of this one."""
+    return SAME_BITS.get(digest, digest)
 
 
 @functools.cache
@@ -81,14 +82,14 @@ def code(package: Path = Path(__file__).parent) -> dict[str, dict[str, str]]:
 
 def code_digest() -> str:
     """Digest of all code that decides the bits."""
-    return own_code.digest_of(code())
+    return same_bits(own_code.digest_of(code()))
 
 
 @functools.cache
 def _digest_of_folder(name: str, package: Path = Path(__file__).parent) -> str:
     """Digest of the code of a folder that decides bits of some runs only: those of the others keep their record."""
     paths = sorted((package / name).glob("*.py"))
-    return own_code.digest_of({path.name: own_code.digests_of(own_code.parse(path), ()) for path in paths})
+    return same_bits(own_code.digest_of({path.name: own_code.digests_of(own_code.parse(path), ()) for path in paths}))
 
 
 def code_changes(before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]) -> list[str]:
@@ -119,8 +120,7 @@ def computes_with(config: Config, device: "torch.device") -> dict[str, str]:
     if is_cuda:
         found |= _gpu_kernels(config)
     if config.islands.count:
-        code = _digest_of_folder("islands")
-        found["code of islands"] = SAME_ISLANDS.get(code, code)
+        found["code of islands"] = _digest_of_folder("islands")
     if config.numerics.compile and not is_cuda:
         from torch._inductor.cpp_builder import get_cpp_compiler
 
@@ -171,8 +171,8 @@ def compare(run: Path, contents: Mapping[str, Any], ranks: Sequence[Mapping[str,
     Raises RunDirectoryError if there is a difference, unless all are to be accepted.
     """
     before = dict(contents.get("computes_with") or ranks[0])
-    if {before.get("code"), ranks[0]["code"]} <= {CODE_BEFORE_RECORDS, *SAME_BITS}:
-        before["code"] = ranks[0]["code"]
+    if "code" in before:
+        before["code"] = same_bits(before["code"])
     found: dict[str, list[str]] = {}
     for rank, now in enumerate(ranks):
         for line in differences(before, now):

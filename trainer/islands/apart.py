@@ -4,6 +4,7 @@ The first cluster is the run: its directory, log, evaluations and checkpoints. E
 it, with its own attempts and incidents, and begins from the run's checkpoints.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,9 @@ from trainer.parallel import elastic
 from trainer.parallel.world import PeerLostError
 from trainer.phases import Hook, Phase
 from trainer.step import TrainState
+
+JOB = "job"
+"""File beside copies in memory: name of the directory of messages of the job that made them."""
 
 
 def post_of(config: Config, heartbeat: Hook, report: Callable[[Event], None]) -> Post | None:
@@ -57,12 +61,11 @@ class ApartCheckpointer(Checkpointer):
             run = Path(given.run)
             facts = facts | {"run_id": rundir.read(run)["run_id"]}
         super().__init__(run, world, facts, *more)
+        self._job = Path(given.post).name
 
     def restore(self, state: TrainState) -> str:
         name = self._post.next()
         if self._is_first:
-            if not self._post.has_given(name):  # the job begins: with what all nodes see
-                memory.discard(self._memory_place)
             state_from = super().restore(state)
             self._post.give(name, str(state.step).encode(), is_function_of_config=False)
             self._check_begun(state.step, int(self._post.take(name, 0)))
@@ -94,7 +97,19 @@ class ApartCheckpointer(Checkpointer):
 
     @property
     def _in_memory(self) -> Path | None:
-        return self._memory_place if self._settings.memory_every_steps else None
+        """The place of this job's copies. Those of an earlier job may be of steps of which this one has no messages."""
+        with contextlib.suppress(OSError, ValueError):
+            if (self._memory_place / JOB).read_text(encoding="utf-8") == self._job:
+                return self._memory_place
+        return None
+
+    def _open_memory(self, state: TrainState) -> None:
+        if self._in_memory is None:
+            memory.discard(self._memory_place)
+        super()._open_memory(state)
+        if self._copier is not None:
+            with contextlib.suppress(OSError):  # without the mark, a restart begins from the disk
+                (self._memory_place / JOB).write_text(self._job, encoding="utf-8")
 
     def _of_step(self, step: int) -> checkpoint.Saved:
         for saved in checkpoint.committed(self._run):

@@ -22,15 +22,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
 from trainer import files, signals
-from trainer.checkpoint import memory
 from trainer.config import Config, check_world
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USAGE, ConfigError, RunDirectoryError
-from trainer.launch import forkserver, processes
+from trainer.launch import forkserver, processes, torchrun
 from trainer.launch.quorum import LEAVE_SECONDS, RESTARTS_WITHOUT_PROGRESS, is_cpu_only, terminal_line
 from trainer.log import rundir
 from trainer.parallel import elastic
@@ -145,7 +144,17 @@ def _enter(plan: Plan, stack: contextlib.ExitStack) -> Path:
             f"{plan.run} is being trained by {job['clusters']} clusters, not by {plan.clusters}.\n"
             f"  All nodes of a job give the same number: --islands {job['clusters']}. Or wait for the end of that job."
         )
+    stack.callback(_leave, place / job["post"], alive)
     return place / job["post"]
+
+
+def _leave(post: Path, alive: IO[str]) -> None:
+    """Remove the messages of a finished job, unless another launcher lives: its clusters may need them."""
+    with FileLock(post.parent / "start.lock", fallback_to_soft=False), contextlib.suppress(OSError):
+        fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while another launcher lives
+        if _over(post) == EXIT_FINISHED:
+            shutil.rmtree(post, ignore_errors=True)
+        fcntl.flock(alive, fcntl.LOCK_UN)  # before start.lock: who comes next begins a job
 
 
 @dataclass
@@ -189,10 +198,7 @@ class Job:
                 self._look()
             if self._kill_at is not None and time.monotonic() > self._kill_at:
                 self._signal_all(signal.SIGKILL)
-        status = self._exit_status()
-        if status == EXIT_FINISHED and len(self._clusters) == self.plan.clusters:
-            shutil.rmtree(self.post, ignore_errors=True)  # nobody is left who might need a message
-        return status
+        return self._exit_status()
 
     def _goes_on(self) -> bool:
         if not self._clusters:
@@ -205,10 +211,7 @@ class Job:
         for cluster in self._clusters:
             if cluster.process is not None:
                 cluster.process.wait()
-            if cluster.number == 0 and (place := elastic.noted_memory(cluster.failures)) is not None:
-                memory.discard(place)
-            for suffix in (".json", ".final", ".memory"):
-                cluster.failures.with_suffix(suffix).unlink(missing_ok=True)
+            torchrun.remove_notes(cluster.failures)
             cluster.lock.release()
 
     def _exit_status(self) -> int:
@@ -305,10 +308,10 @@ class Job:
         if self._stop.number or self._status is not None or self._over is not None:
             return
         has_gpu_each = not is_cpu_only(self.plan.config) and not self.plan.config.parallel.share_gpus
-        if has_gpu_each and len(self._clusters) >= self.plan.here:
-            return  # no GPU is left: a spare, or a node with room, takes the cluster over
         kept = {cluster.number for cluster in self._clusters}
         for number in set(range(self.plan.clusters)) - kept:
+            if has_gpu_each and len(self._clusters) >= self.plan.here:
+                return  # no GPU is left: a spare, or a node with room, takes the cluster over
             if not self._is_free(number):
                 self._free_since.pop(number, None)
             elif now - self._free_since.setdefault(number, now) > patience and self._keep(number):
@@ -333,7 +336,7 @@ def _over(post: Path) -> int | None:
     """How the job has ended; None if it goes on."""
     with contextlib.suppress(FileNotFoundError):
         return int((post / OVER).read_text(encoding="utf-8"))
-    return None if post.is_dir() else EXIT_FINISHED  # who finishes all clusters removes the messages
+    return None
 
 
 def _newest_step(post: Path) -> int:

@@ -69,7 +69,7 @@ def _digest_of_tree(tree: Path) -> str:
         for path in (tree / PACKAGE).rglob("*.py")
         if not (builtin.PACKAGE / path.relative_to(tree / PACKAGE)).exists()
     }
-    return own_code.digest_of(provenance.code(tree / PACKAGE) | added)
+    return provenance.same_bits(own_code.digest_of(provenance.code(tree / PACKAGE) | added))
 
 
 def digest_of_change(tree: Path | None, settings: Mapping[str, Any]) -> str:
