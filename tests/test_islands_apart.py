@@ -19,7 +19,7 @@ from filelock import FileLock
 
 import trainer
 from scripts import islands_picture
-from tests.support import SMOKE, outcome, settings, summarise_run, with_faults, write_corpus
+from tests.support import SMOKE, outcome, settings, summarise_run, wait_until, with_faults, write_corpus
 from tests.support import trainer as command
 from trainer import checkpoint, signals
 from trainer import config as configs
@@ -384,8 +384,8 @@ def test_a_cluster_whose_launcher_dies_is_taken_over_by_another_one(corpus, calm
             stack.callback(process.wait, 60)
             stack.callback(process.kill)
             lock = run / "islands" / f"cluster-{len(launchers) - 1}.lock"
-            until(lock.exists)
-        until(lambda: fired(islands.run_of(run, 1)))
+            assert wait_until(lock.exists, 60)
+        assert wait_until(lambda: fired(islands.run_of(run, 1)), 60)
         launchers[1].kill()  # with it its cluster, which is stopped
         assert launchers[0].wait(timeout=60) == 0
     assert outcome(run) == calm
@@ -395,13 +395,6 @@ def test_a_cluster_whose_launcher_dies_is_taken_over_by_another_one(corpus, calm
 
 def fired(run: Path) -> bool:
     return events.events_directory(run).exists() and bool(list(events.select(events.read(run), events.FaultFired)))
-
-
-def until(condition: Any, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 # What is shown of it.

@@ -328,7 +328,7 @@ def test_the_tables_of_the_readme_are_there():
     text = bench_ladder.README.read_text(encoding="utf-8")
     for name, rows in (
         ("regular", 8), ("decisions", 8), ("hard", len(list(bench_ladder.hard()))), ("public", 11), ("data", 6),
-        ("advice", 2), ("looks", 4), ("apart", 3),
+        ("advice", 2), ("looks", 4), ("apart", 3), ("repeated", 4),
     ):  # fmt: skip
         start, end = (bench_ladder.MARKS.format(what) for what in (name, f"end of {name}"))
         table = text.split(start)[1].split(end)[0].strip().splitlines()

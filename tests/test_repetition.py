@@ -115,8 +115,7 @@ def test_from_their_authors_starts_the_published_digits_come_out(start: tuple[fl
     parameters, tokens, unique, loss = published()
     law = repetition._Law(parameters, tokens, unique, sizes=True)
     search = HuberLaw(law.terms, loss, [repetition._bounds(name, PUBLISHED_LAW) for name in repetition.NAMES])
-    first = repetition._held([0.0, 0.0, 0.0, *np.log(start), 0.0], repetition.NAMES, PUBLISHED_LAW)
-    found, least = search.descend(first)
+    found, least = search.descend(np.array([0.0, 0.0, 0.0, *np.log(start), 0.0]))
     assert np.exp(found[3:5]) == pytest.approx((15.387756, 5.309743), rel=1.5e-3)
     assert least * DELTA**2 == pytest.approx(0.0158259366, rel=1e-6)
 

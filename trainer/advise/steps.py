@@ -111,28 +111,16 @@ def take(config: Config, device: torch.device, micro_batches: int = MICRO_BATCHE
     phases = _Phases()
     sweep = Sweep(config, device, phases)
     sweep.take_step()  # the first one computes what is computed once
-    samples: list[float] = []
-    recorder: Recorder | None = None
     for _ in range(MOST_STEPS):
-        phases.micro_batches = 0
-        if recorder is None:
-            phases.recorder = Recorder(lambda: _wait_for(device))
-            with phases.recorder:
-                sweep.take_step()
-            if phases.micro_batches == micro_batches:
-                recorder = phases.recorder
-            phases.recorder = None
-            continue
-        began = time.perf_counter()
-        sweep.take_step()
-        _wait_for(device)
-        took = time.perf_counter() - began
+        phases.micro_batches, phases.recorder = 0, Recorder(lambda: _wait_for(device))
+        with phases.recorder as recorder:
+            sweep.take_step()
+        phases.recorder = None
         if phases.micro_batches == micro_batches:
-            samples.append(took)
-        if len(samples) == SAMPLES:
             break
-    if recorder is None or not samples:
+    else:
         raise _always_again()
+    samples = [_seconds(sweep, phases, micro_batches, device) for _ in range(SAMPLES)]
     return Timed(Step(recorder.seen, micro_batches), micro_batches, statistics.median(samples), samples)
 
 
@@ -147,18 +135,19 @@ def in_turn(
     ]
     for sweep in sweeps:
         sweep.take_step()
+    return [[_seconds(*one, device) for one in zip(sweeps, phases, micro_batches, strict=True)] for _ in range(rounds)]
 
-    def seconds(sweep: Sweep, phase: _Phases, number: int) -> float:
-        for _ in range(MOST_STEPS):
-            phase.micro_batches, began = 0, time.perf_counter()
-            sweep.take_step()
-            _wait_for(device)
-            took = time.perf_counter() - began
-            if phase.micro_batches == number:
-                return took
-        raise _always_again()
 
-    return [[seconds(*one) for one in zip(sweeps, phases, micro_batches, strict=True)] for _ in range(rounds)]
+def _seconds(sweep: Sweep, phases: _Phases, micro_batches: int, device: torch.device) -> float:
+    """Seconds of the next step that is computed once."""
+    for _ in range(MOST_STEPS):
+        phases.micro_batches, began = 0, time.perf_counter()
+        sweep.take_step()
+        _wait_for(device)
+        took = time.perf_counter() - began
+        if phases.micro_batches == micro_batches:
+            return took
+    raise _always_again()
 
 
 def _always_again() -> NumericsError:

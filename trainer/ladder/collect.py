@@ -51,9 +51,9 @@ class CollectedRun(JsonRecord):
     step: int
     unique_tokens: int = 0
     """U; 0: all of the text."""
-    ensemble: int = 0
-    """Above 0: number of the runs that this is made of. Their averaged probabilities were scored, or the others taught
-    the last."""
+    members: int = 0
+    """Number of the runs that this is made of; 0: it is one run. Their averaged probabilities were scored, or the
+    others taught the last."""
     loss: float | None = None
     """The ladder's metric at the last step; None while there is none, not finite if the run diverged."""
     downstream: float | None = None

@@ -65,7 +65,7 @@ class CollectedLadder:
     @property
     def made(self) -> list[CollectedRun]:
         """All runs but a sweep's: what is made of several is represented by its members."""
-        return [run for run in [*self.runs, *self.members] if not run.ensemble]
+        return [run for run in [*self.runs, *self.members] if not run.members]
 
 
 def collect_ladder(ladder: Ladder, out: Path) -> CollectedLadder:

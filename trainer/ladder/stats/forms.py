@@ -111,17 +111,7 @@ def huber(terms: Array, loss: Array, starts: Sequence[Sequence[float]]) -> tuple
     target = np.log(loss)
 
     def objective(p: Array) -> tuple[float, Array]:
-        values = terms @ p
-        # log-sum-exp and the softmax that is its gradient; scipy's take most of a fit's time.
-        highest = values.max(0)
-        share = np.exp(values - highest)
-        total = share.sum(0)
-        share /= total
-        error = np.log(total) + highest - target
-        # Chain rule: Huber's slope, times the softmax, times the terms.
-        slope = np.clip(error, -DELTA, DELTA)
-        gradient = np.einsum("n,tn,tnp->p", slope, share, terms)
-        return float(special.huber(DELTA, error).sum()) / DELTA**2, gradient / DELTA**2
+        return huber_sum(terms @ p, terms, target)
 
     solutions = [optimize.minimize(objective, start, jac=True, method="L-BFGS-B") for start in starts]
     best = min(solutions, key=lambda solution: solution.fun)
@@ -131,6 +121,20 @@ def huber(terms: Array, loss: Array, starts: Sequence[Sequence[float]]) -> tuple
             objective, best.x, jac=True, method="L-BFGS-B", options={"maxiter": 2000, "ftol": 1e-15}
         )
     return tuple(float(value) for value in best.x)
+
+
+def huber_sum(values: Array, slopes: Array, target: Array) -> tuple[float, Array]:
+    """(Sum of Huber losses / δ² of log Σ_t exp(values[t]) − target, its gradient); slopes are (terms, runs, p)."""
+    # log-sum-exp and the softmax that is its gradient; scipy's take most of a fit's time.
+    highest = values.max(0)
+    share = np.exp(values - highest)
+    total = share.sum(0)
+    share /= total
+    error = np.log(total) + highest - target
+    # Chain rule: Huber's slope, times the softmax, times the terms' slopes.
+    slope = np.clip(error, -DELTA, DELTA)
+    gradient = np.einsum("n,tn,tnp->p", slope, share, slopes)
+    return float(special.huber(DELTA, error).sum()) / DELTA**2, gradient / DELTA**2
 
 
 def varpro(

@@ -41,11 +41,7 @@ class HuberLaw:
 
     def objective(self, p: Array) -> tuple[float, Array]:
         """(Sum of Huber losses / δ², its gradient)."""
-        values, slopes = self.terms(p)
-        error = special.logsumexp(values, axis=0) - np.log(self.loss)
-        slope = np.clip(error, -forms.DELTA, forms.DELTA)
-        gradient = np.einsum("n,tn,tnp->p", slope, special.softmax(values, axis=0), slopes)
-        return float(special.huber(forms.DELTA, error).sum()) / forms.DELTA**2, gradient / forms.DELTA**2
+        return forms.huber_sum(*self.terms(p), np.log(self.loss))
 
     def residuals(self, p: Array) -> Array:
         """log of loss minus log of the law."""
@@ -53,13 +49,12 @@ class HuberLaw:
 
     def descend(self, start: Array, held: tuple[int, float] | None = None, times: int = 3) -> tuple[Array, float]:
         """(Parameters, sum) of the local minimum near `start`; `held` is the place and value of one that stays."""
-        bounds, start = list(self.bounds), np.array(start, dtype=float)
+        bounds, least = list(self.bounds), math.inf
         if held is not None:
-            bounds[held[0]], start[held[0]] = (held[1], held[1]), held[1]
-        least = math.inf
+            bounds[held[0]] = (held[1], held[1])
         # In flat valleys L-BFGS stops early. Each restart begins with a fresh approximation of the Hessian.
         for _ in range(times):
-            found = optimize.minimize(
+            found = optimize.minimize(  # which moves a start into the bounds
                 self.objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options=OPTIONS
             )
             start, least = found.x, float(found.fun)
@@ -75,14 +70,9 @@ class HuberLaw:
         freedom = len(self.loss) - self.searched
         for _ in range(len(self.bounds)):
             errors = HuberErrors(self.residuals(best), self.loss, freedom)
-            room = _room(errors, level)
-            fit = HuberFit(self, best, least, errors.sd, {}, [best])
-            lower = None
-            for place in profiled if room is not None and self.searched else ():
-                assert room is not None
-                lower = fit.profile(place, room)
-                if lower is not None:
-                    break
+            room, fit = _room(errors, level), HuberFit(self, best, least, errors.sd, {}, [best])
+            found = (fit.profile(place, room) for place in profiled) if room is not None else ()
+            lower = next((one for one in found if one is not None), None)
             if lower is None:
                 return fit
             best, least = self.descend(lower)
@@ -119,9 +109,6 @@ class HuberFit:
 
     def profile(self, place: int, room: float) -> Array | None:
         """Find the interval of one parameter; return parameters of a lower minimum if there is one."""
-        if self.law.bounds[place][0] == self.law.bounds[place][1]:
-            self.ends[place] = (None, None)
-            return None
         found = []
         for limit in self.law.bounds[place]:
             end, lower = self._side(place, limit, room)

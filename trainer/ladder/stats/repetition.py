@@ -118,7 +118,7 @@ def fit(
     # From each R_D that is tried: local minima differ by it most.
     points = [*grid]
     starts = [
-        _held(start, names, known)
+        np.array(start)
         for R_D in sorted({point[1] for point in points})
         for start in starting_points(law.columns, loss, [point for point in points if point[1] == R_D], 1)
     ]
@@ -131,10 +131,6 @@ def _bounds(name: str, known: Mapping[str, float]) -> tuple[float, float]:
         return math.log(known[name]), math.log(known[name])
     # Where the runs look as good as on new text, R would grow without end.
     return (math.log(LEAST), math.log(MOST)) if name.startswith("R_") else (-30.0, 30.0)
-
-
-def _held(start: list[float], names: Sequence[str], known: Mapping[str, float]) -> Array:
-    return np.array([math.log(known[name]) if name in known else v for name, v in zip(names, start, strict=True)])
 
 
 def _described(fit: HuberFit, names: Sequence[str], level: float) -> Repetition:
