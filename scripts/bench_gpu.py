@@ -10,6 +10,8 @@ REPORTS = Path(__file__).resolve().parent.parent / "docs" / "gpu"
 SPEEDS = {
     "speed": "16 sequences a micro-batch, compiled", "speed-64": "64 sequences, compiled",
     "speed-eager": "16 sequences, not compiled", "speed-billion": "1.1 billion parameters, 8 sequences, compiled",
+    "speed-bf16-residual": "16 sequences, compiled, bf16 between blocks",
+    "speed-fp8-head": "the same, and the head in 8 bits",
 }  # fmt: skip
 SIDES = ("exact", "same kernels", "any kernels", "plain")
 

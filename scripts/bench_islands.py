@@ -195,7 +195,7 @@ def _goodput_table(found: dict[str, Any]) -> list[str]:
     return lines and [
         "", "## Islands that die", "",
         f"`configs/gpt_tiny.toml`, {CLUSTERS} workers of one thread on one machine, of which a random one is killed",
-        f"every {KILL_EVERY_SECONDS:g} s. Useful micro-batches a second against those of the same job in calm before.",
+        f"every {KILL_EVERY_SECONDS:g} s. Useful micro-batches a second against the same job's in calm around it.",
         f"Islands meet every {EVERY} steps; islands and restart save every {EVERY} steps.", "",
         "| | goodput | micro-batches/s | kills |", "|---|---|---|---|", *lines,
     ]  # fmt: skip

@@ -41,7 +41,7 @@ MICRO_BATCHES = 8  # of configs/gpt_tiny.toml
 TORCHFT = "torchft==0.2.0"
 PATIENCE_SECONDS = 120.0
 CALM_SECONDS = 15.0
-"""Undisturbed training before the kills of a goodput figure, by which its rate is measured."""
+"""Undisturbed training before the kills of a goodput figure, and again after them, by which its rate is measured."""
 WINDOW_SECONDS, ROUNDS = 4.0, 15
 STALL_STEPS = 2.0
 """A join may hold up the survivors for so many steps' time."""
@@ -417,7 +417,7 @@ def _usual(commits: list[Commit]) -> float:
 def goodput(
     make: Callable[[Path], Job], period: float, seconds: float, seed: int = 0, workers: int = 3
 ) -> dict[str, Any]:
-    """Useful micro-batches of a time with a kill every so often, against those of as long a calm time."""
+    """Useful micro-batches a second of a time with a kill every so often, against those of calm times around it."""
     chance = random.Random(seed)
     with tempfile.TemporaryDirectory() as directory, make(Path(directory)) as job:
         wait_until(lambda: len(job.members()) == workers and len(job.read()) > 5, PATIENCE_SECONDS)
@@ -433,12 +433,16 @@ def goodput(
             else:
                 skipped += 1
         time.sleep(max(0.0, started + seconds - time.time()))
+        wait_until(lambda: len(job.members()) == workers, PATIENCE_SECONDS)
+        back = time.time()
+        time.sleep(CALM_SECONDS)
         commits = job.read()
-    calm = _useful(commits, calm_from, started) / (started - calm_from)
-    useful = _useful(commits, started, started + seconds) / seconds
+    # A shared machine's speed drifts within minutes.
+    before, after = (_useful(commits, begin, begin + CALM_SECONDS) / CALM_SECONDS for begin in (calm_from, back))
+    useful, calm = _useful(commits, started, started + seconds) / seconds, (before + after) / 2
     return {
-        "period": period, "seconds": seconds, "kills": done, "skipped": skipped, "calm": calm, "rate": useful,
-        "goodput": useful / calm,
+        "period": period, "seconds": seconds, "kills": done, "skipped": skipped, "calm": calm, "before": before,
+        "after": after, "rate": useful, "goodput": useful / calm,
     }  # fmt: skip
 
 
@@ -605,7 +609,11 @@ def summary(name: str, row: dict[str, Any]) -> str:
     if "missing" in row:
         return row["missing"]
     if "goodput" in row:
-        return f"goodput {row['goodput']:.3f} with {row['kills']} kills in {row['seconds']:g} s"
+        calm = f"{row['before']:.1f} and {row['after']:.1f}"
+        return (
+            f"goodput {row['goodput']:.3f} with {row['kills']} kills in {row['seconds']:g} s: {row['rate']:.1f} "
+            f"micro-batches/s, in calm before and after {calm}"
+        )
     if "ratio" in row:
         return f"quorum over restart {row['ratio']}"
     shown = (("all", 2), ("beyond", 2), ("rejoined", 1), ("stall", 1), ("missing", 1))
@@ -665,6 +673,11 @@ def _notes(found: dict[str, Any]) -> list[str]:
     return lines if len(lines) > 1 else []
 
 
+def _calm(row: dict[str, Any]) -> str:
+    """The rates before and after the kills; earlier rows have the first alone."""
+    return f"{row['before']:.0f} and {row['after']:.0f}" if "before" in row else f"{row['calm']:.0f}"
+
+
 def _goodput_table(found: dict[str, Any]) -> list[str]:
     kinds = ["quorum", "restart", "torchft"]
     lines = []
@@ -672,7 +685,7 @@ def _goodput_table(found: dict[str, Any]) -> list[str]:
         measured = [found.get(f"goodput-{kind}-{period}") for kind in kinds]
         cells = [
             "" if row is None else "not measured" if "missing" in row else
-            f"{row['goodput']:.2f} ({row['rate']:.0f} of {row['calm']:.0f} micro-batches/s, {row['kills']} kills)"
+            f"{row['goodput']:.2f} ({row['rate']:.0f} of {_calm(row)} micro-batches/s, {row['kills']} kills)"
             for row in measured
         ]  # fmt: skip
         if any(cells):
@@ -682,7 +695,7 @@ def _goodput_table(found: dict[str, Any]) -> list[str]:
         return []
     return [
         "", "Goodput of 3 workers: useful micro-batches a second with a kill every so often, against those of the same",
-        "job in calm before it.", "",
+        "job in calm: the mean of before and after it.", "",
         "| a kill every | " + " | ".join(TITLES[kind] for kind in kinds) + " |", "|---|" + "---|" * len(kinds), *lines,
     ]  # fmt: skip
 

@@ -5,6 +5,7 @@ code itself where there is no GPU; their figures mean nothing.
 """
 
 import contextlib
+import functools
 import json
 import os
 import statistics
@@ -26,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SMOKE = ROOT / "configs" / "smoke.toml"
 QUIET = ['wandb.mode="disabled"', 'eval.sets=["val"]', 'data.source="python-stdlib"']
 VOCABULARY = 50_304
+BF16_RESIDUAL = "model.bf16_residual=true"
 BILLION = ["model.n_layers=20", "model.width=2048", "model.n_heads=16", "data.micro_batch_sequences=8"]
 
 
@@ -356,6 +358,11 @@ def speed_64(place: Place) -> dict[str, Any]:
     return speed(place, more, ("exact", "any kernels"))
 
 
+def speed_coarse(place: Place, switches: list[str]) -> dict[str, Any]:
+    """With coarser numbers than bfloat16 products and float32 sums between blocks."""
+    return speed(place, [f"numerics.compile={str(not place.tiny).lower()}", *switches], ("exact",))
+
+
 def speed_billion(place: Place) -> dict[str, Any]:
     if place.tiny:
         raise SkippedError("a billion parameters are for GPUs")
@@ -465,6 +472,8 @@ PARTS: dict[str, tuple[float, Callable[[Place], dict[str, Any]]]] = {
     "speed-eager": (60, speed_eager),
     "recovery": (60, recovery),
     "tests": (90, tests),
+    "speed-bf16-residual": (60, functools.partial(speed_coarse, switches=[BF16_RESIDUAL])),
+    "speed-fp8-head": (60, functools.partial(speed_coarse, switches=[BF16_RESIDUAL, "model.fp8_head=true"])),
 }
 """In the order of their worth, each with its limit in seconds."""
 UNTIMED = ("bits", "runs", "ranks", "compiled", "tests")
@@ -657,7 +666,7 @@ def table(report: dict[str, Any]) -> str:
     for name, part in parts.items():
         state = next((f"{word}: {part[word]}" for word in ("skipped", "error") if word in part), "made")
         lines.append(f"| {name} | {part.get('seconds', '–')} | {state.splitlines()[0]} |")
-    for name in ("speed", "speed-64", "speed-eager", "speed-billion"):
+    for name in (name for name in parts if name.startswith("speed")):
         for side in ("exact", "same kernels", "any kernels", "plain"):
             if rate := at(parts, (name, side)):
                 mfu = "" if rate["mfu"] is None else f", MFU {rate['mfu']:.3f}"

@@ -116,6 +116,8 @@ def test_only_gloo_needs_the_host_between_gpus(monkeypatch, backend: str, throug
         (["parallel.cuda_graphs=true", 'sentinel.audit="1/8"'], "a GPU, .* no sentinel"),
         (["parallel.share_gpus=true", 'parallel.device="cpu"'], 'parallel.device "auto" or "cuda"'),
         (["numerics.tf32=true", 'numerics.precision="bf16"'], 'numerics.precision = "fp32" and a GPU'),
+        (["model.bf16_residual=true"], 'numerics.precision = "bf16" and the built-in GPT'),
+        (["model.fp8_head=true"], 'numerics.precision = "bf16" and the built-in GPT'),
         (["numerics.tf32=true", 'parallel.device="cpu"'], 'numerics.precision = "fp32" and a GPU'),
     ],
 )

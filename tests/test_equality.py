@@ -19,6 +19,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "unclipped": {"optim.clip_norm": 0.0},
     "bf16": {"numerics.precision": "bf16"},
+    "coarse numbers": {"numerics.precision": "bf16", "model.bf16_residual": True, "model.fp8_head": True},
     "loss by chunks, as Qwen3": {
         "model.loss_chunk_tokens": 48, "model.z_loss": 1e-4, "model.mlp": "swiglu", "model.n_heads": 4,
         "model.n_kv_heads": 2, "model.head_width": 12, "model.norm_gain": True, "model.norm_epsilon": 1e-5,

@@ -42,6 +42,7 @@ def test_it_runs_to_its_end_on_a_cpu_and_every_part_is_made_or_skipped_with_the_
     assert report["parts"]["bits"]["differ"] == []
     assert report["parts"]["runs"]["equal"] and report["parts"]["ranks"]["equal"]
     assert report["parts"]["speed-eager"]["plain"]["tokens_per_second"] > 0
+    assert report["parts"]["speed-fp8-head"]["exact"]["tokens_per_second"] > 0
     table = (made / "table.md").read_text()
     assert "tiny sizes: the figures mean nothing" in table
     assert "| two runs, killed, fsdp to replicated: one hash | True | True | holds |" in table

@@ -137,6 +137,11 @@ class Model(Section):
     loss_chunk_tokens: int = Field(default=0, ge=0)
     """Tokens of a micro-batch whose logits are computed at a time, and again for the gradient; 0: all at once. Less
     memory, more time, other rounding."""
+    bf16_residual: bool = False
+    """Keep the sums between blocks in bfloat16, not float32: less to read and write, for GPUs. Needs numerics.precision
+    "bf16"."""
+    fp8_head: bool = False
+    """Multiply head and activations in 8-bit floats, for GPUs that have them. Needs numerics.precision "bf16"."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Probability that an activation is set to zero in training; 0 is off."""
     value_embeddings: bool = False
@@ -423,6 +428,8 @@ ADDED_LATER = {
     "optim.class": "",
     "numerics.tf32": False,
     "model.loss_chunk_tokens": 0,
+    "model.bf16_residual": False,
+    "model.fp8_head": False,
     "model.head_width": 0,
     "model.norm_gain": False,
     "model.norm_epsilon": 0.0,

@@ -331,6 +331,7 @@ def without_effect(config: "Config") -> list[str]:
     sources = [config.data.source, *config.eval.sources.values(), *(part.source for part in config.data.mixture)]
     tables, plain = any(map(_may_be_tables, sources)), any(map(_may_be_text, sources))
     sums = c.numerics.exact and c.data.micro_batches > max(1, c.islands.count)
+    bf16 = c.numerics.precision == "bf16"
     needs = [
         *((f"data.{name}", hub, 'data.source = "hub:…"') for name in ("revision", "subset", "hub_split", "streaming")),
         ("data.text_column", tables, "a jsonl, parquet or hub source"),
@@ -339,6 +340,10 @@ def without_effect(config: "Config") -> list[str]:
         ("data.vocab_size", c.data.tokenizer == "bpe", 'data.tokenizer = "bpe"'),
         ("model.options", c.model.class_, "model.class"),
         ("model.loss_chunk_tokens", not c.model.class_, "the built-in GPT, not model.class"),
+        *(
+            (f"model.{name}", bf16 and not c.model.class_, 'numerics.precision = "bf16" and the built-in GPT')
+            for name in ("bf16_residual", "fp8_head")
+        ),
         ("optim.options", c.optim.class_, "optim.class"),
         *(
             (f"optim.{name}", not c.optim.class_, "an optimizer of toprope's, not optim.class")

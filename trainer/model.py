@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from trainer import config, own_model, torch_versions
+from trainer import config, fp8, own_model, torch_versions
 from trainer.errors import ConfigError
 
 NORM_EPSILON = 1e-6
@@ -59,6 +59,8 @@ TABLES = (Role.EMBEDDING, Role.BIGRAMS)
 
 def build(config: config.Config, vocab_size: int, device: torch.device) -> nn.Module:
     """Build the model of a config with its initial values, on `device`, alike on every rank; not yet sharded."""
+    if config.model.fp8_head:
+        fp8.require(device)
     model = construct(config.model, vocab_size, recompute=config.parallel.activation_checkpointing)
     initialise(model, config.model, config.seed)
     model.to(device)
@@ -253,6 +255,8 @@ class GPT(nn.Module):
         if self.embed_bigrams is not None:
             x_BTD = x_BTD + self.embed_bigrams(inputs_BT)
         x_BTD = F.dropout(x_BTD, self.settings.dropout, self.training)
+        if self.settings.bf16_residual:
+            x_BTD = x_BTD.bfloat16()
         rotation_TP2 = self.rotation_TP2[: inputs_BT.shape[1]] if self.settings.positions == "rope" else None
         for block in self.blocks:
             x_BTD = block(x_BTD, inputs_BT, rotation_TP2)
@@ -263,7 +267,8 @@ class GPT(nn.Module):
         return losses(self._logits(x_BTD, head_VD), targets_BT, self.settings.z_loss)
 
     def _logits(self, x: Tensor, head_VD: Tensor) -> Tensor:
-        logits = F.linear(x, head_VD).float()
+        product = fp8.linear if self.settings.fp8_head else F.linear
+        logits = product(x, head_VD).float()
         if self.settings.logit_softcap:
             logits = self.settings.logit_softcap * torch.tanh(logits / self.settings.logit_softcap)
         return logits
@@ -312,11 +317,12 @@ class GPT(nn.Module):
         """Probabilities float32[N, V] of what `hidden` gave of N tokens."""
         return self._logits(x_ND, self._head_of_chunks(self.head_weight)).softmax(-1)
 
-    @staticmethod
-    def _head_of_chunks(head_VD: Tensor) -> Tensor:
+    def _head_of_chunks(self, head_VD: Tensor) -> Tensor:
         """Autocast would cast it once for all chunks, and add up their gradients in 16 bits."""
         kind = head_VD.device.type
-        return head_VD.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else head_VD
+        if self.settings.fp8_head or not torch.is_autocast_enabled(kind):
+            return head_VD
+        return head_VD.to(torch.get_autocast_dtype(kind))
 
     def _loss_sums(self, x_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
         logits_NV = self._logits(x_ND, self._head_of_chunks(head_VD))
