@@ -233,6 +233,14 @@ def test_a_prediction_can_be_proven_wrong():
         fits.check(prediction, [2.0])
 
 
+def test_curves_that_are_searched_for_together_are_those_that_are_found_alone():
+    designs = (LONG, replace(LONG, seeds=1, sd=0.02), ladders.SHORT, Design.spanning(5, 2.0))
+    together = [fits.Rungs.from_results(baseline(design, seed=seed)) for design in designs for seed in (0, 1)]
+    for rungs, profile in zip(together, fits.Profile.from_many(together, 0.05), strict=True):
+        alone = fits.Profile.from_rungs(rungs, 0.05)
+        assert profile.curve == alone.curve and profile.prediction(1e16, 2) == alone.prediction(1e16, 2)
+
+
 def test_the_further_the_target_the_wider_the_prediction():
     def width(flops: float) -> float:
         predicted = fits.predict(baseline(), flops).predicted

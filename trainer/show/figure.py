@@ -121,15 +121,14 @@ def standalone(svg: str) -> str:
 
 
 def _save(figure: "Figure", kind: str, metadata: dict[str, str | None], settings: Any = None) -> bytes:
-    from matplotlib.layout_engine import PlaceHolderLayoutEngine
-
     file = io.BytesIO()
     with style(settings):
         engine = figure.get_layout_engine()
-        if engine is not None and not isinstance(engine, PlaceHolderLayoutEngine):
-            # Lay it out once for both formats: layout takes half of the time.
-            figure.draw_without_rendering()
-            figure.set_layout_engine("none")
+        if engine is not None:
+            # Lay it out once for both formats. With any engine left, even one that does nothing, matplotlib would draw
+            # the whole figure once more before each format.
+            engine.execute(figure)
+            figure.set_layout_engine(None)
         figure.savefig(file, format=kind, dpi=DPI, metadata=metadata)
     return file.getvalue()
 

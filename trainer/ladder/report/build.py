@@ -25,7 +25,7 @@ from trainer.ladder.plan.ladder import FIT_RUNGS, TARGET, Ladder, PlannedRun
 from trainer.ladder.report import downstream, estimates, execution
 from trainer.ladder.report.estimates import EstimatePlan, Tree
 from trainer.ladder.stats import overfitting, repetition
-from trainer.ladder.stats.records import BASELINE
+from trainer.ladder.stats.records import BASELINE, plain
 from trainer.ladder.tuning import Choice
 from trainer.show import units
 
@@ -151,9 +151,9 @@ def without_execution(tree: Tree) -> Tree:
 
 def _run(run: CollectedRun) -> Tree:
     """A run's results. A loss of None beside `diverged` was not finite."""
-    tree = run.to_json()
     diverged = run.loss is not None and not math.isfinite(run.loss)
-    return {key: tree[key] for key in RESULT_KEYS} | {"diverged": diverged, "reason": without_home(run.reason) or None}
+    reason = without_home(run.reason) if run.reason else None
+    return {key: plain(getattr(run, key)) for key in RESULT_KEYS} | {"diverged": diverged, "reason": reason}
 
 
 def _compute_ratio(arm: str, runs: Sequence[CollectedRun]) -> float | None:

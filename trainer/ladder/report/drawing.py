@@ -82,13 +82,14 @@ def multiplier_label(tree: Tree) -> str:
 
 def amount_axis(axes: "Axes", tree: Tree) -> None:
     """Make the x axis one of amounts, logarithmic, over all rungs, with a line at the target."""
-    from matplotlib.ticker import NullFormatter
+    from matplotlib.ticker import NullLocator
 
     target, first = amount(tree, tree["target"]), amount(tree, tree["rungs"][0])
     margin = (target / first) ** 0.06
     axes.set_xscale("log")
     axes.set_xlim(first / margin, target * margin)
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    # The style shows no minor ticks, but matplotlib would make and place dozens in every panel.
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.axvline(target, color=SOFT, linewidth=1.0, linestyle=DOTTED, zorder=1)
 
 

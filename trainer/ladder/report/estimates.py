@@ -6,8 +6,7 @@ run took plays no part here; see execution.py.
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from trainer.ladder.stats.records import BASELINE, Axis, Interval, RunResult, Ve
 from trainer.ladder.stats.worth import LINE, OTHER_FLOOR
 
 Tree = dict[str, Any]
+Compared = Mapping[str, Verdict | verdict.Judgement]
 GRID = 61
 """Number of amounts at which curves and their bands are given."""
 MARGIN = 1.25
@@ -50,8 +50,16 @@ class EstimatePlan:
         self.target_mix = math.log(target.tokens / target.parameters) if target else None
 
     def judge(self, results: Sequence[RunResult], flops: float, **more: Any) -> list[Verdict]:
-        more = {"arms": self.arms, "unchanged": self.unchanged, "target_mix": self.target_mix} | more
-        return verdict.judge(results, self.criterion, flops, axis=self.axis, **more)
+        return verdict.judge(results, self.criterion, flops, **self._rule, **more)
+
+    def compare(self, results: Sequence[RunResult], flops: float) -> list[verdict.Judgement]:
+        return verdict.compare(results, self.criterion, flops, **self._rule)
+
+    @property
+    def _rule(self) -> dict[str, Any]:
+        return {
+            "arms": self.arms, "unchanged": self.unchanged, "target_mix": self.target_mix, "axis": self.axis
+        }  # fmt: skip
 
 
 def estimate(results: Sequence[RunResult], plan: EstimatePlan) -> Tree:
@@ -75,11 +83,11 @@ def estimate(results: Sequence[RunResult], plan: EstimatePlan) -> Tree:
     except FitError as error:
         return tree | {"no_fit": str(error)}
     verdicts, grid = plan.judge(rungs, plan.target, fit=fit), _grid(plan)
+    curve = fits.Profile.from_rungs(fits.Rungs.from_results(rungs), level)
     return tree | {
         "fit": fit.to_json(),
         "bootstrap": fits.bootstrap(rungs, level).to_json(),
-        "curve": {"flops": grid}
-        | _columns([fits.predict(rungs, flops, CURVE_ITSELF, level).predicted for flops in grid]),
+        "curve": {"flops": grid} | _columns([curve.prediction(flops, CURVE_ITSELF) for flops in grid]),
         "verdicts": [decision.loss_tree(found, plan.axis) for found in verdicts],
         "lines": _lines(rungs, Baseline.from_results(rungs, fit), plan),
         "multiplier_predictions": list(_multiplier_predictions(results, plan, verdicts)),
@@ -204,48 +212,61 @@ def _questions(results: Sequence[RunResult], plan: EstimatePlan) -> list[tuple[s
 
 
 def _predictions(results: Sequence[RunResult], plan: EstimatePlan) -> list[Tree]:
-    """Predicted losses of the baseline and each arm, beside the observed ones."""
+    """Predicted losses of the baseline and each arm, each by its own curve, beside the observed ones."""
     runs = by_arm(results)
-    return [
-        _prediction(runs.get(arm, []), arm, rung, below, plan)
+    asked = [
+        (rung, arm, below)
         for rung, below in _questions(results, plan)
         for arm in (BASELINE, *plan.arms)
         if (rung, arm) in plan.amounts
     ]
-
-
-def _prediction(results: Sequence[RunResult], arm: str, rung: str, below: Sequence[str], plan: EstimatePlan) -> Tree:
-    # The arm's own curve: fit_curve and predict know only the baseline.
-    arm_results = [replace(result, arm=BASELINE) for result in results]
-    losses = [result.loss for result in arm_results if result.rung == rung and math.isfinite(result.loss)]
-    tree: Tree = {"rung": rung, "arm": arm, "by": list(below), "runs": len(losses), "refused": None}
-    try:
-        by = [result for result in arm_results if result.rung in below]
-        # The interval is that of a mean of so many runs: those that there are, or else those to come.
-        seeds = len(losses) or plan.seeds.get(rung, 0) or 1
-        check = fits.predict(by, plan.amounts[rung, arm], seeds, plan.criterion.level)
-    except FitError as error:
-        observed = statistics.fmean(losses) if losses else None
-        return tree | {
-            "refused": str(error), "flops": plan.amounts[rung, arm], "predicted": None, "seeds": len(losses),
-            "observed": observed, "error": None, "relative_error": None, "inside": None,
+    known: dict[int, fits.Rungs] = {}
+    refused: dict[int, str] = {}
+    for number, (_, arm, below) in enumerate(asked):
+        try:
+            by = [result for result in runs.get(arm, []) if result.rung in below]
+            known[number] = fits.Rungs.from_results(by, arm)
+        except FitError as error:
+            refused[number] = str(error)
+    profiles = dict(zip(known, fits.Profile.from_many(list(known.values()), plan.criterion.level), strict=True))
+    found = []
+    for number, (rung, arm, below) in enumerate(asked):
+        losses = [run.loss for run in runs.get(arm, []) if run.rung == rung and math.isfinite(run.loss)]
+        tree: Tree = {
+            "rung": rung, "arm": arm, "by": list(below), "runs": len(losses), "refused": refused.get(number)
         }  # fmt: skip
-    return tree | (fits.check(check, losses) if losses else check).to_json()
+        found.append(tree | _prediction(profiles.get(number), losses, rung, plan.amounts[rung, arm], plan))
+    return found
+
+
+def _prediction(
+    profile: fits.Profile | None, losses: Sequence[float], rung: str, amount: float, plan: EstimatePlan
+) -> Tree:
+    if profile is None:
+        observed = statistics.fmean(losses) if losses else None
+        return {
+            "flops": amount, "predicted": None, "seeds": len(losses), "observed": observed, "error": None,
+            "relative_error": None, "inside": None,
+        }  # fmt: skip
+    # The interval is that of a mean of so many runs: those that there are, or else those to come.
+    check = profile.check(amount, len(losses) or plan.seeds.get(rung, 0) or 1)
+    return (fits.check(check, losses) if losses else check).to_json()
 
 
 def _multiplier_predictions(
     results: Sequence[RunResult], plan: EstimatePlan, verdicts: Sequence[Verdict]
 ) -> Iterable[Tree]:  # fmt: skip
     """Yield predicted multipliers beside those that the runs there measured."""
-    of_all, rungs_of_all = {found.arm: found for found in verdicts}, {run.rung for run in results} - {TARGET}
+    of_all: Compared = {found.arm: found for found in verdicts}
+    rungs_of_all = {run.rung for run in results} - {TARGET}
     ran = {run.rung for run in results}
     for rung, below in _questions(results, plan):
         flops = plan.amounts[rung, BASELINE]
         # What a rung alone says does not depend on the target: where no other rung is left out, the verdicts have it.
         known = rungs_of_all == {*below, rung}
-        measured = of_all if known else _judge(results, [*below, rung], plan, flops) if rung in ran else {}
+        measured = of_all if known else _compare(results, [*below, rung], plan, flops) if rung in ran else {}
         # The verdicts are already predictions of the target by all rungs.
-        by = of_all if rung == TARGET else _judge(results, below, plan, flops)
+        by = of_all if rung == TARGET else _compare(results, below, plan, flops)
         for arm in plan.arms:
             if (rung, arm) not in plan.amounts:
                 continue
@@ -259,10 +280,10 @@ def _multiplier_predictions(
             }  # fmt: skip
 
 
-def _judge(results: Sequence[RunResult], rungs: Sequence[str], plan: EstimatePlan, flops: float) -> dict[str, Verdict]:
-    """Verdicts by these rungs alone, by arm; empty if no curve can be fitted to them."""
+def _compare(results: Sequence[RunResult], rungs: Sequence[str], plan: EstimatePlan, flops: float) -> Compared:
+    """Comparisons by these rungs alone, by arm; empty if no curve can be fitted to them."""
     by = [result for result in results if result.rung in rungs]
     try:
-        return {found.arm: found for found in plan.judge(by, flops, remedies=False)}
+        return dict(zip(plan.arms, plan.compare(by, flops), strict=True))
     except FitError:
         return {}

@@ -35,12 +35,12 @@ class Rungs:
     losses: list[Array]  # For each rung, the losses of its seeds
 
     @classmethod
-    def from_results(cls, results: Iterable[RunResult]) -> "Rungs":
-        """Group the baseline's finished runs. Raises FitError unless there are three rungs, each of other compute."""
+    def from_results(cls, results: Iterable[RunResult], arm: str = records.BASELINE) -> "Rungs":
+        """Group an arm's finished runs. Raises FitError unless there are three rungs, each of other compute."""
         losses: dict[str, list[float]] = {}
         flops: dict[str, list[float]] = {}
         for result in results:
-            if result.arm == records.BASELINE and math.isfinite(result.loss):
+            if result.arm == arm and math.isfinite(result.loss):
                 losses.setdefault(result.rung, []).append(result.loss)
                 flops.setdefault(result.rung, []).append(math.log(result.flops))
         log_flops = {name: math.fsum(values) / len(values) for name, values in flops.items()}
@@ -92,23 +92,27 @@ class Rungs:
 def project(alphas: Array, x: Array, loss: Array, weights: Array) -> tuple[Array, Array, Array]:
     """Return (E, A, weighted sum of squares) of the best curve with E, A ≥ 0, for each alpha.
 
-    `x` is ln(C / scale), shape (rungs,). Many ladders at once: `loss` and `weights` have shape (..., rungs), `alphas`
-    (..., alphas) or (alphas,); the result has shape (..., alphas).
+    `x` is ln(C / scale), shape (rungs,). Many ladders at once: `loss` and `weights` have shape (..., rungs), and `x`
+    too if their sizes differ; `alphas` (..., alphas) or (alphas,); the result has shape (..., alphas).
     """
-    # Weighted regression of the loss on z = (C / scale)^−alpha: the slope is A, the intercept is E.
-    z = np.exp(-alphas[..., None] * x)
-    loss, weights = loss[..., None, :], weights[..., None, :]
-    total = weights.sum(-1)
-    z_mean, mean = (z * weights).sum(-1) / total, (loss * weights).sum(-1) / total
-    deviation = z - z_mean[..., None]
-    A = np.maximum((deviation * weights * loss).sum(-1) / (deviation**2 * weights).sum(-1), 0.0)
+    # Weighted regression of the loss on z = (C / scale)^−alpha: the slope is A, the intercept is E. Rungs are few and
+    # alphas many, so sums over rungs are made rung by rung: numpy takes several times as long along a short axis.
+    rungs = range(x.shape[-1])
+    z = [np.exp(-alphas * x[..., k, None]) for k in rungs]
+    w, y = ([values[..., k, None] for k in rungs] for values in (weights, loss))
+    total, mean = sum(w), sum(w[k] * y[k] for k in rungs)
+    z_mean, mean = sum(w[k] * z[k] for k in rungs) / total, mean / total
+    away = [z[k] - z_mean for k in rungs]
+    A = sum(away[k] * w[k] * y[k] for k in rungs) / sum(away[k] ** 2 * w[k] for k in rungs)
+    A = np.maximum(A, 0.0)
     E = mean - A * z_mean
     # Where E would be negative, the best admissible curve has E = 0: a regression through the origin.
     negative = E < 0
-    A = np.where(negative, (z * weights * loss).sum(-1) / (z**2 * weights).sum(-1), A)
-    E = np.where(negative, 0.0, E)
-    squares = ((loss - E[..., None] - A[..., None] * z) ** 2 * weights).sum(-1)
-    return E, A, squares
+    if negative.any():
+        A = np.where(negative, sum(z[k] * w[k] * y[k] for k in rungs) / sum(z[k] ** 2 * w[k] for k in rungs), A)
+        E = np.where(negative, 0.0, E)
+    squares = sum((y[k] - E - A * z[k]) ** 2 * w[k] for k in rungs)
+    return E, A, np.asarray(squares)
 
 
 def solve(x: Array, loss: Array, weights: Array, coarse: bool = False) -> tuple[Array, Array, Array, Array]:
@@ -228,8 +232,25 @@ class Profile:
     @classmethod
     def from_rungs(cls, rungs: Rungs, level: float) -> "Profile":
         """Fit the curve and choose the grid of alphas."""
-        E, A, alpha, squares = map(float, solve(rungs.x, rungs.loss, rungs.seeds))
-        curve = Curve(E, A, alpha, rungs.scale)
+        return cls.from_many([rungs], level)[0]
+
+    @classmethod
+    def from_many(cls, ladders: Sequence[Rungs], level: float) -> list["Profile"]:
+        """The same for many, each of its own sizes: the search takes most of the time, and they share it."""
+        found: dict[int, Profile] = {}
+        numbers = [len(rungs.names) for rungs in ladders]
+        for number in dict.fromkeys(numbers):
+            places = [place for place, rungs in enumerate(numbers) if rungs == number]
+            x, loss, seeds = (
+                np.stack([getattr(ladders[place], name) for place in places]) for name in ("x", "loss", "seeds")
+            )
+            for place, (E, A, alpha, squares) in zip(places, np.stack(solve(x, loss, seeds), -1).tolist(), strict=True):
+                curve = Curve(E, A, alpha, ladders[place].scale)
+                found[place] = cls._with_grid(ladders[place], curve, squares, level)
+        return [found[place] for place in range(len(ladders))]
+
+    @classmethod
+    def _with_grid(cls, rungs: Rungs, curve: Curve, squares: float, level: float) -> "Profile":
         coarse = cls(rungs, curve, squares, level, np.sort(np.append(ALPHAS, curve.alpha)))
         if coarse.sd is None:
             return coarse
@@ -267,6 +288,12 @@ class Profile:
         return project(self.alphas, self.rungs.x, self.rungs.loss, self.rungs.seeds)
 
     @cached_property
+    def _moments(self) -> tuple[float, Array, Array]:
+        """Weighted moments of z = (C / scale)^−alpha at each alpha, of the normal equations of (E, A)."""
+        z, weights = np.exp(-np.outer(self.alphas, self.rungs.x)), self.rungs.seeds
+        return float(weights.sum()), z @ weights, z**2 @ weights
+
+    @cached_property
     def _room(self) -> Array:
         """Growth of the sum of squares that is still allowed at each alpha; negative outside of the interval."""
         assert self.sd is not None
@@ -290,6 +317,10 @@ class Profile:
         x = math.log(flops / self.curve.scale)
         return self._interval(self.curve.loss_at(flops), np.exp(-self.alphas * x), extra=1 / seeds)
 
+    def check(self, flops: float, seeds: int) -> records.PredictionCheck:
+        """The same as a record to which the observed loss can be added."""
+        return records.PredictionCheck(flops, self.prediction(flops, seeds), seeds)
+
     def _interval(self, value: float, v: Array, extra: float = 0.0) -> Interval:
         """Interval of E + v·A, where v has a value for each alpha; `extra` new noise in units of sd².
 
@@ -299,10 +330,7 @@ class Profile:
         if self.sd is None:
             return Interval(value, None, None, self.level)
         E, A, _ = self._projection
-        z = np.exp(-np.outer(self.alphas, self.rungs.x))
-        # Normal equations of (E, A): total, first and second are the weighted moments of z.
-        weights = self.rungs.seeds
-        total, first, second = weights.sum(), z @ weights, z**2 @ weights
+        total, first, second = self._moments
         free = (second - 2 * v * first + v**2 * total) / (total * second - first**2)
         # Where E is held at 0, A alone is free.
         variance = np.where((E > 0) | (v == 0), free, v**2 / second)
@@ -325,8 +353,7 @@ def predict(results: Iterable[RunResult], flops: float, seeds: int = 1, level: f
     The interval contains the curve's uncertainty and the noise of the seeds. It assumes that the form holds there.
     Raises FitError with fewer than three rungs.
     """
-    profile = Profile.from_rungs(Rungs.from_results(results), level)
-    return records.PredictionCheck(flops, profile.prediction(flops, seeds), seeds)
+    return Profile.from_rungs(Rungs.from_results(results), level).check(flops, seeds)
 
 
 def check(prediction: records.PredictionCheck, losses: Sequence[float]) -> records.PredictionCheck:

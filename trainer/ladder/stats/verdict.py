@@ -46,15 +46,12 @@ def judge(
     ln(D / N) at the target (default: the best), and no remedies are planned. Raises FitError if the baseline has no
     curve, for results that cannot be, and if the target lies below the largest rung.
     """
-    fits.check_runs(results)
-    if fit is None and axis == "compute" and planes.vary_apart(results):
-        surface = surface or SurfaceBaseline.from_results(results, target_flops, criterion.level, target_mix)
-        return [one.verdict() for one in judgements(surface, results, criterion, target_flops, arms, unchanged)]
-    fit = fit or fits.fit_curve(results, criterion.level, second_opinion=False, axis=axis)
-    baseline = Baseline.from_results(results, fit)
-    found = judgements(baseline, results, criterion, target_flops, arms, unchanged, axis)
+    found = compare(
+        results, criterion, target_flops, fit=fit, arms=arms, unchanged=unchanged, axis=axis, target_mix=target_mix,
+        surface=surface,
+    )  # fmt: skip
     verdicts = [one.verdict() for one in found]
-    if not remedies:
+    if not remedies or not found or not isinstance(found[0].baseline, Baseline):
         return verdicts
     undecided = [number for number, one in enumerate(verdicts) if one.decision == "inconclusive"]
     for number in sorted(undecided, key=lambda number: found[number].to_go)[:ADVISED]:
@@ -63,11 +60,18 @@ def judge(
     return verdicts
 
 
-def judgements(
-    baseline: Sizes, results: Sequence[RunResult], criterion: Criterion, target_flops: float,
+def compare(
+    results: Sequence[RunResult], criterion: Criterion, target_flops: float, *, fit: CurveFit | None = None,
     arms: Sequence[str] | None = None, unchanged: Collection[str] = (), axis: Axis = "compute",
+    target_mix: float | None = None, surface: SurfaceBaseline | None = None,
 ) -> list["Judgement"]:  # fmt: skip
-    """Compare each of `arms` with the baseline; arguments as of `judge`."""
+    """The same comparisons before anything is decided: `judge` without the verdicts, for their intervals alone."""
+    fits.check_runs(results)
+    if fit is None and axis == "compute" and planes.vary_apart(results):
+        baseline: Sizes = surface or SurfaceBaseline.from_results(results, target_flops, criterion.level, target_mix)
+    else:
+        fit = fit or fits.fit_curve(results, criterion.level, second_opinion=False, axis=axis)
+        baseline = Baseline.from_results(results, fit)
     if arms is None:
         arms = list(dict.fromkeys(result.arm for result in results if result.arm != records.BASELINE))
     ladder = JudgedLadder(baseline, results, list(arms), unchanged, criterion, target_flops, axis)
@@ -203,6 +207,25 @@ class Judgement:
         self._compared = self._known and not self._noiseless
         # Seconds are asked for if anyone has them.
         self._timed = ladder.timed
+
+    @property
+    def baseline(self) -> Sizes:
+        return self._ladder.baseline
+
+    @cached_property
+    def multiplier(self) -> Interval:
+        """At the target, over all forms."""
+        return self._interval(self._ladder.at_target)
+
+    @cached_property
+    def other_floor(self) -> Interval:
+        """At the target, if the arm's loss levels off elsewhere than the baseline's."""
+        return self._interval(self._ladder.at_target, OTHER_FLOOR)
+
+    @cached_property
+    def rungs(self) -> list[records.RungMultiplier]:
+        """What the arm is worth at each rung alone."""
+        return [self._rung_multiplier(k, rung) for k, rung in enumerate(self._rungs)]
 
     def _of(self, values: Array) -> float:
         return float(values[..., self._number])
@@ -349,7 +372,7 @@ class Judgement:
         decision, why = self._decide()
         ladder, level, bounds, number = self._ladder, self._criterion.level, self._bounds, self._number
         worths, found = ladder.worths, ladder.at_target
-        worth, seconds = self._interval(found), self._wall_clock()
+        worth, seconds = self.multiplier, self._wall_clock()
         fading = LINE + int(found.excess[number, LINE:].argmin()) if self._known else LINE
         both_known = worth.value is not None and seconds.value is not None
         slope = Interval(None, None, None, level)
@@ -362,11 +385,11 @@ class Judgement:
         verdict = Verdict(
             arm=self._arm, decision=decision, why=why[0].upper() + why[1:], trend=self._trend,
             target_flops=ladder.target_flops, multiplier=worth, line=self._interval(found, LINE),
-            other_floor=self._interval(found, OTHER_FLOOR), fades=self._interval(found, fading),
+            other_floor=self.other_floor, fades=self._interval(found, fading),
             lower=_exp(bounds[0]) if bounds else None, upper=_exp(bounds[1]) if bounds else None,
             bound_level=self._level, degrees_of_freedom=self._of(worths.freedom) if self._compared else None,
             slope=slope, trend_p=ladder.trend_p[number], crossing=self._crossing,
-            rungs=[self._rung_multiplier(k, rung) for k, rung in enumerate(self._rungs)],
+            rungs=self.rungs,
             slowdown=_estimate_interval(self._slowdown, level), wall_clock=seconds,
             faster_per_flop_slower_per_second=both_known and worth.value > 1 > seconds.value,  # pyright: ignore
             lack_of_fit_p=worths.lack_of_fit_p(number) if self._compared else None,

@@ -249,7 +249,7 @@ class Worths:
         first = significance.pooled(_evidence(pure, pure_freedom, lack, lack_freedom), POOLED, absent)
         if self.weights is self.counts and (self.counts != self.counts.max(-1, keepdims=True)).any():
             weights = significance.effective_counts(self.counts, significance.mean_share(first))
-            return replace(self, weights=weights)._with_noise(pure, pure_freedom, absent)
+            return self._with(weights=weights)._with_noise(pure, pure_freedom, absent)
         noise, _ = significance.rung_variance(first)
         # Where the data do not determine γ, the best form's residual is too small: take the mean over likely forms.
         likely = np.exp(-(residual - residual.min(-1, keepdims=True)) / (2 * np.maximum(noise, 1e-300)[..., None]))
@@ -257,7 +257,15 @@ class Worths:
         lack_freedom = np.where(rungs >= 3, rungs - FORM_PARAMETERS, 0.0)
         evidence = _evidence(pure, pure_freedom, lack, lack_freedom)
         variance, freedom = significance.rung_variance(significance.pooled(evidence, POOLED, absent))
-        return replace(self, variance=variance, freedom=freedom, evidence=evidence)
+        return self._with(variance=variance, freedom=freedom, evidence=evidence)
+
+    def _with(self, **changes: Array) -> "Worths":
+        """A copy with other weights or noise that keeps what was computed and does not depend on them."""
+        changed = replace(self, **changes)
+        kept = ("gammas", "unit", "_z_at_rungs")
+        kept += () if "weights" in changes else ("regression", "slope_rows", "residual")
+        changed.__dict__.update({name: value for name, value in self.__dict__.items() if name in kept})
+        return changed
 
     def others(self, arm: int) -> Absent:
         """What all arms but this one tell of the noise."""
@@ -280,6 +288,10 @@ class Worths:
         return np.where(gamma == 0, away, -np.expm1(-bent * away) / bent)
 
     @cached_property
+    def _z_at_rungs(self) -> Array:
+        return self.z(self.x)
+
+    @cached_property
     def unit(self) -> Array:
         """Noise of ln m of a pair where its noise in nats is 1 at x = 0, shape (..., 1, rungs)."""
         return (np.exp(self.growth[..., None] * self.x) / self.baselines.slopes)[..., None, :]
@@ -291,34 +303,32 @@ class Worths:
         Where sizes differ in their mix too, ln m is a line in it, and c is its value at the target's mix.
         """
         weights = (self.weights / self.unit**2)[..., None, :]
-        shares = weights / np.maximum(weights.sum(-1, keepdims=True), 1e-300)
-        mix = self._mix(weights)
-        if mix is not None:
-            shares = shares - (shares * self.baselines.mix).sum(-1, keepdims=True) * mix[1]
-        z = self.z(self.x)
-        return weights, shares, self._swept(z, weights), (shares * z).sum(-1, keepdims=True)
+        shares = weights / np.maximum(_total(weights), 1e-300)
+        mix, away = self._mix(weights), self.baselines.mix
+        if mix is not None and away is not None:
+            shares = shares - _total(shares * away) * mix[1]
+        z = self._z_at_rungs
+        return weights, shares, self._swept(z, weights), _total(shares * z)
 
     def _mix(self, weights: Array) -> tuple[Array, Array] | None:
         """(The mix minus its mean, rows that give its slope); None if all sizes have one."""
         if self.baselines.mix is None:
             return None
-        away = self.baselines.mix - (weights * self.baselines.mix).sum(-1, keepdims=True) / np.maximum(
-            weights.sum(-1, keepdims=True), 1e-300
-        )
-        spread = (weights * away**2).sum(-1, keepdims=True)
+        away = self.baselines.mix - _total(weights * self.baselines.mix) / np.maximum(_total(weights), 1e-300)
+        spread = _total(weights * away**2)
         return away, weights * away / np.where(spread > 0, spread, 1.0)
 
     def _swept(self, values: Array, weights: Array) -> Array:
         """Values at the rungs without what their mean and the mix explain."""
-        shares = weights / np.maximum(weights.sum(-1, keepdims=True), 1e-300)
-        rest, mix = values - (shares * values).sum(-1, keepdims=True), self._mix(weights)
-        return rest if mix is None else rest - (mix[1] * rest).sum(-1, keepdims=True) * mix[0]
+        shares = weights / np.maximum(_total(weights), 1e-300)
+        rest, mix = values - _total(shares * values), self._mix(weights)
+        return rest if mix is None else rest - _total(mix[1] * rest) * mix[0]
 
     @cached_property
     def slope_rows(self) -> Array:
         """Rows that give d from the means."""
         weights, _, away, _ = self.regression
-        spread = (weights * away**2).sum(-1, keepdims=True)
+        spread = _total(weights * away**2)
         return weights * away / np.where(spread > 0, spread, 1.0)
 
     @cached_property
@@ -326,22 +336,22 @@ class Worths:
         """Weighted sum of squares of the means about each form, shape (..., arms, forms)."""
         weights, _, away, _ = self.regression
         means = self.means[..., None, :]
-        slope = (self.slope_rows * means).sum(-1, keepdims=True)
-        return (weights * (self._swept(means, weights) - slope * away) ** 2).sum(-1)
+        slope = _total(self.slope_rows * means)
+        return _total(weights * (self._swept(means, weights) - slope * away) ** 2)[..., 0]
 
     def _estimate(self, rows: Array) -> tuple[Array, Array, Array]:
         """(value, variance, freedom) of rows @ means; rows have the shape (..., arms, any number, rungs)."""
-        value = (rows * self.means[..., None, :]).sum(-1)
+        value = _total(rows * self.means[..., None, :])[..., 0]
         noise = np.sqrt(self.variance)[..., None]
         direct = rows * self.unit[..., None, :]
         known = np.where(self.weights > 0, self.weights, 1.0)[..., None, :]
-        pairs = (direct**2 / known).sum(-1) * noise**2
+        pairs = _total(direct**2 / known)[..., 0] * noise**2
         through, seeds, influence = self.curve
         by_curve = np.zeros(())
         for number, by in enumerate(self.by):
-            by_curve = by_curve + (rows * by[..., None, :]).sum(-1, keepdims=True) * influence[..., number, :]
-        curve = (by_curve**2).sum(-1) * through**2
-        shared = (direct[..., : seeds.shape[-1]] * by_curve / np.sqrt(seeds)).sum(-1)
+            by_curve = by_curve + _total(rows * by[..., None, :]) * influence[..., number, :]
+        curve = _total(by_curve**2)[..., 0] * through**2
+        shared = _total(direct[..., : seeds.shape[-1]] * by_curve / np.sqrt(seeds))[..., 0]
         cross = self.correlation[..., None] * noise * through * shared
         variance = np.maximum(pairs + 2 * cross + curve, 0.0)
         # Welch and Satterthwaite: each part contributes its share of the variance.
@@ -373,7 +383,7 @@ class Worths:
 
     def value_at(self, x: float) -> Array:
         """The value that `at` gives, without what its bounds need."""
-        values = (self._rows(x) * self.means[..., None, :]).sum(-1)
+        values = _total(self._rows(x) * self.means[..., None, :])[..., 0]
         return Extrapolation(values, values, values, self._excess, self.gammas).value
 
     def _rows(self, x: float) -> Array:
@@ -427,7 +437,7 @@ class Worths:
 
     def without(self, rung: int, x: float) -> Array:
         """ln m at x by a line through the other rungs."""
-        left = replace(self, weights=self.weights * (np.arange(len(self.x)) != rung))
+        left = self._with(weights=self.weights * (np.arange(len(self.x)) != rung))
         return left.at(x).values[..., LINE]
 
 
@@ -444,6 +454,16 @@ def decisions(worths: Worths, x: float, level: float, least: float) -> Array:
 
 def _evidence(*parts: Any) -> Array:
     return np.stack(np.broadcast_arrays(*(np.asarray(part, dtype=float) for part in parts)))
+
+
+def _total(values: Array) -> Array:
+    """Sum over the rungs, which stay as an axis of length 1; to the bit numpy's, which takes several times as long."""
+    if not 0 < values.shape[-1] < 8:  # from eight numbers on numpy adds in another order
+        return values.sum(-1, keepdims=True)
+    total = values[..., :1].copy()
+    for k in range(1, values.shape[-1]):
+        total += values[..., k : k + 1]
+    return total
 
 
 def _away(values: Array, valid: Array, counts: Array) -> Array:
