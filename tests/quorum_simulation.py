@@ -15,7 +15,7 @@ complete and leave a collective one by one, and then decide together. One of the
 """
 
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,6 +59,8 @@ class Size:
     micro_batches: int = 4
     steps: int = 3
     kills: int = 3
+    kill_chance: float = 0.15
+    """The smaller, the later in the job they come."""
     arbiter_kills: int = 0
     stops: int = 0
     overflowing: frozenset[int] = frozenset()
@@ -141,6 +143,8 @@ class World:
         """How many of them the arbiter has heard of."""
         self.events, self.now = 0, 0.0
         self.stops = size.stops
+        self.happened = Counter[str]()
+        """How often what has happened."""
         self.trace: list[tuple[Any, ...]] = []
         """The events so far, for a person who looks into a violation."""
         for slot in range(size.workers + size.spares):
@@ -152,6 +156,7 @@ class World:
         self.workers.append(Process(slot, holding=self.make_holding(), spare=spare))
 
     def kill(self, worker: Process) -> None:
+        self.happened[f"killed while {worker.doing}"] += 1
         worker.alive = False
         worker.down.clear()
         if worker.connected:
@@ -167,6 +172,7 @@ class World:
                 self.gone.setdefault((worker.epoch.number, place), set()).add(worker.member)
 
     def kill_arbiter(self) -> None:
+        self.happened["arbiter killed"] += 1
         self.arbiter = None
         self.by_member.clear()
         for worker in self.workers:
@@ -212,7 +218,7 @@ class World:
             if worker.down and worker.stopped != "process":
                 choices.append((self.deliver_down, worker))
             choices += self.enabled_at(worker)
-            if self.kills and arbiter is not None:
+            if self.kills and arbiter is not None and worker.dead_place is None:
                 choices.append((self.chance_to_kill, worker))
             if self.stops and self.may_stop(worker):
                 choices.append((self.chance_to_stop, worker))
@@ -226,12 +232,12 @@ class World:
 
     def enabled_at(self, worker: Process) -> list[tuple[Any, ...]]:
         seat = worker.seat
-        if worker.stopped == "place":
-            return self.enabled_inside(worker)
-        if worker.stopped:
-            return []
+        runs = worker.stopped in ("", "place")
         if worker.dead_place is not None:  # the others of its group cannot decide anything without it
-            return [*self.enabled_inside(worker), *([(self.kill, worker)] if self.arbiter is not None else [])]
+            inside = self.enabled_inside(worker) if runs else []
+            return [*inside, *([(self.kill, worker)] if self.arbiter is not None else [])]
+        if worker.stopped:
+            return self.enabled_inside(worker) if runs else []
         if not worker.connected:
             return [(self.connect, worker)] if self.arbiter is not None else []
         if seat.over or seat.refused:
@@ -269,18 +275,21 @@ class World:
         self.events += 1
         act, *arguments = self.random.choice(choices)
         self.trace.append((act.__name__, *(a.slot if isinstance(a, Process) else a for a in arguments)))
+        if not act.__name__.startswith("chance_to"):
+            self.happened[act.__name__] += 1
         act(*arguments)
         return True
 
     # Events
 
     def chance_to_kill(self, worker: Process) -> None:
-        if self.random.random() < 0.15 and worker.dead_place is None:
+        if self.random.random() < self.size.kill_chance:
             self.kills -= 1
             # The process that is connected with the arbiter takes the others with it; another one is missed first.
             place = self.random.randrange(self.size.group)
             if place:
                 worker.dead_place = place
+                self.happened["a process of a group killed before the others"] += 1
                 self.leave_group(worker, place)
             else:
                 self.kill(worker)
@@ -298,6 +307,7 @@ class World:
         if self.random.random() < 0.1:
             self.stops -= 1
             worker.stopped = self.random.choice(["process", "main thread", "place"][: 3 if self.size.group > 1 else 2])
+            self.happened[f"stopped: {worker.stopped}"] += 1
 
     def pass_time(self) -> bool:
         """Nothing more happens until a limit has passed. Returns False if then nothing happens either."""
@@ -466,6 +476,7 @@ class World:
                 if step not in (None, source):
                     raise ViolationError(f"a state of step {source} is taken for one of step {step}")
                 if step is None or worker.member in epoch.receivers:
+                    self.happened["state from disk" if step is None else "state from a peer"] += 1
                     holding.received(source)
                 worker.todo = list(epoch.work[worker.member])
                 worker.doing = "finishing" if source == self.size.steps else "computing"
@@ -477,6 +488,7 @@ class World:
                 content = sorted(m for _, have, _ in collective.brought.values() for m in have)
                 worker.flag = any(flag for _, _, flag in collective.brought.values())
                 if step in self.size.overflowing and not key:
+                    self.happened["grid widened"] += 1
                     holding.begin_again("wider")
                     worker.todo, worker.first = self.share(worker), False
                     return
@@ -493,7 +505,8 @@ class World:
         holding = worker.holding
         holding.committed()
         assert holding.step is not None
-        worker.up.append(Committed(holding.step))
+        if self.random.random() < 0.5:  # a thread tells it now and then
+            worker.up.append(Committed(holding.step))
         worker.first = False
         if worker.epoch.members[0] == worker.member and self.random.random() < 0.5:
             self.disk = max(self.disk, holding.step)
@@ -525,6 +538,7 @@ def random_size(seed: int) -> Size:
         micro_batches=draw.randint(4, 6),
         steps=draw.randint(1, 3),
         kills=draw.randint(0, 6),
+        kill_chance=draw.choice((0.15, 0.02)),
         arbiter_kills=draw.randint(0, 2),
         stops=draw.choice((0, 0, 1, 2)),
         overflowing=frozenset(step for step in range(3) if draw.random() < 0.3),

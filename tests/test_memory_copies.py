@@ -1,24 +1,42 @@
 """Copies of the state in the machine's memory: what a restart may load, and what it must not."""
 
+import datetime
 import errno
+import hashlib
 import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.checkpoint_worker import IDENTITY, flip, holds, small_state
-from tests.support import SMOKE, SMOKE_SHA256, settings, summarise_run, torchrun, trainer, with_faults
+from tests.support import (
+    SMOKE,
+    SMOKE_SHA256,
+    settings,
+    summarise_run,
+    torchrun,
+    trainer,
+    with_faults,
+    worker_environment,
+)  # fmt: skip
 from trainer import checkpoint, config
-from trainer.checkpoint import memory, streams
+from trainer.checkpoint import files, memory, neighbours, streams
 from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.checkpoint.neighbours import Machines
 from trainer.launch import torchrun as launcher
 from trainer.launch.agent import Agent
+from trainer.launch.cluster import Cluster
+from trainer.launch.processes import wait_until
 from trainer.log import events, rundir
 from trainer.parallel import elastic
 from trainer.parallel.world import World
@@ -44,13 +62,16 @@ class State:
 class Start:
     """A start of a job on a run: what it restores, and what it logs."""
 
-    def __init__(self, run: Path, world: World = ALONE, run_id: str = IDENTITY["run_id"]) -> None:
+    def __init__(
+        self, run: Path, world: World = ALONE, run_id: str = IDENTITY["run_id"], is_checked: bool = False
+    ) -> None:  # fmt: skip
         run.mkdir(exist_ok=True)
         self.log: list[events.Event] = []
         self.place = memory.place(run, run_id)
         chosen = config.Checkpoint(memory_every_steps=1)
         log: Any = self.log
-        self.checkpointer = Checkpointer(run, world, IDENTITY | {"run_id": run_id}, chosen, log, no_hook, no_hook)
+        facts = IDENTITY | {"run_id": run_id}
+        self.checkpointer = Checkpointer(run, world, facts, chosen, log, no_hook, no_hook, is_checked)
         self.state: Any = State()
         self.source = self.checkpointer.restore(self.state)
 
@@ -207,19 +228,115 @@ def test_a_memory_that_is_full_later_keeps_the_last_copy_and_is_reported_once(
     assert Start(tmp_path / "run").began() == (7, "memory")
 
 
-def test_ranks_on_several_machines_use_the_disk_and_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("second", "reason"), [("other", "the sentinel may find a copy wrong"), ("", "a rank does not see the memory")]
+)
+def test_where_copies_on_several_machines_would_not_be_safe_the_disk_is_used_and_the_reason_told(
+    tmp_path: Path, second: str, reason: str
+):
     Start(tmp_path / "run").keep(7)
 
     class Two(World):
-        """A second rank that sees another memory."""
+        """A second rank that reads another token."""
 
         def agree(self, compute: Callable[[], Any], waiting: Callable[[], None] = lambda: None) -> list[Any]:
             own = compute()
-            return [own, False] if own is True else [own]
+            return [own, second] if isinstance(own, str) and re.fullmatch("[0-9a-f]{16}", own) else [own]
 
-    start = Start(tmp_path / "run", Two(0, 1, torch.device("cpu")))
+    start = Start(tmp_path / "run", Two(0, 1, torch.device("cpu")), is_checked=True)
     assert start.began() == (0, "")
-    assert ["the ranks are on several machines" in warning for warning in start.warnings()] == [True]
+    assert [reason in warning for warning in start.warnings()] == [True]
+
+
+# Several machines
+
+
+def test_each_shard_lies_on_two_machines_and_each_machine_keeps_those_of_the_one_before_it():
+    machines = Machines.told_by(["a", "a", "b", "c", "c", "c"])
+    keepers = [machines.keeper(rank) for rank in range(6)]
+    assert keepers == [2, 2, 3, 0, 1, 0]
+    assert [machines.of_rank[keeper] for keeper in keepers] == [1, 1, 2, 0, 0, 0]
+    assert [machines.leader(rank) for rank in range(6)] == [0, 0, 2, 3, 3, 3]
+
+
+@dataclass(frozen=True)
+class Thread(World):
+    """A rank in a thread of this process."""
+
+    values: list[Any] = field(default_factory=list)
+    barrier: Any = None
+
+    def agree(self, compute: Callable[[], Any], waiting: Callable[[], None] = lambda: None) -> list[Any]:
+        self.values[self.rank] = compute()
+        self.barrier.wait(20)
+        found = list(self.values)
+        self.barrier.wait(20)
+        return found
+
+
+def on_threads(size: int, work: Callable[[World], Any]) -> list[Any]:
+    """What `work` returns on each of some ranks, which are connected by gloo."""
+    store, values, barrier = dist.HashStore(), [None] * size, threading.Barrier(size)
+
+    def run(rank: int) -> Any:
+        group: Any = dist.ProcessGroupGloo(store, rank, size, datetime.timedelta(seconds=20))
+        return work(Thread(rank, size, torch.device("cpu"), group, values=values, barrier=barrier))
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(run, range(size)))
+
+
+def put(place: Path, step: int, names: Iterable[str], missing: str = "", attempt: int = 0) -> None:
+    """A machine's copy of a step: all of `names` are in its manifest, and all but those in `missing` are there."""
+    final = files.final_path(place, step)
+    final.mkdir(parents=True)
+    contents = {name: f"{name} of {step} in {attempt} ".encode() * 9 for name in names}
+    listed = {n: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in contents.items()}
+    for name in set(contents) - set(missing):
+        (final / name).write_bytes(contents[name])
+    files.write_manifest(final, IDENTITY | {"step": step, "world_size": 3, "files": listed})
+
+
+@pytest.mark.parametrize(
+    ("held", "above", "found"),
+    [
+        ({0: [(7, "b")], 1: [(7, "c")]}, -1, 7),  # machine 2 is new: that of before held a copy of b
+        ({0: [(7, "ab")], 1: [(7, "")], 2: [(7, "bc")]}, -1, 7),
+        ({0: [(7, "b"), (6, "")], 1: [(7, "b"), (6, "a")], 2: []}, -1, 6),  # nobody has b of step 7
+        ({0: [(7, "b")], 1: [(7, "b")]}, -1, None),
+        ({0: [(7, "b")], 1: [(7, "c")]}, 7, None),  # the disk has it
+        ({0: [(7, "b")], 1: [(7, "c")], 2: [(9, "a")]}, -1, 7),
+    ],
+)
+def test_every_machine_gets_the_newest_copy_that_they_have_together_and_keeps_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: dict[int, list[tuple[int, str]]], above: int,
+    found: int | None,
+):  # fmt: skip
+    monkeypatch.setattr(neighbours, "PIECE_BYTES", 50)  # each file goes in three pieces
+    places = [tmp_path / str(machine) for machine in range(3)]
+    for machine, copies_there in held.items():
+        for step, missing in copies_there:
+            put(places[machine], step, "abc", missing)
+
+    def start(rank: World) -> list[tuple[int, list[str]]]:
+        neighbours.gather(places[rank.rank], Machines((0, 1, 2)), rank, above)
+        return [(saved.step, checkpoint.verify(saved)) for saved in checkpoint.committed(places[rank.rank])]
+
+    assert on_threads(3, start) == [[] if found is None else [(found, [])]] * 3
+
+
+def test_what_is_damaged_in_one_memory_comes_from_the_other_and_copies_of_two_attempts_are_not_mixed(tmp_path: Path):
+    places = [tmp_path / "0", tmp_path / "1"]
+    for attempt, place in enumerate(places):
+        put(place, 7, "abc")
+        put(place, 8, "abc", missing="ab"[attempt], attempt=attempt)
+    (files.final_path(places[0], 7) / "b").write_bytes(b"another")
+
+    def start(rank: World) -> list[tuple[int, list[str]]]:
+        neighbours.gather(places[rank.rank], Machines((0, 1)), rank)
+        return [(saved.step, checkpoint.verify(saved)) for saved in checkpoint.committed(places[rank.rank])]
+
+    assert on_threads(2, start) == [[(7, [])]] * 2
 
 
 @pytest.mark.parametrize("foreign", ["a link", "another user's"])
@@ -349,3 +466,32 @@ def test_a_job_that_died_with_its_launcher_goes_on_from_memory_at_another_number
     assert summary["weights_sha256"] == SMOKE_SHA256
     assert [(a["world_size"], a["state_from"]) for a in summary["attempts"]] == [(1, None), (2, "memory")]
     assert summary["attempts"][1]["from_step"] in (31, 32)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="it looks for processes in /proc")
+def test_a_machine_dies_with_all_that_it_holds_and_the_other_goes_on_from_its_memory_without_the_disk(tmp_path: Path):
+    run, memories = tmp_path / "run", tmp_path / "memories"
+    memories.mkdir()
+    chosen = ["checkpoint.memory_every_steps=1", "checkpoint.every_steps=0", 'parallel.strategy="fsdp"']
+    variables = worker_environment({"before_update": 0.05}) | {"TOPROPE_TEST_MEMORY": str(memories)}
+    cluster = Cluster(
+        SMOKE, run, chosen, ranks=1, nodes=2, directory=tmp_path / "job", environment=variables, warm=True,
+        worker=("tests.worker", "train"),
+    )  # fmt: skip
+
+    def steps() -> int:
+        return sum(isinstance(e.event, events.StepDone) for e in events.read(run)) if rundir.is_run(run) else 0
+
+    with cluster:
+        cluster.start()
+        assert wait_until(lambda: steps() >= 20, 60), cluster.output
+        cluster.nodes[1].kill()
+        left, gone = (memories / str(node.process.pid) for node in cluster.nodes)
+        shutil.rmtree(gone)
+        assert cluster.wait(60) == 0, cluster.output
+    summary = summarise_run(run)
+    assert summary["weights_sha256"] == SMOKE_SHA256
+    assert [(a["world_size"], a["state_from"]) for a in summary["attempts"]] == [(2, None), (1, "memory")]
+    assert summary["attempts"][1]["from_step"] >= 18
+    assert list(left.iterdir()) == []

@@ -304,7 +304,6 @@ def test_quorum_mode_under_torchrun_is_refused_with_the_command_that_works(monke
         (['parallel.strategy="fsdp"'], "needs every rank for every step"),
         (["checkpoint.memory_every_steps=1"], "has no effect here"),
         (['parallel.strategy="hybrid"'], "does not divide the world of 3 ranks"),
-        (['parallel.strategy="hybrid"', 'sentinel.audit="1/4"'], "does not check replica groups"),
         (["numerics.exact=false"], "a death would change the result"),
         (["data.micro_batches=2"], "leaves 1 of 3 ranks without work"),
     ],

@@ -158,6 +158,20 @@ def test_a_newcomer_is_let_in_between_steps_and_its_number_is_new(make: Any):
         pass
 
 
+def test_a_launcher_hears_that_there_are_new_steps_and_not_of_each(make: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(membership, "COMMITTED_SECONDS", 0.3)
+    job = make(1)
+    launcher = job.launcher(1)
+    (first,) = job.begin(1)
+    heard = [launcher.hear(Progress).step]
+    for step in range(1, 101):
+        first.committed(step)
+        time.sleep(0.005)
+    while heard[-1] < 100:
+        heard.append(launcher.hear(Progress).step)
+    assert heard == sorted(heard) and len(heard) < 10
+
+
 def test_an_arbiter_that_is_killed_goes_on_from_its_log_while_the_workers_wait(make: Any):
     job = make(2)
     first, second = job.begin(2)

@@ -181,16 +181,19 @@ def test_a_state_that_changed_before_the_members_meet_is_handed_to_nobody(
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-def test_a_launched_job_goes_on_without_the_worker_that_computes_wrong_and_names_its_node(tmp_path: Path):
+@pytest.mark.parametrize(("strategy", "workers", "wrong", "left"), [("replicate", 3, 1, 2), ("hybrid", 4, 2, 1)])
+def test_a_launched_job_goes_on_without_the_member_that_computes_wrong_and_names_its_node(
+    tmp_path: Path, strategy: str, workers: int, wrong: int, left: int
+):
     chosen = [
-        *with_faults([fault("always_wrong", 5, 1)]),
-        *settings(sentinel__audit="1", sentinel__state_hash_every_steps=1),
+        *with_faults([fault("always_wrong", 5, wrong)]),
+        *settings(parallel__strategy=strategy, sentinel__audit="1", sentinel__state_hash_every_steps=1),
     ]
-    done = trainer("launch", SMOKE, "--workers", "3", "--run", tmp_path / "run", *chosen)
+    done = trainer("launch", SMOKE, "--workers", str(workers), "--run", tmp_path / "run", *chosen)
     summary = summarise_run(tmp_path / "run")
     assert (summary["status"], summary["weights_sha256"]) == ("finished", SMOKE_SHA256)
     assert set(summary["sentinel"]["found"]) == {"excluded"}
     corrupted = [incident for incident in summary["incidents"] if incident["kind"] == "corrupted"]
     assert {(incident["rank"], incident["step"]) for incident in corrupted} == {(1, 5)}
     assert f"its worker on node {socket.gethostname()} is not started again" in corrupted[0]["text"]
-    assert "quarantined, because it computed wrong twice. This node has 2 left." in done.stderr
+    assert f"quarantined, because it computed wrong twice. This node has {left} left." in done.stderr

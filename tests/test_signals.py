@@ -29,6 +29,7 @@ from trainer import signals
 from trainer.fleet import supervision
 from trainer.launch.agent import LAUNCH
 from trainer.log import events
+from trainer.parallel.arbiter import wait_readable
 
 pytestmark = pytest.mark.slow
 
@@ -200,3 +201,25 @@ def test_schedulers_take_the_signals_that_are_not_ignored():
     assert seen == list(signals.ASKING)
     signal.signal(signal.SIGHUP, before[0])
     signal.signal(signal.SIGINT, before[1])
+
+
+def test_a_launcher_that_sleeps_is_woken_by_a_signal_and_by_the_end_of_a_child():
+    sent: list[int] = []
+    before = {number: signal.getsignal(number) for number in signals.ASKING}
+    stop = signals.PassedOn(sent.append)
+    try:
+        stop.listen()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        wait_readable(20, stop.woken)
+        stop.pass_on()
+        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+        with pytest.raises(BlockingIOError):
+            stop.woken.recv(1)
+        child.communicate(b"\n")
+        wait_readable(20, stop.woken)
+        assert stop.woken.recv(100)
+    finally:
+        stop.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert sent == [signal.SIGUSR1]

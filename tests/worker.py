@@ -3,16 +3,18 @@
 It knows one more kind of fault, `nan_sample`. And it can be slowed down: with TOPROPE_TEST_SLOW={"before_update": 0.1}
 in the environment, every rank sleeps 0.1 s at that phase, in every attempt, so that tests can act on a step from
 outside; with "from_step" too, from that step on. The phase "data" makes the preparation of the data long; it reports
-progress meanwhile.
+progress meanwhile. With TOPROPE_TEST_MEMORY, a directory, the workers of each agent have a memory of their own: agents
+then stand for machines.
 """
 
 import json
 import os
 import time
+from pathlib import Path
 from typing import Any, ClassVar
 
 from trainer import cli, job
-from trainer.checkpoint import streams
+from trainer.checkpoint import memory, streams
 from trainer.faults.corruption import VisibleFault
 from trainer.faults.fault import Setting
 from trainer.faults.plan import PlannedFault
@@ -21,7 +23,7 @@ from trainer.log import rundir
 from trainer.model import blocks_of
 from trainer.sentinel.hang import Watchdog
 
-SLOW = "TOPROPE_TEST_SLOW"
+SLOW, MEMORY = "TOPROPE_TEST_SLOW", "TOPROPE_TEST_MEMORY"
 rundir.SHARING_SECONDS = 0.5  # all ranks of a test are on one machine
 
 
@@ -70,4 +72,7 @@ def slow_down(seconds: dict[str, float]) -> None:
 if __name__ == "__main__":
     streams._HashingStream._CHUNK = 2**14  # many writes in a small file, so that a disk can be slow and not hang
     slow_down(json.loads(os.environ.get(SLOW, "{}")))
+    if MEMORY in os.environ:
+        memory.ROOT = Path(os.environ[MEMORY], str(os.getppid()))
+        memory.ROOT.mkdir(exist_ok=True)
     cli.main()

@@ -254,8 +254,8 @@ class Checkpoint(Section):
     keep_every_steps: int = Field(default=0, ge=0)
     """Checkpoints of steps that this number divides are never removed; 0 keeps none of them."""
     memory_every_steps: int = Field(default=0, ge=0)
-    """Copy the state into the machine's memory (/dev/shm) after every so many steps; 0 is off. Restarts on one machine
-    then lose no more steps than that; a machine that dies takes the copies with it."""
+    """Copy the state into the machine's memory (/dev/shm) after every so many steps; 0 is off. Restarts then lose no
+    more steps than that. Of several machines, each also keeps what the one before it holds, so that one may die."""
     max_failures: int = Field(default=3, ge=1)
     """Failed saves in a row after which the run stops; until then it trains on and tries again at the next."""
 

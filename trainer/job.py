@@ -165,7 +165,10 @@ def train(
         try:
             heartbeat = claim.watchdog.heartbeat
             of_all = run, ranks, facts, config.checkpoint, claim.log, hook, heartbeat
-            saving = Checkpointer(*of_all) if post is None else apart.ApartCheckpointer(post, *of_all)
+            if post is None:
+                saving = Checkpointer(*of_all, is_checked=config.sentinel.on)
+            else:
+                saving = apart.ApartCheckpointer(post, *of_all)
             with contextlib.closing(saving) as checkpointer:
                 state_from = checkpointer.restore(state)
                 if ranks.is_main:

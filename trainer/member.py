@@ -314,7 +314,7 @@ def build(config: Config, vocab_size: int, group: groups.Group, sentinel: Sentin
     if group.size == 1:
         return job.build(config, vocab_size, group.world, sentinel.watch)
     within = config.parallel.model_copy(update={"strategy": "fsdp"})
-    state = job.build(config.model_copy(update={"parallel": within}), vocab_size, group.world)
+    state = job.build(config.model_copy(update={"parallel": within}), vocab_size, group.world, sentinel.watch)
     assert isinstance(state.sharding, FullySharded)
     state.sharding = groups.Shards(state.sharding)
     return state

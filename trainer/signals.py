@@ -3,7 +3,9 @@
 No torch here: the command line listens before torch is imported, which takes seconds.
 """
 
+import contextlib
 import signal
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -55,13 +57,29 @@ class PassedOn:
         """The signal that was passed on; 0 before."""
         self._send = send
         self._received: list[int] = []
+        self.woken, self._note = socket.socketpair()
+        """After `listen`, `woken` can be read once a signal has come or a child has ended: a launcher may sleep."""
 
     def listen(self) -> None:
         for number in heeded():
             signal.signal(number, lambda number, _: self._received.append(number))
+        for end in (self.woken, self._note):
+            end.setblocking(False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(self._note.fileno(), warn_on_full_buffer=False)
+
+    def close(self) -> None:
+        """Wake nobody any more."""
+        if signal.set_wakeup_fd(-1) == self._note.fileno():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        self.woken.close()
+        self._note.close()
 
     def pass_on(self) -> None:
         """Act on what was received since the last call."""
+        with contextlib.suppress(BlockingIOError):
+            while self.woken.recv(4096):
+                pass
         while self._received:
             number = self._received.pop(0)
             if not self.number:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer import checkpoint, config
-from trainer.checkpoint import memory
+from trainer.checkpoint import files, memory
+from trainer.checkpoint.neighbours import Machines, gather
 from trainer.errors import CheckpointError
 from trainer.log.events import CheckpointFailed, CheckpointSaved, Corrupted, Entry, Event, Warned, Writer
 from trainer.parallel import elastic
@@ -34,16 +35,19 @@ class Checkpointer:
         log: Writer,
         hook: Hook,
         heartbeat: Hook,
+        is_checked: bool = False,
     ) -> None:
         """`facts` are the contents of config.json. `hook` is called at the phases of loading and saving, `heartbeat`
-        whenever a save that the loop waits for makes progress.
+        whenever a save that the loop waits for makes progress. `is_checked`: the sentinel may find a copy wrong.
         """
         self._run, self._world, self._settings, self._log, self._hook = run, world, settings, log, hook
         self._identity = {"fingerprint": facts["fingerprint"], "run_id": facts["run_id"]}
         self._durable_step = -1
         self._saver = checkpoint.Saver(run, world, self._identity, settings, hook, heartbeat)
         self._heartbeat = heartbeat
-        self._memory_place = memory.place(run, facts["run_id"])
+        self._memory_place, self._is_checked = memory.place(run, facts["run_id"]), is_checked
+        self._is_leader = world.is_main
+        """True for the first rank of each machine: it makes and removes the place for copies."""
         self._copier: checkpoint.Saver | None = None
         """Writes the copies in memory; None without them."""
         self._has_warned = False
@@ -87,17 +91,27 @@ class Checkpointer:
         """Make the place for copies in memory. Collective. Without one, rank 0 says why, and the disk alone is used."""
         world, path = self._world, self._memory_place
         needed = sum(tensor.numel() * tensor.element_size() for tensor in state.tensors().values())
-        reason, token = world.from_main(lambda: (memory.prepare(path, self._run, needed), memory.token(path)))
-        if reason is None and not all(world.agree(lambda: memory.token(path) == token)):
-            reason = "the ranks are on several machines, and no memory is everyone's"
+        is_first = world.is_main or elastic.local_rank() == 0
+        reasons = world.agree(lambda: memory.prepare(path, self._run, needed) if is_first else None)
+        tokens = world.agree(lambda: memory.token(path) or "")
+        machines = Machines.told_by(tokens)
+        elastic.note_memory(path)
+        reason = next((reason for reason in reasons if reason), None)
+        if reason is None and "" in tokens:
+            reason = "a rank does not see the memory of its machine"
+        if reason is None and machines.count > 1 and self._is_checked:
+            reason = "the sentinel may find a copy wrong, and could not remove those on other machines"
         if reason is not None:
             self._warn(f"there are no copies of the state in memory: {reason}. A restart begins from the disk.")
             return
-        elastic.note_memory(path)
+        self._is_leader = machines.leader(world.rank) == world.rank
+        if machines.count > 1:
+            saved = world.from_main(lambda: files.committed(self._run))
+            gather(path, machines, world, max((s.step for s in saved), default=-1))
         settings = self._settings.model_copy(update={"keep_last": 1, "keep_every_steps": 0})
         # No hook: faults of the phases of a save are for what is written to disk.
         self._copier = checkpoint.Saver(
-            path, world, self._identity, settings, heartbeat=self._heartbeat, read_back=False
+            path, world, self._identity, settings, heartbeat=self._heartbeat, read_back=False, machines=machines
         )
 
     @property
@@ -121,7 +135,7 @@ class Checkpointer:
         if self._copier is not None:
             self._heartbeat(Phase.WAITING_FOR_SAVE, state.step)
             self._note(self._copier, self._copier.finish())
-            if self._world.is_main and not self._memory_place.exists():  # `heed` has removed it
+            if self._is_leader and not self._memory_place.exists():  # `heed` has removed it
                 memory.prepare(self._memory_place, self._run, 0)
             self._copier.begin(state.step, state.tensors())
             self._heartbeat(Phase.AFTER_SAVE, state.step)
@@ -144,7 +158,7 @@ class Checkpointer:
             self._record(self._saver.finish())
         if self._copier is not None:  # the disk has the newest state now
             self._copier.finish()
-        if self._world.is_main:
+        if self._is_leader:
             memory.discard(self._memory_place)
 
     def heed(self, entry: Entry) -> None:

@@ -1,7 +1,7 @@
 """A place for checkpoints in this machine's memory. What lies there outlives the processes of a job, not the machine.
 
     /dev/shm/toprope-0a1b…/run              path of the run's directory
-                           token            drawn by rank 0 at each start: ranks that read another are elsewhere
+                           token            drawn at each start: ranks that read the same one share this memory
                            checkpoints/     as in the run's directory: step-00000037/
 
 No torch here: launchers import it.

@@ -32,6 +32,7 @@ from torch.distributed.tensor import DTensor
 
 from trainer import config
 from trainer.checkpoint import files
+from trainer.checkpoint.neighbours import Machines, Move, move
 from trainer.checkpoint.streams import Writer
 from trainer.errors import CheckpointError
 from trainer.log.events import CheckpointFailed, CheckpointSaved, Event, Warned
@@ -70,14 +71,19 @@ class Saver:
         heartbeat: Hook = no_hook,
         peer_timeout_seconds: float = PEER_TIMEOUT_SECONDS,
         read_back: bool = True,
+        machines: Machines | None = None,
     ) -> None:
         """`identity` goes into the manifest: a loader compares it. `read_back`: a save counts when it has been read.
+        `machines`: those whose memories `run` stands for; None where all ranks see the same files.
 
         `hook` is called from the writing thread. `begin` and `finish` call `heartbeat` with "waiting_for_save" whenever
         the save that they wait for has made progress.
         """
         self._run, self._world, self._identity, self._settings, self._hook = run, world, dict(identity), settings, hook
         self._heartbeat, self._reads_back = heartbeat, read_back
+        self._machines = machines or Machines((0,) * world.size)
+        self._leader = self._machines.leader(world.rank)
+        self._leads = self._leader == world.rank  # it makes, commits and removes what lies where it writes
         self._ranks = world
         if world.size > 1:  # never training's group: there, collectives of the two threads would mix
             timeout = datetime.timedelta(seconds=peer_timeout_seconds)
@@ -198,25 +204,27 @@ class Saver:
 
     def _write_and_commit(self, save: "_Save") -> int:
         """Do the four rounds, then prune. Returns the checkpoint's bytes. Raises _SaveError, equal on all ranks."""
-        staging = self._together(lambda: self._prepare(save))[0]
+        staging = self._together(lambda: self._prepare(save))[self._leader]
         assert staging is not None
         try:
             shards = self._together(lambda: self._write_shard(save, staging))
-            final, size = self._together(lambda: self._commit(save, staging, shards))[0]
+            if self._machines.count > 1:
+                self._give_to_neighbours(save, staging, shards)
+            final, size = self._together(lambda: self._commit(save, staging, shards))[self._leader]
         except BaseException:
-            if self._world.is_main:
+            if self._leads:
                 files.discard(staging)
             raise
         save.seconds = time.perf_counter() - save.started
         own_digests = shards[self._world.rank].digests
         damaged = self._together(lambda: self._read_back(save, final, own_digests)) if self._reads_back else []
         if any(damaged):
-            if self._world.is_main:
+            if self._leads:
                 files.discard(final)
             lines = "; ".join(dict.fromkeys(line for lines in damaged for line in lines))
             rank = next(rank for rank, lines in enumerate(damaged) if lines)
             raise _SaveError(f"it was written, but reads back differently: {lines}", rank)
-        if self._world.is_main:  # only now is there something newer that is known to be intact
+        if self._leads:  # only now is there something newer that is known to be intact
             self._prune(save, final)
         return size
 
@@ -224,7 +232,7 @@ class Saver:
         """Round 1: rank 0 makes the hidden directory that all ranks write into."""
         if save.error is not None:
             raise save.error
-        if not self._world.is_main:
+        if not self._leads:
             return None
         files.clean(self._run, self._progress(save))
         return files.stage(self._run, save.step)
@@ -244,10 +252,25 @@ class Saver:
             self._hook(Phase.BEFORE_COMMIT, save.step)
         return _Shard(writer.files.digests, results)
 
+    def _give_to_neighbours(self, save: "_Save", staging: Path, shards: "list[_Shard]") -> None:
+        """With several machines: each rank's shard is also written on the next machine."""
+        keeper = self._machines.keeper
+        moves = [
+            Move(name, file["bytes"], rank, keeper(rank))
+            for rank, shard in enumerate(shards) for name, file in sorted(shard.digests.items())
+        ]  # fmt: skip
+        problem = self._communicate(lambda: move(moves, staging, self._ranks, self._note_own_progress))
+
+        def raise_it() -> None:
+            if problem:
+                raise CheckpointError(problem)
+
+        self._together(raise_it)
+
     def _commit(self, save: "_Save", staging: Path, shards: "list[_Shard]") -> tuple[Path, int]:
         """Round 3: rank 0 writes metadata and manifest, then renames. Returns the final path and the bytes."""
         final = files.final_path(self._run, save.step)
-        if not self._world.is_main:
+        if not self._leads:
             return final, 0
         assert self._plan is not None
         writer = Writer(staging, lambda: None)
@@ -324,6 +347,9 @@ class Saver:
             raise _SaveError(self._lost) from None
         self._note_progress()
         return result
+
+    def _note_own_progress(self) -> None:
+        self._last_progress = time.monotonic()
 
     def _note_progress(self) -> None:
         """Note that all ranks have just exchanged a message."""

@@ -208,6 +208,7 @@ class Job:
     def close(self) -> None:
         """End what still runs."""
         self._signal_all(signal.SIGKILL)
+        self._stop.close()
         for cluster in self._clusters:
             if cluster.process is not None:
                 cluster.process.wait()

@@ -45,6 +45,8 @@ from trainer.parallel.protocol import FAILED, FINISHED, End, Gone, Kill, Launche
 from trainer.show import terminal
 
 POLL_SECONDS = 0.02
+IDLE_SECONDS = 0.5
+"""How often the launcher looks round if nothing wakes it: the arbiter, a signal, or the end of a worker."""
 STARTS = 3
 """A worker that dies so often in a row before it takes part is not started again. Nor is one in quarantine."""
 RESTARTS_WITHOUT_PROGRESS = 3
@@ -197,11 +199,6 @@ def check(plan: Plan) -> None:
             "numerics.exact = false makes sums depend on who adds what, so a death would change the result.\n"
             "  Start it by torchrun, or set numerics.exact = true."
         )
-    if plan.config.sentinel.on and plan.group_size > 1:
-        problems.append(
-            'the sentinel does not check replica groups (parallel.strategy = "hybrid") whose number changes.\n'
-            '  Start it by torchrun, or set sentinel.audit = "0" and sentinel.state_hash_every_steps = 0.'
-        )
     if problems:
         raise ConfigError(problems)
     check_world(plan.config, plan.workers)
@@ -233,7 +230,7 @@ def knock(plan: Plan, patience_seconds: float = LOST_SECONDS) -> None:
             with contextlib.closing(connection):
                 connection.send_line({"token": token})
                 connection.send(Launcher(platform.node(), 0))
-                arbiter.wait_readable(connection.sock, 5.0)
+                arbiter.wait_readable(5.0, connection.sock)
                 try:
                     if any(isinstance(decode(line), Progress) for line in connection.lines()):
                         return
@@ -393,6 +390,7 @@ class Job:
     def close(self) -> None:
         """End what still runs."""
         self._signal_all(signal.SIGKILL)
+        self._stop.close()
         if self._connection is not None:
             self._connection.close()
         if self._server is not None:
@@ -528,7 +526,8 @@ class Job:
         try:
             if self._host.has_died() and not self._over:  # our own end of its socket keeps connections open
                 raise EOFError("the arbiter has died before it heard this launcher")
-            arbiter.wait_readable(self._connection.sock, POLL_SECONDS)
+            seconds = POLL_SECONDS if self._connection.is_waiting_to_send else IDLE_SECONDS
+            arbiter.wait_readable(seconds, self._connection.sock, self._stop.woken)
             self._connection.flush()
             for line in self._connection.lines():
                 self._take(decode(line))

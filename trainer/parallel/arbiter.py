@@ -60,10 +60,11 @@ KEEPALIVE = (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 5), ("TC
 something to send: the kernel asks it."""
 
 
-def wait_readable(sock: socket.socket, seconds: float) -> None:
+def wait_readable(seconds: float, *sockets: socket.socket) -> None:
     """Wait until there is something to read, at most so long. Unlike select, it takes descriptors above 1023."""
     with selectors.DefaultSelector() as selector:
-        selector.register(sock, selectors.EVENT_READ)
+        for sock in sockets:
+            selector.register(sock, selectors.EVENT_READ)
         selector.select(seconds)
 
 
@@ -162,6 +163,7 @@ class Server:
                 ticked = time.monotonic()
                 self._do(self.machine.tick(ticked))
                 self._close_the_silent(ticked)
+                self._tell_progress()
             if self.machine.over and not self._by_member and not self._launchers:
                 break
         return self.machine.over
@@ -235,9 +237,14 @@ class Server:
                 self._do(machine.position(member, message, now))
             case _:
                 raise ValueError("not to an arbiter")
-        if self._progress() != self._told:
-            self._told = self._progress()
-            self._tell_launchers(self._told)
+        # Steps are told now and then: with each of them the launcher would wake, on cores that are full.
+        if self._progress().members != self._told.members:
+            self._tell_progress()
+
+    def _tell_progress(self) -> None:
+        if (progress := self._progress()) != self._told:
+            self._told = progress
+            self._tell_launchers(progress)
 
     def _progress(self) -> Progress:
         machine = self.machine

@@ -34,6 +34,8 @@ LOST_SECONDS = 60.0
 """A worker that has not found the arbiter for so long leaves. Until then it waits, and computes nothing."""
 RETRY_SECONDS = 0.1
 TICK_SECONDS = 0.2
+COMMITTED_SECONDS = 1.0
+"""How often the arbiter is told of steps: it only needs to know that there are new ones."""
 
 
 class JobOver(Exception):  # noqa: N818 - nothing is wrong
@@ -78,6 +80,8 @@ class Membership:
         self._is_lost = self._is_closing = self._is_answered = False
         self._reached, self._place, self._step, self._progress = 0, "start", 0, monotonic()
         self._has_committed = False
+        self._committed: int | None = None
+        """The last step that was applied in this epoch."""
         self._thread = threading.Thread(target=self._run, name="toprope-membership", daemon=True)
 
     @classmethod
@@ -120,7 +124,7 @@ class Membership:
         """
         with self._changed:
             self._seat.ended = True
-            self._report = report
+            self._report, self._committed = report, None  # the report says it, and nothing may follow that was before
             self._say(Met(report))
         while True:
             with self._changed:
@@ -142,11 +146,10 @@ class Membership:
         self.heartbeat(place, step)
 
     def committed(self, step: int) -> None:
-        """A step was applied."""
+        """A step was applied. The arbiter learns it from the thread: here it costs nothing."""
         self._has_committed = True
         self.heartbeat("committed", step)
-        with self._changed:
-            self._say(Committed(step))
+        self._committed = step
 
     def leave(self, status: str, reason: str = "") -> None:
         """Leave in order: `status` is one of protocol.FINISHED, PREEMPTED, FAILED, HOPELESS."""
@@ -226,12 +229,17 @@ class Membership:
 
     def _listen(self, connection: Connection) -> None:
         """Hear what the arbiter says until the connection is closed."""
-        woke, said = monotonic(), 0.0
+        woke, said, told, known = monotonic(), 0.0, 0.0, None
         while not self._is_closing:
-            wait_readable(connection.sock, TICK_SECONDS)
+            wait_readable(TICK_SECONDS, connection.sock)
             for line in connection.lines():
                 self._hear(connection, decode(line))
             now = monotonic()
+            if self._committed != known and now - told > COMMITTED_SECONDS:
+                with self._changed:
+                    told, known = now, self._committed
+                    if known is not None:
+                        connection.send(Committed(known))
             if now - woke > 10 * TICK_SECONDS:  # this process did not run: that is not the main thread's time
                 self._progress = now
             woke = now

@@ -76,7 +76,7 @@ class Met(NamedTuple):
 
 
 class Committed(NamedTuple):
-    """A worker has applied a step."""
+    """A worker has applied a step. Not every one is told, and none after the report that follows it."""
 
     step: int
 
@@ -607,7 +607,7 @@ class Arbiter:
             reports=reports,
             left=self._untold | self._left,
         )
-        self._untold = dict(self.epoch.left)
+        self._untold, self.highest_step = dict(self.epoch.left), max(self.highest_step, step or 0)
         self._running, self._changing, self._left, self._ended_at = True, False, {}, None
         for m in members:
             self._workers[m].report = None

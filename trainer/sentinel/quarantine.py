@@ -90,15 +90,17 @@ class QuorumQuarantine(Quarantine):
 
     @property
     def numbers(self) -> Sequence[int]:
-        return self._quorum.order
+        size = self._quorum.world.own.size  # a replica group is one member: all its processes have its number
+        return [number for number in self._quorum.order for _ in range(size)]
 
     def second_time(self, step: int, found: Iterable[Sequence[int]]) -> tuple[int, int] | None:
         again = super().second_time(step, found)
         return next(filter(None, self.world.agree(lambda: again)), None)
 
     def end(self, rank: int, node: str, fact: str) -> NoReturn:
-        """Raise QuarantineError on `rank` alone. The others meet again, without it."""
-        if rank == self.world.rank:
+        """Raise QuarantineError on `rank`, and on its replica group, alone. The others meet again, without it."""
+        size = self._quorum.world.own.size
+        if rank // size == self.world.rank // size:
             raise QuarantineError(
                 f"{fact}. It is not applied and not saved.\n"
                 f"  A rank that is wrong twice is quarantined: this worker leaves, and is not started again. Test or "
