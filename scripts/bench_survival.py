@@ -24,6 +24,7 @@ from trainer import checkpoint, costs, job, optim
 from trainer import config as configs
 from trainer import model as models
 from trainer.checkpoint import memory
+from trainer.checkpoint.neighbours import Machines
 from trainer.data import prepare
 from trainer.launch.agent import Agent
 from trainer.launch.cluster import Cluster
@@ -99,7 +100,10 @@ def saving_worker(make: Callable[[world.World, Path], Any]) -> None:
 
 
 def copies_worker(make: Callable[[world.World, Path], Any], steps: int, rounds: int) -> None:
-    """One of two ranks: steps with copies of the state into memory beside them, against the same without."""
+    """One of two ranks: steps with copies of the state into memory beside them, against the same without.
+
+    Also as on two machines, each of which sends the other what it has copied, over loopback.
+    """
     ranks = world.connect(torch.device("cpu"), 120)
     directory = Path(ranks.from_main(tempfile.mkdtemp))
     our_loop, place = make(ranks, directory), memory.place(directory, "bench")
@@ -107,8 +111,14 @@ def copies_worker(make: Callable[[world.World, Path], Any], steps: int, rounds: 
     assert ranks.from_main(lambda: memory.prepare(place, directory, needed)) is None
     identity = {"fingerprint": "bench", "run_id": "bench"}
     saver = checkpoint.Saver(place, ranks, identity, configs.Checkpoint(keep_last=1), read_back=False)
+    own_place = memory.place(directory / str(ranks.rank), "bench")
+    assert memory.prepare(own_place, directory, needed) is None
+    machines = Machines(tuple(range(ranks.size)))
+    to_neighbour = checkpoint.Saver(
+        own_place, ranks, identity, configs.Checkpoint(keep_last=1), read_back=False, machines=machines
+    )
 
-    def block(every: int) -> float:
+    def block(every: int, saver: checkpoint.Saver = saver) -> float:
         """Seconds of a step; before every so many of them a copy is begun, without one if `every` is 0."""
         ranks.agree(lambda: None)
         started = time.perf_counter()
@@ -120,10 +130,11 @@ def copies_worker(make: Callable[[world.World, Path], Any], steps: int, rounds: 
         return (time.perf_counter() - started) / steps
 
     block(1)
+    block(1, to_neighbour)
     rows = []
+    kinds = [("without", 0, saver), ("each", 1, saver), ("one", steps, saver), ("machines", 1, to_neighbour)]
     for number in range(rounds):
-        order = [0, 1, steps] if number % 2 else [steps, 1, 0]
-        rows.append({("without", "each", "one")[[0, 1, steps].index(every)]: block(every) for every in order})
+        rows.append({name: block(every, which) for name, every, which in (kinds if number % 2 else reversed(kinds))})
     started = time.perf_counter()
     saver.begin(our_loop.state.step, our_loop.state.tensors())
     (saved,) = [event for event in saver.finish() if isinstance(event, events.CheckpointSaved)]
@@ -133,6 +144,8 @@ def copies_worker(make: Callable[[world.World, Path], Any], steps: int, rounds: 
         )
     )
     saver.close()
+    to_neighbour.close()
+    memory.discard(own_place)
     if ranks.is_main:
         alone = time.perf_counter() - started - load
         sizes = {"bytes": saved.bytes, "steps": steps}
@@ -145,7 +158,7 @@ def copies_worker(make: Callable[[world.World, Path], Any], steps: int, rounds: 
 def copies(result: dict[str, Any]) -> dict[str, Any]:
     """The figures from the rows of rank 0."""
     rows = result.pop("rows")
-    ratio = {name: [row[name] / row["without"] for row in rows] for name in ("each", "one")}
+    ratio = {name: [row[name] / row["without"] for row in rows] for name in ("each", "one", "machines")}
     return {**result, **ratio, "step_seconds": statistics.median(row["without"] for row in rows)}
 
 

@@ -305,6 +305,9 @@ def copies_rows(figure: dict[str, Any]) -> list[Row]:
         text = f"{part['bytes'] / 2**20:.0f} MiB of state, steps of {1e3 * part['step_seconds']:.0f} ms, 2 ranks"
         for name, often in (("each", "each step"), ("one", f"every {part['steps']} steps")):
             rows.append((f"step time with a copy into memory {often}, {text}", str(Ratio.of(part[name])), ""))
+        if "machines" in part:
+            what = f"step time with a copy each step, into the memory of another machine too, {text} over loopback"
+            rows.append((what, str(Ratio.of(part["machines"])), ""))
         ms = f"{1e3 * part['alone']:.0f} ms alone, {1e3 * part['load']:.0f} ms to load"
         rows.append((f"copy of {part['bytes'] / 2**20:.0f} MiB", ms, ""))
     return rows

@@ -387,8 +387,10 @@ class World:
             worker.up.append(Position(message.asked, worker.reached, worker.doing, 0, idle))
             return
         worker.seat.hear(message)
-        if isinstance(message, Publish) and worker.doing != "waiting":
-            raise ViolationError(f"worker {worker.member} is in an epoch already")
+        if isinstance(message, Publish):
+            worker.reached = 0
+            if worker.doing != "waiting":
+                raise ViolationError(f"worker {worker.member} is in an epoch already")
         if worker.seat.refused and not worker.given_up:
             raise ViolationError(f"refused: {worker.seat.refused}")
 
@@ -421,7 +423,6 @@ class World:
     def enter(self, worker: Process) -> None:
         epoch, worker.seat.fresh = worker.epoch, False
         worker.round, worker.places, worker.flag, worker.first = 0, {}, False, True
-        worker.reached = 0
         work = worker.holding.enter(epoch, worker.member)
         if epoch.step is None or epoch.receivers:
             worker.doing = "restoring"

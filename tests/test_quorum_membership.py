@@ -262,6 +262,22 @@ def test_the_worker_that_has_not_reached_the_collective_is_ended_and_its_launche
     assert job.meet(first, 3, (0,)).result().members == (0,)
 
 
+def test_a_worker_that_never_enters_an_epoch_is_ended_and_not_those_that_wait_for_it_there(make: Any):
+    job = make(2, patience_seconds=0.3)
+    launcher = job.launcher(2)
+    first, second = job.begin(2, limits=(0.5, 0.5))
+    for member in (first, second, second):  # what it had reached in the epoch before does not count
+        member.at("reduce", 3)
+    stands_still, goes_on = threading.Event(), threading.Event()
+    job.pool.submit(second.meet, Report(3), lambda: (stands_still.set(), goes_on.wait(20)))
+    assert stands_still.wait(20)
+    assert job.meet(first, 3).result().number == 2
+    first.at("reduce", 3)
+    found = launcher.hear(Kill)
+    goes_on.set()
+    assert found == Kill(second._hello.name, "it has not reached the collective of the others: waiting")
+
+
 def test_a_tunnel_that_takes_connections_without_an_arbiter_behind_it_is_given_up_in_time(
     monkeypatch: pytest.MonkeyPatch,
 ):

@@ -23,6 +23,7 @@ from trainer.parallel.protocol import (
     Message,
     Met,
     Position,
+    Publish,
     Report,
     Seat,
     Stuck,
@@ -130,7 +131,7 @@ class Membership:
             with self._changed:
                 self._raise_if_out()
                 if self._seat.fresh and self._seat.epoch is not None:
-                    self._seat.fresh, self._report, self._reached = False, None, 0
+                    self._seat.fresh, self._report = False, None
                     self._progress = monotonic()
                     return self._seat.epoch
                 self._changed.wait(TICK_SECONDS)
@@ -257,6 +258,8 @@ class Membership:
                 connection.send(Position(message.asked, self._reached, self._place, self._step, idle))
             return
         with self._changed:
+            if isinstance(message, Publish):  # also if the main thread stands still and never enters it
+                self._reached, self._place, self._progress = 0, "waiting", monotonic()
             self._seat.hear(message)
             self._note_end()
             self._changed.notify_all()
