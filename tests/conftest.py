@@ -32,10 +32,11 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
         signal.signal(number, handler)
 
 LONGEST_FIRST = (
-    "survival", "nemesis", "fuzz_cli", "slurm", "faults_worker", "network", "chaos", "equality", "rendezvous",
-    "ladder_run", "mutations", "elastic", "signals", "sentinel", "quorum", "chaos_quorum", "hunt", "transport", "wandb",
-    "own_model", "packaging", "judge", "quorum_launch", "cli", "provenance", "memory_copies", "readme", "chaos_command",
-    "examples",
+    "survival", "equality", "nemesis", "slurm", "fuzz_cli", "mutations", "ladder_run", "rendezvous", "faults_worker",
+    "chaos_quorum", "elastic", "own_model", "network", "signals", "chaos", "sentinel", "first_day", "transport",
+    "wandb", "chaos_command", "packaging", "hunt", "quorum", "ladder_verdict", "readme", "provenance", "memory_copies",
+    "ladder_code", "forecast", "judge", "examples", "quorum_launch", "start", "gpu_script", "islands_apart", "cli",
+    "exact_triton", "sentinel_quorum", "own_optimizer", "forkserver", "hang", "torchrun", "advise",
 )  # fmt: skip
 """Files that take long, so that none of them is begun when all others are done; those that wait among those that
 compute."""

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -51,6 +52,47 @@ def torchrun(
     """`torchrun --standalone --nproc-per-node RANKS -m MODULE …` to its end."""
     options = ["--standalone", "--nproc-per-node", str(ranks), "--max-restarts", str(restarts), "-m", module]
     return run([*LAUNCH, *options, *map(str, arguments)], check, timeout)
+
+
+ONE_PROCESS = """
+import json, runpy, shlex, subprocess, sys, time
+
+for line in json.load(sys.stdin):
+    started, words, status = time.monotonic(), shlex.split(line), 0
+    print(f"$ {line}", flush=True)
+    try:
+        if words[:3] == ["python", "-m", "trainer"]:
+            sys.argv = words[2:]
+            runpy.run_module("trainer", run_name="__main__", alter_sys=True)
+        elif words[0] == "python" and words[1].endswith(".py"):
+            runpy.run_path(words[1], run_name="__main__")
+        else:
+            status = subprocess.run(line, shell=True).returncode
+    except SystemExit as end:
+        status = end.code or 0
+    print(f"= exit {status} after {time.monotonic() - started:.1f} s", flush=True)
+"""
+"""Runs commands as a shell would, but in one process: torch is imported once."""
+
+
+def in_one_process(commands: Sequence[str], site: Path, directory: Path) -> dict[str, str]:
+    """Run commands in `directory` with the package in `site`; return what each of them printed.
+
+    Raises AssertionError if one of them fails.
+    """
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {
+        "PYTHONPATH": str(site), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1",
+        "PATH": path, "TOPROPE_CACHE": str(directory / "cache"), "COLUMNS": "200",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_PROCESS], input=json.dumps(commands), cwd=directory, env=environment, text=True,
+        capture_output=True, check=False,
+    )  # fmt: skip
+    statuses = re.findall(r"^= exit (\S+) after", done.stdout, re.MULTILINE)
+    if statuses != ["0"] * len(commands):
+        raise AssertionError(f"{done.stdout}\n{done.stderr}")
+    return dict(zip(commands, re.split(r"^\$ .*$", done.stdout, flags=re.MULTILINE)[1:], strict=True))
 
 
 def many_runs(plans: Sequence[Sequence[str]], directory: Path) -> None:

@@ -137,6 +137,35 @@ def test_a_process_with_threads_can_have_children_forked_and_all_threads_hear_of
     assert (elsewhere / "complain.err").read_text() == "no room\n"
 
 
+def test_a_child_of_a_server_can_have_a_server_of_its_own_that_is_forked(tmp_path):
+    (tmp_path / "caller.py").write_text(
+        "import os, sys; from trainer.launch import forkserver\n"
+        "server = forkserver.fork_in_child(['wave'])\n"
+        "print(server.start('worker', ['leave'], {'PATH': os.environ['PATH']}).wait(30), flush=True)\n"
+    )
+    done = run(
+        tmp_path,
+        "import os; from trainer.launch import forkserver\n"
+        "print(forkserver.fork_in_child([]), flush=True)\n"
+        "print(forkserver.fork(['wave']).start('caller', [], {'PATH': os.environ['PATH']}).wait(30))\n",
+    )
+    assert [line for line in done.stdout.splitlines() if "{" not in line] == ["None", "7", "0"], done.stderr
+
+
+def test_a_process_with_two_servers_is_the_parent_of_the_children_of_both(tmp_path):
+    done = run(
+        tmp_path,
+        "import os; from concurrent.futures import ThreadPoolExecutor as Pool\n"
+        "from trainer.launch import forkserver\n"
+        "servers = [forkserver.spawn([]) for _ in range(2)]\n"
+        "def status(number):\n"
+        "    return servers[number % 2].start('worker', ['leave'], {'PATH': os.environ['PATH']}).wait(30)\n"
+        "with Pool(4) as pool:\n"
+        "    print({*pool.map(status, range(40))})\n",
+    )
+    assert done.stdout.splitlines()[-1] == "{7}", done.stderr
+
+
 def test_a_forked_worker_runs_its_own_finalizers_and_none_that_it_inherited(tmp_path):
     finalizer = "import weakref\nclass Some: ...\nsome = Some()\nweakref.finalize(some, print, '{}')\n"
     (tmp_path / "inherited.py").write_text(finalizer.format("not again"))

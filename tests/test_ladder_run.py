@@ -8,10 +8,8 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,7 +17,7 @@ from unittest import mock
 import pytest
 from typer.testing import CliRunner
 
-from tests.support import ROOT, start, summarise_run, trainer, wait_until
+from tests.support import start, summarise_run, trainer, wait_until
 from tests.test_ladder_file import ARM, HEAD, SIZES, TARGET_TABLE, write
 from trainer import api, checkpoint, cli, ensemble, provenance
 from trainer import config as configs
@@ -45,7 +43,6 @@ from trainer.ladder.slots import Slots
 from trainer.ladder.speed import Speed
 from trainer.ladder.stats.records import BASELINE, RunResult
 from trainer.ladder.stored import stored
-from trainer.launch import agent
 from trainer.log import events, rundir
 
 RUNGS = "".join(f'[[rungs]]\nname = "{n}"\nwidth = {w}\nn_layers = 1\n' for n, w in (("s", 16), ("m", 24)))
@@ -83,6 +80,12 @@ def reference(home, backend) -> tuple[Ladder, Path, LadderStatus]:
     ladder = plan(home, PLAIN, ARM, name="reference")
     out = home / "ladders" / "reference"
     return ladder, pool_of(out), run.run(ladder, out, backend=backend)
+
+
+def timed(out: Path) -> Path:
+    """The folder of a ladder that a call before has timed: no run is tried first."""
+    speed.save(Speed({1: 1e-9}, {}), out)
+    return out
 
 
 def final_runs(ladder: Ladder, pool: Path) -> list[PlannedRun]:
@@ -144,7 +147,7 @@ def test_results_are_what_the_logs_say(reference):
 
 def test_an_ensemble_is_scored_when_its_members_have_finished_and_its_members_are_runs_like_others(home, backend):
     ladder = plan(home, ONE_RUNG, '[[arms]]\nname = "two"\nensemble = 2\n', name="ensemble")
-    out = home / "ladders" / "ensemble"
+    out = timed(home / "ladders" / "ensemble")
     pool = pool_of(out)
     assert collect.collect_runs(ladder, pool, ladder.runs)[-1].status == "waiting"
     done = run.run(ladder, out, backend=backend)
@@ -173,7 +176,7 @@ def test_an_ensemble_is_scored_when_its_members_have_finished_and_its_members_ar
 @pytest.mark.slow
 def test_a_taught_run_begins_when_its_teachers_have_finished_and_learns_from_their_weights(home, backend):
     ladder = plan(home, ONE_RUNG, '[[arms]]\nname = "taught"\ndistil = 2\n', name="taught")
-    out = home / "ladders" / "taught"
+    out = timed(home / "ladders" / "taught")
     pool = pool_of(out)
     done = run.run(ladder, out, backend=backend)
     assert (done.exit_status, len(done.distinct)) == (EXIT_FINISHED, 3)
@@ -285,7 +288,7 @@ def test_small_rungs_can_be_run_alone_and_the_rest_later(reference, home, backen
     assert isinstance(refused, ConfigError)
     assert "there is no rung 'l'" in str(refused)
     assert not out.exists()
-    part = run.run(ladder, out, up_to="s", backend=backend)
+    part = run.run(ladder, timed(out), up_to="s", backend=backend)
     assert (part.started, part.exit_status) == (3, EXIT_FINISHED)
     assert (run.read_status(ladder, out).count("finished"), run.read_status(ladder, out).count("waiting")) == (3, 3)
     record = preregistration.read(out)
@@ -298,7 +301,7 @@ def test_small_rungs_can_be_run_alone_and_the_rest_later(reference, home, backen
 def test_a_storm_leaves_every_run_with_the_bits_of_the_undisturbed_ladder(reference, home, backend):
     ladder, pool, _ = reference
     storm = plan(home, PLAIN, ARM, STORM, name="storm")
-    out = home / "stormy" / "storm"
+    out = timed(home / "stormy" / "storm")
     done = run.run(storm, out, backend=backend)
     assert done.exit_status == EXIT_FINISHED, done.missing
     assert hashed_results(storm, pool_of(out)) == hashed_results(ladder, pool)
@@ -320,21 +323,20 @@ def test_a_storm_leaves_every_run_with_the_bits_of_the_undisturbed_ladder(refere
     assert "worker_lost" in incidents  # the run's own log says why it was started again
 
 
-@pytest.mark.timeout(300)
 def test_a_ladder_killed_at_random_five_times_gives_the_report_of_one_that_was_not_byte_for_byte(
     reference, home, backend
 ):
-    ladder = plan(home, PLAIN, ARM, '[[rungs]]\nname = "l"\nwidth = 64\nn_layers = 2\n', name="three")
+    ladder = plan(home, PLAIN, ARM, '[[rungs]]\nname = "l"\nwidth = 32\nn_layers = 1\n', name="three")
     whole = home / "ladders" / "three"  # beside the reference ladder, which has two of its rungs
     assert run.run(ladder, whole, backend=backend).started == 3
     assert reported(ladder, whole)["fit"] is not None
-    out, rng = home / "killed" / "three", random.Random(1)
+    out, rng = timed(home / "killed" / "three"), random.Random(1)
     killed = pool_of(out)
     for _ in range(5):
-        before = bytes_of_events(killed)
-        scheduler = start_scheduler(ladder, out)
-        assert wait_until(lambda: bytes_of_events(killed) > before, 30)  # noqa: B023
-        time.sleep(rng.uniform(0, 0.3))
+        # So many events later: by then a few steps are made, a save is half written, or another run has begun.
+        deadly = events_of(killed) + rng.randint(1, 25)
+        scheduler = start(command(ladder.path, out), home / "killed.txt")
+        assert wait_until(lambda: events_of(killed) >= deadly, 30)  # noqa: B023
         scheduler.kill()
         scheduler.wait()
     assert run.read_status(ladder, out).count("finished") < len(ladder.runs)
@@ -367,22 +369,12 @@ def test_the_report_of_a_real_ladder_lies_beside_its_record_and_knows_its_runs(r
     assert not (out / "wandb").exists()  # as its runs are not in W&B either
 
 
-def start_scheduler(ladder: Ladder, out: Path) -> Process:
-    """A scheduler in a process of its own, forked as runs are: a fresh one would import for seconds."""
-    arguments, environment = [str(ladder.path), str(out)], dict(os.environ)
-    if (warm := agent.warm_server()) is not None:
-        scheduler = warm.start("tests.ladder_scheduler", arguments, environment, directory=ROOT)
-        assert scheduler is not None
-        return scheduler
-    return subprocess.Popen([sys.executable, "-m", "tests.ladder_scheduler", *arguments], env=environment, cwd=ROOT)
-
-
 def test_asked_to_stop_it_saves_every_run_leaves_no_process_and_says_how_to_resume(home, backend):
     path = write(home, SLOW, "slow")
-    out, screen = home / "stopped" / "slow", home / "stopped.txt"
+    out, screen = timed(home / "stopped" / "slow"), home / "stopped.txt"
     process = start(command(path, out), screen)
     pool = pool_of(out)
-    assert wait_until(lambda: steps_of(pool) > 20, 60)
+    assert wait_until(lambda: events_of(pool, 'step"') > 20, 60)
     ladder = load.load(path)
     with pytest.raises(RunDirectoryError, match="is in use by another `ladder run`"):
         run.run(ladder, out, backend=backend)
@@ -405,7 +397,7 @@ def test_a_run_that_cannot_start_is_given_up_with_its_reason_and_tried_once_more
             task.stored.config.write_text("this is no TOML")
         return backend(task)
 
-    out = home / "broken" / "broken"
+    out = timed(home / "broken" / "broken")
     done = run.run(ladder, out, backend=breaking)
     assert done.exit_status == EXIT_FAILED
     assert set(done.missing) == {"s A/A seed 0", "m A/A seed 0"}
@@ -425,7 +417,7 @@ def test_a_run_that_dies_again_and_again_without_coming_further_is_given_up(home
         process.kill()
         return process
 
-    done = run.run(plan(home, text, name="deadly"), home / "deadly" / "deadly", backend=deadly)
+    done = run.run(plan(home, text, name="deadly"), timed(home / "deadly" / "deadly"), backend=deadly)
     (why,) = done.missing.values()
     assert why.startswith("It was ended by SIGKILL, 3 times in a row without progress.")
     assert done.started == 3
@@ -434,7 +426,7 @@ def test_a_run_that_dies_again_and_again_without_coming_further_is_given_up(home
 def test_a_sweep_decides_the_rate_of_the_runs_that_follow_and_an_edge_is_reported(home, backend):
     text = PLAIN.replace("[0]", "[0]\naa = false")
     ladder = plan(home, text, "[tuning]\nrates = [0.001, 0.3, 1.0]\nseed = 9\n", name="tuned")
-    out = home / "tuned" / "tuned"
+    out = timed(home / "tuned" / "tuned")
     assert final_runs(ladder, pool_of(out)) == []
     done = run.run(ladder, out, backend=backend)
     assert done.exit_status == EXIT_FINISHED
@@ -456,7 +448,7 @@ def test_runs_of_two_ranks_are_torchrun_s_and_end_with_the_same_bits(reference, 
     small = ONE_RUNG.replace("slots = 2", "slots = 1\nranks = 2\naa = false")
     fault = '[[faults]]\nkind = "sigkill"\nrank = 1\nat_step = 8\n'
     ladder = plan(home, small, fault, name="pairs")
-    out = home / "pairs" / "pairs"
+    out = timed(home / "pairs" / "pairs")
     done = run.run(ladder, out, backend=backend)
     assert done.exit_status == EXIT_FINISHED, done.missing
     (collected,) = collect.collect_runs(ladder, pool_of(out), ladder.runs)
@@ -638,8 +630,7 @@ def test_a_ladder_fills_the_gpus_starts_no_run_that_has_no_room_and_finishes(hom
 
         return mock.Mock(poll=poll)
 
-    out = home / "filled" / "filled"
-    speed.save(Speed({1: 1e-9}, {}), out)
+    out = timed(home / "filled" / "filled")
     done = run.run(ladder, out, backend=start)
     assert done.exit_status == EXIT_FINISHED, done.missing
     assert len(beside) == 6 and max(beside) == 2 and running == []
@@ -850,9 +841,6 @@ def verb(*arguments: str | Path) -> Any:
     return CliRunner().invoke(cli.app, ["ladder", *map(str, arguments)])
 
 
-def bytes_of_events(pool: Path) -> int:
-    return sum(path.stat().st_size for path in pool.glob("*/run/events/*.jsonl"))
-
-
-def steps_of(pool: Path) -> int:
-    return sum(path.read_text().count('"event": "step"') for path in pool.glob("*/run/events/*.jsonl"))
+def events_of(pool: Path, kind: str = "") -> int:
+    """Number of events, or of those of one kind, in the logs of a pool's runs."""
+    return sum(path.read_text().count(f'"event": "{kind}') for path in pool.glob("*/run/events/*.jsonl"))

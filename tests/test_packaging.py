@@ -13,7 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.support import ROOT
+from tests.support import ROOT, in_one_process
 from trainer import torch_versions
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -139,21 +139,18 @@ def test_a_wheel_outside_the_repository_trains_a_built_in_config_and_starts_a_fo
     shipped = {path.relative_to(site / "trainer/configs") for path in (site / "trainer/configs").rglob("*.toml")}
     assert shipped == {path.relative_to(ROOT / "configs") for path in (ROOT / "configs").rglob("*.toml")}
     empty.mkdir()
-    environment = os.environ | {"PYTHONPATH": str(site), "PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-
-    def python(*arguments: str) -> str:
-        command = [sys.executable, *arguments]
-        done = subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
     ours = f"import trainer; assert trainer.__file__.startswith({str(site)!r}); print(trainer.Config().eval.sets)"
-    assert python("-c", ours).strip() == "('val',)"
-    few = ["--set", "budget.steps=2", "--set", "optim.warmup_steps=0"]
-    assert "next  python -m trainer inspect runs/smoke" in python("-m", "trainer", "train", "smoke", *few)
-    python("-m", "trainer", "init", "mine")
-    assert "parameters" in python("-m", "trainer", "train", "mine/train.toml", "--dry-run")
-    assert "built-in one" in python("-c", "from trainer.cli import app; app(['train', '--help'])")
+    few = "--set budget.steps=2 --set optim.warmup_steps=0"
+    sets, trained, made, planned, helped = in_one_process(
+        [
+            f'python -c "{ours}"', f"python -m trainer train smoke {few}", "python -m trainer init mine",
+            "python -m trainer train mine/train.toml --dry-run", "python -m trainer train --help",
+        ],
+        site, empty,
+    ).values()  # fmt: skip
+    assert "\n('val',)\n" in sets
+    assert "next  python -m trainer inspect runs/smoke" in trained
+    assert "train.toml" in made and "parameters" in planned and "built-in one" in helped
 
 
 def test_no_file_used_for_installing_names_a_package_index():
@@ -269,7 +266,11 @@ def test_setup_refuses_an_unfit_python_with_fact_rule_and_remedy(machine: Machin
 
 def test_a_test_that_passed_only_when_run_again_is_named_at_the_end(tmp_path: Path):
     (tmp_path / "scripts").mkdir()
-    stubs = {"scripts/setup": "", "scripts/check": "", ".venv/bin/python": f'exec {sys.executable} "$@"'}
+    stubs = {
+        "scripts/setup": "",
+        "scripts/check": "echo check: all ok",
+        ".venv/bin/python": f'exec {sys.executable} "$@"',
+    }
     for name, does in stubs.items():
         stub = tmp_path / name
         stub.parent.mkdir(parents=True, exist_ok=True)
@@ -283,12 +284,17 @@ def test_a_test_that_passed_only_when_run_again_is_named_at_the_end(tmp_path: Pa
         "def test_shaky():\n    mark = Path('mark')\n    seen = mark.exists()\n    mark.touch()\n    assert seen\n"
     )
     command = ["bash", "scripts/test", "-n", "0"]
-    for status, named in ((0, "test_it.py::test_shaky"), (0, ""), (1, "")):
-        if status:
+    alone = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": "-p xdist"}  # to start fast
+    for number, (status, named) in enumerate(((0, "test_it.py::test_shaky"), (1, ""), (1, ""))):
+        if number == 1:
+            (tmp_path / "scripts/check").write_text("#!/usr/bin/env bash\necho check: failed: types; exit 1\n")
+        if number == 2:
             (tmp_path / "test_it.py").write_text("def test_broken(): assert False\n")
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=tmp_path, env=alone, capture_output=True, text=True, check=False)
         assert done.returncode == status, done.stdout + done.stderr
-        assert done.stdout.partition("passed when run again alone:")[2].strip() == named
+        said, _, checked = done.stdout.partition("check: ")
+        assert said.partition("passed when run again alone:")[2].strip() == named
+        assert checked == ("failed: types\n" if number else "all ok\n"), "the last line"
 
 
 def _closure(roots: list[Requirement], platform: dict[str, str]) -> set[str]:

@@ -46,8 +46,8 @@ def test_every_command_of_the_readme_runs_and_all_worlds_print_one_hash(tmp_path
             ):  # tests/test_forecast.py, tests/test_readiness.py run smaller ones
                 assert (ROOT / arguments[2 if arguments[0] == "forecast" else 3]).is_file()
                 continue
-            if words[0] == "python":
-                trainer(*arguments)
+            if words[0] == "python":  # to train is to go on from a run above
+                trainer(*arguments, *([*SHORTER, *settings(budget__steps=6)] if arguments[0] == "train" else []))
                 continue
             config = Path(arguments[1])
             run = Path(arguments[arguments.index("--run") + 1]) if "--run" in arguments else tmp_path / config.stem

@@ -1,7 +1,6 @@
 """The rendezvous store as a process of its own: served, refused, and outlived by the agents that meet there."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ENVIRONMENT, ROOT, SMOKE, SMOKE_SHA256, summarise_run, wait_until, worker_environment
+from tests.support import ROOT, SMOKE, SMOKE_SHA256, start, summarise_run, wait_until, worker_environment
 from trainer.errors import EXIT_FINISHED, EXIT_PREEMPTED, UsageError
 from trainer.launch import rendezvous
 from trainer.launch.cluster import Cluster
@@ -99,10 +98,12 @@ def test_a_port_that_another_process_has_is_refused():
         rendezvous.serve(f"127.0.0.1:{taken.getsockname()[1]}")
 
 
-def test_the_store_is_served_until_a_signal_asks_to_leave():
-    command = [sys.executable, "-m", "trainer", "rendezvous", "--listen", "127.0.0.1:0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | ENVIRONMENT) as served:
-        assert served.stdout is not None
-        assert served.stdout.readline().endswith(" listens\n")
-        served.terminate()
+def test_the_store_is_served_until_a_signal_asks_to_leave(tmp_path):
+    said = tmp_path / "said.txt"
+    served = start([sys.executable, "-m", "trainer", "rendezvous", "--listen", "127.0.0.1:0"], said)
+    try:
+        assert wait_until(lambda: said.exists() and said.read_text().endswith(" listens\n"), 20)
+        served.send_signal(signal.SIGTERM)
         assert served.wait(20) == EXIT_FINISHED
+    finally:
+        served.kill()

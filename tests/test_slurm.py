@@ -18,7 +18,7 @@ from tests import slurm_cluster
 from tests.slurm_cluster import SlurmCluster
 from tests.support import ROOT, SMOKE, SMOKE_SHA256, summarise_run, worker_environment
 from tests.test_ladder_file import ARM
-from tests.test_ladder_run import ONE_RUNG, hashed_results, plan, reported
+from tests.test_ladder_run import ONE_RUNG, hashed_results, plan, reported, timed
 from trainer import cli
 from trainer import config as configs
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USAGE, ConfigError, UsageError
@@ -515,7 +515,7 @@ def test_a_ladder_of_jobs_whose_process_was_killed_gives_the_results_of_a_local_
     for name, value in worker_environment().items():
         monkeypatch.setenv(name, value)
     ladder = plan(home, ONE_RUNG, ARM, name="jobs")
-    here, there = home / "here" / "ladder", home / "there" / "ladder"
+    here, there = timed(home / "here" / "ladder"), home / "there" / "ladder"
     ladder_run.run(ladder, here, backend=Local())
     jobs = SlurmJobs(slurm.Request("10:00", 60, python=sys.executable))
 

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -40,7 +39,7 @@ def test_a_glob_reads_jsonl_parquet_and_text_in_order_of_their_names(tmp_path, s
 def test_a_null_is_an_empty_document_in_every_format(tmp_path, settings, monkeypatch):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": null}\n{"text": ""}\n')
     write_parquet(tmp_path / "b.parquet", text=["b", None, ""])
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: [{"text": "c"}, {"text": None}, {"text": ""}])
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: [{"text": "c"}, {"text": None}, {"text": ""}])
     hub = Data(source="hub:owner/name", revision=COMMIT)
     for data, text in ((settings(tmp_path / "a.jsonl"), "a"), (settings(tmp_path / "b.parquet"), "b"), (hub, "c")):
         tally = Tally()
@@ -236,7 +235,7 @@ def test_a_file_may_have_any_name(tmp_path, settings, name):
 
 
 def test_local_files_need_no_hub_cache(tmp_path, settings, monkeypatch):
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_args, **_options: pytest.fail("the hub's library was used"))
+    monkeypatch.setattr("datasets.load_dataset", lambda *_args, **_options: pytest.fail("the hub's library was used"))
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "b.jsonl").write_text('{"text": "b"}')
     write_parquet(tmp_path / "c.parquet", text=["c"])
@@ -260,13 +259,13 @@ def test_a_directory_is_refused_with_the_glob_to_write(tmp_path, settings):
 def test_a_hub_dataset_is_read_at_its_commit_and_without_remote_code(tmp_path, monkeypatch, streaming):
     path = write_parquet(tmp_path / "a.parquet", text=["one", "two"], n=[1, 2])
     calls: list[dict[str, Any]] = []
-    real = datasets.load_dataset
+    from datasets import load_dataset as real  # seconds, which only this worker of the tests pays
 
     def local(path_: str, **options: Any) -> Any:
         calls.append({"path": path_, **options})
         return real("parquet", data_files=[str(path)], split="train", streaming=options["streaming"])
 
-    monkeypatch.setattr(datasets, "load_dataset", local)
+    monkeypatch.setattr("datasets.load_dataset", local)
     data = Data(source="hub:owner/name", revision=COMMIT, subset="en", hub_split="part", streaming=streaming)
     assert read(data) == ["one", "two"]
     assert calls == [{"path": "owner/name", "name": "en", "revision": COMMIT, "split": "part", "streaming": streaming}]
@@ -276,8 +275,9 @@ def test_a_hub_dataset_that_is_a_script_is_refused(tmp_path, monkeypatch):
     folder = tmp_path / "scripted"
     folder.mkdir()
     (folder / "scripted.py").write_text("raise SystemExit('remote code ran')\n")
-    real = datasets.load_dataset
-    monkeypatch.setattr(datasets, "load_dataset", lambda _name, **_options: real(str(folder), split="train"))
+    from datasets import load_dataset as real  # seconds, which only this worker of the tests pays
+
+    monkeypatch.setattr("datasets.load_dataset", lambda _name, **_options: real(str(folder), split="train"))
     with pytest.raises(CorpusError, match=r"owner/name is a loading script(.|\n)*never run"):
         read(Data(source="hub:owner/name", revision=COMMIT))
 
@@ -293,7 +293,7 @@ def test_a_hub_dataset_that_cannot_be_reached_is_an_error_that_names_it(monkeypa
     def fail(_name: str, **_options: Any) -> NoReturn:
         raise ConnectionError("no route to host")
 
-    monkeypatch.setattr(datasets, "load_dataset", fail)
+    monkeypatch.setattr("datasets.load_dataset", fail)
     with pytest.raises(CorpusError, match=f"owner/name .commit {COMMIT}(.|\n)*no route to host"):
         read(Data(source="hub:owner/name", revision=COMMIT))
 

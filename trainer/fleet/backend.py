@@ -55,7 +55,7 @@ class Local:
     """
 
     def __init__(self, server: forkserver.ForkServer | None = None) -> None:
-        self._server = server or agent.warm_server()
+        self._server = server or forkserver.fork_in_child(agent.WARM) or agent.warm_server()
 
     def __call__(self, task: Task) -> Process:
         arguments = [str(task.stored.directory), task.name, str(task.ranks), str(os.getpid())]

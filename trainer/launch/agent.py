@@ -20,6 +20,8 @@ from trainer.parallel.elastic import JOB_MARK
 
 LAUNCH = (sys.executable, "-m", "trainer.launch.torchrun")
 TRAINER = (sys.executable, "-m", "trainer")
+WARM = (*forkserver.PRELOADED, *forkserver.LATER, "torch.distributed.run")
+"""What agents and their workers import."""
 
 
 class Agent:
@@ -152,7 +154,7 @@ class Agent:
 @functools.cache
 def warm_server() -> forkserver.ForkServer | None:
     """This process's own fork server, which has imported what agents and their workers need. None without Linux."""
-    server = forkserver.spawn([*forkserver.PRELOADED, *forkserver.LATER, "torch.distributed.run"])
+    server = forkserver.spawn(WARM)
     if server is not None:
         atexit.register(server.close)
     return server

@@ -47,6 +47,8 @@ PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h: this process adopts descendants wh
 CLONE_NEWNET = 0x40000000  # linux/sched.h
 POLL_SECONDS = 0.01
 UNMARKED = "0" * elastic.MARK_LENGTH
+_is_child = False
+"""True in a child of a server."""
 _mark_address = 0
 """In a server that `spawn` has started, and in its children: where the mark stands that /proc/PID/environ shows."""
 
@@ -102,10 +104,11 @@ class Child:
 class ForkServer:
     """The caller's end of the server."""
 
+    _asking = threading.Lock()  # one for all servers: while one has a child adopted, none may end the adoption
+
     def __init__(self, requests: "Connection[Any, Any]", spawned: "subprocess.Popen[bytes] | None" = None) -> None:
         self._requests = requests
         self._spawned = spawned
-        self._asking = threading.Lock()
 
     def start(
         self, module: str, arguments: Sequence[str], environment: Mapping[str, str], *, directory: Path | None = None,
@@ -153,6 +156,14 @@ def fork(modules: Sequence[str]) -> ForkServer | None:
     # Ctrl-C reaches this process too, and Slurm sends its notice to all processes of a job. The caller heeds them.
     before = {number: signal.signal(number, signal.SIG_IGN) for number in signals.ASKING}
     _run(_serve(server_end, caller, modules, before))
+
+
+def fork_in_child(modules: Sequence[str]) -> ForkServer | None:
+    """In a child of a server, fork a server of its own: it has the imports already. Returns None elsewhere.
+
+    For the beginning of a child: the server, and so its children, keep the files and locks that this process has open.
+    """
+    return fork(modules) if _is_child else None
 
 
 def spawn(modules: Sequence[str]) -> ForkServer | None:
@@ -244,6 +255,8 @@ def _load(modules: Sequence[str]) -> None:
 
 def _run(request: Request) -> NoReturn:
     """Do what `python -u -m module arguments` does in the environment of the request."""
+    global _is_child  # noqa: PLW0603 - a fact about the process
+    _is_child = True
     os.environ.clear()
     os.environ.update(request.environment)
     if _mark_address:
