@@ -254,11 +254,13 @@ def prepare_data(config: Config, claim: Claim) -> tuple[Prepared, dict[str, Any]
     """Make tokens and tokenizer where the cache has none, and write config.json, which makes the directory a run's.
 
     Returns the data and the contents of config.json. Rank 0 builds and checks the data, because it can show progress;
-    then every rank opens them.
+    then the other ranks open them.
     """
     ranks = claim.ranks
     prepared_data = functools.partial(prepare, config.data, config.eval, config.model.context)
     heartbeat = functools.partial(claim.watchdog.heartbeat, Phase.STARTUP, 0)
+
+    opened: list[Prepared] = []
 
     def build_on_main() -> None:
         reported = time.monotonic()
@@ -272,11 +274,11 @@ def prepare_data(config: Config, claim: Claim) -> tuple[Prepared, dict[str, Any]
                 ranks.report_progress()
                 reported = time.monotonic()
 
-        prepared_data(progress=progress, verify=True)
+        opened.append(prepared_data(progress=progress, verify=True))
 
     with console.preparation(enabled=ranks.is_main and elastic.expected_rank() == 0) as show_progress:
         ranks.from_main(build_on_main, waiting=heartbeat)
-        prepared = prepared_data(progress=lambda *amount: heartbeat())
+        prepared = opened[0] if opened else prepared_data(progress=lambda *amount: heartbeat())
     read = ranks.agree(lambda: prepared.sha256)
     if other := [rank for rank, sha256 in enumerate(read) if sha256 != read[0]]:
         raise errors.CorpusError(

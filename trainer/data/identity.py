@@ -6,10 +6,11 @@ A remembered digest counts only if device, inode, size, time of modification and
 and archives can set a file's time of modification; nothing but a change of the file sets its time of change.
 """
 
+import functools
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def digests(root: Path, paths: Iterable[Path], progress: ProgressCallback = no_p
         found.append(digest)
     if new:
         # Of two processes that write at once one may lose its entries, and reads again later.
-        entries = dict(list((_remembered(memory) | new).items())[-_REMEMBERED:])
+        entries = dict(list({**_remembered(memory), **new}.items())[-_REMEMBERED:])
         with suppress(OSError):  # a read-only cache that holds the store is good enough
             root.mkdir(parents=True, exist_ok=True)
             files.write(memory, json.dumps({"sha256": files.json_sha256(entries), "files": entries}))
@@ -75,10 +76,17 @@ def _state(status: os.stat_result) -> str:
     )
 
 
-def _remembered(memory: Path) -> dict[str, str]:
-    """Read the remembered digests. Whatever is wrong with them, the price is reading the sources once more."""
+def _remembered(memory: Path) -> Mapping[str, str]:
+    """Return the remembered digests. Whatever is wrong with them, the price is reading the sources once more."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        content = files.read_object(memory)
-        if content["sha256"] == files.json_sha256(content["files"]):
-            return dict(content["files"])
+        return _read(memory, _state(memory.stat()))
     return {}
+
+
+@functools.lru_cache(maxsize=1)
+def _read(memory: Path, _state: str) -> dict[str, str]:
+    """Read them; once while the file is the same, as a start asks for them several times."""
+    content = files.read_object(memory)
+    if content["sha256"] != files.json_sha256(content["files"]):
+        raise ValueError(f"{memory} is damaged")
+    return dict(content["files"])

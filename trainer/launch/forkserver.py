@@ -31,12 +31,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from trainer import provenance, signals
+from trainer.log import rundir
 from trainer.parallel import elastic
 from trainer.show import terminal
 
 PRELOADED = (
-    "multiprocessing.synchronize", "random", "numpy.random", "rich.console", "torch.distributed.checkpoint",
-    "torch.profiler", "trainer.checkpoint.loading", "trainer.checkpoint.saving", "trainer.cli", "trainer.member",
+    "multiprocessing.synchronize", "random", "numpy.ma", "numpy.random", "pydantic.type_adapter", "rich.console",
+    "torch.distributed.checkpoint", "torch.profiler", "torch.utils.serialization", "trainer.checkpoint.loading",
+    "trainer.checkpoint.saving", "trainer.cli", "trainer.member",
 )  # fmt: skip
 """All that a run imports on its way; a fork server loads it, so that each fork has it."""
 LATER = ("torch._dynamo",)
@@ -210,7 +212,9 @@ def _serve(
     A child gets these signal handlers before its caller knows its pid, and so before any signal for it.
     """
     _load(modules)
-    provenance.code()  # each fork remembers it: it is the code that they run, whatever the files hold by then
+    # Each fork remembers them: they are the code and the libraries that it runs, whatever the files hold by then.
+    provenance.code()
+    rundir.versions()
     later: list[str] = []
     while True:
         try:

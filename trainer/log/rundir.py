@@ -6,6 +6,7 @@ RUN/lock              held by rank 0 of the job that is training
 """
 
 import contextlib
+import functools
 import importlib.metadata
 import json
 import os
@@ -128,6 +129,12 @@ def check_shared(run: Path, owner: str) -> None:
         time.sleep(0.1)
 
 
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of libraries."""
+    return {"python": platform.python_version()} | {library: _version(library) for library in LIBRARIES}
+
+
+@functools.cache
 def _version(library: str) -> str | None:
     """Version of a library; None where it is not installed, since some runs do without."""
     try:
@@ -167,7 +174,7 @@ def record(run: Path, config: Config, facts: dict[str, Any]) -> dict[str, Any]:
         **facts,
         "mathematics": identity["mathematics"],
         "config": config.model_dump(mode="json"),
-        "versions": {"python": platform.python_version()} | {n: _version(n) for n in LIBRARIES},
+        "versions": versions(),
         "git_commit": git_commit(Path(__file__).resolve().parents[2]),
     }
     # Replaced as a whole: a run without a readable config.json could not be resumed.
