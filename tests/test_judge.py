@@ -161,6 +161,26 @@ def test_one_arm_is_predicted_and_a_form_that_does_not_fit_is_warned_of(tmp_path
     assert len([notice for notice in tree["notices"] if "do not trust its target" in notice]) == 2
 
 
+def test_arms_whose_best_sizes_differ_from_the_baselines_are_compared_by_compute(tmp_path):
+    # Each arm has the best size of each budget, found on a coarse grid: no size is common, and N and D wander.
+    table = []
+    for budget in np.geomspace(1e16, 1e19, 7):
+        for arm, gain in (("baseline", 1.0), ("better", 1.3)):
+            wander = {"baseline": (0.6, 1.5), "better": (0.8, 1.2)}[arm][len(table) // 2 % 2]
+            params = wander * math.sqrt(budget / 120)
+            noise = 0.0005 * (-1) ** (len(table) % 3)
+            loss = ladders.power_law()(budget * gain / 1e4) + noise
+            table.append({"arm": arm, "params": params, "tokens": budget / 6 / params, "flops": budget, "loss": loss})
+    tree = judge(str(write(tmp_path / "best.csv", table)), target_flops=1e20)
+    assert "runs are compared by their compute alone" in " ".join(tree["notices"])
+    (verdict,) = tree["verdicts"]
+    assert [rung["pairs"] for rung in verdict["rungs"]] == [1] * 7
+    assert verdict["decision"] == "promote" and verdict["multiplier"]["value"] == pytest.approx(1.3, rel=0.05)
+    # One size of the arm that is the baseline's too, and sizes are what is compared.
+    table[1] |= {"params": table[0]["params"], "tokens": table[0]["tokens"]}
+    assert "surface" in judge(str(write(tmp_path / "one.csv", table)), target_flops=1e20)
+
+
 def test_runs_on_no_one_line_of_compute_are_fitted_by_surfaces_that_are_tested_on_the_largest_run(tmp_path):
     def loss(n: float, d: float) -> float:
         return 1.8 + 400 / n**0.34 + 1100 / d**0.37

@@ -7,6 +7,7 @@ on no one line of compute. What was guessed, derived or left out is said in the 
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,12 @@ def judge(
     runs = meaning.in_nats(runs, metric, more, notices)
     base = [run for run in runs if run.arm == BASELINE and run.params and run.tokens and math.isfinite(run.loss)]
     apart = planes.is_surface(*(np.array([getattr(run, name) for run in base]) for name in ("params", "tokens")))
+    if apart and meaning.one_for_each_compute(runs):
+        apart, runs = False, [replace(run, params=None, tokens=None) for run in runs]
+        notices.append(
+            "Parameters and tokens vary apart, and no arm has a size of the baseline's: "
+            "runs are compared by their compute alone."
+        )
     runs = meaning.with_seeds(meaning.with_rungs(runs, apart), notices)
     if crowded := meaning.crowded(found, runs):
         raise ConfigError(crowded)

@@ -1,5 +1,6 @@
 """The meaning of a table's columns: which is the loss, which the compute, and what is wrong with their values."""
 
+import itertools
 import math
 import re
 import statistics
@@ -331,6 +332,18 @@ def _mixed_losses(found: Table, runs: Sequence[TableRun]) -> list[str]:
         f"{found.source}, {_places(odd)}: the loss is {1 / NATS_PER_BIT:.2f} times that of other runs of its size, or "
         "they are of it, as bits are of nats.\n  Write all losses in one unit."
     ]
+
+
+def one_for_each_compute(runs: Sequence[TableRun]) -> bool:
+    """True if no arm has one of the baseline's sizes, and the baseline has one size for each amount of compute.
+
+    So are tables of the best size of each budget: every arm has its own, and only their compute compares.
+    """
+    sizes = {(run.params, run.tokens): run.flops for run in runs if run.arm == BASELINE}
+    others = {(run.params, run.tokens) for run in runs if run.arm != BASELINE}
+    amounts = sorted(sizes.values())
+    steps = [math.log(more / less) for less, more in itertools.pairwise(amounts)]
+    return bool(others) and others.isdisjoint(sizes) and all(step > math.log(SAME_COMPUTE) for step in steps)
 
 
 def with_rungs(runs: Sequence[TableRun], apart: bool) -> list[TableRun]:
