@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # Before anything imports torch, and for the worker processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each of them would compile the package, for itself alone
+sys.dont_write_bytecode = False
 os.environ["HF_HUB_OFFLINE"] = "1"
 for name in [name for name in os.environ if name.startswith("WANDB_")]:
     del os.environ[name]  # a developer's WANDB_MODE=online would overrule the configs under test
