@@ -1,18 +1,21 @@
 """Islands over a slow link, and islands that die, beside synchronous training: bytes, time, goodput.
 
-    python -m scripts.bench_islands [ROW …] [--minutes 15] [--trial DIR]
+    python -m scripts.bench_islands [ROW …] [--minutes 15] [--trial DIR] | --list
 
 measures the rows that runs/bench-islands/COMMIT/ does not have yet (the last commit of the package), saves each as soon
 as it is measured, and writes BENCHMARKS.md. It begins no row when the minutes are over: the same command goes on. Let
 nothing else run meanwhile.
 
-`link-…` (about six minutes for all): two hosts (network namespaces), a rank on each, one link between them of 10 or 100
+`--list` names the rows, how long each takes, and which are measured; none takes three minutes.
+
+`link-…`: two hosts (network namespaces), a rank on each, one link between them of 10 or 100
 Mbit/s with 50 ms of delay: by netem where the kernel has it, else a queue that delays by up to so much. Needs root, or
-a system that lets users make namespaces. `goodput-…` (about five and a half minutes each): two clusters of islands,
-two workers in quorum mode, and two under torchrun, of which one is killed every minute.
+a system that lets users make namespaces. `goodput-…`: two clusters of islands, two workers in quorum mode, and two
+under torchrun, of which one is killed in the middle of every minute.
 """
 
 import argparse
+import json
 import sys
 import tempfile
 import time
@@ -48,7 +51,9 @@ NAMES = dict(zip(ARMS, ("synchronous", "islands", "int4", "streamed"), strict=Tr
 SYNCHRONOUS_STEPS = 2, 7
 """First and last step between which it is measured: each takes seconds on the slower link."""
 PATIENCE_SECONDS = 300.0
-CLUSTERS, KILL_EVERY_SECONDS, GOODPUT_SECONDS = 2, 60.0, 300.0
+CLUSTERS, KILL_EVERY_SECONDS, GOODPUT_SECONDS = 2, 60.0, 120.0
+START_SECONDS, LINK_SECONDS = 20.0, {"10mbit": 70.0, "100mbit": 40.0}
+"""Of a job's start, and of its steps over a link, at most, on a quiet machine: for `--list`."""
 
 
 # Slow links.
@@ -139,7 +144,8 @@ SYSTEMS: dict[str, tuple[str, Callable[[Path], bench_quorum.Job]]] = {
 
 def rows(seconds: float = GOODPUT_SECONDS) -> list[Row]:
     def harassed(make: Callable[[Path], bench_quorum.Job]) -> Callable[[], dict[str, Any]]:
-        return lambda: bench_quorum.goodput(make, KILL_EVERY_SECONDS, seconds, workers=CLUSTERS)
+        half = KILL_EVERY_SECONDS / 2  # each minute of the time then has a whole death in it
+        return lambda: bench_quorum.goodput(make, KILL_EVERY_SECONDS, seconds, workers=CLUSTERS, first=half)
 
     links = [
         Row(f"link-{rate}-{NAMES[arm]}", lambda overrides=overrides, rate=rate: over_link(overrides, rate))
@@ -147,6 +153,22 @@ def rows(seconds: float = GOODPUT_SECONDS) -> list[Row]:
         for arm, overrides in ARMS.items()
     ]
     return [*links, *(Row(f"goodput-{name}", harassed(make)) for name, (_, make) in SYSTEMS.items())]
+
+
+def about_seconds(name: str, seconds: float = GOODPUT_SECONDS) -> float:
+    """How long a row takes."""
+    over = next((LINK_SECONDS[rate] for rate in RATES if name.startswith(f"link-{rate}-")), None)
+    return START_SECONDS + (2 * bench_quorum.CALM_SECONDS + seconds if over is None else over)
+
+
+def listed(out: Path) -> list[str]:
+    """All rows: name, about how long each takes, and what it gave, if it is in `out`."""
+    lines = []
+    for row in rows():
+        path = out / f"{row.name}.json"
+        found = summary(row.name, json.loads(path.read_text())) if path.exists() else "not measured"
+        lines.append(f"{row.name:24} about {about_seconds(row.name):3.0f} s   {found}")
+    return lines
 
 
 def summary(name: str, row: dict[str, Any]) -> str:
@@ -206,9 +228,13 @@ def main() -> None:
     parser.add_argument("rows", nargs="*", help="measure these rows, though they were measured before")
     parser.add_argument("--minutes", type=float, default=15.0, help="begin no further row after so long")
     parser.add_argument("--seconds", type=float, default=GOODPUT_SECONDS, help="length of a goodput run")
+    parser.add_argument("--list", action="store_true", help="name the rows and leave")
     parser.add_argument("--trial", type=Path, help="rows go to this folder, and nothing is recorded")
     given = parser.parse_args()
     out = given.trial or bench_quorum.place("bench-islands")
+    if given.list:
+        print("\n".join(listed(out)))
+        return
     found = bench_quorum.measure_rows(rows(given.seconds), given.rows, given.minutes, out, summary)
     if given.trial is not None:
         print("\n".join(table({"rows": found})))

@@ -415,16 +415,21 @@ def _usual(commits: list[Commit]) -> float:
 
 
 def goodput(
-    make: Callable[[Path], Job], period: float, seconds: float, seed: int = 0, workers: int = 3
-) -> dict[str, Any]:
-    """Useful micro-batches a second of a time with a kill every so often, against those of calm times around it."""
+    make: Callable[[Path], Job], period: float, seconds: float, seed: int = 0, workers: int = 3,
+    first: float | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Useful micro-batches a second of a time with a kill every so often, against those of calm times around it.
+
+    The first kill comes after `first` seconds, by default after `period`.
+    """
     chance = random.Random(seed)
     with tempfile.TemporaryDirectory() as directory, make(Path(directory)) as job:
         wait_until(lambda: len(job.members()) == workers and len(job.read()) > 5, PATIENCE_SECONDS)
         calm_from = time.time()
         time.sleep(CALM_SECONDS)
         started, done, skipped = time.time(), 0, 0
-        while (due := started + (done + skipped + 1) * period) < started + seconds:
+        kills_from = started + (period if first is None else first)
+        while (due := kills_from + (done + skipped) * period) < started + seconds:
             time.sleep(max(0.0, due - time.time()))
             members = job.members()
             # The last one is left alive: torchft would begin from nothing.

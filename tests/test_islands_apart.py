@@ -18,15 +18,15 @@ import torch
 from filelock import FileLock
 
 import trainer
-from scripts import islands_picture
+from scripts import bench_islands, islands_picture
 from tests.support import SMOKE, outcome, settings, summarise_run, wait_until, with_faults, write_corpus
 from tests.support import trainer as command
 from trainer import checkpoint, signals
 from trainer import config as configs
 from trainer.checkpoint import memory
-from trainer.errors import EXIT_FINISHED, EXIT_PREEMPTED, ConfigError, CorruptionError
+from trainer.errors import EXIT_FINISHED, EXIT_PREEMPTED, ConfigError, CorruptionError, RunDirectoryError
 from trainer.islands import apart
-from trainer.islands.post import Apart, Post
+from trainer.islands.post import Apart, Post, Together
 from trainer.islands.state import check_alike
 from trainer.launch import islands
 from trainer.log import events
@@ -74,6 +74,38 @@ def worlds(place: Path, count: int = 2) -> list[Apart]:
     return [Apart(post.cluster, count, torch.device("cpu"), post=post) for post in posts(place, count)]
 
 
+@dataclasses.dataclass(frozen=True)
+class Pair(World):
+    """One of two ranks in threads of one process."""
+
+    gate: Any = None
+    said: Any = None
+
+    @classmethod
+    def both(cls) -> "list[Pair]":
+        gate, said = threading.Barrier(2, timeout=20), [None, None]
+        return [cls(rank, 2, torch.device("cpu"), gate=gate, said=said) for rank in range(2)]
+
+    def _exchange(self, mine: Any) -> list[Any]:
+        self.said[self.rank] = mine
+        self.gate.wait()
+        found = list(self.said)
+        self.gate.wait()
+        return found
+
+    def _combined(self, tensor: torch.Tensor, combine: Any) -> None:
+        tensor.copy_(combine(*self._exchange(tensor.clone())))
+
+    def max(self, tensor: torch.Tensor) -> None:
+        self._combined(tensor, torch.maximum)
+
+    def sum(self, tensor: torch.Tensor) -> None:
+        self._combined(tensor, torch.add)
+
+    def broadcast(self, tensor: torch.Tensor, source: int) -> None:
+        self._combined(tensor, lambda *both: both[source])
+
+
 def at(world: Apart, step: int) -> Apart:
     assert world.post is not None
     world.post.at(step)
@@ -104,6 +136,30 @@ def test_what_clusters_say_to_each_other_is_what_ranks_would_and_one_that_comes_
     expected = [[3.0, 0.0, 3.0], [6.0, -3.0, 9.0], [2.0, -1.0, 3.0], [6.0, -3.0, 9.0]], [0, 10, 20]
     assert heard == dict.fromkeys(range(3), expected)
     assert speak(worlds(tmp_path, 3)[1]) == expected, "alone, long after"
+
+
+def test_ranks_of_clusters_that_live_apart_hear_through_the_first_one_of_their_cluster_what_all_ranks_say(tmp_path):
+    """Three clusters of two ranks, each a thread; within a cluster they hand each other what they have."""
+    heard: dict[int, Any] = {}
+
+    def speak(world: Together) -> Any:
+        own = torch.tensor([1.0 + world.rank, -world.rank])
+        most, total, fourth = (own.clone() for _ in range(3))
+        world.max(most)
+        world.sum(total)
+        world.broadcast(fourth, 3)
+        return [part.tolist() for part in (most, total, fourth)], world.agree(lambda: world.rank * 10)
+
+    def start(world: Together) -> threading.Thread:
+        thread = threading.Thread(target=lambda: heard.update({world.rank: speak(world)}))
+        thread.start()
+        return thread
+
+    pairs = [(between, Pair.both()) for between in worlds(tmp_path, 3)]
+    for thread in [start(Together.of(rank, at(between, 1))) for between, pair in pairs for rank in pair]:
+        thread.join(timeout=20)
+    expected = [[6.0, 0.0], [21.0, -15.0], [4.0, -3.0]], [0, 10, 20, 30, 40, 50]
+    assert heard == dict.fromkeys(range(6), expected)
 
 
 def test_a_message_that_is_computed_again_must_have_the_same_bits(tmp_path):
@@ -140,6 +196,14 @@ def test_a_cluster_that_is_begun_again_with_another_config_is_refused(tmp_path):
     with pytest.raises(ConfigError) as refused:
         check_alike(config("checkpoint.every_steps=7"), worlds(tmp_path, 1)[0])
     assert "rank 0 was started with another config than before: checkpoint.every_steps" in refused.value.problems[0]
+
+
+def test_a_cluster_that_computes_with_another_torch_than_the_first_one_is_refused_unless_that_is_accepted(tmp_path):
+    alone, (first, other, again) = World(0, 1, torch.device("cpu")), posts(tmp_path, 3)
+    apart.check_machines(first, alone, {"torch": "2.13"}, accepts=False)
+    with pytest.raises(RunDirectoryError, match=r'cluster 1 was not started.*\n    torch: "2.13" → "2.14"\n'):
+        apart.check_machines(other, alone, {"torch": "2.14"}, accepts=False)
+    apart.check_machines(again, alone, {"torch": "2.14"}, accepts=True)
 
 
 def test_a_stop_that_was_not_asked_for_the_first_time_is_not_heard_when_the_step_is_repeated(tmp_path):
@@ -277,7 +341,7 @@ def test_a_spare_leaves_when_the_job_is_over_also_if_that_is_a_stop(tmp_path, ke
     with contextlib.ExitStack() as stack:
         post = islands._enter(plan, stack)
         first, spare = (islands.Job(plan, post, None) for _ in range(2))
-        process = SimpleNamespace(pid=0, send_signal=lambda number: None)
+        process: Any = SimpleNamespace(pids=[0], failed=0, send_signal=lambda number: None)
         first._clusters = [cluster_of(plan, number, process) for number in range(2)]
 
         def leave() -> None:
@@ -293,15 +357,15 @@ def test_a_spare_leaves_when_the_job_is_over_also_if_that_is_a_stop(tmp_path, ke
 
 
 @pytest.mark.parametrize(
-    ("is_cpu_only", "kept_before", "taken_over"),
-    [(True, [0], [1, 2]), (False, [0], []), (False, [], [0])],
-    ids=["CPUs", "its GPU is taken", "one GPU for three free clusters"],
+    ("is_cpu_only", "seconds", "kept_before", "taken_over"),
+    [(True, 0, [0], [1, 2]), (True, 1e9, [0], []), (False, 0, [0], []), (False, 0, [], [0])],
+    ids=["CPUs", "too early", "its GPU is taken", "one GPU for three free clusters"],
 )
-def test_a_cluster_is_taken_over_only_where_a_gpu_is_left_for_it(
-    tmp_path, kept, monkeypatch, is_cpu_only, kept_before, taken_over
+def test_a_cluster_is_taken_over_only_after_its_time_and_where_a_gpu_is_left_for_it(
+    tmp_path, kept, monkeypatch, is_cpu_only, seconds, kept_before, taken_over
 ):
     monkeypatch.setattr(islands, "is_cpu_only", lambda config: is_cpu_only)
-    config = configs.load(SMOKE, ["islands.count=4"])
+    config = configs.load(SMOKE, ["islands.count=4", f"elastic.takeover_seconds={seconds}"])
     plan = islands.Plan(config, [], tmp_path / "run", 3, 1)
     with contextlib.ExitStack() as stack:
         job = islands.Job(plan, islands._enter(plan, stack), None)
@@ -349,6 +413,28 @@ def test_clusters_that_die_cost_the_others_no_attempt_and_end_with_the_bits_of_o
     assert not list((run / "islands").glob("post-*")), "nobody is left who might need a message"
     other = summarise_run(islands.run_of(run, 1))
     assert (other["status"], other["state_sha256"]) == ("finished", calm["state_sha256"])
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_takes_its_own_cluster_with_it_and_costs_the_other_cluster_no_attempt(corpus, tmp_path):
+    """Two clusters of two ranks: of the first one dies its second rank, of the other one its first, at an exchange."""
+    of_two = settings(islands__count=2, parallel__island_ranks=2)
+    kills = [
+        {"kind": "sigkill", "rank": rank, "at_step": step, "phase": phase}
+        for rank, step, phase in [(1, 5, "in_update"), (2, 8, "in_receive")]
+    ]
+    command("train", SMOKE, "--run", tmp_path / "calm", *arguments(corpus), *settings(islands__count=2))
+    run = tmp_path / "run"
+    ended = command(*launch(run, corpus, *of_two, *with_faults(kills)))
+    assert outcome(run) == outcome(tmp_path / "calm")
+    assert [[one.world_size for one in attempts(run, cluster)] for cluster in (0, 1)] == [[2] * 4] * 2, "twice"
+    lost = [
+        event.reason
+        for cluster in (0, 1)
+        for _, event in events.select(events.read(islands.run_of(run, cluster)), events.WorkersLost)
+    ]
+    assert lost == ["rank 1 was ended by SIGKILL", "rank 2 was ended by SIGKILL"]
+    assert "cluster 1 was ended by SIGKILL. It is started again; the others go on." in ended.stderr
 
 
 def test_a_stop_is_heeded_by_all_clusters_after_one_step_and_any_number_of_them_goes_on(corpus, calm, tmp_path):
@@ -400,6 +486,15 @@ def fired(run: Path) -> bool:
 # What is shown of it.
 
 
+def test_no_row_of_the_benchmark_takes_three_minutes_and_the_list_says_which_are_measured(tmp_path):
+    (tmp_path / "link-10mbit-int4.json").write_text(json.dumps({"bytes": 1500.0, "seconds": 0.25}))
+    lines = {line.split()[0]: line for line in bench_islands.listed(tmp_path)}
+    assert len(lines) == 8 + 3
+    assert all(bench_islands.about_seconds(name) < 180 for name in lines)
+    assert lines.pop("link-10mbit-int4").endswith("s   1.5 kB and 0.250 s per 1,000 tokens")
+    assert all(line.endswith("not measured") for line in lines.values())
+
+
 def test_the_picture_compares_the_bytes_of_the_same_time():
     """A synchronous run of a megabyte each second, and islands of ten kilobytes every second second."""
     sent = {
@@ -416,7 +511,7 @@ def test_the_picture_compares_the_bytes_of_the_same_time():
     ("changes", "clusters", "here", "said"),
     [
         ({"islands.count": 0}, 2, 2, "--islands starts clusters that compute islands, and islands.count = 0"),
-        ({"parallel.island_ranks": 2}, 1, 1, "parallel.island_ranks = 2: a cluster that lives apart has one rank"),
+        ({"parallel.island_ranks": 2}, 5, 5, "data.micro_batches = 8 leaves 2 of 10 ranks without work"),
         ({}, 2, 3, "--workers 3 exceeds --islands 2"),
         ({}, 5, 5, "islands.count = 4 leaves 1 of 5 ranks without an island"),
     ],

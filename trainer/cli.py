@@ -164,7 +164,7 @@ def launch(
     config_path: ConfigPath,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes that train together, on this node. With --islands: default all."),
+        typer.Option(min=1, help="Processes that train together, on this node. With --islands: its clusters; all."),
     ] = None,
     run: RunOption = None,
     overrides: Overrides = None,
@@ -898,7 +898,9 @@ def main() -> None:
         app()
     except TopropeError as error:
         # Every rank raises the same error, so one message is enough. A worker that may not take part is alone in that.
-        if elastic.expected_rank() == 0 or elastic.apart() is not None or isinstance(error, RefusedError):
+        apart = elastic.apart()
+        is_first = elastic.expected_rank() == 0 if apart is None else apart.rank == 0
+        if is_first or isinstance(error, RefusedError):
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
         else:
             # If this rank left first, torchrun would end rank 0 before it has printed. Torchrun ends this rank instead.

@@ -281,6 +281,9 @@ class Elastic(Section):
     """The same before an attempt's first step: kernels may have to be compiled, a tokenizer trained.
 
     Reading and encoding data counts as progress."""
+    takeover_seconds: float = Field(default=0.0, ge=0)
+    """With `launch --islands`: a cluster that has had no launcher for so long is taken over by another one; 0: after
+    `step_timeout_seconds`."""
 
 
 class Islands(Section):

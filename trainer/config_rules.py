@@ -357,6 +357,7 @@ def without_effect(config: "Config") -> list[str]:
         ("optim.decay_fraction", c.optim.schedule == "wsd", 'optim.schedule = "wsd"'),
         ("optim.final_fraction", c.optim.schedule != "constant", "a schedule that decays"),
         ("parallel.island_ranks", c.islands.count, "islands.count"),
+        ("elastic.takeover_seconds", c.islands.count, "islands.count"),
         ("parallel.shard_ranks", c.parallel.strategy == "hybrid", 'parallel.strategy = "hybrid"'),
         ("parallel.reshard_after_forward", c.parallel.strategy != "replicate", 'parallel.strategy "fsdp" or "hybrid"'),
         ("parallel.scatter_gradients", c.parallel.strategy != "replicate", 'parallel.strategy "fsdp" or "hybrid"'),

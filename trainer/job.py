@@ -150,6 +150,8 @@ def train(
         sentinel = Sentinel(config)
         with out_of_memory.explained(device):
             post = apart.post_of(config, claim.watchdog.heartbeat, claim.log.append)
+            if post is not None:
+                apart.check_machines(post, ranks, claim.computes_with, claim.accepts)
             state = build_any(config, facts["vocab_size"], ranks, sentinel.watch, post)
         state.moments_from = branch.moments_from(claim.parent)
         stopwatch.lap("model")

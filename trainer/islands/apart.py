@@ -6,21 +6,22 @@ it, with its own attempts and incidents, and begins from the run's checkpoints.
 
 import contextlib
 import functools
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from trainer import checkpoint
 from trainer.checkpoint import memory
 from trainer.checkpoint.checkpointer import Checkpointer
-from trainer.config import Config
-from trainer.errors import CheckpointError
+from trainer.config import Config, differences
+from trainer.errors import CheckpointError, RunDirectoryError
 from trainer.islands.post import Post
 from trainer.islands.state import IslandsState
 from trainer.log import rundir
 from trainer.log.events import Event
 from trainer.parallel import elastic
-from trainer.parallel.world import PeerLostError
+from trainer.parallel.world import PeerLostError, World
 from trainer.phases import Hook, Phase
 from trainer.step import TrainState
 
@@ -45,13 +46,33 @@ def post_of(config: Config, heartbeat: Hook, report: Callable[[Event], None]) ->
     )  # fmt: skip
 
 
+def check_machines(post: Post, ranks: World, computes_with: Mapping[str, str], accepts: bool) -> None:
+    """Raise RunDirectoryError if this cluster computes with something else than the first one, unless that is accepted.
+
+    Collective in the cluster.
+    """
+
+    def compare() -> list[str]:
+        name = post.next()
+        post.give(name, json.dumps(dict(computes_with)).encode(), is_function_of_config=False)
+        return differences(json.loads(post.take(name, 0)), computes_with)
+
+    if (lines := ranks.from_main(compare)) and not accepts:
+        listed = "".join(f"    {line}\n" for line in lines)
+        raise RunDirectoryError(
+            f"cluster {post.cluster} was not started: it computes with something else than cluster 0:\n{listed}"
+            "  Any cluster may compute any island, so bits would depend on which one does. Use the same on all nodes "
+            "(toprope, torch, kind of machine), or accept other bits with --accept-other-bits."
+        )
+
+
 class ApartCheckpointer(Checkpointer):
     """Saves and restores the state of a run whose clusters live apart: all read checkpoints, the first one writes them.
 
     A save is a meeting: the first cluster must have the islands of all.
     """
 
-    def __init__(self, post: Post, run: Path, world: Any, facts: dict[str, Any], *more: Any) -> None:
+    def __init__(self, post: Post, run: Path, world: World, facts: dict[str, Any], *more: Any) -> None:
         """As of a Checkpointer; `run` is this cluster's own run directory."""
         given = elastic.apart()
         assert given is not None
@@ -64,23 +85,27 @@ class ApartCheckpointer(Checkpointer):
         self._job = Path(given.post).name
 
     def restore(self, state: TrainState) -> str:
-        name = self._post.next()
+        name, post, ranks = self._post.next(), self._post, self._world
         if self._is_first:
             state_from = super().restore(state)
-            self._post.give(name, str(state.step).encode(), is_function_of_config=False)
-            self._check_begun(state.step, int(self._post.take(name, 0)))
+
+            def begin() -> int:
+                post.give(name, str(state.step).encode(), is_function_of_config=False)
+                return int(post.take(name, 0))
+
+            self._check_begun(state.step, ranks.from_main(begin))
             return state_from
-        begun_at = int(self._post.take(name, 0))
-        if not self._post.has_given(name):
+        begun_at, is_begun = ranks.from_main(lambda: (int(post.take(name, 0)), post.has_given(name)))
+        if not is_begun:
             # The job begins, with the state that the first cluster has found intact; nobody has gone on from it yet.
             saved = self._of_step(begun_at) if begun_at else None
             if saved is not None:
                 checkpoint.load(saved, state.tensors())
-            self._post.give(name, b"")
+            ranks.from_main(lambda: post.give(name, b""))
         else:
             saved = checkpoint.restore(
-                self._run, state.tensors(), self._world, self._identity["fingerprint"], self._log.append, self._hook,
-                self._identity["run_id"], self._in_memory,
+                self._run, state.tensors(), ranks, self._identity["fingerprint"], self._log.append, self._hook,
+                self._identity["run_id"], ranks.from_main(lambda: self._in_memory),
             )  # fmt: skip
         self._check_begun(saved.step if saved else 0, begun_at)
         if saved is None:
@@ -104,10 +129,11 @@ class ApartCheckpointer(Checkpointer):
         return None
 
     def _open_memory(self, state: TrainState) -> None:
-        if self._in_memory is None:
+        is_main = self._world.is_main
+        if is_main and self._in_memory is None:
             memory.discard(self._memory_place)
         super()._open_memory(state)
-        if self._copier is not None:
+        if is_main and self._copier is not None:
             with contextlib.suppress(OSError):  # without the mark, a restart begins from the disk
                 (self._memory_place / JOB).write_text(self._job, encoding="utf-8")
 
@@ -150,5 +176,7 @@ class ApartCheckpointer(Checkpointer):
     def _record(self, ended: list[Event]) -> None:
         before = self._durable_step
         super()._record(ended)
-        if 0 < before < self._durable_step:  # whoever finds the newest one damaged begins from the one before
+        if (
+            self._world.is_main and 0 < before < self._durable_step
+        ):  # whoever finds the newest one damaged begins from the one before
             self._post.forget(before)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from trainer.islands.post import Apart, Between, Post
+from trainer.islands.post import Apart, Between, Post, Together
 from trainer.parallel.world import World
 
 
@@ -34,12 +34,12 @@ class Clusters:
     def of(cls, world: World, ranks: int, post: Post | None = None) -> "Clusters":
         """Group the ranks of a job into clusters of `ranks`, which divides their number. Collective.
 
-        With `post` the job is one cluster of several that live apart, and has one rank.
+        With `post` the job is one cluster of several that live apart, and has `ranks` ranks.
         """
         if post is not None:
-            assert world.size == 1
+            assert world.size == ranks
             between = Apart(post.cluster, post.clusters, world.device, post=post)
-            return cls(between, world, between, None, post)
+            return cls(Together.of(world, between), world, between, None, post)
         if world.size == 1:
             return cls(world, world, Between(0, 1, world.device), None)
         mesh = init_device_mesh(world.device.type, (world.size // ranks, ranks), mesh_dim_names=("cluster", "rank"))

@@ -176,7 +176,7 @@ class _Letter:
 
 @dataclass(frozen=True)
 class Apart(Between):
-    """Clusters of one rank each, which exchange messages by `post`."""
+    """The first ranks of clusters that live apart, which exchange messages by `post`. Others do not call this."""
 
     post: Post | None = None
 
@@ -221,6 +221,59 @@ class Apart(Between):
     def _post(self) -> Post:
         assert self.post is not None
         return self.post
+
+
+@dataclass(frozen=True)
+class Together(World):
+    """All ranks of clusters that live apart. The first rank of each cluster speaks for it, and tells the others.
+
+    If that one is lost, so is its cluster: its collectives raise in the others.
+    """
+
+    within: World | None = None
+    """The ranks of this rank's cluster."""
+    between: Apart | None = None
+
+    @classmethod
+    def of(cls, within: World, between: Apart) -> "Together":
+        rank, size = between.rank * within.size + within.rank, between.size * within.size
+        return cls(rank, size, within.device, within=within, between=between)
+
+    def max(self, tensor: Tensor) -> None:
+        within, between = self._levels
+        within.max(tensor)
+        if within.is_main:
+            between.max(tensor)
+        within.broadcast(tensor, 0)
+
+    def sum(self, tensor: Tensor) -> None:
+        within, between = self._levels
+        within.sum(tensor)
+        if within.is_main:
+            between.sum(tensor)
+        within.broadcast(tensor, 0)
+
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        within, between = self._levels
+        cluster, place = divmod(source, within.size)
+        if cluster == between.rank:
+            within.broadcast(tensor, place)
+        if within.is_main:
+            between.broadcast(tensor, cluster)
+        within.broadcast(tensor, 0)
+
+    def _exchange(self, mine: Any) -> list[Any]:
+        within, between = self._levels
+        own = within._exchange(mine)  # pyright: ignore[reportPrivateUsage]
+        all_of_all = between._exchange(own) if within.is_main else None
+        (found, *_) = within._exchange(all_of_all)  # pyright: ignore[reportPrivateUsage]
+        return [value for of_cluster in found for value in of_cluster]
+
+    @property
+    def _levels(self) -> tuple[World, Apart]:
+        assert self.within is not None
+        assert self.between is not None
+        return self.within, self.between
 
 
 def _bytes(tensor: Tensor) -> bytes:

@@ -45,14 +45,16 @@ class IslandsState(TrainState):
         if self.clusters.post is None:
             return
         self.exchange.tensors()  # all wait for what travels: once the save is there, its messages may be removed
-        between = self.clusters.between
+        within, between = self.clusters.within, self.clusters.between
         for island in range(self.exchange.islands):
             slots = [stack[island] for stack in self.stacks.values()]
             owner = self.clusters.owner_of(island, self.exchange.islands)
             content = post.as_bytes(slots)
-            letter = between.broadcast_later(content, owner)
+            letter = between.broadcast_later(content, owner) if within.is_main else None
             if is_reader and owner != between.rank:
-                letter.wait()
+                if letter is not None:
+                    letter.wait()
+                within.broadcast(content, 0)
                 post.from_bytes(content, slots)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -4,6 +4,8 @@
              ├─ starts ──▶ cluster 1      trains in RUN/islands/cluster-1, beside the log cluster-1.txt
              └─ …                         one that dies is started again, alone; the others wait for its next message
 
+A cluster is `parallel.island_ranks` processes, which end and begin together: a death is felt by its cluster alone.
+
 There is no arbiter: clusters exchange files (islands/post.py), and nobody has to know who lives. On several nodes that
 share the run directory, the same command on each starts its share of the clusters. A cluster has a lock, which its
 launcher holds and the kernel frees: where one is free for a while, another launcher starts the cluster.
@@ -18,9 +20,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,7 +33,13 @@ from trainer import files, signals
 from trainer.config import Config, check_world
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USAGE, ConfigError, RunDirectoryError
 from trainer.launch import forkserver, processes, torchrun
-from trainer.launch.quorum import LEAVE_SECONDS, RESTARTS_WITHOUT_PROGRESS, is_cpu_only, terminal_line
+from trainer.launch.quorum import (
+    LEAVE_SECONDS,
+    RESTARTS_WITHOUT_PROGRESS,
+    GroupOfProcesses,
+    is_cpu_only,
+    terminal_line,
+)  # fmt: skip
 from trainer.log import rundir
 from trainer.parallel import elastic
 
@@ -77,7 +86,8 @@ class Cluster:
     lock: FileLock
     failures: Path
     """File through which its next attempt learns how it has ended."""
-    process: Any = None
+    process: GroupOfProcesses | None = None
+    """Its ranks."""
     status: int | None = None
     """Exit status of one that left in order."""
     stopped_at: float | None = None
@@ -105,11 +115,6 @@ def check(plan: Plan) -> None:
             "--islands starts clusters that compute islands, and islands.count = 0: there are none.\n"
             "  Set islands.count, or start --workers without --islands."
         )
-    if config.parallel.island_ranks > 1:
-        problems.append(
-            f"parallel.island_ranks = {config.parallel.island_ranks}: a cluster that lives apart has one rank.\n"
-            "  Leave it out, or start torchrun, which starts all ranks again when one dies."
-        )
     if plan.here > plan.clusters:
         problems.append(
             f"--workers {plan.here} exceeds --islands {plan.clusters}: those are the clusters of all nodes.\n"
@@ -117,7 +122,7 @@ def check(plan: Plan) -> None:
         )
     if problems:
         raise ConfigError(problems)
-    check_world(config, plan.clusters)
+    check_world(config, plan.clusters * config.parallel.island_ranks)
     rundir.check(plan.run, config)
 
 
@@ -238,14 +243,24 @@ class Job:
         return True
 
     def _start(self, cluster: Cluster) -> None:
-        plan, number = self.plan, cluster.number
-        place = self._clusters.index(cluster)
-        given = elastic.Apart(str(plan.run), str(self.post), number, plan.clusters, place, max(plan.here, place + 1))
+        plan, number, ranks = self.plan, cluster.number, self.plan.config.parallel.island_ranks
+        place, meeting = self._clusters.index(cluster), tempfile.TemporaryDirectory(prefix="toprope-group-")
+        given = elastic.Apart(
+            str(plan.run), str(self.post), number, plan.clusters, place, max(plan.here, place + 1), ranks, 0,
+            meeting.name,
+        )  # fmt: skip
+        started = [self._start_rank(cluster, replace(given, rank=rank)) for rank in range(ranks)]
+        cluster.process, cluster.stopped_at = GroupOfProcesses(started, meeting), None
+
+    def _start_rank(self, cluster: Cluster, given: elastic.Apart) -> Any:
+        run, number = self.plan.run, cluster.number
         environment = os.environ | given.environment() | {elastic.FAILURES_FILE: str(cluster.failures)}
         if number:  # the first one shows the run
             environment["WANDB_MODE"] = "disabled"
-        command = [*plan.command, "--run", str(run_of(plan.run, number))]
-        output = output_of(plan.run, number) if number else None
+        command = [*self.plan.command, "--run", str(run_of(run, number))]
+        output = output_of(run, number) if number else None
+        if output is not None and given.rank:  # one file for each: they would write over one another
+            output = output.with_suffix(f".{given.rank}.txt")
         process = None
         if self.server is not None:
             process = self.server.start("trainer", command, environment, output=output)
@@ -256,11 +271,13 @@ class Job:
                     [sys.executable, "-u", "-m", "trainer", *command], env=environment, start_new_session=True,
                     stdout=stdout, stderr=stdout,
                 )  # fmt: skip
-        cluster.process, cluster.stopped_at = process, None
+        return process
 
     def _ended(self, cluster: Cluster, status: int) -> None:
-        end = elastic.failure(cluster.number, cluster.process.pid, status)
-        cluster.process = None
+        group, cluster.process = cluster.process, None
+        assert group is not None
+        rank = cluster.number * self.plan.config.parallel.island_ranks + group.failed
+        end = elastic.failure(rank, group.pids[group.failed], status)
         if status in (EXIT_FINISHED, EXIT_PREEMPTED):
             cluster.status = status
             if cluster.number == 0:  # all that counts is on disk
@@ -292,14 +309,16 @@ class Job:
 
     def _look(self) -> None:
         """End a cluster that is stopped for too long, and take over one that has no launcher for as long."""
-        patience, now = self.plan.config.elastic.step_timeout_seconds, time.monotonic()
+        settings, now = self.plan.config.elastic, time.monotonic()
+        patience = settings.takeover_seconds or settings.step_timeout_seconds
         for cluster in self._clusters:
             if cluster.process is None:
                 continue
-            is_stopped = processes.stat(cluster.process.pid)[:1] == ["T"]
+            is_stopped = any(processes.stat(pid)[:1] == ["T"] for pid in cluster.process.pids)
             cluster.stopped_at = (cluster.stopped_at or now) if is_stopped else None
-            if cluster.stopped_at is not None and now - cluster.stopped_at > patience:
-                terminal_line(f"cluster {cluster.number} has been stopped for {patience:g} s, and is ended.")
+            if cluster.stopped_at is not None and now - cluster.stopped_at > settings.step_timeout_seconds:
+                seconds = settings.step_timeout_seconds
+                terminal_line(f"cluster {cluster.number} has been stopped for {seconds:g} s, and is ended.")
                 cluster.process.kill()
         self._over = _over(self.post)
         if self._over == EXIT_PREEMPTED:
@@ -329,8 +348,7 @@ class Job:
     def _signal_all(self, number: int) -> None:
         for cluster in self._clusters:
             if cluster.process is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    cluster.process.send_signal(number)
+                cluster.process.send_signal(number)
 
 
 def _over(post: Path) -> int | None:

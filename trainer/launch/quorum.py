@@ -323,11 +323,17 @@ class GroupOfProcesses:
         self._processes, self._meeting = processes, meeting
         self._first_status: int | None = None
         """Of the process that was the first to end in disorder."""
+        self.failed = 0
+        """Place of that process."""
 
     @property
     def pid(self) -> int:
         """That of the first process, which speaks for all."""
         return self._processes[0].pid
+
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self._processes]
 
     def poll(self) -> int | None:
         """The exit status, once all have ended: that of the one that ended the others, if one did."""
@@ -335,6 +341,7 @@ class GroupOfProcesses:
         disorderly = [status for status in statuses if status not in (None, EXIT_FINISHED, EXIT_PREEMPTED)]
         if disorderly and self._first_status is None:
             self._first_status = next((status for status in disorderly if status < 0), disorderly[0])
+            self.failed = statuses.index(self._first_status)
             self.kill()
         if None in statuses:
             return None
@@ -348,6 +355,12 @@ class GroupOfProcesses:
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
+
+    def wait(self) -> None:
+        """Return once all have ended."""
+        for process in self._processes:
+            process.wait()
+        self._meeting.cleanup()
 
 
 class Job:

@@ -95,10 +95,23 @@ class Apart:
     """Place of this cluster among those of its launcher."""
     neighbours: int
     """Clusters of its launcher, this one among them."""
+    ranks: int = 1
+    """Ranks of each cluster."""
+    rank: int = 0
+    """This process's number among those of its cluster."""
+    meeting: str = ""
+    """Directory where the ranks of the cluster meet."""
+
+    @property
+    def rank_of_all(self) -> int:
+        """Number of this process among the ranks of all clusters."""
+        return self.cluster * self.ranks + self.rank
 
     def environment(self) -> dict[str, str]:
-        """Variables that `apart` reads in the cluster."""
-        return {APART: json.dumps(dataclasses.asdict(self)), "RANK": str(self.cluster), "LOCAL_RANK": "0"}
+        """Variables that `apart` reads in each rank of the cluster."""
+        return {
+            APART: json.dumps(dataclasses.asdict(self)), "RANK": str(self.rank_of_all), "LOCAL_RANK": str(self.rank),
+        }  # fmt: skip
 
 
 def apart() -> Apart | None:
@@ -120,7 +133,7 @@ def expected_size() -> int:
     if (given := quorum()) is not None:
         return given.size * given.group_size
     if (cluster := apart()) is not None:
-        return cluster.clusters
+        return cluster.clusters * cluster.ranks
     return int(os.environ["WORLD_SIZE"]) if started_by_torchrun() else 1
 
 
@@ -128,7 +141,7 @@ def expected_rank() -> int:
     if (given := quorum()) is not None:
         return given.rank
     if (cluster := apart()) is not None:
-        return cluster.cluster
+        return cluster.rank_of_all
     return int(os.environ["RANK"]) if started_by_torchrun() else 0
 
 
@@ -137,7 +150,7 @@ def local_rank() -> int:
     if (given := quorum()) is not None:
         return given.rank
     if (cluster := apart()) is not None:
-        return cluster.place
+        return cluster.place * cluster.ranks + cluster.rank
     return int(os.environ.get("LOCAL_RANK", "0")) if started_by_torchrun() else 0
 
 
@@ -146,7 +159,7 @@ def local_size() -> int:
     if (given := quorum()) is not None:
         return given.size * given.group_size
     if (cluster := apart()) is not None:
-        return cluster.neighbours
+        return cluster.neighbours * cluster.ranks
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if started_by_torchrun() else 1
 
 

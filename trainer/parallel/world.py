@@ -10,6 +10,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -201,9 +202,13 @@ def connect(device: torch.device, timeout_seconds: float, share_gpus: bool = Fal
     # The Flight Recorder names a hung collective; the last few entries are enough and quick to dump.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "256")
     timeout = datetime.timedelta(seconds=timeout_seconds)
-    # A cluster of islands that lives apart has a group of its own.
-    rank, size = (elastic.expected_rank(), elastic.expected_size()) if elastic.apart() is None else (0, 1)
     store: dist.Store = dist.HashStore()
+    if (apart := elastic.apart()) is not None:  # a cluster of islands that lives apart has a group of its own
+        rank, size = apart.rank, apart.ranks
+        if size > 1:
+            store = dist.FileStore(str(Path(apart.meeting) / "store"), size)
+    else:
+        rank, size = elastic.expected_rank(), elastic.expected_size()
     if elastic.started_by_torchrun():
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
