@@ -8,6 +8,7 @@ as far apart in any order.
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,7 @@ class MatchedRung:
     gap: str  # Reason why there is no multiplier, or why there are fewer pairs; "" if nothing is missing
     usable: bool
 
-    @property
+    @cached_property
     def losses(self) -> np.ndarray:
         """Losses of baseline and arm, shape (2, pairs)."""
         return np.array([[run.loss for run in pair] for pair in self.pairs]).reshape(-1, 2).T

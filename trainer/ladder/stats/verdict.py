@@ -122,7 +122,7 @@ class JudgedLadder:
     def at_target(self) -> Extrapolation:
         return self.worths.at(self.x(self.target_flops))
 
-    @property
+    @cached_property
     def level(self) -> float:
         """Error probability of each bound."""
         return self.level_of(float(self.worths.counts.sum(-1).max(initial=1)))
