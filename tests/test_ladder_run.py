@@ -2,12 +2,14 @@
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -145,7 +147,9 @@ def test_results_are_what_the_logs_say(reference):
     assert len(set(first.values())) == 3  # also of the A/A arm, whose weights are another draw
 
 
-def test_an_ensemble_is_scored_when_its_members_have_finished_and_its_members_are_runs_like_others(home, backend):
+def test_an_ensemble_is_scored_when_its_members_have_finished_and_its_members_are_runs_like_others(
+    home, backend, monkeypatch
+):
     ladder = plan(home, ONE_RUNG, '[[arms]]\nname = "two"\nensemble = 2\n', name="ensemble")
     out = timed(home / "ladders" / "ensemble")
     pool = pool_of(out)
@@ -169,8 +173,17 @@ def test_an_ensemble_is_scored_when_its_members_have_finished_and_its_members_ar
     ensembles.path_of(copied, ladder.runs[-1]).unlink()
     (newest, *_) = checkpoint.committed(StoredRun(copied / ladder.runs[0].key).run)
     os.truncate(next(newest.path.glob("*.distcp")), 100)
+    monkeypatch.setattr(ensembles.subprocess, "run", score_here)
     with pytest.raises(TopropeError, match=r"could not be scored: .* holds other weights than its log ended with\.\n"):
         ensembles.score(copied, ladder.runs)
+
+
+def score_here(command: list[str], *, input: str, **_: Any) -> subprocess.CompletedProcess[str]:
+    """The process that scores, in this one: importing torch anew takes seconds."""
+    assert command[1:] == ["-m", "trainer.ladder.ensembles"]
+    with mock.patch.object(sys, "stdin", io.StringIO(input)), pytest.raises(SystemExit) as left:
+        ensembles.main()
+    return subprocess.CompletedProcess(command, 1, "", f"{left.value}\n")
 
 
 @pytest.mark.slow

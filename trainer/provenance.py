@@ -58,7 +58,12 @@ CODE_BEFORE_RECORDS = "3f3b3e07ab4d257b"
 """Digest that stands for the code from before code was recorded. What is keyed by code leaves it out at this value, so
 that what was made then keeps its key."""
 
-SAME_BITS = {"f38a500422d428ba": CODE_BEFORE_RECORDS, "6a203954882fcdf3": "ecc09f419acf64f8"}
+SAME_BITS = {
+    "cb58cdba3b5e040a": CODE_BEFORE_RECORDS,
+    "f38a500422d428ba": CODE_BEFORE_RECORDS,
+    "8a0a7d92b0c087be": "ecc09f419acf64f8",
+    "6a203954882fcdf3": "ecc09f419acf64f8",
+}
 """By the digest of code, of all of it or of a folder: that of older code with the same bits, which stands for both.
 Runs are then resumed and keep their keys. A change that changes no bit adds an entry for its digest."""
 
