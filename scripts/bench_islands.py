@@ -26,12 +26,12 @@ from typing import Any
 from scripts import bench_quorum
 from scripts.bench_quorum import Commit, Quorum, Restart, Row
 from scripts.bench_survival import ENDLESS, ENVIRONMENT, EVERY, ROOT, TINY
-from trainer.launch import islands, namespaces
+from trainer.launch import namespaces
 from trainer.launch.agent import Agent
 from trainer.launch.cluster import Cluster
 from trainer.launch.namespaces import Hosts
 from trainer.launch.processes import stat
-from trainer.log import events
+from trainer.log import events, rundir
 
 RATES = ("10mbit", "100mbit")
 DELAY_MILLISECONDS = 50.0
@@ -109,7 +109,7 @@ class Apart(bench_quorum.Launched):
         self._agent = Agent(
             command, directory / "log.txt", launch=[sys.executable], environment=ENVIRONMENT, directory=ROOT
         )
-        self._runs = [islands.run_of(run, cluster) for cluster in range(clusters)]
+        self._runs = [rundir.of_cluster(run, cluster) for cluster in range(clusters)]
         self._followers = [events.Follower(run) for run in self._runs]
         self._commits: list[Commit] = []
         self._pids: dict[int, int] = {}

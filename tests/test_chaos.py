@@ -466,6 +466,84 @@ def test_a_failed_case_over_mptcp_is_replayed_over_mptcp(tmp_path):
     assert [case.transport for case in replayed] == [case.transport for case in planned.cases]
 
 
+APART = """
+ranks = 4
+apart = true
+[set]
+islands.count = 4
+islands.inner_steps = 4
+parallel.island_ranks = 2
+checkpoint.every_steps = 6
+"""
+
+
+def test_clusters_of_islands_that_live_apart_are_started_by_their_launcher_and_so_are_failed_cases_again(
+    monkeypatch, tmp_path
+):
+    path = write(
+        tmp_path,
+        APART + KILL + '[[runs]]\nname = "one job"\napart = false\nfaults = [{kind = "sigterm", at_step = 9}]\n',
+    )
+    planned = campaigns.load(path)
+    apart, one_job = planned.cases
+    assert (apart.apart, one_job.apart) == (True, False)
+
+    class StartedError(Exception):
+        pass
+
+    def start(*_: Any, ranks: int, of_cluster: int, **more: Any) -> None:
+        raise StartedError(ranks, of_cluster)
+
+    monkeypatch.setattr(run, "ApartCluster", start)
+    with pytest.raises(StartedError, match=r"4, 2"):
+        run.launch_until_done(planned, apart, tmp_path, 0.0)
+    (tmp_path / "replay.toml").write_text(run._replay(planned, [apart.make_result("fail", "late")]))
+    assert [(case.name, case.apart) for case in campaigns.load(tmp_path / "replay.toml").cases] == [("kill", True)]
+
+
+def test_of_clusters_that_live_apart_each_is_judged_by_its_own_log_and_the_faults_that_hit_it(monkeypatch, tmp_path):
+    faults = '[{kind = "sigkill", rank = 3, at_step = 2}, {kind = "sigkill", rank = "all", at_step = 5}]'
+    (case,) = campaigns.load(write(tmp_path, APART + f'[[runs]]\nname = "two"\nfaults = {faults}\n')).cases
+    found = run._evidences(case, tmp_path / "run", Reference("w", "s", {}, 24, 1.0, True), ([], [], []))
+    assert [(one.run, [fault.index for fault in one.planned]) for one in found] == [
+        (tmp_path / "run", [1]),
+        (tmp_path / "run" / "islands" / "cluster-1", [0, 1]),
+    ]
+    usual: tuple[checker.Answers, checker.Answers] = ("pass", checker.NOT_ASKED)
+    given: dict[str, tuple[checker.Answers, checker.Answers]] = {
+        checker.FIRED: ("pass", "unknown"), checker.KEPT: ("pass", "fail"), checker.TIME: ("unknown", "pass"),
+    }  # fmt: skip
+    answers = [[Answer(name, given.get(name, usual)[place]) for name in checker.INVARIANTS] for place in (0, 1)]
+    monkeypatch.setattr(checker, "check", lambda evidence: answers[found.index(evidence)])
+    worst = {answer.invariant: answer.answer for answer in checker.check_clusters(found)}
+    assert worst == dict.fromkeys(checker.INVARIANTS, "pass") | {checker.FIRED: "unknown", checker.TIME: "unknown"}
+
+
+def test_clusters_live_apart_on_one_node_with_faults_that_their_ranks_pass(tmp_path):
+    check_refused(write(tmp_path, "apart = true\n" + SETTINGS + KILL), "kill: apart = true, and islands.count = 0")
+    check_refused(write(tmp_path, "nodes = 2\n" + APART + KILL), "starts clusters that live apart on one")
+    late = '[[runs]]\nfaults = [{kind = "sigkill", rank = 2, phase = "in_eval", at_step = 12}]\n'
+    check_refused(write(tmp_path, APART + late), "rank = 2, but in_eval is passed by the first cluster alone")
+    outside = '[[runs]]\nfaults = [{kind = "sigkill", rank = 2, at_seconds = 3}]\n'
+    (case, *_) = campaigns.load(write(tmp_path, APART + outside + KILL)).cases
+    assert case.not_applicable.startswith("sigkill comes from outside")
+
+
+def test_where_clusters_live_apart_a_rank_that_stays_stopped_is_lost_and_each_phase_is_one_that_its_victims_pass(
+    tmp_path,
+):
+    text = APART + '[phases]\n[[runs]]\nname = "stop"\nfaults = [{kind = "stopped", rank = 1, at_step = 9}]\n'
+    stop, *phases = campaigns.load(write(tmp_path, text)).cases
+    assert stop.planned[0].kind.expected_incidents == ("worker_lost",)
+    victims = {
+        fault.phase: {rank for other in case.planned if other.phase == fault.phase for rank in other.victims(4)}
+        for case in phases
+        for fault in case.planned
+    }
+    assert victims["in_send"] == {0, 1, 2, 3}
+    assert victims["in_eval"] == {0, 1}, "the first cluster alone evaluates"
+
+
 # Results
 
 

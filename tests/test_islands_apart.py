@@ -25,11 +25,11 @@ from trainer import checkpoint, signals
 from trainer import config as configs
 from trainer.checkpoint import memory
 from trainer.errors import EXIT_FINISHED, EXIT_PREEMPTED, ConfigError, CorruptionError, RunDirectoryError
-from trainer.islands import apart
+from trainer.islands import apart, letters
 from trainer.islands.post import Apart, Post, Together
 from trainer.islands.state import check_alike
 from trainer.launch import islands
-from trainer.log import events
+from trainer.log import events, rundir
 from trainer.parallel import elastic
 from trainer.parallel.world import PeerLostError, World
 
@@ -59,7 +59,7 @@ def calm(corpus, tmp_path_factory) -> dict[str, Any]:
 
 
 def attempts(run: Path, cluster: int) -> list[events.AttemptStarted]:
-    found = events.select(events.read(islands.run_of(run, cluster)), events.AttemptStarted)
+    found = events.select(events.read(rundir.of_cluster(run, cluster)), events.AttemptStarted)
     return [event for _, event in found]
 
 
@@ -263,7 +263,7 @@ def test_copies_in_memory_that_an_earlier_job_left_are_not_used_and_those_of_thi
 ):
     """On disk is step 8; an earlier job has left a copy of step 10 here, and this job one of step 9."""
     run, identity = tmp_path / "run", {"fingerprint": "f", "run_id": "r"}
-    own = islands.run_of(run, cluster)
+    own = rundir.of_cluster(run, cluster)
     own.mkdir(parents=True)
     monkeypatch.setattr(apart.rundir, "read", lambda run: identity)
     monkeypatch.delenv(elastic.FAILURES_FILE, raising=False)
@@ -283,7 +283,7 @@ def test_copies_in_memory_that_an_earlier_job_left_are_not_used_and_those_of_thi
         post = Post(tmp_path / job, cluster, 2, 1.0)
         state: Any = Weights()
         checkpointer = apart.ApartCheckpointer(
-            post, islands.run_of(run, cluster), world, identity, chosen, log, lambda *_: None, lambda *_: None
+            post, rundir.of_cluster(run, cluster), world, identity, chosen, log, lambda *_: None, lambda *_: None
         )
         state_from = checkpointer.restore(state)
         checkpointer.close()
@@ -381,7 +381,7 @@ def test_the_last_launcher_of_a_finished_job_removes_its_messages(tmp_path, stat
     first, second = contextlib.ExitStack(), contextlib.ExitStack()
     post = islands._enter(plan, first)
     assert islands._enter(plan, second) == post
-    (post / islands.OVER).write_text(str(status))
+    (post / letters.OVER).write_text(str(status))
     first.close()
     assert post.is_dir(), "the other one may need a message"
     second.close()
@@ -408,10 +408,10 @@ def test_clusters_that_die_cost_the_others_no_attempt_and_end_with_the_bits_of_o
     assert outcome(run) == calm
     assert "cluster 1 was ended by SIGKILL. It is started again; the others go on." in ended.stderr
     assert [len(attempts(run, cluster)) for cluster in (0, 1)] == [3, 4], "one more for each death of its own"
-    lost = [event.reason for _, event in events.select(events.read(islands.run_of(run, 1)), events.WorkersLost)]
+    lost = [event.reason for _, event in events.select(events.read(rundir.of_cluster(run, 1)), events.WorkersLost)]
     assert lost == ["rank 1 was ended by SIGKILL"] * 3
     assert not list((run / "islands").glob("post-*")), "nobody is left who might need a message"
-    other = summarise_run(islands.run_of(run, 1))
+    other = summarise_run(rundir.of_cluster(run, 1))
     assert (other["status"], other["state_sha256"]) == ("finished", calm["state_sha256"])
 
 
@@ -431,7 +431,7 @@ def test_a_rank_that_dies_takes_its_own_cluster_with_it_and_costs_the_other_clus
     lost = [
         event.reason
         for cluster in (0, 1)
-        for _, event in events.select(events.read(islands.run_of(run, cluster)), events.WorkersLost)
+        for _, event in events.select(events.read(rundir.of_cluster(run, cluster)), events.WorkersLost)
     ]
     assert lost == ["rank 1 was ended by SIGKILL", "rank 2 was ended by SIGKILL"]
     assert "cluster 1 was ended by SIGKILL. It is started again; the others go on." in ended.stderr
@@ -444,12 +444,12 @@ def test_a_stop_is_heeded_by_all_clusters_after_one_step_and_any_number_of_them_
     ended = command(*launch(tmp_path / "run", corpus, *ask, *keep_one), check=False)
     assert ended.returncode == EXIT_PREEMPTED, ended.stderr
     (post,) = (tmp_path / "run" / "islands").glob("post-*")
-    assert (post / islands.OVER).read_text() == str(EXIT_PREEMPTED)
+    assert (post / letters.OVER).read_text() == str(EXIT_PREEMPTED)
     assert min(path.name for path in post.glob("step-*")) == "step-00000006", "saved after 4, and after 6"
     ends = [
         event
         for cluster in (0, 1)
-        for _, event in events.select(events.read(islands.run_of(tmp_path / "run", cluster)), events.AttemptEnded)
+        for _, event in events.select(events.read(rundir.of_cluster(tmp_path / "run", cluster)), events.AttemptEnded)
     ]
     assert [(end.status, end.step) for end in ends] == [("preempted", 6)] * 2
     command(*launch(tmp_path / "run", corpus, *keep_one, islands=3))
@@ -471,7 +471,7 @@ def test_a_cluster_whose_launcher_dies_is_taken_over_by_another_one(corpus, calm
             stack.callback(process.kill)
             lock = run / "islands" / f"cluster-{len(launchers) - 1}.lock"
             assert wait_until(lock.exists, 60)
-        assert wait_until(lambda: fired(islands.run_of(run, 1)), 60)
+        assert wait_until(lambda: fired(rundir.of_cluster(run, 1)), 60)
         launchers[1].kill()  # with it its cluster, which is stopped
         assert launchers[0].wait(timeout=60) == 0
     assert outcome(run) == calm

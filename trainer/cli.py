@@ -60,6 +60,8 @@ SlurmOptions = Annotated[
     list[str] | None, typer.Option("--slurm", metavar="KEY=VALUE", help="Option of sbatch: partition=gpu.")
 ]
 LIMIT, NOTICE_SECONDS = "1:00:00", 120
+ANY_PORT = "127.0.0.1:0"
+"""Where `launch` listens if it is not told: for processes of this machine."""
 TimeLimit = Annotated[str, typer.Option("--time", help="Limit of each start, as Slurm takes it.")]
 Notice = Annotated[int, typer.Option(help="Seconds before the limit at which a run saves and leaves.")]
 Before = Annotated[
@@ -174,10 +176,11 @@ def launch(
     ] = None,
     spares: Annotated[int, typer.Option(min=0, help="Further processes, ready to take a dead one's place.")] = 0,
     listen: Annotated[
-        str, typer.Option(metavar="HOST:PORT", help="Where workers of other nodes reach the arbiter.")
-    ] = "127.0.0.1:0",
+        str, typer.Option(metavar="HOST:PORT", help="Where other nodes reach the arbiter, or this launcher of islands.")
+    ] = ANY_PORT,
     join: Annotated[
-        str, typer.Option(metavar="HOST:PORT", help="Add this node's workers to the job of that arbiter.")
+        str,
+        typer.Option(metavar="HOST:PORT", help="Add this node's workers or clusters to the job that listens there."),
     ] = "",
     arbiter_only: Annotated[
         bool, typer.Option("--arbiter-only", help="Start no worker: they join from other nodes.")
@@ -189,12 +192,12 @@ def launch(
     from trainer import config as configs
     from trainer.launch import quorum
 
-    if join and (arbiter_only or listen != "127.0.0.1:0"):
+    if join and (arbiter_only or listen != ANY_PORT):
         raise UsageError("--join takes the arbiter of another node.\n  Leave out --listen and --arbiter-only.")
-    if apart is not None and (join or arbiter_only or listen != "127.0.0.1:0" or spares):
+    if apart is not None and (arbiter_only or spares):
         raise UsageError(
             "--islands has no arbiter: the clusters meet in the run directory.\n"
-            "  Leave out --spares, --listen, --join and --arbiter-only, and give the same command on every node."
+            "  Leave out --spares and --arbiter-only, and give the same command on every node."
         )
     if apart is None and workers is None:
         raise UsageError("launch starts --workers N processes, or --islands N clusters.\n  Give one of them.")
@@ -212,7 +215,8 @@ def launch(
     if apart is not None:
         from trainer.launch import islands
 
-        raise typer.Exit(islands.launch(islands.Plan(config, command, run, apart, workers or apart)))
+        where = "" if listen == ANY_PORT else listen
+        raise typer.Exit(islands.launch(islands.Plan(config, command, run, apart, workers or apart, where, join)))
     assert workers is not None
     command += ["--run", str(run)]
     plan = quorum.Plan(config, command, run, workers, spares, listen, join)

@@ -63,6 +63,7 @@ SAME_BITS = {
     "f38a500422d428ba": CODE_BEFORE_RECORDS,
     "8a0a7d92b0c087be": "ecc09f419acf64f8",
     "6a203954882fcdf3": "ecc09f419acf64f8",
+    "8c43015a40aad009": "ecc09f419acf64f8",
 }
 """By the digest of code, of all of it or of a folder: that of older code with the same bits, which stands for both.
 Runs are then resumed and keep their keys. A change that changes no bit adds an entry for its digest."""

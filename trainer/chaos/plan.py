@@ -20,7 +20,7 @@ from trainer.chaos.schema import CampaignFile, read
 from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.faults import plan
-from trainer.faults.fault import IN_ISLANDS, IN_QUORUM, KINDS, NODES, SPARES, Fault
+from trainer.faults.fault import IN_ISLANDS, IN_QUORUM, KINDS, NODES, OF_FIRST_CLUSTER, SPARES, Fault
 from trainer.faults.plan import PlannedFault
 from trainer.phases import Phase
 
@@ -43,6 +43,7 @@ class Case(Setup):
             [self.name, self.ranks, self.nodes, self.strategy, self.faults, self.overrides]
             + ([self.spares] if self.spares else [])
             + ([self.transport] if self.transport != "tcp" else [])
+            + (["apart"] if self.apart else [])
         )
         words = re.sub(r"[^a-z0-9]+", "-", f"{self.name}-{self.strategy}".lower()).strip("-")[:60]
         return f"{words}-{hashlib.sha256(identity.encode()).hexdigest()[:6]}-{self.repeat}"
@@ -80,7 +81,7 @@ class Campaign:
         planned = plan.make(
             config, case.ranks, case.nodes, inside=self.command is None, transport=case.transport
         )  # fmt: skip
-        return replace(case, faults=faults, config=config, planned=planned)
+        return replace(case, faults=faults, config=config, planned=_as_shown(planned, case.apart))
 
     def restarts_for(self, faults: int) -> int:
         """Number of restarts that the workers of a job with this number of faults may have."""
@@ -173,7 +174,8 @@ class _CaseBuilder:
                 spares = file.spares if run.spares is None else run.spares
                 ranks, nodes = run.ranks or file.ranks, run.nodes or file.nodes
                 self._add(
-                    name, run.faults, ranks, nodes, strategy, run.set, spares=spares, transport=run.transport
+                    name, run.faults, ranks, nodes, strategy, run.set, spares=spares, transport=run.transport,
+                    apart=run.apart,
                 )  # fmt: skip
         for strategy in self.strategies:
             if file.catalogue is not None:
@@ -184,7 +186,9 @@ class _CaseBuilder:
             if file.phases is not None:
                 for kind in self._kinds("phases", file.phases.kinds, []):
                     for phase in self._phases_of(kind):
-                        faults = schedule.at_phase(kind, phase, self.campaign.config, file.ranks)
+                        alone = file.apart and phase in OF_FIRST_CLUSTER
+                        ranks = self.campaign.config.parallel.island_ranks if alone else file.ranks
+                        faults = schedule.at_phase(kind, phase, self.campaign.config, ranks)
                         own = self._needed(kind)
                         self._add(f"{kind.name} at {phase}", faults, file.ranks, file.nodes, strategy, own)
             if file.pairs is not None:
@@ -243,7 +247,7 @@ class _CaseBuilder:
     def _add(
         self, name: str, faults: list[Table], ranks: int, nodes: int, strategy: str,
         own: Mapping[str, Any] | None = None, seed: int | None = None, spares: int | None = None,
-        transport: str | None = None,
+        transport: str | None = None, apart: bool | None = None,
     ) -> None:  # fmt: skip
         """Plan one case with its own overrides, or note why it cannot be planned."""
         problems = list[str]()
@@ -255,7 +259,7 @@ class _CaseBuilder:
             spares = max(spares, 1)
         case = self._plan(
             name, faults, numbers, ranks, nodes, strategy, own or {}, seed, problems, spares,
-            transport or self._file.transport,
+            transport or self._file.transport, self._file.apart if apart is None else apart,
         )  # fmt: skip
         self.problems += [f"{name}: {problem}" for problem in problems]
         if case is not None and not problems:
@@ -263,7 +267,7 @@ class _CaseBuilder:
 
     def _plan(
         self, name: str, faults: list[Table], numbers: list[int], ranks: int, nodes: int, strategy: str,
-        own: Mapping[str, Any], seed: int | None, problems: list[str], spares: int, transport: str,
+        own: Mapping[str, Any], seed: int | None, problems: list[str], spares: int, transport: str, apart: bool,
     ) -> Case | None:  # fmt: skip
         """Return the case with those of the faults that have these numbers; adds what is wrong to the problems."""
         overrides = [*self.campaign.overrides, f"parallel.strategy={tomlfile.text(strategy)}"]
@@ -274,8 +278,8 @@ class _CaseBuilder:
             overrides += _override_list(self._file.set_outside, self.campaign.path.parent)
         overrides += _override_list(own, self.campaign.path.parent)
         config, planned = None, None
-        reasons = [reason for number in numbers if (reason := _not_in(mode, faults[number]))]
-        numbers = [number for number in numbers if not _not_in(mode, faults[number])]
+        reasons = [reason for number in numbers if (reason := _not_in(mode, faults[number], apart))]
+        numbers = [number for number in numbers if not _not_in(mode, faults[number], apart)]
         # Each check runs on what the earlier ones left, since a user wants all problems of a case at once.
         with _collect_into(problems):
             readable = [faults[number] for number in numbers]
@@ -284,14 +288,17 @@ class _CaseBuilder:
             with _collect_into(problems):
                 configs.check_world(config, ranks)
             problems += self._misfits(config, ranks, nodes, spares, transport)
+            problems += _misfits_of_clusters(config, nodes) if apart else []
             with _collect_into(problems):
-                planned = plan.make(config, ranks, nodes, numbers, transport=transport)
+                planned = _as_shown(plan.make(config, ranks, nodes, numbers, transport=transport), apart)
         if config is None or planned is None:
             return None
         limits: dict[str, float] = {"timeout_seconds": self._file.timeout_seconds, "restarts": self._file.restarts}
         trees = faults if reasons else [plan.tree(fault) for fault in planned]
         kinds = [str(fault["kind"]) for fault in trees]
-        given: Any = (name, kinds, trees, ranks, nodes, strategy, seed, 0, overrides, limits, mode, spares, transport)
+        given: Any = (
+            name, kinds, trees, ranks, nodes, strategy, seed, 0, overrides, limits, mode, spares, transport, apart,
+        )  # fmt: skip
         why = "; ".join(dict.fromkeys(reasons))
         return Case(*given, config=config, planned=planned, not_applicable=why)
 
@@ -357,10 +364,10 @@ class _CommandCaseBuilder(_CaseBuilder):
 
     def _plan(
         self, name: str, faults: list[Table], numbers: list[int], ranks: int, nodes: int, strategy: str,
-        own: Mapping[str, Any], seed: int | None, problems: list[str], spares: int, transport: str,
+        own: Mapping[str, Any], seed: int | None, problems: list[str], spares: int, transport: str, apart: bool,
     ) -> Case | None:  # fmt: skip
-        if own or strategy or transport != "tcp":
-            fact = "set, strategy and transport are for runs of toprope."
+        if own or strategy or apart or transport != "tcp":
+            fact = "set, strategy, apart and transport are for runs of toprope."
             problems.append(f"{fact}\n  Put options of the job into its command.")
         if ranks % nodes:
             problems.append(f"{ranks} ranks cannot be spread evenly over {nodes} nodes.\n  Give a multiple of nodes.")
@@ -414,11 +421,39 @@ class _CommandCaseBuilder(_CaseBuilder):
         return {kind: weight for kind, weight in found.items() if kind not in inside}
 
 
-def _not_in(mode: str, fault: Table) -> str:
-    """The reason why a [[faults]] table does not apply in this elastic.mode; empty if it does, or is wrong anyway."""
+def _as_shown(planned: list[PlannedFault], apart: bool) -> list[PlannedFault]:
+    return [replace(fault, kind=fault.kind.in_clusters_apart()) for fault in planned] if apart else planned
+
+
+def _misfits_of_clusters(config: Config, nodes: int) -> list[str]:
+    """Problems of a case whose clusters of islands live apart."""
+    problems = []
+    if not config.islands.count:
+        problems.append(
+            "apart = true, and islands.count = 0: there are no clusters.\n  Set islands.count, or leave it out."
+        )
+    if nodes > 1:
+        problems.append(f"nodes = {nodes}, but a campaign starts clusters that live apart on one.\n  Set nodes = 1.")
+    for number, fault in enumerate(config.faults):
+        is_of_others = isinstance(fault.rank, int) and fault.rank >= config.parallel.island_ranks
+        if fault.phase in OF_FIRST_CLUSTER and is_of_others:
+            problems.append(
+                f"faults[{number}] ({fault.kind}): rank = {fault.rank}, but {fault.phase} is passed by the first "
+                "cluster alone.\n  Give rank = 0, or another phase."
+            )
+    return problems
+
+
+def _not_in(mode: str, fault: Table, apart: bool = False) -> str:
+    """The reason why a [[faults]] table does not apply in this elastic.mode; empty if it does, or is wrong anyway.
+
+    `apart`: the clusters of islands live apart.
+    """
     kind = KINDS.get(str(fault.get("kind")))
     if kind is None:
         return ""
+    if apart and (kind.from_outside or "at_seconds" in fault):
+        return f"{kind.name} comes from outside, and clusters that live apart have faults made by their ranks alone"
     if mode == "quorum" and NODES in kind.needs and mode not in kind.not_in:
         return f"{kind.name} needs two nodes, and a campaign starts the workers of a quorum on one"
     return f"{kind.name}: {kind.not_in[mode]}" if mode in kind.not_in else ""

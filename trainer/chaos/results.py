@@ -47,6 +47,8 @@ class Setup:
     spares: int = 0
     transport: str = "tcp"
     """Transport of the connections between nodes: "tcp" or "mptcp"."""
+    apart: bool = False
+    """Clusters of islands live apart, under `trainer launch --islands`."""
 
     def values(self) -> dict[str, Any]:
         return {own.name: getattr(self, own.name) for own in dataclasses.fields(Setup)}

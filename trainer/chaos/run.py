@@ -36,7 +36,7 @@ from trainer.faults.checker import NOT_ASKED, Evidence, Reference
 from trainer.faults.fault import LINUX, NAMESPACES, SHAPING, Fault
 from trainer.fleet import supervision
 from trainer.launch import namespaces, transport
-from trainer.launch.cluster import Cluster, QuorumCluster
+from trainer.launch.cluster import ApartCluster, Cluster, QuorumCluster
 from trainer.log import rundir
 from trainer.log.timeline import read_timeline
 
@@ -204,17 +204,29 @@ def run_case(campaign: Campaign, case: Case, reference: Reference | CommandRefer
         answers = command.check(campaign.command, seen, launched[-1].output)
         measured = command.measure(campaign.command, seen)
     else:
-        evidence = Evidence(directory / "run", case.config, case.planned, reference, *job)
-        answers, measured = checker.check(evidence), []
+        evidences = _evidences(case, directory / "run", reference, job)
+        answers, measured = checker.check_clusters(evidences), []
         with contextlib.suppress(TopropeError):  # the log cannot be read, and the answers say so
-            measured = checker.measure(evidence)
-            drawn = read_timeline(evidence.run)
-            commit = rundir.read(evidence.run).get("git_commit") or ""
+            measured = [fault for evidence in evidences for fault in checker.measure(evidence)]
+            drawn = read_timeline(evidences[0].run)
+            commit = rundir.read(evidences[0].run).get("git_commit") or ""
     outcome, why = results.outcome(answers)
     return case.make_result(
         outcome, why, answers=answers, launches=launches, measured=measured, timeline=drawn,
         run=str(directory / "run"), seconds=time.time() - started, commit=commit,
     )  # fmt: skip
+
+
+def _evidences(case: Case, run: Path, reference: Reference, job: tuple[Any, ...]) -> list[Evidence]:
+    """What there is to judge: one run, or that of each cluster that lives apart, with the faults that are to hit it."""
+    if not case.apart:
+        return [Evidence(run, case.config, case.planned, reference, *job)]
+    ranks = case.config.parallel.island_ranks
+    found = []
+    for cluster in range(case.ranks // ranks):
+        own = [fault for fault in case.planned if cluster in {rank // ranks for rank in fault.victims(case.ranks)}]
+        found.append(Evidence(rundir.of_cluster(run, cluster), case.config, own, reference, *job))
+    return found
 
 
 @dataclass(frozen=True)
@@ -272,6 +284,11 @@ def _launch(
             cluster = QuorumCluster(
                 campaign.config_path, run, overrides, ranks=case.ranks, spares=case.spares, directory=start,
                 environment=environment, warm=True,
+            )  # fmt: skip
+        elif case.apart:
+            cluster = ApartCluster(
+                campaign.config_path, run, overrides, ranks=case.ranks, of_cluster=case.config.parallel.island_ranks,
+                directory=start, environment=environment, warm=True,
             )  # fmt: skip
         else:
             # A warm cluster forks its ranks from a process that has torch imported: that costs seconds per start.
@@ -361,6 +378,7 @@ def _replay(campaign: Campaign, failed: Iterable[Result]) -> str:
         run |= {"strategy": result.strategy} if result.strategy else {}
         run |= {"spares": result.spares} if result.spares else {}
         run |= {"transport": result.transport} if result.transport != "tcp" else {}
+        run |= {"apart": True} if result.apart else {}
         lines += ["", f"# {result.outcome}: {' '.join(result.why.split())}", "[[runs]]", *tomlfile.lines(run)]
         # Its own `set` holds the settings that the campaign does not have.
         own = {key: value for key, value in _split(result.overrides).items() if shared.get(key) != value}

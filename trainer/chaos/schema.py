@@ -25,6 +25,7 @@ class Run(Section):
     strategy: Strategy | None = None
     spares: int | None = Field(default=None, ge=0)
     transport: Transport | None = None
+    apart: bool | None = None
     set: dict[str, Any] = Field(default_factory=dict)
     """Overrides of this run alone. None may change the weights, or there would be nothing to compare with."""
     faults: list[dict[str, Any]] = Field(default_factory=list)
@@ -117,6 +118,9 @@ class CampaignFile(Section):
     """With elastic.mode = "quorum": workers beyond `ranks` that wait to be needed."""
     transport: Transport = "tcp"
     """"mptcp": connections between the nodes of each run are of Multipath TCP, over two links."""
+    apart: bool = False
+    """With [islands]: clusters of parallel.island_ranks ranks live apart, under `trainer launch --islands`. Else one
+    job has all ranks."""
     strategies: list[Strategy] = Field(default=["replicate"], min_length=1)
     repeat: int = Field(default=1, ge=1)
     seed: int = 0
@@ -135,7 +139,7 @@ class CampaignFile(Section):
 NEEDED_BY_ALL = {"config", "command", "directory", "progress", "set", "set_outside", "ranks", "nodes", "strategies"}
 """Settings without which no run can be planned."""
 OF_COMMANDS = {"directory", "environment", "progress", "result", "checkpoints", "again_after"}
-OF_CONFIGS = {"set", "set_outside", "strategies", "restarts", "spares", "transport"}
+OF_CONFIGS = {"set", "set_outside", "strategies", "restarts", "spares", "transport", "apart"}
 
 
 def read(path: Path) -> tuple[CampaignFile | None, list[str]]:

@@ -19,7 +19,8 @@ from trainer.log.incidents import Incident
 from trainer.phases import Phase
 
 __all__ = [
-    "INVARIANTS", "Answer", "Answers", "Evidence", "Reference", "answer_of", "check", "every_fault_fired", "measure",
+    "INVARIANTS", "Answer", "Answers", "Evidence", "Reference", "answer_of", "check", "check_clusters",
+    "every_fault_fired", "measure",
     "reference_of", "status_problems",
 ]  # fmt: skip
 
@@ -38,6 +39,7 @@ FIRED, EQUAL, SAMPLES, KEPT, CLEAN, DETECTED, RECOVERED, ATTRIBUTED, TIME, STATU
     "exit status",
 )
 NOT_ASKED: Answers = "not applicable"
+_WORST_FIRST: tuple[Answers, ...] = ("fail", "undetected", "unknown", "pass", NOT_ASKED)
 MEASURED_AS = {DETECTED: "detect_seconds", RECOVERED: "recover_seconds", ATTRIBUTED: "attributed_correctly"}
 """The value in `measure` that an invariant tests; None for a fault of which it asks nothing."""
 KNOWN_FILES = {
@@ -75,6 +77,18 @@ def check(evidence: Evidence) -> list[Answer]:
         _answer_if_asked(evidence, ATTRIBUTED, _wrong_attributions(evidence)),
         answer_of(TIME, _time_problems(evidence)),
         answer_of(STATUS, status_problems(evidence)),
+    ]
+
+
+def check_clusters(of_clusters: Sequence[Evidence]) -> list[Answer]:
+    """An answer to each of INVARIANTS for clusters that live apart, each of which has a run directory of its own: the
+    worst of theirs. Checkpoints, time and exit status are those of the run, which is the first one's.
+    """
+    found = [check(evidence) for evidence in of_clusters]
+    asked = [found[:1] if name in (KEPT, TIME, STATUS) else found for name in INVARIANTS]
+    return [
+        min((answers[place] for answers in some), key=lambda answer: _WORST_FIRST.index(answer.answer))
+        for place, some in enumerate(asked)
     ]
 
 

@@ -51,6 +51,9 @@ AFTER_THE_UPDATE = (*IN_ISLANDS, Phase.AFTER_UPDATE, Phase.IN_EVAL, *SAVE, *AROU
 OF_MAIN_MEMBER = (*SAVE, *AROUND_SAVE, Phase.BEFORE_END, Phase.AFTER_END)
 """Phases that in quorum mode the main member alone passes: whoever that is by then."""
 
+OF_FIRST_CLUSTER = (Phase.IN_EVAL, *SAVE, *AROUND_SAVE)
+"""Phases that the first one alone passes of clusters of islands that live apart."""
+
 # Needs of a kind: of the machine or of the job. A campaign probes, and skips kinds whose needs are not met.
 LINUX, NAMESPACES, NODES, SHAPING, SPARES = (
     "Linux",
@@ -199,6 +202,14 @@ class Fault:
             changes |= {"expected_incidents": (), "may_cause": (*self.may_cause, *self.expected_incidents)}
         kind = copy.copy(self)
         vars(kind).update(changes)
+        return kind
+
+    def in_clusters_apart(self) -> "Fault":
+        """This kind as it shows where clusters of islands live apart: the launcher ends a rank that stays stopped."""
+        if not self.stops_rank:
+            return self
+        kind = copy.copy(self)
+        vars(kind).update(expected_incidents=("worker_lost",))
         return kind
 
     # Firing. `planned` is the fault of the config, `rank` and `outside` what it can act on.

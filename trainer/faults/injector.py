@@ -50,8 +50,10 @@ def arm(config: Config, run: Path, rank: int, world_size: int) -> "FaultInjector
         first = events.read_file(events.events_directory(run) / "attempt-0000-rank-00000.jsonl")
         starts = events.select(first, AttemptStarted)
         try:
-            # For the world that the run began with: a world that shrinks must not make a good plan a bad one.
-            planned = plan.make(config, starts[0][1].world_size if starts else world_size)
+            # For the world that the run began with: a world that shrinks must not make a good plan a bad one. Clusters
+            # that live apart stay as many; the log of each counts its own ranks alone.
+            is_known = starts and elastic.apart() is None
+            planned = plan.make(config, starts[0][1].world_size if is_known else world_size)
         except ConfigError:
             planned = plan.make(config, world_size)
     return FaultInjector(planned, config, run, rank, world_size)
@@ -255,7 +257,8 @@ class FaultInjector:
             if not is_victim:
                 continue
             act = functools.partial(self._fire, fault, Phase.IN_REDUCE, step)
-            if rank.world_size > 1:
+            apart = elastic.apart()
+            if (rank.world_size if apart is None else apart.ranks) > 1:
                 self._entering.add(fault.index)  # where it is alone now, the next collective comes later
                 rank.act_in_all_reduce(act)
             else:

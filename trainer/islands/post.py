@@ -13,7 +13,6 @@ import contextlib
 import os
 import pickle
 import secrets
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,12 +23,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer import files
 from trainer.errors import CorruptionError
+from trainer.islands import letters
 from trainer.log.events import ClusterAwaited, Event, Warned
 from trainer.parallel.world import PeerLostError, World
 
-START, FORGOTTEN = "start", "forgotten"
 AWAITED_SECONDS = 1.0
 """A wait for another cluster that is longer is logged when it ends."""
 NOTICE_SECONDS = 30.0
@@ -64,7 +62,7 @@ class Post:
     def next(self) -> Path:
         """Name the next message: all clusters call this in the same order."""
         self._number += 1
-        return self._place / (_directory(self._step) if self._step else START) / f"{self._number:02d}"
+        return self._place / letters.directory_of(self._step) / f"{self._number:02d}"
 
     def give(self, name: Path, content: bytes, is_function_of_config: bool = True) -> None:
         """Give this cluster's message, unless it was given before: then that one holds.
@@ -100,7 +98,7 @@ class Post:
                 content = path.read_bytes()
                 break
             self._waiting(self._step)
-            if self._step and self._step <= self._forgotten():
+            if self._step and self._step <= letters.forgotten(self._place):
                 raise PeerLostError(f"messages of step {self._step} are gone: a newer checkpoint is there by now")
             waited = time.monotonic() - started
             if waited > NOTICE_SECONDS and not said:
@@ -123,19 +121,7 @@ class Post:
 
     def forget(self, step: int) -> None:
         """Remove the messages up to `step`. A cluster that has begun before it must begin again, from a newer state."""
-        files.write(self._place / FORGOTTEN, str(step))
-        for path in self._place.glob("step-*"):
-            if path.name <= _directory(step):
-                shutil.rmtree(path, ignore_errors=True)
-
-    def _forgotten(self) -> int:
-        with contextlib.suppress(FileNotFoundError):
-            return int((self._place / FORGOTTEN).read_text(encoding="utf-8"))
-        return 0
-
-
-def _directory(step: int) -> str:
-    return f"step-{step:08d}"
+        letters.forget(self._place, step)
 
 
 def _of(name: Path, cluster: int) -> Path:

@@ -242,6 +242,28 @@ class QuorumCluster(Agents):
         return Agent(self._command, log, launch=[*enter, *TRAINER], warm=self._warm, environment=environment)
 
 
+class ApartCluster(Agents):
+    """The launcher of a toprope run whose clusters of islands live apart, each of `of_cluster` of the `ranks`.
+
+    `overrides` are KEY=VALUE for --set.
+    """
+
+    def __init__(
+        self, config: Path, run: Path, overrides: Sequence[str], *, ranks: int, of_cluster: int, directory: Path,
+        environment: Mapping[str, str] | None = None, warm: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            ranks=ranks, directory=directory, nodes=1, hosts=None, environment=environment, own_store=False, warm=warm
+        )
+        settings = [part for override in overrides for part in ("--set", override)]
+        self._command = ["launch", str(config), "--islands", str(ranks // of_cluster), "--run", str(run), *settings]
+
+    def _start(
+        self, number: int, log: Path, enter: Sequence[str], host: int | None, environment: Mapping[str, str]
+    ) -> Agent:
+        return Agent(self._command, log, launch=[*enter, *TRAINER], warm=self._warm, environment=environment)
+
+
 class CommandCluster(Agents):
     """The agents of a command of someone else's, which works in directory `cwd`.
 

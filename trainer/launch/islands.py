@@ -8,7 +8,8 @@ A cluster is `parallel.island_ranks` processes, which end and begin together: a 
 
 There is no arbiter: clusters exchange files (islands/post.py), and nobody has to know who lives. On several nodes that
 share the run directory, the same command on each starts its share of the clusters. A cluster has a lock, which its
-launcher holds and the kernel frees: where one is free for a while, another launcher starts the cluster.
+launcher holds and the kernel frees: where one is free for a while, another launcher starts the cluster. Hosts that do
+not see one directory exchange the files by their launchers (courier.py).
 """
 
 import contextlib
@@ -32,7 +33,8 @@ from filelock import FileLock, Timeout
 from trainer import files, signals
 from trainer.config import Config, check_world
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USAGE, ConfigError, RunDirectoryError
-from trainer.launch import forkserver, processes, torchrun
+from trainer.islands import letters
+from trainer.launch import courier, forkserver, processes, quorum, torchrun
 from trainer.launch.quorum import (
     LEAVE_SECONDS,
     RESTARTS_WITHOUT_PROGRESS,
@@ -41,13 +43,11 @@ from trainer.launch.quorum import (
     terminal_line,
 )  # fmt: skip
 from trainer.log import rundir
-from trainer.parallel import elastic
+from trainer.parallel import arbiter, elastic
 
 POLL_SECONDS = 0.02
 LOOK_SECONDS = 0.5
 """How often a launcher looks for clusters that have none, for stopped ones, and for the end of the job."""
-OVER = "over"
-"""File among the messages: the exit status of the first cluster, once it has left in order."""
 
 
 @dataclass(frozen=True)
@@ -62,15 +62,14 @@ class Plan:
     """Of the job, on all nodes."""
     here: int
     """Of them on this node."""
+    listen: str = ""
+    """Where launchers on hosts that do not see the run directory join; empty: nowhere."""
+    join: str = ""
+    """Address of the launcher that this one joins, with a run directory of its own; empty: none."""
 
     @property
     def place(self) -> Path:
         return self.run / "islands"
-
-
-def run_of(run: Path, cluster: int) -> Path:
-    """The run directory of a cluster."""
-    return run / "islands" / f"cluster-{cluster}" if cluster else run
 
 
 def output_of(run: Path, cluster: int) -> Path:
@@ -102,9 +101,31 @@ def launch(plan: Plan) -> int:
     with contextlib.ExitStack() as stack:
         if server is not None:
             stack.callback(server.close)
-        job = Job(plan, _enter(plan, stack), server)
+        remote = None
+        if plan.join:
+            patience = plan.config.elastic.takeover_seconds or plan.config.elastic.step_timeout_seconds
+            remote = courier.Joined(
+                quorum.parse_address(plan.join), quorum.token_of_others(plan.run), plan.run, plan.clusters, plan.here,
+                patience,
+            )  # fmt: skip
+        post = _enter(plan, stack, remote.post if remote else "")
+        if remote is not None:
+            stack.callback(remote.close)
+            remote.begin()
+        elif plan.listen:
+            stack.callback(arbiter.address_path(plan.run).unlink, missing_ok=True)
+            remote = _listen(plan, post)
+            stack.callback(remote.close)
+        job = Job(plan, post, server, remote)
         stack.callback(job.close)
         return job.run()
+
+
+def _listen(plan: Plan, post: Path) -> courier.Listening:
+    listener = arbiter.listen(*quorum.parse_address(plan.listen))
+    token = os.environ.get(arbiter.TOKEN) or quorum.token_of(plan.run)
+    quorum.publish_address(plan.run, listener, token)
+    return courier.Listening(listener, token, plan.run, post, plan.clusters)
 
 
 def check(plan: Plan) -> None:
@@ -126,8 +147,11 @@ def check(plan: Plan) -> None:
     rundir.check(plan.run, config)
 
 
-def _enter(plan: Plan, stack: contextlib.ExitStack) -> Path:
-    """Join the job that is going on in the run directory, or begin one; return the directory of its messages."""
+def _enter(plan: Plan, stack: contextlib.ExitStack, post: str = "") -> Path:
+    """Join the job that is going on in the run directory, or begin one; return the directory of its messages.
+
+    `post` is its name, if another host has begun the job.
+    """
     place = plan.place
     place.mkdir(parents=True, exist_ok=True)
     with FileLock(place / "start.lock", fallback_to_soft=False):
@@ -139,15 +163,21 @@ def _enter(plan: Plan, stack: contextlib.ExitStack) -> Path:
         else:
             # No launcher lives, so all begin from one checkpoint, and no message of before is needed.
             for old in place.glob("post-*"):
-                shutil.rmtree(old, ignore_errors=True)
-            job = {"post": f"post-{secrets.token_hex(4)}", "clusters": plan.clusters}
-            (place / job["post"]).mkdir()
+                if old.name != post:
+                    shutil.rmtree(old, ignore_errors=True)
+            job = {"post": post or f"post-{secrets.token_hex(4)}", "clusters": plan.clusters}
+            (place / job["post"]).mkdir(exist_ok=True)
             files.write(place / "job.json", json.dumps(job))
         fcntl.flock(alive, fcntl.LOCK_SH)  # held by every launcher of the job
     if job["clusters"] != plan.clusters:
         raise RunDirectoryError(
             f"{plan.run} is being trained by {job['clusters']} clusters, not by {plan.clusters}.\n"
             f"  All nodes of a job give the same number: --islands {job['clusters']}. Or wait for the end of that job."
+        )
+    if post not in ("", job["post"]):
+        raise RunDirectoryError(
+            f"{plan.run} is being trained by another job than that of {plan.join}.\n"
+            "  Give a --run of its own, or wait for the end of the job here."
         )
     stack.callback(_leave, place / job["post"], alive)
     return place / job["post"]
@@ -157,7 +187,7 @@ def _leave(post: Path, alive: IO[str]) -> None:
     """Remove the messages of a finished job, unless another launcher lives: its clusters may need them."""
     with FileLock(post.parent / "start.lock", fallback_to_soft=False), contextlib.suppress(OSError):
         fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while another launcher lives
-        if _over(post) == EXIT_FINISHED:
+        if letters.over(post) == EXIT_FINISHED:
             shutil.rmtree(post, ignore_errors=True)
         fcntl.flock(alive, fcntl.LOCK_UN)  # before start.lock: who comes next begins a job
 
@@ -169,6 +199,8 @@ class Job:
     plan: Plan
     post: Path
     server: forkserver.ForkServer | None
+    remote: courier.Listening | courier.Joined | None = None
+    """By which files travel to hosts that do not see the run directory."""
     _clusters: list[Cluster] = field(default_factory=list)
     _free_since: dict[int, float] = field(default_factory=dict)
     """When a cluster was first seen without a launcher."""
@@ -186,10 +218,12 @@ class Job:
 
     def run(self) -> int:
         self._stop.listen()
-        self._over = _over(self.post)
-        for number in range(self.plan.clusters):
+        self._over = letters.over(self.post)
+        for number in self.remote.numbers if isinstance(self.remote, courier.Joined) else range(self.plan.clusters):
             if len(self._clusters) < self.plan.here and self._over is None:
                 self._keep(number)
+        if isinstance(self.remote, courier.Listening):
+            self.remote.begin()
         if not self._clusters and self._over is None:
             terminal_line(f"All {self.plan.clusters} clusters have launchers. This one waits until one has none.")
         while self._goes_on():
@@ -257,7 +291,7 @@ class Job:
         environment = os.environ | given.environment() | {elastic.FAILURES_FILE: str(cluster.failures)}
         if number:  # the first one shows the run
             environment["WANDB_MODE"] = "disabled"
-        command = [*self.plan.command, "--run", str(run_of(run, number))]
+        command = [*self.plan.command, "--run", str(rundir.of_cluster(run, number))]
         output = output_of(run, number) if number else None
         if output is not None and given.rank:  # one file for each: they would write over one another
             output = output.with_suffix(f".{given.rank}.txt")
@@ -281,7 +315,7 @@ class Job:
         if status in (EXIT_FINISHED, EXIT_PREEMPTED):
             cluster.status = status
             if cluster.number == 0:  # all that counts is on disk
-                files.write(self.post / OVER, str(status))
+                files.write(self.post / letters.OVER, str(status))
             if status == EXIT_PREEMPTED:
                 self._stop.ask(signal.SIGTERM)
             return
@@ -289,7 +323,7 @@ class Job:
             # A stop is heeded where the clusters meet, which may be many steps on; without this one they never do.
             self._kill_at = self._kill_at or time.monotonic() + LEAVE_SECONDS
             return
-        step = _newest_step(self.post)
+        step = letters.newest_step(self.post)
         if step > self._highest_step:
             self._highest_step, self._restarts = step, 0
         self._restarts += 1
@@ -320,12 +354,17 @@ class Job:
                 seconds = settings.step_timeout_seconds
                 terminal_line(f"cluster {cluster.number} has been stopped for {seconds:g} s, and is ended.")
                 cluster.process.kill()
-        self._over = _over(self.post)
+        self._over = letters.over(self.post)
         if self._over == EXIT_PREEMPTED:
             # A cluster that has begun from what the stop has saved waits for clusters that have left.
             self._stop.ask(signal.SIGTERM)
             self._kill_at = self._kill_at or now + LEAVE_SECONDS
         if self._stop.number or self._status is not None or self._over is not None:
+            return
+        if isinstance(self.remote, courier.Joined):
+            if self.remote.problem:
+                self._status, self._kill_at = EXIT_FAILED, now
+                terminal_line(f"This node has left the job: {self.remote.problem}")
             return
         has_gpu_each = not is_cpu_only(self.plan.config) and not self.plan.config.parallel.share_gpus
         kept = {cluster.number for cluster in self._clusters}
@@ -349,15 +388,3 @@ class Job:
         for cluster in self._clusters:
             if cluster.process is not None:
                 cluster.process.send_signal(number)
-
-
-def _over(post: Path) -> int | None:
-    """How the job has ended; None if it goes on."""
-    with contextlib.suppress(FileNotFoundError):
-        return int((post / OVER).read_text(encoding="utf-8"))
-    return None
-
-
-def _newest_step(post: Path) -> int:
-    """The last step of which the clusters have spoken (islands/post.py has the names)."""
-    return max((int(path.name.removeprefix("step-")) for path in post.glob("step-*")), default=0)

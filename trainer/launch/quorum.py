@@ -136,8 +136,8 @@ def serve(plan: Plan) -> int:
         stack.enter_context(rundir.claim(plan.run, plan.config))
         host, port = parse_address(plan.listen)
         listener = arbiter.listen(host, port)
-        attempt, token = _attempt_to_go_on(plan.run), _token(plan.run)
-        _publish_address(plan.run, listener, token)
+        attempt, token = _attempt_to_go_on(plan.run), token_of(plan.run)
+        publish_address(plan.run, listener, token)
         log = arbiter.log_path(plan.run, attempt)
         server = arbiter.Server(log, listener, token, **_settings(plan, attempt))
         stack.callback(server.close)
@@ -213,7 +213,7 @@ def check(plan: Plan) -> None:
     if not plan.join:
         rundir.check(plan.run, plan.config)
     else:
-        _token_of_others(plan)
+        token_of_others(plan.run)
 
 
 def knock(plan: Plan, patience_seconds: float = LOST_SECONDS) -> None:
@@ -222,7 +222,7 @@ def knock(plan: Plan, patience_seconds: float = LOST_SECONDS) -> None:
     Nodes may start in any order, and an arbiter may be on its way back: it is waited for. Whoever closes the connection
     is not, so a tunnel must lead to an arbiter: that is how one refuses a wrong token.
     """
-    address, token, until = parse_address(plan.join), _token_of_others(plan), time.monotonic() + patience_seconds
+    address, token, until = parse_address(plan.join), token_of_others(plan.run), time.monotonic() + patience_seconds
     while True:
         with contextlib.suppress(OSError):
             connection = Connection(socket.create_connection(address, timeout=5.0))
@@ -262,7 +262,7 @@ class _Elsewhere:
 
     def __init__(self, plan: Plan) -> None:
         self.address = parse_address(plan.join)
-        self.token = _token_of_others(plan)
+        self.token = token_of_others(plan.run)
 
     def has_died(self) -> bool:
         return False  # nobody here knows
@@ -282,8 +282,8 @@ class _Here:
         host, port = self._listener.getsockname()[:2]
         # Workers of this node reach an arbiter that listens everywhere at this machine's own address.
         self.address = ("127.0.0.1" if host in ("0.0.0.0", "::") else host), port
-        self.token = _token(plan.run)
-        _publish_address(plan.run, self._listener, self.token)
+        self.token = token_of(plan.run)
+        publish_address(plan.run, self._listener, self.token)
         attempt = events.next_attempt(plan.run)
         log = arbiter.log_path(plan.run, attempt)
         log.unlink(missing_ok=True)  # left by a start after which nobody trained
@@ -611,7 +611,7 @@ def _attempt_to_go_on(run: Path) -> int:
     return attempt
 
 
-def _token(run: Path, make: bool = True) -> str:
+def token_of(run: Path, make: bool = True) -> str:
     """The token of the job that is going on in `run`, or a new one."""
     path = arbiter.address_path(run)
     with contextlib.suppress(OSError, ValueError, KeyError):
@@ -624,12 +624,12 @@ def _token(run: Path, make: bool = True) -> str:
     return secrets.token_hex(16)
 
 
-def _token_of_others(plan: Plan) -> str:
+def token_of_others(run: Path) -> str:
     """The token of the job that this node joins. Raises WorldError if it is unknown."""
-    return os.environ.get(arbiter.TOKEN) or _token(plan.run, make=False)
+    return os.environ.get(arbiter.TOKEN) or token_of(run, make=False)
 
 
-def _publish_address(run: Path, listener: socket.socket, token: str) -> None:
+def publish_address(run: Path, listener: socket.socket, token: str) -> None:
     host, port = listener.getsockname()[:2]
     path = arbiter.address_path(run)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -44,6 +44,11 @@ def tokenizer_path(run: Path) -> Path:
     return run / "tokenizer.json"
 
 
+def of_cluster(run: Path, cluster: int) -> Path:
+    """The run directory of a cluster of islands that lives apart: the first one is the run itself."""
+    return run / "islands" / f"cluster-{cluster}" if cluster else run
+
+
 def is_run(path: Path) -> bool:
     """True if there is a config.json in this directory: that makes it a run, whatever its name."""
     return files.exists(config_path(path))
