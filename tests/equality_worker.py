@@ -18,7 +18,7 @@ from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.data import Prepared, prepare
 from trainer.islands.members import with_islands
 from trainer.islands.state import IslandsState
-from trainer.log.events import EventLog, StepDone
+from trainer.log.events import EvalDone, Event, EventLog, StepDone
 from trainer.parallel import world
 from trainer.parallel.world import AllRanks
 from trainer.step import StepContext, TrainState
@@ -31,8 +31,8 @@ def train(case: dict[str, Any], ranks: world.World, directory: Path) -> dict[str
     rows = costs.padded_vocab(prepared.tokenizer.vocab_size, config.model.vocab_size)
     state = job.build_any(config, rows, ranks, lambda rounders: rounders)
     log = EventLog.open(directory, next(attempts), ranks.rank)
-    steps: list[StepDone] = []
-    log.subscribe(lambda entry: steps.append(entry.event) if isinstance(entry.event, StepDone) else None)
+    logged: list[Event] = []
+    log.subscribe(lambda entry: logged.append(entry.event))
     context = StepContext(config, AllRanks(ranks, config.data.micro_batches), job.batches_of(config, prepared))
     collaborators = loop.Collaborators(
         context, loop.by_main(ranks, log), job.scorer(config, prepared, lambda: ranks), NoCheckpointer()
@@ -40,8 +40,9 @@ def train(case: dict[str, Any], ranks: world.World, directory: Path) -> dict[str
     if isinstance(state, IslandsState):
         collaborators = with_islands(state, collaborators, log.append)
     loop.train(state, collaborators)
-    scores = [(done.set, done.loss, done.bits_per_byte) for done in collaborators.evaluate(state.model, state.step)]
     log.close()
+    steps = [event for event in logged if isinstance(event, StepDone)]
+    scores = [event for event in logged if isinstance(event, EvalDone)]
     return {
         "weights": state.weights_sha256(),
         "state": state.state_sha256(),
@@ -50,7 +51,7 @@ def train(case: dict[str, Any], ranks: world.World, directory: Path) -> dict[str
         "samples": [step.samples for step in steps],
         "redone": [step.redone for step in steps],
         "flushed": [step.flushed for step in steps],
-        "scores": scores,
+        "scores": [(done.step, done.set, done.loss, done.bits_per_byte) for done in scores],
     }
 
 

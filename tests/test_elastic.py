@@ -142,9 +142,7 @@ def test_a_worker_under_torchs_own_torchrun_says_which_variable_is_missing(tmp_p
     options = ["--standalone", "--nproc-per-node=1"]
     # "--", or Python before 3.12.8 takes our --run for an abbreviation of torchrun's --run-path
     plain = [sys.executable, "-m", "torch.distributed.run", *options, "-m", "--", "tests.worker"]
-    with Job(
-        tmp_path / "jobs", SMOKE, run, few, [], launch=plain, warm=False, environment={elastic.SHARED_STORE: "0"}
-    ) as job:
+    with Job(tmp_path / "jobs", SMOKE, run, few, [], launch=plain, environment={elastic.SHARED_STORE: "0"}) as job:
         assert job.wait(60) == 0, job.output
     assert elastic.SHARED_STORE in job.output
     warned = [entry.event.message for entry in events.read(run) if isinstance(entry.event, events.Warned)]

@@ -14,7 +14,9 @@ from scripts import fuzz_equality
 from tests.support import SMOKE, settings, shared_directory, torchrun, write_corpus
 from trainer.data import cache
 
-BASE = {"budget.steps": 3, "data.micro_batches": 5, "eval.max_tokens": 1024, "optim.learning_rate": 0.01}
+BASE = {"budget.steps": 2, "data.micro_batches": 5, "eval.max_tokens": 320, "optim.learning_rate": 0.01}
+"""The first step is computed twice and the second uses its moments. Shares of five are uneven on 2, 3 and 4 ranks, of
+micro-batches and of the batches of an evaluation."""
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "unclipped": {"optim.clip_norm": 0.0},
@@ -33,7 +35,7 @@ FEATURES: dict[str, dict[str, Any]] = {
         "model.width": 36, "model.n_heads": 6, "model.n_kv_heads": 2, "model.mlp": "swiglu", "model.norm": "layernorm",
         "model.biases": True, "model.tied_embeddings": True, "model.value_embeddings": True,
         "model.bigram_buckets": 101, "model.logit_softcap": 15.0, "model.z_loss": 1e-4, "model.init": "gpt2",
-        "optim.schedule": "wsd", "optim.warmup_steps": 2, "optim.mup_base_width": 18, "model.dropout": 0.1,
+        "optim.schedule": "wsd", "optim.warmup_steps": 1, "optim.mup_base_width": 18, "model.dropout": 0.1,
         "model.loss_chunk_tokens": 48, "parallel.activation_checkpointing": True,
     },
     "gpt-2": {
@@ -107,7 +109,8 @@ def grid() -> Iterator[tuple[str, Layout, dict[str, Any]]]:
     yield from on("islands of two ranks, streamed in int4", STREAMED_OF_TWO, two, four)
     yield from on("muon", MUON, alone, two, three, four)
     yield from on("plain sums", PLAIN_SUMS, alone, two, three, four)
-    yield from on("compiled", COMPILED, REFERENCE, (2, "hybrid"), three, (3, "fsdp"))
+    # A compilation takes as long as ten of the others train.
+    yield from on("compiled", COMPILED, REFERENCE, two, (3, "fsdp"))
 
 
 SAME = {

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -19,7 +18,7 @@ from filelock import FileLock
 
 import trainer
 from scripts import bench_islands, islands_picture
-from tests.support import SMOKE, outcome, settings, summarise_run, wait_until, with_faults, write_corpus
+from tests.support import SMOKE, outcome, settings, start, summarise_run, wait_until, with_faults, write_corpus
 from tests.support import trainer as command
 from trainer import checkpoint, signals
 from trainer import config as configs
@@ -462,10 +461,11 @@ def test_a_cluster_whose_launcher_dies_is_taken_over_by_another_one(corpus, calm
     stop = with_faults([{"kind": "stopped", "rank": 1, "at_step": 5}])
     patient = settings(elastic__step_timeout_seconds=60.0)
     both = [launch(run, corpus, "--workers", "1", *stop, *more) for more in ([], patient)]
-    with (tmp_path / "output").open("w") as output, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         launchers = []
         for arguments in both:
-            process = subprocess.Popen([sys.executable, "-m", "trainer", *arguments], stdout=output, stderr=output)
+            output = tmp_path / f"output-{len(launchers)}"
+            process = start([sys.executable, "-m", "trainer", *arguments], output)
             launchers.append(process)
             stack.callback(process.wait, 60)
             stack.callback(process.kill)
@@ -476,7 +476,7 @@ def test_a_cluster_whose_launcher_dies_is_taken_over_by_another_one(corpus, calm
         assert launchers[0].wait(timeout=60) == 0
     assert outcome(run) == calm
     assert len(attempts(run, 0)) == 1
-    assert "cluster 1 has had no launcher for 4 s, and is taken over here." in (tmp_path / "output").read_text()
+    assert "cluster 1 has had no launcher for 4 s, and is taken over here." in (tmp_path / "output-0").read_text()
 
 
 def fired(run: Path) -> bool:

@@ -32,7 +32,7 @@ from trainer.sentinel.corruption import Sentinel
 from trainer.step import StepContext, StepResult, TrainState
 
 CPU = torch.device("cpu")
-SETTINGS = ["budget.steps=6", "eval.every_steps=3", "eval.max_tokens=512"]
+SETTINGS = ["budget.steps=6", "eval.every_steps=3", "eval.max_tokens=192", "model.n_layers=1"]
 
 
 @pytest.fixture(scope="module")

@@ -91,7 +91,7 @@ def test_a_sharded_run_recomputes_a_wrong_gradient_and_restarts_where_its_state_
 def test_a_rank_that_stays_wrong_or_is_wrong_twice_ends_the_job_with_a_status_of_its_own_and_its_node_named(
     trial: FaultyRun,
 ):
-    stays, comes_again = fault("always_wrong", 4, 1), fault("sometimes_wrong", 8, 2, every=400, steps=16)
+    stays, comes_again = fault("always_wrong", 4, 1), fault("sometimes_wrong", 8, 2, every=100, steps=16)
     outputs = [trial.survive(3, [each], *ON, status=EXIT_QUARANTINED) for each in (stays, comes_again)]
     of_rank_1 = [row for row in found(trial) if row[2] == 1]
     assert {row[1:] for row in of_rank_1} == {("micro_batch", 1, "quarantined")} and of_rank_1[0][0] == 4

@@ -203,8 +203,8 @@ def test_slow_is_not_hung(trial: FaultyRun):
     """A first step, an evaluation and the wait for a save, each longer than the limit of a step in all."""
     faults = [
         fault("slow_rank", 1, rank=1, seconds=3.0, steps=1),
-        fault("slow_write", 6, rank=1, seconds=0.4),
-        fault("slow_write", 12, rank=1, seconds=0.4),
+        fault("slow_write", 6, rank=1, seconds=0.6),
+        fault("slow_write", 12, rank=1, seconds=0.6),
     ]
     trial.survive(2, faults, *LIMITS, slow={"in_eval": 0.2})
     trial.ends_as_reference(attempts=1)
@@ -311,10 +311,10 @@ def fill(disk: Path, leaving: int = 0) -> Path:
 
 
 def test_a_nan_that_stays_stops_the_run_and_is_named(trial: FaultyRun):
-    """Rank 1's third micro-batch of four is number 5 of eight. It would only come again: torchrun does not restart."""
-    output = trial.survive(2, [fault("nan_sample", 9, rank=1, nth=3)], status=EXIT_FAILED)
-    ids = batches(trial).micro_batch(8, 5).sample_ids
-    for named in ("step 9:", "micro-batch 5 (samples " + ", ".join(map(str, ids)), "module blocks.0.mlp"):
+    """Rank 1's second micro-batch of two is number 3 of four. It would only come again: torchrun does not restart."""
+    output = trial.survive(2, [fault("nan_sample", 9, rank=1, nth=2)], status=EXIT_FAILED)
+    ids = batches(trial).micro_batch(8, 3).sample_ids
+    for named in ("step 9:", "micro-batch 3 (samples " + ", ".join(map(str, ids)), "module blocks.0.mlp"):
         assert named in output, output
     assert {event.trial for event in trial.events(events.NotFinite)} == {0, 1}
     assert max(committed_samples(trial.run)) == 8, "the step was applied"
