@@ -27,6 +27,10 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of transformers
 
 TEXT = "def main() -> None:\n    print('ünïcode ✓', 3 * x)\n"
+LLAMA3 = {"rope_scaling": "llama3", "rope_original_context": 1000}  # some waves are kept, some slowed, one in between
+PYTHIA: dict[str, Any] = {
+    "norm": "layernorm", "mlp": "gelu", "qk_norm": False, "biases": True, "rotated_share": 0.5, "parallel_block": True,
+}  # fmt: skip
 ROWS: list[tuple[str, dict[str, Any]]] = [
     ("GPT2LMHeadModel", {"norm": "layernorm", "positions": "learned", "mlp": "gelu", "qk_norm": False, "biases": True}),
     (
@@ -47,7 +51,23 @@ ROWS: list[tuple[str, dict[str, Any]]] = [
     ("StableLmForCausalLM", {"norm": "layernorm", "mlp": "swiglu", "qk_norm": False}),
     ("Starcoder2ForCausalLM", {"norm": "layernorm", "mlp": "gelu", "qk_norm": False, "biases": True}),
     ("Starcoder2ForCausalLM", {"norm": "layernorm", "mlp": "relu2", "qk_norm": False, "biases": False}),
+    ("LlamaForCausalLM", {"mlp": "swiglu", "qk_norm": False, "norm_gain": True, **LLAMA3}),
+    ("Qwen2ForCausalLM", {"mlp": "swiglu", "qk_norm": False, "norm_gain": True, "qkv_biases": True}),
+    ("Qwen2ForCausalLM", {"mlp": "swiglu", "qk_norm": False, "qkv_biases": True, "head_width": 12, **LLAMA3}),
+    ("Qwen3ForCausalLM", {"mlp": "swiglu", "qkv_biases": True, "rope_scaling": "linear"}),
+    ("ArceeForCausalLM", {"mlp": "relu2", "qk_norm": False, "qkv_biases": True, **LLAMA3}),
+    ("ApertusForCausalLM", {"mlp": "relu2", "qkv_biases": True, **LLAMA3}),
+    (
+        "GPT2LMHeadModel",
+        {"norm": "layernorm", "positions": "learned", "mlp": "gelu", "qk_norm": False, "qkv_biases": True},
+    ),
+    ("Starcoder2ForCausalLM", {"norm": "layernorm", "mlp": "gelu", "qk_norm": False, "qkv_biases": True, **LLAMA3}),
+    ("StableLmForCausalLM", {**PYTHIA, "mlp": "swiglu", "biases": False, "parallel_block": False, "qkv_biases": True}),
+    ("GPTNeoXForCausalLM", PYTHIA),
+    ("GPTNeoXForCausalLM", {**PYTHIA, "biases": False, "mlp": "gelu_tanh", "parallel_block": False, **LLAMA3}),
+    ("GPTNeoXForCausalLM", {**PYTHIA, "biases": False, "mlp": "relu2", "qkv_biases": True, "rotated_share": 1.0}),
 ]
+WITHOUT_GROUPS = ("GPT2LMHeadModel", "GPTNeoXForCausalLM")
 
 
 def made(changes: dict[str, Any], vocab_size: int = 320) -> Any:
@@ -64,7 +84,7 @@ def made(changes: dict[str, Any], vocab_size: int = 320) -> Any:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(
     ("name", "changes", "kv_heads"),
-    [(*row, groups) for row in ROWS for groups in (0, 2) if not groups or row[0] != "GPT2LMHeadModel"],
+    [(*row, groups) for row in ROWS for groups in (0, 2) if not groups or row[0] not in WITHOUT_GROUPS],
 )
 def test_transformers_computes_the_same_logits(
     tmp_path: Path, name: str, changes: dict[str, Any], kv_heads: int, tied: bool
@@ -82,7 +102,7 @@ def test_transformers_computes_the_same_logits(
 
 @pytest.mark.parametrize(("name", "changes"), ROWS)
 def test_what_is_exported_is_read_back_to_the_same_bits(tmp_path: Path, name: str, changes: dict[str, Any]):
-    model = made({**changes, "n_kv_heads": 2 if name != "GPT2LMHeadModel" else 0})
+    model = made({**changes, "n_kv_heads": 0 if name in WITHOUT_GROUPS else 2})
     export.write(model, train("bytes", [], 257), tmp_path / "out")
     found = architectures.read(tmp_path / "out", model.settings, 320)
     own = dict(model.named_parameters())
@@ -115,7 +135,8 @@ def test_a_folder_of_another_model_is_refused_with_each_difference(tmp_path: Pat
     ("said", "named"),
     [
         ({"rope_parameters": None, "rope_scaling": {"rope_type": "llama3"}}, "rope_type of the rotation is 'llama3'"),
-        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0}}, "rope_type of the rotation is 'linear'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 10_000.0}}, "rope_type of the rotation is 'yarn'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type of the rotation is 'dynamic'"),
         ({"partial_rotary_factor": 0.25}, "partial_rotary_factor of the rotation is 0.25"),
         ({"sliding_window": 4, "use_sliding_window": True}, "sliding_window is 4"),
         ({"rope_parameters": ["x"]}, "rope_parameters in"),
@@ -184,6 +205,26 @@ FOREIGN: dict[str, Any] = {
         vocab_size=300, hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=12, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
     ),
+    "llama 3.1": transformers.LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=88, num_hidden_layers=2, num_attention_heads=2,
+        rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, "factor": 4.0, "low_freq_factor": 1.0,
+                         "high_freq_factor": 4.0, "original_max_position_embeddings": 512},
+    ),
+    "llama, linear": transformers.LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=88, num_hidden_layers=1, num_attention_heads=4,
+        rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+    ),
+    "qwen2": transformers.Qwen2Config(
+        vocab_size=300, hidden_size=32, intermediate_size=88, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    ),
+    "pythia": transformers.GPTNeoXConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+    ),
+    "gpt-neox, in turn": transformers.GPTNeoXConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+        use_parallel_residual=False, hidden_act="gelu_new", rotary_pct=0.5, rotary_emb_base=5000, layer_norm_eps=1e-4,
+    ),
     "starcoder2": transformers.Starcoder2Config(
         vocab_size=300, hidden_size=32, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
         bos_token_id=0, eos_token_id=0,
@@ -237,7 +278,7 @@ def test_the_settings_that_a_refusal_lists_are_taken_and_none_are_listed_where_n
     fits = fitting(tmp_path / "short", start)
     assert fits["context"] == 32
     architectures.read(tmp_path / "short", config.parse({"model": {"context": 64} | fits}).model, 300)
-    scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    scaled = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     saved(tmp_path / "scaled", transformers.LlamaConfig(**llama | {"rope_parameters": scaled}))
     with pytest.raises(ConfigError, match=r"No settings of \[model\] hold it"):
         architectures.read(tmp_path / "scaled", start, 300)
@@ -275,6 +316,9 @@ def test_training_goes_on_from_a_model_that_transformers_made(tmp_path: Path):
     ({"norm": "layernorm", "qk_norm": False, "positions": "learned", "mlp": "swiglu"}, "mlp"),
     ({"norm": "layernorm", "qk_norm": False, "positions": "learned", "mlp": "gelu", "n_kv_heads": 2}, "n_kv_heads"),
     ({"norm": "layernorm", "qk_norm": False, "mlp": "swiglu", "biases": True}, "biases"),
+    ({"mlp": "swiglu", "rotated_share": 0.5}, "rotated_share"), ({"parallel_block": True}, "parallel_block"),
+    ({**PYTHIA, "mlp": "swiglu", "biases": False}, "parallel_block"), ({**PYTHIA, "n_kv_heads": 2}, "n_kv_heads"),
+    ({**PYTHIA, "head_width": 12}, "head_width"), ({**PYTHIA, "qk_norm": True}, "qk_norm"),
 ])  # fmt: skip
 def test_a_combination_that_no_architecture_has_is_refused_by_the_switch(changes: dict[str, Any], switch: str):
     with pytest.raises(UsageError, match=f"model.{switch}"):
@@ -282,10 +326,10 @@ def test_a_combination_that_no_architecture_has_is_refused_by_the_switch(changes
 
 
 def test_every_combination_of_switches_is_exported_or_refused():
-    for norm, positions, mlp, qk_norm, biases in itertools.product(
-        ("layernorm", "rmsnorm"), ("learned", "rope"), ("gelu", "relu2", "swiglu"), (False, True), (False, True)
-    ):
-        chosen = {"norm": norm, "positions": positions, "mlp": mlp, "qk_norm": qk_norm, "biases": biases}
+    switches = {"norm": ("layernorm", "rmsnorm"), "positions": ("learned", "rope"), "mlp": ("gelu", "relu2", "swiglu")}
+    switches |= dict.fromkeys(("qk_norm", "biases", "parallel_block"), (False, True))
+    for values in itertools.product(*switches.values()):
+        chosen = dict(zip(switches, values, strict=True))
         try:
             name = export.architecture_of(config.parse({"model": chosen}).model).name
         except UsageError:

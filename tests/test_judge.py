@@ -20,7 +20,7 @@ from tests.ladders import Arm, Design
 from trainer import api, cli
 from trainer.errors import EXIT_FINISHED, ConfigError
 from trainer.ladder import report
-from trainer.ladder.judge import judge, read_criterion
+from trainer.ladder.judge import judge, meaning, read_criterion, table
 from trainer.ladder.stats import decision, downstream, verdict
 from trainer.ladder.stats.records import BASELINE, Criterion, Interval, RunResult
 
@@ -335,6 +335,173 @@ def test_a_run_whose_loss_is_not_finite_diverged_and_its_arm_is_not_promoted(tmp
     tree = judge(str(write(tmp_path / "runs.csv", change(table, number, loss="nan"))), target_flops=DESIGN.target)
     assert f"line {number + 2}: loss is not finite: the run diverged." in tree["notices"]
     assert tree["verdicts"][0]["decision"] == "inconclusive"
+
+
+# Tables as spreadsheets and people write them
+
+
+def nasty(*edits: Callable[[Values], Values], separator: str = ",", header: bool = True) -> str:
+    """Five sizes of two arms with exact values, as text; each row edited."""
+    table = []
+    for size in range(5):
+        for arm, gain in (("base", 1.0), ("muon", 1.5)):
+            params, tokens = 124_000_000 * 3**size, 2_500_000_000 * 3**size
+            loss = round(1.7 + 40 * (6 * params * tokens * gain) ** -0.09, 4)
+            row: Values = {"arm": arm, "params": params, "tokens": tokens, "seed": 0, "loss": loss}
+            for edit in edits:
+                row = edit(row)
+            table.append(row)
+    lines = [separator.join(map(str, row.values())) for row in table]
+    return "\n".join([*([separator.join(table[0])] if header else []), *lines]) + "\n"
+
+
+def renamed(**names: str) -> Callable[[Values], Values]:
+    return lambda row: {names.get(name, name): value for name, value in row.items()}
+
+
+def written(**forms: Callable[[Any], Any]) -> Callable[[Values], Values]:
+    return lambda row: row | {name: form(row[name]) for name, form in forms.items()}
+
+
+def comma(value: float) -> str:
+    return str(value).replace(".", ",")
+
+
+def grouped(mark: str) -> Callable[[int], str]:
+    return lambda value: f"{value:,}".replace(",", mark)
+
+
+def quoted(form: Callable[[Any], Any]) -> Callable[[Any], str]:
+    return lambda value: f'"{form(value)}"'
+
+
+LONG: Mapping[str, bytes | str] = {
+    "plain": nasty(),
+    "UTF-8 with a mark, CRLF": b"\xef\xbb\xbf" + nasty().replace("\n", "\r\n").encode(),
+    "UTF-16 with tabs, as Excel's Unicode text": nasty(separator="\t").encode("utf-16"),
+    "CR alone": nasty().replace("\n", "\r"),
+    "semicolons": nasty(separator=";"),
+    "semicolons and decimal commas": nasty(written(loss=comma), separator=";"),
+    "sep=; above": "sep=;\n" + nasty(written(loss=comma), separator=";"),
+    "decimal commas, points between groups": nasty(written(loss=comma, params=grouped(".")), separator=";"),
+    "decimal commas in quotes": nasty(written(loss=quoted(comma))),
+    "commas between groups": nasty(written(params=quoted(grouped(",")), tokens=quoted(grouped(",")))),
+    "spaces between groups": nasty(written(params=grouped(" "), tokens=grouped("\u202f"))),
+    "apostrophes between groups": nasty(written(params=grouped("'"))),
+    "underscores": nasty(written(params=grouped("_"))),
+    "124M and 2.5B": nasty(written(params=lambda n: f"{n / 1e6:g}M", tokens=lambda d: f"{d / 1e9:g} B")),
+    "124 million": nasty(written(params=lambda n: f"{n / 1e6:g} million", tokens=lambda d: f"{d / 1e9}bn")),
+    "1.24e8": nasty(written(params=lambda n: f"{n:.10e}", tokens=lambda d: f"{d:E}")),
+    "+124000000": nasty(written(params=lambda n: f"+{n}")),
+    "124000000.0": nasty(written(params=float, seed=float)),
+    "millions by the column": nasty(
+        written(params=lambda n: n / 1e6, tokens=lambda d: d / 1e9), renamed(params="Params (M)", tokens="tokens [B]")
+    ),
+    "millions by the column's last word": nasty(
+        written(params=lambda n: n / 1e6, tokens=lambda d: d / 1e9),
+        renamed(params="n_params_millions", tokens="tokens_b"),
+    ),
+    "a unit in the column and in the value": nasty(
+        written(params=lambda n: f"{n / 1e6}M"), renamed(params="params (M)")
+    ),
+    "headers in quotes, capitals, spaces": nasty(renamed(arm='" Arm "', loss='"VAL  Loss"', params='"N params"')),
+    "losses with a unit": nasty(renamed(loss="val loss (nats/token)")),
+    "val/loss of W&B": nasty(renamed(loss="val/loss")),
+    "a held-out loss beside the training's": nasty(
+        lambda row: row | {"train_loss": 9.0, "loss_std": 0.1}, renamed(loss="eval_loss")
+    ),
+    "a column loss that is not the held-out one": nasty(renamed(loss="val_loss"), lambda row: row | {"loss": 9.0}),
+    "comments above, between and below": "# from our sweep, 2024\n\n"
+    + nasty().replace("base,372", "# half way\nbase,372") + "#end\n",
+    "a header after the mark of comments": "# " + nasty(),
+    "empty lines above": "\n\n" + nasty(),
+    "empty columns and lines at the end": "\n".join(line + ",," for line in nasty().splitlines()) + "\n,,,,,,\n",
+    "seeds that are names": nasty(written(seed=lambda _: "seed-a")),
+    "seeds of 20 digits": nasty(written(seed=lambda _: 2**64 - 1)),
+    "missing seeds": nasty(written(seed=lambda _: "NA")),
+    "spaces around values": nasty(written(arm=lambda a: f"  {a} ", loss=lambda v: f" {v} ")),
+    "an unused column in another alphabet": nasty(lambda row: row | {"заметка": "да; нет"}),
+}  # fmt: skip
+
+
+def read_rows(path: Path) -> list[tuple[Any, ...]]:
+    found = table.read(str(path))
+    wrong: list[str] = []
+    runs = meaning.read_runs(found, meaning.choose_columns(found, {}), False, [], wrong)
+    wrong += [*found.problems, *meaning.contradictions(found, runs, False, True)]
+    assert not wrong
+    return [(run.arm, run.params, run.tokens, run.loss) for run in runs]
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_a_table_is_read_as_it_was_meant_however_it_is_written(tmp_path: Path, name: str):
+    text, path = LONG[name], tmp_path / "runs.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    (tmp_path / "plain.csv").write_text(nasty())
+    for found, expected in zip(read_rows(path), read_rows(tmp_path / "plain.csv"), strict=True):
+        assert found == (expected[0], *(pytest.approx(value, rel=1e-12) for value in expected[1:]))
+
+
+def last(**values: Any) -> str:
+    """The table with these values in its last row."""
+    lines = nasty().splitlines()
+    fields = dict(zip(lines[0].split(","), lines[-1].split(","), strict=True)) | values
+    return "\n".join([*lines[:-1], ",".join(map(str, fields.values()))]) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        (nasty().replace("\n", "\n,M,B,,nats\n", 1), "line 2: params = 'M' is no number"),
+        (nasty(written(params=quoted(lambda n: f"{n // 1000},00"))), "params = '124000,00' may be a fraction"),
+        (nasty(written(loss=lambda v: '"2,413"')), "may be a fraction or a group of thousands"),
+        (nasty(written(loss=quoted(comma), params=lambda n: f"{n / 1e6:.2f}M")), "may be a fraction"),
+        (nasty(written(params=quoted(lambda n: "1,2345"))), "params = '1,2345' may be a fraction"),
+        (nasty(written(loss=lambda v: f"{v} ± 0.02")), "± 0.02' is no number"),
+        (nasty(written(loss=lambda v: f"{v}M")), "M' is no number"),
+        (nasty(written(tokens=lambda d: f"{d / 1e9}GB")), "GB' is no number"),
+        (last(arm="Muon"), "'muon' and 'Muon' differ in case or spaces alone"),
+        (last(loss="45%"), "is no percentage, and other values of its column are"),
+        (last(loss="#DIV/0!"), "'#DIV/0!' is no number"),
+        (last(loss="OOM"), "the loss of a run that diverged is nan"),
+        (last(loss=1e12), "is no loss or share of any model"),
+        (last(params="", tokens="", arm="mean"), "neither FLOPs nor parameters and tokens are known"),
+        (last(seed="0.5"), "is no whole number"),
+        (last(arm=""), "arm is missing"),
+        (nasty(written(tokens=lambda d: d // 1_000_000)), "parameters for each token"),
+        (nasty(written(params=lambda n: n * 10**9), renamed(params="params_b")), "is too many"),
+        (nasty(lambda row: row | {"Loss": 1.0}), "'loss' and 'Loss' are alike"),
+        (nasty(lambda row: row | {"muon_loss": 2.0}, renamed(loss="base_loss")), "write their runs below one"),
+        (nasty(lambda row: row | {"muon": 2.0}, renamed(loss="base", arm="name")), "write their runs below one"),
+        (nasty(separator=" "), "line 1: columns are separated by spaces"),
+        (nasty(header=False), "no column that is called a loss"),
+        (nasty().encode() + b"M\xfcller", "is no text in UTF-8"),
+        (b"\x89PNG\r\n\x1a\n\0\0", "is no text in UTF-8"),
+        (nasty().replace("muon", '"muon', 1), "fields"),
+        (nasty(lambda row: row | {"": 1}), "a column has no name"),
+        (nasty(lambda row: row | {"unique_tokens": row["tokens"] // 5}), "data were repeated more than 4 times"),
+    ],
+)  # fmt: skip
+def test_what_can_be_read_in_two_ways_or_in_none_is_refused_with_the_remedy(
+    tmp_path: Path, text: bytes | str, hint: str
+):
+    (tmp_path / "runs.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
+    message = problems(tmp_path / "runs.csv")
+    assert hint in message
+    assert "\n  " in message
+
+
+def test_percentages_are_shares_and_compute_may_have_a_unit(tmp_path: Path):
+    trees = []
+    for share, compute in (("{:.8%}", "compute (PF-days)"), ("{:.10f}", "flops")):
+        table = [
+            {"arm": row["arm"], "seed": row["seed"], "accuracy": share.format(1 - row["loss"] / 10)}
+            | {compute: 6 * row["params"] * row["tokens"] / (8.64e19 if "(" in compute else 1)}
+            for row in rows(results())
+        ]
+        trees.append(judge(str(write(tmp_path / "runs.csv", table)), target_flops=DESIGN.target))
+    found, expected = ([(row["decision"], row["multiplier"]["value"]) for row in tree["verdicts"]] for tree in trees)
+    assert found == [(decision, pytest.approx(value, rel=1e-6)) for decision, value in expected]
 
 
 # Sources and command

@@ -206,6 +206,11 @@ def test_a_taught_run_begins_when_its_teachers_have_finished_and_learns_from_the
     shown = report.build_report(report.collect_ladder(ladder, out))
     assert (shown["flops"], shown["counts"]) == (taught.flops, {"finished": 3}), "each run counts once"
     assert run.run(ladder, out, backend=backend).started == 0
+    copied = shutil.copytree(pool, home / "anew")
+    (log,) = events.events_directory(StoredRun(copied / base.key).run).glob("*.jsonl")
+    log.write_text(log.read_text().replace(expected[0], "0" * 64))
+    *_, again = collect.collect_runs(ladder, copied, ladder.runs)
+    assert again.status == "missing" and "learnt from other weights than its teachers" in again.reason
 
 
 def test_a_run_that_was_scored_on_another_text_is_missing_and_says_why(reference, home):

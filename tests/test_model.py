@@ -23,6 +23,8 @@ SMALL: dict[str, Any] = {"n_layers": 2, "n_heads": 4, "width": 32, "context": 16
 SWITCHES: dict[str, tuple[Any, ...]] = {
     "norm": ("rmsnorm", "layernorm"),
     "positions": ("rope", "learned"),
+    "rope_scaling": ("none", "linear", "llama3"),
+    "rotated_share": (1.0, 0.5),
     "norm_gain": (False, True),
     "norm_epsilon": (0.0, 1e-4),
     "mlp": ("relu2", "gelu", "gelu_tanh", "swiglu"),
@@ -31,6 +33,8 @@ SWITCHES: dict[str, tuple[Any, ...]] = {
     "qk_norm": (True, False),
     "tied_embeddings": (False, True),
     "biases": (False, True),
+    "qkv_biases": (False, True),
+    "parallel_block": (False, True),
     "logit_softcap": (0.0, 5.0),
     "z_loss": (0.0, 1e-2),
     "dropout": (0.0, 0.3),

@@ -141,14 +141,22 @@ def test_a_wheel_outside_the_repository_trains_a_built_in_config_and_starts_a_fo
     empty.mkdir()
     ours = f"import trainer; assert trainer.__file__.startswith({str(site)!r}); print(trainer.Config().eval.sets)"
     few = "--set budget.steps=2 --set optim.warmup_steps=0"
-    sets, trained, made, planned, helped = in_one_process(
+    found = (
+        "from pathlib import Path; from trainer import builtin; from trainer.chaos import plan; "
+        "from trainer.ladder.plan import load; ladder = load.load(builtin.find(Path('demo'), 'ladders')); "
+        "campaign = plan.load(builtin.find(Path('smoke'), 'chaos')); "
+        "print(len(ladder.runs), 'runs', len(campaign.cases), 'cases')"
+    )
+    sets, loaded, trained, made, planned, helped = in_one_process(
         [
-            f'python -c "{ours}"', f"python -m trainer train smoke {few}", "python -m trainer init mine",
+            f'python -c "{ours}"', f'python -c "{found}"',
+            f"python -m trainer train smoke {few}", "python -m trainer init mine",
             "python -m trainer train mine/train.toml --dry-run", "python -m trainer train --help",
         ],
         site, empty,
     ).values()  # fmt: skip
     assert "\n('val',)\n" in sets
+    assert re.search(r"^[1-9]\d* runs [1-9]\d* cases$", loaded, re.M)
     assert "next  python -m trainer inspect runs/smoke" in trained
     assert "train.toml" in made and "parameters" in planned and "built-in one" in helped
 

@@ -18,7 +18,7 @@ from trainer.config import Config, Model
 from trainer.config_rules import HF
 from trainer.data.tokenizer import END, ByteTokenizer, CharTokenizer, Tokenizer
 from trainer.errors import ConfigError, UsageError
-from trainer.model import LAYER_NORM_EPSILON, NORM_EPSILON, construct
+from trainer.model import LAYER_NORM_EPSILON, LLAMA3_FEWEST_TURNS, LLAMA3_MOST_TURNS, NORM_EPSILON, construct
 
 ACTIVATIONS = {
     "gelu": ("gelu", "gelu_python"),
@@ -30,18 +30,20 @@ ACTIVATIONS = {
 SILENT: dict[str, dict[str, Any]] = {
     "gpt2": {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5},
     "llama": {"hidden_act": "silu", "rms_norm_eps": 1e-6},
-    "qwen3": {"hidden_act": "silu", "rms_norm_eps": 1e-6, "head_dim": 128},
+    "qwen2": {"hidden_act": "silu", "rms_norm_eps": 1e-6, "use_sliding_window": False},
+    "qwen3": {"hidden_act": "silu", "rms_norm_eps": 1e-6, "head_dim": 128, "use_sliding_window": False},
     "arcee": {"hidden_act": "relu2", "rms_norm_eps": 1e-5},
     "apertus": {"hidden_act": "xielu", "rms_norm_eps": 1e-5},
     "stablelm": {"hidden_act": "silu", "layer_norm_eps": 1e-5, "use_parallel_residual": False, "qk_layernorm": False},
     "starcoder2": {"hidden_act": "gelu_pytorch_tanh", "norm_epsilon": 1e-5},
+    "gpt_neox": {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "use_parallel_residual": True, "attention_bias": True},
 }
 """Values that transformers takes where a config.json has none, by `model_type`."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model class of transformers, and the names that it gives to the parts of a block."""
+    """A model class of transformers, and the names that it gives to the parts of a model and of a block."""
 
     name: str
     model_type: str
@@ -49,15 +51,35 @@ class Architecture:
     before_mlp: str = "post_attention_layernorm"
     up: str = "up_proj"
     down: str = "down_proj"
+    root: str = "model."
+    blocks: str = "layers"
+    embed: str = "embed_tokens"
+    final_norm: str = "norm"
+    head: str = "lm_head"
+    attention: str = "self_attn"
+    out: str = "o_proj"
 
 
-GPT2 = Architecture("GPT2LMHeadModel", "gpt2", "ln_1", "ln_2", "c_fc", "c_proj")
+GPT2 = Architecture(
+    "GPT2LMHeadModel", "gpt2", "ln_1", "ln_2", "c_fc", "c_proj",
+    root="transformer.", blocks="h", embed="wte", final_norm="ln_f", attention="attn", out="c_proj",
+)  # fmt: skip
+GPT_NEOX = Architecture(
+    "GPTNeoXForCausalLM", "gpt_neox", up="dense_h_to_4h", down="dense_4h_to_h",
+    root="gpt_neox.", embed="embed_in", final_norm="final_layer_norm", head="embed_out", attention="attention",
+    out="dense",
+)  # fmt: skip
 LLAMA = Architecture("LlamaForCausalLM", "llama")
+QWEN2 = Architecture("Qwen2ForCausalLM", "qwen2")
 QWEN3 = Architecture("Qwen3ForCausalLM", "qwen3")
 ARCEE = Architecture("ArceeForCausalLM", "arcee")
 APERTUS = Architecture("ApertusForCausalLM", "apertus", "attention_layernorm", "feedforward_layernorm")
 STABLELM = Architecture("StableLmForCausalLM", "stablelm")
 STARCODER2 = Architecture("Starcoder2ForCausalLM", "starcoder2", up="c_fc", down="c_proj")
+PARTIAL = (GPT_NEOX, STABLELM)
+"""Those that rotate a part of each head."""
+PARTS = ("attention.qkv", "attention.out", "mlp.up", "mlp.out")
+"""The matrices of a block."""
 
 
 def architecture_of(model: Model) -> Architecture:
@@ -73,32 +95,27 @@ def architecture_of(model: Model) -> Architecture:
     ]
     if model.class_:
         problems = [f"model.class = {json.dumps(model.class_)}: transformers does not have it"]
-    found = None
+    found = _nearest(model)
     if model.norm == "rmsnorm":
-        gated = model.mlp == "swiglu"
-        found = (QWEN3 if gated else APERTUS) if model.qk_norm else (LLAMA if gated else ARCEE)
         if model.positions == "learned":
             problems.append('model.positions = "learned" with model.norm = "rmsnorm": use "rope", or "layernorm"')
         if model.qk_norm and model.biases:
             problems.append(f"model.biases = true with model.qk_norm = true: {found.name} has no biases in its MLP")
-    else:
-        if model.qk_norm:
-            problems.append('model.qk_norm = true with model.norm = "layernorm": no architecture has both')
-        if model.positions == "rope":
-            found = STABLELM if model.mlp == "swiglu" else STARCODER2
-            if found is STABLELM and model.head_width:
-                problems.append(f"model.head_width = {model.head_width}: {found.name} divides its width by the heads")
-            if found is STABLELM and model.biases:
-                problems.append(f'model.biases = true with model.mlp = "swiglu": {found.name} has no biases in its MLP')
-        else:
-            found = GPT2
-            if model.mlp == "swiglu":
-                problems.append('model.mlp = "swiglu" with model.positions = "learned": GPT2LMHeadModel has no gate')
-            if model.head_width:
-                problems.append(f"model.head_width = {model.head_width}: {found.name} divides its width by the heads")
-            if model.kv_heads != model.n_heads:
-                problems.append('model.n_kv_heads with model.positions = "learned": GPT2LMHeadModel has no groups')
-    if model.head_width and model.width % model.n_heads and found in (LLAMA, ARCEE):
+    elif model.qk_norm:
+        problems.append('model.qk_norm = true with model.norm = "layernorm": no architecture has both')
+    if found is STABLELM and model.biases:
+        problems.append(f'model.biases = true with model.mlp = "swiglu": {found.name} has no biases in its MLP')
+    if found is GPT2 and model.mlp == "swiglu":
+        problems.append('model.mlp = "swiglu" with model.positions = "learned": GPT2LMHeadModel has no gate')
+    if found in (GPT2, GPT_NEOX, STABLELM) and model.head_width:
+        problems.append(f"model.head_width = {model.head_width}: {found.name} divides its width by the heads")
+    if found in (GPT2, GPT_NEOX) and model.kv_heads != model.n_heads:
+        problems.append(f"model.n_kv_heads = {model.n_kv_heads}: {found.name} has no groups of heads")
+    if model.rotated_share < 1 and found not in PARTIAL:
+        problems.append(f"model.rotated_share = {model.rotated_share}: {found.name} turns whole heads")
+    if model.parallel_block and found is not GPT_NEOX:
+        problems.append(f"model.parallel_block = true: {found.name} computes attention and MLP in turn")
+    if model.head_width and model.width % model.n_heads and found in (LLAMA, QWEN2, ARCEE):
         problems.append(f"model.n_heads = {model.n_heads} does not divide model.width, which {found.name} asks for")
     if problems:
         raise UsageError(
@@ -106,6 +123,35 @@ def architecture_of(model: Model) -> Architecture:
             "  docs/export.md lists the combinations that can. The run itself is as it was; `sample` reads it."
         )
     return found
+
+
+def _nearest(model: Model) -> Architecture:
+    """Return the architecture that has most of these switches."""
+    is_gated = model.mlp == "swiglu"
+    if model.norm == "layernorm":
+        if model.positions == "learned":
+            return GPT2
+        if is_gated:
+            return STABLELM
+        return GPT_NEOX if model.parallel_block or model.rotated_share < 1 else STARCODER2
+    if model.qk_norm:
+        return QWEN3 if is_gated else APERTUS
+    if not is_gated:
+        return ARCEE
+    return QWEN2 if model.qkv_biases else LLAMA
+
+
+def _biased(model: Model, architecture: Architecture) -> tuple[str, ...]:
+    """Return the parts of a block whose biases the architecture has; they are zero where the GPT has none."""
+    attention, mlp = PARTS[:2], PARTS[2:]
+    has_any = model.biases or model.qkv_biases
+    if architecture in (QWEN2, STABLELM):
+        return attention[:1] if model.qkv_biases else ()
+    if architecture is GPT_NEOX:
+        return (*attention, *mlp) if has_any else mlp
+    if architecture in (GPT2, STARCODER2):
+        return PARTS if has_any or architecture is GPT2 else ()
+    return (*attention, *mlp) if model.biases else attention if model.qkv_biases else ()
 
 
 def settings_of(model: Model, vocab_size: int, architecture: Architecture) -> dict[str, Any]:
@@ -126,64 +172,93 @@ def settings_of(model: Model, vocab_size: int, architecture: Architecture) -> di
             "n_inner": model.mlp_width, "activation_function": activation, "layer_norm_epsilon": of_layer_norm,
             "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
         }  # fmt: skip
-    rope = {"rope_type": "default", "rope_theta": model.rope_base}
-    if architecture is STABLELM:
-        rope["partial_rotary_factor"] = 1.0
-    biases = {
-        STARCODER2.name: {"use_bias": model.biases},
-        STABLELM.name: {"use_qkv_bias": False, "use_parallel_residual": False, "qk_layernorm": False},
-    }.get(architecture.name, {"attention_bias": model.biases, "mlp_bias": model.biases})
-    return common | biases | {
+    rope, biased = _rotation(model), _biased(model, architecture)
+    own: dict[str, Any] = {"attention_bias": "attention.out" in biased, "mlp_bias": "mlp.out" in biased}
+    if architecture is STARCODER2:
+        own = {"use_bias": bool(biased)}
+    elif architecture is QWEN2:
+        own = {"use_sliding_window": False}
+    elif architecture is STABLELM:
+        own = {"use_qkv_bias": bool(biased), "use_parallel_residual": False, "qk_layernorm": False}
+        own["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    elif architecture is GPT_NEOX:
+        own = {"attention_bias": "attention.out" in biased, "use_parallel_residual": model.parallel_block}
+        own |= {"rotary_pct": model.rotated_share, "rotary_emb_base": model.rope_base, "hidden_dropout": model.dropout}
+    if architecture not in PARTIAL:
+        del rope["partial_rotary_factor"]
+    if model.rope_scaling != "none":
+        own["rope_scaling"] = rope  # where versions before 5 look, as for rope_theta
+    return common | own | {
         "hidden_size": model.width, "intermediate_size": model.mlp_width, "num_hidden_layers": model.n_layers,
         "num_attention_heads": model.n_heads, "num_key_value_heads": model.kv_heads, "head_dim": model.head_channels,
         "hidden_act": activation, "max_position_embeddings": model.context, "attention_dropout": model.dropout,
         "rms_norm_eps": model.norm_epsilon or NORM_EPSILON,
         "norm_epsilon": of_layer_norm, "layer_norm_eps": of_layer_norm,
-        "rope_parameters": rope, "rope_theta": model.rope_base,  # the second is where versions before 5 look
+        "rope_parameters": rope, "rope_theta": model.rope_base,
     }  # fmt: skip
+
+
+def _rotation(model: Model) -> dict[str, Any]:
+    """Return the rotation as transformers describes it."""
+    found: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_base}
+    found["partial_rotary_factor"] = model.rotated_share
+    if model.rope_scaling != "none":
+        found |= {"rope_type": model.rope_scaling, "factor": model.rope_factor}
+    if model.rope_scaling == "llama3":
+        found |= {"low_freq_factor": LLAMA3_FEWEST_TURNS, "high_freq_factor": LLAMA3_MOST_TURNS}
+        found["original_max_position_embeddings"] = model.rope_original_context
+    return found
 
 
 def tensors(own: Mapping[str, Tensor], settings: Model, architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
     """Yield (name there, value) of every tensor that the architecture has, from a GPT's parameters by name."""
-    gpt2 = architecture is GPT2
-    root, blocks = ("transformer.", "transformer.h.") if gpt2 else ("model.", "model.layers.")
-    yield root + ("wte.weight" if gpt2 else "embed_tokens.weight"), own["embed.weight"]
+    root = architecture.root
+    yield f"{root}{architecture.embed}.weight", own["embed.weight"]
     if "embed_positions.weight" in own:
         yield root + "wpe.weight", own["embed_positions.weight"]
-    yield from _norm(own, "final_norm", root + ("ln_f" if gpt2 else "norm"), settings)
+    yield from _norm(own, "final_norm", root + architecture.final_norm, settings)
     if "head.weight" in own:
-        yield "lm_head.weight", own["head.weight"]
+        yield f"{architecture.head}.weight", own["head.weight"]
     for layer in range(settings.n_layers):
-        ours, theirs = f"blocks.{layer}.", f"{blocks}{layer}."
+        ours, theirs = f"blocks.{layer}.", f"{root}{architecture.blocks}.{layer}."
         yield from _norm(own, ours + "attention_norm", theirs + architecture.before_attention, settings)
         yield from _norm(own, ours + "mlp_norm", theirs + architecture.before_mlp, settings)
-        attention, mlp = theirs + ("attn." if gpt2 else "self_attn."), theirs + "mlp."
-        for kind in ("weight", "bias"):
-            if kind == "bias" and not settings.biases:
-                if gpt2:  # it has biases always
-                    for name, rows in (("c_attn", 3 * settings.width), ("c_proj", settings.width)):
-                        yield f"{attention}{name}.bias", _constant(0, rows, own)
-                    for name, rows in (("c_fc", settings.mlp_width), ("c_proj", settings.width)):
-                        yield f"{mlp}{name}.bias", _constant(0, rows, own)
-                continue
-            qkv, out = own[f"{ours}attention.qkv.{kind}"], own[f"{ours}attention.out.{kind}"]
-            up, down = own[f"{ours}mlp.up.{kind}"], own[f"{ours}mlp.out.{kind}"]
-            if gpt2:  # its matrices are stored inputs × outputs
-                for name, value in (("attn.c_attn", qkv), ("attn.c_proj", out), ("mlp.c_fc", up), ("mlp.c_proj", down)):
-                    yield f"{theirs}{name}.{kind}", value.T if kind == "weight" else value
-                continue
-            for name, value in zip("qkv", _split(qkv, settings), strict=True):
-                yield f"{attention}{name}_proj.{kind}", value
-            yield f"{attention}o_proj.{kind}", out
-            if settings.mlp == "swiglu":
-                gate, up = up.chunk(2)
-                yield f"{mlp}gate_proj.{kind}", gate
-            yield f"{mlp}{architecture.up}.{kind}", up
-            yield f"{mlp}{architecture.down}.{kind}", down
+        for kind, parts in (("weight", PARTS), ("bias", _biased(settings, architecture))):
+            for part in parts:
+                value = own.get(f"{ours}{part}.{kind}")
+                if value is None:
+                    value = _constant(0, own[f"{ours}{part}.weight"].shape[0], own)
+                for name, piece in _pieces(part, value, settings, architecture):
+                    yield f"{theirs}{name}.{kind}", piece
         if settings.qk_norm:
             for name in "qk":
                 gain = own.get(f"{ours}attention.{name}_gain", _constant(1, settings.head_channels, own))
-                yield f"{attention}{name}_norm.weight", gain.unflatten(0, (-1, 2)).T.flatten()  # in halves, as rows
+                half_by_half = gain.unflatten(0, (-1, 2)).T.flatten()  # as rows
+                yield f"{theirs}{architecture.attention}.{name}_norm.weight", half_by_half
+
+
+def _pieces(part: str, value: Tensor, settings: Model, architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name in a block there, value) of what a matrix or bias of a block becomes."""
+    attention = architecture.attention
+    if architecture is GPT2:  # its matrices are stored inputs × outputs
+        name = {"attention.qkv": "attn.c_attn", "attention.out": "attn.c_proj", "mlp.up": "mlp.c_fc"}.get(
+            part, "mlp.c_proj"
+        )
+        yield name, value.T if value.ndim == 2 else value
+    elif part == "attention.qkv" and architecture is GPT_NEOX:  # query, key and value of each head in turn
+        by_head = [rows.unflatten(0, (settings.n_heads, -1)) for rows in _split(value, settings)]
+        yield f"{attention}.query_key_value", torch.stack(by_head, 1).flatten(0, 2)
+    elif part == "attention.qkv":
+        for name, rows in zip("qkv", _split(value, settings), strict=True):
+            yield f"{attention}.{name}_proj", rows
+    elif part == "attention.out":
+        yield f"{attention}.{architecture.out}", value
+    elif part == "mlp.up" and settings.mlp == "swiglu":
+        gate, up = value.chunk(2)
+        yield "mlp.gate_proj", gate
+        yield f"mlp.{architecture.up}", up
+    else:
+        yield f"mlp.{architecture.up if part == 'mlp.up' else architecture.down}", value
 
 
 def _norm(own: Mapping[str, Tensor], ours: str, theirs: str, settings: Model) -> Iterator[tuple[str, Tensor]]:
@@ -198,9 +273,11 @@ def _split(qkv: Tensor, settings: Model) -> list[Tensor]:
     """Split rows into queries, keys and values. Channels that rotate together are neighbours here, halves there."""
     heads, kv_heads, channels = settings.n_heads, settings.kv_heads, settings.head_channels
     parts = list(qkv.split((heads * channels, kv_heads * channels, kv_heads * channels)))
+    turned = settings.rotated_channels
     for number, count in ((0, heads), (1, kv_heads)):
-        pairs = parts[number].unflatten(0, (count, channels // 2, 2))
-        parts[number] = pairs.transpose(1, 2).flatten(0, 2)
+        turning, still = parts[number].unflatten(0, (count, channels)).split((turned, channels - turned), 1)
+        halves = turning.unflatten(1, (turned // 2, 2)).transpose(1, 2).flatten(1, 2)
+        parts[number] = torch.cat((halves, still), 1).flatten(0, 1)
     return parts
 
 
@@ -281,19 +358,19 @@ def read(folder: Path, settings: Model, rows: int) -> dict[str, Tensor]:
         fact = f"init_from: {wrong[0]} in {folder}/config.json is not what transformers writes there."
         raise ConfigError([f"{fact}\n  Name another folder."])
     said = _completed(said)
-    root = "transformer." if architecture is GPT2 else "model."
+    root, head_name = architecture.root, f"{architecture.head}.weight"
     if not any(name.startswith(root) for name in found):  # saved without a head, as GPT-2 on the hub
-        found = {name if name.startswith("lm_head.") else root + name: value for name, value in found.items()}
+        found = {name if name == head_name else root + name: value for name, value in found.items()}
     problems = _differences(said, settings, rows, architecture, folder) + _rotation_problems(said, settings)
     window = said.get("sliding_window") if said.get("use_sliding_window", True) else None
     if window is not None and window < settings.context:
         problems.append(f"init_from: sliding_window is {window!r} there, and attention here sees the whole context")
-    head = found.get("lm_head.weight")
+    head = found.get(head_name)
     if settings.tied_embeddings and "tie_word_embeddings" not in said and head is not None:
-        table = found.get("model.embed_tokens.weight", found.get("transformer.wte.weight"))
+        table = found.get(f"{root}{architecture.embed}.weight")
         if table is None or not torch.equal(head, table):
             problems.append(
-                "init_from: lm_head.weight is not the table of embeddings, which model.tied_embeddings makes it"
+                f"init_from: {head_name} is not the table of embeddings, which model.tied_embeddings makes it"
             )
     own: dict[str, Tensor] = {}
     if not problems:
@@ -342,8 +419,16 @@ def _differences(
     said: Mapping[str, Any], settings: Model, rows: int, architecture: Architecture, folder: Path
 ) -> list[str]:
     """Return a problem for each value of config.json that is another than these settings would write."""
-    dropouts = {"attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"}
-    free = {"architectures", "dtype", "rope_theta", "rope_parameters"} | dropouts
+    dropouts = {"attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"}
+    rotations = {
+        "rope_theta",
+        "rope_parameters",
+        "rope_scaling",
+        "partial_rotary_factor",
+        "rotary_pct",
+        "rotary_emb_base",
+    }
+    free = {"architectures", "dtype"} | rotations | dropouts
     problems = []
     for name, value in settings_of(settings, rows, architecture).items():
         alike = [value]
@@ -360,23 +445,35 @@ def _differences(
 def _rotation_problems(said: Mapping[str, Any], settings: Model) -> list[str]:
     if settings.positions != "rope":
         return []
-    base, problems = _rope_base(said), []
-    if base != settings.rope_base:
-        problems.append(f"init_from: rope_theta is {base!r} there, and model.rope_base {settings.rope_base!r} here")
-    is_partial = said.get("model_type") == STABLELM.model_type
-    theirs = {"partial_rotary_factor": said.get("partial_rotary_factor", 0.25 if is_partial else 1.0)}
-    theirs |= (said.get("rope_scaling") or {}) | (said.get("rope_parameters") or {})
-    ours = {"partial_rotary_factor": 1.0, "rope_type": "default", "type": "default"}
+    theirs, ours = _rotation_of(said), _rotation(settings)
+    problems = []
+    if theirs["rope_theta"] != settings.rope_base:
+        theta = theirs["rope_theta"]
+        problems.append(f"init_from: rope_theta is {theta!r} there, and model.rope_base {settings.rope_base!r} here")
     return problems + [
-        f"init_from: {name} of the rotation is {value!r} there, and {ours.get(name)!r} here"
-        for name, value in theirs.items()
-        if name != "rope_theta" and ours.get(name) != value
+        f"init_from: {name} of the rotation is {theirs.get(name)!r} there, and {ours.get(name)!r} here"
+        for name in dict.fromkeys((*theirs, *ours))
+        if name != "rope_theta" and ours.get(name) != theirs.get(name)
     ]
 
 
-def _rope_base(said: Mapping[str, Any]) -> Any:
-    usual = 12e6 if said.get("model_type") == APERTUS.model_type else 10_000.0
-    return (said.get("rope_parameters") or {}).get("rope_theta", said.get("rope_theta", usual))
+def _rotation_of(said: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the rotation that a config.json describes, by the names of today's transformers."""
+    kind = said.get("model_type")
+    usual = 12e6 if kind == APERTUS.model_type else 10_000.0
+    share = 0.25 if kind in (STABLELM.model_type, GPT_NEOX.model_type) else 1.0
+    found = {
+        "rope_type": "default",
+        "rope_theta": said.get("rope_theta", said.get("rotary_emb_base", usual)),
+        "partial_rotary_factor": said.get("partial_rotary_factor", said.get("rotary_pct", share)),
+    }
+    given = said.get("rope_scaling") or said.get("rope_parameters") or {}
+    if "type" in given:  # its name in older files
+        given = {"rope_type": given["type"]} | {name: value for name, value in given.items() if name != "type"}
+    found |= given
+    if found["rope_type"] == "llama3":
+        found.setdefault("original_max_position_embeddings", said.get("max_position_embeddings"))
+    return found
 
 
 def _fitting(said: Mapping[str, Any], found: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -397,8 +494,9 @@ def _fitting(said: Mapping[str, Any], found: Mapping[str, Tensor]) -> dict[str, 
         if kind not in SILENT:
             return {}
         width, heads, kv_heads = said["hidden_size"], said["num_attention_heads"], said.get("num_key_value_heads")
-        is_rms = kind not in (STABLELM.model_type, STARCODER2.model_type)
+        is_rms = kind not in (STABLELM.model_type, STARCODER2.model_type, GPT_NEOX.model_type)
         epsilon = said.get("rms_norm_eps", said.get("norm_epsilon", said.get("layer_norm_eps")))
+        has_head = "lm_head.weight" in found or "embed_out.weight" in found
         gains = [value for name, value in found.items() if name.endswith("norm.weight")]
         return {
             "n_layers": said["num_hidden_layers"], "n_heads": heads, "n_kv_heads": _unless(kv_heads or 0, heads),
@@ -406,14 +504,25 @@ def _fitting(said: Mapping[str, Any], found: Mapping[str, Tensor]) -> dict[str, 
             "vocab_size": said["vocab_size"], "norm": "rmsnorm" if is_rms else "layernorm",
             "norm_gain": is_rms and any(bool((gain != 1).any()) for gain in gains),
             "norm_epsilon": _unless(epsilon, NORM_EPSILON if is_rms else LAYER_NORM_EPSILON), "positions": "rope",
-            "rope_base": float(_rope_base(said)), "mlp": mlp[said["hidden_act"]],
+            "mlp": mlp[said["hidden_act"]],
             "mlp_ratio": said["intermediate_size"] / width,
             "qk_norm": kind in (QWEN3.model_type, APERTUS.model_type),
-            "biases": bool(said.get("use_bias", said.get("mlp_bias", False))),
-            "tied_embeddings": bool(said.get("tie_word_embeddings", "lm_head.weight" not in found)),
-        }  # fmt: skip
+            "biases": kind == GPT_NEOX.model_type or bool(said.get("use_bias", said.get("mlp_bias", False))),
+            "qkv_biases": kind == QWEN2.model_type or bool(said.get("use_qkv_bias", False)),
+            "parallel_block": bool(said.get("use_parallel_residual", False)),
+            "tied_embeddings": bool(said.get("tie_word_embeddings", not has_head)),
+        } | _fitting_rotation(_rotation_of(said))  # fmt: skip
     except (KeyError, TypeError, ValueError, ZeroDivisionError):  # no such file was ever written by transformers
         return {}
+
+
+def _fitting_rotation(rotation: Mapping[str, Any]) -> dict[str, Any]:
+    names = {"rope_scaling": "rope_type", "rope_factor": "factor", "rotated_share": "partial_rotary_factor"}
+    names |= {"rope_original_context": "original_max_position_embeddings", "rope_base": "rope_theta"}
+    found = {ours: rotation.get(theirs, Model.model_fields[ours].default) for ours, theirs in names.items()}
+    if found["rope_scaling"] not in ("linear", "llama3"):
+        found["rope_scaling"] = "none"
+    return found | {name: float(found[name]) for name in ("rope_factor", "rotated_share", "rope_base")}
 
 
 def _unless(value: Any, usual: Any) -> Any:
@@ -442,11 +551,11 @@ def _inverse(
         if not torch.equal(value[constant], place[constant].float()):
             problems.append(f"init_from: {name} has values that this model has no place for")
         flat[place[~constant]] = value[~constant]
-    buffers = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")  # older versions saved them
+    buffers = (".attn.bias", ".attention.bias", ".masked_bias", "rotary_emb.inv_freq")  # older versions saved them
     problems += [
         f"init_from: {name} is a weight that this model has no place for"
         for name in sorted(found.keys() - seen)
-        if not name.endswith(buffers) and not (name == "lm_head.weight" and settings.tied_embeddings)
+        if not name.endswith(buffers) and not (name == f"{architecture.head}.weight" and settings.tied_embeddings)
     ]
     return {name: flat[places[name]] for name in shapes}, problems
 

@@ -120,6 +120,14 @@ class Model(Section):
     """A learned vector for each position, or queries and keys turned by it."""
     rope_base: float = Field(default=10_000.0, gt=0)
     """Base of the wavelengths of "rope"."""
+    rope_scaling: Literal["none", "linear", "llama3"] = "none"
+    """Slower rotations, for a longer context than before: all by `rope_factor`, or the long waves alone ("llama3")."""
+    rope_factor: float = Field(default=8.0, ge=1)
+    """Factor by which `rope_scaling` slows rotations."""
+    rope_original_context: int = Field(default=8192, ge=1)
+    """Tokens of context before the scaling "llama3", which leaves waves alone that are shorter than a quarter of it."""
+    rotated_share: float = Field(default=1.0, gt=0, le=1)
+    """Share of a head's channels, from the first on, that "rope" turns; GPT-NeoX and Pythia turn 0.25."""
     mlp: Literal["gelu", "gelu_tanh", "swiglu", "relu2"] = "relu2"
     """Activation of the MLP; "gelu_tanh" is GPT-2's own approximation; "swiglu" has a gate, and so a third matrix."""
     mlp_ratio: float = Field(default=4.0, gt=0)
@@ -130,6 +138,10 @@ class Model(Section):
     """One matrix for embedding and head."""
     biases: bool = False
     """Biases in linear layers."""
+    qkv_biases: bool = False
+    """Biases in the projections to queries, keys and values alone, as Qwen2 has them."""
+    parallel_block: bool = False
+    """The MLP of a block reads what the attention reads, not its result; as GPT-J, GPT-NeoX and Pythia."""
     logit_softcap: float = Field(default=0.0, ge=0)
     """Logits are squashed into ±this by tanh; 0 is off."""
     z_loss: float = Field(default=0.0, ge=0)
@@ -160,6 +172,10 @@ class Model(Section):
     @property
     def head_channels(self) -> int:
         return self.head_width or self.width // self.n_heads
+
+    @property
+    def rotated_channels(self) -> int:
+        return int(self.head_channels * self.rotated_share)
 
     @property
     def mlp_width(self) -> int:
@@ -436,6 +452,12 @@ ADDED_LATER = {
     "model.head_width": 0,
     "model.norm_gain": False,
     "model.norm_epsilon": 0.0,
+    "model.rope_scaling": "none",
+    "model.rope_factor": 8.0,
+    "model.rope_original_context": 8192,
+    "model.rotated_share": 1.0,
+    "model.qkv_biases": False,
+    "model.parallel_block": False,
     **{f"islands.{name}": field.default for name, field in Islands.model_fields.items()},
     "distil.weights_sha256": [],
     "distil.weight": Distil().weight,

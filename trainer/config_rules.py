@@ -47,6 +47,11 @@ def contradictions(config: "Config") -> list[str]:
             f"  {'model.head_width' if m.head_width else 'model.width / model.n_heads'} must be even.",
         ),
         (
+            is_gpt and heads_fit and m.rotated_share < 1 and (m.rotated_channels % 2 or m.rotated_channels == 0),
+            f"model.rotated_share = {m.rotated_share} of a head's {m.head_channels} channels is {m.rotated_channels}.\n"
+            "  Rotations turn pairs. Choose a share that gives an even number of channels, 2 or more.",
+        ),
+        (
             is_gpt and m.n_kv_heads and m.n_heads % m.n_kv_heads,
             f"model.n_kv_heads = {m.n_kv_heads} does not divide model.n_heads = {m.n_heads}.\n"
             "  Each key/value head serves an equal group of query heads.",
@@ -351,7 +356,13 @@ def without_effect(config: "Config") -> list[str]:
         ),
         ("optim.weight_decay_schedule", c.optim.weight_decay, "optim.weight_decay above 0"),
         ("model.norm_gain", c.model.norm == "rmsnorm" or c.model.qk_norm, 'model.norm = "rmsnorm" or model.qk_norm'),
-        ("model.rope_base", c.model.positions == "rope", 'model.positions = "rope"'),
+        *(
+            (f"model.{name}", c.model.positions == "rope", 'model.positions = "rope"')
+            for name in ("rope_base", "rope_scaling", "rotated_share")
+        ),
+        ("model.rope_factor", c.model.rope_scaling != "none", 'model.rope_scaling "linear" or "llama3"'),
+        ("model.rope_original_context", c.model.rope_scaling == "llama3", 'model.rope_scaling = "llama3"'),
+        ("model.qkv_biases", not c.model.biases, "model.biases = false: with it all projections have biases"),
         ("optim.muon_learning_rate", c.optim.optimizer == "muon", 'optim.optimizer = "muon"'),
         ("optim.muon_momentum", c.optim.optimizer == "muon", 'optim.optimizer = "muon"'),
         ("optim.decay_fraction", c.optim.schedule == "wsd", 'optim.schedule = "wsd"'),

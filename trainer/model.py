@@ -1,7 +1,7 @@
 """One GPT. Every element of it is a switch of `config.Model`; each class names the paper its element comes from.
 
 Axes: B batch, T sequence, D width, H query heads, K key/value heads, N = H + K, G = H + 2K, C channels of a head,
-P pairs of channels (C = 2P), F hidden width of the MLP, V vocabulary.
+P pairs of channels that rotate (C = 2P, or more), F hidden width of the MLP, V vocabulary.
 
 Parameters are touched only inside `forward`, so that FSDP2 may gather them just before and free them just after.
 """
@@ -30,6 +30,7 @@ LAYER_NORM_EPSILON = 1e-5
 LOSES_GRADIENTS = torch_versions.release(torch.__version__) < (2, 12)
 EMBEDDING_STD = 0.02
 VALUE_GATE_START = 0.5  # as modded-nanogpt
+LLAMA3_FEWEST_TURNS, LLAMA3_MOST_TURNS = 1.0, 4.0  # of every Llama from 3.1 on
 BIGRAM_MULTIPLIERS = (2_654_435_769, 2_246_822_519)  # odd, near 2^31; × a token id below 2^20 stays in int64
 
 
@@ -210,7 +211,7 @@ class GPT(nn.Module):
         # A tied head has no module of its own: one name per tensor for checkpoints, hashes and shards.
         self.head = None if model.tied_embeddings else Linear(model.width, vocab_size, bias=False, role=Role.HEAD)
         if model.positions == "rope":
-            shape = (model.context, model.head_channels // 2, 2)
+            shape = (model.context, model.rotated_channels // 2, 2)
             self.register_buffer("rotation_TP2", torch.empty(shape), persistent=False)
         self.reset_buffers()
 
@@ -333,7 +334,10 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)) (pre-norm: Xiong et al. 2020)."""
+    """x + attention(norm(x)), then x + mlp(norm(x)) (pre-norm: Xiong et al. 2020).
+
+    parallel_block: x + attention(norm(x)) + mlp(norm(x)) (Wang & Komatsuzaki 2021, GPT-J; Black et al. 2022, GPT-NeoX).
+    """
 
     role = Role.BLOCK
 
@@ -343,6 +347,7 @@ class Block(nn.Module):
         self.attention = Attention(model, layer, vocab_size)
         self.mlp_norm = _norm(model)
         self.mlp = MLP(model)
+        self.is_parallel = model.parallel_block
         self.dropout = model.dropout
         self.recompute = False
         """Keep only the block's input for the backward pass and compute the rest again. Changes no bit."""
@@ -357,8 +362,9 @@ class Block(nn.Module):
 
     def _forward(self, x_BTD: Tensor, inputs_BT: Tensor, rotation_TP2: Tensor | None) -> Tensor:
         mixed_BTD = self.attention(self.attention_norm(x_BTD), inputs_BT, rotation_TP2)
-        x_BTD = x_BTD + F.dropout(mixed_BTD, self.dropout, self.training)
-        return x_BTD + F.dropout(self.mlp(self.mlp_norm(x_BTD)), self.dropout, self.training)
+        attended_BTD = x_BTD + F.dropout(mixed_BTD, self.dropout, self.training)
+        read_BTD = x_BTD if self.is_parallel else attended_BTD
+        return attended_BTD + F.dropout(self.mlp(self.mlp_norm(read_BTD)), self.dropout, self.training)
 
 
 class Attention(nn.Module):
@@ -376,7 +382,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.channels = model.n_heads, model.kv_heads, model.head_channels
         self.qk_norm, self.epsilon, self.dropout = model.qk_norm, model.norm_epsilon or NORM_EPSILON, model.dropout
-        self.qkv = Linear(model.width, (self.heads + 2 * self.kv_heads) * self.channels, bias=model.biases)
+        qkv_width = (self.heads + 2 * self.kv_heads) * self.channels
+        self.qkv = Linear(model.width, qkv_width, bias=model.biases or model.qkv_biases)
         self.out = Linear(self.heads * self.channels, model.width, bias=model.biases, role=Role.OUTPUT)
         for name in ("q_gain", "k_gain"):
             has_gain = model.qk_norm and model.norm_gain
@@ -650,14 +657,36 @@ def _norm(model: config.Model) -> nn.Module:
 
 def _rotations(model: config.Model) -> Tensor:
     """cos and sin of position × frequency, float32, computed in float64: axes T, P, 2. Su et al. 2021 (RoPE)."""
-    pairs = model.head_channels // 2
+    pairs = model.rotated_channels // 2
     frequency_P = model.rope_base ** -(torch.arange(pairs, dtype=torch.float64, device="cpu") / pairs)
+    if model.rope_scaling != "none":
+        frequency_P = _slowed(frequency_P, model)
     angle_TP = torch.arange(model.context, dtype=torch.float64, device="cpu")[:, None] * frequency_P
     return torch.stack((angle_TP.cos(), angle_TP.sin()), dim=-1).float()
 
 
+def _slowed(frequency_P: Tensor, model: config.Model) -> Tensor:
+    """Frequencies for a longer context: all divided (Chen et al. 2023), or as Llama 3.1 does (Grattafiori et al. 2024).
+
+    There, waves that turn LLAMA3_FEWEST_TURNS or less in the original context are slowed, those that turn
+    LLAMA3_MOST_TURNS or more are kept, and between the two it goes over linearly.
+    """
+    slow_P = frequency_P / model.rope_factor
+    if model.rope_scaling == "linear":
+        return slow_P
+    turns_P = model.rope_original_context * frequency_P / (2 * math.pi)
+    kept_P = ((turns_P - LLAMA3_FEWEST_TURNS) / (LLAMA3_MOST_TURNS - LLAMA3_FEWEST_TURNS)).clamp(0, 1)
+    return kept_P * frequency_P + (1 - kept_P) * slow_P
+
+
 def _rotate(x_BTNC: Tensor, rotation_TP2: Tensor) -> Tensor:
-    """Rotate each pair of neighbouring channels by its angle: a complex product is one kernel, a real one four."""
+    """Rotate each pair of neighbouring channels by its angle: a complex product is one kernel, a real one four.
+
+    Channels beyond those of the table stay as they are.
+    """
+    turned = 2 * rotation_TP2.shape[1]
+    if turned < x_BTNC.shape[-1]:
+        return torch.cat((_rotate(x_BTNC[..., :turned], rotation_TP2), x_BTNC[..., turned:]), dim=-1)
     pairs_BTNP2 = x_BTNC.float().unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():  # inductor has no complex numbers, and fuses the real product itself
         a, b = pairs_BTNP2.unbind(-1)

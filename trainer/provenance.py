@@ -61,6 +61,7 @@ that what was made then keeps its key."""
 SAME_BITS = {
     "cb58cdba3b5e040a": CODE_BEFORE_RECORDS,
     "f38a500422d428ba": CODE_BEFORE_RECORDS,
+    "3fad2a4999664368": CODE_BEFORE_RECORDS,
     "8a0a7d92b0c087be": "ecc09f419acf64f8",
     "6a203954882fcdf3": "ecc09f419acf64f8",
     "8c43015a40aad009": "ecc09f419acf64f8",

@@ -134,8 +134,8 @@ class CachedReader(Reader):
         for layer, block in enumerate(gpt.blocks):
             assert isinstance(block, Block)
             mixed_BTD = self._attend(layer, block.attention, block.attention_norm(x_BTD), inputs_BT, rotation_TP2)
-            x_BTD = x_BTD + mixed_BTD
-            x_BTD = x_BTD + block.mlp(block.mlp_norm(x_BTD))
+            attended_BTD = x_BTD + mixed_BTD
+            x_BTD = attended_BTD + block.mlp(block.mlp_norm(x_BTD if block.is_parallel else attended_BTD))
         head_VD = gpt.embed.weight if gpt.head is None else gpt.head.weight
         logits_V = F.linear(gpt.final_norm(x_BTD[:, -1]), head_VD)[0].float()
         cap = gpt.settings.logit_softcap

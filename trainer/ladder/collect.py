@@ -213,6 +213,11 @@ def _collect_several(planned: PlannedRun, pool: Path, metric: str, unit: str, do
     found: dict[str, Any]
     if planned.distil:
         student = members[-1]
+        if ensembles.has_other_teachers(pool, planned.members[-1]):
+            return dataclasses.replace(
+                collected, status="missing",
+                reason="it learnt from other weights than its teachers, made anew, have now: remove its folder",
+            )  # fmt: skip
         found = {name: getattr(student, name) for name in ("loss", "digest", "downstream", "downstream_digest")}
     else:
         scores = ensembles.read(pool, planned)

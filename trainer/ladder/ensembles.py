@@ -17,7 +17,7 @@ from trainer.config import Config
 from trainer.errors import TopropeError
 from trainer.ladder.plan.ladder import ENSEMBLE, PlannedRun, key_of_several
 from trainer.ladder.stored import stored
-from trainer.log import summary
+from trainer.log import rundir, summary
 
 
 def path_of(pool: Path, planned: PlannedRun) -> Path:
@@ -61,6 +61,12 @@ def with_teachers(pool: Path, planned: PlannedRun) -> Config:
         "weights_sha256": tuple(summary.summarise(run)["weights_sha256"] for run in runs),
     }
     return planned.config.model_copy(update={"distil": planned.config.distil.model_copy(update=named)})
+
+
+def has_other_teachers(pool: Path, student: PlannedRun) -> bool:
+    """True if the teachers were made anew, with other weights than those that this run learnt from."""
+    learnt = rundir.config_of(stored(pool, student).run).distil.weights_sha256
+    return set(learnt) != set(with_teachers(pool, student).distil.weights_sha256)
 
 
 def main() -> None:

@@ -55,7 +55,8 @@ def judge(
     is_loss = not more and not words & {"perplexity", "ppl"}
     problems += meaning.contradictions(found, runs, "seed" in chosen, is_loss)
     if problems or not runs:
-        raise ConfigError(problems or [f"{source} has no run with a result.\n  Every row lacks {metric}."])
+        why = " ".join(notices[1:]) or f"Every row lacks {metric}."
+        raise ConfigError(problems or [f"{source} has no run with a result that can be judged.\n  {why}"])
     runs = meaning.with_baseline(found, runs, baseline, notices)
     runs = meaning.in_nats(runs, metric, more, notices)
     base = [run for run in runs if run.arm == BASELINE and run.params and run.tokens and math.isfinite(run.loss)]

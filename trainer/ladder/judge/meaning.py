@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from trainer.errors import ConfigError
+from trainer.ladder.judge import numbers
+from trainer.ladder.judge.numbers import Numbers
 from trainer.ladder.judge.table import Row, Table
 from trainer.ladder.plan.arms import near
 from trainer.ladder.stats.records import BASELINE
@@ -22,24 +24,24 @@ ROLES: Mapping[str, tuple[str, ...]] = {
     "tokens": ("tokens", "n_tokens", "num_tokens", "train_tokens", "training_tokens", "tokens_seen", "d"),
     "flops": ("flops", "compute", "train_flops", "training_flops", "total_flops", "c"),
     "seed": ("seed", "replicate", "repeat"),
-    "loss": ("loss", "val_loss", "validation_loss", "valid_loss", "eval_loss", "heldout_loss", "test_loss",
+    "loss": ("val_loss", "validation_loss", "valid_loss", "eval_loss", "heldout_loss", "test_loss", "loss",
              "final_loss"),
     "seconds": ("seconds", "train_seconds", "training_seconds"),
     "unique_tokens": ("unique_tokens",),
     "downstream": ("downstream", "accuracy", "acc", "task_accuracy", "exact_match", "f1"),
 }  # fmt: skip
 """The meanings that a column may have, and the names by which it is recognised."""
+ONE_BELOW = "If columns are arms, write their runs below one another: a row for each run, and a column arm."
 METRICS = ("bits_per_byte", "bpb", "perplexity", "ppl", "accuracy", "acc", "error_rate", "error")
 """Names by which the metric is recognised if no column is a loss."""
 MORE_IS_BETTER = ("accuracy", "acc", "score", "f1", "exact_match", "auc")
 NO_SHARE = {"bits", "bpb", "nats", "loss", "perplexity", "ppl"}
 """Words of a metric that lies between 0 and 1 and is yet no share."""
 BASELINES = ("baseline", "base", "reference", "control", "default")
-SUFFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
-LEAST = {"params": 1e3, "tokens": 1e3, "flops": 1e6}
-"""Smaller values are taken for another unit, such as millions of parameters."""
 SAME_COMPUTE = 1.3
 """A run belongs to the baseline's rung of the nearest compute if the ratio of the two is no larger."""
+FEWEST_TOKENS = 1e-3
+"""A run with fewer tokens than this for each parameter has one of the two in another unit."""
 UNIT_RATIO = 100.0
 """A row whose C / 6·N·D is so many times off the other rows' has another unit."""
 NATS_PER_BIT = math.log(2)
@@ -96,13 +98,23 @@ def choose_columns(found: Table, named: Mapping[str, str]) -> dict[str, str]:
         if name and name not in found.columns
     ]
     by_words = {words(name): name for name in reversed(found.columns)}
-    chosen = {role: next((by_words[name] for name in names if name in by_words), "") for role, names in ROLES.items()}
+    with_units = {words(numbers.unit_of(name)[0]): name for name in reversed(found.columns)} | by_words
+    chosen = {}
+    for role, names in ROLES.items():
+        known = with_units if role in numbers.AMOUNTS else by_words
+        chosen[role] = next((known[name] for name in names if name in known), "")
+        alike = [name for name in found.columns if words(name) == words(chosen[role])]
+        if len(alike) > 1 and role not in named:
+            listed = " and ".join(map(repr, alike))
+            problems.append(f"{found.source}: {listed} are alike.\n  Name one: --column {role}={alike[0]}.")
     if not chosen["loss"]:
         losses = [name for name in found.columns if "loss" in words(name) and not _is_spread(name)]
         losses = losses or [by_words[name] for name in METRICS if name in by_words]
         if len(losses) > 1 and "loss" not in named:
             listed = ", ".join(map(repr, losses))
-            problems.append(f"{found.source} has several losses: {listed}.\n  Name one: --column loss={losses[0]}.")
+            problems.append(
+                f"{found.source} has several losses: {listed}.\n  Name one: --column loss={losses[0]}. {ONE_BELOW}"
+            )
         chosen["loss"] = losses[0] if losses else ""
     chosen |= named
     if chosen["downstream"] == chosen["loss"]:
@@ -110,7 +122,7 @@ def choose_columns(found: Table, named: Mapping[str, str]) -> dict[str, str]:
     if not chosen["loss"]:
         problems.append(
             f"{found.source} has no column that is called a loss. Its columns are {', '.join(found.columns)}.\n"
-            "  Name the metric: --column loss=NAME."
+            f"  Name the metric: --column loss=NAME. {ONE_BELOW}"
         )
     if not chosen["flops"] and not (chosen["params"] and chosen["tokens"]):
         problems.append(
@@ -141,10 +153,14 @@ def read_runs(
 ) -> list[TableRun]:
     """The runs of a table, without those that are missing in it; wrong values are added to `problems`."""
     wrong: dict[str, list[str]] = {}
+    form = number_form(found, chosen, notices)
+    if "seed" in chosen:
+        found = _with_numbered_seeds(found, chosen["seed"], notices)
+    problems += _alike_names(found, chosen)
     missing, repeated, derived, diverged, runs = [], [], [], [], []
     for row in found.rows:
         noted = sum(map(len, wrong.values()))
-        values = {role: _number(row, role, chosen, wrong) for role in chosen if role not in ("arm", "rung")}
+        values = {role: _number(row, role, chosen, form, wrong) for role in chosen if role not in ("arm", "rung")}
         if sum(map(len, wrong.values())) > noted:
             continue  # what else is missing in such a row follows from it
         params, tokens, flops, loss = (values.get(role) for role in ("params", "tokens", "flops", "loss"))
@@ -169,7 +185,7 @@ def read_runs(
         if not math.isfinite(loss):
             diverged.append(row.place)
         given = {role: row.values.get(chosen.get(role, "")) for role in ("arm", "rung")}
-        texts = {role: "" if value is None else str(value) for role, value in given.items()}
+        texts = {role: "" if value is None else str(value).strip() for role, value in given.items()}
         for role, text in texts.items():
             if role in chosen and not text:
                 wrong.setdefault(f"{chosen[role]} is missing", []).append(row.place)
@@ -180,7 +196,10 @@ def read_runs(
                 flops, loss, values.get("seconds"), values.get("downstream"),
             )
         )  # fmt: skip
-    remedy = "Correct the table, or give another column with --column ROLE=NAME (--column ROLE= for none)."
+    remedy = (
+        "Correct the table, or give another column with --column ROLE=NAME (--column ROLE= for none). "
+        "A missing value is empty, and the loss of a run that diverged is nan."
+    )
     problems += [f"{found.source}, {_places(places)}: {fact}.\n  {remedy}" for fact, places in wrong.items()]
     for places, fact in (
         (missing, f"no {chosen['loss']}: the run is missing."),
@@ -192,27 +211,74 @@ def read_runs(
     return runs
 
 
-def _number(row: Row, role: str, chosen: Mapping[str, str], wrong: dict[str, list[str]]) -> float | None:
+def number_form(found: Table, chosen: Mapping[str, str], notices: list[str]) -> Numbers:
+    """How the table's numbers are written; what is not plain is said."""
+    columns = {role: name for role, name in chosen.items() if role not in ("arm", "rung", "seed")}
+    texts = {role: [row.values.get(name) for row in found.rows] for role, name in columns.items()}
+    decimal = numbers.decimal_mark(value for values in texts.values() for value in values)
+    if decimal == ",":
+        notices.append("Numbers have decimal commas.")
+    units = {role: numbers.unit_of(columns[role])[1] for role in numbers.AMOUNTS if role in columns}
+    factors = {role: numbers.factor_of(unit) or 1.0 for role, unit in units.items() if unit}
+    notices += [f"{columns[role]} is multiplied by {factor:g}." for role, factor in factors.items() if factor != 1]
+    percentages = frozenset(
+        role for role in numbers.SHARES if any(str(value).strip().endswith("%") for value in texts.get(role, ()))
+    )
+    return Numbers(decimal, factors, percentages)
+
+
+def _with_numbered_seeds(found: Table, column: str, notices: list[str]) -> Table:
+    """Number the seeds of a table whose seeds are names, or numbers of more digits than a float holds."""
+    texts = [str(row.values.get(column) or "").strip() for row in found.rows]
+    names = sorted({text for text in texts if not numbers.is_missing(text)})
+    if all(re.fullmatch(r"[-+]?(\d{1,15}(\.\d*)?|nan)", name, re.IGNORECASE) for name in names):
+        return found
+    if any(re.fullmatch(r"[-+]?\d*\.\d+", name) for name in names):
+        return found  # a fraction, which is no name
+    notices.append(f"Seeds are names, and are numbered: {', '.join(names[:FEW])}{', …' if len(names) > FEW else ''}.")
+    rows = [
+        replace(row, values=row.values | {column: names.index(text)}) if text in names else row
+        for row, text in zip(found.rows, texts, strict=True)
+    ]
+    return replace(found, rows=rows)
+
+
+def _alike_names(found: Table, chosen: Mapping[str, str]) -> list[str]:
+    """Problems of arms or rungs whose names differ in case or spaces alone."""
+    problems = []
+    for role in ("arm", "rung"):
+        spelled: dict[str, list[str]] = {}
+        for row in found.rows if role in chosen else ():
+            name = str(row.values.get(chosen[role]) or "").strip()
+            others = spelled.setdefault(" ".join(name.lower().split()), [])
+            others += [] if name in others else [name]
+        problems += [
+            f"{found.source}: {' and '.join(map(repr, names))} differ in case or spaces alone.\n"
+            f"  Write each {role} in one way."
+            for names in spelled.values()
+            if len(names) > 1
+        ]
+    return problems
+
+
+def _number(row: Row, role: str, chosen: Mapping[str, str], form: Numbers, wrong: dict[str, list[str]]) -> float | None:
     """The value as a number ("1.3B" too); None if it is missing, or wrong, which is then noted."""
     value = row.values.get(chosen[role])
-    if value is None or value == "":
+    if numbers.is_missing(value):
         return None
-    text = str(value).strip().replace("_", "")
-    suffixed = re.fullmatch(r"([-+0-9.eE]+)\s*([kKmMbBtT]?)", text)
     problem, number = "", math.nan
     try:
-        number = float(suffixed[1]) * SUFFIXES[suffixed[2].lower()] if suffixed else float(text)
-    except ValueError:
-        problem = "is no number"
-    if role != "loss" and not problem:
-        if math.isnan(number):  # as pandas writes a missing value
-            return None
-        if role == "seed" and not number.is_integer():
-            problem = "is no whole number"
-        elif role not in ("seed", "downstream") and not (0 < number < math.inf):
-            problem = "is not positive and finite"
-        elif number < LEAST.get(role, -math.inf):
-            problem = "is too few, as if in a larger unit: write all digits, or 124M, 2.5B"
+        number = form.read(value, role)
+    except (ValueError, OverflowError) as error:
+        problem = str(error)
+    if not problem and math.isnan(number) and role != "loss":  # as pandas writes a missing value
+        return None
+    if role == "seed" and not problem and not number.is_integer():
+        problem = "is no whole number"
+    elif role not in ("seed", "downstream", "loss") and not problem and not (0 < number < math.inf):
+        problem = "is not positive and finite"
+    elif not problem and math.isfinite(number):
+        problem = numbers.implausible(number, role)
     if problem:
         wrong.setdefault(f"{chosen[role]} = {value!r} {problem}", []).append(row.place)
         return None
@@ -285,6 +351,12 @@ def contradictions(found: Table, runs: Sequence[TableRun], seeded: bool, is_loss
             places = _places([run.place for run in group])
             what = "are the same run" if len({run.loss for run in group}) == 1 else "are one run with different results"
             problems.append(f"{found.source}, {places}: {what}.\n  Keep one row for each arm, size and seed.")
+    starved = [run.place for run in runs if run.params and run.tokens and run.tokens < FEWEST_TOKENS * run.params]
+    if starved:
+        problems.append(
+            f"{found.source}, {_places(starved)}: there are over {1 / FEWEST_TOKENS:g} parameters for each token.\n"
+            "  One of the two has another unit. Write all digits, or 124M, 2.5B."
+        )
     # C / 6·N·D is near 1 for language models, and whatever it is, it is alike in all rows of one unit.
     ratios = [(run.place, run.flops / (6 * run.params * run.tokens)) for run in runs if run.params and run.tokens]
     usual = statistics.median(ratio for _, ratio in ratios) if ratios else 1.0

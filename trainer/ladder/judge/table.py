@@ -3,12 +3,14 @@
 Nothing is checked here but the form of the file; judge.py gives the columns their meaning.
 """
 
+import codecs
 import csv
 import io
 import json
+import re
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,38 +71,84 @@ FORMS = (
 )
 
 
+def _text(path: Path) -> str:
+    """Text in UTF-8, or in UTF-16 with the mark that Excel writes. Raises ConfigError for any other."""
+    content = path.read_bytes()
+    is_wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return content.decode("utf-16" if is_wide else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"{path} is no text in UTF-8, from byte {error.start} on.\n  Save it as UTF-8."]) from None
+
+
+SEPARATORS = ",\t;|"
+
+
 def _file_rows(path: Path, problems: list[str]) -> Iterator[Row]:
     if not stat.S_ISREG(path.stat().st_mode):  # whoever opens a pipe would wait for a writer
         raise ConfigError([f"{path} is no regular file.\n  {FORMS}"])
     match path.suffix.lower():
         case ".csv" | ".tsv" | ".txt":
-            return _delimited_rows(path.read_text(encoding="utf-8-sig"), problems)
+            return _delimited_rows(_text(path), problems)
         case ".jsonl" | ".ndjson":
-            return _json_rows(path.read_text(encoding="utf-8-sig"), problems)
+            return _json_rows(_text(path), problems)
         case ".parquet":
             return _parquet_rows(path)
     raise ConfigError([f"{path} is no table: its name ends with {path.suffix or 'nothing'}.\n  {FORMS}"])
 
 
 def _delimited_rows(text: str, problems: list[str]) -> Iterator[Row]:
-    header = text.partition("\n")[0]
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",\t;|", key=header.count))
+    lines = list(io.StringIO(text, newline=""))
+    above = next((number for number in range(len(lines)) if not _is_note(lines, number)), len(lines))
+    header = lines[above] if lines[above:] else ""
+    separator = max(SEPARATORS, key=header.count)
+    reader = csv.reader(lines[above:], delimiter=separator)
     columns = [name.strip() for name in next(reader, [])]
-    if "" in columns:
-        problems.append("line 1: a column has no name.\n  Name it; pandas writes none with index=False.")
+    line = above + 1
+    if columns and columns[0].startswith("#"):
+        columns[0] = columns[0].lstrip("# ")
+    if len(columns) == 1 and len(columns[0].split()) > 2:
+        problems.append(f"line {line}: columns are separated by spaces.\n  Separate them by commas or tabs.")
+        return
+    unnamed = len(columns)
+    while columns and not columns[-1]:  # spreadsheets write empty columns at the end
+        columns.pop()
     twice = sorted({name for name in columns if name and columns.count(name) > 1})
     if twice:
-        problems.append(f"line 1: {', '.join(map(repr, twice))} names several columns.\n  Give each its own name.")
+        problems.append(f"line {line}: {', '.join(map(repr, twice))} names several columns.\n  Give each its own name.")
+    has_unnamed = "" in columns
     for fields in reader:
-        if not any(field.strip() for field in fields):
+        place = f"line {above + reader.line_num}"
+        filled = [field.strip() for field in fields if field.strip()]
+        if not filled or (len(filled) == 1 and filled[0].startswith("#")):
             continue
-        if len(fields) != len(columns):
+        while len(fields) > len(columns) and not fields[-1].strip():
+            fields.pop()
+        if len(columns) < len(fields) <= unnamed:
+            has_unnamed = True
+        elif len(fields) != len(columns):
             problems.append(
-                f"line {reader.line_num}: there are {len(fields)} fields, and line 1 names {len(columns)} columns.\n"
+                f"{place}: there are {len(fields)} fields, and line {line} names {len(columns)} columns.\n"
                 "  Put a field that contains the separator in quotes."
             )
-            continue
-        yield Row(f"line {reader.line_num}", dict(zip(columns, (field.strip() for field in fields), strict=True)))
+        else:
+            yield Row(place, dict(zip(columns, (field.strip() for field in fields), strict=True)))
+    if has_unnamed:
+        problems.append(f"line {line}: a column has no name.\n  Name it; pandas writes none with index=False.")
+
+
+def _is_note(lines: Sequence[str], number: int) -> bool:
+    """True for a line above the header: empty, a comment, or Excel's "sep=;"."""
+    line = lines[number].strip()
+    if not line or re.fullmatch(r"sep=.?", line, re.IGNORECASE):
+        return True
+    if not line.startswith("#"):
+        return False
+    # The header itself may begin with the mark of a comment: then numbers follow, in as many columns.
+    below = next((other.strip() for other in lines[number + 1 :] if other.strip() and other.strip()[0] != "#"), "")
+    separator = max(SEPARATORS, key=below.count)
+    numbers_follow = any(field.strip(' "')[:1].isdigit() for field in below.split(separator))
+    return not (numbers_follow and line.count(separator) == below.count(separator) > 0)
 
 
 def _json_rows(text: str, problems: list[str]) -> Iterator[Row]:
