@@ -50,6 +50,18 @@ def error_bar(
     axes.errorbar([x], [y], **{"xerr" if horizontal else "yerr": ends}, linestyle="none", **style)
 
 
+def error_bars(axes: "Axes", x: Sequence[float], intervals: Sequence[Mapping[str, Any]], **style: Any) -> None:
+    """The same for several points, upright, with one call that takes as long as one for a single point."""
+    unknown = [interval["low"] is None or interval["high"] is None for interval in intervals]
+    ends = [
+        [math.nan if none else max(side * (interval[key] - interval["value"]), 0.0)
+         for none, interval in zip(unknown, intervals, strict=True)]
+        for key, side in (("low", -1), ("high", 1))
+    ]  # fmt: skip
+    yerr = None if all(unknown) else ends
+    axes.errorbar(x, [interval["value"] for interval in intervals], yerr=yerr, linestyle="none", **style)
+
+
 def hollow(mark: str) -> dict[str, Any]:
     """Style of a point that was predicted."""
     return {"marker": mark, "markerfacecolor": PAPER}

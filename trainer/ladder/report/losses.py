@@ -81,6 +81,9 @@ def _draw_runs(above: "Axes", below: "Axes", tree: Tree, arm: str, number: int) 
     step = math.log(amount(tree, tree["target"]) / amount(tree, tree["rungs"][0])) * 0.014
     shift = math.exp(step * (number - len(tree["arms"]) / 2))
     means: list[tuple[float, float, float]] = []
+    # All runs of an arm are one artist: a picture of twelve arms has a thousand of them.
+    seeds: list[tuple[float, float, float]] = []
+    spans: list[tuple[float, float]] = []
     for rung in [*(rung["name"] for rung in tree["rungs"]), tree["target"]["rung"]]:
         runs = [run for run in tree["runs"] if (run["arm"], run["rung"]) == (arm, rung)]
         losses = [run["loss"] for run in runs if run["loss"] is not None]
@@ -91,12 +94,16 @@ def _draw_runs(above: "Axes", below: "Axes", tree: Tree, arm: str, number: int) 
             means.append((math.nan, math.nan, math.nan))  # a gap in the line
             continue
         at, mean = amount(tree, runs[0]), math.fsum(losses) / len(losses)
-        distances = [loss - reference for loss in losses]
-        above.plot([at] * len(losses), losses, linestyle="", marker=mark, markersize=3, color=colour, alpha=0.35)
-        below.plot([at * shift] * len(losses), distances, linestyle="", marker=mark, markersize=3.4, color=colour,
-                   alpha=0.4)  # fmt: skip
-        below.plot([at * shift] * 2, [min(distances), max(distances)], color=colour, linewidth=1.1, alpha=0.6)
+        seeds += [(at, loss, loss - reference) for loss in losses]
+        spans += [(at, min(losses) - reference), (at, max(losses) - reference), (math.nan, math.nan)]
         means.append((at, mean, mean - reference))
+    if seeds:
+        amounts, losses, distances = zip(*seeds, strict=True)
+        faint: Any = {"linestyle": "", "marker": mark, "color": colour}
+        above.plot(amounts, losses, markersize=3, alpha=0.35, **faint)
+        below.plot([value * shift for value in amounts], distances, markersize=3.4, alpha=0.4, **faint)
+        amounts, distances = zip(*spans, strict=True)
+        below.plot([value * shift for value in amounts], distances, color=colour, linewidth=1.1, alpha=0.6)
     amounts, losses, distances = zip(*means, strict=True)
     style: Any = {"color": colour, "marker": mark, "markersize": 6, "markeredgecolor": PAPER, "markeredgewidth": 0.7}
     above.plot(amounts, losses, linestyle="", label=shortened(arm, 30), zorder=4, **style)

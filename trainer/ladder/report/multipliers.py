@@ -74,12 +74,10 @@ def _draw_arm(axes: "Axes", tree: Tree, verdict: Tree, limits: tuple[float, floa
     line, target = tree["lines"].get(arm), drawing.amount(tree, tree["target"])
     if line is not None:
         _draw_line(axes, line, drawing.amount(tree, tree["rungs"][-1]), colour)
-    for rung in filter(_known, verdict["rungs"]):
-        style: Any = {"marker": mark, "markersize": 5.5, "markeredgecolor": PAPER, "markeredgewidth": 0.6, "zorder": 4}
-        value = rung["multiplier"]["value"]
-        drawing.error_bar(
-            axes, rung["flops"], value, rung["multiplier"], color=colour, capsize=2.5, linewidth=1.2, **style
-        )
+    style: Any = {"marker": mark, "markersize": 5.5, "markeredgecolor": PAPER, "markeredgewidth": 0.6, "zorder": 4}
+    if rungs := list(filter(_known, verdict["rungs"])):
+        at, intervals = [rung["flops"] for rung in rungs], [rung["multiplier"] for rung in rungs]
+        drawing.error_bars(axes, at, intervals, color=colour, capsize=2.5, linewidth=1.2, **style)
     if verdict["multiplier"]["value"] is not None:
         style = {"markersize": 6, "linewidth": 1.8, "capsize": 4, "zorder": 5, **drawing.hollow("D")}
         value = verdict["multiplier"]["value"]
