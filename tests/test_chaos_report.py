@@ -1,5 +1,7 @@
 """Promises about a campaign's report: the matrix, the page, the terminal, the picture."""
 
+import dataclasses
+import functools
 import io
 import json
 import re
@@ -12,10 +14,12 @@ from rich.console import Console
 from tests.logs import killed_once
 from tests.pages import Page
 from trainer.chaos import report, results
+from trainer.chaos.report import page
 from trainer.chaos.results import Report, Result
 from trainer.faults.checker import ATTRIBUTED, DETECTED, INVARIANTS, MEASURED_AS, NOT_ASKED, Answer
 from trainer.faults.fault import KINDS
 from trainer.log.timeline import read_timeline
+from trainer.show import timeline
 
 PNG = b"\x89PNG\r\n\x1a\n"
 FIRST = INVARIANTS[0]
@@ -155,6 +159,19 @@ def test_the_page_stands_alone_and_every_link_in_it_leads_somewhere(full: Report
     assert {link.removeprefix("#") for link in page.links} <= set(page.ids)
     sections = [link for link in page.links if re.fullmatch(r"#run-\d+", link)]
     assert len(sections) == 6, "each run that was made has its section"
+
+
+def test_a_page_that_is_written_again_with_one_run_more_draws_the_timeline_of_that_run_alone(
+    full: Report, monkeypatch: pytest.MonkeyPatch
+):
+    drawn: list[str] = []
+    monkeypatch.setattr(timeline, "svg", lambda _, name: drawn.append(name) or f"<svg id='{name}'/>")
+    monkeypatch.setattr(page, "_drawn", functools.lru_cache(page._drawn.__wrapped__))
+    runs = [run for run in full.results if run.timeline]
+    for count in (1, 2, 3):
+        written = report.html(dataclasses.replace(full, results=runs[:count]))
+    assert drawn == ["run-0", "run-1", "run-2"]
+    assert all(f"<svg id='{name}'/>" in written for name in drawn)
 
 
 def test_the_page_shows_what_was_asked_made_detected_and_answered(full: Report):

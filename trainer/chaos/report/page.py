@@ -1,5 +1,7 @@
 """A campaign's report as one page: show/templates/campaign.html."""
 
+import functools
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,10 +21,16 @@ def html(report: Report) -> str:
         report=report,
         matrix=matrix,
         anchor=lambda result: f"run-{numbers[id(result)]}",
-        timeline_svg=timeline.svg,
+        timeline_svg=lambda values, name: _drawn(json.dumps(values), name),
         fault_rows=_fault_rows,
         kinds={name: KINDS[name] for name in kinds},
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def _drawn(values: str, name: str) -> str:
+    """Draw a timeline, once: the page is written anew after each of a campaign's runs, with those of all before."""
+    return timeline.svg(json.loads(values), name)
 
 
 def _fault_rows(result: Result) -> Iterator[tuple[Any, ...]]:
