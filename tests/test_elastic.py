@@ -20,7 +20,10 @@ from trainer.parallel import elastic
 pytestmark = pytest.mark.slow
 
 STEPS = 60
-SETTINGS = settings(budget__steps=STEPS, checkpoint__every_steps=5, eval__every_steps=0)
+SETTINGS = settings(
+    budget__steps=STEPS, checkpoint__every_steps=5, data__micro_batches=4, model__n_layers=1, eval__every_steps=0,
+    eval__max_tokens=320,
+)  # fmt: skip
 # The loss of a node is detected after 3 s; a round is closed 1 s after the last call.
 RENDEZVOUS = "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=1,join_timeout=60,read_timeout=30"
 
@@ -101,7 +104,7 @@ def ends_as_reference(run: Path, reference: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_node_joins_another_joins_and_one_dies_and_the_run_ends_as_the_reference(nodes, reference, record_property):
-    """1 → 2 → 3 (8 micro-batches over 3 ranks) → 2 ranks; the last by SIGKILL of an agent and its worker at once."""
+    """1 → 2 → 3 (4 micro-batches over 3 ranks) → 2 ranks; the last by SIGKILL of an agent and its worker at once."""
     team = nodes(0.12)
     first = team.host()
     team.await_new_step(1, first)

@@ -21,7 +21,6 @@ import torch.distributed as dist
 from tests.checkpoint_worker import IDENTITY, flip, holds, small_state
 from tests.support import (
     SMOKE,
-    SMOKE_SHA256,
     settings,
     summarise_run,
     torchrun,
@@ -427,22 +426,33 @@ def test_a_job_has_not_left_what_another_run_keeps_in_memory(tmp_path: Path):
 
 # Real processes
 
+SMALL = settings(model__n_layers=1, data__micro_batches=2, eval__max_tokens=128)
 KILLS = with_faults({"kind": "sigkill", "rank": rank, "at_step": step} for rank, step in ((1, 33), (0, 52)))
+
+
+@pytest.fixture(scope="module")
+def calm_sha256(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The weights that a run of one rank without faults ends with."""
+    run = tmp_path_factory.mktemp("calm") / "run"
+    trainer("train", SMOKE, "--run", run, *SMALL)
+    return summarise_run(run)["weights_sha256"]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="/dev/shm is Linux's")
 @pytest.mark.parametrize("strategy", ["replicate", "fsdp"])
-def test_after_kills_the_ranks_go_on_from_memory_and_end_with_the_bits_of_a_calm_run(tmp_path: Path, strategy: str):
+def test_after_kills_the_ranks_go_on_from_memory_and_end_with_the_bits_of_a_calm_run(
+    tmp_path: Path, strategy: str, calm_sha256: str
+):
     run = tmp_path / "run"
-    chosen = [*settings(checkpoint__memory_every_steps=1, parallel__strategy=strategy), *KILLS]
+    chosen = [*SMALL, *settings(checkpoint__memory_every_steps=1, parallel__strategy=strategy), *KILLS]
     if strategy == "fsdp":  # both shards are there, also the dead rank's
         done = trainer("launch", SMOKE, "--workers", "2", "--run", run, *chosen)
         assert 'parallel.strategy = "fsdp": each worker holds what no other one has' in done.stderr
     else:
         done = torchrun(2, "train", SMOKE, "--run", run, *chosen, restarts=3)
     summary = summarise_run(run)
-    assert summary["weights_sha256"] == SMOKE_SHA256
+    assert summary["weights_sha256"] == calm_sha256
     # A copy is whole when the next one is begun; of disk checkpoints there were those of steps 20 and 40.
     begun = [(attempt["from_step"], attempt["state_from"]) for attempt in summary["attempts"]]
     assert begun[0] == (0, None)
@@ -456,24 +466,28 @@ def test_after_kills_the_ranks_go_on_from_memory_and_end_with_the_bits_of_a_calm
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="/dev/shm is Linux's")
-def test_a_job_that_died_with_its_launcher_goes_on_from_memory_at_another_number_of_ranks(tmp_path: Path):
+def test_a_job_that_died_with_its_launcher_goes_on_from_memory_at_another_number_of_ranks(
+    tmp_path: Path, calm_sha256: str
+):
     run = tmp_path / "run"
-    chosen = settings(checkpoint__memory_every_steps=1)
+    chosen = [*SMALL, *settings(checkpoint__memory_every_steps=1)]
     kill = with_faults([{"kind": "sigkill", "rank": 0, "at_step": 33}])
     trainer("train", SMOKE, "--run", run, *chosen, *kill, check=False)  # one process: it is all there is
     torchrun(2, "train", SMOKE, "--run", run, *chosen, *kill, *settings(parallel__strategy="fsdp"))
     summary = summarise_run(run)
-    assert summary["weights_sha256"] == SMOKE_SHA256
+    assert summary["weights_sha256"] == calm_sha256
     assert [(a["world_size"], a["state_from"]) for a in summary["attempts"]] == [(1, None), (2, "memory")]
     assert summary["attempts"][1]["from_step"] in (31, 32)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="it looks for processes in /proc")
-def test_a_machine_dies_with_all_that_it_holds_and_the_other_goes_on_from_its_memory_without_the_disk(tmp_path: Path):
+def test_a_machine_dies_with_all_that_it_holds_and_the_other_goes_on_from_its_memory_without_the_disk(
+    tmp_path: Path, calm_sha256: str
+):
     run, memories = tmp_path / "run", tmp_path / "memories"
     memories.mkdir()
-    chosen = ["checkpoint.memory_every_steps=1", "checkpoint.every_steps=0", 'parallel.strategy="fsdp"']
+    chosen = [*SMALL[1::2], "checkpoint.memory_every_steps=1", "checkpoint.every_steps=0", 'parallel.strategy="fsdp"']
     variables = worker_environment({"before_update": 0.05}) | {"TOPROPE_TEST_MEMORY": str(memories)}
     cluster = Cluster(
         SMOKE, run, chosen, ranks=1, nodes=2, directory=tmp_path / "job", environment=variables, warm=True,
@@ -491,7 +505,7 @@ def test_a_machine_dies_with_all_that_it_holds_and_the_other_goes_on_from_its_me
         shutil.rmtree(gone)
         assert cluster.wait(60) == 0, cluster.output
     summary = summarise_run(run)
-    assert summary["weights_sha256"] == SMOKE_SHA256
+    assert summary["weights_sha256"] == calm_sha256
     assert [(a["world_size"], a["state_from"]) for a in summary["attempts"]] == [(2, None), (1, "memory")]
     assert summary["attempts"][1]["from_step"] >= 18
     assert list(left.iterdir()) == []

@@ -28,8 +28,8 @@ from trainer.log.events import AttemptStarted
 
 STEPS = 60
 SETTINGS = settings(
-    budget__steps=STEPS, checkpoint__every_steps=10, eval__every_steps=0, elastic__step_timeout_seconds=3.0,
-    elastic__startup_timeout_seconds=10.0,
+    budget__steps=STEPS, checkpoint__every_steps=10, data__micro_batches=4, model__n_layers=1, eval__every_steps=0,
+    eval__max_tokens=320, elastic__step_timeout_seconds=3.0, elastic__startup_timeout_seconds=10.0,
 )  # fmt: skip
 SECONDS_A_LAUNCH = 240
 LAUNCHES = 5
@@ -272,7 +272,7 @@ class Attack:
         faults: Sequence[dict[str, Any]],
         nodes: int,
         hosts: Hosts | None = None,
-        seconds_a_step: float = 0.05,
+        seconds_a_step: float = 0.07,
     ) -> None:
         self.directory, self.run, self.nodes, self.hosts = directory, directory / "run", nodes, hosts
         self._seconds_a_step = seconds_a_step

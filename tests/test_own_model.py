@@ -22,7 +22,7 @@ MODELS = {
     "recurrent": {"model.class": f"{EXAMPLE}/recurrent.py:Recurrent", "model.options.penalty": 0.001},
     "experts": {"model.class": f"{ROOT}/tests/own_models/experts.py:Mixture", "model.options.experts": 3},
 }
-SMALL = {"budget.steps": 2, "data.micro_batches": 5, "eval.max_tokens": 120, "model.context": 12}
+SMALL = {"budget.steps": 2, "data.micro_batches": 5, "eval.max_tokens": 60, "model.context": 6}
 """The second step uses the optimizer's state of the first; an evaluation has five batches."""
 LAYOUTS: dict[str, dict[str, Any]] = {
     "replicate": {},
