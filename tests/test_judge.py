@@ -44,7 +44,9 @@ def rows(found: Sequence[RunResult]) -> list[Values]:
 
 def write(path: Path, table: Sequence[Values]) -> Path:
     """Write a table in the form that the name's ending tells."""
-    if path.suffix == ".jsonl":
+    if path.suffix == ".json":
+        path.write_text(json.dumps(list(table), indent=1))
+    elif path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in table))
     elif path.suffix == ".parquet":
         pyarrow = pytest.importorskip("pyarrow")
@@ -70,7 +72,7 @@ def problems(path: Path, **options: Any) -> str:
 # Verdicts
 
 
-@pytest.mark.parametrize("name", ["runs.csv", "runs.tsv", "runs.jsonl", "runs.parquet"])
+@pytest.mark.parametrize("name", ["runs.csv", "runs.tsv", "runs.json", "runs.jsonl", "runs.parquet"])
 def test_a_table_gets_the_verdicts_that_the_same_runs_get_as_a_ladder(tmp_path, name):
     found = results()
     tree = judge(str(write(tmp_path / name, rows(found))), target_flops=DESIGN.target)
@@ -319,7 +321,8 @@ def test_a_table_that_makes_no_sense_is_refused_with_the_remedy(tmp_path, edit, 
         ("none.csv", None, "does not exist"), ("empty.csv", "", "has no rows"),
         ("runs.xls", "x", "its name ends with .xls"),
         ("runs.csv", "loss,loss\n1,2\n", "line 1: 'loss' names several columns"),
-        ("broken.jsonl", "[1]\n", "line 1: no JSON"),
+        ("broken.jsonl", "1\n", "line 1: no JSON"), ("list.jsonl", "[1]\n", "entry 1: there is no JSON object"),
+        ("broken.json", "[{,", "the list is no JSON"), ("deep.json", "[" * 100_000, "the list is no JSON: too deep"),
         ("broken.parquet", "no", "is no whole parquet file"),
     ],
 )  # fmt: skip
@@ -489,6 +492,13 @@ def test_what_can_be_read_in_two_ways_or_in_none_is_refused_with_the_remedy(
     message = problems(tmp_path / "runs.csv")
     assert hint in message
     assert "\n  " in message
+
+
+def test_two_columns_of_one_name_are_refused_in_parquet_too(tmp_path: Path):
+    pyarrow = pytest.importorskip("pyarrow")
+    columns = pyarrow.table([[1.0], [2.0], [1e9]], names=["loss", "loss", "flops"])
+    pytest.importorskip("pyarrow.parquet").write_table(columns, tmp_path / "runs.parquet")
+    assert "two columns of one name.\n  " in problems(tmp_path / "runs.parquet")
 
 
 def test_percentages_are_shares_and_compute_may_have_a_unit(tmp_path: Path):

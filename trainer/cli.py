@@ -652,7 +652,7 @@ def judge(
         str,
         typer.Argument(
             metavar="TABLE",
-            help="A csv, tsv, jsonl or parquet file, a folder of offline W&B runs, or wandb:ENTITY/PROJECT.",
+            help="A csv, tsv, jsonl, json or parquet file, a folder of offline W&B runs, or wandb:ENTITY/PROJECT.",
         ),
     ],
     column: Annotated[

@@ -126,7 +126,8 @@ def choose_columns(found: Table, named: Mapping[str, str]) -> dict[str, str]:
         )
     if not chosen["flops"] and not (chosen["params"] and chosen["tokens"]):
         problems.append(
-            f"{found.source} has no compute: no column of FLOPs, and none of parameters and tokens.\n"
+            f"{found.source} has no compute: no column of FLOPs, and none of parameters and tokens. "
+            f"Its columns are {', '.join(found.columns)}.\n"
             "  Name it: --column flops=NAME, or --column params=NAME --column tokens=NAME."
         )
     if problems:

@@ -1,4 +1,4 @@
-"""Tables of runs that were made elsewhere: CSV, TSV, JSONL, parquet, or runs in W&B, as rows of named values.
+"""Tables of runs that were made elsewhere: CSV, TSV, JSON, parquet, or runs in W&B, as rows of named values.
 
 Nothing is checked here but the form of the file; judge.py gives the columns their meaning.
 """
@@ -67,7 +67,8 @@ def read(source: str) -> Table:
 
 
 FORMS = (
-    "A table is a .csv, .tsv, .jsonl or .parquet file, a folder of offline W&B runs, or wandb:ENTITY/PROJECT[/GROUP]."
+    "A table is a .csv, .tsv, .jsonl, .json or .parquet file, a folder of offline W&B runs, or "
+    "wandb:ENTITY/PROJECT[/GROUP]."
 )
 
 
@@ -90,7 +91,7 @@ def _file_rows(path: Path, problems: list[str]) -> Iterator[Row]:
     match path.suffix.lower():
         case ".csv" | ".tsv" | ".txt":
             return _delimited_rows(_text(path), problems)
-        case ".jsonl" | ".ndjson":
+        case ".jsonl" | ".ndjson" | ".json":
             return _json_rows(_text(path), problems)
         case ".parquet":
             return _parquet_rows(path)
@@ -152,6 +153,9 @@ def _is_note(lines: Sequence[str], number: int) -> bool:
 
 
 def _json_rows(text: str, problems: list[str]) -> Iterator[Row]:
+    if text.lstrip().startswith("["):
+        yield from _listed_rows(text, problems)
+        return
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
@@ -159,6 +163,23 @@ def _json_rows(text: str, problems: list[str]) -> Iterator[Row]:
             yield Row(f"line {number}", flatten(files.parse_object(line)))
         except ValueError as error:
             problems.append(f"line {number}: no JSON object: {error}.\n  Write one object for each run, in one line.")
+
+
+def _listed_rows(text: str, problems: list[str]) -> Iterator[Row]:
+    """The rows of one list of objects, as pandas writes with orient="records"."""
+    remedy = "Write a list of objects, one for each run, or one object in each line."
+    try:
+        entries = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        problems.append(
+            f"the list is no JSON: {'too deep' if isinstance(error, RecursionError) else error}.\n  {remedy}"
+        )
+        return
+    for number, values in enumerate(entries, 1):
+        if isinstance(values, dict):
+            yield Row(f"entry {number}", flatten(values))
+        else:
+            problems.append(f"entry {number}: there is no JSON object.\n  {remedy}")
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
@@ -171,6 +192,8 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
     except pyarrow.ArrowException as error:
         fact = f"{path} is no whole parquet file: {str(error).splitlines()[0]}"
         raise ConfigError([f"{fact}\n  Copy or write it again."]) from None
+    if len(set(table.column_names)) < len(table.column_names):
+        raise ConfigError([f"{path} has two columns of one name.\n  Give each its own name."])
     for number, values in enumerate(table.to_pylist(), 1):
         yield Row(f"row {number}", flatten(values))
 
