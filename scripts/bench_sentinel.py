@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from scipy.stats import binomtest
 
 from trainer import config as configs
 from trainer import costs, job, loop
@@ -394,6 +393,8 @@ def paragraph(text: str) -> list[str]:
 def share(cell: dict[str, Any], name: str, of: str = "flips") -> str:
     if not cell[of]:
         return "–"
+    from scipy.stats import binomtest  # not above: its import takes seconds
+
     interval = binomtest(cell[name], cell[of]).proportion_ci(method="wilson")
     return f"{cell[name] / cell[of]:.0%} ({math.floor(interval.low * 100)}–{math.ceil(interval.high * 100)})"
 
@@ -431,6 +432,8 @@ def clean(run: Path) -> dict[str, Any]:
 
 def clean_row(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
     """A row of the table of figures: (figure, measured, target)."""
+    from scipy.stats import binomtest
+
     most = binomtest(figures["alarms"], figures["steps"]).proportion_ci(method="exact").high
     title = "false alarms of a sentinel, audit 1/4, all else in every step, 2 ranks, a tiny model"
     return [

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from tests.logs import Run, members_changed, saved
 from tests.support import trainer as cli
@@ -156,6 +155,8 @@ def test_the_time_without_enough_nodes_is_that_of_a_queue_with_unlimited_repair(
     made = scenario(days=6000.0, cluster={"devices": 8000, "spare_nodes": spares},
                     failure=[{"name": "node", "per_day": 4.0, "detect_seconds": 0.0, "repair_hours": 12.0}],
                     policy={"kind": "restart", "save_stall_seconds": 0.0, "restart_seconds": 0.0})  # fmt: skip
+    from scipy import stats  # not above: every worker of pytest imports this file, and that takes seconds
+
     found = simulate(made, 1)
     assert found.parts["waiting"] / found.wall_seconds == pytest.approx(stats.poisson.sf(spares, 2.0), abs=0.02)
 
@@ -212,6 +213,8 @@ def test_first_failures_come_as_often_as_drawing_every_unit_would_give(shape: fl
     direct = scale * (random.exponential(size=20_000) / rates) ** (1 / shape)
     direct = direct[direct < 30 * DAY]
     assert len(times) == pytest.approx(len(direct), rel=0.05)
+    from scipy import stats
+
     same: Any = stats.ks_2samp(times, direct)
     assert same.pvalue > 0.001
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from scripts import architecture, bench_tables, readme_picture
+from scripts import bench_tables, readme_picture
 from tests.support import ROOT, settings, summarise_run, torchrun, trainer
 from trainer.chaos import plan
 from trainer.ladder.plan import load
@@ -90,6 +90,8 @@ def test_the_first_picture_its_caption_and_the_benchmarks_hold_the_same_figures_
 
 
 def test_the_picture_of_the_rooms_shows_the_imports_of_today():
+    from scripts import architecture  # not above: every worker of pytest imports this file, and matplotlib takes long
+
     assert architecture.drawn() == architecture.edges(), "run python -m scripts.architecture"
 
 

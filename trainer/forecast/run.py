@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from trainer.forecast import scenario as scenarios
 from trainer.forecast.scenario import DAY, Scenario
@@ -65,6 +64,8 @@ def draw(scenario: Scenario) -> list[Scenario]:
     """
     if not scenario.vary:
         return [scenario] * scenario.replicates
+    from scipy import stats  # not above: its import takes seconds
+
     random = np.random.default_rng([scenario.seed, 1 << 31])
     places = stats.qmc.LatinHypercube(len(scenario.vary), rng=random).random(scenario.replicates)
     drawn = []
@@ -84,6 +85,8 @@ def mean_interval(values: list[float]) -> dict[str, float | None]:
     mean = float(np.mean(values))
     if len(values) < 2:
         return {"value": mean, "low": None, "high": None}
+    from scipy import stats
+
     half = float(stats.t.ppf(0.5 + LEVEL / 2, len(values) - 1) * stats.sem(values))
     return {"value": mean, "low": max(0.0, mean - half), "high": mean + half}
 
