@@ -315,6 +315,13 @@ def cluster_of(plan: islands.Plan, number: int, process: Any = None) -> islands.
     return islands.Cluster(number, lock, elastic.make_failures_file(), process)
 
 
+def job_of(plan: islands.Plan, post: Path, stack: contextlib.ExitStack) -> islands.Job:
+    """A launcher's job whose clusters are no processes: only its signals are to be closed."""
+    job = islands.Job(plan, post, None)
+    stack.callback(job._stop.close)
+    return job
+
+
 @pytest.fixture
 def kept(monkeypatch) -> Iterator[list[int]]:
     """Numbers of the clusters that launchers of this process begin to keep, without starting them."""
@@ -339,7 +346,7 @@ def test_a_spare_leaves_when_the_job_is_over_also_if_that_is_a_stop(tmp_path, ke
     plan = islands.Plan(config, [], tmp_path / "run", 2, 0)
     with contextlib.ExitStack() as stack:
         post = islands._enter(plan, stack)
-        first, spare = (islands.Job(plan, post, None) for _ in range(2))
+        first, spare = (job_of(plan, post, stack) for _ in range(2))
         process: Any = SimpleNamespace(pids=[0], failed=0, send_signal=lambda number: None)
         first._clusters = [cluster_of(plan, number, process) for number in range(2)]
 
@@ -350,7 +357,7 @@ def test_a_spare_leaves_when_the_job_is_over_also_if_that_is_a_stop(tmp_path, ke
 
         threading.Timer(0.2, leave).start()
         assert spare.run() == status
-        late = islands.Job(islands.Plan(config, [], tmp_path / "run", 2, 2), post, None)
+        late = job_of(islands.Plan(config, [], tmp_path / "run", 2, 2), post, stack)
         assert late.run() == status
     assert kept == [], "no cluster is started any more"
 
@@ -367,7 +374,7 @@ def test_a_cluster_is_taken_over_only_after_its_time_and_where_a_gpu_is_left_for
     config = configs.load(SMOKE, ["islands.count=4", f"elastic.takeover_seconds={seconds}"])
     plan = islands.Plan(config, [], tmp_path / "run", 3, 1)
     with contextlib.ExitStack() as stack:
-        job = islands.Job(plan, islands._enter(plan, stack), None)
+        job = job_of(plan, islands._enter(plan, stack), stack)
         job._clusters = [cluster_of(plan, number) for number in kept_before]
         job._free_since = dict.fromkeys(range(3), time.monotonic() - 1e6)
         job._look()
