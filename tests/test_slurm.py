@@ -8,6 +8,7 @@ import shlex
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -21,6 +22,10 @@ from tests.test_ladder_file import ARM
 from tests.test_ladder_run import ONE_RUNG, hashed_results, plan, reported, timed
 from trainer import cli
 from trainer import config as configs
+from trainer.chaos import jobs as chaos_jobs
+from trainer.chaos import plan as chaos_plan
+from trainer.chaos import run as chaos_run
+from trainer.chaos.jobs import Jobs
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USAGE, ConfigError, UsageError
 from trainer.fleet import slurm as fleet_slurm
 from trainer.fleet.backend import Local, Task
@@ -378,7 +383,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_job_ends_with_the_status_that_its_script_wrote_or_as_lost(task, pretended, eager, written, status):
     started = SlurmJobs(slurm.Request("10:00"))(task)
     assert started.poll() is None  # submitted
-    (pretended / "squeue.answer").write_text(f"17 PENDING {name_of(task.stored)}\n")
+    (pretended / "squeue.answer").write_text(f"17 PENDING {name_of(task.stored.directory)}\n")
     assert started.poll() is None
     if written is not None:
         (task.stored.directory / "exit-status").write_text(written)
@@ -400,7 +405,9 @@ def test_a_scheduler_that_does_not_answer_is_waited_for_and_a_job_is_submitted_o
     (pretended / "squeue.error").unlink()
     (pretended / "sbatch.error").write_text(silent.replace("squeue", "sbatch"))
     assert started.poll() is None
-    (pretended / "squeue.answer").write_text(f"17 RUNNING {name_of(task.stored)}\n")  # sbatch was heard, after all
+    (pretended / "squeue.answer").write_text(
+        f"17 RUNNING {name_of(task.stored.directory)}\n"
+    )  # sbatch was heard, after all
     (pretended / "sbatch.error").write_text("sbatch: error: it must not be asked again")
     assert started.poll() is None
     (pretended / "squeue.error").write_text(silent)
@@ -432,9 +439,19 @@ def test_the_end_of_a_job_that_nobody_watched_is_not_followed_by_another_submiss
     assert SlurmJobs(slurm.Request("10:00"))(task).poll() == status
 
 
-def test_options_of_jobs_without_a_scheduler_are_refused():
-    done = CliRunner().invoke(cli.app, ["ladder", "run", "demo", "--max-jobs", "2"])
-    assert isinstance(done.exception, UsageError) and "Add --on slurm" in str(done.exception)
+@pytest.mark.parametrize(
+    ("arguments", "remedy"),
+    [
+        (["ladder", "run", "demo", "--max-jobs", "2"], "Add --on slurm"),
+        (["chaos", "smoke", "--max-jobs", "2"], "Add --on slurm"),
+        (["chaos", "smoke", "--on", "lsf"], "Give --on slurm, or leave it out"),
+        (["chaos", "smoke", "--on", "slurm"], "Give one that nodes see"),
+        (["chaos", "smoke", "--on", "slurm", "--out", "out", "--shrink"], "Leave it out, or --on slurm"),
+    ],
+)
+def test_options_that_do_not_fit_where_the_work_is_done_are_refused(pretended, arguments, remedy):
+    done = CliRunner().invoke(cli.app, arguments)
+    assert isinstance(done.exception, UsageError) and remedy in str(done.exception)
 
 
 @pytest.fixture(scope="module")
@@ -531,6 +548,52 @@ def test_a_ladder_of_jobs_whose_process_was_killed_gives_the_results_of_a_local_
     assert done.exit_status == EXIT_FINISHED
     assert hashed_results(ladder, pool_of(there)) == hashed_results(ladder, pool_of(here))
     assert json.dumps(reported(ladder, there)) == json.dumps(reported(ladder, here))
-    submitted = {name_of(StoredRun(pool_of(there) / run.key)) for run in done.distinct}
+    submitted = {name_of(pool_of(there) / run.key) for run in done.distinct}
     known = cluster.call("scontrol", "show", "jobs", "--oneliner")
     assert sorted(re.findall(r"JobName=(toprope-\w+)", known)) == sorted(submitted)
+
+
+CAMPAIGN = """
+question = "Do deaths leave no trace?"
+config = "SMOKE"
+ranks = 2
+[set]
+budget.steps = 7
+checkpoint.every_steps = 2
+eval.every_steps = 0
+[[runs]]
+name = "a rank dies"
+faults = [{ kind = "sigkill", rank = 1, at_step = 5, phase = "before_reduce" }]
+[[runs]]
+name = "both die"
+faults = [{ kind = "sigkill", rank = 0, at_step = 4 }, { kind = "exception", rank = 1, at_step = 6 }]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+@pytest.mark.timeout(240)
+def test_a_campaign_of_jobs_goes_on_after_its_process_was_killed_and_a_job_cancelled(cluster, home, monkeypatch):
+    for name, value in worker_environment().items():
+        monkeypatch.setenv(name, value)
+    path, out = home / "campaign.toml", home / "out"
+    path.write_text(CAMPAIGN.replace("SMOKE", str(SMOKE)))
+    campaign = chaos_plan.load(path)
+    jobs = SlurmJobs(slurm.Request("10:00", 60, python=sys.executable))
+    elsewhere = Jobs(jobs, 2, path)
+    directories = [out / "jobs" / case.slug for case in campaign.cases]
+
+    def die(seconds: float) -> None:
+        if all((directory / "submission.json").exists() for directory in directories):
+            raise KilledError
+        time.sleep(seconds)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(chaos_jobs, "wait", die)
+        with pytest.raises(KilledError):
+            chaos_run.run(campaign, out, elsewhere=elsewhere)
+    cluster.call("scancel", f"--name={name_of(directories[0])}")
+    done = chaos_run.run(campaign, out, elsewhere=elsewhere)
+    outcomes = [(result.name, result.outcome) for result in done.results]
+    assert outcomes == [("a rank dies", "pass"), ("both die", "pass")], [result.why for result in done.results]
+    assert chaos_run.run(campaign, out, elsewhere=elsewhere).results == done.results, "nothing was left to do"

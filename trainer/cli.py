@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from trainer.checkpoint import Saved
+    from trainer.fleet.slurm import SlurmJobs
     from trainer.launch import slurm
 
 PROCESS_STARTED = time.time()
@@ -323,6 +324,22 @@ def _request(
     return slurm.Request(limit, notice, slurm.parse_options(options or ()), started_by, before or ())
 
 
+def _slurm_jobs(
+    command: str, on: str, max_jobs: int | None, limit: str, notice: int, options: list[str] | None,
+    before: list[str] | None, python: str,
+) -> "SlurmJobs | None":  # fmt: skip
+    """Return the back end of --on; None for this machine."""
+    from trainer.fleet.slurm import SlurmJobs
+
+    if on not in ("", "slurm"):
+        raise UsageError(f"--on {on!r} is no scheduler that `{command}` knows.\n  Give --on slurm, or leave it out.")
+    if not on and (max_jobs or options or before or python or limit != LIMIT or notice != NOTICE_SECONDS):
+        raise UsageError(
+            "--max-jobs, --time, --notice, --slurm, --before and --python are for jobs.\n  Add --on slurm."
+        )
+    return SlurmJobs(_request(limit, notice, options, before, python)) if on else None
+
+
 @app.command()
 def rendezvous(
     listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Address of this machine; port 0: a free one.")],
@@ -491,17 +508,35 @@ def chaos(
     only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this run; may be repeated.")] = None,
     repeat: Annotated[int | None, typer.Option(min=1, help="Repeats of each run; default as the file says.")] = None,
     shrink: Annotated[bool, typer.Option("--shrink", help="Shrink a failing schedule to what still fails.")] = False,
+    on: Annotated[str, typer.Option(metavar="slurm", help="Make every case a job of this scheduler.")] = "",
+    max_jobs: Annotated[int | None, typer.Option(min=1, help="Jobs at a time; default 8.")] = None,
+    limit: TimeLimit = LIMIT,
+    notice: Notice = NOTICE_SECONDS,
+    options: SlurmOptions = None,
+    before: Before = None,
+    python: NodesPython = "",
 ) -> None:
     """Break runs on purpose and check that their results do not change: exit 0 only if every run passes."""
     from trainer.chaos import plan, report, run
 
+    jobs = _slurm_jobs("chaos", on, max_jobs, limit, notice, options, before, python)
+    if jobs and (shrink or out is None):
+        raise UsageError(
+            "--shrink runs here.\n  Leave it out, or --on slurm." if shrink else
+            "--on slurm needs an --out.\n  The same command finds its jobs and results there. Give one that nodes see."
+        )  # fmt: skip
     planned = plan.load(path, only or (), repeat)
     out = out or run.default_out(planned)
     if warning := plan.check_exact(planned):
         print(f"warning: {warning}", file=sys.stderr)
     notes = sys.stderr if as_json else sys.stdout
+    elsewhere = None
+    if jobs:
+        from trainer.chaos.jobs import Jobs
+
+        elsewhere = Jobs(jobs, max_jobs or 8, path, only or (), repeat)
     with report.CampaignProgress(len(planned.cases), file=notes) as live:
-        done = run.run(planned, out, update=live.update, shrink=shrink)
+        done = run.run(planned, out, update=live.update, shrink=shrink, elsewhere=elsewhere)
     if as_json:
         from trainer.chaos import results
 
@@ -513,6 +548,8 @@ def chaos(
         print(f"what did not pass does the same again: python -m trainer chaos {again}", file=notes)
     if done.interrupted:
         print(f"to resume: the same command with --out {out}", file=notes)
+        if jobs:
+            print("The jobs go on in the queue; the same command watches them again.", file=notes)
     raise typer.Exit(run.EXIT_INTERRUPTED if done.interrupted else EXIT_FINISHED if done.passed else EXIT_FAILED)
 
 
@@ -562,20 +599,13 @@ def ladder_run(
 ) -> None:
     """Run a ladder, or resume it: exit 0 if all of it finished, 1 if runs are missing, 75 if it was stopped."""
     from trainer.fleet.backend import Local
-    from trainer.fleet.slurm import SlurmJobs
     from trainer.ladder import preregistration, run, terminal
     from trainer.ladder import settle as settling
     from trainer.ladder.plan import load
 
     if settle is not None and up_to is not None:
         raise UsageError("--settle and --up-to are given.\n  Verdicts are settled with all rungs. Leave one out.")
-    if on not in ("", "slurm"):
-        raise UsageError(f"--on {on!r} is no scheduler that `ladder run` knows.\n  Give --on slurm, or leave it out.")
-    if not on and (max_jobs or options or before or python or limit != LIMIT or notice != NOTICE_SECONDS):
-        raise UsageError(
-            "--max-jobs, --time, --notice, --slurm, --before and --python are for jobs.\n  Add --on slurm."
-        )
-    jobs = SlurmJobs(_request(limit, notice, options, before, python)) if on else None
+    jobs = _slurm_jobs("ladder run", on, max_jobs, limit, notice, options, before, python)
     given = [] if out is None else ["--out", str(out)]
     given += [] if up_to is None else ["--up-to", up_to]
     given += [] if settle is None else ["--settle", f"{settle:g}"]

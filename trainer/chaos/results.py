@@ -143,6 +143,11 @@ def _result_from_json(tree: dict[str, Any]) -> Result:
     return Result(**tree | {"answers": answers, "measured": measured, "run": run})
 
 
+def read_result(path: Path) -> Result:
+    """Read the result of one case, as it was written alone."""
+    return _result_from_json(files.read_object(path))
+
+
 def rename_old_layout(out: Path) -> None:
     """Rename the directories that an older version wrote in OUT to their present names."""
     for old, new in (("calm", "reference"), ("cells", "cases")):

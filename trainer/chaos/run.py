@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from trainer import files, signals, tomlfile
 from trainer.chaos import command, results, schedule
@@ -56,9 +56,23 @@ def missing(kind: Fault) -> str | None:
     return next((reason for need in kind.needs if need in probes and (reason := probes[need]())), None)
 
 
+class Elsewhere(Protocol):
+    """Where cases are run, if it is not here."""
+
+    def make_reference(self, campaign: Campaign, out: Path, report: Report) -> None:
+        """Make OUT/reference and fill `report.reference`. Raises TopropeError if the reference run fails."""
+        ...
+
+    def run(
+        self, campaign: Campaign, cases: Sequence[Case], out: Path, show: Callable[[str], None]
+    ) -> Iterator[tuple[Case, Result]]:
+        """Yield each case and its result, in any order; call `show` with what runs now."""
+        ...
+
+
 def run(
     campaign: Campaign, out: Path, *, update: Callable[[list[Result], str], None] = lambda results, running: None,
-    shrink: bool = False,
+    shrink: bool = False, elsewhere: Elsewhere | None = None,
 ) -> Report:  # fmt: skip
     """Run the cases that have no result yet, and return the report. OUT holds the report too, written after every run.
 
@@ -66,7 +80,7 @@ def run(
     the report then says that it was interrupted. Raises RunDirectoryError if OUT belongs to something else,
     TopropeError if the reference run fails.
     """
-    report = _open_report(campaign, out)
+    report = open_report(campaign, out)
     before, began = report.seconds, time.monotonic()
 
     def show(running: str) -> None:
@@ -75,29 +89,51 @@ def run(
         files.write(out / "report.html", html(report))
         update(report.results, running)
 
+    def shrunk(case: Case, result: Result) -> None:
+        # A failure of an earlier start is shrunk too, but once: its file says that it was done.
+        failed = result.outcome in FAILED and bool(result.answers)
+        if shrink and failed and len(result.faults) > 1 and not _shrunk_path(out, case).exists():
+            show(f"shrinking {case.name}")
+            result.why += _shrink(campaign, case, result, reference, out)
+
     try:
-        with _interruptible():
+        with interruptible():
             show("reference")
-            reference = _reference(campaign, out, report)
+            if elsewhere is not None and not has_reference(report):
+                elsewhere.make_reference(campaign, out, report)
+            reference = reference_of(campaign, out, report)
+            # A result of an earlier start of this campaign is kept: the case is not run again.
+            known = {case.slug: r for case in campaign.cases for r in report.results if r.values() == case.values()}
             for case in campaign.cases:
-                # A result of an earlier start of this campaign is kept: the case is not run again.
-                result = next((r for r in report.results if r.values() == case.values()), None)
-                if result is None:
-                    show(case.name)
-                    result = run_case(campaign, case, reference, out)
-                    report.results.append(result)
-                # A failure of an earlier start is shrunk too, but once: its file says that it was done.
-                failed = result.outcome in FAILED and bool(result.answers)
-                if shrink and failed and len(result.faults) > 1 and not _shrunk_path(out, case).exists():
-                    show(f"shrinking {case.name}")
-                    result.why += _shrink(campaign, case, result, reference, out)
+                if case.slug in known:
+                    shrunk(case, known[case.slug])
+            waiting = [case for case in campaign.cases if case.slug not in known]
+            made = _here(campaign, waiting, reference, out, show)
+            for case, result in made if elsewhere is None else elsewhere.run(campaign, waiting, out, show):
+                report.results.append(result)
+                report.results.sort(key=lambda r: _place(campaign, r))
+                shrunk(case, result)
     except KeyboardInterrupt:
         report.interrupted = True  # the case that was running has no result, so it is run again
     show("")
     return report
 
 
-def _open_report(campaign: Campaign, out: Path) -> Report:
+def _here(
+    campaign: Campaign, cases: Sequence[Case], reference: Reference | CommandReference, out: Path,
+    show: Callable[[str], None],
+) -> Iterator[tuple[Case, Result]]:  # fmt: skip
+    for case in cases:
+        show(case.name)
+        yield case, run_case(campaign, case, reference, out)
+
+
+def _place(campaign: Campaign, result: Result) -> tuple[int, int]:
+    """Place of a result in the order in which cases are run here."""
+    return result.repeat, next(n for n, case in enumerate(campaign.every) if case.is_same_run_as(result))
+
+
+def open_report(campaign: Campaign, out: Path) -> Report:
     """Return the report in OUT, without the results that the campaign no longer asks for; a new one if OUT is empty."""
     try:
         if out.exists() and not out.is_dir():
@@ -132,13 +168,17 @@ def _open_report(campaign: Campaign, out: Path) -> Report:
     return report
 
 
-def _reference(campaign: Campaign, out: Path, report: Report) -> Reference | CommandReference:
+def has_reference(report: Report) -> bool:
+    return report.reference["weights_sha256"] is not None or "leftovers" in report.reference
+
+
+def reference_of(campaign: Campaign, out: Path, report: Report) -> Reference | CommandReference:
     """Make the reference run unless the report has it already, and read it."""
     directory = out / "reference"
     if campaign.command and "leftovers" in report.reference:
         known = report.reference
         return CommandReference(known["result"], known["steps"], known["seconds"], tuple(known["leftovers"]))
-    if report.reference["weights_sha256"] is None:
+    if not has_reference(report):
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir()
         ranks = campaign.command.ranks if campaign.command else 1
@@ -335,7 +375,7 @@ def _shrink(campaign: Campaign, case: Case, result: Result, reference: Reference
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
+def interruptible() -> Iterator[None]:
     """Raise KeyboardInterrupt at the first request to stop; ignore later ones, which would disturb the cleanup.
 
     The jobs have sessions of their own, so no signal of a terminal reaches them.

@@ -1,4 +1,4 @@
-"""Runs of a fleet as jobs of Slurm: the second backend.
+"""Work of a fleet as jobs of Slurm, such as runs: the second backend.
 
 Jobs outlive the scheduler that submitted them: the next one finds them in the queue by their names, which are made of
 their directories. Whether a job is there Slurm says; how it ended, a file that its script writes. A job that is gone
@@ -17,11 +17,14 @@ import hashlib
 import signal
 import subprocess
 import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from trainer import config as configs
 from trainer import files
 from trainer.errors import EXIT_FINISHED, EXIT_PREEMPTED, TopropeError
-from trainer.fleet.backend import THREADS, Task
+from trainer.fleet.backend import THREADS, WORKER, Task
 from trainer.fleet.run_store import StoredRun
 from trainer.launch import slurm
 from trainer.launch.slurm import SchedulerError, UnansweredError
@@ -30,6 +33,30 @@ ASK_SECONDS = 2.0
 """Interval at which Slurm is asked for the queue, once for all jobs."""
 RETRY_SECONDS = 5.0
 POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a job does on its node, and how it is found again."""
+
+    directory: Path
+    """Of the job's files; its name in the queue is made of it."""
+    name: str
+    """For people."""
+    command: Sequence[str]
+    """Module of Python, with its arguments. It may begin anew at any time, and leaves with 75 to be requeued."""
+    cpus: int
+    has_finished: Callable[[], bool]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def run_of(task: Task) -> Work:
+    """Return the work of one run."""
+    stored, directory = task.stored, task.stored.directory.absolute()
+    return Work(
+        directory, task.name, [WORKER, str(directory), task.name, str(task.ranks), "0"],
+        task.ranks * configs.load(stored.config).numerics.threads, stored.has_finished, task.environment,
+    )  # fmt: skip
 
 
 class SlurmJobs:
@@ -46,11 +73,14 @@ class SlurmJobs:
         self._tried_at = float("-inf")
 
     def __call__(self, task: Task) -> "SlurmJob":
-        return SlurmJob(self, task)
+        return self.start(run_of(task))
+
+    def start(self, work: Work) -> "SlurmJob":
+        return SlurmJob(self, work)
 
     def works_on(self, stored: StoredRun) -> bool:
         """True if a job of this run waits or runs."""
-        return name_of(stored) in self.names()[0]
+        return name_of(stored.directory) in self.names()[0]
 
     def names(self) -> tuple[set[str], float]:
         """Names of the jobs that wait, run or end just now, and when Slurm was asked for them (monotonic)."""
@@ -63,17 +93,17 @@ class SlurmJobs:
 
 
 class SlurmJob:
-    """A job of one run, with the part of subprocess.Popen that the supervisor uses.
+    """A job, with the part of subprocess.Popen that the supervisor uses.
 
     Submitted at the first poll in which Slurm answers. Neither a signal nor `kill` ends it: it goes on without us.
     """
 
     pid = 0
 
-    def __init__(self, jobs: SlurmJobs, task: Task) -> None:
-        self._jobs, self._task = jobs, task
-        self._name = name_of(task.stored)
-        self._submission = task.stored.directory / "submission.json"
+    def __init__(self, jobs: SlurmJobs, work: Work) -> None:
+        self._jobs, self._work = jobs, work
+        self._name = name_of(work.directory)
+        self._submission = work.directory / "submission.json"
         self._was_seen = False
         """True if the job was in the queue, or Slurm has told its id."""
         self._tried_at = float("-inf")
@@ -84,7 +114,7 @@ class SlurmJob:
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
-        """The run's exit status, -SIGKILL if the job vanished; None while it waits, runs, or Slurm does not answer."""
+        """The work's exit status, -SIGKILL if the job vanished; None while it waits, runs, or Slurm does not answer."""
         if self.returncode is None:
             names, asked_at = self._jobs.names()
             if asked_at >= self._asked_since and self._name in names:
@@ -114,21 +144,14 @@ class SlurmJob:
     def _submit(self) -> None:
         if time.monotonic() - self._tried_at < RETRY_SECONDS:
             return
-        stored, task = self._task.stored, self._task
-        directory = stored.directory.absolute()
+        work, directory = self._work, self._work.directory.absolute()
         script = self._jobs.request.script(
             "slurm_run.sh",
-            {
-                "job-name": self._name,
-                "comment": task.name,
-                "nodes": "1",
-                "cpus-per-task": str(task.ranks * configs.load(stored.config).numerics.threads),
-            },
+            {"job-name": self._name, "comment": work.name, "nodes": "1", "cpus-per-task": str(work.cpus)},
             directory / "job-.txt",
-            environment={**THREADS, **task.environment},
+            environment={**THREADS, **work.environment},
             directory=str(directory),
-            name=task.name,
-            ranks=task.ranks,
+            command=work.command,
         )
         files.write(directory / "job.sh", script)
         slurm.note(self._submission)
@@ -147,7 +170,7 @@ class SlurmJob:
 
     def _end(self) -> int | None:
         """How a job ended that is not in the queue; None if there was none. Each end is returned once."""
-        file = self._task.stored.directory / "exit-status"
+        file = self._work.directory / "exit-status"
         try:
             if not self._submission.exists():  # an end that was read before ends were renamed
                 file.unlink(missing_ok=True)
@@ -157,9 +180,9 @@ class SlurmJob:
         except (OSError, ValueError):
             if self._was_seen:
                 return -signal.SIGKILL
-            return EXIT_FINISHED if self._task.stored.has_finished() else None
+            return EXIT_FINISHED if self._work.has_finished() else None
 
 
-def name_of(stored: StoredRun) -> str:
-    """Name of a run's job in the queue."""
-    return f"toprope-{hashlib.sha256(str(stored.directory.absolute()).encode()).hexdigest()[:16]}"
+def name_of(directory: Path) -> str:
+    """Name in the queue of the job whose files are in a directory."""
+    return f"toprope-{hashlib.sha256(str(directory.absolute()).encode()).hexdigest()[:16]}"

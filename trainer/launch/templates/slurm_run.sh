@@ -1,5 +1,5 @@
 #!/bin/bash
-# One run of a ladder. Written by `python -m trainer ladder run --on slurm`.
+# One run of a ladder, or one case of a campaign. Written by `python -m trainer … --on slurm`.
 {% for option in options %}
 #SBATCH {{ option }}
 {% endfor %}
@@ -13,12 +13,11 @@ set -u # not before: what users load may read variables that are not set
 export {{ name }}={{ value | quote }}
 {% endfor %}
 python=({{ python }})
-directory={{ directory | quote }}
 
 # A notice (time limit, preemption) asks the run to save and leave.
 worker= notice=
 trap 'notice=yes; [[ -z $worker ]] || kill -USR1 "$worker" 2>/dev/null' USR1 TERM
-"${python[@]}" -m trainer.fleet.worker "$directory" {{ name | quote }} {{ ranks }} 0 &
+"${python[@]}" -m {% for word in command %}{{ word | quote }} {% endfor %}&
 worker=$!
 [[ -z $notice ]] || kill -USR1 "$worker"
 while wait "$worker"; status=$?; kill -0 "$worker" 2>/dev/null; do :; done # a notice interrupts the wait
