@@ -673,7 +673,7 @@ def fake_cases(monkeypatch: pytest.MonkeyPatch) -> Callable[[Act], list[str]]:
             return Reference("w", "s", {}, 24, 1.0, True)
 
         monkeypatch.setattr(run, "run_case", run_case)
-        monkeypatch.setattr(run, "_reference", reference)
+        monkeypatch.setattr(run, "reference_of", reference)
         return ran
 
     return use

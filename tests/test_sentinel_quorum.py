@@ -179,7 +179,7 @@ def test_a_state_that_changed_before_the_members_meet_is_handed_to_nobody(
     assert isinstance(job.workers[0].error, CorruptionError) and job.workers[0].error.restart
 
 
-FEW = settings(budget__steps=40, eval__max_tokens=128, model__n_layers=1)
+FEW = settings(budget__steps=160, eval__max_tokens=128, model__n_layers=1)
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ from trainer.chaos import plan as chaos_plan
 from trainer.chaos import run as chaos_run
 from trainer.chaos.jobs import Jobs
 from trainer.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USAGE, ConfigError, UsageError
+from trainer.faults.checker import Reference
 from trainer.fleet import slurm as fleet_slurm
 from trainer.fleet.backend import Local, Task
 from trainer.fleet.run_store import StoredRun
@@ -522,7 +523,31 @@ def test_a_run_through_a_lost_node_that_is_excluded_and_a_preemption_ends_with_t
 
 
 class KilledError(BaseException):
-    """The end of a ladder process."""
+    """The end of a process that watches jobs."""
+
+
+def test_a_case_whose_job_fails_is_told_with_its_output_and_run_again_by_the_same_command(
+    pretended, tmp_path, monkeypatch
+):
+    path, out = tmp_path / "campaign.toml", tmp_path / "out"
+    path.write_text(CAMPAIGN.replace("SMOKE", str(SMOKE)))
+    campaign = chaos_plan.load(path, only=["both die"])
+    monkeypatch.setattr(chaos_run, "has_reference", lambda report: True)
+    monkeypatch.setattr(chaos_run, "reference_of", lambda *_: Reference("w", "s", {}, 7, 1.0, True))
+    (case,) = campaign.cases
+    directory, submitted = out / "jobs" / case.slug, []
+
+    class Started:
+        def poll(self) -> int:
+            (directory / "job-7.txt").write_text("ModuleNotFoundError: trainer\n")
+            return 1
+
+    elsewhere = Jobs(SlurmJobs(slurm.Request("10:00")), 2, path)
+    monkeypatch.setattr(SlurmJobs, "start", lambda _jobs, work: submitted.append(work) or Started())
+    for _ in range(2):
+        (result,) = chaos_run.run(campaign, out, elsewhere=elsewhere).results
+        assert result.outcome == "unknown" and "left with 1" in result.why and "ModuleNotFoundError" in result.why
+    assert [(work.directory, work.cpus) for work in submitted] == [(directory, 2)] * 2
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from trainer.chaos import plan, results, run
 from trainer.chaos.plan import Campaign, Case
 from trainer.chaos.results import Report, Result
 from trainer.errors import EXIT_FINISHED, EXIT_PREEMPTED, TopropeError
+from trainer.faults.checker import NOT_ASKED
 from trainer.fleet.slurm import SlurmJob, SlurmJobs, Work
 
 REFERENCE = "reference"
@@ -44,7 +45,8 @@ class Jobs:
     repeat: int | None = None
 
     def make_reference(self, campaign: Campaign, out: Path, report: Report) -> None:
-        job = _CaseJob(self, out, REFERENCE, 1)
+        ranks = campaign.command.ranks if campaign.command else 1
+        job = _CaseJob(self, out, REFERENCE, ranks * campaign.config.numerics.threads)
         while not job.has_ended():
             wait(POLL_SECONDS)
         if job.has_failed():
@@ -54,7 +56,11 @@ class Jobs:
     def run(
         self, campaign: Campaign, cases: Sequence[Case], out: Path, show: Callable[[str], None]
     ) -> Iterator[tuple[Case, Result]]:
-        waiting, running = list(cases), dict[str, tuple[Case, _CaseJob]]()
+        for case in cases:
+            if case.not_applicable:
+                yield case, case.make_result(NOT_ASKED, case.not_applicable)
+        waiting = [case for case in cases if not case.not_applicable]
+        running: dict[str, tuple[Case, _CaseJob]] = {}
         while waiting or running:
             while waiting and len(running) < self.most:
                 case = waiting.pop(0)

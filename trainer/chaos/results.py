@@ -78,6 +78,11 @@ class Result(Setup):
     commit: str = ""
     """git_commit of the run's config.json: the code that it was made with; "" if it is not known."""
 
+    @property
+    def was_made(self) -> bool:
+        """False for a case whose job ended without a result: it is run again."""
+        return bool(self.answers) or self.outcome != "unknown"
+
 
 @dataclass
 class Report:

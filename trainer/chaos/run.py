@@ -103,6 +103,7 @@ def run(
                 elsewhere.make_reference(campaign, out, report)
             reference = reference_of(campaign, out, report)
             # A result of an earlier start of this campaign is kept: the case is not run again.
+            report.results = [result for result in report.results if result.was_made]
             known = {case.slug: r for case in campaign.cases for r in report.results if r.values() == case.values()}
             for case in campaign.cases:
                 if case.slug in known:
