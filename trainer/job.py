@@ -90,7 +90,7 @@ class Claim:
     earlier: Sequence[events.Entry]
     """Events of the attempts before, on rank 0."""
     computes_with: dict[str, str]
-    """What this rank computes with (provenance.py)."""
+    """Code, device and the like that this rank computes with (provenance.py)."""
     other_bits: Sequence[str]
     """Differences between this and what the run was computed with before; accepted on purpose."""
     accepts: bool

@@ -45,7 +45,7 @@ EXIT_STATUS = {
 
 
 class Records:
-    """What all members know alike, and the main one writes: steps, evaluations, changes of the members.
+    """Events that all members know alike, and the main one writes: steps, evaluations, changes of the members.
 
     The main member may die between a step and its record. So every member keeps the events of the last step; the next
     main member looks what the log has, and writes the rest. The file is that of rank 0, whoever writes it: readers of
@@ -97,7 +97,7 @@ class Records:
             self._main.append(event)
 
     def note(self) -> dict[str, Any]:
-        """What the next main member may need to know."""
+        """Return what the next main member may need to know."""
         return {"host": elastic.node_name(), "events": [events.to_record(event) for event in self._recent]}
 
     def changed(self, change: Change) -> None:
@@ -328,7 +328,7 @@ def own_log(run: Path, attempt: int, member: int, group: groups.Group) -> EventL
 def prepare_claim(
     config: Config, run: Path, alone: World, accept_other_bits: bool, parent: str, first: bool
 ) -> job.Claim:
-    """What `job.claim_run` returns, but for this worker alone: the launcher holds the run directory.
+    """Return what `job.claim_run` does, but for this worker alone: the launcher holds the run directory.
 
     `first`: this worker may be the first to show the run, so it reads how the attempts before have ended.
     """
@@ -349,7 +349,7 @@ def prepare_claim(
 
 
 def identity(config: Config, claim: job.Claim, facts: dict[str, Any]) -> dict[str, str]:
-    """What all members of a job must have alike, by name: who differs in one of these is refused by it."""
+    """Return what all members of a job must have alike, by name: who differs in one of these is refused by it."""
     digests = {name: str(facts[name]) for name in ("fingerprint", "data_sha256", "tokenizer_sha256")}
     return claim.computes_with | digests | {protocol.MICRO_BATCHES: str(config.data.micro_batches)}
 

@@ -183,7 +183,7 @@ class Losses(NamedTuple):
 
 @dataclass(frozen=True)
 class Lesson:
-    """What teachers say of a micro-batch (distil.py)."""
+    """Teachers' probabilities for a micro-batch, and their weight (distil.py)."""
 
     probabilities: Callable[[int, int], Tensor]
     """(first, last) to the probabilities float32[N, V] of tokens first to last − 1 of the flattened micro-batch."""

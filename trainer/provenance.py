@@ -1,4 +1,4 @@
-"""What a process computes with: code, device, build of torch, kernels, threads. Anything else may give other bits.
+"""Means that a process computes with: code, device, build of torch, kernels, threads. Others may give other bits.
 
 It is recorded in config.json and in every AttemptStarted. A run goes on with what it began with, or with something
 else that was accepted on purpose.

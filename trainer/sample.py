@@ -20,7 +20,7 @@ from trainer.model import GPT, Attention, Block
 
 @dataclass(frozen=True)
 class Drawing:
-    """How the next token is drawn."""
+    """Settings for drawing the next token."""
 
     temperature: float = 0.8
     """0: always the likeliest token."""

@@ -28,7 +28,7 @@ class Clusters:
     mesh: DeviceMesh | None
     """Clusters by ranks of one; None for a job of one rank, and for clusters that live apart."""
     post: Post | None = None
-    """How clusters that live apart speak with one another."""
+    """Messages between clusters that live apart; None where clusters do not."""
 
     @classmethod
     def of(cls, world: World, ranks: int, post: Post | None = None) -> "Clusters":

@@ -39,7 +39,7 @@ def newest_step(place: Path) -> int:
 
 
 def over(place: Path) -> int | None:
-    """How the job has ended; None if it goes on."""
+    """Return the status with which the job has ended; None if it goes on."""
     with contextlib.suppress(FileNotFoundError):
         return int((place / OVER).read_text(encoding="utf-8"))
     return None

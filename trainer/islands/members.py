@@ -1,4 +1,4 @@
-"""Who computes a step with islands: each cluster the steps of its own islands, by the loop's own means.
+"""Members of a step with islands: each cluster computes the steps of its own islands, by the loop's own means.
 
 In between, clusters do not wait for each other: what a step has given is told to all in the next step in which they
 meet anyway, and is written to the log then.
@@ -177,7 +177,7 @@ def with_islands(state: IslandsState, collaborators: Collaborators, log: Callabl
 
 
 class ApartContext(StepContext):
-    """Of a cluster that lives apart: it may begin when the others are many steps on, or not there."""
+    """Step context of a cluster that lives apart: it may begin when the others are many steps on, or not there."""
 
     def any_stop_requested(self) -> bool:
         return False  # it is heeded where the clusters meet next

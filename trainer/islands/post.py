@@ -36,7 +36,7 @@ FIRST_POLL_SECONDS, POLL_SECONDS = 0.001, 0.05
 
 
 class Post:
-    """What one cluster gives to the others, and takes from them."""
+    """Messages that one cluster gives to the others, and takes from them."""
 
     def __init__(
         self, place: Path, cluster: int, clusters: int, patience_seconds: float,
@@ -56,7 +56,7 @@ class Post:
         return self._step > 0
 
     def at(self, step: int) -> None:
-        """What follows belongs to `step`, counted from 1."""
+        """Begin `step`, counted from 1: the messages that follow belong to it."""
         self._step, self._number = step, 0
 
     def next(self) -> Path:
@@ -129,7 +129,7 @@ def _of(name: Path, cluster: int) -> Path:
 
 
 class Later(Protocol):
-    """What travels beside the steps."""
+    """A transfer that goes on beside the steps."""
 
     def wait(self) -> Any:
         """Return once it has arrived."""

@@ -33,7 +33,7 @@ class Addition(AddedRuns):
     time: float
     finished_runs: int
     probability: float
-    """That these runs settle the question of the arm, as estimated before they were made."""
+    """Probability that these runs settle the question of the arm, as estimated before they were made."""
     hours: float
     """Estimate of their duration."""
 

@@ -21,7 +21,7 @@ from trainer.parallel.elastic import JOB_MARK
 LAUNCH = (sys.executable, "-m", "trainer.launch.torchrun")
 TRAINER = (sys.executable, "-m", "trainer")
 WARM = (*forkserver.PRELOADED, *forkserver.LATER, "torch.distributed.run")
-"""What agents and their workers import."""
+"""Modules that agents and their workers import."""
 
 
 class Agent:

@@ -313,7 +313,7 @@ class TorchrunParts:
     options: list[str]
     """Those of the job, without the two that follow."""
     ranks: str
-    """What --nproc-per-node says; empty if the command does not."""
+    """Value of --nproc-per-node; empty if the command does not have it."""
     meeting: list[str]
     """Names of the options that say how the nodes meet, but --standalone."""
     program: list[str]

@@ -37,7 +37,7 @@ from trainer.islands import letters
 from trainer.log import rundir
 
 PIECE_BYTES = 2**20
-"""Of a checkpoint, between which messages are sent: they are what clusters wait for."""
+"""Bytes of a checkpoint sent at once. Messages are sent between two pieces: clusters wait for them."""
 LOOK_SECONDS, AGAIN_SECONDS, GREETING_SECONDS = 0.05, 1.0, 20.0
 FLUSH_SECONDS = 20.0
 """At the end of the job, until the other hosts have what they need of this one."""
@@ -115,7 +115,7 @@ class Side:
         self._sock, self._link, self._run, self._post, self._is_first = sock, link, run, post, is_first
         self._there = set(there)
         self._told: dict[str, Any] = {}
-        """What was sent last of what may change, by name."""
+        """Last values sent of what may change, by name."""
         self._pieces: Iterator[tuple[dict[str, Any], bytes]] = iter(())
         self._is_copying = False
         """A checkpoint is on its way."""
@@ -391,7 +391,7 @@ class Joined:
         self._address, self._token, self._run, self._patience = address, token, run, patience
         self._clusters, self._wanted = clusters, wanted
         self.problem = ""
-        """Why this launcher cannot go on; empty if it can."""
+        """Reason why this launcher cannot go on; empty if it can."""
         self._is_over = threading.Event()
         self._mark = secrets.token_hex(8)
         self.numbers: list[int] = []

@@ -42,8 +42,8 @@ PRELOADED = (
 )  # fmt: skip
 """All that a run imports on its way; a fork server loads it, so that each fork has it."""
 LATER = ("torch._dynamo",)
-"""What only sharded and compiled runs import, in a second each: loaded too, once the first children have been started.
-Each start after a death then has it."""
+"""Modules that only sharded and compiled runs import, in a second each: loaded after the first children have started.
+Each start after a death then has them."""
 IDLE_SECONDS = 2.0
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h: this process adopts descendants whose own parent has ended
 CLONE_NEWNET = 0x40000000  # linux/sched.h

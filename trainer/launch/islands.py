@@ -47,23 +47,23 @@ from trainer.parallel import arbiter, elastic
 
 POLL_SECONDS = 0.02
 LOOK_SECONDS = 0.5
-"""How often a launcher looks for clusters that have none, for stopped ones, and for the end of the job."""
+"""Seconds between a launcher's looks for clusters that have none, for stopped ones, and for the end of the job."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be started."""
+    """Clusters to be started on this node, and their job."""
 
     config: Config
     command: Sequence[str]
     """Arguments of `-m trainer` for a cluster, without --run."""
     run: Path
     clusters: int
-    """Of the job, on all nodes."""
+    """Clusters of the job, on all nodes."""
     here: int
-    """Of them on this node."""
+    """Clusters of the job on this node."""
     listen: str = ""
-    """Where launchers on hosts that do not see the run directory join; empty: nowhere."""
+    """Address where launchers on hosts that do not see the run directory join; empty: nowhere."""
     join: str = ""
     """Address of the launcher that this one joins, with a run directory of its own; empty: none."""
 
@@ -73,7 +73,7 @@ class Plan:
 
 
 def output_of(run: Path, cluster: int) -> Path:
-    """What a cluster other than the first one prints."""
+    """Return the file for what a cluster other than the first one prints."""
     return run / "islands" / f"cluster-{cluster}.txt"
 
 
@@ -211,7 +211,7 @@ class Job:
     _kill_at: float | None = None
     _look_at: float = 0.0
     _over: int | None = None
-    """How the job has ended, also on other nodes; None if it goes on."""
+    """Status with which the job has ended, also on other nodes; None if it goes on."""
 
     def __post_init__(self) -> None:
         self._stop = signals.PassedOn(self._signal_all)

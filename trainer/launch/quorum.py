@@ -46,13 +46,13 @@ from trainer.show import terminal
 
 POLL_SECONDS = 0.02
 IDLE_SECONDS = 0.5
-"""How often the launcher looks round if nothing wakes it: the arbiter, a signal, or the end of a worker."""
+"""Seconds between the launcher's looks round if nothing wakes it: the arbiter, a signal, or the end of a worker."""
 STARTS = 3
 """A worker that dies so often in a row before it takes part is not started again. Nor is one in quarantine."""
 RESTARTS_WITHOUT_PROGRESS = 3
 """So many restarts for each worker, without a step that is new, end the job: the error is repeated."""
 RESTARTS_OF_ALL = 100
-"""Of a job in which a death restarts all workers; an error that would only be repeated ends it before."""
+"""Most restarts of a job in which a death restarts all workers; an error that would only be repeated ends it before."""
 ARBITER_STARTS = 5
 """The same of the arbiter."""
 LEAVE_SECONDS = 30.0
@@ -62,7 +62,7 @@ EXIT_STATUS = {FINISHED: EXIT_FINISHED, "preempted": EXIT_PREEMPTED, FAILED: EXI
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be started."""
+    """Workers to be started on this node, and their job."""
 
     config: Config
     command: Sequence[str]
@@ -71,11 +71,11 @@ class Plan:
     workers: int
     spares: int = 0
     listen: str = "127.0.0.1:0"
-    """Where the arbiter listens."""
+    """Address where the arbiter listens."""
     join: str = ""
     """Address of another node's arbiter; empty: this launcher has its own."""
     module: str = "trainer"
-    """What a worker runs."""
+    """Module that a worker runs."""
 
     @property
     def group_size(self) -> int:
@@ -322,13 +322,13 @@ class GroupOfProcesses:
     def __init__(self, processes: Sequence[Any], meeting: "tempfile.TemporaryDirectory[str]") -> None:
         self._processes, self._meeting = processes, meeting
         self._first_status: int | None = None
-        """Of the process that was the first to end in disorder."""
+        """Exit status of the process that was the first to end in disorder."""
         self.failed = 0
         """Place of that process."""
 
     @property
     def pid(self) -> int:
-        """That of the first process, which speaks for all."""
+        """Process id of the first process, which speaks for all."""
         return self._processes[0].pid
 
     @property

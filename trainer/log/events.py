@@ -55,13 +55,13 @@ class AttemptStarted(Event, kind="attempt_started"):
     tokens_per_step: int
     startup_seconds: dict[str, float]  # from the start of the process to this event, by cause
     computes_with: dict[str, str] | None = None
-    """What this rank computes with beside config and data (provenance.py); None in logs from before it was recorded."""
+    """Code, device and the like that this rank computes with (provenance.py); None in logs from before."""
     other_bits: Sequence[str] = ()
     """Differences between this and what the run was computed with before, which were accepted on purpose."""
     parent: str = ""
     """RUN@STEP, if this attempt took its state from another run."""
     state_from: str = ""
-    """Where the state of `from_step` was: "memory" or "disk"; empty at the start, and in logs from before."""
+    """Place of the state of `from_step`: "memory" or "disk"; empty at the start, and in logs from before."""
     first_epoch_steps: int | None = None
     """Steps, from the first, whose text is read for the first time; None in logs from before it was recorded."""
     nodes: Sequence[str] = ()
@@ -86,7 +86,7 @@ class StepDone(Event, kind="step"):
 
 
 class RankPace(Event, kind="pace"):
-    """How fast a rank computes, without its waiting for others. Each rank writes its own, from time to time."""
+    """Speed of a rank's computing, without its waiting for others. Each rank writes its own, from time to time."""
 
     step: int
     node: str

@@ -70,7 +70,7 @@ def crossing(nodes: Sequence[str], shard_ranks: int) -> list[tuple[int, ...]]:
 
 
 def warnings(earlier: Iterable[Entry], names: Sequence[str], shard_ranks: int) -> list[str]:
-    """What to tell at the start of an attempt: nodes that fail again and again, and shards on several nodes.
+    """Return the warnings for the start of an attempt: nodes that fail again and again, and shards on several nodes.
 
     `earlier` are the events of earlier attempts, `names` those of the nodes by rank; `shard_ranks` as for `crossing`.
     """

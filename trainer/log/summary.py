@@ -245,7 +245,7 @@ def _warnings(history: History, ends: list[AttemptEnded], first: int) -> list[di
 
 
 def _sentinel(settings: Mapping[str, Any], entries: Sequence[Entry]) -> dict[str, Any] | None:
-    """What the sentinel checks, and how often it acted, by action; None where it is off."""
+    """Describe the sentinel's checks, and how often it acted, by action; None where it is off."""
     if settings.get("audit", "0") == "0" and not settings.get("state_hash_every_steps"):
         return None
     return {**settings, "found": dict(Counter(event.action for _, event in events.select(entries, events.Corrupted)))}

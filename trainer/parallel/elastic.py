@@ -44,10 +44,10 @@ SHARED_STORE_WARNING = (
 
 @dataclass(frozen=True)
 class Quorum:
-    """What our launcher tells a worker of a job in which a death ends nobody else (launch/quorum.py)."""
+    """Facts that our launcher tells a worker of a job in which a death ends nobody else (launch/quorum.py)."""
 
     host: str
-    """Where the arbiter listens."""
+    """Host where the arbiter listens."""
     port: int
     token: str
     node: str
@@ -73,7 +73,7 @@ class Quorum:
 
 
 def quorum() -> Quorum | None:
-    """What the launcher of `python -m trainer launch` has told this worker; None under any other launcher."""
+    """Return what the launcher of `python -m trainer launch` has told this worker; None under any other launcher."""
     return Quorum(**json.loads(os.environ[QUORUM])) if QUORUM in os.environ else None
 
 
@@ -83,7 +83,7 @@ def in_quorum() -> bool:
 
 @dataclass(frozen=True)
 class Apart:
-    """What our launcher tells one of several clusters of islands that live and die apart (launch/islands.py)."""
+    """Facts that our launcher tells one of several clusters of islands that live and die apart (launch/islands.py)."""
 
     run: str
     """Run directory of the whole."""
@@ -115,7 +115,7 @@ class Apart:
 
 
 def apart() -> Apart | None:
-    """What the launcher has told this cluster of islands; None if this is none that lives apart."""
+    """Return what the launcher has told this cluster of islands; None if this is none that lives apart."""
     return Apart(**json.loads(os.environ[APART])) if APART in os.environ else None
 
 
@@ -263,7 +263,7 @@ def make_failures_file() -> Path:
 
 
 def failure(rank: int, pid: int, exitcode: int) -> dict[str, Any]:
-    """How a worker ended, with an exit code as subprocess gives it."""
+    """Describe how a worker ended, with an exit code as subprocess gives it."""
     name = signal.Signals(-exitcode).name if exitcode < 0 else None
     return {"rank": rank, "pid": pid, "exitcode": exitcode, "signal": name}
 

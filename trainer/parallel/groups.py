@@ -31,7 +31,7 @@ class Group:
 
     @property
     def place(self) -> int:
-        """Which shards this process holds."""
+        """Number of this process in the group, and so of the shards that it holds."""
         return self.world.rank
 
     @property

@@ -36,7 +36,7 @@ LOST_SECONDS = 60.0
 RETRY_SECONDS = 0.1
 TICK_SECONDS = 0.2
 COMMITTED_SECONDS = 1.0
-"""How often the arbiter is told of steps: it only needs to know that there are new ones."""
+"""Seconds between two reports of steps to the arbiter: it only needs to know that there are new ones."""
 
 
 class JobOver(Exception):  # noqa: N818 - nothing is wrong

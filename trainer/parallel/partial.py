@@ -1,4 +1,4 @@
-"""What one rank has added up of a step, kept over a reduction that fails.
+"""Sums of one rank over a part of a step, kept over a reduction that fails.
 
 Exact sums do not depend on who added what. So when a rank dies in the middle of a step, the others keep what they have,
 and only the micro-batches of the dead rank are computed again. A reduction overwrites its input: copies are made first.
@@ -37,7 +37,7 @@ class PartialSums:
         self._step, self._local, self._reducing = step, local, False
 
     def of(self, step: int) -> LocalSums | None:
-        """What there is of this step; None if the pass must begin from nothing."""
+        """Return the sums of this step so far; None if the pass must begin from nothing."""
         return self._local if self._step == step else None
 
     def done(self, step: int) -> tuple[int, ...]:

@@ -13,14 +13,14 @@ from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 FINISHED, PREEMPTED, FAILED, HOPELESS = "finished", "preempted", "failed", "hopeless"
-"""How a worker leaves. `FAILED` ends this worker alone, `HOPELESS` the job: the error would only be repeated."""
+"""Ways for a worker to leave. `FAILED` ends this worker alone, `HOPELESS` the job: the error would only be repeated."""
 MICRO_BATCHES = "micro_batches"
 """The one key that the identity of a worker must have: how many of them a step has."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a worker holds, said when it is in no epoch."""
+    """State and sums that a worker holds, reported when it is in no epoch."""
 
     step: int | None = None
     """Committed steps of the state in memory; None without a whole state."""
@@ -61,7 +61,7 @@ class Hello(NamedTuple):
 
     member: int | None
     name: str
-    """What its launcher calls it."""
+    """Name that its launcher gives it."""
     store: str
     identity: Mapping[str, str]
     spare: bool = False
@@ -139,7 +139,7 @@ class Change(NamedTuple):
 
 
 class Where(NamedTuple):
-    """How far is this worker?"""
+    """The arbiter asks how far this worker is."""
 
     asked: int
 
@@ -212,7 +212,7 @@ NOBODY = -1
 
 @dataclass
 class Seat:
-    """What a worker has heard from the arbiter."""
+    """Facts that a worker has heard from the arbiter."""
 
     member: int | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)

@@ -29,7 +29,7 @@ from trainer.phases import Hook, Phase, no_hook
 
 T = TypeVar("T")
 LOOK = datetime.timedelta(milliseconds=20)
-"""How often a member that waits in a collective looks whether its epoch has ended."""
+"""Time between two looks, of a member that waits in a collective, at whether its epoch has ended."""
 CHECK_SECONDS = 0.002  # how often it is looked whether an epoch has ended while its group is made
 FRUITLESS_EPOCHS = 20
 """So many epochs in a row without a step and without a loss mean that the members cannot reach one another."""
@@ -277,7 +277,7 @@ def join_group(epoch: Epoch, member: int, ended: Callable[[], bool], timeout_sec
 
 @dataclass(frozen=True)
 class Change:
-    """How the members came together in an epoch, for the log."""
+    """The members' coming together in an epoch, for the log."""
 
     epoch: Epoch
     step: int
@@ -324,10 +324,10 @@ class QuorumMembers:
         self._is_overwritten = False
         """True while a state that was to be received is here in part."""
         self._interrupted: StepMembers | None = None
-        """How the first step of the epoch is computed; None: dealt out in turn."""
+        """Members and shares of the first step of the epoch; None: dealt out in turn."""
         self._hook: Hook = no_hook
         self._stages: set[str] = set()
-        """What has been done after the last step."""
+        """Stages that have been done after the last step."""
         self._ended_at: float | None = None
         self._lost = set[int]()
         self._fruitless = 0

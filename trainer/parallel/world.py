@@ -108,7 +108,7 @@ class StepMembers:
     own: Sequence[int] | None = None
     """This rank's share of a step that was interrupted, beside what is in `partial`. None: dealt out in turn."""
     partial: PartialSums | None = None
-    """Where the sums of this rank outlive a reduction that fails; None where a lost rank ends the attempt."""
+    """Sums of this rank that outlive a reduction that fails; None where a lost rank ends the attempt."""
 
     def own_micro_batches(self) -> list[int | None]:
         """This rank's share, one entry a round; None where it has nothing to compute in that round."""
@@ -125,7 +125,7 @@ class StepMembers:
 
 
 class Members(Protocol):
-    """Who takes part in a step: a value of the step and not of the job."""
+    """Ranks that take part in a step: a value of the step and not of the job."""
 
     @property
     def world(self) -> World:

@@ -1,4 +1,4 @@
-"""What a sentinel finds: one disagreement, and who is wrong."""
+"""Findings of a sentinel: one disagreement, and the ranks that are wrong."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Finding:
     what: str
     """A key of WRONG. A gradient is what a rank added up, a reduction what it received."""
     ranks: tuple[int, ...]
-    """Who is wrong: all of these, or one of these if it is about a micro-batch; none if it is unknown."""
+    """Ranks that are wrong: all of these, or one of these if it is about a micro-batch; none if it is unknown."""
     micro_batch: int | None = None
     parameter: str | None = None
 

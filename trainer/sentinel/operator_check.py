@@ -43,7 +43,7 @@ class Failure:
     shape: str
     """Shapes, strides and types of the arguments."""
     where: str
-    """Who computed it: `OperatorCheck.where` at the call."""
+    """Place that computed it: `OperatorCheck.where` at the call."""
     arguments: tuple[Any, ...]
     """As they were before the call; tensors on the CPU with the strides that they had."""
     keywords: dict[str, Any]
@@ -58,7 +58,7 @@ class Failure:
 
 @dataclass
 class Tally:
-    """What was seen of one operator."""
+    """Counts of one operator's calls and errors."""
 
     calls: int = 0
     failed: int = 0
@@ -279,7 +279,7 @@ def _parts(value: Any, argument: int | None) -> list[Place]:
 
 
 def _places(func: Any, args: Any, keywords: Any, result: Any) -> list[Place]:
-    """What an operator computed: the arguments that it changes, or else what it returns."""
+    """Return what an operator computed: the arguments that it changes, or else what it returns."""
     changed: list[Place] = []
     for number, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:

@@ -14,7 +14,7 @@ class Quarantine:
     """Counts how often each rank was wrong in this attempt, and ends the job where that was too often."""
 
     action, ends_job = "quarantined", True
-    """What the log says is done; False if the others go on in the same attempt."""
+    """Action that the log tells; `ends_job` is False if the others go on in the same attempt."""
 
     def __init__(self, within: int, members: Members) -> None:
         self._within, self._members = within, members

@@ -1,4 +1,4 @@
-"""What is done about a finding: it is logged, a state is copied from a replica, a rank leaves, the run stops."""
+"""Response to a finding: it is logged, a state is copied from a replica, a rank leaves, the run stops."""
 
 from collections.abc import Iterable, Sequence
 from typing import NoReturn

@@ -159,7 +159,7 @@ def _collected(run: TableRun) -> CollectedRun:
 
 
 def _cautions(tree: Tree) -> list[str]:
-    """What shows that a form does not hold for these runs, and so hardly for the target."""
+    """Return the signs that a form does not hold for these runs, and so hardly for the target."""
     found = surface.cautions(tree["surface"]) if "surface" in tree else []
     if "surface" in tree and tree["arms"]:
         found.append(

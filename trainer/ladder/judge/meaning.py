@@ -213,7 +213,7 @@ def read_runs(
 
 
 def number_form(found: Table, chosen: Mapping[str, str], notices: list[str]) -> Numbers:
-    """How the table's numbers are written; what is not plain is said."""
+    """Return the form of the table's numbers; add to `notices` what is not plain."""
     columns = {role: name for role, name in chosen.items() if role not in ("arm", "rung", "seed")}
     texts = {role: [row.values.get(name) for row in found.rows] for role, name in columns.items()}
     decimal = numbers.decimal_mark(value for values in texts.values() for value in values)

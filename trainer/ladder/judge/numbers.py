@@ -84,7 +84,7 @@ def _tells(text: str, mark: str) -> bool:
 
 @dataclass(frozen=True)
 class Numbers:
-    """How the numbers of one table are read."""
+    """Rules for reading the numbers of one table."""
 
     decimal: str | None
     factors: dict[str, float]

@@ -33,7 +33,7 @@ _FILES = re.compile(r"^(?:---|\+\+\+) [ab]/(\S+)", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Change:
-    """What an arm of code replaces."""
+    """Code that an arm replaces."""
 
     tree: Path | None = None
     """Folder that holds the changed package."""

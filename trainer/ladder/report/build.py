@@ -164,7 +164,7 @@ def _compute_ratio(arm: str, runs: Sequence[CollectedRun]) -> float | None:
 
 
 def _repetition(collected: CollectedLadder) -> Tree:
-    """What text is worth that is read again, by the baseline's runs and those that differ in epochs or size alone."""
+    """Describe the worth of text read again, by the baseline's runs and those that differ in epochs or size alone."""
     alike = _alike(collected.ladder)
     runs = [run for run in collected.runs if run.arm in alike and run.loss is not None and math.isfinite(run.loss)]
     if not runs:

@@ -73,7 +73,7 @@ def floats(values: Sequence[float | None]) -> list[float]:
 
 
 def axis_of(tree: Tree) -> records.Axis:
-    """What the ladder's rungs are amounts of."""
+    """Return the kind of amount that the ladder's rungs are."""
     return tree.get("axis", "compute")
 
 

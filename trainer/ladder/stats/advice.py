@@ -27,7 +27,7 @@ PRIOR_NOISE = (0.005, 2.0)
 MOST_WORTH = 20.0  # ln m beyond which a drawn truth means nothing
 SOME_FADING = FADING[::4]  # enough to choose; bounds over fewer forms are a little narrower, and settle more
 PRIOR_SDS = (0.15, 0.02)
-"""What is believed before the results: sd of ln m at the largest rung, and of its slope there per e-fold of compute."""
+"""Belief before the results: sd of ln m at the largest rung, and of its slope there per e-fold of compute."""
 WORTHWHILE = 0.5  # of the largest probability: runs that settle less often are not advised, however cheap they are
 
 
@@ -57,7 +57,7 @@ class Situation:
 
     @property
     def evidence(self) -> tuple[Array, Array]:
-        """What tells of the noise of the arm and of the baseline, as significance.share_posterior takes it."""
+        """Evidence of the noise of the arm and of the baseline, as significance.share_posterior takes it."""
         return significance.pooled(self.worths.evidence, POOLED)[:, self.number], self.worths.baseline_evidence
 
     @property

@@ -152,7 +152,7 @@ class _Terms:
         return 3 + self.sizes
 
     def columns(self, point: Sequence[float]) -> Array:
-        """What each coefficient multiplies, at these exponents."""
+        """Return the column that each coefficient multiplies, at these exponents."""
         values = self.terms(np.log([*[1.0] * self.coefficients, *point]))[0]
         return np.exp(values).T
 

@@ -1,4 +1,4 @@
-"""What arms are worth where parameters and tokens vary apart: the multiplier m(N, D) by the baseline's surface.
+"""Worth of arms where parameters and tokens vary apart: the multiplier m(N, D) by the baseline's surface.
 
 The baseline's losses lie on L(N, D) = E + A / N^alpha + B / D^beta (surfaces.py). At each size, m is the factor by
 which the baseline would need more compute *at the same tokens per parameter* to reach the arm's loss: N and D both grow

@@ -12,9 +12,9 @@ from typing import Any, Literal, Self
 BASELINE = "baseline"
 
 Axis = Literal["compute", "data"]
-"""What a ladder's rungs are amounts of, and so what multipliers multiply: compute, or unique text."""
+"""Kind of amount that a ladder's rungs are, and that multipliers multiply: compute, or unique text."""
 SCARCE: Mapping[Axis, str] = {"compute": "compute", "data": "unique text"}
-"""What is short, in words."""
+"""Name of the amount that is short, in words."""
 UNITS: Mapping[Axis, str] = {"compute": "FLOPs", "data": "tokens of unique text"}
 
 Decision = Literal["promote", "reject", "inconclusive"]

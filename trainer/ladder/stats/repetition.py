@@ -1,4 +1,4 @@
-"""What text is worth that is read again: the law of effective data, its fit, and the value of an epoch.
+"""Worth of text that is read again: the law of effective data, its fit, and the value of an epoch.
 
 Muennighoff et al. 2023 (arXiv:2305.16264), section 3: D tokens of which U are unique count as
 D' = U + U·R_D·(1 − exp(−(D/U − 1)/R_D)) tokens, and N parameters beyond the U_N that the unique text can use count
@@ -159,7 +159,7 @@ class _Law:
     """True if runs have several sizes."""
 
     def columns(self, point: Sequence[float]) -> Array:
-        """What E and the other coefficient multiply at (alpha, R_D, …)."""
+        """Return the columns that E and the other coefficient multiply at (alpha, R_D, …)."""
         values = self.terms(np.log([1.0, 1.0, *point]))[0]
         return np.stack([np.exp(values[0]), np.exp(values[1:]).sum(0)], axis=1)
 

@@ -1,4 +1,4 @@
-"""How far a fitted surface L(N, D) can be trusted: intervals, influence, and whether its form holds.
+"""Trust in a fitted surface L(N, D): intervals, influence, and whether its form holds.
 
 A surface is L = E + Σ_k c_k·exp(−a_j(k)·v_k) with logarithms v_k of N and D (forms.py). For fixed exponents it is
 linear in (E, c), so intervals come from the profile of the weighted sum of squares over a grid of exponents, as those
@@ -28,7 +28,7 @@ FORM_FAILS = 0.01
 
 @dataclass(frozen=True)
 class HuberErrors:
-    """What the residuals of a fit by Huber losses on log L tell of its errors."""
+    """Errors of a fit by Huber losses on log L, as its residuals tell them."""
 
     residuals: Array  # log of loss minus log of the fit
     loss: Array

@@ -224,7 +224,7 @@ class Judgement:
 
     @cached_property
     def rungs(self) -> list[records.RungMultiplier]:
-        """What the arm is worth at each rung alone."""
+        """Multiplier of the arm at each rung alone."""
         return [self._rung_multiplier(k, rung) for k, rung in enumerate(self._rungs)]
 
     def _of(self, values: Array) -> float:
@@ -341,7 +341,7 @@ class Judgement:
 
     @property
     def to_go(self) -> float:
-        """How far the nearest bound is from deciding, in ln m; infinite if no runs would help."""
+        """Distance of the nearest bound from deciding, in ln m; infinite if no runs would help."""
         if self._bounds is None or self._diverged:
             return math.inf
         return min(abs(bound - self._least) for bound in self._bounds)

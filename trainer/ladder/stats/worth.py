@@ -1,4 +1,4 @@
-"""What arms are worth in compute, at each rung and at a target beyond the rungs, with one model of the noise.
+"""Worth of arms in compute, at each rung and at a target beyond the rungs, with one model of the noise.
 
 At rung k and seed i, ln m = (1/alpha)·ln[(L_base − E) / (L_arm − E)] − ln(C_arm / C_base): the baseline needs m times
 its compute to reach the arm's loss. If the arm changes nothing, L_base and L_arm are exchangeable, so ln m is symmetric
@@ -161,7 +161,7 @@ class Extrapolation:
 
 @dataclass(frozen=True)
 class Absent:
-    """What arms tell of the noise that are not estimated along: sums over them."""
+    """Evidence of the noise from arms that are not estimated along: sums over them."""
 
     evidence: Array  # (4,): as Worths.evidence
     squares: Array  # (2, rungs): as Worths.squares
@@ -268,7 +268,7 @@ class Worths:
         return changed
 
     def others(self, arm: int) -> Absent:
-        """What all arms but this one tell of the noise."""
+        """Return the evidence of the noise from all arms but this one."""
         return Absent(self.evidence.sum(-1) - self.evidence[:, arm], self.squares.sum(-2) - self.squares[:, arm])
 
     # Regression of means on z, for every form
