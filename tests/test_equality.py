@@ -22,9 +22,11 @@ FEATURES: dict[str, dict[str, Any]] = {
     "unclipped": {"optim.clip_norm": 0.0},
     "bf16": {"numerics.precision": "bf16"},
     "coarse numbers": {"numerics.precision": "bf16", "model.bf16_residual": True, "model.fp8_head": True},
-    "loss by chunks, as Qwen3": {
+    "loss by chunks, as Qwen3 and Pythia": {
         "model.loss_chunk_tokens": 48, "model.z_loss": 1e-4, "model.mlp": "swiglu", "model.n_heads": 4,
         "model.n_kv_heads": 2, "model.head_width": 12, "model.norm_gain": True, "model.norm_epsilon": 1e-5,
+        "model.rope_scaling": "llama3", "model.rope_original_context": 1000, "model.rotated_share": 0.5,
+        "model.qkv_biases": True, "model.parallel_block": True,
     },
     "dropout": {"model.dropout": 0.1},
     "recomputed": {"model.dropout": 0.1, "parallel.activation_checkpointing": True},

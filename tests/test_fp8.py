@@ -89,6 +89,14 @@ def test_coarser_numbers_change_loss_and_gradient_by_their_rounding(switches: di
         assert float((coarse[name] - gradient).norm() / gradient.norm()) < 0.15, name
 
 
+def test_without_autocast_as_in_sampling_the_residual_stream_is_float32() -> None:
+    tokens = torch.zeros(1, 16, dtype=torch.int64)
+    made = [model.construct(config.Model(**SMALL, bf16_residual=switch), 64) for switch in (False, True)]
+    for gpt in made:
+        model.initialise(gpt, config.Model(**SMALL, init="gpt2"), 0)
+    assert torch.equal(made[0](tokens), made[1](tokens))
+
+
 def test_a_residual_stream_of_16_bits_halves_what_is_kept_between_blocks() -> None:
     kinds = []
     gpt = model.construct(config.Model(**SMALL, bf16_residual=True), 64)

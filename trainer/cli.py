@@ -194,11 +194,11 @@ def launch(
     from trainer.launch import quorum
 
     if join and (arbiter_only or listen != ANY_PORT):
-        raise UsageError("--join takes the arbiter of another node.\n  Leave out --listen and --arbiter-only.")
+        raise UsageError("--join adds to a job that listens on another node.\n  Leave out --listen and --arbiter-only.")
     if apart is not None and (arbiter_only or spares):
         raise UsageError(
-            "--islands has no arbiter: the clusters meet in the run directory.\n"
-            "  Leave out --spares and --arbiter-only, and give the same command on every node."
+            "--islands has no arbiter, and a cluster that dies is started again.\n"
+            "  Leave out --spares and --arbiter-only."
         )
     if apart is None and workers is None:
         raise UsageError("launch starts --workers N processes, or --islands N clusters.\n  Give one of them.")

@@ -34,7 +34,7 @@ def require(device: torch.device) -> None:
 
 
 def linear(x: Tensor, weight_VD: Tensor) -> Tensor:
-    """x @ weight.T of x[…, D] in 8-bit floats: bfloat16[…, V]. The weight's gradient is as precise as the weight."""
+    """x @ weight.T of x[…, D] in 8-bit floats: bfloat16[…, V]. The weight's gradient has the weight's dtype."""
     rows, vocabulary = x.numel() // x.shape[-1], len(weight_VD)
     y_NV: Any = _Linear.apply(_filled(x.flatten(0, -2)), _filled(weight_VD))
     return y_NV[:rows, :vocabulary].unflatten(0, x.shape[:-1])

@@ -256,7 +256,7 @@ class GPT(nn.Module):
         if self.embed_bigrams is not None:
             x_BTD = x_BTD + self.embed_bigrams(inputs_BT)
         x_BTD = F.dropout(x_BTD, self.settings.dropout, self.training)
-        if self.settings.bf16_residual:
+        if self.settings.bf16_residual and torch.is_autocast_enabled(x_BTD.device.type):  # `sample` is in float32
             x_BTD = x_BTD.bfloat16()
         rotation_TP2 = self.rotation_TP2[: inputs_BT.shape[1]] if self.settings.positions == "rope" else None
         for block in self.blocks:

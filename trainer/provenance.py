@@ -62,9 +62,12 @@ SAME_BITS = {
     "cb58cdba3b5e040a": CODE_BEFORE_RECORDS,
     "f38a500422d428ba": CODE_BEFORE_RECORDS,
     "3fad2a4999664368": CODE_BEFORE_RECORDS,
+    "88866fe9961cf82d": CODE_BEFORE_RECORDS,
+    "4de2e53bb038dbea": CODE_BEFORE_RECORDS,
     "8a0a7d92b0c087be": "ecc09f419acf64f8",
     "6a203954882fcdf3": "ecc09f419acf64f8",
     "8c43015a40aad009": "ecc09f419acf64f8",
+    "a507687b478b8424": "ecc09f419acf64f8",
 }
 """By the digest of code, of all of it or of a folder: that of older code with the same bits, which stands for both.
 Runs are then resumed and keep their keys. A change that changes no bit adds an entry for its digest."""
@@ -79,7 +82,8 @@ def same_bits(digest: str) -> str:
 def code(package: Path = Path(__file__).parent) -> dict[str, dict[str, str]]:
     """Return a digest of each function that decides the bits, and of what is outside of them: {file: {name: digest}}.
 
-    Of the syntax tree: comments, docstrings and formatting do not count, nor does Python's version.
+    Of the syntax tree: comments, formatting and docstrings do not count, but for a module's own; nor does Python's
+    version.
     """
     found: dict[str, dict[str, str]] = {}
     for file, chosen in NUMERIC_SOURCES.items():

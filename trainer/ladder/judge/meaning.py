@@ -230,7 +230,8 @@ def number_form(found: Table, chosen: Mapping[str, str], notices: list[str]) -> 
 
 def _with_numbered_seeds(found: Table, column: str, notices: list[str]) -> Table:
     """Number the seeds of a table whose seeds are names, or numbers of more digits than a float holds."""
-    texts = [str(row.values.get(column) or "").strip() for row in found.rows]
+    seeds = [row.values.get(column) for row in found.rows]
+    texts = ["" if seed is None else str(seed).strip() for seed in seeds]
     names = sorted({text for text in texts if not numbers.is_missing(text)})
     if all(re.fullmatch(r"[-+]?(\d{1,15}(\.\d*)?|nan)", name, re.IGNORECASE) for name in names):
         return found

@@ -29,7 +29,7 @@ MOST = {"params": 1e15, "tokens": 1e18, "unique_tokens": 1e18, "flops": 1e35}
 LOSSES = (1e-9, 1e9)
 
 GROUPED_BY = {
-    mark: re.compile(rf"[-+]?[1-9]\d{{0,2}}(?:{re.escape(mark)}\d{{3}})+(?![\d{mark}])")
+    mark: re.compile(rf"[-+]?[1-9]\d{{0,2}}(?:{re.escape(mark)}\d{{3}})+(?![\d{mark}]|[eE][-+]?\d)")
     for mark in ",. '’\u00a0\u202f\u2009"
 }
 NUMBER = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*(%|[A-Za-z/-]*)")
@@ -79,7 +79,7 @@ def _tells(text: str, mark: str) -> bool:
         return bool(GROUPED_BY[other].match(digits)) and mark not in digits.partition(other)[0]
     if mark in digits and other in digits:
         return digits.rindex(mark) > digits.rindex(other)
-    return digits.count(mark) == 1 and bool(FRACTION[mark].fullmatch(text)) and not GROUPED_BY[mark].fullmatch(digits)
+    return digits.count(mark) == 1 and bool(FRACTION[mark].fullmatch(text)) and not GROUPED_BY[mark].match(text)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,8 @@ class Numbers:
         text = str(value).strip().replace("_", "")
         if text.lower().lstrip("+-") in ("nan", "inf", "infinity"):
             return float(text)
-        found = NUMBER.fullmatch(self._plain(text))
+        is_text = isinstance(value, str)  # JSON and parquet have numbers too, which are as they are
+        found = NUMBER.fullmatch(self._plain(text) if is_text else text)
         if not found:
             raise ValueError("is no number")
         number, unit = float(found[1]), found[2]
