@@ -219,7 +219,7 @@ def sentinel_worker(size: str) -> None:
 
 
 def sentinel_flips() -> dict[str, Any]:
-    """What a sentinel finds of flipped bits, and what other rules find. Goes on where it was interrupted."""
+    """Count the flipped bits that a sentinel finds, and that other rules find. Goes on where it was interrupted."""
     bench_sentinel.worker()
     return bench_sentinel.figure()
 

@@ -51,7 +51,7 @@ def _one(name: str, cache: str) -> dict[str, Any]:
 
 
 def _gains(ours: configs.Config, other: configs.Config) -> list[float]:
-    """How much faster a token of `other` is, in steps that are taken in turn."""
+    """Return the speed-up per token of `other`, by round, in steps that are taken in turn."""
     numbers = [ours.data.micro_batches, other.data.micro_batches]
     if all(number >= 4 and number % 2 == 0 for number in numbers):
         numbers = [number // 2 for number in numbers]  # the same share of what a step does once, in half the time

@@ -47,13 +47,13 @@ ARMS: dict[str, list[str]] = {
     "int4, 3 fragments, overlap 5": [*ISLANDS, 'islands.quantise="int4"', *STREAMED],
 }
 NAMES = dict(zip(ARMS, ("synchronous", "islands", "int4", "streamed"), strict=True))
-"""Of the arms, in names of rows."""
+"""Name of each arm in the names of rows."""
 SYNCHRONOUS_STEPS = 2, 7
 """First and last step between which it is measured: each takes seconds on the slower link."""
 PATIENCE_SECONDS = 300.0
 CLUSTERS, KILL_EVERY_SECONDS, GOODPUT_SECONDS = 2, 60.0, 120.0
 START_SECONDS, LINK_SECONDS = 20.0, {"10mbit": 70.0, "100mbit": 40.0}
-"""Of a job's start, and of its steps over a link, at most, on a quiet machine: for `--list`."""
+"""Most seconds of a job's start, and of its steps over a link, on a quiet machine: for `--list`."""
 
 
 # Slow links.
@@ -156,7 +156,7 @@ def rows(seconds: float = GOODPUT_SECONDS) -> list[Row]:
 
 
 def about_seconds(name: str, seconds: float = GOODPUT_SECONDS) -> float:
-    """How long a row takes."""
+    """Return about how many seconds a row takes."""
     over = next((LINK_SECONDS[rate] for rate in RATES if name.startswith(f"link-{rate}-")), None)
     return START_SECONDS + (2 * bench_quorum.CALM_SECONDS + seconds if over is None else over)
 

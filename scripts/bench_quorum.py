@@ -139,7 +139,7 @@ class Quorum(Launched):
         return self._commits
 
     def _first_members(self) -> list[int]:
-        """Of all workers and spares, those that came first."""
+        """Return the members of the first epoch: those workers and spares that came first."""
         told = arbiter.log_path(self.run, 0).read_text().splitlines()
         return next(json.loads(line)["epoch"]["members"] for line in told if line.startswith('{"what": "epoch"'))
 
@@ -389,7 +389,7 @@ def _rejoined(job: Job, workers: int, at: float) -> float:
 
 
 def _books(job: Quorum, at: float, workers: int) -> dict[str, Any]:
-    """What a death cost: micro-batches that were missing; and how long the join held up the others."""
+    """Return the cost of a death: missing and kept micro-batches, and seconds for which the join held up the others."""
     changes = [(when, change) for when, change in job.changes if when > at]
     death = next(change for _, change in changes if change.lost)
     joins = [(when, change) for when, change in changes if change.joined and not change.lost]
@@ -486,14 +486,13 @@ def calm(seconds: float = WINDOW_SECONDS, rounds: int = ROUNDS) -> dict[str, Any
     }  # fmt: skip
 
 
-def _in_turns(first: type[Launched], second: type[Launched], seconds: float, rounds: int) -> dict[type, list[float]]:
+def _in_turns(first: type[Any], second: type[Any], seconds: float, rounds: int) -> dict[type, list[float]]:
     """Return the median steps of both systems' windows, in the order of the rounds."""
     found: dict[type, list[float]] = {first: [], second: []}
     with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
         jobs: list[Any] = []
         for system in (first, second):
-            make: Any = system
-            jobs.append(stack.enter_context(make(_made(Path(directory) / system.__name__), 2)))
+            jobs.append(stack.enter_context(system(_made(Path(directory) / system.__name__), 2)))
             wait_until(lambda: len(jobs[-1].read()) > 5, PATIENCE_SECONDS)
             _signal(jobs[-1], signal.SIGSTOP)
         for number in range(rounds):
@@ -584,7 +583,7 @@ def measure_rows(
 
 
 def place(name: str = "bench-quorum") -> Path:
-    """Where the rows of this state of the package are."""
+    """Return the folder of the rows of this state of the package."""
     command = ["git", "log", "-1", "--format=%h", "--", "trainer"]
     commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     return ROOT / "runs" / name / commit

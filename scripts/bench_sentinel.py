@@ -54,7 +54,7 @@ LASTING = {"always_wrong": 1, "sometimes_wrong": 120}  # matrix products of whic
 
 
 class Meeting:
-    """Where the threads exchange values."""
+    """Place where the threads exchange values."""
 
     def __init__(self) -> None:
         self._barrier = threading.Barrier(RANKS)
@@ -291,7 +291,7 @@ def keys(number: int) -> Iterator[tuple[str, str, int]]:
 
 
 def judge(seen: dict[str, Any], clean: dict[str, Any], window: dict[str, list[float]]) -> dict[str, Any]:
-    """What was noticed of a trial, and whether it left a trace in the state of any rank."""
+    """Return what was noticed of a trial, and whether it left a trace in the state of any rank."""
     steps = len(clean["hashes"][0])
     trace = any(own[:steps] != right[: len(own)] for own, right in zip(seen["hashes"], clean["hashes"], strict=True))
     return {

@@ -31,7 +31,7 @@ LABELS = {"synchronous": "synchronous", "islands": "islands"}
 
 
 def measure(synchronous: Path, islands: Path) -> dict[str, Any]:
-    """What the picture shows. Raises ValueError unless both runs finished, and the second one exchanged changes."""
+    """Read the picture's numbers. Raises ValueError unless both runs finished, and the second one exchanged changes."""
     summaries = {"synchronous": summarise(synchronous), "islands": summarise(islands)}
     exchanged = summaries["islands"]["islands"]
     if summaries["synchronous"]["islands"] or not exchanged or not exchanged["bytes"]:

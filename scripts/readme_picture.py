@@ -31,7 +31,7 @@ CALM, STORM = figure.SERIES[0], figure.SERIES[1]
 
 
 def measure(calm: Path, storm: Path) -> dict[str, Any]:
-    """What the picture shows of two finished runs. Raises ValueError unless both did and the second had faults."""
+    """Read the picture's numbers from two runs. Raises ValueError unless both finished and the second had faults."""
     histories, summaries = [History.read(run) for run in (calm, storm)], [summarise(run) for run in (calm, storm)]
     if not all(summary["weights_sha256"] for summary in summaries) or not histories[1].fired:
         raise ValueError(f"{calm} and {storm} are not a finished run without faults and a finished one with faults")

@@ -159,7 +159,7 @@ def draw(design: Design, base: Law, arms: Mapping[str, Arm], random: np.random.G
 
 @dataclass(frozen=True)
 class Trouble:
-    """What else may be wrong with a ladder's runs; sd in nats."""
+    """Further errors that a ladder's runs may have; sd in nats."""
 
     own: float = 0.0  # sd of an effect of each rung of each arm, and of the baseline
     shared: float = 0.0  # sd of an effect of each rung that all arms share

@@ -147,7 +147,7 @@ class Mutant:
     faults: tuple[str, ...]
     """Faults that bring it to light, as TOML; after a second save has begun, which has waited for the first."""
     nodes: int = 1
-    """Of one rank each."""
+    """Number of nodes, of one rank each."""
     set: str = "{}"
     """Overrides of this run, as TOML."""
 

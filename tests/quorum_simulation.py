@@ -50,7 +50,7 @@ class ViolationError(AssertionError):
 
 @dataclass(frozen=True)
 class Size:
-    """How large a world is."""
+    """Size of a simulated world, and the faults that may strike it."""
 
     workers: int = 3
     spares: int = 0
@@ -69,7 +69,7 @@ class Size:
 
 @dataclass
 class Collective:
-    """What the members of an epoch have brought to one collective."""
+    """Contributions of an epoch's members to one collective."""
 
     kind: tuple[Any, ...]
     brought: dict[int, Any] = field(default_factory=dict)
@@ -97,7 +97,7 @@ class Process:
     dead_place: int | None = None
     """A process of the group that has died before the others."""
     stopped: str = ""
-    """What does not run: "process" (the first one), "main thread" of it, or "place" (another one of the group)."""
+    """Part that does not run: "process" (the first one), "main thread" of it, or "place" (another one of the group)."""
     given_up: bool = False
     """The arbiter takes it for dead, and nobody has ended it."""
     reached: int = 0
@@ -138,13 +138,13 @@ class World:
         self.workers: list[Process] = []
         self.by_member: dict[int, Process] = {}
         self.exits: list[tuple[Process, str]] = []
-        """What the launcher knows: processes that have ended, and the status of those that left in order."""
+        """Ends that the launcher knows: processes that have ended, and the status of those that left in order."""
         self.told = 0
-        """How many of them the arbiter has heard of."""
+        """Number of `exits` that the arbiter has heard of."""
         self.events, self.now = 0, 0.0
         self.stops = size.stops
         self.happened = Counter[str]()
-        """How often what has happened."""
+        """Counts of what has happened, by name."""
         self.trace: list[tuple[Any, ...]] = []
         """The events so far, for a person who looks into a violation."""
         for slot in range(size.workers + size.spares):
@@ -251,7 +251,7 @@ class World:
         return [(self.meet, worker)] if seat.ended else [(self.work, worker)]
 
     def enabled_inside(self, worker: Process) -> list[tuple[Any, ...]]:
-        """What the processes of a worker may do in a collective, each for itself."""
+        """Return what the processes of a worker may do in a collective, each for itself."""
         choices: list[tuple[Any, ...]] = []
         for place, state in worker.places.items():
             stopped = worker.stopped == "place" and place == self.size.group - 1

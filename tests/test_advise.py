@@ -30,7 +30,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def made_up(call: Call, device: torch.device) -> float:
-    """What a call takes on a machine that is always the same."""
+    """Return the seconds of a call on a machine that is always the same."""
     return 1e-6 + call.flops / 1e11 + call.bytes / 1e10
 
 

@@ -1,4 +1,4 @@
-"""What scripts/bench_quorum.py makes of what its jobs have recorded."""
+"""Figures that scripts/bench_quorum.py makes of what its jobs have recorded."""
 
 from pathlib import Path
 from typing import Any

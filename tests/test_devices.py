@@ -1,4 +1,4 @@
-"""Which device a rank takes, what is recorded of it, and what is said where memory runs out. No GPU here."""
+"""The device that a rank takes, what is recorded of it, and what is said where memory runs out. No GPU here."""
 
 import itertools
 from pathlib import Path

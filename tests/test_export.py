@@ -265,7 +265,7 @@ def test_a_model_made_by_transformers_goes_in_and_out_with_the_same_logits(tmp_p
 
 
 def fitting(folder: Path, start: config.Model) -> dict[str, Any]:
-    """What is to be changed of these settings of [model] to hold a folder: the refusal lists it."""
+    """Return the changes to these settings of [model] that let it hold a folder: the refusal lists them."""
     with pytest.raises(ConfigError) as refused:
         architectures.read(folder, start, 300)
     line = str(refused.value).partition("set in [model]: ")[2].splitlines()[0]

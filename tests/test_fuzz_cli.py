@@ -195,17 +195,17 @@ FILES = {
     "advise": "tiny.toml",
     "submit": "tiny.toml",
 } | dict.fromkeys(OF_RUNS, "run")
-"""What each command takes; others take ladder.toml."""
+"""File or run that each command takes; others take ladder.toml."""
 
 
 SLOW = ("ladder plan", "ladder run")
 """They begin to import torch in processes of their own before they look at their files: seconds for each case."""
 FEW = ("missing", "a pipe", "a closed file", "below a file", "a closed folder")
-"""What is tried with them too."""
+"""The few wrong paths that are tried with them too."""
 
 
 ONE_IN = 3
-"""Where several commands read or write by the same functions, one of them meets all that may be wrong there. Each
+"""One of several commands that read or write by the same functions meets all that may be wrong there. Each
 of the others meets one in three: enough to show that it uses these functions."""
 
 
@@ -418,7 +418,7 @@ SETTINGS = [
 LEFT_TO_TRAIN = (
     "data.source=\"\"", "data.cache_dir=\"~nobody-known\"", "data.cache_dir=tiny.toml", "faults=[{kind='x'}]",
 )  # fmt: skip
-"""What the dry run does not look at: files that may come later, the cache, and faults, whose ranks it does not know."""
+"""Settings that the dry run skips: files that may come later, the cache, and faults, whose ranks it does not know."""
 
 
 def broken_settings_of_the_command_line() -> Iterator[Case]:

@@ -445,7 +445,7 @@ def test_an_island_whose_gradient_is_not_finite_ends_the_job_by_name_on_all_rank
 
 
 def test_islands_begin_from_the_weights_of_a_run_without_them_and_such_a_run_from_theirs(corpus, tmp_path):
-    """Where all have the same weights, the next step's loss is the same."""
+    """The next step's loss is the same in runs that have the same weights."""
     keep = {"checkpoint__keep_last": 5}
     plain = trainer.train(without_islands(corpus, **keep), tmp_path / "plain")
     rounds = config(corpus, islands__inner_steps=3, **keep)

@@ -187,7 +187,7 @@ SMALL: dict[str, Any] = {
 
 @pytest.mark.slow
 def test_clusters_on_hosts_that_share_no_directory_end_with_the_bits_of_one_process(tmp_path):
-    """That of the second host dies in step 7, and begins again from the checkpoint that was copied there."""
+    """The cluster of the second host dies in step 7, and begins again from the checkpoint that was copied there."""
     own = SMALL | {"data.source": write_corpus(tmp_path / "corpus")}
     trainer.train(configs.load(SMOKE, [f"{key}={json.dumps(value)}" for key, value in own.items()]), tmp_path / "calm")
     arguments = settings(**{key.replace(".", "__"): value for key, value in own.items()})

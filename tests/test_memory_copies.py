@@ -138,7 +138,7 @@ def test_one_copy_lies_in_memory_and_none_is_logged_as_a_checkpoint(tmp_path: Pa
 
 
 def cut_short(path: Path) -> None:
-    """What a process leaves that is killed while it copies."""
+    """Turn a copy into what a process leaves that is killed while it copies."""
     staging = path.with_name(f".{path.name}.0a1b2c3d.partial")
     path.rename(staging)
     for file in staging.glob("*.distcp"):
@@ -274,7 +274,7 @@ class Thread(World):
 
 
 def on_threads(size: int, work: Callable[[World], Any]) -> list[Any]:
-    """What `work` returns on each of some ranks, which are connected by gloo."""
+    """Return what `work` returns on each of some ranks, which are connected by gloo."""
     store, values, barrier = dist.HashStore(), [None] * size, threading.Barrier(size)
 
     def run(rank: int) -> Any:

@@ -33,7 +33,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 WORLDS = {1: ("replicate", "fsdp"), 2: ("replicate", "fsdp, recomputed"), 3: ("fsdp",), 4: ("replicate", "hybrid")}
 """Layouts at each number of ranks: every one somewhere, and the uneven shares of 3 and 4 of 5 micro-batches."""
 WORLDS_OF_VARIANTS = {1: ("replicate",), 2: ("replicate",), 3: ("fsdp",), 4: ("hybrid",)}
-"""Of what changes how a step computes, not how ranks share it: every number of ranks and every strategy."""
+"""Layouts for changes of how a step computes, not how ranks share it: every number of ranks and every strategy."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "fp32": {},
     "bf16": {"numerics.precision": "bf16"},

@@ -1,4 +1,4 @@
-"""What a run is computed with is part of what it is: another machine, torch or code is found before any new step."""
+"""Machine, torch and code are part of a run's identity: another one is found before any new step."""
 
 import ast
 import json

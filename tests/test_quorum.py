@@ -180,7 +180,7 @@ class Worker:
         self.error: BaseException = Killed()
         self.dies_when: Callable[[], bool] = lambda: True
         self.holds: tuple[str, int] | None = None
-        """Where this one waits until another member is ready to join."""
+        """Phase and step in which this one waits until another member is ready to join."""
         self.slow_pieces = 0
         self.waits_for = 2
         self.sentinel = Sentinel(job.config)

@@ -57,7 +57,7 @@ class Launched:
         return self.process.returncode, errors
 
     def lives(self, slot: int) -> int:
-        """How often a worker was started in this slot."""
+        """Count the starts of a worker in this slot."""
         return len((self.directory / f"lives of {slot}").read_text().split())
 
     def members(self, epoch: int) -> str:

@@ -163,7 +163,7 @@ def test_after_a_death_only_the_micro_batches_of_the_dead_are_computed_again():
 
 
 def test_a_loss_is_told_until_a_step_is_committed_after_it():
-    """Who was to record it may have died before it did."""
+    """The member that was to record the loss may have died before it did."""
     job = Job(3)
     job.do(job.arbiter.closed(0))
     job.met(1, 7, ())

@@ -78,7 +78,7 @@ def meet() -> Callable[..., None]:
 
 
 def kinds(run: Path, number: int) -> list[Any]:
-    """What the file of a number has: steps as numbers, other events as their kinds."""
+    """Read the file of a number: steps as numbers, other events as their kinds."""
     found = events.read_file(events.path_of(run, 0, number))
     return [e.event.step if isinstance(e.event, StepDone) else e.event.kind for e in found]
 

@@ -1,4 +1,4 @@
-"""How nodes meet, train and part under our torchrun: real agents on this machine."""
+"""Nodes meet, train and part under our torchrun: real agents on this machine."""
 
 import contextlib
 import importlib.util

@@ -516,7 +516,7 @@ TENSORBOARD: Config = parse({"budget": {"steps": 60}, "wandb": {"mode": "disable
 
 
 class FakeWriter:
-    """What tensorboard.summary.Writer is asked to write, by the folder that it writes to."""
+    """Stand-in for tensorboard.summary.Writer: keeps what it is asked to write, by the folder that it writes to."""
 
     written: ClassVar[dict[str, list[tuple[str, float, int]]]] = {}
 

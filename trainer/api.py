@@ -69,13 +69,13 @@ class Run:
         ]
 
     def incidents(self) -> list[Record]:
-        """What went wrong or stopped the run, with its cost: the fields of trainer.log.incidents.Incident."""
+        """Return what went wrong or stopped the run, with its cost: the fields of trainer.log.incidents.Incident."""
         return self.summary()["incidents"]
 
 
 @dataclass(frozen=True)
 class Report:
-    """What runs show about the arms of a ladder or a table."""
+    """Findings from runs about the arms of a ladder or a table."""
 
     tree: Record
     """All of it: report.json."""

@@ -62,7 +62,7 @@ SlurmOptions = Annotated[
 ]
 LIMIT, NOTICE_SECONDS = "1:00:00", 120
 ANY_PORT = "127.0.0.1:0"
-"""Where `launch` listens if it is not told: for processes of this machine."""
+"""Address where `launch` listens if it is not told: for processes of this machine."""
 TimeLimit = Annotated[str, typer.Option("--time", help="Limit of each start, as Slurm takes it.")]
 Notice = Annotated[int, typer.Option(help="Seconds before the limit at which a run saves and leaves.")]
 Before = Annotated[

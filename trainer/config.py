@@ -339,7 +339,7 @@ class Sentinel(Section):
     state_hash_every_steps: int = Field(default=0, ge=0)
     """Check the reduction, and weights, moments and grids, in every so many steps; 0 is off."""
     act: Literal["repair", "report", "stop"] = "repair"
-    """What is done where bits differ: compute again and copy from a replica, log and train on, or stop."""
+    """Action where bits differ: compute again and copy from a replica, log and train on, or stop."""
     quarantine_within: int = Field(default=16, ge=0)
     """A rank that is wrong a second time within so many checked steps is quarantined: the job ends with exit status 76
     and names the rank's node; under `launch` that worker alone leaves. 0 is off: what was repaired is only logged,
@@ -401,9 +401,9 @@ class Config(Section):
     budget: Budget = Budget()
     """When the run is finished."""
     parallel: Parallel = Parallel()
-    """How ranks share the work. Changes no bit of the result."""
+    """Division of the work among ranks. Changes no bit of the result."""
     numerics: Numerics = Numerics()
-    """How numbers are rounded and added."""
+    """Rounding and addition of numbers."""
     islands: Islands = Islands()
     """Virtual clusters that train apart and exchange changes of the weights now and then. Off by default."""
     distil: Distil = Distil()
@@ -415,9 +415,9 @@ class Config(Section):
     elastic: Elastic = Elastic()
     """Limits of time after which a rank counts as hung."""
     sentinel: Sentinel = Sentinel()
-    """Which ranks compute, receive or keep wrong bits, and what is done about it. Changes no bit of the result."""
+    """Checks for ranks that compute, receive or keep wrong bits, and the action then. Changes no bit of the result."""
     wandb: Wandb = Wandb()
-    """Where the run is shown in Weights & Biases."""
+    """Display of the run in Weights & Biases."""
     tensorboard: Tensorboard = Tensorboard()
     """Curves for TensorBoard."""
     faults: tuple[FaultEntry, ...] = ()

@@ -204,7 +204,7 @@ class Grids:
         return self._layouts[key]
 
     def _coarser(self, name: str) -> int:
-        """How many bits the squares' grid is coarser than the gradient's."""
+        """Return by how many bits the squares' grid is coarser than the gradient's."""
         shape = self._shapes[name]
         count = shape[-1] if len(shape) == 2 else shape.numel()
         return max(2, math.ceil((2 * SIGNIFICAND_BITS + math.log2(count) - DOUBLE_BITS) / 2))
@@ -312,7 +312,7 @@ class ExactGradients:
         return norm
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold beside weights and moments: without it a resumed run has other grids."""
+        """Return what a checkpoint must hold beside weights and moments: without it a resumed run has other grids."""
         if self._complete:
             self.grids.commit()
             self._complete = False

@@ -64,9 +64,9 @@ class Call:
     arguments: Any
     """Positional and named ones; tensors as shapes."""
     flops: int
-    """Of matrix products, convolutions and attention, as torch counts them; 0 for others."""
+    """Operations of matrix products, convolutions and attention, as torch counts them; 0 for others."""
     bytes: int
-    """Of everything read and written."""
+    """Bytes of everything read and written."""
     product: tuple[int, int, int, int] | None
     """(batch, m, n, k) of a matrix product."""
 
@@ -87,7 +87,7 @@ class Call:
 
 @dataclass
 class Seen:
-    """How often a call was made, and how long that took where it was made."""
+    """Number of times that a call was made, and seconds that it took where it was made."""
 
     call: Call
     counts: dict[str, int] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What operators take on this machine: measured when first asked for, and kept in the cache folder.
+"""Times of operators on this machine: measured when first asked for, and kept in the cache folder.
 
 A file for each machine: device, torch, threads and whatever else chooses kernels name it. It holds a grid of matrix
 products, the bandwidth of a copy, what a call costs beyond its operator, and every call that was timed.

@@ -38,7 +38,7 @@ STEPS_UNKNOWN = 10**9
 NEEDS_INSIDE = "needs the inside of the job: only toprope's own event log tells"
 POLL_SECONDS = 0.05
 ON_ITS_WAY_SECONDS = 0.2
-"""What is seen so soon after a fault was on its way when the fault struck: it is no progress after it."""
+"""Seconds after a fault in which progress does not count: it was on its way when the fault struck."""
 
 
 @dataclass(frozen=True)
@@ -399,7 +399,7 @@ def check(command: Command, evidence: CommandEvidence, output: str) -> list[Answ
 
 
 def shape(leftover: str) -> str:
-    """What a thing left behind is, without the part of its name that differs from start to start."""
+    """Describe a thing left behind, without the part of its name that differs from start to start."""
     kind, _, name = leftover.partition(" ")
     # A temporary name ends with eight random characters.
     return kind if kind == "process" else f"{kind} {re.sub('[a-z0-9_]{8}(?=[.]|$)|[0-9]+', '', Path(name).name)}"

@@ -57,7 +57,7 @@ def missing(kind: Fault) -> str | None:
 
 
 class Elsewhere(Protocol):
-    """Where cases are run, if it is not here."""
+    """Place where cases are run, if it is not here."""
 
     def make_reference(self, campaign: Campaign, out: Path, report: Report) -> None:
         """Make OUT/reference and fill `report.reference`. Raises TopropeError if the reference run fails."""
@@ -259,7 +259,7 @@ def run_case(campaign: Campaign, case: Case, reference: Reference | CommandRefer
 
 
 def _evidences(case: Case, run: Path, reference: Reference, job: tuple[Any, ...]) -> list[Evidence]:
-    """What there is to judge: one run, or that of each cluster that lives apart, with the faults that are to hit it."""
+    """Return the evidence to judge: one run's, or that of each cluster that lives apart, with the faults to hit it."""
     if not case.apart:
         return [Evidence(run, case.config, case.planned, reference, *job)]
     ranks = case.config.parallel.island_ranks

@@ -63,7 +63,7 @@ class Storm(Section):
 
 
 class Progress(Section):
-    """How one sees from beside a job how far it has come. Without it no time to come back is measured."""
+    """Signs that show from beside a job how far it has come. Without them no time to come back is measured."""
 
     pattern: str = ""
     """Regular expression for a line that reports a step; its first group is the step's number."""
@@ -76,7 +76,7 @@ class Progress(Section):
 
 
 class JobResult(Section):
-    """What must be equal at the end of each job: a file, a text or a number. Without it nothing is compared."""
+    """Result that must be equal at the end of each job: a file, a text or a number. Without it nothing is compared."""
 
     file: str = ""
     """The file whose SHA-256 is compared, or the one that holds the line or the number."""

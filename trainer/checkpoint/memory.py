@@ -24,7 +24,7 @@ ROOT = Path("/dev/shm")
 ABANDONED_SECONDS = 3600.0
 """After so long without a copy, the place of a run that is not there any more is removed by any other start."""
 SHARE = 0.5
-"""Of the memory that is free there, so much may be used: other programs share it, and crash when it is full."""
+"""Share of the memory free there that may be used: other programs share it, and crash when it is full."""
 COPIES = 2
 """So many lie there at once: the newest one, and the one that is being written."""
 _NAME = re.compile(r"toprope-[0-9a-f]{16}(?:\.[0-9a-f]{8}\.removed)?")

@@ -29,7 +29,7 @@ PIECE_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class Machines:
-    """Which ranks see the same memory. Machines are numbered in the order of their first ranks."""
+    """Ranks that see the same memory, by machine. Machines are numbered in the order of their first ranks."""
 
     of_rank: tuple[int, ...]
     """By rank: the number of its machine."""
@@ -112,11 +112,11 @@ def _read(path: Path, begin: int, size: int) -> tuple[Tensor, str]:
 
 
 class _Copy(NamedTuple):
-    """What a machine has of a copy."""
+    """One machine's part of a copy."""
 
     step: int
     digest: str
-    """Of the list of all its files. Copies of one step that differ in it are of different attempts."""
+    """Digest of the list of all its files. Copies of one step that differ in it are of different attempts."""
     manifest: bytes
     listed: dict[str, dict[str, Any]]
     intact: frozenset[str]

@@ -38,7 +38,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Overlap:
-    """What was found, as near-<key> in the cache has it."""
+    """Overlap that was found, as near-<key> in the cache has it."""
 
     directory: Path
 

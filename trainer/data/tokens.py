@@ -231,7 +231,7 @@ class _PartWriter:
     dtype: np.dtype[Any]
     hash: Any = field(default_factory=hashlib.sha256)
     digests: list[bytes] = field(default_factory=list)
-    """Of the documents with text in this part."""
+    """Digests of the documents with text in this part."""
     tokens: int = 0
     text_bytes: int = 0
 

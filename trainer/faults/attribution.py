@@ -119,7 +119,7 @@ class Evidence:
 
     @property
     def fired_times(self) -> Counter[int]:
-        """How often each fault has fired on one rank or another, by index."""
+        """Number of times that each fault has fired on one rank or another, by index."""
         return Counter(event.index for _, event in plan.fired(self.run))
 
     @cached_property

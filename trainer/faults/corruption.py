@@ -209,7 +209,7 @@ class WrongArithmetic(SilentFault):
     """Operators of the rank are wrong for some steps."""
 
     def mode(self, planned: PlannedFault, rank: RankContext) -> contextlib.AbstractContextManager[Any]:
-        """What makes them wrong while it is entered."""
+        """Return a context that makes them wrong while it is entered."""
         raise NotImplementedError
 
     def watched(self, world_size: int) -> Fault:

@@ -76,7 +76,7 @@ class Setting:
     choices: tuple[str, ...] = ()
 
     def problem(self, value: Any) -> str:
-        """What is wrong with a value that a config gives, and the remedy on a second line; empty if nothing is."""
+        """Return what is wrong with a value from a config, and the remedy on a second line; empty if nothing is."""
         remedy = f".\n  It is {self.meaning}."
         if isinstance(self.default, str):
             return "" if value in self.choices else f"is none of its values.\n  Give {' or '.join(self.choices)}."

@@ -82,7 +82,7 @@ class Outside:
 
 
 class Progress(Protocol):
-    """How far a job has come, as someone beside it can tell."""
+    """Progress of a job, as someone beside it can tell."""
 
     def poll(self) -> bool:
         """Look again; False while no fault may fire yet. Raises OSError while the files cannot be read."""

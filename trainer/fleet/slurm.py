@@ -37,10 +37,10 @@ POLL_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Work:
-    """What a job does on its node, and how it is found again."""
+    """One job's work on its node, and the means to find it again."""
 
     directory: Path
-    """Of the job's files; its name in the queue is made of it."""
+    """Directory of the job's files; its name in the queue is made of it."""
     name: str
     """For people."""
     command: Sequence[str]
@@ -108,9 +108,9 @@ class SlurmJob:
         """True if the job was in the queue, or Slurm has told its id."""
         self._tried_at = float("-inf")
         self._asked_since = time.monotonic()
-        """What the queue said before is not about this job."""
+        """Time (monotonic) before which the queue's answers are not about this job."""
         self._absent_since = self._asked_since + slurm.seconds_unsettled(self._submission)
-        """What is not in the queue before may still come."""
+        """Time (monotonic) before which a job that is not in the queue may still come."""
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
@@ -169,7 +169,7 @@ class SlurmJob:
         self._absent_since = self._asked_since + unsettled
 
     def _end(self) -> int | None:
-        """How a job ended that is not in the queue; None if there was none. Each end is returned once."""
+        """Return the status of a job that is not in the queue; None if there was no job. Each end is returned once."""
         file = self._work.directory / "exit-status"
         try:
             if not self._submission.exists():  # an end that was read before ends were renamed

@@ -77,7 +77,7 @@ def calibrate(runs: Sequence[Path]) -> dict[str, Any]:
 
 
 class _Quorum:
-    """What happened when the members of a quorum changed. Without a quorum, `steps[0]` has all steps."""
+    """Seconds of a quorum's whole steps and of its changes of members. Without a quorum, `steps[0]` has all steps."""
 
     def __init__(self) -> None:
         self.steps = defaultdict[int, list[float]](list)

@@ -20,7 +20,7 @@ Point = tuple[float, float]
 
 
 class Course:
-    """What a simulated job does when, noted while it is simulated."""
+    """Course of a simulated job over time, noted while it is simulated."""
 
     def __init__(self, horizon: float) -> None:
         self.until = horizon

@@ -43,7 +43,7 @@ class Failure(Section):
     per_day: float | None = Field(default=None, ge=0)
     """Mean failures of the whole cluster per day, whatever its size."""
     takes: Literal["device", "node", "rack", "pod", "job"] = "node"
-    """What goes down together. "job" takes no node out of service: all workers start again."""
+    """Unit that goes down as a whole. "job" takes no node out of service: all workers start again."""
     detect_seconds: float = Field(ge=0)
     """From the failure until the job knows of it; it makes no progress meanwhile."""
     repair_hours: float = Field(default=0.0, ge=0)
@@ -127,7 +127,7 @@ Policy = Annotated[Restart | PeerMemory | Quorum | Islands, Field(discriminator=
 class Storage(Section):
     checkpoint_bytes: float = Field(gt=0)
     bytes_per_second: float = Field(gt=0)
-    """Of the storage, shared by all writers and readers."""
+    """Bandwidth of the storage, shared by all writers and readers."""
 
 
 class Published(Section):
@@ -141,7 +141,7 @@ class Published(Section):
     mttf_hours: float | None = Field(default=None, gt=0)
     """The published mean time to failure of the whole job."""
     why: str = ""
-    """Where they disagree: the reason, if it is known."""
+    """Reason why simulation and source disagree, if it is known."""
 
 
 class Scenario(Section):

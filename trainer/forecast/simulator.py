@@ -49,7 +49,7 @@ class Replicate:
     incidents: list[dict[str, Any]] = field(default_factory=list)
     """The first of them, with the keys of log/incidents.py."""
     course: Course | None = None
-    """What happened when, if it was asked for."""
+    """Course of the run over time, if it was asked for."""
 
     @property
     def goodput(self) -> float:

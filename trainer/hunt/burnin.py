@@ -230,7 +230,7 @@ def excess(times: float | None) -> str:
 
 
 def lines_of(device: Mapping[str, Any]) -> list[str]:
-    """What was found on a device, in sentences."""
+    """Describe in sentences what was found on a device."""
     calls = sum(row["calls"] for row in device["operators"])
     lines = [
         f"{len(device['operators'])} operators, {calls} calls and {device['cases']} hard cases checked; "

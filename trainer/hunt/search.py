@@ -115,7 +115,7 @@ def hunt(run: Path, steps: Sequence[int], out: Path, log: Callable[[str], None],
 
 @dataclass
 class _Look:
-    """What was looked at so far, and what it has shown."""
+    """Checks made so far, and what they have shown."""
 
     run: Path
     replay: Replay
@@ -250,7 +250,7 @@ def _checked(replay: Replay, step: int, run: Path) -> tuple[Checked, OperatorChe
 
 
 def _logged(run: Path, step: int) -> set[str]:
-    """What the log has as loss and gradient norm of a step, in any attempt."""
+    """Read the loss and gradient norm of a step from the log, in any attempt."""
     history = History.read(run)
     done = {repr((e.loss, e.grad_norm)) for _, e in history.steps if e.step == step}
     not_finite = events.select(history.entries, events.NotFinite)

@@ -33,7 +33,7 @@ class Symptom:
     """The first step whose computation may be the cause."""
     value: float | None = None
     usual: float | None = None
-    """What the value would be without the symptom, as far as the log tells."""
+    """Expected value without the symptom, as far as the log tells."""
     set: str = ""
     micro_batch: int | None = None
 
